@@ -1,0 +1,1 @@
+"""Annotation: ask a teacher for a rationale and a label of every row, keep what it said, read it."""

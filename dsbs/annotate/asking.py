@@ -1,0 +1,156 @@
+"""Asking: send what a split lacks, a bounded number at a time, and stop when no request can succeed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+from dsbs.annotate.limits import ExhaustedError, Pause, attempt
+from dsbs.annotate.parse import parse_reply
+from dsbs.annotate.store import ReplyStore, budget, request_key
+from dsbs.annotate.summary import SplitSummary
+from dsbs.annotate.teachers.base import RejectedError, Reply, Request, Teacher
+from dsbs.errors import DsbsError, PartialError, UserError
+from dsbs.progress import Meter, running
+from dsbs.prompts import Prompt
+from dsbs.recipe import Recipe
+from dsbs.records import Example
+from dsbs.tasks.base import Task
+from dsbs.tasks.load import stream
+
+# Failures in a row, without a success between them, after which the endpoint is taken to be down.
+FAILURES_BEFORE_STOP = 16
+# Refusals before any success, after which the requests' form is taken to be wrong rather than a row.
+REFUSALS_BEFORE_STOP = 5
+
+
+class Work(Protocol):
+    """What asking needs of a recipe's annotation."""
+
+    recipe: Recipe
+    task: Task
+    prompt: Prompt | None
+
+    def requests(self, example: Example) -> Iterator[Request]: ...
+
+
+class Asking:
+    """Sends what a split lacks, a bounded number at a time, and stops when no request can succeed."""
+
+    def __init__(self, work: Work, teacher: Teacher, store: ReplyStore, meter: Meter) -> None:
+        self.work, self.teacher, self.store, self.meter = work, teacher, store, meter
+        self.pause = Pause()
+        self.refused: set[str] = set()  # keys that the endpoint answered with a final no
+        self.successes = 0
+        self.failures_in_a_row = 0
+        self.last_failure = ""
+
+    async def split(self, split: str, total: int) -> SplitSummary:
+        summary = SplitSummary()
+        examples = stream(self.work.recipe, self.work.task, split)
+        todo = ((example, request) for example in examples for request in self.work.requests(example))
+        workers = min(self.teacher.max_concurrency or 10**9, self.work.recipe.annotate.concurrency)
+        started = time.monotonic()
+        live = _Live(self.work.task)
+
+        async def worker() -> None:
+            for example, request in todo:  # one iterator for all: each pair goes to one worker
+                reply = await self._one(request, summary)
+                live.add(self.work, example, reply)
+                self.meter.update(live.done, live.note())
+                if live.done % 256 == 0:
+                    await asyncio.sleep(0)
+
+        with running(self.meter, f"annotate {split}", total):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(workers):
+                        group.create_task(worker())
+            except BaseExceptionGroup as failures:
+                raise _first(failures) from None
+        if self.refused and not self.successes and not summary.cached:
+            self._stop_if_all_refused(final=True)
+        summary.wall_s = time.monotonic() - started
+        return summary
+
+    async def _one(self, request: Request, summary: SplitSummary) -> Reply | None:
+        key, tokens = request_key(request, self.teacher.identity), budget(request.body)
+        kept = self.store.get(key, tokens)
+        if kept is not None:
+            summary.cached += 1
+            return kept
+
+        def sent() -> None:
+            summary.requests += 1
+
+        section = self.work.recipe.teacher
+        try:
+            reply = await attempt(
+                lambda: self.teacher.complete(request), attempts=section.max_attempts, pause=self.pause, on_send=sent
+            )
+        except RejectedError as error:
+            self.refused.add(key)
+            self.last_failure = str(error)
+            self._stop_if_all_refused(final=False)
+            return None
+        except ExhaustedError as error:
+            self.last_failure = str(error)
+            self.failures_in_a_row += 1
+            if not self.successes:
+                raise DsbsError(
+                    f"the teacher at {section.base_url if section.kind == 'openai' else section.kind} does not answer: {error}",
+                    hint="check teacher.base_url and that the server runs; nothing was bought or lost",
+                ) from None
+            if self.failures_in_a_row >= FAILURES_BEFORE_STOP:
+                raise PartialError(
+                    f"the teacher stopped answering: {error}",
+                    hint="run the same command when it is back: what was bought is kept",
+                ) from None
+            return None
+        self.store.put(key, tokens, self.teacher.identity, section.model, request.sample, reply)
+        self.successes += 1
+        self.failures_in_a_row = 0
+        return reply
+
+    def _stop_if_all_refused(self, *, final: bool) -> None:
+        """One bad row must not end a run; but an endpoint that refuses the first few rows refuses the request's form."""
+        if not self.successes and (final or len(self.refused) >= REFUSALS_BEFORE_STOP):
+            raise UserError(
+                f"the teacher refuses every request: {self.last_failure}",
+                hint="check teacher.model and annotate.max_tokens; teacher.extra_body adds, changes or (null) drops fields",
+            )
+
+
+class _Live:
+    """Running figures for the progress line."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.done = self.accepted = self.correct = self.with_gold = 0
+
+    def add(self, work: Work, example: Example, reply: Reply | None) -> None:
+        assert work.prompt is not None
+        self.done += 1
+        label = None
+        if reply is not None:
+            label = parse_reply(reply.text, work.prompt, self.task, example.input, reply.finish_reason).label
+        self.accepted += label is not None
+        if example.label is not None:
+            self.with_gold += 1
+            self.correct += label is not None and self.task.correct(label, example.label)
+
+    def note(self) -> str:
+        accuracy = f", label accuracy {100 * self.correct / self.with_gold:.1f} %" if self.with_gold else ""
+        return f"accepted {100 * self.accepted / self.done:.1f} %{accuracy}"
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that says most: a message for the user before a bug, a bug before a cancellation."""
+    flat: list[BaseException] = []
+    stack: list[BaseException] = [failures]
+    while stack:
+        error = stack.pop()
+        stack.extend(error.exceptions) if isinstance(error, BaseExceptionGroup) else flat.append(error)
+    return min(flat, key=lambda error: (not isinstance(error, DsbsError), isinstance(error, asyncio.CancelledError)))

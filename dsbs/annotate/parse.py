@@ -1,0 +1,69 @@
+"""Raw replies into rationale and label. Pure: a better parser costs nothing, since the replies are kept."""
+
+from __future__ import annotations
+
+import re
+
+from dsbs.prompts import Prompt
+from dsbs.records import Sample, Unread
+from dsbs.tasks.base import Fields, Task
+
+_DANGLING = re.compile(r"(?:^|(?<=[.!?,;:\s]))\s*(?:so|therefore|thus|hence|and so|and)\s*,?\s*$", re.IGNORECASE)
+_MARKUP = " \t\r\n*_#>"
+
+
+def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """The reply up to where the model begins an example of its own, and whether it did begin one.
+
+    Models that complete text run on into invented examples, whose answers must not be taken for this one's. A beginning of
+    a stop string at the very end is such a start that the budget cut.
+    """
+    text = text.lstrip("\n")
+    at = min((found for mark in stop if (found := text.find(mark)) >= 0), default=-1)
+    if at >= 0:
+        return text[:at].rstrip(), True
+    for mark in stop:
+        for length in range(len(mark) - 1, len(mark) - len(mark.lstrip()), -1):
+            if text.endswith(mark[:length]):
+                return text[:-length].rstrip(), True
+    return text.rstrip(), False
+
+
+def parse_reply(text: str, prompt: Prompt, task: Task, fields: Fields, finish_reason: str | None = None) -> Sample:
+    """Read the first turn of a reply: what stands before the answer anchor is the rationale, what follows the label."""
+
+    def sample(label: str | None, rationale: str | None, unread: Unread | None) -> Sample:
+        return Sample(
+            text=text,
+            label=label,
+            rationale=rationale or None,
+            reason=None if unread is None else unread.reason,
+            finish_reason=finish_reason,
+        )
+
+    turn, ran_on = first_turn(text, prompt.stop)
+    if finish_reason == "content_filter":
+        return sample(None, None, Unread("refused"))
+    if not turn.strip(_MARKUP):
+        return sample(None, None, Unread("truncated" if finish_reason == "length" else "empty"))
+    cut = not ran_on and (finish_reason == "length" or (finish_reason is None and turn[-1] not in ".!?)\"'"))
+    at, anchor = _find_anchor(turn, prompt.anchor)
+    if at < 0:
+        return sample(None, None, Unread("truncated" if cut else "unparsed"))
+    rationale = _DANGLING.sub("", turn[:at].strip(_MARKUP)).strip(_MARKUP)
+    answer = turn[at + len(anchor) :]
+    label = task.read_label(answer, fields)
+    if isinstance(label, Unread):
+        lost = cut and label.reason in ("empty", "unparsed", "label-outside-set")
+        return sample(None, rationale, Unread("truncated") if lost else label)
+    return sample(label, rationale, None)  # without a rationale, a label still teaches
+
+
+def _find_anchor(turn: str, anchors: tuple[str, ...]) -> tuple[int, str]:
+    """The last place of the first anchor that occurs: a rationale may speak of "the answer" before it gives one."""
+    folded = turn.casefold() if len(turn.casefold()) == len(turn) else turn.lower()
+    for anchor in anchors:
+        at = folded.rfind(anchor.casefold())
+        if at >= 0:
+            return at, anchor
+    return -1, ""

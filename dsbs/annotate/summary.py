@@ -1,0 +1,89 @@
+"""The closing figures of a split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsbs.intervals import Rate, wilson
+from dsbs.records import Annotation
+from dsbs.tasks.base import Task
+
+
+@dataclass(slots=True)
+class SplitSummary:
+    """What happened to one split. ``requests`` counts attempts sent now, ``cached`` replies that were already bought."""
+
+    rows: int = 0
+    accepted: int = 0
+    without_rationale: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    correct: int = 0
+    correct_accepted: int = 0
+    with_gold: int = 0
+    accepted_with_gold: int = 0
+    requests: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    wall_s: float = 0.0
+
+    def add(self, annotation: Annotation, task: Task) -> None:
+        """Count one row."""
+        self.rows += 1
+        right = annotation.gold is not None and annotation.label is not None and task.correct(annotation.label, annotation.gold)
+        self.with_gold += annotation.gold is not None
+        self.correct += right
+        self.prompt_tokens += annotation.usage.prompt_tokens or 0
+        self.completion_tokens += annotation.usage.completion_tokens or 0
+        if annotation.accepted:
+            self.accepted += 1
+            self.accepted_with_gold += annotation.gold is not None
+            self.correct_accepted += right
+            self.without_rationale += annotation.rationale is None
+        else:
+            self.rejected[annotation.reject_reason or "unparsed"] += 1
+
+    @property
+    def label_accuracy(self) -> Rate | None:
+        """Over all rows with gold; a rejected row counts as wrong."""
+        return wilson(self.correct, self.with_gold)
+
+    @property
+    def label_accuracy_accepted(self) -> Rate | None:
+        return wilson(self.correct_accepted, self.accepted_with_gold)
+
+    def as_json(self) -> dict[str, Any]:
+        overall, accepted = self.label_accuracy, self.label_accuracy_accepted
+        return {
+            "rows": self.rows,
+            "accepted": self.accepted,
+            "without_rationale": self.without_rationale,
+            "rejected": dict(sorted(self.rejected.items())),
+            "label_accuracy": None if overall is None else round(overall.value, 4),
+            "label_accuracy_ci95": None if overall is None else [round(x, 4) for x in overall.ci95],
+            "label_accuracy_accepted": None if accepted is None else round(accepted.value, 4),
+            "requests": self.requests,
+            "cached": self.cached,
+            "usage": {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens},
+            "usd": None,
+            "wall_s": round(self.wall_s, 3),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotateResult:
+    """The closing summary of ``dsbs annotate``."""
+
+    run: Path
+    splits: dict[str, SplitSummary]
+    reportable: bool  # False for a limited run
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.run),
+            "reportable": self.reportable,
+            "splits": {name: summary.as_json() for name, summary in self.splits.items()},
+        }

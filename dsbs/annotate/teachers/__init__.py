@@ -1,0 +1,26 @@
+"""Teacher backends. Each is named here and imported only when a recipe asks for it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from dsbs.recipe import Recipe
+
+TEACHERS = {
+    "openai": "dsbs.annotate.teachers.openai:OpenAITeacher",
+    "llamacpp": "dsbs.annotate.teachers.llamacpp:LlamaCppTeacher",
+    "recorded": "dsbs.annotate.teachers.recorded:RecordedTeacher",
+    "human": "dsbs.annotate.teachers.human:HumanTeacher",
+}
+
+
+def make_teacher(recipe: Recipe) -> Any:
+    """The recipe's Teacher, or Archive for the kinds that read what is on disk. Raises UserError."""
+    module, _, name = TEACHERS[recipe.teacher.kind].partition(":")
+    return getattr(import_module(module), name)(recipe)
+
+
+def is_asked(kind: str) -> bool:
+    """Whether a kind of teacher is sent requests (and its replies kept), rather than read from disk."""
+    return kind in ("openai", "llamacpp")

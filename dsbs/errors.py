@@ -1,0 +1,34 @@
+"""One root error. Its message says what is wrong, where, and what to do; anything else that escapes is a bug.
+
+DsbsError            1  the world failed: unreachable teacher, full disk
+├── UserError        2  wrong usage, recipe or data
+└── PartialError     3  stopped before the end; the same command continues
+"""
+
+from __future__ import annotations
+
+
+class DsbsError(Exception):
+    """A failure with a message meant for the person at the keyboard.
+
+    ``problem`` says what is wrong and where, ``hint`` what to do; ``exit_code`` is the command's exit status.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, hint: str) -> None:
+        super().__init__(f"{problem}\n  try: {hint}")
+        self.problem = problem
+        self.hint = hint
+
+
+class UserError(DsbsError):
+    """Wrong usage, recipe or data: the person can mend it. Exit code 2."""
+
+    exit_code = 2
+
+
+class PartialError(DsbsError):
+    """Work stopped before its end and everything done so far is kept. Exit code 3."""
+
+    exit_code = 3

@@ -1,0 +1,125 @@
+"""Progress for people: a bar on a terminal, a line now and then elsewhere, nothing for a program. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Meter(Protocol):
+    """What a stage tells of its progress."""
+
+    def start(self, title: str, total: int | None, done: int = 0) -> None: ...
+    def update(self, done: int, note: str = "") -> None: ...
+    def finish(self) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class Silent:
+    """No progress: for programs and tests."""
+
+    def start(self, title: str, total: int | None, done: int = 0) -> None: ...
+    def update(self, done: int, note: str = "") -> None: ...
+    def finish(self) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class Bar:
+    """A rich bar with rate and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._started = (0.0, 0)
+
+    def start(self, title: str, total: int | None, done: int = 0) -> None:
+        self.finish()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._started = (time.monotonic(), done)
+        self._progress.start()
+        self._progress.add_task(title, total=total, completed=done, note="")
+
+    def update(self, done: int, note: str = "") -> None:
+        if self._progress is not None:
+            note = f"{rate(done, self._started)} {note}"
+            self._progress.update(self._progress.task_ids[0], completed=done, note=note)
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+
+class Lines:
+    """A line every few seconds, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._title, self._started, self._last = "", (0.0, 0), 0.0
+        self._total: int | None = None
+
+    def start(self, title: str, total: int | None, done: int = 0) -> None:
+        self._title, self._total = title, total
+        self._started = (time.monotonic(), done)
+        self._last = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        elapsed, first = now - self._started[0], self._started[1]
+        of = f"/{self._total}" if self._total else ""
+        left = ""
+        if self._total and done > first:
+            left = f", about {(self._total - done) * elapsed / (done - first):.0f} s left"
+        self.say(f"{self._title} {done}{of} {rate(done, self._started)} {note}{left}")
+
+    def finish(self) -> None: ...
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def rate(done: int, started: tuple[float, int]) -> str:
+    elapsed = time.monotonic() - started[0]
+    return f"{(done - started[1]) / elapsed:.1f}/s" if elapsed > 0.5 else ""
+
+
+def make_meter() -> Meter:
+    """The meter that fits stderr."""
+    console = Console(stderr=True)
+    return Bar(console) if console.is_terminal else Lines()
+
+
+class running:  # noqa: N801 - reads as a phrase: `with running(meter, "train", 100):`
+    """Start a meter's title and finish it whatever happens."""
+
+    def __init__(self, meter: Meter, title: str, total: int | None, done: int = 0) -> None:
+        self._meter, self._begin = meter, (title, total, done)
+
+    def __enter__(self) -> Self:
+        self._meter.start(*self._begin)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._meter.finish()

@@ -1,0 +1,370 @@
+"""The recipe: one YAML file is one experiment, and every command reads its own sections of the same file.
+
+Precedence: defaults < recipe < ``key=value`` overrides. A recipe is closed (unknown keys are mistakes) and frozen.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeGuard, get_args
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from dsbs.artefacts import find
+from dsbs.errors import UserError
+from dsbs.yaml_lines import Located, Path_, dotted, load_located
+
+LabelSource = Literal["gold", "teacher"]
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int) else value
+
+
+def _scalar_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class DataSection(Section):
+    """Where the rows are: a path (.jsonl, .jsonl.gz, .csv, .parquet) or ``hub://<repository>[:<config>]/<split>``."""
+
+    train: str
+    valid: str | None = None  # None: held out of train by id hash
+    test: str | None = None  # None: held out of train by id hash
+    valid_fraction: float = Field(0.1, gt=0, lt=0.5)  # of the train rows, used when valid is None
+    test_fraction: float = Field(0.2, gt=0, lt=0.9)  # of the train file's rows, used when test is None
+
+
+class TaskSection(Section):
+    name: str  # a registered task, or `classification` / `generation` for your own data
+    data: DataSection
+    limit: int | None = Field(None, gt=0)  # rows of each split; None: all. A limited run is not reportable
+    labels: tuple[str, ...] | None = None  # classification: the closed set, two or more
+    input: str | None = None  # jinja template over the row's fields; None: the only text column
+    columns: dict[str, str] = {}  # our name (id, label, rationale or an input field) -> the file's column
+    description: str | None = None  # one sentence for the default prompt: what is to be decided or answered
+    numeric: bool = False  # generation: compare answers as numbers (tolerance 1e-4) when both are numbers
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels_are_text(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        booleans = [i for i, label in enumerate(value) if isinstance(label, bool)]
+        if booleans:
+            raise ValueError(
+                f"entry {booleans[0] + 1} reads as the YAML boolean {str(value[booleans[0]]).lower()}: yes, no, on, "
+                'off, true and false are booleans in YAML; quote them, as in labels: ["yes", "no"]'
+            )
+        return [_scalar_text(label) for label in value]
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None:
+            if len(value) < 2:
+                raise ValueError("at least two labels are needed")
+            folded = [label.strip().casefold() for label in value]
+            if "" in folded:
+                raise ValueError("an empty label cannot be told from a missing one")
+            twice = sorted({label for label in value if folded.count(label.strip().casefold()) > 1})
+            if twice:
+                raise ValueError(f"labels differ in more than case and space; these do not: {', '.join(twice)}")
+        return value
+
+
+class TeacherSection(Section):
+    kind: Literal["openai", "llamacpp", "recorded", "human"] = "openai"
+    model: str | None = None  # as the endpoint names it; llamacpp: a .gguf file or `smollm2-135m-instruct`
+    base_url: str = "https://api.openai.com/v1"  # any OpenAI-compatible endpoint, its /v1 included
+    api_key_env: str | None = "OPENAI_API_KEY"  # the environment variable that holds the key; null: no key
+    endpoint: Literal["chat", "completions"] = "chat"
+    extra_body: dict[str, Any] = {}  # merged into every request body; a null removes the key
+    timeout_s: float = Field(120.0, gt=0)  # seconds for one attempt
+    max_attempts: int = Field(6, ge=1)  # of one request, the first included
+    completions: str | None = None  # recorded: a .jsonl(.gz) of {id, completion}; None: the rows' own teacher.completion
+    context_tokens: int = Field(2048, gt=0)  # llamacpp: context of one request, in tokens
+    threads: int | None = Field(None, gt=0)  # llamacpp: None takes the cores of this process
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{value!r} is not an http(s) URL such as http://127.0.0.1:8000/v1")
+        if parts.username or parts.password:
+            raise ValueError("a URL must not carry a password; name an environment variable in teacher.api_key_env")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _model_is_named(self) -> TeacherSection:
+        if self.kind in ("openai", "llamacpp") and not self.model:
+            raise ValueError(f"teacher.model is needed for kind {self.kind}, e.g. gpt-4.1-mini")
+        return self
+
+
+class AnnotateSection(Section):
+    prompt: str | None = None  # a prompt file; None: prompts/<task>.yaml, or a zero-shot prompt for your own data
+    splits: Annotated[tuple[Literal["train", "valid", "test"], ...], BeforeValidator(_as_tuple)] = ("train", "test")
+    samples: int = Field(1, ge=1)  # replies per row; the majority label wins
+    temperature: float = Field(0.0, ge=0)
+    max_tokens: int = Field(256, gt=0)  # of one reply
+    concurrency: int = Field(64, ge=1)  # requests in flight
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> AnnotateSection:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("annotate.samples > 1 at temperature 0 buys the same reply again; set temperature: 0.7")
+        return self
+
+
+class StudentSection(Section):
+    """A T5: a Hub id or local folder, or one made from scratch in a named size."""
+
+    model: str | None = None  # hub id (google/t5-v1_1-base) or local folder
+    init: Literal["scratch"] | None = None  # scratch: random weights, vocabulary learned from the training text
+    size: Literal["nano", "mini", "small"] = "nano"  # of a scratch student: about 2, 11 and 40 million parameters
+    vocab_size: int = Field(4000, ge=64)  # pieces of a scratch vocabulary, at most
+    max_input_tokens: int = Field(1024, gt=0)  # longer inputs are cut
+    max_target_tokens: int = Field(256, gt=0)  # longer labels and rationales are cut
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentSection:
+        if self.model and self.init:
+            raise ValueError("student.model and student.init exclude each other")
+        return self
+
+    @property
+    def is_scratch(self) -> bool:
+        return self.model is None
+
+
+class TrainSection(Section):
+    methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ("step-by-step", "finetune", "distill")
+    labels: Annotated[tuple[LabelSource, ...], BeforeValidator(_as_tuple)] = ("gold",)  # of step-by-step's label task
+    rationale_weight: float = Field(1.0, ge=0)  # λ in (L_label + λ·L_rationale) / (1 + λ)
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
+    learning_rate: float = Field(5.0e-5, gt=0)  # AdamW's peak
+    schedule: Literal["linear", "constant"] = "linear"  # linear: decays to 0 at max_steps
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(64, gt=0)  # examples of one optimizer step
+    micro_batch_size: int | None = Field(None, gt=0)  # examples of one forward pass; None: the whole batch
+    max_steps: int = Field(10_000, gt=0)  # optimizer steps
+    eval_every: int | None = Field(None, gt=0)  # steps between looks at valid; None: a twentieth of max_steps
+    log_every: int = Field(10, gt=0)  # steps between lines of metrics.jsonl
+    valid_limit: int = Field(1000, gt=0)  # validation rows at most, the same for every method, chosen by id hash
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where a GPU has it, else fp32; fp16 overflows T5
+    gradient_checkpointing: bool = False
+
+    @field_validator("seeds", "methods", "labels")
+    @classmethod
+    def _no_repeats(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("an entry is given twice")
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METHOD_NAMES:
+                raise ValueError(unknown("method", name, METHOD_NAMES))
+        return value
+
+    @model_validator(mode="after")
+    def _micro_batches_fit(self) -> TrainSection:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError("train.batch_size must be a multiple of train.micro_batch_size")
+        return self
+
+    @property
+    def eval_steps(self) -> int:
+        return self.eval_every or max(1, self.max_steps // 20)
+
+
+class EvalSection(Section):
+    split: Literal["valid", "test"] = "test"
+    batch_size: int = Field(64, gt=0)
+    max_label_tokens: int = Field(64, gt=0)  # generated for a label, at most
+    baseline: str = "finetune"  # every system is compared with this method's students
+
+
+class ReportSection(Section):
+    tensorboard: bool = False  # also write TensorBoard event files beside every student
+
+
+# Names only, so that a recipe is checked without importing what they name; a test holds them to their registries.
+METHOD_NAMES = ("step-by-step", "finetune", "distill")
+TASK_NAMES = ("classification", "generation", "svamp", "cqa", "anli", "esnli")
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run folder; default: the file's name
+    task: TaskSection
+    teacher: TeacherSection
+    annotate: AnnotateSection = AnnotateSection()
+    student: StudentSection = StudentSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    report: ReportSection = ReportSection()
+
+    _folder: Path | None = PrivateAttr(None)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the recipe's file: its relative paths are looked for there too. None for a recipe made in code."""
+        return self._folder
+
+    @model_validator(mode="after")
+    def _task_is_complete(self) -> Recipe:
+        task = self.task
+        if task.name not in TASK_NAMES:
+            raise ValueError("task.name: " + unknown("task", task.name, TASK_NAMES))
+        if task.name == "classification" and task.labels is None:
+            raise ValueError("task.labels is needed for classification, e.g. labels: [billing, shipping]")
+        if task.name != "classification" and task.labels is not None:
+            raise ValueError(f"task.labels belongs to classification; the labels of {task.name} are fixed or free")
+        if task.name not in ("classification", "generation") and task.input is not None:
+            raise ValueError(f"task.input belongs to classification and generation; {task.name} has its own input")
+        if task.numeric and task.name != "generation":
+            raise ValueError("task.numeric belongs to generation")
+        return self
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Sentence for a name that is not there: the nearest one, and all there are."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}{guess} (there are: {', '.join(known)})"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe. Raises UserError naming every mistake with its file and line.
+
+    ``overrides`` are ``key=value`` texts, split on the first ``=``; the value is read as YAML.
+    """
+    file = find(path, what="recipe", hint="give the path of a YAML file; shipped ones are recipes/<name>.yaml")
+    try:
+        located = load_located(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason})", hint="give a YAML recipe") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        what = getattr(error, "problem", None) or "cannot be read"
+        raise UserError(f"{where}: not valid YAML: {what}", hint="mend the line; strings with ':' need quotes") from None
+    if not isinstance(located.data, dict):
+        state = "is empty" if located.data is None else "is not a mapping of sections"
+        raise UserError(f"{path} {state}", hint="begin with 'task:' and 'teacher:'; recipes/demo.yaml is an example")
+
+    data = located.data
+    problems = [f"{path}:{line}: {text}" for line, text in located.problems]
+    from_command_line: set[Path_] = set()
+    for text in overrides:
+        problem = _override(data, text, from_command_line)
+        if problem:
+            problems.append(f"override {text!r}: {problem}")
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-.") or "run")
+    try:
+        recipe = Recipe.model_validate(data)
+        recipe._folder = file.parent
+    except ValidationError as error:
+        problems += [_describe(issue, str(path), located, from_command_line) for issue in error.errors()]
+        recipe = None
+    if problems or recipe is None:
+        count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+        raise UserError(
+            f"{count} in the recipe\n" + "\n".join(f"  {problem}" for problem in problems),
+            hint="mend the recipe; every key stands in recipes/demo.yaml or in the README",
+        )
+    return recipe
+
+
+def _override(data: dict[Any, Any], text: str, seen: set[Path_]) -> str | None:
+    key, equals, value = text.partition("=")
+    parts = tuple(key.strip().split("."))
+    if not equals or not all(parts):
+        return "not of the form key=value, e.g. train.max_steps=200"
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        return f"the value is not valid YAML ({getattr(error, 'problem', error)})"
+    target = data
+    for part in parts[:-1]:
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
+            return f"{part} is not a section"
+    target[parts[-1]] = parsed
+    seen.add(parts)
+    return None
+
+
+def _describe(issue: Any, path: str, located: Located, overridden: set[Path_]) -> str:
+    loc: Path_ = tuple(issue["loc"])
+    name = dotted(loc)
+    if any(loc[: len(parts)] == parts for parts in overridden):
+        where = "command line"
+    else:
+        line = located.line(loc)
+        where = f"{path}:{line}" if line else path
+    if issue["type"] == "extra_forbidden":
+        return f"{where}: {_unknown_key(loc)}"
+    if issue["type"] == "missing":
+        return f"{where}: {name} is missing"
+    message = issue["msg"].removeprefix("Value error, ")
+    if issue["type"] == "value_error":
+        return (
+            f"{where}: {name}: {message}"
+            if name and not message.startswith(name.split(".")[0] + ".")
+            else (f"{where}: {message}")
+        )
+    given = located.spelling.get(loc, issue.get("input"))
+    shown = f" (given: {str(given)[:60]!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{where}: {name}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _unknown_key(loc: Path_) -> str:
+    *parents, key = loc
+    section: type[BaseModel] | None = Recipe
+    for part in parents:
+        annotation = section.model_fields[str(part)].annotation if section else None
+        section = next((t for t in (annotation, *get_args(annotation)) if _is_section(t)), None)
+    known = list(section.model_fields) if section else []
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
+    text = f"{dotted(loc)}: unknown key"
+    if near:
+        return f"{text}; did you mean {near[0]!r}?"
+    homes = [
+        name
+        for name, part in Recipe.model_fields.items()
+        if _is_section(part.annotation) and key in part.annotation.model_fields
+    ]
+    if homes:
+        return f"{text}; it belongs to {' or '.join(homes)}"
+    return f"{text} (known here: {', '.join(known)})" if known else text
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)

@@ -1,0 +1,112 @@
+"""The rows that stages hand to one another: Example, Annotation, Prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Reason = Literal[
+    "unparsed",  # the answer anchor is missing, or what follows it cannot be read
+    "empty",  # no text, no rationale, or nothing after the anchor
+    "truncated",  # the token budget ended before the answer did
+    "label-outside-set",  # a readable answer that is not one of the task's labels or choices
+    "several-answers",  # two or more different answers where one was asked for
+    "refused",  # the endpoint rejected this one request, or the model declined
+    "no-reply",  # every attempt failed; the next run asks again
+]
+Provenance = Literal["own", "hinted", "recorded", "human", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Text that could not be turned into a label, and why. Never an empty answer in disguise."""
+
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One input row.
+
+    ``input`` holds the task's canonical fields, ``label`` the gold label (None: unlabelled), ``rationale`` one that the
+    data set brings along, ``completion`` a teacher's raw text recorded with the row.
+    """
+
+    id: str
+    input: dict[str, Any]
+    label: str | None = None
+    rationale: str | None = None
+    completion: str | None = None
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Usage(_Row):
+    """Tokens as the endpoint counted them; None where it did not say."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Sample(_Row):
+    """One reply read: raw text, and the label and rationale found in its first turn, or the reason why not."""
+
+    text: str
+    label: str | None = None
+    rationale: str | None = None
+    reason: Reason | None = None
+    finish_reason: str | None = None
+
+
+class TeacherName(_Row):
+    kind: str
+    model: str | None = None
+
+
+class Annotation(_Row):
+    """One line of ``annotate/<split>.jsonl``: exactly one for every input row, accepted or not.
+
+    ``vote_share`` is the majority label's share of the readable samples, in [0, 1]; ``usd`` is None without prices.
+    """
+
+    schema_: Literal["dsbs.annotation/1"] = Field("dsbs.annotation/1", alias="schema")
+    id: str
+    input: dict[str, Any]
+    gold: str | None = None
+    label: str | None = None
+    rationale: str | None = None
+    provenance: Provenance = "none"
+    samples: list[Sample] = []
+    vote_share: float | None = None
+    accepted: bool = False
+    reject_reason: Reason | None = None
+    usage: Usage = Usage()
+    usd: float | None = None
+    teacher: TeacherName
+    request_key: str | None = None
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Prediction(_Row):
+    """One line of ``eval/predictions/<system>.jsonl``.
+
+    ``raw`` is the text as generated, ``prediction`` what the task read in it (None: unreadable), ``latency_ms`` the
+    batch's wall time divided by its rows.
+    """
+
+    schema_: Literal["dsbs.prediction/1"] = Field("dsbs.prediction/1", alias="schema")
+    id: str
+    gold: str | None = None
+    raw: str
+    prediction: str | None = None
+    correct: bool | None = None
+    rationale: str | None = None
+    latency_ms: float | None = None
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

@@ -1,0 +1,29 @@
+"""Your own classification: a closed set of labels, any columns as input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsbs.errors import UserError
+from dsbs.records import Unread
+from dsbs.tasks.base import Fields, fold, read_closed
+from dsbs.tasks.own import OwnDataTask
+
+
+class Classification(OwnDataTask):
+    @property
+    def labels(self) -> tuple[str, ...]:
+        assert self.section.labels is not None  # the recipe refuses classification without labels
+        return self.section.labels
+
+    def gold(self, value: Any, fields: Fields, where: str) -> str:
+        for label in self.labels:
+            if fold(label) == fold(str(value)):
+                return label
+        raise UserError(
+            f"{where}: label {str(value)[:60]!r} is not one of {', '.join(self.labels)}",
+            hint="mend the row, or add the label to task.labels",
+        )
+
+    def read_label(self, text: str, fields: Fields) -> str | Unread:
+        return read_closed(text, self.labels)
