@@ -108,5 +108,6 @@ class Prediction(_Row):
     correct: bool | None = None
     rationale: str | None = None
     latency_ms: float | None = None
+    made_by: str  # hash of the student, the rows and the decoding, or the teacher's name
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

@@ -1,0 +1,5 @@
+"""``python -m dsbs``."""
+
+from dsbs.cli import main
+
+main()

@@ -1,0 +1,108 @@
+"""``dsbs validate``: load the data, render the prompt, tokenise and measure. No model, no call, no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsbs.prompts import PromptRenderer, load_prompt
+from dsbs.recipe import Recipe
+from dsbs.records import Example
+from dsbs.student import new_tokenizer
+from dsbs.tasks import make_task
+from dsbs.tasks.base import Task
+from dsbs.tasks.load import data_hash, load
+
+_SAMPLE = 2000  # rows tokenised of each split
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What a look at a recipe found: the splits' figures, the first prompt, and what deserves attention."""
+
+    splits: dict[str, dict[str, Any]]
+    first_prompt: str | None
+    warnings: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"splits": self.splits, "first_prompt": self.first_prompt, "warnings": self.warnings}
+
+
+def validate(recipe: Recipe) -> Validation:
+    """Check a recipe against its data. Raises UserError for what would stop a later command."""
+    task = make_task(recipe.task)
+    parts = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
+    first_prompt = None
+    if recipe.teacher.kind != "human":
+        renderer = PromptRenderer(load_prompt(recipe, task), task)
+        first_prompt = renderer.render(parts["train"][0]).text
+    texts = [part for row in parts["train"] for part in (task.text(row.input), row.label, row.rationale) if part]
+    tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts])
+    warnings: list[str] = []
+    splits = {split: _look(recipe, task, tokenizer, split, rows, warnings) for split, rows in parts.items()}
+    warnings += _overlaps(parts)
+    return Validation(splits, first_prompt, warnings)
+
+
+def _look(
+    recipe: Recipe, task: Task, tokenizer: Any, split: str, rows: Sequence[Example], warnings: list[str]
+) -> dict[str, Any]:
+    sample = rows[:_SAMPLE]
+    limit, target_limit = recipe.student.max_input_tokens, recipe.student.max_target_tokens
+    inputs = _tokens(tokenizer, ["explain: " + task.text(row.input) for row in sample], limit)
+    targets = _tokens(tokenizer, [part for row in sample for part in (row.label, row.rationale) if part], target_limit)
+    with_gold = [row.label for row in rows if row.label is not None]
+    found: dict[str, Any] = {"rows": len(rows), "with_gold": len(with_gold), "hash": data_hash(rows)}
+    if task.labels is not None:
+        found["labels"] = dict(Counter(with_gold).most_common())
+        missing = [label for label in task.labels if with_gold and label not in found["labels"]]
+        if missing:
+            warnings.append(f"{split}: no row is labelled {', '.join(missing)}")
+    found["inputs"], found["targets"] = inputs, targets
+    for what, part, key in (("inputs", inputs, "max_input_tokens"), ("targets", targets, "max_target_tokens")):
+        if part and part["truncated"] > 0:
+            warnings.append(f"{split}: {100 * part['truncated']:.1f} % of {what} are longer than student.{key} and are cut")
+        if part and part["unknown"] > 0.001:
+            warnings.append(
+                f"{split}: {100 * part['unknown']:.2f} % of {what}' tokens are unknown to the student's tokenizer "
+                f"(e.g. {', '.join(map(repr, part['unknown_examples']))})"
+            )
+    if recipe.eval.split == split and len(with_gold) < len(rows):
+        warnings.append(f"{split}: {len(rows) - len(with_gold)} rows have no gold label and are left out of the comparison")
+    return found
+
+
+def _tokens(tokenizer: Any, texts: list[str], limit: int) -> dict[str, Any] | None:
+    """Lengths in tokens, the share of texts over ``limit``, the share of unknown tokens and characters behind them."""
+    if not texts:
+        return None
+    rows = tokenizer(texts)["input_ids"]
+    lengths = sorted(len(ids) for ids in rows)
+    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows)
+    strange: Counter[str] = Counter()
+    if unknown:
+        known = set("".join(tokenizer.get_vocab()))
+        strange.update(c for text in texts for c in text if not c.isspace() and c not in known)
+    return {
+        "median": lengths[len(lengths) // 2],
+        "longest": lengths[-1],
+        "truncated": sum(length > limit for length in lengths) / len(lengths),
+        "unknown": unknown / max(1, sum(lengths)),
+        "unknown_examples": [character for character, _ in strange.most_common(5)],
+    }
+
+
+def _overlaps(parts: dict[str, list[Example]]) -> list[str]:
+    """Warnings for inputs that stand in train and in valid or test as well (a held-out valid part is part of train)."""
+    warnings = []
+    ids = {split: {row.id for row in rows} for split, rows in parts.items()}
+    inputs = {split: {str(sorted(row.input.items())) for row in rows} for split, rows in parts.items()}
+    for split in ("valid", "test"):
+        if split == "valid" and ids["valid"] <= ids["train"]:
+            continue
+        shared = len(inputs["train"] & inputs[split])
+        if shared:
+            warnings.append(f"{split}: {shared} inputs also stand in train; accuracy there is flattered")
+    return warnings

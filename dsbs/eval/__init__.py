@@ -1,0 +1,1 @@
+"""Evaluation: every system's predictions in files, one scorer that reads them all, comparisons with their uncertainty."""

@@ -1,0 +1,185 @@
+"""The stage: predict what is missing, score all systems by one path, compare them with the baseline."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsbs.annotations import run_folder
+from dsbs.artefacts import hold, manifest, write_json
+from dsbs.errors import UserError
+from dsbs.eval.metrics import score
+from dsbs.eval.predict import (
+    TEACHER,
+    TrainedStudent,
+    predict_student,
+    predict_teacher,
+    prediction_file,
+    read_predictions,
+    trained_students,
+)
+from dsbs.eval.stats import Scores, accuracy, difference, holm
+from dsbs.eval.table import markdown
+from dsbs.progress import Meter, Silent
+from dsbs.recipe import Recipe
+from dsbs.records import Example, Prediction, Unread
+from dsbs.tasks import make_task
+from dsbs.tasks.base import Task
+from dsbs.tasks.load import data_hash, load
+
+
+@dataclass(slots=True)
+class System:
+    """One line of the comparison: the teacher, or the students of one method over their seeds."""
+
+    name: str
+    seeds: list[int]
+    accuracy: float
+    ci95: tuple[float, float]
+    interval: str
+    per_seed: list[float]
+    unreadable: float  # share of outputs that are no label of the task
+    parameters: int | None
+    ms_per_example: float | None  # median over rows of a batch's time divided by its rows
+    train_s: float | None  # mean over seeds
+    versus: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "accuracy": self.accuracy,
+            "ci95": list(self.ci95),
+            "interval": self.interval,
+            "seeds": self.seeds,
+            "accuracy_per_seed": self.per_seed,
+            "unreadable": self.unreadable,
+            "parameters": self.parameters,
+            "ms_per_example": self.ms_per_example,
+            "train_s": self.train_s,
+            "versus": self.versus,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """The closing table of ``dsbs eval``."""
+
+    run: Path
+    split: str
+    n: int
+    systems: list[System]
+    baseline: str | None
+    reportable: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.run),
+            "split": self.split,
+            "n": self.n,
+            "baseline": self.baseline,
+            "reportable": self.reportable,
+            "systems": [system.as_json() for system in self.systems],
+        }
+
+    def as_markdown(self) -> str:
+        return markdown(self.as_json())
+
+
+def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None) -> EvalResult:
+    """Predict the split with every student of the recipe and compare them all, the teacher included.
+
+    Writes ``eval/predictions/*.jsonl``, ``eval/results.json`` and ``eval/results.md``. Raises UserError where nothing was
+    trained or no row has a gold label.
+    """
+    meter = meter or Silent()
+    run = run_folder(recipe, out)
+    task = make_task(recipe.task)
+    students = _of_recipe(recipe, trained_students(run), run)
+    rows = [row for row in load(recipe, task, recipe.eval.split) if row.label is not None]
+    if not rows:
+        raise UserError(
+            f"no row of the {recipe.eval.split} split has a gold label, so nothing can be compared",
+            hint="label some test rows; they are never trained on",
+        )
+    data: dict[str, str] = {recipe.eval.split: data_hash(rows)}
+    with hold(run / "eval"), manifest(run / "eval" / "manifest.json", recipe.model_dump(mode="json"), data):
+        teacher = predict_teacher(recipe, task, rows, run)
+        for student in students:
+            predict_student(recipe, student, rows, run, meter)
+        result = _compare(recipe, task, rows, run, students, with_teacher=teacher is not None)
+        write_json(run / "eval" / "results.json", result.as_json())
+        (run / "eval" / "results.md").write_text(result.as_markdown() + "\n", encoding="utf-8")
+    return result
+
+
+def _of_recipe(recipe: Recipe, students: list[TrainedStudent], run: Path) -> list[TrainedStudent]:
+    wanted = [s for s in students if s.method in recipe.train.methods and s.seed in recipe.train.seeds]
+    wanted = [s for s in wanted if s.method != "step-by-step" or s.labels in recipe.train.labels]
+    if not wanted:
+        raise UserError(f"{run}/train has no finished student of this recipe", hint="run `dsbs train` with this recipe first")
+    return wanted
+
+
+def _compare(
+    recipe: Recipe, task: Task, rows: Sequence[Example], run: Path, students: list[TrainedStudent], *, with_teacher: bool
+) -> EvalResult:
+    scores: dict[str, Scores] = {}
+    systems: list[System] = []
+    groups: dict[str, list[TrainedStudent]] = {}
+    for student in students:
+        groups.setdefault(f"{student.method}-{student.labels}", []).append(student)
+    order = sorted(groups, key=lambda name: (not name.startswith(recipe.eval.baseline), name))
+    for name in ([TEACHER] if with_teacher else []) + order:
+        members = sorted(groups.get(name, []), key=lambda student: student.seed)
+        files = [read_predictions(prediction_file(run, s.name)) for s in members] or [
+            read_predictions(prediction_file(run, TEACHER))
+        ]
+        right, unreadable, latencies = [], 0, []
+        for predictions in files:
+            read = [_read(task, row, predictions, name) for row in rows]
+            unreadable += sum(label is None for label in read)
+            right.append(score(task, read, [str(row.label) for row in rows])["correct"])
+            latencies += [p.latency_ms for p in predictions.values() if p.latency_ms is not None]
+        scores[name] = np.asarray(right, dtype=np.float64).mean(axis=0)
+        found = accuracy(scores[name], len(files))
+        systems.append(
+            System(
+                name=name,
+                seeds=[student.seed for student in members],
+                accuracy=found.value,
+                ci95=found.ci95,
+                interval=found.interval,
+                per_seed=[float(np.mean(one)) for one in right],
+                unreadable=unreadable / len(files) / len(rows),
+                parameters=members[0].parameters if members else None,
+                ms_per_example=round(statistics.median(latencies), 3) if latencies else None,
+                train_s=round(statistics.mean(s.wall_s for s in members), 1) if members else None,
+            )
+        )
+    baseline = next((name for name in order if name.startswith(recipe.eval.baseline)), None)
+    if baseline is not None:
+        others = [system for system in systems if system.name != baseline]
+        gaps = [difference(scores[system.name], scores[baseline]) for system in others]
+        for system, gap, adjusted in zip(others, gaps, holm([gap.p for gap in gaps]), strict=True):
+            system.versus[baseline] = {
+                "delta": gap.delta,
+                "ci95": list(gap.ci95),
+                "p": gap.p,
+                "p_holm": adjusted,
+                "test": gap.test,
+            }
+    return EvalResult(run, recipe.eval.split, len(rows), systems, baseline, reportable=recipe.task.limit is None)
+
+
+def _read(task: Task, row: Example, predictions: dict[str, Prediction], name: str) -> str | None:
+    """The label in a row's raw output, read anew: a better reader needs no new prediction."""
+    prediction = predictions.get(row.id)
+    if prediction is None:
+        raise UserError(f"the predictions of {name} lack row {row.id!r}", hint="remove that prediction file and run again")
+    label = task.read_label(prediction.raw, row.input)
+    return None if isinstance(label, Unread) else label

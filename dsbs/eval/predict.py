@@ -1,0 +1,161 @@
+"""Prediction files: one line per row and system, written once per student, the teacher's from its annotations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dsbs.annotations import load_annotations, run_folder
+from dsbs.artefacts import canonical, digest, read_jsonl, write_jsonl
+from dsbs.errors import UserError
+from dsbs.progress import Meter
+from dsbs.recipe import Recipe
+from dsbs.records import Example, Prediction
+from dsbs.student import Student
+from dsbs.tasks.base import Task
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedStudent:
+    """What ``train.json`` says of a student; ``fingerprint`` changes with anything that changes its weights."""
+
+    name: str
+    method: str
+    labels: str
+    seed: int
+    folder: Path
+    fingerprint: str
+    parameters: int
+    wall_s: float
+    valid_accuracy: float
+
+
+def trained_students(run: Path) -> list[TrainedStudent]:
+    """Every finished student of a run. Raises UserError for a record that cannot be read."""
+    found = []
+    for record in sorted((run / "train").glob("*/train.json")):
+        try:
+            said = json.loads(record.read_text(encoding="utf-8"))["student"]
+            found.append(
+                TrainedStudent(
+                    name=said["name"],
+                    method=said["method"],
+                    labels=said["labels"],
+                    seed=said["seed"],
+                    folder=record.parent,
+                    fingerprint=said["fingerprint"],
+                    parameters=said["parameters"],
+                    wall_s=said["wall_s"],
+                    valid_accuracy=said["valid_accuracy"],
+                )
+            )
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{record} is not a training record ({error!r})", hint="train that student again") from None
+    return found
+
+
+def best_student(recipe: Recipe, out: str | Path | None = None, *, needs_rationales: bool = False) -> Path:
+    """Folder of the run's student that is most accurate on valid. Raises UserError where none is trained."""
+    run = run_folder(recipe, out)
+    students = [s for s in trained_students(run) if s.method == "step-by-step" or not needs_rationales]
+    if not students:
+        what = "student with rationales" if needs_rationales else "finished student"
+        raise UserError(f"{run}/train has no {what}", hint="run `dsbs train` first")
+    return max(students, key=lambda student: student.valid_accuracy).folder
+
+
+def prediction_file(run: Path, system: str) -> Path:
+    return run / "eval" / "predictions" / f"{system}.jsonl"
+
+
+def predict_student(recipe: Recipe, student: TrainedStudent, rows: Sequence[Example], run: Path, meter: Meter) -> Path:
+    """The student's prediction file: kept where it fits the student and the rows, else made (and the old one set aside)."""
+    path = prediction_file(run, student.name)
+    made_by = digest(student.fingerprint, canonical([[row.id, row.input] for row in rows]), str(recipe.eval.max_label_tokens))
+    if path.is_file():
+        there = _made_by(path)
+        if there == made_by:
+            return path
+        aside = path.parent / "aside" / f"{student.name}-{(there or 'unknown')[:12]}.jsonl"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(aside)
+    meter.say(f"predict {recipe.eval.split}: {student.name}")
+    model = Student.load(student.folder)
+    size = recipe.eval.batch_size
+    model.predict([row.input for row in rows[: min(size, 8)]], batch_size=size)  # the first batch pays for start-up
+    answers = model.predict([row.input for row in rows], batch_size=size, max_label_tokens=recipe.eval.max_label_tokens)
+    write_jsonl(
+        path,
+        (
+            Prediction(
+                id=row.id,
+                gold=row.label,
+                raw=answer.raw,
+                prediction=answer.label,
+                correct=None if row.label is None else answer.label is not None and model.task.correct(answer.label, row.label),
+                latency_ms=round(answer.latency_ms, 4),
+                made_by=made_by,
+            ).model_dump_json(by_alias=True)
+            for row, answer in zip(rows, answers, strict=True)
+        ),
+    )
+    return path
+
+
+def predict_teacher(recipe: Recipe, task: Task, rows: Sequence[Example], run: Path) -> Path | None:
+    """The teacher's prediction file from its annotations of the split; None where it was not asked about that split."""
+    if recipe.eval.split not in recipe.annotate.splits or recipe.teacher.kind == "human":
+        return None
+    annotations = load_annotations(recipe, task, run, recipe.eval.split)
+    missing = [row.id for row in rows if row.id not in annotations]
+    if missing:
+        raise UserError(
+            f"{len(missing)} {recipe.eval.split} rows have no annotation (first: {missing[0]})",
+            hint="the data changed since: run `dsbs annotate` again",
+        )
+
+    def line(row: Example) -> str:
+        annotation = annotations[row.id]
+        return Prediction(
+            id=row.id,
+            gold=row.label,
+            raw=annotation.label or "",
+            prediction=annotation.label,
+            correct=None if row.label is None else annotation.label is not None and task.correct(annotation.label, row.label),
+            rationale=annotation.rationale,
+            made_by=f"teacher:{annotation.teacher.kind}:{annotation.teacher.model}",
+        ).model_dump_json(by_alias=True)
+
+    path = prediction_file(run, TEACHER)
+    write_jsonl(path, (line(row) for row in rows))
+    return path
+
+
+def read_predictions(path: Path) -> dict[str, Prediction]:
+    """A prediction file by id. Raises UserError with file and line."""
+    found: dict[str, Prediction] = {}
+    for number, row in read_jsonl(path):
+        try:
+            prediction = Prediction.model_validate(row)
+        except ValidationError as error:
+            raise UserError(f"{path}:{number}: not a prediction ({error.errors()[0]['msg']})", hint="remove the file") from None
+        if prediction.id in found:
+            raise UserError(f"{path}:{number}: id {prediction.id!r} occurs twice", hint="remove the file and run again")
+        found[prediction.id] = prediction
+    return found
+
+
+def _made_by(path: Path) -> str | None:
+    try:
+        first: dict[str, Any] = next(iter(read_jsonl(path)))[1]
+    except (StopIteration, UserError):
+        return None
+    value = first.get("made_by")
+    return value if isinstance(value, str) else None

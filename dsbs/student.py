@@ -1,0 +1,280 @@
+"""The student: sole owner of the T5 model and its tokenizer. Nothing here imports torch before a model is needed."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from dsbs.artefacts import digest, write_json
+from dsbs.errors import DsbsError, UserError
+from dsbs.recipe import StudentSection, TaskSection
+from dsbs.records import Unread
+from dsbs.tasks import make_task
+
+# Shapes of students made from scratch (T5 v1.0 layout, Raffel et al., 2020; embeddings are tied).
+SIZES: dict[str, dict[str, int]] = {
+    "nano": {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 384, "num_layers": 4, "num_decoder_layers": 3},
+    "mini": {"d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 1024, "num_layers": 6, "num_decoder_layers": 5},
+    "small": {"d_model": 512, "d_kv": 64, "num_heads": 6, "d_ff": 1024, "num_layers": 8, "num_decoder_layers": 8},
+}
+CARD = "student.json"
+_MAX_VOCABULARY_LINES = 200_000
+
+
+class StudentCard(BaseModel):
+    """``student.json``: what a student needs to know about itself to predict."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: str = "dsbs.student/1"
+    name: str
+    method: str
+    labels: str  # whose labels it learned: gold or teacher
+    seed: int
+    task: TaskSection
+    prefixes: dict[str, str]  # of each task it learned: label, rationale
+    max_input_tokens: int
+    max_target_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A student's answer to one input. ``rationale`` is decoded apart from the label and did not cause it."""
+
+    raw: str
+    label: str | None  # None: the raw text is no label of the task
+    rationale: str | None
+    latency_ms: float  # wall time of the label's batch over its rows
+
+
+class Student:
+    """A trained student: load one, then ``predict``."""
+
+    def __init__(self, model: Any, tokenizer: Any, card: StudentCard) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.card = card
+        self.task = make_task(card.task)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Student:
+        """Read a student folder (``train/<name>/`` of a run). Raises UserError where there is none."""
+        folder = Path(path)
+        try:
+            card = StudentCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} holds no student (no {CARD})", hint="give a folder such as runs/demo/train/step-by-step-gold-s0"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"{folder / CARD} is not a student card ({error})", hint="train the student again") from None
+        return cls(load_model(str(folder)), load_tokenizer(str(folder)), card)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        write_json(folder / CARD, self.card.model_dump(mode="json"))
+
+    def input_text(self, item: str | Mapping[str, Any]) -> str:
+        """The student's input of a row's fields, or a text as it is."""
+        if isinstance(item, str):
+            return item
+        return self.task.text(self.task.fields(item, "input"))
+
+    def predict(
+        self,
+        items: Sequence[str | Mapping[str, Any]],
+        *,
+        rationale: bool = False,
+        batch_size: int = 64,
+        max_label_tokens: int = 64,
+    ) -> list[Answer]:
+        """Answer texts or rows of fields, greedily. With ``rationale``, decode one for each too (it explains nothing that
+        the label was made from: two prefixes, two decodes). Raises UserError where the student learned no rationales.
+        """
+        if rationale and "rationale" not in self.card.prefixes:
+            raise UserError(
+                f"{self.card.name} was trained without rationales", hint="use a step-by-step student, or leave --rationale out"
+            )
+        fields = [{"text": item} if isinstance(item, str) else self.task.fields(item, "input") for item in items]
+        texts = [self.input_text(item) for item in items]
+        prefix = self.card.prefixes["label"]
+        raws, latencies = self.generate([prefix + text for text in texts], max_label_tokens, batch_size)
+        rationales: Sequence[str | None] = [None] * len(items)
+        if rationale:
+            explain = self.card.prefixes["rationale"]
+            rationales, _ = self.generate([explain + text for text in texts], self.card.max_target_tokens, batch_size)
+        answers = []
+        for raw, latency, why, row in zip(raws, latencies, rationales, fields, strict=True):
+            label = self.task.read_label(raw, row)
+            answers.append(Answer(raw, None if isinstance(label, Unread) else label, why, latency))
+        return answers
+
+    def generate(self, texts: Sequence[str], max_new_tokens: int, batch_size: int) -> tuple[list[str], list[float]]:
+        """Greedy decoding of ``texts``: the decoded strings and, for each, its batch's milliseconds over its rows."""
+        import torch
+
+        self.model.eval()
+        outputs = [""] * len(texts)
+        latencies = [0.0] * len(texts)
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            began = time.perf_counter()
+            batch = self.tokenizer(
+                [texts[i] for i in chosen],
+                padding=True,
+                truncation=True,
+                max_length=self.card.max_input_tokens,
+                return_tensors="pt",
+            ).to(self.model.device)
+            with torch.inference_mode():
+                ids = self.model.generate(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    max_new_tokens=max_new_tokens,
+                    num_beams=1,
+                    do_sample=False,
+                )
+            decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            per_row = 1000 * (time.perf_counter() - began) / len(chosen)
+            for i, text in zip(chosen, decoded, strict=True):
+                outputs[i], latencies[i] = text.strip(), per_row
+        return outputs, latencies
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+# --- where models and tokenizers come from
+
+
+def load_tokenizer(source: str) -> Any:
+    """The T5 tokenizer of a Hub id or local folder. Needs no torch."""
+    from transformers import T5Tokenizer
+
+    _quiet()
+    try:
+        tokenizer = T5Tokenizer.from_pretrained(_local(source))
+    except Exception as error:  # hub, network and file errors share no root
+        raise _not_loaded("tokenizer", source, error) from None
+    if len(tokenizer) < 64:  # a tokenizer file that was not understood yields the special tokens only
+        raise DsbsError(f"the tokenizer of {source} has only {len(tokenizer)} tokens", hint="check the folder's files")
+    return tokenizer
+
+
+def load_model(source: str) -> Any:
+    """The sequence-to-sequence model of a Hub id or local folder, in float32 whatever it was saved in."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    _quiet()
+    try:
+        model = AutoModelForSeq2SeqLM.from_pretrained(_local(source), dtype=torch.float32)
+    except Exception as error:
+        raise _not_loaded("model", source, error) from None
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def _local(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path) if path.is_dir() else source
+
+
+def _not_loaded(what: str, source: str, error: Exception) -> DsbsError:
+    said = " ".join(str(error).split())[:240]
+    return DsbsError(
+        f"the {what} of student {source!r} cannot be loaded ({type(error).__name__}: {said})",
+        hint="check student.model and the network, give a local folder, or use student: {init: scratch}",
+    )
+
+
+def new_model(section: StudentSection, tokenizer: Any, seed: int) -> Any:
+    """The model that training starts from: pretrained weights, or random ones that depend on ``seed`` alone."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    if section.model is not None:
+        return load_model(section.model)
+    _quiet()
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+        "dropout_rate": 0.1,
+    }
+    config = T5Config(**shape | SIZES[section.size])
+    torch.manual_seed(seed)
+    return T5ForConditionalGeneration(config)
+
+
+def new_tokenizer(section: StudentSection, texts: Iterable[str]) -> Any:
+    """The tokenizer that training starts from: the model's own, or a SentencePiece vocabulary learned from ``texts``."""
+    return load_tokenizer(section.model) if section.model is not None else learn_vocabulary(texts, section.vocab_size)
+
+
+def learn_vocabulary(texts: Iterable[str], size: int) -> Any:
+    """A T5 tokenizer over a unigram SentencePiece vocabulary (Kudo, 2018) of at most ``size`` pieces; deterministic."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import T5Tokenizer
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            vocab_size=size,
+            model_type="unigram",
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=1,
+            max_sentence_length=1 << 20,
+            input_sentence_size=_MAX_VOCABULARY_LINES,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"no vocabulary can be learned from the training text ({error})",
+            hint="a scratch student needs a few dozen rows of text; or name a pretrained student.model",
+        ) from None
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model.getvalue())
+    return T5Tokenizer(
+        vocab=[(piece.piece, piece.score) for piece in proto.pieces],
+        extra_ids=0,
+        _spm_precompiled_charsmap=proto.normalizer_spec.precompiled_charsmap,
+    )
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.replace("</s>", "\n").split("\n"):
+            if line.strip():
+                yield line
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    return digest(json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False))
+
+
+def _quiet() -> None:
+    """Transformers' own bars and notes do not belong between ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,78 @@
+"""What a run of the trainer leaves behind while it runs: metrics.jsonl, progress, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from dsbs.errors import UserError
+from dsbs.progress import Meter
+
+
+class Follow(TrainerCallback):
+    """Appends to ``metrics.jsonl`` and moves the meter.
+
+    A line has ``step``, ``elapsed_s`` (training time so far, earlier runs included) and either losses in nats per token
+    (``loss``, ``label_loss``, ``rationale_loss``, ``learning_rate``, ``grad_norm``) or ``eval_accuracy`` and
+    ``eval_label_loss``. Lines after the checkpoint that a run resumes from are dropped: they come again.
+    """
+
+    def __init__(self, path: Path, meter: Meter, valid_rows: int, resume: Path | None) -> None:
+        self.first_step = int(resume.name.rpartition("-")[2]) if resume else 0
+        self.accuracies: dict[int, float] = {}
+        self.best = -1.0
+        self._path, self._meter, self._valid_rows = path, meter, valid_rows
+        self._before_s = 0.0
+        self._began = time.monotonic()
+        self._note = ""
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the line that a kill cut
+            if row["step"] <= self.first_step:
+                kept.append(line)
+                self._before_s = row["elapsed_s"]
+                self._remember(row)
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._before_s + time.monotonic() - self._began
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        if "eval_accuracy" in row:
+            self.accuracies[row["step"]] = row["eval_accuracy"]
+            self.best = max(self.best, row["eval_accuracy"])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "train_runtime" in logs:
+            return
+        row: dict[str, Any] = {"step": state.global_step, "elapsed_s": round(self.elapsed_s, 3)}
+        row |= {name: value for name, value in logs.items() if name not in ("epoch", "eval_selection")}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._remember(row)
+        losses = [f"{name} {row[name + '_loss']:.3f}" for name in ("label", "rationale") if f"{name}_loss" in row]
+        if losses:
+            self._note = "loss: " + ", ".join(losses)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = f"; best valid {100 * self.best:.1f} %" if self.best >= 0 else ""
+        self._meter.update(state.global_step, self._note + best)
+
+
+def tensorboard(folder: Path) -> tuple[TrainerCallback, ...]:
+    """The callback that writes every logged figure as TensorBoard events beside the student."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations.integration_utils import TensorBoardCallback
+    except ImportError:
+        raise UserError("report.tensorboard needs the package tensorboard", hint="pip install 'dsbs[tensorboard]'") from None
+    writer = SummaryWriter(str(folder / "tensorboard"))
+    return (TensorBoardCallback(tb_writer=writer),)

@@ -1,0 +1,332 @@
+"""The stage: every student of the grid, each resumed where it stood, the best step on valid saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dsbs.annotations import run_folder
+from dsbs.artefacts import canonical, digest, hold, manifest, now, versions, write_json
+from dsbs.errors import DsbsError, UserError
+from dsbs.progress import Meter, Silent, running
+from dsbs.recipe import Recipe
+from dsbs.records import Unread
+from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, tokenizer_hash
+from dsbs.tasks import make_task
+from dsbs.tasks.load import data_hash, stream
+from dsbs.train.encode import Collator, Data, Encoded, Encoder, encoded_hash, gather, vocabulary_text
+from dsbs.train.methods import METHODS, Cell, View, grid
+
+RECORD = "train.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One line of the stage's summary. ``valid_accuracy`` is that of the saved step."""
+
+    name: str
+    method: str
+    labels: str
+    seed: int
+    path: str
+    valid_accuracy: float
+    best_step: int
+    steps: int
+    examples_per_s: float
+    wall_s: float
+    parameters: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """The closing summary of ``dsbs train``."""
+
+    run: Path
+    students: list[Trained]
+    reportable: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.run),
+            "reportable": self.reportable,
+            "students": [asdict(student) for student in self.students],
+        }
+
+
+def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None) -> TrainResult:
+    """Train every student of the recipe's grid into ``train/<method>-<labels>-s<seed>/``.
+
+    Finished students that fit the recipe and the data are kept, an interrupted one continues from its last checkpoint.
+    Raises UserError where the run lacks what a method learns from.
+    """
+    meter = meter or Silent()
+    run = run_folder(recipe, out)
+    task = make_task(recipe.task)
+    cells = grid(recipe.train)
+    data = gather(recipe, task, run, cells)
+    _check_precision(recipe)
+    hashes: dict[str, str] = {split: data_hash(stream(recipe, task, split)) for split in ("train", "valid")}
+    with (
+        hold(run / "train"),
+        manifest(run / "train" / "manifest.json", recipe.model_dump(mode="json"), hashes) as record,
+    ):
+        tokenizer = new_tokenizer(recipe.student, vocabulary_text(data))
+        students = [_Cell(recipe, cell, data, tokenizer, run).run(meter) for cell in cells]
+        record["students"] = [student.name for student in students]
+    return TrainResult(run, students, reportable=recipe.task.limit is None)
+
+
+def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any]]:
+    """What ``train`` would do, for --dry-run: a line for every student."""
+    run = run_folder(recipe, out)
+    cells = grid(recipe.train)
+    data = gather(recipe, make_task(recipe.task), run, cells)
+    lines = []
+    for cell in cells:
+        taught = [row for row in data.train if row.label(cell.labels)]
+        with_rationale = sum(1 for row in taught if row.rationale) if METHODS[cell.method].needs_rationales else 0
+        lines.append(
+            {
+                "name": cell.name,
+                "rows": len(taught),
+                "rationales": with_rationale,
+                "valid": len(data.valid),
+                "steps": recipe.train.max_steps,
+                "done": (run / "train" / cell.name / RECORD).is_file(),
+            }
+        )
+    return lines
+
+
+def _check_precision(recipe: Recipe) -> None:
+    if recipe.train.precision == "bf16":
+        import torch
+
+        if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+            raise UserError(
+                "train.precision: bf16 needs a GPU that has it; on some processors it ends in an illegal instruction",
+                hint="use train.precision: auto",
+            )
+
+
+class _Cell:
+    """One student's training, from encoding to the saved folder."""
+
+    def __init__(self, recipe: Recipe, cell: Cell, data: Data, tokenizer: Any, run: Path) -> None:
+        self.recipe, self.cell, self.data, self.tokenizer = recipe, cell, data, tokenizer
+        self.views: tuple[View, ...] = METHODS[cell.method].views(recipe.train)
+        student = recipe.student
+        encoder = Encoder(tokenizer, student.max_input_tokens, student.max_target_tokens)
+        self.rows: list[Encoded] = encoder.rows(data.train, self.views, cell.labels)
+        self.valid: list[Encoded] = encoder.rows(data.valid, self.views[:1], data.valid_labels)
+        self.folder = run / "train" / cell.name
+        self.checkpoints = self.folder / "checkpoints"
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """Hash of all that decides the student's weights: equal fingerprint, equal student."""
+        train = self.recipe.train.model_dump(mode="json", exclude={"methods", "labels", "seeds", "log_every"})
+        return digest(
+            canonical(train),
+            canonical(self.recipe.student.model_dump(mode="json")),
+            canonical(asdict(self.cell)),
+            canonical([asdict(view) for view in self.views]),
+            tokenizer_hash(self.tokenizer),
+            encoded_hash(self.rows),
+            encoded_hash(self.valid),
+        )
+
+    def run(self, meter: Meter) -> Trained:
+        self._make_room()
+        finished = self.folder / RECORD
+        if finished.is_file():
+            meter.say(f"{self.cell.name}: finished before, kept")
+            return Trained(**json.loads(finished.read_text(encoding="utf-8"))["student"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "work.json", {"fingerprint": self.fingerprint})
+        return self._train(meter)
+
+    def _make_room(self) -> None:
+        """Another recipe's or other data's student under this name moves aside, and ours comes back if it was aside."""
+        try:
+            there = json.loads((self.folder / "work.json").read_text(encoding="utf-8"))["fingerprint"]
+        except (OSError, ValueError, KeyError):
+            there = None
+        if there == self.fingerprint:
+            return
+        aside = self.folder.parent / "aside"
+        if self.folder.exists():
+            target = aside / f"{self.cell.name}-{(there or 'unknown')[:12]}"
+            while target.exists():
+                target = target.with_name(target.name + "+")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.rename(target)
+        mine = aside / f"{self.cell.name}-{self.fingerprint[:12]}"
+        if mine.exists():
+            mine.rename(self.folder)
+
+    def _train(self, meter: Meter) -> Trained:
+        import torch
+        from transformers import PrinterCallback, Seq2SeqTrainingArguments, set_seed
+
+        from dsbs.train.callbacks import Follow, tensorboard
+        from dsbs.train.trainer import StepTrainer
+
+        section, seed = self.recipe.train, self.cell.seed
+        set_seed(seed)
+        model = new_model(self.recipe.student, self.tokenizer, seed)
+        if section.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        student = Student(model, self.tokenizer, self._card())
+        micro = section.micro_batch_size or section.batch_size
+        bf16 = section.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(self.checkpoints),
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=section.batch_size // micro,
+            max_steps=section.max_steps,
+            learning_rate=section.learning_rate,
+            lr_scheduler_type=section.schedule,
+            warmup_steps=section.warmup_steps,
+            weight_decay=section.weight_decay,
+            logging_steps=section.log_every,
+            eval_strategy="steps",
+            eval_steps=section.eval_steps,
+            save_strategy="steps",
+            save_steps=section.eval_steps,
+            save_total_limit=1,
+            metric_for_best_model="selection",
+            greater_is_better=True,
+            remove_unused_columns=False,
+            bf16=bf16,
+            seed=seed,
+            data_seed=seed,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        )
+        resume = last_checkpoint(self.checkpoints)
+        follow = Follow(self.folder / "metrics.jsonl", meter, len(self.data.valid), resume)
+        trainer = StepTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=self.rows,
+            eval_dataset=self.valid,
+            data_collator=Collator(self.tokenizer.pad_token_id),
+            views=self.views,
+            validate=lambda: self._validate(student),
+            callbacks=[follow, *(tensorboard(self.folder) if self.recipe.report.tensorboard else ())],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with running(meter, f"train {self.cell.name}", section.max_steps, follow.first_step):
+            try:
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            except torch.OutOfMemoryError:
+                raise DsbsError(
+                    f"{self.cell.name}: the GPU's memory is full",
+                    hint=f"set train.micro_batch_size to {max(1, micro // 2)}: same objective, less memory; then run again",
+                ) from None
+        best = int(trainer.state.best_global_step or 0)
+        chosen = Student(load_model(str(self.checkpoints / f"checkpoint-{best}")), self.tokenizer, student.card)
+        return self._finish(chosen, best, trainer.state.global_step, follow)
+
+    def _card(self) -> StudentCard:
+        return StudentCard(
+            name=self.cell.name,
+            method=self.cell.method,
+            labels=self.cell.labels,
+            seed=self.cell.seed,
+            task=self.recipe.task,
+            prefixes={view.target: view.prefix for view in self.views},
+            max_input_tokens=self.recipe.student.max_input_tokens,
+            max_target_tokens=self.recipe.student.max_target_tokens,
+        )
+
+    def _validate(self, student: Student) -> dict[str, float]:
+        """Accuracy on valid, the label loss there (nats per token), and what the best step is chosen by.
+
+        ``selection`` orders steps by accuracy and, among equals, by lower loss: half a row's worth at most.
+        """
+        accuracy = self._accuracy(student)
+        loss = self._valid_loss(student)
+        return {
+            "accuracy": accuracy,
+            "label_loss": loss,
+            "selection": accuracy + 0.5 / len(self.data.valid) / (1.0 + loss),
+        }
+
+    def _accuracy(self, student: Student) -> float:
+        task, rows = student.task, self.data.valid
+        raws, _ = student.generate(
+            [self.views[0].prefix + row.text for row in rows],
+            self.recipe.eval.max_label_tokens,
+            self.recipe.eval.batch_size,
+        )
+        right = 0
+        for raw, row in zip(raws, rows, strict=True):
+            label = task.read_label(raw, self.data.fields[row.id])
+            right += not isinstance(label, Unread) and task.correct(label, str(row.label(self.data.valid_labels)))
+        return right / len(rows)
+
+    def _valid_loss(self, student: Student) -> float:
+        import torch
+
+        from dsbs.train.losses import summed_nll, target_tokens
+
+        collate, size = Collator(self.tokenizer.pad_token_id), self.recipe.eval.batch_size
+        total, tokens = 0.0, 0
+        rows = sorted(self.valid, key=lambda row: len(row["label"][0]))
+        with torch.inference_mode():
+            for start in range(0, len(rows), size):
+                batch = collate(rows[start : start + size])["label"]
+                batch = {name: tensor.to(student.model.device) for name, tensor in batch.items()}
+                total += float(summed_nll(student.model(**batch).logits, batch["labels"]))
+                tokens += target_tokens(batch["labels"])
+        return total / tokens
+
+    def _finish(self, student: Student, best: int, steps: int, follow: Any) -> Trained:
+        student.save(self.folder)
+        record = Trained(
+            name=self.cell.name,
+            method=self.cell.method,
+            labels=self.cell.labels,
+            seed=self.cell.seed,
+            path=str(self.folder),
+            valid_accuracy=follow.accuracies[best],
+            best_step=best,
+            steps=steps,
+            examples_per_s=round(steps * self.recipe.train.batch_size / max(follow.elapsed_s, 1e-9), 2),
+            wall_s=round(follow.elapsed_s, 2),
+            parameters=student.parameters,
+            fingerprint=self.fingerprint,
+        )
+        write_json(
+            self.folder / RECORD,
+            {
+                "student": asdict(record),
+                "rows": len(self.rows),
+                "rationales": sum("rationale" in row for row in self.rows),
+                "valid_rows": len(self.data.valid),
+                "valid_labels": self.data.valid_labels,
+                "ended": now(),
+                "versions": versions(),
+            },
+        )
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # the best one is the student; the rest served resuming
+        return record
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint. One that a kill left half-written has no readable trainer state and is removed."""
+    whole = []
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            whole.append((int(path.name.rpartition("-")[2]), path))
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole)[1] if whole else None
