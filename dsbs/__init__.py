@@ -24,12 +24,12 @@ from dsbs.errors import DsbsError, PartialError, UserError
 
 if TYPE_CHECKING:
     from dsbs.annotate.summary import AnnotateResult
+    from dsbs.check import Validation
     from dsbs.eval.compare import EvalResult
     from dsbs.progress import Meter
     from dsbs.recipe import Recipe
     from dsbs.student import Student
     from dsbs.train.loop import TrainResult
-    from dsbs.check import Validation
 
 __version__ = "0.1.0"
 __all__ = [

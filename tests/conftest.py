@@ -1,0 +1,104 @@
+"""What tests share: small recipes and data on disk, the commands as a user calls them, real data where it lies beside."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+TEAMS = ("billing", "shipping")
+
+
+def toy_rows(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Distinct rows whose team is told by one word."""
+    words = {"billing": "invoice", "shipping": "parcel"}
+    return [
+        {"id": f"r{i}", "text": f"My {words[TEAMS[i % 2]]} number {i} is wrong.", "team": TEAMS[i % 2]}
+        for i in range(start, start + count)
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_dsbs(*arguments: str, cwd: Path, env: dict[str, str] | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m dsbs …` as a user runs it, with captured output."""
+    environment = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"} | (env or {})
+    return subprocess.run(
+        [sys.executable, "-m", "dsbs", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=kwargs.pop("timeout", 300),
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data with real completions."""
+    if not SHARED.is_dir():
+        pytest.skip("real data is not beside this checkout (../shared/data)")
+    return SHARED
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a toy classification recipe with its data and returns the recipe's path; sections may be replaced."""
+
+    def make(train: int = 40, test: int = 12, **sections: Any) -> Path:
+        write_csv(tmp_path / "train.csv", toy_rows(train))
+        write_csv(tmp_path / "test.csv", toy_rows(test, start=1000))
+        recipe: dict[str, Any] = {
+            "name": "toy",
+            "task": {
+                "name": "classification",
+                "labels": list(TEAMS),
+                "columns": {"label": "team"},
+                "data": {"train": str(tmp_path / "train.csv"), "test": str(tmp_path / "test.csv")},
+            },
+            "teacher": {"model": "loopback", "base_url": "http://127.0.0.1:9/v1", "timeout_s": 10},
+            "annotate": {"concurrency": 8},
+            "student": {"init": "scratch", "vocab_size": 200, "max_input_tokens": 64, "max_target_tokens": 32},
+            "train": {"learning_rate": 0.001, "batch_size": 8, "max_steps": 6, "eval_every": 3, "log_every": 1},
+            "eval": {"max_label_tokens": 8},
+        }
+        for name, value in sections.items():
+            recipe[name] = recipe.get(name, {}) | value if isinstance(value, dict) else value
+        path = tmp_path / "toy.yaml"
+        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+        return path
+
+    return make
+
+
+def good_answer(body: dict[str, Any], number: int) -> str:
+    """A teacher that reasons and is right about the toy rows."""
+    question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    team = "billing" if "invoice" in question else "shipping"
+    word = "an invoice" if team == "billing" else "a parcel"
+    return f"The message is about {word}.\nAnswer: {team}"
