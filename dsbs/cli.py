@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -282,21 +283,25 @@ def _stamp(reportable: bool) -> None:
         print("smoke: not reportable (task.limit is set)")
 
 
-def _quietly(run: Callable[[], None]) -> int:
-    """Run a command; a failure that a person can act on becomes its message and exit code."""
+def _exit_code() -> int:
+    """Run the command line; a failure that a person can act on becomes its message and exit code."""
     try:
-        run()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:  # how typer ends: the code is already said
+        if end.code == 130:
+            print("dsbs: interrupted; run the same command to continue", file=sys.stderr)
+        return end.code if isinstance(end.code, int) else 0
     except DsbsError as error:
         print(f"dsbs: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("dsbs: interrupted; run the same command to continue", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         return 0
     except OSError as error:
-        if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"dsbs: the disk is full ({error})\n  try: free some space, then run the same command", file=sys.stderr)
         return 3
@@ -307,4 +312,4 @@ def main() -> None:
     """Entry point of ``dsbs``. Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 130 interrupted."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(_quietly(lambda: app(standalone_mode=True)))
+    sys.exit(_exit_code())

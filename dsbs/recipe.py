@@ -162,13 +162,13 @@ class TrainSection(Section):
     labels: Annotated[tuple[LabelSource, ...], BeforeValidator(_as_tuple)] = ("gold",)  # of step-by-step's label task
     rationale_weight: float = Field(1.0, ge=0)  # λ in (L_label + λ·L_rationale) / (1 + λ)
     seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
-    learning_rate: float = Field(5.0e-5, gt=0)  # AdamW's peak
+    learning_rate: float = Field(5.0e-5, gt=0)  # AdamW's peak; a scratch student's default is 1e-3
     schedule: Literal["linear", "constant"] = "linear"  # linear: decays to 0 at max_steps
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(64, gt=0)  # examples of one optimizer step
     micro_batch_size: int | None = Field(None, gt=0)  # examples of one forward pass; None: the whole batch
-    max_steps: int = Field(10_000, gt=0)  # optimizer steps
+    max_steps: int = Field(10_000, gt=0)  # optimizer steps; a scratch student's default is 1,000
     eval_every: int | None = Field(None, gt=0)  # steps between looks at valid; None: a twentieth of max_steps
     log_every: int = Field(10, gt=0)  # steps between lines of metrics.jsonl
     valid_limit: int = Field(1000, gt=0)  # validation rows at most, the same for every method, chosen by id hash
@@ -212,6 +212,9 @@ class ReportSection(Section):
     tensorboard: bool = False  # also write TensorBoard event files beside every student
 
 
+# Where the student starts from random weights; the section's own defaults are the paper's, for pretrained ones.
+SCRATCH_DEFAULTS = {"learning_rate": 1.0e-3, "max_steps": 1000}
+
 # Names only, so that a recipe is checked without importing what they name; a test holds them to their registries.
 METHOD_NAMES = ("step-by-step", "finetune", "distill")
 TASK_NAMES = ("classification", "generation", "svamp", "cqa", "anli", "esnli")
@@ -228,6 +231,18 @@ class Recipe(Section):
     report: ReportSection = ReportSection()
 
     _folder: Path | None = PrivateAttr(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """Sections left empty are defaults; a student without pretraining learns faster and for less long."""
+        if not isinstance(data, dict):
+            return data
+        data = {name: value for name, value in data.items() if value is not None or name in ("name", "task", "teacher")}
+        student, train = data.get("student", {}), data.get("train", {})
+        if isinstance(student, dict) and isinstance(train, dict) and not student.get("model"):
+            data["train"] = SCRATCH_DEFAULTS | train
+        return data
 
     @property
     def folder(self) -> Path | None:

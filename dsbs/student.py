@@ -166,8 +166,12 @@ def load_tokenizer(source: str) -> Any:
         tokenizer = T5Tokenizer.from_pretrained(_local(source))
     except Exception as error:  # hub, network and file errors share no root
         raise _not_loaded("tokenizer", source, error) from None
-    if len(tokenizer) < 64:  # a tokenizer file that was not understood yields the special tokens only
-        raise DsbsError(f"the tokenizer of {source} has only {len(tokenizer)} tokens", hint="check the folder's files")
+    pieces = sum(not token.startswith("<") for token in tokenizer.get_vocab())
+    if pieces < 32:  # files that are missing or not understood silently yield the special tokens alone
+        raise DsbsError(
+            f"the tokenizer of student {source!r} has only {pieces} pieces of text",
+            hint="check that the local folder has tokenizer.json or spiece.model",
+        )
     return tokenizer
 
 

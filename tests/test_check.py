@@ -1,0 +1,33 @@
+"""validate: what it measures and what it warns of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import toy_rows, write_csv
+from test_student import make_student
+
+from dsbs import load_recipe, validate
+
+
+def test_a_sound_recipe_has_figures_and_no_warnings(toy: Callable[..., Path]) -> None:
+    found = validate(load_recipe(toy(), ["task.data.valid_fraction=0.3"]))
+    assert found.warnings == []
+    assert found.splits["train"]["rows"] == 40 and found.splits["train"]["labels"] == {"billing": 20, "shipping": 20}
+    assert found.splits["test"]["inputs"]["truncated"] == 0.0
+    assert found.first_prompt is not None and "invoice number 0" in found.first_prompt
+
+
+def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(toy: Callable[..., Path], tmp_path: Path) -> None:
+    path = toy()
+    folder = tmp_path / "pretrained"
+    make_student().save(folder)
+    rows = [*toy_rows(3), {"id": "t1", "text": "My parcel 駅 駅 駅 is late " * 30, "team": "shipping"}]
+    write_csv(tmp_path / "test.csv", [row | {"id": f"t-{row['id']}", "team": "shipping"} for row in rows])
+    found = validate(load_recipe(path, [f"student={{model: {folder}}}", "student.max_input_tokens=64"]))
+    told = "\n".join(found.warnings)
+    assert "test: 25.0 % of inputs are longer than student.max_input_tokens" in told
+    assert "unknown to the student's tokenizer" in told and "駅" in told
+    assert "test: no row is labelled billing" in told
+    assert "test: 3 inputs also stand in train" in told

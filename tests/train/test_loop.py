@@ -1,0 +1,199 @@
+"""The stage from annotations to student folders: resuming, setting aside, choosing the best step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import good_answer, run_dsbs
+from loopback import LoopbackServer
+
+from dsbs import UserError, annotate, load_recipe, train
+from dsbs.recipe import Recipe
+from dsbs.train.encode import gather
+from dsbs.train.loop import last_checkpoint
+from dsbs.train.methods import grid
+
+
+@pytest.fixture
+def annotated(toy: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[..., Recipe]]:
+    """A toy run whose teacher has answered; returns recipes on the same run folder."""
+    with LoopbackServer(good_answer) as server:
+        path = toy()
+        base = [f"teacher.base_url={server.url}"]
+        annotate(load_recipe(path, base), out=tmp_path / "run")
+        yield lambda *overrides: load_recipe(path, [*base, *overrides])
+
+
+def weights(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_cell_becomes_a_student_with_its_record_and_losses_apart(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    result = train(annotated("train.labels=[gold, teacher]"), out=tmp_path / "run")
+    assert [s.name for s in result.students] == [
+        "step-by-step-gold-s0",
+        "step-by-step-teacher-s0",
+        "finetune-gold-s0",
+        "distill-teacher-s0",
+    ]
+    folder = tmp_path / "run" / "train" / "step-by-step-gold-s0"
+    assert {"model.safetensors", "tokenizer.json", "student.json", "train.json", "metrics.jsonl"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert not (folder / "checkpoints").exists()
+    steps = [row for row in lines(folder / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for row in steps:
+        assert row["loss"] == pytest.approx((row["label_loss"] + row["rationale_loss"]) / 2, rel=1e-4)
+    looks = [row for row in lines(folder / "metrics.jsonl") if "eval_accuracy" in row]
+    assert [row["step"] for row in looks] == [3, 6]
+    record = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    assert record["student"]["valid_accuracy"] in {row["eval_accuracy"] for row in looks}
+    assert record["valid_labels"] == "gold"
+
+
+def test_finished_students_are_kept_and_changed_recipes_set_them_aside_and_bring_them_back(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    only = "train.methods=finetune"
+    train(annotated(only), out=run)
+    folder = run / "train" / "finetune-gold-s0"
+    first = weights(folder)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    train(annotated(only), out=run)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    train(annotated(only, "train.learning_rate=0.01"), out=run)
+    assert weights(folder) != first
+    assert [weights(p) for p in (run / "train" / "aside").iterdir()] == [first]
+    train(annotated(only), out=run)
+    assert weights(folder) == first
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp, "brought back, not trained again"
+
+
+def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = annotated("train.methods=step-by-step", "train.max_steps=40", "train.eval_every=5", "train.batch_size=4")
+    train(recipe, out=tmp_path / "run")
+    undisturbed = tmp_path / "run" / "train" / "step-by-step-gold-s0"
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "run" / "annotate").rename(other / "annotate")
+    arguments = [
+        sys.executable, "-m", "dsbs", "train", str(tmp_path / "toy.yaml"), f"teacher.base_url={recipe.teacher.base_url}",
+        "train.methods=step-by-step", "train.max_steps=40", "train.eval_every=5", "train.batch_size=4", "--out", str(other),
+    ]  # fmt: skip
+    folder = other / "train" / "step-by-step-gold-s0"
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "train.json").exists(), "killed before its end"
+    resumed_from = last_checkpoint(folder / "checkpoints")
+    assert resumed_from is not None
+    again = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert weights(folder) == weights(undisturbed)
+    steps = [row["step"] for row in lines(folder / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(1, 41)), "no step is missing or told twice"
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"global_'), (15, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state, encoding="utf-8")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+
+
+def test_validation_rows_are_held_out_of_training_and_test_rows_never_seen(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    from dsbs.tasks import make_task
+
+    recipe = annotated("task.data.valid_fraction=0.3")
+    data = gather(recipe, make_task(recipe.task), tmp_path / "run", grid(recipe.train))
+    train_ids, valid_ids = {row.id for row in data.train}, {row.id for row in data.valid}
+    assert valid_ids and not train_ids & valid_ids
+    assert train_ids | valid_ids == {f"r{i}" for i in range(40)}
+
+
+def test_rejected_rows_still_teach_their_gold_label(toy: Callable[..., Path], tmp_path: Path) -> None:
+    from dsbs.tasks import make_task
+
+    def half(body: dict[str, Any], number: int) -> str:
+        return good_answer(body, number) if "parcel" in body["messages"][-1]["content"] else "I would rather not say."
+
+    with LoopbackServer(half) as server:
+        recipe = load_recipe(toy(), [f"teacher.base_url={server.url}"])
+        annotate(recipe, out=tmp_path / "run")
+    data = gather(recipe, make_task(recipe.task), tmp_path / "run", grid(recipe.train))
+    without = [row for row in data.train if row.rationale is None]
+    assert without and all(row.gold == "billing" and row.teacher is None for row in without)
+    assert all(row.rationale for row in data.train if row.gold == "shipping")
+
+
+def test_training_before_annotating_says_what_to_do(toy: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dsbs annotate"):
+        train(load_recipe(toy()), out=tmp_path / "nothing")
+
+
+def test_training_on_another_teachers_annotations_is_refused(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="another teacher, prompt or sampling"):
+        train(annotated("teacher.model=other"), out=tmp_path / "run")
+
+
+def test_finetuning_alone_needs_no_teacher(toy: Callable[..., Path], tmp_path: Path) -> None:
+    result = train(load_recipe(toy(), ["train.methods=finetune"]), out=tmp_path / "alone")
+    assert [student.name for student in result.students] == ["finetune-gold-s0"]
+
+
+def test_bf16_is_refused_where_there_is_no_gpu_for_it(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="bf16"):
+        train(annotated("train.precision=bf16"), out=tmp_path / "run")
+
+
+def test_dry_run_trains_nothing(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = annotated()
+    done = run_dsbs(
+        "train", str(tmp_path / "toy.yaml"), f"teacher.base_url={recipe.teacher.base_url}", "--dry-run", "--out", "run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0 and "step-by-step-gold-s0: " in done.stdout
+    assert not (tmp_path / "run" / "train").exists()
+
+
+def test_tensorboard_events_lie_beside_the_student_when_asked_for(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(annotated("train.methods=step-by-step", "report.tensorboard=true"), out=tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "train" / "step-by-step-gold-s0" / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/label_loss", "train/rationale_loss", "eval/accuracy"} <= tags

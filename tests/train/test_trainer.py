@@ -1,0 +1,83 @@
+"""The trainer's gradients: the same for any way of cutting a step into micro-batches, and equal to an independent loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+
+from dsbs.train.encode import Collator, Encoded
+from dsbs.train.methods import View
+from dsbs.train.trainer import StepTrainer
+
+WEIGHT = 0.5
+VIEWS = (View("label", "predict: ", 1.0), View("rationale", "explain: ", WEIGHT))
+
+
+def tiny_model() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def rows() -> list[Encoded]:
+    """Eight rows of very different lengths; three have no rationale."""
+    found: list[Encoded] = []
+    for i in range(8):
+        row: Encoded = {"label": ([5 + i] * (2 + i), [3 + i] * (1 + i % 3))}
+        if i not in (1, 4, 5):
+            row["rationale"] = ([6 + i] * (1 + 2 * i), [10 + i] * (1 + 3 * i))
+        found.append(row)
+    return found
+
+
+def weights_after(folder: Path, micro: int, steps: int = 3) -> dict[str, torch.Tensor]:
+    model = tiny_model()
+    trainer = StepTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(
+            output_dir=str(folder), per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro,
+            max_steps=steps, learning_rate=1e-2, max_grad_norm=0.0, lr_scheduler_type="constant", report_to=[],
+            save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, use_cpu=True, seed=0,
+            train_sampling_strategy="sequential", optim="sgd",
+        ),
+        train_dataset=rows(), data_collator=Collator(0), views=VIEWS, validate=dict,
+    )  # fmt: skip
+    trainer.train()
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def independent_weights(steps: int = 3) -> dict[str, torch.Tensor]:
+    """The paper's objective written out row by row, with plain gradient descent, in float64."""
+    model = tiny_model().double()
+    for _ in range(steps):
+        model.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for target, weight in (("label", 1.0), ("rationale", WEIGHT)):
+            pairs = [row[target] for row in rows() if target in row]
+            nll = torch.zeros((), dtype=torch.float64)
+            for source, wanted in pairs:
+                logits = model(input_ids=torch.tensor([source]), labels=torch.tensor([wanted])).logits[0]
+                nll = nll - log_softmax(logits, dim=-1)[range(len(wanted)), wanted].sum()
+            total = total + weight * nll / sum(len(wanted) for _, wanted in pairs)
+        (total / (1 + WEIGHT)).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(1e-2 * parameter.grad)
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("micro", [8, 4, 2, 1])
+def test_steps_equal_an_independent_loop_however_they_are_accumulated(tmp_path: Path, micro: int) -> None:
+    ours, theirs = weights_after(tmp_path, micro), independent_weights()
+    start: dict[str, Any] = tiny_model().state_dict()
+    assert any(float((theirs[name] - start[name]).abs().max()) > 1e-4 for name in theirs), "the steps changed something"
+    for name, value in ours.items():
+        assert torch.allclose(value.double(), theirs[name], atol=1e-6), name
