@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import hashlib
 import json
 import os
 import platform
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,6 +19,7 @@ from typing import Any, TextIO
 
 from dsbs.errors import DsbsError, PartialError, UserError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -55,7 +58,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
             yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})", hint="save it as UTF-8") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a whole gzip file ({error})", hint="download or compress it again") from None
 
 
@@ -67,8 +70,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+                if "\\ud" in line.lower():  # half of a surrogate pair is no character, and no file can hold it
+                    json.dumps(row, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
+                what = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", None) or str(error)
                 raise UserError(f"{path}:{number}: not valid JSON ({what})", hint="mend or remove the line") from None
             if not isinstance(row, dict):
                 raise UserError(
@@ -97,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def atomic(path: Path) -> Iterator[TextIO]:
     """Text file that appears under ``path`` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
@@ -106,6 +111,8 @@ def atomic(path: Path) -> Iterator[TextIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
+        if error.errno not in _FULL:
+            raise
         raise PartialError(
             f"cannot write {path} ({error.strerror})", hint="free some space or pass --out, then run the same command"
         ) from None
@@ -130,10 +137,20 @@ def canonical(value: Any) -> str:
 # --- run folders
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents. Raises UserError where a file is in the way or may not be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise UserError(f"the folder {path} cannot be made ({error.strerror})", hint="use another one with --out") from None
+
+
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process; a second process is told who has it. Released by the kernel if we are killed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -116,8 +116,12 @@ def read_prompt(path: str, beside: Path | None) -> Prompt:
         raise UserError(
             "\n  ".join(issues), hint="a prompt has instruction, template, answer, anchor, stop, exemplars"
         ) from None
-    if not any(anchor.strip() for anchor in prompt.anchor):
-        raise UserError(f"{path}: anchor is empty", hint="give the words that precede the label, e.g. 'Answer:'")
+    if located.problems:
+        raise UserError("\n  ".join(f"{path}:{line}: {said}" for line, said in located.problems), hint="keep one of the two")
+    if not prompt.anchor or not all(mark.strip() for mark in (*prompt.anchor, *prompt.stop)):
+        raise UserError(
+            f"{path}: an empty text in anchor or stop", hint="give the words that precede the label, e.g. 'Answer:'"
+        )
     return prompt
 
 

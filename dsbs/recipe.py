@@ -63,6 +63,13 @@ class TaskSection(Section):
     description: str | None = None  # one sentence for the default prompt: what is to be decided or answered
     numeric: bool = False  # generation: compare answers as numbers (tolerance 1e-4) when both are numbers
 
+    @field_validator("name")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        if value not in TASK_NAMES:
+            raise ValueError(unknown("task", value, TASK_NAMES))
+        return value
+
     @field_validator("labels", mode="before")
     @classmethod
     def _labels_are_text(cls, value: Any) -> Any:
@@ -107,11 +114,11 @@ class TeacherSection(Section):
     @field_validator("base_url")
     @classmethod
     def _is_http(cls, value: str) -> str:
+        if "@" in value:  # before any message that would show it
+            raise ValueError("a URL must not carry a name or password; name an environment variable in teacher.api_key_env")
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{value!r} is not an http(s) URL such as http://127.0.0.1:8000/v1")
-        if parts.username or parts.password:
-            raise ValueError("a URL must not carry a password; name an environment variable in teacher.api_key_env")
         return value.rstrip("/")
 
     @model_validator(mode="after")
@@ -240,8 +247,12 @@ class Recipe(Section):
             return data
         data = {name: value for name, value in data.items() if value is not None or name in ("name", "task", "teacher")}
         student, train = data.get("student", {}), data.get("train", {})
-        if isinstance(student, dict) and isinstance(train, dict) and not student.get("model"):
+        model = student.get("model") if isinstance(student, dict) else getattr(student, "model", None)
+        if not model and isinstance(train, dict):
             data["train"] = SCRATCH_DEFAULTS | train
+        elif not model and isinstance(train, TrainSection):
+            unset = {key: value for key, value in SCRATCH_DEFAULTS.items() if key not in train.model_fields_set}
+            data["train"] = train.model_copy(update=unset)
         return data
 
     @property
@@ -252,8 +263,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _task_is_complete(self) -> Recipe:
         task = self.task
-        if task.name not in TASK_NAMES:
-            raise ValueError("task.name: " + unknown("task", task.name, TASK_NAMES))
         if task.name == "classification" and task.labels is None:
             raise ValueError("task.labels is needed for classification, e.g. labels: [billing, shipping]")
         if task.name != "classification" and task.labels is not None:
@@ -299,7 +308,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problem = _override(data, text, from_command_line)
         if problem:
             problems.append(f"override {text!r}: {problem}")
-    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-.") or "run")
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "run")
     try:
         recipe = Recipe.model_validate(data)
         recipe._folder = file.parent
@@ -339,7 +348,7 @@ def _override(data: dict[Any, Any], text: str, seen: set[Path_]) -> str | None:
 def _describe(issue: Any, path: str, located: Located, overridden: set[Path_]) -> str:
     loc: Path_ = tuple(issue["loc"])
     name = dotted(loc)
-    if any(loc[: len(parts)] == parts for parts in overridden):
+    if any(loc[: len(parts)] == parts or (parts[: len(loc)] == loc and loc not in located.lines) for parts in overridden):
         where = "command line"
     else:
         line = located.line(loc)
@@ -362,23 +371,28 @@ def _describe(issue: Any, path: str, located: Located, overridden: set[Path_]) -
 
 def _unknown_key(loc: Path_) -> str:
     *parents, key = loc
+    text = f"{dotted(loc)}: unknown key"
     section: type[BaseModel] | None = Recipe
     for part in parents:
         annotation = section.model_fields[str(part)].annotation if section else None
         section = next((t for t in (annotation, *get_args(annotation)) if _is_section(t)), None)
     known = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-    text = f"{dotted(loc)}: unknown key"
-    if near:
-        return f"{text}; did you mean {near[0]!r}?"
-    homes = [
-        name
-        for name, part in Recipe.model_fields.items()
-        if _is_section(part.annotation) and key in part.annotation.model_fields
-    ]
+    near = [f"did you mean {name!r}?" for name in difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)]
+    homes = [home for home in _homes(str(key), Recipe, ()) if home != dotted(tuple(parents))]
     if homes:
-        return f"{text}; it belongs to {' or '.join(homes)}"
+        near.append(f"it belongs to {' or '.join(homes)}")
+    if near:
+        return f"{text}; {', or '.join(near)}"
     return f"{text} (known here: {', '.join(known)})" if known else text
+
+
+def _homes(key: str, section: type[BaseModel], path: Path_) -> list[str]:
+    """The sections, as dotted paths, that have a key of this name."""
+    found = [dotted(path)] if path and key in section.model_fields else []
+    for name, part in section.model_fields.items():
+        if _is_section(part.annotation):
+            found += _homes(key, part.annotation, (*path, name))
+    return found
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:

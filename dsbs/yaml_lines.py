@@ -40,7 +40,10 @@ def load_located(text: str) -> Located:
     return located
 
 
-def _walk(node: yaml.Node, path: Path_, out: Located) -> None:
+def _walk(node: yaml.Node, path: Path_, out: Located, above: tuple[yaml.Node, ...] = ()) -> None:
+    if any(node is one for one in above):
+        raise yaml.composer.ComposerError(None, None, "an alias that holds itself", node.start_mark)
+    above = (*above, node)
     out.lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
@@ -49,10 +52,10 @@ def _walk(node: yaml.Node, path: Path_, out: Located) -> None:
             if child in out.lines:  # YAML itself would silently keep the last one
                 out.problems.append((line, f"{dotted(child)} is given twice (first on line {out.lines[child]})"))
             out.lines[child] = line
-            _walk(value_node, child, out)
+            _walk(value_node, child, out, above)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _walk(item, (*path, index), out)
+            _walk(item, (*path, index), out, above)
     elif isinstance(node, yaml.ScalarNode):
         out.spelling[path] = node.value
 

@@ -46,7 +46,8 @@ def test_a_limited_run_is_stamped_everywhere(tmp_path: Path) -> None:
     write_csv(tmp_path / "mine.csv", [{"text": row["text"], "team": row["team"]} for row in toy_rows(160)])
     with LoopbackServer(good_answer) as server:
         (tmp_path / "mine.yaml").write_text(
-            "task: {name: classification, labels: [billing, shipping], columns: {label: team}, data: {train: mine.csv}, limit: 30}\n"
+            "task: {name: classification, labels: [billing, shipping], columns: {label: team}, data: {train: mine.csv},"
+            " limit: 30}\n"
             f"teacher: {{model: some-model, base_url: {server.url}}}\n"
             "train: {max_steps: 4, batch_size: 8, methods: finetune}\n",
             encoding="utf-8",

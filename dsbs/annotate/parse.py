@@ -18,10 +18,11 @@ def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     Models that complete text run on into invented examples, whose answers must not be taken for this one's. A beginning of
     a stop string at the very end is such a start that the budget cut.
     """
-    text = text.lstrip("\n")
+    text = "\n" * text.startswith("\n") + text.lstrip("\n")  # a stop that begins a line may begin the reply
     at = min((found for mark in stop if (found := text.find(mark)) >= 0), default=-1)
     if at >= 0:
-        return text[:at].rstrip(), True
+        return text[:at].strip("\n").rstrip(), True
+    text = text.lstrip("\n")
     for mark in stop:
         for length in range(len(mark) - 1, len(mark) - len(mark.lstrip()), -1):
             if text.endswith(mark[:length]):
@@ -54,16 +55,21 @@ def parse_reply(text: str, prompt: Prompt, task: Task, fields: Fields, finish_re
     answer = turn[at + len(anchor) :]
     label = task.read_label(answer, fields)
     if isinstance(label, Unread):
-        lost = cut and label.reason in ("empty", "unparsed", "label-outside-set")
+        lost = finish_reason == "length" and not ran_on and label.reason in ("empty", "unparsed", "label-outside-set")
         return sample(None, rationale, Unread("truncated") if lost else label)
+    if (
+        finish_reason == "length"
+        and not ran_on
+        and any(other != label and other.startswith(label) for other in task.labels or ())
+    ):
+        return sample(None, rationale, Unread("truncated"))  # "card" may have been going to be "card fraud"
     return sample(label, rationale, None)  # without a rationale, a label still teaches
 
 
 def _find_anchor(turn: str, anchors: tuple[str, ...]) -> tuple[int, str]:
     """The last place of the first anchor that occurs: a rationale may speak of "the answer" before it gives one."""
-    folded = turn.casefold() if len(turn.casefold()) == len(turn) else turn.lower()
     for anchor in anchors:
-        at = folded.rfind(anchor.casefold())
-        if at >= 0:
-            return at, anchor
+        places = [(match.start(), match.group()) for match in re.finditer(re.escape(anchor), turn, re.IGNORECASE)]
+        if places:
+            return places[-1]
     return -1, ""

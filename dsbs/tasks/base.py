@@ -25,6 +25,7 @@ class Task:
     id_columns: ClassVar[tuple[str, ...]] = ("id",)
     label_columns: ClassVar[tuple[str, ...]] = ("label",)
     rationale_columns: ClassVar[tuple[str, ...]] = ("rationale",)
+    no_label: ClassVar[tuple[str, ...]] = ("",)  # what an unlabelled row has in its label column
 
     def __init__(self, section: TaskSection) -> None:
         self.section = section
@@ -119,15 +120,16 @@ def read_closed(text: str, labels: Sequence[str]) -> str | Unread:
     """
     line = first_line(text)
     answer = tidy(line)
+    by_fold = {fold(label): label for label in labels}
+    for whole in (line.strip(_WRAPPING), answer):  # punctuation may belong to a label ("U.S.")
+        if fold(whole) in by_fold:
+            return by_fold[fold(whole)]
     if not answer:
         return Unread("empty")
-    by_fold = {fold(label): label for label in labels}
-    if fold(answer) in by_fold:
-        return by_fold[fold(answer)]
     named: set[str] = set()
-    rest = fold(answer)
+    rest = fold(answer).replace("’", "'")
     for label in sorted(by_fold, key=len, reverse=True):  # longest first: "card" must not be seen in "card fraud"
-        pattern = re.compile(rf"(?<!\w){re.escape(label)}(?!\w)")
+        pattern = re.compile(rf"(?<![\w-]){re.escape(label)}(?!\w)")
         for match in pattern.finditer(rest):
             if not re.search(
                 r"(\bnot|\bneither|\bnor|n't|\bnever|\brather than|\binstead of)\s+(an?\s+|the\s+)?$",

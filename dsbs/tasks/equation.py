@@ -6,14 +6,20 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-MAX_CHARACTERS = 300
-MAX_TOKENS = 80
-MAX_DEPTH = 20
-MAX_DIGITS = 18
+# Limits count what the canonical spelling keeps, so that a readable expression's own spelling is readable too.
+MAX_OPERATORS = 20
+MAX_DIGITS = 15  # before the point, and after it
+MAX_CHARACTERS = 2000
+MAX_DEPTH = 64
 
 _TOKEN = re.compile(r"\s*(?:(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)|(?P<operator>[-+*/()]))")
 _SPELLINGS = str.maketrans({"×": "*", "·": "*", "∗": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
 _TIMES_X = re.compile(r"(?<=[\d)])\s+[xX]\s+(?=[\d(])")
+
+
+def plain(text: str) -> str:
+    """The operators' other spellings as + - * / ( ): ×, ÷, −, brackets, and an x between two numbers."""
+    return _TIMES_X.sub(" * ", text.translate(_SPELLINGS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +32,22 @@ class Equation:
 
 def parse(text: str) -> Equation | None:
     """Read one whole expression, or None where ``text`` is anything else."""
-    text = _TIMES_X.sub(" * ", text.translate(_SPELLINGS).strip())
+    text = plain(text).strip()
     if not text or len(text) > MAX_CHARACTERS:
         return None
     tokens: list[str] = []
     at = 0
     while at < len(text):
         match = _TOKEN.match(text, at)
-        if match is None or len(tokens) >= MAX_TOKENS:
+        if match is None:
             return None
         token = match["operator"] or match["number"].replace(",", "")
-        if len(token) > MAX_DIGITS:
+        if max(map(len, token.split("."))) > MAX_DIGITS:
             return None
         tokens.append(token)
         at = match.end()
+    if sum(token in "+-*/" for token in tokens) > MAX_OPERATORS:
+        return None
     try:
         equation, rest = _sum(tokens, 0, 0)
     except _NotArithmeticError:

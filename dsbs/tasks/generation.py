@@ -8,6 +8,7 @@ from dsbs.records import Unread
 from dsbs.tasks.base import Fields, fold, tidy
 from dsbs.tasks.own import OwnDataTask
 
+_CURRENCY = re.compile(r"(-?)\s*[$€£¥]\s*")
 _NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|-?\d+(?:\.\d+)?|-?\.\d+")
 
 
@@ -26,5 +27,6 @@ class Generation(OwnDataTask):
 
 def number_in(text: str) -> float | None:
     """The one number in ``text`` ("$1,250 a year"), or None where there is none or more than one."""
+    text = _CURRENCY.sub(r" \1", text.replace("−", "-"))
     found = {float(match.replace(",", "")) for match in _NUMBER.findall(text)}
     return found.pop() if len(found) == 1 else None

@@ -17,6 +17,7 @@ from dsbs.tasks.base import Task, column_of
 
 HUB = "hub://"
 _SHOWN = 5  # bad rows named in one message
+_MADE = "row-"  # begins an id that was made from a row's content
 
 Row = tuple[str, dict[str, Any]]  # where it stands, its columns
 
@@ -36,7 +37,8 @@ def stream(recipe: Recipe, task: Task, split: str) -> Iterator[Example]:
     """
     data = recipe.task.data
     rows = _examples(recipe, task, split_source(recipe, split), split)
-    if split in ("train", "valid") and data.test is None:
+    from_train = split == "train" or (split == "valid" and data.valid is None)
+    if from_train and data.test is None:
         rows = (row for row in rows if position(row.id, "test") >= data.test_fraction)
     if split == "test" and data.test is None:
         rows = (row for row in rows if position(row.id, "test") < data.test_fraction)
@@ -66,7 +68,9 @@ def position(row_id: str, part: str) -> float:
 
     Copies of one row that got their ids from their content (``…~2``) stay together.
     """
-    return int(hashlib.sha256(f"{part}:{row_id.partition('~')[0]}".encode()).hexdigest()[:13], 16) / 16**13
+    if row_id.startswith(_MADE):
+        row_id = row_id.partition("~")[0]
+    return int(hashlib.sha256(f"{part}:{row_id}".encode()).hexdigest()[:13], 16) / 16**13
 
 
 def data_hash(rows: Iterable[Example]) -> str:
@@ -83,23 +87,24 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
     problems: list[str] = []
     hint = "mend or remove the rows"
     empty = True
-    for where, row in _rows(source, recipe.folder):
-        empty = False
+    rows = _rows(source, recipe.folder)
+    while len(problems) < _SHOWN:
         try:
+            where, row = next(rows)
+            empty = False
             example = _example(task, row, where, copies)
+            key = hashlib.blake2b(example.id.encode(), digest_size=12).digest()
+            if key in seen:
+                raise UserError(
+                    f"{where}: id {example.id!r} occurs twice (first in {seen[key]})",
+                    hint="ids must be unique; drop the id column to have them made from each row's content",
+                )
+        except StopIteration:
+            break
         except UserError as error:
             problems.append(error.problem)
             hint = error.hint
-            if len(problems) >= _SHOWN:
-                break
-            continue
-        key = hashlib.blake2b(example.id.encode("utf-8", "surrogatepass"), digest_size=12).digest()
-        if key in seen:
-            problems.append(f"{where}: id {example.id!r} occurs twice (first in {seen[key]})")
-            hint = "ids must be unique; drop the id column to have them made from each row's content"
-            if len(problems) >= _SHOWN:
-                break
-            continue
+            continue  # a row that cannot be read ends the generator, one that cannot be used does not
         seen[key] = where.rpartition(":")[2]
         if not problems:
             yield example
@@ -133,7 +138,7 @@ def _example(task: Task, row: dict[str, Any], where: str, copies: dict[str, int]
         return None if found is None else row[found]
 
     label = column("label", task.label_columns)
-    if label is not None and (str(label).strip() in ("", "-") or label == -1):  # SNLI marks "no majority" by - or -1
+    if label is not None and str(label).strip() in task.no_label:
         label = None
     if label is not None:
         label = task.gold(label, fields, where)
@@ -142,7 +147,7 @@ def _example(task: Task, row: dict[str, Any], where: str, copies: dict[str, int]
     completion = teacher.get("completion") if isinstance(teacher, dict) else None
     row_id = column("id", task.id_columns)
     if row_id is None or str(row_id).strip() == "":
-        row_id = "row-" + digest(canonical([fields, label]))[:16]
+        row_id = _MADE + digest(canonical([fields, label]))[:16]
         copies[row_id] = copies.get(row_id, 0) + 1
         if copies[row_id] > 1:
             row_id = f"{row_id}~{copies[row_id]}"
@@ -190,7 +195,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[Row]:
                     raise UserError(f"{path}:{reader.line_num}: fewer cells than columns", hint="mend the row")
                 yield f"{path}:{reader.line_num}", dict(row)
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})", hint="check the quotes") from None
+            raise UserError(f"{path}:{reader.line_num + 1}: not valid CSV ({error})", hint="check the quotes") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -15,6 +15,7 @@ class Nli(Task):
     inputs = {"premise": ("sentence1", "context"), "hypothesis": ("sentence2",)}
     id_columns = ("id", "uid", "pairID")
     label_columns = ("label", "gold_label")
+    no_label = ("", "-", "-1")  # SNLI's rows without a majority
 
     @property
     def labels(self) -> tuple[str, ...]:

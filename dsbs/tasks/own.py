@@ -10,6 +10,13 @@ from dsbs.tasks.base import RESERVED, Fields, Task, column_of, missing_column
 from dsbs.templates import fields_of, render
 
 
+def _plain(value: Any) -> Any:
+    """A value that JSON knows; dates, decimals and the like of a parquet file as text."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str | int | float | bool | list | dict) else str(value)
+
+
 class OwnDataTask(Task):
     def __init__(self, section: TaskSection) -> None:
         super().__init__(section)
@@ -26,7 +33,7 @@ class OwnDataTask(Task):
             found[field] = row[column]
         if all(value is None or not str(value).strip() for value in found.values()):
             raise UserError(f"{where}: {', '.join(found)}: empty", hint="fill it in or remove the row")
-        return {field: "" if value is None else value for field, value in found.items()}
+        return {field: _plain(value) for field, value in found.items()}
 
     def text(self, fields: Fields) -> str:
         if self.section.input is None:

@@ -11,7 +11,7 @@ from dsbs.tasks import equation
 from dsbs.tasks.base import Fields, Task, first_line, tidy
 
 _WORDS_ONLY = re.compile(r"^[\s.,!*$]*(?:[A-Za-z][A-Za-z'’.,!\s-]*)?$")
-_ARITHMETIC = re.compile(r"[\d\s.,()+*/×÷−–\[\]-]*")
+_ARITHMETIC = re.compile(r"[\d\s.,()+*/-]*")
 _SENTENCE_END = re.compile(r"\.(?=\s|$)")
 
 
@@ -56,6 +56,7 @@ class Svamp(Task):
 
 def _leading_expression(text: str) -> str | Unread:
     """An expression, perhaps followed by a unit in words ("(10 * 45) seeds")."""
+    text = equation.plain(text)
     match = _ARITHMETIC.match(text)
     head, tail = text[: match.end()] if match else "", text[match.end() :] if match else text
     parsed = equation.parse(head)

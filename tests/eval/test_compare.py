@@ -104,7 +104,10 @@ def test_no_reliable_difference_is_said_in_words() -> None:
     versus = {"delta": 0.02, "ci95": [-0.03, 0.07], "p": 0.4, "p_holm": 0.4, "test": "mcnemar-exact"}
     result = {
         "split": "test", "n": 100, "baseline": "finetune-gold", "reportable": False,
-        "systems": [system | {"name": "finetune-gold", "versus": {}}, system | {"name": "b", "versus": {"finetune-gold": versus}}],
+        "systems": [
+            system | {"name": "finetune-gold", "versus": {}},
+            system | {"name": "b", "versus": {"finetune-gold": versus}},
+        ],
     }  # fmt: skip
     page = markdown(result)
     assert "no reliable difference to finetune-gold" in page and "smoke: not reportable" in page

@@ -33,6 +33,7 @@ class LlamaCppTeacher(OpenAITeacher):
         params.n_ctx = recipe.teacher.context_tokens * self.max_concurrency
         params.cpuparams.n_threads = threads
         params.cpuparams_batch.n_threads = threads
+        params.cpuparams.poll = params.cpuparams_batch.poll = 0  # spinning threads starve whatever else the machine runs
         params.offline = True
         params.ui = False
         params.verbosity = -1

@@ -1,0 +1,357 @@
+"""The recipe: what wins over what, and what a person is told about mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from pydantic import ValidationError
+
+from dsbs.errors import UserError
+from dsbs.recipe import METHOD_NAMES, TASK_NAMES, Recipe, Section, StudentSection, load_recipe
+from dsbs.tasks import TASKS
+from dsbs.train.methods import METHODS
+
+PLAIN = """\
+task:
+  name: svamp
+  data: {train: train.csv}
+teacher: {model: some-model}
+"""
+
+Written = Callable[..., Path]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Written:
+    def write(text: str, name: str = "plain.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def mistakes(path: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """The lines of the message that name a mistake, the recipe's folder cut off."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    assert caught.value.exit_code == 2
+    assert caught.value.hint
+    lines = caught.value.problem.replace(f"{path.parent}/", "").splitlines()
+    return [line.strip() for line in lines if "in the recipe" not in line]
+
+
+# --- precedence
+
+
+def test_defaults_give_way_to_the_recipe_and_the_recipe_to_overrides(written: Written) -> None:
+    path = written(PLAIN + "train: {batch_size: 8, max_steps: 30}\n")
+    recipe = load_recipe(path, ["train.max_steps=40", "train.seeds=[3, 4]"])
+    assert recipe.train.log_every == 10  # default
+    assert recipe.train.batch_size == 8  # recipe
+    assert recipe.train.max_steps == 40  # command line
+    assert recipe.train.seeds == (3, 4)
+
+
+def test_the_last_of_two_overrides_of_one_key_wins(written: Written) -> None:
+    assert load_recipe(written(PLAIN), ["train.batch_size=4", "train.batch_size=5"]).train.batch_size == 5
+
+
+def test_an_override_is_split_on_its_first_equals_sign(written: Written) -> None:
+    recipe = load_recipe(written(PLAIN), ["task.data.train=hub://a/b=c/train", "teacher.extra_body.stop=a=b"])
+    assert recipe.task.data.train == "hub://a/b=c/train"
+    assert recipe.teacher.extra_body == {"stop": "a=b"}
+
+
+def test_an_overrides_value_is_read_as_yaml(written: Written) -> None:
+    recipe = load_recipe(written(PLAIN), ["task.limit=null", "report.tensorboard=true", "annotate.splits=[valid]"])
+    assert recipe.task.limit is None
+    assert recipe.report.tensorboard is True
+    assert recipe.annotate.splits == ("valid",)
+
+
+def test_a_lone_value_stands_for_a_list_of_one(written: Written) -> None:
+    recipe = load_recipe(written(PLAIN), ["train.methods=distill", "train.seeds=7", "train.labels=teacher"])
+    assert (recipe.train.methods, recipe.train.seeds, recipe.train.labels) == (("distill",), (7,), ("teacher",))
+
+
+def test_an_override_opens_a_section_that_the_recipe_left_out_or_empty(written: Written) -> None:
+    recipe = load_recipe(written(PLAIN + "eval:\n"), ["eval.batch_size=3", "annotate.max_tokens=9"])
+    assert (recipe.eval.batch_size, recipe.annotate.max_tokens) == (3, 9)
+
+
+def test_a_section_left_empty_has_its_defaults(written: Written) -> None:
+    assert load_recipe(written(PLAIN + "annotate:\n")).annotate.concurrency == 64
+
+
+@pytest.mark.parametrize("spelling", ["5e-5", "5.0e-5", "0.00005"])
+def test_a_learning_rate_in_any_spelling_is_a_number(written: Written, spelling: str) -> None:
+    in_file = load_recipe(written(PLAIN + f"train: {{learning_rate: {spelling}}}\n"))
+    on_command_line = load_recipe(written(PLAIN), [f"train.learning_rate={spelling}"])
+    assert in_file.train.learning_rate == on_command_line.train.learning_rate == 5e-5
+
+
+def test_a_scratch_student_learns_faster_and_for_less_long_by_default(written: Written) -> None:
+    scratch = load_recipe(written(PLAIN)).train
+    pretrained = load_recipe(written(PLAIN), ["student.model=google/t5-v1_1-base"]).train
+    assert (scratch.learning_rate, scratch.max_steps) == (1e-3, 1000)
+    assert (pretrained.learning_rate, pretrained.max_steps) == (5e-5, 10_000)
+
+
+def test_a_scratch_students_defaults_hold_for_a_recipe_made_in_code() -> None:
+    given: dict[str, Any] = {
+        "name": "x",
+        "task": {"name": "svamp", "data": {"train": "train.csv"}},
+        "teacher": {"model": "some-model"},
+    }
+    as_section = Recipe(**given, student=StudentSection(init="scratch"))
+    as_mapping = Recipe(**given, student={"init": "scratch"})
+    assert as_section.train == as_mapping.train
+
+
+@pytest.mark.parametrize(("file", "name"), [("my run.yaml", "my-run"), ("a.b.yaml", "a.b"), ("_draft.yaml", "draft")])
+def test_a_recipe_without_a_name_is_called_after_its_file(written: Written, file: str, name: str) -> None:
+    assert load_recipe(written(PLAIN, file)).name.lstrip("_") == name
+
+
+# --- mistakes
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_line(written: Written) -> None:
+    path = written(
+        PLAIN
+        + "train:\n"  # line 5
+        + "  max_stps: 3\n"
+        + "  learning_rate: fast\n"
+        + "  methods: [finetun]\n"
+        + "  seeds: [1, 1]\n"
+        + "reprot: {}\n"
+    )
+    found = mistakes(path, ["eval.batch_size=0", "nonsense"])
+    assert len(found) == 7
+    text = "\n".join(found)
+    assert "plain.yaml:6: train.max_stps: unknown key; did you mean 'max_steps'?" in text
+    assert "plain.yaml:7: train.learning_rate:" in text
+    assert "'fast'" in text
+    assert "plain.yaml:8: train.methods: unknown method 'finetun'; did you mean 'finetune'?" in text
+    assert "plain.yaml:9: train.seeds:" in text
+    assert "plain.yaml:10: reprot: unknown key; did you mean 'report'?" in text
+    assert "command line: eval.batch_size:" in text
+    assert "override 'nonsense': not of the form key=value" in text
+
+
+def test_an_unknown_task_does_not_wait_until_other_mistakes_are_mended(written: Written) -> None:
+    path = written(PLAIN.replace("svamp", "swamp") + "train: {max_stps: 3}\n")
+    text = "\n".join(mistakes(path))
+    assert "did you mean 'max_steps'" in text
+    assert "did you mean 'svamp'" in text
+
+
+def test_an_unknown_task_is_shown_on_its_own_line(written: Written) -> None:
+    (found,) = mistakes(written(PLAIN.replace("svamp", "swamp")))
+    assert "did you mean 'svamp'" in found
+    assert found.startswith("plain.yaml:2:")
+
+
+def test_a_missing_key_is_shown_where_it_belongs(written: Written) -> None:
+    (found,) = mistakes(written("task:\n  name: svamp\n  data:\n    test: x\nteacher: {model: m}\n"))
+    assert found == "plain.yaml:3: task.data.train is missing"
+
+
+@pytest.mark.parametrize("override", ["trian.max_steps=3", "train.max_stps=3", "train=3"])
+def test_a_mistake_on_the_command_line_is_said_to_be_there(written: Written, override: str) -> None:
+    (found,) = mistakes(written(PLAIN), [override])
+    assert found.startswith("command line")
+
+
+def test_a_key_in_the_wrong_section_is_told_its_home(written: Written) -> None:
+    found = mistakes(written(PLAIN + "train:\n  concurrency: 3\n  temperature: 0.7\nlabels: [a, b]\n"))
+    assert "plain.yaml:6: train.concurrency: unknown key; it belongs to annotate" in found
+    assert any(line.startswith("plain.yaml:7: train.temperature") and "annotate" in line for line in found)
+    assert "plain.yaml:8: labels: unknown key; it belongs to task or train" in found
+
+
+def test_every_key_in_a_wrong_section_is_told_its_home_whatever_resembles_it(written: Written) -> None:
+    sections = {
+        name: field.annotation
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+    wrong = []
+    for section, kind in sections.items():
+        strangers = {key for other in sections.values() for key in other.model_fields} - set(kind.model_fields)
+        found = mistakes(written(PLAIN), [f"{section}.{key}=null" for key in sorted(strangers)])
+        for key in strangers:
+            homes = [name for name, other in sections.items() if key in other.model_fields]
+            line = next(line for line in found if f" {section}.{key}: unknown key" in line)
+            if not all(f" {home}" in line.partition("unknown key")[2] for home in homes):
+                wrong.append(f"{line} (home: {homes})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_data_file_named_beside_data_is_told_to_go_into_it(written: Written) -> None:
+    path = written("task:\n  name: svamp\n  train: train.csv\nteacher: {model: m}\n")
+    found = next(line for line in mistakes(path) if line.startswith("plain.yaml:3: task.train"))
+    assert "data" in found
+    assert "belongs" in found or "did you mean" in found
+
+
+def test_unquoted_yes_and_no_as_labels_are_told_to_be_quoted(written: Written) -> None:
+    path = written(
+        "task:\n  name: classification\n  labels: [yes, no]\n  data: {train: train.csv}\nteacher: {model: m}\n",
+    )
+    (found,) = mistakes(path)
+    assert found.startswith("plain.yaml:3: task.labels:")
+    assert "quote" in found
+    assert '["yes", "no"]' in found
+
+
+def test_numbers_as_labels_are_text(written: Written) -> None:
+    path = written("task: {name: classification, labels: [1, 2], data: {train: t.csv}}\nteacher: {model: m}\n")
+    assert load_recipe(path).task.labels == ("1", "2")
+
+
+@pytest.mark.parametrize("labels", ["[a]", "[]", "[a, A]", "[a, ' a']", "[a, '']", "[a, null]"])
+def test_labels_that_cannot_be_told_apart_are_refused(written: Written, labels: str) -> None:
+    path = written(
+        f"task: {{name: classification, labels: {labels}, data: {{train: t.csv}}}}\nteacher: {{model: m}}\n",
+    )
+    (found,) = mistakes(path)
+    assert "task.labels" in found
+
+
+def test_a_key_given_twice_is_a_mistake_that_names_both_lines(written: Written) -> None:
+    found = mistakes(written(PLAIN + "train:\n  max_steps: 3\n  max_steps: 4\n"))
+    assert found == ["plain.yaml:7: train.max_steps is given twice (first on line 6)"]
+
+
+def test_a_section_given_twice_is_a_mistake(written: Written) -> None:
+    found = mistakes(written(PLAIN + "eval: {split: valid}\neval: {batch_size: 4}\n"))
+    assert found == ["plain.yaml:6: eval is given twice (first on line 5)"]
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "---\n"])
+def test_an_empty_file_is_said_to_be_empty(written: Written, text: str) -> None:
+    assert mistakes(written(text)) == ["plain.yaml is empty"]
+
+
+@pytest.mark.parametrize("text", ["- task\n", "just words\n", "3\n"])
+def test_a_file_that_is_no_mapping_is_refused(written: Written, text: str) -> None:
+    assert mistakes(written(text)) == ["plain.yaml is not a mapping of sections"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("task:\n  name: a: b\n", 2), ("task:\n\tname: svamp\n", 2), ("task: [1\n", 2), ("? [1, 2]\n: 3\n", 1)],
+)
+def test_text_that_is_not_yaml_is_shown_by_its_line(written: Written, text: str, line: int) -> None:
+    (found,) = mistakes(written(text))
+    assert found.startswith(f"plain.yaml:{line}: not valid YAML")
+
+
+def test_a_yaml_alias_that_holds_itself_is_a_mistake_not_a_crash(written: Written) -> None:
+    assert mistakes(written(PLAIN + "train: &loop\n  seeds: *loop\n"))
+
+
+def test_keys_that_are_not_text_are_a_mistake_not_a_crash(written: Written) -> None:
+    assert mistakes(written(PLAIN + "train: {1: 2}\n"))
+    assert mistakes(written(PLAIN + "null: 2\n"))
+
+
+def test_a_recipe_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    (found,) = mistakes(path)
+    assert "not UTF-8" in found
+
+
+def test_a_recipe_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.yaml does not exist"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "''", "a b"])
+def test_a_name_that_is_no_folder_name_is_refused(written: Written, name: str) -> None:
+    (found,) = mistakes(written(f"name: {name}\n" + PLAIN))
+    assert found.startswith("plain.yaml:1: name:")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train.batch_size=10", "train.micro_batch_size=4"], "multiple of train.micro_batch_size"),
+        (["annotate.samples=3"], "temperature"),
+        (["student.model=google/t5-v1_1-base", "student.init=scratch"], "exclude each other"),
+        (["teacher.model=null"], "teacher.model is needed for kind openai"),
+        (["task.labels=[a, b]"], "belongs to classification"),
+        (["task.name=classification"], "task.labels is needed"),
+        (["task.input='{{ text }}'"], "task.input belongs to classification and generation"),
+        (["task.numeric=true"], "task.numeric belongs to generation"),
+        (["train.rationale_weight=-1"], "train.rationale_weight"),
+        (["train.methods=[distill, distill]"], "given twice"),
+        (["train.seeds=[]"], "train.seeds"),
+        (["train.labels=silver"], "train.labels"),
+        (["task.limit=0"], "task.limit"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(written: Written, overrides: list[str], told: str) -> None:
+    assert told in "\n".join(mistakes(written(PLAIN), overrides))
+
+
+def test_a_recipe_is_frozen(written: Written) -> None:
+    recipe = load_recipe(written(PLAIN))
+    for section, field in ((recipe, "name"), (recipe.train, "max_steps"), (recipe.task.data, "train")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, field, "other")
+
+
+# --- secrets
+
+
+@pytest.mark.parametrize("user", ["me:hunter2", ":hunter2", "hunter2"])
+def test_a_url_that_carries_a_password_is_refused_and_the_password_not_repeated(written: Written, user: str) -> None:
+    path = written(PLAIN.replace("some-model", f"m, base_url: 'https://{user}@host/v1'"))
+    (found,) = mistakes(path)
+    assert found.startswith("plain.yaml:4: teacher.base_url:")
+    assert "api_key_env" in found
+    assert "hunter2" not in found
+
+
+@pytest.mark.parametrize("url", ["me:hunter2@host/v1", "ftp://me:hunter2@host/v1", "//me:hunter2@host/v1"])
+def test_a_password_in_a_url_that_is_none_is_not_repeated(written: Written, url: str) -> None:
+    (found,) = mistakes(written(PLAIN), [f"teacher.base_url={url}"])
+    assert "teacher.base_url" in found
+    assert "hunter2" not in found
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "127.0.0.1:8000", "http://", "file:///etc/passwd", "''"])
+def test_a_base_url_that_is_no_http_url_is_refused(written: Written, url: str) -> None:
+    (found,) = mistakes(written(PLAIN), [f"teacher.base_url={url}"])
+    assert "is not an http(s) URL" in found
+
+
+# --- what ships
+
+
+def test_the_names_that_a_recipe_knows_are_those_of_the_registries() -> None:
+    assert set(METHOD_NAMES) == set(METHODS)
+    assert set(TASK_NAMES) == set(TASKS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # found by its name alone, from anywhere
+    recipe = load_recipe(f"recipes/{path.name}")
+    assert recipe.name == path.stem
+    assert load_recipe(path) == recipe
+    assert recipe.teacher.model
+
+
+def test_a_resolved_recipe_reads_back_as_itself() -> None:
+    recipe = load_recipe("recipes/demo.yaml", ["train.max_steps=3"])
+    resolved = recipe.model_dump(mode="json")
+    assert Recipe.model_validate(resolved).model_dump(mode="json") == resolved
