@@ -12,6 +12,7 @@ from dsbs.tasks.base import Fields, Task, column_of, first_line, fold, missing_c
 
 LETTERS = "abcdefghij"
 _LETTER = re.compile(r"\(\s*([a-z])\s*\)", re.IGNORECASE)
+_LETTERED = re.compile(r"\([a-j]\)\s*(.+?)\s*(?=\([a-j]\)|$)", re.DOTALL)
 _LEADING = re.compile(r"^([a-z])(?:[).:]|\s*$)", re.IGNORECASE)
 
 
@@ -82,7 +83,7 @@ def _lettered(choices: list[str]) -> str:
 
 
 def _choices(row: Fields, column: str, where: str) -> list[str]:
-    """Choices as a list, as CommonsenseQA's {label, text}, as JSON text in a CSV cell, or as columns c_0, c_1, …"""
+    """Choices as a list, as CommonsenseQA's {label, text}, as columns c_0, c_1, …, or in a cell as JSON or "(a) … (b) …"."""
     found = column_of(row, (column,))
     if found is None:
         numbered = [row[name] for name in (f"c_{i}" for i in range(len(LETTERS))) if name in row]
@@ -91,6 +92,9 @@ def _choices(row: Fields, column: str, where: str) -> list[str]:
         return [str(choice).strip() for choice in numbered]
     value = row[found]
     if isinstance(value, str):
+        lettered = _LETTERED.findall(value)
+        if len(lettered) > 1:
+            return [choice.strip() for choice in lettered]
         try:
             value = json.loads(value)
         except json.JSONDecodeError:

@@ -395,8 +395,9 @@ CHOICES = ["bank", "river", "sea"]
         {"choices": json.dumps(CHOICES), "label": "River"},
         {"choices": json.dumps({"label": ["A", "B", "C"], "text": CHOICES}), "label": "b"},
         {"c_0": "bank", "c_1": "river", "c_2": "sea", "label": "river"},
+        {"choices": "(a) bank\n(b) river\n(c) sea", "label": "river"},
     ],
-    ids=["hub", "list", "letter", "objects", "json text", "json of the hub's", "c_0"],
+    ids=["hub", "list", "letter", "objects", "json text", "json of the hub's", "c_0", "lettered text"],
 )
 def test_cqa_takes_choices_in_every_form(tmp_path: Path, given: dict[str, Any]) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "question": "Where?", **given}])
