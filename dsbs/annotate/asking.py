@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol
 
-from dsbs.annotate.limits import ExhaustedError, Pause, attempt
+from dsbs.annotate.limits import ExhaustedError, Halt, HaltedError, Pause, attempt
 from dsbs.annotate.parse import parse_reply
 from dsbs.annotate.store import ReplyStore, budget, request_key
 from dsbs.annotate.summary import SplitSummary
@@ -24,6 +26,8 @@ from dsbs.tasks.load import stream
 FAILURES_BEFORE_STOP = 16
 # Refusals before any success, after which the requests' form is taken to be wrong rather than a row.
 REFUSALS_BEFORE_STOP = 5
+# Seconds that replies in flight are waited for once a run is to end.
+DRAIN_S = 30.0
 
 
 class Work(Protocol):
@@ -41,7 +45,9 @@ class Asking:
 
     def __init__(self, work: Work, teacher: Teacher, store: ReplyStore, meter: Meter) -> None:
         self.work, self.teacher, self.store, self.meter = work, teacher, store, meter
-        self.pause = Pause()
+        self.pause, self.halt = Pause(), Halt()
+        self.failure: DsbsError | None = None
+        self.in_flight: dict[str, asyncio.Event] = {}
         self.refused: set[str] = set()  # keys that the endpoint answered with a final no
         self.successes = 0
         self.failures_in_a_row = 0
@@ -57,30 +63,92 @@ class Asking:
 
         async def worker() -> None:
             for example, request in todo:  # one iterator for all: each pair goes to one worker
-                reply = await self._one(request, summary)
+                try:
+                    reply = await self._one(request, summary)
+                except HaltedError:
+                    return
+                except DsbsError as error:
+                    self.failure = self.failure or error
+                    self.halt.call()
+                    return
                 live.add(self.work, example, reply)
                 self.meter.update(live.done, live.note())
+                if self.halt.called:
+                    return
                 if live.done % 256 == 0:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)  # replies from the store never wait, and others want their turn
 
-        with running(self.meter, f"annotate {split}", total):
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(workers):
-                        group.create_task(worker())
-            except BaseExceptionGroup as failures:
-                raise _first(failures) from None
+        with running(self.meter, f"annotate {split}", total), self._interruptible():
+            await self._drain([asyncio.create_task(worker()) for _ in range(workers)])
+        if self.failure is not None:
+            raise self.failure
+        if self.halt.called:
+            raise KeyboardInterrupt
         if self.refused and not self.successes and not summary.cached:
             self._stop_if_all_refused(final=True)
         summary.wall_s = time.monotonic() - started
         return summary
 
+    async def _drain(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Wait for the workers; once the run is to end, only as long as replies in flight, which are paid, may take."""
+        workers: asyncio.Future[Any] = asyncio.gather(*tasks)
+        halted: asyncio.Future[Any] = asyncio.ensure_future(self.halt.wait())
+        try:
+            await asyncio.wait({workers, halted}, return_when=asyncio.FIRST_COMPLETED)
+            if not workers.done():
+                await asyncio.wait({workers}, timeout=DRAIN_S)
+            if workers.done():
+                workers.result()  # a worker's bug is raised here
+        finally:
+            halted.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C lets replies in flight arrive; the second one drops them."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+
+        def interrupt() -> None:
+            if self.halt.called and task is not None:
+                task.cancel()
+                return
+            self.meter.say("ending: waiting for replies in flight (Ctrl-C again drops them)")
+            self.halt.call()
+
+        try:
+            loop.add_signal_handler(signal.SIGINT, interrupt)
+        except (NotImplementedError, RuntimeError, ValueError):  # not the main thread: a notebook's kernel, a server
+            yield
+            return
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
     async def _one(self, request: Request, summary: SplitSummary) -> Reply | None:
         key, tokens = request_key(request, self.teacher.identity), budget(request.body)
+        if key in self.refused:
+            return None
         kept = self.store.get(key, tokens)
         if kept is not None:
             summary.cached += 1
             return kept
+        if key in self.in_flight:  # another row asks the very same thing
+            await self.in_flight[key].wait()
+            return await self._one(request, summary)
+        self.in_flight[key] = asyncio.Event()
+        try:
+            return await self._buy(request, key, tokens, summary)
+        finally:
+            self.in_flight.pop(key).set()
+
+    async def _buy(self, request: Request, key: str, tokens: int, summary: SplitSummary) -> Reply | None:
+        """One reply from the teacher, committed before it is returned; None where this request cannot have one."""
 
         def sent() -> None:
             summary.requests += 1
@@ -88,7 +156,11 @@ class Asking:
         section = self.work.recipe.teacher
         try:
             reply = await attempt(
-                lambda: self.teacher.complete(request), attempts=section.max_attempts, pause=self.pause, on_send=sent
+                lambda: self.teacher.complete(request),
+                attempts=section.max_attempts,
+                pause=self.pause,
+                halt=self.halt,
+                on_send=sent,
             )
         except RejectedError as error:
             self.refused.add(key)
@@ -144,13 +216,3 @@ class _Live:
     def note(self) -> str:
         accuracy = f", label accuracy {100 * self.correct / self.with_gold:.1f} %" if self.with_gold else ""
         return f"accepted {100 * self.accepted / self.done:.1f} %{accuracy}"
-
-
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The failure that says most: a message for the user before a bug, a bug before a cancellation."""
-    flat: list[BaseException] = []
-    stack: list[BaseException] = [failures]
-    while stack:
-        error = stack.pop()
-        stack.extend(error.exceptions) if isinstance(error, BaseExceptionGroup) else flat.append(error)
-    return min(flat, key=lambda error: (not isinstance(error, DsbsError), isinstance(error, asyncio.CancelledError)))

@@ -20,6 +20,35 @@ class ExhaustedError(Exception):
     """Every attempt of one request failed."""
 
 
+class HaltedError(Exception):
+    """The run is ending: this request was not sent, or not sent again."""
+
+
+class Halt:
+    """Says that a run is to end: nothing more is sent, waits are broken off, what is in flight may still arrive."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    @property
+    def called(self) -> bool:
+        return self._event.is_set()
+
+    def call(self) -> None:
+        self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep, unless the run ends. Raises HaltedError."""
+        try:
+            await asyncio.wait_for(self._event.wait(), seconds)
+        except TimeoutError:
+            return
+        raise HaltedError
+
+
 class Pause:
     """A moment before which no request of this endpoint is sent: set by Retry-After, shared by all."""
 
@@ -29,16 +58,23 @@ class Pause:
     def extend(self, seconds: float) -> None:
         self._until = max(self._until, time.monotonic() + seconds)
 
-    async def over(self) -> None:
+    async def over(self, halt: Halt) -> None:
         while (left := self._until - time.monotonic()) > 0:
-            await asyncio.sleep(left + random.uniform(0.0, 0.1))  # not all in the same instant
+            await halt.sleep(left + random.uniform(0.0, 0.1))  # not all in the same instant
 
 
-async def attempt(send: Callable[[], Awaitable[Reply]], *, attempts: int, pause: Pause, on_send: Callable[[], None]) -> Reply:
-    """Send until a reply comes. Raises ExhaustedError after ``attempts``; anything but TransientError passes through."""
+async def attempt(
+    send: Callable[[], Awaitable[Reply]], *, attempts: int, pause: Pause, halt: Halt, on_send: Callable[[], None]
+) -> Reply:
+    """Send until a reply comes.
+
+    Raises ExhaustedError after ``attempts`` and HaltedError where the run ends first; anything but TransientError passes.
+    """
     failed = throttled = 0
     while True:
-        await pause.over()
+        await pause.over(halt)
+        if halt.called:
+            raise HaltedError
         on_send()
         try:
             return await send()
@@ -58,4 +94,4 @@ async def attempt(send: Callable[[], Awaitable[Reply]], *, attempts: int, pause:
         if failure.throttled:
             pause.extend(backoff if wished is None else wished)
         else:
-            await asyncio.sleep(max(backoff, wished or 0.0))
+            await halt.sleep(max(backoff, wished or 0.0))

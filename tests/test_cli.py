@@ -1,0 +1,108 @@
+"""The command line: twelve ways to be wrong, each with one message, the right exit code, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import good_answer, run_dsbs, toy_rows, write_csv
+from loopback import LoopbackServer
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock and the manifest, which say who came last."""
+    kept = (p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "manifest.json", "replies.sqlite-shm"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
+
+
+def jsonl(tmp_path: Path, *lines: str) -> str:
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return f"task.data.train={tmp_path / 'bad.jsonl'}"
+
+
+GOOD = json.dumps({"text": "My parcel is late.", "team": "shipping"})
+WRONG: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
+    "unknown key": (lambda p: ["train.metods=finetune"], 2, "did you mean 'methods'"),
+    "wrong type": (lambda p: ["train.max_steps=many"], 2, "train.max_steps"),
+    "missing file": (lambda p: ["task.data.train=nowhere.csv"], 2, "nowhere.csv does not exist"),
+    "empty file": (lambda p: [jsonl(p)], 2, "is empty"),
+    "broken JSON on line 7": (lambda p: [jsonl(p, *[GOOD] * 6, '{"text": "x",')], 2, "bad.jsonl:7: not valid JSON"),
+    "duplicate ids": (
+        lambda p: [jsonl(p, *['{"id": "a", "text": "x", "team": "billing"}'] * 2)], 2, "id 'a' occurs twice",
+    ),
+    "label outside the set": (lambda p: [jsonl(p, '{"text": "x", "team": "sales"}')], 2, "'sales' is not one of billing"),
+    "missing column": (lambda p: ["task.columns={label: squad}"], 2, "no column 'squad'"),
+    "no key": (lambda p: ["teacher.api_key_env=NO_SUCH_KEY"], 2, "NO_SUCH_KEY is not set"),
+    "401": (lambda p: [], 2, "HTTP 401"),
+    "unreachable host": (lambda p: ["teacher.base_url=http://127.0.0.1:9/v1", "teacher.max_attempts=1"], 1, "does not answer"),
+    "unknown method": (lambda p: ["train.methods=[stepbystep]"], 2, "did you mean 'step-by-step'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_one_message_and_nothing_is_lost(case: str, toy: Callable[..., Path], tmp_path: Path) -> None:
+    path = toy(train=6, test=4)
+    make, code, told = WRONG[case]
+    with LoopbackServer(good_answer) as server:
+        assert run_dsbs("annotate", str(path), f"teacher.base_url={server.url}", "--out", "run", cwd=tmp_path).returncode == 0
+    before = snapshot(tmp_path / "run")
+    with LoopbackServer(lambda body, number: (401, {}, b'{"error": {"message": "wrong key"}}')) as server:
+        overrides = [f"teacher.base_url={server.url}", "teacher.model=another", *make(tmp_path)]
+        result = run_dsbs("annotate", str(path), *overrides, "--out", "run", cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert told in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.count("dsbs: ") == 1 and "  try: " in result.stderr
+    assert result.stdout == ""
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_help_and_validate_import_no_torch(toy: Callable[..., Path], tmp_path: Path) -> None:
+    for arguments in (["--help"], ["validate", str(toy())]):
+        code = (
+            "import sys; sys.argv = ['dsbs', *sys.argv[1:]]\nfrom dsbs.cli import main\n"
+            "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+            "assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_json_is_the_only_thing_on_stdout_and_partial_work_exits_3(toy: Callable[..., Path], tmp_path: Path) -> None:
+    def flaky(body: dict[str, object], number: int) -> object:
+        return (503, {}, b"{}") if number == 3 else good_answer(body, number)  # type: ignore[arg-type]
+
+    path = toy(train=6, test=4, teacher={"max_attempts": 1}, annotate={"concurrency": 1})
+    with LoopbackServer(flaky) as server:  # type: ignore[arg-type]
+        first = run_dsbs("annotate", str(path), f"teacher.base_url={server.url}", "--json", "--out", "run", cwd=tmp_path)
+        second = run_dsbs("annotate", str(path), f"teacher.base_url={server.url}", "--json", "--out", "run", cwd=tmp_path)
+    assert first.returncode == 3 and "1 rows got no reply" in first.stderr
+    assert json.loads(first.stdout)["splits"]["train"]["rejected"] == {"no-reply": 1}
+    assert second.returncode == 0 and json.loads(second.stdout)["splits"]["train"]["rejected"] == {}
+
+
+def test_a_dry_run_shows_the_prompt_and_sends_nothing(toy: Callable[..., Path], tmp_path: Path) -> None:
+    with LoopbackServer(good_answer) as server:
+        done = run_dsbs("annotate", str(toy()), f"teacher.base_url={server.url}", "--dry-run", cwd=tmp_path)
+        assert server.requests == 0
+    assert done.returncode == 0 and "52 requests to send" in done.stdout and "invoice number 0" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_crash(toy: Callable[..., Path], tmp_path: Path) -> None:
+    write_csv(tmp_path / "more.csv", toy_rows(30))
+    done = subprocess.run(
+        f"{sys.executable} -m dsbs validate {toy()} | head -c 5", shell=True, cwd=tmp_path, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_predicting_without_a_student_says_what_to_give(tmp_path: Path) -> None:
+    done = run_dsbs("predict", "nowhere", cwd=tmp_path, input="x\n")
+    assert done.returncode == 2 and "holds no student" in done.stderr
