@@ -16,7 +16,7 @@ from dsbs.annotate.teachers.llamacpp import fingerprint, gguf_file
 def test_a_gguf_file_is_found_or_its_absence_explained(tmp_path: Path) -> None:
     (tmp_path / "mine.gguf").write_bytes(b"GGUF" * 1000)
     assert gguf_file("mine.gguf", beside=tmp_path) == tmp_path / "mine.gguf"
-    with pytest.raises(UserError, match="GGUF file other.gguf does not exist"):
+    with pytest.raises(UserError, match=r"GGUF file other\.gguf does not exist"):
         gguf_file("other.gguf", beside=tmp_path)
 
 
