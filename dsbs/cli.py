@@ -198,7 +198,7 @@ def predict(
     if student.endswith((".yaml", ".yml")):
         from dsbs.eval.predict import best_student
 
-        student = str(best_student(_load(student, overrides), out, needs_rationales=rationale))
+        student = best_student(_load(student, overrides), out, needs_rationales=rationale)
         print(f"student: {student}", file=sys.stderr)
     loaded = Student.load(student)
     lines = _input_lines(file)

@@ -111,3 +111,23 @@ class Prediction(_Row):
     made_by: str  # hash of the student, the rows and the decoding, or the teacher's name
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class TrainedStudent(_Row):
+    """What ``train/<name>/train.json`` says of a finished student.
+
+    ``valid_accuracy`` is that of the saved step, ``fingerprint`` changes with anything that changes the weights.
+    """
+
+    name: str
+    method: str
+    labels: str
+    seed: int
+    path: str
+    valid_accuracy: float
+    best_step: int
+    steps: int
+    examples_per_s: float
+    wall_s: float
+    parameters: int
+    fingerprint: str

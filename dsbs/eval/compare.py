@@ -16,7 +16,6 @@ from dsbs.errors import UserError
 from dsbs.eval.metrics import score
 from dsbs.eval.predict import (
     TEACHER,
-    TrainedStudent,
     predict_student,
     predict_teacher,
     prediction_file,
@@ -27,7 +26,7 @@ from dsbs.eval.stats import Scores, accuracy, difference, holm
 from dsbs.eval.table import markdown
 from dsbs.progress import Meter, Silent
 from dsbs.recipe import Recipe
-from dsbs.records import Example, Prediction, Unread
+from dsbs.records import Example, Prediction, TrainedStudent, Unread
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import data_hash, load

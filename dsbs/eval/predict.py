@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,11 @@ from dsbs.artefacts import canonical, digest, read_jsonl, write_jsonl
 from dsbs.errors import UserError
 from dsbs.progress import Meter
 from dsbs.recipe import Recipe
-from dsbs.records import Example, Prediction
+from dsbs.records import Example, Prediction, TrainedStudent
 from dsbs.student import Student
 from dsbs.tasks.base import Task
 
 TEACHER = "teacher"
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedStudent:
-    """What ``train.json`` says of a student; ``fingerprint`` changes with anything that changes its weights."""
-
-    name: str
-    method: str
-    labels: str
-    seed: int
-    folder: Path
-    fingerprint: str
-    parameters: int
-    wall_s: float
-    valid_accuracy: float
 
 
 def trained_students(run: Path) -> list[TrainedStudent]:
@@ -43,32 +27,20 @@ def trained_students(run: Path) -> list[TrainedStudent]:
     for record in sorted((run / "train").glob("*/train.json")):
         try:
             said = json.loads(record.read_text(encoding="utf-8"))["student"]
-            found.append(
-                TrainedStudent(
-                    name=said["name"],
-                    method=said["method"],
-                    labels=said["labels"],
-                    seed=said["seed"],
-                    folder=record.parent,
-                    fingerprint=said["fingerprint"],
-                    parameters=said["parameters"],
-                    wall_s=said["wall_s"],
-                    valid_accuracy=said["valid_accuracy"],
-                )
-            )
+            found.append(TrainedStudent.model_validate(said | {"path": str(record.parent)}))  # the run may have moved
         except (ValueError, KeyError) as error:
             raise UserError(f"{record} is not a training record ({error!r})", hint="train that student again") from None
     return found
 
 
-def best_student(recipe: Recipe, out: str | Path | None = None, *, needs_rationales: bool = False) -> Path:
+def best_student(recipe: Recipe, out: str | Path | None = None, *, needs_rationales: bool = False) -> str:
     """Folder of the run's student that is most accurate on valid. Raises UserError where none is trained."""
     run = run_folder(recipe, out)
     students = [s for s in trained_students(run) if s.method == "step-by-step" or not needs_rationales]
     if not students:
         what = "student with rationales" if needs_rationales else "finished student"
         raise UserError(f"{run}/train has no {what}", hint="run `dsbs train` first")
-    return max(students, key=lambda student: student.valid_accuracy).folder
+    return max(students, key=lambda student: student.valid_accuracy).path
 
 
 def prediction_file(run: Path, system: str) -> Path:
@@ -87,7 +59,7 @@ def predict_student(recipe: Recipe, student: TrainedStudent, rows: Sequence[Exam
         aside.parent.mkdir(parents=True, exist_ok=True)
         path.rename(aside)
     meter.say(f"predict {recipe.eval.split}: {student.name}")
-    model = Student.load(student.folder)
+    model = Student.load(student.path)
     size = recipe.eval.batch_size
     model.predict([row.input for row in rows[: min(size, 8)]], batch_size=size)  # the first batch pays for start-up
     answers = model.predict([row.input for row in rows], batch_size=size, max_label_tokens=recipe.eval.max_label_tokens)

@@ -13,7 +13,7 @@ from dsbs.artefacts import canonical, digest, hold, manifest, now, versions, wri
 from dsbs.errors import DsbsError, UserError
 from dsbs.progress import Meter, Silent, running
 from dsbs.recipe import Recipe
-from dsbs.records import Unread
+from dsbs.records import TrainedStudent, Unread
 from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, tokenizer_hash
 from dsbs.tasks import make_task
 from dsbs.tasks.load import data_hash, stream
@@ -24,36 +24,18 @@ RECORD = "train.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """One line of the stage's summary. ``valid_accuracy`` is that of the saved step."""
-
-    name: str
-    method: str
-    labels: str
-    seed: int
-    path: str
-    valid_accuracy: float
-    best_step: int
-    steps: int
-    examples_per_s: float
-    wall_s: float
-    parameters: int
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
 class TrainResult:
     """The closing summary of ``dsbs train``."""
 
     run: Path
-    students: list[Trained]
+    students: list[TrainedStudent]
     reportable: bool
 
     def as_json(self) -> dict[str, Any]:
         return {
             "run": str(self.run),
             "reportable": self.reportable,
-            "students": [asdict(student) for student in self.students],
+            "students": [student.model_dump() for student in self.students],
         }
 
 
@@ -140,12 +122,12 @@ class _Cell:
             encoded_hash(self.valid),
         )
 
-    def run(self, meter: Meter) -> Trained:
+    def run(self, meter: Meter) -> TrainedStudent:
         self._make_room()
         finished = self.folder / RECORD
         if finished.is_file():
             meter.say(f"{self.cell.name}: finished before, kept")
-            return Trained(**json.loads(finished.read_text(encoding="utf-8"))["student"])
+            return TrainedStudent(**json.loads(finished.read_text(encoding="utf-8"))["student"])
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "work.json", {"fingerprint": self.fingerprint})
         return self._train(meter)
@@ -169,7 +151,7 @@ class _Cell:
         if mine.exists():
             mine.rename(self.folder)
 
-    def _train(self, meter: Meter) -> Trained:
+    def _train(self, meter: Meter) -> TrainedStudent:
         import torch
         from transformers import PrinterCallback, Seq2SeqTrainingArguments, set_seed
 
@@ -288,9 +270,9 @@ class _Cell:
                 tokens += target_tokens(batch["labels"])
         return total / tokens
 
-    def _finish(self, student: Student, best: int, steps: int, follow: Any) -> Trained:
+    def _finish(self, student: Student, best: int, steps: int, follow: Any) -> TrainedStudent:
         student.save(self.folder)
-        record = Trained(
+        record = TrainedStudent(
             name=self.cell.name,
             method=self.cell.method,
             labels=self.cell.labels,
@@ -307,7 +289,7 @@ class _Cell:
         write_json(
             self.folder / RECORD,
             {
-                "student": asdict(record),
+                "student": record.model_dump(),
                 "rows": len(self.rows),
                 "rationales": sum("rationale" in row for row in self.rows),
                 "valid_rows": len(self.data.valid),
