@@ -65,6 +65,8 @@ class Follow(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = f"; best valid {100 * self.best:.1f} %" if self.best >= 0 else ""
         self._meter.update(state.global_step, self._note + best)
+        if state.global_step >= state.max_steps:  # the last step is a candidate too, whatever eval_every divides
+            control.should_evaluate = control.should_save = True
 
 
 def tensorboard(folder: Path) -> tuple[TrainerCallback, ...]:

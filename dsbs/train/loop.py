@@ -153,7 +153,7 @@ class _Cell:
 
     def _train(self, meter: Meter) -> TrainedStudent:
         import torch
-        from transformers import PrinterCallback, Seq2SeqTrainingArguments, set_seed
+        from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
 
         from dsbs.train.callbacks import Follow, tensorboard
         from dsbs.train.trainer import StepTrainer
@@ -204,6 +204,9 @@ class _Cell:
             callbacks=[follow, *(tensorboard(self.folder) if self.recipe.report.tensorboard else ())],
         )
         trainer.remove_callback(PrinterCallback)
+        if resume is not None and follow.first_step >= section.max_steps:  # only the saving was left; train() would step on
+            trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+            return self._finish(student, trainer.state, follow)
         with running(meter, f"train {self.cell.name}", section.max_steps, follow.first_step):
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -212,9 +215,7 @@ class _Cell:
                     f"{self.cell.name}: the GPU's memory is full",
                     hint=f"set train.micro_batch_size to {max(1, micro // 2)}: same objective, less memory; then run again",
                 ) from None
-        best = int(trainer.state.best_global_step or 0)
-        chosen = Student(load_model(str(self.checkpoints / f"checkpoint-{best}")), self.tokenizer, student.card)
-        return self._finish(chosen, best, trainer.state.global_step, follow)
+        return self._finish(student, trainer.state, follow)
 
     def _card(self) -> StudentCard:
         return StudentCard(
@@ -270,7 +271,10 @@ class _Cell:
                 tokens += target_tokens(batch["labels"])
         return total / tokens
 
-    def _finish(self, student: Student, best: int, steps: int, follow: Any) -> TrainedStudent:
+    def _finish(self, student: Student, state: Any, follow: Any) -> TrainedStudent:
+        """Save the best step's checkpoint as the student; ``train.json``, written last, says that it is whole."""
+        best, steps = int(state.best_global_step), int(state.global_step)
+        student = Student(load_model(str(self.checkpoints / f"checkpoint-{best}")), self.tokenizer, student.card)
         student.save(self.folder)
         record = TrainedStudent(
             name=self.cell.name,

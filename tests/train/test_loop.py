@@ -118,6 +118,33 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     assert steps == list(range(1, 41)), "no step is missing or told twice"
 
 
+@pytest.mark.parametrize(("steps", "every", "looks"), [(3, 100, [3]), (5, 2, [2, 4, 5])])
+def test_the_last_step_is_looked_at_whatever_eval_every_divides(
+    annotated: Callable[..., Recipe], tmp_path: Path, steps: int, every: int, looks: list[int]
+) -> None:
+    recipe = annotated("train.methods=finetune", f"train.max_steps={steps}", f"train.eval_every={every}")
+    train(recipe, out=tmp_path / "run")
+    rows = lines(tmp_path / "run" / "train" / "finetune-gold-s0" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == looks
+
+
+def test_a_kill_between_the_last_step_and_the_saved_student_costs_no_step(
+    annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsbs.train import loop
+
+    recipe, folder = annotated("train.methods=finetune"), tmp_path / "run" / "train" / "finetune-gold-s0"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.shutil, "rmtree", lambda *args, **kwargs: None)
+        train(recipe, out=tmp_path / "run")
+    first, steps = weights(folder), lines(folder / "metrics.jsonl")
+    (folder / "train.json").unlink()
+    (folder / "model.safetensors").write_bytes(b"half of it")
+    result = train(recipe, out=tmp_path / "run")
+    assert weights(folder) == first and result.students[0].steps == 6
+    assert lines(folder / "metrics.jsonl") == steps
+
+
 def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     for step, state in ((5, '{"global_step": 5}'), (10, '{"global_'), (15, None)):
         folder = tmp_path / f"checkpoint-{step}"
