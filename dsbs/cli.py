@@ -75,7 +75,7 @@ def annotate(
         if as_json:
             _print_json({
                 "requests": plan.requests, "cached": plan.cached, "rows": plan.rows,
-                "prompt_tokens": plan.prompt_tokens, "max_completion_tokens": plan.max_completion_tokens,
+                "prompt_tokens": plan.prompt_tokens, "max_completion_tokens": plan.max_completion_tokens, "max_usd": plan.usd,
                 "first_prompt": plan.first_prompt,
             })  # fmt: skip
             return
@@ -83,7 +83,7 @@ def annotate(
         print(f"{plan.rows} rows: {plan.requests} requests to send, {plan.cached} replies bought before")
         print(
             f"about {plan.prompt_tokens:,} prompt tokens (four characters a token) and at most "
-            f"{plan.max_completion_tokens:,} completion tokens; nothing was sent"
+            f"{plan.max_completion_tokens:,} completion tokens, {_dollars(plan.usd)} at most; nothing was sent"
         )
         return
     result = engine.annotate(loaded, out=out, meter=_meter())
@@ -100,7 +100,7 @@ def annotate(
             print(f"  label accuracy {overall}, of the accepted {accepted}")
             print(
                 f"  {summary.requests} requests, {summary.cached} cached; {summary.prompt_tokens:,} prompt and "
-                f"{summary.completion_tokens:,} completion tokens; {summary.wall_s:.1f} s"
+                f"{summary.completion_tokens:,} completion tokens, {_dollars(summary.usd)}; {summary.wall_s:.1f} s"
             )
         print(f"annotations: {result.run / 'annotate'}")
     missing = sum(summary.rejected["no-reply"] for summary in result.splits.values())
@@ -276,6 +276,10 @@ def _print_json(value: Any) -> None:
 
 def _indented(text: str) -> str:
     return "\n".join(f"  | {line}" for line in text.split("\n"))
+
+
+def _dollars(usd: float | None) -> str:
+    return "of unknown price" if usd is None else f"{usd:.4f} dollars"
 
 
 def _stamp(reportable: bool) -> None:

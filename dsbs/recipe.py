@@ -98,6 +98,11 @@ class TaskSection(Section):
         return value
 
 
+class PriceSection(Section):
+    input: float = Field(ge=0)  # US dollars for a million prompt tokens
+    output: float = Field(ge=0)  # US dollars for a million completion tokens
+
+
 class TeacherSection(Section):
     kind: Literal["openai", "llamacpp", "recorded", "human"] = "openai"
     model: str | None = None  # as the endpoint names it; llamacpp: a .gguf file or `smollm2-135m-instruct`
@@ -107,6 +112,7 @@ class TeacherSection(Section):
     extra_body: dict[str, Any] = {}  # merged into every request body; a null removes the key
     timeout_s: float = Field(120.0, gt=0)  # seconds for one attempt
     max_attempts: int = Field(6, ge=1)  # of one request, the first included
+    price: PriceSection | None = None  # None: genai-prices' list for base_url and model; unknown where it has none
     completions: str | None = None  # recorded: a .jsonl(.gz) of {id, completion}; None: the rows' own teacher.completion
     context_tokens: int = Field(2048, gt=0)  # llamacpp: context of one request, in tokens
     threads: int | None = Field(None, gt=0)  # llamacpp: None takes the cores of this process
@@ -135,6 +141,8 @@ class AnnotateSection(Section):
     temperature: float = Field(0.0, ge=0)
     max_tokens: int = Field(256, gt=0)  # of one reply
     concurrency: int = Field(64, ge=1)  # requests in flight
+    max_usd: float | None = Field(None, gt=0)  # stop (exit 3) before this run's replies, earlier ones included, cost more
+    max_requests: int | None = Field(None, ge=0)  # stop (exit 3) once this command has sent so many
 
     @model_validator(mode="after")
     def _samples_differ(self) -> AnnotateSection:

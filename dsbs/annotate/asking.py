@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 from dsbs.annotate.limits import ExhaustedError, Halt, HaltedError, Pause, attempt
 from dsbs.annotate.parse import parse_reply
+from dsbs.annotate.prices import Price
 from dsbs.annotate.store import ReplyStore, budget, request_key
 from dsbs.annotate.summary import SplitSummary
 from dsbs.annotate.teachers.base import RejectedError, Reply, Request, Teacher
+from dsbs.artefacts import canonical
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.progress import Meter, running
 from dsbs.prompts import Prompt
@@ -36,6 +38,7 @@ class Work(Protocol):
     recipe: Recipe
     task: Task
     prompt: Prompt | None
+    price: Price | None
 
     def requests(self, example: Example) -> Iterator[Request]: ...
 
@@ -52,9 +55,13 @@ class Asking:
         self.successes = 0
         self.failures_in_a_row = 0
         self.last_failure = ""
+        self.price = work.price
+        self.sent = self.flying = 0
+        self.spent = 0.0  # US dollars for this recipe's replies, bought now or before
+        self.replies = 0
 
-    async def split(self, split: str, total: int) -> SplitSummary:
-        summary = SplitSummary()
+    async def split(self, split: str, total: int, summary: SplitSummary) -> None:
+        """Ask for all that the split lacks, counting in ``summary``. Raises DsbsError, or KeyboardInterrupt on Ctrl-C."""
         examples = stream(self.work.recipe, self.work.task, split)
         todo = ((example, request) for example in examples for request in self.work.requests(example))
         workers = min(self.teacher.max_concurrency or 10**9, self.work.recipe.annotate.concurrency)
@@ -72,7 +79,7 @@ class Asking:
                     self.halt.call()
                     return
                 live.add(self.work, example, reply)
-                self.meter.update(live.done, live.note())
+                self.meter.update(live.done, live.note() + (f", {self.spent:.2f} dollars" if self.spent else ""))
                 if self.halt.called:
                     return
                 if live.done % 256 == 0:
@@ -87,7 +94,6 @@ class Asking:
         if self.refused and not self.successes and not summary.cached:
             self._stop_if_all_refused(final=True)
         summary.wall_s = time.monotonic() - started
-        return summary
 
     async def _drain(self, tasks: list[asyncio.Task[None]]) -> None:
         """Wait for the workers; once the run is to end, only as long as replies in flight, which are paid, may take."""
@@ -137,6 +143,7 @@ class Asking:
         kept = self.store.get(key, tokens)
         if kept is not None:
             summary.cached += 1
+            self._count(kept)
             return kept
         if key in self.in_flight:  # another row asks the very same thing
             await self.in_flight[key].wait()
@@ -150,18 +157,17 @@ class Asking:
     async def _buy(self, request: Request, key: str, tokens: int, summary: SplitSummary) -> Reply | None:
         """One reply from the teacher, committed before it is returned; None where this request cannot have one."""
 
-        def sent() -> None:
+        async def send() -> Reply:
+            await self._reserve(request, tokens)
             summary.requests += 1
+            try:
+                return await self.teacher.complete(request)
+            finally:
+                self.flying -= 1
 
         section = self.work.recipe.teacher
         try:
-            reply = await attempt(
-                lambda: self.teacher.complete(request),
-                attempts=section.max_attempts,
-                pause=self.pause,
-                halt=self.halt,
-                on_send=sent,
-            )
+            reply = await attempt(send, attempts=section.max_attempts, pause=self.pause, halt=self.halt)
         except RejectedError as error:
             self.refused.add(key)
             self.last_failure = str(error)
@@ -184,7 +190,35 @@ class Asking:
         self.store.put(key, tokens, self.teacher.identity, section.model, request.sample, reply)
         self.successes += 1
         self.failures_in_a_row = 0
+        self._count(reply)
         return reply
+
+    def _count(self, reply: Reply) -> None:
+        self.replies += 1
+        if self.price is not None:
+            self.spent += self.price.usd(reply.prompt_tokens, reply.completion_tokens)
+
+    async def _reserve(self, request: Request, tokens: int) -> None:
+        """Wait until one more request fits the limits. Raises PartialError where it never will, HaltedError at the end."""
+        limits = self.work.recipe.annotate
+        if limits.max_requests is not None and self.sent >= limits.max_requests:
+            raise PartialError(
+                f"annotate.max_requests: {self.sent} requests were sent",
+                hint="run the same command for as many more, or raise the limit: what was bought is kept",
+            )
+        while limits.max_usd is not None and self.price is not None:
+            at_most = self.price.usd(len(canonical(request.body)) // 4, tokens)  # while no reply has told better
+            each = self.spent / self.replies if self.replies else at_most
+            if self.spent + (self.flying + 1) * each <= limits.max_usd + 1e-9:
+                break
+            if self.flying == 0:
+                raise PartialError(
+                    f"annotate.max_usd: this run's replies cost {self.spent:.4f} dollars, and {limits.max_usd:g} is the limit",
+                    hint="raise the limit and run again: what was bought is kept",
+                )
+            await self.halt.sleep(0.02)  # what is in flight may turn out cheaper
+        self.sent += 1
+        self.flying += 1
 
     def _stop_if_all_refused(self, *, final: bool) -> None:
         """One bad row must not end a run; but an endpoint that refuses the first few rows refuses the request's form."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from dsbs.annotate.asking import Asking
 from dsbs.annotate.parse import parse_reply
+from dsbs.annotate.prices import price_of
 from dsbs.annotate.store import ReplyStore, budget, request_key
 from dsbs.annotate.summary import AnnotateResult, SplitSummary
 from dsbs.annotate.teachers import is_asked, make_teacher
@@ -18,7 +19,7 @@ from dsbs.annotate.teachers.base import Archive, Reply, Request, Teacher
 from dsbs.annotate.vote import majority
 from dsbs.annotations import annotation_file, run_folder, source_fingerprint
 from dsbs.artefacts import hold, manifest, write_jsonl
-from dsbs.errors import UserError
+from dsbs.errors import PartialError, UserError
 from dsbs.progress import Meter, Silent, running
 from dsbs.prompts import Prompt, PromptRenderer, load_prompt
 from dsbs.recipe import Recipe
@@ -38,6 +39,7 @@ class Plan:
     cached: int
     prompt_tokens: int
     max_completion_tokens: int
+    usd: float | None  # at most, by these tokens; None: the price is not known
 
 
 class Annotator:
@@ -49,6 +51,12 @@ class Annotator:
         self.task: Task = make_task(recipe.task)
         human = recipe.teacher.kind == "human"
         self.prompt: Prompt | None = None if human else load_prompt(recipe, self.task)
+        self.price = price_of(recipe.teacher)
+        if recipe.annotate.max_usd is not None and self.price is None:
+            raise UserError(
+                f"annotate.max_usd is set, and the price of {recipe.teacher.model} is not known",
+                hint="give teacher.price: {input: …, output: …} in US dollars for a million tokens",
+            )
         self.renderer = PromptRenderer(self.prompt, self.task) if self.prompt is not None else None
 
     @property
@@ -102,6 +110,7 @@ class Annotator:
                 prompt_tokens=_total(reply.prompt_tokens for reply in bought),
                 completion_tokens=_total(reply.completion_tokens for reply in bought),
             ),
+            usd=None if self.price is None else sum(self.price.usd(r.prompt_tokens, r.completion_tokens) for r in bought),
             teacher=TeacherName(kind=kind, model=self.recipe.teacher.model),
             request_key=replies[0][0] if replies else None,
         )
@@ -110,8 +119,8 @@ class Annotator:
 def annotate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None) -> AnnotateResult:
     """Annotate the splits that the recipe names into ``annotate/<split>.jsonl``, one row for every input row.
 
-    Replies that the run's store already has are not bought again. Raises UserError for what the user can mend and
-    PartialError where the endpoint failed some rows (their rows say so, and the next run asks for them).
+    Replies that the run's store already has are not bought again. Raises UserError for what the user can mend and, once the
+    rows are written, PartialError where a limit or the endpoint ended the run early (rows without a reply say so).
     """
     meter = meter or Silent()
     work = Annotator(recipe, out)
@@ -122,12 +131,15 @@ def annotate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
         manifest(work.run / "annotate" / "manifest.json", recipe.model_dump(mode="json"), hashes) as record,
     ):
         record["prompt"] = work.prompt.model_dump(mode="json") if work.prompt is not None else None
+        record["source"] = source_fingerprint(recipe, work.task)
+        stopped: PartialError | None = None
         if is_asked(recipe.teacher.kind):
-            summaries = asyncio.run(_asked(work, teacher, meter))
+            summaries, stopped = asyncio.run(_asked(work, teacher, meter))
         else:
             summaries = _recalled(work, teacher, meter)
-        record["source"] = source_fingerprint(recipe, work.task)
         record["splits"] = {name: summary.as_json() for name, summary in summaries.items()}
+        if stopped is not None:
+            raise stopped
         result = AnnotateResult(work.run, summaries, reportable=recipe.task.limit is None)
         missing = sum(summary.rejected["no-reply"] for summary in summaries.values())
         if missing:
@@ -157,7 +169,9 @@ def plan(recipe: Recipe, out: str | Path | None = None) -> Plan:
                 characters += len(text)
     if store is not None:
         store.close()
-    return Plan(first, rows, requests, cached, characters // 4, requests * recipe.annotate.max_tokens)
+    prompt_tokens, completion_tokens = characters // 4, requests * recipe.annotate.max_tokens
+    usd = None if work.price is None else work.price.usd(prompt_tokens, completion_tokens)
+    return Plan(first, rows, requests, cached, prompt_tokens, completion_tokens, usd)
 
 
 def _identity(recipe: Recipe) -> str:
@@ -172,20 +186,26 @@ def _identity(recipe: Recipe) -> str:
 # --- the two ways to replies
 
 
-async def _asked(work: Annotator, teacher: Teacher, meter: Meter) -> dict[str, SplitSummary]:
+async def _asked(work: Annotator, teacher: Teacher, meter: Meter) -> tuple[dict[str, SplitSummary], PartialError | None]:
+    """Ask, then derive from what there is; a run that stopped early leaves rows that say so, and the reason it stopped."""
     store = ReplyStore(work.store_path)
     asking = Asking(work, teacher, store, meter)
-    summaries: dict[str, SplitSummary] = {}
+    summaries = {split: SplitSummary() for split in map(str, work.recipe.annotate.splits)}
+    stopped: PartialError | None = None
     try:
-        for split in work.recipe.annotate.splits:
+        for split, summary in summaries.items():
             total = sum(1 for _ in stream(work.recipe, work.task, split)) * work.recipe.annotate.samples
-            summaries[split] = await asking.split(split, total)
-        for name, summary in summaries.items():
-            _derive(work, name, summary, lambda example: _kept(work, store, teacher.identity, asking.refused, example))
+            try:
+                await asking.split(split, total, summary)
+            except PartialError as error:
+                stopped = error
+                break
+        for split, summary in summaries.items():
+            _derive(work, split, summary, lambda example: _kept(work, store, teacher.identity, asking.refused, example))
     finally:
         await teacher.close()
         store.close()
-    return summaries
+    return summaries, stopped
 
 
 Replies = tuple[list[tuple[str | None, Reply | None]], bool]

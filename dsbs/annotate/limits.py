@@ -63,9 +63,7 @@ class Pause:
             await halt.sleep(left + random.uniform(0.0, 0.1))  # not all in the same instant
 
 
-async def attempt(
-    send: Callable[[], Awaitable[Reply]], *, attempts: int, pause: Pause, halt: Halt, on_send: Callable[[], None]
-) -> Reply:
+async def attempt(send: Callable[[], Awaitable[Reply]], *, attempts: int, pause: Pause, halt: Halt) -> Reply:
     """Send until a reply comes.
 
     Raises ExhaustedError after ``attempts`` and HaltedError where the run ends first; anything but TransientError passes.
@@ -75,7 +73,6 @@ async def attempt(
         await pause.over(halt)
         if halt.called:
             raise HaltedError
-        on_send()
         try:
             return await send()
         except TransientError as error:

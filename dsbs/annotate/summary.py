@@ -28,6 +28,7 @@ class SplitSummary:
     cached: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    usd: float | None = 0.0  # of all replies in the rows, whenever bought; None: the price is not known
     wall_s: float = 0.0
 
     def add(self, annotation: Annotation, task: Task) -> None:
@@ -38,6 +39,7 @@ class SplitSummary:
         self.correct += right
         self.prompt_tokens += annotation.usage.prompt_tokens or 0
         self.completion_tokens += annotation.usage.completion_tokens or 0
+        self.usd = None if self.usd is None or annotation.usd is None else self.usd + annotation.usd
         if annotation.accepted:
             self.accepted += 1
             self.accepted_with_gold += annotation.gold is not None
@@ -68,7 +70,7 @@ class SplitSummary:
             "requests": self.requests,
             "cached": self.cached,
             "usage": {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens},
-            "usd": None,
+            "usd": None if self.usd is None else round(self.usd, 6),
             "wall_s": round(self.wall_s, 3),
         }
 

@@ -205,8 +205,7 @@ class _Cell:
         )
         trainer.remove_callback(PrinterCallback)
         if resume is not None and follow.first_step >= section.max_steps:  # only the saving was left; train() would step on
-            trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
-            return self._finish(student, trainer.state, follow)
+            return self._finish(student, TrainerState.load_from_json(str(resume / "trainer_state.json")), follow)
         with running(meter, f"train {self.cell.name}", section.max_steps, follow.first_step):
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
