@@ -26,6 +26,7 @@ from pydantic import (
 
 from dsbs.artefacts import find
 from dsbs.errors import UserError
+from dsbs.records import Provenance
 from dsbs.yaml_lines import Located, Path_, dotted, load_located
 
 LabelSource = Literal["gold", "teacher"]
@@ -172,9 +173,19 @@ class StudentSection(Section):
         return self.model is None
 
 
+class SelectSection(Section):
+    """Which annotations are learned from; a row left out still teaches its gold label."""
+
+    agree_gold: bool = False  # only where the teacher's label is the gold one
+    min_vote: float | None = Field(None, ge=0, le=1)  # the majority's share of the readable samples, at least
+    provenance: Annotated[tuple[Provenance, ...] | None, BeforeValidator(_as_tuple)] = None  # None: any
+    max_per_label: int | None = Field(None, gt=0)  # annotations of one teacher label, at most, chosen by id hash
+
+
 class TrainSection(Section):
     methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ("step-by-step", "finetune", "distill")
     labels: Annotated[tuple[LabelSource, ...], BeforeValidator(_as_tuple)] = ("gold",)  # of step-by-step's label task
+    select: SelectSection = SelectSection()
     rationale_weight: float = Field(1.0, ge=0)  # λ in (L_label + λ·L_rationale) / (1 + λ)
     seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
     learning_rate: float = Field(5.0e-5, gt=0)  # AdamW's peak; a scratch student's default is 1e-3

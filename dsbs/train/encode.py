@@ -16,6 +16,7 @@ from dsbs.tasks.base import Task
 from dsbs.tasks.load import is_held_out, load, position
 from dsbs.train.losses import IGNORED
 from dsbs.train.methods import METHODS, Cell, View
+from dsbs.train.select import select
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
             f"{len(missing)} of {len(examples)} train rows have no annotation (first: {missing[0]})",
             hint="the data changed since: run `dsbs annotate` again, it asks for the new rows only",
         )
-    rows = [_row(task, example, annotations.get(example.id)) for example in examples if not is_held_out(recipe, example)]
+    chosen = select((annotations[e.id] for e in examples if e.id in annotations), recipe.train.select, task)
+    rows = [_row(task, example, chosen.get(example.id)) for example in examples if not is_held_out(recipe, example)]
 
     held_out = load(recipe, task, "valid")
     use_gold = all(example.label is not None for example in held_out)
@@ -68,10 +70,14 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
         if not any(row.label(cell.labels) for row in rows):
             raise UserError(
                 f"{cell.method} learns {cell.labels} labels, and no train row has one",
-                hint="leave the method out of train.methods" if cell.labels == "gold" else "look at the annotations",
+                hint="leave the method out of train.methods"
+                if cell.labels == "gold"
+                else "look at the annotations' reject_reason, and at train.select",
             )
         if METHODS[cell.method].needs_rationales and not any(row.rationale for row in rows):
-            raise UserError("no train row has a usable rationale", hint="look at the annotations' reject_reason")
+            raise UserError(
+                "no train row has a usable rationale", hint="look at the annotations' reject_reason, and at train.select"
+            )
     return Data(rows, valid[: recipe.train.valid_limit], source, {example.id: example.input for example in held_out})
 
 

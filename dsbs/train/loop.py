@@ -111,7 +111,7 @@ class _Cell:
 
     def _fingerprint(self) -> str:
         """Hash of all that decides the student's weights: equal fingerprint, equal student."""
-        train = self.recipe.train.model_dump(mode="json", exclude={"methods", "labels", "seeds", "log_every"})
+        train = self.recipe.train.model_dump(mode="json", exclude={"methods", "labels", "seeds", "log_every", "select"})
         return digest(
             canonical(train),
             canonical(self.recipe.student.model_dump(mode="json")),
