@@ -31,7 +31,7 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
         mode="json", include={"kind", "model", "base_url", "endpoint", "extra_body", "completions"}
     )
     prompt = "" if recipe.teacher.kind == "human" else load_prompt(recipe, task).hash
-    sampling = recipe.annotate.model_dump(mode="json", include={"samples", "temperature", "max_tokens"})
+    sampling = recipe.annotate.model_dump(mode="json", include={"samples", "temperature", "max_tokens", "rationale_from"})
     return digest(canonical(teacher), prompt, canonical(sampling))
 
 

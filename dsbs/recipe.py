@@ -140,6 +140,7 @@ class AnnotateSection(Section):
     splits: Annotated[tuple[Literal["train", "valid", "test"], ...], BeforeValidator(_as_tuple)] = ("train", "test")
     samples: int = Field(1, ge=1)  # replies per row; the majority label wins
     temperature: float = Field(0.0, ge=0)
+    rationale_from: Literal["visible", "reasoning"] = "visible"  # reasoning: a reasoning model's own text, where it shows it
     max_tokens: int = Field(256, gt=0)  # of one reply
     concurrency: int = Field(64, ge=1)  # requests in flight
     max_usd: float | None = Field(None, gt=0)  # stop (exit 3) before this run's replies, earlier ones included, cost more

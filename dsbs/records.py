@@ -11,6 +11,7 @@ Reason = Literal[
     "unparsed",  # the answer anchor is missing, or what follows it cannot be read
     "empty",  # no text, no rationale, or nothing after the anchor
     "truncated",  # the token budget ended before the answer did
+    "spent-on-reasoning",  # the token budget ended in a reasoning model's hidden text: nothing was said
     "label-outside-set",  # a readable answer that is not one of the task's labels or choices
     "several-answers",  # two or more different answers where one was asked for
     "refused",  # the endpoint rejected this one request, or the model declined

@@ -92,7 +92,17 @@ class Annotator:
                 unlabelled: Reason | None = "empty" if example.label is None else None
                 samples.append(Sample(text=reply.text, label=example.label, rationale=reply.text, reason=unlabelled))
             else:
-                samples.append(parse_reply(reply.text, self.prompt, self.task, example.input, reply.finish_reason))
+                samples.append(
+                    parse_reply(
+                        reply.text,
+                        self.prompt,
+                        self.task,
+                        example.input,
+                        reply.finish_reason,
+                        reasoning=reply.reasoning,
+                        rationale_from=self.recipe.annotate.rationale_from,
+                    )
+                )
         vote = majority(samples, self.task)
         bought = [reply for _, reply in replies if reply is not None]
         return Annotation(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from dsbs.prompts import Prompt
-from dsbs.records import Sample, Unread
+from dsbs.records import Reason, Sample, Unread
 from dsbs.tasks.base import Fields, Task
 
 _DANGLING = re.compile(r"(?:^|(?<=[.!?,;:\s]))\s*(?:so|therefore|thus|hence|and so|and)\s*,?\s*$", re.IGNORECASE)
@@ -30,8 +31,20 @@ def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return text.rstrip(), False
 
 
-def parse_reply(text: str, prompt: Prompt, task: Task, fields: Fields, finish_reason: str | None = None) -> Sample:
-    """Read the first turn of a reply: what stands before the answer anchor is the rationale, what follows the label."""
+def parse_reply(
+    text: str,
+    prompt: Prompt,
+    task: Task,
+    fields: Fields,
+    finish_reason: str | None = None,
+    *,
+    reasoning: str | None = None,
+    rationale_from: Literal["visible", "reasoning"] = "visible",
+) -> Sample:
+    """Read the first turn of a reply: what stands before the answer anchor is the rationale, what follows the label.
+
+    A reasoning model says its ``reasoning`` beside the text; it is the rationale where ``rationale_from`` asks for it.
+    """
 
     def sample(label: str | None, rationale: str | None, unread: Unread | None) -> Sample:
         return Sample(
@@ -46,12 +59,15 @@ def parse_reply(text: str, prompt: Prompt, task: Task, fields: Fields, finish_re
     if finish_reason == "content_filter":
         return sample(None, None, Unread("refused"))
     if not turn.strip(_MARKUP):
-        return sample(None, None, Unread("truncated" if finish_reason == "length" else "empty"))
+        cut_short: Reason = "spent-on-reasoning" if reasoning else "truncated"
+        return sample(None, None, Unread(cut_short if finish_reason == "length" else "empty"))
     cut = not ran_on and (finish_reason == "length" or (finish_reason is None and turn[-1] not in ".!?)\"'"))
     at, anchor = _find_anchor(turn, prompt.anchor)
     if at < 0:
         return sample(None, None, Unread("truncated" if cut else "unparsed"))
     rationale = _DANGLING.sub("", turn[:at].strip(_MARKUP)).strip(_MARKUP)
+    if rationale_from == "reasoning":
+        rationale = (reasoning or "").strip()
     answer = turn[at + len(anchor) :]
     label = task.read_label(answer, fields)
     if isinstance(label, Unread):

@@ -23,6 +23,7 @@ CREATE TABLE IF NOT EXISTS replies (
     finish_reason TEXT,
     prompt_tokens INTEGER,
     completion_tokens INTEGER,
+    reasoning TEXT,                  -- a reasoning model's text beside the visible one
     raw TEXT NOT NULL,               -- the whole reply as JSON
     created TEXT NOT NULL,
     PRIMARY KEY (key, max_tokens)
@@ -59,7 +60,7 @@ class ReplyStore:
     def get(self, key: str, max_tokens: int) -> Reply | None:
         """The reply kept under ``key``, unless a smaller budget cut it short. ``raw`` is not read back."""
         row = self._db.execute(
-            "SELECT text, finish_reason, prompt_tokens, completion_tokens FROM replies"
+            "SELECT text, finish_reason, prompt_tokens, completion_tokens, reasoning FROM replies"
             " WHERE key = ? AND (finish_reason IS NOT 'length' OR max_tokens >= ?) ORDER BY max_tokens DESC LIMIT 1",
             (key, max_tokens),
         ).fetchone()
@@ -69,7 +70,7 @@ class ReplyStore:
         """Commit one reply. Raises PartialError where the disk is full."""
         try:
             self._db.execute(
-                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     key,
                     max_tokens,
@@ -80,6 +81,7 @@ class ReplyStore:
                     reply.finish_reason,
                     reply.prompt_tokens,
                     reply.completion_tokens,
+                    reply.reasoning,
                     json.dumps(reply.raw, ensure_ascii=False),
                     now(),
                 ),

@@ -207,6 +207,27 @@ def test_rows_that_ask_the_very_same_thing_share_one_reply(toy: Callable[..., Pa
     assert result.splits["train"].accepted == 20
 
 
+def test_a_reasoning_models_text_is_kept_and_may_be_the_rationale(toy: Callable[..., Path], tmp_path: Path) -> None:
+    def thinking(body: dict[str, Any], number: int) -> Any:
+        spent = "number 1 " in question(body)
+        reply = completion("" if spent else good_answer(body, number), finish_reason="length" if spent else "stop")
+        reply["choices"][0]["message"]["reasoning_content"] = "Let me think about it."
+        return 200, {}, json.dumps(reply).encode()
+
+    path = toy(train=4, test=2)
+    with LoopbackServer(thinking) as server:
+        url = f"teacher.base_url={server.url}"
+        annotate(load_recipe(path, [url]), out=tmp_path / "run")
+        rows = read(tmp_path / "run")
+        assert [row["reject_reason"] for row in rows] == [None, "spent-on-reasoning", None, None]
+        assert rows[0]["rationale"] == "The message is about an invoice."
+        annotate(load_recipe(path, [url, "annotate.rationale_from=reasoning"]), out=tmp_path / "run")
+        assert read(tmp_path / "run")[0]["rationale"] == "Let me think about it."
+        assert server.requests == 6, "the same replies, read another way"
+        annotate(load_recipe(path, [url, "annotate.max_tokens=512"]), out=tmp_path / "run")
+        assert server.requests == 7, "only the row that was cut is asked again"
+
+
 def test_completions_get_a_prompt_with_stops_and_extra_fields_come_last(toy: Callable[..., Path], tmp_path: Path) -> None:
     path = toy(train=2, test=2, teacher={"endpoint": "completions", "extra_body": {"temperature": None, "top_k": 1}})
     with LoopbackServer(good_answer) as server:

@@ -18,12 +18,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One reply: the text, and all that the endpoint said with it (``raw``)."""
+    """One reply: the visible text, a reasoning model's own ``reasoning``, and all that the endpoint said (``raw``)."""
 
     text: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    reasoning: str | None = None
     raw: dict[str, Any] = field(default_factory=dict)
 
 

@@ -133,10 +133,19 @@ def _reply(raw: object) -> Reply:
             finish_reason="content_filter" if message.get("refusal") else choice.get("finish_reason"),
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens"),
+            reasoning=_reasoning(message),
             raw=raw,
         )
     except (AssertionError, KeyError, IndexError, TypeError, AttributeError):
         raise TransientError("a reply without a choice in it") from None
+
+
+def _reasoning(message: dict[str, Any]) -> str | None:
+    """A reasoning model's text beside the answer: `reasoning_content` (DeepSeek, vLLM, llama.cpp) or `reasoning`."""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(message.get(name), str) and message[name].strip():
+            return str(message[name])
+    return None
 
 
 def _message(error: Any) -> str:
