@@ -10,6 +10,10 @@ from dsbs.records import Reason, Sample, Unread
 from dsbs.tasks.base import Fields, Task
 
 _DANGLING = re.compile(r"(?:^|(?<=[.!?,;:\s]))\s*(?:so|therefore|thus|hence|and so|and)\s*,?\s*$", re.IGNORECASE)
+_DECLINES = re.compile(
+    r"\W*(?:(?:i'm|i am) (?:very )?(?:sorry|unable)|sorry, |i (?:can't|cannot|won't|will not|must decline)|as an ai\b)",
+    re.IGNORECASE,
+)
 _MARKUP = " \t\r\n*_#>"
 
 
@@ -64,6 +68,8 @@ def parse_reply(
     cut = not ran_on and (finish_reason == "length" or (finish_reason is None and turn[-1] not in ".!?)\"'"))
     at, anchor = _find_anchor(turn, prompt.anchor)
     if at < 0:
+        if _DECLINES.match(turn.replace("’", "'")):
+            return sample(None, None, Unread("refused"))
         return sample(None, None, Unread("truncated" if cut else "unparsed"))
     rationale = _DANGLING.sub("", turn[:at].strip(_MARKUP)).strip(_MARKUP)
     if rationale_from == "reasoning":

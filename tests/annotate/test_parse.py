@@ -262,3 +262,31 @@ def test_irregular_recorded_replies_are_read_by_their_kind(shared_data: Path) ->
                 sample = parse_reply(rows[row_id]["teacher"]["completion"], prompt, task, rows[row_id]["input"])
                 assert sample.reason in expected[name, kind], (kind, row_id, sample)
     assert checked >= 60
+
+
+# --- a model that declines
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I’m unable to answer.",
+        "Sorry, no.",
+        "As an AI, I do not judge.",
+        "I cannot say.",
+    ],
+)
+def test_a_model_that_declines_is_refused_not_unparsed(text: str) -> None:
+    assert read(text).reason == "refused"
+
+
+@pytest.mark.parametrize(
+    "text", ["I cannot see a contradiction here.\nAnswer: neutral", "Sorry, this is long, but it follows.\nAnswer: entailment"]
+)
+def test_an_answer_is_read_however_it_begins(text: str) -> None:
+    assert read(text).reason is None
+
+
+def test_a_reply_that_merely_lacks_an_answer_is_unparsed() -> None:
+    assert read("The men are outside. They cannot be asleep.").reason == "unparsed"
