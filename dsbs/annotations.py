@@ -16,6 +16,18 @@ from dsbs.recipe import Recipe
 from dsbs.records import Annotation
 from dsbs.tasks.base import Task
 
+# The keys of `annotate` that decide what a row's annotation is.
+SAMPLING = {
+    "samples",
+    "stop_early",
+    "temperature",
+    "logprobs",
+    "hint",
+    "min_rationale_words",
+    "max_tokens",
+    "rationale_from",
+}
+
 
 def run_folder(recipe: Recipe, out: str | Path | None = None) -> Path:
     return Path(out) if out is not None else Path("runs") / recipe.name
@@ -28,10 +40,13 @@ def annotation_file(run: Path, split: str) -> Path:
 def source_fingerprint(recipe: Recipe, task: Task) -> str:
     """Hash of all in a recipe that decides the annotations of a row: the teacher, the prompt, the sampling."""
     teacher = recipe.teacher.model_dump(
-        mode="json", include={"kind", "model", "base_url", "endpoint", "extra_body", "completions"}
+        mode="json", include={"kind", "model", "base_url", "endpoints", "endpoint", "extra_body", "completions"}
     )
+    for one in teacher["endpoints"]:  # which endpoints answer decides; how often each, or with whose key, does not
+        for name in ("weight", "api_key_env", "rpm", "tpm"):
+            del one[name]
     prompt = "" if recipe.teacher.kind == "human" else load_prompt(recipe, task).hash
-    sampling = recipe.annotate.model_dump(mode="json", include={"samples", "temperature", "max_tokens", "rationale_from"})
+    sampling = recipe.annotate.model_dump(mode="json", include=SAMPLING)
     return digest(canonical(teacher), prompt, canonical(sampling))
 
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsbs.lint import lint
 from dsbs.prompts import PromptRenderer, load_prompt
 from dsbs.recipe import Recipe
 from dsbs.records import Example
 from dsbs.student import new_tokenizer
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import data_hash, load
+from dsbs.tasks.load import load, survey
 
 _SAMPLE = 2000  # rows tokenised of each split
 
@@ -35,12 +36,13 @@ def validate(recipe: Recipe) -> Validation:
     task = make_task(recipe.task)
     parts = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
+    warnings: list[str] = []
     if recipe.teacher.kind != "human":
-        renderer = PromptRenderer(load_prompt(recipe, task), task)
-        first_prompt = renderer.render(parts["train"][0]).text
+        prompt = load_prompt(recipe, task)
+        first_prompt = PromptRenderer(prompt, task).render(parts["train"][0]).text
+        warnings += lint(recipe, prompt, task, parts)
     texts = [part for row in parts["train"] for part in (task.text(row.input), row.label, row.rationale) if part]
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts])
-    warnings: list[str] = []
     splits = {split: _look(recipe, task, tokenizer, split, rows, warnings) for split, rows in parts.items()}
     warnings += _overlaps(parts)
     return Validation(splits, first_prompt, warnings)
@@ -54,7 +56,7 @@ def _look(
     inputs = _tokens(tokenizer, ["explain: " + task.text(row.input) for row in sample], limit)
     targets = _tokens(tokenizer, [part for row in sample for part in (row.label, row.rationale) if part], target_limit)
     with_gold = [row.label for row in rows if row.label is not None]
-    found: dict[str, Any] = {"rows": len(rows), "with_gold": len(with_gold), "hash": data_hash(rows)}
+    found: dict[str, Any] = {"rows": len(rows), "with_gold": len(with_gold), "hash": survey(rows).hash}
     if task.labels is not None:
         found["labels"] = dict(Counter(with_gold).most_common())
         missing = [label for label in task.labels if with_gold and label not in found["labels"]]

@@ -46,10 +46,15 @@ class Prompt(BaseModel):
     answer: str = "{{ rationale }}\nAnswer: {{ label }}"
     anchor: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("Answer:",)  # precedes the label; first found wins
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()  # where an invented next example begins
+    hint: str = (  # stands before the question where the gold label is given away (annotate.hint)
+        "(The right answer to the next one is: {{ label }}. Give the reasoning that leads there from what is asked alone, in "
+        "the same form, and do not speak of this remark.)"
+    )
     exemplars: tuple[Exemplar, ...] = Field((), max_length=64)
 
     @property
     def hash(self) -> str:
+        """Of all that may be sent or that decides how replies are read."""
         return digest(canonical(self.model_dump(mode="json")))
 
 
@@ -90,8 +95,14 @@ class PromptRenderer:
         answer = render(self.prompt.answer, view | {"rationale": exemplar.rationale.strip()}, where=f"{where}: answer")
         return question, answer.strip()
 
-    def render(self, example: Example) -> Rendered:
+    def hint(self, example: Example) -> str:
+        """The text that gives an example's gold label away."""
+        return render(self.prompt.hint, self.task.view(example.input, example.label), where="prompt: hint").strip()
+
+    def render(self, example: Example, *, hint: bool = False) -> Rendered:
         question = render(self.prompt.template, self.task.view(example.input), where="prompt: template").rstrip()
+        if hint:
+            question = f"{self.hint(example)}\n\n{question}"
         return Rendered((*self._messages, {"role": "user", "content": question}), self._text + question)
 
 

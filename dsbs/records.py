@@ -15,6 +15,10 @@ Reason = Literal[
     "label-outside-set",  # a readable answer that is not one of the task's labels or choices
     "several-answers",  # two or more different answers where one was asked for
     "refused",  # the endpoint rejected this one request, or the model declined
+    "contradicts-rationale",  # the rationale concludes with another answer than the one given
+    "copies-exemplar",  # the rationale is an exemplar's, word for word
+    "too-short",  # the rationale has fewer words than annotate.min_rationale_words
+    "hint-leaked",  # a rationale written with the answer as a hint speaks of the hint
     "no-reply",  # every attempt failed; the next run asks again
 ]
 Provenance = Literal["own", "hinted", "recorded", "human", "none"]
@@ -52,16 +56,23 @@ class Usage(_Row):
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None  # of the prompt tokens, those served from the provider's prompt cache
 
 
 class Sample(_Row):
-    """One reply read: raw text, and the label and rationale found in its first turn, or the reason why not."""
+    """One reply read: raw text, and the label and rationale found in its first turn, or the reason why it is not used.
+
+    A readable label stands here even where the rationale has a flaw (``reason``). ``hinted``: the answer was given away in the
+    request. ``label_logprob`` is the log-probability of the label's tokens, in nats.
+    """
 
     text: str
     label: str | None = None
     rationale: str | None = None
     reason: Reason | None = None
     finish_reason: str | None = None
+    hinted: bool = False
+    label_logprob: float | None = None
 
 
 class TeacherName(_Row):
@@ -72,7 +83,10 @@ class TeacherName(_Row):
 class Annotation(_Row):
     """One line of ``annotate/<split>.jsonl``: exactly one for every input row, accepted or not.
 
-    ``vote_share`` is the majority label's share of the readable samples, in [0, 1]; ``usd`` is None without prices.
+    ``own_label`` is the teacher's answer without any hint, rejected or not: its accuracy is measured on that alone. ``label``
+    goes with the rationale: None where the row is rejected, the gold one where the provenance is ``hinted``. ``vote_share`` is
+    the majority label's share of the readable samples, in [0, 1]; ``label_logprob`` the mean of the winning samples', in nats;
+    ``usd`` is None without prices.
     """
 
     schema_: Literal["dsbs.annotation/1"] = Field("dsbs.annotation/1", alias="schema")
@@ -80,10 +94,12 @@ class Annotation(_Row):
     input: dict[str, Any]
     gold: str | None = None
     label: str | None = None
+    own_label: str | None = None
     rationale: str | None = None
     provenance: Provenance = "none"
     samples: list[Sample] = []
     vote_share: float | None = None
+    label_logprob: float | None = None
     accepted: bool = False
     reject_reason: Reason | None = None
     usage: Usage = Usage()

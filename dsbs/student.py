@@ -170,7 +170,7 @@ def load_tokenizer(source: str) -> Any:
     if pieces < 32:  # files that are missing or not understood silently yield the special tokens alone
         raise DsbsError(
             f"the tokenizer of student {source!r} has only {pieces} pieces of text",
-            hint="check that the local folder has tokenizer.json or spiece.model",
+            hint="check the name and the network, or that the local folder has tokenizer.json or spiece.model",
         )
     return tokenizer
 

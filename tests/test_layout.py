@@ -14,10 +14,23 @@ RANKS = {
     "tasks": 3,
     "prompts": 4, "student": 4,
     "annotations": 5,
-    "annotate": 6, "train": 6, "eval": 6, "report": 6, "check": 6,
-    "": 7, "cli": 8, "__main__": 9,
+    "annotate": 6, "train": 6, "eval": 6, "report": 6,
+    "lint": 7, "compare_teachers": 7,
+    "check": 8, "": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
-HEAVY = {"torch", "transformers", "datasets", "evaluate", "openai", "sentencepiece", "scipy", "statsmodels", "pyarrow"}
+HEAVY = {
+    "aiohttp",
+    "ray",
+    "torch",
+    "transformers",
+    "datasets",
+    "evaluate",
+    "openai",
+    "sentencepiece",
+    "scipy",
+    "statsmodels",
+    "pyarrow",
+}
 
 
 def rooms() -> Iterator[tuple[Path, str]]:

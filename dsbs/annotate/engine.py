@@ -1,266 +1,153 @@
-"""The stage: ask for what the store does not have, then derive one annotation per row from what it has."""
+"""The stage: buy what the store does not have, then derive one annotation per row from what it has."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from dsbs.annotate.annotator import Annotator, Shard
 from dsbs.annotate.asking import Asking
-from dsbs.annotate.parse import parse_reply
-from dsbs.annotate.prices import price_of
-from dsbs.annotate.store import ReplyStore, budget, request_key
+from dsbs.annotate.batch import buy_batches, export, take_back
+from dsbs.annotate.deriving import derive, kept, recalled
+from dsbs.annotate.store import ReplyStore
 from dsbs.annotate.summary import AnnotateResult, SplitSummary
 from dsbs.annotate.teachers import is_asked, make_teacher
-from dsbs.annotate.teachers.base import Archive, Reply, Request, Teacher
-from dsbs.annotate.vote import majority
+from dsbs.annotate.teachers.base import Archive, Teacher
 from dsbs.annotations import annotation_file, run_folder, source_fingerprint
-from dsbs.artefacts import hold, manifest, write_jsonl
+from dsbs.artefacts import hold, manifest
 from dsbs.errors import PartialError, UserError
 from dsbs.progress import Meter, Silent, running
-from dsbs.prompts import Prompt, PromptRenderer, load_prompt
 from dsbs.recipe import Recipe
-from dsbs.records import Annotation, Example, Provenance, Reason, Sample, TeacherName, Usage
-from dsbs.tasks import make_task
-from dsbs.tasks.base import Task
-from dsbs.tasks.load import data_hash, stream
+from dsbs.records import Example
+from dsbs.tasks.load import survey
+
+Buying = Literal["online", "batch", "nothing"]  # how replies that the store lacks are come by
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run would send: the first prompt, the requests, and a rough token count (four characters a token)."""
-
-    first_prompt: str
-    rows: int
-    requests: int
-    cached: int
-    prompt_tokens: int
-    max_completion_tokens: int
-    usd: float | None  # at most, by these tokens; None: the price is not known
-
-
-class Annotator:
-    """One recipe's annotation: task, prompt, teacher and run folder, shared by asking, deriving and planning."""
-
-    def __init__(self, recipe: Recipe, out: str | Path | None = None) -> None:
-        self.recipe = recipe
-        self.run = run_folder(recipe, out)
-        self.task: Task = make_task(recipe.task)
-        human = recipe.teacher.kind == "human"
-        self.prompt: Prompt | None = None if human else load_prompt(recipe, self.task)
-        self.price = price_of(recipe.teacher)
-        if recipe.annotate.max_usd is not None and self.price is None:
-            raise UserError(
-                f"annotate.max_usd is set, and the price of {recipe.teacher.model} is not known",
-                hint="give teacher.price: {input: …, output: …} in US dollars for a million tokens",
-            )
-        self.renderer = PromptRenderer(self.prompt, self.task) if self.prompt is not None else None
-
-    @property
-    def store_path(self) -> Path:
-        return self.run / "annotate" / "replies.sqlite"
-
-    def requests(self, example: Example) -> Iterator[Request]:
-        """The requests of one row, one for each sample."""
-        assert self.renderer is not None and self.prompt is not None
-        annotate, teacher = self.recipe.annotate, self.recipe.teacher
-        body: dict[str, Any] = {
-            "model": teacher.model,
-            **self.renderer.render(example).body(teacher.endpoint),
-            "max_tokens": annotate.max_tokens,
-            "temperature": annotate.temperature,
-        }
-        if teacher.endpoint == "completions" and self.prompt.stop:
-            body["stop"] = list(self.prompt.stop[:4])  # the API takes four at most; the reader cuts at all of them
-        body |= teacher.extra_body
-        body = {name: value for name, value in body.items() if value is not None}
-        for sample in range(annotate.samples):
-            yield Request(body, sample)
-
-    def annotation(self, example: Example, replies: list[tuple[str | None, Reply | None]], refused: bool) -> Annotation:
-        """One row of the output from the row's replies (with their keys)."""
-        kind = self.recipe.teacher.kind
-        provenance: Provenance = "recorded" if kind == "recorded" else "human" if kind == "human" else "own"
-        samples: list[Sample] = []
-        for _, reply in replies:
-            if reply is None:
-                samples.append(Sample(text="", reason="refused" if refused else "no-reply"))
-            elif self.prompt is None:
-                unlabelled: Reason | None = "empty" if example.label is None else None
-                samples.append(Sample(text=reply.text, label=example.label, rationale=reply.text, reason=unlabelled))
-            else:
-                samples.append(
-                    parse_reply(
-                        reply.text,
-                        self.prompt,
-                        self.task,
-                        example.input,
-                        reply.finish_reason,
-                        reasoning=reply.reasoning,
-                        rationale_from=self.recipe.annotate.rationale_from,
-                    )
-                )
-        vote = majority(samples, self.task)
-        bought = [reply for _, reply in replies if reply is not None]
-        return Annotation(
-            id=example.id,
-            input=example.input,
-            gold=example.label,
-            label=vote.label,
-            rationale=vote.rationale,
-            provenance=provenance if vote.reason is None else "none",
-            samples=samples,
-            vote_share=vote.share,
-            accepted=vote.reason is None,
-            reject_reason=vote.reason,
-            usage=Usage(
-                prompt_tokens=_total(reply.prompt_tokens for reply in bought),
-                completion_tokens=_total(reply.completion_tokens for reply in bought),
-            ),
-            usd=None if self.price is None else sum(self.price.usd(r.prompt_tokens, r.completion_tokens) for r in bought),
-            teacher=TeacherName(kind=kind, model=self.recipe.teacher.model),
-            request_key=replies[0][0] if replies else None,
-        )
-
-
-def annotate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None) -> AnnotateResult:
+def annotate(
+    recipe: Recipe,
+    *,
+    out: str | Path | None = None,
+    meter: Meter | None = None,
+    buying: Buying = "online",
+    shard: Shard | None = None,
+    stores: Sequence[Path] = (),
+    outputs: Sequence[Path] = (),
+    retry_refused: bool = False,
+) -> AnnotateResult:
     """Annotate the splits that the recipe names into ``annotate/<split>.jsonl``, one row for every input row.
 
-    Replies that the run's store already has are not bought again. Raises UserError for what the user can mend and, once the
-    rows are written, PartialError where a limit or the endpoint ended the run early (rows without a reply say so).
+    Replies that the run's store already has are not bought again; nor are those in ``stores`` (of shards) and ``outputs`` (of
+    exported batches), which are taken in first.
+    Requests that the endpoint refused for good are asked again only with ``retry_refused``. A ``shard`` has a run folder of its
+    own inside the run's. Raises UserError for what the user can mend and, once the rows are written, PartialError where a limit
+    or the endpoint ended the run early (rows without a reply say so).
     """
     meter = meter or Silent()
-    work = Annotator(recipe, out)
-    hashes: dict[str, str] = {split: data_hash(stream(recipe, work.task, split)) for split in recipe.annotate.splits}
-    teacher = make_teacher(recipe)  # before anything is written: a missing key leaves no trace
+    work = Annotator(recipe, shard)
+    asked = is_asked(recipe.teacher.kind)
+    whole = run_folder(recipe, out)
+    run = whole if shard is None else shard_folder(whole, shard)
+    surveys = {str(split): survey(work.examples(split)) for split in recipe.annotate.splits}
+    teacher = make_teacher(recipe) if buying == "online" or not asked else None  # a missing key leaves no trace
     with (
-        hold(work.run / "annotate"),
-        manifest(work.run / "annotate" / "manifest.json", recipe.model_dump(mode="json"), hashes) as record,
+        hold(run / "annotate"),
+        manifest(
+            run / "annotate" / "manifest.json",
+            recipe.model_dump(mode="json"),
+            {split: found.hash for split, found in surveys.items()},
+        ) as record,
     ):
         record["prompt"] = work.prompt.model_dump(mode="json") if work.prompt is not None else None
         record["source"] = source_fingerprint(recipe, work.task)
+        record["shard"] = None if shard is None else str(shard)
+        summaries = {split: SplitSummary() for split in surveys}
         stopped: PartialError | None = None
-        if is_asked(recipe.teacher.kind):
-            summaries, stopped = asyncio.run(_asked(work, teacher, meter))
+        if asked:
+            with open_store(run, None if shard is None else whole) as store:
+                for path in stores:
+                    meter.say(f"{store.take_in(path)} replies taken from {path}")
+                for path in outputs:
+                    meter.say(f"{take_back(store, run / 'annotate' / 'batches', path)} replies taken from {path}")
+                if retry_refused:
+                    store.forget_refusals()
+                totals = {split: found.rows for split, found in surveys.items()}
+                if teacher is not None:
+                    stopped = asyncio.run(buy_online(work, teacher, store, meter, totals, summaries))
+                elif buying == "batch":
+                    stopped = buy_batches(work, store, run / "annotate" / "batches", meter, summaries)
+                for split, summary in summaries.items():
+                    derive(work, work.examples(split), annotation_file(run, split), summary, kept(work, store))
         else:
-            summaries = _recalled(work, teacher, meter)
+            _recall(work, teacher, run, meter, summaries)
         record["splits"] = {name: summary.as_json() for name, summary in summaries.items()}
         if stopped is not None:
             raise stopped
-        result = AnnotateResult(work.run, summaries, reportable=recipe.task.limit is None)
-        missing = sum(summary.rejected["no-reply"] for summary in summaries.values())
-        if missing:
+        if any(summary.rejected["no-reply"] for summary in summaries.values()):
             record["status"] = "partial"
-        return result
+        return AnnotateResult(run, summaries, reportable=recipe.task.limit is None, can_go_on=asked)
 
 
-def plan(recipe: Recipe, out: str | Path | None = None) -> Plan:
-    """What ``annotate`` would send, without sending it or writing anything."""
-    work = Annotator(recipe, out)
-    if not is_asked(recipe.teacher.kind):
-        raise UserError(f"a {recipe.teacher.kind} teacher sends nothing", hint="run without --dry-run: it costs nothing")
-    assert work.renderer is not None
-    store = ReplyStore(work.store_path) if work.store_path.is_file() else None
-    identity = _identity(recipe)
-    first, rows, requests, cached, characters = "", 0, 0, 0, 0
-    for split in recipe.annotate.splits:
-        for example in stream(recipe, work.task, split):
-            rows += 1
-            text = work.renderer.render(example).text
-            first = first or text
-            for request in work.requests(example):
-                if store is not None and store.get(request_key(request, identity), budget(request.body)) is not None:
-                    cached += 1
-                    continue
-                requests += 1
-                characters += len(text)
-    if store is not None:
-        store.close()
-    prompt_tokens, completion_tokens = characters // 4, requests * recipe.annotate.max_tokens
-    usd = None if work.price is None else work.price.usd(prompt_tokens, completion_tokens)
-    return Plan(first, rows, requests, cached, prompt_tokens, completion_tokens, usd)
+def export_batch(recipe: Recipe, path: Path, *, out: str | Path | None = None) -> int:
+    """Write what the rows lack to ``path`` in the OpenAI Batch format, for `vllm run-batch`. Returns the number of requests.
+
+    ``annotate(…, outputs=[file])`` takes its output back. Raises UserError.
+    """
+    work, run = Annotator(recipe), run_folder(recipe, out)
+    with hold(run / "annotate"), open_store(run) as store:
+        return export(work, store, run / "annotate" / "batches", path)
 
 
-def _identity(recipe: Recipe) -> str:
-    """The endpoint's identity without connecting to it."""
-    if recipe.teacher.kind == "openai":
-        return f"{recipe.teacher.base_url}#{recipe.teacher.endpoint}"
-    from dsbs.annotate.teachers.llamacpp import fingerprint, gguf_file
+def shard_folder(run: Path, shard: Shard) -> Path:
+    return run / "shards" / str(shard)
 
-    return f"llamacpp:{fingerprint(gguf_file(str(recipe.teacher.model), recipe.folder))}#{recipe.teacher.endpoint}"
+
+def store_file(run: Path) -> Path:
+    return run / "annotate" / "replies.sqlite"
+
+
+def open_store(run: Path, whole: Path | None = None) -> ReplyStore:
+    """A run's store; a shard's looks into that of the ``whole`` run too."""
+    return ReplyStore(store_file(run), beside=None if whole is None else store_file(whole))
 
 
 # --- the two ways to replies
 
 
-async def _asked(work: Annotator, teacher: Teacher, meter: Meter) -> tuple[dict[str, SplitSummary], PartialError | None]:
-    """Ask, then derive from what there is; a run that stopped early leaves rows that say so, and the reason it stopped."""
-    store = ReplyStore(work.store_path)
-    asking = Asking(work, teacher, store, meter)
-    summaries = {split: SplitSummary() for split in map(str, work.recipe.annotate.splits)}
-    stopped: PartialError | None = None
+async def buy_online(
+    work: Annotator,
+    teacher: Teacher,
+    store: ReplyStore,
+    meter: Meter,
+    totals: Mapping[str, int],
+    summaries: Mapping[str, SplitSummary],
+    examples: Callable[[str], Iterable[Example]] | None = None,
+) -> PartialError | None:
+    """Ask for what the rows of each split lack. Returns the reason where a limit or the endpoint ended it early."""
     try:
-        for split, summary in summaries.items():
-            total = sum(1 for _ in stream(work.recipe, work.task, split)) * work.recipe.annotate.samples
-            try:
-                await asking.split(split, total, summary)
-            except PartialError as error:
-                stopped = error
-                break
-        for split, summary in summaries.items():
-            _derive(work, split, summary, lambda example: _kept(work, store, teacher.identity, asking.refused, example))
+        asking = Asking(work, teacher, store, meter)
+        store.hold_reserve(asking.most)
+        for split, total in totals.items():
+            rows = work.examples(split) if examples is None else examples(split)
+            await asking.rows(f"annotate {split}", rows, total, summaries[split])
+    except PartialError as error:
+        return error
     finally:
         await teacher.close()
-        store.close()
-    return summaries, stopped
+    return None
 
 
-Replies = tuple[list[tuple[str | None, Reply | None]], bool]
-
-
-def _kept(work: Annotator, store: ReplyStore, identity: str, refused: set[str], example: Example) -> Replies:
-    found: list[tuple[str | None, Reply | None]] = []
-    for request in work.requests(example):
-        key = request_key(request, identity)
-        found.append((key, store.get(key, budget(request.body))))
-    return found, any(key in refused for key, _ in found)
-
-
-# --- deriving
-
-
-def _recalled(work: Annotator, archive: Archive, meter: Meter) -> dict[str, SplitSummary]:
-    summaries: dict[str, SplitSummary] = {}
-    for split in work.recipe.annotate.splits:
-        summary = summaries[split] = SplitSummary()
+def _recall(work: Annotator, archive: Archive | None, run: Path, meter: Meter, summaries: Mapping[str, SplitSummary]) -> None:
+    assert archive is not None
+    for split, summary in summaries.items():
         started = time.monotonic()
         with running(meter, f"read {split}", None):
-            _derive(work, split, summary, lambda example: ([(None, archive.recall(example))], False))
+            derive(work, work.examples(split), annotation_file(run, split), summary, recalled(work, archive), meter)
         summary.wall_s = time.monotonic() - started
-    recalled = sum(summary.rows - summary.rejected["no-reply"] for summary in summaries.values())
-    if not recalled:
+    if all(summary.rows == summary.rejected["no-reply"] for summary in summaries.values()):
         where = "teacher.completion in the rows, or the file teacher.completions"
         what = "rationale column" if work.recipe.teacher.kind == "human" else where
         raise UserError(f"the data has no {what} for any row", hint="check teacher.kind and task.columns")
-    return summaries
-
-
-def _derive(work: Annotator, split: str, summary: SplitSummary, replies_of: Callable[[Example], Replies]) -> None:
-    """Write ``annotate/<split>.jsonl`` and count what is in it."""
-
-    def rows() -> Iterator[str]:
-        for example in stream(work.recipe, work.task, split):
-            replies, refused = replies_of(example)
-            annotation = work.annotation(example, replies, refused)
-            summary.add(annotation, work.task)
-            yield annotation.model_dump_json(by_alias=True)  # keys in the schema's order: equal rows are equal bytes
-
-    write_jsonl(annotation_file(work.run, split), rows())
-
-
-def _total(values: Iterator[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None

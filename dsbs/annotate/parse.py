@@ -66,7 +66,7 @@ def parse_reply(
         cut_short: Reason = "spent-on-reasoning" if reasoning else "truncated"
         return sample(None, None, Unread(cut_short if finish_reason == "length" else "empty"))
     cut = not ran_on and (finish_reason == "length" or (finish_reason is None and turn[-1] not in ".!?)\"'"))
-    at, anchor = _find_anchor(turn, prompt.anchor)
+    at, anchor = find_anchor(turn, prompt.anchor)
     if at < 0:
         if _DECLINES.match(turn.replace("’", "'")):
             return sample(None, None, Unread("refused"))
@@ -88,7 +88,7 @@ def parse_reply(
     return sample(label, rationale, None)  # without a rationale, a label still teaches
 
 
-def _find_anchor(turn: str, anchors: tuple[str, ...]) -> tuple[int, str]:
+def find_anchor(turn: str, anchors: tuple[str, ...]) -> tuple[int, str]:
     """The last place of the first anchor that occurs: a rationale may speak of "the answer" before it gives one."""
     for anchor in anchors:
         places = [(match.start(), match.group()) for match in re.finditer(re.escape(anchor), turn, re.IGNORECASE)]

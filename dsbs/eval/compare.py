@@ -29,7 +29,7 @@ from dsbs.recipe import Recipe
 from dsbs.records import Example, Prediction, TrainedStudent, Unread
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import data_hash, load
+from dsbs.tasks.load import load, survey
 
 
 @dataclass(slots=True)
@@ -105,7 +105,7 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
             f"no row of the {recipe.eval.split} split has a gold label, so nothing can be compared",
             hint="label some test rows; they are never trained on",
         )
-    data: dict[str, str] = {recipe.eval.split: data_hash(rows)}
+    data: dict[str, str] = {recipe.eval.split: survey(rows).hash}
     with hold(run / "eval"), manifest(run / "eval" / "manifest.json", recipe.model_dump(mode="json"), data):
         teacher = predict_teacher(recipe, task, rows, run)
         for student in students:

@@ -95,13 +95,14 @@ def predict_teacher(recipe: Recipe, task: Task, rows: Sequence[Example], run: Pa
 
     def line(row: Example) -> str:
         annotation = annotations[row.id]
+        own = annotation.own_label
         return Prediction(
             id=row.id,
             gold=row.label,
-            raw=annotation.label or "",
-            prediction=annotation.label,
-            correct=None if row.label is None else annotation.label is not None and task.correct(annotation.label, row.label),
-            rationale=annotation.rationale,
+            raw=own or "",
+            prediction=own,  # what it said without a hint
+            correct=None if row.label is None else own is not None and task.correct(own, row.label),
+            rationale=None if annotation.provenance == "hinted" else annotation.rationale,
             made_by=f"teacher:{annotation.teacher.kind}:{annotation.teacher.model}",
         ).model_dump_json(by_alias=True)
 

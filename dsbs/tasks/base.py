@@ -36,6 +36,11 @@ class Task:
         """The closed set of labels, or None where answers are free or differ from row to row."""
         return None
 
+    @property
+    def is_free_text(self) -> bool:
+        """Whether any text is an answer, so that two answers in other words may mean the same."""
+        return False
+
     def fields(self, row: Fields, where: str) -> dict[str, Any]:
         """The canonical input fields of a raw row. Raises UserError naming a missing column."""
         found = {}

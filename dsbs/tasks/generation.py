@@ -13,6 +13,10 @@ _NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|-?\d+(?:\.\d+)?|-?\.
 
 
 class Generation(OwnDataTask):
+    @property
+    def is_free_text(self) -> bool:
+        return not self.section.numeric
+
     def read_label(self, text: str, fields: Fields) -> str | Unread:
         answer = tidy(text)
         return answer or Unread("empty")

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,24 @@ def position(row_id: str, part: str) -> float:
     return int(hashlib.sha256(f"{part}:{row_id}".encode()).hexdigest()[:13], 16) / 16**13
 
 
-def data_hash(rows: Iterable[Example]) -> str:
-    state = hashlib.sha256()
-    for row in rows:
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass over a split's rows tells: how many there are, and a hash of all that is in them."""
+
+    rows: int
+    hash: str
+
+
+def survey(rows: Iterable[Example]) -> Survey:
+    state, count = hashlib.sha256(), 0
+    for count, row in enumerate(rows, 1):  # noqa: B007 - the last one is the number of rows
         state.update(canonical([row.id, row.input, row.label, row.rationale, row.completion]).encode())
         state.update(b"\n")
-    return state.hexdigest()
+    return Survey(count, state.hexdigest())
 
 
 def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[Example]:
-    seen: dict[bytes, str] = {}
-    copies: dict[str, int] = {}
+    seen: dict[int, int] = {}  # 64-bit hashes of ids in place of ids: a million rows take little room
     problems: list[str] = []
     hint = "mend or remove the rows"
     empty = True
@@ -92,20 +100,22 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
         try:
             where, row = next(rows)
             empty = False
-            example = _example(task, row, where, copies)
-            key = hashlib.blake2b(example.id.encode(), digest_size=12).digest()
-            if key in seen:
+            example = _example(task, row, where)
+            key = int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest())
+            seen[key] = seen.get(key, 0) + 1
+            if seen[key] > 1 and not example.id.startswith(_MADE):
                 raise UserError(
-                    f"{where}: id {example.id!r} occurs twice (first in {seen[key]})",
+                    f"{where}: id {example.id!r} occurs twice (first in {_first_place(recipe, task, source, example.id)})",
                     hint="ids must be unique; drop the id column to have them made from each row's content",
                 )
+            if seen[key] > 1:
+                example = replace(example, id=f"{example.id}~{seen[key]}")
         except StopIteration:
             break
         except UserError as error:
             problems.append(error.problem)
             hint = error.hint
             continue  # a row that cannot be read ends the generator, one that cannot be used does not
-        seen[key] = where.rpartition(":")[2]
         if not problems:
             yield example
     if problems:
@@ -118,7 +128,13 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
         raise UserError(f"{source} is empty", hint=f"task.data.{split} needs rows")
 
 
-def _example(task: Task, row: dict[str, Any], where: str, copies: dict[str, int]) -> Example:
+def _first_place(recipe: Recipe, task: Task, source: str, row_id: str) -> str:
+    """The line of the first row of an id: read again, since only hashes are held."""
+    places = (where for where, row in _rows(source, recipe.folder) if _example(task, row, where).id == row_id)
+    return next(places).rpartition(":")[2]
+
+
+def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     columns = task.section.columns
     nested = row.get("input")
     given = nested if isinstance(nested, dict) else row
@@ -148,9 +164,6 @@ def _example(task: Task, row: dict[str, Any], where: str, copies: dict[str, int]
     row_id = column("id", task.id_columns)
     if row_id is None or str(row_id).strip() == "":
         row_id = _MADE + digest(canonical([fields, label]))[:16]
-        copies[row_id] = copies.get(row_id, 0) + 1
-        if copies[row_id] > 1:
-            row_id = f"{row_id}~{copies[row_id]}"
     return Example(
         id=str(row_id).strip(),
         input=fields,

@@ -28,9 +28,16 @@ class Row:
     gold: str | None
     teacher: str | None
     rationale: str | None
+    hinted: bool = False  # the rationale leads to the gold label, not to the teacher's own
 
     def label(self, source: LabelSource) -> str | None:
         return self.gold if source == "gold" else self.teacher
+
+    def target(self, target: str, source: LabelSource) -> str | None:
+        """What a view of this row is to write; a rationale only beside the label that it leads to."""
+        if target == "label":
+            return self.label(source)
+        return None if self.hinted and source == "teacher" else self.rationale
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,9 @@ def _row(task: Task, example: Example, annotation: Annotation | None) -> Row:
         id=example.id,
         text=task.text(example.input),
         gold=example.label,
-        teacher=annotation.label if annotation is not None and usable else None,
+        teacher=annotation.own_label if annotation is not None and usable else None,
         rationale=annotation.rationale if annotation is not None and usable else None,
+        hinted=annotation is not None and annotation.provenance == "hinted",
     )
 
 
@@ -112,7 +120,7 @@ class Encoder:
         """Rows that teach at least one view. A view whose target is missing from a row is left out of it."""
         encoded: list[Encoded] = [{} for _ in rows]
         for view in views:
-            targets = [row.label(labels) if view.target == "label" else row.rationale for row in rows]
+            targets = [row.target(view.target, labels) for row in rows]
             # without the label that it explains, a rationale teaches the wrong task; with λ = 0 it teaches nothing
             chosen = [i for i, t in enumerate(targets) if t and rows[i].label(labels) and view.weight > 0]
             inputs = self._ids([view.prefix + rows[i].text for i in chosen], self._max_input)

@@ -16,7 +16,7 @@ from dsbs.recipe import Recipe
 from dsbs.records import TrainedStudent, Unread
 from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, tokenizer_hash
 from dsbs.tasks import make_task
-from dsbs.tasks.load import data_hash, stream
+from dsbs.tasks.load import stream, survey
 from dsbs.train.encode import Collator, Data, Encoded, Encoder, encoded_hash, gather, vocabulary_text
 from dsbs.train.methods import METHODS, Cell, View, grid
 
@@ -51,7 +51,7 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
     cells = grid(recipe.train)
     data = gather(recipe, task, run, cells)
     _check_precision(recipe)
-    hashes: dict[str, str] = {split: data_hash(stream(recipe, task, split)) for split in ("train", "valid")}
+    hashes: dict[str, str] = {split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")}
     with (
         hold(run / "train"),
         manifest(run / "train" / "manifest.json", recipe.model_dump(mode="json"), hashes) as record,

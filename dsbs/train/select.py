@@ -36,4 +36,6 @@ def _passes(row: Annotation, section: SelectSection, task: Task) -> bool:
         return False
     if section.min_vote is not None and (row.vote_share is None or row.vote_share < section.min_vote):
         return False
+    if section.min_logprob is not None and (row.label_logprob is None or row.label_logprob < section.min_logprob):
+        return False
     return section.provenance is None or row.provenance in section.provenance

@@ -13,7 +13,7 @@ from conftest import good_answer
 from loopback import LoopbackServer, completion
 
 from dsbs import DsbsError, UserError, annotate, load_recipe
-from dsbs.annotate.engine import plan
+from dsbs.annotate.planning import plan
 from dsbs.artefacts import hold
 
 Answer = Callable[[dict[str, Any], int], Any]
@@ -35,11 +35,11 @@ def test_every_row_becomes_one_annotation_in_the_files_order(toy: Callable[..., 
     rows = read(tmp_path / "run")
     assert [row["id"] for row in rows] == [f"r{i}" for i in range(40)]
     assert set(rows[0]) == {
-        "schema", "id", "input", "gold", "label", "rationale", "provenance", "samples", "vote_share", "accepted",
-        "reject_reason", "usage", "usd", "teacher", "request_key",
+        "schema", "id", "input", "gold", "label", "own_label", "rationale", "provenance", "samples", "vote_share",
+        "label_logprob", "accepted", "reject_reason", "usage", "usd", "teacher", "request_key",
     }  # fmt: skip
     assert rows[0]["label"] == rows[0]["gold"] == "billing" and rows[0]["rationale"] == "The message is about an invoice."
-    assert rows[0]["usage"] == {"prompt_tokens": 11, "completion_tokens": 7}
+    assert rows[0]["usage"] == {"prompt_tokens": 11, "completion_tokens": 7, "cached_tokens": None}
     summary = result.as_json()["splits"]["train"]
     assert summary["rows"] == summary["accepted"] == summary["requests"] == 40 and summary["label_accuracy"] == 1.0
 
@@ -190,7 +190,11 @@ def test_the_majority_of_several_samples_wins(toy: Callable[..., Path], tmp_path
     path = toy(train=6, test=4, annotate={"samples": 3, "temperature": 0.7, "concurrency": 1})
     with LoopbackServer(wavering) as server:
         result = annotate(load_recipe(path, [f"teacher.base_url={server.url}"]), out=tmp_path / "run")
-        assert server.requests == 30
+        assert server.requests == 25, "two that agree of three are not asked a third time"
+        seen.clear()
+        recipe = load_recipe(path, [f"teacher.base_url={server.url}", "annotate.stop_early=false"])
+        annotate(recipe, out=tmp_path / "run")
+        assert server.requests == 30, "the third ones only"
     assert result.splits["train"].label_accuracy is not None and result.splits["train"].label_accuracy.value == 1.0
     row = read(tmp_path / "run")[0]
     assert row["vote_share"] == pytest.approx(2 / 3) and len(row["samples"]) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,28 @@ from conftest import good_answer
 from loopback import LoopbackServer
 
 from dsbs import PartialError, UserError, annotate, load_recipe
-from dsbs.annotate.engine import plan
+from dsbs.annotate.planning import plan
 from dsbs.annotate.prices import Price, price_of
+from dsbs.annotate.teachers.base import Reply
 from dsbs.recipe import PriceSection, TeacherSection
 
 PRICE = "teacher.price={input: 1000, output: 2000}"  # 11 + 7 tokens a reply: 0.025 dollars
 
 
 def test_the_recipes_price_goes_before_the_public_list_and_unknown_is_not_free() -> None:
-    public = price_of(TeacherSection(model="gpt-4.1-mini"))
-    assert public is not None and 0 < public.input < public.output
-    assert price_of(TeacherSection(model="gpt-4.1-mini", price=PriceSection(input=1, output=2))) == Price(1, 2)
-    assert price_of(TeacherSection(model="gpt-4.1-mini", base_url="http://127.0.0.1:8000/v1")) is None
-    assert price_of(TeacherSection(kind="recorded")) == Price(0, 0)
+    public = price_of(TeacherSection(model="gpt-4.1-mini"), 0.5)
+    assert public is not None and 0 < public.cached < public.input < public.output
+    assert price_of(TeacherSection(model="gpt-4.1-mini", price=PriceSection(input=1, output=2)), 0.5) == Price(1, 2, 1, 0.5)
+    assert price_of(TeacherSection(model="gpt-4.1-mini", base_url="http://127.0.0.1:8000/v1"), 0.5) is None
+    assert price_of(TeacherSection(kind="recorded"), 0.5) == Price(0, 0, 0, 0.5)
+
+
+def test_cached_tokens_and_batches_are_cheaper() -> None:
+    price = Price(input=1.0, output=4.0, cached=0.25, batch=0.5)
+    online = Reply("", prompt_tokens=1_000_000, completion_tokens=500_000, cached_tokens=800_000)
+    assert price.usd(online) == pytest.approx(0.2 * 1.0 + 0.8 * 0.25 + 0.5 * 4.0)
+    assert price.usd(replace(online, lane="batch")) == pytest.approx(price.usd(online) / 2)
+    assert price.usd(Reply("", completion_tokens=None)) == 0
 
 
 def test_replies_cost_what_they_cost_in_every_later_run_too(toy: Callable[..., Path], tmp_path: Path) -> None:

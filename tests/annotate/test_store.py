@@ -31,7 +31,7 @@ def test_a_key_covers_all_that_is_sent_but_the_token_budget() -> None:
 
 def test_a_reply_is_there_after_reopening_and_for_a_second_reader(tmp_path: Path) -> None:
     store = ReplyStore(tmp_path / "replies.sqlite")
-    store.put("k", 10, "e", "m", 0, Reply("text", "stop", 3, 4, "why", {"id": "x"}))
+    store.put("k", 10, "e", "m", 0, Reply("text", "stop", 3, 4, "why", raw='{"id": "x"}'))
     reader = sqlite3.connect(tmp_path / "replies.sqlite")
     assert reader.execute("SELECT text, raw FROM replies").fetchall() == [("text", '{"id": "x"}')]
     store.close()

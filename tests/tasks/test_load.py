@@ -17,7 +17,7 @@ from dsbs.errors import DsbsError, UserError
 from dsbs.recipe import Recipe
 from dsbs.records import Example
 from dsbs.tasks import make_task
-from dsbs.tasks.load import data_hash, is_held_out, load, position
+from dsbs.tasks.load import is_held_out, load, position, survey
 
 ROWS = [
     {"id": "a", "text": 'He said "no", twice', "label": "billing", "rationale": "It is said."},
@@ -299,7 +299,7 @@ def test_half_an_emoji_is_read_or_refused_by_its_line(tmp_path: Path) -> None:
     except UserError as error:
         assert "a.jsonl:1" in error.problem
     else:
-        assert len(data_hash(rows)) == 64
+        assert len(survey(rows).hash) == 64
 
 
 def test_a_date_in_a_parquet_column_is_read_as_text(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_date_in_a_parquet_column_is_read_as_text(tmp_path: Path) -> None:
     made = recipe(write_parquet(tmp_path / "a.parquet", [row]), input="{{ day }}: {{ message }}")
     (found,) = rows_of(made)
     assert make_task(made.task).text(found.input) == "2024-05-01: hello"
-    assert len(data_hash([found])) == 64
+    assert len(survey([found]).hash) == 64
     assert json.dumps(found.input)  # annotations and predictions are JSON
 
 
@@ -375,8 +375,8 @@ def test_the_data_hash_changes_with_any_part_of_a_row() -> None:
     base = {"id": "a", "input": {"text": "t"}, "label": "billing", "rationale": "r", "completion": "c"}
     changed = [base | change for change in ({"id": "b"}, {"input": {"text": "u"}}, {"label": None}, {"rationale": ""})]
     changed += [base | {"completion": "d"}]
-    assert len({data_hash([Example(**row)]) for row in (base, *changed)}) == 6
-    assert data_hash([Example(**base)]) != data_hash([Example(**base)] * 2)
+    assert len({survey([Example(**row)]).hash for row in (base, *changed)}) == 6
+    assert survey([Example(**base)]).hash != survey([Example(**base)] * 2).hash
 
 
 # --- what data sets call things

@@ -10,9 +10,11 @@ from dsbs.recipe import Recipe
 TEACHERS = {
     "openai": "dsbs.annotate.teachers.openai:OpenAITeacher",
     "llamacpp": "dsbs.annotate.teachers.llamacpp:LlamaCppTeacher",
+    "transformers": "dsbs.annotate.teachers.transformers:TransformersTeacher",
     "recorded": "dsbs.annotate.teachers.recorded:RecordedTeacher",
     "human": "dsbs.annotate.teachers.human:HumanTeacher",
 }
+ARCHIVES = ("recorded", "human")  # read from disk: nothing is sent and nothing kept
 
 
 def make_teacher(recipe: Recipe) -> Any:
@@ -23,4 +25,11 @@ def make_teacher(recipe: Recipe) -> Any:
 
 def is_asked(kind: str) -> bool:
     """Whether a kind of teacher is sent requests (and its replies kept), rather than read from disk."""
-    return kind in ("openai", "llamacpp")
+    return kind not in ARCHIVES
+
+
+def identities(recipe: Recipe) -> list[str]:
+    """What the endpoints of a teacher that is asked are called in their replies' keys, without connecting to any."""
+    module, _, _ = TEACHERS[recipe.teacher.kind].partition(":")
+    found: list[str] = import_module(module).identities(recipe)
+    return found

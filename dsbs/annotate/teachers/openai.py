@@ -1,92 +1,128 @@
-"""Any OpenAI-compatible endpoint, through the openai package. Retries are left to the engine, so that 429s reach it."""
+"""Any OpenAI-compatible endpoint over aiohttp: a reply costs a third of the CPU time that the openai package takes for it.
+
+Nothing is retried here, so that every failure reaches the engine's own limits.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Any
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from dsbs.annotate.teachers.base import RejectedError, Reply, Request, TransientError
+from dsbs.annotate.teachers.base import Failure, Lane, RejectedError, Reply, Request, TransientError
 from dsbs.errors import PartialError, UserError
-from dsbs.recipe import Recipe
+from dsbs.recipe import EndpointSection, Recipe, TeacherSection
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+_CONNECT_S = 20.0
 
 
 class OpenAITeacher:
-    """``POST {base_url}/chat/completions`` or ``/completions`` (OpenAI API reference, "Chat" and "Completions")."""
+    """The endpoints of a recipe's teacher, all of them with the same model."""
 
     max_concurrency: int | None = None
 
     def __init__(self, recipe: Recipe) -> None:
-        key = _key(recipe)
-        self._connect(recipe, recipe.teacher.base_url, key)
-        self.identity = f"{recipe.teacher.base_url}#{recipe.teacher.endpoint}"
-
-    def _connect(self, recipe: Recipe, base_url: str, key: str | None) -> None:
-        import openai
-
         teacher = recipe.teacher
-        self._secret = key
-        self._section = teacher
-        self._url = base_url
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url,
-            api_key=key or "none",
-            max_retries=0,
-            timeout=openai.Timeout(teacher.timeout_s, connect=min(teacher.timeout_s, 20.0)),
-        )
+        self.endpoints = [
+            OpenAIEndpoint(teacher, one, api_key(teacher, one), identity)
+            for one, identity in zip(teacher.served_by, identities(recipe), strict=True)
+        ]
 
     async def close(self) -> None:
-        await self._client.close()
+        for endpoint in self.endpoints:
+            await endpoint.close()
+
+
+def identities(recipe: Recipe) -> list[str]:
+    """What the endpoints are called in the keys of their replies."""
+    return [f"{one.base_url}#{recipe.teacher.endpoint}" for one in recipe.teacher.served_by]
+
+
+class OpenAIEndpoint:
+    """``POST {base_url}/chat/completions`` or ``/completions`` (OpenAI API reference, "Chat" and "Completions")."""
+
+    def __init__(self, teacher: TeacherSection, endpoint: EndpointSection, key: str | None, identity: str) -> None:
+        self.identity = identity
+        self.name = endpoint.base_url
+        self.weight, self.rpm, self.tpm = endpoint.weight, endpoint.rpm, endpoint.tpm
+        self._teacher = teacher
+        self._secret = key
+        self._key_from = endpoint.api_key_env
+        self._url = endpoint.base_url + ("/chat/completions" if teacher.endpoint == "chat" else "/completions")
+        self._proxy = _proxy(endpoint.base_url)
+        self._session: ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
 
     async def complete(self, request: Request) -> Reply:
-        import openai
+        import aiohttp
 
-        path = "/chat/completions" if self._section.endpoint == "chat" else "/completions"
+        session = self._session = self._session or _session(self._teacher.timeout_s, self._secret, self._url)
+        body = json.dumps(request.body, ensure_ascii=False).encode()
+        began = time.monotonic()
         try:
-            raw = await self._client.post(path, body=request.body, cast_to=object)
-        except openai.APITimeoutError:
-            raise TransientError(f"no answer within {self._section.timeout_s:g} s") from None
-        except openai.APIConnectionError as error:
-            raise TransientError(f"cannot reach {self._url} ({self._clean(error.__cause__ or error)})") from None
-        except openai.APIStatusError as error:
-            raise self._status(error) from None
-        except (openai.APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError, ValueError):
-            raise TransientError("a reply that is not JSON") from None
-        return _reply(raw)
+            async with session.post(self._url, data=body, proxy=self._proxy, allow_redirects=False) as response:
+                said = await response.read()
+        except TimeoutError:
+            raise TransientError(f"no answer within {self._teacher.timeout_s:g} s", "timeout") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise TransientError(
+                f"cannot reach {self.name} ({self._clean(error or type(error).__name__)})", "connection"
+            ) from None
+        if response.status != 200:
+            raise self._status(response.status, said, response.headers)
+        try:
+            text = said.decode()
+            return read_reply(json.loads(text), text, seconds=time.monotonic() - began)
+        except ValueError:
+            raise TransientError("a reply that is not JSON", "unreadable") from None
 
-    def _status(self, error: Any) -> Exception:
+    def _status(self, status: int, body: bytes, headers: Mapping[str, str]) -> Exception:
         """What an HTTP status means for this request and for all others."""
-        status: int = error.status_code
-        said = self._clean(_message(error))
-        variable = self._section.api_key_env
+        message, code = error_of(body)
+        said, model = self._clean(message), self._teacher.model
+        if status in (301, 302, 303, 307, 308):
+            return UserError(
+                f"{self.name} redirects to {self._clean(headers.get('location', 'elsewhere'))} (HTTP {status})",
+                hint="put the URL that it redirects to into teacher.base_url",
+            )
         if status == 401:
-            hint = f"check the key in {variable}" if self._secret else f"put a key into {variable or 'teacher.api_key_env'}"
-            return UserError(f"{self._url} does not accept the key (HTTP 401: {said})", hint=hint)
+            hint = (
+                f"check the key in {self._key_from}"
+                if self._secret
+                else f"put a key into {self._key_from or 'teacher.api_key_env'}"
+            )
+            return UserError(f"{self.name} does not accept the key (HTTP 401: {said})", hint=hint)
         if status == 403:
             return UserError(
-                f"{self._url} refuses access (HTTP 403: {said})",
-                hint=f"the key in {variable} may lack rights for model {self._section.model}",
+                f"{self.name} refuses access (HTTP 403: {said})",
+                hint=f"the key in {self._key_from} may lack rights for model {model}",
             )
         if status == 404:
             return UserError(
-                f"{self._url} has no such path or no model {self._section.model!r} (HTTP 404: {said})",
+                f"{self.name} has no such path or no model {model!r} (HTTP 404: {said})",
                 hint="check teacher.model, and that teacher.base_url ends where /chat/completions begins (often /v1)",
             )
-        if status == 402 or (status == 429 and getattr(error, "code", None) == "insufficient_quota"):
+        if status == 402 or (status == 429 and code == "insufficient_quota"):
             return PartialError(
-                f"{self._url}: the account has no credit left (HTTP {status}: {said})",
+                f"{self.name}: the account has no credit left (HTTP {status}: {said})",
                 hint="add credit, then run the same command: what was bought is kept",
             )
         if status in (408, 409, 425, 429) or status >= 500:
-            return TransientError(f"HTTP {status}: {said}", _retry_after(error), throttled=status == 429)
-        if status == 400 and _names_model(error, self._section.model):
-            return UserError(
-                f"{self._url} does not know model {self._section.model!r} (HTTP 400: {said})",
-                hint="check teacher.model",
-            )
+            kind: Failure = "throttled" if status == 429 else "server error"
+            return TransientError(f"HTTP {status}: {said}", kind, retry_after(headers))
+        if status == 400 and _names_model(message, code, model):
+            return UserError(f"{self.name} does not know model {model!r} (HTTP 400: {said})", hint="check teacher.model")
         return RejectedError(f"HTTP {status}: {said}")
 
     def _clean(self, text: object) -> str:
@@ -94,36 +130,66 @@ class OpenAITeacher:
         return shown.replace(self._secret, "[key]") if self._secret else shown
 
 
-def _key(recipe: Recipe) -> str | None:
-    """The API key from the environment. Raises UserError where one is needed and missing."""
-    teacher = recipe.teacher
-    if teacher.api_key_env is None:
-        return None
-    key = os.environ.get(teacher.api_key_env, "").strip()
+def _session(timeout_s: float, key: str | None, url: str) -> ClientSession:
+    """One pool of connections; how many are open is the engine's business."""
+    import aiohttp
+
+    tls: Any = True
+    if url.startswith("https"):
+        import ssl
+
+        import certifi
+
+        tls = ssl.create_default_context()
+        tls.load_verify_locations(certifi.where())  # a slim image has no certificates of its own
+    headers = {"Content-Type": "application/json", "User-Agent": "dsbs"}
     if key:
-        if not key.isascii() or any(c.isspace() for c in key):
-            raise UserError(
-                f"the key in {teacher.api_key_env} has a space or a character no key has",
-                hint=f"export {teacher.api_key_env}=<key> again, without quotes inside",
-            )
-        return key
-    named = "api_key_env" in teacher.model_fields_set
-    if not named and urlsplit(teacher.base_url).hostname in _LOOPBACK:
-        return None  # a server on this machine seldom wants one
-    raise UserError(
-        f"no API key: the environment variable {teacher.api_key_env} is not set",
-        hint=f"export {teacher.api_key_env}=<key>, or set teacher.api_key_env: null for an endpoint without keys",
+        headers["Authorization"] = f"Bearer {key}"
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=tls),
+        timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, _CONNECT_S)),
+        headers=headers,
     )
 
 
-def _reply(raw: object) -> Reply:
-    """Read a completion body; anything but one is a fault of the endpoint that may heal."""
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL (HTTPS_PROXY, HTTP_PROXY, NO_PROXY)."""
+    parts = urlsplit(url)
+    if not parts.hostname or parts.hostname in _LOOPBACK or proxy_bypass(parts.hostname):
+        return None
+    return getproxies().get(parts.scheme)
+
+
+def api_key(teacher: TeacherSection, endpoint: EndpointSection) -> str | None:
+    """An endpoint's key from the environment. Raises UserError where one is needed and missing."""
+    variable = endpoint.api_key_env
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if key:
+        if not key.isascii() or any(c.isspace() for c in key):
+            raise UserError(
+                f"the key in {variable} has a space or a character no key has",
+                hint=f"export {variable}=<key> again, without quotes inside",
+            )
+        return key
+    named = "api_key_env" in teacher.model_fields_set or variable != teacher.api_key_env
+    if not named and urlsplit(endpoint.base_url).hostname in _LOOPBACK:
+        return None  # a server on this machine seldom wants one
+    raise UserError(
+        f"no API key: the environment variable {variable} is not set",
+        hint=f"export {variable}=<key>, or set teacher.api_key_env: null for an endpoint without keys",
+    )
+
+
+def read_reply(body: object, raw: str, *, seconds: float | None = None, lane: Lane = "online") -> Reply:
+    """Read a completion body; anything but one is a fault of the endpoint that may heal (TransientError)."""
     try:
-        assert isinstance(raw, dict)
-        choice = raw["choices"][0]
+        assert isinstance(body, dict)
+        choice = body["choices"][0]
         message = choice["message"] if "message" in choice else {"content": choice["text"]}
         text = message.get("content")
-        usage = raw.get("usage") or {}
+        usage = body.get("usage") or {}
         if text is None:
             text = message.get("refusal") or ""
         if not isinstance(text, str):  # a list of content parts
@@ -131,13 +197,26 @@ def _reply(raw: object) -> Reply:
         return Reply(
             text=text,
             finish_reason="content_filter" if message.get("refusal") else choice.get("finish_reason"),
-            prompt_tokens=usage.get("prompt_tokens"),
-            completion_tokens=usage.get("completion_tokens"),
+            prompt_tokens=_count(usage.get("prompt_tokens")),
+            completion_tokens=_count(usage.get("completion_tokens")),
             reasoning=_reasoning(message),
+            cached_tokens=_cached(usage),
+            lane=lane,
+            seconds=seconds,
             raw=raw,
         )
     except (AssertionError, KeyError, IndexError, TypeError, AttributeError):
-        raise TransientError("a reply without a choice in it") from None
+        raise TransientError("a reply without a choice in it", "unreadable") from None
+
+
+def _cached(usage: Mapping[str, Any]) -> int | None:
+    """Prompt tokens out of the provider's cache: OpenAI's and vLLM's field, or DeepSeek's."""
+    details = usage.get("prompt_tokens_details")
+    return _count(details.get("cached_tokens") if isinstance(details, dict) else usage.get("prompt_cache_hit_tokens"))
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
 
 
 def _reasoning(message: dict[str, Any]) -> str | None:
@@ -148,17 +227,21 @@ def _reasoning(message: dict[str, Any]) -> str | None:
     return None
 
 
-def _message(error: Any) -> str:
-    body = error.body
-    if isinstance(body, dict):
-        inner = body.get("error", body)
-        return str(inner.get("message", inner) if isinstance(inner, dict) else inner)
-    return str(body or error.message)
+def error_of(body: bytes | str) -> tuple[str, str]:
+    """Message and code of an error's body, whatever form it has."""
+    text = body.decode(errors="replace") if isinstance(body, bytes) else body
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return text, ""
+    inner = said.get("error", said) if isinstance(said, dict) else said
+    if not isinstance(inner, dict):
+        return str(inner), ""
+    return str(inner.get("message", inner)), str(inner.get("code") or "")
 
 
-def _names_model(error: Any, model: str | None) -> bool:
-    code = str(getattr(error, "code", "") or "")
-    text = _message(error).lower()
+def _names_model(message: str, code: str, model: str | None) -> bool:
+    text = message.lower()
     return "model_not_found" in code or (
         bool(model)
         and str(model).lower() in text
@@ -166,9 +249,8 @@ def _names_model(error: Any, model: str | None) -> bool:
     )
 
 
-def _retry_after(error: Any) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Retry-After (RFC 9110, 10.2.3) in seconds or as a date; ``retry-after-ms`` where an endpoint sends it."""
-    headers = error.response.headers
     try:
         if "retry-after-ms" in headers:
             return max(0.0, float(headers["retry-after-ms"]) / 1000)

@@ -1,0 +1,67 @@
+"""From replies to annotations: one row of output for every example, whatever came of it. Sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from dsbs.annotate.annotator import Annotator, Answers
+from dsbs.annotate.store import ReplyStore, budget, request_keys
+from dsbs.annotate.summary import SplitSummary
+from dsbs.annotate.teachers import identities
+from dsbs.annotate.teachers.base import Archive
+from dsbs.artefacts import write_jsonl
+from dsbs.progress import Meter
+from dsbs.records import Example
+
+
+def kept(work: Annotator, store: ReplyStore) -> Callable[[Example], Answers]:
+    """What the store has for a row, walked in the order in which it was asked for."""
+    names = identities(work.recipe)
+
+    def answers_of(example: Example) -> Answers:
+        answers = Answers()
+        while wave := work.wanted(example, answers):
+            for request in wave:
+                keys = request_keys(request, names)
+                found = store.find(keys, budget(request.body), raw=work.recipe.annotate.logprobs)
+                if found is not None:
+                    work.add(example, answers, request, *found)
+                else:
+                    work.add(example, answers, request, keys[0], "refused" if store.is_refused(keys) else "no-reply")
+        return answers
+
+    return answers_of
+
+
+def derive(
+    work: Annotator,
+    examples: Iterable[Example],
+    path: Path,
+    summary: SplitSummary,
+    answers_of: Callable[[Example], Answers],
+    meter: Meter | None = None,
+) -> None:
+    """Write one annotation for every example to ``path`` and count what is in it."""
+
+    def rows() -> Iterator[str]:
+        for example in examples:
+            annotation = work.annotation(example, answers_of(example))
+            summary.add(annotation, work.task)
+            if meter is not None and summary.rows % 1024 == 0:
+                meter.update(summary.rows)
+            yield annotation.model_dump_json(by_alias=True)  # keys in the schema's order: equal rows are equal bytes
+
+    write_jsonl(path, rows())
+
+
+def recalled(work: Annotator, archive: Archive) -> Callable[[Example], Answers]:
+    """What lies on disk for a row."""
+
+    def answers_of(example: Example) -> Answers:
+        answers = Answers()
+        reply = archive.recall(example)
+        work.add(example, answers, None, None, "no-reply" if reply is None else reply)
+        return answers
+
+    return answers_of

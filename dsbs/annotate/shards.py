@@ -1,0 +1,130 @@
+"""A run in parts: by hand on several machines (`--shard`, then `merge`), or as tasks on a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsbs.annotate.annotator import Shard
+from dsbs.annotate.engine import annotate, shard_folder, store_file
+from dsbs.annotate.summary import AnnotateResult
+from dsbs.annotate.teachers import is_asked
+from dsbs.annotations import run_folder
+from dsbs.errors import DsbsError, PartialError, UserError
+from dsbs.progress import Meter, Silent
+from dsbs.recipe import Recipe
+
+
+def parse_shard(text: str) -> Shard:
+    """``2/4`` is the second of four. Raises UserError."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit()) or not 1 <= int(number) <= int(count):
+        raise UserError(
+            f"--shard {text} is no part of a whole", hint="write the part and how many there are: 1/4, 2/4, 3/4, 4/4"
+        )
+    return Shard(int(number), int(count))
+
+
+def merge(
+    recipe: Recipe, *, out: str | Path | None = None, folders: Sequence[str | Path] = (), meter: Meter | None = None
+) -> AnnotateResult:
+    """Join the replies of shards into the run's store and rebuild its annotations. Nothing is asked.
+
+    ``folders`` are the shards' run folders; none given: all under ``<run>/shards``. Raises UserError where there is no store.
+    """
+    if not is_asked(recipe.teacher.kind):
+        raise UserError(f"a {recipe.teacher.kind} teacher has no replies to join", hint="run `dsbs annotate` without --shard")
+    parts = [Path(folder) for folder in folders] or sorted((run_folder(recipe, out) / "shards").glob("*-of-*"))
+    stores = [store_file(part) for part in parts]
+    missing = [str(store) for store in stores if not store.is_file()]
+    if missing or not stores:
+        raise UserError(
+            f"no replies of a shard at {missing[0]}" if missing else f"{run_folder(recipe, out)} has no shards",
+            hint="run `dsbs annotate RECIPE --shard 1/N` first, or name the shards' run folders",
+        )
+    return annotate(recipe, out=out, meter=meter, buying="nothing", stores=stores)
+
+
+def annotate_on_ray(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None) -> AnnotateResult:
+    """Run ``annotate.ray.shards`` shards as Ray tasks, then merge them.
+
+    All machines must see the run folder and the data under the same paths, and have the key in their environment. Limits are
+    split among the shards. A task that dies is started again and goes on from its store. Raises what ``annotate`` raises.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("annotate.engine ray needs the package ray", hint="pip install 'dsbs[ray]'") from None
+    meter = meter or Silent()
+    section = recipe.annotate.ray
+    run = run_folder(recipe, out).absolute()
+    shards = [Shard(i, section.shards) for i in range(1, section.shards + 1)]
+    own_cluster = not ray.is_initialized()
+    if own_cluster:
+        ray.init(
+            address=section.address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False if not section.address else None,
+        )
+    try:
+        task = ray.remote(num_cpus=section.cpus_per_shard, num_gpus=section.gpus_per_shard, max_retries=3)(_one_shard)
+        part = _split_limits(recipe, section.shards)
+        waiting = [task.remote(part, str(run), str(Path.cwd()), shard) for shard in shards]
+        failures: list[tuple[int, str, str]] = []
+        done = 0
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            for name, figures, failure in ray.get(ready):
+                done += 1
+                meter.say(f"shard {name} ended ({done} of {len(shards)}): {figures}")
+                failures += [failure] if failure else []
+    finally:
+        if own_cluster:
+            ray.shutdown()
+    fatal = [failure for failure in failures if failure[0] != PartialError.exit_code]
+    if fatal:
+        code, problem, hint = fatal[0]
+        raise (UserError if code == UserError.exit_code else DsbsError)(problem, hint=hint)
+    result = merge(recipe, out=out, meter=meter, folders=[shard_folder(run, shard) for shard in shards])
+    if failures:
+        raise PartialError(failures[0][1], hint=failures[0][2])
+    return result
+
+
+def _one_shard(recipe: Recipe, run: str, cwd: str, shard: Shard) -> tuple[str, str, tuple[int, str, str] | None]:
+    """On a worker: annotate one shard. A failure travels as its parts, for the driver to raise."""
+    os.chdir(cwd)  # a recipe's relative paths mean what they mean to the driver
+    try:
+        result = annotate(recipe, out=run, shard=shard)
+    except DsbsError as error:
+        return str(shard), error.problem, (error.exit_code, error.problem, error.hint)
+    rows = sum(summary.rows for summary in result.splits.values())
+    accepted = sum(summary.accepted for summary in result.splits.values())
+    return str(shard), f"{rows} rows, {accepted} accepted", None
+
+
+def _split_limits(recipe: Recipe, count: int) -> Recipe:
+    """The recipe of one shard of ``count``: all of them together keep to the whole recipe's limits."""
+
+    def share(value: Any) -> Any:
+        return None if value is None else value / count
+
+    annotate_, teacher = recipe.annotate, recipe.teacher
+    requests = annotate_.max_requests
+    limits = {
+        "concurrency": max(1, annotate_.concurrency // count),
+        "max_usd": share(annotate_.max_usd),
+        "max_requests": None if requests is None else requests // count,
+    }
+    caps = {
+        "rpm": share(teacher.rpm),
+        "tpm": share(teacher.tpm),
+        "endpoints": tuple(one.model_copy(update={"rpm": share(one.rpm), "tpm": share(one.tpm)}) for one in teacher.endpoints),
+    }
+    return recipe.model_copy(
+        update={"annotate": annotate_.model_copy(update=limits), "teacher": teacher.model_copy(update=caps)}
+    )
