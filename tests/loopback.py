@@ -45,7 +45,8 @@ class LoopbackServer:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.loads(data) if data.startswith(b"{") else {"prompt": "an upload"}
                 chat = "messages" in body
                 prompt = json.dumps(body["messages"]) if chat else body["prompt"]
                 with server._lock:

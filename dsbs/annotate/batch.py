@@ -140,7 +140,7 @@ class Batch:
                 continue  # of another batch: a server may write all of its outputs into one file
             asked = keys[int(number)]
             response = line.get("response") or {}
-            body, status = response.get("body"), response.get("status_code")
+            body, status = response.get("body", response), response.get("status_code")  # older servers wrap nothing
             if status in (None, 200, 0) and isinstance(body, dict) and "choices" in body:
                 try:
                     reply = read_reply(body, json.dumps(body, ensure_ascii=False), lane="batch")
@@ -149,7 +149,7 @@ class Batch:
                     continue
                 store.put(asked["key"], asked["max_tokens"], self.record["identity"], asked["model"], asked["sample"], reply)
                 taken += 1
-            elif status in _REFUSED:
+            elif status in _REFUSED and isinstance(body, dict):  # without a body, it was the server's own accident
                 store.refuse(asked["key"], f"HTTP {status}: {error_of(json.dumps(body))[0]}"[:300])
             else:
                 failed += 1

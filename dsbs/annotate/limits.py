@@ -210,19 +210,21 @@ class Pool:
         return reply
 
     def _close(self, gate: Gate, error: PartialError) -> None:
-        """An endpoint without credit leaves the others to go on. Raises the error where it was the last one."""
+        """An endpoint without credit leaves the others to go on."""
         if gate.closed is None:
             gate.closed = error
             if any(other.closed is None for other in self.gates):
                 self._say(f"{error.problem}; going on with the other endpoints")
-        if all(other.closed is not None for other in self.gates):
-            raise error
+        self._wake(len(self._waiting))  # what waited for this endpoint must look elsewhere
 
     async def _enter(self, tokens: int, last: Gate | None) -> Gate:
         """Wait for an endpoint's turn, another one than ``last`` where there is a choice."""
         while True:
             if self.halt.called:
                 raise HaltedError
+            closed = [gate.closed for gate in self.gates if gate.closed is not None]
+            if len(closed) == len(self.gates):
+                raise closed[0]
             now = time.monotonic()
             ready_at = None
             if sum(gate.in_flight for gate in self.gates) < self.most:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from dsbs.annotate.parse import find_anchor, first_turn
+from dsbs.annotate.parse import find_anchor, first_turn, said
 from dsbs.prompts import Prompt
 
 
@@ -17,12 +17,12 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
     tokens = _tokens(raw)
     if tokens is None:
         return None
-    turn, _ = first_turn(text, prompt.stop)
+    turn, _ = first_turn(said(text)[0], prompt.stop)
     at, anchor = find_anchor(turn, prompt.anchor)
     if at < 0:
         return None
     whole = "".join(token for token, _ in tokens)
-    offset = whole.find(turn)  # the turn may begin after blank lines
+    offset = whole.find(turn)  # the turn may begin after blank lines, or after a reasoning model's thoughts
     if offset < 0:
         return None
     answer = turn[at + len(anchor) :]

@@ -15,6 +15,7 @@ _DECLINES = re.compile(
     re.IGNORECASE,
 )
 _MARKUP = " \t\r\n*_#>"
+_THINKING = re.compile(r"\s*<(think|thinking|reasoning)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
@@ -59,7 +60,9 @@ def parse_reply(
             finish_reason=finish_reason,
         )
 
-    turn, ran_on = first_turn(text, prompt.stop)
+    spoken, thought = said(text)
+    reasoning = reasoning or thought
+    turn, ran_on = first_turn(spoken, prompt.stop)
     if finish_reason == "content_filter":
         return sample(None, None, Unread("refused"))
     if not turn.strip(_MARKUP):
@@ -86,6 +89,12 @@ def parse_reply(
     ):
         return sample(None, rationale, Unread("truncated"))  # "card" may have been going to be "card fraud"
     return sample(label, rationale, None)  # without a rationale, a label still teaches
+
+
+def said(text: str) -> tuple[str, str | None]:
+    """The visible part of a reply, and the reasoning that some servers leave before it in tags of its own."""
+    match = _THINKING.match(text)
+    return (text, None) if match is None else (text[match.end() :], match.group(2).strip() or None)
 
 
 def find_anchor(turn: str, anchors: tuple[str, ...]) -> tuple[int, str]:

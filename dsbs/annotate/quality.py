@@ -16,10 +16,8 @@ _ANSWER_IS = re.compile(
     r" (?:is|must be|should be|would be|has to be):? *(.+)$",
     re.IGNORECASE,
 )
-_SO_IT_IS = re.compile(
-    r"(?:^|\b(?:so|therefore|thus|hence),? )(?:it|this|that|the \w+) (?:is|must be|belongs to|goes to) (?:an? |the )?(.+)$",
-    re.IGNORECASE,
-)
+_SO = re.compile(r"\b(?:so|therefore|thus|hence),? ", re.IGNORECASE)
+_IT_IS = re.compile(r"(?:it|this|that|the \w+) (?:is|must be|belongs to|goes to) (?:an? |the )?(.+)", re.IGNORECASE)
 _SPEAKS_OF_THE_HINT = re.compile(
     r"\bhint(?:s|ed|ing)?\b"
     r"|\b(?:given|provided|supplied|stated|expected|known|gold|correct|right) (?:answer|label)\b"
@@ -126,7 +124,7 @@ def contradicts(rationale: str, label: str, task: Task, fields: Fields) -> bool:
     if task.labels is None:
         return False
     by_fold = {fold(known): known for known in task.labels}
-    claims = [match.group(1)] if (match := _SO_IT_IS.search(sentence)) else []
+    claims = [match.group(1)] if (match := _IT_IS.fullmatch(_SO.split(sentence)[-1])) else []
     claims += [sentence.rpartition(":")[2]] if ":" in sentence else []
     found = {by_fold[key] for claim in claims if (key := fold(tidy(claim))) in by_fold}
     return len(found) == 1 and not task.correct(found.pop(), label)

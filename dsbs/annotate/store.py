@@ -173,6 +173,7 @@ class ReplyStore:
         except sqlite3.OperationalError as error:
             if not _is_full(error) or not self._holds_reserve:
                 raise self._full(error) from None
+            self._db.execute("PRAGMA wal_autocheckpoint=0")  # the room is for replies, not for copying earlier ones
             self._release()
             self._commit(statement, values)
             raise self._full(error) from None

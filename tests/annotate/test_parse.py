@@ -290,3 +290,14 @@ def test_an_answer_is_read_however_it_begins(text: str) -> None:
 
 def test_a_reply_that_merely_lacks_an_answer_is_unparsed() -> None:
     assert read("The men are outside. They cannot be asleep.").reason == "unparsed"
+
+
+@pytest.mark.parametrize("tag", ["think", "reasoning"])
+def test_thoughts_in_tags_are_reasoning_and_not_the_rationale(tag: str) -> None:
+    text = f"<{tag}>Hm. Answer: neutral? No.</{tag}>\nA dog is an animal.\nAnswer: entailment"
+    visible = parse_reply(text, PROMPT, NLI, {}, "stop")
+    assert (visible.label, visible.rationale) == ("entailment", "A dog is an animal.")
+    thought = parse_reply(text, PROMPT, NLI, {}, "stop", rationale_from="reasoning")
+    assert thought.rationale == "Hm. Answer: neutral? No."
+    cut = parse_reply(f"<{tag}>Hm. Answer: neutral", PROMPT, NLI, {}, "length")
+    assert (cut.label, cut.reason) == (None, "spent-on-reasoning")

@@ -1,0 +1,138 @@
+"""A loopback endpoint with the OpenAI Batch API: files, batches, and what can go wrong with them. Counts what it is sent."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from loopback import completion
+
+Line = dict[str, Any]
+
+
+class BatchServer:
+    """``answer(body)`` is a request's text, or (status, body) of its failure; ``expired`` names the custom ids left undone.
+
+    A batch is done after ``polls`` looks at it. ``refuse`` lets every batch fail as a whole.
+    """
+
+    def __init__(self, answer: Callable[[dict[str, Any]], Any], polls: int = 1, refuse: str | None = None) -> None:
+        self.files: dict[str, bytes] = {}
+        self.batches: dict[str, dict[str, Any]] = {}
+        self.looks: dict[str, int] = {}
+        self.requests = 0
+        self.online = 0
+        self.expire: Callable[[dict[str, Any]], bool] = lambda body: False
+        self._answer, self._polls, self._refuse = answer, polls, refuse
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.path.endswith("/files"):
+                    boundary = re.search(r"boundary=(\S+)", self.headers["Content-Type"])
+                    assert boundary is not None
+                    parts = data.split(b"--" + boundary.group(1).strip('"').encode())
+                    content = next(p.split(b"\r\n\r\n", 1)[1][:-2] for p in parts if b'name="file"' in p)
+                    name = f"file-{len(server.files)}"
+                    server.files[name] = content
+                    self.say(
+                        {
+                            "id": name,
+                            "object": "file",
+                            "bytes": len(content),
+                            "created_at": 0,
+                            "filename": "f",
+                            "purpose": "batch",
+                        }
+                    )
+                elif self.path.endswith("/batches"):
+                    self.say(server.create(json.loads(data)))
+                else:
+                    server.online += 1
+                    self.say(completion(server._answer(json.loads(data))))
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if path.endswith("/content"):
+                    self.say(server.files[path.split("/")[-2]])
+                elif path.endswith("/batches"):
+                    self.say({"object": "list", "data": list(server.batches.values()), "has_more": False})
+                else:
+                    self.say(server.look(path.rpartition("/")[2]))
+
+            def say(self, value: Any) -> None:
+                payload = value if isinstance(value, bytes) else json.dumps(value).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *args: Any) -> None: ...
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None: ...
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def create(self, wish: dict[str, Any]) -> dict[str, Any]:
+        name = f"batch-{len(self.batches)}"
+        self.looks[name] = 0
+        self.batches[name] = {
+            "id": name, "object": "batch", "endpoint": wish["endpoint"], "input_file_id": wish["input_file_id"],
+            "completion_window": wish["completion_window"], "metadata": wish.get("metadata"), "created_at": 0,
+            "status": "in_progress", "errors": None, "output_file_id": None, "error_file_id": None,
+            "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        }  # fmt: skip
+        return self.batches[name]
+
+    def look(self, name: str) -> dict[str, Any]:
+        batch = self.batches[name]
+        self.looks[name] += 1
+        if self.looks[name] >= self._polls and batch["status"] == "in_progress":
+            self.finish(name, batch)
+        return batch
+
+    def finish(self, name: str, batch: dict[str, Any]) -> None:
+        if self._refuse:
+            batch |= {"status": "failed", "errors": {"object": "list", "data": [{"message": self._refuse, "line": 1}]}}
+            return
+        done, failed, status = [], [], "completed"
+        for line in map(json.loads, self.files[batch["input_file_id"]].decode().splitlines()):
+            self.requests += 1
+            if self.expire(line["body"]):
+                failed.append({"custom_id": line["custom_id"], "response": None, "error": {"code": "batch_expired"}})
+                status = "expired"
+                continue
+            said = self._answer(line["body"])
+            code, body = (200, completion(said)) if isinstance(said, str) else said
+            target = done if code == 200 else failed
+            target.append({"custom_id": line["custom_id"], "response": {"status_code": code, "body": body}, "error": None})
+        done.reverse()  # the order of the output is not that of the input
+        for kind, lines in (("output", done), ("error", failed)):
+            if lines:
+                self.files[f"{name}-{kind}"] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+                batch[f"{kind}_file_id"] = f"{name}-{kind}"
+        batch["status"] = status
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> BatchServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
