@@ -78,16 +78,14 @@ def test_a_refused_line_is_refused_and_a_failed_one_left_over(toy: Callable[...,
             return 400, {"error": {"message": "unsafe"}}
         return (500, {"error": {"message": "oops"}}) if "number 2 " in question(body) else answer(body)
 
-    with BatchServer(picky) as server:
-        with pytest.raises(PartialError, match="1 requests came back"):
-            annotate(recipe(toy(train=6, test=4), server.url), out=tmp_path / "run", buying="batch")
+    with BatchServer(picky) as server, pytest.raises(PartialError, match="1 requests came back"):
+        annotate(recipe(toy(train=6, test=4), server.url), out=tmp_path / "run", buying="batch")
     assert [row["reject_reason"] for row in rows(tmp_path / "run")] == [None, "refused", "no-reply", None, None, None]
 
 
 def test_a_batch_that_is_refused_as_a_whole_says_why(toy: Callable[..., Path], tmp_path: Path) -> None:
-    with BatchServer(answer, refuse="line 1: no such model") as server:
-        with pytest.raises(UserError, match="no such model"):
-            annotate(recipe(toy(train=4, test=4), server.url), out=tmp_path / "run", buying="batch")
+    with BatchServer(answer, refuse="line 1: no such model") as server, pytest.raises(UserError, match="no such model"):
+        annotate(recipe(toy(train=4, test=4), server.url), out=tmp_path / "run", buying="batch")
 
 
 def test_samples_that_depend_on_earlier_ones_go_into_further_batches(toy: Callable[..., Path], tmp_path: Path) -> None:

@@ -69,9 +69,12 @@ def test_when_an_endpoint_dies_the_other_takes_over(open_toy: Callable[..., Path
 
 
 def test_a_wrong_key_at_one_of_several_is_told_with_its_url(open_toy: Callable[..., Path], tmp_path: Path) -> None:
-    with LoopbackServer(good_answer) as good, LoopbackServer(lambda body, n: (401, {}, b"{}")) as bad:
-        with pytest.raises(UserError, match=bad.url):
-            annotate(load_recipe(open_toy(), [pool(good, bad)]), out=tmp_path / "run")
+    with (
+        LoopbackServer(good_answer) as good,
+        LoopbackServer(lambda body, n: (401, {}, b"{}")) as bad,
+        pytest.raises(UserError, match=bad.url),
+    ):
+        annotate(load_recipe(open_toy(), [pool(good, bad)]), out=tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -184,9 +187,11 @@ def test_what_the_providers_cache_served_is_counted(toy: Callable[..., Path], tm
 
 
 def test_a_redirect_is_told_with_where_it_leads(toy: Callable[..., Path], tmp_path: Path) -> None:
-    with LoopbackServer(lambda body, number: (308, {"Location": "https://elsewhere.example/v1"}, b"")) as server:
-        with pytest.raises(UserError, match=r"redirects to https://elsewhere\.example"):
-            annotate(load_recipe(toy(), [f"teacher.base_url={server.url}"]), out=tmp_path / "run")
+    with (
+        LoopbackServer(lambda body, number: (308, {"Location": "https://elsewhere.example/v1"}, b"")) as server,
+        pytest.raises(UserError, match=r"redirects to https://elsewhere\.example"),
+    ):
+        annotate(load_recipe(toy(), [f"teacher.base_url={server.url}"]), out=tmp_path / "run")
 
 
 # --- the store, from outside
