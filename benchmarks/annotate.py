@@ -50,12 +50,11 @@ def ideal_wall(waits: list[float], concurrency: int) -> float:
 
 def serve(waits: list[float], port: Any, report: Any) -> None:
     """A chat endpoint: a bare asyncio protocol, so that it is never what holds a tool up."""
-    text = "The message is about a parcel.\\nAnswer: shipping"
-    body = (
-        b'{"id":"r","object":"chat.completion","created":0,"model":"loopback","choices":[{"index":0,"message":{"role":"assistant",'
-        b'"content":"' + text.encode() + b'"},"finish_reason":"stop"}],"usage":{"prompt_tokens":90,"completion_tokens":12,'
-        b'"total_tokens":102}}'
-    )
+    message = {"role": "assistant", "content": "The message is about a parcel.\nAnswer: shipping"}
+    usage = {"prompt_tokens": 90, "completion_tokens": 12, "total_tokens": 102}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    about = {"id": "r", "object": "chat.completion", "created": 0, "model": "loopback"}
+    body = json.dumps({**about, "choices": [choice], "usage": usage}).encode()
     reply = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     state = {"received": 0, "in_flight": 0, "most": 0, "first": 0.0, "last": 0.0}
 
@@ -147,9 +146,10 @@ def measured(command: list[str], cwd: Path) -> tuple[str, float, float, float]:
 
 
 def dsbs(folder: Path, url: str, rows: int, concurrency: int) -> dict[str, float]:
-    """A whole `dsbs annotate`, less what the same command takes when all replies are there (start, reading, writing)."""
-    command = [sys.executable, "-m", "dsbs", "annotate", str(folder / "bench.yaml"), f"teacher.base_url={url}",
-               f"annotate.concurrency={concurrency}", "--out", str(folder / f"run-{time.monotonic_ns()}"), "--json"]  # fmt: skip
+    """A whole `dsbs annotate`; asking is that less the same command with all replies there (start, files)."""
+    out = str(folder / f"run-{time.monotonic_ns()}")
+    changes = [f"teacher.base_url={url}", f"annotate.concurrency={concurrency}"]
+    command = [sys.executable, "-m", "dsbs", "annotate", str(folder / "bench.yaml"), *changes, "--out", out, "--json"]
     said, _, cpu, peak = measured(command, folder)
     assert json.loads(said)["splits"]["train"]["accepted"] == rows
     _, _, again, _ = measured(command, folder)
@@ -161,7 +161,9 @@ def floor(url: str, rows: int, concurrency: int) -> dict[str, float]:
     import aiohttp
 
     async def main() -> None:
-        body = json.dumps({"model": "loopback", "messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 256}).encode()
+        body = json.dumps(
+            {"model": "loopback", "messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 256}
+        ).encode()
         todo = iter(range(rows))
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -198,7 +200,8 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="PYTHON:SCRIPT")
     options = parser.parse_args()
     print(f"{options.rows} rows, mean latency {options.mean:g} s; wall <= 1.1 x ideal + 1 s is the aim")
-    print(f"{'latency':11}{'C':>5}  {'tool':38}{'wall s':>8}{'ideal s':>9}{'in flight':>10}{'CPU ms/row':>12}{'asking':>8}{'peak MB':>9}")
+    headings = ("wall s", "ideal s", "in flight", "CPU ms/row", "asking", "peak MB")
+    print(f"{'latency':11}{'C':>5}  {'tool':38}" + "".join(f"{heading:>12}" for heading in headings))
     missed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -219,9 +222,11 @@ def main() -> None:
                     wall = seen["last"] - seen["first"]
                     late = tool == "dsbs" and wall > 1.1 * ideal + 1
                     missed += late
+                    figures = (
+                        f"{wall:12.2f}{ideal:12.2f}{int(seen['most']):12}{found['cpu_ms']:12.2f}{found['asking_ms']:12.2f}"
+                    )
                     print(
-                        f"{kind:11}{concurrency:5}  {label:38}{wall:8.2f}{ideal:9.2f}{int(seen['most']):10}{found['cpu_ms']:12.2f}"
-                        f"{found['asking_ms']:8.2f}{found['peak_mb']:9.0f}{'  LATE' if late else ''}",
+                        f"{kind:11}{concurrency:5}  {label:38}{figures}{found['peak_mb']:12.0f}{'  LATE' if late else ''}",
                         flush=True,
                     )
     sys.exit(1 if missed else 0)

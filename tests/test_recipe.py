@@ -355,3 +355,25 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
     recipe = load_recipe("recipes/demo.yaml", ["train.max_steps=3"])
     resolved = recipe.model_dump(mode="json")
     assert Recipe.model_validate(resolved).model_dump(mode="json") == resolved
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "teachers").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_teacher_takes_the_place_of_a_recipes_own(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("recipes/demo.yaml", [f"teacher=recipes/teachers/{path.name}", "teacher.timeout_s=7"])
+    assert recipe.teacher.model and recipe.teacher.timeout_s == 7
+    assert recipe.teacher.kind != "openai" or recipe.teacher.base_url.startswith("http")
+
+
+def test_a_recipe_may_name_its_teachers_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("teacher: {model: m, base_url: 'http://127.0.0.1:1/v1'}", encoding="utf-8")
+    (tmp_path / "r.yaml").write_text("task: {name: svamp, data: {train: a.jsonl}}\nteacher: mine.yaml", encoding="utf-8")
+    assert load_recipe(tmp_path / "r.yaml").teacher.model == "m"
+    (tmp_path / "mine.yaml").write_text("model: m", encoding="utf-8")
+    with pytest.raises(UserError, match="no teacher: section"):
+        load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "mine.yaml").unlink()
+    with pytest.raises(UserError, match=r"teacher file mine\.yaml does not exist"):
+        load_recipe(tmp_path / "r.yaml")

@@ -41,14 +41,18 @@ def annotate(
     """Annotate the splits that the recipe names into ``annotate/<split>.jsonl``, one row for every input row.
 
     Replies that the run's store already has are not bought again; nor are those in ``stores`` (of shards) and ``outputs`` (of
-    exported batches), which are taken in first.
-    Requests that the endpoint refused for good are asked again only with ``retry_refused``. A ``shard`` has a run folder of its
-    own inside the run's. Raises UserError for what the user can mend and, once the rows are written, PartialError where a limit
-    or the endpoint ended the run early (rows without a reply say so).
+    exported batches), which are taken in first. Requests that the endpoint refused for good are asked again only with
+    ``retry_refused``. A ``shard`` has a run folder of its own inside the run's; with ``annotate.engine: ray`` all of them run as
+    tasks of a cluster. Raises UserError for what the user can mend and, once the rows are written, PartialError where a limit or
+    the endpoint ended the run early (rows without a reply say so).
     """
     meter = meter or Silent()
-    work = Annotator(recipe, shard)
     asked = is_asked(recipe.teacher.kind)
+    if recipe.annotate.engine == "ray" and asked and buying == "online" and shard is None:
+        from dsbs.annotate.shards import annotate_on_ray
+
+        return annotate_on_ray(recipe, out=out, meter=meter, retry_refused=retry_refused)
+    work = Annotator(recipe, shard)
     whole = run_folder(recipe, out)
     run = whole if shard is None else shard_folder(whole, shard)
     surveys = {str(split): survey(work.examples(split)) for split in recipe.annotate.splits}

@@ -48,7 +48,9 @@ def merge(
     return annotate(recipe, out=out, meter=meter, buying="nothing", stores=stores)
 
 
-def annotate_on_ray(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None) -> AnnotateResult:
+def annotate_on_ray(
+    recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None, retry_refused: bool = False
+) -> AnnotateResult:
     """Run ``annotate.ray.shards`` shards as Ray tasks, then merge them.
 
     All machines must see the run folder and the data under the same paths, and have the key in their environment. Limits are
@@ -73,7 +75,7 @@ def annotate_on_ray(recipe: Recipe, *, out: str | Path | None = None, meter: Met
     try:
         task = ray.remote(num_cpus=section.cpus_per_shard, num_gpus=section.gpus_per_shard, max_retries=3)(_one_shard)
         part = _split_limits(recipe, section.shards)
-        waiting = [task.remote(part, str(run), str(Path.cwd()), shard) for shard in shards]
+        waiting = [task.remote(part, str(run), str(Path.cwd()), shard, retry_refused) for shard in shards]
         failures: list[tuple[int, str, str]] = []
         done = 0
         while waiting:
@@ -95,11 +97,13 @@ def annotate_on_ray(recipe: Recipe, *, out: str | Path | None = None, meter: Met
     return result
 
 
-def _one_shard(recipe: Recipe, run: str, cwd: str, shard: Shard) -> tuple[str, str, tuple[int, str, str] | None]:
+def _one_shard(
+    recipe: Recipe, run: str, cwd: str, shard: Shard, retry_refused: bool
+) -> tuple[str, str, tuple[int, str, str] | None]:
     """On a worker: annotate one shard. A failure travels as its parts, for the driver to raise."""
     os.chdir(cwd)  # a recipe's relative paths mean what they mean to the driver
     try:
-        result = annotate(recipe, out=run, shard=shard)
+        result = annotate(recipe, out=run, shard=shard, retry_refused=retry_refused)
     except DsbsError as error:
         return str(shard), error.problem, (error.exit_code, error.problem, error.hint)
     rows = sum(summary.rows for summary in result.splits.values())

@@ -25,7 +25,7 @@ def annotate(
         Path | None, typer.Option(metavar="FILE", help="Write the requests for `vllm run-batch`; ask nobody.")
     ] = None,
     batch_import: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take the output of `vllm run-batch` back, then ask for the rest.")
+        Path | None, typer.Option(metavar="FILE", help="Take the output of `vllm run-batch` back; ask nobody.")
     ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Only this part of the rows; join with `dsbs merge`.")
@@ -51,18 +51,15 @@ def annotate(
         count = engine.export_batch(loaded, batch_export, out=out)
         print_json({"requests": count, "file": str(batch_export)}) if as_json else print(f"{count} requests: {batch_export}")
         return
-    if loaded.annotate.engine == "ray" and part is None and not batch and batch_import is None:
-        result = shards.annotate_on_ray(loaded, out=out, meter=meter())
-    else:
-        result = engine.annotate(
-            loaded,
-            out=out,
-            meter=meter(),
-            buying="batch" if batch else "nothing" if batch_import is not None else "online",
-            shard=part,
-            outputs=[batch_import] if batch_import is not None else [],
-            retry_refused=retry_refused,
-        )
+    result = engine.annotate(
+        loaded,
+        out=out,
+        meter=meter(),
+        buying="batch" if batch else "nothing" if batch_import is not None else "online",
+        shard=part,
+        outputs=[batch_import] if batch_import is not None else [],
+        retry_refused=retry_refused,
+    )
     _print_result(result, as_json)
 
 
