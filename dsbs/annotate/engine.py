@@ -42,9 +42,9 @@ def annotate(
 
     Replies that the run's store already has are not bought again; nor are those in ``stores`` (of shards) and ``outputs`` (of
     exported batches), which are taken in first. Requests that the endpoint refused for good are asked again only with
-    ``retry_refused``. A ``shard`` has a run folder of its own inside the run's; with ``annotate.engine: ray`` all of them run as
-    tasks of a cluster. Raises UserError for what the user can mend and, once the rows are written, PartialError where a limit or
-    the endpoint ended the run early (rows without a reply say so).
+    ``retry_refused``. A ``shard`` has a run folder of its own inside the run's; with ``annotate.engine: ray`` all of them
+    run as tasks of a cluster. Raises UserError for what the user can mend and, once the rows are written, PartialError where
+    a limit or the endpoint ended the run early (rows without a reply say so).
     """
     meter = meter or Silent()
     asked = is_asked(recipe.teacher.kind)
