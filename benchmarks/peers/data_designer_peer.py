@@ -3,8 +3,8 @@
     python -m venv designer && designer/bin/pip install data-designer==0.9.6
     designer/bin/python benchmarks/peers/data_designer_peer.py --base-url http://127.0.0.1:8000/v1 --rows 2000 --concurrency 64
 
-The rows are a seed data set, the replies one text column; `max_parallel_requests` is the concurrency, row groups and tasks in flight
-are raised out of its way. The health check of the model is off.
+The rows are a seed data set, the replies one text column; `max_parallel_requests` is the concurrency, row groups and tasks
+in flight are raised out of its way. The health check of the model is off.
 """
 
 from __future__ import annotations
