@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from dsbs.artefacts import find
+from dsbs.artefacts import canonical, digest, find
 from dsbs.errors import UserError
 from dsbs.records import Provenance
 from dsbs.yaml_lines import Located, Path_, dotted, load_located
@@ -34,7 +34,7 @@ LabelSource = Literal["gold", "teacher"]
 
 
 def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str | int) else value
+    return (value,) if isinstance(value, str | int | float) else value
 
 
 def _scalar_text(value: Any) -> Any:
@@ -109,10 +109,24 @@ class PriceSection(Section):
 def _http_url(value: str) -> str:
     if "@" in value:  # before any message that would show it
         raise ValueError("a URL must not carry a name or password; name an environment variable in teacher.api_key_env")
+    if "?" in value or "#" in value:
+        raise ValueError(
+            "a URL must not carry a query, which may hold a key; name an environment variable in teacher.api_key_env"
+        )
     parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or not all(parts.hostname.split(".")):
         raise ValueError(f"{value!r} is not an http(s) URL such as http://127.0.0.1:8000/v1")
     return value.rstrip("/")
+
+
+def _variable_name(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):  # not shown: it may be the key itself
+        raise ValueError("what is given is no name of an environment variable; export the key and name the variable here")
+    return value
+
+
+KeyVariable = Annotated[str | None, AfterValidator(_variable_name)]
+_CREDENTIAL = re.compile(r"(^|[_-])(api[_-]?key|secret|password|authorization|bearer|access[_-]?token)$", re.IGNORECASE)
 
 
 class EndpointSection(Section):
@@ -120,7 +134,7 @@ class EndpointSection(Section):
 
     base_url: Annotated[str, AfterValidator(_http_url)]
     weight: float = Field(1.0, gt=0)  # its share of the requests, relative to the others'
-    api_key_env: str | None = None  # None: teacher.api_key_env
+    api_key_env: KeyVariable = None  # None: teacher.api_key_env
     rpm: float | None = Field(None, gt=0)  # None: teacher.rpm
     tpm: float | None = Field(None, gt=0)  # None: teacher.tpm
 
@@ -132,7 +146,7 @@ class TeacherSection(Section):
     )
     base_url: Annotated[str, AfterValidator(_http_url)] = "https://api.openai.com/v1"  # OpenAI-compatible, its /v1 included
     endpoints: tuple[EndpointSection, ...] = ()  # in place of base_url: several that serve the same model, with failover
-    api_key_env: str | None = "OPENAI_API_KEY"  # the environment variable that holds the key; null: no key
+    api_key_env: KeyVariable = "OPENAI_API_KEY"  # the environment variable that holds the key; null: no key
     endpoint: Literal["chat", "completions"] = "chat"
     rpm: float | None = Field(None, gt=0)  # requests a minute to each endpoint, at most; None: no cap
     tpm: float | None = Field(None, gt=0)  # tokens a minute (prompt and completion) through each endpoint; None: no cap
@@ -144,6 +158,14 @@ class TeacherSection(Section):
     context_tokens: int | None = Field(None, gt=0)  # of one request; None: 2048 for llamacpp, else not known and not checked
     threads: int | None = Field(None, gt=0)  # llamacpp: None takes the cores of this process
     batch_size: int = Field(16, gt=0)  # transformers: prompts decoded together
+
+    @field_validator("extra_body")
+    @classmethod
+    def _no_credentials(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if _CREDENTIAL.search(str(name)):
+                raise ValueError(f"{name}: credentials do not belong into a recipe; name a variable in teacher.api_key_env")
+        return value
 
     @model_validator(mode="after")
     def _model_is_named(self) -> TeacherSection:
@@ -230,6 +252,7 @@ class StudentSection(Section):
     vocab_size: int = Field(4000, ge=64)  # pieces of a scratch vocabulary, at most
     max_input_tokens: int = Field(1024, gt=0)  # longer inputs are cut
     max_target_tokens: int = Field(256, gt=0)  # longer labels and rationales are cut
+    dropout: float | None = Field(None, ge=0, lt=1)  # None: the model's own (0.1 for a scratch student)
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentSection:
@@ -253,13 +276,25 @@ class SelectSection(Section):
 
 
 class TrainSection(Section):
-    methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ("step-by-step", "finetune", "distill")
-    labels: Annotated[tuple[LabelSource, ...], BeforeValidator(_as_tuple)] = ("gold",)  # of step-by-step's label task
+    methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+        "step-by-step",
+        "finetune",
+        "distill",
+    )
+    labels: Annotated[tuple[LabelSource, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("gold",)  # of step-by-step
+    subset: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+        1.0,  # shares of the train rows, each a part of the larger ones and the same for every method
+    )
     select: SelectSection = SelectSection()
     rationale_weight: float = Field(1.0, ge=0)  # λ in (L_label + λ·L_rationale) / (1 + λ)
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
-    learning_rate: float = Field(5.0e-5, gt=0)  # AdamW's peak; a scratch student's default is 1e-3
-    schedule: Literal["linear", "constant"] = "linear"  # linear: decays to 0 at max_steps
+    rationale_schedule: Literal["constant", "linear", "cosine"] = "constant"  # how λ goes to rationale_weight_end
+    rationale_weight_end: float = Field(0.0, ge=0)  # λ at max_steps, where rationale_schedule is not constant
+    loss_mean: Literal["global", "micro"] = "global"  # token means over the step; micro: of micro-batches, as published
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
+    init: str | None = None  # a folder of weights and tokenizer to start from, in place of student's own start
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: float = Field(5.0e-5, gt=0)  # its peak; a scratch student's default is 1e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear and cosine decay to 0 at max_steps
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(64, gt=0)  # examples of one optimizer step
@@ -267,11 +302,14 @@ class TrainSection(Section):
     max_steps: int = Field(10_000, gt=0)  # optimizer steps; a scratch student's default is 1,000
     eval_every: int | None = Field(None, gt=0)  # steps between looks at valid; None: a twentieth of max_steps
     log_every: int = Field(10, gt=0)  # steps between lines of metrics.jsonl
+    patience: int | None = Field(None, gt=0)  # looks at valid without a better one before a student stops; None: never
+    shuffle: bool = True  # a new order of the rows in each epoch; false: the file's
+    padding: Literal["none", "batch"] = "none"  # none: only real tokens are computed (T5, mT5); batch: padded rows
     valid_limit: int = Field(1000, gt=0)  # validation rows at most, the same for every method, chosen by id hash
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where a GPU has it, else fp32; fp16 overflows T5
     gradient_checkpointing: bool = False
 
-    @field_validator("seeds", "methods", "labels")
+    @field_validator("seeds", "methods", "labels", "subset")
     @classmethod
     def _no_repeats(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(value)) != len(value):
@@ -303,6 +341,13 @@ class EvalSection(Section):
     max_label_tokens: int = Field(64, gt=0)  # generated for a label, at most
     baseline: str = "finetune"  # every system is compared with this method's students
 
+    @field_validator("baseline")
+    @classmethod
+    def _known_baseline(cls, value: str) -> str:
+        if value not in METHOD_NAMES:
+            raise ValueError(unknown("method", value, METHOD_NAMES))
+        return value
+
 
 class ReportSection(Section):
     tensorboard: bool = False  # also write TensorBoard event files beside every student
@@ -312,7 +357,7 @@ class ReportSection(Section):
 SCRATCH_DEFAULTS = {"learning_rate": 1.0e-3, "max_steps": 1000}
 
 # Names only, so that a recipe is checked without importing what they name; a test holds them to their registries.
-METHOD_NAMES = ("step-by-step", "finetune", "distill")
+METHOD_NAMES = ("step-by-step", "finetune", "distill", "rationale-then-label", "label-then-rationale")
 TASK_NAMES = ("classification", "generation", "svamp", "cqa", "anli", "esnli")
 
 
@@ -343,6 +388,28 @@ class Recipe(Section):
             unset = {key: value for key, value in SCRATCH_DEFAULTS.items() if key not in train.model_fields_set}
             data["train"] = train.model_copy(update=unset)
         return data
+
+    @property
+    def training(self) -> str:
+        """Hash of all that decides a student apart from its data, its method and its seed."""
+        apart = {
+            "methods",
+            "labels",
+            "seeds",
+            "subset",
+            "log_every",
+            "select",
+            "micro_batch_size",
+            "gradient_checkpointing",
+            "padding",
+        }
+        if self.train.loss_mean == "micro":  # elsewhere the objective is the same however a step is cut
+            apart.discard("micro_batch_size")
+        return digest(
+            canonical(self.train.model_dump(mode="json", exclude=apart)),
+            canonical(self.student.model_dump(mode="json")),
+            str(self.eval.max_label_tokens),  # of the looks at valid that choose the best step
+        )
 
     @property
     def folder(self) -> Path | None:

@@ -148,3 +148,7 @@ class TrainedStudent(_Row):
     wall_s: float
     parameters: int
     fingerprint: str
+    subset: float = 1.0  # the share of the train rows
+    settings: str = ""  # hash of the recipe's part in it: see Recipe.training
+    source: str | None = None  # of the annotations that it learned from; None: it needed none
+    reportable: bool = True  # False: trained on limited data

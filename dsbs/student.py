@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,6 +28,34 @@ CARD = "student.json"
 _MAX_VOCABULARY_LINES = 200_000
 
 
+Target = Literal["label", "rationale", "rationale-then-label", "label-then-rationale"]  # what a task's outputs are
+_THEN_LABEL, _THEN_RATIONALE = " Answer: ", " Because: "  # between the parts of one sequence
+
+
+def compose(target: Target, label: str | None, rationale: str | None) -> str | None:
+    """The text that a student is to write; in one sequence a label stands alone where there is no rationale."""
+    if target == "label":
+        return label
+    if target == "rationale":
+        return rationale
+    if label is None:
+        return None
+    if target == "rationale-then-label":
+        return f"{rationale or ''}{_THEN_LABEL}{label}".strip()
+    return f"{label}{_THEN_RATIONALE}{rationale}" if rationale else label
+
+
+def take_apart(target: Target, text: str) -> tuple[str, str | None]:
+    """Label's part and rationale's part of what a student wrote. A sequence that never came to its label has an empty one."""
+    if target == "rationale-then-label":
+        rationale, found, label = text.rpartition(_THEN_LABEL.strip())
+        return (label.strip(), rationale.strip() or None) if found else ("", text.strip() or None)
+    if target == "label-then-rationale":
+        label, _, rationale = text.partition(_THEN_RATIONALE.strip())
+        return label.strip(), rationale.strip() or None
+    return text, None
+
+
 class StudentCard(BaseModel):
     """``student.json``: what a student needs to know about itself to predict."""
 
@@ -39,14 +67,18 @@ class StudentCard(BaseModel):
     labels: str  # whose labels it learned: gold or teacher
     seed: int
     task: TaskSection
-    prefixes: dict[str, str]  # of each task it learned: label, rationale
+    prefixes: dict[Target, str]  # of each task it learned; the first one holds the label
     max_input_tokens: int
     max_target_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A student's answer to one input. ``rationale`` is decoded apart from the label and did not cause it."""
+    """A student's answer to one input.
+
+    ``raw`` is the label as written. A step-by-step student's ``rationale`` is decoded apart from it and did not cause it; one
+    that writes both in one sequence says them in that order.
+    """
 
     raw: str
     label: str | None  # None: the raw text is no label of the task
@@ -69,7 +101,7 @@ class Student:
         folder = Path(path)
         try:
             card = StudentCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except OSError:
             raise UserError(
                 f"{path} holds no student (no {CARD})", hint="give a folder such as runs/demo/train/step-by-step-gold-s0"
             ) from None
@@ -82,11 +114,26 @@ class Student:
         self.tokenizer.save_pretrained(folder)
         write_json(folder / CARD, self.card.model_dump(mode="json"))
 
-    def input_text(self, item: str | Mapping[str, Any]) -> str:
-        """The student's input of a row's fields, or a text as it is."""
-        if isinstance(item, str):
-            return item
-        return self.task.text(self.task.fields(item, "input"))
+    @property
+    def explains(self) -> bool:
+        """Whether it learned rationales."""
+        return set(self.card.prefixes) != {"label"}
+
+    @property
+    def reasons_first(self) -> bool:
+        """Whether it writes the label after its rationale, and with it in view."""
+        return "rationale-then-label" in self.card.prefixes
+
+    def _fields(self, item: str | Mapping[str, Any], canonical: bool) -> Mapping[str, Any]:
+        """What a label may have to be read by: the row's fields, of which a plain text has none but itself."""
+        if not isinstance(item, str):
+            return item if canonical else self.task.fields(item, "input")
+        if self.task.needs_fields:
+            raise UserError(
+                f"{self.card.name} cannot answer plain text: a row of {self.task.name} has more fields than one",
+                hint='give JSON lines such as {"question": "…", "choices": ["…", "…"]}',
+            )
+        return {"text": item}
 
     def predict(
         self,
@@ -95,20 +142,26 @@ class Student:
         rationale: bool = False,
         batch_size: int = 64,
         max_label_tokens: int = 64,
+        canonical: bool = False,
     ) -> list[Answer]:
         """Answer texts or rows of fields, greedily. With ``rationale``, decode one for each too (it explains nothing that
-        the label was made from: two prefixes, two decodes). Raises UserError where the student learned no rationales.
+        the label was made from: two prefixes, two decodes). Rows have the columns that the data had, or with ``canonical``
+        the task's own field names. Raises UserError where the student learned no rationales or an item lacks a field.
         """
-        if rationale and "rationale" not in self.card.prefixes:
+        if rationale and not self.explains:
             raise UserError(
                 f"{self.card.name} was trained without rationales", hint="use a step-by-step student, or leave --rationale out"
             )
-        fields = [{"text": item} if isinstance(item, str) else self.task.fields(item, "input") for item in items]
-        texts = [self.input_text(item) for item in items]
-        prefix = self.card.prefixes["label"]
-        raws, latencies = self.generate([prefix + text for text in texts], max_label_tokens, batch_size)
-        rationales: Sequence[str | None] = [None] * len(items)
-        if rationale:
+        fields = [self._fields(item, canonical) for item in items]
+        texts = [item if isinstance(item, str) else self.task.text(row) for item, row in zip(items, fields, strict=True)]
+        target, prefix = next(iter(self.card.prefixes.items()))
+        whole = target == "rationale-then-label" or (rationale and target != "label")
+        most = self.card.max_target_tokens if whole else max_label_tokens
+        written, latencies = self.generate([prefix + text for text in texts], most, batch_size)
+        parts = [take_apart(target, text) for text in written]
+        raws: list[str] = [label for label, _ in parts]
+        rationales: Sequence[str | None] = [why for _, why in parts]
+        if rationale and target == "label":
             explain = self.card.prefixes["rationale"]
             rationales, _ = self.generate([explain + text for text in texts], self.card.max_target_tokens, batch_size)
         answers = []
@@ -175,14 +228,18 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def load_model(source: str) -> Any:
-    """The sequence-to-sequence model of a Hub id or local folder, in float32 whatever it was saved in."""
+def load_model(source: str, dropout: float | None = None) -> Any:
+    """The sequence-to-sequence model of a Hub id or local folder, in float32 whatever it was saved in.
+
+    ``dropout`` takes the place of the model's own rate.
+    """
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
     _quiet()
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(_local(source), dtype=torch.float32)
+        changes = {} if dropout is None else {"dropout_rate": dropout}
+        model = AutoModelForSeq2SeqLM.from_pretrained(_local(source), dtype=torch.float32, **changes)
     except Exception as error:
         raise _not_loaded("model", source, error) from None
     return model.to("cuda") if torch.cuda.is_available() else model
@@ -201,29 +258,31 @@ def _not_loaded(what: str, source: str, error: Exception) -> DsbsError:
     )
 
 
-def new_model(section: StudentSection, tokenizer: Any, seed: int) -> Any:
-    """The model that training starts from: pretrained weights, or random ones that depend on ``seed`` alone."""
+def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | None = None) -> Any:
+    """The model that training starts from: ``init`` or pretrained weights, or random ones that depend on ``seed`` alone."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    if section.model is not None:
-        return load_model(section.model)
+    start = init or section.model
+    if start is not None:
+        return load_model(start, section.dropout)
     _quiet()
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "decoder_start_token_id": tokenizer.pad_token_id,
-        "dropout_rate": 0.1,
+        "dropout_rate": 0.1 if section.dropout is None else section.dropout,
     }
     config = T5Config(**shape | SIZES[section.size])
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(config)
 
 
-def new_tokenizer(section: StudentSection, texts: Iterable[str]) -> Any:
+def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | None = None) -> Any:
     """The tokenizer that training starts from: the model's own, or a SentencePiece vocabulary learned from ``texts``."""
-    return load_tokenizer(section.model) if section.model is not None else learn_vocabulary(texts, section.vocab_size)
+    start = init or section.model
+    return load_tokenizer(start) if start is not None else learn_vocabulary(texts, section.vocab_size)
 
 
 def learn_vocabulary(texts: Iterable[str], size: int) -> Any:

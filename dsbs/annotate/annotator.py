@@ -152,11 +152,13 @@ class Annotator:
         provenance: Provenance = "recorded" if kind == "recorded" else "human" if kind == "human" else "own"
         vote = majority(answers.own, self.task)
         label, rationale, reason = vote.label, vote.rationale, vote.reason
+        share, logprob = vote.share, vote.logprob
         hinted = answers.hinted
         if hinted is not None and example.label is not None:
             agrees = hinted.label is not None and self.task.correct(hinted.label, example.label)
             if agrees and hinted.reason is None:
                 label, rationale, reason, provenance = example.label, hinted.rationale, None, "hinted"
+                share, logprob = None, hinted.label_logprob  # the votes were for another label
             elif reason is not None and hinted.reason is not None:
                 reason = hinted.reason
         return Annotation(
@@ -168,8 +170,8 @@ class Annotator:
             rationale=rationale if reason is None else None,
             provenance=provenance if reason is None else "none",
             samples=answers.samples,
-            vote_share=vote.share,
-            label_logprob=vote.logprob,
+            vote_share=share,
+            label_logprob=logprob,
             accepted=reason is None,
             reject_reason=reason,
             usage=Usage(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dsbs.annotate.annotator import Annotator, Answers
+from dsbs.annotate.deriving import spent_before
 from dsbs.annotate.limits import ExhaustedError, Halt, HaltedError, Pool
 from dsbs.annotate.store import ReplyStore, budget, request_keys
 from dsbs.annotate.summary import SplitSummary
@@ -25,28 +26,35 @@ from dsbs.records import Example, Reason
 FAILURES_BEFORE_STOP = 16
 # Refusals before any success, after which the requests' form is taken to be wrong rather than a row.
 REFUSALS_BEFORE_STOP = 5
-# Seconds that replies in flight are waited for once a run is to end.
-DRAIN_S = 30.0
 
 
 class Asking:
     """Sends what rows lack, a bounded number at a time, and stops when no request can succeed."""
 
-    def __init__(self, work: Annotator, teacher: Teacher, store: ReplyStore, meter: Meter) -> None:
+    def __init__(
+        self, work: Annotator, teacher: Teacher, store: ReplyStore, meter: Meter, *, retry_refused: bool = False
+    ) -> None:
         self.work, self.teacher, self.store, self.meter = work, teacher, store, meter
         self.halt = Halt()
+        self.landed = asyncio.Event()  # set whenever a reply comes back
+        self.halt.tell(self.landed.set)
         self.most = min(teacher.max_concurrency or 10**9, work.recipe.annotate.concurrency)
         self.pool = Pool(teacher.endpoints, self.most, self.halt, meter.say)
         self.identities = [endpoint.identity for endpoint in teacher.endpoints]
-        self.failure: DsbsError | None = None
+        self.failure: Exception | None = None
+        self.retry_refused = retry_refused
+        # an endpoint that has answered before is not taken to be wrong because the few rows that are left fail
+        self.answers = store.has_replies(self.identities, work.recipe.teacher.model)
         self.in_flight: dict[str, asyncio.Event] = {}
         self.refusals: dict[str, str] = {}  # before the first success: not believed, and not kept, yet
-        self.successes = 0
         self.failures_in_a_row = 0
         self.last_failure = ""
         self.sent = self.flying = 0
-        self.spent = 0.0  # US dollars for this recipe's replies, bought now or before
-        self.replies = 0
+        self.limited = work.recipe.annotate.max_usd is not None
+        # US dollars for this recipe's replies, bought now or before (those before are met one by one where nothing is limited)
+        self.spent = spent_before(work, store) if self.limited else 0.0
+        self.reserved = 0.0  # at most, for what is in flight
+        self.dearest = 1.0  # prompt tokens for a token that was reckoned with, at most so far
 
     async def rows(self, title: str, examples: Iterable[Example], total: int, summary: SplitSummary) -> None:
         """Ask for all that the rows lack, counting in ``summary``. Raises DsbsError, or KeyboardInterrupt on Ctrl-C."""
@@ -63,7 +71,7 @@ class Asking:
                             self.work.add(example, answers, request, key, reply)
                 except HaltedError:
                     return
-                except DsbsError as error:
+                except Exception as error:  # a bug too: what is in flight is paid and must arrive first
                     self.failure = self.failure or error
                     self.halt.call()
                     return
@@ -83,7 +91,7 @@ class Asking:
             raise self.failure
         if self.halt.called:
             raise KeyboardInterrupt
-        if self.refusals and not summary.cached:
+        if self.refusals:
             self._stop_if_all_refused(final=True)
         self._believe_refusals()
 
@@ -98,17 +106,13 @@ class Asking:
 
     async def _drain(self, tasks: list[asyncio.Task[None]]) -> None:
         """Wait for the workers; once the run is to end, only as long as replies in flight, which are paid, may take."""
-        workers: asyncio.Future[Any] = asyncio.gather(*tasks)
-        halted: asyncio.Future[Any] = asyncio.ensure_future(self.halt.wait())
+        ended: asyncio.Task[Any] = asyncio.create_task(asyncio.wait(tasks))
+        halted: asyncio.Task[Any] = asyncio.create_task(self.halt.wait())
         try:
-            await asyncio.wait({workers, halted}, return_when=asyncio.FIRST_COMPLETED)
-            if not workers.done():
-                await asyncio.wait({workers}, timeout=DRAIN_S)
-            if workers.done():
-                workers.result()  # a worker's bug is raised here
+            await asyncio.wait({ended, halted}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ended}, timeout=self.work.recipe.teacher.timeout_s)
         finally:
-            halted.cancel()
-            for task in tasks:
+            for task in (ended, halted, *tasks):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -142,10 +146,11 @@ class Asking:
         kept = self.store.find(keys, tokens, raw=self.work.recipe.annotate.logprobs)
         if kept is not None:
             summary.cached += 1
-            self._count(kept[1])
+            if self.work.price is not None and not self.limited:
+                self.spent += self.work.price.usd(kept[1])
             return kept
         first = keys[0]
-        if first in self.refusals or self.store.is_refused(keys):
+        if first in self.refusals or (not self.retry_refused and self.store.is_refused(keys)):
             return first, "refused"
         if first in self.in_flight:  # another row asks the very same thing
             await self.in_flight[first].wait()
@@ -168,7 +173,7 @@ class Asking:
 
         section = self.work.recipe.teacher
         prompt_tokens = len(canonical(request.body)) // 4  # until the endpoint has counted: four characters a token
-        await self._reserve(prompt_tokens, tokens)
+        reserved = await self._reserve(prompt_tokens, tokens)
         try:
             gate, reply = await self.pool.deliver(request, prompt_tokens + tokens, attempts=section.max_attempts, before=before)
         except RejectedError as error:
@@ -178,7 +183,7 @@ class Asking:
         except ExhaustedError as error:
             self.last_failure = str(error)
             self.failures_in_a_row += 1
-            if not self.successes:
+            if not self.answers:
                 where = ", ".join(endpoint.name for endpoint in self.teacher.endpoints)
                 raise DsbsError(
                     f"the teacher at {where} does not answer: {error}",
@@ -192,12 +197,14 @@ class Asking:
             return keys[0], "no-reply"
         finally:
             self.flying -= 1
+            self.reserved -= reserved
+            self.landed.set()
         key = keys[self.pool.gates.index(gate)]
         self.store.put(key, tokens, gate.endpoint.identity, section.model, request.sample, reply)
         self.failures_in_a_row = 0
-        self.successes += 1
+        self.answers = True
         self._believe_refusals()
-        self._count(reply)
+        self._charge(reply, prompt_tokens, reserved)
         return key, reply
 
     def _believe_refusals(self) -> None:
@@ -207,16 +214,17 @@ class Asking:
         self.refusals.clear()
 
     def _refused(self, key: str, said: str) -> None:
-        if self.successes:
+        if self.answers:
             self.store.refuse(key, said)
         else:
             self.refusals[key] = said
             self._stop_if_all_refused(final=False)
 
-    def _count(self, reply: Reply) -> None:
-        self.replies += 1
-        if self.work.price is not None:
-            self.spent += self.work.price.usd(reply)
+    def _charge(self, reply: Reply, prompt_tokens: int, at_most: float) -> None:
+        if reply.prompt_tokens is not None and prompt_tokens:
+            self.dearest = max(self.dearest, reply.prompt_tokens / prompt_tokens)
+        if self.work.price is not None:  # where the endpoint does not count, the limit reckons with the most
+            self.spent += at_most if reply.prompt_tokens is None and self.limited else self.work.price.usd(reply)
 
     def _may_send(self) -> None:
         """Raises PartialError where annotate.max_requests allows no further attempt."""
@@ -227,25 +235,30 @@ class Asking:
                 hint="run the same command for as many more, or raise the limit: what was bought is kept",
             )
 
-    async def _reserve(self, prompt_tokens: int, tokens: int) -> None:
-        """Wait until one more reply fits annotate.max_usd. Raises PartialError where it never will, HaltedError at the end."""
+    async def _reserve(self, prompt_tokens: int, tokens: int) -> float:
+        """Wait until the most that one more reply may cost fits annotate.max_usd; returns that.
+
+        Raises PartialError where it never will, HaltedError at the end.
+        """
         most, price = self.work.recipe.annotate.max_usd, self.work.price
-        while most is not None and price is not None:
-            at_most = price.of(prompt_tokens, tokens)  # while no reply has told better
-            each = self.spent / self.replies if self.replies else at_most
-            if self.spent + (self.flying + 1) * each <= most + 1e-9:
-                break
+        at_most = 0.0 if price is None else price.of(int(prompt_tokens * self.dearest) + 1, tokens)
+        while most is not None and self.spent + self.reserved + at_most > most + 1e-9:
             if self.flying == 0:
                 raise PartialError(
-                    f"annotate.max_usd: this run's replies cost {self.spent:.4f} dollars, and {most:g} is the limit",
+                    f"annotate.max_usd: replies for {self.spent:.4f} dollars; one more might pass the limit of {most:g}",
                     hint="raise the limit and run again: what was bought is kept",
                 )
-            await self.halt.sleep(0.02)  # what is in flight may turn out cheaper
+            self.landed.clear()
+            await self.landed.wait()  # what is in flight may turn out cheaper
+            if self.halt.called:
+                raise HaltedError
         self.flying += 1
+        self.reserved += at_most
+        return at_most
 
     def _stop_if_all_refused(self, *, final: bool) -> None:
         """One bad row must not end a run; but an endpoint that refuses the first few rows refuses the request's form."""
-        if not self.successes and (final or len(self.refusals) >= REFUSALS_BEFORE_STOP):
+        if not self.answers and (final or len(self.refusals) >= REFUSALS_BEFORE_STOP):
             raise UserError(
                 f"the teacher refuses every request: {self.last_failure}",
                 hint="check teacher.model and annotate.max_tokens; teacher.extra_body adds, changes or (null) drops fields",

@@ -1,7 +1,7 @@
 """The batch lane: requests in the OpenAI Batch format, uploaded and waited for, or written to a file for `vllm run-batch`.
 
 Each batch is a folder ``annotate/batches/<number>/``: ``requests.jsonl`` as sent, ``keys.jsonl`` (which reply a line asks for),
-``batch.json`` (how far it has come, written before and after every step that the endpoint sees), and ``output.jsonl`` and
+``batch.json`` (how far it has come, written before and after the step that costs), and ``output.jsonl`` and
 ``errors.jsonl`` as they came. A kill at any moment costs no reply and submits nothing twice.
 """
 
@@ -23,7 +23,7 @@ from dsbs.annotate.summary import SplitSummary
 from dsbs.annotate.teachers import identities
 from dsbs.annotate.teachers.base import Request, TransientError
 from dsbs.annotate.teachers.openai import api_key, error_of, read_reply
-from dsbs.artefacts import atomic, canonical, read_jsonl, write_json
+from dsbs.artefacts import atomic, canonical, open_text, read_jsonl, write_json
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.progress import Meter, running
 
@@ -130,11 +130,14 @@ class Batch:
     def custom_id(self, line: int) -> str:
         return f"{self.record['token']}-{line}"
 
-    def take(self, lines: Iterable[tuple[int, dict[str, Any]]], store: ReplyStore) -> tuple[int, int]:
+    def take(self, path: Path, store: ReplyStore) -> tuple[int, int]:
         """Commit the replies of output lines. Returns how many there were, and how many failed in a way that may heal."""
         keys = self.asked_for()
         taken = failed = 0
-        for _, line in lines:
+        for line in _outputs(path):
+            if line is None:
+                failed += 1
+                continue
             token, _, number = str(line.get("custom_id", "")).rpartition("-")
             if token != self.record["token"] or not number.isdigit() or int(number) >= len(keys):
                 continue  # of another batch: a server may write all of its outputs into one file
@@ -143,7 +146,7 @@ class Batch:
             body, status = response.get("body", response), response.get("status_code")  # older servers wrap nothing
             if status in (None, 200, 0) and isinstance(body, dict) and "choices" in body:
                 try:
-                    reply = read_reply(body, json.dumps(body, ensure_ascii=False), lane="batch")
+                    reply = read_reply(body, json.dumps(body), lane="batch")
                 except TransientError:
                     failed += 1
                     continue
@@ -156,8 +159,21 @@ class Batch:
         return taken, failed
 
 
-def write_batches(work: Annotator, gathering: Iterable[Lacking], folder: Path) -> list[Batch]:
-    """Cut what is lacking into batch folders, in the state ``prepared``. One whose writing was cut short is begun anew."""
+def _outputs(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The lines of an output file; None for one that is no JSON object: its neighbours are paid for."""
+    with open_text(path) as file:
+        for text in file:
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            yield line if isinstance(line, dict) else None
+
+
+def write_batches(work: Annotator, gathering: Iterable[Lacking], folder: Path, state: str = "prepared") -> list[Batch]:
+    """Cut what is lacking into batch folders in the given state. One whose writing was cut short is begun anew."""
     made: list[Batch] = []
     rows = iter(gathering)
     one = next(rows, None)
@@ -179,7 +195,7 @@ def write_batches(work: Annotator, gathering: Iterable[Lacking], folder: Path) -
         write_json(
             here / "batch.json",
             {
-                "state": "prepared",
+                "state": state,
                 "token": token,
                 "requests": lines,
                 "identity": identities(work.recipe)[0],
@@ -217,7 +233,14 @@ def buy_batches(
     provider = _Provider(work, meter)
     summary = next(iter(summaries.values()))
     began = time.monotonic()
-    open_batches = [batch for batch in map(Batch, _folders(folder)) if batch.state not in ("collected", "exported", "failed")]
+    unsent = [batch for batch in map(Batch, _folders(folder)) if batch.state in ("prepared", "uploaded")]
+    for batch in unsent:  # the endpoint never had it as a batch: the recipe, the limits and the store have changed since
+        batch.note(state="dropped")
+    open_batches = [batch for batch in map(Batch, _folders(folder)) if batch.state in ("submitting", "submitted", "ended")]
+    for batch in [batch for batch in open_batches if batch.state == "submitting"]:
+        if batch.record["base_url"] == provider.base_url:
+            provider.settle(batch)
+    open_batches = [batch for batch in open_batches if batch.state != "dropped"]
     elsewhere = [batch for batch in open_batches if batch.record["base_url"] != provider.base_url]
     for batch in elsewhere:
         meter.say(f"{batch.folder} waits at {batch.record['base_url']}, another endpoint than the recipe's: left alone")
@@ -230,7 +253,8 @@ def buy_batches(
         if not waiting:
             break
         for batch in waiting:
-            provider.submit(batch)
+            if batch.state == "prepared":
+                provider.submit(batch)
         for batch in waiting:
             summary.requests += batch.record["requests"]
             tried.update(asked["key"] for asked in batch.asked_for())
@@ -264,26 +288,24 @@ class _Provider:
 
     def submit(self, batch: Batch) -> None:
         """Upload and create, each step noted before and after, so that none is done twice."""
-        if batch.state == "prepared":
-            with self._speaking(), (batch.folder / "requests.jsonl").open("rb") as file:
-                name = f"{batch.record['token']}.jsonl"
-                found = self._client.files.create(file=(name, file), purpose="batch")  # a second upload would cost nothing
-            batch.note(state="uploaded", file_id=found.id)
-        if batch.state == "submitting":  # killed in between: did it arrive?
-            there = self._find(batch)
-            batch.note(state="submitted", batch_id=there) if there else batch.note(state="uploaded")
-        if batch.state == "uploaded":
-            batch.note(state="submitting")
-            with self._speaking():
-                made = self._client.batches.create(
-                    input_file_id=batch.record["file_id"],
-                    endpoint=self._path,  # type: ignore[arg-type]
-                    completion_window=self._section.completion_window,  # type: ignore[arg-type]
-                    metadata={"dsbs": batch.record["token"]},
-                    extra_headers={"Idempotency-Key": batch.record["token"]},
-                )
-            batch.note(state="submitted", batch_id=made.id)
-            self._meter.say(f"batch {made.id}: {batch.record['requests']} requests submitted")
+        with self._speaking(), (batch.folder / "requests.jsonl").open("rb") as file:
+            found = self._client.files.create(file=(f"{batch.record['token']}.jsonl", file), purpose="batch")
+        batch.note(state="submitting", file_id=found.id)
+        with self._speaking():
+            made = self._client.batches.create(
+                input_file_id=batch.record["file_id"],
+                endpoint=self._path,  # type: ignore[arg-type]
+                completion_window=self._section.completion_window,  # type: ignore[arg-type]
+                metadata={"dsbs": batch.record["token"]},
+                extra_headers={"Idempotency-Key": batch.record["token"]},
+            )
+        batch.note(state="submitted", batch_id=made.id)
+        self._meter.say(f"batch {made.id}: {batch.record['requests']} requests submitted")
+
+    def settle(self, batch: Batch) -> None:
+        """Killed while it was submitted: did it arrive?"""
+        there = self._find(batch)
+        batch.note(state="submitted", batch_id=there) if there else batch.note(state="dropped")
 
     def _find(self, batch: Batch) -> str | None:
         with self._speaking():
@@ -330,7 +352,7 @@ class _Provider:
                 text = self._client.files.content(file_id).text
             with atomic(path) as file:
                 file.write(text if text.endswith("\n") or not text else text + "\n")
-            more, bad = batch.take(read_jsonl(path), store)
+            more, bad = batch.take(path, store)
             taken, failed = taken + more, failed + bad
         batch.note(state="collected", taken=taken)
         self._meter.say(
@@ -362,8 +384,8 @@ class _Provider:
             raise PartialError(f"cannot reach {self.base_url} ({said})", hint=_AGAIN) from None
 
     def _clean(self, text: str) -> str:
-        shown = " ".join(text.split())[:300]
-        return shown.replace(self._secret, "[key]") if self._secret else shown
+        shown = " ".join(text.split())
+        return (shown.replace(self._secret, "[key]") if self._secret else shown)[:300]
 
 
 _AGAIN = "run the same command again: what was submitted is not submitted twice"
@@ -377,20 +399,24 @@ def export(work: Annotator, store: ReplyStore, folder: Path, path: Path) -> int:
     _need_openai(work)
     if path.exists():
         raise UserError(f"{path} is there already", hint="name another file, or move it away")
-    batches = write_batches(work, Gathering(work, store, set()), folder)
-    with atomic(path) as file:
+    gathering = Gathering(work, store, set())
+    with atomic(path) as file:  # before anything else: it may not be possible there
+        batches = write_batches(work, gathering, folder, "exported")
         for batch in batches:
             with (batch.folder / "requests.jsonl").open(encoding="utf-8", newline="\n") as lines:
                 for line in lines:
                     file.write(line)
-            batch.note(state="exported")
+    if gathering.stopped is not None:
+        raise gathering.stopped
     return sum(batch.record["requests"] for batch in batches)
 
 
 def take_back(store: ReplyStore, folder: Path, path: Path) -> int:
     """Commit the replies of an output file to the requests exported before. Returns their number. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", hint="give the output file of `vllm run-batch`")
     exported = [batch for batch in map(Batch, _folders(folder)) if batch.state == "exported"]
-    taken = sum(batch.take(read_jsonl(path), store)[0] for batch in exported)
+    taken = sum(batch.take(path, store)[0] for batch in exported)
     if not taken:
         raise DsbsError(
             f"{path} has no reply to a request that was exported from this run",

@@ -34,6 +34,15 @@ def kept(work: Annotator, store: ReplyStore) -> Callable[[Example], Answers]:
     return answers_of
 
 
+def spent_before(work: Annotator, store: ReplyStore) -> float:
+    """US dollars for the replies that the store has for the rows by now."""
+    if work.price is None:
+        return 0.0
+    answers_of = kept(work, store)
+    rows = (example for split in work.recipe.annotate.splits for example in work.examples(split))
+    return sum(work.price.usd(reply) for example in rows for reply in answers_of(example).replies)
+
+
 def derive(
     work: Annotator,
     examples: Iterable[Example],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dsbs.annotate.annotator import Annotator, Shard
 from dsbs.annotate.asking import Asking
@@ -76,11 +77,9 @@ def annotate(
                     meter.say(f"{store.take_in(path)} replies taken from {path}")
                 for path in outputs:
                     meter.say(f"{take_back(store, run / 'annotate' / 'batches', path)} replies taken from {path}")
-                if retry_refused:
-                    store.forget_refusals()
                 totals = {split: found.rows for split, found in surveys.items()}
                 if teacher is not None:
-                    stopped = asyncio.run(buy_online(work, teacher, store, meter, totals, summaries))
+                    stopped = wait_for(buy_online(work, teacher, store, meter, totals, summaries, retry_refused=retry_refused))
                 elif buying == "batch":
                     stopped = buy_batches(work, store, run / "annotate" / "batches", meter, summaries)
                 for split, summary in summaries.items():
@@ -121,6 +120,16 @@ def open_store(run: Path, whole: Path | None = None) -> ReplyStore:
 # --- the two ways to replies
 
 
+def wait_for(buying: Coroutine[Any, Any, PartialError | None]) -> PartialError | None:
+    """Run to its end, in a thread of its own where this one has a loop already (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(buying)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, buying).result()
+
+
 async def buy_online(
     work: Annotator,
     teacher: Teacher,
@@ -129,10 +138,11 @@ async def buy_online(
     totals: Mapping[str, int],
     summaries: Mapping[str, SplitSummary],
     examples: Callable[[str], Iterable[Example]] | None = None,
+    retry_refused: bool = False,
 ) -> PartialError | None:
     """Ask for what the rows of each split lack. Returns the reason where a limit or the endpoint ended it early."""
     try:
-        asking = Asking(work, teacher, store, meter)
+        asking = Asking(work, teacher, store, meter, retry_refused=retry_refused)
         store.hold_reserve(asking.most)
         for split, total in totals.items():
             rows = work.examples(split) if examples is None else examples(split)

@@ -159,6 +159,7 @@ class Pool:
         self.wasted: Counter[str] = Counter()  # attempts that brought no reply, by kind
         self._say = say
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._time_is_kept = False
         halt.tell(lambda: self._wake(len(self._waiting)))
 
     async def deliver(
@@ -237,6 +238,7 @@ class Pool:
                     # one that was away does not make up for it: that would be a flood
                     for other in self.gates:
                         other.turn = max(other.turn, gate.turn - 1.0 / gate.endpoint.weight)
+                    self._wake(1)  # the next in line looks whether there is room for one more
                     return gate
                 ready_at = min((gate.ready_at for gate in free), default=None)
             self._give_up_on_long_pauses(now)
@@ -254,8 +256,14 @@ class Pool:
         """Until a request comes back, for ``seconds`` or until the run ends, whichever is first."""
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(mine)
-        await asyncio.wait({mine}, timeout=seconds)
-        mine.cancel()
+        keeps_time = seconds is not None and not self._time_is_kept  # one is enough: whoever gets in wakes the next
+        self._time_is_kept = self._time_is_kept or keeps_time
+        try:
+            await asyncio.wait({mine}, timeout=seconds if keeps_time else None)
+        finally:
+            mine.cancel()
+            if keeps_time:
+                self._time_is_kept = False
 
     def _leave(self, gate: Gate) -> None:
         gate.in_flight -= 1

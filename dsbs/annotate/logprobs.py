@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from dsbs.annotate.parse import find_anchor, first_turn, said
 from dsbs.prompts import Prompt
@@ -17,20 +18,22 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
     tokens = _tokens(raw)
     if tokens is None:
         return None
-    turn, _ = first_turn(said(text)[0], prompt.stop)
+    spoken = said(text)[0]
+    turn, _ = first_turn(spoken, prompt.stop)
     at, anchor = find_anchor(turn, prompt.anchor)
-    if at < 0:
-        return None
-    whole = "".join(token for token, _ in tokens)
-    offset = whole.find(turn)  # the turn may begin after blank lines, or after a reasoning model's thoughts
-    if offset < 0:
-        return None
-    answer = turn[at + len(anchor) :]
+    answer = turn[at + len(anchor) :] if at >= 0 else ""
     line = answer.lstrip().split("\n", 1)[0].rstrip()
     if not line:
         return None
-    begin = offset + at + len(anchor) + (len(answer) - len(answer.lstrip()))
-    end = begin + len(line)
+    # in bytes, because a token may hold part of a character; the turn is looked for behind a reasoning model's thoughts
+    whole = b"".join(token for token, _ in tokens)
+    before = whole.find(text.encode())
+    thoughts = len(text.encode()) - len(spoken.encode())
+    offset = whole.find(turn.encode(), before + thoughts if before >= 0 else 0)
+    if offset < 0:
+        return None
+    begin = offset + len(turn[: len(turn) - len(answer.lstrip())].encode())
+    end = begin + len(line.encode())
     total, place, found = 0.0, 0, False
     for token, logprob in tokens:
         if place < end and place + len(token) > begin and token.strip():
@@ -39,11 +42,16 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
     return round(total, 6) if found else None
 
 
-def _tokens(raw: str) -> list[tuple[str, float]] | None:
+def _tokens(raw: str) -> list[tuple[bytes, float]] | None:
     try:
         given = json.loads(raw)["choices"][0]["logprobs"]
         if "content" in given:
-            return [(str(one["token"]), float(one["logprob"])) for one in given["content"]]
-        return [(str(t), float(p or 0.0)) for t, p in zip(given["tokens"], given["token_logprobs"], strict=True)]
+            return [(_bytes(one), float(one["logprob"])) for one in given["content"]]
+        return [(str(t).encode(), float(p or 0.0)) for t, p in zip(given["tokens"], given["token_logprobs"], strict=True)]
     except (ValueError, KeyError, IndexError, TypeError):
         return None
+
+
+def _bytes(token: dict[str, Any]) -> bytes:
+    given = token.get("bytes")
+    return bytes(given) if given is not None else str(token["token"]).encode("utf-8", "replace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from dsbs.annotate.annotator import Annotator, Answers, Shard
 from dsbs.annotate.deriving import derive, kept, recalled
-from dsbs.annotate.engine import buy_online, open_store, shard_folder, store_file
+from dsbs.annotate.engine import buy_online, open_store, shard_folder, store_file, wait_for
 from dsbs.annotate.store import budget, request_keys
 from dsbs.annotate.summary import SplitSummary
 from dsbs.annotate.teachers import identities, is_asked, make_teacher
@@ -176,7 +175,7 @@ def annotate_sample(
         return summary, None
     with hold(run / "annotate"), open_store(run) as store:
         title = path.stem
-        stopped = asyncio.run(buy_online(work, teacher, store, meter, {title: len(sample)}, {title: summary}, lambda _: sample))
+        stopped = wait_for(buy_online(work, teacher, store, meter, {title: len(sample)}, {title: summary}, lambda _: sample))
         derive(work, sample, path, summary, kept(work, store))
         seconds = store.typical_seconds(identities(recipe), recipe.teacher.model)
     if stopped is not None:

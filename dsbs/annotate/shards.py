@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsbs.annotate.annotator import Shard
 from dsbs.annotate.engine import annotate, shard_folder, store_file
-from dsbs.annotate.summary import AnnotateResult
+from dsbs.annotate.summary import AnnotateResult, SplitSummary
 from dsbs.annotate.teachers import is_asked
 from dsbs.annotations import run_folder
 from dsbs.errors import DsbsError, PartialError, UserError
@@ -73,17 +74,13 @@ def annotate_on_ray(
             include_dashboard=False if not section.address else None,
         )
     try:
-        task = ray.remote(num_cpus=section.cpus_per_shard, num_gpus=section.gpus_per_shard, max_retries=3)(_one_shard)
-        part = _split_limits(recipe, section.shards)
-        waiting = [task.remote(part, str(run), str(Path.cwd()), shard, retry_refused) for shard in shards]
-        failures: list[tuple[int, str, str]] = []
-        done = 0
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            for name, figures, failure in ray.get(ready):
-                done += 1
-                meter.say(f"shard {name} ended ({done} of {len(shards)}): {figures}")
-                failures += [failure] if failure else []
+        _check_room(dict(ray.cluster_resources()), recipe)  # type: ignore[no-untyped-call]
+        remote = ray.remote(num_cpus=section.cpus_per_shard, num_gpus=section.gpus_per_shard, max_retries=3)(_one_shard)
+        where = (str(run), str(Path.cwd()))
+        todo: list[Callable[[], Any]] = [
+            partial(remote.remote, _split_limits(recipe, shard), *where, shard, retry_refused) for shard in shards
+        ]
+        bought, failures = _run_all(ray, todo, min(section.shards, recipe.annotate.concurrency), meter)
     finally:
         if own_cluster:
             ray.shutdown()
@@ -94,25 +91,76 @@ def annotate_on_ray(
     result = merge(recipe, out=out, meter=meter, folders=[shard_folder(run, shard) for shard in shards])
     if failures:
         raise PartialError(failures[0][1], hint=failures[0][2])
+    for split, summary in result.splits.items():
+        _add_counts(summary, bought.get(split, SplitSummary()))
     return result
+
+
+Failure = tuple[int, str, str]  # exit code, problem, hint
+
+
+def _run_all(
+    ray: Any, todo: list[Callable[[], Any]], at_once: int, meter: Meter
+) -> tuple[dict[str, SplitSummary], list[Failure]]:
+    """Start the tasks, some at once; what all of them counted, and the failures."""
+    bought: dict[str, SplitSummary] = {}
+    failures: list[Failure] = []
+    waiting: list[Any] = []
+    done, count = 0, len(todo)
+    try:
+        while todo or waiting:
+            while todo and len(waiting) < at_once:
+                waiting.append(todo.pop(0)())
+            ready, waiting = ray.wait(waiting)
+            for name, summaries, failure in ray.get(ready):
+                done += 1
+                meter.say(f"shard {name} ended ({done} of {count})" + (f": {failure[1]}" if failure else ""))
+                failures += [failure] if failure else []
+                for split, summary in summaries.items():
+                    _add_counts(bought.setdefault(split, SplitSummary()), summary)
+    finally:
+        for one in waiting:  # an interrupted driver leaves no task behind that goes on buying
+            ray.cancel(one)
+    return bought, failures
+
+
+def _add_counts(total: SplitSummary, part: SplitSummary) -> None:
+    """What was sent, not what is in the rows: the merged rows are counted already. Shards run side by side."""
+    total.requests += part.requests
+    total.cached += part.cached
+    total.wasted += part.wasted
+    total.wall_s = max(total.wall_s, part.wall_s)
+
+
+def _check_room(there: dict[str, float], recipe: Recipe) -> None:
+    """Raises UserError where the cluster could never start a shard: Ray would wait for ever and say nothing."""
+    section = recipe.annotate.ray
+    for kind, key, needed in (
+        ("CPU", "cpus_per_shard", section.cpus_per_shard),
+        ("GPU", "gpus_per_shard", section.gpus_per_shard),
+    ):
+        if needed > there.get(kind, 0):
+            raise UserError(
+                f"annotate.ray.{key}: {needed:g}, and the whole cluster has {there.get(kind, 0):g} {kind}",
+                hint="set aside less for a shard, or name a larger cluster in annotate.ray.address",
+            )
 
 
 def _one_shard(
     recipe: Recipe, run: str, cwd: str, shard: Shard, retry_refused: bool
-) -> tuple[str, str, tuple[int, str, str] | None]:
+) -> tuple[str, dict[str, SplitSummary], Failure | None]:
     """On a worker: annotate one shard. A failure travels as its parts, for the driver to raise."""
     os.chdir(cwd)  # a recipe's relative paths mean what they mean to the driver
     try:
         result = annotate(recipe, out=run, shard=shard, retry_refused=retry_refused)
     except DsbsError as error:
-        return str(shard), error.problem, (error.exit_code, error.problem, error.hint)
-    rows = sum(summary.rows for summary in result.splits.values())
-    accepted = sum(summary.accepted for summary in result.splits.values())
-    return str(shard), f"{rows} rows, {accepted} accepted", None
+        return str(shard), {}, (error.exit_code, error.problem, error.hint)
+    return str(shard), result.splits, None
 
 
-def _split_limits(recipe: Recipe, count: int) -> Recipe:
-    """The recipe of one shard of ``count``: all of them together keep to the whole recipe's limits."""
+def _split_limits(recipe: Recipe, shard: Shard) -> Recipe:
+    """The recipe of one shard: all of them together keep to the whole recipe's limits."""
+    count = shard.count
 
     def share(value: Any) -> Any:
         return None if value is None else value / count
@@ -122,7 +170,7 @@ def _split_limits(recipe: Recipe, count: int) -> Recipe:
     limits = {
         "concurrency": max(1, annotate_.concurrency // count),
         "max_usd": share(annotate_.max_usd),
-        "max_requests": None if requests is None else requests // count,
+        "max_requests": None if requests is None else requests // count + (shard.number <= requests % count),
     }
     caps = {
         "rpm": share(teacher.rpm),

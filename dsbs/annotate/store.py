@@ -68,7 +68,8 @@ class ReplyStore:
         self._holds_reserve = False
         self._others: list[sqlite3.Connection] = []
         try:
-            self._db = sqlite3.connect(path, isolation_level=None)
+            # one thread at a time uses it, not always the one that opened it
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             # A commit survives the death of this process; only a power cut can take the last few.
             self._db.execute("PRAGMA synchronous=NORMAL")
@@ -79,7 +80,11 @@ class ReplyStore:
                     self._db.execute(f"ALTER TABLE replies ADD COLUMN {column} {kind}")
             if beside is not None and beside.is_file():
                 ReplyStore(beside).close()  # brings an older one up to date
-                self._others.append(sqlite3.connect(f"{beside.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None))
+                self._others.append(
+                    sqlite3.connect(
+                        f"{beside.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+                    )
+                )
         except sqlite3.OperationalError as error:
             if _is_full(error):
                 raise self._full(error) from None
@@ -114,6 +119,11 @@ class ReplyStore:
             for db in (self._db, *self._others)
             for key in keys
         )
+
+    def has_replies(self, endpoints: Sequence[str], model: str | None) -> bool:
+        """Whether these endpoints have ever answered for this model."""
+        question = f"SELECT 1 FROM replies WHERE model IS ? AND endpoint IN ({', '.join('?' * len(endpoints))}) LIMIT 1"
+        return any(db.execute(question, (model, *endpoints)).fetchone() for db in (self._db, *self._others))
 
     def typical_seconds(self, endpoints: Sequence[str], model: str | None) -> float | None:
         """Mean time of an online reply of these endpoints and this model so far."""
@@ -150,9 +160,6 @@ class ReplyStore:
     def refuse(self, key: str, said: str) -> None:
         """Keep that an endpoint will never answer this request, so that no later run asks again."""
         self._commit("INSERT OR REPLACE INTO refusals VALUES (?, ?, ?)", (key, said, now()))
-
-    def forget_refusals(self) -> None:
-        self._commit("DELETE FROM refusals", ())
 
     def take_in(self, other: Path) -> int:
         """Copy what another store has and this one lacks. Returns the number of replies taken."""

@@ -114,7 +114,10 @@ def predict(
     ],
     file: Annotated[str, typer.Argument(metavar="[FILE]", help="Text or JSONL, a row a line; - is stdin.")] = "-",
     rationale: Annotated[
-        bool, typer.Option("--rationale", help="Add a rationale. It is decoded apart and is not why the label was chosen.")
+        bool,
+        typer.Option(
+            "--rationale", help="Add a rationale. A step-by-step student decodes it apart: it is not why the label was chosen."
+        ),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 64,
     max_label_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for a label, at most.")] = 64,
@@ -144,7 +147,7 @@ def predict(
             row: dict[str, Any] = {"id": item["id"] if isinstance(item, dict) and "id" in item else str(number)}
             row |= {"prediction": answer.label, "raw": answer.raw}
             if rationale:
-                row |= {"rationale": answer.rationale, "rationale_is_causal": False}
+                row |= {"rationale": answer.rationale, "rationale_is_causal": loaded.reasons_first}
             print(json.dumps(row, ensure_ascii=False))
         sys.stdout.flush()
         batch.clear()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dsbs.annotations import run_folder
+from dsbs.annotations import run_folder, source_fingerprint
 from dsbs.artefacts import hold, manifest, write_json
 from dsbs.errors import UserError
 from dsbs.eval.metrics import score
@@ -98,7 +98,10 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
     meter = meter or Silent()
     run = run_folder(recipe, out)
     task = make_task(recipe.task)
-    students = _of_recipe(recipe, trained_students(run), run)
+    students = _of_recipe(recipe, task, trained_students(run), run)
+    missing = _missing(recipe, students)
+    if missing:
+        meter.say(f"not trained, or not finished: {', '.join(missing)}")
     rows = [row for row in load(recipe, task, recipe.eval.split) if row.label is not None]
     if not rows:
         raise UserError(
@@ -107,7 +110,7 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
         )
     data: dict[str, str] = {recipe.eval.split: survey(rows).hash}
     with hold(run / "eval"), manifest(run / "eval" / "manifest.json", recipe.model_dump(mode="json"), data):
-        teacher = predict_teacher(recipe, task, rows, run)
+        teacher = predict_teacher(recipe, task, rows, run, needed=any(s.source is not None for s in students))
         for student in students:
             predict_student(recipe, student, rows, run, meter)
         result = _compare(recipe, task, rows, run, students, with_teacher=teacher is not None)
@@ -116,12 +119,30 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
     return result
 
 
-def _of_recipe(recipe: Recipe, students: list[TrainedStudent], run: Path) -> list[TrainedStudent]:
+def _of_recipe(recipe: Recipe, task: Task, students: list[TrainedStudent], run: Path) -> list[TrainedStudent]:
     wanted = [s for s in students if s.method in recipe.train.methods and s.seed in recipe.train.seeds]
-    wanted = [s for s in wanted if s.method != "step-by-step" or s.labels in recipe.train.labels]
+    free = ("finetune", "distill")  # their labels are in their names
+    wanted = [s for s in wanted if s.method in free or s.labels in recipe.train.labels]
+    wanted = [s for s in wanted if s.subset in recipe.train.subset]
     if not wanted:
         raise UserError(f"{run}/train has no finished student of this recipe", hint="run `dsbs train` with this recipe first")
+    settings, source = recipe.training, source_fingerprint(recipe, task)
+    others = [s.name for s in wanted if s.settings != settings or s.source not in (None, source)]
+    if others:
+        raise UserError(
+            f"{', '.join(others)}: trained by other settings, or on another teacher's annotations, than this recipe's",
+            hint="run `dsbs train` with this recipe: students that fit are kept, others are set aside",
+        )
     return wanted
+
+
+def _missing(recipe: Recipe, students: list[TrainedStudent]) -> list[str]:
+    """Seeds that a method's other students have been trained with and this recipe asks for as well."""
+    there = {(s.method, s.labels): s for s in students}
+    names = {s.name for s in students}
+    return [
+        name for method, labels in there for seed in recipe.train.seeds if (name := f"{method}-{labels}-s{seed}") not in names
+    ]
 
 
 def _compare(
@@ -131,8 +152,8 @@ def _compare(
     systems: list[System] = []
     groups: dict[str, list[TrainedStudent]] = {}
     for student in students:
-        groups.setdefault(f"{student.method}-{student.labels}", []).append(student)
-    order = sorted(groups, key=lambda name: (not name.startswith(recipe.eval.baseline), name))
+        groups.setdefault(student.name.rpartition("-s")[0], []).append(student)
+    order = sorted(groups, key=lambda name: (groups[name][0].method != recipe.eval.baseline, -groups[name][0].subset, name))
     for name in ([TEACHER] if with_teacher else []) + order:
         members = sorted(groups.get(name, []), key=lambda student: student.seed)
         files = [read_predictions(prediction_file(run, s.name)) for s in members] or [
@@ -160,7 +181,7 @@ def _compare(
                 train_s=round(statistics.mean(s.wall_s for s in members), 1) if members else None,
             )
         )
-    baseline = next((name for name in order if name.startswith(recipe.eval.baseline)), None)
+    baseline = next((name for name in order if groups[name][0].method == recipe.eval.baseline), None)
     if baseline is not None:
         others = [system for system in systems if system.name != baseline]
         gaps = [difference(scores[system.name], scores[baseline]) for system in others]
@@ -172,7 +193,8 @@ def _compare(
                 "p_holm": adjusted,
                 "test": gap.test,
             }
-    return EvalResult(run, recipe.eval.split, len(rows), systems, baseline, reportable=recipe.task.limit is None)
+    reportable = recipe.task.limit is None and all(student.reportable for student in students)
+    return EvalResult(run, recipe.eval.split, len(rows), systems, baseline, reportable=reportable)
 
 
 def _read(task: Task, row: Example, predictions: dict[str, Prediction], name: str) -> str | None:

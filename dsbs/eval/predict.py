@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsbs.annotations import load_annotations, run_folder
+from dsbs.annotations import annotation_file, load_annotations, run_folder
 from dsbs.artefacts import canonical, digest, read_jsonl, write_jsonl
 from dsbs.errors import UserError
 from dsbs.progress import Meter
@@ -36,7 +36,7 @@ def trained_students(run: Path) -> list[TrainedStudent]:
 def best_student(recipe: Recipe, out: str | Path | None = None, *, needs_rationales: bool = False) -> str:
     """Folder of the run's student that is most accurate on valid. Raises UserError where none is trained."""
     run = run_folder(recipe, out)
-    students = [s for s in trained_students(run) if s.method == "step-by-step" or not needs_rationales]
+    students = [s for s in trained_students(run) if s.method not in ("finetune", "distill") or not needs_rationales]
     if not students:
         what = "student with rationales" if needs_rationales else "finished student"
         raise UserError(f"{run}/train has no {what}", hint="run `dsbs train` first")
@@ -51,18 +51,26 @@ def predict_student(recipe: Recipe, student: TrainedStudent, rows: Sequence[Exam
     """The student's prediction file: kept where it fits the student and the rows, else made (and the old one set aside)."""
     path = prediction_file(run, student.name)
     made_by = digest(student.fingerprint, canonical([[row.id, row.input] for row in rows]), str(recipe.eval.max_label_tokens))
+    there = _made_by(path)
+    if there == made_by:
+        return path
+    aside = path.parent / "aside"
     if path.is_file():
-        there = _made_by(path)
-        if there == made_by:
-            return path
-        aside = path.parent / "aside" / f"{student.name}-{(there or 'unknown')[:12]}.jsonl"
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(aside)
+        target = aside / f"{student.name}-{(there or 'unknown')[:12]}.jsonl"
+        while target.exists():
+            target = target.with_name(f"{target.stem}+.jsonl")
+        aside.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    mine = aside / f"{student.name}-{made_by[:12]}.jsonl"
+    if _made_by(mine) == made_by:
+        mine.rename(path)
+        return path
     meter.say(f"predict {recipe.eval.split}: {student.name}")
     model = Student.load(student.path)
     size = recipe.eval.batch_size
-    model.predict([row.input for row in rows[: min(size, 8)]], batch_size=size)  # the first batch pays for start-up
-    answers = model.predict([row.input for row in rows], batch_size=size, max_label_tokens=recipe.eval.max_label_tokens)
+    inputs, most = [row.input for row in rows], recipe.eval.max_label_tokens
+    model.predict(inputs[: min(size, 8)], batch_size=size, canonical=True)  # the first batch pays for start-up
+    answers = model.predict(inputs, batch_size=size, max_label_tokens=most, canonical=True)
     write_jsonl(
         path,
         (
@@ -72,6 +80,7 @@ def predict_student(recipe: Recipe, student: TrainedStudent, rows: Sequence[Exam
                 raw=answer.raw,
                 prediction=answer.label,
                 correct=None if row.label is None else answer.label is not None and model.task.correct(answer.label, row.label),
+                rationale=answer.rationale,
                 latency_ms=round(answer.latency_ms, 4),
                 made_by=made_by,
             ).model_dump_json(by_alias=True)
@@ -81,9 +90,14 @@ def predict_student(recipe: Recipe, student: TrainedStudent, rows: Sequence[Exam
     return path
 
 
-def predict_teacher(recipe: Recipe, task: Task, rows: Sequence[Example], run: Path) -> Path | None:
-    """The teacher's prediction file from its annotations of the split; None where it was not asked about that split."""
+def predict_teacher(recipe: Recipe, task: Task, rows: Sequence[Example], run: Path, *, needed: bool) -> Path | None:
+    """The teacher's prediction file from its annotations of the split; None where it was not asked about that split.
+
+    Where it is ``needed`` (a student learned from it) and was to be asked, missing annotations are a mistake.
+    """
     if recipe.eval.split not in recipe.annotate.splits or recipe.teacher.kind == "human":
+        return None
+    if not annotation_file(run, recipe.eval.split).is_file() and not needed:
         return None
     annotations = load_annotations(recipe, task, run, recipe.eval.split)
     missing = [row.id for row in rows if row.id not in annotations]
@@ -128,7 +142,7 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
 def _made_by(path: Path) -> str | None:
     try:
         first: dict[str, Any] = next(iter(read_jsonl(path)))[1]
-    except (StopIteration, UserError):
+    except (StopIteration, UserError, OSError):
         return None
     value = first.get("made_by")
     return value if isinstance(value, str) else None

@@ -43,7 +43,7 @@ def accuracy(scores: Scores, seeds: int) -> Accuracy:
         rate = wilson(round(float(scores.sum())), len(scores))
         assert rate is not None
         return Accuracy(mean, rate.ci95, "wilson")
-    return Accuracy(mean, _bootstrap(scores), "bootstrap over rows")
+    return Accuracy(mean, _bootstrap(scores, 0.0), "bootstrap over rows")
 
 
 def difference(a: Scores, b: Scores) -> Difference:
@@ -59,9 +59,9 @@ def difference(a: Scores, b: Scores) -> Difference:
     gaps = a - b
     delta = float(gaps.mean())
     apart = gaps[gaps != 0]
-    interval = _bootstrap(gaps)
-    if len(apart) == 0:
-        return Difference(0.0, interval, 1.0, "mcnemar-exact")
+    interval = _bootstrap(gaps, -1.0)
+    if len(apart) < 2:  # one row more or less is as likely either way
+        return Difference(delta, interval, 1.0, "mcnemar-exact")
     if np.isin(a, (0.0, 1.0)).all() and np.isin(b, (0.0, 1.0)).all():
         p = stats.binomtest(int((apart > 0).sum()), len(apart), 0.5).pvalue
         return Difference(delta, interval, float(p), "mcnemar-exact")
@@ -90,12 +90,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(p_values, method="holm")[1]]
 
 
-def _bootstrap(values: Scores) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over rows, seeded: the same rows give the same interval."""
+def _bootstrap(values: Scores, lowest: float) -> tuple[float, float]:
+    """Percentile bootstrap of the mean over rows, none below ``lowest``; seeded: the same rows give the same interval."""
     from scipy import stats
 
     if (values == values[0]).all():
-        return float(values[0]), float(values[0])
+        # resampling equal rows shows no spread; n rows without one exception still leave room for 1 - 0.025^(1/n) of them
+        room = 1 - 0.025 ** (1 / len(values))
+        return max(lowest, float(values[0]) - room), min(1.0, float(values[0]) + room)
     found = stats.bootstrap(
         (values,),
         np.mean,

@@ -47,7 +47,7 @@ def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:
         table=_table(results),
         annotation=annotate.get("splits", {}),
         teacher=recipe.teacher,
-        examples=_disagreements(run, results["split"], EXAMPLES),
+        examples=_disagreements(run, results, EXAMPLES),
         recipe=json.dumps(recipe.model_dump(mode="json"), indent=2, ensure_ascii=False),
         versions=(train or annotate).get("versions", {}),
         data=train.get("data", {}) | read_manifest(run / "eval").get("data", {}),
@@ -68,11 +68,15 @@ def _table(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _disagreements(run: Path, split: str, most: int) -> list[Disagreement]:
+def _disagreements(run: Path, results: dict[str, Any], most: int) -> list[Disagreement]:
     """Rows on which systems differ, those with the most even division first."""
+    split = results["split"]
     by_system: dict[str, dict[str, dict[str, Any]]] = {}
-    for path in sorted((run / "eval" / "predictions").glob("*.jsonl")):
-        by_system[path.stem] = {row["id"]: row for _, row in read_jsonl(path)}
+    for system in results["systems"]:
+        for name in [f"{system['name']}-s{seed}" for seed in system["seeds"]] or [system["name"]]:
+            path = run / "eval" / "predictions" / f"{name}.jsonl"
+            if path.is_file():  # a later evaluation may have set it aside
+                by_system[name] = {row["id"]: row for _, row in read_jsonl(path)}
     rationales: dict[str, str | None] = {}
     texts: dict[str, str] = {}
     file = annotation_file(run, split)

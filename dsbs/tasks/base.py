@@ -25,6 +25,7 @@ class Task:
     id_columns: ClassVar[tuple[str, ...]] = ("id",)
     label_columns: ClassVar[tuple[str, ...]] = ("label",)
     rationale_columns: ClassVar[tuple[str, ...]] = ("rationale",)
+    needs_fields: ClassVar[bool] = False  # whether a label is read by its row's fields, so that plain text is no input
     no_label: ClassVar[tuple[str, ...]] = ("",)  # what an unlabelled row has in its label column
 
     def __init__(self, section: TaskSection) -> None:

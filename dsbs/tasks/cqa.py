@@ -18,6 +18,7 @@ _LEADING = re.compile(r"^([a-z])(?:[).:]|\s*$)", re.IGNORECASE)
 
 class Cqa(Task):
     inputs = {"question": ()}
+    needs_fields = True
     label_columns = ("label", "answer", "answerKey")
     rationale_columns = ("rationale", "abstractive_explanation")
 

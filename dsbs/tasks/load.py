@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from dsbs.tasks.base import Task, column_of
 
 HUB = "hub://"
 _SHOWN = 5  # bad rows named in one message
-_MADE = "row-"  # begins an id that was made from a row's content
+_MADE = re.compile(r"row-[0-9a-f]{16}")  # an id that was made from a row's content
 
 Row = tuple[str, dict[str, Any]]  # where it stands, its columns
 
@@ -69,7 +70,7 @@ def position(row_id: str, part: str) -> float:
 
     Copies of one row that got their ids from their content (``…~2``) stay together.
     """
-    if row_id.startswith(_MADE):
+    if _MADE.match(row_id):
         row_id = row_id.partition("~")[0]
     return int(hashlib.sha256(f"{part}:{row_id}".encode()).hexdigest()[:13], 16) / 16**13
 
@@ -103,7 +104,7 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
             example = _example(task, row, where)
             key = int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest())
             seen[key] = seen.get(key, 0) + 1
-            if seen[key] > 1 and not example.id.startswith(_MADE):
+            if seen[key] > 1 and not _MADE.fullmatch(example.id):
                 raise UserError(
                     f"{where}: id {example.id!r} occurs twice (first in {_first_place(recipe, task, source, example.id)})",
                     hint="ids must be unique; drop the id column to have them made from each row's content",
@@ -163,7 +164,7 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     completion = teacher.get("completion") if isinstance(teacher, dict) else None
     row_id = column("id", task.id_columns)
     if row_id is None or str(row_id).strip() == "":
-        row_id = _MADE + digest(canonical([fields, label]))[:16]
+        row_id = f"row-{digest(canonical([fields, label]))[:16]}"
     return Example(
         id=str(row_id).strip(),
         input=fields,

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from dsbs.artefacts import write_jsonl
 from dsbs.errors import UserError
 from dsbs.progress import Meter
 
@@ -39,7 +40,7 @@ class Follow(TrainerCallback):
                 kept.append(line)
                 self._before_s = row["elapsed_s"]
                 self._remember(row)
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_jsonl(path, kept)
 
     @property
     def elapsed_s(self) -> float:
@@ -67,6 +68,23 @@ class Follow(TrainerCallback):
         self._meter.update(state.global_step, self._note + best)
         if state.global_step >= state.max_steps:  # the last step is a candidate too, whatever eval_every divides
             control.should_evaluate = control.should_save = True
+
+
+class Patience(TrainerCallback):
+    """Ends a student's training after so many looks at valid without a better one (None: never)."""
+
+    def __init__(self, patience: int | None) -> None:
+        self._patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if is_exhausted(state, self._patience):
+            control.should_save = control.should_training_stop = True
+
+
+def is_exhausted(state: Any, patience: int | None) -> bool:
+    """Told from the log alone, which a checkpoint carries: a resumed training ends where an undisturbed one does."""
+    looks = [row["eval_selection"] for row in state.log_history if "eval_selection" in row]
+    return patience is not None and bool(looks) and len(looks) - 1 - looks.index(max(looks)) >= patience
 
 
 def tensorboard(folder: Path) -> tuple[TrainerCallback, ...]:

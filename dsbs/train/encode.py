@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotations import load_annotations
+from dsbs.annotations import annotation_file, load_annotations
 from dsbs.errors import UserError
 from dsbs.recipe import LabelSource, Recipe
 from dsbs.records import Annotation, Example
+from dsbs.student import Target, compose
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import is_held_out, load, position
 from dsbs.train.losses import IGNORED
@@ -33,11 +34,9 @@ class Row:
     def label(self, source: LabelSource) -> str | None:
         return self.gold if source == "gold" else self.teacher
 
-    def target(self, target: str, source: LabelSource) -> str | None:
+    def target(self, target: Target, source: LabelSource) -> str | None:
         """What a view of this row is to write; a rationale only beside the label that it leads to."""
-        if target == "label":
-            return self.label(source)
-        return None if self.hinted and source == "teacher" else self.rationale
+        return compose(target, self.label(source), None if self.hinted and source == "teacher" else self.rationale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +47,40 @@ class Data:
     valid: list[Row]
     valid_labels: LabelSource
     fields: dict[str, dict[str, Any]]  # of the validation rows by id: a label may be read by its row's choices
+    order: list[int]  # of the train rows by a hash of their ids: a part of them is the first so many
+    teacher_words: list[str]  # labels and rationales of all accepted annotations of train rows, selected or not
+
+    def part(self, share: float) -> list[Row]:
+        """A share of the train rows, in their own order; a smaller share's rows are among a larger one's."""
+        chosen = sorted(self.order[: max(1, round(share * len(self.train)))])
+        return [self.train[i] for i in chosen]
 
 
 def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data:
     """Join rows and annotations by id. Raises UserError where a method lacks the labels or rationales it learns from."""
     examples = load(recipe, task, "train")
     needs_teacher = any(cell.needs_teacher for cell in cells)
-    annotations = load_annotations(recipe, task, run, "train") if needs_teacher else {}
+    annotations = _annotations(recipe, task, run, needed=needs_teacher)
     missing = [example.id for example in examples if needs_teacher and example.id not in annotations]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(examples)} train rows have no annotation (first: {missing[0]})",
             hint="the data changed since: run `dsbs annotate` again, it asks for the new rows only",
         )
-    chosen = select((annotations[e.id] for e in examples if e.id in annotations), recipe.train.select, task)
-    rows = [_row(task, example, chosen.get(example.id)) for example in examples if not is_held_out(recipe, example)]
+    known = [annotations[example.id] for example in examples if example.id in annotations]
+    chosen = select(known, recipe.train.select, task)
+    own_must_agree = recipe.train.select.agree_gold
+    rows = [
+        _row(task, example, chosen.get(example.id), own_must_agree=own_must_agree)
+        for example in examples
+        if not is_held_out(recipe, example)
+    ]
 
     held_out = load(recipe, task, "valid")
-    use_gold = all(example.label is not None for example in held_out)
-    if not use_gold and recipe.task.data.valid is not None:
+    source: LabelSource = "gold" if any(example.label is not None for example in held_out) else "teacher"
+    if source == "teacher" and recipe.task.data.valid is not None:
         annotations = annotations | load_annotations(recipe, task, run, "valid")
     valid = [_row(task, example, annotations.get(example.id)) for example in held_out]
-    source: LabelSource = "gold" if use_gold else "teacher"
     valid = sorted((row for row in valid if row.label(source)), key=lambda row: position(row.id, "valid-limit"))
     if not valid:
         raise UserError("no validation row has a label", hint="give task.data.valid, or annotate more rows")
@@ -85,25 +96,55 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
             raise UserError(
                 "no train row has a usable rationale", hint="look at the annotations' reject_reason, and at train.select"
             )
-    return Data(rows, valid[: recipe.train.valid_limit], source, {example.id: example.input for example in held_out})
+    ids = {row.id for row in rows}
+    words = [
+        part
+        for annotation in known
+        if annotation.accepted and annotation.id in ids
+        for part in (annotation.own_label, annotation.rationale)
+        if part
+    ]
+    fields = {example.id: example.input for example in held_out}
+    order = sorted(range(len(rows)), key=lambda i: position(rows[i].id, "subset"))
+    return Data(rows, valid[: recipe.train.valid_limit], source, fields, order, words)
 
 
-def _row(task: Task, example: Example, annotation: Annotation | None) -> Row:
-    usable = annotation is not None and annotation.accepted
+def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict[str, Annotation]:
+    """The train annotations; where no method needs them, what there is of this recipe's, for the vocabulary's sake."""
+    if not needed and not annotation_file(run, "train").is_file():
+        return {}
+    try:
+        return load_annotations(recipe, task, run, "train")
+    except UserError:
+        if needed:
+            raise
+        return {}
+
+
+def _row(task: Task, example: Example, annotation: Annotation | None, *, own_must_agree: bool = False) -> Row:
+    if annotation is None or not annotation.accepted:
+        return Row(example.id, task.text(example.input), example.label, None, None)
+    own = annotation.own_label
+    if own_must_agree and (own is None or example.label is None or not task.correct(own, example.label)):
+        own = None  # a hinted row passes select by its gold label; the teacher's own is another
     return Row(
         id=example.id,
         text=task.text(example.input),
         gold=example.label,
-        teacher=annotation.own_label if annotation is not None and usable else None,
-        rationale=annotation.rationale if annotation is not None and usable else None,
-        hinted=annotation is not None and annotation.provenance == "hinted",
+        teacher=own,
+        rationale=annotation.rationale,
+        hinted=annotation.provenance == "hinted",
     )
 
 
 def vocabulary_text(data: Data) -> Iterator[str]:
-    """The text that a scratch vocabulary is learned from: train rows only, the same for every method."""
+    """The text that a scratch vocabulary is learned from: train rows and all that the teacher said of them.
+
+    The same for every method, label source and selection, so that none of them changes another's student.
+    """
     for row in data.train:
-        yield from (part for part in ("predict: explain: " + row.text, row.gold, row.teacher, row.rationale) if part)
+        yield from (part for part in ("predict: explain: " + row.text, row.gold) if part)
+    yield from data.teacher_words
 
 
 Encoded = dict[str, tuple[list[int], list[int]]]  # target of a view -> (input ids, target ids)
@@ -143,24 +184,34 @@ def encoded_hash(rows: Sequence[Encoded]) -> str:
     return state.hexdigest()
 
 
-class Collator:
-    """Rows -> ``{view: {input_ids (B, S), attention_mask (B, S), labels (B, T)}}``, padded; B differs between views."""
+Flat = dict[str, Any]  # source (N,) and target (M,) ids of B rows one after another, source_lengths and target_lengths (B,)
 
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
 
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, dict[str, Any]]:
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
+def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
+    """Rows -> ``{target: Flat}`` of the views that they teach, without padding; B differs between views."""
+    import torch
 
-        batch = {}
-        for target in ("label", "rationale"):
-            pairs = [row[target] for row in rows if target in row]
-            if not pairs:
-                continue
-            inputs = [torch.tensor(source) for source, _ in pairs]
-            ids = pad_sequence(inputs, batch_first=True, padding_value=self._pad_id)
-            mask = pad_sequence([torch.ones_like(i) for i in inputs], batch_first=True)
-            labels = pad_sequence([torch.tensor(t) for _, t in pairs], batch_first=True, padding_value=IGNORED)
-            batch[target] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return batch
+    batch = {}
+    for name in sorted({name for row in rows for name in row}):
+        pairs = [row[name] for row in rows if name in row]
+        batch[name] = {
+            "source": torch.tensor([token for source, _ in pairs for token in source]),
+            "source_lengths": torch.tensor([len(source) for source, _ in pairs]),
+            "target": torch.tensor([token for _, target in pairs for token in target]),
+            "target_lengths": torch.tensor([len(target) for _, target in pairs]),
+        }
+    return batch
+
+
+def pad(flat: Flat, pad_id: int) -> dict[str, Any]:
+    """Flat rows -> input_ids (B, S), attention_mask (B, S), labels (B, T), as transformers' models take them."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    sources = list(torch.split(flat["source"], flat["source_lengths"].tolist()))
+    targets = list(torch.split(flat["target"], flat["target_lengths"].tolist()))
+    return {
+        "input_ids": pad_sequence(sources, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in sources], batch_first=True),
+        "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+    }

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotations import run_folder
+from dsbs.annotations import run_folder, source_fingerprint
 from dsbs.artefacts import canonical, digest, hold, manifest, now, versions, write_json
 from dsbs.errors import DsbsError, UserError
 from dsbs.progress import Meter, Silent, running
 from dsbs.recipe import Recipe
 from dsbs.records import TrainedStudent, Unread
-from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, tokenizer_hash
+from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, take_apart, tokenizer_hash
 from dsbs.tasks import make_task
 from dsbs.tasks.load import stream, survey
-from dsbs.train.encode import Collator, Data, Encoded, Encoder, encoded_hash, gather, vocabulary_text
+from dsbs.train.encode import Data, Encoded, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
 from dsbs.train.methods import METHODS, Cell, View, grid
 
 RECORD = "train.json"
@@ -56,7 +56,7 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
         hold(run / "train"),
         manifest(run / "train" / "manifest.json", recipe.model_dump(mode="json"), hashes) as record,
     ):
-        tokenizer = new_tokenizer(recipe.student, vocabulary_text(data))
+        tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
         students = [_Cell(recipe, cell, data, tokenizer, run).run(meter) for cell in cells]
         record["students"] = [student.name for student in students]
     return TrainResult(run, students, reportable=recipe.task.limit is None)
@@ -69,7 +69,7 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     data = gather(recipe, make_task(recipe.task), run, cells)
     lines = []
     for cell in cells:
-        taught = [row for row in data.train if row.label(cell.labels)]
+        taught = [row for row in data.part(cell.subset) if row.label(cell.labels)]
         with_rationale = sum(1 for row in taught if row.rationale) if METHODS[cell.method].needs_rationales else 0
         lines.append(
             {
@@ -78,10 +78,19 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
                 "rationales": with_rationale,
                 "valid": len(data.valid),
                 "steps": recipe.train.max_steps,
-                "done": (run / "train" / cell.name / RECORD).is_file(),
+                "done": _is_done(recipe, run / "train" / cell.name / RECORD),
             }
         )
     return lines
+
+
+def _is_done(recipe: Recipe, record: Path) -> bool:
+    """Whether there is a finished student of this recipe's settings (its data are compared when training)."""
+    try:
+        settings = json.loads(record.read_text(encoding="utf-8"))["student"]["settings"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return bool(settings == recipe.training)
 
 
 def _check_precision(recipe: Recipe) -> None:
@@ -103,18 +112,17 @@ class _Cell:
         self.views: tuple[View, ...] = METHODS[cell.method].views(recipe.train)
         student = recipe.student
         encoder = Encoder(tokenizer, student.max_input_tokens, student.max_target_tokens)
-        self.rows: list[Encoded] = encoder.rows(data.train, self.views, cell.labels)
+        self.rows: list[Encoded] = encoder.rows(data.part(cell.subset), self.views, cell.labels)
         self.valid: list[Encoded] = encoder.rows(data.valid, self.views[:1], data.valid_labels)
+        self.needs_rationales = METHODS[cell.method].needs_rationales
         self.folder = run / "train" / cell.name
         self.checkpoints = self.folder / "checkpoints"
         self.fingerprint = self._fingerprint()
 
     def _fingerprint(self) -> str:
         """Hash of all that decides the student's weights: equal fingerprint, equal student."""
-        train = self.recipe.train.model_dump(mode="json", exclude={"methods", "labels", "seeds", "log_every", "select"})
         return digest(
-            canonical(train),
-            canonical(self.recipe.student.model_dump(mode="json")),
+            self.recipe.training,
             canonical(asdict(self.cell)),
             canonical([asdict(view) for view in self.views]),
             tokenizer_hash(self.tokenizer),
@@ -155,12 +163,12 @@ class _Cell:
         import torch
         from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
 
-        from dsbs.train.callbacks import Follow, tensorboard
+        from dsbs.train.callbacks import Follow, Patience, is_exhausted, tensorboard
         from dsbs.train.trainer import StepTrainer
 
         section, seed = self.recipe.train, self.cell.seed
         set_seed(seed)
-        model = new_model(self.recipe.student, self.tokenizer, seed)
+        model = new_model(self.recipe.student, self.tokenizer, seed, section.init)
         if section.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         student = Student(model, self.tokenizer, self._card())
@@ -173,6 +181,9 @@ class _Cell:
             max_steps=section.max_steps,
             learning_rate=section.learning_rate,
             lr_scheduler_type=section.schedule,
+            optim="adafactor" if section.optimizer == "adafactor" else "adamw_torch_fused",
+            train_sampling_strategy="random" if section.shuffle else "sequential",
+            logging_nan_inf_filter=False,  # it would show 0 in place of a loss that is lost
             warmup_steps=section.warmup_steps,
             weight_decay=section.weight_decay,
             logging_steps=section.log_every,
@@ -198,14 +209,21 @@ class _Cell:
             args=arguments,
             train_dataset=self.rows,
             eval_dataset=self.valid,
-            data_collator=Collator(self.tokenizer.pad_token_id),
+            data_collator=collate,
             views=self.views,
+            section=section,
             validate=lambda: self._validate(student),
-            callbacks=[follow, *(tensorboard(self.folder) if self.recipe.report.tensorboard else ())],
+            callbacks=[
+                follow,
+                Patience(section.patience),
+                *(tensorboard(self.folder) if self.recipe.report.tensorboard else ()),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
-        if resume is not None and follow.first_step >= section.max_steps:  # only the saving was left; train() would step on
-            return self._finish(student, TrainerState.load_from_json(str(resume / "trainer_state.json")), follow)
+        if resume is not None:
+            state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+            if state.global_step >= section.max_steps or is_exhausted(state, section.patience):
+                return self._finish(student, state, follow)  # only the saving was left; train() would step on
         with running(meter, f"train {self.cell.name}", section.max_steps, follow.first_step):
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -243,36 +261,41 @@ class _Cell:
 
     def _accuracy(self, student: Student) -> float:
         task, rows = student.task, self.data.valid
-        raws, _ = student.generate(
-            [self.views[0].prefix + row.text for row in rows],
-            self.recipe.eval.max_label_tokens,
-            self.recipe.eval.batch_size,
-        )
+        target, prefix = self.views[0].target, self.views[0].prefix
+        whole = target == "rationale-then-label"  # the label comes last
+        most = self.recipe.student.max_target_tokens if whole else self.recipe.eval.max_label_tokens
+        raws, _ = student.generate([prefix + row.text for row in rows], most, self.recipe.eval.batch_size)
         right = 0
         for raw, row in zip(raws, rows, strict=True):
-            label = task.read_label(raw, self.data.fields[row.id])
+            label = task.read_label(take_apart(target, raw)[0], self.data.fields[row.id])
             right += not isinstance(label, Unread) and task.correct(label, str(row.label(self.data.valid_labels)))
         return right / len(rows)
 
     def _valid_loss(self, student: Student) -> float:
         import torch
 
-        from dsbs.train.losses import summed_nll, target_tokens
+        from dsbs.train.losses import summed_nll
 
-        collate, size = Collator(self.tokenizer.pad_token_id), self.recipe.eval.batch_size
+        size = self.recipe.eval.batch_size
         total, tokens = 0.0, 0
-        rows = sorted(self.valid, key=lambda row: len(row["label"][0]))
+        name = self.views[0].target
+        rows = sorted(self.valid, key=lambda row: len(row[name][0]))
         with torch.inference_mode():
             for start in range(0, len(rows), size):
-                batch = collate(rows[start : start + size])["label"]
-                batch = {name: tensor.to(student.model.device) for name, tensor in batch.items()}
+                flat = collate(rows[start : start + size])[name]
+                batch = {k: v.to(student.model.device) for k, v in pad(flat, self.tokenizer.pad_token_id).items()}
                 total += float(summed_nll(student.model(**batch).logits, batch["labels"]))
-                tokens += target_tokens(batch["labels"])
+                tokens += len(flat["target"])
         return total / tokens
 
     def _finish(self, student: Student, state: Any, follow: Any) -> TrainedStudent:
         """Save the best step's checkpoint as the student; ``train.json``, written last, says that it is whole."""
+        if state.best_global_step is None:
+            raise DsbsError(
+                f"{self.cell.name}: no look at valid found a finite loss", hint="lower train.learning_rate and train again"
+            )
         best, steps = int(state.best_global_step), int(state.global_step)
+        looks = {row["step"]: row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row}
         student = Student(load_model(str(self.checkpoints / f"checkpoint-{best}")), self.tokenizer, student.card)
         student.save(self.folder)
         record = TrainedStudent(
@@ -280,21 +303,27 @@ class _Cell:
             method=self.cell.method,
             labels=self.cell.labels,
             seed=self.cell.seed,
+            subset=self.cell.subset,
             path=str(self.folder),
-            valid_accuracy=follow.accuracies[best],
+            valid_accuracy=looks[best],
             best_step=best,
             steps=steps,
             examples_per_s=round(steps * self.recipe.train.batch_size / max(follow.elapsed_s, 1e-9), 2),
             wall_s=round(follow.elapsed_s, 2),
             parameters=student.parameters,
             fingerprint=self.fingerprint,
+            settings=self.recipe.training,
+            source=source_fingerprint(self.recipe, student.task) if self.cell.needs_teacher else None,
+            reportable=self.recipe.task.limit is None,
         )
         write_json(
             self.folder / RECORD,
             {
                 "student": record.model_dump(),
                 "rows": len(self.rows),
-                "rationales": sum("rationale" in row for row in self.rows),
+                "rationales": sum(1 for row in self.data.part(self.cell.subset) if row.rationale)
+                if self.needs_rationales
+                else 0,
                 "valid_rows": len(self.data.valid),
                 "valid_labels": self.data.valid_labels,
                 "ended": now(),

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from dsbs.recipe import LabelSource, TrainSection
-
-Target = Literal["label", "rationale"]
+from dsbs.student import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +31,12 @@ class Method:
     needs_rationales: bool
 
 
-def _label_only(train: TrainSection) -> tuple[View, ...]:
-    del train
-    return (View("label", "", 1.0),)
+def _one_task(target: Target) -> Callable[[TrainSection], tuple[View, ...]]:
+    def views(train: TrainSection) -> tuple[View, ...]:
+        del train
+        return (View(target, "", 1.0),)
+
+    return views
 
 
 def _step_by_step(train: TrainSection) -> tuple[View, ...]:
@@ -45,22 +46,27 @@ def _step_by_step(train: TrainSection) -> tuple[View, ...]:
 
 METHODS = {
     "step-by-step": Method(_step_by_step, labels=None, needs_rationales=True),
-    "finetune": Method(_label_only, labels=("gold",), needs_rationales=False),  # standard fine-tuning
-    "distill": Method(_label_only, labels=("teacher",), needs_rationales=False),  # standard task distillation
+    "finetune": Method(_one_task("label"), labels=("gold",), needs_rationales=False),  # standard fine-tuning
+    "distill": Method(_one_task("label"), labels=("teacher",), needs_rationales=False),  # standard task distillation
+    # both in one sequence: the paper's single-task ablation (section 4.3), in either order
+    "rationale-then-label": Method(_one_task("rationale-then-label"), labels=None, needs_rationales=True),
+    "label-then-rationale": Method(_one_task("label-then-rationale"), labels=None, needs_rationales=True),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One student to train: a method, whose labels, and a seed."""
+    """One student to train: a method, whose labels, the share of the train rows, and a seed."""
 
     method: str
     labels: LabelSource
     seed: int
+    subset: float = 1.0
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.labels}-s{self.seed}"
+        share = "" if self.subset == 1 else f"-n{self.subset:g}"
+        return f"{self.method}-{self.labels}{share}-s{self.seed}"
 
     @property
     def needs_teacher(self) -> bool:
@@ -68,10 +74,11 @@ class Cell:
 
 
 def grid(train: TrainSection) -> list[Cell]:
-    """Every student that a recipe asks for, all methods of one seed before the next seed."""
+    """Every student that a recipe asks for: all methods of a seed and a share before the next."""
     return [
-        Cell(name, labels, seed)
+        Cell(name, labels, seed, subset)
         for seed in train.seeds
+        for subset in sorted(train.subset, reverse=True)
         for name in train.methods
         for labels in METHODS[name].labels or train.labels
     ]

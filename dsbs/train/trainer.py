@@ -14,30 +14,38 @@ import torch
 from transformers import Seq2SeqTrainer
 
 from dsbs.errors import DsbsError
-from dsbs.train.losses import summed_nll, target_tokens, weighted_loss
+from dsbs.recipe import TrainSection
+from dsbs.train.encode import Flat, pad
+from dsbs.train.losses import summed_nll, view_weights, weighted_loss
 from dsbs.train.methods import View
+from dsbs.train.unpadded import is_supported, logits_of
 
 
 class StepTrainer(Seq2SeqTrainer):
     """``views`` is the student's method; ``validate`` returns the figures of a look at valid, "accuracy" among them."""
 
-    def __init__(self, *, views: Sequence[View], validate: Callable[[], dict[str, float]], **kwargs: Any) -> None:
+    def __init__(
+        self, *, views: Sequence[View], section: TrainSection, validate: Callable[[], dict[str, float]], **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.loss_is_scaled_for_ga = True
-        self._views = views
+        self._views, self._section = views, section
         self._validate = validate
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
         self._logged: dict[str, list[float]] = {}
+        self._last_logged_step: int | None = None
+        speak(self.model, without_padding=section.padding == "none" and is_supported(self.model))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
         """One optimizer step's micro-batches; their target tokens are counted over all of them and all processes."""
+        if self._last_logged_step is None:  # a resumed run's first line covers its own steps alone
+            self._last_logged_step = self.state.global_step
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         names = [view.target for view in self._views]
         counts = torch.tensor(
-            [sum(target_tokens(batch[name]["labels"]) for batch in samples if name in batch) for name in names],
-            device=device,
+            [sum(len(batch[name]["target"]) for batch in samples if name in batch) for name in names], device=device
         )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -47,13 +55,15 @@ class StepTrainer(Seq2SeqTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The micro-batch's share of the step's loss (see ``weighted_loss``)."""
         del return_outputs, num_items_in_batch
-        sums = {}
-        for name, view in inputs.items():
-            outputs = model(input_ids=view["input_ids"], attention_mask=view["attention_mask"], labels=view["labels"])
-            sums[name] = summed_nll(outputs.logits, view["labels"])
-            self._logged.setdefault(name, []).append(float(sums[name].detach()) / self._counts[name])
+        sums: dict[str, torch.Tensor] = model(views=inputs)
+        for name, summed in sums.items():
+            self._logged.setdefault(name, []).append(float(summed.detach()) / self._counts[name])
+        weights = view_weights(self._views, self._section, self.state.global_step)
+        if self._section.loss_mean == "micro":  # the published code's: means of micro-batches, averaged
+            counts = {name: len(inputs[name]["target"]) * self.current_gradient_accumulation_steps for name in sums}
+            return weighted_loss(sums, counts, weights)
         # distributed training averages gradients over processes, and the counts are already the sum over them
-        return weighted_loss(sums, self._counts, self._views) * self.args.world_size
+        return weighted_loss(sums, self._counts, weights) * self.args.world_size
 
     def floating_point_ops(self, inputs: Any) -> int:
         del inputs  # the stock estimate looks for input_ids at the top of the batch
@@ -66,14 +76,12 @@ class StepTrainer(Seq2SeqTrainer):
                     f"the loss is {logs['loss']} at step {self.state.global_step}",
                     hint="lower train.learning_rate or add train.warmup_steps; the last checkpoint is kept",
                 )
-            steps = max(1, self.state.global_step - self._last_logged_step)
+            steps = max(1, self.state.global_step - (self._last_logged_step or 0))
             for name, values in self._logged.items():
                 logs[f"{name}_loss"] = sum(values) / steps * self.args.world_size
             self._logged = {}
             self._last_logged_step = self.state.global_step
         super().log(logs, start_time)
-
-    _last_logged_step = 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Accuracy on valid by short generation. The test split is nowhere near."""
@@ -82,3 +90,35 @@ class StepTrainer(Seq2SeqTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def speak(model: Any, *, without_padding: bool) -> None:
+    """Teach a model's forward to take ``views`` and to return each view's summed cross-entropy.
+
+    Through forward, because that is where distributed training hooks gradients in. Anything else it answers as before.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = model.forward
+
+    def forward(*args: Any, views: dict[str, Flat] | None = None, **kwargs: Any) -> Any:
+        if views is None:
+            return plain(*args, **kwargs)
+        if without_padding:
+            return _all_at_once(inner, views)
+        found = {}
+        for name, flat in views.items():
+            batch = pad(flat, model.config.pad_token_id)
+            found[name] = summed_nll(plain(**batch).logits, batch["labels"])
+        return found
+
+    model.forward = forward
+
+
+def _all_at_once(model: Any, views: dict[str, Flat]) -> dict[str, torch.Tensor]:
+    """Every view's rows through the model together."""
+    flats = list(views.values())
+    source, target = (torch.cat([flat[part] for flat in flats]) for part in ("source", "target"))
+    reading, writing = ([n for flat in flats for n in flat[part].tolist()] for part in ("source_lengths", "target_lengths"))
+    logits = logits_of(model, source, reading, target, writing)
+    parts = torch.split(logits, [len(flat["target"]) for flat in flats])
+    return {name: summed_nll(part, flat["target"]) for (name, flat), part in zip(views.items(), parts, strict=True)}

@@ -4,7 +4,7 @@ The same modules and weights as transformers' T5 (Raffel et al., 2020), the same
 counted within an example, cross-attention reaches its own encoder row alone. What is saved is the arithmetic on padding, which
 is most of it where short labels and long rationales meet, and, on a CPU, most of the cost of drawing dropout masks.
 
-Shapes: N tokens of all rows in a group's and a row's order, D = d_model, H heads, K = d_kv; a group has B rows of at most S tokens.
+Shapes: N tokens, D = d_model, H heads, K = d_kv; P places of all padded groups together, of which a group has B rows of S.
 """
 
 from __future__ import annotations
@@ -18,47 +18,102 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-_ROWS_OF_A_GROUP = 32  # rows of like length whose attention is computed together
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where rows of ``lengths`` lie among N tokens, and the padded groups that attention sees.
-
-    ``order`` (B,) lists rows by length; the tokens of the rows follow one another in that order. For each group: ``places``
-    (B, S) of each position's token (0 at padding), ``real`` (B, S), ``flat`` of the real positions within B·S.
-    """
-
-    order: list[int]
-    groups: list[Group]
-    tokens: int
+_FEW = 16  # rows that a group has at least, so that there are not too many groups
+_SLACK = 1.2  # how much longer than its shortest row a group's longest may be
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    rows: slice  # of the layout's order
-    places: Tensor
+    """B rows of at most S tokens: where they begin among the P places, and which places are real (B, S)."""
+
+    first: int
+    rows: int
+    size: int
     real: Tensor
-    flat: Tensor
 
 
-def lay_out(lengths: Sequence[int], order: Sequence[int], bounds: Sequence[slice]) -> Layout:
-    """The layout of rows in the given order, cut into groups at ``bounds``."""
-    groups, start = [], 0
-    for rows in bounds:
-        sizes = torch.tensor([lengths[i] for i in order[rows]])
-        longest = int(sizes.max())
-        steps = torch.arange(longest)
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where rows lie: tokens (N,) of each real place in the flat order, ``inside`` (N,) its index among the P places."""
+
+    tokens: Tensor
+    inside: Tensor
+    places: int
+    groups: list[Group]
+
+
+def lay_out(lengths: Sequence[int], starts: Sequence[int], order: Sequence[int], bounds: Sequence[slice]) -> Layout:
+    """Rows of ``lengths`` whose tokens begin at ``starts``, in groups: ``order`` cut at ``bounds``."""
+    groups, tokens, inside, first = [], [], [], 0
+    for part in bounds:
+        rows = order[part]
+        sizes = torch.tensor([lengths[i] for i in rows])
+        steps = torch.arange(int(sizes.max()))
         real = steps < sizes[:, None]
-        first = start + torch.cumsum(sizes, 0) - sizes
-        places = torch.where(real, first[:, None] + steps, torch.zeros((), dtype=torch.long))
-        groups.append(Group(rows, places, real, real.flatten().nonzero().squeeze(1)))
-        start += int(sizes.sum())
-    return Layout(list(order), groups, start)
+        tokens.append((torch.tensor([starts[i] for i in rows])[:, None] + steps)[real])
+        inside.append(real.flatten().nonzero().squeeze(1) + first)
+        groups.append(Group(first, len(rows), len(steps), real))
+        first += real.numel()
+    return Layout(torch.cat(tokens), torch.cat(inside), first, groups)
+
+
+def cut(lengths: Sequence[int]) -> list[slice]:
+    """Groups of ascending lengths whose padded size is little more than their tokens."""
+    bounds, begin = [], 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or (i - begin >= _FEW and lengths[i] > _SLACK * lengths[begin] + 2):
+            bounds.append(slice(begin, i))
+            begin = i
+    return bounds
+
+
+class _Pad(torch.autograd.Function):
+    """x (N, W) -> (P, W): tokens to their places, zeros elsewhere. Each token has one place, so nothing is accumulated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, inside: Tensor, places: int) -> Tensor:
+        ctx.save_for_backward(tokens, inside)
+        ctx.rows = x.shape[0]
+        return x.new_zeros(places, x.shape[1]).index_copy_(0, inside, x.index_select(0, tokens))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        tokens, inside = ctx.saved_tensors
+        back = grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, tokens, grad.index_select(0, inside))
+        return back, None, None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """x (P, W) -> (N, W): the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, inside)
+        ctx.places = x.shape[0]
+        return x.new_empty(len(tokens), x.shape[1]).index_copy_(0, tokens, x.index_select(0, inside))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        tokens, inside = ctx.saved_tensors
+        return grad.new_zeros(ctx.places, grad.shape[1]).index_copy_(0, inside, grad.index_select(0, tokens)), None, None
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cut_at: int) -> Tensor:
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        keep = (bits[: x.numel()] >= cut_at - 32768).view(x.shape)
+        ctx.save_for_backward(keep)
+        ctx.scale = 65536 / (65536 - cut_at)
+        return (x * keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad * ctx.saved_tensors[0]).mul_(ctx.scale), None
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout of the same distribution as torch's, to 1/65536 of ``p``, at a fifth of its cost on a CPU.
+    """Dropout of torch's distribution, to 1/65536 of ``p``, at a fifth of its cost on a CPU.
 
     A CPU draws one 64-bit number for four elements instead of one for each; the survivors are scaled by the exact share.
     """
@@ -66,73 +121,68 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.is_cuda:
         return functional.dropout(x, p)
-    cut = round(p * 65536)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    keep = (bits[: x.numel()] >= cut - 32768).view(x.shape)
-    return x * keep * (65536 / (65536 - cut))
+    made: Tensor = _Dropout.apply(x, round(p * 65536))
+    return made
 
 
-def forward(model: Any, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, list[int], list[int]]:
-    """Logits of every real target token of rows of ids without padding, teacher-forced.
+def is_supported(model: Any) -> bool:
+    """Whether a model is of T5's architecture; LoRA around one is."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__name__ in ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
-    Returns logits (M, V) for the M target tokens, the order of the rows in them, and each of those rows' token count.
-    """
-    config, device = model.config, model.device
-    source_lengths, target_lengths = [len(ids) for ids in sources], [len(ids) for ids in targets]
-    # rows of like target length together: the decoder's attention is cut to their size, and the encoder follows that order
-    order = sorted(range(len(sources)), key=lambda i: (target_lengths[i], source_lengths[i]))
-    bounds = _bounds([target_lengths[i] for i in order])
-    from_, to = lay_out(source_lengths, order, bounds), lay_out(target_lengths, order, bounds)
-    start = torch.tensor([config.decoder_start_token_id])
-    source = torch.cat([sources[i] for i in order]).to(device)
-    shifted = torch.cat([part for i in order for part in (start, targets[i][:-1])]).to(device)
-    groups = [(_to(a, device), _to(b, device)) for a, b in zip(from_.groups, to.groups, strict=True)]
 
-    encoder, decoder = model.encoder, model.decoder
-    hidden = _stack(encoder, source, [(one, one) for one, _ in groups], None, None)
-    hidden = _stack(decoder, shifted, [(two, two) for _, two in groups], hidden, [(two, one) for one, two in groups])
-    if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+def logits_of(model: Any, source: Tensor, reading: Sequence[int], target: Tensor, writing: Sequence[int]) -> Tensor:
+    """source (N,) and target (M,) ids, rows of the given lengths one after another -> logits (M, V), teacher-forced."""
+    config, device = model.config, source.device
+    read_at, write_at = _starts(reading), _starts(writing)
+    by_reading = sorted(range(len(reading)), key=reading.__getitem__)
+    by_writing = sorted(range(len(writing)), key=lambda i: (writing[i], reading[i]))
+    bounds = cut([writing[i] for i in by_writing])
+    inner = _move(lay_out(reading, read_at, by_reading, cut([reading[i] for i in by_reading])), device)
+    outer = _move(lay_out(writing, write_at, by_writing, bounds), device)
+    across = _move(lay_out(reading, read_at, by_writing, bounds), device)
+    shifted = target.roll(1)
+    shifted[torch.tensor(write_at, device=device)] = config.decoder_start_token_id
+
+    memory = _stack(model.encoder, source, inner, None, None)
+    hidden = _stack(model.decoder, shifted, outer, memory, across)
+    if getattr(config, "scale_decoder_outputs", False):
         hidden = hidden * (model.model_dim**-0.5)
-    return model.lm_head(hidden), order, [target_lengths[i] for i in order]
+    logits: Tensor = model.lm_head(hidden)
+    return logits
 
 
-def _bounds(lengths: Sequence[int]) -> list[slice]:
-    """Groups of rows whose padded size is little more than their tokens."""
-    bounds, begin = [], 0
-    for i in range(1, len(lengths) + 1):
-        full = i == len(lengths) or i - begin >= _ROWS_OF_A_GROUP and lengths[i] > 1.25 * lengths[begin] + 4
-        if full:
-            bounds.append(slice(begin, i))
-            begin = i
-    return bounds
+def _starts(lengths: Sequence[int]) -> list[int]:
+    starts, at = [], 0
+    for length in lengths:
+        starts.append(at)
+        at += length
+    return starts
 
 
-def _to(group: Group, device: Any) -> Group:
+def _move(layout: Layout, device: Any) -> Layout:
     if device.type == "cpu":
-        return group
-    return Group(group.rows, group.places.to(device), group.real.to(device), group.flat.to(device))
+        return layout
+    groups = [Group(one.first, one.rows, one.size, one.real.to(device)) for one in layout.groups]
+    return Layout(layout.tokens.to(device), layout.inside.to(device), layout.places, groups)
 
 
-Pairs = list[tuple[Group, Group]]  # queries' and keys' groups
-
-
-def _stack(stack: Any, ids: Tensor, own: Pairs, memory: Tensor | None, across: Pairs | None) -> Tensor:
-    """ids (N,) -> (N, D): a T5 encoder, or a decoder over ``memory`` (M, D)."""
+def _stack(stack: Any, ids: Tensor, own: Layout, memory: Tensor | None, across: Layout | None) -> Tensor:
+    """ids (N,) -> (N, D): a T5 encoder, or a decoder over ``memory`` (M, D) laid out as ``across``."""
     p, training = stack.config.dropout_rate, stack.training
     hidden = dropout(stack.embed_tokens(ids), p, training)
     biases = _biases(stack.block[0].layer[0].SelfAttention, own, causal=memory is not None)
-    masks = None if across is None else [_mask(keys.real, hidden.dtype)[:, None, None] for _, keys in across]
+    masks = [] if across is None else [_mask(keys.real, hidden.dtype)[:, None, None] for keys in across.groups]
 
     def block(layers: Any, hidden: Tensor) -> Tensor:
-        layer = layers[0]
-        made = _attention(layer.SelfAttention, layer.layer_norm(hidden), None, own, biases, p, training)
-        hidden = hidden + dropout(made, p, training)
-        if memory is not None and across is not None and masks is not None:
-            layer = layers[1]
-            made = _attention(layer.EncDecAttention, layer.layer_norm(hidden), memory, across, masks, p, training)
-            hidden = hidden + dropout(made, p, training)
-        layer = layers[-1]
-        return hidden + dropout(_feed_forward(layer.DenseReluDense, layer.layer_norm(hidden), p, training), p, training)
+        seen = _attention(layers[0].SelfAttention, layers[0].layer_norm(hidden), None, own, own, biases, p, training)
+        hidden = hidden + dropout(seen, p, training)
+        if memory is not None and across is not None:
+            asked = layers[1].layer_norm(hidden)
+            seen = _attention(layers[1].EncDecAttention, asked, memory, own, across, masks, p, training)
+            hidden = hidden + dropout(seen, p, training)
+        made = _feed_forward(layers[-1].DenseReluDense, layers[-1].layer_norm(hidden), p, training)
+        return hidden + dropout(made, p, training)
 
     for one in stack.block:
         if training and stack.gradient_checkpointing:
@@ -142,53 +192,69 @@ def _stack(stack: Any, ids: Tensor, own: Pairs, memory: Tensor | None, across: P
     return dropout(stack.final_layer_norm(hidden), p, training)
 
 
-def _biases(attention: Any, own: Pairs, *, causal: bool) -> list[Tensor]:
-    """For each group (B, H, S, S): relative position bias, and minus infinity where a position must not be seen."""
-    longest = max(group.places.shape[1] for group, _ in own)
+def _biases(attention: Any, own: Layout, *, causal: bool) -> list[Tensor]:
+    """For each group (1 or B, H, S, S): relative position bias, and the lowest number where a place must not be seen."""
+    longest = max(group.size for group in own.groups)
     whole = attention.compute_bias(longest, longest)  # (1, H, S, S)
     if causal:
         ahead = torch.ones(longest, longest, dtype=torch.bool, device=whole.device).triu(1)
         whole = whole.masked_fill(ahead, torch.finfo(whole.dtype).min)
     found = []
-    for group, _ in own:
-        size = group.places.shape[1]
-        bias = whole[:, :, :size, :size]
+    for group in own.groups:
+        bias = whole[:, :, : group.size, : group.size]
         # in a causal row what is real sees only what is real: padding lies behind it
         found.append(bias if causal else bias + _mask(group.real, bias.dtype)[:, None, None])
     return found
 
 
 def _mask(real: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, S) -> (B, S): 0 at real positions, the lowest number at padding."""
-    return torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill(~real, torch.finfo(dtype).min)
+    """(B, S) -> (B, S): 0 at real places, the lowest number at padding."""
+    return torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill_(~real, torch.finfo(dtype).min)
 
 
 def _attention(
-    module: Any, x: Tensor, memory: Tensor | None, pairs: Pairs, biases: Sequence[Tensor], p: float, training: bool
+    module: Any,
+    x: Tensor,
+    memory: Tensor | None,
+    queries: Layout,
+    keys: Layout,
+    biases: Sequence[Tensor],
+    p: float,
+    training: bool,
 ) -> Tensor:
-    """x (N, D), keys from ``memory`` (M, D) or x itself -> (N, D). T5 does not scale its scores."""
-    heads, width = module.n_heads, module.key_value_proj_dim
-    queries = module.q(x)
-    over = x if memory is None else memory
-    keys, values = module.k(over), module.v(over)
+    """x (N, D), seeing ``memory`` (M, D) or x itself -> (N, D). T5 does not scale its scores."""
+    width = module.n_heads * module.key_value_proj_dim
+    if memory is None:
+        asked = told = _Pad.apply(_linear((module.q, module.k, module.v), x), queries.tokens, queries.inside, queries.places)
+        columns = (0, width, 2 * width)
+    else:
+        asked = _Pad.apply(module.q(x), queries.tokens, queries.inside, queries.places)
+        told = _Pad.apply(_linear((module.k, module.v), memory), keys.tokens, keys.inside, keys.places)
+        columns = (0, 0, width)
 
-    def padded(flat: Tensor, group: Group) -> Tensor:
-        rows, size = group.places.shape
-        return flat[group.places.flatten()].view(rows, size, heads, width).transpose(1, 2)
+    def heads(padded: Tensor, group: Group, column: int) -> Tensor:
+        """-> (B, H, S, K)"""
+        part = padded[group.first : group.first + group.rows * group.size, column : column + width]
+        return part.view(group.rows, group.size, module.n_heads, -1).transpose(1, 2)
 
     parts = []
-    for (mine, theirs), bias in zip(pairs, biases, strict=True):
-        scores = torch.matmul(padded(queries, mine), padded(keys, theirs).transpose(2, 3)) + bias
+    for mine, theirs, bias in zip(queries.groups, keys.groups, biases, strict=True):
+        scores = torch.matmul(heads(asked, mine, columns[0]), heads(told, theirs, columns[1]).transpose(2, 3)) + bias
         weights = dropout(torch.softmax(scores, dim=-1), p, training)
-        seen = torch.matmul(weights, padded(values, theirs)).transpose(1, 2)  # (B, S, H, K)
-        parts.append(seen.reshape(-1, heads * width)[mine.flat])
-    return module.o(torch.cat(parts))
+        parts.append(torch.matmul(weights, heads(told, theirs, columns[2])).transpose(1, 2).reshape(-1, width))
+    seen: Tensor = module.o(_Unpad.apply(torch.cat(parts), queries.tokens, queries.inside))
+    return seen
+
+
+def _linear(modules: Sequence[Any], x: Tensor) -> Tensor:
+    """Several projections of x side by side: one product where they are plain matrices, else one after another (LoRA)."""
+    if all(type(module) is torch.nn.Linear for module in modules):
+        return functional.linear(x, torch.cat([module.weight for module in modules]))
+    return torch.cat([module(x) for module in modules], dim=-1)
 
 
 def _feed_forward(module: Any, x: Tensor, p: float, training: bool) -> Tensor:
     """x (N, D) -> (N, D): T5's dense layer, gated in v1.1."""
-    if hasattr(module, "wi_0"):
-        inner = module.act(module.wi_0(x)) * module.wi_1(x)
-    else:
-        inner = module.act(module.wi(x))
-    return module.wo(dropout(inner, p, training))
+    inner = module.act(module.wi_0(x)) * module.wi_1(x) if hasattr(module, "wi_0") else module.act(module.wi(x))
+    made: Tensor = module.wo(dropout(inner, p, training))
+    return made

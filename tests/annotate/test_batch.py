@@ -156,6 +156,38 @@ def test_requests_go_out_by_file_and_their_output_comes_back(toy: Callable[..., 
     assert "9 replies taken" in result.stderr
 
 
+def test_a_batch_that_never_reached_the_endpoint_is_gathered_anew(toy: Callable[..., Path], tmp_path: Path) -> None:
+    path = toy(train=6, test=4)
+    with LoopbackServer(lambda body, number: (503, {}, b"{}")) as away, pytest.raises(PartialError):
+        annotate(recipe(path, away.url), out=tmp_path / "run", buying="batch")
+    with BatchServer(answer) as server:
+        with pytest.raises(PartialError, match="max_requests"):
+            annotate(recipe(path, server.url, "annotate.max_requests=0"), out=tmp_path / "run", buying="batch")
+        assert server.requests == 0, "today's limits hold for yesterday's batch"
+        annotate(recipe(path, server.url), out=tmp_path / "run")
+        annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
+        assert (server.requests, server.online) == (0, 10)
+
+
+def test_one_unreadable_line_of_an_output_costs_that_line_alone(toy: Callable[..., Path], tmp_path: Path) -> None:
+    def cut(body: dict[str, Any]) -> Any:
+        text = answer(body)
+        return text + " \ud83d" if "number 1 " in question(body) else text
+
+    with BatchServer(cut) as server:
+        finish = server.finish
+
+        def spoiled(name: str, batch: dict[str, Any]) -> None:
+            finish(name, batch)
+            server.files[f"{name}-output"] += b"{not json\n"
+
+        server.finish = spoiled  # type: ignore[method-assign]
+        result = annotate(recipe(toy(train=6, test=4), server.url), out=tmp_path / "run", buying="batch")
+    assert (
+        result.splits["train"].wasted["batch"] == 1 and sum(row["own_label"] is not None for row in rows(tmp_path / "run")) >= 5
+    )
+
+
 def test_an_endpoint_without_batches_is_told(toy: Callable[..., Path], tmp_path: Path) -> None:
     with LoopbackServer(lambda body, number: (404, {}, b"{}")) as server:
         result = run_dsbs("annotate", str(toy(train=4, test=4)), f"teacher.base_url={server.url}", "--batch", cwd=tmp_path)

@@ -163,6 +163,18 @@ def test_the_labels_tokens_are_summed_and_no_others() -> None:
     assert label_logprob(chat(*tokens), text, PROMPT) == pytest.approx(-0.75)
 
 
+def test_a_draft_in_the_thoughts_is_not_the_answer_and_characters_may_be_cut_over_tokens() -> None:
+    tokens = [("<think>so Answer:", -1.0), (" A</think>", -5.0), ("Answer:", -1.0), (" A", -0.25)]
+    prompt = Prompt(template="{{ text }}")
+    assert label_logprob(chat(*tokens), "".join(t for t, _ in tokens), prompt) == pytest.approx(-0.25)
+    import json
+
+    parts = [(b"Answer: ", -1.0), ("é".encode()[:1], -0.5), ("é".encode()[1:], -0.25)]
+    content = [{"token": str(piece), "bytes": list(piece), "logprob": p} for piece, p in parts]
+    raw = json.dumps({"choices": [{"logprobs": {"content": content}}]})
+    assert label_logprob(raw, "Answer: é", prompt) == pytest.approx(-0.75)
+
+
 def test_the_older_form_and_replies_without_any() -> None:
     legacy = '{"choices": [{"logprobs": {"tokens": ["Answer", ": ", "billing"], "token_logprobs": [null, -1, -0.125]}}]}'
     assert label_logprob(legacy, "Answer: billing", PROMPT) == pytest.approx(-0.125)

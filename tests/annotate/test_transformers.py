@@ -132,6 +132,19 @@ def test_samples_differ_and_log_probabilities_belong_to_the_text(toy: Callable[.
         assert "".join(token["token"] for token in tokens) == reply.text and all(token["logprob"] <= 0 for token in tokens)
 
 
+def test_log_probabilities_are_the_models_whatever_the_temperature(toy: Callable[..., Path], causal: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    body = {"prompt": "My invoice", "max_tokens": 3, "temperature": 0.2, "logprobs": 1}
+    (reply,) = complete(teacher(toy, causal, "teacher.endpoint=completions"), [body])
+    tokenizer, model = AutoTokenizer.from_pretrained(causal), AutoModelForCausalLM.from_pretrained(causal)
+    first = json.loads(reply.raw)["choices"][0]["logprobs"]["content"][0]
+    prompt = tokenizer("My invoice", return_tensors="pt")["input_ids"]
+    expected = torch.log_softmax(model(prompt).logits[0, -1], dim=-1).tolist()
+    assert min(abs(p - first["logprob"]) for p in expected) < 1e-4
+
+
 def test_a_prompt_that_does_not_fit_is_refused_alone(toy: Callable[..., Path], causal: Path) -> None:
     long, short = complete(teacher(toy, causal), [user("My " * 400), user("My invoice")])
     assert isinstance(long, RejectedError) and "context of 256" in str(long) and short.prompt_tokens

@@ -26,7 +26,7 @@ def test_text_from_data_is_shown_as_text(toy: Callable[..., Path], tmp_path: Pat
     (run / "eval" / "results.json").write_text(json.dumps(results), encoding="utf-8")
     for name, correct in (("a", True), ("b", False)):
         row = {"id": "r1", "gold": HOSTILE, "raw": "x", "prediction": HOSTILE, "correct": correct, "made_by": "t"}
-        write_jsonl(run / "eval" / "predictions" / f"{name}.jsonl", [row])
+        write_jsonl(run / "eval" / "predictions" / f"{name}-s0.jsonl", [row])
     teacher = {"kind": "openai", "model": "m"}
     write_jsonl(
         run / "annotate" / "test.jsonl",

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-from dsbs.train.losses import IGNORED, summed_nll, target_tokens, weighted_loss
-from dsbs.train.methods import View
+from dsbs.recipe import TrainSection
+from dsbs.train.losses import IGNORED, summed_nll, view_weights, weighted_loss
+from dsbs.train.methods import METHODS
 
 
-def views(weight: float) -> tuple[View, View]:
-    return View("label", "predict: ", 1.0), View("rationale", "explain: ", weight)
+def views(weight: float) -> dict[str, float]:
+    return {"label": 1.0, "rationale": weight}
 
 
 def test_summed_nll_leaves_padding_out_and_equals_the_definition() -> None:
@@ -22,7 +23,6 @@ def test_summed_nll_leaves_padding_out_and_equals_the_definition() -> None:
     log_probs = logits - logits.exp().sum(-1, keepdim=True).log()
     expected = -(log_probs[0, 0, 1] + log_probs[0, 1, 4] + log_probs[1, 0, 0])
     assert float(summed_nll(logits, labels)) == pytest.approx(float(expected), abs=1e-6)
-    assert target_tokens(labels) == 3
 
 
 @pytest.mark.parametrize("weight", [0.25, 1.0, 4.0])
@@ -44,3 +44,17 @@ def test_micro_batches_without_rationales_add_up_to_the_step_and_never_to_nan() 
     whole = weighted_loss({"label": torch.tensor(5.0), "rationale": torch.tensor(8.0)}, counts, views(1.0))
     assert float(first + second) == pytest.approx(float(whole))
     assert math.isfinite(float(weighted_loss({"label": torch.tensor(2.0)}, {"label": 2, "rationale": 0}, views(1.0))))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("constant", [2.0, 2.0, 2.0]), ("linear", [2.0, 1.25, 0.5]), ("cosine", [2.0, 1.25, 0.5])]
+)
+def test_lambda_goes_where_its_schedule_says(schedule: str, expected: list[float]) -> None:
+    train = TrainSection.model_validate(
+        {"rationale_weight": 2.0, "rationale_weight_end": 0.5, "rationale_schedule": schedule, "max_steps": 100}
+    )
+    of = METHODS["step-by-step"].views(train)
+    assert [view_weights(of, train, step)["rationale"] for step in (0, 50, 100)] == pytest.approx(expected)
+    assert {view_weights(of, train, step)["label"] for step in (0, 50, 100)} == {1.0}
+    quarter = view_weights(of, train, 25)["rationale"]
+    assert schedule != "cosine" or quarter == pytest.approx(2.0 - 1.5 * (1 - math.cos(math.pi / 4)) / 2)

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
 
-from dsbs.train.encode import Collator, Encoded
+from dsbs.recipe import TrainSection
+from dsbs.train.encode import Encoded, collate
 from dsbs.train.methods import View
 from dsbs.train.trainer import StepTrainer
 
@@ -37,8 +38,9 @@ def rows() -> list[Encoded]:
     return found
 
 
-def weights_after(folder: Path, micro: int, steps: int = 3) -> dict[str, torch.Tensor]:
+def weights_after(folder: Path, micro: int, steps: int = 3, **keys: Any) -> dict[str, torch.Tensor]:
     model = tiny_model()
+    section = TrainSection(rationale_weight=WEIGHT, max_steps=steps, **keys)
     trainer = StepTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(
@@ -47,7 +49,7 @@ def weights_after(folder: Path, micro: int, steps: int = 3) -> dict[str, torch.T
             save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, use_cpu=True, seed=0,
             train_sampling_strategy="sequential", optim="sgd",
         ),
-        train_dataset=rows(), data_collator=Collator(0), views=VIEWS, validate=dict,
+        train_dataset=rows(), data_collator=collate, views=VIEWS, section=section, validate=dict,
     )  # fmt: skip
     trainer.train()
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -74,9 +76,10 @@ def independent_weights(steps: int = 3) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("padding", ["none", "batch"])
 @pytest.mark.parametrize("micro", [8, 4, 2, 1])
-def test_steps_equal_an_independent_loop_however_they_are_accumulated(tmp_path: Path, micro: int) -> None:
-    ours, theirs = weights_after(tmp_path, micro), independent_weights()
+def test_steps_equal_an_independent_loop_however_they_are_cut(tmp_path: Path, micro: int, padding: str) -> None:
+    ours, theirs = weights_after(tmp_path, micro, padding=padding), independent_weights()
     start: dict[str, Any] = tiny_model().state_dict()
     assert any(float((theirs[name] - start[name]).abs().max()) > 1e-4 for name in theirs), "the steps changed something"
     for name, value in ours.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ class OpenAIEndpoint:
                 said = await response.read()
         except TimeoutError:
             raise TransientError(f"no answer within {self._teacher.timeout_s:g} s", "timeout") from None
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, UnicodeError) as error:
             raise TransientError(
                 f"cannot reach {self.name} ({self._clean(error or type(error).__name__)})", "connection"
             ) from None
@@ -126,8 +127,9 @@ class OpenAIEndpoint:
         return RejectedError(f"HTTP {status}: {said}")
 
     def _clean(self, text: object) -> str:
-        shown = " ".join(str(text).split())[:300] or "no message"
-        return shown.replace(self._secret, "[key]") if self._secret else shown
+        shown = " ".join(str(text).split()) or "no message"
+        shown = shown.replace(self._secret, "[key]") if self._secret else shown
+        return re.sub(r"//[^/@\s]+@", "//[credentials]@", shown)[:300]  # a proxy's, for one
 
 
 def _session(timeout_s: float, key: str | None, url: str) -> ClientSession:
@@ -194,9 +196,10 @@ def read_reply(body: object, raw: str, *, seconds: float | None = None, lane: La
             text = message.get("refusal") or ""
         if not isinstance(text, str):  # a list of content parts
             text = "".join(part.get("text", "") for part in text)
+        ended = choice.get("finish_reason")
         return Reply(
-            text=text,
-            finish_reason="content_filter" if message.get("refusal") else choice.get("finish_reason"),
+            text=_whole(text),
+            finish_reason="content_filter" if message.get("refusal") else ended if isinstance(ended, str) else None,
             prompt_tokens=_count(usage.get("prompt_tokens")),
             completion_tokens=_count(usage.get("completion_tokens")),
             reasoning=_reasoning(message),
@@ -223,8 +226,13 @@ def _reasoning(message: dict[str, Any]) -> str | None:
     """A reasoning model's text beside the answer: `reasoning_content` (DeepSeek, vLLM, llama.cpp) or `reasoning`."""
     for name in ("reasoning_content", "reasoning"):
         if isinstance(message.get(name), str) and message[name].strip():
-            return str(message[name])
+            return _whole(message[name])
     return None
+
+
+def _whole(text: str) -> str:
+    """Half of a surrogate pair, which a token budget may leave, is no character, and no file can hold it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def error_of(body: bytes | str) -> tuple[str, str]:
@@ -261,7 +269,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         from email.utils import parsedate_to_datetime
 
         try:
-            return max(0.0, (parsedate_to_datetime(headers["retry-after"]) - datetime.now(UTC)).total_seconds())
+            return max(0.0, (parsedate_to_datetime(headers.get("retry-after", "")) - datetime.now(UTC)).total_seconds())
         except (ValueError, TypeError):
             return None
     return None

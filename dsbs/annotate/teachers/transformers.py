@@ -49,15 +49,17 @@ class TransformersTeacher:
         try:
             config = AutoConfig.from_pretrained(name)
             kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
+            # a causal model goes on at its prompt's end; an encoder's positions are counted from its beginning
+            side = "right" if config.is_encoder_decoder else "left"
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side=side)
             self._model: Any = kind.from_pretrained(name, dtype=dtype, device_map="auto" if gpu else None).eval()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # hub, network, file and format errors share no root
             raise UserError(
                 f"teacher.model {name} cannot be loaded ({' '.join(str(error).split())[:200]})",
                 hint="give a Hub id or the folder of a causal or sequence-to-sequence model with its tokenizer",
             ) from None
         self._seq2seq = bool(config.is_encoder_decoder)
-        self._limit = self._context or (None if self._seq2seq else getattr(config, "max_position_embeddings", None))
+        self._limit = self._context or getattr(config, "max_position_embeddings", None)
         self._chat = chat and not self._seq2seq
         if self._chat and not self._tokenizer.chat_template:
             raise UserError(f"{name} has no chat template", hint="set teacher.endpoint: completions")
@@ -71,7 +73,8 @@ class TransformersTeacher:
     async def complete(self, request: Request) -> Reply:
         text = self._text(request.body)
         length = len(self._tokenizer(text, add_special_tokens=not self._chat)["input_ids"])
-        if self._limit and length + int(request.body["max_tokens"]) > self._limit:
+        needed = length + (0 if self._seq2seq else int(request.body["max_tokens"]))
+        if self._limit and needed > self._limit:
             raise RejectedError(f"{length} prompt tokens and max_tokens do not fit the context of {self._limit}")
         mine: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, text, length, mine))
@@ -132,7 +135,7 @@ class TransformersTeacher:
         if body.get("stop"):
             how |= {"stop_strings": body["stop"], "tokenizer": self._tokenizer}
         if body.get("logprobs"):
-            how |= {"output_scores": True}
+            how |= {"output_logits": True}  # scores would be those after temperature and top_p
         # the same batch draws the same samples, another sample of the same rows draws others
         torch.manual_seed(int(digest(*texts, *(str(request.sample) for request in requests))[:12], 16))
         try:
@@ -146,14 +149,16 @@ class TransformersTeacher:
                 )
         except torch.OutOfMemoryError:
             raise MemoryError from None
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             raise DsbsError(
                 f"{self.name} cannot generate ({error})", hint="check the model's folder and its tokenizer"
             ) from None
         skipped = 1 if self._seq2seq else inputs["input_ids"].shape[1]
-        scores = (
-            self._model.compute_transition_scores(made.sequences, made.scores, normalize_logits=True) if made.scores else None
-        )
+        scores = None
+        if made.logits:
+            written = made.sequences[:, skipped:]
+            steps = (torch.log_softmax(step.float(), dim=-1) for step in made.logits)  # (B, V) for each token
+            scores = torch.stack([step.gather(1, written[:, i : i + 1]).squeeze(1) for i, step in enumerate(steps)], dim=1)
         prompts = inputs["attention_mask"].sum(dim=1).tolist()
         return [
             self._reply(ids, None if scores is None else scores[row].tolist(), prompts[row], body["max_tokens"])
@@ -182,7 +187,11 @@ class TransformersTeacher:
 
     def _pieces(self, ids: list[int], scores: list[float]) -> list[dict[str, Any]]:
         """Each token's text as it stands in the whole: a token decoded alone loses its leading space."""
-        texts = [self._tokenizer.decode(ids[:end], skip_special_tokens=True) for end in range(len(ids) + 1)]
+        texts = [""]
+        for end in range(1, len(ids) + 1):
+            text = self._tokenizer.decode(ids[:end], skip_special_tokens=True)
+            # a character that is not whole yet belongs to the token that ends it
+            texts.append(texts[-1] if text.endswith("\ufffd") and end < len(ids) else text)
         return [
             {"token": after[len(before) :], "logprob": round(score, 6)}
             for before, after, score in zip(texts, texts[1:], scores, strict=False)

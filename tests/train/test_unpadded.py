@@ -1,0 +1,100 @@
+"""T5 without padding against transformers' own: the same logits, the same gradients, the same dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from dsbs.train.encode import collate, pad
+from dsbs.train.trainer import speak
+from dsbs.train.unpadded import dropout, is_supported, logits_of
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+}  # fmt: skip
+ROWS = [
+    {"label": ([3] * 2, [5]), "rationale": ([4, 9] * 9, [6, 7, 8] * 11)},
+    {"label": (list(range(3, 40)), [7, 1])},
+    {"label": ([9], [8, 1, 1]), "rationale": ([9, 3, 9], [2])},
+    *({"label": ([5 + i, 6], [4 + i, 1]), "rationale": ([5 + i] * (i + 1), [4 + i] * (2 * i + 1))} for i in range(20)),
+]
+
+
+def t5(**changes: Any) -> Any:
+    torch.manual_seed(1)
+    return T5ForConditionalGeneration(T5Config(**SHAPE | changes)).double().train()
+
+
+def models() -> dict[str, Any]:
+    untied = t5(feed_forward_proj="gated-gelu")
+    untied.config.scale_decoder_outputs = False  # as v1.1 is told apart
+    return {
+        "t5": t5(),
+        "v1.1": untied,
+        "mt5": MT5ForConditionalGeneration(MT5Config(**SHAPE)).double().train(),
+        "checkpointing": t5(),
+    }
+
+
+@pytest.mark.parametrize("name", ["t5", "v1.1", "mt5", "checkpointing"])
+def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
+    model = models()[name]
+    if name == "checkpointing":
+        model.gradient_checkpointing_enable()
+    assert is_supported(model)
+    for target, flat in collate(ROWS).items():
+        batch = pad(flat, 0)
+        reading, writing = flat["source_lengths"].tolist(), flat["target_lengths"].tolist()
+        model.zero_grad()
+        expected = model(**batch, use_cache=False).logits[batch["labels"] != -100]
+        (expected**2).mean().backward()
+        theirs = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        ours = logits_of(model, flat["source"], reading, flat["target"], writing)
+        assert torch.allclose(ours, expected, atol=1e-10), target
+        (ours**2).mean().backward()
+        for n, p in model.named_parameters():
+            if n in theirs:
+                assert torch.allclose(p.grad, theirs[n], atol=1e-10), (target, n)
+
+
+def test_both_views_at_once_give_each_its_own_sum() -> None:
+    together, apart = t5(), t5()
+    speak(together, without_padding=True)
+    speak(apart, without_padding=False)
+    batch = collate(ROWS)
+    ours, theirs = together(views=batch), apart(views=batch)
+    assert set(ours) == set(theirs) == {"label", "rationale"}
+    for name in ours:
+        assert float(ours[name].detach()) == pytest.approx(float(theirs[name].detach()), rel=1e-6)
+    padded = pad(batch["label"], 0)
+    assert together(**padded).loss is not None, "what is not about views is answered as before"
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.0])
+def test_dropout_keeps_its_share_and_the_mean(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(400, 1003, requires_grad=True)
+    made = dropout(x, p, True)
+    kept = made.detach() != 0
+    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=0.003)
+    assert float(made.detach().mean()) == pytest.approx(1.0, abs=0.005)
+    # neighbours are drawn from one number: they must not know of one another
+    pairs = (kept[:, :-1] & kept[:, 1:]).float().mean()
+    assert float(pairs) == pytest.approx((1 - p) ** 2, abs=0.004)
+    made.sum().backward()
+    assert torch.equal(x.grad, made.detach()), "what was dropped learns nothing"
+    assert dropout(x, p, False) is x
+
+
+def test_dropout_follows_the_seed() -> None:
+    x = torch.ones(1000)
+    torch.manual_seed(5)
+    first = dropout(x, 0.3, True)
+    second = dropout(x, 0.3, True)
+    torch.manual_seed(5)
+    assert torch.equal(first, dropout(x, 0.3, True)) and not torch.equal(first, second)
