@@ -46,6 +46,7 @@ def train(
 ) -> None:
     """Train every student of the recipe's grid; finished ones are kept, an interrupted one continues."""
     from dsbs.train import loop
+    from dsbs.train.processes import leads, part
 
     loaded = load(recipe, overrides)
     if dry_run:
@@ -59,6 +60,9 @@ def train(
                 print(f"{line['name']}: {rows}; {state}")
         return
     result = loop.train(loaded, out=out, meter=meter())
+    part()
+    if not leads():  # of several processes one speaks
+        return
     if as_json:
         print_json(result.as_json())
         return

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from dsbs.artefacts import write_jsonl
 from dsbs.errors import UserError
 from dsbs.progress import Meter
+from dsbs.train.processes import leads
 
 
 class Follow(TrainerCallback):
@@ -40,7 +41,8 @@ class Follow(TrainerCallback):
                 kept.append(line)
                 self._before_s = row["elapsed_s"]
                 self._remember(row)
-        write_jsonl(path, kept)
+        if leads():
+            write_jsonl(path, kept)
 
     @property
     def elapsed_s(self) -> float:
@@ -56,8 +58,9 @@ class Follow(TrainerCallback):
             return
         row: dict[str, Any] = {"step": state.global_step, "elapsed_s": round(self.elapsed_s, 3)}
         row |= {name: value for name, value in logs.items() if name not in ("epoch", "eval_selection")}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if leads():
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         self._remember(row)
         losses = [f"{name} {row[name + '_loss']:.3f}" for name in ("label", "rationale") if f"{name}_loss" in row]
         if losses:

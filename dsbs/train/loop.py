@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from dsbs.tasks import make_task
 from dsbs.tasks.load import stream, survey
 from dsbs.train.encode import Data, Encoded, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
 from dsbs.train.methods import METHODS, Cell, View, grid
+from dsbs.train.processes import leads, wait, world
 
 RECORD = "train.json"
 
@@ -45,17 +48,20 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
     Finished students that fit the recipe and the data are kept, an interrupted one continues from its last checkpoint.
     Raises UserError where the run lacks what a method learns from.
     """
-    meter = meter or Silent()
+    meter = (meter if leads() else None) or Silent()
     run = run_folder(recipe, out)
     task = make_task(recipe.task)
     cells = grid(recipe.train)
     data = gather(recipe, task, run, cells)
     _check_precision(recipe)
+    _check_processes(recipe)
     hashes: dict[str, str] = {split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")}
-    with (
-        hold(run / "train"),
-        manifest(run / "train" / "manifest.json", recipe.model_dump(mode="json"), hashes) as record,
-    ):
+    with ExitStack() as stack:
+        record: dict[str, Any] = {}
+        if leads():
+            stack.enter_context(hold(run / "train"))
+            resolved = recipe.model_dump(mode="json")
+            record = stack.enter_context(manifest(run / "train" / "manifest.json", resolved, hashes))
         tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
         students = [_Cell(recipe, cell, data, tokenizer, run).run(meter) for cell in cells]
         record["students"] = [student.name for student in students]
@@ -91,6 +97,14 @@ def _is_done(recipe: Recipe, record: Path) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return bool(settings == recipe.training)
+
+
+def _check_processes(recipe: Recipe) -> None:
+    if recipe.train.batch_size % world():
+        raise UserError(
+            f"train.batch_size {recipe.train.batch_size} cannot be shared among {world()} processes",
+            hint="make it a multiple of their number: it counts the examples of a step over all of them",
+        )
 
 
 def _check_precision(recipe: Recipe) -> None:
@@ -131,14 +145,21 @@ class _Cell:
         )
 
     def run(self, meter: Meter) -> TrainedStudent:
-        self._make_room()
-        finished = self.folder / RECORD
-        if finished.is_file():
+        if leads():
+            self._make_room()
+        wait()
+        if (self.folder / RECORD).is_file():
             meter.say(f"{self.cell.name}: finished before, kept")
-            return TrainedStudent(**json.loads(finished.read_text(encoding="utf-8"))["student"])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "work.json", {"fingerprint": self.fingerprint})
+            return self._record()
+        wait()
+        if leads():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "work.json", {"fingerprint": self.fingerprint})
+        wait()
         return self._train(meter)
+
+    def _record(self) -> TrainedStudent:
+        return TrainedStudent(**json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["student"])
 
     def _make_room(self) -> None:
         """Another recipe's or other data's student under this name moves aside, and ours comes back if it was aside."""
@@ -160,6 +181,20 @@ class _Cell:
             mine.rename(self.folder)
 
     def _train(self, meter: Meter) -> TrainedStudent:
+        """Train; where memory runs out, go on with smaller micro-batches, which change no objective."""
+        import torch
+
+        micro = self.recipe.train.micro_batch_size or self.recipe.train.batch_size
+        while (trained := self._attempt(meter, micro)) is None:
+            smaller = self._smaller(micro)
+            meter.say(f"{self.cell.name}: memory is full with {micro} examples at a time; going on with {smaller}")
+            gc.collect()
+            torch.cuda.empty_cache()
+            micro = smaller
+        return trained
+
+    def _attempt(self, meter: Meter, micro: int) -> TrainedStudent | None:
+        """Train from the last checkpoint to the end; None where memory runs out."""
         import torch
         from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
 
@@ -172,12 +207,11 @@ class _Cell:
         if section.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         student = Student(model, self.tokenizer, self._card())
-        micro = section.micro_batch_size or section.batch_size
         bf16 = section.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(self.checkpoints),
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=section.batch_size // micro,
+            per_device_train_batch_size=max(1, micro // world()),
+            gradient_accumulation_steps=section.batch_size // (max(1, micro // world()) * world()),
             max_steps=section.max_steps,
             learning_rate=section.learning_rate,
             lr_scheduler_type=section.schedule,
@@ -202,6 +236,9 @@ class _Cell:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
+        if leads():
+            last_checkpoint(self.checkpoints)  # removes what a kill left half-written, before anybody else looks
+        wait()
         resume = last_checkpoint(self.checkpoints)
         follow = Follow(self.folder / "metrics.jsonl", meter, len(self.data.valid), resume)
         trainer = StepTrainer(
@@ -228,11 +265,19 @@ class _Cell:
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             except torch.OutOfMemoryError:
-                raise DsbsError(
-                    f"{self.cell.name}: the GPU's memory is full",
-                    hint=f"set train.micro_batch_size to {max(1, micro // 2)}: same objective, less memory; then run again",
-                ) from None
+                return None
         return self._finish(student, trainer.state, follow)
+
+    def _smaller(self, micro: int) -> int:
+        """The next smaller micro-batch that divides the batch. Raises DsbsError where there is none."""
+        batch = self.recipe.train.batch_size
+        fitting = [size for size in range(1, micro) if batch % size == 0]
+        if not fitting or self.recipe.train.loss_mean == "micro":
+            raise DsbsError(
+                f"{self.cell.name}: memory is full with {micro} examples at a time",
+                hint="set train.gradient_checkpointing: true, or take a smaller student; the last checkpoint is kept",
+            )
+        return max(size for size in fitting if size <= max(1, micro // 2))
 
     def _card(self) -> StudentCard:
         return StudentCard(
@@ -290,6 +335,12 @@ class _Cell:
 
     def _finish(self, student: Student, state: Any, follow: Any) -> TrainedStudent:
         """Save the best step's checkpoint as the student; ``train.json``, written last, says that it is whole."""
+        if leads():
+            self._save(student, state, follow)
+        wait()
+        return self._record()
+
+    def _save(self, student: Student, state: Any, follow: Any) -> None:
         if state.best_global_step is None:
             raise DsbsError(
                 f"{self.cell.name}: no look at valid found a finite loss", hint="lower train.learning_rate and train again"
@@ -331,7 +382,6 @@ class _Cell:
             },
         )
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # the best one is the student; the rest served resuming
-        return record
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import good_answer
+from conftest import good_answer, on_two_processes
 from loopback import LoopbackServer
 
 from dsbs import Student, annotate, evaluate, load_recipe, train
@@ -102,3 +102,52 @@ def test_how_a_step_is_cut_changes_no_students_identity(annotated: Callable[...,
         annotated("train.loss_mean=micro", "train.micro_batch_size=4").training != annotated("train.loss_mean=micro").training
     )
     assert annotated("train.max_steps=7").training != annotated().training
+
+
+def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(
+    annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from dsbs.train.trainer import StepTrainer
+
+    real = StepTrainer.compute_loss
+    seen: list[int] = []
+
+    def small_memory(self: StepTrainer, model: object, inputs: dict[str, dict[str, torch.Tensor]], **kwargs: object) -> object:
+        rows = len(inputs["label"]["target_lengths"])
+        seen.append(rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError
+        return real(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(StepTrainer, "compute_loss", small_memory)
+    (student,) = train(annotated("train.methods=finetune", "train.max_steps=3"), out=tmp_path / "run").students
+    assert student.steps == 3 and seen[:3] == [8, 4, 2] and set(seen[2:]) == {2}
+
+
+def test_two_processes_train_the_grid_together(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
+    """By torchrun over gloo: one lock, one set of files, and the losses of one process."""
+    recipe = annotated("train.methods=[step-by-step, finetune]", "train.max_steps=4", "student.dropout=0")
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "annotate").symlink_to(tmp_path / "run" / "annotate")
+    train(recipe, out=tmp_path / "one")
+    changes = ["train.methods=[step-by-step, finetune]", "train.max_steps=4", "student.dropout=0"]
+    url = f"teacher.base_url={recipe.teacher.base_url}"
+    result = on_two_processes(
+        "-m", "dsbs", "train", str(tmp_path / "toy.yaml"), url, *changes, "--out", str(tmp_path / "two"), "--json"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout)["students"]
+    assert [student["name"] for student in found] == ["step-by-step-gold-s0", "finetune-gold-s0"]
+    for name in ("step-by-step-gold-s0", "finetune-gold-s0"):
+        ours, theirs = (
+            [
+                json.loads(line)["loss"]
+                for line in (tmp_path / run / "train" / name / "metrics.jsonl").open()
+                if '"loss"' in line
+            ]
+            for run in ("two", "one")
+        )
+        assert len(ours) == 4 and ours[0] == pytest.approx(theirs[0], rel=0.2)

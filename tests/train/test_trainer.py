@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import on_two_processes
 from torch.nn.functional import log_softmax
 from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
 
@@ -16,6 +17,7 @@ from dsbs.train.methods import View
 from dsbs.train.trainer import StepTrainer
 
 WEIGHT = 0.5
+STEPS = 10
 VIEWS = (View("label", "predict: ", 1.0), View("rationale", "explain: ", WEIGHT))
 
 
@@ -38,13 +40,13 @@ def rows() -> list[Encoded]:
     return found
 
 
-def weights_after(folder: Path, micro: int, steps: int = 3, **keys: Any) -> dict[str, torch.Tensor]:
+def weights_after(folder: Path, micro: int, steps: int = STEPS, world: int = 1, **keys: Any) -> dict[str, torch.Tensor]:
     model = tiny_model()
     section = TrainSection(rationale_weight=WEIGHT, max_steps=steps, **keys)
     trainer = StepTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro,
+            output_dir=str(folder), per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro // world,
             max_steps=steps, learning_rate=1e-2, max_grad_norm=0.0, lr_scheduler_type="constant", report_to=[],
             save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, use_cpu=True, seed=0,
             train_sampling_strategy="sequential", optim="sgd",
@@ -55,7 +57,7 @@ def weights_after(folder: Path, micro: int, steps: int = 3, **keys: Any) -> dict
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def independent_weights(steps: int = 3) -> dict[str, torch.Tensor]:
+def independent_weights(steps: int = STEPS) -> dict[str, torch.Tensor]:
     """The paper's objective written out row by row, with plain gradient descent, in float64."""
     model = tiny_model().double()
     for _ in range(steps):
@@ -84,3 +86,52 @@ def test_steps_equal_an_independent_loop_however_they_are_cut(tmp_path: Path, mi
     assert any(float((theirs[name] - start[name]).abs().max()) > 1e-4 for name in theirs), "the steps changed something"
     for name, value in ours.items():
         assert torch.allclose(value.double(), theirs[name], atol=1e-6), name
+
+
+WORKER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
+import torch
+from test_trainer import weights_after
+weights = weights_after(Path(sys.argv[2]), micro=int(sys.argv[3]), world=2)
+if torch.distributed.get_rank() == 0:
+    torch.save(weights, Path(sys.argv[2]) / "weights.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_two_processes_take_the_steps_of_one(tmp_path: Path, micro: int) -> None:
+    """Over gloo; the rows without a rationale fall unevenly on the two."""
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    result = on_two_processes(str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path), str(micro))
+    assert result.returncode == 0, result.stderr[-2000:]
+    theirs = independent_weights()
+    for name, value in torch.load(tmp_path / "weights.pt").items():
+        assert torch.allclose(value.double(), theirs[name], atol=1e-6), name
+
+
+def test_micro_means_are_the_published_codes(tmp_path: Path) -> None:
+    """Means of micro-batches, averaged: not the objective when rows differ in length, and reproduced on demand."""
+    ours = weights_after(tmp_path, 4, loss_mean="micro")
+    model = tiny_model().double()
+    for _ in range(STEPS):
+        model.zero_grad()
+        for chunk in (rows()[:4], rows()[4:]):
+            parts = []
+            for target, weight in (("label", 1.0), ("rationale", WEIGHT)):
+                pairs = [row[target] for row in chunk if target in row]
+                nll = torch.zeros((), dtype=torch.float64)
+                for source, wanted in pairs:
+                    logits = model(input_ids=torch.tensor([source]), labels=torch.tensor([wanted])).logits[0]
+                    nll = nll - log_softmax(logits, dim=-1)[range(len(wanted)), wanted].sum()
+                parts.append(weight * nll / sum(len(wanted) for _, wanted in pairs))
+            (sum(parts) / (1 + WEIGHT) / 2).backward()  # type: ignore[union-attr]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(1e-2 * parameter.grad)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(ours[name].double(), value.detach(), atol=1e-6), name
