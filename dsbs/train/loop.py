@@ -236,6 +236,7 @@ class _Cell:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # the stock trainer would multiply the batch by all that it sees
         if leads():
             last_checkpoint(self.checkpoints)  # removes what a kill left half-written, before anybody else looks
         wait()

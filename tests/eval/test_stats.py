@@ -75,3 +75,16 @@ def test_holm_on_the_textbook_example() -> None:
 def test_a_difference_of_eight_rows_all_one_way_has_the_binomial_p() -> None:
     a, b = np.ones(20), np.concatenate([np.zeros(8), np.ones(12)])
     assert difference(a, b).p == pytest.approx(binomtest(8, 8, 0.5).pvalue)
+
+
+def test_one_row_of_difference_is_no_evidence_and_no_crash() -> None:
+    found = difference(np.array([1, 1, 1, 0.5]), np.array([1.0, 1, 1, 1]))
+    assert (found.delta, found.p) == (-0.125, 1.0)
+    assert difference(np.array([0.5]), np.array([1.0])).p == 1.0
+
+
+def test_rows_without_a_spread_claim_no_certainty() -> None:
+    low, high = accuracy(np.ones(20), 2).ci95
+    assert high == 1.0 and low == pytest.approx(0.025 ** (1 / 20), abs=1e-9)
+    same = difference(np.ones(20), np.ones(20))
+    assert same.ci95[0] == pytest.approx(-same.ci95[1]) and same.ci95[1] > 0.1
