@@ -152,3 +152,8 @@ class TrainedStudent(_Row):
     settings: str = ""  # hash of the recipe's part in it: see Recipe.training
     source: str | None = None  # of the annotations that it learned from; None: it needed none
     reportable: bool = True  # False: trained on limited data
+
+    @property
+    def system(self) -> str:
+        """What the students of one method, label source and share are called together: the name without the seed."""
+        return self.name.rpartition("-s")[0]

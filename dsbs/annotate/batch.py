@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotate.annotator import Annotator, Answers
-from dsbs.annotate.deriving import kept
-from dsbs.annotate.store import ReplyStore, budget, request_keys
+from dsbs.annotate.deriving import look_up, spent_before
+from dsbs.annotate.store import ReplyStore, budget
 from dsbs.annotate.summary import SplitSummary
 from dsbs.annotate.teachers import identities
 from dsbs.annotate.teachers.base import Request, TransientError
@@ -52,7 +52,7 @@ class Gathering:
         work, limits = self.work, self.work.recipe.annotate
         names = identities(work.recipe)
         taken: set[str] = set()
-        spent, sent = self._spent(names), len(self.tried)
+        spent, sent = spent_before(work, self.store) if limits.max_usd is not None else 0.0, len(self.tried)
         self.left_over = 0
         for split in limits.splits:
             for example in work.examples(split):
@@ -87,26 +87,14 @@ class Gathering:
         while wave := self.work.wanted(example, answers):
             missing = False
             for request in wave:
-                keys = request_keys(request, names)
-                found = self.store.find(keys, budget(request.body))
-                if found is not None:
-                    self.work.add(example, answers, request, *found)
-                elif self.store.is_refused(keys):
-                    self.work.add(example, answers, request, keys[0], "refused")
-                else:
+                key, outcome = look_up(self.work, self.store, request, names)
+                if outcome == "no-reply":
                     missing = True
-                    yield Lacking(keys[0], request)
+                    yield Lacking(key, request)
+                else:
+                    self.work.add(example, answers, request, key, outcome)
             if missing:
                 return
-
-    def _spent(self, names: list[str]) -> float:
-        """US dollars for the replies that the rows have by now; only counted where there is a limit."""
-        work = self.work
-        if work.price is None or work.recipe.annotate.max_usd is None:
-            return 0.0
-        answers_of = kept(work, self.store)
-        rows = (example for split in work.recipe.annotate.splits for example in work.examples(split))
-        return sum(work.price.usd(reply) for example in rows for reply in answers_of(example).replies)
 
 
 class Batch:
@@ -126,9 +114,6 @@ class Batch:
 
     def asked_for(self) -> list[dict[str, Any]]:
         return [row for _, row in read_jsonl(self.folder / "keys.jsonl")]
-
-    def custom_id(self, line: int) -> str:
-        return f"{self.record['token']}-{line}"
 
     def take(self, path: Path, store: ReplyStore) -> tuple[int, int]:
         """Commit the replies of output lines. Returns how many there were, and how many failed in a way that may heal."""
@@ -233,18 +218,7 @@ def buy_batches(
     provider = _Provider(work, meter)
     summary = next(iter(summaries.values()))
     began = time.monotonic()
-    unsent = [batch for batch in map(Batch, _folders(folder)) if batch.state in ("prepared", "uploaded")]
-    for batch in unsent:  # the endpoint never had it as a batch: the recipe, the limits and the store have changed since
-        batch.note(state="dropped")
-    open_batches = [batch for batch in map(Batch, _folders(folder)) if batch.state in ("submitting", "submitted", "ended")]
-    for batch in [batch for batch in open_batches if batch.state == "submitting"]:
-        if batch.record["base_url"] == provider.base_url:
-            provider.settle(batch)
-    open_batches = [batch for batch in open_batches if batch.state != "dropped"]
-    elsewhere = [batch for batch in open_batches if batch.record["base_url"] != provider.base_url]
-    for batch in elsewhere:
-        meter.say(f"{batch.folder} waits at {batch.record['base_url']}, another endpoint than the recipe's: left alone")
-    waiting = [batch for batch in open_batches if batch not in elsewhere]
+    waiting = _still_open(folder, provider, meter)
     tried: set[str] = set()
     gathering = Gathering(work, store, tried)
     while True:
@@ -272,6 +246,21 @@ def buy_batches(
     return gathering.stopped
 
 
+def _still_open(folder: Path, provider: _Provider, meter: Meter) -> list[Batch]:
+    """The batches of earlier commands that the recipe's endpoint has and whose replies are not in yet."""
+    waiting: list[Batch] = []
+    for batch in map(Batch, _folders(folder)):
+        if batch.state == "prepared":  # the endpoint never had it: the recipe, the limits and the store have changed since
+            batch.note(state="dropped")
+        elif batch.state in ("submitting", "submitted", "ended") and batch.record["base_url"] != provider.base_url:
+            meter.say(f"{batch.folder} waits at {batch.record['base_url']}, another endpoint than the recipe's: left alone")
+        elif batch.state == "submitting":
+            provider.settle(batch)
+        if batch.state in ("submitted", "ended") and batch.record["base_url"] == provider.base_url:
+            waiting.append(batch)
+    return waiting
+
+
 class _Provider:
     """The endpoint's side: files and batches through the openai package."""
 
@@ -287,7 +276,7 @@ class _Provider:
         self._client = openai.OpenAI(base_url=self.base_url, api_key=self._secret or "none", max_retries=5, timeout=120.0)
 
     def submit(self, batch: Batch) -> None:
-        """Upload and create, each step noted before and after, so that none is done twice."""
+        """Upload, which costs nothing and may be repeated, and create, which is noted before and after."""
         with self._speaking(), (batch.folder / "requests.jsonl").open("rb") as file:
             found = self._client.files.create(file=(f"{batch.record['token']}.jsonl", file), purpose="batch")
         batch.note(state="submitting", file_id=found.id)

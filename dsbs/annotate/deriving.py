@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dsbs.annotate.annotator import Annotator, Answers
 from dsbs.annotate.store import ReplyStore, budget, request_keys
 from dsbs.annotate.summary import SplitSummary
 from dsbs.annotate.teachers import identities
-from dsbs.annotate.teachers.base import Archive
+from dsbs.annotate.teachers.base import Archive, Reply, Request
 from dsbs.artefacts import write_jsonl
 from dsbs.progress import Meter
-from dsbs.records import Example
+from dsbs.records import Example, Reason
+
+
+def look_up(work: Annotator, store: ReplyStore | None, request: Request, names: Sequence[str]) -> tuple[str, Reply | Reason]:
+    """The kept reply to a request with its key, or the reason why there is none."""
+    keys = request_keys(request, names)
+    found = None if store is None else store.find(keys, budget(request.body), raw=work.recipe.annotate.logprobs)
+    if found is not None:
+        return found
+    return keys[0], "refused" if store is not None and store.is_refused(keys) else "no-reply"
 
 
 def kept(work: Annotator, store: ReplyStore) -> Callable[[Example], Answers]:
@@ -23,12 +32,7 @@ def kept(work: Annotator, store: ReplyStore) -> Callable[[Example], Answers]:
         answers = Answers()
         while wave := work.wanted(example, answers):
             for request in wave:
-                keys = request_keys(request, names)
-                found = store.find(keys, budget(request.body), raw=work.recipe.annotate.logprobs)
-                if found is not None:
-                    work.add(example, answers, request, *found)
-                else:
-                    work.add(example, answers, request, keys[0], "refused" if store.is_refused(keys) else "no-reply")
+                work.add(example, answers, request, *look_up(work, store, request, names))
         return answers
 
     return answers_of

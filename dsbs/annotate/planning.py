@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotate.annotator import Annotator, Answers, Shard
-from dsbs.annotate.deriving import derive, kept, recalled
+from dsbs.annotate.deriving import derive, kept, look_up, recalled
 from dsbs.annotate.engine import buy_online, open_store, shard_folder, store_file, wait_for
-from dsbs.annotate.store import budget, request_keys
 from dsbs.annotate.summary import SplitSummary
 from dsbs.annotate.teachers import identities, is_asked, make_teacher
+from dsbs.annotate.teachers.base import Reply
 from dsbs.annotations import run_folder
 from dsbs.artefacts import canonical, hold
 from dsbs.errors import UserError
@@ -75,13 +75,12 @@ def plan(recipe: Recipe, out: str | Path | None = None, shard: Shard | None = No
             answers = Answers()
             while wave := work.wanted(example, answers):
                 for request in wave:
-                    keys = request_keys(request, names)
-                    found = store.find(keys, budget(request.body)) if store is not None else None
-                    cached += found is not None
-                    if found is None and not (store is not None and store.is_refused(keys)):
+                    key, outcome = look_up(work, store, request, names)
+                    cached += isinstance(outcome, Reply)
+                    if outcome == "no-reply":
                         requests += 1
                         characters += len(canonical(request.body))
-                    work.add(example, answers, request, *(found or (keys[0], "no-reply")))
+                    work.add(example, answers, request, key, outcome)
     timed = store.typical_seconds(names, recipe.teacher.model) if store is not None else None
     if store is not None:
         store.close()

@@ -14,7 +14,7 @@ from dsbs.errors import PartialError, UserError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies (
-    key TEXT NOT NULL,               -- of the request: see request_key
+    key TEXT NOT NULL,               -- of the request: see request_keys
     max_tokens INTEGER NOT NULL,     -- the budget it was asked with; a reply cut by it does not answer a larger one
     sample INTEGER NOT NULL,
     endpoint TEXT NOT NULL,
@@ -40,13 +40,8 @@ _BUDGET = ("max_tokens", "max_completion_tokens")
 _RESERVE_EACH = 32 << 10  # bytes kept free for each reply that may be in flight when the disk fills up
 
 
-def request_key(request: Request, identity: str) -> str:
-    """Key of a reply: all of the request body but its token budget, the endpoint, and which sample it is."""
-    return request_keys(request, (identity,))[0]
-
-
 def request_keys(request: Request, identities: Sequence[str]) -> list[str]:
-    """The keys that a request would have at each of several endpoints."""
+    """A reply's keys at several endpoints: all of the request body but its token budget, the endpoint, the sample."""
     body = canonical({name: value for name, value in request.body.items() if name not in _BUDGET})
     return [digest(body, identity, str(request.sample)) for identity in identities]
 
@@ -107,10 +102,6 @@ class ReplyStore:
                 if row is not None:
                     return key, Reply(*row)
         return None
-
-    def get(self, key: str, max_tokens: int) -> Reply | None:
-        found = self.find((key,), max_tokens)
-        return None if found is None else found[1]
 
     def is_refused(self, keys: Sequence[str]) -> bool:
         """Whether an endpoint has answered one of ``keys`` with a final no."""

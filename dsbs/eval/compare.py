@@ -138,11 +138,9 @@ def _of_recipe(recipe: Recipe, task: Task, students: list[TrainedStudent], run: 
 
 def _missing(recipe: Recipe, students: list[TrainedStudent]) -> list[str]:
     """Seeds that a method's other students have been trained with and this recipe asks for as well."""
-    there = {(s.method, s.labels): s for s in students}
-    names = {s.name for s in students}
-    return [
-        name for method, labels in there for seed in recipe.train.seeds if (name := f"{method}-{labels}-s{seed}") not in names
-    ]
+    names = {student.name for student in students}
+    systems = sorted({student.system for student in students})
+    return [name for system in systems for seed in recipe.train.seeds if (name := f"{system}-s{seed}") not in names]
 
 
 def _compare(
@@ -152,7 +150,7 @@ def _compare(
     systems: list[System] = []
     groups: dict[str, list[TrainedStudent]] = {}
     for student in students:
-        groups.setdefault(student.name.rpartition("-s")[0], []).append(student)
+        groups.setdefault(student.system, []).append(student)
     order = sorted(groups, key=lambda name: (groups[name][0].method != recipe.eval.baseline, -groups[name][0].subset, name))
     for name in ([TEACHER] if with_teacher else []) + order:
         members = sorted(groups.get(name, []), key=lambda student: student.seed)

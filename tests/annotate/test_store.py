@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from dsbs import UserError
-from dsbs.annotate.store import ReplyStore, budget, request_key
+from dsbs.annotate.store import ReplyStore, budget, request_keys
 from dsbs.annotate.teachers.base import Reply, Request
 
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "q"}], "temperature": 0.0, "max_tokens": 10}
 
 
 def key(sample: int = 0, identity: str = "http://a#chat", **changes: Any) -> str:
-    return request_key(Request(BODY | changes, sample), identity)
+    return request_keys(Request(BODY | changes, sample), [identity])[0]
 
 
 def test_a_key_covers_all_that_is_sent_but_the_token_budget() -> None:
@@ -35,19 +35,19 @@ def test_a_reply_is_there_after_reopening_and_for_a_second_reader(tmp_path: Path
     reader = sqlite3.connect(tmp_path / "replies.sqlite")
     assert reader.execute("SELECT text, raw FROM replies").fetchall() == [("text", '{"id": "x"}')]
     store.close()
-    assert ReplyStore(tmp_path / "replies.sqlite").get("k", 10) == Reply("text", "stop", 3, 4, "why")
+    assert ReplyStore(tmp_path / "replies.sqlite").find(["k"], 10) == ("k", Reply("text", "stop", 3, 4, "why"))
 
 
 def test_a_cut_reply_answers_no_larger_budget_and_is_kept_beside_the_longer_one(tmp_path: Path) -> None:
     store = ReplyStore(tmp_path / "replies.sqlite")
     store.put("k", 10, "e", "m", 0, Reply("cut", "length"))
-    assert store.get("k", 20) is None
-    found = store.get("k", 10)
-    assert found is not None and found.text == "cut"
+    assert store.find(["k"], 20) is None
+    found = store.find(["k"], 10)
+    assert found is not None and found[1].text == "cut"
     store.put("k", 20, "e", "m", 0, Reply("whole", "stop"))
     for tokens in (10, 20, 50):
-        found = store.get("k", tokens)
-        assert found is not None and found.text == "whole"
+        found = store.find(["k"], tokens)
+        assert found is not None and found[1].text == "whole"
     rows = sqlite3.connect(tmp_path / "replies.sqlite").execute("SELECT count(*) FROM replies").fetchone()
     assert rows == (2,), "nothing that was paid for is thrown away"
 
