@@ -48,7 +48,7 @@ __all__ = [
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file with ``key=value`` overrides. Raises UserError naming every mistake with its line."""
-    from dsbs.recipe import load_recipe as load
+    from dsbs.recipe_file import load_recipe as load
 
     return load(path, overrides)
 

@@ -9,7 +9,8 @@ from conftest import ROOT
 
 from dsbs.lint import lint
 from dsbs.prompts import Prompt, load_prompt
-from dsbs.recipe import Recipe, load_recipe
+from dsbs.recipe import Recipe
+from dsbs.recipe_file import load_recipe
 from dsbs.records import Example
 from dsbs.tasks import make_task
 

@@ -16,7 +16,8 @@ from conftest import ROOT
 from dsbs.annotate.parse import parse_reply
 from dsbs.errors import UserError
 from dsbs.prompts import Exemplar, Prompt, PromptRenderer, load_prompt, read_prompt
-from dsbs.recipe import Recipe, TaskSection, load_recipe
+from dsbs.recipe import Recipe, TaskSection
+from dsbs.recipe_file import load_recipe
 from dsbs.records import Example
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task

@@ -11,7 +11,8 @@ from conftest import ROOT
 from pydantic import ValidationError
 
 from dsbs.errors import UserError
-from dsbs.recipe import METHOD_NAMES, TASK_NAMES, Recipe, Section, StudentSection, load_recipe
+from dsbs.recipe import METHOD_NAMES, TASK_NAMES, Recipe, Section, StudentSection
+from dsbs.recipe_file import load_recipe
 from dsbs.tasks import TASKS
 from dsbs.train.methods import METHODS
 

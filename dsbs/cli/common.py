@@ -18,7 +18,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 
 
 def load(recipe: str, overrides: list[str] | None) -> Any:
-    from dsbs.recipe import load_recipe
+    from dsbs.recipe_file import load_recipe
 
     return load_recipe(recipe, overrides or [])
 

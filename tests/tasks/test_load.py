@@ -131,7 +131,7 @@ def test_rows_without_a_label_are_unlabelled_not_refused(tmp_path: Path) -> None
 
 
 def test_paths_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
-    from dsbs.recipe import load_recipe
+    from dsbs.recipe_file import load_recipe
 
     write_csv(tmp_path / "rows.csv", ROWS)
     path = tmp_path / "r.yaml"
