@@ -6,8 +6,9 @@ Precedence: defaults < recipe < ``key=value`` overrides. A recipe is closed (unk
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -271,6 +272,29 @@ class SelectSection(Section):
     max_per_label: int | None = Field(None, gt=0)  # annotations of one teacher label, at most, chosen by id hash
 
 
+class TuneSection(Section):
+    """Settings that every student tries alike, in all combinations; the best on valid is taken."""
+
+    learning_rate: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_as_tuple)] | None = None
+    batch_size: Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_as_tuple)] | None = None
+    max_steps: Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_as_tuple)] | None = None
+    warmup_steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)] | None = None
+    weight_decay: Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(_as_tuple)] | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _something_once(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if value is not None and (not value or len(set(value)) < len(value)):
+            raise ValueError("give at least one value, and each once")
+        return value
+
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """Every combination, in the order of the recipe's values."""
+        tried = {name: values for name, values in self if values is not None}
+        return [dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
+
+
 class TrainSection(Section):
     methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
         "step-by-step",
@@ -302,6 +326,7 @@ class TrainSection(Section):
     shuffle: bool = True  # a new order of the rows in each epoch; false: the file's
     padding: Literal["none", "batch"] = "none"  # none: only real tokens are computed (T5, mT5); batch: padded rows
     valid_limit: int = Field(1000, gt=0)  # validation rows at most, the same for every method, chosen by id hash
+    tune: TuneSection | None = None  # settings to choose among on valid, by the first seed; in place of the section's own
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where a GPU has it, else fp32; fp16 overflows T5
     gradient_checkpointing: bool = False
 
@@ -322,9 +347,14 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _micro_batches_fit(self) -> TrainSection:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+        sizes = (self.tune and self.tune.batch_size) or (self.batch_size,)
+        if self.micro_batch_size and any(size % self.micro_batch_size for size in sizes):
             raise ValueError("train.batch_size must be a multiple of train.micro_batch_size")
         return self
+
+    def tuned(self, setting: Mapping[str, Any]) -> TrainSection:
+        """The section with one of ``tune``'s settings in its place."""
+        return self.model_copy(update={**setting, "tune": None})
 
     @property
     def eval_steps(self) -> int:
@@ -399,6 +429,8 @@ class Recipe(Section):
             "gradient_checkpointing",
             "padding",
         }
+        # what tuning decides is not the recipe's own any more
+        apart |= {"tune"} if self.train.tune is None else {name for name, values in self.train.tune if values is not None}
         if self.train.loss_mean == "micro":  # elsewhere the objective is the same however a step is cut
             apart.discard("micro_batch_size")
         return digest(

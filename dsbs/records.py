@@ -150,6 +150,7 @@ class TrainedStudent(_Row):
     fingerprint: str
     subset: float = 1.0  # the share of the train rows
     settings: str = ""  # hash of the recipe's part in it: see Recipe.training
+    tuned: dict[str, Any] = {}  # what train.tune chose
     source: str | None = None  # of the annotations that it learned from; None: it needed none
     reportable: bool = True  # False: trained on limited data
 

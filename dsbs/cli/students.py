@@ -56,6 +56,8 @@ def train(
         else:
             for line in lines:
                 state = "finished before" if line["done"] else f"{line['steps']} steps"
+                if line["trials"] and not line["done"]:
+                    state += f", chosen among {line['trials']} trials"
                 rows = f"{line['rows']} rows, {line['rationales']} with a rationale, {line['valid']} valid"
                 print(f"{line['name']}: {rows}; {state}")
         return
@@ -72,6 +74,8 @@ def train(
             f"{student.name}: valid accuracy {100 * student.valid_accuracy:.1f} % at step {student.best_step} of "
             f"{student.steps}; {student.examples_per_s:.0f} examples/s, {student.wall_s:.0f} s; {student.path}"
         )
+        for name, value in student.tuned.items():
+            print(f"  {name} {value:g}, chosen on valid")
 
 
 def evaluate(recipe: RecipePath, overrides: Overrides = None, out: Out = None, as_json: Json = False) -> None:

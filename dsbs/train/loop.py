@@ -20,10 +20,9 @@ from dsbs.student import Student, StudentCard, load_model, new_model, new_tokeni
 from dsbs.tasks import make_task
 from dsbs.tasks.load import stream, survey
 from dsbs.train.encode import Data, Encoded, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
-from dsbs.train.methods import METHODS, Cell, View, grid
+from dsbs.train.methods import METHODS, View, grid
 from dsbs.train.processes import leads, wait, world
-
-RECORD = "train.json"
+from dsbs.train.tune import RECORD, Job, Tuner, adopt, trial_jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,8 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
             resolved = recipe.model_dump(mode="json")
             record = stack.enter_context(manifest(run / "train" / "manifest.json", resolved, hashes))
         tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
-        students = [_Cell(recipe, cell, data, tokenizer, run).run(meter) for cell in cells]
+        tuner = Tuner(recipe, run, lambda trial: _Cell(recipe, trial, data, tokenizer).run(meter))
+        students = [_Cell(recipe, tuner.job(cell), data, tokenizer).run(meter) for cell in cells]
         record["students"] = [student.name for student in students]
     return TrainResult(run, students, reportable=recipe.task.limit is None)
 
@@ -83,7 +83,8 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
                 "rows": len(taught),
                 "rationales": with_rationale,
                 "valid": len(data.valid),
-                "steps": recipe.train.max_steps,
+                "trials": len(trial_jobs(recipe.train, cell, run)) if cell.seed == recipe.train.seeds[0] else 0,
+                "steps": max((recipe.train.tune and recipe.train.tune.max_steps) or (recipe.train.max_steps,)),
                 "done": _is_done(recipe, run / "train" / cell.name / RECORD),
             }
         )
@@ -121,15 +122,18 @@ def _check_precision(recipe: Recipe) -> None:
 class _Cell:
     """One student's training, from encoding to the saved folder."""
 
-    def __init__(self, recipe: Recipe, cell: Cell, data: Data, tokenizer: Any, run: Path) -> None:
-        self.recipe, self.cell, self.data, self.tokenizer = recipe, cell, data, tokenizer
+    def __init__(self, recipe: Recipe, job: Job, data: Data, tokenizer: Any) -> None:
+        cell = job.cell
+        self.settings = recipe.training  # as the run's recipe has it; what tuning chose comes on top
+        recipe = recipe.model_copy(update={"train": job.section})
+        self.recipe, self.job, self.cell, self.data, self.tokenizer = recipe, job, cell, data, tokenizer
         self.views: tuple[View, ...] = METHODS[cell.method].views(recipe.train)
         student = recipe.student
         encoder = Encoder(tokenizer, student.max_input_tokens, student.max_target_tokens)
         self.rows: list[Encoded] = encoder.rows(data.part(cell.subset), self.views, cell.labels)
         self.valid: list[Encoded] = encoder.rows(data.valid, self.views[:1], data.valid_labels)
         self.needs_rationales = METHODS[cell.method].needs_rationales
-        self.folder = run / "train" / cell.name
+        self.folder = job.folder
         self.checkpoints = self.folder / "checkpoints"
         self.fingerprint = self._fingerprint()
 
@@ -149,14 +153,24 @@ class _Cell:
             self._make_room()
         wait()
         if (self.folder / RECORD).is_file():
-            meter.say(f"{self.cell.name}: finished before, kept")
+            meter.say(f"{self.job.title}: finished before, kept")
             return self._record()
         wait()
         if leads():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "work.json", {"fingerprint": self.fingerprint})
+            self._adopt()
         wait()
-        return self._train(meter)
+        return self._record() if (self.folder / RECORD).is_file() else self._train(meter)
+
+    def _adopt(self) -> None:
+        """Take the trial that is this very student, where tuning has trained it."""
+        trial = self.job.chosen
+        if trial is None:
+            return
+        folder = Path(trial.path)
+        if json.loads((folder / "work.json").read_text(encoding="utf-8"))["fingerprint"] == self.fingerprint:
+            adopt(folder, self.job, {"path": str(self.folder), "settings": self.settings, "tuned": self.job.setting})
 
     def _record(self) -> TrainedStudent:
         return TrainedStudent(**json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["student"])
@@ -171,12 +185,12 @@ class _Cell:
             return
         aside = self.folder.parent / "aside"
         if self.folder.exists():
-            target = aside / f"{self.cell.name}-{(there or 'unknown')[:12]}"
+            target = aside / f"{self.folder.name}-{(there or 'unknown')[:12]}"
             while target.exists():
                 target = target.with_name(target.name + "+")
             target.parent.mkdir(parents=True, exist_ok=True)
             self.folder.rename(target)
-        mine = aside / f"{self.cell.name}-{self.fingerprint[:12]}"
+        mine = aside / f"{self.folder.name}-{self.fingerprint[:12]}"
         if mine.exists():
             mine.rename(self.folder)
 
@@ -262,7 +276,7 @@ class _Cell:
             state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
             if state.global_step >= section.max_steps or is_exhausted(state, section.patience):
                 return self._finish(student, state, follow)  # only the saving was left; train() would step on
-        with running(meter, f"train {self.cell.name}", section.max_steps, follow.first_step):
+        with running(meter, f"train {self.job.title}", section.max_steps, follow.first_step):
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             except torch.OutOfMemoryError:
@@ -364,7 +378,8 @@ class _Cell:
             wall_s=round(follow.elapsed_s, 2),
             parameters=student.parameters,
             fingerprint=self.fingerprint,
-            settings=self.recipe.training,
+            settings=self.settings,
+            tuned=self.job.setting,
             source=source_fingerprint(self.recipe, student.task) if self.cell.needs_teacher else None,
             reportable=self.recipe.task.limit is None,
         )
@@ -372,6 +387,8 @@ class _Cell:
             self.folder / RECORD,
             {
                 "student": record.model_dump(),
+                "selection": state.best_metric,
+                "trials": [asdict(trial) for trial in self.job.trials],
                 "rows": len(self.rows),
                 "rationales": sum(1 for row in self.data.part(self.cell.subset) if row.rationale)
                 if self.needs_rationales

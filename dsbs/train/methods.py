@@ -64,9 +64,14 @@ class Cell:
     subset: float = 1.0
 
     @property
-    def name(self) -> str:
+    def system(self) -> str:
+        """What the cells of all seeds are called together."""
         share = "" if self.subset == 1 else f"-n{self.subset:g}"
-        return f"{self.method}-{self.labels}{share}-s{self.seed}"
+        return f"{self.method}-{self.labels}{share}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.system}-s{self.seed}"
 
     @property
     def needs_teacher(self) -> bool:
