@@ -100,28 +100,28 @@ class _Unpad(torch.autograd.Function):
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cut_at: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cut_at: int, rectified: bool) -> Tensor:
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         keep = (bits[: x.numel()] >= cut_at - 32768).view(x.shape)
+        if rectified:
+            keep &= x > 0
         ctx.save_for_backward(keep)
         ctx.scale = 65536 / (65536 - cut_at)
-        return (x * keep).mul_(ctx.scale)
+        return x * keep.to(x.dtype).mul_(ctx.scale)  # a product with truth values is twice as slow
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (grad * ctx.saved_tensors[0]).mul_(ctx.scale), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0].to(grad.dtype).mul_(ctx.scale), None, None
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout of torch's distribution, to 1/65536 of ``p``, at a fifth of its cost on a CPU.
+def dropout(x: Tensor, p: float, training: bool, *, rectified: bool = False) -> Tensor:
+    """Dropout of torch's distribution, to 1/65536 of ``p``, at a fifth of its cost on a CPU; of relu(x) if ``rectified``.
 
     A CPU draws one 64-bit number for four elements instead of one for each; the survivors are scaled by the exact share.
     """
-    if not training or p == 0:
-        return x
-    if x.is_cuda:
-        return functional.dropout(x, p)
-    made: Tensor = _Dropout.apply(x, round(p * 65536))
+    if not training or p == 0 or x.is_cuda:
+        return functional.dropout(functional.relu(x) if rectified else x, p, training)
+    made: Tensor = _Dropout.apply(x, round(p * 65536), rectified)
     return made
 
 
@@ -224,24 +224,29 @@ def _attention(
 ) -> Tensor:
     """x (N, D), seeing ``memory`` (M, D) or x itself -> (N, D). T5 does not scale its scores."""
     width = module.n_heads * module.key_value_proj_dim
+
+    def heads(projections: Sequence[Any], tokens: Tensor, layout: Layout) -> list[Sequence[Tensor]]:
+        """tokens (M, D) -> for each group its projections, each (B, H, S, K).
+
+        Cut by split and unbind, whose gradients are put together in one piece; slices would each fill a whole one with zeros.
+        """
+        padded = _Pad.apply(_linear(projections, tokens), layout.tokens, layout.inside, layout.places)
+        parts = torch.split(padded, [group.rows * group.size for group in layout.groups])
+        shape = (len(projections), module.n_heads, module.key_value_proj_dim)
+        return [
+            part.view(group.rows, group.size, *shape).permute(2, 0, 3, 1, 4).unbind()
+            for part, group in zip(parts, layout.groups, strict=True)
+        ]
+
     if memory is None:
-        asked = told = _Pad.apply(_linear((module.q, module.k, module.v), x), queries.tokens, queries.inside, queries.places)
-        columns = (0, width, 2 * width)
+        sides = heads((module.q, module.k, module.v), x, queries)
     else:
-        asked = _Pad.apply(module.q(x), queries.tokens, queries.inside, queries.places)
-        told = _Pad.apply(_linear((module.k, module.v), memory), keys.tokens, keys.inside, keys.places)
-        columns = (0, 0, width)
-
-    def heads(padded: Tensor, group: Group, column: int) -> Tensor:
-        """-> (B, H, S, K)"""
-        part = padded[group.first : group.first + group.rows * group.size, column : column + width]
-        return part.view(group.rows, group.size, module.n_heads, -1).transpose(1, 2)
-
+        asked, told = heads((module.q,), x, queries), heads((module.k, module.v), memory, keys)
+        sides = [(*q, *kv) for q, kv in zip(asked, told, strict=True)]
     parts = []
-    for mine, theirs, bias in zip(queries.groups, keys.groups, biases, strict=True):
-        scores = torch.matmul(heads(asked, mine, columns[0]), heads(told, theirs, columns[1]).transpose(2, 3)) + bias
-        weights = dropout(torch.softmax(scores, dim=-1), p, training)
-        parts.append(torch.matmul(weights, heads(told, theirs, columns[2])).transpose(1, 2).reshape(-1, width))
+    for (query, key, value), bias in zip(sides, biases, strict=True):
+        weights = dropout(torch.softmax(torch.matmul(query, key.transpose(2, 3)) + bias, dim=-1), p, training)
+        parts.append(torch.matmul(weights, value).transpose(1, 2).reshape(-1, width))
     seen: Tensor = module.o(_Unpad.apply(torch.cat(parts), queries.tokens, queries.inside))
     return seen
 
@@ -255,6 +260,11 @@ def _linear(modules: Sequence[Any], x: Tensor) -> Tensor:
 
 def _feed_forward(module: Any, x: Tensor, p: float, training: bool) -> Tensor:
     """x (N, D) -> (N, D): T5's dense layer, gated in v1.1."""
-    inner = module.act(module.wi_0(x)) * module.wi_1(x) if hasattr(module, "wi_0") else module.act(module.wi(x))
-    made: Tensor = module.wo(dropout(inner, p, training))
+    if hasattr(module, "wi_0"):
+        inner = dropout(module.act(module.wi_0(x)) * module.wi_1(x), p, training)
+    elif isinstance(module.act, torch.nn.ReLU):
+        inner = dropout(module.wi(x), p, training, rectified=True)  # one mask for both
+    else:
+        inner = dropout(module.act(module.wi(x)), p, training)
+    made: Tensor = module.wo(inner)
     return made
