@@ -4,14 +4,29 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/demo.yaml
 SET ?=
+SIZE ?= base
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo annotate train eval report predict test check format clean
+# Before anything is installed: a name that is none of the paper's would be noticed minutes later.
+PAPER_TASKS := $(patsubst recipes/paper/%.yaml,%,$(sort $(wildcard recipes/paper/*.yaml)))
+PAPER_SIZES := small base large xl xxl
+one_of = $(and $(filter 1,$(words $(1))),$(filter $(2),$(1)))
+ifneq ($(filter paper,$(MAKECMDGOALS)),)
+  ifeq ($(call one_of,$(TASK),$(PAPER_TASKS)),)
+    $(error TASK='$(TASK)' is not one of the paper's tasks; try: make paper TASK=svamp (there are: $(PAPER_TASKS)))
+  endif
+  ifeq ($(call one_of,$(SIZE),$(PAPER_SIZES)),)
+    $(error SIZE='$(SIZE)' is no size of T5 v1.1; try: make paper TASK=$(TASK) SIZE=large (there are: $(PAPER_SIZES)))
+  endif
+endif
+
+.PHONY: help setup demo annotate train eval report paper predict test check format clean
 
 help:
 	@echo "make demo      the three stages on the embedded data, teacher and student"
 	@echo "make test      the tests        make check   ruff and mypy        make clean   caches (never runs/)"
 	@echo 'make annotate | train | eval | report   RECIPE=recipes/demo.yaml SET="train.max_steps=50 …"'
+	@echo 'make paper     TASK=$(subst $() $(), | ,$(PAPER_TASKS))  SIZE=base | large | xxl  SET="…"   see docs/paper.md'
 	@echo 'make predict   RECIPE=… or STUDENT=runs/…/train/…   FILE=messages.txt'
 
 setup: $(READY)
@@ -40,6 +55,13 @@ demo: $(READY)
 
 annotate train eval report: $(READY)
 	@$(BIN)/dsbs $@ $(RECIPE) $(SET)
+
+# SET comes last, so that it wins over SIZE.
+paper: $(READY)
+	@$(BIN)/dsbs annotate recipes/paper/$(TASK).yaml student.model=google/t5-v1_1-$(SIZE) $(SET)
+	@$(BIN)/dsbs train recipes/paper/$(TASK).yaml student.model=google/t5-v1_1-$(SIZE) $(SET)
+	@$(BIN)/dsbs eval recipes/paper/$(TASK).yaml student.model=google/t5-v1_1-$(SIZE) $(SET)
+	@$(BIN)/dsbs report recipes/paper/$(TASK).yaml student.model=google/t5-v1_1-$(SIZE) $(SET)
 
 predict: $(READY)
 	@$(BIN)/dsbs predict $(or $(STUDENT),$(RECIPE)) $(or $(FILE),-) $(addprefix --set ,$(SET)) $(if $(RATIONALE),--rationale)

@@ -23,7 +23,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     (wheel,) = folder.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for needed in ("prompts/svamp.yaml", "recipes/demo.yaml", "data/support/train.csv"):
+    for needed in ("prompts/svamp.yaml", "recipes/demo.yaml", "recipes/paper/svamp.yaml", "data/support/train.csv"):
         assert f"dsbs/_shipped/{needed}" in names
     assert {"dsbs/py.typed", "dsbs/report/templates/page.html"} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/"))]

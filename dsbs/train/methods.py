@@ -40,7 +40,7 @@ def _one_task(target: Target) -> Callable[[TrainSection], tuple[View, ...]]:
 
 
 def _step_by_step(train: TrainSection) -> tuple[View, ...]:
-    """Paper, equation 4: L_label + λ·L_rationale, here divided by 1 + λ."""
+    """Paper, equation 3: L_label + λ·L_rationale, here divided by 1 + λ."""
     return View("label", "predict: ", 1.0), View("rationale", "explain: ", train.rationale_weight)
 
 
@@ -48,7 +48,7 @@ METHODS = {
     "step-by-step": Method(_step_by_step, labels=None, needs_rationales=True),
     "finetune": Method(_one_task("label"), labels=("gold",), needs_rationales=False),  # standard fine-tuning
     "distill": Method(_one_task("label"), labels=("teacher",), needs_rationales=False),  # standard task distillation
-    # both in one sequence: the paper's single-task ablation (section 4.3), in either order
+    # both in one sequence: the paper's single-task ablation (section 4.4), in either order
     "rationale-then-label": Method(_one_task("rationale-then-label"), labels=None, needs_rationales=True),
     "label-then-rationale": Method(_one_task("label-then-rationale"), labels=None, needs_rationales=True),
 }
