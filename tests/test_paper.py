@@ -123,7 +123,7 @@ def published(shared_data: Path, tmp_path: Path) -> Callable[..., subprocess.Com
             (folder / "llm" / f"{split}_CoT_{start // 500}.json").write_text(json.dumps(texts), encoding="utf-8")
 
     def convert(name: str = "svamp") -> subprocess.CompletedProcess[str]:
-        script = [sys.executable, str(ROOT / "docs" / "published_rows.py"), name, "datasets", "rows"]
+        script = [sys.executable, str(ROOT / "tools" / "published_rows.py"), name, "datasets", "rows"]
         return subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
 
     return convert

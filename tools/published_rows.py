@@ -1,6 +1,6 @@
 """Rows, splits and PaLM-540B completions of the paper's repository, as files that a recipe reads.
 
-    python docs/published_rows.py svamp|cqa|anli1|esnli datasets out
+    python tools/published_rows.py svamp|cqa|anli1|esnli datasets out
 
 `datasets` is the folder of that name in datasets.zip of google-research/distilling-step-by-step (Apache-2.0). Writes
 out/train.jsonl, valid.jsonl and test.jsonl, each row with its completion. svamp and cqa have no valid file: the published code
