@@ -43,11 +43,11 @@ from dsbs.train.trainer import StepTrainer
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "esnli"
 STEPS = {"nano": {16: 40, 64: 14}, "mini": {16: 14, 64: 6}, "t5-small": {16: 5, 64: 3}}
 WARM_UP = 2
-VIEWS = METHODS["step-by-step"].views(TrainSection())
+SECTIONS = {"dsbs": TrainSection(), "decoder": TrainSection(task_token="decoder")}
 
 
-def rows(count: int) -> tuple[list[Encoded], Any]:
-    """Encoded rows and their tokenizer."""
+def rows(count: int) -> tuple[dict[str, list[Encoded]], Any]:
+    """Encoded rows, as each way to tell the tasks reads them, and their tokenizer."""
     train = DATA / "valid.jsonl.gz"
     recipe = load_recipe("recipes/esnli.yaml", ["teacher.kind=recorded", f"task.data.train={train}", f"task.limit={count}"])
     work = Annotator(recipe)
@@ -63,10 +63,13 @@ def rows(count: int) -> tuple[list[Encoded], Any]:
     def ids(text: str) -> list[int]:
         return list(tokenizer(text)["input_ids"])
 
-    encoded: list[Encoded] = [
-        {"label": (ids("predict: " + text), ids(label)), "rationale": (ids("explain: " + text), ids(why))}
-        for text, label, why in found
-    ]
+    encoded: dict[str, list[Encoded]] = {}
+    for kind, section in SECTIONS.items():
+        label_view, rationale_view = METHODS["step-by-step"].views(section)
+        encoded[kind] = [
+            {"label": (ids(label_view.prefix + text), ids(label)), "rationale": (ids(rationale_view.prefix + text), ids(why))}
+            for text, label, why in found
+        ]
     return encoded, tokenizer
 
 
@@ -92,7 +95,7 @@ class Plain(Seq2SeqTrainer):
 
 
 def padded(batch: list[Encoded]) -> dict[str, Any]:
-    return {name: pad(flat, 0) for name, flat in collate(batch).items()}
+    return {name: pad(flat, 0, 0) for name, flat in collate(batch).items()}
 
 
 class Clock(TrainerCallback):
@@ -104,7 +107,7 @@ class Clock(TrainerCallback):
         self.ended = time.perf_counter()
 
 
-def run(kind: str, shape: str, batch: int, data: list[Encoded], tokenizer: Any, folder: str) -> float:
+def run(kind: str, shape: str, batch: int, data: dict[str, list[Encoded]], tokenizer: Any, folder: str) -> float:
     """Examples a second."""
     steps = STEPS[shape][batch]
     arguments = Seq2SeqTrainingArguments(
@@ -112,11 +115,14 @@ def run(kind: str, shape: str, batch: int, data: list[Encoded], tokenizer: Any, 
         save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, use_cpu=True, seed=0,
     )  # fmt: skip
     clock = Clock()
-    how: dict[str, Any] = {"model": model_of(shape, tokenizer), "args": arguments, "train_dataset": data, "callbacks": [clock]}
+    how: dict[str, Any] = {"model": model_of(shape, tokenizer), "args": arguments, "callbacks": [clock]}
     if kind == "plain":
-        trainer: Any = Plain(data_collator=padded, **how)
+        trainer: Any = Plain(data_collator=padded, train_dataset=data["dsbs"], **how)
     else:
-        trainer = StepTrainer(data_collator=collate, views=VIEWS, section=TrainSection(), validate=dict, **how)
+        section = SECTIONS[kind]
+        views = METHODS["step-by-step"].views(section)
+        how |= {"train_dataset": data[kind], "views": views, "section": section}
+        trainer = StepTrainer(data_collator=collate, validate=dict, **how)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return steps * batch / (clock.ended - clock.began)
@@ -129,10 +135,10 @@ def same_loss(data: list[Encoded], tokenizer: Any) -> tuple[float, float]:
 
     model = model_of("nano", tokenizer).eval()
     batch = collate(data[:16])
-    plain = sum(0.5 * float(model(**pad(flat, 0)).loss.detach()) for flat in batch.values())
-    speak(model, without_padding=True)
+    plain = sum(0.5 * float(model(**pad(flat, 0, 0)).loss.detach()) for flat in batch.values())
+    speak(model, METHODS["step-by-step"].views(SECTIONS["dsbs"]), without_padding=True)
     counts = {name: float(len(flat["target"])) for name, flat in batch.items()}
-    ours = float(weighted_loss(model(views=batch), counts, {"label": 1.0, "rationale": 1.0}).detach())
+    ours = float(weighted_loss(model(batch=batch), counts, {"label": 1.0, "rationale": 1.0}).detach())
     return plain, ours
 
 
@@ -144,17 +150,17 @@ def profile(kind: str, data: list[Encoded], tokenizer: Any) -> str:
     from dsbs.train.trainer import speak
 
     model = model_of("nano", tokenizer).train()
-    speak(model, without_padding=kind == "dsbs")
+    speak(model, METHODS["step-by-step"].views(SECTIONS["dsbs"]), without_padding=kind == "dsbs")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with recording(activities=[ProfilerActivity.CPU]) as found:
         for i in range(3):
             batch = collate(data[64 * i : 64 * i + 64])
             if kind == "dsbs":
-                sums = model(views=batch)
+                sums = model(batch=batch)
             else:
                 sums = {}
                 for name, flat in batch.items():
-                    one = pad(flat, 0)
+                    one = pad(flat, 0, 0)
                     sums[name] = summed_nll(model(**one).logits, one["labels"])
             sum(sums.values()).backward()  # type: ignore[union-attr]
             optimizer.step()
@@ -171,23 +177,25 @@ def main() -> None:
     if not DATA.is_dir():
         sys.exit("real data is not beside this checkout (../shared/data): nothing to measure on")
     data, tokenizer = rows(4000)
-    plain, ours = same_loss(data, tokenizer)
+    plain, ours = same_loss(data["dsbs"], tokenizer)
     print(
-        f"{len(data)} rows, {torch.get_num_threads()} threads; loss of one batch: plain {plain:.6f}, dsbs {ours:.6f}",
+        f"{len(data['dsbs'])} rows, {torch.get_num_threads()} threads; loss of one batch: plain {plain:.6f}, dsbs {ours:.6f}",
         flush=True,
     )
-    print(f"{'shape':10}{'batch':>6}{'plain ex/s':>18}{'dsbs ex/s':>11}{'ratio':>7}")
+    print("exact: the paper's objective and prefixes; decoder: train.task_token, another method (see the README)")
+    print(f"{'shape':10}{'batch':>6}{'plain ex/s':>18}{'exact':>8}{'ratio':>7}{'decoder':>9}{'ratio':>7}")
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
             for batch in options.batches:
                 before = run("plain", shape, batch, data, tokenizer, folder)
-                mine = run("dsbs", shape, batch, data, tokenizer, folder)
+                mine, other = (run(kind, shape, batch, data, tokenizer, folder) for kind in SECTIONS)
                 after = run("plain", shape, batch, data, tokenizer, folder)
-                ratio = mine / ((before + after) / 2)
-                print(f"{shape:10}{batch:6}{f'{before:.1f}, {after:.1f}':>18}{mine:11.1f}{ratio:7.2f}", flush=True)
+                peer = (before + after) / 2
+                figures = f"{mine:8.1f}{mine / peer:7.2f}{other:9.1f}{other / peer:7.2f}"
+                print(f"{shape:10}{batch:6}{f'{before:.1f}, {after:.1f}':>18}{figures}", flush=True)
     if options.profile:
         for kind in ("plain", "dsbs"):
-            print(f"\n{kind}, nano, batch 64, three steps:\n{profile(kind, data, tokenizer)}")
+            print(f"\n{kind}, nano, batch 64, three steps:\n{profile(kind, data['dsbs'], tokenizer)}")
 
 
 if __name__ == "__main__":

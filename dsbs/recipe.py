@@ -309,6 +309,7 @@ class TrainSection(Section):
     rationale_weight: float = Field(1.0, ge=0)  # λ in (L_label + λ·L_rationale) / (1 + λ)
     rationale_schedule: Literal["constant", "linear", "cosine"] = "constant"  # how λ goes to rationale_weight_end
     rationale_weight_end: float = Field(0.0, ge=0)  # λ at max_steps, where rationale_schedule is not constant
+    task_token: Literal["prefix", "decoder"] = "prefix"  # step-by-step's tasks are told by prefixes, or by the decoder's start
     loss_mean: Literal["global", "micro"] = "global"  # token means over the step; micro: of micro-batches, as published
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
     init: str | None = None  # a folder of weights and tokenizer to start from, in place of student's own start

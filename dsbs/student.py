@@ -29,6 +29,8 @@ _MAX_VOCABULARY_LINES = 200_000
 
 
 Target = Literal["label", "rationale", "rationale-then-label", "label-then-rationale"]  # what a task's outputs are
+# The token that a decoder begins with: T5's padding, or its end token, which is in every vocabulary and no other input has.
+Start = Literal["pad", "eos"]
 _THEN_LABEL, _THEN_RATIONALE = " Answer: ", " Because: "  # between the parts of one sequence
 
 
@@ -56,6 +58,11 @@ def take_apart(target: Target, text: str) -> tuple[str, str | None]:
     return text, None
 
 
+def start_token(config: Any, start: Start) -> int:
+    """The id, by a model's configuration."""
+    return int(config.decoder_start_token_id if start == "pad" else config.eos_token_id)
+
+
 class StudentCard(BaseModel):
     """``student.json``: what a student needs to know about itself to predict."""
 
@@ -68,6 +75,7 @@ class StudentCard(BaseModel):
     seed: int
     task: TaskSection
     prefixes: dict[Target, str]  # of each task it learned; the first one holds the label
+    starts: dict[Target, Start] = {}  # what the decoder begins each with; none given: pad
     max_input_tokens: int
     max_target_tokens: int
 
@@ -145,7 +153,7 @@ class Student:
         canonical: bool = False,
     ) -> list[Answer]:
         """Answer texts or rows of fields, greedily. With ``rationale``, decode one for each too (it explains nothing that
-        the label was made from: two prefixes, two decodes). Rows have the columns that the data had, or with ``canonical``
+        the label was made from: two tasks, two decodes). Rows have the columns that the data had, or with ``canonical``
         the task's own field names. Raises UserError where the student learned no rationales or an item lacks a field.
         """
         if rationale and not self.explains:
@@ -163,14 +171,17 @@ class Student:
         rationales: Sequence[str | None] = [why for _, why in parts]
         if rationale and target == "label":
             explain = self.card.prefixes["rationale"]
-            rationales, _ = self.generate([explain + text for text in texts], self.card.max_target_tokens, batch_size)
+            most, start = self.card.max_target_tokens, self.card.starts.get("rationale", "pad")
+            rationales, _ = self.generate([explain + text for text in texts], most, batch_size, start)
         answers = []
         for raw, latency, why, row in zip(raws, latencies, rationales, fields, strict=True):
             label = self.task.read_label(raw, row)
             answers.append(Answer(raw, None if isinstance(label, Unread) else label, why, latency))
         return answers
 
-    def generate(self, texts: Sequence[str], max_new_tokens: int, batch_size: int) -> tuple[list[str], list[float]]:
+    def generate(
+        self, texts: Sequence[str], max_new_tokens: int, batch_size: int, start: Start = "pad"
+    ) -> tuple[list[str], list[float]]:
         """Greedy decoding of ``texts``: the decoded strings and, for each, its batch's milliseconds over its rows."""
         import torch
 
@@ -178,8 +189,8 @@ class Student:
         outputs = [""] * len(texts)
         latencies = [0.0] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
             began = time.perf_counter()
             batch = self.tokenizer(
                 [texts[i] for i in chosen],
@@ -193,6 +204,7 @@ class Student:
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],
                     max_new_tokens=max_new_tokens,
+                    decoder_start_token_id=start_token(self.model.config, start),
                     num_beams=1,
                     do_sample=False,
                 )

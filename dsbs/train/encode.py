@@ -184,7 +184,8 @@ def encoded_hash(rows: Sequence[Encoded]) -> str:
     return state.hexdigest()
 
 
-Flat = dict[str, Any]  # source (N,) and target (M,) ids of B rows one after another, source_lengths and target_lengths (B,)
+# source (N,) and target (M,) ids of B rows one after another, source_lengths, target_lengths and rows (B,): places in the batch
+Flat = dict[str, Any]
 
 
 def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
@@ -193,8 +194,10 @@ def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
 
     batch = {}
     for name in sorted({name for row in rows for name in row}):
-        pairs = [row[name] for row in rows if name in row]
+        here = [i for i, row in enumerate(rows) if name in row]
+        pairs = [rows[i][name] for i in here]
         batch[name] = {
+            "rows": torch.tensor(here),
             "source": torch.tensor([token for source, _ in pairs for token in source]),
             "source_lengths": torch.tensor([len(source) for source, _ in pairs]),
             "target": torch.tensor([token for _, target in pairs for token in target]),
@@ -203,15 +206,23 @@ def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
     return batch
 
 
-def pad(flat: Flat, pad_id: int) -> dict[str, Any]:
-    """Flat rows -> input_ids (B, S), attention_mask (B, S), labels (B, T), as transformers' models take them."""
+def pad(flat: Flat, pad_id: int, start: int) -> dict[str, Any]:
+    """Flat rows -> input_ids and attention_mask (B, S), labels and decoder_input_ids (B, T), as transformers' models take them.
+
+    ``start`` is the token that the decoder begins with.
+    """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     sources = list(torch.split(flat["source"], flat["source_lengths"].tolist()))
     targets = list(torch.split(flat["target"], flat["target_lengths"].tolist()))
+    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+    shifted = labels.roll(1, dims=1)
+    shifted[shifted == IGNORED] = pad_id
+    shifted[:, 0] = start
     return {
         "input_ids": pad_sequence(sources, batch_first=True, padding_value=pad_id),
         "attention_mask": pad_sequence([torch.ones_like(ids) for ids in sources], batch_first=True),
-        "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+        "decoder_input_ids": shifted,
+        "labels": labels,
     }

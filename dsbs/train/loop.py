@@ -16,7 +16,7 @@ from dsbs.errors import DsbsError, UserError
 from dsbs.progress import Meter, Silent, running
 from dsbs.recipe import Recipe
 from dsbs.records import TrainedStudent, Unread
-from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, take_apart, tokenizer_hash
+from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, start_token, take_apart, tokenizer_hash
 from dsbs.tasks import make_task
 from dsbs.tasks.load import stream, survey
 from dsbs.train.encode import Data, Encoded, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
@@ -302,6 +302,7 @@ class _Cell:
             seed=self.cell.seed,
             task=self.recipe.task,
             prefixes={view.target: view.prefix for view in self.views},
+            starts={view.target: view.start for view in self.views},
             max_input_tokens=self.recipe.student.max_input_tokens,
             max_target_tokens=self.recipe.student.max_target_tokens,
         )
@@ -338,12 +339,13 @@ class _Cell:
 
         size = self.recipe.eval.batch_size
         total, tokens = 0.0, 0
-        name = self.views[0].target
+        name, start = self.views[0].target, start_token(student.model.config, self.views[0].start)
         rows = sorted(self.valid, key=lambda row: len(row[name][0]))
         with torch.inference_mode():
             for start in range(0, len(rows), size):
                 flat = collate(rows[start : start + size])[name]
-                batch = {k: v.to(student.model.device) for k, v in pad(flat, self.tokenizer.pad_token_id).items()}
+                padded = pad(flat, self.tokenizer.pad_token_id, start)
+                batch = {k: v.to(student.model.device) for k, v in padded.items()}
                 total += float(summed_nll(student.model(**batch).logits, batch["labels"]))
                 tokens += len(flat["target"])
         return total / tokens

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsbs.recipe import LabelSource, TrainSection
-from dsbs.student import Target
+from dsbs.student import Start, Target
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One task of a student: the prefix of its inputs, what it is to write, and its weight in the loss."""
+    """One task of a student: what it is to write, its weight in the loss, and how it is told: by prefix or decoder start."""
 
     target: Target
     prefix: str
     weight: float
+    start: Start = "pad"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ def _one_task(target: Target) -> Callable[[TrainSection], tuple[View, ...]]:
 
 def _step_by_step(train: TrainSection) -> tuple[View, ...]:
     """Paper, equation 3: L_label + λ·L_rationale, here divided by 1 + λ."""
+    if train.task_token == "decoder":  # the input is the same for both and encoded once
+        return View("label", "", 1.0), View("rationale", "", train.rationale_weight, start="eos")
     return View("label", "predict: ", 1.0), View("rationale", "explain: ", train.rationale_weight)
 
 

@@ -6,8 +6,9 @@ loss is already normalised. Here each view's summed cross-entropy is divided by 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from transformers import Seq2SeqTrainer
 
 from dsbs.errors import DsbsError
 from dsbs.recipe import TrainSection
+from dsbs.student import start_token
 from dsbs.train.encode import Flat, pad
 from dsbs.train.losses import summed_nll, view_weights, weighted_loss
 from dsbs.train.methods import View
-from dsbs.train.unpadded import is_supported, logits_of
+from dsbs.train.unpadded import Part, is_supported, logits_of
 
 
 class StepTrainer(Seq2SeqTrainer):
@@ -34,7 +36,7 @@ class StepTrainer(Seq2SeqTrainer):
         self._counts: dict[str, float] = {}
         self._logged: dict[str, list[float]] = {}
         self._last_logged_step: int | None = None
-        speak(self.model, without_padding=section.padding == "none" and is_supported(self.model))
+        speak(self.model, views, without_padding=section.padding == "none" and is_supported(self.model))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -55,7 +57,7 @@ class StepTrainer(Seq2SeqTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The micro-batch's share of the step's loss (see ``weighted_loss``)."""
         del return_outputs, num_items_in_batch
-        sums: dict[str, torch.Tensor] = model(views=inputs)
+        sums: dict[str, torch.Tensor] = model(batch=inputs)
         for name, summed in sums.items():
             self._logged.setdefault(name, []).append(float(summed.detach()) / self._counts[name])
         weights = view_weights(self._views, self._section, self.state.global_step)
@@ -92,33 +94,52 @@ class StepTrainer(Seq2SeqTrainer):
         return metrics
 
 
-def speak(model: Any, *, without_padding: bool) -> None:
-    """Teach a model's forward to take ``views`` and to return each view's summed cross-entropy.
+def speak(model: Any, views: Sequence[View], *, without_padding: bool) -> None:
+    """Teach a model's forward to take ``batch``, rows of ``views``, and to return each view's summed cross-entropy.
 
     Through forward, because that is where distributed training hooks gradients in. Anything else it answers as before.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain = model.forward
+    starts: dict[str, int] = {view.target: start_token(model.config, view.start) for view in views}
+    one_input = len({view.prefix for view in views}) == 1  # then a row's views read the same
 
-    def forward(*args: Any, views: dict[str, Flat] | None = None, **kwargs: Any) -> Any:
-        if views is None:
+    def forward(*args: Any, batch: dict[str, Flat] | None = None, **kwargs: Any) -> Any:
+        if batch is None:
             return plain(*args, **kwargs)
         if without_padding:
-            return _all_at_once(inner, views)
+            return _all_at_once(inner, batch, starts, one_input=one_input)
         found = {}
-        for name, flat in views.items():
-            batch = pad(flat, model.config.pad_token_id)
-            found[name] = summed_nll(plain(**batch).logits, batch["labels"])
+        for name, flat in batch.items():
+            padded = pad(flat, model.config.pad_token_id, starts[name])
+            labels = padded.pop("labels")
+            found[name] = summed_nll(plain(**padded).logits, labels)
         return found
 
     model.forward = forward
 
 
-def _all_at_once(model: Any, views: dict[str, Flat]) -> dict[str, torch.Tensor]:
-    """Every view's rows through the model together."""
-    flats = list(views.values())
-    source, target = (torch.cat([flat[part] for flat in flats]) for part in ("source", "target"))
-    reading, writing = ([n for flat in flats for n in flat[part].tolist()] for part in ("source_lengths", "target_lengths"))
-    logits = logits_of(model, source, reading, target, writing)
-    parts = torch.split(logits, [len(flat["target"]) for flat in flats])
-    return {name: summed_nll(part, flat["target"]) for (name, flat), part in zip(views.items(), parts, strict=True)}
+def _all_at_once(model: Any, batch: dict[str, Flat], starts: Mapping[str, int], *, one_input: bool) -> dict[str, torch.Tensor]:
+    """Every view's rows through the model together; where views read the same, each row is encoded once."""
+    flats = list(batch.values())
+    target = torch.cat([flat["target"] for flat in flats])
+    writing = [n for flat in flats for n in flat["target_lengths"].tolist()]
+    if one_input:
+        reading: dict[int, int] = {}
+        source: list[torch.Tensor] = []
+        parts = []
+        for name, flat in batch.items():
+            rows = flat["rows"].tolist()
+            inputs = torch.split(flat["source"], flat["source_lengths"].tolist())
+            for row, ids in zip(rows, inputs, strict=True):
+                if row not in reading:
+                    reading[row] = len(source)
+                    source.append(ids)
+            parts.append(Part([reading[row] for row in rows], starts[name]))
+    else:
+        source = [ids for flat in flats for ids in torch.split(flat["source"], flat["source_lengths"].tolist())]
+        first = [0, *itertools.accumulate(len(flat["rows"]) for flat in flats)]
+        parts = [Part(range(first[i], first[i + 1]), starts[name]) for i, name in enumerate(batch)]
+    logits = logits_of(model, torch.cat(source), [len(ids) for ids in source], target, writing, parts)
+    found = torch.split(logits, [len(flat["target"]) for flat in flats])
+    return {name: summed_nll(part, flat["target"]) for (name, flat), part in zip(batch.items(), found, strict=True)}

@@ -131,20 +131,43 @@ def is_supported(model: Any) -> bool:
     return type(inner).__name__ in ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
 
-def logits_of(model: Any, source: Tensor, reading: Sequence[int], target: Tensor, writing: Sequence[int]) -> Tensor:
-    """source (N,) and target (M,) ids, rows of the given lengths one after another -> logits (M, V), teacher-forced."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Target rows that follow one another: the source row that each reads (no two the same), and the token they start with."""
+
+    reads: Sequence[int]
+    start: int
+
+
+def logits_of(
+    model: Any, source: Tensor, reading: Sequence[int], target: Tensor, writing: Sequence[int], parts: Sequence[Part]
+) -> Tensor:
+    """source (N,) and target (M,) ids, rows of the given lengths one after another -> logits (M, V), teacher-forced.
+
+    ``parts`` are the target rows in their order; rows of different parts may read the same source row, encoded once.
+    """
     config, device = model.config, source.device
     read_at, write_at = _starts(reading), _starts(writing)
     by_reading = sorted(range(len(reading)), key=reading.__getitem__)
-    by_writing = sorted(range(len(writing)), key=lambda i: (writing[i], reading[i]))
-    bounds = cut([writing[i] for i in by_writing])
     inner = _move(lay_out(reading, read_at, by_reading, cut([reading[i] for i in by_reading])), device)
-    outer = _move(lay_out(writing, write_at, by_writing, bounds), device)
-    across = _move(lay_out(reading, read_at, by_writing, bounds), device)
+    reads = [row for part in parts for row in part.reads]
+    begins = [part.start for part in parts for _ in part.reads]
+    lengths, places = [reading[row] for row in reads], [read_at[row] for row in reads]
+    order: list[int] = []
+    bounds: list[slice] = []
+    across = []
+    for part in parts:
+        first = len(order)
+        rows = sorted(range(first, first + len(part.reads)), key=lambda i: (writing[i], lengths[i]))
+        own = cut([writing[i] for i in rows])
+        across.append(_move(lay_out(lengths, places, rows, own), device))
+        order += rows
+        bounds += [slice(first + one.start, first + one.stop) for one in own]
+    outer = _move(lay_out(writing, write_at, order, bounds), device)
     shifted = target.roll(1)
-    shifted[torch.tensor(write_at, device=device)] = config.decoder_start_token_id
+    shifted[torch.tensor(write_at, device=device)] = torch.tensor(begins, device=device)
 
-    memory = _stack(model.encoder, source, inner, None, None)
+    memory = _stack(model.encoder, source, inner, None, ())
     hidden = _stack(model.decoder, shifted, outer, memory, across)
     if getattr(config, "scale_decoder_outputs", False):
         hidden = hidden * (model.model_dim**-0.5)
@@ -167,17 +190,17 @@ def _move(layout: Layout, device: Any) -> Layout:
     return Layout(layout.tokens.to(device), layout.inside.to(device), layout.places, groups)
 
 
-def _stack(stack: Any, ids: Tensor, own: Layout, memory: Tensor | None, across: Layout | None) -> Tensor:
-    """ids (N,) -> (N, D): a T5 encoder, or a decoder over ``memory`` (M, D) laid out as ``across``."""
+def _stack(stack: Any, ids: Tensor, own: Layout, memory: Tensor | None, across: Sequence[Layout]) -> Tensor:
+    """ids (N,) -> (N, D): a T5 encoder, or a decoder over ``memory`` (M, D), whose layouts ``across`` are in own's order."""
     p, training = stack.config.dropout_rate, stack.training
     hidden = dropout(stack.embed_tokens(ids), p, training)
     biases = _biases(stack.block[0].layer[0].SelfAttention, own, causal=memory is not None)
-    masks = [] if across is None else [_mask(keys.real, hidden.dtype)[:, None, None] for keys in across.groups]
+    masks = [_mask(keys.real, hidden.dtype)[:, None, None] for layout in across for keys in layout.groups]
 
     def block(layers: Any, hidden: Tensor) -> Tensor:
-        seen = _attention(layers[0].SelfAttention, layers[0].layer_norm(hidden), None, own, own, biases, p, training)
+        seen = _attention(layers[0].SelfAttention, layers[0].layer_norm(hidden), None, own, (), biases, p, training)
         hidden = hidden + dropout(seen, p, training)
-        if memory is not None and across is not None:
+        if memory is not None:
             asked = layers[1].layer_norm(hidden)
             seen = _attention(layers[1].EncDecAttention, asked, memory, own, across, masks, p, training)
             hidden = hidden + dropout(seen, p, training)
@@ -217,32 +240,33 @@ def _attention(
     x: Tensor,
     memory: Tensor | None,
     queries: Layout,
-    keys: Layout,
+    keys: Sequence[Layout],
     biases: Sequence[Tensor],
     p: float,
     training: bool,
 ) -> Tensor:
-    """x (N, D), seeing ``memory`` (M, D) or x itself -> (N, D). T5 does not scale its scores."""
+    """x (N, D), seeing ``memory`` (M, D), laid out as ``keys``, or x itself -> (N, D). T5 does not scale its scores."""
     width = module.n_heads * module.key_value_proj_dim
 
-    def heads(projections: Sequence[Any], tokens: Tensor, layout: Layout) -> list[Sequence[Tensor]]:
-        """tokens (M, D) -> for each group its projections, each (B, H, S, K).
+    def heads(projected: Tensor, layout: Layout) -> list[Sequence[Tensor]]:
+        """projected (M, n·width), n projections side by side -> for each group all n, each (B, H, S, K).
 
         Cut by split and unbind, whose gradients are put together in one piece; slices would each fill a whole one with zeros.
         """
-        padded = _Pad.apply(_linear(projections, tokens), layout.tokens, layout.inside, layout.places)
+        padded = _Pad.apply(projected, layout.tokens, layout.inside, layout.places)
         parts = torch.split(padded, [group.rows * group.size for group in layout.groups])
-        shape = (len(projections), module.n_heads, module.key_value_proj_dim)
+        shape = (projected.shape[1] // width, module.n_heads, module.key_value_proj_dim)
         return [
             part.view(group.rows, group.size, *shape).permute(2, 0, 3, 1, 4).unbind()
             for part, group in zip(parts, layout.groups, strict=True)
         ]
 
     if memory is None:
-        sides = heads((module.q, module.k, module.v), x, queries)
+        sides = heads(_linear((module.q, module.k, module.v), x), queries)
     else:
-        asked, told = heads((module.q,), x, queries), heads((module.k, module.v), memory, keys)
-        sides = [(*q, *kv) for q, kv in zip(asked, told, strict=True)]
+        known = _linear((module.k, module.v), memory)
+        told = [pair for layout in keys for pair in heads(known, layout)]
+        sides = [(*query, *pair) for query, pair in zip(heads(module.q(x), queries), told, strict=True)]
     parts = []
     for (query, key, value), bias in zip(sides, biases, strict=True):
         weights = dropout(torch.softmax(torch.matmul(query, key.transpose(2, 3)) + bias, dim=-1), p, training)

@@ -57,6 +57,21 @@ def test_one_sequence_students_train_and_answer(annotated: Callable[..., Recipe]
     assert "rationale-then-label_loss" in json.loads(line)
 
 
+def test_a_student_told_its_task_by_the_decoders_start_labels_and_explains(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = annotated(
+        "train.methods=step-by-step", "train.task_token=decoder", "train.max_steps=120", "train.eval_every=60",
+        "train.learning_rate=0.003", "student.dropout=0",
+    )  # fmt: skip
+    train(recipe, out=tmp_path / "run")
+    student = Student.load(tmp_path / "run" / "train" / "step-by-step-gold-s0")
+    assert student.card.prefixes == {"label": "", "rationale": ""} and student.card.starts["rationale"] == "eos"
+    answer = student.predict(["My parcel number 3 is wrong."], rationale=True)[0]
+    assert answer.label == "shipping"
+    assert answer.rationale is not None and answer.rationale.startswith("The message is about")
+
+
 def test_parts_of_the_data_nest_and_have_students_of_their_own(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = annotated("train.methods=finetune", "train.subset=[0.25, 0.5, 1.0]", "train.max_steps=2")
     data = gather(recipe, make_task(recipe.task), tmp_path / "run", grid(recipe.train))

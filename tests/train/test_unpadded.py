@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from dsbs.train.encode import collate, pad
+from dsbs.recipe import TrainSection
+from dsbs.train.encode import Encoded, collate, pad
+from dsbs.train.methods import METHODS
 from dsbs.train.trainer import speak
-from dsbs.train.unpadded import dropout, is_supported, logits_of
+from dsbs.train.unpadded import Part, dropout, is_supported, logits_of
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0,
@@ -47,14 +49,14 @@ def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
         model.gradient_checkpointing_enable()
     assert is_supported(model)
     for target, flat in collate(ROWS).items():
-        batch = pad(flat, 0)
+        batch = pad(flat, 0, start=3)
         reading, writing = flat["source_lengths"].tolist(), flat["target_lengths"].tolist()
         model.zero_grad()
         expected = model(**batch, use_cache=False).logits[batch["labels"] != -100]
         (expected**2).mean().backward()
         theirs = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
-        ours = logits_of(model, flat["source"], reading, flat["target"], writing)
+        ours = logits_of(model, flat["source"], reading, flat["target"], writing, [Part(range(len(reading)), start=3)])
         assert torch.allclose(ours, expected, atol=1e-10), target
         (ours**2).mean().backward()
         for n, p in model.named_parameters():
@@ -62,17 +64,67 @@ def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
                 assert torch.allclose(p.grad, theirs[n], atol=1e-10), (target, n)
 
 
-def test_both_views_at_once_give_each_its_own_sum() -> None:
+@pytest.mark.parametrize("task_token", ["prefix", "decoder"])
+def test_both_views_at_once_give_each_its_own_sum_and_gradient(task_token: str) -> None:
     together, apart = t5(), t5()
-    speak(together, without_padding=True)
-    speak(apart, without_padding=False)
-    batch = collate(ROWS)
-    ours, theirs = together(views=batch), apart(views=batch)
+    views = METHODS["step-by-step"].views(TrainSection(task_token=task_token))  # type: ignore[arg-type]
+    speak(together, views, without_padding=True)
+    speak(apart, views, without_padding=False)
+    rows: list[Encoded] = ROWS
+    if task_token == "decoder":  # both views read the same
+        rows = [{name: (row["label"][0], target) for name, (_, target) in row.items()} for row in ROWS]
+    batch = collate(rows)
+    ours, theirs = together(batch=batch), apart(batch=batch)
     assert set(ours) == set(theirs) == {"label", "rationale"}
     for name in ours:
         assert float(ours[name].detach()) == pytest.approx(float(theirs[name].detach()), rel=1e-6)
-    padded = pad(batch["label"], 0)
-    assert together(**padded).loss is not None, "what is not about views is answered as before"
+    for sums in (ours, theirs):
+        (sums["label"] + 0.3 * sums["rationale"]).backward()
+    theirs_by_name = dict(apart.named_parameters())
+    for name, parameter in together.named_parameters():
+        assert torch.allclose(parameter.grad, theirs_by_name[name].grad, rtol=1e-5, atol=1e-5), name
+    assert together(**pad(batch["label"], 0, start=0)).loss is not None, "what is not about views is answered as before"
+
+
+def test_the_decoders_start_tells_the_tasks_apart() -> None:
+    model = t5()
+    views = METHODS["step-by-step"].views(TrainSection(task_token="decoder"))
+    speak(model, views, without_padding=True)
+    same = collate([{"label": ([4, 5], [7, 1]), "rationale": ([4, 5], [7, 1])}])
+    found = model(batch=same)
+    assert float(found["label"].detach()) != pytest.approx(float(found["rationale"].detach()), rel=1e-3)
+
+
+def test_rows_that_read_the_same_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = t5(), []
+    monkeypatch.setattr(model.encoder.embed_tokens, "forward", _counting(model.encoder.embed_tokens.forward, seen))
+    for token, factor in (("prefix", 2), ("decoder", 1)):
+        fresh = collate([{"label": ([4, 5, 6], [7, 1]), "rationale": ([4, 5, 6], [8, 9, 1])}])
+        seen.clear()
+        model.forward = type(model).forward.__get__(model)
+        views = METHODS["step-by-step"].views(TrainSection(task_token=token))  # type: ignore[arg-type]
+        speak(model, views, without_padding=True)
+        model(batch=fresh)
+        assert sum(seen) == factor * 3
+
+
+def _counting(forward: Any, seen: list[int]) -> Any:
+    return lambda ids: (seen.append(len(ids)), forward(ids))[1]
+
+
+@pytest.mark.parametrize("p", [0.2, 0.0])
+def test_a_mask_for_relu_and_dropout_together(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(300, 700, requires_grad=True)
+    made = dropout(x, p, True, rectified=True)
+    kept = made.detach() != 0
+    assert not (kept & (x.detach() <= 0)).any()
+    assert float(kept.float().mean()) == pytest.approx((1 - p) / 2, abs=0.005)
+    scale = made.detach()[kept] / x.detach()[kept]
+    assert torch.allclose(scale, torch.full_like(scale, 1 / (1 - p)), rtol=1e-4)
+    made.sum().backward()
+    assert torch.allclose(x.grad[kept], scale) and (x.grad[~kept] == 0).all()
+    assert torch.equal(dropout(x, p, False, rectified=True), torch.relu(x))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.0])
@@ -88,7 +140,7 @@ def test_dropout_keeps_its_share_and_the_mean(p: float) -> None:
     assert float(pairs) == pytest.approx((1 - p) ** 2, abs=0.004)
     made.sum().backward()
     assert torch.equal(x.grad, made.detach()), "what was dropped learns nothing"
-    assert dropout(x, p, False) is x
+    assert torch.equal(dropout(x, p, False), x)
 
 
 def test_dropout_follows_the_seed() -> None:
