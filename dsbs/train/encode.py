@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotations import annotation_file, load_annotations
+from dsbs.artefacts import digest
 from dsbs.errors import UserError
 from dsbs.recipe import LabelSource, Recipe
 from dsbs.records import Annotation, Example
@@ -22,21 +23,23 @@ from dsbs.train.select import select
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training row: the student's input without prefix, its targets (None: this row does not teach it)."""
+    """One training row: the student's input without prefix, its targets (None, or no rationale: this row does not teach it)."""
 
     id: str
     text: str
     gold: str | None
     teacher: str | None
-    rationale: str | None
-    hinted: bool = False  # the rationale leads to the gold label, not to the teacher's own
+    rationales: tuple[str, ...] = ()
+    hinted: bool = False  # the rationales lead to the gold label, not to the teacher's own
 
     def label(self, source: LabelSource) -> str | None:
         return self.gold if source == "gold" else self.teacher
 
-    def target(self, target: Target, source: LabelSource) -> str | None:
-        """What a view of this row is to write; a rationale only beside the label that it leads to."""
-        return compose(target, self.label(source), None if self.hinted and source == "teacher" else self.rationale)
+    def targets(self, target: Target, source: LabelSource) -> list[str]:
+        """What a view of this row is to write, in as many ways as there are; a rationale only beside the label it leads to."""
+        usable = () if target == "label" or (self.hinted and source == "teacher") else self.rationales
+        texts = [compose(target, self.label(source), rationale) for rationale in usable or (None,)]
+        return [text for text in texts if text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
     chosen = select(known, recipe.train.select, task)
     own_must_agree = recipe.train.select.agree_gold
     rows = [
-        _row(task, example, chosen.get(example.id), own_must_agree=own_must_agree)
+        _row(task, example, chosen.get(example.id), recipe.train.rationales, own_must_agree=own_must_agree)
         for example in examples
         if not is_held_out(recipe, example)
     ]
@@ -92,7 +95,7 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
                 if cell.labels == "gold"
                 else "look at the annotations' reject_reason, and at train.select",
             )
-        if METHODS[cell.method].needs_rationales and not any(row.rationale for row in rows):
+        if METHODS[cell.method].needs_rationales and not any(row.rationales for row in rows):
             raise UserError(
                 "no train row has a usable rationale", hint="look at the annotations' reject_reason, and at train.select"
             )
@@ -121,9 +124,11 @@ def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict
         return {}
 
 
-def _row(task: Task, example: Example, annotation: Annotation | None, *, own_must_agree: bool = False) -> Row:
+def _row(
+    task: Task, example: Example, annotation: Annotation | None, which: str = "chosen", *, own_must_agree: bool = False
+) -> Row:
     if annotation is None or not annotation.accepted:
-        return Row(example.id, task.text(example.input), example.label, None, None)
+        return Row(example.id, task.text(example.input), example.label, None)
     own = annotation.own_label
     if own_must_agree and (own is None or example.label is None or not task.correct(own, example.label)):
         own = None  # a hinted row passes select by its gold label; the teacher's own is another
@@ -132,9 +137,22 @@ def _row(task: Task, example: Example, annotation: Annotation | None, *, own_mus
         text=task.text(example.input),
         gold=example.label,
         teacher=own,
-        rationale=annotation.rationale,
+        rationales=tuple(_rationales(annotation, task))[: 1 if which == "chosen" else None],
         hinted=annotation.provenance == "hinted",
     )
+
+
+def _rationales(annotation: Annotation, task: Task) -> list[str]:
+    """The annotation's rationale, then those of its other samples that came to the same label without a flaw, each once."""
+    if annotation.rationale is None or annotation.label is None:
+        return []
+    found = {annotation.rationale: None}
+    for sample in annotation.samples:
+        if sample.rationale is None or sample.reason is not None or sample.label is None:
+            continue
+        if sample.hinted == (annotation.provenance == "hinted") and task.correct(sample.label, annotation.label):
+            found[sample.rationale] = None
+    return list(found)
 
 
 def vocabulary_text(data: Data) -> Iterator[str]:
@@ -147,7 +165,7 @@ def vocabulary_text(data: Data) -> Iterator[str]:
     yield from data.teacher_words
 
 
-Encoded = dict[str, tuple[list[int], list[int]]]  # target of a view -> (input ids, target ids)
+Encoded = dict[str, list[tuple[list[int], list[int]]]]  # target of a view -> (input ids, target ids), as many as it may write
 
 
 class Encoder:
@@ -161,13 +179,13 @@ class Encoder:
         """Rows that teach at least one view. A view whose target is missing from a row is left out of it."""
         encoded: list[Encoded] = [{} for _ in rows]
         for view in views:
-            targets = [row.target(view.target, labels) for row in rows]
+            targets = [row.targets(view.target, labels) for row in rows]
             # without the label that it explains, a rationale teaches the wrong task; with λ = 0 it teaches nothing
-            chosen = [i for i, t in enumerate(targets) if t and rows[i].label(labels) and view.weight > 0]
+            chosen = [i for i, texts in enumerate(targets) if texts and rows[i].label(labels) and view.weight > 0]
             inputs = self._ids([view.prefix + rows[i].text for i in chosen], self._max_input)
-            outputs = self._ids([str(targets[i]) for i in chosen], self._max_target)
-            for i, source, target in zip(chosen, inputs, outputs, strict=True):
-                encoded[i][view.target] = (source, target)
+            outputs = iter(self._ids([text for i in chosen for text in targets[i]], self._max_target))
+            for i, source in zip(chosen, inputs, strict=True):
+                encoded[i][view.target] = [(source, next(outputs)) for _ in targets[i]]
         return [row for row in encoded if row]
 
     def _ids(self, texts: list[str], limit: int) -> list[list[int]]:
@@ -175,6 +193,24 @@ class Encoder:
             return []
         ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
         return ids
+
+
+class Drawn:
+    """Rows of which each view that may write several targets writes one, drawn anew in each epoch.
+
+    The draw depends on seed, epoch and row alone, so that a resumed training draws as an undisturbed one.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], seed: int) -> None:
+        self._rows, self._seed = rows, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Encoded:
+        draw = int(digest(f"{self._seed}:{self.epoch}:{i}")[:15], 16)
+        return {name: [pairs[draw % len(pairs)]] for name, pairs in self._rows[i].items()}
 
 
 def encoded_hash(rows: Sequence[Encoded]) -> str:
@@ -189,15 +225,19 @@ Flat = dict[str, Any]
 
 
 def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
-    """Rows -> ``{target: Flat}`` of the views that they teach, without padding; B differs between views."""
+    """Rows -> ``{target: Flat}`` of the views that they teach, without padding; B differs between views.
+
+    Where a row has several targets, all rows' first ones come first, then their second ones.
+    """
     import torch
 
     batch = {}
     for name in sorted({name for row in rows for name in row}):
-        here = [i for i, row in enumerate(rows) if name in row]
-        pairs = [rows[i][name] for i in here]
+        most = max(len(row.get(name, ())) for row in rows)
+        here = [(k, i) for k in range(most) for i, row in enumerate(rows) if k < len(row.get(name, ()))]
+        pairs = [rows[i][name][k] for k, i in here]
         batch[name] = {
-            "rows": torch.tensor(here),
+            "rows": torch.tensor([i for _, i in here]),
             "source": torch.tensor([token for source, _ in pairs for token in source]),
             "source_lengths": torch.tensor([len(source) for source, _ in pairs]),
             "target": torch.tensor([token for _, target in pairs for token in target]),

@@ -19,7 +19,7 @@ from dsbs.records import TrainedStudent, Unread
 from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, start_token, take_apart, tokenizer_hash
 from dsbs.tasks import make_task
 from dsbs.tasks.load import stream, survey
-from dsbs.train.encode import Data, Encoded, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
+from dsbs.train.encode import Data, Drawn, Encoded, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
 from dsbs.train.methods import METHODS, View, grid
 from dsbs.train.processes import leads, wait, world
 from dsbs.train.tune import RECORD, Job, Tuner, adopt, trial_jobs
@@ -76,7 +76,7 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     lines = []
     for cell in cells:
         taught = [row for row in data.part(cell.subset) if row.label(cell.labels)]
-        with_rationale = sum(1 for row in taught if row.rationale) if METHODS[cell.method].needs_rationales else 0
+        with_rationale = sum(len(row.rationales) for row in taught) if METHODS[cell.method].needs_rationales else 0
         lines.append(
             {
                 "name": cell.name,
@@ -212,7 +212,7 @@ class _Cell:
         import torch
         from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
 
-        from dsbs.train.callbacks import Follow, Patience, is_exhausted, tensorboard
+        from dsbs.train.callbacks import Draw, Follow, Patience, is_exhausted, tensorboard
         from dsbs.train.trainer import StepTrainer
 
         section, seed = self.recipe.train, self.cell.seed
@@ -256,10 +256,11 @@ class _Cell:
         wait()
         resume = last_checkpoint(self.checkpoints)
         follow = Follow(self.folder / "metrics.jsonl", meter, len(self.data.valid), resume)
+        rows = Drawn(self.rows, seed) if section.rationales == "drawn" else self.rows
         trainer = StepTrainer(
             model=model,
             args=arguments,
-            train_dataset=self.rows,
+            train_dataset=rows,
             eval_dataset=self.valid,
             data_collator=collate,
             views=self.views,
@@ -268,6 +269,7 @@ class _Cell:
             callbacks=[
                 follow,
                 Patience(section.patience),
+                *([Draw(rows)] if isinstance(rows, Drawn) else []),
                 *(tensorboard(self.folder) if self.recipe.report.tensorboard else ()),
             ],
         )
@@ -340,7 +342,7 @@ class _Cell:
         size = self.recipe.eval.batch_size
         total, tokens = 0.0, 0
         name, start = self.views[0].target, start_token(student.model.config, self.views[0].start)
-        rows = sorted(self.valid, key=lambda row: len(row[name][0]))
+        rows = sorted(self.valid, key=lambda row: len(row[name][0][0]))
         with torch.inference_mode():
             for start in range(0, len(rows), size):
                 flat = collate(rows[start : start + size])[name]
@@ -392,7 +394,7 @@ class _Cell:
                 "selection": state.best_metric,
                 "trials": [asdict(trial) for trial in self.job.trials],
                 "rows": len(self.rows),
-                "rationales": sum(1 for row in self.data.part(self.cell.subset) if row.rationale)
+                "rationales": sum(len(row.rationales) for row in self.data.part(self.cell.subset))
                 if self.needs_rationales
                 else 0,
                 "valid_rows": len(self.data.valid),
