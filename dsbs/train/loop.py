@@ -342,8 +342,8 @@ class _Cell:
         name, start = self.views[0].target, start_token(student.model.config, self.views[0].start)
         rows = sorted(self.valid, key=lambda row: len(row[name][0]))
         with torch.inference_mode():
-            for start in range(0, len(rows), size):
-                flat = collate(rows[start : start + size])[name]
+            for first in range(0, len(rows), size):
+                flat = collate(rows[first : first + size])[name]
                 padded = pad(flat, self.tokenizer.pad_token_id, start)
                 batch = {k: v.to(student.model.device) for k, v in padded.items()}
                 total += float(summed_nll(student.model(**batch).logits, batch["labels"]))
