@@ -6,7 +6,10 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dsbs.annotations import annotation_file, load_annotations
 from dsbs.errors import UserError
@@ -18,6 +21,7 @@ from dsbs.tasks.load import is_held_out, load, position
 from dsbs.train.losses import IGNORED
 from dsbs.train.methods import METHODS, Cell, View
 from dsbs.train.select import select
+from dsbs.train.tokens import Ids, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,40 +151,63 @@ def vocabulary_text(data: Data) -> Iterator[str]:
     yield from data.teacher_words
 
 
-Encoded = dict[str, tuple[list[int], list[int]]]  # target of a view -> (input ids, target ids)
+Encoded = dict[str, tuple[Ids, Ids]]  # target of a view -> (input ids, target ids)
+_NONE = -1  # in place of a place: the row does not teach this view
+
+
+class EncodedRows(Sequence[Encoded]):
+    """A student's rows. ``places`` holds for each view, (rows, 2), where the tokens of a row's input and target are."""
+
+    def __init__(self, tokens: Tokens, places: dict[str, NDArray[np.int32]]) -> None:
+        self._tokens = tokens
+        taught = np.any([pair[:, 0] != _NONE for pair in places.values()], axis=0)
+        self._places = {name: pair[taught] for name, pair in places.items()}
+        self._count = int(taught.sum())
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, row: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Encoded]: ...
+    def __getitem__(self, row: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        pairs = ((name, pair[row]) for name, pair in self._places.items())
+        return {name: (self._tokens[pair[0]], self._tokens[pair[1]]) for name, pair in pairs if pair[0] != _NONE}
 
 
 class Encoder:
-    """Tokenises rows for one student's views, each text once."""
+    """Makes rows into what one student's views read and write."""
 
-    def __init__(self, tokenizer: Any, max_input_tokens: int, max_target_tokens: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokens: Tokens, max_input_tokens: int, max_target_tokens: int) -> None:
+        self._tokens = tokens
         self._max_input, self._max_target = max_input_tokens, max_target_tokens
 
-    def rows(self, rows: Sequence[Row], views: Sequence[View], labels: LabelSource) -> list[Encoded]:
+    def rows(self, rows: Sequence[Row], views: Sequence[View], labels: LabelSource) -> EncodedRows:
         """Rows that teach at least one view. A view whose target is missing from a row is left out of it."""
-        encoded: list[Encoded] = [{} for _ in rows]
+        places: dict[str, NDArray[np.int32]] = {}
         for view in views:
             targets = [row.target(view.target, labels) for row in rows]
             # without the label that it explains, a rationale teaches the wrong task; with λ = 0 it teaches nothing
             chosen = [i for i, t in enumerate(targets) if t and rows[i].label(labels) and view.weight > 0]
-            inputs = self._ids([view.prefix + rows[i].text for i in chosen], self._max_input)
-            outputs = self._ids([str(targets[i]) for i in chosen], self._max_target)
-            for i, source, target in zip(chosen, inputs, outputs, strict=True):
-                encoded[i][view.target] = (source, target)
-        return [row for row in encoded if row]
-
-    def _ids(self, texts: list[str], limit: int) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
-        return ids
+            pair = np.full((len(rows), 2), _NONE, np.int32)
+            pair[chosen, 0] = self._tokens.places(view.prefix, [rows[i].text for i in chosen], self._max_input)
+            pair[chosen, 1] = self._tokens.places("", [str(targets[i]) for i in chosen], self._max_target)
+            places[view.target] = pair
+        return EncodedRows(self._tokens, places)
 
 
 def encoded_hash(rows: Sequence[Encoded]) -> str:
     state = hashlib.sha256()
     for row in rows:
-        state.update(repr(sorted(row.items())).encode())
+        plain = sorted(
+            (name, (np.asarray(source).tolist(), np.asarray(target).tolist())) for name, (source, target) in row.items()
+        )
+        state.update(repr(plain).encode())
     return state.hexdigest()
 
 
@@ -198,9 +225,9 @@ def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
         pairs = [rows[i][name] for i in here]
         batch[name] = {
             "rows": torch.tensor(here),
-            "source": torch.tensor([token for source, _ in pairs for token in source]),
+            "source": torch.from_numpy(np.concatenate([source for source, _ in pairs]).astype(np.int64)),
             "source_lengths": torch.tensor([len(source) for source, _ in pairs]),
-            "target": torch.tensor([token for _, target in pairs for token in target]),
+            "target": torch.from_numpy(np.concatenate([target for _, target in pairs]).astype(np.int64)),
             "target_lengths": torch.tensor([len(target) for _, target in pairs]),
         }
     return batch
