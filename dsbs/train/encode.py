@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dsbs.annotations import annotation_file, load_annotations
 from dsbs.artefacts import digest
@@ -19,6 +22,7 @@ from dsbs.tasks.load import is_held_out, load, position
 from dsbs.train.losses import IGNORED
 from dsbs.train.methods import METHODS, Cell, View
 from dsbs.train.select import select
+from dsbs.train.tokens import Ids, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,34 +169,65 @@ def vocabulary_text(data: Data) -> Iterator[str]:
     yield from data.teacher_words
 
 
-Encoded = dict[str, list[tuple[list[int], list[int]]]]  # target of a view -> (input ids, target ids), as many as it may write
+Encoded = dict[str, list[tuple[Ids, Ids]]]  # target of a view -> (input ids, target ids), as many as it may write
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """What one view is taught: ``pairs`` (P, 2), places of inputs' and targets' tokens; row i has ends[i] to ends[i + 1]."""
+
+    pairs: NDArray[np.int32]
+    ends: NDArray[np.int64]
+
+
+class EncodedRows(Sequence[Encoded]):
+    """A student's rows: those that teach at least one view."""
+
+    def __init__(self, tokens: Tokens, views: Mapping[str, Taught]) -> None:
+        self._tokens, self._views = tokens, views
+        counts = sum(np.diff(taught.ends) for taught in views.values())
+        self._rows = np.flatnonzero(counts)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, row: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Encoded]: ...
+    def __getitem__(self, row: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        i = self._rows[row]
+        found = {name: taught.pairs[taught.ends[i] : taught.ends[i + 1]] for name, taught in self._views.items()}
+        return {
+            name: [(self._tokens[source], self._tokens[target]) for source, target in pairs]
+            for name, pairs in found.items()
+            if len(pairs)
+        }
 
 
 class Encoder:
-    """Tokenises rows for one student's views, each text once."""
+    """Makes rows into what one student's views read and write."""
 
-    def __init__(self, tokenizer: Any, max_input_tokens: int, max_target_tokens: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokens: Tokens, max_input_tokens: int, max_target_tokens: int) -> None:
+        self._tokens = tokens
         self._max_input, self._max_target = max_input_tokens, max_target_tokens
 
-    def rows(self, rows: Sequence[Row], views: Sequence[View], labels: LabelSource) -> list[Encoded]:
+    def rows(self, rows: Sequence[Row], views: Sequence[View], labels: LabelSource) -> EncodedRows:
         """Rows that teach at least one view. A view whose target is missing from a row is left out of it."""
-        encoded: list[Encoded] = [{} for _ in rows]
+        taught: dict[str, Taught] = {}
         for view in views:
             targets = [row.targets(view.target, labels) for row in rows]
             # without the label that it explains, a rationale teaches the wrong task; with λ = 0 it teaches nothing
             chosen = [i for i, texts in enumerate(targets) if texts and rows[i].label(labels) and view.weight > 0]
-            inputs = self._ids([view.prefix + rows[i].text for i in chosen], self._max_input)
-            outputs = iter(self._ids([text for i in chosen for text in targets[i]], self._max_target))
-            for i, source in zip(chosen, inputs, strict=True):
-                encoded[i][view.target] = [(source, next(outputs)) for _ in targets[i]]
-        return [row for row in encoded if row]
-
-    def _ids(self, texts: list[str], limit: int) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
-        return ids
+            counts = np.zeros(len(rows), np.int64)
+            counts[chosen] = [len(targets[i]) for i in chosen]
+            inputs = self._tokens.places(view.prefix, [rows[i].text for i in chosen], self._max_input)
+            outputs = self._tokens.places("", [text for i in chosen for text in targets[i]], self._max_target)
+            pairs = np.stack([np.repeat(inputs, counts[chosen]), outputs], axis=1)
+            taught[view.target] = Taught(pairs, np.concatenate([[0], np.cumsum(counts)]))
+        return EncodedRows(self._tokens, taught)
 
 
 class Drawn:
@@ -216,7 +251,10 @@ class Drawn:
 def encoded_hash(rows: Sequence[Encoded]) -> str:
     state = hashlib.sha256()
     for row in rows:
-        state.update(repr(sorted(row.items())).encode())
+        for name, pairs in sorted(row.items()):
+            plain = [(np.asarray(source).tolist(), np.asarray(target).tolist()) for source, target in pairs]
+            state.update(repr((name, plain)).encode())
+        state.update(b";")
     return state.hexdigest()
 
 
@@ -238,9 +276,9 @@ def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
         pairs = [rows[i][name][k] for k, i in here]
         batch[name] = {
             "rows": torch.tensor([i for _, i in here]),
-            "source": torch.tensor([token for source, _ in pairs for token in source]),
+            "source": torch.from_numpy(np.concatenate([source for source, _ in pairs]).astype(np.int64)),
             "source_lengths": torch.tensor([len(source) for source, _ in pairs]),
-            "target": torch.tensor([token for _, target in pairs for token in target]),
+            "target": torch.from_numpy(np.concatenate([target for _, target in pairs]).astype(np.int64)),
             "target_lengths": torch.tensor([len(target) for _, target in pairs]),
         }
     return batch

@@ -19,9 +19,10 @@ from dsbs.records import TrainedStudent, Unread
 from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, start_token, take_apart, tokenizer_hash
 from dsbs.tasks import make_task
 from dsbs.tasks.load import stream, survey
-from dsbs.train.encode import Data, Drawn, Encoded, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
+from dsbs.train.encode import Data, Drawn, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
 from dsbs.train.methods import METHODS, View, grid
 from dsbs.train.processes import leads, wait, world
+from dsbs.train.tokens import Tokens
 from dsbs.train.tune import RECORD, Job, Tuner, adopt, trial_jobs
 
 
@@ -62,9 +63,12 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
             resolved = recipe.model_dump(mode="json")
             record = stack.enter_context(manifest(run / "train" / "manifest.json", resolved, hashes))
         tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
-        tuner = Tuner(recipe, run, lambda trial: _Cell(recipe, trial, data, tokenizer).run(meter))
-        students = [_Cell(recipe, tuner.job(cell), data, tokenizer).run(meter) for cell in cells]
+        tokens = Tokens(tokenizer, run / "train" / "tokens", meter)
+        tuner = Tuner(recipe, run, lambda trial: _Cell(recipe, trial, data, tokenizer, tokens).run(meter))
+        students = [_Cell(recipe, tuner.job(cell), data, tokenizer, tokens).run(meter) for cell in cells]
         record["students"] = [student.name for student in students]
+        if leads():
+            tokens.sweep()
     return TrainResult(run, students, reportable=recipe.task.limit is None)
 
 
@@ -122,16 +126,16 @@ def _check_precision(recipe: Recipe) -> None:
 class _Cell:
     """One student's training, from encoding to the saved folder."""
 
-    def __init__(self, recipe: Recipe, job: Job, data: Data, tokenizer: Any) -> None:
+    def __init__(self, recipe: Recipe, job: Job, data: Data, tokenizer: Any, tokens: Tokens) -> None:
         cell = job.cell
         self.settings = recipe.training  # as the run's recipe has it; what tuning chose comes on top
         recipe = recipe.model_copy(update={"train": job.section})
         self.recipe, self.job, self.cell, self.data, self.tokenizer = recipe, job, cell, data, tokenizer
         self.views: tuple[View, ...] = METHODS[cell.method].views(recipe.train)
         student = recipe.student
-        encoder = Encoder(tokenizer, student.max_input_tokens, student.max_target_tokens)
-        self.rows: list[Encoded] = encoder.rows(data.part(cell.subset), self.views, cell.labels)
-        self.valid: list[Encoded] = encoder.rows(data.valid, self.views[:1], data.valid_labels)
+        encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens)
+        self.rows = encoder.rows(data.part(cell.subset), self.views, cell.labels)
+        self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
         self.needs_rationales = METHODS[cell.method].needs_rationales
         self.folder = job.folder
         self.checkpoints = self.folder / "checkpoints"
@@ -344,8 +348,8 @@ class _Cell:
         name, start = self.views[0].target, start_token(student.model.config, self.views[0].start)
         rows = sorted(self.valid, key=lambda row: len(row[name][0][0]))
         with torch.inference_mode():
-            for start in range(0, len(rows), size):
-                flat = collate(rows[start : start + size])[name]
+            for first in range(0, len(rows), size):
+                flat = collate(rows[first : first + size])[name]
                 padded = pad(flat, self.tokenizer.pad_token_id, start)
                 batch = {k: v.to(student.model.device) for k, v in padded.items()}
                 total += float(summed_nll(student.model(**batch).logits, batch["labels"]))

@@ -68,6 +68,18 @@ def test_every_cell_becomes_a_student_with_its_record_and_losses_apart(
     assert record["valid_labels"] == "gold"
 
 
+def test_the_loss_on_valid_is_the_same_however_its_rows_are_batched(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
+    found = []
+    for size in (1, 3, 64):
+        recipe = annotated(
+            "train.methods=finetune", "train.max_steps=2", "task.data.valid_fraction=0.3", f"eval.batch_size={size}"
+        )
+        train(recipe, out=tmp_path / f"of-{size}")
+        rows = lines(tmp_path / f"of-{size}" / "train" / "finetune-gold-s0" / "metrics.jsonl")
+        found.append([row["eval_label_loss"] for row in rows if "eval_label_loss" in row])
+    assert found[0] and found[0] == pytest.approx(found[1], rel=1e-4) and found[0] == pytest.approx(found[2], rel=1e-4)
+
+
 def test_finished_students_are_kept_and_changed_recipes_set_them_aside_and_bring_them_back(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
