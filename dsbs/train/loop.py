@@ -259,6 +259,8 @@ class _Cell:
             last_checkpoint(self.checkpoints)  # removes what a kill left half-written, before anybody else looks
         wait()
         resume = last_checkpoint(self.checkpoints)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # else an earlier student's peak is told as this one's
         follow = Follow(self.folder / "metrics.jsonl", meter, len(self.data.valid), resume)
         trainer = StepTrainer(
             model=model,
@@ -280,7 +282,7 @@ class _Cell:
             state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
             if state.global_step >= section.max_steps or is_exhausted(state, section.patience):
                 return self._finish(student, state, follow)  # only the saving was left; train() would step on
-        with running(meter, f"train {self.job.title}", section.max_steps, follow.first_step):
+        with running(meter, f"train {self.job.title}", section.max_steps, follow.first_step, (section.batch_size, "examples")):
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             except torch.OutOfMemoryError:
@@ -388,6 +390,7 @@ class _Cell:
             tuned=self.job.setting,
             source=source_fingerprint(self.recipe, student.task) if self.cell.needs_teacher else None,
             reportable=self.recipe.task.limit is None,
+            cost=follow.cost(state),
         )
         write_json(
             self.folder / RECORD,
