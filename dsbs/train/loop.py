@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotations import run_folder, source_fingerprint
-from dsbs.artefacts import canonical, digest, hold, manifest, now, versions, write_json
-from dsbs.errors import DsbsError, UserError
+from dsbs.artefacts import canonical, digest, hold, manifest, now, room, versions, write_json
+from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.progress import Meter, Silent, running
 from dsbs.recipe import Recipe
 from dsbs.records import TrainedStudent, Unread
@@ -165,7 +165,14 @@ class _Cell:
             write_json(self.folder / "work.json", {"fingerprint": self.fingerprint})
             self._adopt()
         wait()
-        return self._record() if (self.folder / RECORD).is_file() else self._train(meter)
+        if (self.folder / RECORD).is_file():
+            return self._record()
+        try:
+            with room(self.folder, "free some space, then run the same command: it goes on from the last checkpoint"):
+                return self._train(meter)
+        except PartialError:
+            last_checkpoint(self.checkpoints)  # a half-written one only takes room
+            raise
 
     def _adopt(self) -> None:
         """Take the trial that is this very student, where tuning has trained it."""
@@ -285,7 +292,9 @@ class _Cell:
         with running(meter, f"train {self.job.title}", section.max_steps, follow.first_step, (section.batch_size, "examples")):
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 return None
         return self._finish(student, trainer.state, follow)
 
@@ -409,6 +418,13 @@ class _Cell:
             },
         )
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # the best one is the student; the rest served resuming
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU or of the machine, for which PyTorch has no class of its own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
