@@ -167,6 +167,11 @@ class EncodedRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return self._count
 
+    def lengths(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """For each view, the numbers of tokens of its inputs and of its targets, in no order."""
+        taught = {name: pair[pair[:, 0] != _NONE] for name, pair in self._places.items()}
+        return {name: (self._tokens.lengths(pair[:, 0]), self._tokens.lengths(pair[:, 1])) for name, pair in taught.items()}
+
     @overload
     def __getitem__(self, row: int) -> Encoded: ...
     @overload
@@ -199,6 +204,18 @@ class Encoder:
             pair[chosen, 1] = self._tokens.places("", [str(targets[i]) for i in chosen], self._max_target)
             places[view.target] = pair
         return EncodedRows(self._tokens, places)
+
+    def cut(self, rows: EncodedRows) -> Iterator[str]:
+        """Warnings of inputs and targets that are as long as they may be: what was longer is cut."""
+        for name, (sources, targets) in rows.lengths().items():
+            for what, lengths, limit, key in (
+                ("inputs", sources, self._max_input, "max_input_tokens"),
+                (f"{name} targets", targets, self._max_target, "max_target_tokens"),
+            ):
+                share = float((lengths >= limit).mean()) if len(lengths) else 0.0
+                if share > 0:
+                    lost = ", and with their end the label" if name == "rationale-then-label" and what != "inputs" else ""
+                    yield f"{100 * share:.1f} % of the {what} reach student.{key} ({limit}): what is longer is cut{lost}"
 
 
 def encoded_hash(rows: Sequence[Encoded]) -> str:

@@ -18,12 +18,14 @@ from dsbs.recipe import Recipe
 from dsbs.records import TrainedStudent, Unread
 from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, start_token, take_apart, tokenizer_hash
 from dsbs.tasks import make_task
+from dsbs.tasks.base import Task
 from dsbs.tasks.load import stream, survey
 from dsbs.train.encode import Data, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
 from dsbs.train.methods import METHODS, View, grid
 from dsbs.train.processes import leads, wait, world
 from dsbs.train.tokens import Tokens
 from dsbs.train.tune import RECORD, Job, Tuner, adopt, trial_jobs
+from dsbs.vocabulary import lost_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +66,31 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
             record = stack.enter_context(manifest(run / "train" / "manifest.json", resolved, hashes))
         tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
         tokens = Tokens(tokenizer, run / "train" / "tokens", meter)
+        if leads():
+            for warning in _warnings(recipe, task, data, tokenizer, tokens):
+                meter.say(f"warning: {warning}")
         tuner = Tuner(recipe, run, lambda trial: _Cell(recipe, trial, data, tokenizer, tokens).run(meter))
         students = [_Cell(recipe, tuner.job(cell), data, tokenizer, tokens).run(meter) for cell in cells]
         record["students"] = [student.name for student in students]
         if leads():
             tokens.sweep()
     return TrainResult(run, students, reportable=recipe.task.limit is None)
+
+
+def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: Tokens) -> list[str]:
+    """What the students of this recipe will not be able to read or to write, each told once and before hours are spent."""
+    cells = grid(recipe.train)
+    labels = {label for cell in cells for row in data.train if (label := row.label(cell.labels)) is not None}
+    said = {"inputs": [row.text for row in data.train]}
+    if any(METHODS[cell.method].needs_rationales for cell in cells):
+        said["rationales"] = [row.rationale for row in data.train if row.rationale]
+    found = lost_in(recipe.student, tokenizer, labels.union(task.labels or ()), said)
+    encoder = Encoder(tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens)
+    part = data.part(max(recipe.train.subset))
+    systems = dict.fromkeys((cell.method, cell.labels) for cell in cells)
+    for method, source in systems:
+        found += encoder.cut(encoder.rows(part, METHODS[method].views(recipe.train), source))
+    return list(dict.fromkeys(found))
 
 
 def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any]]:
