@@ -67,7 +67,10 @@ def rows(count: int) -> tuple[dict[str, list[Encoded]], Any]:
     for kind, section in SECTIONS.items():
         label_view, rationale_view = METHODS["step-by-step"].views(section)
         encoded[kind] = [
-            {"label": (ids(label_view.prefix + text), ids(label)), "rationale": (ids(rationale_view.prefix + text), ids(why))}
+            {
+                "label": [(ids(label_view.prefix + text), ids(label))],
+                "rationale": [(ids(rationale_view.prefix + text), ids(why))],
+            }
             for text, label, why in found
         ]
     return encoded, tokenizer

@@ -306,6 +306,7 @@ class TrainSection(Section):
         1.0,  # shares of the train rows, each a part of the larger ones and the same for every method
     )
     select: SelectSection = SelectSection()
+    rationales: Literal["chosen", "all", "drawn"] = "chosen"  # of several samples: the annotation's, all, or one an epoch
     rationale_weight: float = Field(1.0, ge=0)  # λ in (L_label + λ·L_rationale) / (1 + λ)
     rationale_schedule: Literal["constant", "linear", "cosine"] = "constant"  # how λ goes to rationale_weight_end
     rationale_weight_end: float = Field(0.0, ge=0)  # λ at max_steps, where rationale_schedule is not constant

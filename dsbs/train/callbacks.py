@@ -13,6 +13,7 @@ from dsbs.artefacts import write_jsonl
 from dsbs.errors import UserError
 from dsbs.progress import Meter
 from dsbs.records import TrainingCost
+from dsbs.train.encode import Drawn
 from dsbs.train.meters import device_name, energy, peak_memory
 from dsbs.train.processes import leads, world
 
@@ -134,6 +135,16 @@ class Patience(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if is_exhausted(state, self._patience):
             control.should_save = control.should_training_stop = True
+
+
+class Draw(TrainerCallback):
+    """A new draw of each row's target with each epoch."""
+
+    def __init__(self, rows: Drawn) -> None:
+        self._rows = rows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._rows.epoch = int((state.epoch or 0.0) + 1e-6)  # within one, where a resumed run begins
 
 
 def is_exhausted(state: Any, patience: int | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbs.annotations import annotation_file, load_annotations
+from dsbs.artefacts import digest
 from dsbs.errors import UserError
 from dsbs.recipe import LabelSource, Recipe
 from dsbs.records import Annotation, Example
@@ -26,21 +27,23 @@ from dsbs.train.tokens import Ids, Tokens
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training row: the student's input without prefix, its targets (None: this row does not teach it)."""
+    """One training row: the student's input without prefix, its targets (None, or no rationale: this row does not teach it)."""
 
     id: str
     text: str
     gold: str | None
     teacher: str | None
-    rationale: str | None
-    hinted: bool = False  # the rationale leads to the gold label, not to the teacher's own
+    rationales: tuple[str, ...] = ()
+    hinted: bool = False  # the rationales lead to the gold label, not to the teacher's own
 
     def label(self, source: LabelSource) -> str | None:
         return self.gold if source == "gold" else self.teacher
 
-    def target(self, target: Target, source: LabelSource) -> str | None:
-        """What a view of this row is to write; a rationale only beside the label that it leads to."""
-        return compose(target, self.label(source), None if self.hinted and source == "teacher" else self.rationale)
+    def targets(self, target: Target, source: LabelSource) -> list[str]:
+        """What a view of this row is to write, in as many ways as there are; a rationale only beside the label it leads to."""
+        usable = () if target == "label" or (self.hinted and source == "teacher") else self.rationales
+        texts = [compose(target, self.label(source), rationale) for rationale in usable or (None,)]
+        return [text for text in texts if text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
     chosen = select(known, recipe.train.select, task)
     own_must_agree = recipe.train.select.agree_gold
     rows = [
-        _row(task, example, chosen.get(example.id), own_must_agree=own_must_agree)
+        _row(task, example, chosen.get(example.id), recipe.train.rationales, own_must_agree=own_must_agree)
         for example in examples
         if not is_held_out(recipe, example)
     ]
@@ -96,7 +99,7 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
                 if cell.labels == "gold"
                 else "look at the annotations' reject_reason, and at train.select",
             )
-        if METHODS[cell.method].needs_rationales and not any(row.rationale for row in rows):
+        if METHODS[cell.method].needs_rationales and not any(row.rationales for row in rows):
             raise UserError(
                 "no train row has a usable rationale", hint="look at the annotations' reject_reason, and at train.select"
             )
@@ -125,9 +128,11 @@ def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict
         return {}
 
 
-def _row(task: Task, example: Example, annotation: Annotation | None, *, own_must_agree: bool = False) -> Row:
+def _row(
+    task: Task, example: Example, annotation: Annotation | None, which: str = "chosen", *, own_must_agree: bool = False
+) -> Row:
     if annotation is None or not annotation.accepted:
-        return Row(example.id, task.text(example.input), example.label, None, None)
+        return Row(example.id, task.text(example.input), example.label, None)
     own = annotation.own_label
     if own_must_agree and (own is None or example.label is None or not task.correct(own, example.label)):
         own = None  # a hinted row passes select by its gold label; the teacher's own is another
@@ -136,9 +141,22 @@ def _row(task: Task, example: Example, annotation: Annotation | None, *, own_mus
         text=task.text(example.input),
         gold=example.label,
         teacher=own,
-        rationale=annotation.rationale,
+        rationales=tuple(_rationales(annotation, task))[: 1 if which == "chosen" else None],
         hinted=annotation.provenance == "hinted",
     )
+
+
+def _rationales(annotation: Annotation, task: Task) -> list[str]:
+    """The annotation's rationale, then those of its other samples that came to the same label without a flaw, each once."""
+    if annotation.rationale is None or annotation.label is None:
+        return []
+    found = {annotation.rationale: None}
+    for sample in annotation.samples:
+        if sample.rationale is None or sample.reason is not None or sample.label is None:
+            continue
+        if sample.hinted == (annotation.provenance == "hinted") and task.correct(sample.label, annotation.label):
+            found[sample.rationale] = None
+    return list(found)
 
 
 def vocabulary_text(data: Data) -> Iterator[str]:
@@ -151,26 +169,32 @@ def vocabulary_text(data: Data) -> Iterator[str]:
     yield from data.teacher_words
 
 
-Encoded = dict[str, tuple[Ids, Ids]]  # target of a view -> (input ids, target ids)
-_NONE = -1  # in place of a place: the row does not teach this view
+Encoded = dict[str, list[tuple[Ids, Ids]]]  # target of a view -> (input ids, target ids), as many as it may write
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """What one view is taught: ``pairs`` (P, 2), places of inputs' and targets' tokens; row i has ends[i] to ends[i + 1]."""
+
+    pairs: NDArray[np.int32]
+    ends: NDArray[np.int64]
 
 
 class EncodedRows(Sequence[Encoded]):
-    """A student's rows. ``places`` holds for each view, (rows, 2), where the tokens of a row's input and target are."""
+    """A student's rows: those that teach at least one view."""
 
-    def __init__(self, tokens: Tokens, places: dict[str, NDArray[np.int32]]) -> None:
-        self._tokens = tokens
-        taught = np.any([pair[:, 0] != _NONE for pair in places.values()], axis=0)
-        self._places = {name: pair[taught] for name, pair in places.items()}
-        self._count = int(taught.sum())
+    def __init__(self, tokens: Tokens, views: Mapping[str, Taught]) -> None:
+        self._tokens, self._views = tokens, views
+        counts = sum(np.diff(taught.ends) for taught in views.values())
+        self._rows = np.flatnonzero(counts)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     def lengths(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """For each view, the numbers of tokens of its inputs and of its targets, in no order."""
-        taught = {name: pair[pair[:, 0] != _NONE] for name, pair in self._places.items()}
-        return {name: (self._tokens.lengths(pair[:, 0]), self._tokens.lengths(pair[:, 1])) for name, pair in taught.items()}
+        pairs = {name: taught.pairs for name, taught in self._views.items()}
+        return {name: (self._tokens.lengths(pair[:, 0]), self._tokens.lengths(pair[:, 1])) for name, pair in pairs.items()}
 
     @overload
     def __getitem__(self, row: int) -> Encoded: ...
@@ -179,10 +203,13 @@ class EncodedRows(Sequence[Encoded]):
     def __getitem__(self, row: int | slice) -> Encoded | list[Encoded]:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        pairs = ((name, pair[row]) for name, pair in self._places.items())
-        return {name: (self._tokens[pair[0]], self._tokens[pair[1]]) for name, pair in pairs if pair[0] != _NONE}
+        i = self._rows[row]
+        found = {name: taught.pairs[taught.ends[i] : taught.ends[i + 1]] for name, taught in self._views.items()}
+        return {
+            name: [(self._tokens[source], self._tokens[target]) for source, target in pairs]
+            for name, pairs in found.items()
+            if len(pairs)
+        }
 
 
 class Encoder:
@@ -194,16 +221,18 @@ class Encoder:
 
     def rows(self, rows: Sequence[Row], views: Sequence[View], labels: LabelSource) -> EncodedRows:
         """Rows that teach at least one view. A view whose target is missing from a row is left out of it."""
-        places: dict[str, NDArray[np.int32]] = {}
+        taught: dict[str, Taught] = {}
         for view in views:
-            targets = [row.target(view.target, labels) for row in rows]
+            targets = [row.targets(view.target, labels) for row in rows]
             # without the label that it explains, a rationale teaches the wrong task; with λ = 0 it teaches nothing
-            chosen = [i for i, t in enumerate(targets) if t and rows[i].label(labels) and view.weight > 0]
-            pair = np.full((len(rows), 2), _NONE, np.int32)
-            pair[chosen, 0] = self._tokens.places(view.prefix, [rows[i].text for i in chosen], self._max_input)
-            pair[chosen, 1] = self._tokens.places("", [str(targets[i]) for i in chosen], self._max_target)
-            places[view.target] = pair
-        return EncodedRows(self._tokens, places)
+            chosen = [i for i, texts in enumerate(targets) if texts and rows[i].label(labels) and view.weight > 0]
+            counts = np.zeros(len(rows), np.int64)
+            counts[chosen] = [len(targets[i]) for i in chosen]
+            inputs = self._tokens.places(view.prefix, [rows[i].text for i in chosen], self._max_input)
+            outputs = self._tokens.places("", [text for i in chosen for text in targets[i]], self._max_target)
+            pairs = np.stack([np.repeat(inputs, counts[chosen]), outputs], axis=1)
+            taught[view.target] = Taught(pairs, np.concatenate([[0], np.cumsum(counts)]))
+        return EncodedRows(self._tokens, taught)
 
     def cut(self, rows: EncodedRows) -> Iterator[str]:
         """Warnings of inputs and targets that are as long as they may be: what was longer is cut."""
@@ -218,13 +247,31 @@ class Encoder:
                     yield f"{100 * share:.1f} % of the {what} reach student.{key} ({limit}): what is longer is cut{lost}"
 
 
+class Drawn:
+    """Rows of which each view that may write several targets writes one, drawn anew in each epoch.
+
+    The draw depends on seed, epoch and row alone, so that a resumed training draws as an undisturbed one.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], seed: int) -> None:
+        self._rows, self._seed = rows, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Encoded:
+        draw = int(digest(f"{self._seed}:{self.epoch}:{i}")[:15], 16)
+        return {name: [pairs[draw % len(pairs)]] for name, pairs in self._rows[i].items()}
+
+
 def encoded_hash(rows: Sequence[Encoded]) -> str:
     state = hashlib.sha256()
     for row in rows:
-        plain = sorted(
-            (name, (np.asarray(source).tolist(), np.asarray(target).tolist())) for name, (source, target) in row.items()
-        )
-        state.update(repr(plain).encode())
+        for name, pairs in sorted(row.items()):
+            plain = [(np.asarray(source).tolist(), np.asarray(target).tolist()) for source, target in pairs]
+            state.update(repr((name, plain)).encode())
+        state.update(b";")
     return state.hexdigest()
 
 
@@ -233,15 +280,19 @@ Flat = dict[str, Any]
 
 
 def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
-    """Rows -> ``{target: Flat}`` of the views that they teach, without padding; B differs between views."""
+    """Rows -> ``{target: Flat}`` of the views that they teach, without padding; B differs between views.
+
+    Where a row has several targets, all rows' first ones come first, then their second ones.
+    """
     import torch
 
     batch = {}
     for name in sorted({name for row in rows for name in row}):
-        here = [i for i, row in enumerate(rows) if name in row]
-        pairs = [rows[i][name] for i in here]
+        most = max(len(row.get(name, ())) for row in rows)
+        here = [(k, i) for k in range(most) for i, row in enumerate(rows) if k < len(row.get(name, ()))]
+        pairs = [rows[i][name][k] for k, i in here]
         batch[name] = {
-            "rows": torch.tensor(here),
+            "rows": torch.tensor([i for _, i in here]),
             "source": torch.from_numpy(np.concatenate([source for source, _ in pairs]).astype(np.int64)),
             "source_lengths": torch.tensor([len(source) for source, _ in pairs]),
             "target": torch.from_numpy(np.concatenate([target for _, target in pairs]).astype(np.int64)),

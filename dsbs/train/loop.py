@@ -20,7 +20,7 @@ from dsbs.student import Student, StudentCard, load_model, new_model, new_tokeni
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import stream, survey
-from dsbs.train.encode import Data, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
+from dsbs.train.encode import Data, Drawn, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
 from dsbs.train.methods import METHODS, View, grid
 from dsbs.train.processes import leads, wait, world
 from dsbs.train.tokens import Tokens
@@ -83,7 +83,7 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     labels = {label for cell in cells for row in data.train if (label := row.label(cell.labels)) is not None}
     said = {"inputs": [row.text for row in data.train]}
     if any(METHODS[cell.method].needs_rationales for cell in cells):
-        said["rationales"] = [row.rationale for row in data.train if row.rationale]
+        said["rationales"] = [rationale for row in data.train for rationale in row.rationales]
     found = lost_in(recipe.student, tokenizer, labels.union(task.labels or ()), said)
     encoder = Encoder(tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens)
     part = data.part(max(recipe.train.subset))
@@ -101,7 +101,7 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     lines = []
     for cell in cells:
         taught = [row for row in data.part(cell.subset) if row.label(cell.labels)]
-        with_rationale = sum(1 for row in taught if row.rationale) if METHODS[cell.method].needs_rationales else 0
+        with_rationale = sum(len(row.rationales) for row in taught) if METHODS[cell.method].needs_rationales else 0
         lines.append(
             {
                 "name": cell.name,
@@ -244,7 +244,7 @@ class _Cell:
         import torch
         from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
 
-        from dsbs.train.callbacks import Follow, Patience, is_exhausted, tensorboard
+        from dsbs.train.callbacks import Draw, Follow, Patience, is_exhausted, tensorboard
         from dsbs.train.trainer import StepTrainer
 
         section, seed = self.recipe.train, self.cell.seed
@@ -290,10 +290,11 @@ class _Cell:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # else an earlier student's peak is told as this one's
         follow = Follow(self.folder / "metrics.jsonl", meter, len(self.data.valid), resume)
+        rows = Drawn(self.rows, seed) if section.rationales == "drawn" else self.rows
         trainer = StepTrainer(
             model=model,
             args=arguments,
-            train_dataset=self.rows,
+            train_dataset=rows,
             eval_dataset=self.valid,
             data_collator=collate,
             views=self.views,
@@ -302,6 +303,7 @@ class _Cell:
             callbacks=[
                 follow,
                 Patience(section.patience),
+                *([Draw(rows)] if isinstance(rows, Drawn) else []),
                 *(tensorboard(self.folder) if self.recipe.report.tensorboard else ()),
             ],
         )
@@ -376,7 +378,7 @@ class _Cell:
         size = self.recipe.eval.batch_size
         total, tokens = 0.0, 0
         name, start = self.views[0].target, start_token(student.model.config, self.views[0].start)
-        rows = sorted(self.valid, key=lambda row: len(row[name][0]))
+        rows = sorted(self.valid, key=lambda row: len(row[name][0][0]))
         with torch.inference_mode():
             for first in range(0, len(rows), size):
                 flat = collate(rows[first : first + size])[name]
@@ -429,7 +431,7 @@ class _Cell:
                 "selection": state.best_metric,
                 "trials": [asdict(trial) for trial in self.job.trials],
                 "rows": len(self.rows),
-                "rationales": sum(1 for row in self.data.part(self.cell.subset) if row.rationale)
+                "rationales": sum(len(row.rationales) for row in self.data.part(self.cell.subset))
                 if self.needs_rationales
                 else 0,
                 "valid_rows": len(self.data.valid),

@@ -6,7 +6,6 @@ loss is already normalised. Here each view's summed cross-entropy is divided by 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -50,7 +49,7 @@ class StepTrainer(Seq2SeqTrainer):
         names = [view.target for view in self._views]
         targets = [sum(len(batch[name]["target"]) for batch in samples if name in batch) for name in names]
         sources = sum(len(flat["source"]) for batch in samples for flat in batch.values())
-        examples = sum(1 + max(int(flat["rows"][-1]) for flat in batch.values()) for batch in samples)
+        examples = sum(1 + max(int(flat["rows"].max()) for flat in batch.values()) for batch in samples)
         counts = torch.tensor([*targets, sources + sum(targets), examples], device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -110,13 +109,13 @@ def speak(model: Any, views: Sequence[View], *, without_padding: bool) -> None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain = model.forward
     starts: dict[str, int] = {view.target: start_token(model.config, view.start) for view in views}
-    one_input = len({view.prefix for view in views}) == 1  # then a row's views read the same
+    prefixes: dict[str, str] = {view.target: view.prefix for view in views}
 
     def forward(*args: Any, batch: dict[str, Flat] | None = None, **kwargs: Any) -> Any:
         if batch is None:
             return plain(*args, **kwargs)
         if without_padding:
-            return _all_at_once(inner, batch, starts, one_input=one_input)
+            return _all_at_once(inner, batch, starts, prefixes)
         found = {}
         for name, flat in batch.items():
             padded = pad(flat, model.config.pad_token_id, starts[name])
@@ -127,27 +126,29 @@ def speak(model: Any, views: Sequence[View], *, without_padding: bool) -> None:
     model.forward = forward
 
 
-def _all_at_once(model: Any, batch: dict[str, Flat], starts: Mapping[str, int], *, one_input: bool) -> dict[str, torch.Tensor]:
-    """Every view's rows through the model together; where views read the same, each row is encoded once."""
+def _all_at_once(
+    model: Any, batch: dict[str, Flat], starts: Mapping[str, int], prefixes: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Every view's rows through the model together; a row is encoded once for all that is written from the same prefix."""
     flats = list(batch.values())
     target = torch.cat([flat["target"] for flat in flats])
     writing = [n for flat in flats for n in flat["target_lengths"].tolist()]
-    if one_input:
-        reading: dict[int, int] = {}
-        source: list[torch.Tensor] = []
-        parts = []
-        for name, flat in batch.items():
-            rows = flat["rows"].tolist()
-            inputs = torch.split(flat["source"], flat["source_lengths"].tolist())
-            for row, ids in zip(rows, inputs, strict=True):
-                if row not in reading:
-                    reading[row] = len(source)
-                    source.append(ids)
-            parts.append(Part([reading[row] for row in rows], starts[name]))
-    else:
-        source = [ids for flat in flats for ids in torch.split(flat["source"], flat["source_lengths"].tolist())]
-        first = [0, *itertools.accumulate(len(flat["rows"]) for flat in flats)]
-        parts = [Part(range(first[i], first[i + 1]), starts[name]) for i, name in enumerate(batch)]
+    source: list[torch.Tensor] = []
+    places: dict[tuple[str, int], int] = {}  # of each input among the sources
+    parts = []
+    for name, flat in batch.items():
+        reads: list[int] = []
+        before = -1
+        for row, ids in zip(flat["rows"].tolist(), torch.split(flat["source"], flat["source_lengths"].tolist()), strict=True):
+            if row <= before:  # the rows' second targets begin
+                parts.append(Part(reads, starts[name]))
+                reads = []
+            before = row
+            if (prefixes[name], row) not in places:
+                places[prefixes[name], row] = len(source)
+                source.append(ids)
+            reads.append(places[prefixes[name], row])
+        parts.append(Part(reads, starts[name]))
     logits = logits_of(model, torch.cat(source), [len(ids) for ids in source], target, writing, parts)
     found = torch.split(logits, [len(flat["target"]) for flat in flats])
     return {name: summed_nll(part, flat["target"]) for (name, flat), part in zip(batch.items(), found, strict=True)}

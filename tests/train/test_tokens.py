@@ -37,9 +37,9 @@ def every_text_is_worth_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(count: int = 20) -> list[Row]:
-    """Every third has no rationale."""
+    """Every third has no rationale, the others two."""
     return [
-        Row(f"r{i}", f"{TEXTS[i]} ( {i} )", "ab"[i % 2], None, None if i % 3 == 0 else f"a man with {i} dogs")
+        Row(f"r{i}", f"{TEXTS[i]} ( {i} )", "ab"[i % 2], None, () if i % 3 == 0 else (f"a man with {i} dogs", "a man"))
         for i in range(count)
     ]
 
@@ -50,26 +50,27 @@ def test_ids_are_the_tokenizers_own_and_each_text_is_tokenised_once_whatever_ask
     found = encoder.rows(rows(), VIEWS, "gold")
     assert len(found) == 20 and [set(row) for row in found][:2] == [{"label"}, {"label", "rationale"}]
     for row, encoded in zip(rows(), found, strict=True):
-        expected = {"label": ("predict: ", row.gold), "rationale": ("explain: ", row.rationale)}
-        for name, (source, target) in encoded.items():
-            prefix, text = expected[name]
-            ids = [
-                tokenizer._real([whole], truncation=True, max_length=limit)["input_ids"][0]
-                for whole, limit in ((prefix + row.text, 24), (text, 6))
-            ]
-            assert [list(source), list(target)] == ids
-    assert len(tokenizer.texts) == len(set(tokenizer.texts)) == 20 + 13 + 2 + 13
+        expected = {"label": ("predict: ", [row.gold]), "rationale": ("explain: ", row.rationales)}
+        for name, pairs in encoded.items():
+            prefix, texts = expected[name]
+            for (source, target), text in zip(pairs, texts, strict=True):
+                ids = [
+                    tokenizer._real([whole], truncation=True, max_length=limit)["input_ids"][0]
+                    for whole, limit in ((prefix + row.text, 24), (text, 6))
+                ]
+                assert [list(source), list(target)] == ids
+    assert len(tokenizer.texts) == len(set(tokenizer.texts)) == 20 + 13 + 2 + 14
     encoder.rows(rows(), VIEWS, "gold")
     encoder.rows(rows()[5:9], VIEWS[:1], "gold")
-    assert len(tokenizer.texts) == 48, "another student of the same rows, or of a part of them, costs nothing"
+    assert len(tokenizer.texts) == 49, "another student of the same rows, or of a part of them, costs nothing"
 
 
 def test_a_view_without_weight_and_rows_that_teach_nothing_are_left_out() -> None:
     nothing = (View("label", "", 1.0), View("rationale", "", 0.0))
-    silent = [*rows(3), Row("none", "text", None, "a", "why")]
+    silent = [*rows(3), Row("none", "text", None, "a", ("why",))]
     found = Encoder(Tokens(Counting()), 24, 6).rows(silent, nothing, "gold")
     assert [list(row) for row in found] == [["label"]] * 3
-    assert [list(row["label"][0]) for row in found[1:]] == [list(found[i]["label"][0]) for i in (1, 2)]
+    assert [list(row["label"][0][0]) for row in found[1:]] == [list(found[i]["label"][0][0]) for i in (1, 2)]
     with pytest.raises(IndexError):
         found[3]
 
@@ -81,7 +82,7 @@ def test_a_second_run_reads_the_ids_of_the_first(tmp_path: Path) -> None:
     assert first.texts and not again.texts
     assert encoded_hash(before) == encoded_hash(after)
     batch = collate(after[:4])["rationale"]
-    assert batch["source"].dtype == batch["target"].dtype and batch["rows"].tolist() == [1, 2]
+    assert batch["source"].dtype == batch["target"].dtype and batch["rows"].tolist() == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("harm", ["cut", "one bit", "empty", "another file"])
@@ -94,7 +95,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, harm: str) -> None:
         path.write_bytes({"cut": whole[:-40], "empty": b"", "another file": b"{}" * 99}.get(harm, bytes(whole)))
     tokenizer = Counting()
     after = Encoder(Tokens(tokenizer, tmp_path), 24, 6).rows(rows(), VIEWS, "gold")
-    assert len(tokenizer.texts) == 48 and encoded_hash(before) == encoded_hash(after)
+    assert len(tokenizer.texts) == 49 and encoded_hash(before) == encoded_hash(after)
     third = Counting()
     Encoder(Tokens(third, tmp_path), 24, 6).rows(rows(), VIEWS, "gold")
     assert not third.texts, "and kept again"

@@ -33,9 +33,9 @@ def rows() -> list[Encoded]:
     """Eight rows of very different lengths; three have no rationale."""
     found: list[Encoded] = []
     for i in range(8):
-        row: Encoded = {"label": ([5 + i] * (2 + i), [3 + i] * (1 + i % 3))}
+        row: Encoded = {"label": [([5 + i] * (2 + i), [3 + i] * (1 + i % 3))]}
         if i not in (1, 4, 5):
-            row["rationale"] = ([6 + i] * (1 + 2 * i), [10 + i] * (1 + 3 * i))
+            row["rationale"] = [([6 + i] * (1 + 2 * i), [10 + i] * (1 + 3 * i))]
         found.append(row)
     return found
 
@@ -64,7 +64,7 @@ def independent_weights(steps: int = STEPS) -> dict[str, torch.Tensor]:
         model.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
         for target, weight in (("label", 1.0), ("rationale", WEIGHT)):
-            pairs = [row[target] for row in rows() if target in row]
+            pairs = [pair for row in rows() for pair in row.get(target, ())]
             nll = torch.zeros((), dtype=torch.float64)
             for source, wanted in pairs:
                 logits = model(input_ids=torch.tensor([source]), labels=torch.tensor([wanted])).logits[0]
@@ -122,7 +122,7 @@ def test_micro_means_are_the_published_codes(tmp_path: Path) -> None:
         for chunk in (rows()[:4], rows()[4:]):
             parts = []
             for target, weight in (("label", 1.0), ("rationale", WEIGHT)):
-                pairs = [row[target] for row in chunk if target in row]
+                pairs = [pair for row in chunk for pair in row.get(target, ())]
                 nll = torch.zeros((), dtype=torch.float64)
                 for source, wanted in pairs:
                     logits = model(input_ids=torch.tensor([source]), labels=torch.tensor([wanted])).logits[0]

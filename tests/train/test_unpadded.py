@@ -18,11 +18,11 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0,
     "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
 }  # fmt: skip
-ROWS = [
-    {"label": ([3] * 2, [5]), "rationale": ([4, 9] * 9, [6, 7, 8] * 11)},
-    {"label": (list(range(3, 40)), [7, 1])},
-    {"label": ([9], [8, 1, 1]), "rationale": ([9, 3, 9], [2])},
-    *({"label": ([5 + i, 6], [4 + i, 1]), "rationale": ([5 + i] * (i + 1), [4 + i] * (2 * i + 1))} for i in range(20)),
+ROWS: list[Encoded] = [
+    {"label": [([3] * 2, [5])], "rationale": [([4, 9] * 9, [6, 7, 8] * 11), ([4, 9] * 9, [5])]},
+    {"label": [(list(range(3, 40)), [7, 1])]},
+    {"label": [([9], [8, 1, 1])], "rationale": [([9, 3, 9], [2])]},
+    *({"label": [([5 + i, 6], [4 + i, 1])], "rationale": [([5 + i] * (i + 1), [4 + i] * (2 * i + 1))]} for i in range(20)),
 ]
 
 
@@ -70,9 +70,9 @@ def test_both_views_at_once_give_each_its_own_sum_and_gradient(task_token: str) 
     views = METHODS["step-by-step"].views(TrainSection(task_token=task_token))  # type: ignore[arg-type]
     speak(together, views, without_padding=True)
     speak(apart, views, without_padding=False)
-    rows: list[Encoded] = ROWS
+    rows = ROWS
     if task_token == "decoder":  # both views read the same
-        rows = [{name: (row["label"][0], target) for name, (_, target) in row.items()} for row in ROWS]
+        rows = [{name: [(row["label"][0][0], target) for _, target in pairs] for name, pairs in row.items()} for row in ROWS]
     batch = collate(rows)
     ours, theirs = together(batch=batch), apart(batch=batch)
     assert set(ours) == set(theirs) == {"label", "rationale"}
@@ -90,7 +90,7 @@ def test_the_decoders_start_tells_the_tasks_apart() -> None:
     model = t5()
     views = METHODS["step-by-step"].views(TrainSection(task_token="decoder"))
     speak(model, views, without_padding=True)
-    same = collate([{"label": ([4, 5], [7, 1]), "rationale": ([4, 5], [7, 1])}])
+    same = collate([{"label": [([4, 5], [7, 1])], "rationale": [([4, 5], [7, 1])]}])
     found = model(batch=same)
     assert float(found["label"].detach()) != pytest.approx(float(found["rationale"].detach()), rel=1e-3)
 
@@ -99,7 +99,7 @@ def test_rows_that_read_the_same_are_encoded_once(monkeypatch: pytest.MonkeyPatc
     model, seen = t5(), []
     monkeypatch.setattr(model.encoder.embed_tokens, "forward", _counting(model.encoder.embed_tokens.forward, seen))
     for token, factor in (("prefix", 2), ("decoder", 1)):
-        fresh = collate([{"label": ([4, 5, 6], [7, 1]), "rationale": ([4, 5, 6], [8, 9, 1])}])
+        fresh = collate([{"label": [([4, 5, 6], [7, 1])], "rationale": [([4, 5, 6], [8, 9, 1]), ([4, 5, 6], [8])]}])
         seen.clear()
         model.forward = type(model).forward.__get__(model)
         views = METHODS["step-by-step"].views(TrainSection(task_token=token))  # type: ignore[arg-type]
