@@ -80,7 +80,8 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
 def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: Tokens) -> list[str]:
     """What the students of this recipe will not be able to read or to write, each told once and before hours are spent."""
     cells = grid(recipe.train)
-    labels = {label for cell in cells for row in data.train if (label := row.label(cell.labels)) is not None}
+    sources = {cell.labels for cell in cells}
+    labels = {label for source in sources for row in data.train if (label := row.label(source)) is not None}
     said = {"inputs": [row.text for row in data.train]}
     if any(METHODS[cell.method].needs_rationales for cell in cells):
         said["rationales"] = [rationale for row in data.train for rationale in row.rationales]
