@@ -62,14 +62,18 @@ def run_dsbs(*arguments: str, cwd: Path, env: dict[str, str] | None = None, **kw
     )
 
 
-def on_two_processes(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run a script, or `-m module`, by torch's launcher on two processes of this machine."""
+def launcher() -> list[str]:
+    """The beginning of a command on two processes of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    command = [*launcher, f"--master_port={port}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    return [*command, f"--master_port={port}"]
+
+
+def on_two_processes(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a script, or `-m module`, by torch's launcher on two processes of this machine."""
+    return subprocess.run([*launcher(), *arguments], capture_output=True, text=True, check=False, timeout=timeout)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from dsbs.student import start_token
 from dsbs.train.encode import Flat, pad
 from dsbs.train.losses import summed_nll, view_weights, weighted_loss
 from dsbs.train.methods import View
+from dsbs.train.sharding import save_whole, shard
 from dsbs.train.unpadded import Part, is_supported, logits_of
 
 
@@ -36,7 +37,12 @@ class StepTrainer(Seq2SeqTrainer):
         self._logged: dict[str, list[float]] = {}
         self._last_logged_step: int | None = None
         self._seen = {"tokens": 0, "examples": 0}  # in all steps and processes, an interrupted run's included
-        speak(self.model, views, without_padding=section.padding == "none" and is_supported(self.model))
+        unpadded = section.padding == "none" and is_supported(self.model)
+        if self.is_fsdp_enabled:
+            # all views in one call: processes whose rows teach different views would wait for one another's calls for ever
+            unpadded = True
+            shard(self.model, self.accelerator)
+        speak(self.model, views, without_padding=unpadded)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -71,6 +77,12 @@ class StepTrainer(Seq2SeqTrainer):
             return weighted_loss(sums, counts, weights)
         # distributed training averages gradients over processes, and the counts are already the sum over them
         return weighted_loss(sums, self._counts, weights) * self.args.world_size
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_fsdp_enabled:  # the stock one gathers in one process what all must
+            save_whole(self.model, str(output_dir))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def floating_point_ops(self, inputs: Any) -> int:
         del inputs  # the stock estimate looks for input_ids at the top of the batch

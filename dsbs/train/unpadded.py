@@ -128,7 +128,7 @@ def dropout(x: Tensor, p: float, training: bool, *, rectified: bool = False) -> 
 def is_supported(model: Any) -> bool:
     """Whether a model is of T5's architecture; LoRA around one is."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__ in ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
+    return type(inner).__name__.removeprefix("FSDP") in ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def _stack(stack: Any, ids: Tensor, own: Layout, memory: Tensor | None, across: 
     biases = _biases(stack.block[0].layer[0].SelfAttention, own, causal=memory is not None)
     masks = [_mask(keys.real, hidden.dtype)[:, None, None] for layout in across for keys in layout.groups]
 
-    def block(layers: Any, hidden: Tensor) -> Tensor:
+    def block(layers: Any, hidden: Tensor, memory: Tensor | None) -> Tensor:
         seen = _attention(layers[0].SelfAttention, layers[0].layer_norm(hidden), None, own, (), biases, p, training)
         hidden = hidden + dropout(seen, p, training)
         if memory is not None:
@@ -207,11 +207,15 @@ def _stack(stack: Any, ids: Tensor, own: Layout, memory: Tensor | None, across: 
         made = _feed_forward(layers[-1].DenseReluDense, layers[-1].layer_norm(hidden), p, training)
         return hidden + dropout(made, p, training)
 
-    for one in stack.block:
+    def work(layers: Any, hidden: Tensor, memory: Tensor | None) -> Tensor:
         if training and stack.gradient_checkpointing:
-            hidden = checkpoint(block, one.layer, hidden, use_reentrant=False)
-        else:
-            hidden = block(one.layer, hidden)
+            made: Tensor = checkpoint(block, layers, hidden, memory, use_reentrant=False)
+            return made
+        return block(layers, hidden, memory)
+
+    for one in stack.block:
+        # a divided block gathers its weights when it is called, for what it is given to do (see ``sharding``)
+        hidden = one(hidden, memory, work=work) if hasattr(one, "unshard") else work(one.layer, hidden, memory)
     return dropout(stack.final_layer_norm(hidden), p, training)
 
 

@@ -21,10 +21,10 @@ STEPS = 10
 VIEWS = (View("label", "predict: ", 1.0), View("rationale", "explain: ", WEIGHT))
 
 
-def tiny_model() -> T5ForConditionalGeneration:
+def tiny_model(layers: int = 1) -> T5ForConditionalGeneration:
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
+        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=layers, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
     )
     return T5ForConditionalGeneration(config)
 
@@ -42,6 +42,12 @@ def rows() -> list[Encoded]:
 
 def weights_after(folder: Path, micro: int, steps: int = STEPS, world: int = 1, **keys: Any) -> dict[str, torch.Tensor]:
     model = tiny_model()
+    train(model, folder, micro, steps, world, **keys)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def train(model: Any, folder: Path, micro: int, steps: int = STEPS, world: int = 1, **keys: Any) -> None:
+    """Plain gradient descent by the real trainer."""
     section = TrainSection(rationale_weight=WEIGHT, max_steps=steps, **keys)
     trainer = StepTrainer(
         model=model,
@@ -54,12 +60,11 @@ def weights_after(folder: Path, micro: int, steps: int = STEPS, world: int = 1, 
         train_dataset=rows(), data_collator=collate, views=VIEWS, section=section, validate=dict,
     )  # fmt: skip
     trainer.train()
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def independent_weights(steps: int = STEPS) -> dict[str, torch.Tensor]:
+def independent_weights(steps: int = STEPS, layers: int = 1) -> dict[str, torch.Tensor]:
     """The paper's objective written out row by row, with plain gradient descent, in float64."""
-    model = tiny_model().double()
+    model = tiny_model(layers).double()
     for _ in range(steps):
         model.zero_grad()
         total = torch.zeros((), dtype=torch.float64)

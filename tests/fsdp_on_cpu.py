@@ -1,0 +1,39 @@
+"""`python fsdp_on_cpu.py …` is `python -m dsbs …` with FSDP on processes without a GPU, for tests.
+
+PyTorch divides a model among CPU processes as well; accelerate alone asks for a GPU before it hands its settings on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+ENVIRONMENT = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_CPU": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "T5Block",
+}
+
+
+def allow() -> None:
+    plain = AcceleratorState.__init__
+
+    def with_settings(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        self.__dict__.setdefault("fsdp_plugin", fsdp_plugin)
+        if self.__dict__["fsdp_plugin"] is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_settings
+
+
+if __name__ == "__main__":
+    allow()
+    from dsbs.cli import main
+
+    main()
