@@ -11,7 +11,7 @@ import os
 import platform
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,10 @@ from typing import Any, TextIO
 from dsbs.errors import DsbsError, PartialError, UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = (
+    *(os.strerror(number) for number in _FULL),
+    *("PytorchStreamWriter failed writing", "iostream error", "unexpected pos"),  # torch.save, which does not say why
+)
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -97,6 +101,29 @@ def write_jsonl(path: Path, rows: Iterable[str]) -> int:
 def write_json(path: Path, value: Any) -> None:
     with atomic(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextmanager
+def room(folder: Path, hint: str) -> Iterator[None]:
+    """Tell a disk that fills up under a library's hands as a PartialError; each library has its own words for it."""
+    try:
+        yield
+    except DsbsError:
+        raise
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        raise PartialError(f"{folder} cannot be written to, its disk seems full ({said})", hint=hint) from None
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, is of a full disk."""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager
@@ -196,15 +223,13 @@ def manifest(path: Path, recipe: dict[str, Any], data: Mapping[str, str]) -> Ite
         "versions": versions(),
     }
     write_json(path, record)
-    status = "failed"
     try:
         yield record
-        status = record["status"] if record["status"] != "running" else "done"
-    except KeyboardInterrupt:
-        status = "interrupted"
+    except BaseException as error:
+        stopped = {KeyboardInterrupt: "interrupted", PartialError: "partial"}
+        status = next((told for kind, told in stopped.items() if isinstance(error, kind)), "failed")
+        with suppress(PartialError):  # of a full disk, say, the body's own words are the better ones
+            write_json(path, record | {"status": status, "ended": now()})
         raise
-    except PartialError:
-        status = "partial"
-        raise
-    finally:
-        write_json(path, record | {"status": status, "ended": now()})
+    status = record["status"] if record["status"] != "running" else "done"
+    write_json(path, record | {"status": status, "ended": now()})

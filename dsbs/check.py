@@ -15,6 +15,7 @@ from dsbs.student import new_tokenizer
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import load, survey
+from dsbs.vocabulary import lost_in
 
 _SAMPLE = 2000  # rows tokenised of each split
 
@@ -43,6 +44,8 @@ def validate(recipe: Recipe) -> Validation:
         warnings += lint(recipe, prompt, task, parts)
     texts = [part for row in parts["train"] for part in (task.text(row.input), row.label, row.rationale) if part]
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts])
+    labels = [row.label for rows in parts.values() for row in rows if row.label is not None]
+    warnings[:0] = lost_in(recipe.student, tokenizer, [*labels, *(task.labels or ())], {})  # nothing outweighs these
     splits = {split: _look(recipe, task, tokenizer, split, rows, warnings) for split, rows in parts.items()}
     warnings += _overlaps(parts)
     return Validation(splits, first_prompt, warnings)
@@ -66,33 +69,28 @@ def _look(
     for what, part, key in (("inputs", inputs, "max_input_tokens"), ("targets", targets, "max_target_tokens")):
         if part and part["truncated"] > 0:
             warnings.append(f"{split}: {100 * part['truncated']:.1f} % of {what} are longer than student.{key} and are cut")
-        if part and part["unknown"] > 0.001:
-            warnings.append(
-                f"{split}: {100 * part['unknown']:.2f} % of {what}' tokens are unknown to the student's tokenizer "
-                f"(e.g. {', '.join(map(repr, part['unknown_examples']))})"
-            )
+    said = {
+        "inputs": [task.text(row.input) for row in rows],
+        "rationales": [row.rationale for row in rows if row.rationale],
+    }
+    warnings += [f"{split}: {warning}" for warning in lost_in(recipe.student, tokenizer, [], said)]
     if recipe.eval.split == split and len(with_gold) < len(rows):
         warnings.append(f"{split}: {len(rows) - len(with_gold)} rows have no gold label and are left out of the comparison")
     return found
 
 
 def _tokens(tokenizer: Any, texts: list[str], limit: int) -> dict[str, Any] | None:
-    """Lengths in tokens, the share of texts over ``limit``, the share of unknown tokens and characters behind them."""
+    """Lengths in tokens, the share of texts over ``limit``, and the share of unknown tokens."""
     if not texts:
         return None
     rows = tokenizer(texts)["input_ids"]
     lengths = sorted(len(ids) for ids in rows)
     unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows)
-    strange: Counter[str] = Counter()
-    if unknown:
-        known = set("".join(tokenizer.get_vocab()))
-        strange.update(c for text in texts for c in text if not c.isspace() and c not in known)
     return {
         "median": lengths[len(lengths) // 2],
         "longest": lengths[-1],
         "truncated": sum(length > limit for length in lengths) / len(lengths),
         "unknown": unknown / max(1, sum(lengths)),
-        "unknown_examples": [character for character, _ in strange.most_common(5)],
     }
 
 

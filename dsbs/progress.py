@@ -13,10 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS_BETWEEN_LINES = 15.0
 
 
+Worth = tuple[int, str]  # what one unit of progress is worth in the rate that is shown: (64, "examples"); (1, ""): itself
+_ITSELF: Worth = (1, "")
+
+
 class Meter(Protocol):
     """What a stage tells of its progress."""
 
-    def start(self, title: str, total: int | None, done: int = 0) -> None: ...
+    def start(self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None: ...
     def update(self, done: int, note: str = "") -> None: ...
     def finish(self) -> None: ...
     def say(self, text: str) -> None: ...
@@ -25,7 +29,7 @@ class Meter(Protocol):
 class Silent:
     """No progress: for programs and tests."""
 
-    def start(self, title: str, total: int | None, done: int = 0) -> None: ...
+    def start(self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None: ...
     def update(self, done: int, note: str = "") -> None: ...
     def finish(self) -> None: ...
     def say(self, text: str) -> None: ...
@@ -37,9 +41,9 @@ class Bar:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: Progress | None = None
-        self._started = (0.0, 0)
+        self._started, self._worth = (0.0, 0), _ITSELF
 
-    def start(self, title: str, total: int | None, done: int = 0) -> None:
+    def start(self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None:
         self.finish()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -52,13 +56,13 @@ class Bar:
             console=self._console,
             transient=True,
         )
-        self._started = (time.monotonic(), done)
+        self._started, self._worth = (time.monotonic(), done), worth
         self._progress.start()
         self._progress.add_task(title, total=total, completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:
         if self._progress is not None:
-            note = f"{rate(done, self._started)} {note}"
+            note = f"{rate(done, self._started, self._worth)} {note}"
             self._progress.update(self._progress.task_ids[0], completed=done, note=note)
 
     def finish(self) -> None:
@@ -75,10 +79,11 @@ class Lines:
 
     def __init__(self) -> None:
         self._title, self._started, self._last = "", (0.0, 0), 0.0
+        self._worth = _ITSELF
         self._total: int | None = None
 
-    def start(self, title: str, total: int | None, done: int = 0) -> None:
-        self._title, self._total = title, total
+    def start(self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None:
+        self._title, self._total, self._worth = title, total, worth
         self._started = (time.monotonic(), done)
         self._last = time.monotonic()
 
@@ -92,7 +97,7 @@ class Lines:
         left = ""
         if self._total and done > first:
             left = f", about {(self._total - done) * elapsed / (done - first):.0f} s left"
-        self.say(f"{self._title} {done}{of} {rate(done, self._started)} {note}{left}")
+        self.say(f"{self._title} {done}{of} {rate(done, self._started, self._worth)} {note}{left}")
 
     def finish(self) -> None: ...
 
@@ -100,9 +105,10 @@ class Lines:
         print(text, file=sys.stderr, flush=True)
 
 
-def rate(done: int, started: tuple[float, int]) -> str:
+def rate(done: int, started: tuple[float, int], worth: Worth = _ITSELF) -> str:
     elapsed = time.monotonic() - started[0]
-    return f"{(done - started[1]) / elapsed:.1f}/s" if elapsed > 0.5 else ""
+    each, unit = worth
+    return f"{each * (done - started[1]) / elapsed:.1f}{' ' * bool(unit)}{unit}/s" if elapsed > 0.5 else ""
 
 
 def make_meter() -> Meter:
@@ -114,8 +120,8 @@ def make_meter() -> Meter:
 class running:  # noqa: N801 - reads as a phrase: `with running(meter, "train", 100):`
     """Start a meter's title and finish it whatever happens."""
 
-    def __init__(self, meter: Meter, title: str, total: int | None, done: int = 0) -> None:
-        self._meter, self._begin = meter, (title, total, done)
+    def __init__(self, meter: Meter, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None:
+        self._meter, self._begin = meter, (title, total, done, worth)
 
     def __enter__(self) -> Self:
         self._meter.start(*self._begin)

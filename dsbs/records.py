@@ -130,6 +130,24 @@ class Prediction(_Row):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+class TrainingCost(_Row):
+    """What a student's training took, its interruptions' parts added up; what was lost to a kill and done again counts once.
+
+    ``tokens`` are the source and target tokens of every task's rows in all steps, without padding. What the machine does not
+    tell is None. ``energy_of`` "cpu packages" holds whatever else ran on them.
+    """
+
+    device: str
+    processes: int
+    wall_s: float
+    tokens: int
+    tokens_per_s: float
+    peak_memory_mb: float
+    peak_memory_of: Literal["process", "gpu"]  # the process's resident set at most, or PyTorch's tensors on the first GPU
+    energy_j: float | None = None
+    energy_of: Literal["cpu packages", "gpus"] | None = None
+
+
 class TrainedStudent(_Row):
     """What ``train/<name>/train.json`` says of a finished student.
 
@@ -154,6 +172,7 @@ class TrainedStudent(_Row):
     tuned: dict[str, Any] = {}  # what train.tune chose
     source: str | None = None  # of the annotations that it learned from; None: it needed none
     reportable: bool = True  # False: trained on limited data
+    cost: TrainingCost | None = None  # None: trained before it was recorded
 
     @property
     def system(self) -> str:

@@ -12,7 +12,7 @@ RANKS = {
     "errors": 0, "records": 0, "yaml_lines": 0, "intervals": 0, "progress": 0,
     "artefacts": 1, "templates": 1, "recipe": 2, "recipe_file": 3,
     "tasks": 3,
-    "prompts": 4, "student": 4,
+    "prompts": 4, "student": 4, "vocabulary": 4,
     "annotations": 5,
     "annotate": 6, "train": 6, "eval": 6, "report": 6,
     "lint": 7, "compare_teachers": 7,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ def train(
                 rows = f"{line['rows']} rows, {line['rationales']} with a rationale, {line['valid']} valid"
                 print(f"{line['name']}: {rows}; {state}")
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
     result = loop.train(loaded, out=out, meter=meter())
     part()
     if not leads():  # of several processes one speaks

@@ -37,6 +37,7 @@ class System:
     """One line of the comparison: the teacher, or the students of one method over their seeds."""
 
     name: str
+    subset: float | None  # the share of the train rows; None: the teacher's
     seeds: list[int]
     accuracy: float
     ci95: tuple[float, float]
@@ -51,6 +52,7 @@ class System:
     def as_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "subset": self.subset,
             "accuracy": self.accuracy,
             "ci95": list(self.ci95),
             "interval": self.interval,
@@ -168,6 +170,7 @@ def _compare(
         systems.append(
             System(
                 name=name,
+                subset=members[0].subset if members else None,
                 seeds=[student.seed for student in members],
                 accuracy=found.value,
                 ci95=found.ci95,
@@ -179,12 +182,15 @@ def _compare(
                 train_s=round(statistics.mean(s.wall_s for s in members), 1) if members else None,
             )
         )
-    baseline = next((name for name in order if groups[name][0].method == recipe.eval.baseline), None)
+    # each is compared at equal data: with the baseline of the same share, where there is one
+    baselines = {groups[name][0].subset: name for name in reversed(order) if groups[name][0].method == recipe.eval.baseline}
+    baseline = next((name for name in order if name in baselines.values()), None)
     if baseline is not None:
-        others = [system for system in systems if system.name != baseline]
-        gaps = [difference(scores[system.name], scores[baseline]) for system in others]
-        for system, gap, adjusted in zip(others, gaps, holm([gap.p for gap in gaps]), strict=True):
-            system.versus[baseline] = {
+        pairs = [(system, baselines.get(system.subset or 1.0, baseline)) for system in systems]
+        pairs = [(system, other) for system, other in pairs if system.name != other]
+        gaps = [difference(scores[system.name], scores[other]) for system, other in pairs]
+        for (system, other), gap, adjusted in zip(pairs, gaps, holm([gap.p for gap in gaps]), strict=True):
+            system.versus[other] = {
                 "delta": gap.delta,
                 "ci95": list(gap.ci95),
                 "p": gap.p,

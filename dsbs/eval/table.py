@@ -9,7 +9,7 @@ HEADINGS = (
     "seeds",
     "accuracy",
     "95 % interval",
-    "to {baseline}",
+    "to baseline",
     "95 % interval",
     "p (Holm)",
     "parameters",
@@ -18,25 +18,31 @@ HEADINGS = (
 
 
 def cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of text."""
-    baseline = result["baseline"]
+    """Headings and rows of text. Where baselines differ, by the share of the data, each row names its own."""
+    several = len({name for system in result["systems"] for name in system["versus"]}) > 1
     rows = []
     for system in result["systems"]:
-        versus = system["versus"].get(baseline)
+        baseline, versus = against(system)
+        other = f" to {baseline}" if several else ""
         rows.append(
             [
                 system["name"],
                 str(len(system["seeds"])) if system["seeds"] else "–",
                 f"{100 * system['accuracy']:.1f} %",
                 f"{100 * system['ci95'][0]:.1f} – {100 * system['ci95'][1]:.1f}",
-                f"{100 * versus['delta']:+.1f}" if versus else "–",
+                f"{100 * versus['delta']:+.1f}{other}" if versus else "–",
                 f"{100 * versus['ci95'][0]:+.1f} – {100 * versus['ci95'][1]:+.1f}" if versus else "–",
                 p_value(versus["p_holm"]).removeprefix("= ") if versus else "–",
                 millions(system["parameters"]),
                 f"{system['ms_per_example']:.2f}" if system["ms_per_example"] is not None else "–",
             ]
         )
-    return [heading.format(baseline=baseline or "baseline") for heading in HEADINGS], rows
+    return [f"to {result['baseline']}" if h == "to baseline" and not several else h for h in HEADINGS], rows
+
+
+def against(system: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
+    """The baseline that a system is compared with, and what came of it."""
+    return next(iter(system["versus"].items()), (None, None))
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -52,10 +58,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 def verdict(result: dict[str, Any]) -> list[str]:
     """One sentence for each comparison; "no reliable difference" in words where there is none."""
-    baseline = result["baseline"]
     sentences = []
     for system in result["systems"]:
-        versus = system["versus"].get(baseline)
+        baseline, versus = against(system)
         if versus is None:
             continue
         points = f"{abs(100 * versus['delta']):.1f} points"
@@ -69,7 +74,7 @@ def verdict(result: dict[str, Any]) -> list[str]:
                 f"95 % interval {low:+.1f} to {high:+.1f}, p {p_value(versus['p_holm'])})"
             )
         sentences.append(f"{system['name']}: {said}.")
-    if baseline is None:
+    if result["baseline"] is None:
         sentences.append("The run has no baseline students, so nothing is compared: add finetune to train.methods.")
     return sentences
 

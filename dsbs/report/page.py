@@ -11,6 +11,7 @@ from dsbs.annotations import annotation_file, read_annotations, read_manifest, r
 from dsbs.artefacts import atomic, read_jsonl
 from dsbs.errors import UserError
 from dsbs.recipe import Recipe
+from dsbs.report.figures import curve_svg
 
 EXAMPLES = 60  # rows shown of those on which systems disagree
 _CUT = 1200  # characters of a text shown
@@ -45,6 +46,8 @@ def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:
         name=recipe.name,
         results=results,
         table=_table(results),
+        curve=curve_svg(run, results),
+        trials=_trials(run),
         annotation=annotate.get("splits", {}),
         teacher=recipe.teacher,
         examples=_disagreements(run, results, EXAMPLES),
@@ -62,10 +65,26 @@ def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:
 def _table(results: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for system in results["systems"]:
-        versus = system["versus"].get(results["baseline"])
+        baseline, versus = next(iter(system["versus"].items()), (None, None))
         reliable = versus is not None and versus["p_holm"] < 0.05
-        rows.append(system | {"gap": versus, "reliable": reliable})
+        rows.append(system | {"baseline": baseline, "gap": versus, "reliable": reliable})
     return rows
+
+
+def _trials(run: Path) -> list[dict[str, Any]]:
+    """What tuning tried, a line for every trial; the chosen one of each system is marked."""
+    lines = []
+    seen = set()
+    for record in sorted((run / "train").glob("*/train.json")):
+        said = json.loads(record.read_text(encoding="utf-8"))
+        system = said["student"]["name"].rpartition("-s")[0]
+        if system not in seen:
+            seen.add(system)
+            for trial in said.get("trials", ()):
+                setting = ", ".join(f"{key} {value:g}" for key, value in trial["setting"].items())
+                chosen = trial["setting"] == said["student"]["tuned"]
+                lines.append(trial | {"system": system, "setting": setting, "chosen": chosen})
+    return lines
 
 
 def _disagreements(run: Path, results: dict[str, Any], most: int) -> list[Disagreement]:

@@ -12,16 +12,22 @@ from transformers import TrainerCallback
 from dsbs.artefacts import write_jsonl
 from dsbs.errors import UserError
 from dsbs.progress import Meter
+from dsbs.records import TrainingCost
 from dsbs.train.encode import Drawn
-from dsbs.train.processes import leads
+from dsbs.train.meters import device_name, energy, peak_memory
+from dsbs.train.processes import leads, world
+
+_COUNT_EVERY_S = 60.0  # a counter of energy may begin anew several times between two lines
 
 
 class Follow(TrainerCallback):
     """Appends to ``metrics.jsonl`` and moves the meter.
 
-    A line has ``step``, ``elapsed_s`` (training time so far, earlier runs included) and either losses in nats per token
-    (``loss``, ``label_loss``, ``rationale_loss``, ``learning_rate``, ``grad_norm``) or ``eval_accuracy`` and
-    ``eval_label_loss``. Lines after the checkpoint that a run resumes from are dropped: they come again.
+    A line has ``step``, the totals so far, earlier runs included (``elapsed_s``, ``tokens`` and ``examples``, ``energy_j``
+    where the machine tells it, ``peak_memory_mb``), and either losses in nats per token (``loss``, ``label_loss``,
+    ``rationale_loss``, ``learning_rate``, ``grad_norm``) and ``examples_per_s`` since the line before, looks at valid and
+    saving left out, or ``eval_accuracy`` and ``eval_label_loss``.
+    Lines after the checkpoint that a run resumes from are dropped: they come again.
     """
 
     def __init__(self, path: Path, meter: Meter, valid_rows: int, resume: Path | None) -> None:
@@ -29,8 +35,10 @@ class Follow(TrainerCallback):
         self.accuracies: dict[int, float] = {}
         self.best = -1.0
         self._path, self._meter, self._valid_rows = path, meter, valid_rows
-        self._before_s = 0.0
-        self._began = time.monotonic()
+        self._energy, self._before_j = energy(), None if resume else 0.0
+        self._before_s, self._before_mb = 0.0, 0.0
+        self._began = self._marked = self._counted = time.monotonic()
+        self._stepping_s, self._examples = 0.0, 0  # in steps since the last line of losses; examples seen by then
         self._note = ""
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -40,7 +48,9 @@ class Follow(TrainerCallback):
                 continue  # the line that a kill cut
             if row["step"] <= self.first_step:
                 kept.append(line)
-                self._before_s = row["elapsed_s"]
+                self._before_s, self._before_j = row["elapsed_s"], row.get("energy_j")
+                self._before_mb = max(self._before_mb, row.get("peak_memory_mb", 0.0))
+                self._examples = row.get("examples", 0)
                 self._remember(row)
         if leads():
             write_jsonl(path, kept)
@@ -48,6 +58,32 @@ class Follow(TrainerCallback):
     @property
     def elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._began
+
+    @property
+    def energy_j(self) -> float | None:
+        """None where the machine does not tell it, or did not in an earlier run of this training."""
+        here = self._energy.joules()
+        return None if here is None or self._before_j is None else self._before_j + here
+
+    def cost(self, state: Any) -> TrainingCost:
+        """What the training took up to now. ``state`` is the trainer's: what a checkpoint holds of the tokens counts."""
+        tokens = max((row["tokens"] for row in state.log_history if "tokens" in row), default=0)
+        joules, elapsed_s = self.energy_j, self.elapsed_s
+        return TrainingCost(
+            device=device_name(),
+            processes=world(),
+            wall_s=round(elapsed_s, 2),
+            tokens=tokens,
+            tokens_per_s=round(tokens / max(elapsed_s, 1e-9), 1),
+            peak_memory_mb=round(self.peak_memory_mb, 1),
+            peak_memory_of=peak_memory()[1],
+            energy_j=None if joules is None else round(joules, 3),
+            energy_of=None if joules is None else self._energy.of,
+        )
+
+    @property
+    def peak_memory_mb(self) -> float:
+        return max(self._before_mb, peak_memory()[0])
 
     def _remember(self, row: dict[str, Any]) -> None:
         if "eval_accuracy" in row:
@@ -59,6 +95,11 @@ class Follow(TrainerCallback):
             return
         row: dict[str, Any] = {"step": state.global_step, "elapsed_s": round(self.elapsed_s, 3)}
         row |= {name: value for name, value in logs.items() if name not in ("epoch", "eval_selection")}
+        joules = self.energy_j
+        row |= {"energy_j": None if joules is None else round(joules, 3), "peak_memory_mb": round(self.peak_memory_mb, 1)}
+        if "loss" in logs:
+            row["examples_per_s"] = round((row["examples"] - self._examples) / max(self._stepping_s, 1e-9), 2)
+            self._stepping_s, self._examples = 0.0, row["examples"]
         if leads():
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -67,7 +108,18 @@ class Follow(TrainerCallback):
         if losses:
             self._note = "loss: " + ", ".join(losses)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._marked = time.monotonic()
+
+    on_evaluate = on_save = on_train_begin  # what they took is not the steps'
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self._stepping_s += now - self._marked
+        self._marked = now
+        if now - self._counted > _COUNT_EVERY_S:
+            self._energy.joules()
+            self._counted = now
         best = f"; best valid {100 * self.best:.1f} %" if self.best >= 0 else ""
         self._meter.update(state.global_step, self._note + best)
         if state.global_step >= state.max_steps:  # the last step is a candidate too, whatever eval_every divides

@@ -191,6 +191,11 @@ class EncodedRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def lengths(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """For each view, the numbers of tokens of its inputs and of its targets, in no order."""
+        pairs = {name: taught.pairs for name, taught in self._views.items()}
+        return {name: (self._tokens.lengths(pair[:, 0]), self._tokens.lengths(pair[:, 1])) for name, pair in pairs.items()}
+
     @overload
     def __getitem__(self, row: int) -> Encoded: ...
     @overload
@@ -228,6 +233,18 @@ class Encoder:
             pairs = np.stack([np.repeat(inputs, counts[chosen]), outputs], axis=1)
             taught[view.target] = Taught(pairs, np.concatenate([[0], np.cumsum(counts)]))
         return EncodedRows(self._tokens, taught)
+
+    def cut(self, rows: EncodedRows) -> Iterator[str]:
+        """Warnings of inputs and targets that are as long as they may be: what was longer is cut."""
+        for name, (sources, targets) in rows.lengths().items():
+            for what, lengths, limit, key in (
+                ("inputs", sources, self._max_input, "max_input_tokens"),
+                (f"{name} targets", targets, self._max_target, "max_target_tokens"),
+            ):
+                share = float((lengths >= limit).mean()) if len(lengths) else 0.0
+                if share > 0:
+                    lost = ", and with their end the label" if name == "rationale-then-label" and what != "inputs" else ""
+                    yield f"{100 * share:.1f} % of the {what} reach student.{key} ({limit}): what is longer is cut{lost}"
 
 
 class Drawn:

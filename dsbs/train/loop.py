@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotations import run_folder, source_fingerprint
-from dsbs.artefacts import canonical, digest, hold, manifest, now, versions, write_json
-from dsbs.errors import DsbsError, UserError
+from dsbs.artefacts import canonical, digest, hold, manifest, now, room, versions, write_json
+from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.progress import Meter, Silent, running
 from dsbs.recipe import Recipe
 from dsbs.records import TrainedStudent, Unread
 from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, start_token, take_apart, tokenizer_hash
 from dsbs.tasks import make_task
+from dsbs.tasks.base import Task
 from dsbs.tasks.load import stream, survey
 from dsbs.train.encode import Data, Drawn, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
 from dsbs.train.lora import adapt, merged, trainable
@@ -25,6 +26,7 @@ from dsbs.train.methods import METHODS, View, grid
 from dsbs.train.processes import leads, wait, world
 from dsbs.train.tokens import Tokens
 from dsbs.train.tune import RECORD, Job, Tuner, adopt, trial_jobs
+from dsbs.vocabulary import lost_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,32 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
             record = stack.enter_context(manifest(run / "train" / "manifest.json", resolved, hashes))
         tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
         tokens = Tokens(tokenizer, run / "train" / "tokens", meter)
+        if leads():
+            for warning in _warnings(recipe, task, data, tokenizer, tokens):
+                meter.say(f"warning: {warning}")
         tuner = Tuner(recipe, run, lambda trial: _Cell(recipe, trial, data, tokenizer, tokens).run(meter))
         students = [_Cell(recipe, tuner.job(cell), data, tokenizer, tokens).run(meter) for cell in cells]
         record["students"] = [student.name for student in students]
         if leads():
             tokens.sweep()
     return TrainResult(run, students, reportable=recipe.task.limit is None)
+
+
+def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: Tokens) -> list[str]:
+    """What the students of this recipe will not be able to read or to write, each told once and before hours are spent."""
+    cells = grid(recipe.train)
+    sources = {cell.labels for cell in cells}
+    labels = {label for source in sources for row in data.train if (label := row.label(source)) is not None}
+    said = {"inputs": [row.text for row in data.train]}
+    if any(METHODS[cell.method].needs_rationales for cell in cells):
+        said["rationales"] = [rationale for row in data.train for rationale in row.rationales]
+    found = lost_in(recipe.student, tokenizer, labels.union(task.labels or ()), said)
+    encoder = Encoder(tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens)
+    part = data.part(max(recipe.train.subset))
+    systems = dict.fromkeys((cell.method, cell.labels) for cell in cells)
+    for method, source in systems:
+        found += encoder.cut(encoder.rows(part, METHODS[method].views(recipe.train), source))
+    return list(dict.fromkeys(found))
 
 
 def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any]]:
@@ -166,7 +188,14 @@ class _Cell:
             write_json(self.folder / "work.json", {"fingerprint": self.fingerprint})
             self._adopt()
         wait()
-        return self._record() if (self.folder / RECORD).is_file() else self._train(meter)
+        if (self.folder / RECORD).is_file():
+            return self._record()
+        try:
+            with room(self.folder, "free some space, then run the same command: it goes on from the last checkpoint"):
+                return self._train(meter)
+        except PartialError:
+            last_checkpoint(self.checkpoints)  # a half-written one only takes room
+            raise
 
     def _adopt(self) -> None:
         """Take the trial that is this very student, where tuning has trained it."""
@@ -262,6 +291,8 @@ class _Cell:
             last_checkpoint(self.checkpoints)  # removes what a kill left half-written, before anybody else looks
         wait()
         resume = last_checkpoint(self.checkpoints)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # else an earlier student's peak is told as this one's
         follow = Follow(self.folder / "metrics.jsonl", meter, len(self.data.valid), resume)
         rows = Drawn(self.rows, seed) if section.rationales == "drawn" else self.rows
         trainer = StepTrainer(
@@ -285,10 +316,12 @@ class _Cell:
             state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
             if state.global_step >= section.max_steps or is_exhausted(state, section.patience):
                 return self._finish(student, state, follow)  # only the saving was left; train() would step on
-        with running(meter, f"train {self.job.title}", section.max_steps, follow.first_step):
+        with running(meter, f"train {self.job.title}", section.max_steps, follow.first_step, (section.batch_size, "examples")):
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 return None
         return self._finish(student, trainer.state, follow)
 
@@ -402,6 +435,7 @@ class _Cell:
             tuned=self.job.setting,
             source=source_fingerprint(self.recipe, student.task) if self.cell.needs_teacher else None,
             reportable=self.recipe.task.limit is None,
+            cost=follow.cost(state),
         )
         write_json(
             self.folder / RECORD,
@@ -420,6 +454,13 @@ class _Cell:
             },
         )
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # the best one is the student; the rest served resuming
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU or of the machine, for which PyTorch has no class of its own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -60,8 +60,8 @@ class Tokens:
         return np.fromiter((known[text] for text in texts), np.int32, len(texts))
 
     def sweep(self) -> None:
-        """Remove the files of texts that this run did not have: other data's, or another tokenizer's."""
-        for path in self._folder.glob("*.npz") if self._folder is not None else ():
+        """Remove the files of texts that this run did not have (other data's, another tokenizer's), and what a kill left."""
+        for path in self._folder.iterdir() if self._folder is not None and self._folder.is_dir() else ():
             if path.stem not in self._used:
                 path.unlink(missing_ok=True)
 

@@ -35,6 +35,7 @@ class StepTrainer(Seq2SeqTrainer):
         self._counts: dict[str, float] = {}
         self._logged: dict[str, list[float]] = {}
         self._last_logged_step: int | None = None
+        self._seen = {"tokens": 0, "examples": 0}  # in all steps and processes, an interrupted run's included
         speak(self.model, views, without_padding=section.padding == "none" and is_supported(self.model))
 
     def get_batch_samples(
@@ -43,14 +44,19 @@ class StepTrainer(Seq2SeqTrainer):
         """One optimizer step's micro-batches; their target tokens are counted over all of them and all processes."""
         if self._last_logged_step is None:  # a resumed run's first line covers its own steps alone
             self._last_logged_step = self.state.global_step
+            self._seen |= {name: int(row[name]) for row in self.state.log_history for name in self._seen if name in row}
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         names = [view.target for view in self._views]
-        counts = torch.tensor(
-            [sum(len(batch[name]["target"]) for batch in samples if name in batch) for name in names], device=device
-        )
+        targets = [sum(len(batch[name]["target"]) for batch in samples if name in batch) for name in names]
+        sources = sum(len(flat["source"]) for batch in samples for flat in batch.values())
+        examples = sum(1 + max(int(flat["rows"].max()) for flat in batch.values()) for batch in samples)
+        counts = torch.tensor([*targets, sources + sum(targets), examples], device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        self._counts = dict(zip(names, counts.tolist(), strict=True))
+        *step_targets, step_tokens, step_examples = counts.tolist()
+        self._counts = dict(zip(names, step_targets, strict=True))
+        self._seen["tokens"] += step_tokens
+        self._seen["examples"] += step_examples
         return samples, None
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -82,6 +88,8 @@ class StepTrainer(Seq2SeqTrainer):
                 logs[f"{name}_loss"] = sum(values) / steps * self.args.world_size
             self._logged = {}
             self._last_logged_step = self.state.global_step
+        if "loss" in logs or "eval_accuracy" in logs:
+            logs |= self._seen  # into the checkpoint as well, from which a resumed run counts on
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

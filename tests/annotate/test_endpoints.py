@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import good_answer, run_dsbs
+from conftest import good_answer, run_dsbs, small_disk_at
 from loopback import LoopbackServer, completion
 
 from dsbs import PartialError, UserError, annotate, load_recipe
@@ -227,13 +227,8 @@ def test_the_store_is_consistent_for_whoever_looks_in_the_middle_of_a_run(toy: C
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
     """A file system of 6 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("a small tmpfs can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=False)
+    with small_disk_at(tmp_path / "disk", 6) as folder:
+        yield folder
 
 
 def test_a_full_disk_ends_with_exit_code_3_and_nothing_lost(toy: Callable[..., Path], tmp_path: Path, small_disk: Path) -> None:

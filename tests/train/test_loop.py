@@ -66,6 +66,13 @@ def test_every_cell_becomes_a_student_with_its_record_and_losses_apart(
     record = json.loads((folder / "train.json").read_text(encoding="utf-8"))
     assert record["student"]["valid_accuracy"] in {row["eval_accuracy"] for row in looks}
     assert record["valid_labels"] == "gold"
+    cost = record["student"]["cost"]
+    assert cost["device"] and cost["processes"] == 1 and cost["peak_memory_mb"] > 0 and cost["energy_j"] != 0
+    assert cost["tokens"] == looks[-1]["tokens"] and cost["tokens_per_s"] > 0
+    assert record["rows"] == 39 and looks[-1]["examples"] == 39 + 8, "an epoch's last step has the rows that are left"
+    assert all(row["examples_per_s"] > 0 for row in steps)
+    counts = [row["tokens"] for row in steps]
+    assert counts == sorted(set(counts)), "tokens so far, more at each step"
 
 
 def test_the_loss_on_valid_is_the_same_however_its_rows_are_batched(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -126,8 +133,11 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     again = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
     assert again.returncode == 0, again.stderr
     assert weights(folder) == weights(undisturbed)
-    steps = [row["step"] for row in lines(folder / "metrics.jsonl") if "loss" in row]
-    assert steps == list(range(1, 41)), "no step is missing or told twice"
+    rows = [[row for row in lines(path / "metrics.jsonl") if "loss" in row] for path in (folder, undisturbed)]
+    assert [row["step"] for row in rows[0]] == list(range(1, 41)), "no step is missing or told twice"
+    assert [(row["tokens"], row["examples"]) for row in rows[0]] == [(row["tokens"], row["examples"]) for row in rows[1]]
+    costs = [json.loads((path / "train.json").read_text(encoding="utf-8"))["student"]["cost"] for path in (folder, undisturbed)]
+    assert costs[0]["tokens"] == costs[1]["tokens"] == rows[0][-1]["tokens"]
 
 
 @pytest.mark.parametrize(("steps", "every", "looks"), [(3, 100, [3]), (5, 2, [2, 4, 5])])
@@ -235,4 +245,4 @@ def test_tensorboard_events_lie_beside_the_student_when_asked_for(annotated: Cal
     events = EventAccumulator(str(tmp_path / "run" / "train" / "step-by-step-gold-s0" / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"train/label_loss", "train/rationale_loss", "eval/accuracy"} <= tags
+    assert {"train/label_loss", "train/rationale_loss", "eval/accuracy", "train/learning_rate", "train/grad_norm"} <= tags

@@ -46,7 +46,7 @@ def models() -> dict[str, Any]:
 def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
     model = models()[name]
     if name == "checkpointing":
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     assert is_supported(model)
     for target, flat in collate(ROWS).items():
         batch = pad(flat, 0, start=3)
