@@ -295,6 +295,20 @@ class TuneSection(Section):
         return [dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
 
 
+class LoraSection(Section):
+    """Low-rank adapters in place of training all weights; merged into the finished student."""
+
+    rank: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0)  # the adapters' part is scaled by alpha / rank
+    dropout: float = Field(0.0, ge=0, lt=1)  # of what goes into the adapters
+    targets: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("q", "v")  # matrices of each block
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(value)))  # whose order decides nothing
+
+
 class TrainSection(Section):
     methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
         "step-by-step",
@@ -314,6 +328,7 @@ class TrainSection(Section):
     loss_mean: Literal["global", "micro"] = "global"  # token means over the step; micro: of micro-batches, as published
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
     init: str | None = None  # a folder of weights and tokenizer to start from, in place of student's own start
+    lora: LoraSection | None = None  # None: all weights learn; {}: LoRA as it is by default
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = Field(5.0e-5, gt=0)  # its peak; a scratch student's default is 1e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear and cosine decay to 0 at max_steps
@@ -416,6 +431,15 @@ class Recipe(Section):
             unset = {key: value for key, value in SCRATCH_DEFAULTS.items() if key not in train.model_fields_set}
             data["train"] = train.model_copy(update=unset)
         return data
+
+    @model_validator(mode="after")
+    def _adapters_have_something_to_adapt(self) -> Recipe:
+        if self.train.lora and self.student.is_scratch and not self.train.init:
+            raise ValueError(
+                "train.lora adapts weights that know something, and a student from scratch has random ones; "
+                "name a student.model or train.init, or leave train.lora out"
+            )
+        return self
 
     @property
     def training(self) -> str:

@@ -165,6 +165,7 @@ class TrainedStudent(_Row):
     examples_per_s: float
     wall_s: float
     parameters: int
+    trainable_parameters: int | None = None  # those that training moved, LoRA's adapters or all; None: not written down
     fingerprint: str
     subset: float = 1.0  # the share of the train rows
     settings: str = ""  # hash of the recipe's part in it: see Recipe.training

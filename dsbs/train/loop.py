@@ -21,6 +21,7 @@ from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import stream, survey
 from dsbs.train.encode import Data, Drawn, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
+from dsbs.train.lora import adapt, merged, trainable
 from dsbs.train.methods import METHODS, View, grid
 from dsbs.train.processes import leads, wait, world
 from dsbs.train.tokens import Tokens
@@ -252,7 +253,9 @@ class _Cell:
         set_seed(seed)
         model = new_model(self.recipe.student, self.tokenizer, seed, section.init)
         if section.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
+        if section.lora:
+            model = adapt(model, section.lora)
         student = Student(model, self.tokenizer, self._card())
         bf16 = section.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         arguments = Seq2SeqTrainingArguments(
@@ -396,6 +399,13 @@ class _Cell:
         wait()
         return self._record()
 
+    def _trained(self, checkpoint: Path) -> Any:
+        """The model of a checkpoint, plain even where adapters learned."""
+        section = self.recipe.train
+        if section.lora is None:
+            return load_model(str(checkpoint))
+        return merged(new_model(self.recipe.student, self.tokenizer, self.cell.seed, section.init), checkpoint)
+
     def _save(self, student: Student, state: Any, follow: Any) -> None:
         if state.best_global_step is None:
             raise DsbsError(
@@ -403,7 +413,8 @@ class _Cell:
             )
         best, steps = int(state.best_global_step), int(state.global_step)
         looks = {row["step"]: row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row}
-        student = Student(load_model(str(self.checkpoints / f"checkpoint-{best}")), self.tokenizer, student.card)
+        learned = trainable(student.model)
+        student = Student(self._trained(self.checkpoints / f"checkpoint-{best}"), self.tokenizer, student.card)
         student.save(self.folder)
         record = TrainedStudent(
             name=self.cell.name,
@@ -418,6 +429,7 @@ class _Cell:
             examples_per_s=round(steps * self.recipe.train.batch_size / max(follow.elapsed_s, 1e-9), 2),
             wall_s=round(follow.elapsed_s, 2),
             parameters=student.parameters,
+            trainable_parameters=learned,
             fingerprint=self.fingerprint,
             settings=self.settings,
             tuned=self.job.setting,

@@ -1,0 +1,59 @@
+"""LoRA (Hu et al., 2021, arXiv:2106.09685) through peft: adapters learn, the student that comes of them is a plain T5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dsbs.errors import UserError
+from dsbs.recipe import LoraSection, unknown
+
+
+def adapt(model: Any, section: LoraSection) -> Any:
+    """A model whose own weights stand still and whose target matrices each learn a product B·A of rank ``rank``.
+
+    B begins at 0, so that what training starts from is ``model``. Raises UserError for targets that no block has.
+    """
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError:
+        raise UserError("train.lora needs the package peft", hint="pip install 'dsbs[lora]'") from None
+    _check_targets(model, section.targets)
+    model.name_or_path = ""  # by its name peft would look the model up on the hub at every checkpoint
+    config = LoraConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM,
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=list(section.targets),
+    )
+    return get_peft_model(model, config)
+
+
+def merged(model: Any, checkpoint: Path) -> Any:
+    """``model``, from which a training with LoRA started, with the adapters of one of its checkpoints added to its weights."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload()
+
+
+def trainable(model: Any) -> int:
+    """How many of the model's parameters learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    """peft says nothing of a name that fits no module as long as another does; lm_head shares its weights in T5."""
+    import torch
+
+    found = {
+        name.rpartition(".")[2]
+        for stack in (model.get_encoder(), model.get_decoder())
+        for name, module in stack.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for target in targets:
+        if target not in found:
+            raise UserError(
+                f"train.lora.targets: {unknown('matrix', target, sorted(found))}", hint="q and v are the usual ones in a T5"
+            )
