@@ -50,6 +50,11 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
     return digest(canonical(teacher), prompt, canonical(sampling))
 
 
+def learned_source(recipe: Recipe, task: Task) -> str:
+    """Hash of all in a recipe that decides which annotations a student learns from."""
+    return digest(source_fingerprint(recipe, task), canonical(recipe.train.select.model_dump(mode="json")))
+
+
 def read_annotations(path: Path) -> Iterator[Annotation]:
     """Yield the rows of an annotation file. Raises UserError with file and line."""
     for number, row in read_jsonl(path):

@@ -246,10 +246,10 @@ class StudentSection(Section):
     model: str | None = None  # hub id (google/t5-v1_1-base) or local folder
     init: Literal["scratch"] | None = None  # scratch: random weights, vocabulary learned from the training text
     size: Literal["nano", "mini", "small"] = "nano"  # of a scratch student: about 2, 11 and 40 million parameters
-    vocab_size: int = Field(4000, ge=64)  # pieces of a scratch vocabulary, at most
+    vocab_size: int = Field(4000, ge=64, le=1_000_000)  # pieces of a scratch vocabulary, at most
     max_input_tokens: int = Field(1024, gt=0)  # longer inputs are cut
     max_target_tokens: int = Field(256, gt=0)  # longer labels and rationales are cut
-    dropout: float | None = Field(None, ge=0, lt=1)  # None: the model's own (0.1 for a scratch student)
+    dropout: float | None = Field(None, ge=0, le=0.99)  # None: the model's own (0.1 for a scratch student)
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentSection:
@@ -287,6 +287,12 @@ class TuneSection(Section):
         if value is not None and (not value or len(set(value)) < len(value)):
             raise ValueError("give at least one value, and each once")
         return value
+
+    @model_validator(mode="after")
+    def _tries_something(self) -> TuneSection:
+        if all(values is None for _, values in self):
+            raise ValueError("train.tune names no setting; give it one, e.g. learning_rate: [0.0003, 0.001], or leave it out")
+        return self
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -326,7 +332,7 @@ class TrainSection(Section):
     rationale_weight_end: float = Field(0.0, ge=0)  # λ at max_steps, where rationale_schedule is not constant
     task_token: Literal["prefix", "decoder"] = "prefix"  # step-by-step's tasks are told by prefixes, or by the decoder's start
     loss_mean: Literal["global", "micro"] = "global"  # token means over the step; micro: of micro-batches, as published
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
     init: str | None = None  # a folder of weights and tokenizer to start from, in place of student's own start
     lora: LoraSection | None = None  # None: all weights learn; {}: LoRA as it is by default
     optimizer: Literal["adamw", "adafactor"] = "adamw"

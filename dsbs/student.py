@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -270,6 +272,20 @@ def _not_loaded(what: str, source: str, error: Exception) -> DsbsError:
     )
 
 
+@cache
+def start_hash(start: str | None) -> tuple[str, ...]:
+    """Of the weights in the local folder that training starts from; nothing for a Hub id, whose name stands in the recipe."""
+    folder = Path(start or "").expanduser()
+    if not start or not folder.is_dir():
+        return ()
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin") or path.name == "config.json"]
+    hashes = []
+    for path in files:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return tuple(hashes)
+
+
 def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | None = None) -> Any:
     """The model that training starts from: ``init`` or pretrained weights, or random ones that depend on ``seed`` alone."""
     import torch
@@ -277,7 +293,13 @@ def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | No
 
     start = init or section.model
     if start is not None:
-        return load_model(start, section.dropout)
+        model = load_model(start, section.dropout)
+        if len(tokenizer) > model.config.vocab_size:
+            raise UserError(
+                f"{start} has {model.config.vocab_size} embeddings for a tokenizer of {len(tokenizer)} pieces",
+                hint="its weights and its tokenizer are of two models: save both of one into the folder",
+            )
+        return model
     _quiet()
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -293,6 +315,8 @@ def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | No
 
 def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | None = None) -> Any:
     """The tokenizer that training starts from: the model's own, or a SentencePiece vocabulary learned from ``texts``."""
+    if init is not None and not Path(init).expanduser().is_dir():
+        raise UserError(f"train.init: there is no folder {init}", hint="give the folder of a student or of a T5's weights")
     start = init or section.model
     return load_tokenizer(start) if start is not None else learn_vocabulary(texts, section.vocab_size)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dsbs.annotations import run_folder, source_fingerprint
+from dsbs.annotations import learned_source, run_folder
 from dsbs.artefacts import hold, manifest, write_json
 from dsbs.errors import UserError
 from dsbs.eval.metrics import score
@@ -128,7 +128,7 @@ def _of_recipe(recipe: Recipe, task: Task, students: list[TrainedStudent], run: 
     wanted = [s for s in wanted if s.subset in recipe.train.subset]
     if not wanted:
         raise UserError(f"{run}/train has no finished student of this recipe", hint="run `dsbs train` with this recipe first")
-    settings, source = recipe.training, source_fingerprint(recipe, task)
+    settings, source = recipe.training, learned_source(recipe, task)
     others = [s.name for s in wanted if s.settings != settings or s.source not in (None, source)]
     if others:
         raise UserError(

@@ -123,7 +123,7 @@ class Follow(TrainerCallback):
         best = f"; best valid {100 * self.best:.1f} %" if self.best >= 0 else ""
         self._meter.update(state.global_step, self._note + best)
         if state.global_step >= state.max_steps:  # the last step is a candidate too, whatever eval_every divides
-            control.should_evaluate = control.should_save = True
+            control.should_log = control.should_evaluate = control.should_save = True
 
 
 class Patience(TrainerCallback):

@@ -41,9 +41,13 @@ class Row:
 
     def targets(self, target: Target, source: LabelSource) -> list[str]:
         """What a view of this row is to write, in as many ways as there are; a rationale only beside the label it leads to."""
-        usable = () if target == "label" or (self.hinted and source == "teacher") else self.rationales
+        usable = () if target == "label" else self.usable(source)
         texts = [compose(target, self.label(source), rationale) for rationale in usable or (None,)]
         return [text for text in texts if text]
+
+    def usable(self, source: LabelSource) -> tuple[str, ...]:
+        """The rationales that stand beside this source's label: a hinted one leads to the gold label alone."""
+        return () if self.label(source) is None or (self.hinted and source == "teacher") else self.rationales
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +95,6 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
     valid = sorted((row for row in valid if row.label(source)), key=lambda row: position(row.id, "valid-limit"))
     if not valid:
         raise UserError("no validation row has a label", hint="give task.data.valid, or annotate more rows")
-    for cell in cells:
-        if not any(row.label(cell.labels) for row in rows):
-            raise UserError(
-                f"{cell.method} learns {cell.labels} labels, and no train row has one",
-                hint="leave the method out of train.methods"
-                if cell.labels == "gold"
-                else "look at the annotations' reject_reason, and at train.select",
-            )
-        if METHODS[cell.method].needs_rationales and not any(row.rationales for row in rows):
-            raise UserError(
-                "no train row has a usable rationale", hint="look at the annotations' reject_reason, and at train.select"
-            )
     ids = {row.id for row in rows}
     words = [
         part
@@ -113,7 +105,35 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
     ]
     fields = {example.id: example.input for example in held_out}
     order = sorted(range(len(rows)), key=lambda i: position(rows[i].id, "subset"))
-    return Data(rows, valid[: recipe.train.valid_limit], source, fields, order, words)
+    data = Data(rows, valid[: recipe.train.valid_limit], source, fields, order, words)
+    for cell in cells:
+        _check_taught(data, cell)
+    return data
+
+
+def _check_taught(data: Data, cell: Cell) -> None:
+    """Raises UserError where a student would find nothing of what its method learns in its part of the rows."""
+    rows = data.part(cell.subset)
+    of = "train row" if cell.subset == 1 else f"row of train.subset {cell.subset:g} ({len(rows)} rows)"
+    if not any(row.label(cell.labels) for row in rows):
+        raise UserError(
+            f"{cell.method} learns {cell.labels} labels, and no {of} has one",
+            hint="leave the method out of train.methods"
+            if cell.labels == "gold"
+            else "look at the annotations' reject_reason, and at train.select",
+        )
+    if METHODS[cell.method].needs_rationales and not taught_rationales(data, cell):
+        raise UserError(
+            f"{cell.method} learns rationales beside {cell.labels} labels, and no {of} has a usable one",
+            hint="look at the annotations' reject_reason and provenance (hinted ones go with gold labels), and at train.select",
+        )
+
+
+def taught_rationales(data: Data, cell: Cell) -> int:
+    """How many rationales a student is taught in its part of the rows."""
+    if not METHODS[cell.method].needs_rationales:
+        return 0
+    return sum(len(row.usable(cell.labels)) for row in data.part(cell.subset))
 
 
 def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict[str, Annotation]:
@@ -164,9 +184,10 @@ def vocabulary_text(data: Data) -> Iterator[str]:
 
     The same for every method, label source and selection, so that none of them changes another's student.
     """
-    for row in data.train:
+    words, count = data.teacher_words, len(data.train)
+    for i, row in enumerate(data.train):
         yield from (part for part in ("predict: explain: " + row.text, row.gold) if part)
-    yield from data.teacher_words
+        yield from words[i * len(words) // count : (i + 1) * len(words) // count]  # side by side: learning may stop halfway
 
 
 Encoded = dict[str, list[tuple[Ids, Ids]]]  # target of a view -> (input ids, target ids), as many as it may write
@@ -225,7 +246,7 @@ class Encoder:
         for view in views:
             targets = [row.targets(view.target, labels) for row in rows]
             # without the label that it explains, a rationale teaches the wrong task; with λ = 0 it teaches nothing
-            chosen = [i for i, texts in enumerate(targets) if texts and rows[i].label(labels) and view.weight > 0]
+            chosen = [i for i, texts in enumerate(targets) if texts and rows[i].label(labels) and view.taught]
             counts = np.zeros(len(rows), np.int64)
             counts[chosen] = [len(targets[i]) for i in chosen]
             inputs = self._tokens.places(view.prefix, [rows[i].text for i in chosen], self._max_input)

@@ -10,17 +10,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotations import run_folder, source_fingerprint
+from dsbs.annotations import learned_source, run_folder
 from dsbs.artefacts import canonical, digest, hold, manifest, now, room, versions, write_json
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.progress import Meter, Silent, running
 from dsbs.recipe import Recipe
 from dsbs.records import TrainedStudent, Unread
-from dsbs.student import Student, StudentCard, load_model, new_model, new_tokenizer, start_token, take_apart, tokenizer_hash
+from dsbs.student import (
+    Student,
+    StudentCard,
+    load_model,
+    new_model,
+    new_tokenizer,
+    start_hash,
+    start_token,
+    take_apart,
+    tokenizer_hash,
+)
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import stream, survey
-from dsbs.train.encode import Data, Drawn, Encoder, collate, encoded_hash, gather, pad, vocabulary_text
+from dsbs.train.encode import Data, Drawn, Encoder, collate, encoded_hash, gather, pad, taught_rationales, vocabulary_text
 from dsbs.train.lora import adapt, merged, trainable
 from dsbs.train.methods import METHODS, View, grid
 from dsbs.train.processes import leads, wait, world
@@ -103,12 +113,11 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     lines = []
     for cell in cells:
         taught = [row for row in data.part(cell.subset) if row.label(cell.labels)]
-        with_rationale = sum(len(row.rationales) for row in taught) if METHODS[cell.method].needs_rationales else 0
         lines.append(
             {
                 "name": cell.name,
                 "rows": len(taught),
-                "rationales": with_rationale,
+                "rationales": taught_rationales(data, cell),
                 "valid": len(data.valid),
                 "trials": len(trial_jobs(recipe.train, cell, run)) if cell.seed == recipe.train.seeds[0] else 0,
                 "steps": max((recipe.train.tune and recipe.train.tune.max_steps) or (recipe.train.max_steps,)),
@@ -128,11 +137,19 @@ def _is_done(recipe: Recipe, record: Path) -> bool:
 
 
 def _check_processes(recipe: Recipe) -> None:
-    if recipe.train.batch_size % world():
+    sizes = (recipe.train.tune and recipe.train.tune.batch_size) or (recipe.train.batch_size,)
+    uneven = [size for size in sizes if size % world()]
+    if uneven:
         raise UserError(
-            f"train.batch_size {recipe.train.batch_size} cannot be shared among {world()} processes",
+            f"train.batch_size {uneven[0]} cannot be shared among {world()} processes",
             hint="make it a multiple of their number: it counts the examples of a step over all of them",
         )
+
+
+def per_process(batch: int, micro: int) -> int:
+    """Examples of one process's forward pass: at most its share of ``micro``, and a part of its share of the batch."""
+    share, most = batch // world(), max(1, micro // world())
+    return max(size for size in range(1, most + 1) if share % size == 0)
 
 
 def _check_precision(recipe: Recipe) -> None:
@@ -159,7 +176,6 @@ class _Cell:
         encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens)
         self.rows = encoder.rows(data.part(cell.subset), self.views, cell.labels)
         self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
-        self.needs_rationales = METHODS[cell.method].needs_rationales
         self.folder = job.folder
         self.checkpoints = self.folder / "checkpoints"
         self.fingerprint = self._fingerprint()
@@ -173,6 +189,7 @@ class _Cell:
             tokenizer_hash(self.tokenizer),
             encoded_hash(self.rows),
             encoded_hash(self.valid),
+            *start_hash(self.recipe.train.init or self.recipe.student.model),
         )
 
     def run(self, meter: Meter) -> TrainedStudent:
@@ -181,6 +198,9 @@ class _Cell:
         wait()
         if (self.folder / RECORD).is_file():
             meter.say(f"{self.job.title}: finished before, kept")
+            if leads():
+                self._follow_recipe()
+            wait()
             return self._record()
         wait()
         if leads():
@@ -205,6 +225,18 @@ class _Cell:
         folder = Path(trial.path)
         if json.loads((folder / "work.json").read_text(encoding="utf-8"))["fingerprint"] == self.fingerprint:
             adopt(folder, self.job, {"path": str(self.folder), "settings": self.settings, "tuned": self.job.setting})
+
+    def _follow_recipe(self) -> None:
+        """A kept student is this recipe's now: equal weights may come of another grid of settings."""
+        said = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        now_said = {"settings": self.settings, "tuned": self.job.setting, "source": self._source()}
+        changed = said | {"student": said["student"] | now_said, "trials": [asdict(trial) for trial in self.job.trials]}
+        if changed != said:
+            write_json(self.folder / RECORD, changed)
+
+    def _source(self) -> str | None:
+        """Of the annotations that the student learned from; None: it needed none."""
+        return learned_source(self.recipe, make_task(self.recipe.task)) if self.cell.needs_teacher else None
 
     def _record(self) -> TrainedStudent:
         return TrainedStudent(**json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["student"])
@@ -250,6 +282,7 @@ class _Cell:
         from dsbs.train.trainer import StepTrainer
 
         section, seed = self.recipe.train, self.cell.seed
+        mine = per_process(section.batch_size, micro)
         set_seed(seed)
         model = new_model(self.recipe.student, self.tokenizer, seed, section.init)
         if section.gradient_checkpointing:
@@ -260,11 +293,12 @@ class _Cell:
         bf16 = section.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(self.checkpoints),
-            per_device_train_batch_size=max(1, micro // world()),
-            gradient_accumulation_steps=section.batch_size // (max(1, micro // world()) * world()),
+            per_device_train_batch_size=mine,
+            gradient_accumulation_steps=section.batch_size // (mine * world()),
             max_steps=section.max_steps,
             learning_rate=section.learning_rate,
-            lr_scheduler_type=section.schedule,
+            # the plain constant one knows no warm-up
+            lr_scheduler_type="constant_with_warmup" if section.schedule == "constant" else section.schedule,
             optim="adafactor" if section.optimizer == "adafactor" else "adamw_torch_fused",
             train_sampling_strategy="random" if section.shuffle else "sequential",
             logging_nan_inf_filter=False,  # it would show 0 in place of a loss that is lost
@@ -414,6 +448,7 @@ class _Cell:
         best, steps = int(state.best_global_step), int(state.global_step)
         looks = {row["step"]: row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row}
         learned = trainable(student.model)
+        seen = max((row["examples"] for row in state.log_history if "examples" in row), default=0)
         student = Student(self._trained(self.checkpoints / f"checkpoint-{best}"), self.tokenizer, student.card)
         student.save(self.folder)
         record = TrainedStudent(
@@ -426,14 +461,14 @@ class _Cell:
             valid_accuracy=looks[best],
             best_step=best,
             steps=steps,
-            examples_per_s=round(steps * self.recipe.train.batch_size / max(follow.elapsed_s, 1e-9), 2),
+            examples_per_s=round(seen / max(follow.elapsed_s, 1e-9), 2),
             wall_s=round(follow.elapsed_s, 2),
             parameters=student.parameters,
             trainable_parameters=learned,
             fingerprint=self.fingerprint,
             settings=self.settings,
             tuned=self.job.setting,
-            source=source_fingerprint(self.recipe, student.task) if self.cell.needs_teacher else None,
+            source=self._source(),
             reportable=self.recipe.task.limit is None,
             cost=follow.cost(state),
         )
@@ -444,9 +479,7 @@ class _Cell:
                 "selection": state.best_metric,
                 "trials": [asdict(trial) for trial in self.job.trials],
                 "rows": len(self.rows),
-                "rationales": sum(len(row.rationales) for row in self.data.part(self.cell.subset))
-                if self.needs_rationales
-                else 0,
+                "rationales": taught_rationales(self.data, self.cell),
                 "valid_rows": len(self.data.valid),
                 "valid_labels": self.data.valid_labels,
                 "ended": now(),

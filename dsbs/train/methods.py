@@ -21,6 +21,7 @@ class View:
     prefix: str
     weight: float
     start: Start = "pad"
+    taught: bool = True  # False: its weight is 0 from the first step to the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,11 @@ def _one_task(target: Target) -> Callable[[TrainSection], tuple[View, ...]]:
 
 def _step_by_step(train: TrainSection) -> tuple[View, ...]:
     """Paper, equation 3: L_label + λ·L_rationale, here divided by 1 + λ."""
+    grows = train.rationale_schedule != "constant" and train.rationale_weight_end > 0
+    taught = grows or train.rationale_weight > 0
     if train.task_token == "decoder":  # the input is the same for both and encoded once
-        return View("label", "", 1.0), View("rationale", "", train.rationale_weight, start="eos")
-    return View("label", "predict: ", 1.0), View("rationale", "explain: ", train.rationale_weight)
+        return View("label", "", 1.0), View("rationale", "", train.rationale_weight, start="eos", taught=taught)
+    return View("label", "predict: ", 1.0), View("rationale", "explain: ", train.rationale_weight, taught=taught)
 
 
 METHODS = {

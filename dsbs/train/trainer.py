@@ -91,10 +91,7 @@ class StepTrainer(Seq2SeqTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise DsbsError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}",
-                    hint="lower train.learning_rate or add train.warmup_steps; the last checkpoint is kept",
-                )
+                raise self._lost(logs["loss"])
             steps = max(1, self.state.global_step - (self._last_logged_step or 0))
             for name, values in self._logged.items():
                 logs[f"{name}_loss"] = sum(values) / steps * self.args.world_size
@@ -104,10 +101,19 @@ class StepTrainer(Seq2SeqTrainer):
             logs |= self._seen  # into the checkpoint as well, from which a resumed run counts on
         super().log(logs, start_time)
 
+    def _lost(self, loss: float) -> DsbsError:
+        return DsbsError(
+            f"the loss is {loss} at step {self.state.global_step}",
+            hint="lower train.learning_rate or add train.warmup_steps; the last checkpoint is kept",
+        )
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Accuracy on valid by short generation. The test split is nowhere near."""
         del args, kwargs
-        metrics = {f"eval_{name}": value for name, value in self._validate().items()}
+        found = self._validate()
+        if not math.isfinite(found.get("label_loss", 0.0)):
+            raise self._lost(found["label_loss"])
+        metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

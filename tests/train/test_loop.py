@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,66 @@ def test_dry_run_trains_nothing(annotated: Callable[..., Recipe], tmp_path: Path
     )  # fmt: skip
     assert done.returncode == 0 and "step-by-step-gold-s0: " in done.stdout
     assert not (tmp_path / "run" / "train").exists()
+
+
+def test_a_weight_that_rises_from_nothing_trains_rationales(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
+    rising = ["train.rationale_weight=0", "train.rationale_schedule=linear", "train.rationale_weight_end=1"]
+    train(annotated("train.methods=step-by-step", *rising), out=tmp_path / "run")
+    first, *_, last = (row for row in lines(tmp_path / "run/train/step-by-step-gold-s0/metrics.jsonl") if "loss" in row)
+    assert first["loss"] == pytest.approx(first["label_loss"], rel=1e-4) and first["rationale_loss"] > 0
+    weight = 5 / 6
+    mixed = (last["label_loss"] + weight * last["rationale_loss"]) / (1 + weight)
+    assert last["loss"] == pytest.approx(mixed, rel=1e-4)
+
+
+def test_a_constant_rate_has_its_warm_up(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
+    train(annotated("train.methods=finetune", "train.schedule=constant", "train.warmup_steps=3"), out=tmp_path / "run")
+    rates = [row["learning_rate"] for row in lines(tmp_path / "run/train/finetune-gold-s0/metrics.jsonl") if "loss" in row]
+    assert rates[0] < rates[1] < rates[2] and rates[3:] == [0.001] * 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "size"), [(14, 7, 2, 1), (36, 9, 2, 3), (20, 10, 4, 1), (64, 64, 2, 32), (8, 1, 2, 1)]
+)
+def test_a_step_has_its_batch_on_any_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch, batch: int, micro: int, processes: int, size: int
+) -> None:
+    from dsbs.train.loop import per_process
+
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert per_process(batch, micro) == size and batch % (size * processes) == 0
+
+
+def test_a_part_without_what_a_method_learns_is_refused_before_anything_is_trained(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    def few(body: dict[str, Any], number: int) -> str:
+        return good_answer(body, number) if "number 3 " in body["messages"][-1]["content"] else "I would rather not say."
+
+    with LoopbackServer(few) as server:
+        base = [f"teacher.base_url={server.url}", "train.subset=[1.0, 0.05]"]
+        annotate(load_recipe(toy(), base), out=tmp_path / "run")
+    for method, said in (("distill", "distill learns teacher labels"), ("step-by-step", "learns rationales")):
+        with pytest.raises(UserError, match=f"{said}.*train.subset 0.05"):
+            train(load_recipe(tmp_path / "toy.yaml", [*base, f"train.methods={method}"]), out=tmp_path / "run")
+    assert not list((tmp_path / "run" / "train").glob("*-s0"))
+
+
+def test_weights_that_training_starts_from_are_part_of_the_student(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
+    from dsbs.student import start_hash
+
+    only = ["train.methods=finetune", "train.max_steps=2"]
+    train(annotated(*only), out=tmp_path / "run")
+    start = tmp_path / "start"
+    (tmp_path / "run" / "train" / "finetune-gold-s0").rename(start)
+    recipe = annotated(*only, "student.init=null", f"train.init={start}")
+    train(recipe, out=tmp_path / "run")
+    student = tmp_path / "run" / "train" / "finetune-gold-s0"
+    first = weights(student)
+    shutil.copy(student / "model.safetensors", start / "model.safetensors")
+    start_hash.cache_clear()  # another process would look anew
+    train(recipe, out=tmp_path / "run")
+    assert weights(student) != first
 
 
 def test_tensorboard_events_lie_beside_the_student_when_asked_for(annotated: Callable[..., Recipe], tmp_path: Path) -> None:

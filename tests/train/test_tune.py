@@ -86,8 +86,16 @@ def test_run_again_nothing_is_trained_and_a_wider_grid_tries_only_the_new(
     assert len(trained) == 2, "two trials, and the better one is the student"
     train(annotated(only, "train.tune.learning_rate=[0.01, 0.003]"), out=tmp_path / "run")
     assert len(trained) == 2
-    train(annotated(only, "train.tune.learning_rate=[0.01, 0.003, 0.00001]"), out=tmp_path / "run")
+    wider = annotated(only, "train.tune.learning_rate=[0.01, 0.003, 0.00001]")
+    train(wider, out=tmp_path / "run")
     assert trained[2:] == ["finetune-gold-s0 with learning_rate=1e-05"]
+    assert len(record(tmp_path / "run" / "train" / "finetune-gold-s0")["trials"]) == 3
+    assert evaluate(wider, out=tmp_path / "run").n, "the kept student is the wider grid's now"
+    chosen = record(tmp_path / "run" / "train" / "finetune-gold-s0")["student"]["tuned"]["learning_rate"]
+    plain = annotated(only, f"train.learning_rate={chosen}")
+    train(plain, out=tmp_path / "run")
+    assert len(trained) == 3 and evaluate(plain, out=tmp_path / "run").n, "and the plain recipe's, which says the same"
+    assert record(tmp_path / "run" / "train" / "finetune-gold-s0")["trials"] == []
 
 
 def test_students_of_another_grid_are_not_taken_for_this_ones(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -105,6 +113,7 @@ def test_the_plan_counts_the_trials_once(annotated: Callable[..., Recipe], tmp_p
     ("tune", "said"),
     [
         ("{learning_rate: []}", "at least one value"),
+        ("{}", "names no setting"),
         ("{learning_rate: [0.1, 0.1]}", "each once"),
         ("{rationale_weight: [1, 2]}", "rationale_weight"),
         ("{batch_size: [4, 6]}", "multiple of train.micro_batch_size"),
