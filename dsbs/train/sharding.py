@@ -24,6 +24,11 @@ def shard(model: Any, accelerator: Any) -> None:
             "accelerate's FSDP settings are not those that dsbs knows",
             hint="set fsdp_version: 2 and fsdp_state_dict_type: FULL_STATE_DICT, as recipes/accelerate/fsdp.yaml does",
         )
+    if plugin.cpu_ram_efficient_loading:  # transformers has then read the weights in one process alone
+        raise UserError(
+            "accelerate's setting fsdp_cpu_ram_efficient_loading leaves all processes but one without the student's weights",
+            hint="set fsdp_cpu_ram_efficient_loading: false, as recipes/accelerate/fsdp.yaml does",
+        )
     if not is_supported(model):
         raise UserError("FSDP divides T5 and mT5 only", hint="start without accelerate's FSDP settings")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -57,11 +62,15 @@ def whole_weights(model: Any) -> dict[str, Any]:
 
 
 def save_whole(model: Any, folder: str) -> None:
-    """Save a divided model as any other is saved, through a copy in the leading process's memory. All must call it."""
+    """Save a divided model as any other is saved, by the leading process (of LoRA the adapters alone). All must call it."""
     from transformers import AutoModelForSeq2SeqLM
 
     weights = whole_weights(model)
-    if leads():
+    if not leads():
+        return
+    if hasattr(model, "get_base_model"):
+        model.save_pretrained(folder, state_dict=weights)
+    else:
         whole = AutoModelForSeq2SeqLM.from_config(model.config)
         whole.load_state_dict(weights)
         whole.save_pretrained(folder)
