@@ -24,11 +24,6 @@ def shard(model: Any, accelerator: Any) -> None:
             "accelerate's FSDP settings are not those that dsbs knows",
             hint="set fsdp_version: 2 and fsdp_state_dict_type: FULL_STATE_DICT, as recipes/accelerate/fsdp.yaml does",
         )
-    if plugin.cpu_ram_efficient_loading:  # transformers has then read the weights in one process alone
-        raise UserError(
-            "accelerate's setting fsdp_cpu_ram_efficient_loading leaves all processes but one without the student's weights",
-            hint="set fsdp_cpu_ram_efficient_loading: false, as recipes/accelerate/fsdp.yaml does",
-        )
     if not is_supported(model):
         raise UserError("FSDP divides T5 and mT5 only", hint="start without accelerate's FSDP settings")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
