@@ -117,7 +117,10 @@ class Student:
             ) from None
         except ValueError as error:
             raise UserError(f"{folder / CARD} is not a student card ({error})", hint="train the student again") from None
-        return cls(load_model(str(folder)), load_tokenizer(str(folder)), card)
+        import torch
+
+        model = load_model(str(folder))
+        return cls(model.to("cuda") if torch.cuda.is_available() else model, load_tokenizer(str(folder)), card)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -243,7 +246,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_model(source: str, dropout: float | None = None) -> Any:
-    """The sequence-to-sequence model of a Hub id or local folder, in float32 whatever it was saved in.
+    """The sequence-to-sequence model of a Hub id or local folder, in float32 whatever it was saved in, in main memory.
 
     ``dropout`` takes the place of the model's own rate.
     """
@@ -256,7 +259,7 @@ def load_model(source: str, dropout: float | None = None) -> Any:
         model = AutoModelForSeq2SeqLM.from_pretrained(_local(source), dtype=torch.float32, **changes)
     except Exception as error:
         raise _not_loaded("model", source, error) from None
-    return model.to("cuda") if torch.cuda.is_available() else model
+    return model
 
 
 def _local(source: str) -> str:

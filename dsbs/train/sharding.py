@@ -57,11 +57,15 @@ def whole_weights(model: Any) -> dict[str, Any]:
 
 
 def save_whole(model: Any, folder: str) -> None:
-    """Save a divided model as any other is saved, through a copy in the leading process's memory. All must call it."""
+    """Save a divided model as any other is saved, by the leading process (of LoRA the adapters alone). All must call it."""
     from transformers import AutoModelForSeq2SeqLM
 
     weights = whole_weights(model)
-    if leads():
+    if not leads():
+        return
+    if hasattr(model, "get_base_model"):
+        model.save_pretrained(folder, state_dict=weights)
+    else:
         whole = AutoModelForSeq2SeqLM.from_config(model.config)
         whole.load_state_dict(weights)
         whole.save_pretrained(folder)

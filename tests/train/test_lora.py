@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsdp_on_cpu
 import pytest
 import torch
-from conftest import on_two_processes
+from conftest import launcher, on_two_processes
 from safetensors.torch import load_file
 from test_unpadded import ROWS, t5
 
@@ -176,6 +179,55 @@ def test_two_processes_train_the_adapters_of_one(pretrained: str, toy: Callable[
     assert any(float((theirs[name] - start[name]).abs().max()) > 1e-4 for name in theirs), "it learned something"
     for name, value in ours.items():
         assert torch.allclose(value, theirs[name], atol=1e-5), name
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import fsdp_on_cpu
+from dsbs.cli import main
+from dsbs.train.callbacks import Follow
+
+def killed(self, args, state, control, **kwargs):
+    if state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fsdp_on_cpu.allow()
+Follow.on_step_end = killed
+main()
+"""
+
+
+def on_two_divided(*arguments: str, script: str = fsdp_on_cpu.__file__) -> subprocess.CompletedProcess[str]:
+    command = [*launcher(), script, *arguments]
+    env = dict(os.environ) | fsdp_on_cpu.ENVIRONMENT
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=env)
+
+
+def test_divided_by_fsdp_the_adapters_become_those_of_one_process_and_resume(
+    pretrained: str, toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    exact = ("student.dropout=0", "train.lora.dropout=0", "train.learning_rate=0.001", "train.max_steps=4")
+    recipe = recipe_on(pretrained, toy, *exact)
+    one = Path(train(recipe, out=tmp_path / "one").students[0].path)
+    path = tmp_path / "both.yaml"
+    path.write_text(json.dumps(recipe.model_dump(mode="json")), encoding="utf-8")
+    result = on_two_divided("train", str(path), "--out", str(tmp_path / "two"), "--json")
+    assert result.returncode == 0, result.stderr[-3000:]
+    two = json.loads(result.stdout)["students"][0]
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (one, Path(two["path"])))
+    for name, value in ours.items():
+        assert torch.allclose(value, theirs[name], atol=1e-5), name
+    assert two["trainable_parameters"] == json.loads((one / "train.json").read_text())["student"]["trainable_parameters"]
+
+    (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
+    tests = str(Path(fsdp_on_cpu.__file__).parent)
+    script = str(tmp_path / "killed.py")
+    on_two_divided(tests, "train", str(path), "--out", str(tmp_path / "broken"), script=script)
+    left = tmp_path / "broken" / "train" / "finetune-gold-s0"
+    assert last_checkpoint(left / "checkpoints") == left / "checkpoints" / "checkpoint-3"
+    assert on_two_divided("train", str(path), "--out", str(tmp_path / "broken")).returncode == 0
+    assert weights(left) == weights(Path(two["path"]))
 
 
 def test_a_target_that_no_block_has_is_told_with_those_there_are() -> None:
