@@ -20,9 +20,9 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, load_recipe, train
 from dsbs.recipe import Recipe
-from dsbs.train.encode import gather
-from dsbs.train.loop import last_checkpoint
+from dsbs.train.cell import last_checkpoint
 from dsbs.train.methods import grid
+from dsbs.train.rows import gather
 
 
 @pytest.fixture
@@ -154,11 +154,11 @@ def test_the_last_step_is_looked_at_whatever_eval_every_divides(
 def test_a_kill_between_the_last_step_and_the_saved_student_costs_no_step(
     annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dsbs.train import loop
+    from dsbs.train import cell
 
     recipe, folder = annotated("train.methods=finetune"), tmp_path / "run" / "train" / "finetune-gold-s0"
     with monkeypatch.context() as patch:
-        patch.setattr(loop.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(cell.shutil, "rmtree", lambda *args, **kwargs: None)
         train(recipe, out=tmp_path / "run")
     first, steps = weights(folder), lines(folder / "metrics.jsonl")
     (folder / "train.json").unlink()
@@ -260,7 +260,7 @@ def test_a_constant_rate_has_its_warm_up(annotated: Callable[..., Recipe], tmp_p
 def test_a_step_has_its_batch_on_any_number_of_processes(
     monkeypatch: pytest.MonkeyPatch, batch: int, micro: int, processes: int, size: int
 ) -> None:
-    from dsbs.train.loop import per_process
+    from dsbs.train.cell import per_process
 
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert per_process(batch, micro) == size and batch % (size * processes) == 0

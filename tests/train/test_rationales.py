@@ -15,9 +15,10 @@ from loopback import LoopbackServer
 from dsbs import annotate, load_recipe, train
 from dsbs.recipe import Recipe
 from dsbs.tasks import make_task
-from dsbs.train import loop
-from dsbs.train.encode import Drawn, Encoded, Row, collate, gather
+from dsbs.train import cell
+from dsbs.train.encode import Drawn, Encoded, collate
 from dsbs.train.methods import grid
+from dsbs.train.rows import Row, gather
 
 WAYS = ["It speaks of {}, plainly.", "We read of {} in it.", "Only {} is named here.", "Too short"]
 
@@ -117,16 +118,16 @@ def test_a_resumed_training_draws_as_an_undisturbed_one(
     class Killed(Exception):
         pass
 
-    def stop(self: loop._Cell, *args: Any) -> dict[str, float]:
+    def stop(self: cell.CellTraining, *args: Any) -> dict[str, float]:
         looks.append(1)
         if len(looks) == 3:
             raise Killed
         return real(self, *args)
 
     looks: list[int] = []
-    real = loop._Cell._validate
+    real = cell.CellTraining._validate
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Cell, "_validate", stop)
+        patch.setattr(cell.CellTraining, "_validate", stop)
         with pytest.raises(Killed):
             train(annotated(*overrides), out=tmp_path / "broken")
     train(annotated(*overrides), out=tmp_path / "broken")

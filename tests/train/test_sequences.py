@@ -14,8 +14,8 @@ from dsbs import Student, annotate, evaluate, load_recipe, train
 from dsbs.recipe import Recipe
 from dsbs.student import compose, take_apart
 from dsbs.tasks import make_task
-from dsbs.train.encode import gather
 from dsbs.train.methods import grid
+from dsbs.train.rows import gather
 
 
 @pytest.mark.parametrize("target", ["label", "rationale-then-label", "label-then-rationale"])
@@ -73,15 +73,18 @@ def test_a_student_told_its_task_by_the_decoders_start_labels_and_explains(
 
 
 def test_parts_of_the_data_nest_and_have_students_of_their_own(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = annotated("train.methods=finetune", "train.subset=[0.25, 0.5, 1.0]", "train.max_steps=2")
+    recipe = annotated("train.methods=[finetune, step-by-step]", "train.subset=[0.25, 0.5, 1.0]", "train.max_steps=2")
     data = gather(recipe, make_task(recipe.task), tmp_path / "run", grid(recipe.train))
     parts = [{row.id for row in data.part(share)} for share in (0.25, 0.5, 1.0)]
     assert parts[0] < parts[1] < parts[2] and len(parts[1]) == round(len(data.train) / 2)
     assert [row.id for row in data.part(0.5)] == [row.id for row in data.train if row.id in parts[1]]
     names = [student.name for student in train(recipe, out=tmp_path / "run").students]
-    assert names == ["finetune-gold-s0", "finetune-gold-n0.5-s0", "finetune-gold-n0.25-s0"]
-    systems = [system["name"] for system in evaluate(recipe, out=tmp_path / "run").as_json()["systems"]]
-    assert systems[-3:] == ["finetune-gold", "finetune-gold-n0.5", "finetune-gold-n0.25"]
+    assert names[::2] == ["finetune-gold-s0", "finetune-gold-n0.5-s0", "finetune-gold-n0.25-s0"]
+    systems = {system["name"]: system for system in evaluate(recipe, out=tmp_path / "run").as_json()["systems"]}
+    for share in ("", "-n0.5", "-n0.25"):
+        assert systems[f"finetune-gold{share}"]["versus"] == {}
+        assert list(systems[f"step-by-step-gold{share}"]["versus"]) == [f"finetune-gold{share}"], "compared at equal data"
+    assert list(systems["teacher"]["versus"]) == ["finetune-gold"]
 
 
 def test_patience_ends_a_student_and_a_second_run_keeps_it(annotated: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from test_student import TEXTS
 
 from dsbs.student import learn_vocabulary
 from dsbs.train import tokens
-from dsbs.train.encode import Encoder, Row, collate, encoded_hash
+from dsbs.train.encode import Encoder, collate, encoded_hash
 from dsbs.train.methods import View
+from dsbs.train.rows import Row
 from dsbs.train.tokens import Tokens
 
 VIEWS = (View("label", "predict: ", 1.0), View("rationale", "explain: ", 1.0))

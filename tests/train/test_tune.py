@@ -14,7 +14,7 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, evaluate, load_recipe, train
 from dsbs.recipe import Recipe, TrainSection
-from dsbs.train import loop
+from dsbs.train import cell, loop
 
 GRID = "train.tune={learning_rate: [0.00001, 0.01], warmup_steps: [0, 2]}"
 
@@ -79,8 +79,8 @@ def test_run_again_nothing_is_trained_and_a_wider_grid_tries_only_the_new(
     annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
-    real = loop._Cell._train
-    monkeypatch.setattr(loop._Cell, "_train", lambda self, meter: (trained.append(self.job.title), real(self, meter))[1])
+    real = cell.CellTraining._train
+    monkeypatch.setattr(cell.CellTraining, "_train", lambda self, meter: (trained.append(self.job.title), real(self, meter))[1])
     only = "train.methods=finetune"
     train(annotated(only, "train.tune.learning_rate=[0.01, 0.003]"), out=tmp_path / "run")
     assert len(trained) == 2, "two trials, and the better one is the student"

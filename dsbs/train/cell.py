@@ -1,0 +1,386 @@
+"""One student of the grid: trained, resumed where it stood, saved at its best step on valid."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dsbs.annotations import learned_source
+from dsbs.artefacts import canonical, digest, now, room, versions, write_json
+from dsbs.errors import DsbsError, PartialError
+from dsbs.progress import Meter, running
+from dsbs.recipe import Recipe
+from dsbs.records import TrainedStudent, Unread
+from dsbs.student import (
+    Student,
+    StudentCard,
+    load_model,
+    new_model,
+    start_hash,
+    start_token,
+    take_apart,
+    tokenizer_hash,
+)
+from dsbs.tasks import make_task
+from dsbs.train.encode import Drawn, Encoder, collate, encoded_hash, pad
+from dsbs.train.lora import adapt, merged, trainable
+from dsbs.train.methods import METHODS, View
+from dsbs.train.processes import leads, wait, world
+from dsbs.train.rows import Data, taught_rationales
+from dsbs.train.tokens import Tokens
+from dsbs.train.tune import RECORD, Job, adopt
+
+
+def per_process(batch: int, micro: int) -> int:
+    """Examples of one process's forward pass: at most its share of ``micro``, and a part of its share of the batch."""
+    share, most = batch // world(), max(1, micro // world())
+    return max(size for size in range(1, most + 1) if share % size == 0)
+
+
+class CellTraining:
+    """One student's training, from encoding to the saved folder."""
+
+    def __init__(self, recipe: Recipe, job: Job, data: Data, tokenizer: Any, tokens: Tokens) -> None:
+        cell = job.cell
+        self.settings = recipe.training  # as the run's recipe has it; what tuning chose comes on top
+        recipe = recipe.model_copy(update={"train": job.section})
+        self.recipe, self.job, self.cell, self.data, self.tokenizer = recipe, job, cell, data, tokenizer
+        self.views: tuple[View, ...] = METHODS[cell.method].views(recipe.train)
+        student = recipe.student
+        encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens)
+        self.rows = encoder.rows(data.part(cell.subset), self.views, cell.labels)
+        self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
+        self.folder = job.folder
+        self.checkpoints = self.folder / "checkpoints"
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """Hash of all that decides the student's weights: equal fingerprint, equal student."""
+        return digest(
+            self.recipe.training,
+            canonical(asdict(self.cell)),
+            canonical([asdict(view) for view in self.views]),
+            tokenizer_hash(self.tokenizer),
+            encoded_hash(self.rows),
+            encoded_hash(self.valid),
+            *start_hash(self.recipe.train.init or self.recipe.student.model),
+        )
+
+    def run(self, meter: Meter) -> TrainedStudent:
+        if leads():
+            self._make_room()
+        wait()
+        if (self.folder / RECORD).is_file():
+            meter.say(f"{self.job.title}: finished before, kept")
+            if leads():
+                self._follow_recipe()
+            wait()
+            return self._record()
+        wait()
+        if leads():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "work.json", {"fingerprint": self.fingerprint})
+            self._adopt()
+        wait()
+        if (self.folder / RECORD).is_file():
+            return self._record()
+        try:
+            with room(self.folder, "free some space, then run the same command: it goes on from the last checkpoint"):
+                return self._train(meter)
+        except PartialError:
+            last_checkpoint(self.checkpoints)  # a half-written one only takes room
+            raise
+
+    def _adopt(self) -> None:
+        """Take the trial that is this very student, where tuning has trained it."""
+        trial = self.job.chosen
+        if trial is None:
+            return
+        folder = Path(trial.path)
+        if json.loads((folder / "work.json").read_text(encoding="utf-8"))["fingerprint"] == self.fingerprint:
+            adopt(folder, self.job, {"path": str(self.folder), "settings": self.settings, "tuned": self.job.setting})
+
+    def _follow_recipe(self) -> None:
+        """A kept student is this recipe's now: equal weights may come of another grid of settings."""
+        said = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        now_said = {"settings": self.settings, "tuned": self.job.setting, "source": self._source()}
+        changed = said | {"student": said["student"] | now_said, "trials": [asdict(trial) for trial in self.job.trials]}
+        if changed != said:
+            write_json(self.folder / RECORD, changed)
+
+    def _source(self) -> str | None:
+        """Of the annotations that the student learned from; None: it needed none."""
+        return learned_source(self.recipe, make_task(self.recipe.task)) if self.cell.needs_teacher else None
+
+    def _record(self) -> TrainedStudent:
+        return TrainedStudent(**json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["student"])
+
+    def _make_room(self) -> None:
+        """Another recipe's or other data's student under this name moves aside, and ours comes back if it was aside."""
+        try:
+            there = json.loads((self.folder / "work.json").read_text(encoding="utf-8"))["fingerprint"]
+        except (OSError, ValueError, KeyError):
+            there = None
+        if there == self.fingerprint:
+            return
+        aside = self.folder.parent / "aside"
+        if self.folder.exists():
+            target = aside / f"{self.folder.name}-{(there or 'unknown')[:12]}"
+            while target.exists():
+                target = target.with_name(target.name + "+")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.rename(target)
+        mine = aside / f"{self.folder.name}-{self.fingerprint[:12]}"
+        if mine.exists():
+            mine.rename(self.folder)
+
+    def _train(self, meter: Meter) -> TrainedStudent:
+        """Train; where memory runs out, go on with smaller micro-batches, which change no objective."""
+        import torch
+
+        micro = self.recipe.train.micro_batch_size or self.recipe.train.batch_size
+        while (trained := self._attempt(meter, micro)) is None:
+            smaller = self._smaller(micro)
+            meter.say(f"{self.cell.name}: memory is full with {micro} examples at a time; going on with {smaller}")
+            gc.collect()
+            torch.cuda.empty_cache()
+            micro = smaller
+        return trained
+
+    def _attempt(self, meter: Meter, micro: int) -> TrainedStudent | None:
+        """Train from the last checkpoint to the end; None where memory runs out."""
+        import torch
+        from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
+
+        from dsbs.train.callbacks import Draw, Follow, Patience, is_exhausted, tensorboard
+        from dsbs.train.trainer import StepTrainer
+
+        section, seed = self.recipe.train, self.cell.seed
+        mine = per_process(section.batch_size, micro)
+        set_seed(seed)
+        model = new_model(self.recipe.student, self.tokenizer, seed, section.init)
+        if section.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        if section.lora:
+            model = adapt(model, section.lora)
+        student = Student(model, self.tokenizer, self._card())
+        bf16 = section.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(self.checkpoints),
+            per_device_train_batch_size=mine,
+            gradient_accumulation_steps=section.batch_size // (mine * world()),
+            max_steps=section.max_steps,
+            learning_rate=section.learning_rate,
+            # the plain constant one knows no warm-up
+            lr_scheduler_type="constant_with_warmup" if section.schedule == "constant" else section.schedule,
+            optim="adafactor" if section.optimizer == "adafactor" else "adamw_torch_fused",
+            train_sampling_strategy="random" if section.shuffle else "sequential",
+            logging_nan_inf_filter=False,  # it would show 0 in place of a loss that is lost
+            warmup_steps=section.warmup_steps,
+            weight_decay=section.weight_decay,
+            logging_steps=section.log_every,
+            eval_strategy="steps",
+            eval_steps=section.eval_steps,
+            save_strategy="steps",
+            save_steps=section.eval_steps,
+            save_total_limit=1,
+            metric_for_best_model="selection",
+            greater_is_better=True,
+            remove_unused_columns=False,
+            bf16=bf16,
+            seed=seed,
+            data_seed=seed,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # the stock trainer would multiply the batch by all that it sees
+        if leads():
+            last_checkpoint(self.checkpoints)  # removes what a kill left half-written, before anybody else looks
+        wait()
+        resume = last_checkpoint(self.checkpoints)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # else an earlier student's peak is told as this one's
+        follow = Follow(self.folder / "metrics.jsonl", meter, len(self.data.valid), resume)
+        rows = Drawn(self.rows, seed) if section.rationales == "drawn" else self.rows
+        trainer = StepTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=self.valid,
+            data_collator=collate,
+            views=self.views,
+            section=section,
+            validate=lambda: self._validate(student),
+            callbacks=[
+                follow,
+                Patience(section.patience),
+                *([Draw(rows)] if isinstance(rows, Drawn) else []),
+                *(tensorboard(self.folder) if self.recipe.report.tensorboard else ()),
+            ],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if resume is not None:
+            state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+            if state.global_step >= section.max_steps or is_exhausted(state, section.patience):
+                return self._finish(student, state, follow)  # only the saving was left; train() would step on
+        with running(meter, f"train {self.job.title}", section.max_steps, follow.first_step, (section.batch_size, "examples")):
+            try:
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                return None
+        return self._finish(student, trainer.state, follow)
+
+    def _smaller(self, micro: int) -> int:
+        """The next smaller micro-batch that divides the batch. Raises DsbsError where there is none."""
+        batch = self.recipe.train.batch_size
+        fitting = [size for size in range(1, micro) if batch % size == 0]
+        if not fitting or self.recipe.train.loss_mean == "micro":
+            raise DsbsError(
+                f"{self.cell.name}: memory is full with {micro} examples at a time",
+                hint="set train.gradient_checkpointing: true, or take a smaller student; the last checkpoint is kept",
+            )
+        return max(size for size in fitting if size <= max(1, micro // 2))
+
+    def _card(self) -> StudentCard:
+        return StudentCard(
+            name=self.cell.name,
+            method=self.cell.method,
+            labels=self.cell.labels,
+            seed=self.cell.seed,
+            task=self.recipe.task,
+            prefixes={view.target: view.prefix for view in self.views},
+            starts={view.target: view.start for view in self.views},
+            max_input_tokens=self.recipe.student.max_input_tokens,
+            max_target_tokens=self.recipe.student.max_target_tokens,
+        )
+
+    def _validate(self, student: Student) -> dict[str, float]:
+        """Accuracy on valid, the label loss there (nats per token), and what the best step is chosen by.
+
+        ``selection`` orders steps by accuracy and, among equals, by lower loss: half a row's worth at most.
+        """
+        accuracy = self._accuracy(student)
+        loss = self._valid_loss(student)
+        return {
+            "accuracy": accuracy,
+            "label_loss": loss,
+            "selection": accuracy + 0.5 / len(self.data.valid) / (1.0 + loss),
+        }
+
+    def _accuracy(self, student: Student) -> float:
+        task, rows = student.task, self.data.valid
+        target, prefix = self.views[0].target, self.views[0].prefix
+        whole = target == "rationale-then-label"  # the label comes last
+        most = self.recipe.student.max_target_tokens if whole else self.recipe.eval.max_label_tokens
+        raws, _ = student.generate([prefix + row.text for row in rows], most, self.recipe.eval.batch_size)
+        right = 0
+        for raw, row in zip(raws, rows, strict=True):
+            label = task.read_label(take_apart(target, raw)[0], self.data.fields[row.id])
+            right += not isinstance(label, Unread) and task.correct(label, str(row.label(self.data.valid_labels)))
+        return right / len(rows)
+
+    def _valid_loss(self, student: Student) -> float:
+        import torch
+
+        from dsbs.train.losses import summed_nll
+
+        size = self.recipe.eval.batch_size
+        total, tokens = 0.0, 0
+        name, start = self.views[0].target, start_token(student.model.config, self.views[0].start)
+        rows = sorted(self.valid, key=lambda row: len(row[name][0][0]))
+        with torch.inference_mode():
+            for first in range(0, len(rows), size):
+                flat = collate(rows[first : first + size])[name]
+                padded = pad(flat, self.tokenizer.pad_token_id, start)
+                batch = {k: v.to(student.model.device) for k, v in padded.items()}
+                total += float(summed_nll(student.model(**batch).logits, batch["labels"]))
+                tokens += len(flat["target"])
+        return total / tokens
+
+    def _finish(self, student: Student, state: Any, follow: Any) -> TrainedStudent:
+        """Save the best step's checkpoint as the student; ``train.json``, written last, says that it is whole."""
+        if leads():
+            self._save(student, state, follow)
+        wait()
+        return self._record()
+
+    def _trained(self, checkpoint: Path) -> Any:
+        """The model of a checkpoint, plain even where adapters learned."""
+        section = self.recipe.train
+        if section.lora is None:
+            return load_model(str(checkpoint))
+        return merged(new_model(self.recipe.student, self.tokenizer, self.cell.seed, section.init), checkpoint)
+
+    def _save(self, student: Student, state: Any, follow: Any) -> None:
+        if state.best_global_step is None:
+            raise DsbsError(
+                f"{self.cell.name}: no look at valid found a finite loss", hint="lower train.learning_rate and train again"
+            )
+        best, steps = int(state.best_global_step), int(state.global_step)
+        looks = {row["step"]: row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row}
+        learned = trainable(student.model)
+        seen = max((row["examples"] for row in state.log_history if "examples" in row), default=0)
+        student = Student(self._trained(self.checkpoints / f"checkpoint-{best}"), self.tokenizer, student.card)
+        student.save(self.folder)
+        record = TrainedStudent(
+            name=self.cell.name,
+            method=self.cell.method,
+            labels=self.cell.labels,
+            seed=self.cell.seed,
+            subset=self.cell.subset,
+            path=str(self.folder),
+            valid_accuracy=looks[best],
+            best_step=best,
+            steps=steps,
+            examples_per_s=round(seen / max(follow.elapsed_s, 1e-9), 2),
+            wall_s=round(follow.elapsed_s, 2),
+            parameters=student.parameters,
+            trainable_parameters=learned,
+            fingerprint=self.fingerprint,
+            settings=self.settings,
+            tuned=self.job.setting,
+            source=self._source(),
+            reportable=self.recipe.task.limit is None,
+            cost=follow.cost(state),
+        )
+        write_json(
+            self.folder / RECORD,
+            {
+                "student": record.model_dump(),
+                "selection": state.best_metric,
+                "trials": [asdict(trial) for trial in self.job.trials],
+                "rows": len(self.rows),
+                "rationales": taught_rationales(self.data, self.cell),
+                "valid_rows": len(self.data.valid),
+                "valid_labels": self.data.valid_labels,
+                "ended": now(),
+                "versions": versions(),
+            },
+        )
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # the best one is the student; the rest served resuming
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU or of the machine, for which PyTorch has no class of its own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint. One that a kill left half-written has no readable trainer state and is removed."""
+    whole = []
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            whole.append((int(path.name.rpartition("-")[2]), path))
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole)[1] if whole else None
