@@ -5,6 +5,8 @@ PyTorch divides a model among CPU processes as well; accelerate alone asks for a
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -32,8 +34,24 @@ def allow() -> None:
     AcceleratorState.__init__ = with_settings
 
 
+def die_at(step: int) -> None:
+    """Kill each process where it has taken the step: those of a launcher that is killed work on for a while."""
+    from dsbs.train.callbacks import Follow
+
+    passed = Follow.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        passed(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Follow.on_step_end = on_step_end  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     allow()
+    if "DIE_AT_STEP" in os.environ:
+        die_at(int(os.environ["DIE_AT_STEP"]))
     from dsbs.cli import main
 
     main()

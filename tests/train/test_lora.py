@@ -181,26 +181,9 @@ def test_two_processes_train_the_adapters_of_one(pretrained: str, toy: Callable[
         assert torch.allclose(value, theirs[name], atol=1e-5), name
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-import fsdp_on_cpu
-from dsbs.cli import main
-from dsbs.train.callbacks import Follow
-
-def killed(self, args, state, control, **kwargs):
-    if state.global_step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-fsdp_on_cpu.allow()
-Follow.on_step_end = killed
-main()
-"""
-
-
-def on_two_divided(*arguments: str, script: str = fsdp_on_cpu.__file__) -> subprocess.CompletedProcess[str]:
-    command = [*launcher(), script, *arguments]
-    env = dict(os.environ) | fsdp_on_cpu.ENVIRONMENT
+def on_two_divided(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*launcher(), str(fsdp_on_cpu.__file__), *arguments]
+    env = dict(os.environ) | fsdp_on_cpu.ENVIRONMENT | environment
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=env)
 
 
@@ -220,10 +203,7 @@ def test_divided_by_fsdp_the_adapters_become_those_of_one_process_and_resume(
         assert torch.allclose(value, theirs[name], atol=1e-5), name
     assert two["trainable_parameters"] == json.loads((one / "train.json").read_text())["student"]["trainable_parameters"]
 
-    (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
-    tests = str(Path(fsdp_on_cpu.__file__).parent)
-    script = str(tmp_path / "killed.py")
-    on_two_divided(tests, "train", str(path), "--out", str(tmp_path / "broken"), script=script)
+    on_two_divided("train", str(path), "--out", str(tmp_path / "broken"), DIE_AT_STEP="4")
     left = tmp_path / "broken" / "train" / "finetune-gold-s0"
     assert last_checkpoint(left / "checkpoints") == left / "checkpoints" / "checkpoint-3"
     assert on_two_divided("train", str(path), "--out", str(tmp_path / "broken")).returncode == 0

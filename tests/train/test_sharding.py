@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from loopback import LoopbackServer
 from test_trainer import independent_weights
 
 from dsbs import Student, annotate, load_recipe
+from dsbs.train.cell import last_checkpoint
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -50,17 +49,13 @@ def test_a_divided_model_takes_the_steps_of_a_whole_one(tmp_path: Path, options:
     (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
     paths = (str(TESTS / "train"), str(TESTS), str(TESTS.parent))
     command = [*launcher(), str(tmp_path / "worker.py"), *paths, str(tmp_path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=dict(os.environ) | ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = independent_weights(steps=4, layers=2)
     found = torch.load(tmp_path / "weights.pt")
     assert set(found) == set(theirs)
     for name, value in found.items():
         assert torch.allclose(value.double(), theirs[name], atol=1e-6), name
-
-
-def environment() -> dict[str, str]:
-    return dict(os.environ) | ENVIRONMENT
 
 
 def test_a_killed_divided_training_continues_to_the_weights_of_an_undisturbed_one(
@@ -73,28 +68,22 @@ def test_a_killed_divided_training_continues_to_the_weights_of_an_undisturbed_on
         annotate(load_recipe(toy(), overrides), out=tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
 
-    def start(out: str) -> subprocess.Popen[str]:
+    def run(out: str, **environment: str) -> subprocess.CompletedProcess[str]:
         arguments = ["train", str(tmp_path / "toy.yaml"), *overrides, "--out", str(tmp_path / out)]
         command = [*launcher(), str(TESTS / "fsdp_on_cpu.py"), *arguments]
-        return subprocess.Popen(
-            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        env = dict(os.environ) | ENVIRONMENT | environment
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=env)
 
     def student(out: str) -> Path:
         return tmp_path / out / "train" / "step-by-step-gold-s0"
 
-    whole = start("whole")
-    assert whole.wait(timeout=240) == 0, whole.stderr and whole.stderr.read()[-2000:]
-    broken = start("broken")
-    deadline = time.monotonic() + 120
-    while not (student("broken") / "checkpoints" / "checkpoint-10" / "trainer_state.json").is_file():
-        assert broken.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.02)
-    os.killpg(broken.pid, signal.SIGKILL)
-    broken.wait()
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    run("broken", DIE_AT_STEP="17")
     assert not (student("broken") / "train.json").exists(), "killed before its end"
-    again = start("broken")
-    assert again.wait(timeout=240) == 0, again.stderr and again.stderr.read()[-2000:]
+    assert last_checkpoint(student("broken") / "checkpoints") == student("broken") / "checkpoints" / "checkpoint-10"
+    again = run("broken")
+    assert again.returncode == 0, again.stderr[-2000:]
     hashes = {hashlib.sha256((student(out) / "model.safetensors").read_bytes()).hexdigest() for out in ("whole", "broken")}
     assert len(hashes) == 1
     assert Student.load(student("whole")).predict(["My parcel is wrong."], rationale=True)
