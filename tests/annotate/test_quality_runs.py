@@ -71,8 +71,8 @@ def test_a_hint_for_a_row_that_was_not_read_rejects_it_with_the_hints_reason(toy
 
 def test_hinted_rationales_teach_beside_gold_labels_only(toy: Callable[..., Path], tmp_path: Path) -> None:
     from dsbs.tasks import make_task
-    from dsbs.train.rows import gather
     from dsbs.train.methods import grid
+    from dsbs.train.rows import gather
 
     with LoopbackServer(always_billing) as server:
         changes = [f"teacher.base_url={server.url}", "annotate.hint=true", "train.labels=[gold, teacher]"]
