@@ -113,19 +113,26 @@ class Annotation(_Row):
 class Prediction(_Row):
     """One line of ``eval/predictions/<system>.jsonl``.
 
-    ``raw`` is the text as generated, ``prediction`` what the task read in it (None: unreadable), ``latency_ms`` the
-    batch's wall time divided by its rows.
+    ``raw`` is the text as generated, ``prediction`` what the task read in it (None: unreadable), ``probability`` what the
+    system gave that text, in [0, 1], ``latency_ms`` the batch's wall time divided by its rows. ``truncated`` says that it
+    ended with its token budget and not by itself. None is what is not known.
     """
 
-    schema_: Literal["dsbs.prediction/1"] = Field("dsbs.prediction/1", alias="schema")
+    schema_: Literal["dsbs.prediction/1", "dsbs.prediction/2"] = Field("dsbs.prediction/2", alias="schema")
     id: str
+    input: dict[str, Any] | None = None
     gold: str | None = None
     raw: str
     prediction: str | None = None
     correct: bool | None = None
+    probability: float | None = None
+    truncated: bool | None = None
     rationale: str | None = None
+    rationale_truncated: bool | None = None
     latency_ms: float | None = None
-    made_by: str  # hash of the student, the rows and the decoding, or the teacher's name
+    made_by: str  # hash of the model, the rows and the decoding, or the teacher's name
+    model: str | None = None  # hash of the student; the teacher's kind and name
+    prompt: str | None = None  # hash of the prompt that the teacher was asked with, or of the student's prefixes
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 

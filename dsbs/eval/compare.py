@@ -153,7 +153,7 @@ def _compare(
     groups: dict[str, list[TrainedStudent]] = {}
     for student in students:
         groups.setdefault(student.system, []).append(student)
-    order = sorted(groups, key=lambda name: (groups[name][0].method != recipe.eval.baseline, -groups[name][0].subset, name))
+    order = sorted(groups, key=lambda name: (groups[name][0].method not in recipe.eval.baseline, -groups[name][0].subset, name))
     for name in ([TEACHER] if with_teacher else []) + order:
         members = sorted(groups.get(name, []), key=lambda student: student.seed)
         files = [read_predictions(prediction_file(run, s.name)) for s in members] or [
@@ -183,7 +183,7 @@ def _compare(
             )
         )
     # each is compared at equal data: with the baseline of the same share, where there is one
-    baselines = {groups[name][0].subset: name for name in reversed(order) if groups[name][0].method == recipe.eval.baseline}
+    baselines = {groups[name][0].subset: name for name in reversed(order) if groups[name][0].method == recipe.eval.baseline[0]}
     baseline = next((name for name in order if name in baselines.values()), None)
     if baseline is not None:
         pairs = [(system, baselines.get(system.subset or 1.0, baseline)) for system in systems]
