@@ -1,0 +1,72 @@
+"""What the other stages left in a run folder, for its pages, figures and cards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsbs.annotations import read_manifest
+from dsbs.artefacts import read_jsonl
+from dsbs.errors import UserError
+from dsbs.results import Results, SystemResult, read_results
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder's records. ``recipe`` is the resolved one that ``results`` were found with."""
+
+    path: Path
+    results: Results
+    recipe: dict[str, Any]
+    annotated: dict[str, Any]  # annotate/manifest.json; {} where there is none
+    trained: dict[str, Any]  # train/manifest.json
+    evaluated: dict[str, Any]  # eval/manifest.json
+    students: dict[str, dict[str, Any]]  # name -> train.json of the students that the results speak of
+
+    @property
+    def name(self) -> str:
+        return self.results.name
+
+    def members(self, system: SystemResult) -> list[str]:
+        """The prediction files' names of a system: one for each seed."""
+        return [f"{system.name}-s{seed}" for seed in system.seeds] or [system.name]
+
+    def predictions(self, member: str) -> dict[str, dict[str, Any]]:
+        """A prediction file by id; {} where a later evaluation has set it aside."""
+        path = self.path / "eval" / "predictions" / f"{member}.jsonl"
+        return {str(row["id"]): row for _, row in read_jsonl(path)} if path.is_file() else {}
+
+    def metrics(self, student: str) -> Iterator[dict[str, Any]]:
+        """The lines of a student's ``metrics.jsonl``."""
+        path = self.path / "train" / student / "metrics.jsonl"
+        if path.is_file():
+            for _, row in read_jsonl(path):
+                yield row
+
+
+def gather(path: Path) -> Run:
+    """Read a run folder. Raises UserError where it has not been evaluated, or a record cannot be read."""
+    results = read_results(path)
+    evaluated = read_manifest(path / "eval")
+    students = {}
+    for system in results.systems:
+        for name in (f"{system.name}-s{seed}" for seed in system.seeds):
+            record = path / "train" / name / "train.json"
+            try:
+                students[name] = json.loads(record.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                continue  # moved away since: its predictions are enough
+            except ValueError:
+                raise UserError(f"{record} is not JSON", hint="train that student again") from None
+    return Run(
+        path=path,
+        results=results,
+        recipe=evaluated.get("recipe", {}),
+        annotated=read_manifest(path / "annotate"),
+        trained=read_manifest(path / "train"),
+        evaluated=evaluated,
+        students=students,
+    )
