@@ -173,7 +173,9 @@ def _student(folder: Path, system: SystemResult, seed: int) -> None:
         line |= {"learning_rate": 0.001, "label_loss": 4.0 / step} | ({"rationale_loss": 6.0 / step} if explains else {})
         lines.append(line)
         if not step % 20:
-            lines.append({"step": step, "valid_accuracy": system.accuracy})
+            lines.append(
+                {"step": step, "elapsed_s": step / 10, "eval_accuracy": system.accuracy, "eval_label_loss": 4.5 / step}
+            )
     write_jsonl(folder / "metrics.jsonl", lines)
 
 
