@@ -67,7 +67,7 @@ predict: $(READY)
 	@$(BIN)/dsbs predict $(or $(STUDENT),$(RECIPE)) $(or $(FILE),-) $(addprefix --set ,$(SET)) $(if $(RATIONALE),--rationale)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .
