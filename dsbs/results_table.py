@@ -18,6 +18,7 @@ HEADINGS = (
     "ms/example",
 )
 _NOTHING = "–"
+_DETECTABLE = "Detectable: the smallest true difference, in points, that so many rows show with 80 % power."
 
 
 def cells(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -138,11 +139,7 @@ def markdown(results: Results) -> str:
     compared = [(system, name, versus) for system in results.systems for name, versus in system.versus.items()]
     if compared:
         lines += ["", "## Comparisons", "", *_comparisons(compared)]
-        lines += [
-            "",
-            f"Reliable is a p value below {ALPHA:g} after Holm's correction over all comparisons. `detectable` is the smallest",
-        ]
-        lines += ["true difference, in points, that so many rows show with 80 % power."]
+        lines += ["", f"Reliable: a p value below {ALPHA:g} after Holm's correction over all comparisons.", _DETECTABLE]
     lines += ["", *(f"- {paragraph(sentence)}" for sentence in verdict(results))]
     lines += _metrics(results)
     if results.needed:
