@@ -147,7 +147,10 @@ def _system(
             "ece": Measure(value=0.12, n=rows),
         },
         recall={label: Measure(value=accuracy, ci95=(low, high), n=rows // 3) for label in LABELS},
-        calibration=[Bin(low=x / 10, high=(x + 1) / 10, n=6, confidence=x / 10 + 0.05, accuracy=x / 12) for x in range(3, 10)],
+        calibration=[
+            Bin(low=x / 10, high=(x + 1) / 10, n=2 * x, confidence=x / 10 + 0.05, accuracy=accuracy * x / 9)
+            for x in range(3, 10)
+        ],
         versus=versus, **(student or {}), **timed,
     )  # fmt: skip
 
@@ -173,9 +176,8 @@ def _student(folder: Path, system: SystemResult, seed: int) -> None:
         line |= {"learning_rate": 0.001, "label_loss": 4.0 / step} | ({"rationale_loss": 6.0 / step} if explains else {})
         lines.append(line)
         if not step % 20:
-            lines.append(
-                {"step": step, "elapsed_s": step / 10, "eval_accuracy": system.accuracy, "eval_label_loss": 4.5 / step}
-            )
+            line = {"step": step, "elapsed_s": step / 10, "eval_accuracy": system.accuracy - 1 / step}
+            lines.append(line | {"eval_label_loss": 4.5 / step})
     write_jsonl(folder / "metrics.jsonl", lines)
 
 
