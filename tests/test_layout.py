@@ -10,7 +10,7 @@ from conftest import ROOT
 
 RANKS = {
     "errors": 0, "records": 0, "yaml_lines": 0, "intervals": 0, "progress": 0,
-    "artefacts": 1, "templates": 1, "results": 1, "recipe": 2, "recipe_file": 3,
+    "artefacts": 1, "templates": 1, "results": 1, "recipe": 2, "gates": 2, "recipe_file": 3,
     "tasks": 3,
     "prompts": 4, "student": 4, "vocabulary": 4,
     "annotations": 5,

@@ -56,7 +56,10 @@ def _exit_code() -> int:
 
 
 def main() -> None:
-    """Entry point of ``dsbs``. Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 130 interrupted."""
+    """Entry point of ``dsbs``.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 4 below a gate of ``dsbs eval``, 130 interrupted.
+    """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our own message says once what it says forty times
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
