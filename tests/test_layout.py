@@ -16,7 +16,7 @@ RANKS = {
     "annotations": 5,
     "annotate": 6, "train": 6, "eval": 6, "report": 6,
     "lint": 7, "compare_teachers": 7,
-    "check": 8, "": 9, "cli": 10, "__main__": 11,
+    "check": 8, "desk": 8, "": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 HEAVY = {
     "aiohttp",
