@@ -2,7 +2,8 @@
 
 DsbsError            1  the world failed: unreachable teacher, full disk
 ├── UserError        2  wrong usage, recipe or data
-└── PartialError     3  stopped before the end; the same command continues
+├── PartialError     3  stopped before the end; the same command continues
+└── GateError        4  all is done, and the outcome is below what was asked for
 """
 
 from __future__ import annotations
@@ -32,3 +33,9 @@ class PartialError(DsbsError):
     """Work stopped before its end and everything done so far is kept. Exit code 3."""
 
     exit_code = 3
+
+
+class GateError(DsbsError):
+    """What was found is below a gate that the caller set; every file is written all the same. Exit code 4."""
+
+    exit_code = 4

@@ -10,13 +10,13 @@ from conftest import ROOT
 
 RANKS = {
     "errors": 0, "records": 0, "yaml_lines": 0, "intervals": 0, "progress": 0, "markdown": 0,
-    "artefacts": 1, "templates": 1, "results": 1, "results_table": 2, "recipe": 2, "recipe_file": 3,
+    "artefacts": 1, "templates": 1, "results": 1, "results_table": 2, "recipe": 2, "gates": 2, "recipe_file": 3,
     "tasks": 3,
     "prompts": 4, "student": 4, "vocabulary": 4,
     "annotations": 5,
     "annotate": 6, "train": 6, "eval": 6, "report": 6,
     "lint": 7, "compare_teachers": 7,
-    "check": 8, "": 9, "cli": 10, "__main__": 11,
+    "check": 8, "desk": 8, "": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 HEAVY = {
     "aiohttp",

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dsbs.cli import students, teachers
+from dsbs.cli import desk, students, teachers
 from dsbs.errors import DsbsError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(desk.init)
+app.command()(desk.doctor)
 app.command()(students.validate)
 app.command()(teachers.annotate)
 app.command()(teachers.merge)
@@ -28,6 +30,9 @@ app.command()(students.train)
 app.command("eval")(students.evaluate)
 app.command()(students.report)
 app.command()(students.predict)
+app.command()(desk.ls)
+app.command()(desk.show)
+app.command()(desk.schema)
 
 
 def _exit_code() -> int:
@@ -56,7 +61,10 @@ def _exit_code() -> int:
 
 
 def main() -> None:
-    """Entry point of ``dsbs``. Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 130 interrupted."""
+    """Entry point of ``dsbs``.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 4 below a gate of ``dsbs eval``, 130 interrupted.
+    """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our own message says once what it says forty times
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -13,7 +13,22 @@ from typing import Annotated, Any
 import typer
 
 from dsbs.cli.common import DryRun, Json, Out, Overrides, RecipePath, indented, load, meter, print_json, stamp
-from dsbs.errors import UserError
+from dsbs.errors import GateError, UserError
+
+MinAccuracy = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, metavar="X", help="Exit with code 4 where the headline system's accuracy is below X, e.g. 0.8.",
+        show_default=False,
+    ),
+]  # fmt: skip
+MinDelta = Annotated[
+    float | None,
+    typer.Option(
+        min=-1, max=1, metavar="Y", help="The same for its accuracy less that of its first baseline, e.g. 0.02 or -0.01.",
+        show_default=False,
+    ),
+]  # fmt: skip
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -80,11 +95,43 @@ def train(
             print(f"  {name} {value:g}, chosen on valid")
 
 
-def evaluate(recipe: RecipePath, overrides: Overrides = None, out: Out = None, as_json: Json = False) -> None:
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: Json = False,
+    min_accuracy: MinAccuracy = None,
+    min_delta: MinDelta = None,
+) -> None:
     """Predict with every student, score all systems by one path, compare them with the baseline."""
     from dsbs.eval.compare import evaluate as run
+    from dsbs.gates import failed
 
-    result = run(load(recipe, overrides), out=out, meter=meter())
+    loaded = load(recipe, overrides)
+    result = run(loaded, out=out, meter=meter())
+    _print_comparison(result, as_json)
+    missed = failed(_as_results(loaded, result), min_accuracy, min_delta)
+    if missed:
+        raise GateError("\n  ".join(missed), hint="look where the systems differ; the results are written all the same")
+
+
+def _as_results(recipe: Any, result: Any) -> Any:
+    """What evaluation returns, in the shape that gates are held against."""
+    from dsbs.results import Results
+    from dsbs.train.methods import grid
+
+    first = next(cell for cell in grid(recipe.train) if cell.subset == max(recipe.train.subset))
+    systems = [
+        {name: value for name, value in system.items() if name != "versus"}
+        | {"kind": "student" if system["seeds"] else "teacher"}
+        | {"versus": {other: {"fixed": 0, "broken": 0} | versus for other, versus in system["versus"].items()}}
+        for system in result.as_json()["systems"]
+    ]
+    said = result.as_json() | {"systems": systems, "name": recipe.name, "task": recipe.task.name}
+    return Results.model_validate(said | {"headline": first.system if first.subset == 1 else None})
+
+
+def _print_comparison(result: Any, as_json: bool) -> None:
     if as_json:
         print_json(result.as_json())
         return

@@ -45,13 +45,13 @@ SCRATCH_DEFAULTS = {"learning_rate": 1.0e-3, "max_steps": 1000}
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run folder; default: the file's name
-    task: TaskSection
-    teacher: TeacherSection
-    annotate: AnnotateSection = AnnotateSection()
-    student: StudentSection = StudentSection()
-    train: TrainSection = TrainSection()
-    eval: EvalSection = EvalSection()
-    report: ReportSection = ReportSection()
+    task: TaskSection  # what is to be learned, and where its rows are
+    teacher: TeacherSection  # the large model that is asked, or the name of a file with this section
+    annotate: AnnotateSection = AnnotateSection()  # how the teacher is asked
+    student: StudentSection = StudentSection()  # the small model before it is trained
+    train: TrainSection = TrainSection()  # methods, their objective, and how they are trained
+    eval: EvalSection = EvalSection()  # what is compared, and with what
+    report: ReportSection = ReportSection()  # what is shown
 
     _folder: Path | None = PrivateAttr(None)
 

@@ -11,8 +11,8 @@ from dsbs.recipe.sections import Section, as_tuple
 
 
 class EvalSection(Section):
-    split: Literal["valid", "test"] = "test"
-    batch_size: int = Field(64, gt=0)
+    split: Literal["valid", "test"] = "test"  # whose rows the systems are compared on
+    batch_size: int = Field(64, gt=0)  # rows decoded together
     max_label_tokens: int = Field(64, gt=0)  # generated for a label, at most
     baseline: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = (
         "finetune",

@@ -15,7 +15,7 @@ TASK_NAMES = ("classification", "generation", "svamp", "cqa", "anli", "esnli")
 class DataSection(Section):
     """Where the rows are: a path (.jsonl, .jsonl.gz, .csv, .parquet) or ``hub://<repository>[:<config>]/<split>``."""
 
-    train: str
+    train: str  # the rows that students learn from, and their own valid and test parts where those are not given
     valid: str | None = None  # None: held out of train by id hash
     test: str | None = None  # None: held out of train by id hash
     valid_fraction: float = Field(0.1, gt=0, lt=0.5)  # of the train rows, used when valid is None
@@ -24,7 +24,7 @@ class DataSection(Section):
 
 class TaskSection(Section):
     name: str  # a registered task, or `classification` / `generation` for your own data
-    data: DataSection
+    data: DataSection  # where the rows are
     limit: int | None = Field(None, gt=0)  # rows of each split; None: all. A limited run is not reportable
     labels: tuple[str, ...] | None = None  # classification: the closed set, two or more
     input: str | None = None  # jinja template over the row's fields; None: the only text column

@@ -43,7 +43,7 @@ _CREDENTIAL = re.compile(r"(^|[_-])(api[_-]?key|secret|password|authorization|be
 class EndpointSection(Section):
     """One of several endpoints that serve the same model. What is left out is the teacher's."""
 
-    base_url: Annotated[str, AfterValidator(_http_url)]
+    base_url: Annotated[str, AfterValidator(_http_url)]  # OpenAI-compatible, its /v1 included
     weight: float = Field(1.0, gt=0)  # its share of the requests, relative to the others'
     api_key_env: KeyVariable = None  # None: teacher.api_key_env
     rpm: float | None = Field(None, gt=0)  # None: teacher.rpm
@@ -51,14 +51,16 @@ class EndpointSection(Section):
 
 
 class TeacherSection(Section):
-    kind: Literal["openai", "llamacpp", "transformers", "recorded", "human"] = "openai"
+    kind: Literal["openai", "llamacpp", "transformers", "recorded", "human"] = (
+        "openai"  # openai: any OpenAI-compatible endpoint; recorded: replies on disk; human: the rows' own rationales
+    )
     model: str | None = (
         None  # as the endpoint names it; llamacpp: a .gguf file or `smollm2-135m-instruct`; else a Hub id or folder
     )
     base_url: Annotated[str, AfterValidator(_http_url)] = "https://api.openai.com/v1"  # OpenAI-compatible, its /v1 included
     endpoints: tuple[EndpointSection, ...] = ()  # in place of base_url: several that serve the same model, with failover
     api_key_env: KeyVariable = "OPENAI_API_KEY"  # the environment variable that holds the key; null: no key
-    endpoint: Literal["chat", "completions"] = "chat"
+    endpoint: Literal["chat", "completions"] = "chat"  # completions: the prompt as one text
     rpm: float | None = Field(None, gt=0)  # requests a minute to each endpoint, at most; None: no cap
     tpm: float | None = Field(None, gt=0)  # tokens a minute (prompt and completion) through each endpoint; None: no cap
     extra_body: dict[str, Any] = {}  # merged into every request body; a null removes the key
@@ -131,10 +133,13 @@ class RaySection(Section):
 
 class AnnotateSection(Section):
     prompt: str | None = None  # a prompt file; None: prompts/<task>.yaml, or a zero-shot prompt for your own data
-    splits: Annotated[tuple[Literal["train", "valid", "test"], ...], BeforeValidator(as_tuple)] = ("train", "test")
+    splits: Annotated[tuple[Literal["train", "valid", "test"], ...], BeforeValidator(as_tuple)] = (
+        "train",
+        "test",
+    )  # what is annotated
     samples: int = Field(1, ge=1)  # replies per row; the majority label wins
     stop_early: bool = True  # no further samples of a row whose majority label can no longer change
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0)  # of sampling; 0: the likeliest reply
     logprobs: bool = False  # ask for log-probabilities and keep the label's
     hint: bool = False  # where the teacher's label is not the gold one, ask once more with the gold label as a hint (STaR)
     min_rationale_words: int = Field(2, ge=0)  # a shorter rationale is rejected as too-short
@@ -143,9 +148,9 @@ class AnnotateSection(Section):
     concurrency: int = Field(64, ge=1)  # requests in flight
     max_usd: float | None = Field(None, gt=0)  # stop (exit 3) before this run's replies, earlier ones included, cost more
     max_requests: int | None = Field(None, ge=0)  # stop (exit 3) once this command has sent so many
-    batch: BatchSection = BatchSection()
+    batch: BatchSection = BatchSection()  # the batch lane
     engine: Literal["local", "ray"] = "local"  # ray: the shards run as tasks on a Ray cluster
-    ray: RaySection = RaySection()
+    ray: RaySection = RaySection()  # the cluster, with engine: ray
 
     @model_validator(mode="after")
     def _samples_differ(self) -> AnnotateSection:

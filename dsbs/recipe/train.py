@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -13,6 +13,10 @@ from dsbs.records import Provenance
 
 # Names only, so that a recipe is checked without importing what they name; a test holds them to their registries.
 METHOD_NAMES = ("step-by-step", "finetune", "distill", "rationale-then-label", "label-then-rationale")
+
+
+T = TypeVar("T")
+Tried = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
 
 
 class SelectSection(Section):
@@ -28,11 +32,11 @@ class SelectSection(Section):
 class TuneSection(Section):
     """Settings that every student tries alike, in all combinations; the best on valid is taken."""
 
-    learning_rate: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(as_tuple)] | None = None
-    batch_size: Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple)] | None = None
-    max_steps: Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple)] | None = None
-    warmup_steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)] | None = None
-    weight_decay: Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(as_tuple)] | None = None
+    learning_rate: Tried[Annotated[float, Field(gt=0)]] | None = None  # values to try; None: the section's own
+    batch_size: Tried[Annotated[int, Field(gt=0)]] | None = None  # values to try; None: the section's own
+    max_steps: Tried[Annotated[int, Field(gt=0)]] | None = None  # values to try; None: the section's own
+    warmup_steps: Tried[Annotated[int, Field(ge=0)]] | None = None  # values to try; None: the section's own
+    weight_decay: Tried[Annotated[float, Field(ge=0)]] | None = None  # values to try; None: the section's own
 
     @field_validator("*")
     @classmethod
@@ -57,7 +61,7 @@ class TuneSection(Section):
 class LoraSection(Section):
     """Low-rank adapters in place of training all weights; merged into the finished student."""
 
-    rank: int = Field(16, gt=0)
+    rank: int = Field(16, gt=0)  # columns of each adapter
     alpha: int = Field(32, gt=0)  # the adapters' part is scaled by alpha / rank
     dropout: float = Field(0.0, ge=0, lt=1)  # of what goes into the adapters
     targets: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ("q", "v")  # matrices of each block
@@ -73,26 +77,28 @@ class TrainSection(Section):
         "step-by-step",
         "finetune",
         "distill",
-    )
+    )  # what is trained side by side; the first is what the recipe is about, the others are its baselines
     labels: Annotated[tuple[LabelSource, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ("gold",)  # of step-by-step
     subset: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         1.0,  # shares of the train rows, each a part of the larger ones and the same for every method
     )
-    select: SelectSection = SelectSection()
+    select: SelectSection = SelectSection()  # which annotations are learned from
     rationales: Literal["chosen", "all", "drawn"] = "chosen"  # of several samples: the annotation's, all, or one an epoch
     rationale_weight: float = Field(1.0, ge=0)  # λ in (L_label + λ·L_rationale) / (1 + λ)
     rationale_schedule: Literal["constant", "linear", "cosine"] = "constant"  # how λ goes to rationale_weight_end
     rationale_weight_end: float = Field(0.0, ge=0)  # λ at max_steps, where rationale_schedule is not constant
     task_token: Literal["prefix", "decoder"] = "prefix"  # step-by-step's tasks are told by prefixes, or by the decoder's start
     loss_mean: Literal["global", "micro"] = "global"  # token means over the step; micro: of micro-batches, as published
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        0,  # one student of each method for every seed
+    )
     init: str | None = None  # a folder of weights and tokenizer to start from, in place of student's own start
     lora: LoraSection | None = None  # None: all weights learn; {}: LoRA as it is by default
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: less memory
     learning_rate: float = Field(5.0e-5, gt=0)  # its peak; a scratch student's default is 1e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear and cosine decay to 0 at max_steps
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)  # steps in which the learning rate rises to its peak
+    weight_decay: float = Field(0.0, ge=0)  # a step takes away so much of the weights, times the learning rate
     batch_size: int = Field(64, gt=0)  # examples of one optimizer step
     micro_batch_size: int | None = Field(None, gt=0)  # examples of one forward pass; None: the whole batch
     max_steps: int = Field(10_000, gt=0)  # optimizer steps; a scratch student's default is 1,000
@@ -104,7 +110,7 @@ class TrainSection(Section):
     valid_limit: int = Field(1000, gt=0)  # validation rows at most, the same for every method, chosen by id hash
     tune: TuneSection | None = None  # settings to choose among on valid, by the first seed; in place of the section's own
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where a GPU has it, else fp32; fp16 overflows T5
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # compute activations twice rather than keep them: slower, less memory
 
     @field_validator("seeds", "methods", "labels", "subset")
     @classmethod

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -66,27 +66,53 @@ class OpenAIEndpoint:
             await self._session.close()
 
     async def complete(self, request: Request) -> Reply:
-        import aiohttp
-
         session = self._session = self._session or _session(self._teacher.timeout_s, self._secret, self._url)
-        body = json.dumps(request.body, ensure_ascii=False).encode()
         began = time.monotonic()
-        try:
-            async with session.post(self._url, data=body, proxy=self._proxy, allow_redirects=False) as response:
-                said = await response.read()
-        except TimeoutError:
-            raise TransientError(f"no answer within {self._teacher.timeout_s:g} s", "timeout") from None
-        except (aiohttp.ClientError, OSError, UnicodeError) as error:
-            raise TransientError(
-                f"cannot reach {self.name} ({self._clean(error or type(error).__name__)})", "connection"
-            ) from None
-        if response.status != 200:
-            raise self._status(response.status, said, response.headers)
+        status, said, headers = await self._exchange(
+            session.post, self._url, self._teacher.timeout_s, data=json.dumps(request.body, ensure_ascii=False).encode()
+        )
+        if status != 200:
+            raise self._status(status, said, headers)
         try:
             text = said.decode()
             return read_reply(json.loads(text), text, seconds=time.monotonic() - began)
         except ValueError:
             raise TransientError("a reply that is not JSON", "unreadable") from None
+
+    async def models(self, timeout_s: float) -> list[str] | None:
+        """What the endpoint says that it serves, by ``GET {base_url}/models``, which costs nothing; None: it has no such list.
+
+        Raises what ``complete`` raises.
+        """
+        url = f"{self.name}/models"
+        async with _session(timeout_s, self._secret, url) as session:
+            status, said, headers = await self._exchange(session.get, url, timeout_s)
+        if status in (404, 405, 501):
+            return None
+        if status != 200:
+            raise self._status(status, said, headers)
+        try:
+            found = json.loads(said)
+            listed = found["data"] if isinstance(found, dict) else found  # a bare list at some providers
+            return [str(one["id"]) for one in listed]
+        except (ValueError, KeyError, TypeError):
+            raise TransientError(f"{url} is no list of models", "unreadable") from None
+
+    async def _exchange(
+        self, send: Callable[..., Any], url: str, timeout_s: float, **body: bytes
+    ) -> tuple[int, bytes, Mapping[str, str]]:
+        """Status, body and headers of one request. Raises TransientError where none came."""
+        import aiohttp
+
+        try:
+            async with send(url, proxy=self._proxy, allow_redirects=False, **body) as response:
+                return response.status, await response.read(), response.headers
+        except TimeoutError:
+            raise TransientError(f"no answer within {timeout_s:g} s", "timeout") from None
+        except (aiohttp.ClientError, OSError, UnicodeError) as error:
+            raise TransientError(
+                f"cannot reach {self.name} ({self._clean(error or type(error).__name__)})", "connection"
+            ) from None
 
     def _status(self, status: int, body: bytes, headers: Mapping[str, str]) -> Exception:
         """What an HTTP status means for this request and for all others."""
