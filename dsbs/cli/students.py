@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsbs.cli.common import DryRun, Json, Out, Overrides, RecipePath, indented, load, meter, print_json, stamp
 from dsbs.errors import GateError, UserError
+
+if TYPE_CHECKING:
+    from dsbs.results import Results
 
 MinAccuracy = Annotated[
     float | None,
@@ -29,6 +32,9 @@ MinDelta = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
+ScoreOnly = Annotated[
+    bool, typer.Option("--score-only", help="Load no model: score the prediction files that are there, anew.")
+]
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -100,57 +106,44 @@ def evaluate(
     overrides: Overrides = None,
     out: Out = None,
     as_json: Json = False,
+    score_only: ScoreOnly = False,
     min_accuracy: MinAccuracy = None,
     min_delta: MinDelta = None,
 ) -> None:
-    """Predict with every student, score all systems by one path, compare them with the baseline."""
+    """Predict with every student, score all systems by one path, compare them with their baselines.
+
+    Files from elsewhere take part as eval.predictions.NAME=FILE, JSON lines of id and prediction.
+    """
     from dsbs.eval.compare import evaluate as run
     from dsbs.gates import failed
 
-    loaded = load(recipe, overrides)
-    result = run(loaded, out=out, meter=meter())
-    _print_comparison(result, as_json)
-    missed = failed(_as_results(loaded, result), min_accuracy, min_delta)
+    results = run(load(recipe, overrides), out=out, meter=meter(), score_only=score_only)
+    if as_json:
+        print_json(results.as_json())
+    else:
+        _print_comparison(results)
+    missed = failed(results, min_accuracy, min_delta)
     if missed:
         raise GateError("\n  ".join(missed), hint="look where the systems differ; the results are written all the same")
 
 
-def _as_results(recipe: Any, result: Any) -> Any:
-    """What evaluation returns, in the shape that gates are held against."""
-    from dsbs.results import Results
-    from dsbs.train.methods import grid
-
-    first = next(cell for cell in grid(recipe.train) if cell.subset == max(recipe.train.subset))
-    systems = [
-        {name: value for name, value in system.items() if name != "versus"}
-        | {"kind": "student" if system["seeds"] else "teacher"}
-        | {"versus": {other: {"fixed": 0, "broken": 0} | versus for other, versus in system["versus"].items()}}
-        for system in result.as_json()["systems"]
-    ]
-    said = result.as_json() | {"systems": systems, "name": recipe.name, "task": recipe.task.name}
-    return Results.model_validate(said | {"headline": first.system if first.subset == 1 else None})
-
-
-def _print_comparison(result: Any, as_json: bool) -> None:
-    if as_json:
-        print_json(result.as_json())
-        return
+def _print_comparison(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dsbs.eval.table import cells, verdict
+    from dsbs.results_table import cells, headline, verdict
 
-    stamp(result.reportable)
-    headings, rows = cells(result.as_json())
-    table = Table(title=f"{result.split}, {result.n} rows", title_justify="left")
+    stamp(results.reportable)
+    headings, rows = cells(results)
+    table = Table(title=f"{results.split}, {results.n} rows", title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "system" else "right")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(table)
-    for sentence in verdict(result.as_json()):
+    for sentence in dict.fromkeys([headline(results), *verdict(results)]):
         print(sentence)
-    print(f"results: {result.run / 'eval' / 'results.json'}")
+    print(f"results: {Path(results.run) / 'eval' / 'results.json'}")
 
 
 def report(recipe: RecipePath, overrides: Overrides = None, out: Out = None, as_json: Json = False) -> None:
