@@ -196,8 +196,9 @@ def predict(
         for (number, item), answer in zip(batch, answers, strict=True):
             row: dict[str, Any] = {"id": item["id"] if isinstance(item, dict) and "id" in item else str(number)}
             row |= {"prediction": answer.label, "raw": answer.raw}
+            row |= {"probability": answer.probability, "truncated": answer.truncated}
             if rationale:
-                row |= {"rationale": answer.rationale, "rationale_is_causal": loaded.reasons_first}
+                row |= {"rationale": answer.rationale, "rationale_is_causal": loaded.card.reasons_first}
             print(json.dumps(row, ensure_ascii=False))
         sys.stdout.flush()
         batch.clear()
