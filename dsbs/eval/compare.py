@@ -13,6 +13,7 @@ from dsbs.eval.latency import measure_latency, megabytes, read_latency
 from dsbs.eval.outside import take_outside
 from dsbs.eval.predict import (
     TEACHER,
+    loader,
     predict_student,
     predict_teacher,
     prediction_file,
@@ -111,6 +112,7 @@ def _systems(
     for student in sorted(students, key=lambda one: one.seed):
         groups.setdefault(student.system, []).append(student)
     baselines = list(recipe.eval.baseline)
+    largest = max((student.subset for student in students), default=1.0)
 
     def rank(name: str) -> tuple[int, float, str]:
         first = groups[name][0]
@@ -120,9 +122,11 @@ def _systems(
     for name in sorted(groups, key=rank):
         members = groups[name]
         if predicts:
+            models = {student.name: loader(student) for student in members}
             for student in members:
-                predict_student(recipe, student, rows, run, meter)
-            measure_latency(recipe, members[0], rows, run, meter)
+                predict_student(recipe, student, rows, run, meter, models[student.name])
+            if members[0].subset == largest:  # less data makes no other speed
+                measure_latency(recipe, members[0], rows, run, meter, models[members[0].name])
         systems.append(
             System(
                 name,
@@ -130,8 +134,8 @@ def _systems(
                 [score(task, rows, student_predictions(run, student), student.name) for student in members],
                 students=members,
                 training_rows=_training_rows(members[0]),
-                megabytes=megabytes(members[0].path),
-                latency=read_latency(recipe, members[0], run),
+                megabytes=_size(members[0]),
+                latency=read_latency(run, members[0], recipe),
             )
         )
     outside = take_outside(recipe, task, rows, run)
@@ -150,6 +154,14 @@ def _headline(recipe: Recipe, systems: Sequence[System]) -> str | None:
     if ours:
         return max(ours, key=lambda one: (one.subset or 0.0, one.students[0].labels == recipe.train.labels[0])).name
     return next((one.name for one in systems if one.kind != "teacher"), None)
+
+
+def _size(student: TrainedStudent) -> float | None:
+    """Of its weights, in megabytes; None where they have been taken elsewhere: scores need none."""
+    try:
+        return megabytes(student.path)
+    except UserError:
+        return None
 
 
 def _training_rows(student: TrainedStudent) -> int | None:

@@ -46,7 +46,7 @@ class System:
     @property
     def scores(self) -> Scores:
         """Whether each row is right, averaged over the seeds."""
-        return np.mean([one.correct for one in self.files], axis=0, dtype=np.float64)
+        return np.asarray(np.mean([one.correct for one in self.files], axis=0), dtype=np.float64)
 
 
 def clusters_of(rows: Sequence[Example], name: str | None) -> Clusters:

@@ -53,7 +53,7 @@ def test_all_systems_go_through_files_and_one_table(trained: Recipe, tmp_path: P
     assert [row["id"] for row in rows] == [f"r{i}" for i in range(1000, 1030)]
     assert sum(row["correct"] for row in rows) / 30 == pytest.approx(student.accuracy_per_seed[0])
 
-    # a second look predicts nothing anew, scoring alone gives the same without a model, rescoring reads the raw outputs, other predictions are set aside
+    # a second look predicts nothing anew, scoring alone finds the same, other predictions are set aside
     stamps = {p: p.stat().st_mtime_ns for p in (run / "eval" / "predictions").glob("*-s*.jsonl")}
     again = evaluate(trained, out=run, score_only=True)
     assert again == result

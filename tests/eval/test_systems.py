@@ -40,6 +40,14 @@ def hand_made(tmp_path: Path, files: dict[str, list[str | None]], **section: Any
     return tmp_path / "hand.yaml"
 
 
+NO_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise ImportError("torch is not to be imported")
+sys.meta_path.insert(0, Refuse())
+"""
 B, S = "billing", "shipping"
 GOLD = [B, S] * 10
 FLIPPED = [S, B] * 10
@@ -49,7 +57,7 @@ def test_three_files_made_by_hand_are_compared_without_a_model(tmp_path: Path) -
     files = {"old": FLIPPED[:12] + GOLD[12:], "new": GOLD, "odd": [*GOLD[:18], None, "Kaufhaus"]}
     recipe = hand_made(tmp_path, files)
     # a model cannot be loaded where torch is not importable
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n", encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text(NO_TORCH, encoding="utf-8")
     done = run_dsbs("eval", str(recipe), "--score-only", "--json", cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
