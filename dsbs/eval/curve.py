@@ -35,7 +35,7 @@ def needed(
     found = _crossing(mean[None], log_rows)[0]
     means = units / _sizes(len(wanted), clusters)[:, None]
     if np.ptp(means, axis=0).max() < 1e-12:
-        share = room(len(units))
+        share = room(len(units))  # resampling equal units would show no spread
         ends = _crossing(np.stack([mean + share * (1 - mean), mean - share * (1 + mean)]), log_rows)
     else:
         # a curve crosses its target where the sums do, so the number of rows drawn makes no difference
