@@ -22,7 +22,10 @@ WORDS = "a an the dog man woman child ball street park runs plays holds looks re
 
 
 def write(folder: Path, rows: int, systems: int) -> list[str]:
-    """A recipe, its rows and a prediction file for each system; the arguments of the command."""
+    """A recipe, its rows and a prediction file for each system; the arguments of a command on them.
+
+    The teacher, whose completions stand in the rows, is one of the systems; its rationales are what others' are held against.
+    """
     draw, words = random.Random(0), WORDS.split()
     gold = []
     with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
@@ -30,9 +33,10 @@ def write(folder: Path, rows: int, systems: int) -> list[str]:
             gold.append(draw.choice(LABELS))
             premise, hypothesis = (" ".join(draw.choices(words, k=k)) for k in (14, 8))
             row = {"id": f"row-{i}", "premise": premise, "hypothesis": hypothesis, "label": gold[-1]}
+            row["teacher"] = {"completion": f"{premise}.\nAnswer: {draw.choice(LABELS)}"}
             file.write(json.dumps(row) + "\n")
     files = {}
-    for system in range(systems):
+    for system in range(systems - 1):
         path = folder / f"system-{system}.jsonl"
         with path.open("w", encoding="utf-8") as file:
             for i, label in enumerate(gold):
@@ -45,11 +49,12 @@ def write(folder: Path, rows: int, systems: int) -> list[str]:
     recipe = {
         "name": "rescore",
         "task": {"name": "esnli", "data": {"train": data, "test": data}},
-        "teacher": {"kind": "human"},
+        "teacher": {"kind": "recorded"},
+        "annotate": {"splits": ["test"]},
         "eval": {"baseline": ["system-0", "system-1"], "predictions": files},
     }
     (folder / "rescore.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    return ["eval", str(folder / "rescore.yaml"), "--score-only", "--out", str(folder / "run"), "--json"]
+    return [str(folder / "rescore.yaml"), "--out", str(folder / "run"), "--json"]
 
 
 def main() -> None:
@@ -61,14 +66,20 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as name:
         arguments = write(Path(name), options.rows, options.systems)
+        subprocess.run([sys.executable, "-m", "dsbs", "annotate", *arguments], capture_output=True, check=True)
         profiled = ["-m", "cProfile", "-s", "cumulative"] if options.profile else []
         began = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, *profiled, "-m", "dsbs", *arguments], capture_output=True, text=True, check=False
+            [sys.executable, *profiled, "-m", "dsbs", "eval", *arguments, "--score-only"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         wall = time.perf_counter() - began
         if done.returncode:
             sys.exit(done.stderr)
+        systems = [] if options.profile else json.loads(done.stdout)["systems"]
+        assert options.profile or ("rouge_l" in systems[-1]["metrics"] and len(systems) == options.systems)
         if options.profile:
             print("\n".join(done.stdout.split("\n")[1:60]))
         print(f"{options.rows} rows, {options.systems} systems, one core: {wall:.1f} s, start of the command included")
