@@ -13,7 +13,6 @@ import numpy as np
 from dsbs.annotations import learned_source, run_folder
 from dsbs.artefacts import hold, manifest, write_json
 from dsbs.errors import UserError
-from dsbs.eval.metrics import score
 from dsbs.eval.predict import (
     TEACHER,
     predict_student,
@@ -22,11 +21,12 @@ from dsbs.eval.predict import (
     read_predictions,
     trained_students,
 )
+from dsbs.eval.score import score
 from dsbs.eval.stats import Scores, accuracy, difference, holm
 from dsbs.eval.table import markdown
 from dsbs.progress import Meter, Silent
 from dsbs.recipe import Recipe
-from dsbs.records import Example, Prediction, TrainedStudent, Unread
+from dsbs.records import Example, TrainedStudent
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import load, survey
@@ -161,9 +161,9 @@ def _compare(
         ]
         right, unreadable, latencies = [], 0, []
         for predictions in files:
-            read = [_read(task, row, predictions, name) for row in rows]
-            unreadable += sum(label is None for label in read)
-            right.append(score(task, read, [str(row.label) for row in rows])["correct"])
+            scored = score(task, rows, predictions, name)
+            unreadable += sum(label is None for label in scored.labels)
+            right.append(scored.correct)
             latencies += [p.latency_ms for p in predictions.values() if p.latency_ms is not None]
         scores[name] = np.asarray(right, dtype=np.float64).mean(axis=0)
         found = accuracy(scores[name], len(files))
@@ -199,12 +199,3 @@ def _compare(
             }
     reportable = recipe.task.limit is None and all(student.reportable for student in students)
     return EvalResult(run, recipe.eval.split, len(rows), systems, baseline, reportable=reportable)
-
-
-def _read(task: Task, row: Example, predictions: dict[str, Prediction], name: str) -> str | None:
-    """The label in a row's raw output, read anew: a better reader needs no new prediction."""
-    prediction = predictions.get(row.id)
-    if prediction is None:
-        raise UserError(f"the predictions of {name} lack row {row.id!r}", hint="remove that prediction file and run again")
-    label = task.read_label(prediction.raw, row.input)
-    return None if isinstance(label, Unread) else label

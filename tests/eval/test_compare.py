@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
 
 from dsbs import Student, UserError, annotate, evaluate, load_recipe, report, train
-from dsbs.eval.metrics import score
 from dsbs.eval.table import markdown
-from dsbs.recipe import DataSection, Recipe, TaskSection
-from dsbs.tasks import make_task
+from dsbs.recipe import Recipe
 
 
 @pytest.fixture
@@ -87,16 +84,6 @@ def test_all_systems_go_through_files_and_one_table(trained: Recipe, tmp_path: P
 def test_evaluating_before_training_says_what_to_do(toy: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dsbs train"):
         evaluate(load_recipe(toy()), out=tmp_path / "nothing")
-
-
-def test_the_metric_works_offline_and_refuses_empty_input() -> None:
-    task = make_task(TaskSection(name="svamp", data=DataSection(train="x.jsonl")))
-    result: dict[str, Any] = score(
-        task, ["( 84.0 / 2.0 )", None, "( 1.0 + 1.0 )"], ["( 21.0 * 2.0 )", "( 1.0 + 1.0 )", "( 3.0 - 1.0 )"]
-    )
-    assert result["correct"] == [True, False, True] and result["accuracy"] == pytest.approx(2 / 3)
-    with pytest.raises(UserError, match="nothing to score"):
-        score(task, [], [])
 
 
 def test_no_reliable_difference_is_said_in_words() -> None:

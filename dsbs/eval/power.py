@@ -1,0 +1,29 @@
+"""The smallest difference that a test set can show."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dsbs.eval.resampling import Floats
+
+
+def detectable(sums: Floats, sizes: Floats) -> float | None:
+    """The true difference that a two-sided test at .05 shows with 80 % power, as a fraction.
+
+    ``sums`` (units,): a cluster's summed differences, or a row's difference; ``sizes`` (units,): its rows. The paired t test's
+    power (Cohen, 1988, section 2.3.5) on the standard deviation seen; for clusters, that of what a sum differs from its rows'
+    share of the mean difference. None where the units do not vary, and where even a difference of 1 would not show.
+    """
+    from statsmodels.stats.power import TTestPower
+
+    units = len(sums)
+    if units < 2:
+        return None
+    spread = float(np.std(sums - sizes * (sums.sum() / sizes.sum()), ddof=1))
+    if math.isclose(spread, 0.0, abs_tol=1e-12):
+        return None
+    effect = float(TTestPower().solve_power(effect_size=None, nobs=units, alpha=0.05, power=0.8, alternative="two-sided"))
+    found = effect * spread * units / float(sizes.sum())
+    return found if found <= 1 else None
