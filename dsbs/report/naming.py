@@ -9,7 +9,7 @@ from dsbs.results import SystemResult
 
 
 def run_titles(runs: Sequence[Run]) -> list[str]:
-    """A name for each run that no other has: the recipe's, with as much of the folder's path as it takes."""
+    """A name for each run that no other folder has: the recipe's, or as much of the folder's path as it takes."""
     titles = [run.name for run in runs]
     depth = 0
     while len(set(titles)) < len(runs) and depth < max(len(run.path.parts) for run in runs):
@@ -17,7 +17,7 @@ def run_titles(runs: Sequence[Run]) -> list[str]:
         twice = {title for title in titles if titles.count(title) > 1}
         tails = ["/".join(run.path.parts[-depth:]) for run in runs]
         titles = [tail if title in twice else title for title, tail in zip(titles, tails, strict=True)]
-    return titles if len(set(titles)) == len(runs) else [f"{number}: {title}" for number, title in enumerate(titles, 1)]
+    return titles
 
 
 def series_title(system: SystemResult) -> str:
