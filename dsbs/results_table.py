@@ -130,9 +130,9 @@ def pay_off_sentence(pay_off: PayOff) -> str:
     )
 
 
-def markdown(results: Results) -> str:
-    """A Markdown page: what is found in a sentence, then all systems, comparisons and metrics."""
-    lines = [f"# {escape(results.name)}: {results.split}, {results.n:,} rows", ""]
+def markdown(results: Results, title: str | None = None) -> str:
+    """A Markdown page: what is found in a sentence, then all systems, comparisons and metrics. ``title`` is the run's name."""
+    lines = [f"# {escape(title or results.name)}: {results.split}, {results.n:,} rows", ""]
     if not results.reportable:
         lines += ["**smoke: not reportable** (task.limit is set)", ""]
     lines += [paragraph(headline(results)), "", "## Systems", "", *_escaped(*cells(results))]

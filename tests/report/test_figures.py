@@ -169,7 +169,7 @@ def test_recall_shows_hostile_labels_as_text_and_cuts_the_many(tmp_path: Path) -
     assert "<script>alert(1)</scrip… (99)" in shown and "_hidden (98)" in shown and "<script" not in figure.svg
     assert "label-12 (12)" in shown and "label-11 (11)" not in shown
     assert "The 30 labels with the most rows, of 42." in figure.caption
-    assert len({system for system in (tip.partition(":")[0] for tip in points(figure))}) == 4
+    assert len({tip.partition(":")[0] for tip in points(figure)}) == 4
 
 
 def test_training_has_a_panel_for_each_method_with_each_tasks_loss(one: dict[str, Figure]) -> None:
