@@ -26,6 +26,7 @@ help:
 	@echo "make demo      the three stages on the embedded data, teacher and student"
 	@echo "make test      the tests        make check   ruff and mypy        make clean   caches (never runs/)"
 	@echo 'make annotate | train | eval | report   RECIPE=recipes/demo.yaml SET="train.max_steps=50 …"'
+	@echo 'make report    RECIPE="runs/small runs/base"   several runs on one page'
 	@echo 'make paper     TASK=$(subst $() $(), | ,$(PAPER_TASKS))  SIZE=base | large | xxl  SET="…"   see docs/paper.md'
 	@echo 'make predict   RECIPE=… or STUDENT=runs/…/train/…   FILE=messages.txt'
 

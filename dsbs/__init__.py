@@ -13,6 +13,7 @@ Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "load_recipe",
     "report",
+    "report_runs",
     "train",
     "validate",
 ]
@@ -87,6 +89,16 @@ def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:
     from dsbs.report.page import report as run
 
     return run(recipe, out=out)
+
+
+def report_runs(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
+    """Write one page that joins several run folders, into ``out`` or ``runs/report-<names>``, and return its path.
+
+    See ``dsbs report``.
+    """
+    from dsbs.report.page import report_runs as run
+
+    return run(runs, out=out).page
 
 
 def __getattr__(name: str) -> Any:

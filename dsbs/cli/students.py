@@ -146,15 +146,57 @@ def _print_comparison(results: Results) -> None:
     print(f"results: {Path(results.run) / 'eval' / 'results.json'}")
 
 
-def report(recipe: RecipePath, overrides: Overrides = None, out: Out = None, as_json: Json = False) -> None:
-    """Write the run's report.html from its files."""
-    from dsbs.report.page import report as run
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN… [KEY=VALUE]…",
+            help="Run folders, or recipes (whose run folders are meant) with overrides, e.g. runs/small runs/base.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            help="One recipe: its run folder. Else: where the report is written; by default the run folder, or "
+            "runs/report-<names> for several.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write report.html, tables and figures of one run, or of several side by side."""
+    from dsbs.report.page import report_runs
 
-    path = run(load(recipe, overrides), out=out)
+    folders, to = _reported(runs, out)
+    written = report_runs(folders, out=to)
     if as_json:
-        print_json({"report": str(path)})
+        print_json(written.as_json())
     else:
-        print(path)
+        print(written.page)
+
+
+def _reported(arguments: list[str], out: str | None) -> tuple[list[Path], str | None]:
+    """The run folders that the arguments mean, and where to write. ``--out`` of one recipe is its run folder."""
+    from dsbs.annotations import run_folder
+
+    overrides = [text for text in arguments if "=" in text and not Path(text).exists()]
+    runs = [text for text in arguments if text not in overrides]
+    recipes = [text for text in runs if not Path(text).is_dir()]
+    if not runs:
+        raise UserError("no run is named", hint="dsbs report RUN, a run folder or a recipe; overrides come after it")
+    if overrides and not recipes:
+        raise UserError(
+            f"{overrides[0]}: overrides belong to a recipe, and {runs[0]} is a run folder",
+            hint="leave them out, or name the recipe in place of the folder",
+        )
+    for name in recipes:
+        if not name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+            raise UserError(f"{name} is neither a run folder nor a recipe", hint="name a folder as runs/demo, or a .yaml file")
+    alone = len(runs) == 1 and bool(recipes)
+    folders = [run_folder(load(one, overrides), out if alone else None) if one in recipes else Path(one) for one in runs]
+    return folders, None if alone else out
 
 
 def predict(
