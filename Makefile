@@ -20,11 +20,12 @@ ifneq ($(filter paper,$(MAKECMDGOALS)),)
   endif
 endif
 
-.PHONY: help setup demo annotate train eval report paper predict test check format clean
+.PHONY: help setup demo annotate train eval report paper predict test check docs format clean
 
 help:
 	@echo "make demo      the three stages on the embedded data, teacher and student"
 	@echo "make test      the tests        make check   ruff and mypy        make clean   caches (never runs/)"
+	@echo "make docs      the documentation site: build/docs/index.html"
 	@echo 'make annotate | train | eval | report   RECIPE=recipes/demo.yaml SET="train.max_steps=50 …"'
 	@echo 'make report    RECIPE="runs/small runs/base"   several runs on one page'
 	@echo 'make paper     TASK=$(subst $() $(), | ,$(PAPER_TASKS))  SIZE=base | large | xxl  SET="…"   see docs/paper.md'
@@ -74,6 +75,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -1,0 +1,253 @@
+"""The documentation: what it names exists, what is generated is up to date, and the site asks nothing of the network."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Any, Union, get_args, get_origin
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import typer
+import yaml
+from conftest import ROOT
+
+from dsbs import errors
+from dsbs.cli import app
+from dsbs.desk.schema import section_of, sections
+from dsbs.records import Annotation, Prediction
+from dsbs.results import Bin, Comparison, Latency, Measure, Needed, PayOff, Results, SystemResult
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+SECTIONS = sections()
+NO_KEYS = {
+    "teacher.completion",  # a field of a row
+    "train.learnig_rate",  # the tutorial's mistakes
+    "teacher.max_token",
+}
+
+
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def code(page: Path) -> Iterator[str]:
+    """What stands in code: the lines of blocks, and the spans in the text."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    for block in blocks.findall(text):
+        yield from block.splitlines()
+    rest = blocks.sub("", text)
+    yield from (line.strip() for line in rest.splitlines() if line.startswith("    "))
+    yield from re.findall(r"`([^`\n]+)`", rest)
+
+
+@pytest.mark.parametrize(("name", "page"), [("recipe_reference", "recipe-reference"), ("command_reference", "commands")])
+def test_a_generated_page_is_what_its_tool_writes(name: str, page: str) -> None:
+    committed = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    assert committed == tool(name).page(), f"run: python tools/{name}.py"
+
+
+def test_the_recipe_reference_has_every_key_with_its_meaning() -> None:
+    text = (DOCS / "recipe-reference.md").read_text(encoding="utf-8")
+    rows = {match[1]: match[2] for match in re.finditer(r"^\| `([a-z_.]+)` \|.*\| (.*) \|$", text, re.MULTILINE)}
+    keys = {f"{path}.{name}".removeprefix(".") for path, section in SECTIONS.items() for name in section.model_fields}
+    assert set(rows) == keys
+    assert [key for key, meaning in rows.items() if not meaning.strip()] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+
+    def pages(node: Any) -> Iterator[str]:
+        if isinstance(node, str):
+            yield node
+        else:
+            for inner in node.values() if isinstance(node, dict) else node:
+                yield from pages(inner)
+
+    assert sorted(pages(nav)) == [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
+    for line in code(page):
+        for name, rest in re.findall(r"(?:^|[\s$|(])(?:dsbs|-m dsbs) ([a-z][a-z-]*)((?:(?! dsbs | \| |#|\)|;|&).)*)", line):
+            assert name in COMMANDS, f"{page.name}: dsbs {name}"
+            options = {option for one in COMMANDS[name].params for option in one.opts}
+            for option in re.findall(r"(?<=\s)--[a-z-]+", rest):
+                assert option in options, f"{page.name}: dsbs {name} {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_recipe_keys_that_a_page_names_exist(page: Path) -> None:
+    """`train.seeds`, `train.seeds=[0, 1]`, `train.select: {min_vote: 0.6}`, and blocks of YAML."""
+    tops = "|".join(name for name in SECTIONS if name and "." not in name)
+    for line in code(page):
+        for path, after in re.findall(rf"(?<![\w./-])((?:{tops})(?:\.[a-z_]+)+)(?![\w(])((?:: ?\{{.*?\}})?)", line):
+            if path in NO_KEYS or path.endswith((".json", ".jsonl", ".html")):
+                continue
+            wrong = unknown_in(path.split("."), after.lstrip(": "))
+            assert wrong is None, f"{page.name}: {wrong} ({line})"
+    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        data = yaml.safe_load(block.replace("  …\n", ""))
+        for key, value in data.items():
+            if key in SECTIONS:  # a prompt file has other keys
+                for path in leaves(value, (key,)):
+                    assert unknown_in(path, "") is None, f"{page.name}: {'.'.join(path)}"
+
+
+def leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    section = SECTIONS.get(".".join(path))
+    if section is not None and isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, str(key)))
+    else:
+        yield path
+
+
+def unknown_in(path: list[str] | tuple[str, ...], inner: str) -> str | None:
+    """The first key of a dotted path, and of the mapping after it, that the recipe does not have."""
+    section = SECTIONS[path[0]]
+    for i, key in enumerate(path[1:], 2):
+        if key not in section.model_fields:
+            return ".".join(path[:i])
+        annotation = section.model_fields[key].annotation
+        found = section_of(annotation)
+        if found is None:
+            free = any(get_origin(part) is dict for part in (annotation, *union_of(annotation)))
+            return None if i == len(path) or free else ".".join(path[: i + 1])
+        section = found
+    for key in yaml.safe_load(inner) if inner.startswith("{") else ():
+        if key not in section.model_fields:
+            return f"{'.'.join(path)}.{key}"
+    return None
+
+
+def union_of(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+
+
+def fields_told(heading: str) -> list[str]:
+    """The names in the first column of the table below a heading of files.md."""
+    text = (DOCS / "files.md").read_text(encoding="utf-8")
+    part = text.partition(f"\n{heading}\n")[2].partition("\n#")[0]
+    return [name for line in part.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+
+
+@pytest.mark.parametrize(
+    ("heading", "row"),
+    [
+        ("## annotate/&lt;split&gt;.jsonl", Annotation),
+        ("## eval/predictions/&lt;name&gt;.jsonl", Prediction),
+        ("### Results", Results),
+        ("### SystemResult", SystemResult),
+    ],
+)
+def test_the_fields_of_a_file_are_told_and_no_others(heading: str, row: Any) -> None:
+    fields = [field.alias or name for name, field in row.model_fields.items()]
+    assert sorted(fields_told(heading)) == sorted(fields)
+
+
+def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
+    text = (DOCS / "files.md").read_text(encoding="utf-8").partition("### Its parts")[2]
+    told: dict[str, list[str]] = {}
+    part = ""
+    for line in text.splitlines():
+        cells = line.split("|")
+        if len(cells) > 3 and "`" in cells[2]:
+            part = cells[1].strip() or part
+            told.setdefault(part, []).extend(re.findall(r"`(\w+)`", cells[2]))
+    expected = {one.__name__: list(one.model_fields) for one in (Measure, Comparison, Bin, Latency, Needed, PayOff)}
+    assert {name: sorted(fields) for name, fields in told.items()} == {name: sorted(f) for name, f in expected.items()}
+
+
+def test_every_reason_of_rejection_is_told() -> None:
+    from dsbs.records import Reason
+
+    assert sorted(fields_in_kebab("### Reasons of rejection")) == sorted(get_args(Reason))
+
+
+def fields_in_kebab(heading: str) -> list[str]:
+    text = (DOCS / "files.md").read_text(encoding="utf-8").partition(heading)[2].partition("\n## ")[0]
+    return re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE)
+
+
+def test_every_exit_code_is_told() -> None:
+    table = (DOCS / "commands.md").read_text(encoding="utf-8").partition("| exit code |")[2].partition("\n\n")[0]
+    told = set(re.findall(r"^\| (\d+) \|", table, re.MULTILINE))
+    kinds = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.DsbsError)]
+    assert told == {"0", "130", *(str(kind.exit_code) for kind in kinds)}
+
+
+# --- the built site
+
+
+class _Page(HTMLParser):
+    """Ids, links, and what a browser fetches by itself."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.ids |= {given[name] for name in ("id", "name") if name in given}
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        if tag in ("script", "img", "iframe", "source", "embed") and "src" in given:
+            self.fetched.append(given["src"])
+        if tag == "link" and given.get("rel") in ("stylesheet", "icon", "preconnect", "preload", "prefetch", "dns-prefetch"):
+            self.fetched.append(given["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, _Page]:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return {path: _Page(path.read_text(encoding="utf-8")) for path in folder.glob("*.html") if path.name != "404.html"}
+
+
+def test_links_between_pages_lead_to_a_page_and_a_heading(site: dict[Path, _Page]) -> None:
+    assert {path.stem for path in site} == {page.stem for page in PAGES}
+    broken = []
+    for path, page in site.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path and parts.path != "." else path
+            anchor = unquote(parts.fragment)
+            if target.name == path.parent.name:
+                target = path.parent / "index.html"
+            if target not in site or (anchor and anchor not in site[target].ids):
+                broken.append(f"{path.name}: {link}")
+    assert not broken, "\n".join(broken)
+
+
+def test_the_site_fetches_nothing_from_elsewhere(site: dict[Path, _Page]) -> None:
+    for path, page in site.items():
+        assert page.fetched, path
+        for address in page.fetched:
+            parts = urlsplit(address)
+            assert not parts.netloc and parts.scheme in ("", "data"), f"{path.name}: {address}"
+            assert parts.scheme or (path.parent / unquote(parts.path)).is_file(), f"{path.name}: {address}"
+    for style in path.parent.rglob("*.css"):
+        assert not re.search(r"url\(\s*['\"]?(?:https?:)?//", style.read_text(encoding="utf-8")), style

@@ -1,0 +1,94 @@
+"""docs/commands.md from the commands themselves.
+
+    python tools/command_reference.py
+
+A test holds that the committed page is what this writes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dsbs.artefacts import atomic
+from dsbs.cli import app
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
+HEAD = """\
+# Commands
+
+Written by `tools/command_reference.py` from the commands' own `--help`; do not edit it here.
+
+Results go to stdout, progress and messages to stderr. `--json` prints one JSON object on stdout and nothing else there.
+An interrupted command goes on when it is run again; what is finished is not done, and not bought, a second time.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | done |
+| 1 | failed by the world: an endpoint that cannot be reached, a model that is not there; what was done is kept |
+| 2 | a mistake in usage, recipe or data; the message says what, where, and what to do |
+| 3 | partial: a money cap, a full disk, rows without a reply; the same command goes on |
+| 4 | all is done and written, and the outcome is below `--min-accuracy` or `--min-delta` |
+| 130 | interrupted by Ctrl-C (training: SIGTERM as well); the same command goes on |
+
+"""
+MORE = {  # where a page says more than the help does
+    "init": "[Tutorial](tutorial.md)",
+    "validate": "[Tutorial](tutorial.md), [Choosing a teacher](teachers.md#the-prompt-before-a-reply-is-paid-for)",
+    "annotate": "[Choosing a teacher](teachers.md)",
+    "merge": "[Choosing a teacher](teachers.md#at-scale)",
+    "compare-teachers": "[Choosing a teacher](teachers.md#several-teachers-on-the-same-rows)",
+    "train": "[Choosing λ](choosing-lambda.md), [Training on several GPUs](training-on-many.md)",
+    "eval": "[Reading a report](reading-a-report.md)",
+    "report": "[Reading a report](reading-a-report.md)",
+    "predict": "[From Python](python.md)",
+    "schema": "[The recipe, key by key](recipe-reference.md)",
+}
+
+
+def page() -> str:
+    """The whole page, as it is to be committed."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    listed = "".join(f"- [`dsbs {name}`](#dsbs-{name}): {first_sentence(one.help)}\n" for name, one in commands.items())
+    return HEAD + listed + "".join(f"\n{section(name, one)}" for name, one in commands.items())
+
+
+def section(name: str, command: Any) -> str:
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    options = [one for one in command.params if one.param_type_name == "option"]
+    usage = " ".join(["dsbs", name, *(one.metavar for one in arguments), "[OPTIONS]" if options else ""]).strip()
+    lines = [f"## `dsbs {name}` {{ #dsbs-{name} }}", "", " ".join(command.help.split()), "", f"    {usage}", ""]
+    lines += ["| | meaning |", "| --- | --- |"]
+    lines += [f"| `{one.metavar}` | {cell(one.help)} |" for one in arguments]
+    lines += [f"| `{spelled(one)}` | {cell(one.help)}{default(one)} |" for one in options]
+    if name in MORE:
+        lines += ["", f"More: {MORE[name]}."]
+    return "\n".join(lines) + "\n"
+
+
+def spelled(option: Any) -> str:
+    value = "" if option.is_flag else f" {option.metavar or 'VALUE'}"
+    return " ".join(option.opts) + value
+
+
+def default(option: Any) -> str:
+    if option.is_flag or option.default is None or not option.show_default:
+        return ""
+    return f" Default: {getattr(option.default, 'value', option.default)}."
+
+
+def first_sentence(text: str) -> str:
+    return " ".join(text.split()).split(". ")[0].rstrip(".")
+
+
+def cell(text: str) -> str:
+    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    with atomic(PAGE) as file:
+        file.write(page())
+    print(PAGE, file=sys.stderr)
