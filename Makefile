@@ -27,6 +27,7 @@ help:
 	@echo "make test      the tests        make check   ruff and mypy        make clean   caches (never runs/)"
 	@echo "make docs      the documentation site: build/docs/index.html"
 	@echo 'make annotate | train | eval | report   RECIPE=recipes/demo.yaml SET="train.max_steps=50 …"'
+	@echo 'make report    RECIPE="runs/small runs/base"   several runs on one page'
 	@echo 'make paper     TASK=$(subst $() $(), | ,$(PAPER_TASKS))  SIZE=base | large | xxl  SET="…"   see docs/paper.md'
 	@echo 'make predict   RECIPE=… or STUDENT=runs/…/train/…   FILE=messages.txt'
 
@@ -68,7 +69,7 @@ predict: $(READY)
 	@$(BIN)/dsbs predict $(or $(STUDENT),$(RECIPE)) $(or $(FILE),-) $(addprefix --set ,$(SET)) $(if $(RATIONALE),--rationale)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .

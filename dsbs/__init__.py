@@ -3,7 +3,8 @@
     recipe = dsbs.load_recipe("recipes/demo.yaml", ["train.max_steps=100"])
     dsbs.annotate(recipe)
     dsbs.train(recipe)
-    print(dsbs.evaluate(recipe).as_markdown())
+    results = dsbs.evaluate(recipe)
+    print({system.name: system.accuracy for system in results.systems})
     student = dsbs.Student.load("runs/demo/train/step-by-step-gold-s0")
     print(student.predict(["My parcel never came."])[0].label)
 
@@ -12,6 +13,7 @@ Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +27,9 @@ from dsbs.errors import DsbsError, PartialError, UserError
 if TYPE_CHECKING:
     from dsbs.annotate.summary import AnnotateResult
     from dsbs.check import Validation
-    from dsbs.eval.compare import EvalResult
     from dsbs.progress import Meter
     from dsbs.recipe import Recipe
+    from dsbs.results import Results
     from dsbs.student import Student
     from dsbs.train.loop import TrainResult
 
@@ -41,6 +43,7 @@ __all__ = [
     "evaluate",
     "load_recipe",
     "report",
+    "report_runs",
     "train",
     "validate",
 ]
@@ -74,11 +77,11 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
     return run(recipe, out=out, meter=meter)
 
 
-def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None) -> EvalResult:
-    """Predict, score and compare. See ``dsbs eval``."""
+def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None, score_only: bool = False) -> Results:
+    """Predict, score and compare; with ``score_only`` from the prediction files alone. See ``dsbs eval``."""
     from dsbs.eval.compare import evaluate as run
 
-    return run(recipe, out=out, meter=meter)
+    return run(recipe, out=out, meter=meter, score_only=score_only)
 
 
 def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:
@@ -86,6 +89,16 @@ def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:
     from dsbs.report.page import report as run
 
     return run(recipe, out=out)
+
+
+def report_runs(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
+    """Write one page that joins several run folders, into ``out`` or ``runs/report-<names>``, and return its path.
+
+    See ``dsbs report``.
+    """
+    from dsbs.report.page import report_runs as run
+
+    return run(runs, out=out).page
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ _FULL_WORDS = (
     *(os.strerror(number) for number in _FULL),
     *("PytorchStreamWriter failed writing", "iostream error", "unexpected pos"),  # torch.save, which does not say why
 )
+CPUINFO = Path("/proc/cpuinfo")
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -206,6 +207,21 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def device_name(cpuinfo: Path = CPUINFO) -> str:
+    """Of what the models run on: the GPU's, or the CPU's."""
+    import torch
+
+    if torch.cuda.is_available():
+        name: Any = torch.cuda.get_device_name()
+        return str(name)
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,52 @@ from dsbs.errors import UserError
 
 Interval = tuple[float, float]
 SystemKind = Literal["teacher", "student", "outside"]
+
+
+class Metric(NamedTuple):
+    """What a metric is called, which way is better (None: neither), and where it comes from."""
+
+    title: str
+    higher_is_better: bool | None
+    source: str
+
+
+# In the order in which they are shown. What is written under another name is a mistake in eval/.
+METRICS: dict[str, Metric] = {
+    "exact_match_raw": Metric(
+        "Exact match, raw text", True, "as the paper's code has it: the output's text is the gold label's"
+    ),
+    "exact_match": Metric("Exact match", True, "the label that is read in the output is the gold one, letter by letter"),
+    "equation_string": Metric("Equation, text", True, "the output's text is the gold equation's, spaces aside"),
+    "equation_value": Metric("Equation, value", True, "Hsieh et al., 2023, section 4: values within 1e-4 of each other"),
+    "parse_failure": Metric("Outputs that cannot be read", False, "share of outputs in which no label can be read"),
+    "macro_f1": Metric("Macro-F1", True, "mean of the classes' F1, of those that are gold or predicted (scikit-learn)"),
+    "ece": Metric("Expected calibration error", False, "Guo et al., 2017, equation 3: 10 bins of equal width"),
+    "rouge_l": Metric(
+        "ROUGE-L against the teacher's rationale",
+        True,
+        "Lin, 2004: F1 of the longest common subsequence of words; likeness of wording, secondary to all else",
+    ),
+    "rationale_empty": Metric("Empty rationales", False, "share of rationales without a word"),
+    "rationale_truncated": Metric("Truncated rationales", False, "share of rationales that ended with their token budget"),
+    "consistency": Metric(
+        "Rationale and label agree", True, "of the rationales that state a conclusion, the share that states the label given"
+    ),
+    "las": Metric(
+        "Leakage-adjusted simulatability",
+        True,
+        "Hase et al., 2020: what the rationale adds to a simulator's accuracy, mean over leaking and other rows",
+    ),
+    "leaking": Metric(
+        "Rationales that give the label away", None, "Hase et al., 2020: the simulator has the label from the rationale alone"
+    ),
+    "simulator_accuracy": Metric(
+        "The simulator's accuracy", None, "share of the system's labels that the simulator has from input and rationale"
+    ),
+    "simulator_majority": Metric(
+        "The most frequent label's share", None, "what a simulator that learned nothing would have right"
+    ),
+}
 
 
 class _Part(BaseModel):
@@ -82,7 +128,7 @@ class SystemResult(_Part):
     interval: str  # how it was found
     accuracy_per_seed: list[float] = []
     unreadable: float  # share of outputs that are no label of the task
-    metrics: dict[str, Measure] = {}  # by the names in eval/metrics.py, in the order in which they are shown
+    metrics: dict[str, Measure] = {}  # by the names in METRICS, in their order
     recall: dict[str, Measure] = {}  # of each label of a closed set
     calibration: list[Bin] = []  # where the labels' probabilities are known
     parameters: int | None = None

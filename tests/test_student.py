@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsbs import DsbsError, Student, UserError
 from dsbs.recipe import DataSection, StudentSection, TaskSection
-from dsbs.student import StudentCard, learn_vocabulary, load_tokenizer, new_model, tokenizer_hash
+from dsbs.student import Start, StudentCard, Target, Written, learn_vocabulary, load_tokenizer, new_model, tokenizer_hash
 
 TEXTS = [f"Premise {i}: a man with {i} dogs walks. ( {i}.0 * 2.0 ) {{x}}" for i in range(200)]
 
 
-def make_student(seed: int = 0) -> Student:
+def make_student(seed: int = 0, prefixes: dict[Target, str] | None = None) -> Student:
     tokenizer = learn_vocabulary(TEXTS, 300)
     task = TaskSection(name="classification", labels=("a", "b"), data=DataSection(train="x.csv"))
     card = StudentCard(
-        name="s", method="finetune", labels="gold", seed=seed, task=task, prefixes={"label": ""}, max_input_tokens=64,
-        max_target_tokens=32,
+        name="s", method="finetune", labels="gold", seed=seed, task=task, prefixes=prefixes or {"label": ""},
+        max_input_tokens=64, max_target_tokens=32,
     )  # fmt: skip
     return Student(new_model(StudentSection(vocab_size=300), tokenizer, seed), tokenizer, card)
 
@@ -60,6 +62,121 @@ def test_batches_do_not_change_answers_or_their_order() -> None:
     student = make_student()
     texts = ["dogs", "a man with 7 dogs walks", "x", "Premise 3: a man"]
     assert [a.raw for a in student.predict(texts, batch_size=1)] == [a.raw for a in student.predict(texts, batch_size=4)]
+
+
+LABELS = ["a man", "dogs", "Premise"]
+
+
+@pytest.fixture(scope="module")
+def taught() -> Student:
+    """Taught three short targets, so that its texts end by themselves and it is not sure of them."""
+    import torch
+
+    student = make_student()
+    torch.manual_seed(0)
+    inputs = student.tokenizer(TEXTS[:60], padding=True, return_tensors="pt")
+    targets = student.tokenizer([LABELS[i % 3] for i in range(60)], padding=True, return_tensors="pt")["input_ids"]
+    targets[targets == student.tokenizer.pad_token_id] = -100
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=3e-3)
+    student.model.train()
+    for _ in range(12):
+        student.model(**inputs, labels=targets).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return student
+
+
+def forced(student: Student, text: str, max_new_tokens: int, start: int) -> tuple[float, bool]:
+    """Probability of a text's greedy tokens by one forward pass for each token, and whether the end token came."""
+    import torch
+
+    source = student.tokenizer(text, return_tensors="pt", truncation=True, max_length=student.card.max_input_tokens)
+    ids, total = [start], 0.0
+    with torch.inference_mode():
+        for _ in range(max_new_tokens):
+            logits = student.model(**source, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
+            ids.append(int(logits.argmax()))
+            total += float(torch.log_softmax(logits.double(), -1)[ids[-1]])
+            if ids[-1] == student.tokenizer.eos_token_id:
+                return math.exp(total), True
+    return math.exp(total), False
+
+
+@pytest.mark.parametrize("budget", [1, 2, 16])
+@pytest.mark.parametrize("start", ["pad", "eos"])
+def test_a_texts_probability_is_that_of_its_tokens_one_by_one_with_its_end(taught: Student, budget: int, start: Start) -> None:
+    texts = [*TEXTS[60:66], "dogs", TEXTS[70] * 9]
+    first = {"pad": taught.tokenizer.pad_token_id, "eos": taught.tokenizer.eos_token_id}[start]
+    for batch_size in (1, 3, 8):
+        written = taught.generate(texts, budget, batch_size, start, probabilities=True)
+        for text, one in zip(texts, written, strict=True):
+            probability, ended = forced(taught, text, budget, first)
+            assert one.probability == pytest.approx(probability, abs=1e-5) and one.truncated is not ended
+            assert 0 < probability < 1
+    if budget == 16 and start == "pad":
+        assert not all(one.truncated for one in written), "none came to its end: nothing after it was left out"
+
+
+def test_probabilities_stay_with_their_texts_whatever_the_order_and_the_batches(taught: Student) -> None:
+    texts = ["dogs", *TEXTS[60:68], "x"]
+    alone = dict(zip(texts, taught.predict(texts, batch_size=1), strict=True))
+    for order in (texts[::-1], texts[3:] + texts[:3]):
+        for text, answer in zip(order, taught.predict(order, batch_size=4), strict=True):
+            assert answer.raw == alone[text].raw and answer.probability == pytest.approx(alone[text].probability, abs=1e-5)
+    assert len({round(answer.probability or 0, 4) for answer in alone.values()}) > 1
+
+
+def test_no_probability_is_made_where_none_is_asked_for(taught: Student) -> None:
+    assert [one.probability for one in taught.generate(["dogs"], 4, 1)] == [None]
+
+
+def written_by(student: Student, monkeypatch: pytest.MonkeyPatch, *texts: tuple[str, bool]) -> None:
+    """Let the student write these texts, each cut by its budget or not, one for each decode."""
+    left = iter(texts)
+
+    def generate(items: list[str], *_: Any, probabilities: bool = False, **__: Any) -> list[Written]:
+        assert len(items) == 1
+        text, truncated = next(left)
+        return [Written(text, truncated, 0.5 if probabilities else None, 1.0)]
+
+    monkeypatch.setattr(student, "generate", generate)
+
+
+@pytest.mark.parametrize(
+    ("target", "rationale", "texts", "expected"),
+    [
+        # raw, probability, truncated, rationale, rationale_truncated
+        ("label", False, [("a", True)], ("a", 0.5, True, None, None)),
+        ("rationale-then-label", False, [("So it is. Answer: a", False)], ("a", None, False, "So it is.", False)),
+        ("rationale-then-label", True, [("So it is. Answer: a", True)], ("a", None, True, "So it is.", False)),
+        ("rationale-then-label", True, [("So it", True)], ("", None, True, "So it", True)),
+        ("rationale-then-label", True, [("Answer: a", False)], ("a", None, False, "", False)),
+        ("label-then-rationale", False, [("a Because: so", True)], ("a", None, False, "so", True)),
+        ("label-then-rationale", False, [("a Beca", True)], ("a Beca", None, True, "", True)),
+        ("label-then-rationale", True, [("a Because: b", True), ("a Because: b c", False)], ("a", None, False, "b c", False)),
+        ("label-then-rationale", True, [("a", False), ("a", False)], ("a", None, False, "", False)),
+    ],
+)  # fmt: skip
+def test_what_is_cut_and_what_a_probability_is_of_goes_by_the_sequence(
+    target: Target, rationale: bool, texts: list[tuple[str, bool]], expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = make_student(prefixes={target: ""})
+    written_by(student, monkeypatch, *texts)
+    (answer,) = student.predict(["dogs"], rationale=rationale)
+    found = (answer.raw, answer.probability, answer.truncated, answer.rationale, answer.rationale_truncated)
+    assert found == expected
+
+
+def test_a_step_by_step_student_says_of_both_texts_whether_they_were_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_student(prefixes={"label": "predict: ", "rationale": "explain: "})
+    written_by(student, monkeypatch, ("a", False), ("The text says", True))
+    (answer,) = student.predict(["dogs"], rationale=True)
+    assert (answer.probability, answer.truncated, answer.rationale, answer.rationale_truncated) == (
+        0.5,
+        False,
+        "The text says",
+        True,
+    )
 
 
 def test_a_pretrained_student_comes_from_a_local_folder(tmp_path: Path) -> None:

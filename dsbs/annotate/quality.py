@@ -8,16 +8,9 @@ from collections.abc import Sequence
 from dsbs.annotate.parse import parse_reply
 from dsbs.prompts import Prompt
 from dsbs.records import Reason, Sample
-from dsbs.tasks.base import Fields, Task, fold, tidy
+from dsbs.tasks.base import Fields, Task
+from dsbs.tasks.conclusion import concluded
 
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_ANSWER_IS = re.compile(
-    r"\b(?:the|my) (?:final |correct |right )?(?:answer|label|category|class|choice|option)"
-    r" (?:is|must be|should be|would be|has to be):? *(.+)$",
-    re.IGNORECASE,
-)
-_SO = re.compile(r"\b(?:so|therefore|thus|hence),? ", re.IGNORECASE)
-_IT_IS = re.compile(r"(?:it|this|that|the \w+) (?:is|must be|belongs to|goes to) (?:an? |the )?(.+)", re.IGNORECASE)
 _SPEAKS_OF_THE_HINT = re.compile(
     r"\bhint(?:s|ed|ing)?\b"
     r"|\b(?:given|provided|supplied|stated|expected|known|gold|correct|right) (?:answer|label)\b"
@@ -109,25 +102,9 @@ def _shares_run(words: list[str], theirs: list[str]) -> bool:
 
 
 def contradicts(rationale: str, label: str, task: Task, fields: Fields) -> bool:
-    """Whether the rationale's last sentence concludes with another answer than ``label``.
-
-    Only a conclusion that is stated in so many words counts: "the answer is …" for any task that tells answers apart, and for a
-    closed set also "so it is …" and a label after a closing colon.
-    """
-    if task.is_free_text:
-        return False
-    sentence = _SENTENCE.split(rationale.strip())[-1].strip().rstrip(".!?\"'”’) ")
-    said = _ANSWER_IS.search(sentence)
-    if said:
-        claim = task.read_label(said.group(1), fields)
-        return isinstance(claim, str) and not task.correct(claim, label)
-    if task.labels is None:
-        return False
-    by_fold = {fold(known): known for known in task.labels}
-    claims = [match.group(1)] if (match := _IT_IS.fullmatch(_SO.split(sentence)[-1])) else []
-    claims += [sentence.rpartition(":")[2]] if ":" in sentence else []
-    found = {by_fold[key] for claim in claims if (key := fold(tidy(claim))) in by_fold}
-    return len(found) == 1 and not task.correct(found.pop(), label)
+    """Whether the rationale's last sentence concludes with another answer than ``label``."""
+    claim = concluded(rationale, task, fields)
+    return claim is not None and not task.correct(claim, label)
 
 
 def leaks_hint(rationale: str, hint: str, question: str) -> bool:

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsbs.cli.common import DryRun, Json, Out, Overrides, RecipePath, indented, load, meter, print_json, stamp
 from dsbs.errors import GateError, UserError
+
+if TYPE_CHECKING:
+    from dsbs.results import Results
 
 MinAccuracy = Annotated[
     float | None,
@@ -29,6 +32,9 @@ MinDelta = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
+ScoreOnly = Annotated[
+    bool, typer.Option("--score-only", help="Load no model: score the prediction files that are there, anew.")
+]
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -100,68 +106,97 @@ def evaluate(
     overrides: Overrides = None,
     out: Out = None,
     as_json: Json = False,
+    score_only: ScoreOnly = False,
     min_accuracy: MinAccuracy = None,
     min_delta: MinDelta = None,
 ) -> None:
-    """Predict with every student, score all systems by one path, compare them with the baseline."""
+    """Predict with every student, score all systems by one path, compare them with their baselines.
+
+    Files from elsewhere take part as eval.predictions.NAME=FILE, JSON lines of id and prediction.
+    """
     from dsbs.eval.compare import evaluate as run
     from dsbs.gates import failed
 
-    loaded = load(recipe, overrides)
-    result = run(loaded, out=out, meter=meter())
-    _print_comparison(result, as_json)
-    missed = failed(_as_results(loaded, result), min_accuracy, min_delta)
+    results = run(load(recipe, overrides), out=out, meter=meter(), score_only=score_only)
+    if as_json:
+        print_json(results.as_json())
+    else:
+        _print_comparison(results)
+    missed = failed(results, min_accuracy, min_delta)
     if missed:
         raise GateError("\n  ".join(missed), hint="look where the systems differ; the results are written all the same")
 
 
-def _as_results(recipe: Any, result: Any) -> Any:
-    """What evaluation returns, in the shape that gates are held against."""
-    from dsbs.results import Results
-    from dsbs.train.methods import grid
-
-    first = next(cell for cell in grid(recipe.train) if cell.subset == max(recipe.train.subset))
-    systems = [
-        {name: value for name, value in system.items() if name != "versus"}
-        | {"kind": "student" if system["seeds"] else "teacher"}
-        | {"versus": {other: {"fixed": 0, "broken": 0} | versus for other, versus in system["versus"].items()}}
-        for system in result.as_json()["systems"]
-    ]
-    said = result.as_json() | {"systems": systems, "name": recipe.name, "task": recipe.task.name}
-    return Results.model_validate(said | {"headline": first.system if first.subset == 1 else None})
-
-
-def _print_comparison(result: Any, as_json: bool) -> None:
-    if as_json:
-        print_json(result.as_json())
-        return
+def _print_comparison(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dsbs.eval.table import cells, verdict
+    from dsbs.results_table import cells, headline, verdict
 
-    stamp(result.reportable)
-    headings, rows = cells(result.as_json())
-    table = Table(title=f"{result.split}, {result.n} rows", title_justify="left")
+    stamp(results.reportable)
+    headings, rows = cells(results)
+    table = Table(title=f"{results.split}, {results.n} rows", title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "system" else "right")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(table)
-    for sentence in verdict(result.as_json()):
+    for sentence in dict.fromkeys([headline(results), *verdict(results)]):
         print(sentence)
-    print(f"results: {result.run / 'eval' / 'results.json'}")
+    print(f"results: {Path(results.run) / 'eval' / 'results.json'}")
 
 
-def report(recipe: RecipePath, overrides: Overrides = None, out: Out = None, as_json: Json = False) -> None:
-    """Write the run's report.html from its files."""
-    from dsbs.report.page import report as run
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN… [KEY=VALUE]…",
+            help="Run folders, or recipes (whose run folders are meant) with overrides, e.g. runs/small runs/base.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            help="One recipe: its run folder. Else: where the report is written; by default the run folder, or "
+            "runs/report-<names> for several.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write report.html, tables and figures of one run, or of several side by side."""
+    from dsbs.report.page import report_runs
 
-    path = run(load(recipe, overrides), out=out)
+    folders, to = _reported(runs, out)
+    written = report_runs(folders, out=to)
     if as_json:
-        print_json({"report": str(path)})
+        print_json(written.as_json())
     else:
-        print(path)
+        print(written.page)
+
+
+def _reported(arguments: list[str], out: str | None) -> tuple[list[Path], str | None]:
+    """The run folders that the arguments mean, and where to write. ``--out`` of one recipe is its run folder."""
+    from dsbs.annotations import run_folder
+
+    overrides = [text for text in arguments if "=" in text and not Path(text).exists()]
+    runs = [text for text in arguments if text not in overrides]
+    recipes = [text for text in runs if not Path(text).is_dir()]
+    if not runs:
+        raise UserError("no run is named", hint="dsbs report RUN, a run folder or a recipe; overrides come after it")
+    if overrides and not recipes:
+        raise UserError(
+            f"{overrides[0]}: overrides belong to a recipe, and {runs[0]} is a run folder",
+            hint="leave them out, or name the recipe in place of the folder",
+        )
+    for name in recipes:
+        if not name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+            raise UserError(f"{name} is neither a run folder nor a recipe", hint="name a folder as runs/demo, or a .yaml file")
+    alone = len(runs) == 1 and bool(recipes)
+    folders = [run_folder(load(one, overrides), out if alone else None) if one in recipes else Path(one) for one in runs]
+    return folders, None if alone else out
 
 
 def predict(
@@ -203,8 +238,9 @@ def predict(
         for (number, item), answer in zip(batch, answers, strict=True):
             row: dict[str, Any] = {"id": item["id"] if isinstance(item, dict) and "id" in item else str(number)}
             row |= {"prediction": answer.label, "raw": answer.raw}
+            row |= {"probability": answer.probability, "truncated": answer.truncated}
             if rationale:
-                row |= {"rationale": answer.rationale, "rationale_is_causal": loaded.reasons_first}
+                row |= {"rationale": answer.rationale, "rationale_is_causal": loaded.card.reasons_first}
             print(json.dumps(row, ensure_ascii=False))
         sys.stdout.flush()
         batch.clear()

@@ -1,101 +1,45 @@
-"""The stage: predict what is missing, score all systems by one path, compare them with the baseline."""
+"""The stage: predict what is missing, score all systems by one path, compare them with their baselines."""
 
 from __future__ import annotations
 
-import statistics
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from dsbs.annotations import learned_source, run_folder
+from dsbs.annotations import learned_source, read_manifest, run_folder
 from dsbs.artefacts import hold, manifest, write_json
 from dsbs.errors import UserError
-from dsbs.eval.metrics import score
+from dsbs.eval.latency import measure_latency, megabytes, read_latency
+from dsbs.eval.outside import take_outside
 from dsbs.eval.predict import (
     TEACHER,
+    loader,
     predict_student,
     predict_teacher,
     prediction_file,
     read_predictions,
+    student_predictions,
     trained_students,
 )
-from dsbs.eval.stats import Scores, accuracy, difference, holm
-from dsbs.eval.table import markdown
+from dsbs.eval.score import score
+from dsbs.eval.simulate import simulatability, simulate
+from dsbs.eval.systems import System, bill, clusters_of, compare, labels_needed, pairs, pay_offs, score_system
 from dsbs.progress import Meter, Silent
 from dsbs.recipe import Recipe
-from dsbs.records import Example, Prediction, TrainedStudent, Unread
+from dsbs.records import Example, TrainedStudent
+from dsbs.results import Results
+from dsbs.results_table import markdown
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import load, survey
 
 
-@dataclass(slots=True)
-class System:
-    """One line of the comparison: the teacher, or the students of one method over their seeds."""
+def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None, score_only: bool = False) -> Results:
+    """Predict the split with every student of the recipe and compare them all: the teacher and ``eval.predictions`` included.
 
-    name: str
-    subset: float | None  # the share of the train rows; None: the teacher's
-    seeds: list[int]
-    accuracy: float
-    ci95: tuple[float, float]
-    interval: str
-    per_seed: list[float]
-    unreadable: float  # share of outputs that are no label of the task
-    parameters: int | None
-    ms_per_example: float | None  # median over rows of a batch's time divided by its rows
-    train_s: float | None  # mean over seeds
-    versus: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "subset": self.subset,
-            "accuracy": self.accuracy,
-            "ci95": list(self.ci95),
-            "interval": self.interval,
-            "seeds": self.seeds,
-            "accuracy_per_seed": self.per_seed,
-            "unreadable": self.unreadable,
-            "parameters": self.parameters,
-            "ms_per_example": self.ms_per_example,
-            "train_s": self.train_s,
-            "versus": self.versus,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """The closing table of ``dsbs eval``."""
-
-    run: Path
-    split: str
-    n: int
-    systems: list[System]
-    baseline: str | None
-    reportable: bool
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "run": str(self.run),
-            "split": self.split,
-            "n": self.n,
-            "baseline": self.baseline,
-            "reportable": self.reportable,
-            "systems": [system.as_json() for system in self.systems],
-        }
-
-    def as_markdown(self) -> str:
-        return markdown(self.as_json())
-
-
-def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None = None) -> EvalResult:
-    """Predict the split with every student of the recipe and compare them all, the teacher included.
-
-    Writes ``eval/predictions/*.jsonl``, ``eval/results.json`` and ``eval/results.md``. Raises UserError where nothing was
-    trained or no row has a gold label.
+    With ``score_only`` no model is loaded: prediction files are scored anew as they are. Writes ``eval/predictions/*.jsonl``,
+    ``eval/results.json`` and ``eval/results.md``. Raises UserError where there is nothing to compare, a file is missing or no
+    row has a gold label.
     """
     meter = meter or Silent()
     run = run_folder(recipe, out)
@@ -110,15 +54,120 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
             f"no row of the {recipe.eval.split} split has a gold label, so nothing can be compared",
             hint="label some test rows; they are never trained on",
         )
+    clusters = clusters_of(rows, recipe.eval.cluster)
     data: dict[str, str] = {recipe.eval.split: survey(rows).hash}
     with hold(run / "eval"), manifest(run / "eval" / "manifest.json", recipe.model_dump(mode="json"), data):
-        teacher = predict_teacher(recipe, task, rows, run, needed=any(s.source is not None for s in students))
-        for student in students:
-            predict_student(recipe, student, rows, run, meter)
-        result = _compare(recipe, task, rows, run, students, with_teacher=teacher is not None)
-        write_json(run / "eval" / "results.json", result.as_json())
-        (run / "eval" / "results.md").write_text(result.as_markdown() + "\n", encoding="utf-8")
-    return result
+        systems = _systems(recipe, task, rows, run, students, meter, predicts=not score_only)
+        teacher = next((one for one in systems if one.kind == "teacher"), None)
+        references = {p.id: p.rationale for p in teacher.files[0].predictions} if teacher else {}
+        for system in systems:
+            members = _members(system)
+            if recipe.eval.simulator and not score_only and system.kind != "teacher":
+                for member, scored in zip(members, system.files, strict=True):
+                    simulate(recipe, task, member, scored, run, meter)
+            system.simulated = simulatability(run, members, system.files, clusters)
+        results = [score_system(system, task, references, clusters) for system in systems]
+        chosen = pairs(systems, recipe.eval)
+        versus = compare(chosen, clusters)
+        results = [one.model_copy(update={"versus": versus.get(one.name, {})}) for one in results]
+        baseline = chosen[0][1] if chosen else None
+        spent, _ = bill(read_manifest(run / "annotate"), "train")
+        found = Results(
+            run=str(run),
+            name=recipe.name,
+            task=recipe.task.name,
+            split=recipe.eval.split,
+            n=len(rows),
+            cluster=recipe.eval.cluster,
+            clusters=None if clusters is None else int(clusters.max()) + 1,
+            baseline=baseline.name if baseline else None,
+            headline=_headline(recipe, systems),
+            reportable=recipe.task.limit is None and all(student.reportable for student in students),
+            systems=results,
+            needed=labels_needed(systems, [one for one in (baseline, teacher) if one], clusters),
+            pay_off=list(pay_offs(systems, spent, teacher.usd_per_prediction if teacher else None)),
+        )
+        write_json(run / "eval" / "results.json", found.as_json())
+        (run / "eval" / "results.md").write_text(markdown(found) + "\n", encoding="utf-8")
+    return found
+
+
+def _systems(
+    recipe: Recipe,
+    task: Task,
+    rows: Sequence[Example],
+    run: Path,
+    students: Sequence[TrainedStudent],
+    meter: Meter,
+    *,
+    predicts: bool,
+) -> list[System]:
+    """The teacher, then the students, baselines and larger shares first, then the files from outside."""
+    systems: list[System] = []
+    if predict_teacher(recipe, task, rows, run, needed=any(s.source is not None for s in students)) is not None:
+        _, per_row = bill(read_manifest(run / "annotate"), recipe.eval.split)
+        answers = score(task, rows, read_predictions(prediction_file(run, TEACHER)), TEACHER)
+        systems.append(System(TEACHER, "teacher", [answers], usd_per_prediction=per_row))
+    groups: dict[str, list[TrainedStudent]] = {}
+    for student in sorted(students, key=lambda one: one.seed):
+        groups.setdefault(student.system, []).append(student)
+    baselines = list(recipe.eval.baseline)
+    largest = max((student.subset for student in students), default=1.0)
+
+    def rank(name: str) -> tuple[int, float, str]:
+        first = groups[name][0]
+        place = baselines.index(first.method) if first.method in baselines else len(baselines)
+        return place, -first.subset, name
+
+    for name in sorted(groups, key=rank):
+        members = groups[name]
+        if predicts:
+            models = {student.name: loader(student) for student in members}
+            for student in members:
+                predict_student(recipe, student, rows, run, meter, models[student.name])
+            if members[0].subset == largest:  # less data makes no other speed
+                measure_latency(recipe, members[0], rows, run, meter, models[members[0].name])
+        systems.append(
+            System(
+                name,
+                "student",
+                [score(task, rows, student_predictions(run, student), student.name) for student in members],
+                students=members,
+                training_rows=_training_rows(members[0]),
+                megabytes=_size(members[0]),
+                latency=read_latency(run, members[0], recipe),
+            )
+        )
+    outside = take_outside(recipe, task, rows, run)
+    scored = [score(task, rows, read_predictions(prediction_file(run, name)), name) for name in outside]
+    return systems + [System(name, "outside", [one]) for name, one in zip(outside, scored, strict=True)]
+
+
+def _members(system: System) -> list[str]:
+    """The names of a system's prediction files."""
+    return [student.name for student in system.students] or [system.name]
+
+
+def _headline(recipe: Recipe, systems: Sequence[System]) -> str | None:
+    """The system that the recipe is about: its first method's on the largest share; without students the first from outside."""
+    ours = [one for one in systems if one.method == recipe.train.methods[0]]
+    if ours:
+        return max(ours, key=lambda one: (one.subset or 0.0, one.students[0].labels == recipe.train.labels[0])).name
+    return next((one.name for one in systems if one.kind != "teacher"), None)
+
+
+def _size(student: TrainedStudent) -> float | None:
+    """Of its weights, in megabytes; None where they have been taken elsewhere: scores need none."""
+    try:
+        return megabytes(student.path)
+    except UserError:
+        return None
+
+
+def _training_rows(student: TrainedStudent) -> int | None:
+    record = json.loads((Path(student.path) / "train.json").read_text(encoding="utf-8"))
+    rows = record.get("rows")
+    return rows if isinstance(rows, int) else None
 
 
 def _of_recipe(recipe: Recipe, task: Task, students: list[TrainedStudent], run: Path) -> list[TrainedStudent]:
@@ -126,8 +175,11 @@ def _of_recipe(recipe: Recipe, task: Task, students: list[TrainedStudent], run: 
     free = ("finetune", "distill")  # their labels are in their names
     wanted = [s for s in wanted if s.method in free or s.labels in recipe.train.labels]
     wanted = [s for s in wanted if s.subset in recipe.train.subset]
-    if not wanted:
-        raise UserError(f"{run}/train has no finished student of this recipe", hint="run `dsbs train` with this recipe first")
+    if not wanted and not recipe.eval.predictions:
+        raise UserError(
+            f"{run}/train has no finished student of this recipe",
+            hint="run `dsbs train` with this recipe first, or name prediction files from elsewhere in eval.predictions",
+        )
     settings, source = recipe.training, learned_source(recipe, task)
     others = [s.name for s in wanted if s.settings != settings or s.source not in (None, source)]
     if others:
@@ -143,68 +195,3 @@ def _missing(recipe: Recipe, students: list[TrainedStudent]) -> list[str]:
     names = {student.name for student in students}
     systems = sorted({student.system for student in students})
     return [name for system in systems for seed in recipe.train.seeds if (name := f"{system}-s{seed}") not in names]
-
-
-def _compare(
-    recipe: Recipe, task: Task, rows: Sequence[Example], run: Path, students: list[TrainedStudent], *, with_teacher: bool
-) -> EvalResult:
-    scores: dict[str, Scores] = {}
-    systems: list[System] = []
-    groups: dict[str, list[TrainedStudent]] = {}
-    for student in students:
-        groups.setdefault(student.system, []).append(student)
-    order = sorted(groups, key=lambda name: (groups[name][0].method not in recipe.eval.baseline, -groups[name][0].subset, name))
-    for name in ([TEACHER] if with_teacher else []) + order:
-        members = sorted(groups.get(name, []), key=lambda student: student.seed)
-        files = [read_predictions(prediction_file(run, s.name)) for s in members] or [
-            read_predictions(prediction_file(run, TEACHER))
-        ]
-        right, unreadable, latencies = [], 0, []
-        for predictions in files:
-            read = [_read(task, row, predictions, name) for row in rows]
-            unreadable += sum(label is None for label in read)
-            right.append(score(task, read, [str(row.label) for row in rows])["correct"])
-            latencies += [p.latency_ms for p in predictions.values() if p.latency_ms is not None]
-        scores[name] = np.asarray(right, dtype=np.float64).mean(axis=0)
-        found = accuracy(scores[name], len(files))
-        systems.append(
-            System(
-                name=name,
-                subset=members[0].subset if members else None,
-                seeds=[student.seed for student in members],
-                accuracy=found.value,
-                ci95=found.ci95,
-                interval=found.interval,
-                per_seed=[float(np.mean(one)) for one in right],
-                unreadable=unreadable / len(files) / len(rows),
-                parameters=members[0].parameters if members else None,
-                ms_per_example=round(statistics.median(latencies), 3) if latencies else None,
-                train_s=round(statistics.mean(s.wall_s for s in members), 1) if members else None,
-            )
-        )
-    # each is compared at equal data: with the baseline of the same share, where there is one
-    baselines = {groups[name][0].subset: name for name in reversed(order) if groups[name][0].method == recipe.eval.baseline[0]}
-    baseline = next((name for name in order if name in baselines.values()), None)
-    if baseline is not None:
-        pairs = [(system, baselines.get(system.subset or 1.0, baseline)) for system in systems]
-        pairs = [(system, other) for system, other in pairs if system.name != other]
-        gaps = [difference(scores[system.name], scores[other]) for system, other in pairs]
-        for (system, other), gap, adjusted in zip(pairs, gaps, holm([gap.p for gap in gaps]), strict=True):
-            system.versus[other] = {
-                "delta": gap.delta,
-                "ci95": list(gap.ci95),
-                "p": gap.p,
-                "p_holm": adjusted,
-                "test": gap.test,
-            }
-    reportable = recipe.task.limit is None and all(student.reportable for student in students)
-    return EvalResult(run, recipe.eval.split, len(rows), systems, baseline, reportable=reportable)
-
-
-def _read(task: Task, row: Example, predictions: dict[str, Prediction], name: str) -> str | None:
-    """The label in a row's raw output, read anew: a better reader needs no new prediction."""
-    prediction = predictions.get(row.id)
-    if prediction is None:
-        raise UserError(f"the predictions of {name} lack row {row.id!r}", hint="remove that prediction file and run again")
-    label = task.read_label(prediction.raw, row.input)
-    return None if isinstance(label, Unread) else label

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from dsbs.annotations import annotation_file, load_annotations, run_folder
+from dsbs.annotations import annotation_file, load_annotations, read_manifest, run_folder
 from dsbs.artefacts import canonical, digest, read_jsonl, write_jsonl
 from dsbs.errors import UserError
 from dsbs.progress import Meter
 from dsbs.recipe import Recipe
-from dsbs.records import Example, Prediction, TrainedStudent
-from dsbs.student import Student
+from dsbs.records import Annotation, Example, Prediction, Sample, TrainedStudent
+from dsbs.student import Student, read_card
 from dsbs.tasks.base import Task
 
 TEACHER = "teacher"
+Loader = Callable[[], Student]
 
 
 def trained_students(run: Path) -> list[TrainedStudent]:
@@ -47,47 +51,90 @@ def prediction_file(run: Path, system: str) -> Path:
     return run / "eval" / "predictions" / f"{system}.jsonl"
 
 
-def predict_student(recipe: Recipe, student: TrainedStudent, rows: Sequence[Example], run: Path, meter: Meter) -> Path:
-    """The student's prediction file: kept where it fits the student and the rows, else made (and the old one set aside)."""
+def loader(student: TrainedStudent) -> Loader:
+    """Loads the student when it is first called, and once: what asks it may find that all is there already."""
+    return cache(lambda: Student.load(student.path))
+
+
+def predict_student(
+    recipe: Recipe, student: TrainedStudent, rows: Sequence[Example], run: Path, meter: Meter, load: Loader | None = None
+) -> Path:
+    """The student's prediction file: kept where it fits the student and the rows, else made (and the old one set aside).
+
+    ``load`` is the student's `loader` where others use the model too.
+    """
     path = prediction_file(run, student.name)
-    made_by = digest(student.fingerprint, canonical([[row.id, row.input] for row in rows]), str(recipe.eval.max_label_tokens))
-    there = _made_by(path)
-    if there == made_by:
-        return path
-    aside = path.parent / "aside"
-    if path.is_file():
-        target = aside / f"{student.name}-{(there or 'unknown')[:12]}.jsonl"
-        while target.exists():
-            target = target.with_name(f"{target.stem}+.jsonl")
-        aside.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-    mine = aside / f"{student.name}-{made_by[:12]}.jsonl"
-    if _made_by(mine) == made_by:
-        mine.rename(path)
+    card = read_card(student.path)
+    explain = recipe.eval.rationales and card.explains
+    data = canonical([[row.id, row.input] for row in rows])
+    # one that reasons first writes the same either way
+    decodes = ["rationales"] if explain and not card.reasons_first else []
+    made_by = digest(student.fingerprint, data, str(recipe.eval.max_label_tokens), *decodes)
+    if maker_of(path) == made_by or _taken_back(path, made_by):
         return path
     meter.say(f"predict {recipe.eval.split}: {student.name}")
-    model = Student.load(student.path)
+    model = load() if load is not None else Student.load(student.path)
     size = recipe.eval.batch_size
     inputs, most = [row.input for row in rows], recipe.eval.max_label_tokens
     model.predict(inputs[: min(size, 8)], batch_size=size, canonical=True)  # the first batch pays for start-up
-    answers = model.predict(inputs, batch_size=size, max_label_tokens=most, canonical=True)
+    answers = model.predict(inputs, rationale=explain, batch_size=size, max_label_tokens=most, canonical=True)
+    prompt = digest(canonical(card.prefixes), canonical(card.starts))
     write_jsonl(
         path,
         (
             Prediction(
                 id=row.id,
+                input=row.input,
                 gold=row.label,
                 raw=answer.raw,
                 prediction=answer.label,
-                correct=None if row.label is None else answer.label is not None and model.task.correct(answer.label, row.label),
+                correct=is_correct(model.task, answer.label, row),
+                probability=answer.probability,
+                truncated=answer.truncated,
                 rationale=answer.rationale,
+                rationale_truncated=answer.rationale_truncated,
                 latency_ms=round(answer.latency_ms, 4),
                 made_by=made_by,
+                model=student.fingerprint,
+                prompt=prompt,
             ).model_dump_json(by_alias=True)
             for row, answer in zip(rows, answers, strict=True)
         ),
     )
     return path
+
+
+def _taken_back(path: Path, made_by: str) -> bool:
+    """Set aside the prediction file that no longer fits, and take back the one that fits again, if there is one."""
+    aside = path.parent / "aside"
+    if path.is_file():
+        target = aside / f"{path.stem}-{(maker_of(path) or 'unknown')[:12]}.jsonl"
+        while target.exists():
+            target = target.with_name(f"{target.stem}+.jsonl")
+        aside.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    mine = aside / f"{path.stem}-{made_by[:12]}.jsonl"
+    if maker_of(mine) != made_by:
+        return False
+    mine.rename(path)
+    return True
+
+
+def student_predictions(run: Path, student: TrainedStudent) -> dict[str, Prediction]:
+    """The student's predictions as they lie in the run. Raises UserError where there are none, or another student's."""
+    path = prediction_file(run, student.name)
+    again = "run dsbs eval without --score-only"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", hint=again)
+    found = read_predictions(path)
+    if any(prediction.model not in (None, student.fingerprint) for prediction in found.values()):
+        raise UserError(f"{path} is of an earlier student of that name, which was trained in another way", hint=again)
+    return found
+
+
+def is_correct(task: Task, label: str | None, row: Example) -> bool | None:
+    """None where the row has no gold label."""
+    return None if row.label is None else label is not None and task.correct(label, row.label)
 
 
 def predict_teacher(recipe: Recipe, task: Task, rows: Sequence[Example], run: Path, *, needed: bool) -> Path | None:
@@ -107,22 +154,52 @@ def predict_teacher(recipe: Recipe, task: Task, rows: Sequence[Example], run: Pa
             hint="the data changed since: run `dsbs annotate` again",
         )
 
+    prompt = read_manifest(annotation_file(run, recipe.eval.split).parent).get("prompt")
+    prompt_hash = None if prompt is None else digest(canonical(prompt))
+
     def line(row: Example) -> str:
         annotation = annotations[row.id]
-        own = annotation.own_label
+        own, teacher = annotation.own_label, annotation.teacher
         return Prediction(
             id=row.id,
+            input=row.input,
             gold=row.label,
             raw=own or "",
             prediction=own,  # what it said without a hint
-            correct=None if row.label is None else own is not None and task.correct(own, row.label),
+            correct=is_correct(task, own, row),
+            probability=_probability(annotation, task),
+            truncated=_truncated(annotation),
             rationale=None if annotation.provenance == "hinted" else annotation.rationale,
-            made_by=f"teacher:{annotation.teacher.kind}:{annotation.teacher.model}",
+            made_by=f"teacher:{teacher.kind}:{teacher.model}",
+            model=f"{teacher.kind}:{teacher.model}" if teacher.model else teacher.kind,
+            prompt=prompt_hash,
         ).model_dump_json(by_alias=True)
 
     path = prediction_file(run, TEACHER)
     write_jsonl(path, (line(row) for row in rows))
     return path
+
+
+def _probability(annotation: Annotation, task: Task) -> float | None:
+    """Of the teacher's own label: by its tokens where they are known, else its share of several samples."""
+    label, own = annotation.own_label, _own(annotation)
+    if label is None:
+        return None
+    logprob, share = annotation.label_logprob, annotation.vote_share
+    if annotation.provenance == "hinted":  # those two are of the label that was given away
+        read = [sample for sample in own if sample.label is not None]
+        votes = [sample for sample in read if task.correct(str(sample.label), label)]
+        logs = [sample.label_logprob for sample in votes if sample.label_logprob is not None]
+        logprob, share = (statistics.fmean(logs) if logs else None), len(votes) / len(read)
+    if logprob is not None:
+        return min(1.0, math.exp(logprob))
+    return share if len(own) > 1 else None
+
+
+def _truncated(annotation: Annotation) -> bool | None:
+    """Whether the budget ended before a label was said; None where nothing was asked."""
+    own = _own(annotation)
+    return annotation.own_label is None and own[0].reason in ("truncated", "spent-on-reasoning") if own else None
 
 
 def read_predictions(path: Path) -> dict[str, Prediction]:
@@ -139,7 +216,12 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
     return found
 
 
-def _made_by(path: Path) -> str | None:
+def _own(annotation: Annotation) -> list[Sample]:
+    return [sample for sample in annotation.samples if not sample.hinted]
+
+
+def maker_of(path: Path) -> str | None:
+    """What a prediction file says in its first line that it was made by; None where it cannot be read."""
     try:
         first: dict[str, Any] = next(iter(read_jsonl(path)))[1]
     except (StopIteration, UserError, OSError):

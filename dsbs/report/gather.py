@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotations import read_manifest
+from dsbs.annotations import annotation_file, read_annotations, read_manifest
 from dsbs.artefacts import read_jsonl
 from dsbs.errors import UserError
 from dsbs.results import Results, SystemResult, read_results
@@ -16,19 +16,19 @@ from dsbs.results import Results, SystemResult, read_results
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run folder's records. ``recipe`` is the resolved one that ``results`` were found with."""
+    """A run folder's records. ``recipe`` is the resolved one that ``results`` were found with.
+
+    ``name`` is the recipe's, or what tells the run from others of that name beside it.
+    """
 
     path: Path
+    name: str
     results: Results
     recipe: dict[str, Any]
     annotated: dict[str, Any]  # annotate/manifest.json; {} where there is none
     trained: dict[str, Any]  # train/manifest.json
     evaluated: dict[str, Any]  # eval/manifest.json
     students: dict[str, dict[str, Any]]  # name -> train.json of the students that the results speak of
-
-    @property
-    def name(self) -> str:
-        return self.results.name
 
     def members(self, system: SystemResult) -> list[str]:
         """The prediction files' names of a system: one for each seed."""
@@ -38,6 +38,11 @@ class Run:
         """A prediction file by id; {} where a later evaluation has set it aside."""
         path = self.path / "eval" / "predictions" / f"{member}.jsonl"
         return {str(row["id"]): row for _, row in read_jsonl(path)} if path.is_file() else {}
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """The split's rows by id as the teacher was asked about them, for prediction files that do not hold them; {} else."""
+        file = annotation_file(self.path, self.results.split)
+        return {row.id: row.input for row in read_annotations(file)} if file.is_file() else {}
 
     def metrics(self, student: str) -> Iterator[dict[str, Any]]:
         """The lines of a student's ``metrics.jsonl``."""
@@ -63,6 +68,7 @@ def gather(path: Path) -> Run:
                 raise UserError(f"{record} is not JSON", hint="train that student again") from None
     return Run(
         path=path,
+        name=results.name,
         results=results,
         recipe=evaluated.get("recipe", {}),
         annotated=read_manifest(path / "annotate"),

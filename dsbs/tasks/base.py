@@ -42,6 +42,11 @@ class Task:
         """Whether any text is an answer, so that two answers in other words may mean the same."""
         return False
 
+    @property
+    def is_equation(self) -> bool:
+        """Whether an answer is an equation, whose value may be right where its text is another."""
+        return False
+
     def fields(self, row: Fields, where: str) -> dict[str, Any]:
         """The canonical input fields of a raw row. Raises UserError naming a missing column."""
         found = {}

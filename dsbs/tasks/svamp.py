@@ -20,6 +20,10 @@ class Svamp(Task):
     id_columns = ("id", "ID")
     label_columns = ("label", "Equation")
 
+    @property
+    def is_equation(self) -> bool:
+        return True
+
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         parsed = equation.parse(str(value))
         if parsed is None:

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dsbs.artefacts import write_jsonl
+from dsbs.artefacts import device_name, write_jsonl
 from dsbs.errors import UserError
 from dsbs.progress import Meter
 from dsbs.records import TrainingCost
 from dsbs.train.encode import Drawn
-from dsbs.train.meters import device_name, energy, peak_memory
+from dsbs.train.meters import energy, peak_memory
 from dsbs.train.processes import leads, world
 
 _COUNT_EVERY_S = 60.0  # a counter of energy may begin anew several times between two lines

@@ -279,10 +279,10 @@ class CellTraining:
         target, prefix = self.views[0].target, self.views[0].prefix
         whole = target == "rationale-then-label"  # the label comes last
         most = self.recipe.student.max_target_tokens if whole else self.recipe.eval.max_label_tokens
-        raws, _ = student.generate([prefix + row.text for row in rows], most, self.recipe.eval.batch_size)
+        written = student.generate([prefix + row.text for row in rows], most, self.recipe.eval.batch_size)
         right = 0
-        for raw, row in zip(raws, rows, strict=True):
-            label = task.read_label(take_apart(target, raw)[0], self.data.fields[row.id])
+        for one, row in zip(written, rows, strict=True):
+            label = task.read_label(take_apart(target, one.text)[0], self.data.fields[row.id])
             right += not isinstance(label, Unread) and task.correct(label, str(row.label(self.data.valid_labels)))
         return right / len(rows)
 

@@ -113,6 +113,21 @@ class Drawn:
         return {name: [pairs[draw % len(pairs)]] for name, pairs in self._rows[i].items()}
 
 
+class Evened:
+    """Rows, and past their end as many empty ones as are asked for: they are read like others and teach nothing."""
+
+    def __init__(self, rows: Sequence[Encoded], target: str) -> None:
+        self._rows = rows
+        source, _ = next(iter(rows[0].values()))[0]
+        self._empty: Encoded = {target: [(source, np.array([IGNORED]))]}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Encoded:
+        return self._rows[i] if i < len(self._rows) else self._empty
+
+
 def encoded_hash(rows: Sequence[Encoded]) -> str:
     state = hashlib.sha256()
     for row in rows:

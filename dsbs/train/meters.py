@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dsbs.train.processes import world
 
 POWERCAP = Path("/sys/class/powercap")
-CPUINFO = Path("/proc/cpuinfo")
 
 EnergyOf = Literal["cpu packages", "gpus"]
 MemoryOf = Literal["process", "gpu"]
@@ -136,18 +134,3 @@ def peak_memory() -> tuple[float, MemoryOf]:
         return torch.cuda.max_memory_allocated() / 1e6, "gpu"
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kibibytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, "process"
-
-
-def device_name(cpuinfo: Path = CPUINFO) -> str:
-    """The GPU's name, or the CPU's."""
-    import torch
-
-    if torch.cuda.is_available():
-        name: Any = torch.cuda.get_device_name()
-        return str(name)
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()

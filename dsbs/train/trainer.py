@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import Seq2SeqTrainer
 
 from dsbs.errors import DsbsError
 from dsbs.recipe import TrainSection
 from dsbs.student import start_token
-from dsbs.train.encode import Flat, pad
-from dsbs.train.losses import summed_nll, view_weights, weighted_loss
+from dsbs.train.encode import Evened, Flat, pad
+from dsbs.train.losses import IGNORED, summed_nll, view_weights, weighted_loss
 from dsbs.train.methods import View
 from dsbs.train.sharding import save_whole, shard
 from dsbs.train.unpadded import Part, is_supported, logits_of
@@ -29,7 +31,7 @@ class StepTrainer(Seq2SeqTrainer):
     def __init__(
         self, *, views: Sequence[View], section: TrainSection, validate: Callable[[], dict[str, float]], **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs | {"train_dataset": Evened(kwargs["train_dataset"], views[0].target)})
         self.loss_is_scaled_for_ga = True
         self._views, self._section = views, section
         self._validate = validate
@@ -53,7 +55,7 @@ class StepTrainer(Seq2SeqTrainer):
             self._seen |= {name: int(row[name]) for row in self.state.log_history for name in self._seen if name in row}
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         names = [view.target for view in self._views]
-        targets = [sum(len(batch[name]["target"]) for batch in samples if name in batch) for name in names]
+        targets = [sum(taught(batch[name]) for batch in samples if name in batch) for name in names]
         sources = sum(len(flat["source"]) for batch in samples for flat in batch.values())
         examples = sum(1 + max(int(flat["rows"].max()) for flat in batch.values()) for batch in samples)
         counts = torch.tensor([*targets, sources + sum(targets), examples], device=device)
@@ -65,6 +67,16 @@ class StepTrainer(Seq2SeqTrainer):
         self._seen["examples"] += step_examples
         return samples, None
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """One process's order of the rows; for several with empty rows at its end, so that all have equally many batches.
+
+        accelerate would fill up with the epoch's first rows, which would be learned twice.
+        """
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.args.world_size == 1 or sampler is None:
+            return sampler
+        return Filled(sampler, self.args.train_batch_size * self.args.world_size)
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The micro-batch's share of the step's loss (see ``weighted_loss``)."""
         del return_outputs, num_items_in_batch
@@ -73,7 +85,7 @@ class StepTrainer(Seq2SeqTrainer):
             self._logged.setdefault(name, []).append(float(summed.detach()) / self._counts[name])
         weights = view_weights(self._views, self._section, self.state.global_step)
         if self._section.loss_mean == "micro":  # the published code's: means of micro-batches, averaged
-            counts = {name: len(inputs[name]["target"]) * self.current_gradient_accumulation_steps for name in sums}
+            counts = {name: max(1, taught(inputs[name])) * self.current_gradient_accumulation_steps for name in sums}
             return weighted_loss(sums, counts, weights)
         # distributed training averages gradients over processes, and the counts are already the sum over them
         return weighted_loss(sums, self._counts, weights) * self.args.world_size
@@ -117,6 +129,31 @@ class StepTrainer(Seq2SeqTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class Filled(Sampler[int]):
+    """``order``'s places, then places past its end until their number is a multiple of ``multiple``."""
+
+    def __init__(self, order: Sampler[int], multiple: int) -> None:
+        # accelerate would give a random order this seed for one process, and does not look into a sampler of ours
+        self._order = SeedableRandomSampler(order.data_source) if isinstance(order, RandomSampler) else order
+        self._multiple = multiple
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._order) / self._multiple) * self._multiple  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._order
+        yield from range(len(self._order), len(self))  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self._order, SeedableRandomSampler):
+            self._order.set_epoch(epoch)
+
+
+def taught(flat: Flat) -> int:
+    """Target tokens of a batch, without those of empty rows."""
+    return int((flat["target"] != IGNORED).sum())
 
 
 def speak(model: Any, views: Sequence[View], *, without_padding: bool) -> None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
 
 from dsbs import Student, UserError, annotate, evaluate, load_recipe, report, train
-from dsbs.eval.metrics import score
-from dsbs.eval.table import markdown
-from dsbs.recipe import DataSection, Recipe, TaskSection
-from dsbs.tasks import make_task
+from dsbs.recipe import Recipe
 
 
 @pytest.fixture
@@ -44,8 +40,9 @@ def test_all_systems_go_through_files_and_one_table(trained: Recipe, tmp_path: P
     assert teacher.accuracy == 1.0 and teacher.interval == "wilson"
     student = result.systems[1]
     assert student.seeds == [0, 1] and student.interval == "bootstrap over rows"
-    assert student.accuracy == pytest.approx(sum(student.per_seed) / 2)
-    assert set(result.systems[3].versus) == {"finetune-gold"}
+    assert student.accuracy == pytest.approx(sum(student.accuracy_per_seed) / 2)
+    assert set(result.systems[3].versus) == {"finetune-gold", "distill-teacher"}
+    assert result.headline == "step-by-step-gold"
     saved = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(result.as_json()))
     names = {p.name for p in (run / "eval" / "predictions").glob("*.jsonl")}
@@ -54,10 +51,12 @@ def test_all_systems_go_through_files_and_one_table(trained: Recipe, tmp_path: P
     }
     rows = [json.loads(line) for line in (run / "eval" / "predictions" / "finetune-gold-s0.jsonl").open(encoding="utf-8")]
     assert [row["id"] for row in rows] == [f"r{i}" for i in range(1000, 1030)]
-    assert sum(row["correct"] for row in rows) / 30 == pytest.approx(student.per_seed[0])
+    assert sum(row["correct"] for row in rows) / 30 == pytest.approx(student.accuracy_per_seed[0])
 
-    # a second look predicts nothing anew, rescoring reads the raw outputs, other predictions are set aside
+    # a second look predicts nothing anew, scoring alone finds the same, other predictions are set aside
     stamps = {p: p.stat().st_mtime_ns for p in (run / "eval" / "predictions").glob("*-s*.jsonl")}
+    again = evaluate(trained, out=run, score_only=True)
+    assert again == result
     evaluate(trained, out=run)
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
     changed = run / "eval" / "predictions" / "finetune-gold-s0.jsonl"
@@ -87,27 +86,3 @@ def test_all_systems_go_through_files_and_one_table(trained: Recipe, tmp_path: P
 def test_evaluating_before_training_says_what_to_do(toy: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dsbs train"):
         evaluate(load_recipe(toy()), out=tmp_path / "nothing")
-
-
-def test_the_metric_works_offline_and_refuses_empty_input() -> None:
-    task = make_task(TaskSection(name="svamp", data=DataSection(train="x.jsonl")))
-    result: dict[str, Any] = score(
-        task, ["( 84.0 / 2.0 )", None, "( 1.0 + 1.0 )"], ["( 21.0 * 2.0 )", "( 1.0 + 1.0 )", "( 3.0 - 1.0 )"]
-    )
-    assert result["correct"] == [True, False, True] and result["accuracy"] == pytest.approx(2 / 3)
-    with pytest.raises(UserError, match="nothing to score"):
-        score(task, [], [])
-
-
-def test_no_reliable_difference_is_said_in_words() -> None:
-    system = {"accuracy": 0.5, "ci95": [0.4, 0.6], "seeds": [0], "parameters": 2_000_000, "ms_per_example": 1.0}
-    versus = {"delta": 0.02, "ci95": [-0.03, 0.07], "p": 0.4, "p_holm": 0.4, "test": "mcnemar-exact"}
-    result = {
-        "split": "test", "n": 100, "baseline": "finetune-gold", "reportable": False,
-        "systems": [
-            system | {"name": "finetune-gold", "versus": {}},
-            system | {"name": "b", "versus": {"finetune-gold": versus}},
-        ],
-    }  # fmt: skip
-    page = markdown(result)
-    assert "no reliable difference to finetune-gold" in page and "smoke: not reportable" in page

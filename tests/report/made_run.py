@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ def make_run(
     subsets: tuple[float, ...] = (0.25, 0.5, 1.0),
     seeds: tuple[int, ...] = (0, 1),
     texts: dict[int, str] | None = None,
+    prose: Callable[[], str] | None = None,
     size: str = "nano",
 ) -> Path:
     """Write a run with a teacher, fine-tuning, standard distillation and step-by-step. ``texts`` takes the place of the text
-    (and the rationale) of the rows with those numbers.
+    (and the rationale) of the rows with those numbers, ``prose`` writes all others, each student's rationales as well.
     """
     draw = random.Random(name)
     recipe = Recipe.model_validate(
@@ -42,7 +44,7 @@ def make_run(
     )
     examples = []
     for number in range(rows):
-        text = (texts or {}).get(number)
+        text = (texts or {}).get(number) or (prose and prose())
         fields = {"premise": text or f"A dog number {number} runs over a field.", "hypothesis": f"An animal moves ({number})."}
         examples.append((f"made-{number}", fields, LABELS[number % 3], text or f"A dog is an animal, so {number} it is."))
     parameters = {"nano": 1_900_000, "mini": 11_000_000, "small": 40_000_000}[size]
@@ -95,6 +97,7 @@ def make_run(
     for system in systems:
         for seed in system.seeds or [None]:
             member = system.name if seed is None else f"{system.name}-s{seed}"
+            explains = system.kind == "teacher" or system.method == "step-by-step"
             lines = []
             for id_, fields, gold, why in examples:
                 right = draw.random() < system.accuracy
@@ -103,7 +106,7 @@ def make_run(
                     Prediction(
                         id=id_, input=fields, gold=gold, raw=said, prediction=said, correct=right, truncated=False,
                         probability=round(draw.uniform(0.34, 1), 3), made_by="made", latency_ms=None if seed is None else 0.5,
-                        rationale=why if system.kind == "teacher" or system.method == "step-by-step" else None,
+                        rationale=(prose() if prose and system.kind == "student" else why) if explains else None,
                     ).model_dump(mode="json", by_alias=True)
                 )  # fmt: skip
             write_jsonl(folder / "eval" / "predictions" / f"{member}.jsonl", lines)
@@ -147,7 +150,10 @@ def _system(
             "ece": Measure(value=0.12, n=rows),
         },
         recall={label: Measure(value=accuracy, ci95=(low, high), n=rows // 3) for label in LABELS},
-        calibration=[Bin(low=x / 10, high=(x + 1) / 10, n=6, confidence=x / 10 + 0.05, accuracy=x / 12) for x in range(3, 10)],
+        calibration=[
+            Bin(low=x / 10, high=(x + 1) / 10, n=2 * x, confidence=x / 10 + 0.05, accuracy=accuracy * x / 9)
+            for x in range(3, 10)
+        ],
         versus=versus, **(student or {}), **timed,
     )  # fmt: skip
 
@@ -173,9 +179,8 @@ def _student(folder: Path, system: SystemResult, seed: int) -> None:
         line |= {"learning_rate": 0.001, "label_loss": 4.0 / step} | ({"rationale_loss": 6.0 / step} if explains else {})
         lines.append(line)
         if not step % 20:
-            lines.append(
-                {"step": step, "elapsed_s": step / 10, "eval_accuracy": system.accuracy, "eval_label_loss": 4.5 / step}
-            )
+            line = {"step": step, "elapsed_s": step / 10, "eval_accuracy": system.accuracy - 1 / step}
+            lines.append(line | {"eval_label_loss": 4.5 / step})
     write_jsonl(folder / "metrics.jsonl", lines)
 
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from dsbs.artefacts import device_name
 from dsbs.progress import Silent
 from dsbs.train import callbacks, meters
 from dsbs.train.callbacks import Follow
-from dsbs.train.meters import Counter, Energy, device_name, energy, nvidia_counters, package_counters, peak_memory
+from dsbs.train.meters import Counter, Energy, energy, nvidia_counters, package_counters, peak_memory
 
 
 def zone(powercap: Path, folder: str, name: str, microjoules: int, most: int = 1_000_000_000) -> Path:

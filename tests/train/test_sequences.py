@@ -52,7 +52,7 @@ def test_one_sequence_students_train_and_answer(annotated: Callable[..., Recipe]
     record = json.loads((tmp_path / "run" / "train" / "rationale-then-label-gold-s0" / "train.json").read_text())
     assert record["rationales"] > 0
     student = Student.load(tmp_path / "run" / "train" / "rationale-then-label-gold-s0")
-    assert student.reasons_first and student.explains
+    assert student.card.reasons_first and student.card.explains
     line = (tmp_path / "run" / "train" / "rationale-then-label-gold-s0" / "metrics.jsonl").read_text().splitlines()[0]
     assert "rationale-then-label_loss" in json.loads(line)
 

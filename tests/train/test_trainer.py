@@ -29,10 +29,10 @@ def tiny_model(layers: int = 1) -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config)
 
 
-def rows() -> list[Encoded]:
-    """Eight rows of very different lengths; three have no rationale."""
+def rows(count: int = 8) -> list[Encoded]:
+    """Rows of very different lengths; some have no rationale."""
     found: list[Encoded] = []
-    for i in range(8):
+    for i in range(count):
         row: Encoded = {"label": [([5 + i] * (2 + i), [3 + i] * (1 + i % 3))]}
         if i not in (1, 4, 5):
             row["rationale"] = [([6 + i] * (1 + 2 * i), [10 + i] * (1 + 3 * i))]
@@ -46,8 +46,17 @@ def weights_after(folder: Path, micro: int, steps: int = STEPS, world: int = 1, 
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def train(model: Any, folder: Path, micro: int, steps: int = STEPS, world: int = 1, **keys: Any) -> None:
-    """Plain gradient descent by the real trainer."""
+def train(
+    model: Any,
+    folder: Path,
+    micro: int,
+    steps: int = STEPS,
+    world: int = 1,
+    count: int = 8,
+    order: str = "sequential",
+    **keys: Any,
+) -> None:
+    """Plain gradient descent by the real trainer, steps of 8 of ``count`` rows."""
     section = TrainSection(rationale_weight=WEIGHT, max_steps=steps, **keys)
     trainer = StepTrainer(
         model=model,
@@ -55,9 +64,9 @@ def train(model: Any, folder: Path, micro: int, steps: int = STEPS, world: int =
             output_dir=str(folder), per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro // world,
             max_steps=steps, learning_rate=1e-2, max_grad_norm=0.0, lr_scheduler_type="constant", report_to=[],
             save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, use_cpu=True, seed=0,
-            train_sampling_strategy="sequential", optim="sgd",
+            train_sampling_strategy=order, optim="sgd",
         ),
-        train_dataset=rows(), data_collator=collate, views=VIEWS, section=section, validate=dict,
+        train_dataset=rows(count), data_collator=collate, views=VIEWS, section=section, validate=dict,
     )  # fmt: skip
     trainer.train()
 
@@ -99,7 +108,7 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 import torch
 from test_trainer import weights_after
-weights = weights_after(Path(sys.argv[2]), micro=int(sys.argv[3]), world=2)
+weights = weights_after(Path(sys.argv[2]), micro=int(sys.argv[3]), world=2, count=int(sys.argv[4]), order=sys.argv[5])
 if torch.distributed.get_rank() == 0:
     torch.save(weights, Path(sys.argv[2]) / "weights.pt")
 torch.distributed.barrier()
@@ -110,12 +119,26 @@ torch.distributed.destroy_process_group()
 @pytest.mark.parametrize("micro", [4, 2])
 def test_two_processes_take_the_steps_of_one(tmp_path: Path, micro: int) -> None:
     """Over gloo; the rows without a rationale fall unevenly on the two."""
-    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
-    result = on_two_processes(str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path), str(micro))
-    assert result.returncode == 0, result.stderr[-2000:]
     theirs = independent_weights()
-    for name, value in torch.load(tmp_path / "weights.pt").items():
+    for name, value in on_two(tmp_path, micro, 8, "sequential").items():
         assert torch.allclose(value.double(), theirs[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(("count", "order"), [(13, "random"), (9, "sequential")])
+def test_two_processes_take_the_short_last_step_of_an_epoch_as_one_does(tmp_path: Path, count: int, order: str) -> None:
+    """Of 13 rows five are left for it, of 9 one, so that one process has none; ten steps are five epochs."""
+    alone = weights_after(tmp_path / "alone", 4, count=count, order=order)
+    for name, value in on_two(tmp_path, 2, count, order).items():
+        assert torch.allclose(value, alone[name], atol=1e-6), name
+
+
+def on_two(folder: Path, micro: int, count: int, order: str) -> dict[str, torch.Tensor]:
+    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
+    arguments = (str(Path(__file__).parent), str(folder), str(micro), str(count), order)
+    result = on_two_processes(str(folder / "worker.py"), *arguments)
+    assert result.returncode == 0, result.stderr[-2000:]
+    weights: dict[str, torch.Tensor] = torch.load(folder / "weights.pt")
+    return weights
 
 
 def test_micro_means_are_the_published_codes(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""How long a student takes: timed once for a device, and kept, because what is timed again never comes out the same."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dsbs.artefacts import device_name, write_json
+from dsbs.errors import UserError
+from dsbs.eval.predict import Loader
+from dsbs.progress import Meter, running
+from dsbs.recipe import Recipe
+from dsbs.records import Example, TrainedStudent
+from dsbs.results import Latency
+from dsbs.student import Student
+
+BATCH_SIZES = (1, 64)
+_WARM_UP = 3  # calls of each batch size that are not counted: the first ones pay for start-up
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+class Measurement(BaseModel):
+    """A student timed on one device; ``latency`` has a line for each batch size."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str  # of the student
+    max_label_tokens: int
+    latency: list[Latency]
+
+    def fits(self, recipe: Recipe, student: TrainedStudent) -> bool:
+        """Whether it is of this student and of what the recipe asks for, on whatever device."""
+        calls = recipe.eval.latency_calls
+        return (
+            self.fingerprint == student.fingerprint
+            and self.max_label_tokens == recipe.eval.max_label_tokens
+            and [(one.batch_size, one.calls) for one in self.latency] == [(size, calls) for size in BATCH_SIZES]
+        )
+
+
+class LatencyFile(BaseModel):
+    """``eval/latency/<student>.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_: Literal["dsbs.latency/1"] = Field("dsbs.latency/1", alias="schema")
+    measurements: list[Measurement] = []  # the oldest first
+
+
+def latency_file(run: Path, student: TrainedStudent) -> Path:
+    return run / "eval" / "latency" / f"{student.name}.json"
+
+
+def measure_latency(
+    recipe: Recipe, student: TrainedStudent, rows: Sequence[Example], run: Path, meter: Meter, load: Loader | None = None
+) -> list[Latency]:
+    """Milliseconds that a call takes, from a row's fields to its label read, at each of `BATCH_SIZES`; [] for no calls.
+
+    What has been timed on this device stays; what was timed elsewhere, or otherwise, stays beside it. ``rows`` are not empty;
+    ``load`` is the student's `loader` where others use the model too. Raises UserError for a file that cannot be read.
+    """
+    calls, most = recipe.eval.latency_calls, recipe.eval.max_label_tokens
+    if calls == 0:
+        return []
+    device = device_name()
+    there = _read(latency_file(run, student))
+    for one in there:
+        if one.fits(recipe, student) and one.latency[0].device == device:
+            return one.latency
+    model = load() if load is not None else Student.load(student.path)
+    inputs = [row.input for row in rows]
+    random.Random(0).shuffle(inputs)
+    latency: list[Latency] = []
+    with running(meter, f"time {student.name}", calls * len(BATCH_SIZES)):
+        for size in BATCH_SIZES:
+            took = []
+            for call in range(_WARM_UP + calls):
+                items = [inputs[(call * size + i) % len(inputs)] for i in range(size)]
+                began = time.perf_counter()
+                model.predict(items, batch_size=size, max_label_tokens=most, canonical=True)
+                took.append(1000 * (time.perf_counter() - began))
+                meter.update(calls * len(latency) + max(0, call + 1 - _WARM_UP))
+            p50, p95 = (round(float(at), 4) for at in np.percentile(took[_WARM_UP:], (50, 95)))
+            latency.append(Latency(batch_size=size, calls=calls, p50_ms=p50, p95_ms=p95, device=device))
+    new = Measurement(fingerprint=student.fingerprint, max_label_tokens=most, latency=latency)
+    write_json(latency_file(run, student), LatencyFile(measurements=[*there, new]).model_dump(mode="json", by_alias=True))
+    return latency
+
+
+def read_latency(run: Path, student: TrainedStudent, recipe: Recipe) -> list[Latency]:
+    """What was timed of the student as the recipe asks for it, the last time on whatever device; [] where nothing was."""
+    fitting = [one for one in _read(latency_file(run, student)) if one.fits(recipe, student)]
+    return fitting[-1].latency if fitting else []
+
+
+def megabytes(student_path: str | Path) -> float:
+    """Of a student's weight files on disk, in 10^6 bytes. Raises UserError where there is none."""
+    files = [file for pattern in _WEIGHTS for file in Path(student_path).glob(pattern)]
+    if not files:
+        raise UserError(f"{student_path} has no weights ({' or '.join(_WEIGHTS)})", hint="train that student again")
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def _read(path: Path) -> list[Measurement]:
+    """The measurements of a file; none where there is no file."""
+    try:
+        return LatencyFile.model_validate_json(path.read_text(encoding="utf-8")).measurements
+    except FileNotFoundError:
+        return []
+    except (UnicodeDecodeError, ValidationError):
+        raise UserError(f"{path} is not a file of latencies", hint="remove it: the student is timed again") from None
