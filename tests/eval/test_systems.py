@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, run_dsbs, toy_rows, write_csv, write_jsonl
-from dsbs.eval.score import Scored
 
 from dsbs import UserError, evaluate, load_recipe
+from dsbs.eval.score import Scored
 from dsbs.eval.systems import System, bill, clusters_of, compare, labels_needed, pairs, pay_offs
 from dsbs.recipe import EvalSection
 from dsbs.records import Example, TrainedStudent
