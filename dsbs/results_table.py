@@ -83,12 +83,15 @@ def _headline(results: Results) -> str:
 
 def verdict(results: Results) -> list[str]:
     """One sentence for each comparison; "no reliable difference" in words where there is none."""
-    sentences = [
-        f"{system.name}: {_sentence(name, versus)}." for system in results.systems for name, versus in system.versus.items()
-    ]
+    sentences = [sentence for system in results.systems for sentence in compared(system)]
     if results.baseline is None:
         sentences.append("The run has no baseline students, so nothing is compared: add finetune to train.methods.")
     return sentences
+
+
+def compared(system: SystemResult) -> list[str]:
+    """A sentence for each system that this one is compared with."""
+    return [f"{system.name}: {_sentence(name, versus)}." for name, versus in system.versus.items()]
 
 
 def _sentence(name: str, versus: Comparison) -> str:
@@ -136,9 +139,9 @@ def markdown(results: Results, title: str | None = None) -> str:
     if not results.reportable:
         lines += ["**smoke: not reportable** (task.limit is set)", ""]
     lines += [paragraph(headline(results)), "", "## Systems", "", *_escaped(*cells(results))]
-    compared = [(system, name, versus) for system in results.systems for name, versus in system.versus.items()]
-    if compared:
-        lines += ["", "## Comparisons", "", *_comparisons(compared)]
+    pairs = [(system, name, versus) for system in results.systems for name, versus in system.versus.items()]
+    if pairs:
+        lines += ["", "## Comparisons", "", *_comparisons(pairs)]
         lines += ["", f"Reliable: a p value below {ALPHA:g} after Holm's correction over all comparisons.", _DETECTABLE]
     lines += ["", *(f"- {paragraph(sentence)}" for sentence in verdict(results))]
     lines += _metrics(results)
@@ -149,7 +152,7 @@ def markdown(results: Results, title: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _comparisons(compared: list[tuple[SystemResult, str, Comparison]]) -> list[str]:
+def _comparisons(pairs: list[tuple[SystemResult, str, Comparison]]) -> list[str]:
     headings = ("system", "against", "points", "95 % interval", "p", "p (Holm)", "test", "fixed", "broken", "detectable")
     rows = [
         [
@@ -164,7 +167,7 @@ def _comparisons(compared: list[tuple[SystemResult, str, Comparison]]) -> list[s
             str(versus.broken),
             _NOTHING if versus.detectable is None else f"{100 * versus.detectable:.1f}",
         ]
-        for system, name, versus in compared
+        for system, name, versus in pairs
     ]
     return _escaped(headings, rows)
 

@@ -47,7 +47,7 @@ def init(
 def ls(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[FOLDER]", help="The folder that holds the runs. Default: runs.", show_default=False),
+        typer.Argument(metavar="FOLDER", help="The folder that holds the runs. Default: runs.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +96,7 @@ def _headline(run: Any) -> tuple[str, str, str]:
 def show(
     given: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe's YAML file, or a run folder.")],
     other: Annotated[
-        str | None, typer.Argument(metavar="[OTHER]", help="A second one: only what differs is shown.", show_default=False)
+        str | None, typer.Argument(metavar="OTHER", help="A second one: only what differs is shown.", show_default=False)
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override keys of the first, a recipe: key=value.", show_default=False)
@@ -134,7 +134,7 @@ def show(
 
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, whose needs are looked at too.", show_default=False)
+        str | None, typer.Argument(metavar="RECIPE", help="A recipe, whose needs are looked at too.", show_default=False)
     ] = None,
     overrides: Overrides = None,
     out: Out = None,

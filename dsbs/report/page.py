@@ -102,10 +102,10 @@ def _render(runs: Sequence[Run], drawn: Sequence[Figure], packed: Examples) -> s
         rationales=sections.rationales(runs),
         costs=sections.costs(runs),
         figures=[(figure, Markup(figure.svg)) for figure in drawn],
-        needed=[needed_sentence(one) for run in runs for one in run.results.needed],
+        needed=[_of(run, runs, needed_sentence(one)) for run in runs for one in run.results.needed],
         trials=sections.trials(runs),
         annotation=sections.annotation(runs),
-        pay_off=[pay_off_sentence(one) for run in runs for one in run.results.pay_off],
+        pay_off=[_of(run, runs, pay_off_sentence(one)) for run in runs for one in run.results.pay_off],
         packed=packed,
         fewest_seeds=min((len(s.seeds) for run in runs for s in run.results.systems if s.seeds), default=1),
         provenance=[_provenance(run) for run in runs],
@@ -139,6 +139,11 @@ def _hash(text: str) -> str:
 def _joint_name(runs: Sequence[Run]) -> str:
     names = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", run.name) for run in runs)
     return f"report-{names}" if len(names) <= _LONGEST_NAME else f"report-{names[:_LONGEST_NAME]}-{digest(names)[:8]}"
+
+
+def _of(run: Run, runs: Sequence[Run], sentence: str) -> str:
+    """Among several runs a sentence names its own."""
+    return f"{run.name}: {sentence}" if len(runs) > 1 else sentence
 
 
 def _about(run: Run) -> list[str]:

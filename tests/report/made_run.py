@@ -111,7 +111,7 @@ def make_run(
                 )  # fmt: skip
             write_jsonl(folder / "eval" / "predictions" / f"{member}.jsonl", lines)
             if seed is not None:
-                _student(folder / "train" / member, system, seed)
+                _student(folder / "train" / member, system, seed, recipe.task.model_dump(mode="json"))
     _json(folder / "train" / "manifest.json", shared | {"data": {"train": "a" * 64, "valid": "c" * 64}})
     return folder
 
@@ -158,7 +158,7 @@ def _system(
     )  # fmt: skip
 
 
-def _student(folder: Path, system: SystemResult, seed: int) -> None:
+def _student(folder: Path, system: SystemResult, seed: int, task: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     student = {
         "name": folder.name, "method": system.method, "labels": system.labels, "seed": seed, "path": str(folder),
@@ -173,6 +173,9 @@ def _student(folder: Path, system: SystemResult, seed: int) -> None:
     ]
     _json(folder / "train.json", {"student": student, "trials": trials, "rows": system.training_rows, "valid_rows": 100})
     explains = system.method == "step-by-step"
+    prefixes = {"label": "predict: ", "rationale": "explain: "} if explains else {"label": ""}
+    card = {"name": folder.name, "method": system.method, "labels": system.labels, "seed": seed, "task": task}
+    _json(folder / "student.json", card | {"prefixes": prefixes, "max_input_tokens": 1024, "max_target_tokens": 256})
     lines: list[dict[str, Any]] = []
     for step in range(10, 61, 10):
         line: dict[str, Any] = {"step": step, "elapsed_s": step / 10, "loss": 5.0 / step, "grad_norm": 1.0}
