@@ -237,7 +237,7 @@ def annotation(runs: Sequence[Run]) -> Table | None:
         Column(
             "label accuracy,\u00a0%",
             lambda s: words.share(s["label_accuracy"]),
-            note="of all rows; rejected is wrong",
+            note="the teacher's own, of all rows; unreadable is wrong",
         ),
         Column("95 % interval", lambda s: _span(s["label_accuracy_ci95"])),
         Column("… of accepted,\u00a0%", lambda s: words.share(s["label_accuracy_accepted"])),
