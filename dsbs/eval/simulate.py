@@ -64,7 +64,7 @@ def simulate(recipe: Recipe, task: Task, member: str, scored: Scored, run: Path,
     was made of the same predictions by the same settings is kept. Too few rows are told of, and nothing is written.
     """
     path = simulated_file(run, member)
-    rows = _rows(task, scored)
+    rows = _rows(task, scored, recipe.eval.cluster)
     of = _content(scored)
     made_by = _settings(recipe, of, rows)
     there = _lines(path)
@@ -190,7 +190,8 @@ def _is_majority(labels: Sequence[str | None], told: Sequence[dict[str, Any] | N
 # --- the rows
 
 
-def _rows(task: Task, scored: Scored) -> list[_Row]:
+def _rows(task: Task, scored: Scored, cluster: str | None = None) -> list[_Row]:
+    """Rows with a label and a rationale. Those that are equal in the input field ``cluster`` are in one fold."""
     rows = []
     for row, given, label in zip(scored.rows, scored.predictions, scored.labels, strict=True):
         rationale = " ".join((given.rationale or "").split())
@@ -201,7 +202,7 @@ def _rows(task: Task, scored: Scored) -> list[_Row]:
             read = task.read_label(text, fields)
             return isinstance(read, str) and task.correct(read, label)
 
-        fold = int(digest(row.id)[:8], 16) % FOLDS
+        fold = int(digest(row.id if cluster is None else str(row.input[cluster]))[:8], 16) % FOLDS
         rows.append(_Row(row.id, task.text(row.input), rationale, label, says, fold))
     return rows
 
@@ -223,7 +224,7 @@ def _settings(recipe: Recipe, of: str, rows: Sequence[_Row]) -> str:
     constants = [STEPS, BATCH, LEARNING_RATE, SCRATCH_LEARNING_RATE, WITHOUT_RATIONALE, WITHOUT_INPUT, SEED]
     return digest(
         of,
-        canonical([row.text for row in rows]),
+        canonical([[row.text, row.fold] for row in rows]),
         canonical(recipe.student.model_dump(mode="json")),
         canonical([start, *start_hash(start), *constants]),
     )

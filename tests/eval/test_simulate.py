@@ -180,3 +180,17 @@ def test_rows_without_a_rationale_are_left_out_and_seeds_are_averaged(toy: Calla
     assert found["las"].value == pytest.approx(((0 + 1) / 2 + 0) / 2) and found["las"].n == 7
     assert found["leaking"].value == pytest.approx(3 / 7)
     assert found["simulator_accuracy"].value == pytest.approx(4 / 7 / 2)
+
+
+def test_rows_of_a_cluster_are_in_one_fold(toy: Callable[..., Path]) -> None:
+    task = make_task(load_recipe(toy()).task)
+    rows = [Example(f"r{i}", {"text": f"message {i // 4}"}, label="billing") for i in range(80)]
+    said = {row.id: Prediction(id=row.id, raw="billing", rationale="an invoice", made_by="m") for row in rows}
+    scored = score(task, rows, said, "m")
+
+    def folds(cluster: str | None) -> list[set[int]]:
+        found = dsbs.eval.simulate._rows(task, scored, cluster)
+        return [{row.fold for row in found[i : i + 4]} for i in range(0, 80, 4)]
+
+    assert all(len(part) == 1 for part in folds("text")) and set().union(*folds("text")) == {0, 1}
+    assert any(len(part) == 2 for part in folds(None))
