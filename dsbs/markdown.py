@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")  # line ends, control characters, half pairs
 _TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # characters that turn the direction of what follows
-_MEANING = re.compile(r"[\\`*_\[\]<>|~$@]|&(?=[#\w])|(?<=\w):(?=//)|(?<=www)\.")  # the last two: links made of bare addresses
-_STARTING = re.compile(r"^(?:[-+=#]|\d+[.)])")  # a list, a heading, a rule
+# What has a meaning in Markdown; the last two parts would make links of bare addresses.
+_MEANING = re.compile(r"[\\`*_\[\]|~$@]|<(?=[\w/!?])|&(?=[#\w])|(?<=\w):(?=//)|(?<=www)\.")
+_STARTING = re.compile(r"^(?:[-+=#>]|\d+[.)])")  # a list, a heading, a rule, a quotation
 _ENTITIES = {"<": "&lt;", "&": "&amp;"}
 
 

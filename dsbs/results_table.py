@@ -220,6 +220,11 @@ def millions(parameters: int | None) -> str:
     return _NOTHING if parameters is None else f"{parameters / 1e6:.1f} M"
 
 
+def milliseconds(time: float) -> str:
+    """Three digits that count, and never fewer than the whole ones."""
+    return f"{time:,.0f} ms" if time >= 100 else f"{time:.3g} ms"
+
+
 def dollars(usd: float) -> str:
     """Cents; below ten of them, two digits that count."""
     return f"${usd:,.2f}" if usd == 0 or usd >= 0.0995 else f"${float(f'{usd:.2g}'):.12f}".rstrip("0")

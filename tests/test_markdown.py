@@ -24,6 +24,7 @@ HOSTILE = [
     "1) item",
     "= = =",
     "> quoted",
+    "p < .001, a<b and <!-- c --> d",
     "$x$ \\(y\\) @someone",
     "+7.0",
 ]

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from dsbs.results import Comparison, Measure, Needed, PayOff, Results, SystemResult
-from dsbs.results_table import cells, dollars, headline, markdown, needed_sentence, pay_off_sentence, points, verdict
+from dsbs.results_table import (
+    cells,
+    dollars,
+    headline,
+    markdown,
+    milliseconds,
+    needed_sentence,
+    pay_off_sentence,
+    points,
+    verdict,
+)
 
 
 def gap(delta: float = 0.1, p_holm: float = 0.004, **other: object) -> Comparison:
@@ -110,6 +120,10 @@ def test_the_page_has_every_part_that_the_results_have() -> None:
 )
 def test_money_keeps_the_digits_that_count(usd: float, text: str) -> None:
     assert dollars(usd) == text
+
+
+def test_times_keep_the_digits_that_count() -> None:
+    assert [milliseconds(time) for time in (0.01234, 26.61, 610.4, 1034.2)] == ["0.0123 ms", "26.6 ms", "610 ms", "1,034 ms"]
 
 
 def test_no_difference_has_no_minus() -> None:

@@ -19,7 +19,7 @@ from dsbs.records import TrainedStudent
 from dsbs.report.card_recipe import Sections, hub_model, hub_source, input_text, placeholder, sections, source_of
 from dsbs.report.gather import Run
 from dsbs.results import Measure, SystemResult
-from dsbs.results_table import compared, percent, span
+from dsbs.results_table import compared, milliseconds, percent, span
 from dsbs.student import CARD, StudentCard
 from dsbs.tasks import make_task
 
@@ -169,7 +169,7 @@ def _body(
     rows = [_measure(name, measure) for name, measure in system.metrics.items()]
     rows += [_measure(f"recall of {label}", measure) for label, measure in list(system.recall.items())[:_LABELS]]
     over = " (mean over seeds)" if len(system.seeds) > 1 else ""
-    times = [[f"{one.batch_size:,}", f"{one.p50_ms:.3g} ms", f"{one.p95_ms:.3g} ms", one.device] for one in system.latency]
+    times = [[f"{one.batch_size:,}", milliseconds(one.p50_ms), milliseconds(one.p95_ms), one.device] for one in system.latency]
     described = f": {recipe.task.description}" if recipe.task.description else "."
     version = record.get("versions", {}).get("dsbs")
     about = _ABOUT.get(student.method, f"It was trained by the method {student.method}.")

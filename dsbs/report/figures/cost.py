@@ -10,7 +10,7 @@ from dsbs.report.figures.sheet import INK, MUTE, Figure, drawing, short
 from dsbs.report.gather import Run
 from dsbs.report.naming import run_titles, series_title, whole
 from dsbs.results import Latency, PayOff, SystemResult
-from dsbs.results_table import dollars
+from dsbs.results_table import dollars, milliseconds
 
 _BILLS = 4  # lines of what was spent, in one figure
 
@@ -33,7 +33,8 @@ def speed(runs: Sequence[Run]) -> list[Figure]:
         ends = (min(times) / 2, max(times) * 2)
         places = beside([latency.p50_ms for _, _, latency in timed], (ends[1] / ends[0]) ** (1 / 45))
         for x, (number, system, latency) in zip(places, timed, strict=True):
-            tip = f"{told(system)}, {latency.p50_ms:.3g} ms (95 % within {latency.p95_ms:.3g} ms) on {latency.device}"
+            taken = f"{milliseconds(latency.p50_ms)} (95 % within {milliseconds(latency.p95_ms)}) on {latency.device}"
+            tip = f"{told(system)}, {taken}"
             spans: dict[str, Any] = {"x_span": (x, x * latency.p95_ms / latency.p50_ms), "y_span": system.ci95}
             fill = FILLS[number % len(FILLS)]
             point(sheet, axes, x, system.accuracy, styles[series_title(system)], tip, fill=fill, **spans)
