@@ -19,6 +19,7 @@ from dsbs.artefacts import atomic, digest
 from dsbs.recipe import Recipe
 from dsbs.report import sections, words
 from dsbs.report.browser import Examples, examples
+from dsbs.report.card import write_cards
 from dsbs.report.compare_runs import differences, gather_all, same_rows
 from dsbs.report.figures import Figure, figures, write_figures
 from dsbs.report.gather import Run
@@ -58,6 +59,8 @@ def report_runs(folders: Sequence[str | Path], *, out: str | Path | None = None)
     drawn = figures(runs)
     files = write_tables(runs, folder / "report")
     files += write_figures(drawn, folder / "report" / "figures")
+    if len(runs) == 1:  # several are only read
+        files += write_cards(runs[0])
     page = folder / "report.html"
     with atomic(page) as file:
         file.write(render(runs, drawn))

@@ -109,6 +109,7 @@ def test_a_run_has_its_page_tables_and_figures_in_its_folder(made: Path) -> None
     path = report_runs([made])
     assert path == made / "report.html"
     assert list((made / "report" / "figures").glob("*.svg")) and list((made / "report").rglob("*.csv"))
+    assert (made / "train" / "step-by-step-gold-s0" / "README.md").is_file(), "the student's card"
     first = path.read_text(encoding="utf-8")
     assert report_runs([made]).read_text(encoding="utf-8") == first, "equal results give an equal page"
 
