@@ -92,7 +92,8 @@ class Encoder:
                 share = float((lengths >= limit).mean()) if len(lengths) else 0.0
                 if share > 0:
                     lost = ", and with their end the label" if name == "rationale-then-label" and what != "inputs" else ""
-                    yield f"{100 * share:.1f} % of the {what} reach student.{key} ({limit}): what is longer is cut{lost}"
+                    part = f"{100 * share:.1f} %" if share >= 0.0005 else "less than 0.1 %"
+                    yield f"{part} of the {what} reach student.{key} ({limit}): what is longer is cut{lost}"
 
 
 class Drawn:
