@@ -87,6 +87,6 @@ def read_manifest(stage: Path) -> dict[str, Any]:
     """A stage's ``manifest.json``, or {} where there is none yet."""
     try:
         record = json.loads((stage / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}

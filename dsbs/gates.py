@@ -20,8 +20,8 @@ def failed(results: Results, min_accuracy: float | None = None, min_delta: float
     system = results.system(results.headline)
     if system is None:
         raise UserError(
-            f"{results.name} has no headline system, a student of its first method on all rows, so no gate can be held",
-            hint="train the first of train.methods with 1.0 among train.subset, then evaluate again",
+            f"{results.name} has no headline system, a student of its first method that is no baseline, so no gate can be held",
+            hint="train the first of train.methods that is not in eval.baseline, then evaluate again",
         )
     found = []
     if min_accuracy is not None and system.accuracy < min_accuracy - _ROUNDING:

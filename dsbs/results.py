@@ -65,7 +65,7 @@ METRICS: dict[str, Metric] = {
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Measure(_Part):
@@ -74,6 +74,17 @@ class Measure(_Part):
     value: float
     ci95: Interval | None = None  # None: not a mean over rows, and not resampled
     n: int  # rows
+
+
+class GradedComparison(_Part):
+    """The same for a metric that grades rows: ``delta`` is the difference of means over the ``n`` rows that both tell of."""
+
+    delta: float
+    ci95: Interval
+    p: float  # two-sided
+    p_holm: float  # Holm (1979), over all comparisons by this metric
+    test: str
+    n: int
 
 
 class Comparison(_Part):
@@ -91,10 +102,11 @@ class Comparison(_Part):
     fixed: int
     broken: int
     detectable: float | None = None
+    graded: dict[str, GradedComparison] = {}  # by metric
 
 
 class Bin(_Part):
-    """Rows whose label the system gave a probability in (low, high], its mean there and the share that was right."""
+    """Predictions to which the system gave a probability in (low, high], its mean there and the share that was right."""
 
     low: float
     high: float
@@ -152,7 +164,8 @@ class Needed(_Part):
     accuracy: float  # of that one
     rows: int | None
     ci95: tuple[int | None, int | None]
-    largest: int  # rows of the curve's last point
+    smallest: int  # rows of the curve's first point; ``rows`` of so many are at most so many
+    largest: int  # and of its last
 
 
 class PayOff(_Part):
@@ -170,19 +183,21 @@ class Results(_Part):
     schema_: Literal["dsbs.results/2"] = Field("dsbs.results/2", alias="schema")
     run: str
     name: str  # of the recipe
+    recipe: dict[str, Any] = {}  # resolved
+    data: dict[str, str] = {}  # split -> hash of its rows
     task: str
     split: str
     n: int  # rows
     cluster: str | None = None  # the field whose equal values make rows belong together
     clusters: int | None = None  # how many there are
     baseline: str | None  # the first system that others are compared with; None: nothing is compared
-    headline: str | None  # the system that the recipe is about: of its first method, on all rows
+    headline: str | None  # the system that the recipe is about: of its first method that is no baseline, on the largest share
     reportable: bool
     systems: list[SystemResult]
     needed: list[Needed] = []
     pay_off: list[PayOff] = []
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     def system(self, name: str | None) -> SystemResult | None:
         return next((one for one in self.systems if one.name == name), None)
@@ -203,5 +218,7 @@ def read_results(run: Path) -> Results:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{path} is not of this version ({where}: {first['msg']})", hint=again) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is not JSON", hint=again) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", hint=again) from None

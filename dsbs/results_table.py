@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsbs.markdown import escape, paragraph, table
-from dsbs.results import Comparison, Interval, Needed, PayOff, Results, SystemResult
+from dsbs.results import METRICS, Comparison, Interval, Needed, PayOff, Results, SystemResult
 
 ALPHA = 0.05  # a difference is reliable where its p value after Holm's correction is below
 HEADINGS = (
@@ -18,7 +18,7 @@ HEADINGS = (
     "ms/example",
 )
 _NOTHING = "–"
-_DETECTABLE = "Detectable: the smallest true difference, in points, that so many rows show with 80 % power."
+_DETECTABLE = "Detectable: the smallest true difference, in points, that so many rows show with 80 % power in one comparison."
 
 
 def cells(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -90,8 +90,16 @@ def verdict(results: Results) -> list[str]:
 
 
 def compared(system: SystemResult) -> list[str]:
-    """A sentence for each system that this one is compared with."""
-    return [f"{system.name}: {_sentence(name, versus)}." for name, versus in system.versus.items()]
+    """A sentence for each system that this one is compared with, and for each metric that grades rows."""
+    said = []
+    for name, versus in system.versus.items():
+        said.append(f"{system.name}: {_sentence(name, versus)}.")
+        for metric, graded in versus.graded.items():
+            low, high = graded.ci95
+            found = f"{graded.delta:+.3f} to {name} (95 % interval {low:+.3f} to {high:+.3f}, p {p_value(graded.p_holm)})"
+            reliable = "" if graded.p_holm < ALPHA else ", no reliable difference"
+            said.append(f"{system.name}: {METRICS[metric].title} {found}{reliable}.")
+    return said
 
 
 def _sentence(name: str, versus: Comparison) -> str:
@@ -108,9 +116,15 @@ def _spread(versus: Comparison) -> str:
 def _reservations(versus: Comparison) -> str:
     """What stands beside a difference that is not reliable."""
     alone = not versus.ci95[0] <= 0 <= versus.ci95[1]
-    said = "; the interval is not corrected for the number of comparisons, p is" if alone else ""
+    said = ""
+    if alone and versus.p < ALPHA:
+        said = "; the interval is not corrected for the number of comparisons, p is"
+    elif alone:
+        said = "; interval and p rest on different approximations"
     if versus.detectable is not None:
-        said += f"; so many rows show a true difference of {100 * versus.detectable:.1f} points with 80 % power"
+        said += (
+            f"; in one comparison so many rows show a true difference of {100 * versus.detectable:.1f} points with 80 % power"
+        )
     return said
 
 
@@ -121,8 +135,14 @@ def needed_sentence(needed: Needed) -> str:
         reach = f"does not become as accurate as {matched} within {needed.largest:,} rows"
         low = needed.ci95[0]
         return f"{who} {reach}" + ("" if low is None else f"; the 95 % interval begins at {low:,} rows") + "."
-    ends = ["more than " + format(needed.largest, ",") if end is None else format(end, ",") for end in needed.ci95]
-    return f"{who} needs {needed.rows:,} rows (95 % interval {ends[0]} to {ends[1]}) to be as accurate as {matched}."
+    ends = ["more than " + format(needed.largest, ",") if end is None else _at_most(end, needed) for end in needed.ci95]
+    rows, between = _at_most(needed.rows, needed), f"{ends[0]} to {ends[1]}"
+    return f"{who} needs {rows} rows (95 % interval {between}) to be as accurate as {matched}."
+
+
+def _at_most(rows: int, needed: Needed) -> str:
+    """What is reached by the curve's first point may be reached before it."""
+    return f"at most {rows:,}" if rows <= needed.smallest else f"{rows:,}"
 
 
 def pay_off_sentence(pay_off: PayOff) -> str:

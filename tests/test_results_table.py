@@ -67,7 +67,7 @@ def test_no_reliable_difference_is_said_in_words_with_what_could_have_been_seen(
     one = results(BASE, system("step-by-step-gold", versus={"finetune-gold": gap(0.02, 0.3)}))
     assert headline(one) == (
         "No reliable difference between step-by-step-gold and finetune-gold on test (1,234 rows): +2.0 points, 95 % interval "
-        "-3.0 to +7.0, p = 0.300 (mcnemar-exact, Holm); so many rows show a true difference of 8.1 points with 80 % power."
+        "-3.0 to +7.0, p = 0.300 (mcnemar-exact, Holm); in one comparison so many rows show a true difference of 8.1 points with 80 % power."
     )
     assert verdict(one)[0].startswith("step-by-step-gold: no reliable difference to finetune-gold (+2.0 points, ")
     silent = results(BASE, system("step-by-step-gold", versus={"finetune-gold": gap(0.0, 1.0, detectable=None)}))
@@ -77,6 +77,8 @@ def test_no_reliable_difference_is_said_in_words_with_what_could_have_been_seen(
 def test_an_interval_beside_zero_without_a_reliable_p_is_explained() -> None:
     one = results(BASE, system("step-by-step-gold", versus={"finetune-gold": gap(0.06, 0.08)}))
     assert "not corrected for the number of comparisons" in verdict(one)[0]
+    alone = results(BASE, system("step-by-step-gold", versus={"finetune-gold": gap(0.06, 0.06, p=0.06)}))
+    assert "different approximations" in verdict(alone)[0] and "not corrected" not in verdict(alone)[0]
 
 
 def test_a_smoke_run_says_so_and_a_run_without_baselines_too() -> None:
@@ -92,7 +94,14 @@ def test_a_smoke_run_says_so_and_a_run_without_baselines_too() -> None:
 
 def test_the_page_has_every_part_that_the_results_have() -> None:
     needed = Needed(
-        method="step-by-step", labels="gold", system="finetune-gold", accuracy=0.55, rows=310, ci95=(240, None), largest=800
+        method="step-by-step",
+        labels="gold",
+        system="finetune-gold",
+        accuracy=0.55,
+        rows=310,
+        ci95=(240, None),
+        smallest=100,
+        largest=800,
     )
     pay_off = PayOff(system="step-by-step-gold", spent_usd=0.32, teacher_usd_per_prediction=0.0004, predictions=800)
     measured = system(

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsbs.annotations import learned_source, read_manifest, run_folder
-from dsbs.artefacts import hold, manifest, write_json
+from dsbs.artefacts import atomic, hold, manifest, write_json
 from dsbs.errors import UserError
 from dsbs.eval.latency import measure_latency, megabytes, read_latency
 from dsbs.eval.outside import take_outside
 from dsbs.eval.predict import (
     TEACHER,
     loader,
+    mark_anew,
     predict_student,
     predict_teacher,
     prediction_file,
@@ -21,6 +22,7 @@ from dsbs.eval.predict import (
     student_predictions,
     trained_students,
 )
+from dsbs.eval.rationales import rationale_values
 from dsbs.eval.score import score
 from dsbs.eval.simulate import simulatability, simulate
 from dsbs.eval.systems import System, bill, clusters_of, compare, labels_needed, pairs, pay_offs, score_system
@@ -62,11 +64,15 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
         references = {p.id: p.rationale for p in teacher.files[0].predictions} if teacher else {}
         for system in systems:
             members = _members(system)
+            for member, scored in zip(members, system.files, strict=True):
+                mark_anew(run, member, scored.labels, scored.rows, task)
             if recipe.eval.simulator and not score_only and system.kind != "teacher":
                 for member, scored in zip(members, system.files, strict=True):
                     simulate(recipe, task, member, scored, run, meter)
             system.simulated = simulatability(run, members, system.files, clusters)
-        results = [score_system(system, task, references, clusters) for system in systems]
+            if system.kind != "teacher":
+                system.written = rationale_values(task, system.files, references)
+        results = [score_system(system, task, clusters) for system in systems]
         chosen = pairs(systems, recipe.eval)
         versus = compare(chosen, clusters)
         results = [one.model_copy(update={"versus": versus.get(one.name, {})}) for one in results]
@@ -75,6 +81,8 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
         found = Results(
             run=str(run),
             name=recipe.name,
+            recipe=recipe.model_dump(mode="json"),
+            data=data,
             task=recipe.task.name,
             split=recipe.eval.split,
             n=len(rows),
@@ -88,7 +96,8 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
             pay_off=list(pay_offs(systems, spent, teacher.usd_per_prediction if teacher else None)),
         )
         write_json(run / "eval" / "results.json", found.as_json())
-        (run / "eval" / "results.md").write_text(markdown(found) + "\n", encoding="utf-8")
+        with atomic(run / "eval" / "results.md") as file:
+            file.write(markdown(found) + "\n")
     return found
 
 
@@ -121,12 +130,13 @@ def _systems(
 
     for name in sorted(groups, key=rank):
         members = groups[name]
+        timed = read_latency(run, members[0], recipe)
         if predicts:
             models = {student.name: loader(student) for student in members}
             for student in members:
                 predict_student(recipe, student, rows, run, meter, models[student.name])
             if members[0].subset == largest:  # less data makes no other speed
-                measure_latency(recipe, members[0], rows, run, meter, models[members[0].name])
+                timed = measure_latency(recipe, members[0], rows, run, meter, models[members[0].name])
         systems.append(
             System(
                 name,
@@ -135,7 +145,7 @@ def _systems(
                 students=members,
                 training_rows=_training_rows(members[0]),
                 megabytes=_size(members[0]),
-                latency=read_latency(run, members[0], recipe),
+                latency=timed,
             )
         )
     outside = take_outside(recipe, task, rows, run)
@@ -149,11 +159,20 @@ def _members(system: System) -> list[str]:
 
 
 def _headline(recipe: Recipe, systems: Sequence[System]) -> str | None:
-    """The system that the recipe is about: its first method's on the largest share; without students the first from outside."""
-    ours = [one for one in systems if one.method == recipe.train.methods[0]]
-    if ours:
-        return max(ours, key=lambda one: (one.subset or 0.0, one.students[0].labels == recipe.train.labels[0])).name
-    return next((one.name for one in systems if one.kind != "teacher"), None)
+    """The system that the recipe is about: on the largest share that of its first method which is no baseline, or else of its
+    last baseline. Without students the first from outside that is no baseline. None where that is not there.
+    """
+    baselines = recipe.eval.baseline
+    if any(one.students for one in systems):
+        methods = sorted(
+            recipe.train.methods, key=lambda name: -baselines.index(name) if name in baselines else -len(baselines)
+        )
+        ours = [one for one in systems if one.method == methods[0]]
+        best = max(ours, key=lambda one: (one.subset or 0.0, one.students[0].labels == recipe.train.labels[0]), default=None)
+        return best.name if best else None
+    outside = [one.name for one in systems if one.kind == "outside"]
+    known = [name for name in outside if name in baselines] or outside[:1]
+    return next((name for name in [*outside, *known] if name not in known), None)
 
 
 def _size(student: TrainedStudent) -> float | None:

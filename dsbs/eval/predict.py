@@ -202,6 +202,24 @@ def _truncated(annotation: Annotation) -> bool | None:
     return annotation.own_label is None and own[0].reason in ("truncated", "spent-on-reasoning") if own else None
 
 
+def mark_anew(run: Path, system: str, labels: Sequence[str | None], rows: Sequence[Example], task: Task) -> None:
+    """Bring a prediction file's ``gold``, ``prediction`` and ``correct`` up to today's data and reader, where they differ.
+
+    What the model wrote stays as it is.
+    """
+    path = prediction_file(run, system)
+    found = read_predictions(path)
+    changed = False
+    for row, label in zip(rows, labels, strict=True):
+        marks = {"gold": row.label, "prediction": label, "correct": is_correct(task, label, row)}
+        there = found[row.id]
+        if marks != {"gold": there.gold, "prediction": there.prediction, "correct": there.correct}:
+            found[row.id] = there.model_copy(update=marks)
+            changed = True
+    if changed:
+        write_jsonl(path, (one.model_dump_json(by_alias=True) for one in found.values()))
+
+
 def read_predictions(path: Path) -> dict[str, Prediction]:
     """A prediction file by id. Raises UserError with file and line."""
     found: dict[str, Prediction] = {}

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsbs.eval.metrics import mean_over_rows
 from dsbs.eval.resampling import Clusters
@@ -23,10 +24,18 @@ _WORD = re.compile(r"[^\W_]+")  # of ASCII text the words of the rouge-score pac
 _UNTOLD = float("nan")
 
 
-def rationale_measures(
-    task: Task, files: Sequence[Scored], references: Mapping[str, str | None], clusters: Clusters = None
-) -> dict[str, Measure]:
-    """Metrics of one system's rationales; ``files`` are its seeds' predictions of the same rows.
+GRADED = ("rouge_l",)  # of which systems are compared by more than right and wrong
+Values = NDArray[np.float64]  # (seeds, rows), NaN where a row says nothing
+
+
+def rationale_measures(values: Mapping[str, Values], clusters: Clusters = None) -> dict[str, Measure]:
+    """Metrics of one system's rationales, from ``rationale_values``."""
+    found = {name: mean_over_rows(one, clusters) for name, one in values.items()}
+    return {name: measure for name, measure in found.items() if measure is not None}
+
+
+def rationale_values(task: Task, files: Sequence[Scored], references: Mapping[str, str | None]) -> dict[str, Values]:
+    """Each metric's values; ``files`` are a system's predictions of the same rows by its seeds.
 
     ``references`` are the teacher's rationales by id (None or absent: it has none for that row). Files without a single
     rationale were predicted without and are left out; where that leaves none, the answer is empty.
@@ -35,15 +44,13 @@ def rationale_measures(
     if not files:
         return {}
     words = {key: _words(text) for key, text in references.items() if text}
-    # (seeds, rows, names), NaN where a row says nothing of one
     values = np.array(
         [
             [_of_row(task, *one, words.get(one[0].id)) for one in zip(file.rows, file.predictions, file.labels, strict=True)]
             for file in files
         ]
     )
-    found = {name: mean_over_rows(values[:, :, i], clusters) for i, name in enumerate(NAMES)}
-    return {name: measure for name, measure in found.items() if measure is not None}
+    return {name: values[:, :, i].astype(np.float64) for i, name in enumerate(NAMES)}
 
 
 def _of_row(

@@ -39,6 +39,12 @@ def score(task: Task, rows: Sequence[Example], predictions: Mapping[str, Predict
     from dsbs.eval.accuracy import TaskAccuracy
 
     told = [predictions[row.id] for row in rows]
+    others = [row.id for row, one in zip(rows, told, strict=True) if one.input is not None and one.input != row.input]
+    if others:
+        raise UserError(
+            f"the predictions of {name} are of other inputs than the data's in {len(others)} rows (first: {others[0]!r})",
+            hint="the data changed since: run `dsbs eval` without --score-only",
+        )
     labels = _read(task, rows, told)
     marks = TaskAccuracy(task).compute(
         predictions=[label or "" for label in labels], references=[str(row.label) for row in rows]

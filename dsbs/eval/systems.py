@@ -12,12 +12,12 @@ import numpy as np
 
 from dsbs.errors import UserError
 from dsbs.eval.metrics import measures
-from dsbs.eval.rationales import rationale_measures
+from dsbs.eval.rationales import GRADED, Values, rationale_measures
 from dsbs.eval.score import Scored
-from dsbs.eval.stats import Clusters, Scores, accuracy, difference, holm, needed
+from dsbs.eval.stats import Clusters, Difference, Scores, accuracy, difference, holm, needed
 from dsbs.recipe import EvalSection
 from dsbs.records import Example, TrainedStudent
-from dsbs.results import Comparison, Latency, Measure, Needed, PayOff, SystemKind, SystemResult
+from dsbs.results import Comparison, GradedComparison, Latency, Measure, Needed, PayOff, SystemKind, SystemResult
 from dsbs.tasks.base import Task
 
 
@@ -34,6 +34,7 @@ class System:
     latency: list[Latency] = field(default_factory=list)
     usd_per_prediction: float | None = None
     simulated: dict[str, Measure] = field(default_factory=dict)
+    written: dict[str, Values] = field(default_factory=dict)  # what its rationales are worth, by metric
 
     @property
     def method(self) -> str | None:
@@ -62,14 +63,16 @@ def clusters_of(rows: Sequence[Example], name: str | None) -> Clusters:
                 hint="name an input field of the task; columns are renamed by task.columns",
             )
         found[i] = numbers.setdefault(str(row.input[name]), len(numbers))
+    if len(numbers) < 2:
+        raise UserError(f"eval.cluster: all rows have the same {name}, so nothing can be resampled", hint="name another field")
     return found
 
 
-def score_system(system: System, task: Task, references: Mapping[str, str | None], clusters: Clusters) -> SystemResult:
-    """All measures of one system. ``references``: the teacher's rationales by id."""
+def score_system(system: System, task: Task, clusters: Clusters) -> SystemResult:
+    """All measures of one system."""
     found = accuracy(system.scores, len(system.files), clusters)
     measured = measures(task, system.files, clusters)
-    written = {} if system.kind == "teacher" else rationale_measures(task, system.files, references, clusters)
+    written = rationale_measures(system.written, clusters)
     unreadable = [label is None for one in system.files for label in one.labels]
     latencies = [p.latency_ms for one in system.files for p in one.predictions if p.latency_ms is not None]
     first = system.students[0] if system.students else None
@@ -121,7 +124,11 @@ def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System,
 
 
 def compare(chosen: Sequence[tuple[System, System]], clusters: Clusters) -> dict[str, dict[str, Comparison]]:
-    """Every pair's difference; Holm's correction over all of them. System -> baseline -> comparison."""
+    """Every pair's difference; Holm's correction over all of them, for each metric apart. System -> baseline -> comparison."""
+    graded: dict[tuple[str, str], dict[str, GradedComparison]] = {}
+    for metric in GRADED:
+        for pair, found_graded in _graded(metric, chosen, clusters).items():
+            graded.setdefault(pair, {})[metric] = found_graded
     gaps = [difference(system.scores, other.scores, clusters) for system, other in chosen]
     found: dict[str, dict[str, Comparison]] = {}
     for (system, other), gap, adjusted in zip(chosen, gaps, holm([gap.p for gap in gaps]), strict=True):
@@ -134,8 +141,29 @@ def compare(chosen: Sequence[tuple[System, System]], clusters: Clusters) -> dict
             fixed=gap.fixed,
             broken=gap.broken,
             detectable=gap.detectable,
+            graded=graded.get((system.name, other.name), {}),
         )
     return found
+
+
+def _graded(
+    metric: str, chosen: Sequence[tuple[System, System]], clusters: Clusters
+) -> dict[tuple[str, str], GradedComparison]:
+    """The pairs' differences by a metric that grades rows, where both have it."""
+    gaps: dict[tuple[str, str], tuple[Difference, int]] = {}
+    for system, other in chosen:
+        if metric in system.written and metric in other.written:
+            ours, theirs = (one.written[metric] for one in (system, other))
+            both = ~(np.isnan(ours).all(axis=0) | np.isnan(theirs).all(axis=0))
+            if both.any():
+                mine, other_one = (np.nanmean(one[:, both], axis=0) for one in (ours, theirs))
+                among = None if clusters is None else clusters[both]
+                gaps[system.name, other.name] = difference(mine, other_one, among), int(both.sum())
+    adjusted = holm([gap.p for gap, _ in gaps.values()])
+    return {
+        pair: GradedComparison(delta=gap.delta, ci95=gap.ci95, p=gap.p, p_holm=p_holm, test=gap.test, n=n)
+        for (pair, (gap, n)), p_holm in zip(gaps.items(), adjusted, strict=True)
+    }
 
 
 def labels_needed(systems: Sequence[System], targets: Sequence[System], clusters: Clusters) -> list[Needed]:
@@ -162,6 +190,7 @@ def labels_needed(systems: Sequence[System], targets: Sequence[System], clusters
                     accuracy=float(target.scores.mean()),
                     rows=rows,
                     ci95=interval,
+                    smallest=points[0][0],
                     largest=points[-1][0],
                 )
             )

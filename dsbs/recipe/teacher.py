@@ -37,7 +37,21 @@ def _variable_name(value: str | None) -> str | None:
 
 
 KeyVariable = Annotated[str | None, AfterValidator(_variable_name)]
-_CREDENTIAL = re.compile(r"(^|[_-])(api[_-]?key|secret|password|authorization|bearer|access[_-]?token)$", re.IGNORECASE)
+_CREDENTIAL = re.compile(
+    r"(^|[_-])(api[_-]?key|secret|password|authorization|auth|bearer|(access|auth|api)[_-]?token)$|^(key|token)$", re.IGNORECASE
+)
+_KEY = re.compile(r"(Bearer\s|(sk|hf|gsk|xai|pk)[-_])\S{8,}")
+
+
+def _credential(value: Any, name: str = "") -> str | None:
+    """The name under which a mapping holds what looks like a key, at any depth; None: nowhere."""
+    if isinstance(value, dict):
+        inside = ((str(key) if _CREDENTIAL.search(str(key)) else _credential(one, str(key))) for key, one in value.items())
+    elif isinstance(value, list):
+        inside = (_credential(one, name) for one in value)
+    else:
+        return name if isinstance(value, str) and _KEY.match(value) else None
+    return next((one for one in inside if one is not None), None)
 
 
 class EndpointSection(Section):
@@ -75,9 +89,9 @@ class TeacherSection(Section):
     @field_validator("extra_body")
     @classmethod
     def _no_credentials(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
-            if _CREDENTIAL.search(str(name)):
-                raise ValueError(f"{name}: credentials do not belong into a recipe; name a variable in teacher.api_key_env")
+        name = _credential(value)
+        if name is not None:
+            raise ValueError(f"{name}: credentials do not belong into a recipe; name a variable in teacher.api_key_env")
         return value
 
     @model_validator(mode="after")

@@ -92,7 +92,7 @@ def _join(runs: Sequence[Run], systems: Sequence[_System]) -> list[_Row]:
                         asked = run.inputs() if asked is None else asked
                         fields = asked.get(row_id)
                     alike = found.setdefault(row_id, [])
-                    row = next((one for one in alike if one.input == fields), None)
+                    row = next((one for one in alike if (one.input, one.gold) == (fields, prediction.get("gold"))), None)
                     if row is None:
                         row = _Row(row_id, prediction.get("gold"), fields)
                         alike.append(row)

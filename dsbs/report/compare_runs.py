@@ -36,8 +36,9 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def same_rows(runs: Sequence[Run]) -> bool:
-    """Whether all runs were evaluated on the same rows, by the data's hash."""
-    return len({run.evaluated.get("data", {}).get(run.results.split) for run in runs}) == 1
+    """Whether all runs are known to have been evaluated on the same rows, by the data's hash."""
+    hashes = {run.results.data.get(run.results.split) for run in runs}
+    return len(hashes) == 1 and None not in hashes
 
 
 def _flatten(value: Any, path: str) -> Iterator[tuple[str, str]]:

@@ -70,7 +70,7 @@ def gather(path: Path) -> Run:
         path=path,
         name=results.name,
         results=results,
-        recipe=evaluated.get("recipe", {}),
+        recipe=results.recipe or evaluated.get("recipe", {}),
         annotated=read_manifest(path / "annotate"),
         trained=read_manifest(path / "train"),
         evaluated=evaluated,

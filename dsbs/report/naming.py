@@ -12,10 +12,10 @@ def run_titles(runs: Sequence[Run]) -> list[str]:
     """A name for each run that no other folder has: the recipe's, or as much of the folder's path as it takes."""
     titles = [run.name for run in runs]
     depth = 0
-    while len(set(titles)) < len(runs) and depth < max(len(run.path.parts) for run in runs):
+    while len(set(titles)) < len(runs) and depth < max(len(run.path.resolve().parts) for run in runs):
         depth += 1
         twice = {title for title in titles if titles.count(title) > 1}
-        tails = ["/".join(run.path.parts[-depth:]) for run in runs]
+        tails = ["/".join(run.path.resolve().parts[-depth:]) for run in runs]
         titles = [tail if title in twice else title for title, tail in zip(titles, tails, strict=True)]
     return titles
 

@@ -157,7 +157,7 @@ def _about(run: Run) -> list[str]:
         rows += f" in {results.clusters:,} groups by {results.cluster}"
     said = [f"task {results.task}", rows]
     if teacher:
-        said.append(f"teacher {teacher['model'] or teacher['kind']}")
+        said.append(f"teacher {teacher.get('model') or teacher.get('kind')}")
     if run.evaluated.get("ended"):
         said.append(f"evaluated {run.evaluated['ended'][:10]}")
     return said

@@ -179,7 +179,7 @@ def comparisons(runs: Sequence[Run]) -> Table | None:
         Column(
             "detectable",
             lambda pair: words.share(pair[1].detectable),
-            note="the smallest true difference, in points, that these rows would show with 80 % power",
+            note="the smallest true difference, in points, that these rows would show with 80 % power in one comparison",
         ),
     ]
     if len(tests) > 1:
@@ -239,7 +239,7 @@ def annotation(runs: Sequence[Run]) -> Table | None:
             lambda s: words.share(s["label_accuracy"]),
             note="the teacher's own, of all rows; unreadable is wrong",
         ),
-        Column("95 % interval", lambda s: _span(s["label_accuracy_ci95"])),
+        Column("95 % interval", lambda s: _span(s.get("label_accuracy_ci95"))),
         Column("… of accepted,\u00a0%", lambda s: words.share(s["label_accuracy_accepted"])),
         Column("prompt tokens", lambda s: words.count(s["usage"]["prompt_tokens"])),
         Column("completion tokens", lambda s: words.count(s["usage"]["completion_tokens"])),
@@ -249,7 +249,12 @@ def annotation(runs: Sequence[Run]) -> Table | None:
             lambda s: words.count(s["requests"]),
             note="of the last dsbs annotate; other replies were there before",
         ),
-        Column("wasted", lambda s: _reasons(s["wasted"]) or "none", note="of those requests, what brought nothing", text=True),
+        Column(
+            "wasted",
+            lambda s: _reasons(s.get("wasted", {})) or "none",
+            note="of those requests, what brought nothing",
+            text=True,
+        ),
     ]
     groups = []
     for run in runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from dsbs.eval.rationales import NAMES, _words, rationale_measures, rouge_l
+from dsbs.eval.rationales import NAMES, _words, rationale_measures, rationale_values, rouge_l
 from dsbs.eval.score import Scored, score
 from dsbs.recipe import TaskSection
 from dsbs.records import Example, Prediction
@@ -21,6 +22,10 @@ from dsbs.tasks.base import Task
 NLI = make_task(TaskSection(name="esnli", data={"train": "-"}))
 SVAMP = make_task(TaskSection(name="svamp", data={"train": "-"}))
 FREE = make_task(TaskSection(name="generation", data={"train": "-"}))
+
+
+def measured(task: Any, files: Any, references: Any, clusters: Any = None) -> Any:
+    return rationale_measures(rationale_values(task, files, references), clusters)
 
 
 def explained(
@@ -66,9 +71,9 @@ def test_words_of_every_script_count() -> None:
 
 def test_rouge_l_is_told_of_the_rows_that_the_teacher_explained() -> None:
     file = explained(["it is so", None, "it was so", "x"])
-    found = rationale_measures(NLI, [file], {"0": "it is so", "1": "it is so", "2": None, "9": "it is so"})
+    found = measured(NLI, [file], {"0": "it is so", "1": "it is so", "2": None, "9": "it is so"})
     assert (found["rouge_l"].value, found["rouge_l"].n) == (0.5, 2)  # the same words, and none at all
-    assert "rouge_l" not in rationale_measures(NLI, [file], {})
+    assert "rouge_l" not in measured(NLI, [file], {})
 
 
 def test_rouge_is_never_called_faithful() -> None:
@@ -80,19 +85,19 @@ def test_rouge_is_never_called_faithful() -> None:
 
 
 def test_files_without_a_rationale_have_no_such_metrics() -> None:
-    assert rationale_measures(NLI, [explained([None, None])], {"0": "because"}) == {}
+    assert measured(NLI, [explained([None, None])], {"0": "because"}) == {}
 
 
 def test_a_seed_that_was_predicted_without_rationales_is_left_out() -> None:
-    found = rationale_measures(NLI, [explained(["why", ""]), explained([None, None])], {})
+    found = measured(NLI, [explained(["why", ""]), explained([None, None])], {})
     assert found["rationale_empty"].value == 0.5
 
 
 def test_empty_and_truncated_rationales_are_counted() -> None:
-    found = rationale_measures(NLI, [explained(["why", " ", None, "so"], truncated=[True, None, None, False])], {})
+    found = measured(NLI, [explained(["why", " ", None, "so"], truncated=[True, None, None, False])], {})
     assert (found["rationale_empty"].value, found["rationale_empty"].n) == (0.5, 4)
     assert (found["rationale_truncated"].value, found["rationale_truncated"].n) == (0.5, 2)
-    assert "rationale_truncated" not in rationale_measures(NLI, [explained(["why"])], {})
+    assert "rationale_truncated" not in measured(NLI, [explained(["why"])], {})
 
 
 def test_consistency_is_told_of_the_rationales_that_state_a_conclusion() -> None:
@@ -104,25 +109,25 @@ def test_consistency_is_told_of_the_rationales_that_state_a_conclusion() -> None
         "Therefore the answer is neutral",
     ]
     labels = ["neutral", "neutral", "neutral", "contradiction", "no label at all"]
-    found = rationale_measures(NLI, [explained(rationales, labels)], {})["consistency"]
+    found = measured(NLI, [explained(rationales, labels)], {})["consistency"]
     assert (found.value, found.n) == (2 / 4, 4)
 
 
 def test_consistency_goes_by_an_equations_value_and_is_not_told_of_free_text() -> None:
     gold = "( 3.0 + 4.0 )"
     file = explained(["He has both. The answer is 7.", "The answer is 8."], task=SVAMP, gold=gold)
-    assert rationale_measures(SVAMP, [file], {})["consistency"].value == 0.5
+    assert measured(SVAMP, [file], {})["consistency"].value == 0.5
     free = explained(["The answer is Paris."], task=FREE, gold="Paris")
-    assert "consistency" not in rationale_measures(FREE, [free], {})
+    assert "consistency" not in measured(FREE, [free], {})
 
 
 def test_seeds_are_averaged_within_the_rows_that_they_speak_of() -> None:
     agrees, differs, silent = "The answer is neutral.", "The answer is entailment.", "Hm."
     files = [explained([agrees, agrees, silent]), explained([differs, silent, silent])]
-    found = rationale_measures(NLI, files, {}, np.array([0, 1, 1]))["consistency"]
+    found = measured(NLI, files, {}, np.array([0, 1, 1]))["consistency"]
     assert (found.value, found.n) == ((0.5 + 1) / 2, 2)
 
 
 def test_names_come_in_the_described_order() -> None:
-    found = rationale_measures(NLI, [explained(["The answer is neutral."], truncated=[False])], {"0": "why"})
+    found = measured(NLI, [explained(["The answer is neutral."], truncated=[False])], {"0": "why"})
     assert list(found) == [name for name in METRICS if name in NAMES] == list(NAMES)

@@ -11,10 +11,14 @@ import pytest
 from conftest import ROOT, run_dsbs, toy_rows, write_csv, write_jsonl
 
 from dsbs import UserError, evaluate, load_recipe
-from dsbs.eval.score import Scored
+from dsbs.eval.compare import _headline
+from dsbs.eval.predict import mark_anew
+from dsbs.eval.score import Scored, score
 from dsbs.eval.systems import System, bill, clusters_of, compare, labels_needed, pairs, pay_offs
-from dsbs.recipe import EvalSection
-from dsbs.records import Example, TrainedStudent
+from dsbs.recipe import EvalSection, Recipe
+from dsbs.records import Example, Prediction, TrainedStudent
+from dsbs.results_table import needed_sentence
+from dsbs.tasks import make_task
 
 
 def hand_made(tmp_path: Path, files: dict[str, list[str | None]], **section: Any) -> Path:
@@ -56,7 +60,7 @@ def test_three_files_made_by_hand_are_compared_without_a_model(tmp_path: Path) -
     found = json.loads(done.stdout)
     systems = {system["name"]: system for system in found["systems"]}
     assert {name: system["accuracy"] for name, system in systems.items()} == {"old": 0.4, "new": 1.0, "odd": 0.9}
-    assert found["baseline"] == "old" and found["headline"] == "old"
+    assert found["baseline"] == "old" and found["headline"] == "new"
     assert systems["odd"]["unreadable"] == pytest.approx(0.1)
     gap = systems["new"]["versus"]["old"]
     # exact McNemar with 12 rows fixed and none broken: 2 / 2^12
@@ -135,6 +139,8 @@ def test_labels_needed_are_read_off_the_curve() -> None:
     assert (found.method, found.system, found.rows, found.largest) == ("step-by-step", "finetune", 200, 400)
     (never,) = labels_needed(curve, [system("finetune", 1.0, 0.9, 400)], None)
     assert never.rows is None
+    (at_once,) = labels_needed(curve, [system("finetune", 1.0, 0.2, 400)], None)
+    assert (at_once.rows, at_once.smallest) == (100, 100) and "at most 100 rows" in needed_sentence(at_once)
 
 
 def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:
@@ -148,3 +154,54 @@ def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:
     (one,) = pay_offs([learned, gold], 1.0, 0.002)
     assert (one.system, one.spent_usd, one.predictions) == ("step-by-step-n0.5", 0.5, 250)
     assert list(pay_offs([learned], None, 0.002)) == [] == list(pay_offs([learned], 1.0, 0.0))
+
+
+def test_the_headline_is_the_first_method_that_is_no_baseline() -> None:
+    def headline(*methods: str, trained: tuple[str, ...] | None = None) -> str | None:
+        recipe = Recipe.model_validate(
+            {
+                "name": "x",
+                "task": {"name": "esnli", "data": {"train": "a.jsonl"}},
+                "teacher": {"kind": "human"},
+                "train": {"methods": methods},
+            }
+        )
+        return _headline(recipe, [system(method) for method in trained or methods])
+
+    assert headline("finetune", "distill", "step-by-step") == "step-by-step"
+    assert headline("rationale-then-label", "step-by-step", "finetune") == "rationale-then-label"
+    assert headline("finetune", "distill") == "distill", "it is compared with the first baseline"
+    assert headline("step-by-step", "finetune", trained=("finetune",)) is None, "no other one stands in for it"
+
+
+def test_a_metric_that_grades_rows_is_compared_where_both_have_it() -> None:
+    systems = [system("finetune"), system("distill"), system("step-by-step")]
+    draw = np.random.default_rng(0)
+    base = draw.uniform(0, 0.5, (2, 100))
+    systems[0].written["rouge_l"], systems[2].written["rouge_l"] = base, base + 0.25
+    systems[2].written["rouge_l"][:, :10] = np.nan
+    found = compare(pairs(systems, EvalSection()), None)
+    graded = found["step-by-step"]["finetune"].graded["rouge_l"]
+    assert graded.delta == pytest.approx(0.25) and graded.n == 90 and graded.p_holm < 0.001
+    assert found["step-by-step"]["distill"].graded == {} == found["distill"]["finetune"].graded
+
+
+def test_corrected_gold_labels_reach_the_prediction_file(tmp_path: Path) -> None:
+    path = hand_made(tmp_path, {"old": FLIPPED, "new": GOLD})
+    first = evaluate(load_recipe(path), out=tmp_path / "run", score_only=True)
+    made = tmp_path / "run" / "eval" / "predictions" / "old.jsonl"
+    rows = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
+    mark_anew(tmp_path / "run", "old", [row["prediction"] for row in rows], [
+        Example(row["id"], row["input"], label=row["prediction"]) for row in rows
+    ], make_task(load_recipe(path).task))  # fmt: skip
+    marked = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
+    assert all(row["correct"] and row["gold"] == row["prediction"] for row in marked)
+    assert [row["raw"] for row in marked] == [row["raw"] for row in rows] and first.system("old").accuracy == 0.0  # type: ignore[union-attr]
+
+
+def test_predictions_of_other_inputs_are_not_scored(tmp_path: Path) -> None:
+    task = make_task(load_recipe(hand_made(tmp_path, {"old": GOLD})).task)
+    said = {"r": Prediction(id="r", input={"text": "before"}, raw="billing", made_by="m")}
+    assert score(task, [Example("r", {"text": "before"}, label="billing")], said, "s").correct.all()
+    with pytest.raises(UserError, match=r"of other inputs .* in 1 rows .*'r'"):
+        score(task, [Example("r", {"text": "after"}, label="billing")], said, "s")

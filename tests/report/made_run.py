@@ -59,7 +59,14 @@ def make_run(
             student |= {"seeds": list(seeds), "parameters": parameters}
             systems.append(_system(full, accuracy, rows, baseline=None if method == "finetune" else subset, student=student))
     needed = Needed(
-        method="step-by-step", labels="gold", system="finetune-gold", accuracy=0.55, rows=310, ci95=(240, None), largest=800
+        method="step-by-step",
+        labels="gold",
+        system="finetune-gold",
+        accuracy=0.55,
+        rows=310,
+        ci95=(240, None),
+        smallest=200,
+        largest=800,
     )
     results = Results(
         run=str(folder), name=name, task="esnli", split="test", n=rows, baseline="finetune-gold", headline="step-by-step-gold",

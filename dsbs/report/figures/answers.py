@@ -33,9 +33,9 @@ def reliability(runs: Sequence[Run]) -> list[Figure]:
                 line = [one.confidence for one in bins], [one.accuracy for one in bins]
                 axes.plot(*line, color=look.color, linestyle=look.line, linewidth=1, alpha=0.6)
                 for one in bins:
-                    style = marked(look) | {"markersize": 3 + 9 * (one.n / most) ** 0.5}  # the area tells the rows
+                    style = marked(look) | {"markersize": 3 + 9 * (one.n / most) ** 0.5}  # the area tells how many
                     (dot,) = axes.plot([one.confidence], [one.accuracy], linestyle="none", alpha=0.85, **style)
-                    held = f"{one.n:,} rows from {one.low:g} to {one.high:g}"
+                    held = f"{one.n:,} predictions from {one.low:g} to {one.high:g}"
                     sheet.tip(
                         dot,
                         f"{short(system.name)}: {held}, {100 * one.confidence:.1f} % sure, {100 * one.accuracy:.1f} % right",
