@@ -67,7 +67,8 @@ def test_no_reliable_difference_is_said_in_words_with_what_could_have_been_seen(
     one = results(BASE, system("step-by-step-gold", versus={"finetune-gold": gap(0.02, 0.3)}))
     assert headline(one) == (
         "No reliable difference between step-by-step-gold and finetune-gold on test (1,234 rows): +2.0 points, 95 % interval "
-        "-3.0 to +7.0, p = 0.300 (mcnemar-exact, Holm); in one comparison so many rows show a true difference of 8.1 points with 80 % power."
+        "-3.0 to +7.0, p = 0.300 (mcnemar-exact, Holm); in one comparison so many rows show a true "
+        "difference of 8.1 points with 80 % power."
     )
     assert verdict(one)[0].startswith("step-by-step-gold: no reliable difference to finetune-gold (+2.0 points, ")
     silent = results(BASE, system("step-by-step-gold", versus={"finetune-gold": gap(0.0, 1.0, detectable=None)}))

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dsbs.annotations import annotation_file, read_annotations, read_manifest
 from dsbs.artefacts import read_jsonl
 from dsbs.errors import UserError
+from dsbs.records import Prediction
 from dsbs.results import Results, SystemResult, read_results
 
 
@@ -37,7 +40,13 @@ class Run:
     def predictions(self, member: str) -> dict[str, dict[str, Any]]:
         """A prediction file by id; {} where a later evaluation has set it aside."""
         path = self.path / "eval" / "predictions" / f"{member}.jsonl"
-        return {str(row["id"]): row for _, row in read_jsonl(path)} if path.is_file() else {}
+        found: dict[str, dict[str, Any]] = {}
+        for number, row in read_jsonl(path) if path.is_file() else ():
+            try:
+                found[str(row["id"])] = Prediction.model_validate(row).model_dump(mode="json")
+            except (KeyError, ValidationError):
+                raise UserError(f"{path}:{number}: not a prediction", hint="run `dsbs eval` again") from None
+        return found
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         """The split's rows by id as the teacher was asked about them, for prediction files that do not hold them; {} else."""

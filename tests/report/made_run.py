@@ -69,6 +69,8 @@ def make_run(
         largest=800,
     )
     results = Results(
+        recipe=recipe.model_dump(mode="json"),
+        data={"test": "b" * 64},
         run=str(folder), name=name, task="esnli", split="test", n=rows, baseline="finetune-gold", headline="step-by-step-gold",
         reportable=True, systems=systems, needed=[needed],
         pay_off=[

@@ -183,7 +183,7 @@ def test_several_runs_are_joined_with_what_differs(made: Path, tmp_path: Path) -
     assert "teacher.model" not in text.split("Provenance")[0], "what is alike is not told"
     assert "tested on the same rows" in text
     assert "made: step-by-step with gold labels needs 310 rows" in text and "other: step-by-step with gold" in text
-    change(other / "eval" / "manifest.json", data={"test": "d" * 64})
+    change(other / "eval" / "results.json", data={"test": "d" * 64})
     assert "tested on different rows" in page_of(made, other).text
 
 
