@@ -116,7 +116,7 @@ def toy(tmp_path: Path) -> Callable[..., Path]:
             "annotate": {"concurrency": 8},
             "student": {"init": "scratch", "vocab_size": 200, "max_input_tokens": 64, "max_target_tokens": 32},
             "train": {"learning_rate": 0.001, "batch_size": 8, "max_steps": 6, "eval_every": 3, "log_every": 1},
-            "eval": {"max_label_tokens": 8},
+            "eval": {"max_label_tokens": 8, "latency_calls": 2},
         }
         for name, value in sections.items():
             recipe[name] = recipe.get(name, {}) | value if isinstance(value, dict) else value
