@@ -181,7 +181,8 @@ def test_make_paper_goes_from_recorded_completions_to_a_report(shared_data: Path
     ready.touch()
     small = [
         "student.model=null", "student.init=scratch", "student.vocab_size=300", "train.seeds=0", "train.batch_size=8",
-        "train.max_steps=2", "train.eval_every=2", "eval.max_label_tokens=4", "eval.latency_calls=2", "task.limit=40", "teacher.kind=recorded",
+        "train.max_steps=2", "train.eval_every=2", "eval.max_label_tokens=4", "eval.latency_calls=2", "task.limit=40",
+        "teacher.kind=recorded",
         *(f"task.data.{split}={shared_data}/svamp/{split}.jsonl.gz" for split in ("train", "test")),
     ]  # fmt: skip
     run = tmp_path / "run"
