@@ -50,6 +50,7 @@ def browser() -> Iterator[Browser]:
     program = next((found for name in names if (found := shutil.which(name))), None)
     if program is None:
         pytest.skip(f"no browser on this machine ({', '.join(names)})")
+    expect.set_options(timeout=60_000)  # whatever else runs on the machine
     with sync_playwright() as playwright:
         flags = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=program, args=flags)
