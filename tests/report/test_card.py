@@ -25,8 +25,9 @@ from dsbs.student import StudentCard, learn_vocabulary, new_model
 HOSTILE = "<script>alert(1)</script> | {{ 7*7 }} [x](http://y.z) ```\n# big\n---"
 
 
-def changed(run: Path, stage: str, change: Callable[[dict[str, Any]], None], file: str = "manifest.json") -> Run:
-    path = run / stage / file
+def changed(run: Path, stage: str, change: Callable[[dict[str, Any]], None], file: str | None = None) -> Run:
+    """What is recorded of a stage after a change; of the evaluation, in its results."""
+    path = run / stage / (file or ("results.json" if stage == "eval" else "manifest.json"))
     record = json.loads(path.read_text(encoding="utf-8"))
     change(record)
     path.write_text(json.dumps(record), encoding="utf-8")
