@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, get_args
 
@@ -150,3 +150,35 @@ def _homes(key: str, section: type[BaseModel], path: Path_) -> list[str]:
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+# --- recipes as manifests and results record them
+
+
+def as_given(recipe: Recipe) -> dict[str, Any]:
+    """All keys, but for those that others exclude: what can be read as a recipe again."""
+    found = recipe.model_dump(mode="json")
+    if found["teacher"]["endpoints"]:
+        del found["teacher"]["base_url"]
+    return found
+
+
+def recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's recipe with this version's keys where it fits this version, else as it is."""
+    recipe: dict[str, Any] = manifest["recipe"]
+    known = read_recorded(manifest)
+    return recipe if known is None else as_given(known)
+
+
+def read_recorded(manifest: Mapping[str, Any]) -> Recipe | None:
+    """A manifest's recipe, or None where there is none that this version can read."""
+    said = manifest.get("recipe")
+    if not isinstance(said, dict):
+        return None
+    teacher = said.get("teacher")
+    if isinstance(teacher, dict) and teacher.get("endpoints"):
+        said = said | {"teacher": {key: value for key, value in teacher.items() if key != "base_url"}}
+    try:
+        return Recipe.model_validate(said)
+    except ValidationError:
+        return None

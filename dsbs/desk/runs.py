@@ -9,8 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dsbs.desk.show import STAGES, read_recorded
+from dsbs.desk.show import STAGES
 from dsbs.errors import UserError
+from dsbs.recipe_file import read_recorded
 from dsbs.results import Comparison, Interval, read_results
 from dsbs.train.methods import grid
 
@@ -108,7 +109,10 @@ def look(path: Path) -> RunState:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / stage / "manifest.json").exists() for stage in STAGES)
+    try:
+        return any((path / stage / "manifest.json").exists() for stage in STAGES)
+    except PermissionError:  # somebody else's
+        return False
 
 
 def _record(path: Path, problems: list[str]) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from dsbs.annotations import read_manifest
@@ -17,7 +16,7 @@ from dsbs.desk.schema import section_of
 from dsbs.errors import UserError
 from dsbs.recipe import SCRATCH_DEFAULTS, Recipe
 from dsbs.recipe.sections import Section
-from dsbs.recipe_file import load_recipe
+from dsbs.recipe_file import as_given, load_recipe, recorded
 
 STAGES = ("annotate", "train", "eval")
 ABSENT = object()  # a key that one of two recipes does not have
@@ -67,35 +66,6 @@ def resolve(given: str, overrides: list[str] | None = None) -> Resolved:
         if other:
             remarks.append(f"{stage} was given another recipe, different in {', '.join(other)}")
     return Resolved(f"{path / newest / 'manifest.json'}, {records[newest].get('started')}", found, tuple(remarks))
-
-
-def as_given(recipe: Recipe) -> dict[str, Any]:
-    """All keys, but for those that others exclude: what can be read as a recipe again."""
-    found = recipe.model_dump(mode="json")
-    if found["teacher"]["endpoints"]:
-        del found["teacher"]["base_url"]
-    return found
-
-
-def recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest's recipe with this version's keys where it fits this version, else as it is."""
-    recipe: dict[str, Any] = manifest["recipe"]
-    known = read_recorded(manifest)
-    return recipe if known is None else as_given(known)
-
-
-def read_recorded(manifest: Mapping[str, Any]) -> Recipe | None:
-    """A manifest's recipe, or None where there is none that this version can read."""
-    said = manifest.get("recipe")
-    if not isinstance(said, dict):
-        return None
-    teacher = said.get("teacher")
-    if isinstance(teacher, dict) and teacher.get("endpoints"):
-        said = said | {"teacher": {key: value for key, value in teacher.items() if key != "base_url"}}
-    try:
-        return Recipe.model_validate(said)
-    except ValidationError:
-        return None
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

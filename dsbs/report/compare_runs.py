@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import UserError
+from dsbs.recipe_file import recorded
 from dsbs.report.gather import Run, gather
 from dsbs.report.naming import run_titles
 
@@ -29,7 +30,7 @@ def gather_all(paths: Sequence[Path]) -> list[Run]:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Keys of the resolved recipes, dotted, whose values differ, with each run's value; the recipe's name is no setting."""
-    flat = [dict(_flatten(run.recipe, "")) for run in runs]
+    flat = [dict(_flatten(recorded({"recipe": run.recipe}), "")) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     lines = [(key, [one.get(key, ABSENT) for one in flat]) for key in keys if key != "name"]
     return [(key, values) for key, values in lines if len(set(values)) > 1]
