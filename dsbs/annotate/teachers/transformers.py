@@ -33,7 +33,7 @@ class TransformersTeacher:
         self.identity = identities(recipe)[0]
         self.name = str(teacher.model)
         self.endpoints = (self,)
-        self.max_concurrency = _BATCHES_WAITING * teacher.batch_size
+        self.max_concurrency = in_flight(recipe)
         self._batch_size = teacher.batch_size
         self._context = teacher.context_tokens
         self._load(str(teacher.model), chat=teacher.endpoint == "chat")
@@ -202,6 +202,10 @@ def _settle(batch: list[tuple[Request, str, int, asyncio.Future[Reply]]], error:
     for *_, future in batch:
         if not future.done():
             future.set_exception(error)
+
+
+def in_flight(recipe: Recipe) -> int:
+    return _BATCHES_WAITING * recipe.teacher.batch_size
 
 
 def identities(recipe: Recipe) -> list[str]:
