@@ -25,7 +25,7 @@ from dsbs.records import Annotation, Prediction
 from dsbs.results import Bin, Comparison, Latency, Measure, Needed, PayOff, Results, SystemResult
 
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SECTIONS = sections()
 NO_KEYS = {
@@ -78,7 +78,7 @@ def test_every_page_is_in_the_navigation() -> None:
             for inner in node.values() if isinstance(node, dict) else node:
                 yield from pages(inner)
 
-    assert sorted(pages(nav)) == [page.name for page in PAGES]
+    assert sorted(pages(nav)) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -222,7 +222,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, _Page]:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    return {path: _Page(path.read_text(encoding="utf-8")) for path in folder.glob("*.html") if path.name != "404.html"}
+    return {path: _Page(path.read_text(encoding="utf-8")) for path in folder.rglob("*.html") if path.name != "404.html"}
 
 
 def test_links_between_pages_lead_to_a_page_and_a_heading(site: dict[Path, _Page]) -> None:
@@ -235,8 +235,8 @@ def test_links_between_pages_lead_to_a_page_and_a_heading(site: dict[Path, _Page
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path and parts.path != "." else path
             anchor = unquote(parts.fragment)
-            if target.name == path.parent.name:
-                target = path.parent / "index.html"
+            if target.is_dir():
+                target = target / "index.html"
             if target not in site or (anchor and anchor not in site[target].ids):
                 broken.append(f"{path.name}: {link}")
     assert not broken, "\n".join(broken)
