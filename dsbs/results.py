@@ -59,7 +59,9 @@ METRICS: dict[str, Metric] = {
         "The simulator's accuracy", None, "share of the system's labels that the simulator has from input and rationale"
     ),
     "simulator_majority": Metric(
-        "The most frequent label's share", None, "what a simulator that learned nothing would have right"
+        "The most frequent label's share",
+        None,
+        "what a simulator that learned nothing would have right; where the simulator is no better, its LAS says nothing",
     ),
 }
 
