@@ -56,7 +56,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
         raise UserError(
             f"{count} in the recipe\n" + "\n".join(f"  {problem}" for problem in problems),
-            hint="mend the recipe; every key stands in recipes/demo.yaml or in the README",
+            hint="mend the recipe; `dsbs show recipes/demo.yaml` prints every key",
         )
     return recipe
 

@@ -65,7 +65,7 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
         for system in systems:
             members = _members(system)
             for member, scored in zip(members, system.files, strict=True):
-                mark_anew(run, member, scored.labels, scored.rows, task)
+                mark_anew(run, member, scored, task)
             if recipe.eval.simulator and not score_only and system.kind != "teacher":
                 for member, scored in zip(members, system.files, strict=True):
                     simulate(recipe, task, member, scored, run, meter)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from dsbs.annotations import annotation_file, load_annotations, read_manifest, run_folder
 from dsbs.artefacts import canonical, digest, read_jsonl, write_jsonl
 from dsbs.errors import UserError
+from dsbs.eval.score import Scored
 from dsbs.progress import Meter
 from dsbs.recipe import Recipe
 from dsbs.records import Annotation, Example, Prediction, Sample, TrainedStudent
@@ -202,21 +203,19 @@ def _truncated(annotation: Annotation) -> bool | None:
     return annotation.own_label is None and own[0].reason in ("truncated", "spent-on-reasoning") if own else None
 
 
-def mark_anew(run: Path, system: str, labels: Sequence[str | None], rows: Sequence[Example], task: Task) -> None:
+def mark_anew(run: Path, system: str, scored: Scored, task: Task) -> None:
     """Bring a prediction file's ``gold``, ``prediction`` and ``correct`` up to today's data and reader, where they differ.
 
     What the model wrote stays as it is.
     """
-    path = prediction_file(run, system)
-    found = read_predictions(path)
-    changed = False
-    for row, label in zip(rows, labels, strict=True):
+    changed = {}
+    for row, label, there in zip(scored.rows, scored.labels, scored.predictions, strict=True):
         marks = {"gold": row.label, "prediction": label, "correct": is_correct(task, label, row)}
-        there = found[row.id]
         if marks != {"gold": there.gold, "prediction": there.prediction, "correct": there.correct}:
-            found[row.id] = there.model_copy(update=marks)
-            changed = True
+            changed[row.id] = there.model_copy(update=marks)
     if changed:
+        path = prediction_file(run, system)
+        found = read_predictions(path) | changed  # rows without a gold label stay
         write_jsonl(path, (one.model_dump_json(by_alias=True) for one in found.values()))
 
 

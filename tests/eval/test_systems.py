@@ -12,7 +12,7 @@ from conftest import ROOT, run_dsbs, toy_rows, write_csv, write_jsonl
 
 from dsbs import UserError, evaluate, load_recipe
 from dsbs.eval.compare import _headline
-from dsbs.eval.predict import mark_anew
+from dsbs.eval.predict import mark_anew, read_predictions
 from dsbs.eval.score import Scored, score
 from dsbs.eval.systems import System, bill, clusters_of, compare, labels_needed, pairs, pay_offs
 from dsbs.recipe import EvalSection, Recipe
@@ -191,9 +191,9 @@ def test_corrected_gold_labels_reach_the_prediction_file(tmp_path: Path) -> None
     first = evaluate(load_recipe(path), out=tmp_path / "run", score_only=True)
     made = tmp_path / "run" / "eval" / "predictions" / "old.jsonl"
     rows = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
-    mark_anew(tmp_path / "run", "old", [row["prediction"] for row in rows], [
-        Example(row["id"], row["input"], label=row["prediction"]) for row in rows
-    ], make_task(load_recipe(path).task))  # fmt: skip
+    task, said = make_task(load_recipe(path).task), read_predictions(made)
+    corrected = [Example(row["id"], row["input"], label=row["prediction"]) for row in rows]
+    mark_anew(tmp_path / "run", "old", score(task, corrected, said, "old"), task)
     marked = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
     assert all(row["correct"] and row["gold"] == row["prediction"] for row in marked)
     assert [row["raw"] for row in marked] == [row["raw"] for row in rows] and first.system("old").accuracy == 0.0  # type: ignore[union-attr]
