@@ -10,12 +10,12 @@ from conftest import ROOT
 
 RANKS = {
     "errors": 0, "records": 0, "yaml_lines": 0, "intervals": 0, "progress": 0, "markdown": 0,
-    "artefacts": 1, "templates": 1, "results": 1, "results_table": 2, "recipe": 2, "gates": 2, "recipe_file": 3,
-    "tasks": 3,
+    "artefacts": 1, "templates": 1, "results": 1, "results_table": 2, "recipe": 2, "gates": 2, "compressed": 2,
+    "recipe_file": 3, "tasks": 3,
     "prompts": 4, "student": 4, "vocabulary": 4,
     "annotations": 5,
-    "annotate": 6, "train": 6, "eval": 6, "report": 6,
-    "lint": 7, "compare_teachers": 7,
+    "annotate": 6, "train": 6, "eval": 6, "report": 6, "export": 6, "serve": 6,
+    "lint": 7, "compare_teachers": 7, "compress": 7,
     "check": 8, "desk": 8, "": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 HEAVY = {
@@ -32,6 +32,14 @@ HEAVY = {
     "pyarrow",
     "rapidfuzz",
     "sklearn",
+    "ctranslate2",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "gguf",
+    "fastapi",
+    "uvicorn",
+    "peft",
 }
 
 
@@ -66,7 +74,7 @@ def test_a_file_imports_from_lower_ranks_or_its_own_room_only() -> None:
 
 
 def test_the_stages_never_import_each_other() -> None:
-    stages = {"annotate", "train", "eval", "report"}
+    stages = {"annotate", "train", "eval", "report", "export", "serve"}
     for path, room in rooms():
         if room in stages:
             met = {module.split(".")[1] for module, _ in imports(path) if module.startswith("dsbs.")}

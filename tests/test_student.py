@@ -24,7 +24,7 @@ def make_student(seed: int = 0, prefixes: dict[Target, str] | None = None) -> St
         name="s", method="finetune", labels="gold", seed=seed, task=task, prefixes=prefixes or {"label": ""},
         max_input_tokens=64, max_target_tokens=32,
     )  # fmt: skip
-    return Student(new_model(StudentSection(vocab_size=300), tokenizer, seed), tokenizer, card)
+    return Student.of(new_model(StudentSection(vocab_size=300), tokenizer, seed), tokenizer, card)
 
 
 def test_a_learned_vocabulary_knows_every_character_of_its_text_and_agrees_with_sentencepiece() -> None:
@@ -45,7 +45,7 @@ def test_a_saved_student_loads_with_the_same_weights_and_tokenizer_and_answers_t
     student = make_student()
     student.save(tmp_path)
     loaded = Student.load(tmp_path)
-    assert tokenizer_hash(loaded.tokenizer) == tokenizer_hash(student.tokenizer)
+    assert tokenizer_hash(loaded.engine.tokenizer) == tokenizer_hash(student.engine.tokenizer)
     before, after = student.predict(["a man walks", "dogs"]), loaded.predict(["a man walks", "dogs"])
     assert [a.raw for a in before] == [a.raw for a in after]
     assert loaded.card == student.card
@@ -54,8 +54,8 @@ def test_a_saved_student_loads_with_the_same_weights_and_tokenizer_and_answers_t
 def test_initial_weights_depend_on_the_seed_alone() -> None:
     a, b, c = make_student(0), make_student(0), make_student(1)
     name = "shared.weight"
-    assert (a.model.state_dict()[name] == b.model.state_dict()[name]).all()
-    assert not (a.model.state_dict()[name] == c.model.state_dict()[name]).all()
+    assert (a.engine.model.state_dict()[name] == b.engine.model.state_dict()[name]).all()
+    assert not (a.engine.model.state_dict()[name] == c.engine.model.state_dict()[name]).all()
 
 
 def test_batches_do_not_change_answers_or_their_order() -> None:
@@ -74,13 +74,13 @@ def taught() -> Student:
 
     student = make_student()
     torch.manual_seed(0)
-    inputs = student.tokenizer(TEXTS[:60], padding=True, return_tensors="pt")
-    targets = student.tokenizer([LABELS[i % 3] for i in range(60)], padding=True, return_tensors="pt")["input_ids"]
-    targets[targets == student.tokenizer.pad_token_id] = -100
-    optimizer = torch.optim.AdamW(student.model.parameters(), lr=3e-3)
-    student.model.train()
+    inputs = student.engine.tokenizer(TEXTS[:60], padding=True, return_tensors="pt")
+    targets = student.engine.tokenizer([LABELS[i % 3] for i in range(60)], padding=True, return_tensors="pt")["input_ids"]
+    targets[targets == student.engine.tokenizer.pad_token_id] = -100
+    optimizer = torch.optim.AdamW(student.engine.model.parameters(), lr=3e-3)
+    student.engine.model.train()
     for _ in range(12):
-        student.model(**inputs, labels=targets).loss.backward()
+        student.engine.model(**inputs, labels=targets).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return student
@@ -90,14 +90,14 @@ def forced(student: Student, text: str, max_new_tokens: int, start: int) -> tupl
     """Probability of a text's greedy tokens by one forward pass for each token, and whether the end token came."""
     import torch
 
-    source = student.tokenizer(text, return_tensors="pt", truncation=True, max_length=student.card.max_input_tokens)
+    source = student.engine.tokenizer(text, return_tensors="pt", truncation=True, max_length=student.card.max_input_tokens)
     ids, total = [start], 0.0
     with torch.inference_mode():
         for _ in range(max_new_tokens):
-            logits = student.model(**source, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
+            logits = student.engine.model(**source, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
             ids.append(int(logits.argmax()))
             total += float(torch.log_softmax(logits.double(), -1)[ids[-1]])
-            if ids[-1] == student.tokenizer.eos_token_id:
+            if ids[-1] == student.engine.tokenizer.eos_token_id:
                 return math.exp(total), True
     return math.exp(total), False
 
@@ -106,7 +106,7 @@ def forced(student: Student, text: str, max_new_tokens: int, start: int) -> tupl
 @pytest.mark.parametrize("start", ["pad", "eos"])
 def test_a_texts_probability_is_that_of_its_tokens_one_by_one_with_its_end(taught: Student, budget: int, start: Start) -> None:
     texts = [*TEXTS[60:66], "dogs", TEXTS[70] * 9]
-    first = {"pad": taught.tokenizer.pad_token_id, "eos": taught.tokenizer.eos_token_id}[start]
+    first = {"pad": taught.engine.tokenizer.pad_token_id, "eos": taught.engine.tokenizer.eos_token_id}[start]
     for batch_size in (1, 3, 8):
         written = taught.generate(texts, budget, batch_size, start, probabilities=True)
         for text, one in zip(texts, written, strict=True):

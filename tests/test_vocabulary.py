@@ -80,7 +80,7 @@ def pretrained(folder: Path, tokenizer: Any, recipe: Any) -> Path:
         name="s", method="finetune", labels="gold", seed=0, task=recipe.task, prefixes={"label": ""}, max_input_tokens=64,
         max_target_tokens=32,
     )  # fmt: skip
-    Student(new_model(StudentSection(vocab_size=200), tokenizer, 0), tokenizer, card).save(folder)
+    Student.of(new_model(StudentSection(vocab_size=200), tokenizer, 0), tokenizer, card).save(folder)
     return folder
 
 

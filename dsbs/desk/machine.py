@@ -26,6 +26,10 @@ EXTRAS = {
     "lora": ("peft", "train.lora"),
     "ray": ("ray", "annotate.engine: ray"),
     "tensorboard": ("tensorboard", "report.tensorboard"),
+    "ct2": ("ctranslate2", "dsbs export --format ct2, and int8 students"),
+    "onnx": ("onnxruntime", "dsbs export --format onnx"),
+    "gguf": ("gguf", "students from GGUF files, dsbs export --format gguf"),
+    "serve": ("fastapi", "dsbs serve"),
     "energy": ("pynvml", "the energy that NVIDIA GPUs take, in train.json"),
 }
 _CGROUP = Path("/sys/fs/cgroup")

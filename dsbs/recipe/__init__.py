@@ -16,6 +16,7 @@ from dsbs.recipe.sections import LabelSource, Section, unknown
 from dsbs.recipe.student import StudentSection
 from dsbs.recipe.task import TASK_NAMES, DataSection, TaskSection
 from dsbs.recipe.teacher import AnnotateSection, EndpointSection, PriceSection, TeacherSection
+from dsbs.recipe.terms import LocalTeacherSection, TermSection
 from dsbs.recipe.train import METHOD_NAMES, LoraSection, SelectSection, TrainSection
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "EndpointSection",
     "EvalSection",
     "LabelSource",
+    "LocalTeacherSection",
     "LoraSection",
     "PriceSection",
     "Recipe",
@@ -35,6 +37,7 @@ __all__ = [
     "StudentSection",
     "TaskSection",
     "TeacherSection",
+    "TermSection",
     "TrainSection",
     "unknown",
 ]
@@ -104,6 +107,8 @@ class Recipe(Section):
         }
         # what tuning decides is not the recipe's own any more
         apart |= {"tune"} if self.train.tune is None else {name for name, values in self.train.tune if values is not None}
+        # what came later than the first students and is not used decides nothing: they stay what they are
+        apart |= {name for name in ("terms", "teachers", "ensemble") if not self.train.terms}
         if self.train.loss_mean == "micro":  # elsewhere the objective is the same however a step is cut
             apart.discard("micro_batch_size")
         return digest(

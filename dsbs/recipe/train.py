@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dsbs.recipe.sections import LabelSource, Section, as_tuple, unknown
+from dsbs.recipe.terms import LocalTeacherSection, TermSection
 from dsbs.records import Provenance
 
 # Names only, so that a recipe is checked without importing what they name; a test holds them to their registries.
@@ -77,7 +78,7 @@ class TrainSection(Section):
         "step-by-step",
         "finetune",
         "distill",
-    )  # what is trained side by side; the first is what the recipe is about, the others are its baselines
+    )  # trained side by side; the first is what the recipe is about; "+" adds terms by name: finetune+response
     labels: Annotated[tuple[LabelSource, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ("gold",)  # of step-by-step
     subset: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         1.0,  # shares of the train rows, each a part of the larger ones and the same for every method
@@ -94,6 +95,9 @@ class TrainSection(Section):
     )
     init: str | None = None  # a folder of weights and tokenizer to start from, in place of student's own start
     lora: LoraSection | None = None  # None: all weights learn; {}: LoRA as it is by default
+    terms: tuple[TermSection, ...] = ()  # further terms of the loss, for the methods that name them
+    teachers: tuple[LocalTeacherSection, ...] = ()  # local models that terms compare with; several are averaged
+    ensemble: Literal["logprobs", "probabilities"] = "logprobs"  # what is averaged over several teachers
     optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: less memory
     learning_rate: float = Field(5.0e-5, gt=0)  # its peak; a scratch student's default is 1e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear and cosine decay to 0 at max_steps

@@ -167,7 +167,7 @@ class CellTraining:
             model.activation_checkpointing_enable()
         if section.lora:
             model = adapt(model, section.lora)
-        student = Student(model, self.tokenizer, self._card())
+        student = Student.of(model, self.tokenizer, self._card())
         bf16 = section.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(self.checkpoints),
@@ -293,14 +293,14 @@ class CellTraining:
 
         size = self.recipe.eval.batch_size
         total, tokens = 0.0, 0
-        name, start = self.views[0].target, start_token(student.model.config, self.views[0].start)
+        name, start = self.views[0].target, start_token(student.engine.model.config, self.views[0].start)
         rows = sorted(self.valid, key=lambda row: len(row[name][0][0]))
         with torch.inference_mode():
             for first in range(0, len(rows), size):
                 flat = collate(rows[first : first + size])[name]
                 padded = pad(flat, self.tokenizer.pad_token_id, start)
-                batch = {k: v.to(student.model.device) for k, v in padded.items()}
-                total += float(summed_nll(student.model(**batch).logits, batch["labels"]))
+                batch = {k: v.to(student.engine.model.device) for k, v in padded.items()}
+                total += float(summed_nll(student.engine.model(**batch).logits, batch["labels"]))
                 tokens += len(flat["target"])
         return total / tokens
 
@@ -325,9 +325,9 @@ class CellTraining:
             )
         best, steps = int(state.best_global_step), int(state.global_step)
         looks = {row["step"]: row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row}
-        learned = trainable(student.model)
+        learned = trainable(student.engine.model)
         seen = max((row["examples"] for row in state.log_history if "examples" in row), default=0)
-        student = Student(self._trained(self.checkpoints / f"checkpoint-{best}"), self.tokenizer, student.card)
+        student = Student.of(self._trained(self.checkpoints / f"checkpoint-{best}"), self.tokenizer, student.card)
         student.save(self.folder)
         record = TrainedStudent(
             name=self.cell.name,
@@ -341,7 +341,7 @@ class CellTraining:
             steps=steps,
             examples_per_s=round(seen / max(follow.elapsed_s, 1e-9), 2),
             wall_s=round(follow.elapsed_s, 2),
-            parameters=student.parameters,
+            parameters=int(student.engine.parameters or 0),
             trainable_parameters=learned,
             fingerprint=self.fingerprint,
             settings=self.settings,

@@ -30,7 +30,7 @@ def make_student(recipe: Recipe, run: Path, method: str = "finetune", *, fingerp
         max_input_tokens=recipe.student.max_input_tokens, max_target_tokens=recipe.student.max_target_tokens,
     )  # fmt: skip
     folder = run / "train" / name
-    Student(new_model(recipe.student, tokenizer, 0), tokenizer, card).save(folder)
+    Student.of(new_model(recipe.student, tokenizer, 0), tokenizer, card).save(folder)
     trained = TrainedStudent(
         name=name, method=method, labels="gold", seed=0, path=str(folder), valid_accuracy=0.5, best_step=1, steps=1,
         examples_per_s=1.0, wall_s=1.0, parameters=1, fingerprint=fingerprint,

@@ -190,7 +190,7 @@ def test_the_code_of_a_card_does_what_the_student_does(folder: Path, monkeypatch
         [f"predict: explain: <premise> <hypothesis> number {n} runs over fields" for n in range(60)], 100
     )
     card = StudentCard(**told | {"task": TaskSection.model_validate(told["task"])})
-    student = Student(new_model(section, tokenizer, 0), tokenizer, card)
+    student = Student.of(new_model(section, tokenizer, 0), tokenizer, card)
     student.save(where)
     monkeypatch.chdir(folder / "train")
     python, _, plain = re.findall(r"```(?:python|sh)\n(.*?)\n```", text_of(gather(folder)), re.DOTALL)

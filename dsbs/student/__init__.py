@@ -1,0 +1,37 @@
+"""The student: sole owner of its model and its tokenizer. Nothing here imports torch before a model is needed."""
+
+from dsbs.student.card import CARD, Format, Kind, StudentCard, Template, read_card
+from dsbs.student.engine import Engine, Said, load_engine, make_engine
+from dsbs.student.student import Answer, Student, Written
+from dsbs.student.targets import Start, Target, compose, start_token, take_apart
+from dsbs.student.tokenizer import learn_vocabulary, load_tokenizer, new_tokenizer, tokenizer_hash
+from dsbs.student.weights import SIZES, load_model, new_model, start_hash
+
+__all__ = [
+    "CARD",
+    "SIZES",
+    "Answer",
+    "Engine",
+    "Format",
+    "Kind",
+    "Said",
+    "Start",
+    "Student",
+    "StudentCard",
+    "Target",
+    "Template",
+    "Written",
+    "compose",
+    "learn_vocabulary",
+    "load_engine",
+    "load_model",
+    "load_tokenizer",
+    "make_engine",
+    "new_model",
+    "new_tokenizer",
+    "read_card",
+    "start_hash",
+    "start_token",
+    "take_apart",
+    "tokenizer_hash",
+]

@@ -1,0 +1,63 @@
+"""What decodes: transformers' own model, or what an export made of it. A registry, so that a student loads what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from dsbs.student.card import StudentCard
+from dsbs.student.targets import Start
+
+
+class Said(NamedTuple):
+    """What a model wrote to one input."""
+
+    text: str
+    truncated: bool  # the token budget ended it, not its end token
+    probability: float | None  # of its tokens together, the end token included, in [0, 1]; None: not asked for
+
+
+class Engine(Protocol):
+    """A model that writes, and its tokenizer."""
+
+    model: Any  # transformers', or the runtime's own
+    tokenizer: Any
+
+    def write(self, texts: Sequence[str], most: int, start: Start = "pad", *, probabilities: bool = False) -> list[Said]:
+        """Greedy decoding of one batch of inputs, prefixes included: at most ``most`` tokens each, in the inputs' order."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Put model and tokenizer into a folder."""
+        ...
+
+    @property
+    def parameters(self) -> int | None:
+        """None where the format does not tell."""
+        ...
+
+
+# Of a card's kind and format. Each class has ``load(path, card)``, which raises UserError where a package is missing; those
+# of transformers are made of (model, tokenizer, card).
+ENGINES = {
+    ("seq2seq", "transformers"): "dsbs.student.seq2seq:Seq2Seq",
+}
+
+
+def load_engine(path: Path, card: StudentCard) -> Engine:
+    """The engine of a student folder."""
+    engine: Engine = _class(card).load(path, card)
+    return engine
+
+
+def make_engine(model: Any, tokenizer: Any, card: StudentCard) -> Engine:
+    """The engine of a transformers' model in memory."""
+    engine: Engine = _class(card)(model, tokenizer, card)
+    return engine
+
+
+def _class(card: StudentCard) -> Any:
+    module, _, name = ENGINES[card.kind, card.format].partition(":")
+    return getattr(import_module(module), name)

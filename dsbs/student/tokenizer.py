@@ -1,0 +1,92 @@
+"""A student's tokenizer: a model's own, or a SentencePiece vocabulary learned from the training text."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dsbs.artefacts import digest
+from dsbs.errors import DsbsError, UserError
+from dsbs.recipe import StudentSection
+from dsbs.student.weights import local, not_loaded, quiet
+
+_MAX_VOCABULARY_LINES = 200_000
+
+
+def load_tokenizer(source: str) -> Any:
+    """The T5 tokenizer of a Hub id or local folder. Needs no torch."""
+    from transformers import T5Tokenizer
+
+    quiet()
+    try:
+        tokenizer = T5Tokenizer.from_pretrained(local(source))
+    except Exception as error:  # hub, network and file errors share no root
+        raise not_loaded("tokenizer", source, error) from None
+    pieces = sum(not token.startswith("<") for token in tokenizer.get_vocab())
+    if pieces < 32:  # files that are missing or not understood silently yield the special tokens alone
+        raise DsbsError(
+            f"the tokenizer of student {source!r} has only {pieces} pieces of text",
+            hint="check the name and the network, or that the local folder has tokenizer.json or spiece.model",
+        )
+    return tokenizer
+
+
+def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | None = None) -> Any:
+    """The tokenizer that training starts from: the model's own, or a SentencePiece vocabulary learned from ``texts``."""
+    if init is not None and not Path(init).expanduser().is_dir():
+        raise UserError(f"train.init: there is no folder {init}", hint="give the folder of a student or of a T5's weights")
+    start = init or section.model
+    return load_tokenizer(start) if start is not None else learn_vocabulary(texts, section.vocab_size)
+
+
+def learn_vocabulary(texts: Iterable[str], size: int) -> Any:
+    """A T5 tokenizer over a unigram SentencePiece vocabulary (Kudo, 2018) of at most ``size`` pieces; deterministic."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import T5Tokenizer
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            vocab_size=size,
+            model_type="unigram",
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=1,
+            max_sentence_length=1 << 20,
+            input_sentence_size=_MAX_VOCABULARY_LINES,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"no vocabulary can be learned from the training text ({error})",
+            hint="a scratch student needs a few dozen rows of text; or name a pretrained student.model",
+        ) from None
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model.getvalue())
+    return T5Tokenizer(
+        vocab=[(piece.piece, piece.score) for piece in proto.pieces],
+        extra_ids=0,
+        _spm_precompiled_charsmap=proto.normalizer_spec.precompiled_charsmap,
+    )
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.replace("</s>", "\n").split("\n"):
+            if line.strip():
+                yield line
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    return digest(json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False))

@@ -1,0 +1,97 @@
+"""Where a student's weights come from: a Hub id, a local folder, or chance."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dsbs.errors import DsbsError, UserError
+from dsbs.recipe import StudentSection
+
+# Shapes of students made from scratch (T5 v1.0 layout, Raffel et al., 2020; embeddings are tied).
+SIZES: dict[str, dict[str, int]] = {
+    "nano": {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 384, "num_layers": 4, "num_decoder_layers": 3},
+    "mini": {"d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 1024, "num_layers": 6, "num_decoder_layers": 5},
+    "small": {"d_model": 512, "d_kv": 64, "num_heads": 6, "d_ff": 1024, "num_layers": 8, "num_decoder_layers": 8},
+}
+
+
+def load_model(source: str, dropout: float | None = None) -> Any:
+    """The sequence-to-sequence model of a Hub id or local folder, in float32 whatever it was saved in, in main memory.
+
+    ``dropout`` takes the place of the model's own rate.
+    """
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    quiet()
+    try:
+        changes = {} if dropout is None else {"dropout_rate": dropout}
+        model = AutoModelForSeq2SeqLM.from_pretrained(local(source), dtype=torch.float32, **changes)
+    except Exception as error:
+        raise not_loaded("model", source, error) from None
+    return model
+
+
+def local(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path) if path.is_dir() else source
+
+
+def not_loaded(what: str, source: str, error: Exception) -> DsbsError:
+    said = " ".join(str(error).split())[:240]
+    return DsbsError(
+        f"the {what} of student {source!r} cannot be loaded ({type(error).__name__}: {said})",
+        hint="check student.model and the network, give a local folder, or use student: {init: scratch}",
+    )
+
+
+@cache
+def start_hash(start: str | None) -> tuple[str, ...]:
+    """Of the weights in the local folder that training starts from; nothing for a Hub id, whose name stands in the recipe."""
+    folder = Path(start or "").expanduser()
+    if not start or not folder.is_dir():
+        return ()
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin") or path.name == "config.json"]
+    hashes = []
+    for path in files:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return tuple(hashes)
+
+
+def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | None = None) -> Any:
+    """The model that training starts from: ``init`` or pretrained weights, or random ones that depend on ``seed`` alone."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    start = init or section.model
+    if start is not None:
+        model = load_model(start, section.dropout)
+        if len(tokenizer) > model.config.vocab_size:
+            raise UserError(
+                f"{start} has {model.config.vocab_size} embeddings for a tokenizer of {len(tokenizer)} pieces",
+                hint="its weights and its tokenizer are of two models: save both of one into the folder",
+            )
+        return model
+    quiet()
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+        "dropout_rate": 0.1 if section.dropout is None else section.dropout,
+    }
+    config = T5Config(**shape | SIZES[section.size])
+    torch.manual_seed(seed)
+    return T5ForConditionalGeneration(config)
+
+
+def quiet() -> None:
+    """Transformers' own bars and notes do not belong between ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
