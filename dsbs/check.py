@@ -11,7 +11,7 @@ from dsbs.lint import lint
 from dsbs.prompts import PromptRenderer, load_prompt
 from dsbs.recipe import Recipe
 from dsbs.records import Example
-from dsbs.student import new_tokenizer
+from dsbs.student import Wording, check_student, new_tokenizer, new_wording
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import load, survey
@@ -43,21 +43,30 @@ def validate(recipe: Recipe) -> Validation:
         first_prompt = PromptRenderer(prompt, task).render(parts["train"][0]).text
         warnings += lint(recipe, prompt, task, parts)
     texts = [part for row in parts["train"] for part in (task.text(row.input), row.label, row.rationale) if part]
+    check_student(recipe)
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts])
+    wording = new_wording(recipe.student, tokenizer)
     labels = [row.label for rows in parts.values() for row in rows if row.label is not None]
     warnings[:0] = lost_in(recipe.student, tokenizer, [*labels, *(task.labels or ())], {})  # nothing outweighs these
-    splits = {split: _look(recipe, task, tokenizer, split, rows, warnings) for split, rows in parts.items()}
+    splits = {split: _look(recipe, task, tokenizer, wording, split, rows, warnings) for split, rows in parts.items()}
     warnings += _overlaps(parts)
     return Validation(splits, first_prompt, warnings)
 
 
 def _look(
-    recipe: Recipe, task: Task, tokenizer: Any, split: str, rows: Sequence[Example], warnings: list[str]
+    recipe: Recipe,
+    task: Task,
+    tokenizer: Any,
+    wording: Wording,
+    split: str,
+    rows: Sequence[Example],
+    warnings: list[str],
 ) -> dict[str, Any]:
     sample = rows[:_SAMPLE]
     limit, target_limit = recipe.student.max_input_tokens, recipe.student.max_target_tokens
-    inputs = _tokens(tokenizer, ["explain: " + task.text(row.input) for row in sample], limit)
-    targets = _tokens(tokenizer, [part for row in sample for part in (row.label, row.rationale) if part], target_limit)
+    read = wording.read(["explain: " + task.text(row.input) for row in sample])
+    written = wording.write([part for row in sample for part in (row.label, row.rationale) if part])
+    inputs, targets = _tokens(tokenizer, read, limit), _tokens(tokenizer, written, target_limit)
     with_gold = [row.label for row in rows if row.label is not None]
     found: dict[str, Any] = {"rows": len(rows), "with_gold": len(with_gold), "hash": survey(rows).hash}
     if task.labels is not None:
@@ -79,11 +88,10 @@ def _look(
     return found
 
 
-def _tokens(tokenizer: Any, texts: list[str], limit: int) -> dict[str, Any] | None:
+def _tokens(tokenizer: Any, rows: Sequence[list[int]], limit: int) -> dict[str, Any] | None:
     """Lengths in tokens, the share of texts over ``limit``, and the share of unknown tokens."""
-    if not texts:
+    if not rows:
         return None
-    rows = tokenizer(texts)["input_ids"]
     lengths = sorted(len(ids) for ids in rows)
     unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows)
     return {

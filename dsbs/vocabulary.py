@@ -62,7 +62,7 @@ def _lost_characters(tokenizer: Any, texts: Sequence[str]) -> tuple[Counter[str]
     ids = tokenizer(characters)["input_ids"]
     unknown = {c for c, tokens in zip(characters, ids, strict=True) if tokenizer.unk_token_id in tokens}
     decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    blank = {c for c, text in zip(characters, decoded, strict=True) if c not in unknown and not text.strip()}
+    blank = {c for c, text in zip(characters, decoded, strict=True) if c not in unknown and text != c and not text.strip()}
     counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     rows = [0, 0]
     if unknown | blank:

@@ -11,6 +11,7 @@ from conftest import ROOT
 RANKS = {
     "errors": 0, "records": 0, "yaml_lines": 0, "intervals": 0, "progress": 0, "markdown": 0,
     "artefacts": 1, "templates": 1, "results": 1, "results_table": 2, "recipe": 2, "gates": 2, "compressed": 2,
+    "gguf": 2,
     "recipe_file": 3, "tasks": 3,
     "prompts": 4, "student": 4, "vocabulary": 4,
     "annotations": 5,
@@ -83,6 +84,7 @@ def test_the_stages_never_import_each_other() -> None:
 
 def test_heavy_packages_are_imported_where_they_are_used() -> None:
     own = {
+        "dsbs/train/causal.py",
         "dsbs/train/trainer.py",
         "dsbs/train/unpadded.py",
         "dsbs/train/callbacks.py",

@@ -14,6 +14,7 @@ from dsbs.artefacts import find
 from dsbs.desk import machine
 from dsbs.desk.checks import Check, run
 from dsbs.errors import DsbsError
+from dsbs.gguf import gguf_file, is_gguf
 from dsbs.prompts import load_prompt
 from dsbs.recipe import EndpointSection, Recipe
 from dsbs.recipe_file import load_recipe
@@ -83,6 +84,7 @@ def _needed_extras(recipe: Recipe) -> Iterator[Check]:
     needed = {
         "local": recipe.teacher.kind == "llamacpp",
         "lora": recipe.train.lora is not None,
+        "gguf": recipe.student.model is not None and not recipe.train.init and is_gguf(recipe.student.model),
         "ray": recipe.annotate.engine == "ray",
         "tensorboard": recipe.report.tensorboard,
     }
@@ -98,8 +100,6 @@ def _teacher(recipe: Recipe) -> Iterator[Check]:
         for endpoint in teacher.served_by:
             yield from run(endpoint.base_url, partial(_endpoint, recipe, endpoint))
     elif teacher.kind == "llamacpp":
-        from dsbs.annotate.teachers.llamacpp import gguf_file
-
         yield Check("teacher", "ok", str(gguf_file(str(teacher.model), recipe.folder)))
     elif teacher.kind == "transformers":
         yield _model("teacher.model", str(teacher.model))
@@ -151,6 +151,8 @@ def _student(recipe: Recipe) -> Iterator[Check]:
 
 def _model(key: str, name: str) -> Check:
     """Whether a Hub model or a local one can be loaded without a network."""
+    if is_gguf(name):
+        return Check(key, "ok", str(gguf_file(name)))
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

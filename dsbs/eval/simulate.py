@@ -225,7 +225,7 @@ def _settings(recipe: Recipe, of: str, rows: Sequence[_Row]) -> str:
     return digest(
         of,
         canonical([[row.text, row.fold] for row in rows]),
-        canonical(recipe.student.model_dump(mode="json")),
+        canonical(recipe.student.settings),
         canonical([start, *start_hash(start), *constants]),
     )
 

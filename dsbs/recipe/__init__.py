@@ -113,7 +113,7 @@ class Recipe(Section):
             apart.discard("micro_batch_size")
         return digest(
             canonical(self.train.model_dump(mode="json", exclude=apart)),
-            canonical(self.student.model_dump(mode="json")),
+            canonical(self.student.settings),
             str(self.eval.max_label_tokens),  # of the looks at valid that choose the best step
         )
 

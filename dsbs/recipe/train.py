@@ -65,7 +65,10 @@ class LoraSection(Section):
     rank: int = Field(16, gt=0)  # columns of each adapter
     alpha: int = Field(32, gt=0)  # the adapters' part is scaled by alpha / rank
     dropout: float = Field(0.0, ge=0, lt=1)  # of what goes into the adapters
-    targets: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ("q", "v")  # matrices of each block
+    targets: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        "q",  # matrices of each block; q also means q_proj, as it is called in most decoder-only models
+        "v",
+    )
 
     @field_validator("targets")
     @classmethod
@@ -110,7 +113,7 @@ class TrainSection(Section):
     log_every: int = Field(10, gt=0)  # steps between lines of metrics.jsonl
     patience: int | None = Field(None, gt=0)  # looks at valid without a better one before a student stops; None: never
     shuffle: bool = True  # a new order of the rows in each epoch; false: the file's
-    padding: Literal["none", "batch"] = "none"  # none: only real tokens are computed (T5, mT5); batch: padded rows
+    padding: Literal["none", "batch"] = "none"  # none: real tokens alone (decoder-only: rows of like lengths); batch: padded
     valid_limit: int = Field(1000, gt=0)  # validation rows at most, the same for every method, chosen by id hash
     tune: TuneSection | None = None  # settings to choose among on valid, by the first seed; in place of the section's own
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where a GPU has it, else fp32; fp16 overflows T5

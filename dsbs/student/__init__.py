@@ -2,10 +2,12 @@
 
 from dsbs.student.card import CARD, Format, Kind, StudentCard, Template, read_card
 from dsbs.student.engine import Engine, Said, load_engine, make_engine
+from dsbs.student.kind import check_student, kind_of
 from dsbs.student.student import Answer, Student, Written
 from dsbs.student.targets import Start, Target, compose, start_token, take_apart
 from dsbs.student.tokenizer import learn_vocabulary, load_tokenizer, new_tokenizer, tokenizer_hash
 from dsbs.student.weights import SIZES, load_model, new_model, start_hash
+from dsbs.student.wording import Plain, Prompted, Wording, new_wording
 
 __all__ = [
     "CARD",
@@ -14,14 +16,19 @@ __all__ = [
     "Engine",
     "Format",
     "Kind",
+    "Plain",
+    "Prompted",
     "Said",
     "Start",
     "Student",
     "StudentCard",
     "Target",
     "Template",
+    "Wording",
     "Written",
+    "check_student",
     "compose",
+    "kind_of",
     "learn_vocabulary",
     "load_engine",
     "load_model",
@@ -29,6 +36,7 @@ __all__ = [
     "make_engine",
     "new_model",
     "new_tokenizer",
+    "new_wording",
     "read_card",
     "start_hash",
     "start_token",

@@ -43,6 +43,7 @@ class Engine(Protocol):
 # of transformers are made of (model, tokenizer, card).
 ENGINES = {
     ("seq2seq", "transformers"): "dsbs.student.seq2seq:Seq2Seq",
+    ("causal", "transformers"): "dsbs.student.causal:Causal",
 }
 
 

@@ -11,18 +11,30 @@ from typing import Any
 from dsbs.artefacts import digest
 from dsbs.errors import DsbsError, UserError
 from dsbs.recipe import StudentSection
-from dsbs.student.weights import local, not_loaded, quiet
+from dsbs.student.kind import kind_of
+from dsbs.student.weights import located, not_loaded, quiet
 
 _MAX_VOCABULARY_LINES = 200_000
 
 
 def load_tokenizer(source: str) -> Any:
-    """The T5 tokenizer of a Hub id or local folder. Needs no torch."""
-    from transformers import T5Tokenizer
+    """The tokenizer of a Hub id, a local folder or a GGUF file. A T5's needs no torch.
 
+    Where a decoder-only model's has no padding token, its end token stands in: padding is masked wherever it is.
+    """
     quiet()
+    kind, place = kind_of(source), located(source)
     try:
-        tokenizer = T5Tokenizer.from_pretrained(local(source))
+        if kind == "seq2seq":
+            from transformers import T5Tokenizer
+
+            tokenizer: Any = T5Tokenizer.from_pretrained(**place)
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
     except Exception as error:  # hub, network and file errors share no root
         raise not_loaded("tokenizer", source, error) from None
     pieces = sum(not token.startswith("<") for token in tokenizer.get_vocab())
@@ -37,7 +49,7 @@ def load_tokenizer(source: str) -> Any:
 def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | None = None) -> Any:
     """The tokenizer that training starts from: the model's own, or a SentencePiece vocabulary learned from ``texts``."""
     if init is not None and not Path(init).expanduser().is_dir():
-        raise UserError(f"train.init: there is no folder {init}", hint="give the folder of a student or of a T5's weights")
+        raise UserError(f"train.init: there is no folder {init}", hint="give the folder of a student or of a pretrained model")
     start = init or section.model
     return load_tokenizer(start) if start is not None else learn_vocabulary(texts, section.vocab_size)
 

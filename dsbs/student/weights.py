@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError, UserError
+from dsbs.gguf import fingerprint, gguf_file, is_gguf
 from dsbs.recipe import StudentSection
 
 # Shapes of students made from scratch (T5 v1.0 layout, Raffel et al., 2020; embeddings are tied).
@@ -19,20 +20,53 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def load_model(source: str, dropout: float | None = None) -> Any:
-    """The sequence-to-sequence model of a Hub id or local folder, in float32 whatever it was saved in, in main memory.
+    """The model of a Hub id, a local folder or a GGUF file, in float32 whatever it was saved in, in main memory.
 
-    ``dropout`` takes the place of the model's own rate.
+    ``dropout`` takes the place of the model's own rate, of a decoder-only one that of its attention.
     """
     import torch
-    from transformers import AutoModelForSeq2SeqLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     quiet()
+    place = located(source)
     try:
-        changes = {} if dropout is None else {"dropout_rate": dropout}
-        model = AutoModelForSeq2SeqLM.from_pretrained(local(source), dtype=torch.float32, **changes)
+        config = AutoConfig.from_pretrained(**place)
+        changes: dict[str, Any] = {}
+        if dropout is not None:
+            changes = {"dropout_rate" if config.is_encoder_decoder else "attention_dropout": dropout}
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(**place, dtype=torch.float32, **changes)
     except Exception as error:
         raise not_loaded("model", source, error) from None
-    return model
+    return _dense(model) if is_gguf(source) else model
+
+
+def _dense(model: Any) -> Any:
+    """A model of a GGUF file's unpacked weights that is like any other: transformers would not save what it unpacked."""
+    import copy
+
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    config.name_or_path = ""
+    with no_init_weights():
+        dense = type(model)(config)
+    dense.load_state_dict(model.state_dict())
+    return dense
+
+
+def located(source: str) -> dict[str, Any]:
+    """Where ``from_pretrained`` finds a Hub id, a local folder or a GGUF file."""
+    if not is_gguf(source):
+        return {"pretrained_model_name_or_path": local(source)}
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("a student from a GGUF file needs the package gguf", hint="pip install 'dsbs[gguf]'") from None
+    del gguf
+    file = gguf_file(source)
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
 
 def local(source: str) -> str:
@@ -50,7 +84,9 @@ def not_loaded(what: str, source: str, error: Exception) -> DsbsError:
 
 @cache
 def start_hash(start: str | None) -> tuple[str, ...]:
-    """Of the weights in the local folder that training starts from; nothing for a Hub id, whose name stands in the recipe."""
+    """Of the weights on disk that training starts from; nothing for a Hub id, whose name stands in the recipe."""
+    if start and is_gguf(start):
+        return (fingerprint(gguf_file(start)),)
     folder = Path(start or "").expanduser()
     if not start or not folder.is_dir():
         return ()

@@ -49,6 +49,7 @@ class CellTraining:
         self.settings = recipe.training  # as the run's recipe has it; what tuning chose comes on top
         recipe = recipe.model_copy(update={"train": job.section})
         self.recipe, self.job, self.cell, self.data, self.tokenizer = recipe, job, cell, data, tokenizer
+        self.wording = tokens.wording
         self.views: tuple[View, ...] = METHODS[cell.method].views(recipe.train)
         student = recipe.student
         encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens)
@@ -259,6 +260,8 @@ class CellTraining:
             starts={view.target: view.start for view in self.views},
             max_input_tokens=self.recipe.student.max_input_tokens,
             max_target_tokens=self.recipe.student.max_target_tokens,
+            kind=self.wording.kind,
+            template=self.wording.template,
         )
 
     def _validate(self, student: Student) -> dict[str, float]:
@@ -289,19 +292,24 @@ class CellTraining:
     def _valid_loss(self, student: Student) -> float:
         import torch
 
+        from dsbs.train import causal
         from dsbs.train.losses import summed_nll
 
-        size = self.recipe.eval.batch_size
+        size, model = self.recipe.eval.batch_size, student.engine.model
         total, tokens = 0.0, 0
-        name, start = self.views[0].target, start_token(student.engine.model.config, self.views[0].start)
+        name, start = self.views[0].target, self.views[0].start
         rows = sorted(self.valid, key=lambda row: len(row[name][0][0]))
         with torch.inference_mode():
             for first in range(0, len(rows), size):
                 flat = collate(rows[first : first + size])[name]
-                padded = pad(flat, self.tokenizer.pad_token_id, start)
-                batch = {k: v.to(student.engine.model.device) for k, v in padded.items()}
-                total += float(summed_nll(student.engine.model(**batch).logits, batch["labels"]))
                 tokens += len(flat["target"])
+                if causal.is_causal(model):
+                    there = {k: v.to(model.device) for k, v in flat.items()}
+                    total += float(causal.summed(model, {name: there}, without_padding=False)[name])
+                    continue
+                padded = pad(flat, self.tokenizer.pad_token_id, start_token(model.config, start))
+                batch = {k: v.to(model.device) for k, v in padded.items()}
+                total += float(summed_nll(model(**batch).logits, batch["labels"]))
         return total / tokens
 
     def _finish(self, student: Student, state: Any, follow: Any) -> TrainedStudent:

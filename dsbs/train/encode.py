@@ -77,7 +77,7 @@ class Encoder:
             counts = np.zeros(len(rows), np.int64)
             counts[chosen] = [len(targets[i]) for i in chosen]
             inputs = self._tokens.places(view.prefix, [rows[i].text for i in chosen], self._max_input)
-            outputs = self._tokens.places("", [text for i in chosen for text in targets[i]], self._max_target)
+            outputs = self._tokens.places("", [text for i in chosen for text in targets[i]], self._max_target, target=True)
             pairs = np.stack([np.repeat(inputs, counts[chosen]), outputs], axis=1)
             taught[view.target] = Taught(pairs, np.concatenate([[0], np.cumsum(counts)]))
         return EncodedRows(self._tokens, taught)

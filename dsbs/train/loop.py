@@ -14,9 +14,7 @@ from dsbs.errors import UserError
 from dsbs.progress import Meter, Silent
 from dsbs.recipe import Recipe
 from dsbs.records import TrainedStudent
-from dsbs.student import (
-    new_tokenizer,
-)
+from dsbs.student import check_student, new_tokenizer, new_wording
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import stream, survey
@@ -59,6 +57,7 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
     data = gather(recipe, task, run, cells)
     _check_precision(recipe)
     _check_processes(recipe)
+    check_student(recipe)
     hashes: dict[str, str] = {split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")}
     with ExitStack() as stack:
         record: dict[str, Any] = {}
@@ -67,7 +66,8 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
             resolved = recipe.model_dump(mode="json")
             record = stack.enter_context(manifest(run / "train" / "manifest.json", resolved, hashes))
         tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
-        tokens = Tokens(tokenizer, run / "train" / "tokens", meter)
+        wording = new_wording(recipe.student, tokenizer, recipe.train.init)
+        tokens = Tokens(tokenizer, run / "train" / "tokens", meter, wording)
         if leads():
             for warning in _warnings(recipe, task, data, tokenizer, tokens):
                 meter.say(f"warning: {warning}")

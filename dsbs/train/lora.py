@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021, arXiv:2106.09685) through peft: adapters learn, the student that comes of them is a plain T5."""
+"""LoRA (Hu et al., 2021, arXiv:2106.09685) through peft: adapters learn, the student that comes of them is a plain model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def adapt(model: Any, section: LoraSection) -> Any:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError:
         raise UserError("train.lora needs the package peft", hint="pip install 'dsbs[lora]'") from None
-    _check_targets(model, section.targets)
+    targets = _targets(model, section.targets)
     model.name_or_path = ""  # by its name peft would look the model up on the hub at every checkpoint
     config = LoraConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM,
+        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=list(section.targets),
+        target_modules=targets,
     )
     return get_peft_model(model, config)
 
@@ -42,18 +42,26 @@ def trainable(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
-    """peft says nothing of a name that fits no module as long as another does; lm_head shares its weights in T5."""
-    import torch
+def _targets(model: Any, targets: tuple[str, ...]) -> list[str]:
+    """The matrices' own names. Where a model has no q but a q_proj, as most decoders alone have, q means that.
 
+    peft says nothing of a name that fits no module as long as another does; lm_head often shares its weights.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's matrices
+
+    stacks = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model.get_decoder(),)
     found = {
         name.rpartition(".")[2]
-        for stack in (model.get_encoder(), model.get_decoder())
+        for stack in stacks
         for name, module in stack.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear | Conv1D)
     }
+    own = []
     for target in targets:
-        if target not in found:
-            raise UserError(
-                f"train.lora.targets: {unknown('matrix', target, sorted(found))}", hint="q and v are the usual ones in a T5"
-            )
+        name = f"{target}_proj" if target not in found and f"{target}_proj" in found else target
+        if name not in found:
+            usual = "q and v are the usual ones, in a T5 and where they are called q_proj and v_proj"
+            raise UserError(f"train.lora.targets: {unknown('matrix', target, sorted(found))}", hint=usual)
+        own.append(name)
+    return own

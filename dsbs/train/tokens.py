@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dsbs.artefacts import digest, versions
 from dsbs.progress import Meter, Silent, running
+from dsbs.student import Plain, Wording
 from dsbs.train.processes import leads
 
 Ids = Sequence[int] | NDArray[np.int32]
@@ -33,11 +34,14 @@ class Tokens:
     ids; one that is cut or damaged is made anew, and one that cannot be written is done without.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path | None = None, meter: Meter | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, folder: Path | None = None, meter: Meter | None = None, wording: Wording | None = None
+    ) -> None:
         self._tokenizer, self._folder, self._meter = tokenizer, folder, meter or Silent()
+        self.wording: Wording = wording or Plain(tokenizer)
         self._ids: NDArray[np.int32] = np.zeros(0, np.int32)
         self._ends: NDArray[np.int64] = np.zeros(1, np.int64)  # text i has the ids from ends[i] to ends[i + 1]
-        self._known: dict[tuple[str, int], dict[str, int]] = {}  # prefix and limit -> text -> place
+        self._known: dict[tuple[str, int, bool], dict[str, int]] = {}  # prefix, limit, target or not -> text -> place
         self._identity: str | None = None
         self._used: set[str] = set()
 
@@ -48,12 +52,12 @@ class Tokens:
         """The number of ids of each text, its end token included."""
         return self._ends[places + 1] - self._ends[places]
 
-    def places(self, prefix: str, texts: Sequence[str], limit: int) -> NDArray[np.int32]:
-        """Where the ids of ``prefix + text`` are, cut at ``limit`` ids."""
-        known = self._known.setdefault((prefix, limit), {})
+    def places(self, prefix: str, texts: Sequence[str], limit: int, *, target: bool = False) -> NDArray[np.int32]:
+        """Where the ids of ``prefix + text`` are, cut at ``limit`` ids; ``target``: what is written rather than read."""
+        known = self._known.setdefault((prefix, limit, target), {})
         new = [text for text in dict.fromkeys(texts) if text not in known]
         if new:
-            lengths, ids = self._kept(prefix, new, limit)
+            lengths, ids = self._kept(prefix, new, limit, target)
             known.update(zip(new, range(len(self._ends) - 1, len(self._ends) - 1 + len(new)), strict=True))
             self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(lengths)])
             self._ids = np.concatenate([self._ids, ids])
@@ -65,26 +69,29 @@ class Tokens:
             if path.stem not in self._used:
                 path.unlink(missing_ok=True)
 
-    def _kept(self, prefix: str, texts: list[str], limit: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def _kept(self, prefix: str, texts: list[str], limit: int, target: bool) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The lengths and ids of texts, from the file of an earlier run where there is one."""
         if self._folder is None or len(texts) < _WORTH_A_FILE:
-            return self._tokenised(prefix, texts, limit)
-        key = digest(self._tokenizers_identity(), str(limit), prefix, *texts)[:32]
+            return self._tokenised(prefix, texts, limit, target)
+        key = digest(self._tokenizers_identity(), *self.wording.identity(target=target), str(limit), prefix, *texts)[:32]
         path = self._folder / f"{key}.npz"
         self._used.add(key)
         found = _read(path, len(texts))
         if found is None:
-            found = self._tokenised(prefix, texts, limit)
+            found = self._tokenised(prefix, texts, limit, target)
             if leads():
                 _write(path, *found)
         return found
 
-    def _tokenised(self, prefix: str, texts: list[str], limit: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def _tokenised(
+        self, prefix: str, texts: list[str], limit: int, target: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         lengths, parts = [], []
+        worded = self.wording.write if target else self.wording.read
         with running(self._meter, "tokenise", len(texts)):
             for start in range(0, len(texts), _AT_ONCE):
                 some = [prefix + text for text in texts[start : start + _AT_ONCE]]
-                rows = self._tokenizer(some, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
+                rows = worded(some, limit)
                 lengths += [len(row) for row in rows]
                 parts.append(np.fromiter((token for row in rows for token in row), np.int32))
                 self._meter.update(start + len(some))

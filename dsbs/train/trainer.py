@@ -18,6 +18,7 @@ from transformers import Seq2SeqTrainer
 from dsbs.errors import DsbsError
 from dsbs.recipe import TrainSection
 from dsbs.student import start_token
+from dsbs.train import causal
 from dsbs.train.encode import Evened, Flat, pad
 from dsbs.train.losses import IGNORED, summed_nll, view_weights, weighted_loss
 from dsbs.train.methods import View
@@ -39,7 +40,7 @@ class StepTrainer(Seq2SeqTrainer):
         self._logged: dict[str, list[float]] = {}
         self._last_logged_step: int | None = None
         self._seen = {"tokens": 0, "examples": 0}  # in all steps and processes, an interrupted run's included
-        unpadded = section.padding == "none" and is_supported(self.model)
+        unpadded = section.padding == "none" and (is_supported(self.model) or causal.is_causal(self.model))
         if self.is_fsdp_enabled:
             # all views in one call: processes whose rows teach different views would wait for one another's calls for ever
             unpadded = True
@@ -163,12 +164,15 @@ def speak(model: Any, views: Sequence[View], *, without_padding: bool) -> None:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain = model.forward
-    starts: dict[str, int] = {view.target: start_token(model.config, view.start) for view in views}
+    alone = causal.is_causal(model)
+    starts: dict[str, int] = {} if alone else {view.target: start_token(model.config, view.start) for view in views}
     prefixes: dict[str, str] = {view.target: view.prefix for view in views}
 
     def forward(*args: Any, batch: dict[str, Flat] | None = None, **kwargs: Any) -> Any:
         if batch is None:
             return plain(*args, **kwargs)
+        if alone:
+            return causal.summed(model, batch, without_padding=without_padding)
         if without_padding:
             return _all_at_once(inner, batch, starts, prefixes)
         found = {}

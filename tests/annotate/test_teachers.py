@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsbs import UserError, annotate, load_recipe
-from dsbs.annotate.teachers.llamacpp import fingerprint, gguf_file
+from dsbs.gguf import fingerprint, gguf_file
 
 
 def test_a_gguf_file_is_found_or_its_absence_explained(tmp_path: Path) -> None:
