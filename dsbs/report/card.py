@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dsbs.artefacts import atomic
 from dsbs.errors import UserError
+from dsbs.gguf import is_gguf
 from dsbs.markdown import escape, table
 from dsbs.records import TrainedStudent
 from dsbs.report.card_recipe import Sections, hub_model, hub_source, input_text, placeholder, sections, source_of
@@ -121,9 +122,10 @@ def _metadata(run: Run, recipe: Sections, system: SystemResult, student: Trained
         of = f", mean over {len(system.seeds)} seeds" if len(system.seeds) > 1 else ""
         values.append(("f1", f"macro-F1{of}", system.metrics["macro_f1"].value))
     repository, config, split = evaluated_on or (None, None, run.results.split)
+    pipeline = "text-generation" if _is_causal(run, student) else "text2text-generation"
     results = [
         EvalResult(
-            task_type="text2text-generation",
+            task_type=pipeline,
             task_name=run.results.task,
             dataset_type=repository or run.results.task,
             dataset_name=repository or f"{run.results.name} ({run.results.task})",
@@ -138,7 +140,7 @@ def _metadata(run: Run, recipe: Sections, system: SystemResult, student: Trained
     data = ModelCardData(
         license="unknown",
         library_name="transformers",
-        pipeline_tag="text2text-generation",
+        pipeline_tag=pipeline,
         base_model=hub_model(recipe),
         datasets=[trained_on[0]] if trained_on else None,
         tags=["dsbs", "distillation", student.method, "arxiv:2305.02301"],
@@ -172,11 +174,12 @@ def _body(
     times = [[f"{one.batch_size:,}", milliseconds(one.p50_ms), milliseconds(one.p95_ms), one.device] for one in system.latency]
     described = f": {recipe.task.description}" if recipe.task.description else "."
     version = record.get("versions", {}).get("dsbs")
+    kind = "A decoder-only language model" if _is_causal(run, student) else "A T5"
     about = _ABOUT.get(student.method, f"It was trained by the method {student.method}.")
     return environment.get_template("card.md").render(
         student=student,
         stamp=None if reportable else "task.limit was set",
-        summary=f"A T5 of {student.parameters:,} parameters for the task {recipe.task.name}{described}",
+        summary=f"{kind} of {student.parameters:,} parameters for the task {recipe.task.name}{described}",
         about=f"{about} Made with dsbs{f' {version}' if version else ''}.",
         answers=_answers(recipe),
         input=input_text(recipe),
@@ -254,6 +257,8 @@ def _training(recipe: Sections, student: TrainedStudent, record: Mapping[str, An
     start = train.init or recipe.student.model
     if start is None:
         began = f"random weights ({recipe.student.size}), vocabulary learned from the training text"
+    elif is_gguf(start):
+        began = f"a GGUF file, {Path(start).name}"
     else:
         began = hub_model(recipe) or f"a local folder, {Path(start).name}"
     source = hub_source(recipe.task.data.train)
@@ -340,15 +345,26 @@ def _use(run: Run, recipe: Sections, student: TrainedStudent) -> dict[str, str |
     }
 
 
-def _in_transformers(run: Run, recipe: Sections, student: TrainedStudent) -> str | None:
-    """Only what writes its label first, by a prefix, is read by one plain call."""
+def _own(run: Run, student: TrainedStudent) -> StudentCard | None:
+    """What the student's folder says of it; None where it is gone."""
     try:
-        own = StudentCard.model_validate_json((run.path / "train" / student.name / CARD).read_text(encoding="utf-8"))
+        return StudentCard.model_validate_json((run.path / "train" / student.name / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    text = input_text(recipe)
-    if "label" not in own.prefixes or own.starts.get("label", "pad") != "pad" or text is None:
+
+
+def _is_causal(run: Run, student: TrainedStudent) -> bool:
+    own = _own(run, student)
+    return own is not None and own.kind == "causal"
+
+
+def _in_transformers(run: Run, recipe: Sections, student: TrainedStudent) -> str | None:
+    """Only what writes its label first, by a prefix, is read by one plain call."""
+    own, text = _own(run, student), input_text(recipe)
+    if own is None or "label" not in own.prefixes or own.starts.get("label", "pad") != "pad" or text is None:
         return None
+    if own.kind == "causal":
+        return "\n".join(_in_transformers_causal(recipe, student, own, text))
     return "\n".join(
         [
             "from transformers import AutoModelForSeq2SeqLM, T5Tokenizer",
@@ -361,3 +377,26 @@ def _in_transformers(run: Run, recipe: Sections, student: TrainedStudent) -> str
             "print(tokenizer.decode(ids[0], skip_special_tokens=True))",
         ]
     )
+
+
+def _in_transformers_causal(recipe: Sections, student: TrainedStudent, own: StudentCard, text: str) -> list[str]:
+    """The lines of a call of a decoder-only student. What they leave out is the cut after ``max_input_tokens``."""
+    folder, content = json.dumps(student.name), json.dumps(own.prefixes["label"] + text, ensure_ascii=False)
+    if own.template == "chat":
+        prompt = [
+            f'turn = {{"role": "user", "content": {content}}}',
+            "inputs = tokenizer.apply_chat_template(",
+            '    [turn], add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    else:
+        prompt = [f'inputs = tokenizer({content} + "\\n", return_tensors="pt")']
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})  # this folder",
+        f"model = AutoModelForCausalLM.from_pretrained({folder})",
+        *prompt,
+        f"ids = model.generate(**inputs, max_new_tokens={recipe.max_label_tokens}, num_beams=1, do_sample=False)",
+        'print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]

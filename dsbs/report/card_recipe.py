@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dsbs.errors import UserError
+from dsbs.gguf import is_gguf
 from dsbs.recipe import StudentSection, TaskSection, TrainSection
 from dsbs.report.gather import Run
 from dsbs.tasks import make_task
@@ -60,9 +61,9 @@ def hub_source(source: str) -> tuple[str, str | None, str] | None:
 
 
 def hub_model(recipe: Sections) -> str | None:
-    """The Hub id of the model that training started from; None: a local folder, or random weights."""
+    """The Hub id of the model that training started from; None: a local folder, a GGUF file, or random weights."""
     start = recipe.train.init or recipe.student.model
-    return start if start is not None and _is_hub_id(start) else None
+    return start if start is not None and not is_gguf(start) and _is_hub_id(start) else None
 
 
 def _is_hub_id(name: str) -> bool:

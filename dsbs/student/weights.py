@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import io
+from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,20 +34,27 @@ def load_model(source: str, dropout: float | None = None) -> Any:
     place = located(source)
     try:
         config = AutoConfig.from_pretrained(**place)
-        changes: dict[str, Any] = {}
-        if dropout is not None:
-            changes = {"dropout_rate" if config.is_encoder_decoder else "attention_dropout": dropout}
+        changes = {} if dropout is None else {_dropout_key(config, source): dropout}
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(**place, dtype=torch.float32, **changes)
+        # a GGUF file's bar heeds no setting of transformers
+        with redirect_stderr(io.StringIO()) if is_gguf(source) else nullcontext():
+            model = kind.from_pretrained(**place, dtype=torch.float32, **changes)
+    except UserError:
+        raise
     except Exception as error:
         raise not_loaded("model", source, error) from None
     return _dense(model) if is_gguf(source) else model
 
 
+def _dropout_key(config: Any, source: str) -> str:
+    key = "dropout_rate" if config.is_encoder_decoder else "attention_dropout"
+    if not hasattr(config, key):
+        raise UserError(f"student.dropout: {source} has no one rate of that kind", hint="leave student.dropout out")
+    return key
+
+
 def _dense(model: Any) -> Any:
     """A model of a GGUF file's unpacked weights that is like any other: transformers would not save what it unpacked."""
-    import copy
-
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(model.config)
