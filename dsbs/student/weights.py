@@ -33,24 +33,20 @@ def load_model(source: str, dropout: float | None = None) -> Any:
     quiet()
     place = located(source)
     try:
-        config = AutoConfig.from_pretrained(**place)
-        changes = {} if dropout is None else {_dropout_key(config, source): dropout}
-        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        # a GGUF file takes seconds to be read, and is a decoder's
+        is_seq2seq = not is_gguf(source) and AutoConfig.from_pretrained(**place).is_encoder_decoder
+        kind: Any = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+        changes = {} if dropout is None else {"dropout_rate" if is_seq2seq else "attention_dropout": dropout}
         # a GGUF file's bar heeds no setting of transformers
         with redirect_stderr(io.StringIO()) if is_gguf(source) else nullcontext():
             model = kind.from_pretrained(**place, dtype=torch.float32, **changes)
-    except UserError:
-        raise
     except Exception as error:
+        if "attention_dropout" in str(error):
+            raise UserError(
+                f"student.dropout: {source} has no one rate of that kind", hint="leave student.dropout out"
+            ) from None
         raise not_loaded("model", source, error) from None
     return _dense(model) if is_gguf(source) else model
-
-
-def _dropout_key(config: Any, source: str) -> str:
-    key = "dropout_rate" if config.is_encoder_decoder else "attention_dropout"
-    if not hasattr(config, key):
-        raise UserError(f"student.dropout: {source} has no one rate of that kind", hint="leave student.dropout out")
-    return key
 
 
 def _dense(model: Any) -> Any:

@@ -84,7 +84,8 @@ def test_each_view_has_its_own_sum_over_its_targets_and_nothing_else(without_pad
     for name, value in found.items():
         pairs = [pair for row in rows() for pair in row.get(name, ())]
         said = row_by_row(model, pairs)
-        total = -sum(float(logs[range(len(target)), target].sum()) for logs, (_, target) in zip(said, pairs, strict=True))
+        taken = [logs[range(len(target)), target].sum() for logs, (_, target) in zip(said, pairs, strict=True)]
+        total = -float(sum(taken).detach())
         assert float(value.detach()) == pytest.approx(total, rel=1e-5)
 
 
@@ -212,7 +213,8 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
 def test_a_student_learns_its_task_and_is_a_plain_model_of_its_kind(
     toy: Callable[..., Path], tmp_path: Path, template: str
 ) -> None:
-    recipe = recipe_on(toy, causal_models.save(tmp_path / "model"), f"student.template={template}", "train.max_steps=40")
+    keys = (f"student.template={template}", "train.max_steps=80", "train.eval_every=20", "train.learning_rate=0.003")
+    recipe = recipe_on(toy, causal_models.save(tmp_path / "model"), *keys)
     result = train(recipe, out=tmp_path / "run")
     student = Student.load(result.students[0].path)
     assert (student.card.kind, student.card.template) == ("causal", template)
@@ -271,7 +273,7 @@ def test_a_dropout_that_the_model_does_not_have_is_told(toy: Callable[..., Path]
 def test_a_template_that_is_not_given_changes_no_students_settings(toy: Callable[..., Path], tmp_path: Path) -> None:
     path = toy()
     plain, auto, chat = (
-        load_recipe(path, ["student.model=x", *more]).training
+        load_recipe(path, ["student={model: x}", *more]).training
         for more in ([], ["student.template=auto"], ["student.template=chat"])
     )
     assert plain == auto != chat
