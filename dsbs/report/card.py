@@ -17,6 +17,7 @@ from dsbs.errors import UserError
 from dsbs.gguf import is_gguf
 from dsbs.markdown import escape, table
 from dsbs.records import TrainedStudent
+from dsbs.report.card_causal import causal_call
 from dsbs.report.card_recipe import Sections, hub_model, hub_source, input_text, placeholder, sections, source_of
 from dsbs.report.gather import Run
 from dsbs.results import Measure, SystemResult
@@ -364,7 +365,7 @@ def _in_transformers(run: Run, recipe: Sections, student: TrainedStudent) -> str
     if own is None or "label" not in own.prefixes or own.starts.get("label", "pad") != "pad" or text is None:
         return None
     if own.kind == "causal":
-        return "\n".join(_in_transformers_causal(recipe, student, own, text))
+        return "\n".join(causal_call(student.name, own, text, recipe.max_label_tokens))
     return "\n".join(
         [
             "from transformers import AutoModelForSeq2SeqLM, T5Tokenizer",
@@ -377,26 +378,3 @@ def _in_transformers(run: Run, recipe: Sections, student: TrainedStudent) -> str
             "print(tokenizer.decode(ids[0], skip_special_tokens=True))",
         ]
     )
-
-
-def _in_transformers_causal(recipe: Sections, student: TrainedStudent, own: StudentCard, text: str) -> list[str]:
-    """The lines of a call of a decoder-only student. What they leave out is the cut after ``max_input_tokens``."""
-    folder, content = json.dumps(student.name), json.dumps(own.prefixes["label"] + text, ensure_ascii=False)
-    if own.template == "chat":
-        prompt = [
-            f'turn = {{"role": "user", "content": {content}}}',
-            "inputs = tokenizer.apply_chat_template(",
-            '    [turn], add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True',
-            ")",
-        ]
-    else:
-        prompt = [f'inputs = tokenizer({content} + "\\n", return_tensors="pt")']
-    return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"tokenizer = AutoTokenizer.from_pretrained({folder})  # this folder",
-        f"model = AutoModelForCausalLM.from_pretrained({folder})",
-        *prompt,
-        f"ids = model.generate(**inputs, max_new_tokens={recipe.max_label_tokens}, num_beams=1, do_sample=False)",
-        'print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]

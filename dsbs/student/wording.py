@@ -13,7 +13,9 @@ from dsbs.student.card import Kind, Template
 from dsbs.student.kind import kind_of
 
 _MARK = "\ue000text\ue000"  # stands for a text while a template is rendered; from Unicode's private use area
-_DATE = "01 January 2025"  # templates that write the day's date would make another student of the same rows tomorrow
+# Templates that write the day's date would make another student of the same rows tomorrow.
+_DATE = "01 January 2025"
+_SAME_DAY = "{% macro strftime_now(format) %}" + _DATE + "{% endmacro %}"
 
 
 class Wording(Protocol):
@@ -145,8 +147,9 @@ def _chat(tokenizer: Any) -> tuple[str, str, int]:
     """What a chat template writes before and after a user's text, and the id that ends the answer's turn."""
     user, answer = {"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}
     # a student says its label at once: models that think first (Qwen3) leave that out where their template is told to
-    keys = {"tokenize": False, "enable_thinking": False, "date_string": _DATE, "strftime_now": lambda _: _DATE}
+    keys: dict[str, Any] = {"tokenize": False, "enable_thinking": False, "date_string": _DATE}
     try:
+        keys["chat_template"] = _SAME_DAY + tokenizer.get_chat_template()
         head, _, tail = tokenizer.apply_chat_template([user], add_generation_prompt=True, **keys).partition(_MARK)
         _, found, after = tokenizer.apply_chat_template([user, answer], **keys).rpartition(_MARK)
     except Exception as error:  # jinja's, or what a template raises itself

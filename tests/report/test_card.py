@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import causal_models
 import pytest
 from huggingface_hub import ModelCard
 from made_run import make_run
@@ -180,6 +181,33 @@ def test_a_run_of_another_version_says_what_to_do(folder: Path) -> None:
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="train that student again"):
         write_cards(gather(folder / "again"))
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_the_card_of_a_decoder_only_student_says_so_and_its_code_does_what_the_student_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, template: Any
+) -> None:
+    where = folder / "train" / "step-by-step-gold-s0"
+    told = json.loads((where / "student.json").read_text(encoding="utf-8"))
+    tokenizer = causal_models.tokenizer(bos=template == "plain")
+    tokenizer.pad_token = tokenizer.eos_token
+    of = {"task": TaskSection.model_validate(told["task"]), "kind": "causal", "template": template}
+    student = Student.of(causal_models.model(size=len(tokenizer)), tokenizer, StudentCard(**told | of))
+    student.save(where)
+    monkeypatch.chdir(folder / "train")
+    run = gather(folder)
+    text = text_of(run)
+    assert "A decoder-only language model of" in text and ModelCard(text).data.pipeline_tag == "text-generation"
+    _, _, plain = re.findall(r"```(?:python|sh)\n(.*?)\n```", text, re.DOTALL)
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(plain, {})
+    (answer,) = student.predict([{"premise": "<premise>", "hypothesis": "<hypothesis>"}], max_label_tokens=_budget(run))
+    assert printed.getvalue().strip() == answer.raw
+
+
+def _budget(run: Run) -> int:
+    return int(run.recipe["eval"]["max_label_tokens"])
 
 
 def test_the_code_of_a_card_does_what_the_student_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
