@@ -20,7 +20,7 @@ KEYS = ("train.methods=step-by-step", "train.max_steps=2", "train.eval_every=2",
 
 def test_a_decoder_only_student_goes_through_all_stages(toy: Callable[..., Path], tmp_path: Path) -> None:
     folder = causal_models.save(tmp_path / "model")
-    path = toy(train=12, test=6)
+    path = toy(test=6)
     with LoopbackServer(good_answer) as server:
         student = f"student={{model: {folder}, max_input_tokens: 64, max_target_tokens: 32}}"
         recipe = load_recipe(path, [student, f"teacher.base_url={server.url}", "train.lora={rank: 2}", *KEYS])
@@ -71,7 +71,7 @@ def test_smollm2_is_fine_tuned_from_its_gguf_file_by_lora_and_predicts(toy: Call
             pytest.skip(f"{package} is not installed")
     student = "student={model: smollm2-135m-instruct, max_input_tokens: 64, max_target_tokens: 16}"
     keys = ("train.methods=finetune", "train.max_steps=2", "train.eval_every=2", "train.batch_size=2", "train.lora={rank: 4}")
-    recipe = load_recipe(toy(train=8, test=2), [student, *keys, "train.valid_limit=2"])
+    recipe = load_recipe(toy(test=2), [student, *keys, "train.valid_limit=2"])
     (trained,) = train(recipe, out=tmp_path / "run").students
     assert trained.parameters == 134_515_008 and (trained.trainable_parameters or 0) < 1_000_000
     loaded = Student.load(trained.path)

@@ -254,6 +254,11 @@ class _Simulator:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = new_model(section, self._tokenizer, seed, init)
+            if not model.config.is_encoder_decoder:
+                raise UserError(
+                    f"eval.simulator starts from the student's weights, and {init or section.model} is decoder-only",
+                    hint="leave eval.simulator out: simulators are T5s",
+                )
             self._model = model.to("cuda") if torch.cuda.is_available() else model
             self._label_tokens = max(map(len, self._tokenizer([row.label for row in rows])["input_ids"]))
             rate = SCRATCH_LEARNING_RATE if section.is_scratch and not init else LEARNING_RATE

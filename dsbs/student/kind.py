@@ -63,6 +63,11 @@ def check_student(recipe: Recipe) -> None:
             f"train.task_token: decoder needs a decoder with a start token of its own, and {source} is decoder-only",
             hint="leave train.task_token out: prefixes tell the tasks apart",
         )
+    if recipe.eval.simulator:
+        raise UserError(
+            f"eval.simulator trains its simulators from the student's start, and {source} is decoder-only",
+            hint="leave eval.simulator out: simulators are T5s",
+        )
     most = positions(str(source))
     answer = max(section.max_target_tokens, recipe.eval.max_label_tokens)
     if most is not None and section.max_input_tokens + answer > most:
