@@ -50,6 +50,10 @@ def consistency(first: Tensor, second: Tensor) -> Tensor:
 
     p = softmax(first), q = softmax(second); both take gradient. The answer's tokens are the same in both, so that position m
     of one is position m of the other.
+
+    What differs from the authors' code: it takes the mean over an example's tokens first and then over the examples, where the
+    caller divides this sum by the step's tokens; it adds a small number to no probability either, and draws two of an
+    example's rationales in each step, as the caller is free to do.
     """
     from torch.nn.functional import kl_div
 

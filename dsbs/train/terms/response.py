@@ -47,9 +47,9 @@ def response_top_k(
         others = q.scatter(-1, ids, -math.inf).logsumexp(dim=-1, keepdim=True)
         # Rounding on disk may leave nothing, or less, for the others; their logarithm must stay finite.
         left = -torch.expm1(p.logsumexp(dim=-1, keepdim=True))
-        p = torch.cat([p, left.clamp_min(torch.finfo(p.dtype).eps).log()], dim=-1).log_softmax(dim=-1)
+        p = torch.cat([p, left.clamp_min(torch.finfo(p.dtype).eps).log()], dim=-1)
         kept = torch.cat([kept, others], dim=-1)
-    return temperature**2 * _divergence(p, kept, divergence, share)
+    return temperature**2 * _divergence(p.log_softmax(dim=-1), kept, divergence, share)
 
 
 def ensemble(
