@@ -52,8 +52,7 @@ def consistency(first: Tensor, second: Tensor) -> Tensor:
     of one is position m of the other.
 
     What differs from the authors' code: it takes the mean over an example's tokens first and then over the examples, where the
-    caller divides this sum by the step's tokens; it adds a small number to no probability either, and draws two of an
-    example's rationales in each step, as the caller is free to do.
+    caller divides this sum by the step's tokens. The paper also chooses rationales that differ by their n-grams.
     """
     from torch.nn.functional import kl_div
 
