@@ -217,6 +217,13 @@ def test_logprobs_rounded_to_sixteen_bits_leave_the_bucket_finite() -> None:
         assert student.grad is not None and bool(student.grad.isfinite().all()) and 0 <= float(found.detach()) < 1e4
 
 
+def test_logprobs_that_rounding_left_short_of_one_are_normalised_again() -> None:
+    student, teacher = pair()
+    logprobs, ids = teacher.log_softmax(-1).topk(VOCABULARY)
+    short = response_top_k(student, ids, logprobs - 0.01, temperature=1.0, divergence="kl", share=0.5)
+    assert float(short) == pytest.approx(float(term(student, teacher)))
+
+
 # --- several teachers
 
 
