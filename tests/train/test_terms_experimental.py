@@ -36,6 +36,10 @@ def test_what_stands_at_padding_does_not_matter() -> None:
     assert torch.equal(view_distributions(tokens, COUNTED), view_distributions(other, COUNTED))
 
 
+def test_the_marks_of_padding_may_lie_on_another_device_than_the_logits() -> None:
+    assert view_distributions(logits(0, 3, 3, 5).to("meta"), COUNTED).device.type == "meta"
+
+
 def test_mutual_information_is_the_cross_entropy_of_the_rationales_distribution_under_the_labels() -> None:
     label, rationale = logits(0, 4, 5).softmax(-1), logits(1, 4, 5).softmax(-1)
     expected = sum(entropy(p) + entropy(p, q) for p, q in zip(label.numpy(), rationale.numpy(), strict=True))

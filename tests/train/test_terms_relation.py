@@ -114,6 +114,15 @@ def test_a_space_of_one_point_gives_no_gradient_and_no_nan(term: Term) -> None:
     assert other.grad is not None and bool(other.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("term", TERMS)
+def test_autocast_takes_no_precision(term: Term) -> None:
+    student, teacher = (points.float() for points in spaces())
+    plain = term(student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = term(student, teacher)
+    assert found.dtype == torch.float32 and torch.equal(found, plain)
+
+
 def test_triples_without_an_angle_are_not_counted() -> None:
     student, teacher = spaces(rows=4)
     twice = [0, 1, 2, 2]

@@ -159,6 +159,24 @@ def test_half_precision_logits_are_compared_in_float32() -> None:
     assert float(found) == pytest.approx(float(wide), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_takes_no_precision(kind: Divergence) -> None:
+    student, teacher = (logits.float() for logits in pair())
+
+    def all_ways() -> list[Tensor]:
+        mean = ensemble([teacher, student], [1.0, 2.0], temperature=2.0, kind="logprobs")
+        top = mean.topk(3)
+        return [
+            response(student, mean, temperature=2.0, divergence=kind, share=0.3),
+            response_top_k(student, top.indices, top.values, temperature=2.0, divergence=kind, share=0.3),
+        ]
+
+    plain = all_ways()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = all_ways()
+    assert all(one.dtype == torch.float32 and torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+
+
 def test_a_sum_over_micro_batches_is_the_sum_over_the_batch() -> None:
     student, teacher = pair()
     for kind in KINDS:

@@ -22,7 +22,7 @@ def view_distributions(logits: Tensor, counted: Tensor) -> Tensor:
     """
     import torch
 
-    likely = precise(logits).softmax(dim=-1).masked_fill(~counted.unsqueeze(-1), 0).amax(dim=1)
+    likely = precise(logits).softmax(dim=-1).masked_fill(~counted.to(logits.device).unsqueeze(-1), 0).amax(dim=1)
     return likely / likely.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(likely.dtype).tiny)
 
 

@@ -62,4 +62,6 @@ def _cosines(points: Tensor) -> tuple[Tensor, Tensor]:
     there = squares > 0
     # A length of 0 never enters the root or the quotient, whose gradients would be NaN.
     unit = arms / torch.where(there, squares, 1).sqrt().unsqueeze(-1)
-    return unit @ unit.transpose(1, 2), there.unsqueeze(2) & there.unsqueeze(1)
+    with torch.autocast(points.device.type, enabled=False):  # which would multiply in 16 bits
+        cosines = unit @ unit.transpose(1, 2)
+    return cosines, there.unsqueeze(2) & there.unsqueeze(1)
