@@ -118,11 +118,20 @@ def measured(options: argparse.Namespace, rows: list[Any], *more: str) -> dict[s
     said = process.communicate()[1]
     half = memory.seen[len(memory.seen) // 2 :]  # by then every client has been answered many times
     sizes = {"before": before, "half-way": half[0], "peak": max(memory.seen), "after": memory.seen[-1]}
-    return found | {
-        "memory MB": {name: round(size) for name, size in sizes.items()},
-        "exit": process.returncode,
-        "stderr": said,
+    found["memory MB"] = {name: round(size) for name, size in sizes.items()}
+    return found | {"exit": process.returncode, "stderr": said}
+
+
+def problems(found: dict[str, Any]) -> list[str]:
+    """What must not be."""
+    memory = found["memory MB"]
+    refused = [status for status in found["while stopping"] if status.isdigit() and status not in ("200", "503")]
+    told = {
+        "requests failed": bool(found["failed"] or refused),
+        "memory still grew in the second half": memory["peak"] > 1.1 * memory["half-way"],
+        "no clean end": found["exit"] != 0,
     }
+    return [problem for problem, is_so in told.items() if is_so]
 
 
 def main() -> None:
@@ -140,11 +149,7 @@ def main() -> None:
     for name, more in {"batched": (), "one at a time": ("--batch-size", "1", "--max-wait-ms", "0")}.items():
         one = found[name] = measured(options, rows, *more)
         print(f"{name}: {json.dumps(one)}", flush=True)
-        missed += [f"{name}: {problem}" for problem, is_so in {
-            "requests failed": bool(one["failed"]) or any(key not in ("200", "503") and key.isdigit() for key in one["while stopping"]),
-            "memory still grew in the second half": one["memory MB"]["peak"] > 1.1 * one["memory MB"]["half-way"],
-            "no clean end": one["exit"] != 0,
-        }.items() if is_so]  # fmt: skip
+        missed += [f"{name}: {problem}" for problem in problems(one)]
     batched, single = (found[name]["requests/s"] for name in found)
     print(f"batching: {batched / single:.2f} times the requests per second")
     print("\n".join(missed) or "no request failed, memory levelled off, SIGTERM drained")

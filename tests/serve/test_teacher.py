@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import Any
 import openai
 import pytest
 import yaml
-from conftest import run_dsbs, toy_rows, write_jsonl
+from conftest import ROOT, run_dsbs, toy_rows, write_jsonl
 from served import BOTH, CQA, RATIONALES, here, in_process, made, stopped, taught
 
 from dsbs import annotate, load_recipe
+from dsbs.prompts import Prompt, PromptRenderer
+from dsbs.recipe import DataSection, TaskSection
+from dsbs.records import Example
 from dsbs.student import Student
+from dsbs.tasks import make_task
 
 TEXT = toy_rows(1, start=300)[0]["text"]
 
@@ -118,6 +123,27 @@ def test_a_row_of_a_task_with_fields_is_given_as_json() -> None:
 
     own = made(BOTH, CQA).predict([row])[0]
     assert asyncio.run(main()) == [own.raw if own.label is None else own.label]
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "generation": {"text": "Write a title."},
+    "esnli": {"premise": "A man's dog runs.", "hypothesis": 'It "runs" <fast>.'},
+    "anli": {"premise": "A dog runs.", "hypothesis": "An animal moves."},
+    "svamp": {"body": "Tom has 3 apples.", "question": "How many has he?"},
+    "cqa": {"question": 'Where do "fish" live?', "choices": ["a man's <sea>", "sand & stone"]},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_templates_in_the_guide_give_what_the_student_reads(name: str) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (template,) = re.findall(rf"^- (?:\w+, )?{name}(?:, \w+)?: `(.+)`$", page, re.MULTILINE)
+    task = make_task(TaskSection(name=name, data=DataSection(train="train.csv")))
+    fields = task.fields(ROWS[name], "row")
+    example = Example(id="1", input=fields, label=None)
+    text = PromptRenderer(Prompt(template=template.replace("\\n", "\n")), task).render(example).text
+    asked = json.loads(text) if task.needs_fields else text
+    assert asked == (fields if task.needs_fields else task.text(fields))
 
 
 def recipe_of(tmp_path: Path, url: str, endpoint: str) -> Path:
