@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -116,19 +116,22 @@ class Here:
     async def exchange(self, sent: bytes, *, slowly: float = 0.0) -> bytes:
         """Everything that comes back on a connection of its own, until the server closes it."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            pieces = [sent] if not slowly else [sent[i : i + 1] for i in range(len(sent))]
-            for piece in pieces:
+        came: list[bytes] = []
+
+        async def read() -> None:
+            with suppress(ConnectionError):
+                while part := await reader.read(65536):
+                    came.append(part)
+
+        reading = asyncio.create_task(read())  # at once: what was said before a reset is lost to who reads later
+        with suppress(ConnectionError):
+            for piece in [sent[i : i + 1] for i in range(len(sent))] if slowly else [sent]:
                 writer.write(piece)
                 await writer.drain()
-                if slowly:
-                    await asyncio.sleep(slowly)
-        except ConnectionError:
-            pass  # it was closed meanwhile; what it said first is still to be read
-        try:
-            return await asyncio.wait_for(reader.read(), 10)
-        finally:
-            writer.close()
+                await asyncio.sleep(slowly)
+        await asyncio.wait_for(reading, 20)
+        writer.close()
+        return b"".join(came)
 
 
 @asynccontextmanager

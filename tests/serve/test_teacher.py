@@ -149,14 +149,15 @@ def test_the_templates_in_the_guide_give_what_the_student_reads(name: str) -> No
 def recipe_of(tmp_path: Path, url: str, endpoint: str) -> Path:
     """What docs/serving.md shows, over toy rows without gold labels."""
     rows = [{"id": row["id"], "text": row["text"]} for row in toy_rows(60, start=400)]
+    gold = [{"id": row["id"], "text": row["text"], "label": row["team"]} for row in toy_rows(10, start=700)]
     prompt = tmp_path / "student.yaml"
     prompt.write_text('template: "{{ text }}"\n', encoding="utf-8")
     recipe = {
         "name": "second",
         "task": {
-            "name": "classification", "labels": list(RATIONALES), "columns": {"label": "team"},
+            "name": "classification", "labels": list(RATIONALES),
             "data": {"train": str(write_jsonl(tmp_path / "train.jsonl", rows)),
-                     "test": str(write_jsonl(tmp_path / "test.jsonl", toy_rows(10, start=700)))},
+                     "test": str(write_jsonl(tmp_path / "test.jsonl", gold))},
         },
         "teacher": {"model": "toy-student", "base_url": f"{url}/v1", "endpoint": endpoint, "timeout_s": 60},
         "annotate": {"prompt": str(prompt), "splits": ["train"], "concurrency": 16},
