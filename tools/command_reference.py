@@ -45,6 +45,7 @@ MORE = {  # where a page says more than the help does
     "eval": "[Reading a report](reading-a-report.md)",
     "report": "[Reading a report](reading-a-report.md)",
     "predict": "[From Python](python.md)",
+    "serve": "[Serving a student](serving.md)",
     "schema": "[The recipe, key by key](recipe-reference.md)",
 }
 

@@ -1,0 +1,160 @@
+"""A server under load: many clients at once, each asking again as soon as it is answered, with batching and without.
+
+    python benchmarks/serve.py STUDENT INPUTS.jsonl                      # 200 clients, 60 s each way, on loopback
+    python benchmarks/serve.py STUDENT INPUTS.jsonl --clients 20 --seconds 10
+
+INPUTS.jsonl has a row of the student's task on each line. The server runs in a process of its own; its resident memory is read
+every half second from the moment it is ready. The peer in the same run is the same server with --batch-size 1 --max-wait-ms 0.
+At the end of each load a SIGTERM is sent while all clients have a request in flight: each must be answered or never have been
+taken. Exit code 1 where a request failed, the memory did not level off, or the end was not clean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+
+class Memory(threading.Thread):
+    """A process's resident memory over time, in MB."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._process, self.seen, self.done = psutil.Process(pid), [], threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.done.wait(0.5):
+            self.seen.append(self._process.memory_info().rss / 2**20)
+
+
+async def load(url: str, rows: list[Any], clients: int, seconds: float, pid: int) -> dict[str, Any]:
+    """Ask for so long, then send the SIGTERM."""
+    latencies: list[float] = []
+    statuses: Counter[str] = Counter()
+    draining: Counter[str] = Counter()
+    flying = 0
+    stop = time.monotonic() + seconds
+    stopped = asyncio.Event()
+    metrics = ""
+
+    async def client(session: aiohttp.ClientSession, number: int) -> None:
+        nonlocal flying
+        turn = number
+        while not stopped.is_set():
+            count = statuses if time.monotonic() < stop else draining
+            began = time.perf_counter()
+            flying += 1
+            try:
+                async with session.post(f"{url}/predict", json={"inputs": [rows[turn % len(rows)]]}) as response:
+                    answer = await response.json()
+                    good = response.status == 200 and len(answer["predictions"]) == 1
+                    count[str(response.status) if good or response.status != 200 else "200 without an answer"] += 1
+                    if count is statuses:
+                        latencies.append(time.perf_counter() - began)
+            except (aiohttp.ClientError, OSError) as error:
+                count[type(error).__name__] += 1
+                if count is draining:
+                    return
+            finally:
+                flying -= 1
+            turn += clients
+
+    async def end() -> None:
+        nonlocal metrics
+        await asyncio.sleep(seconds)
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
+            metrics = await response.text()
+        psutil.Process(pid).send_signal(signal.SIGTERM)
+        stopped.set()
+
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        await asyncio.gather(end(), *(client(session, number) for number in range(clients)))
+
+    def read(name: str) -> float:
+        return float(re.findall(rf"^{name} (\S+)$", metrics, re.MULTILINE)[0])
+
+    ordered = sorted(latencies)
+    return {
+        "requests": len(latencies),
+        "failed": {status: count for status, count in statuses.items() if status != "200"},
+        "while stopping": dict(draining),
+        "requests/s": round(len(latencies) / seconds, 1),
+        **{f"p{p} ms": round(1000 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)], 1) for p in (50, 95, 99)},
+        "mean batch": round(read("dsbs_batch_rows_sum") / read("dsbs_batch_rows_count"), 1),
+    }
+
+
+def measured(options: argparse.Namespace, rows: list[Any], *more: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "dsbs", "serve", options.student, "--port", "0", "--json", *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(process.communicate()[1])
+    told = json.loads(line)
+    memory = Memory(told["pid"])
+    before = psutil.Process(told["pid"]).memory_info().rss / 2**20
+    try:
+        found = asyncio.run(load(told["url"], rows, options.clients, options.seconds, told["pid"]))
+        process.wait(60)
+    finally:
+        memory.done.set()
+        process.kill()
+    said = process.communicate()[1]
+    half = memory.seen[len(memory.seen) // 2 :]  # by then every client has been answered many times
+    sizes = {"before": before, "half-way": half[0], "peak": max(memory.seen), "after": memory.seen[-1]}
+    found["memory MB"] = {name: round(size) for name, size in sizes.items()}
+    return found | {"exit": process.returncode, "stderr": said}
+
+
+def problems(found: dict[str, Any]) -> list[str]:
+    """What must not be."""
+    memory = found["memory MB"]
+    refused = [status for status in found["while stopping"] if status.isdigit() and status not in ("200", "503")]
+    told = {
+        "requests failed": bool(found["failed"] or refused),
+        "memory still grew in the second half": memory["peak"] > 1.1 * memory["half-way"],
+        "no clean end": found["exit"] != 0,
+    }
+    return [problem for problem, is_so in told.items() if is_so]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student")
+    parser.add_argument("inputs", type=Path, help="JSONL, a row or {input: row} a line")
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in options.inputs.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [row.get("input", row) for row in rows]
+    print(f"{options.clients} clients, {options.seconds:g} s, {len(rows)} different rows", flush=True)
+    found = {}
+    missed = []
+    for name, more in {"batched": (), "one at a time": ("--batch-size", "1", "--max-wait-ms", "0")}.items():
+        one = found[name] = measured(options, rows, *more)
+        print(f"{name}: {json.dumps(one)}", flush=True)
+        missed += [f"{name}: {problem}" for problem in problems(one)]
+    batched, single = (found[name]["requests/s"] for name in found)
+    print(f"batching: {batched / single:.2f} times the requests per second")
+    print("\n".join(missed) or "no request failed, memory levelled off, SIGTERM drained")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The paths of a server, over one student."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from dsbs.serve.batching import Batcher
+from dsbs.serve.door import App, Door
+from dsbs.serve.intake import Intake, Receive, parse
+from dsbs.serve.metrics import CONTENT_TYPE, Metrics
+from dsbs.serve.model import Completion, How, Item, Model, Outcome
+from dsbs.serve.openai import ChatForm, CompletionForm, chat_body, completions_body
+from dsbs.serve.settings import Refused, Settings, gone, stopping
+
+OPEN_PATHS = frozenset({"/health"})  # without the token: what looks whether a server lives seldom has it
+
+
+class PredictForm(BaseModel, frozen=True, extra="forbid"):
+    """The body of ``POST /predict``."""
+
+    inputs: list[Any]  # texts, or rows of fields
+    rationale: bool = False
+    max_label_tokens: int | None = Field(None, ge=1)  # None: 64
+
+
+class Service:
+    """What the paths share: the student, its queue, the counts, and whether the server is being stopped."""
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.metrics, self.intake = Metrics(), Intake(settings)
+        self.batcher: Batcher[Item, How, Outcome] = Batcher(
+            model.answer,
+            self.metrics,
+            batch_size=settings.batch_size,
+            max_wait_s=settings.max_wait_ms / 1000,
+            most=settings.queue,
+        )
+        self.stops = False
+        self._since = int(time.time())
+
+    # --- paths
+
+    async def predict(self, request: Request) -> Response:
+        async with self.intake.body(request.receive) as body:
+            form = parse(body, PredictForm)
+            how = self.model.how(rationale=form.rationale, tokens=form.max_label_tokens)
+            outcomes = await self._outcomes(form.inputs, "inputs", how, request.receive)
+        causal = self.model.student.card.reasons_first
+        predictions = [_prediction(outcome, form.rationale, causal) for outcome in outcomes]
+        return JSONResponse({"predictions": predictions, "student": self.model.name})
+
+    async def completions(self, request: Request) -> Response:
+        async with self.intake.body(request.receive) as body:
+            form = parse(body, CompletionForm)
+            form.refuse()
+            made = await self._completions(form.inputs, "prompt", form.max_tokens, request.receive)
+        return JSONResponse(completions_body(self.model.name, made, form.marks))
+
+    async def chat(self, request: Request) -> Response:
+        async with self.intake.body(request.receive) as body:
+            form = parse(body, ChatForm)
+            form.refuse()
+            tokens = form.max_completion_tokens or form.max_tokens
+            made = await self._completions([form.input], "messages", tokens, request.receive)
+        return JSONResponse(chat_body(self.model.name, made[0], form.marks))
+
+    async def models(self) -> Response:
+        listed = {"id": self.model.name, "object": "model", "created": self._since, "owned_by": "dsbs"}
+        return JSONResponse({"object": "list", "data": [listed]})
+
+    async def health(self) -> Response:
+        if self.stops:
+            raise stopping()
+        return JSONResponse({"status": "ready", "student": self.model.name})
+
+    async def page_of_metrics(self) -> Response:
+        page = self.metrics.page(queue=self.batcher.depth, bodies=self.intake.held, ready=not self.stops)
+        return Response(page, headers={"content-type": CONTENT_TYPE})
+
+    # --- what they do
+
+    async def _completions(self, texts: list[str], where: str, tokens: int | None, receive: Receive) -> list[Completion]:
+        outcomes = await self._outcomes(texts, where, self.model.how_completed(tokens), receive)
+        return [outcome.completion for outcome in outcomes if outcome.completion is not None]
+
+    async def _outcomes(self, given: Sequence[Any], where: str, how: How, receive: Receive) -> list[Outcome]:
+        """The model's answers. Raises Refused: 400, 413, 429, 503, and 499 where the client goes away before."""
+        if self.stops:
+            raise stopping()
+        if not given:
+            raise Refused(400, f"{where} is empty", "invalid_value")
+        if len(given) > self.settings.max_rows:
+            raise Refused(413, f"{where} has {len(given)} rows; {self.settings.max_rows} at most", "too_many_rows")
+        items = [self.model.item(one, f"{where}.{place}") for place, one in enumerate(given)]
+        answers = asyncio.create_task(self.batcher.ask(items, how))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait({answers, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not answers.done():
+                raise gone()
+            return answers.result()
+        finally:
+            answers.cancel()
+            leaving.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    """Until the client goes away; its body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _prediction(outcome: Outcome, rationale: bool, causal: bool) -> dict[str, Any]:
+    answer = outcome.answer
+    row = {"label": answer.label, "raw": answer.raw, "probability": answer.probability, "truncated": answer.truncated}
+    return row | ({"rationale": answer.rationale, "rationale_is_causal": causal} if rationale else {})
+
+
+def make_app(service: Service, token: str | None) -> App:
+    """The whole application; ``token`` is what clients must bear, None: nothing."""
+
+    @asynccontextmanager
+    async def alive(_: FastAPI) -> AsyncIterator[None]:
+        service.batcher.start()
+        yield
+        service.batcher.close()
+
+    # no pages about itself: FastAPI's fetch their scripts from elsewhere
+    app = FastAPI(lifespan=alive, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    routes: dict[str, tuple[str, Callable[..., Awaitable[Response]]]] = {
+        "/predict": ("POST", service.predict),
+        "/v1/completions": ("POST", service.completions),
+        "/v1/chat/completions": ("POST", service.chat),
+        "/v1/models": ("GET", service.models),
+        "/health": ("GET", service.health),
+        "/metrics": ("GET", service.page_of_metrics),
+    }
+    for path, (method, answer) in routes.items():
+        app.add_api_route(path, answer, methods=[method], response_model=None)
+
+    @app.exception_handler(Refused)
+    async def refuse(_: Request, refused: Refused) -> Response:
+        return JSONResponse(refused.as_json(), refused.status, headers=dict(refused.headers))
+
+    @app.exception_handler(HTTPException)
+    async def no_such(request: Request, error: HTTPException) -> Response:
+        known = routes.get(request.url.path)
+        said = f"{request.method} is not for this path" if known else f"there is no such path; there are {', '.join(routes)}"
+        refused = Refused(error.status_code, said, "wrong_method" if known else "no_such_path", error.headers or {})
+        return await refuse(request, refused)
+
+    return Door(
+        app, service.settings, service.intake, service.metrics, token=token, paths=frozenset(routes), open_paths=OPEN_PATHS
+    )

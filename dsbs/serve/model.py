@@ -1,0 +1,133 @@
+"""A student behind a server: a client's rows into what it reads, and what it writes into an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dsbs.errors import UserError
+from dsbs.serve.settings import ANCHOR, LABEL_TOKENS, Refused, Settings
+from dsbs.student import Answer, Student
+
+Item = str | Mapping[str, Any]  # a text, or a row of the task's own fields
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How rows are asked; those of one batch are asked in the same way."""
+
+    rationale: bool
+    label_tokens: int
+    most_tokens: int | None = None  # of a completion; None: no completion is made
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer as one text."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    answer: Answer
+    completion: Completion | None  # None: not asked for
+
+
+class Model:
+    """Raises UserError where the student cannot reply as ``settings`` has it."""
+
+    def __init__(self, student: Student, settings: Settings) -> None:
+        self.student, self.name = student, student.card.name
+        self.reasons = settings.reply == "step-by-step"
+        if self.reasons and not student.card.explains:
+            raise UserError(
+                f"{self.name} was trained without rationales and cannot reply step by step",
+                hint="serve a step-by-step student, or give --reply label --anchor 'Answer:' for labels that annotate reads",
+            )
+        self._anchor = settings.anchor if settings.anchor is not None else ANCHOR if self.reasons else ""
+        self._most = max(LABEL_TOKENS, student.card.max_target_tokens)  # more than it ever learned to write is waste
+
+    def how(self, *, rationale: bool, tokens: int | None) -> How:
+        """Of `/predict`. Raises Refused where the student learned no rationales."""
+        if rationale and not self.student.card.explains:
+            raise Refused(400, f"{self.name} was trained without rationales", "no_rationales")
+        return How(rationale, min(tokens or LABEL_TOKENS, self._most))
+
+    def how_completed(self, tokens: int | None) -> How:
+        """Of a completion of at most ``tokens``; None: as many as the student writes."""
+        label = min(tokens or LABEL_TOKENS, self._most)
+        return How(self.reasons, label, tokens or 2 * self._most)
+
+    def item(self, given: Any, where: str) -> Item:
+        """A text or a row as the student reads it. Raises Refused (400)."""
+        task = self.student.task
+        if isinstance(given, str) and task.needs_fields:
+            given = _row_in(given, f"{where}: {self.name} cannot answer plain text, a row of {task.name} has more fields")
+        if isinstance(given, str):
+            if not given.strip():
+                raise Refused(400, f"{where} is empty", "invalid_row")
+            return given
+        if not isinstance(given, dict):
+            raise Refused(400, f"{where} is neither a text nor a row of fields", "invalid_row")
+        try:
+            fields = task.fields(given, where)
+            task.text(fields)
+        except UserError as error:
+            raise Refused(400, f"{error.problem}; {error.hint}", "invalid_row") from None
+        except Exception:  # all that runs here reads the client's row: what it trips over is in the row
+            raise Refused(400, f"{where} cannot be read as a row of {task.name}", "invalid_row") from None
+        return fields
+
+    def warm(self) -> None:
+        """One answer to nothing in particular: whatever a runtime does at its first call is done."""
+        card = self.student.card
+        for target, prefix in card.prefixes.items():
+            self.student.generate([f"{prefix}ready"], 2, 1, card.starts.get(target, "pad"))
+
+    # --- in the model's thread
+
+    def answer(self, items: Sequence[Item], how: How) -> list[Outcome]:
+        """One batch. The tokenizer is used in this thread alone: it is not made for two."""
+        answers = self.student.predict(
+            items, rationale=how.rationale, batch_size=len(items), max_label_tokens=how.label_tokens, canonical=True
+        )
+        if how.most_tokens is None:
+            return [Outcome(answer, None) for answer in answers]
+        most = how.most_tokens
+        return [Outcome(answer, self._completion(item, answer, most)) for item, answer in zip(items, answers, strict=True)]
+
+    def _completion(self, item: Item, answer: Answer, most: int) -> Completion:
+        tokenizer = self.student.engine.tokenizer
+        label = answer.raw if answer.label is None else answer.label
+        text = f"{self._anchor} {label}".strip()
+        if self.reasons and answer.rationale:
+            text = f"{answer.rationale}\n{text}"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        cut = len(ids) > most
+        if cut:
+            text = tokenizer.decode(ids[:most], skip_special_tokens=True)
+        unfinished = cut or answer.truncated or (self.reasons and bool(answer.rationale_truncated))
+        asked = item if isinstance(item, str) else self.student.task.text(item)
+        return Completion(
+            text=text,
+            finish_reason="length" if unfinished else "stop",
+            prompt_tokens=len(tokenizer(asked)["input_ids"]),
+            completion_tokens=min(len(ids), most),
+        )
+
+
+def _row_in(text: str, problem: str) -> Any:
+    """The row that a text is, as JSON. Raises Refused (400)."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Refused(400, f"{problem}; give its fields as a JSON object", "invalid_row")
+    return found
