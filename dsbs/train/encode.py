@@ -82,6 +82,23 @@ class Encoder:
             taught[view.target] = Taught(pairs, np.concatenate([[0], np.cumsum(counts)]))
         return EncodedRows(self._tokens, taught)
 
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts as they are written."""
+        return [self._tokens[place].tolist() for place in self._tokens.places("", texts, self._max_target)]
+
+    def soft(self, rows: Sequence[Row], view: View, labels: LabelSource) -> dict[bytes, NDArray[np.float32]]:
+        """The annotations' distributions over the task's labels (L,) of the rows that teach, by the ids of ``view``'s input.
+
+        Rows that read the same share the mean of theirs.
+        """
+        known = [row for row in rows if row.votes is not None and row.label(labels) is not None]
+        found: dict[bytes, list[tuple[float, ...]]] = {}
+        for row, place in zip(
+            known, self._tokens.places(view.prefix, [row.text for row in known], self._max_input), strict=True
+        ):
+            found.setdefault(self._tokens[place].astype(np.int64).tobytes(), []).append(row.votes or ())
+        return {key: np.mean(votes, axis=0, dtype=np.float64).astype(np.float32) for key, votes in found.items()}
+
     def cut(self, rows: EncodedRows) -> Iterator[str]:
         """Warnings of inputs and targets that are as long as they may be: what was longer is cut."""
         for name, (sources, targets) in rows.lengths().items():
@@ -136,6 +153,13 @@ def encoded_hash(rows: Sequence[Encoded]) -> str:
             plain = [(np.asarray(source).tolist(), np.asarray(target).tolist()) for source, target in pairs]
             state.update(repr((name, plain)).encode())
         state.update(b";")
+    return state.hexdigest()
+
+
+def soft_hash(soft: Mapping[bytes, NDArray[np.float32]]) -> str:
+    state = hashlib.sha256()
+    for ids, votes in sorted(soft.items()):
+        state.update(hashlib.sha256(ids).digest() + votes.tobytes())
     return state.hexdigest()
 
 
