@@ -21,6 +21,7 @@ from conftest import ROOT
 from dsbs import errors
 from dsbs.cli import app
 from dsbs.desk.schema import section_of, sections
+from dsbs.recipe import LocalTeacherSection, TermSection
 from dsbs.records import Annotation, Prediction
 from dsbs.results import Bin, Comparison, Latency, Measure, Needed, PayOff, Results, SystemResult
 
@@ -107,6 +108,20 @@ def test_recipe_keys_that_a_page_names_exist(page: Path) -> None:
             if key in SECTIONS:  # a prompt file has other keys
                 for path in leaves(value, (key,)):
                     assert unknown_in(path, "") is None, f"{page.name}: {'.'.join(path)}"
+
+
+def test_the_terms_and_local_teachers_that_pages_show_are_valid() -> None:
+    shown = []
+    for page in PAGES:
+        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            train = yaml.safe_load(block.replace("  …\n", "")).get("train") or {}
+            terms = [TermSection.model_validate(one) for one in train.get("terms", ())]
+            teachers = [LocalTeacherSection.model_validate(one) for one in train.get("teachers", ())]
+            assert bool(teachers) == any(term.needs_teacher for term in terms), f"{page.name}: {train}"
+            learned = {name for method in train.get("methods", ()) for name in method.split("+")[1:]}
+            assert learned == {term.title for term in terms}, f"{page.name}: {train}"
+            shown += terms
+    assert {"response", "labels"} <= {term.kind for term in shown}
 
 
 def leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
