@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dsbs.errors import UserError
 from dsbs.recipe import TermSection, TrainSection
-from dsbs.train.encode import Encoded, Flat, collate
+from dsbs.train.encode import Encoded, Flat, collate, rows_of
 from dsbs.train.losses import IGNORED
 from dsbs.train.methods import BOTH, View, term_views
 
@@ -122,7 +122,7 @@ class Distilling:
         first = batch.get(self._views[0].target)
         if first is not None and self._soft:
             nothing = np.zeros(len(self.labels), np.float32)
-            inputs = zip(*_rows(first), strict=True)
+            inputs = zip(*rows_of(first), strict=True)
             soft = [nothing if target[-1] == IGNORED else self._soft.get(ids.tobytes(), nothing) for ids, target in inputs]
             first["soft"] = torch.from_numpy(np.stack(soft))
         for term in self.terms:
@@ -345,22 +345,13 @@ def _depth(config: Any, stack: str) -> int:
     return int(config.num_layers if stack == "encoder" else config.num_decoder_layers)
 
 
-def _rows(flat: Flat) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Each row's input ids and target ids."""
-    found = []
-    for what in ("source", "target"):
-        ends = np.cumsum(flat[f"{what}_lengths"].numpy())[:-1]
-        found.append(np.split(flat[what].numpy(), ends))
-    return found[0], found[1]
-
-
 def _marked(flat: Flat, mark: Callable[[Flat], Tensor]) -> list[tuple[int, bool]]:
     return list(zip(flat["rows"].tolist(), mark(flat).tolist(), strict=True))
 
 
 def same_ends(flat: Flat) -> list[tuple[int, int]]:
     """Places of equal tokens at the ends of a row's targets, each target with its next: the answer after two rationales."""
-    targets = _rows(flat)[1]
+    targets = rows_of(flat)[1]
     begins = np.concatenate([[0], np.cumsum(flat["target_lengths"].numpy())])
     last: dict[int, int] = {}
     found = []

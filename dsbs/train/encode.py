@@ -93,11 +93,10 @@ class Encoder:
         """
         known = [row for row in rows if row.votes is not None and row.label(labels) is not None]
         found: dict[bytes, list[tuple[float, ...]]] = {}
-        for row, place in zip(
-            known, self._tokens.places(view.prefix, [row.text for row in known], self._max_input), strict=True
-        ):
+        places = self._tokens.places(view.prefix, [row.text for row in known], self._max_input)
+        for row, place in zip(known, places, strict=True):
             found.setdefault(self._tokens[place].astype(np.int64).tobytes(), []).append(row.votes or ())
-        return {key: np.mean(votes, axis=0, dtype=np.float64).astype(np.float32) for key, votes in found.items()}
+        return {key: np.asarray(np.mean(votes, axis=0), np.float32) for key, votes in found.items()}
 
     def cut(self, rows: EncodedRows) -> Iterator[str]:
         """Warnings of inputs and targets that are as long as they may be: what was longer is cut."""
@@ -187,6 +186,15 @@ def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
             "target_lengths": torch.tensor([len(target) for _, target in pairs]),
         }
     return batch
+
+
+def rows_of(flat: Flat) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Each row's input ids and target ids."""
+
+    def parted(what: str) -> list[NDArray[np.int64]]:
+        return np.split(flat[what].cpu().numpy(), np.cumsum(flat[f"{what}_lengths"].cpu().numpy())[:-1])
+
+    return parted("source"), parted("target")
 
 
 def pad(flat: Flat, pad_id: int, start: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the same teachers finds it, and a kill loses the last file at most.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import zipfile
@@ -20,9 +19,8 @@ from numpy.typing import NDArray
 from dsbs.artefacts import canonical, digest
 from dsbs.progress import Meter, running
 from dsbs.recipe import TermSection, TrainSection
-from dsbs.train.distil import term_views
-from dsbs.train.encode import Encoded, Flat, collate
-from dsbs.train.methods import View
+from dsbs.train.encode import Encoded, Flat, collate, rows_of
+from dsbs.train.methods import View, term_views
 from dsbs.train.processes import leads, wait
 from dsbs.train.teachers import LocalTeacher, teachers_fingerprint
 
@@ -170,11 +168,11 @@ def _likeliest(
     shares = [teacher.weight for teacher in teachers]
 
     def ask(batch: dict[str, Flat]) -> dict[str, tuple[Tensor, Tensor]]:
-        mine = {view.target: batch[view.target] for view in views if view.target in batch}
+        mine: dict[str, Flat] = {view.target: batch[view.target] for view in views if view.target in batch}
         there = {name: {key: value.to(device) for key, value in flat.items()} for name, flat in mine.items()}
         with torch.inference_mode():
             passes = [reader(there) for reader in readers]
-            found = {}
+            found: dict[str, tuple[Tensor, Tensor]] = {}
             for name in there:
                 said = [one.logits[name][:, :width] for one in passes]
                 top = ensemble(said, shares, temperature=term.temperature, kind=section.ensemble).topk(many)
@@ -186,10 +184,7 @@ def _likeliest(
 
 def keys(flat: Flat, view: View) -> list[bytes]:
     """Of each row, what it reads and what it writes."""
-    sources, targets = (
-        np.split(flat[what].cpu().numpy(), np.cumsum(flat[f"{what}_lengths"].cpu().numpy())[:-1])
-        for what in ("source", "target")
-    )
+    sources, targets = rows_of(flat)
     return [_key(source, target, view) for source, target in zip(sources, targets, strict=True)]
 
 
@@ -202,9 +197,10 @@ def _key(source: NDArray[Any], target: NDArray[Any], view: View) -> bytes:
 
 def _read(path: Path) -> dict[bytes, Said]:
     """Nothing of a file that is damaged: its rows are asked for again."""
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+    try:
         with np.load(path, allow_pickle=False) as kept:
             ends = np.cumsum(kept["lengths"])[:-1]
             ids, logprobs = np.split(kept["ids"], ends), np.split(kept["logprobs"], ends)
             return {key.tobytes(): (one, other) for key, one, other in zip(kept["keys"], ids, logprobs, strict=True)}
-    return {}
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return {}

@@ -6,7 +6,7 @@ share a student, none where there is one task.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from dsbs.errors import UserError
 from dsbs.recipe import LabelSource, TermSection, TrainSection, base_of
 from dsbs.student import Start, Target
 from dsbs.tasks.base import Task
-
 
 BOTH = ("label", "rationale")  # the tasks of a method that keeps them apart
 

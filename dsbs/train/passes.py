@@ -89,7 +89,7 @@ class Reader:
     ) -> None:
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._plain: Callable[..., Any] = model.forward  # before anybody teaches it more
-        self._starts = {view.target: start_token(model.config, view.start) for view in views}
+        self._starts: dict[str, int] = {view.target: start_token(model.config, view.start) for view in views}
         self._prefixes: dict[str, str] = {view.target: view.prefix for view in views}
         self._first = views[0].target
         self._without_padding, self._hidden = without_padding, hidden_states

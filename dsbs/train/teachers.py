@@ -1,4 +1,4 @@
-"""Local teachers: trained first by the same recipe, or loaded from a student's folder, and checked to speak the student's tongue.
+"""Local teachers: trained first by the same recipe, or loaded from a student's folder; all have the student's vocabulary.
 
 One that is trained learns by the base method, the labels and the rows of the student that it teaches, so that it knows the same
 prefixes and targets. It is kept, resumed and set aside like a student, in ``train/teachers/<k>-<size>-<method>-<labels>/``.
@@ -16,8 +16,7 @@ from dsbs.errors import UserError
 from dsbs.recipe import LocalTeacherSection, Recipe, StudentSection, base_of
 from dsbs.records import TrainedStudent
 from dsbs.student import load_model, load_tokenizer, read_card, start_hash, tokenizer_hash
-from dsbs.train.distil import term_views
-from dsbs.train.methods import Cell, View, method_of
+from dsbs.train.methods import Cell, View, method_of, term_views
 from dsbs.train.tune import Job
 
 Train = Callable[[Recipe, Job], TrainedStudent]
@@ -60,7 +59,7 @@ class LocalTeachers:
             return ()
         views = method_of(cell.method).views(self._recipe.train)
         asked = [term for term in terms if term.needs_teacher]
-        wanted = {view.target for view in views}
+        wanted: set[str] = {view.target for view in views}
         if all(term.kind in ("response", "labels") for term in asked):
             own = [term_views(term, views) if term.kind == "response" else [views[0].target] for term in asked]
             wanted = {name for names in own for name in names}
@@ -93,7 +92,7 @@ class LocalTeachers:
             if card.prefixes.get(view.target) != view.prefix or card.starts.get(view.target, "pad") != view.start:
                 has = ", ".join(f"{name} after {prefix!r}" for name, prefix in card.prefixes.items())
                 raise UserError(
-                    f"train.teachers: {section.model} never learned to write the {view.target} after {view.prefix!r} (it has {has})",
+                    f"train.teachers: {section.model} never learned the {view.target} after {view.prefix!r} (it has {has})",
                     hint=f"name a student of the method {card.method}'s kind that its pupils learn by, or leave model out: "
                     "then one is trained by this recipe",
                 )

@@ -182,8 +182,13 @@ def speak(model: Any, views: Sequence[View], *, without_padding: bool, terms: Di
     Through forward, because that is where distributed training hooks gradients in. Anything else it answers as before.
     """
     plain = model.forward
-    asked = {"hidden_states": terms.hidden_states, "labels": terms.labels} if terms else {}
-    read = Reader(model, views, without_padding=without_padding, **asked)
+    read = Reader(
+        model,
+        views,
+        without_padding=without_padding,
+        hidden_states=terms is not None and terms.hidden_states,
+        labels=terms.labels if terms else (),
+    )
 
     def forward(*args: Any, batch: dict[str, Flat] | None = None, step: Step | None = None, **kwargs: Any) -> Any:
         if batch is None:
