@@ -67,6 +67,7 @@ class Distilling:
         kinds = {term.kind for term in terms}
         self.labels = labels if "labels" in kinds else ()  # token ids of the label texts that a pass is to score
         self.hidden_states = bool(kinds & set(_HIDDEN))
+        self._votes = any(term.kind == "labels" and not term.needs_teacher for term in terms)
         self._asks = any(term.needs_teacher and term.title not in self._kept for term in terms)
         self._readers: list[Reader] | None = None
         self._maps: dict[str, list[_Pair]] = {}
@@ -120,7 +121,7 @@ class Distilling:
 
         batch = collate(rows)
         first = batch.get(self._views[0].target)
-        if first is not None and self._soft:
+        if first is not None and self._votes:
             nothing = np.zeros(len(self.labels), np.float32)
             inputs = zip(*rows_of(first), strict=True)
             soft = [nothing if target[-1] == IGNORED else self._soft.get(ids.tobytes(), nothing) for ids, target in inputs]
