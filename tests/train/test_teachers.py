@@ -13,9 +13,12 @@ from pydantic import ValidationError
 
 from dsbs import Student, UserError, load_recipe, train
 from dsbs.recipe import Recipe, TrainSection
+from dsbs.student import learn_vocabulary
 from dsbs.train import cell
 from dsbs.train.loop import planned
+from dsbs.train.methods import grid
 from dsbs.train.passes import Reader
+from dsbs.train.teachers import planned_teachers
 
 TEACHERS = "train.teachers=[{size: nano, max_steps: 2}]"
 RESPONSE = ("train.methods=finetune+response", "train.terms=[{kind: response}]", TEACHERS)
@@ -136,8 +139,10 @@ def test_a_trained_student_teaches_where_its_vocabulary_and_prefixes_fit(on_toy:
     by = f"train.teachers=[{{model: '{there.path}'}}]"
     (taught,) = train(on_toy(*RESPONSE[:2], by), out=tmp_path / "second").students
     assert taught.method == "finetune+response"
+    tokenizer = learn_vocabulary([f"Quite another text of {word} zebras." for word in ("twenty", "many", "no")] * 20, 100)
+    tokenizer.save_pretrained(there.path)
     with pytest.raises(UserError, match="has another vocabulary than the student"):
-        train(on_toy(*RESPONSE[:2], by, "student.vocab_size=66"), out=tmp_path / "third")
+        train(on_toy(*RESPONSE[:2], by), out=tmp_path / "third")
     card = json.loads((Path(there.path) / "student.json").read_text(encoding="utf-8"))
     card["prefixes"] = {"label": "say: "}
     (Path(there.path) / "student.json").write_text(json.dumps(card), encoding="utf-8")
@@ -181,3 +186,20 @@ def test_a_term_that_a_method_has_nothing_for_is_refused_before_training(
 ) -> None:
     with pytest.raises(UserError, match=message):
         planned(on_toy("train.methods=finetune+response", *overrides), tmp_path)
+
+
+def test_a_recipe_with_terms_reads_again_as_it_was_written_down(on_toy: Callable[..., Recipe]) -> None:
+    first = on_toy(
+        "train.methods=[finetune+response+hints]", "train.teachers=[{size: nano}, {model: /somewhere}]",
+        "train.terms=[{kind: response, temperature: 2.0}, {kind: feature, name: hints, layers: {1: 2}}]",
+    )  # fmt: skip
+    again = Recipe.model_validate(json.loads(json.dumps(first.model_dump(mode="json"))))
+    assert again == first and again.training_of("finetune+response+hints") == first.training_of("finetune+response+hints")
+
+
+def test_the_teachers_own_recipe_is_the_same_for_each_student_of_a_base_method(on_toy: Callable[..., Recipe]) -> None:
+    recipe = on_toy(*RESPONSE[1:], "train.methods=[finetune, finetune+response]", "train.tune={learning_rate: [0.1, 0.2]}")
+    cells = grid(recipe.train)
+    ((taught, job),) = planned_teachers(recipe, cells, Path("train"))
+    assert job.folder == Path("train/teachers/1-nano-finetune-gold") and job.cell.method == "finetune"
+    assert taught.train.tune is None and taught.train.max_steps == 2 and not taught.train.terms
