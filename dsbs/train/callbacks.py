@@ -25,8 +25,8 @@ class Follow(TrainerCallback):
 
     A line has ``step``, the totals so far, earlier runs included (``elapsed_s``, ``tokens`` and ``examples``, ``energy_j``
     where the machine tells it, ``peak_memory_mb``), and either losses in nats per token (``loss``, ``label_loss``,
-    ``rationale_loss``, each term's, ``learning_rate``, ``grad_norm``) and ``examples_per_s`` since the line before, looks at valid and
-    saving left out, or ``eval_accuracy`` and ``eval_label_loss``.
+    ``rationale_loss``, each term's, ``learning_rate``, ``grad_norm``) and ``examples_per_s`` since the line before, looks at
+    valid and saving left out, or ``eval_accuracy`` and ``eval_label_loss``.
     Lines after the checkpoint that a run resumes from are dropped: they come again.
     """
 

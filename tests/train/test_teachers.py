@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import good_answer
+from loopback import LoopbackServer
 from pydantic import ValidationError
 
-from dsbs import Student, UserError, load_recipe, train
+from dsbs import Student, UserError, annotate, load_recipe, train
 from dsbs.recipe import Recipe, TrainSection
 from dsbs.student import learn_vocabulary
 from dsbs.train import cell
@@ -20,6 +22,7 @@ from dsbs.train.methods import grid
 from dsbs.train.passes import Reader
 from dsbs.train.teachers import planned_teachers
 
+PANGRAM = "The quick brown fox jumps over a lazy dog; SPHINX of black quartz, JUDGE my VOW"
 TEACHERS = "train.teachers=[{size: nano, max_steps: 2}]"
 RESPONSE = ("train.methods=finetune+response", "train.terms=[{kind: response}]", TEACHERS)
 KEPT = ("train.methods=finetune+response", "train.terms=[{kind: response, top_k: 4}]", TEACHERS)
@@ -139,7 +142,7 @@ def test_a_trained_student_teaches_where_its_vocabulary_and_prefixes_fit(on_toy:
     by = f"train.teachers=[{{model: '{there.path}'}}]"
     (taught,) = train(on_toy(*RESPONSE[:2], by), out=tmp_path / "second").students
     assert taught.method == "finetune+response"
-    tokenizer = learn_vocabulary([f"Quite another text of {word} zebras." for word in ("twenty", "many", "no")] * 20, 100)
+    tokenizer = learn_vocabulary([f"{word} {word[::-1]} {word}s" for word in PANGRAM.split()] * 9, 90)
     tokenizer.save_pretrained(there.path)
     with pytest.raises(UserError, match="has another vocabulary than the student"):
         train(on_toy(*RESPONSE[:2], by), out=tmp_path / "third")
@@ -203,3 +206,21 @@ def test_the_teachers_own_recipe_is_the_same_for_each_student_of_a_base_method(o
     ((taught, job),) = planned_teachers(recipe, cells, Path("train"))
     assert job.folder == Path("train/teachers/1-nano-finetune-gold") and job.cell.method == "finetune"
     assert taught.train.tune is None and taught.train.max_steps == 2 and not taught.train.terms
+
+
+def test_votes_of_annotations_are_learned_and_tell_students_apart(toy: Callable[..., Path], tmp_path: Path) -> None:
+    found = []
+    for half in (False, True):
+        with LoopbackServer(good_answer if not half else lambda body, n: good_answer(body, n) if n % 2 else "No.") as server:
+            over = [
+                f"teacher.base_url={server.url}",
+                "train.methods=[finetune, finetune+labels]",
+                "train.terms=[{kind: labels}]",
+            ]
+            recipe, run = load_recipe(toy(), over), tmp_path / f"run-{half}"
+            annotate(recipe, out=run)
+            found.append(train(recipe, out=run).students)
+            logged = lines(run / "train" / "finetune+labels-gold-s0" / "metrics.jsonl")
+            assert all(row["labels_loss"] > 0 for row in logged if "loss" in row)
+    assert found[0][1].source and not found[0][0].source, "one learned from annotations, the other did not"
+    assert found[0][1].fingerprint != found[1][1].fingerprint
