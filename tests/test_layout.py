@@ -87,6 +87,7 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
         "dsbs/train/causal.py",
         "dsbs/train/trainer.py",
         "dsbs/train/unpadded.py",
+        "dsbs/train/passes.py",
         "dsbs/train/callbacks.py",
         "dsbs/eval/accuracy.py",
         "dsbs/serve/app.py",

@@ -163,7 +163,9 @@ def _students(path: Path, record: dict[str, Any], status: Status | None) -> tupl
     if recipe is None:
         return len(list((path / "train").glob("*/train.json"))), None
     cells = grid(recipe.train)
-    return sum(_settings(path / "train" / cell.name / "train.json") == recipe.training for cell in cells), len(cells)
+    return sum(_settings(path / "train" / cell.name / "train.json") == recipe.training_of(cell.method) for cell in cells), len(
+        cells
+    )
 
 
 def _settings(record: Path) -> str | None:

@@ -97,8 +97,9 @@ def recipe_schema() -> dict[str, Any]:
                 spec["description"] = said[key]
     parts["TaskSection"]["properties"]["name"]["enum"] = list(TASK_NAMES)
     many, one = parts["TrainSection"]["properties"]["methods"]["anyOf"]
-    many["items"] = one | {"enum": list(METHOD_NAMES)}
-    one["enum"] = list(METHOD_NAMES)
+    composed = {"type": "string", "pattern": rf"^({'|'.join(METHOD_NAMES)})(\+[a-z][a-z0-9-]*)+$"}  # with terms by their names
+    one["anyOf"] = [{"type": one.pop("type"), "enum": list(METHOD_NAMES)}, composed]
+    many["items"] = dict(one)
     (labels,) = (one for one in parts["TaskSection"]["properties"]["labels"]["anyOf"] if one["type"] == "array")
     labels["items"] = {"type": ["string", "integer"]}  # a label that YAML reads as a number
     file = {"type": "string", "description": "a file with a teacher: section, e.g. recipes/teachers/vllm.yaml"}

@@ -27,7 +27,7 @@ from dsbs.eval.score import score
 from dsbs.eval.simulate import simulatability, simulate
 from dsbs.eval.systems import System, bill, clusters_of, compare, labels_needed, pairs, pay_offs, score_system
 from dsbs.progress import Meter, Silent
-from dsbs.recipe import Recipe
+from dsbs.recipe import Recipe, base_of
 from dsbs.records import Example, TrainedStudent
 from dsbs.results import Results
 from dsbs.results_table import markdown
@@ -192,15 +192,15 @@ def _training_rows(student: TrainedStudent) -> int | None:
 def _of_recipe(recipe: Recipe, task: Task, students: list[TrainedStudent], run: Path) -> list[TrainedStudent]:
     wanted = [s for s in students if s.method in recipe.train.methods and s.seed in recipe.train.seeds]
     free = ("finetune", "distill")  # their labels are in their names
-    wanted = [s for s in wanted if s.method in free or s.labels in recipe.train.labels]
+    wanted = [s for s in wanted if base_of(s.method) in free or s.labels in recipe.train.labels]
     wanted = [s for s in wanted if s.subset in recipe.train.subset]
     if not wanted and not recipe.eval.predictions:
         raise UserError(
             f"{run}/train has no finished student of this recipe",
             hint="run `dsbs train` with this recipe first, or name prediction files from elsewhere in eval.predictions",
         )
-    settings, source = recipe.training, learned_source(recipe, task)
-    others = [s.name for s in wanted if s.settings != settings or s.source not in (None, source)]
+    source = learned_source(recipe, task)
+    others = [s.name for s in wanted if s.settings != recipe.training_of(s.method) or s.source not in (None, source)]
     if others:
         raise UserError(
             f"{', '.join(others)}: trained by other settings, or on another teacher's annotations, than this recipe's",

@@ -17,7 +17,7 @@ from dsbs.artefacts import canonical, digest, read_jsonl, write_jsonl
 from dsbs.errors import UserError
 from dsbs.eval.score import Scored
 from dsbs.progress import Meter
-from dsbs.recipe import Recipe
+from dsbs.recipe import Recipe, base_of
 from dsbs.records import Annotation, Example, Prediction, Sample, TrainedStudent
 from dsbs.student import Student, read_card
 from dsbs.tasks.base import Task
@@ -41,7 +41,7 @@ def trained_students(run: Path) -> list[TrainedStudent]:
 def best_student(recipe: Recipe, out: str | Path | None = None, *, needs_rationales: bool = False) -> str:
     """Folder of the run's student that is most accurate on valid. Raises UserError where none is trained."""
     run = run_folder(recipe, out)
-    students = [s for s in trained_students(run) if s.method not in ("finetune", "distill") or not needs_rationales]
+    students = [s for s in trained_students(run) if base_of(s.method) not in ("finetune", "distill") or not needs_rationales]
     if not students:
         what = "student with rationales" if needs_rationales else "finished student"
         raise UserError(f"{run}/train has no {what}", hint="run `dsbs train` first")

@@ -16,7 +16,7 @@ from dsbs.recipe.sections import LabelSource, Section, unknown
 from dsbs.recipe.student import StudentSection
 from dsbs.recipe.task import TASK_NAMES, DataSection, TaskSection
 from dsbs.recipe.teacher import AnnotateSection, EndpointSection, PriceSection, TeacherSection
-from dsbs.recipe.terms import LocalTeacherSection, TermSection
+from dsbs.recipe.terms import LocalTeacherSection, TermSection, base_of
 from dsbs.recipe.train import METHOD_NAMES, LoraSection, SelectSection, TrainSection
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "TeacherSection",
     "TermSection",
     "TrainSection",
+    "base_of",
     "unknown",
 ]
 
@@ -87,13 +88,19 @@ class Recipe(Section):
     def _baselines_are_there(self) -> Recipe:
         known = (*METHOD_NAMES, *self.eval.predictions)
         for name in self.eval.baseline:
-            if name not in known:
+            if name in known:
+                continue
+            if base_of(name) not in METHOD_NAMES:
                 raise ValueError("eval.baseline: " + unknown("method", name, known))
+            try:
+                self.train.check_method(name)
+            except ValueError as error:
+                raise ValueError(f"eval.baseline: {error}") from None
         return self
 
     @property
     def training(self) -> str:
-        """Hash of all that decides a student apart from its data, its method and its seed."""
+        """Hash of all that decides a student apart from its data, its method with its terms, and its seed."""
         apart = {
             "methods",
             "labels",
@@ -104,11 +111,10 @@ class Recipe(Section):
             "micro_batch_size",
             "gradient_checkpointing",
             "padding",
+            *("terms", "teachers", "ensemble"),  # of those methods alone that name them: see training_of
         }
         # what tuning decides is not the recipe's own any more
         apart |= {"tune"} if self.train.tune is None else {name for name, values in self.train.tune if values is not None}
-        # what came later than the first students and is not used decides nothing: they stay what they are
-        apart |= {name for name in ("terms", "teachers", "ensemble") if not self.train.terms}
         if self.train.loss_mean == "micro":  # elsewhere the objective is the same however a step is cut
             apart.discard("micro_batch_size")
         return digest(
@@ -116,6 +122,16 @@ class Recipe(Section):
             canonical(self.student.settings),
             str(self.eval.max_label_tokens),  # of the looks at valid that choose the best step
         )
+
+    def training_of(self, method: str) -> str:
+        """``training`` and the terms that this method names: another method's terms decide nothing."""
+        terms = self.train.terms_of(method)
+        if not terms:
+            return self.training
+        parts = [canonical([term.model_dump(mode="json") for term in terms])]
+        if any(term.needs_teacher for term in terms):
+            parts += [canonical([teacher.model_dump(mode="json") for teacher in self.train.teachers]), self.train.ensemble]
+        return digest(self.training, *parts)
 
     @property
     def folder(self) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -24,6 +24,18 @@ _OF = {
 }
 # Those that compare a student with a local teacher; `labels` does where its source says so.
 _NEED_TEACHER = ("response", "feature", "relation")
+# What metrics.jsonl calls the losses of a method's own targets.
+_TAKEN = ("label", "rationale", "rationale-then-label", "label-then-rationale")
+
+
+def base_of(method: str) -> str:
+    """The method that a name with terms builds on: of ``finetune+response``, finetune."""
+    return method.partition("+")[0]
+
+
+def names_of_terms(method: str) -> list[str]:
+    """The terms that a method's name adds to its base, in their order."""
+    return method.split("+")[1:]
 
 
 class TermSection(Section):
@@ -52,11 +64,19 @@ class TermSection(Section):
     @model_validator(mode="after")
     def _keys_are_the_kinds_own(self) -> TermSection:
         for key, kinds in _OF.items():
-            if key in self.model_fields_set and self.kind not in kinds:
+            if key in self.changed and self.kind not in kinds:
                 raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}")
         if self.kind == "relation" and not (self.distance or self.angle):
             raise ValueError("relation needs a weight above 0: distance or angle")
+        if self.title in _TAKEN:
+            raise ValueError(f"{self.title} is the name of a loss that methods have by themselves; take another name")
         return self
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The keys that are not at their defaults: a recipe that was written out in full has every key."""
+        fields = type(self).model_fields
+        return {key: value for key, value in self if value != fields[key].default}
 
     @property
     def title(self) -> str:
@@ -81,7 +101,8 @@ class LocalTeacherSection(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> LocalTeacherSection:
-        if self.model and (self.start or {"size", "learning_rate", "max_steps", "seed"} & self.model_fields_set):
+        given = (self.start, self.learning_rate, self.max_steps, self.seed)
+        if self.model and (self.size != "mini" or any(one is not None for one in given)):
             raise ValueError(
                 "model names a trained teacher; start, size, learning_rate, max_steps and seed are for one to be trained"
             )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dsbs.recipe.sections import LabelSource, Section, as_tuple, unknown
-from dsbs.recipe.terms import LocalTeacherSection, TermSection
+from dsbs.recipe.terms import LocalTeacherSection, TermSection, base_of, names_of_terms
 from dsbs.records import Provenance
 
 # Names only, so that a recipe is checked without importing what they name; a test holds them to their registries.
@@ -130,9 +130,55 @@ class TrainSection(Section):
     @classmethod
     def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in METHOD_NAMES:
-                raise ValueError(unknown("method", name, METHOD_NAMES))
+            if base_of(name) not in METHOD_NAMES:
+                raise ValueError(unknown("method", base_of(name), METHOD_NAMES))
         return value
+
+    @model_validator(mode="after")
+    def _terms_and_methods_fit(self) -> TrainSection:
+        titles = [term.title for term in self.terms]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"train.terms: two terms are called {title!r}; give one of them another name")
+        for method in self.methods:
+            self.check_method(method)
+        used = {name for method in self.methods for name in names_of_terms(method)}
+        for term in self.terms:
+            if term.title not in used:
+                raise ValueError(
+                    f"train.terms: no method learns {term.title!r}; add its name to one, e.g. "
+                    f"methods: [{self.methods[0]}, {base_of(self.methods[0])}+{term.title}]"
+                )
+            if term.needs_teacher and not self.teachers:
+                raise ValueError(
+                    f"train.terms: {term.title!r} compares with a local model; add one, e.g. teachers: [{{size: mini}}]"
+                )
+            if term.kind == "feature" and self.lora is not None:
+                raise ValueError(
+                    f"train.terms: {term.title!r} learns projections, which train.lora's adapters cannot hold; leave one out"
+                )
+        if self.teachers and not any(term.needs_teacher for term in self.terms):
+            raise ValueError(
+                "train.teachers: no term compares with them; add one, e.g. terms: [{kind: response}], or leave them out"
+            )
+        return self
+
+    def check_method(self, method: str) -> None:
+        """Raises ValueError where a method's name has no such base, or a term that is not in ``terms``, or one twice."""
+        if base_of(method) not in METHOD_NAMES:
+            raise ValueError(unknown("method", base_of(method), METHOD_NAMES))
+        names, known = names_of_terms(method), [term.title for term in self.terms]
+        for name in names:
+            if name not in known:
+                what = unknown("term", name, known) if known else f"there is no term {name!r}: train.terms is empty"
+                raise ValueError(f"train.methods: {method}: {what}")
+            if names.count(name) > 1:
+                raise ValueError(f"train.methods: {method} names the term {name!r} twice")
+
+    def terms_of(self, method: str) -> tuple[TermSection, ...]:
+        """The terms that a method names, in its order."""
+        by_title = {term.title: term for term in self.terms}
+        return tuple(by_title[name] for name in names_of_terms(method))
 
     @model_validator(mode="after")
     def _micro_batches_fit(self) -> TrainSection:

@@ -16,6 +16,7 @@ from dsbs.artefacts import atomic
 from dsbs.errors import UserError
 from dsbs.gguf import is_gguf
 from dsbs.markdown import escape, table
+from dsbs.recipe import TermSection, base_of
 from dsbs.records import TrainedStudent
 from dsbs.report.card_causal import causal_call
 from dsbs.report.card_recipe import Sections, hub_model, hub_source, input_text, placeholder, sections, source_of
@@ -176,7 +177,9 @@ def _body(
     described = f": {recipe.task.description}" if recipe.task.description else "."
     version = record.get("versions", {}).get("dsbs")
     kind = "A decoder-only language model" if _is_causal(run, student) else "A T5"
-    about = _ABOUT.get(student.method, f"It was trained by the method {student.method}.")
+    about = _ABOUT.get(base_of(student.method), f"It was trained by the method {student.method}.") + _terms_said(
+        recipe, student
+    )
     return environment.get_template("card.md").render(
         student=student,
         stamp=None if reportable else "task.limit was set",
@@ -250,7 +253,9 @@ def _measure(name: str, measure: Measure) -> list[str]:
 
 def _learned(student: TrainedStudent) -> list[str]:
     """What of a teacher a student learned."""
-    return ["labels"] * (student.labels == "teacher") + ["rationales"] * (student.method not in ("finetune", "distill"))
+    return ["labels"] * (student.labels == "teacher") + ["rationales"] * (
+        base_of(student.method) not in ("finetune", "distill")
+    )
 
 
 def _training(recipe: Sections, student: TrainedStudent, record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -265,13 +270,15 @@ def _training(recipe: Sections, student: TrainedStudent, record: Mapping[str, An
     source = hub_source(recipe.task.data.train)
     rows = [
         ("method", student.method),
+        ("terms", "; ".join(_term(term) for term in recipe.train.terms_of(student.method))),
+        ("local teachers", ", ".join(teacher["name"] for teacher in record.get("teachers", ()))),
         ("labels", "gold" if student.labels == "gold" else "the teacher's"),
         ("started from", began),
         ("data", source[0] if source else Path(recipe.task.data.train).name),
         ("training rows", f"{record['rows']:,}" + ("" if student.subset == 1 else f", {100 * student.subset:g} % of all")),
         ("rationales learned", f"{record['rationales']:,}" if record.get("rationales") else ""),
         ("validation rows", f"{record['valid_rows']:,}" if "valid_rows" in record else ""),
-        ("λ, the rationales' weight", _weight(recipe) if student.method == "step-by-step" else ""),
+        ("λ, the rationales' weight", _weight(recipe) if base_of(student.method) == "step-by-step" else ""),
         ("steps", f"{student.best_step:,} of {student.steps:,}, the best on valid ({percent(student.valid_accuracy)})"),
         ("batch", f"{train.batch_size:,} examples"),
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}; {train.optimizer}"),
@@ -281,6 +288,20 @@ def _training(recipe: Sections, student: TrainedStudent, record: Mapping[str, An
         ("took", f"{student.wall_s:,.0f} s" + (f" on {student.cost.device}" if student.cost else "")),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _term(term: TermSection) -> str:
+    """One term as a card's table has it: what was set."""
+    said = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in term.changed.items()]
+    return ", ".join([term.title, *(one for one in said if not one.startswith("name "))])
+
+
+def _terms_said(recipe: Sections, student: TrainedStudent) -> str:
+    terms = recipe.train.terms_of(student.method)
+    if not terms:
+        return ""
+    names = " and ".join(f"{term.title} ({term.kind})" if term.name else term.title for term in terms)
+    return f" Its loss has further terms: {names}."
 
 
 def _weight(recipe: Sections) -> str:
@@ -309,11 +330,11 @@ def _limits(run: Run, recipe: Sections, system: SystemResult, student: TrainedSt
         said.append(
             "It was trained or measured on a limited part of the data to try things out: its numbers are not to be reported."
         )
-    if student.method == "step-by-step":
+    if base_of(student.method) == "step-by-step":
         said.append("Rationale and label are decoded apart: the rationale is not the reason for the label, however it reads.")
-    elif student.method == "label-then-rationale":
+    elif base_of(student.method) == "label-then-rationale":
         said.append("The rationale is written after the label, which did not depend on it.")
-    elif student.method == "rationale-then-label":
+    elif base_of(student.method) == "rationale-then-label":
         said.append("The label is written after the rationale and with it in view; that does not make the rationale its cause.")
     said.append(f"The numbers speak of {run.results.split}'s rows, this teacher and these seeds alone.")
     said.append(f"{percent(system.unreadable)} of such students' outputs on {run.results.split} were no label of the task.")
@@ -329,7 +350,7 @@ def _limits(run: Run, recipe: Sections, system: SystemResult, student: TrainedSt
 def _use(run: Run, recipe: Sections, student: TrainedStudent) -> dict[str, str | None]:
     item = placeholder(recipe)
     folder = student.name
-    wants = ", rationale=True" if student.method not in ("finetune", "distill") else ""
+    wants = ", rationale=True" if base_of(student.method) not in ("finetune", "distill") else ""
     python = [
         "import dsbs",
         "",

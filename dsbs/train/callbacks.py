@@ -25,8 +25,8 @@ class Follow(TrainerCallback):
 
     A line has ``step``, the totals so far, earlier runs included (``elapsed_s``, ``tokens`` and ``examples``, ``energy_j``
     where the machine tells it, ``peak_memory_mb``), and either losses in nats per token (``loss``, ``label_loss``,
-    ``rationale_loss``, ``learning_rate``, ``grad_norm``) and ``examples_per_s`` since the line before, looks at valid and
-    saving left out, or ``eval_accuracy`` and ``eval_label_loss``.
+    ``rationale_loss``, each term's, ``learning_rate``, ``grad_norm``) and ``examples_per_s`` since the line before, looks at
+    valid and saving left out, or ``eval_accuracy`` and ``eval_label_loss``.
     Lines after the checkpoint that a run resumes from are dropped: they come again.
     """
 
@@ -104,7 +104,8 @@ class Follow(TrainerCallback):
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self._remember(row)
-        losses = [f"{name} {row[name + '_loss']:.3f}" for name in ("label", "rationale") if f"{name}_loss" in row]
+        losses = [f"{key.removesuffix('_loss')} {value:.3f}" for key, value in logs.items() if key.endswith("_loss")]
+        losses = losses if "loss" in logs else []
         if losses:
             self._note = "loss: " + ", ".join(losses)
 

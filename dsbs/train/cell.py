@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ from dsbs.student import (
     tokenizer_hash,
 )
 from dsbs.tasks import make_task
-from dsbs.train.encode import Drawn, Encoder, collate, encoded_hash, pad
+from dsbs.train.checkpoints import is_out_of_memory, last_checkpoint
+from dsbs.train.distil import Distilling
+from dsbs.train.encode import Drawn, Encoder, collate, encoded_hash, pad, soft_hash
+from dsbs.train.logprobs import keep
 from dsbs.train.lora import adapt, merged, trainable
-from dsbs.train.methods import METHODS, View
+from dsbs.train.methods import View, method_of
 from dsbs.train.processes import leads, wait, world
 from dsbs.train.rows import Data, taught_rationales
+from dsbs.train.teachers import LocalTeacher, teachers_fingerprint
 from dsbs.train.tokens import Tokens
 from dsbs.train.tune import RECORD, Job, adopt
 
@@ -44,31 +49,46 @@ def per_process(batch: int, micro: int) -> int:
 class CellTraining:
     """One student's training, from encoding to the saved folder."""
 
-    def __init__(self, recipe: Recipe, job: Job, data: Data, tokenizer: Any, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        job: Job,
+        data: Data,
+        tokenizer: Any,
+        tokens: Tokens,
+        teachers: Sequence[LocalTeacher] = (),
+        logprobs: Path | None = None,
+    ) -> None:
         cell = job.cell
-        self.settings = recipe.training  # as the run's recipe has it; what tuning chose comes on top
+        self.name = job.name or cell.name
+        self.settings = recipe.training_of(cell.method)  # as the run's recipe has it; what tuning chose comes on top
         recipe = recipe.model_copy(update={"train": job.section})
         self.recipe, self.job, self.cell, self.data, self.tokenizer = recipe, job, cell, data, tokenizer
         self.wording = tokens.wording
-        self.views: tuple[View, ...] = METHODS[cell.method].views(recipe.train)
+        self.views: tuple[View, ...] = method_of(cell.method).views(recipe.train)
         student = recipe.student
         encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens)
         self.rows = encoder.rows(data.part(cell.subset), self.views, cell.labels)
         self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
-        self.folder = job.folder
+        self.teachers, self.terms = teachers, recipe.train.terms_of(cell.method)
+        self.soft = encoder.soft(data.part(cell.subset), self.views[0], cell.labels) if cell.learns_votes else {}
+        self.labels = encoder.texts(make_task(recipe.task).labels or ())
+        self.folder, self.logprobs = job.folder, logprobs or job.folder.parent / "logprobs"
         self.checkpoints = self.folder / "checkpoints"
         self.fingerprint = self._fingerprint()
 
     def _fingerprint(self) -> str:
         """Hash of all that decides the student's weights: equal fingerprint, equal student."""
         return digest(
-            self.recipe.training,
-            canonical(asdict(self.cell)),
+            self.recipe.training_of(self.cell.method),
+            canonical(self.cell.identity),
             canonical([asdict(view) for view in self.views]),
             tokenizer_hash(self.tokenizer),
             encoded_hash(self.rows),
             encoded_hash(self.valid),
             *start_hash(self.recipe.train.init or self.recipe.student.model),
+            *([teachers_fingerprint(self.teachers)] if self.teachers else []),
+            *([soft_hash(self.soft)] if self.soft else []),
         )
 
     def run(self, meter: Meter) -> TrainedStudent:
@@ -146,7 +166,7 @@ class CellTraining:
         micro = self.recipe.train.micro_batch_size or self.recipe.train.batch_size
         while (trained := self._attempt(meter, micro)) is None:
             smaller = self._smaller(micro)
-            meter.say(f"{self.cell.name}: memory is full with {micro} examples at a time; going on with {smaller}")
+            meter.say(f"{self.name}: memory is full with {micro} examples at a time; going on with {smaller}")
             gc.collect()
             torch.cuda.empty_cache()
             micro = smaller
@@ -169,6 +189,7 @@ class CellTraining:
         if section.lora:
             model = adapt(model, section.lora)
         student = Student.of(model, self.tokenizer, self._card())
+        terms = self._distilling(model, meter, mine) if self.terms else None
         bf16 = section.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(self.checkpoints),
@@ -213,8 +234,9 @@ class CellTraining:
             args=arguments,
             train_dataset=rows,
             eval_dataset=self.valid,
-            data_collator=collate,
+            data_collator=terms.collate if terms else collate,
             views=self.views,
+            terms=terms,
             section=section,
             validate=lambda: self._validate(student),
             callbacks=[
@@ -233,10 +255,18 @@ class CellTraining:
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 return None
         return self._finish(student, trainer.state, follow)
+
+    def _distilling(self, model: Any, meter: Meter, size: int) -> Distilling:
+        """The student's terms, ready to learn by."""
+        asked = self.terms, self.recipe.train, self.views
+        kept = keep(*asked, self.teachers, model.config.vocab_size, self.logprobs, self.rows, size, meter, self.job.title)
+        made = Distilling(*asked, teachers=self.teachers, labels=self.labels, soft=self.soft, kept=kept)
+        made.attach(model, self.cell.seed)
+        return made
 
     def _smaller(self, micro: int) -> int:
         """The next smaller micro-batch that divides the batch. Raises DsbsError where there is none."""
@@ -244,14 +274,14 @@ class CellTraining:
         fitting = [size for size in range(1, micro) if batch % size == 0]
         if not fitting or self.recipe.train.loss_mean == "micro":
             raise DsbsError(
-                f"{self.cell.name}: memory is full with {micro} examples at a time",
+                f"{self.name}: memory is full with {micro} examples at a time",
                 hint="set train.gradient_checkpointing: true, or take a smaller student; the last checkpoint is kept",
             )
         return max(size for size in fitting if size <= max(1, micro // 2))
 
     def _card(self) -> StudentCard:
         return StudentCard(
-            name=self.cell.name,
+            name=self.name,
             method=self.cell.method,
             labels=self.cell.labels,
             seed=self.cell.seed,
@@ -329,7 +359,7 @@ class CellTraining:
     def _save(self, student: Student, state: Any, follow: Any) -> None:
         if state.best_global_step is None:
             raise DsbsError(
-                f"{self.cell.name}: no look at valid found a finite loss", hint="lower train.learning_rate and train again"
+                f"{self.name}: no look at valid found a finite loss", hint="lower train.learning_rate and train again"
             )
         best, steps = int(state.best_global_step), int(state.global_step)
         looks = {row["step"]: row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row}
@@ -338,7 +368,7 @@ class CellTraining:
         student = Student.of(self._trained(self.checkpoints / f"checkpoint-{best}"), self.tokenizer, student.card)
         student.save(self.folder)
         record = TrainedStudent(
-            name=self.cell.name,
+            name=self.name,
             method=self.cell.method,
             labels=self.cell.labels,
             seed=self.cell.seed,
@@ -370,25 +400,7 @@ class CellTraining:
                 "valid_labels": self.data.valid_labels,
                 "ended": now(),
                 "versions": versions(),
+                **({"teachers": [teacher.said for teacher in self.teachers]} if self.teachers else {}),
             },
         )
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # the best one is the student; the rest served resuming
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU or of the machine, for which PyTorch has no class of its own."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint. One that a kill left half-written has no readable trainer state and is removed."""
-    whole = []
-    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            whole.append((int(path.name.rpartition("-")[2]), path))
-        except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None

@@ -82,6 +82,22 @@ class Encoder:
             taught[view.target] = Taught(pairs, np.concatenate([[0], np.cumsum(counts)]))
         return EncodedRows(self._tokens, taught)
 
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts as they are written."""
+        return [self._tokens[place].tolist() for place in self._tokens.places("", texts, self._max_target)]
+
+    def soft(self, rows: Sequence[Row], view: View, labels: LabelSource) -> dict[bytes, NDArray[np.float32]]:
+        """The annotations' distributions over the task's labels (L,) of the rows that teach, by the ids of ``view``'s input.
+
+        Rows that read the same share the mean of theirs.
+        """
+        known = [row for row in rows if row.votes is not None and row.label(labels) is not None]
+        found: dict[bytes, list[tuple[float, ...]]] = {}
+        places = self._tokens.places(view.prefix, [row.text for row in known], self._max_input)
+        for row, place in zip(known, places, strict=True):
+            found.setdefault(self._tokens[place].astype(np.int64).tobytes(), []).append(row.votes or ())
+        return {key: np.asarray(np.mean(votes, axis=0), np.float32) for key, votes in found.items()}
+
     def cut(self, rows: EncodedRows) -> Iterator[str]:
         """Warnings of inputs and targets that are as long as they may be: what was longer is cut."""
         for name, (sources, targets) in rows.lengths().items():
@@ -139,6 +155,13 @@ def encoded_hash(rows: Sequence[Encoded]) -> str:
     return state.hexdigest()
 
 
+def soft_hash(soft: Mapping[bytes, NDArray[np.float32]]) -> str:
+    state = hashlib.sha256()
+    for ids, votes in sorted(soft.items()):
+        state.update(hashlib.sha256(ids).digest() + votes.tobytes())
+    return state.hexdigest()
+
+
 # source (N,) and target (M,) ids of B rows one after another, source_lengths, target_lengths and rows (B,): places in the batch
 Flat = dict[str, Any]
 
@@ -163,6 +186,15 @@ def collate(rows: Sequence[Encoded]) -> dict[str, Flat]:
             "target_lengths": torch.tensor([len(target) for _, target in pairs]),
         }
     return batch
+
+
+def rows_of(flat: Flat) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Each row's input ids and target ids."""
+
+    def parted(what: str) -> list[NDArray[np.int64]]:
+        return np.split(flat[what].cpu().numpy(), np.cumsum(flat[f"{what}_lengths"].cpu().numpy())[:-1])
+
+    return parted("source"), parted("target")
 
 
 def pad(flat: Flat, pad_id: int, start: int) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from dsbs.tasks.base import Task
 from dsbs.tasks.load import stream, survey
 from dsbs.train.cell import CellTraining
 from dsbs.train.encode import Encoder
-from dsbs.train.methods import METHODS, grid
+from dsbs.train.methods import check_terms, grid, method_of
 from dsbs.train.processes import leads, world
 from dsbs.train.rows import Data, gather, taught_rationales, vocabulary_text
+from dsbs.train.teachers import LocalTeachers, planned_teachers
 from dsbs.train.tokens import Tokens
-from dsbs.train.tune import RECORD, Tuner, trial_jobs
+from dsbs.train.tune import RECORD, Job, Tuner, trial_jobs
 from dsbs.vocabulary import lost_in
 
 
@@ -34,6 +35,7 @@ class TrainResult:
 
     run: Path
     students: list[TrainedStudent]
+    teachers: list[TrainedStudent]  # local ones that were trained, or kept, to teach them
     reportable: bool
 
     def as_json(self) -> dict[str, Any]:
@@ -41,6 +43,7 @@ class TrainResult:
             "run": str(self.run),
             "reportable": self.reportable,
             "students": [student.model_dump() for student in self.students],
+            "teachers": [teacher.model_dump() for teacher in self.teachers],
         }
 
 
@@ -58,6 +61,7 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
     _check_precision(recipe)
     _check_processes(recipe)
     check_student(recipe)
+    check_terms(recipe.train, task, cells)
     hashes: dict[str, str] = {split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")}
     with ExitStack() as stack:
         record: dict[str, Any] = {}
@@ -71,12 +75,20 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
         if leads():
             for warning in _warnings(recipe, task, data, tokenizer, tokens):
                 meter.say(f"warning: {warning}")
-        tuner = Tuner(recipe, run, lambda trial: CellTraining(recipe, trial, data, tokenizer, tokens).run(meter))
-        students = [CellTraining(recipe, tuner.job(cell), data, tokenizer, tokens).run(meter) for cell in cells]
+        teachers = LocalTeachers(
+            recipe, run, tokenizer, lambda taught, job: CellTraining(taught, job, data, tokenizer, tokens).run(meter)
+        )
+
+        def student(job: Job) -> TrainedStudent:
+            told = teachers.of(job.cell)
+            return CellTraining(recipe, job, data, tokenizer, tokens, told, run / "train" / "logprobs").run(meter)
+
+        tuner = Tuner(recipe, run, student)
+        students = [student(tuner.job(cell)) for cell in cells]
         record["students"] = [student.name for student in students]
         if leads():
             tokens.sweep()
-    return TrainResult(run, students, reportable=recipe.task.limit is None)
+    return TrainResult(run, students, teachers.trained, reportable=recipe.task.limit is None)
 
 
 def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: Tokens) -> list[str]:
@@ -85,14 +97,14 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     sources = {cell.labels for cell in cells}
     labels = {label for source in sources for row in data.train if (label := row.label(source)) is not None}
     said = {"inputs": [row.text for row in data.train]}
-    if any(METHODS[cell.method].needs_rationales for cell in cells):
+    if any(method_of(cell.method).needs_rationales for cell in cells):
         said["rationales"] = [rationale for row in data.train for rationale in row.rationales]
     found = lost_in(recipe.student, tokenizer, labels.union(task.labels or ()), said)
     encoder = Encoder(tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens)
     part = data.part(max(recipe.train.subset))
     systems = dict.fromkeys((cell.method, cell.labels) for cell in cells)
     for method, source in systems:
-        found += encoder.cut(encoder.rows(part, METHODS[method].views(recipe.train), source))
+        found += encoder.cut(encoder.rows(part, method_of(method).views(recipe.train), source))
     return list(dict.fromkeys(found))
 
 
@@ -100,8 +112,22 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     """What ``train`` would do, for --dry-run: a line for every student."""
     run = run_folder(recipe, out)
     cells = grid(recipe.train)
-    data = gather(recipe, make_task(recipe.task), run, cells)
+    task = make_task(recipe.task)
+    data = gather(recipe, task, run, cells)
+    check_terms(recipe.train, task, cells)
     lines = []
+    for teacher, job in planned_teachers(recipe, cells, run / "train"):
+        lines.append(
+            {
+                "name": f"teacher {job.name}",
+                "rows": len([row for row in data.part(job.cell.subset) if row.label(job.cell.labels)]),
+                "rationales": taught_rationales(data, job.cell),
+                "valid": len(data.valid),
+                "trials": 0,
+                "steps": teacher.train.max_steps,
+                "done": _is_done(teacher.training, job.folder / RECORD),
+            }
+        )
     for cell in cells:
         taught = [row for row in data.part(cell.subset) if row.label(cell.labels)]
         lines.append(
@@ -112,19 +138,19 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
                 "valid": len(data.valid),
                 "trials": len(trial_jobs(recipe.train, cell, run)) if cell.seed == recipe.train.seeds[0] else 0,
                 "steps": max((recipe.train.tune and recipe.train.tune.max_steps) or (recipe.train.max_steps,)),
-                "done": _is_done(recipe, run / "train" / cell.name / RECORD),
+                "done": _is_done(recipe.training_of(cell.method), run / "train" / cell.name / RECORD),
             }
         )
     return lines
 
 
-def _is_done(recipe: Recipe, record: Path) -> bool:
-    """Whether there is a finished student of this recipe's settings (its data are compared when training)."""
+def _is_done(wanted: str, record: Path) -> bool:
+    """Whether there is a finished student of these settings (its data are compared when training)."""
     try:
         settings = json.loads(record.read_text(encoding="utf-8"))["student"]["settings"]
     except (OSError, ValueError, KeyError):
         return False
-    return bool(settings == recipe.training)
+    return bool(settings == wanted)
 
 
 def _check_processes(recipe: Recipe) -> None:

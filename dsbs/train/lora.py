@@ -7,6 +7,7 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.recipe import LoraSection, unknown
+from dsbs.train.distil import PROJECTIONS
 
 
 def adapt(model: Any, section: LoraSection) -> Any:
@@ -38,8 +39,9 @@ def merged(model: Any, checkpoint: Path) -> Any:
 
 
 def trainable(model: Any) -> int:
-    """How many of the model's parameters learn."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """How many of the model's parameters learn, without the projections that end with its training."""
+    named = model.named_parameters()
+    return sum(one.numel() for name, one in named if one.requires_grad and not name.startswith(f"{PROJECTIONS}."))
 
 
 def _targets(model: Any, targets: tuple[str, ...]) -> list[str]:

@@ -6,11 +6,16 @@ share a student, none where there is one task.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dsbs.recipe import LabelSource, TrainSection
+from dsbs.errors import UserError
+from dsbs.recipe import LabelSource, TermSection, TrainSection, base_of
 from dsbs.student import Start, Target
+from dsbs.tasks.base import Task
+
+BOTH = ("label", "rationale")  # the tasks of a method that keeps them apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,11 @@ METHODS = {
 }
 
 
+def method_of(name: str) -> Method:
+    """The method that a name stands for, whatever terms it adds: ``finetune+response`` is finetune with one more term."""
+    return METHODS[base_of(name)]
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One student to train: a method, whose labels, the share of the train rows, and a seed."""
@@ -68,6 +78,12 @@ class Cell:
     labels: LabelSource
     seed: int
     subset: float = 1.0
+    learns_votes: bool = False  # a term of its method has its targets from the annotations
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it decides the student."""
+        return {"method": self.method, "labels": self.labels, "seed": self.seed, "subset": self.subset}
 
     @property
     def system(self) -> str:
@@ -81,15 +97,49 @@ class Cell:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.labels == "teacher" or METHODS[self.method].needs_rationales
+        return self.labels == "teacher" or self.learns_votes or method_of(self.method).needs_rationales
 
 
 def grid(train: TrainSection) -> list[Cell]:
     """Every student that a recipe asks for: all methods of a seed and a share before the next."""
     return [
-        Cell(name, labels, seed, subset)
+        Cell(name, labels, seed, subset, learns_votes=learns_votes(train, name))
         for seed in train.seeds
         for subset in sorted(train.subset, reverse=True)
         for name in train.methods
-        for labels in METHODS[name].labels or train.labels
+        for labels in method_of(name).labels or train.labels
     ]
+
+
+def learns_votes(train: TrainSection, method: str) -> bool:
+    return any(term.kind == "labels" and not term.needs_teacher for term in train.terms_of(method))
+
+
+def term_views(term: TermSection, views: Sequence[View]) -> list[str]:
+    """The views whose tokens a response term compares: those that it names, and those that write both in one text."""
+    return [view.target for view in views if view.taught and (view.target in term.targets or view.target not in BOTH)]
+
+
+def check_terms(section: TrainSection, task: Task, cells: Sequence[Cell]) -> None:
+    """Raises UserError for a term that has nothing to learn from in a method or a task."""
+    for cell in cells:
+        views = method_of(cell.method).views(section)
+        written = [view.target for view in views if view.taught]
+        for term in section.terms_of(cell.method):
+            problem, hint = None, "name the term in another method, or leave it out"
+            if term.kind == "response" and not term_views(term, views):
+                problem = f"compares {' and '.join(term.targets)} tokens, which {cell.method} does not learn"
+            elif term.kind == "labels" and task.labels is None:
+                problem, hint = f"needs a fixed set of labels, and {task.name} has none", "leave the term out"
+            elif term.kind == "labels" and written[0] != "label":
+                problem = f"scores labels by themselves, and {cell.method} writes them beside a rationale"
+            elif term.kind == "mutual-information" and written != list(BOTH):
+                problem = f"compares a label with its rationale as two tasks, which {cell.method} has not"
+            elif term.kind == "consistency" and written != ["rationale-then-label"]:
+                problem = f"compares answers after different rationales, and {cell.method} writes none after a rationale"
+                hint = "name it in rationale-then-label"
+            elif term.kind == "consistency" and section.rationales != "all":
+                problem = "needs several rationales of a row in one batch"
+                hint = "set train.rationales: all, and annotate.samples to more than 1"
+            if problem:
+                raise UserError(f"train.terms: {term.title} {problem}", hint=hint)

@@ -14,8 +14,9 @@ from dsbs.records import Annotation, Example
 from dsbs.student import Target, compose
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import is_held_out, load, position
-from dsbs.train.methods import METHODS, Cell
+from dsbs.train.methods import Cell, method_of
 from dsbs.train.select import select
+from dsbs.train.terms.labels import vote_distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Row:
     teacher: str | None
     rationales: tuple[str, ...] = ()
     hinted: bool = False  # the rationales lead to the gold label, not to the teacher's own
+    votes: tuple[float, ...] | None = None  # of the task's labels in the annotation's samples; None: not asked for, or unknown
 
     def label(self, source: LabelSource) -> str | None:
         return self.gold if source == "gold" else self.teacher
@@ -74,8 +76,9 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
     known = [annotations[example.id] for example in examples if example.id in annotations]
     chosen = select(known, recipe.train.select, task)
     own_must_agree = recipe.train.select.agree_gold
+    votes = any(cell.learns_votes for cell in cells)
     rows = [
-        _row(task, example, chosen.get(example.id), recipe.train.rationales, own_must_agree=own_must_agree)
+        _row(task, example, chosen.get(example.id), recipe.train.rationales, own_must_agree=own_must_agree, votes=votes)
         for example in examples
         if not is_held_out(recipe, example)
     ]
@@ -115,7 +118,7 @@ def _check_taught(data: Data, cell: Cell) -> None:
             if cell.labels == "gold"
             else "look at the annotations' reject_reason, and at train.select",
         )
-    if METHODS[cell.method].needs_rationales and not taught_rationales(data, cell):
+    if method_of(cell.method).needs_rationales and not taught_rationales(data, cell):
         raise UserError(
             f"{cell.method} learns rationales beside {cell.labels} labels, and no {of} has a usable one",
             hint="look at the annotations' reject_reason and provenance (hinted ones go with gold labels), and at train.select",
@@ -124,7 +127,7 @@ def _check_taught(data: Data, cell: Cell) -> None:
 
 def taught_rationales(data: Data, cell: Cell) -> int:
     """How many rationales a student is taught in its part of the rows."""
-    if not METHODS[cell.method].needs_rationales:
+    if not method_of(cell.method).needs_rationales:
         return 0
     return sum(len(row.usable(cell.labels)) for row in data.part(cell.subset))
 
@@ -142,13 +145,20 @@ def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict
 
 
 def _row(
-    task: Task, example: Example, annotation: Annotation | None, which: str = "chosen", *, own_must_agree: bool = False
+    task: Task,
+    example: Example,
+    annotation: Annotation | None,
+    which: str = "chosen",
+    *,
+    own_must_agree: bool = False,
+    votes: bool = False,
 ) -> Row:
     if annotation is None or not annotation.accepted:
         return Row(example.id, task.text(example.input), example.label, None)
     own = annotation.own_label
     if own_must_agree and (own is None or example.label is None or not task.correct(own, example.label)):
         own = None  # a hinted row passes select by its gold label; the teacher's own is another
+    shares = vote_distribution(annotation, task.labels, task) if votes and task.labels else None
     return Row(
         id=example.id,
         text=task.text(example.input),
@@ -156,6 +166,7 @@ def _row(
         teacher=own,
         rationales=tuple(_rationales(annotation, task))[: 1 if which == "chosen" else None],
         hinted=annotation.provenance == "hinted",
+        votes=tuple(shares) if shares else None,
     )
 
 

@@ -7,7 +7,7 @@ loss is already normalised. Here each view's summed cross-entropy is divided by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +15,35 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Seq2SeqTrainer
 
-from dsbs.errors import DsbsError
+from dsbs.errors import DsbsError, UserError
 from dsbs.recipe import TrainSection
-from dsbs.student import start_token
 from dsbs.train import causal
-from dsbs.train.encode import Evened, Flat, pad
+from dsbs.train.distil import Distilling, Step
+from dsbs.train.encode import Evened, Flat
 from dsbs.train.losses import IGNORED, summed_nll, view_weights, weighted_loss
 from dsbs.train.methods import View
+from dsbs.train.passes import Reader
 from dsbs.train.sharding import save_whole, shard
-from dsbs.train.unpadded import Part, is_supported, logits_of
+from dsbs.train.unpadded import is_supported
 
 
 class StepTrainer(Seq2SeqTrainer):
-    """``views`` is the student's method; ``validate`` returns the figures of a look at valid, "accuracy" among them."""
+    """``views`` is the student's method, ``terms`` what its loss has beside them (None: nothing); ``validate`` returns the
+    figures of a look at valid, "accuracy" among them.
+    """
 
     def __init__(
-        self, *, views: Sequence[View], section: TrainSection, validate: Callable[[], dict[str, float]], **kwargs: Any
+        self,
+        *,
+        views: Sequence[View],
+        section: TrainSection,
+        validate: Callable[[], dict[str, float]],
+        terms: Distilling | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs | {"train_dataset": Evened(kwargs["train_dataset"], views[0].target)})
         self.loss_is_scaled_for_ga = True
-        self._views, self._section = views, section
+        self._views, self._section, self._terms = views, section, terms
         self._validate = validate
         self._counts: dict[str, float] = {}
         self._logged: dict[str, list[float]] = {}
@@ -42,10 +51,12 @@ class StepTrainer(Seq2SeqTrainer):
         self._seen = {"tokens": 0, "examples": 0}  # in all steps and processes, an interrupted run's included
         unpadded = section.padding == "none" and (is_supported(self.model) or causal.is_causal(self.model))
         if self.is_fsdp_enabled:
+            if terms is not None:
+                raise UserError("terms of the loss are not learned by a divided model", hint="start without FSDP settings")
             # all views in one call: processes whose rows teach different views would wait for one another's calls for ever
             unpadded = True
             shard(self.model, self.accelerator)
-        speak(self.model, views, without_padding=unpadded)
+        speak(self.model, views, without_padding=unpadded, terms=terms)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -59,11 +70,13 @@ class StepTrainer(Seq2SeqTrainer):
         targets = [sum(taught(batch[name]) for batch in samples if name in batch) for name in names]
         sources = sum(len(flat["source"]) for batch in samples for flat in batch.values())
         examples = sum(1 + max(int(flat["rows"].max()) for flat in batch.values()) for batch in samples)
-        counts = torch.tensor([*targets, sources + sum(targets), examples], device=device)
+        tallies = [self._terms.tally(batch) for batch in samples] if self._terms else []
+        others = {name: sum(tally[name] for tally in tallies) for name in (tallies[0] if tallies else ())}
+        counts = torch.tensor([*targets, *others.values(), sources + sum(targets), examples], device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         *step_targets, step_tokens, step_examples = counts.tolist()
-        self._counts = dict(zip(names, step_targets, strict=True))
+        self._counts = dict(zip([*names, *others], step_targets, strict=True))
         self._seen["tokens"] += step_tokens
         self._seen["examples"] += step_examples
         return samples, None
@@ -81,15 +94,21 @@ class StepTrainer(Seq2SeqTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The micro-batch's share of the step's loss (see ``weighted_loss``)."""
         del return_outputs, num_items_in_batch
-        sums: dict[str, torch.Tensor] = model(batch=inputs)
-        for name, summed in sums.items():
-            self._logged.setdefault(name, []).append(float(summed.detach()) / self._counts[name])
         weights = view_weights(self._views, self._section, self.state.global_step)
+        counts = self._counts
         if self._section.loss_mean == "micro":  # the published code's: means of micro-batches, averaged
-            counts = {name: max(1, taught(inputs[name])) * self.current_gradient_accumulation_steps for name in sums}
-            return weighted_loss(sums, counts, weights)
+            own = {name: taught(flat) for name, flat in inputs.items()} | (self._terms.tally(inputs) if self._terms else {})
+            counts = {name: max(1, count) * self.current_gradient_accumulation_steps for name, count in own.items()}
+        step = {"step": Step(counts, weights)} if self._terms else {}
+        found: dict[str, torch.Tensor] = model(batch=inputs, **step)
+        sums = {name: found[name] for name in inputs}
+        for name, value in found.items():
+            self._logged.setdefault(name, []).append(float(value.detach()) / (self._counts[name] if name in sums else 1))
+        loss = weighted_loss(sums, counts, weights)
+        for term in self._terms.terms if self._terms else ():
+            loss = loss + term.weight * found[term.title]
         # distributed training averages gradients over processes, and the counts are already the sum over them
-        return weighted_loss(sums, self._counts, weights) * self.args.world_size
+        return loss if self._section.loss_mean == "micro" else loss * self.args.world_size
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_fsdp_enabled:  # the stock one gathers in one process what all must
@@ -157,57 +176,33 @@ def taught(flat: Flat) -> int:
     return int((flat["target"] != IGNORED).sum())
 
 
-def speak(model: Any, views: Sequence[View], *, without_padding: bool) -> None:
+def speak(model: Any, views: Sequence[View], *, without_padding: bool, terms: Distilling | None = None) -> None:
     """Teach a model's forward to take ``batch``, rows of ``views``, and to return each view's summed cross-entropy.
 
+    With ``terms`` it takes the ``step`` as well and returns each term's share of the step's mean beside them, by its name.
     Through forward, because that is where distributed training hooks gradients in. Anything else it answers as before.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain = model.forward
-    alone = causal.is_causal(model)
-    starts: dict[str, int] = {} if alone else {view.target: start_token(model.config, view.start) for view in views}
-    prefixes: dict[str, str] = {view.target: view.prefix for view in views}
+    if causal.is_causal(model):
+        if terms is not None:
+            raise UserError("terms of the loss are learned by T5 students alone", hint="leave the terms out of train.methods")
+        read = None
+    else:
+        read = Reader(
+            model,
+            views,
+            without_padding=without_padding,
+            hidden_states=terms is not None and terms.hidden_states,
+            labels=terms.labels if terms else (),
+        )
 
-    def forward(*args: Any, batch: dict[str, Flat] | None = None, **kwargs: Any) -> Any:
+    def forward(*args: Any, batch: dict[str, Flat] | None = None, step: Step | None = None, **kwargs: Any) -> Any:
         if batch is None:
             return plain(*args, **kwargs)
-        if alone:
+        if read is None:
             return causal.summed(model, batch, without_padding=without_padding)
-        if without_padding:
-            return _all_at_once(inner, batch, starts, prefixes)
-        found = {}
-        for name, flat in batch.items():
-            padded = pad(flat, model.config.pad_token_id, starts[name])
-            labels = padded.pop("labels")
-            found[name] = summed_nll(plain(**padded).logits, labels)
-        return found
+        own = read(batch)
+        sums = {name: summed_nll(own.logits[name], flat["target"]) for name, flat in batch.items()}
+        return sums | (terms.losses(own, batch, step) if terms and step else {})
 
     model.forward = forward
-
-
-def _all_at_once(
-    model: Any, batch: dict[str, Flat], starts: Mapping[str, int], prefixes: Mapping[str, str]
-) -> dict[str, torch.Tensor]:
-    """Every view's rows through the model together; a row is encoded once for all that is written from the same prefix."""
-    flats = list(batch.values())
-    target = torch.cat([flat["target"] for flat in flats])
-    writing = [n for flat in flats for n in flat["target_lengths"].tolist()]
-    source: list[torch.Tensor] = []
-    places: dict[tuple[str, int], int] = {}  # of each input among the sources
-    parts = []
-    for name, flat in batch.items():
-        reads: list[int] = []
-        before = -1
-        for row, ids in zip(flat["rows"].tolist(), torch.split(flat["source"], flat["source_lengths"].tolist()), strict=True):
-            if row <= before:  # the rows' second targets begin
-                parts.append(Part(reads, starts[name]))
-                reads = []
-            before = row
-            if (prefixes[name], row) not in places:
-                places[prefixes[name], row] = len(source)
-                source.append(ids)
-            reads.append(places[prefixes[name], row])
-        parts.append(Part(reads, starts[name]))
-    logits = logits_of(model, torch.cat(source), [len(ids) for ids in source], target, writing, parts)
-    found = torch.split(logits, [len(flat["target"]) for flat in flats])
-    return {name: summed_nll(part, flat["target"]) for (name, flat), part in zip(batch.items(), found, strict=True)}

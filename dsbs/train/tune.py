@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Job:
     title: str
     setting: dict[str, Any] = field(default_factory=dict)  # what tuning chose; empty where nothing is tuned
     trials: tuple[Trial, ...] = ()
+    name: str | None = None  # of the student; None: the cell's
 
     @property
     def chosen(self) -> Trial | None:
@@ -68,7 +69,7 @@ class Tuner:
 
     def _trials(self, cell: Cell) -> tuple[Trial, ...]:
         if cell.system not in self._tried:
-            first = Cell(cell.method, cell.labels, self._section.seeds[0], cell.subset)
+            first = replace(cell, seed=self._section.seeds[0])
             jobs = trial_jobs(self._section, first, self._folder)
             for job in jobs:
                 self._train(job)

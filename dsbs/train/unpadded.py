@@ -140,11 +140,19 @@ class Part:
 
 
 def logits_of(
-    model: Any, source: Tensor, reading: Sequence[int], target: Tensor, writing: Sequence[int], parts: Sequence[Part]
+    model: Any,
+    source: Tensor,
+    reading: Sequence[int],
+    target: Tensor,
+    writing: Sequence[int],
+    parts: Sequence[Part],
+    hidden_states: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> Tensor:
     """source (N,) and target (M,) ids, rows of the given lengths one after another -> logits (M, V), teacher-forced.
 
     ``parts`` are the target rows in their order; rows of different parts may read the same source row, encoded once.
+    ``hidden_states`` are filled with what each layer makes, as transformers' models tell it: the encoder's layers (N, D), the
+    decoder's (M, D), the last one's after its stack's norm.
     """
     config, device = model.config, source.device
     read_at, write_at = _starts(reading), _starts(writing)
@@ -167,8 +175,9 @@ def logits_of(
     shifted = target.roll(1)
     shifted[torch.tensor(write_at, device=device)] = torch.tensor(begins, device=device)
 
-    memory = _stack(model.encoder, source, inner, None, ())
-    hidden = _stack(model.decoder, shifted, outer, memory, across)
+    made_inside, made_outside = hidden_states or (None, None)
+    memory = _stack(model.encoder, source, inner, None, (), made_inside)
+    hidden = _stack(model.decoder, shifted, outer, memory, across, made_outside)
     if getattr(config, "scale_decoder_outputs", False):
         hidden = hidden * (model.model_dim**-0.5)
     logits: Tensor = model.lm_head(hidden)
@@ -190,8 +199,13 @@ def _move(layout: Layout, device: Any) -> Layout:
     return Layout(layout.tokens.to(device), layout.inside.to(device), layout.places, groups)
 
 
-def _stack(stack: Any, ids: Tensor, own: Layout, memory: Tensor | None, across: Sequence[Layout]) -> Tensor:
-    """ids (N,) -> (N, D): a T5 encoder, or a decoder over ``memory`` (M, D), whose layouts ``across`` are in own's order."""
+def _stack(
+    stack: Any, ids: Tensor, own: Layout, memory: Tensor | None, across: Sequence[Layout], made: list[Tensor] | None
+) -> Tensor:
+    """ids (N,) -> (N, D): a T5 encoder, or a decoder over ``memory`` (M, D), whose layouts ``across`` are in own's order.
+
+    ``made`` takes what each layer makes; None: nobody asks.
+    """
     p, training = stack.config.dropout_rate, stack.training
     hidden = dropout(stack.embed_tokens(ids), p, training)
     biases = _biases(stack.block[0].layer[0].SelfAttention, own, causal=memory is not None)
@@ -204,19 +218,24 @@ def _stack(stack: Any, ids: Tensor, own: Layout, memory: Tensor | None, across: 
             asked = layers[1].layer_norm(hidden)
             seen = _attention(layers[1].EncDecAttention, asked, memory, own, across, masks, p, training)
             hidden = hidden + dropout(seen, p, training)
-        made = _feed_forward(layers[-1].DenseReluDense, layers[-1].layer_norm(hidden), p, training)
-        return hidden + dropout(made, p, training)
+        fed = _feed_forward(layers[-1].DenseReluDense, layers[-1].layer_norm(hidden), p, training)
+        return hidden + dropout(fed, p, training)
 
     def work(layers: Any, hidden: Tensor, memory: Tensor | None) -> Tensor:
         if training and stack.gradient_checkpointing:
-            made: Tensor = checkpoint(block, layers, hidden, memory, use_reentrant=False)
-            return made
+            kept: Tensor = checkpoint(block, layers, hidden, memory, use_reentrant=False)
+            return kept
         return block(layers, hidden, memory)
 
     for one in stack.block:
         # a divided block gathers its weights when it is called, for what it is given to do (see ``sharding``)
         hidden = one(hidden, memory, work=work) if hasattr(one, "unshard") else work(one.layer, hidden, memory)
-    return dropout(stack.final_layer_norm(hidden), p, training)
+        if made is not None:
+            made.append(hidden)
+    hidden = dropout(stack.final_layer_norm(hidden), p, training)
+    if made is not None:
+        made[-1] = hidden
+    return hidden
 
 
 def _biases(attention: Any, own: Layout, *, causal: bool) -> list[Tensor]:

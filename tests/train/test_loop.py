@@ -20,7 +20,7 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, load_recipe, train
 from dsbs.recipe import Recipe
-from dsbs.train.cell import last_checkpoint
+from dsbs.train.checkpoints import last_checkpoint
 from dsbs.train.methods import grid
 from dsbs.train.rows import gather
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dsbs.recipe import base_of
 from dsbs.report.figures.sheet import INK, PAPER, Sheet, short
 from dsbs.report.gather import Run
 from dsbs.report.naming import run_titles, series_title, whole
@@ -56,7 +57,8 @@ def looks(runs: Sequence[Run]) -> dict[str, Look]:
 
 
 def _rank(method: str) -> int:
-    return len(_METHODS) + (method == "teacher") if method not in _METHODS else _METHODS.index(method)
+    base = base_of(method)  # a method with terms follows its base
+    return len(_METHODS) + (method == "teacher") if base not in _METHODS else _METHODS.index(base)
 
 
 def leading(results: Results, most: int = MOST) -> list[SystemResult]:
