@@ -26,6 +26,16 @@ _OF = {
 _NEED_TEACHER = ("response", "feature", "relation")
 
 
+def base_of(method: str) -> str:
+    """The method that a name with terms builds on: of ``finetune+response``, finetune."""
+    return method.partition("+")[0]
+
+
+def names_of_terms(method: str) -> list[str]:
+    """The terms that a method's name adds to its base, in their order."""
+    return method.split("+")[1:]
+
+
 class TermSection(Section):
     """One more term of the loss. A method learns it where its name is added: methods: [step-by-step+response]."""
 
