@@ -77,7 +77,7 @@ class Board(TrainerCallback):
             model = new()
             one = torch.tensor([[model.config.eos_token_id]])
             ids = (one, torch.ones_like(one)) + ((one,) if model.config.is_encoder_decoder else ())
-            self._writer.add_graph(_Forward(model), ids, use_strict_trace=False)
+            self._writer.add_graph(ForwardPass(model), ids, use_strict_trace=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         row = self._follow.row
@@ -128,7 +128,7 @@ def _block(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-class _Forward(torch.nn.Module):
+class ForwardPass(torch.nn.Module):
     """A forward pass whose output is the logits alone, (B, T, V): a tracer takes no other classes."""
 
     def __init__(self, model: Any) -> None:
