@@ -24,6 +24,8 @@ _OF = {
 }
 # Those that compare a student with a local teacher; `labels` does where its source says so.
 _NEED_TEACHER = ("response", "feature", "relation")
+# What metrics.jsonl calls the losses of a method's own targets.
+_TAKEN = ("label", "rationale", "rationale-then-label", "label-then-rationale")
 
 
 def base_of(method: str) -> str:
@@ -66,6 +68,8 @@ class TermSection(Section):
                 raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}")
         if self.kind == "relation" and not (self.distance or self.angle):
             raise ValueError("relation needs a weight above 0: distance or angle")
+        if self.title in _TAKEN:
+            raise ValueError(f"{self.title} is the name of a loss that methods have by themselves; take another name")
         return self
 
     @property

@@ -92,12 +92,15 @@ class Board(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         cells = [[_shown(text) for text in sample] for sample in self._samples()]
         if self._writer is not None and cells:
-            text = "\n".join(table(["input", "gold", "label", "rationale"], cells))
+            text = "\n".join(table(["input", self._data.valid_labels, "label", "rationale"], cells))
             self._writer.add_text("samples/valid", text, state.global_step)
             self._writer.flush()
 
     def _samples(self) -> Iterator[tuple[str, str, str, str]]:
-        """Input, gold label, and what the student makes of it now. Greedy decoding: no random number is drawn."""
+        """Input, the label that valid has for it, and what the student makes of it now.
+
+        Greedy decoding: no random number is drawn.
+        """
         fields = [self._data.fields[row.id] for row in self._rows]
         answers = self._student.predict(fields, rationale=self._student.card.explains, canonical=True)
         for row, answer in zip(self._rows, answers, strict=True):
