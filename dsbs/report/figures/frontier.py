@@ -26,6 +26,7 @@ class _Place:
     student: str
     chain: str | None
     standing: Standing
+    ms: float | None  # for one row alone; None: not measured
     accepted: bool = True
 
 
@@ -54,7 +55,7 @@ def _draw(name: str, of: str, run: Run, looks: dict[str, Look]) -> Figure:
     students = list(dict.fromkeys(place.student for place in places))
     fills = {student: _FILLS[number % len(_FILLS)] for number, student in enumerate(students)}
     sizes = [(place, place.standing.megabytes) for place in places if place.standing.megabytes > 0]
-    times = [(place, time) for place in places if (time := median_ms(place.standing, 1)) is not None and time > 0]
+    times = [(place, time) for place in places if (time := place.ms) is not None and time > 0]
     panels = [(sizes, "megabytes on disk"), (times, "ms for one row alone, median")]
     panels = [(placed, label) for placed, label in panels if placed]
     with drawing(name, height=2.7, panels=len(panels)) as sheet:
@@ -95,9 +96,16 @@ def _places(run: Run) -> list[_Place]:
     found: list[_Place] = []
     for one in run.compressed:
         if not any(place.student == one.student for place in found):
-            found.append(_Place(one.student, None, one.original))
-        found.append(_Place(one.student, one.name, one.compressed, one.accepted))
+            found.append(_Place(one.student, None, one.original, median_ms(one.original, 1)))
+        first = next(place for place in found if place.student == one.student)
+        found.append(_Place(one.student, one.name, one.compressed, _beside(first.ms, one), one.accepted))
     return found
+
+
+def _beside(original: float | None, one: Compressed) -> float | None:
+    """Its time by its share of the original's, which was timed in turns with it: a busy machine slows both."""
+    before, after = median_ms(one.original, 1), median_ms(one.compressed, 1)
+    return after if not before or after is None or original is None else original * after / before
 
 
 def frontier_of(points: Sequence[tuple[float, float]]) -> set[int]:
