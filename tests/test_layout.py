@@ -89,6 +89,7 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
         "dsbs/train/unpadded.py",
         "dsbs/train/passes.py",
         "dsbs/train/callbacks.py",
+        "dsbs/train/board.py",
         "dsbs/eval/accuracy.py",
         "dsbs/serve/app.py",
         "dsbs/serve/http.py",

@@ -66,13 +66,16 @@ def ls(
     from rich.table import Table
 
     table = Table()
-    for heading in ("run", "annotate", "train", "students", "eval", "when", "headline", "accuracy", "to its baseline"):
+    headings = ["run", "annotate", "train", "students", "eval", "when", "headline", "accuracy", "to its baseline"]
+    beside = ["beside them"] if any(run.beside for run in runs) else []
+    for heading in [*headings[:4], *beside, *headings[4:]]:
         table.add_column(heading, overflow="fold")
     for run in runs:
         stages = {stage: status or "–" for stage, status in run.stages.items()}
         students = f"{run.finished}/{'?' if run.planned is None else run.planned}" if run.stages["train"] else "–"
         when = datetime.fromisoformat(run.when).astimezone().strftime("%Y-%m-%d %H:%M") if run.when else "–"
-        table.add_row(run.name, stages["annotate"], stages["train"], students, stages["eval"], when, *_headline(run))
+        more = [", ".join(f"{count} {name}" for name, count in run.beside.items()) or "–"] if beside else []
+        table.add_row(run.name, stages["annotate"], stages["train"], students, *more, stages["eval"], when, *_headline(run))
     Console(width=None if sys.stdout.isatty() else 180, highlight=False, markup=False).print(table)
     for run in runs:
         for problem in run.problems:

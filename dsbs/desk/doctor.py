@@ -18,6 +18,7 @@ from dsbs.gguf import gguf_file, is_gguf
 from dsbs.prompts import load_prompt
 from dsbs.recipe import EndpointSection, Recipe
 from dsbs.recipe_file import load_recipe
+from dsbs.student.card import CARD
 from dsbs.tasks import make_task
 from dsbs.tasks.load import HUB
 
@@ -46,6 +47,7 @@ def examine(path: str | None = None, overrides: Sequence[str] = (), out: str | N
         found += run("extras", partial(_needed_extras, recipe))
         found += run("teacher", partial(_teacher, recipe))
         found += run("student", partial(_student, recipe))
+        found += run("train.teachers", partial(_local_teachers, recipe))
     return found
 
 
@@ -147,6 +149,19 @@ def _student(recipe: Recipe) -> Iterator[Check]:
         yield _model("student.model", recipe.student.model)
     else:
         yield Check("student", "ok", f"from scratch, {recipe.student.size}")
+
+
+def _local_teachers(recipe: Recipe) -> Iterator[Check]:
+    for place, one in enumerate(recipe.train.teachers):
+        key = f"train.teachers.{place}"
+        if one.model is not None:
+            is_there = (Path(one.model).expanduser() / CARD).is_file()
+            hint = None if is_there else f"give the folder of a trained student, which has a {CARD}"
+            yield Check(f"{key}.model", "ok" if is_there else "problem", one.model, hint)
+        elif one.start is not None:
+            yield _model(f"{key}.start", one.start)
+        else:
+            yield Check(key, "ok", f"trained first, from scratch, {one.size}")
 
 
 def _model(key: str, name: str) -> Check:

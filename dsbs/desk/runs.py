@@ -42,6 +42,7 @@ class Headline:
 class RunState:
     """One run folder. A stage's status is None where it has not begun; ``planned`` is None where its recipe is not readable.
 
+    ``beside`` counts what stands beside the grid's students: local teachers, compressed and exported students, where there are.
     ``when`` is the newest start or end of a stage (ISO 8601); ``problems`` are sentences about files that cannot be read.
     """
 
@@ -50,6 +51,7 @@ class RunState:
     stages: dict[str, Status | None]
     finished: int
     planned: int | None
+    beside: dict[str, int]
     when: str | None
     headline: Headline | None
     reportable: bool | None  # None: not evaluated
@@ -61,6 +63,7 @@ class RunState:
             "path": _shown(str(self.path)),
             "stages": self.stages,
             "students": {"finished": self.finished, "planned": self.planned},
+            "beside": self.beside,
             "when": self.when,
             "headline": None if self.headline is None else self.headline.as_json(),
             "reportable": self.reportable,
@@ -101,6 +104,7 @@ def look(path: Path) -> RunState:
         stages=stages,
         finished=finished,
         planned=planned,
+        beside=_beside(path),
         when=max(times, key=datetime.fromisoformat, default=None),
         headline=headline,
         reportable=reportable,
@@ -166,6 +170,17 @@ def _students(path: Path, record: dict[str, Any], status: Status | None) -> tupl
     return sum(_settings(path / "train" / cell.name / "train.json") == recipe.training_of(cell.method) for cell in cells), len(
         cells
     )
+
+
+def _beside(path: Path) -> dict[str, int]:
+    """By the records alone, which are written last. What was set aside, or is half-written, does not count."""
+    patterns = {
+        "local teachers": ("train/teachers/*/train.json",),
+        "compressed": ("compress/*/*/compress.json",),
+        "exported": ("train/*/export/[!.]*/export.json", "compress/*/*/export/[!.]*/export.json"),
+    }
+    counts = {name: sum(len(list(path.glob(pattern))) for pattern in some) for name, some in patterns.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _settings(record: Path) -> str | None:

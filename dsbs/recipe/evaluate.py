@@ -43,3 +43,11 @@ class EvalSection(Section):
 
 class ReportSection(Section):
     tensorboard: bool = False  # also write TensorBoard event files beside every student
+    tensorboard_samples: int = Field(4, ge=0)  # rows of valid whose answers they show at each look; 0: none
+    tensorboard_graph: bool = False  # they also show the graph of the student's model
+
+    @model_validator(mode="after")
+    def _a_graph_is_drawn_somewhere(self) -> ReportSection:
+        if self.tensorboard_graph and not self.tensorboard:
+            raise ValueError("report.tensorboard_graph is for TensorBoard; set report.tensorboard: true as well")
+        return self

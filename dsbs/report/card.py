@@ -16,10 +16,11 @@ from dsbs.artefacts import atomic
 from dsbs.errors import UserError
 from dsbs.gguf import is_gguf
 from dsbs.markdown import escape, table
-from dsbs.recipe import TermSection, base_of
+from dsbs.recipe.terms import base_of, names_of_terms
 from dsbs.records import TrainedStudent
 from dsbs.report.card_causal import causal_call
 from dsbs.report.card_recipe import Sections, hub_model, hub_source, input_text, placeholder, sections, source_of
+from dsbs.report.card_terms import local_teachers, said_of, setting, terms_of
 from dsbs.report.gather import Run
 from dsbs.results import Measure, SystemResult
 from dsbs.results_table import compared, milliseconds, percent, span
@@ -145,7 +146,7 @@ def _metadata(run: Run, recipe: Sections, system: SystemResult, student: Trained
         pipeline_tag=pipeline,
         base_model=hub_model(recipe),
         datasets=[trained_on[0]] if trained_on else None,
-        tags=["dsbs", "distillation", student.method, "arxiv:2305.02301"],
+        tags=["dsbs", "distillation", base_of(student.method), *names_of_terms(student.method), "arxiv:2305.02301"],
         metrics=sorted({kind for kind, _, _ in values}) or None,
         model_name=student.name if results else None,
         eval_results=results or None,
@@ -177,9 +178,8 @@ def _body(
     described = f": {recipe.task.description}" if recipe.task.description else "."
     version = record.get("versions", {}).get("dsbs")
     kind = "A decoder-only language model" if _is_causal(run, student) else "A T5"
-    about = _ABOUT.get(base_of(student.method), f"It was trained by the method {student.method}.") + _terms_said(
-        recipe, student
-    )
+    about = _ABOUT.get(base_of(student.method), f"It was trained by the method {student.method}.")
+    about = " ".join([about, *(said_of(term) for term in terms_of(recipe, student))])
     return environment.get_template("card.md").render(
         student=student,
         stamp=None if reportable else "task.limit was set",
@@ -189,7 +189,7 @@ def _body(
         input=input_text(recipe),
         training=_table(["", ""], _training(recipe, student, record)),
         teacher=_teacher(recipe, student),
-        terms=_Written(_TERMS if _learned(student) and recipe.teacher_kind != "human" else _OWN_TERMS),
+        terms=_Written(_TERMS if _learned(recipe, student) and recipe.teacher_kind != "human" else _OWN_TERMS),
         result=_result(run, system, student),
         comparisons=compared(system),
         measures=rows and _table([f"metric{over}", "value", "95 % interval", "rows"], rows),
@@ -251,11 +251,18 @@ def _measure(name: str, measure: Measure) -> list[str]:
     ]
 
 
-def _learned(student: TrainedStudent) -> list[str]:
-    """What of a teacher a student learned."""
-    return ["labels"] * (student.labels == "teacher") + ["rationales"] * (
-        base_of(student.method) not in ("finetune", "distill")
-    )
+def _explains(student: TrainedStudent) -> bool:
+    return base_of(student.method) not in ("finetune", "distill")
+
+
+def _learned(recipe: Sections, student: TrainedStudent) -> list[str]:
+    """What of a teacher a student learned; local teachers are apart."""
+    votes = any(term.kind == "labels" and not term.needs_teacher for term in terms_of(recipe, student))
+    return [
+        *["labels"] * (student.labels == "teacher"),
+        *["rationales"] * _explains(student),
+        *["label distributions"] * votes,
+    ]
 
 
 def _training(recipe: Sections, student: TrainedStudent, record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -270,7 +277,6 @@ def _training(recipe: Sections, student: TrainedStudent, record: Mapping[str, An
     source = hub_source(recipe.task.data.train)
     rows = [
         ("method", student.method),
-        ("terms", "; ".join(_term(term) for term in recipe.train.terms_of(student.method))),
         ("local teachers", ", ".join(teacher["name"] for teacher in record.get("teachers", ()))),
         ("labels", "gold" if student.labels == "gold" else "the teacher's"),
         ("started from", began),
@@ -279,6 +285,7 @@ def _training(recipe: Sections, student: TrainedStudent, record: Mapping[str, An
         ("rationales learned", f"{record['rationales']:,}" if record.get("rationales") else ""),
         ("validation rows", f"{record['valid_rows']:,}" if "valid_rows" in record else ""),
         ("λ, the rationales' weight", _weight(recipe) if base_of(student.method) == "step-by-step" else ""),
+        *((f"further term {term.title}", setting(term)) for term in terms_of(recipe, student)),
         ("steps", f"{student.best_step:,} of {student.steps:,}, the best on valid ({percent(student.valid_accuracy)})"),
         ("batch", f"{train.batch_size:,} examples"),
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}; {train.optimizer}"),
@@ -290,20 +297,6 @@ def _training(recipe: Sections, student: TrainedStudent, record: Mapping[str, An
     return [(name, value) for name, value in rows if value]
 
 
-def _term(term: TermSection) -> str:
-    """One term as a card's table has it: what was set."""
-    said = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in term.changed.items()]
-    return ", ".join([term.title, *(one for one in said if not one.startswith("name "))])
-
-
-def _terms_said(recipe: Sections, student: TrainedStudent) -> str:
-    terms = recipe.train.terms_of(student.method)
-    if not terms:
-        return ""
-    names = " and ".join(f"{term.title} ({term.kind})" if term.name else term.title for term in terms)
-    return f" Its loss has further terms: {names}."
-
-
 def _weight(recipe: Sections) -> str:
     train = recipe.train
     if train.rationale_schedule == "constant":
@@ -312,7 +305,11 @@ def _weight(recipe: Sections) -> str:
 
 
 def _teacher(recipe: Sections, student: TrainedStudent) -> str:
-    learned, model = _learned(student), recipe.teacher_model
+    return " ".join([_annotator(recipe, student), *local_teachers(recipe, student)])
+
+
+def _annotator(recipe: Sections, student: TrainedStudent) -> str:
+    learned, model = _learned(recipe, student), recipe.teacher_model
     if not learned:
         words = " Its vocabulary was learned from all text of the run's training." if recipe.student.is_scratch else ""
         return f"It learned no teacher's labels or rationales.{words}"
@@ -330,11 +327,12 @@ def _limits(run: Run, recipe: Sections, system: SystemResult, student: TrainedSt
         said.append(
             "It was trained or measured on a limited part of the data to try things out: its numbers are not to be reported."
         )
-    if base_of(student.method) == "step-by-step":
+    method = base_of(student.method)
+    if method == "step-by-step":
         said.append("Rationale and label are decoded apart: the rationale is not the reason for the label, however it reads.")
-    elif base_of(student.method) == "label-then-rationale":
+    elif method == "label-then-rationale":
         said.append("The rationale is written after the label, which did not depend on it.")
-    elif base_of(student.method) == "rationale-then-label":
+    elif method == "rationale-then-label":
         said.append("The label is written after the rationale and with it in view; that does not make the rationale its cause.")
     said.append(f"The numbers speak of {run.results.split}'s rows, this teacher and these seeds alone.")
     said.append(f"{percent(system.unreadable)} of such students' outputs on {run.results.split} were no label of the task.")
@@ -350,7 +348,7 @@ def _limits(run: Run, recipe: Sections, system: SystemResult, student: TrainedSt
 def _use(run: Run, recipe: Sections, student: TrainedStudent) -> dict[str, str | None]:
     item = placeholder(recipe)
     folder = student.name
-    wants = ", rationale=True" if base_of(student.method) not in ("finetune", "distill") else ""
+    wants = ", rationale=True" if _explains(student) else ""
     python = [
         "import dsbs",
         "",

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from dsbs.annotations import annotation_file, read_annotations, read_manifest
 from dsbs.artefacts import read_jsonl
+from dsbs.compressed import Compressed, read_compressed
 from dsbs.errors import UserError
 from dsbs.records import Prediction
 from dsbs.results import Results, SystemResult, read_results
@@ -32,6 +33,7 @@ class Run:
     trained: dict[str, Any]  # train/manifest.json
     evaluated: dict[str, Any]  # eval/manifest.json
     students: dict[str, dict[str, Any]]  # name -> train.json of the students that the results speak of
+    compressed: list[Compressed]  # what `dsbs compress` made of students, by student and chain
 
     def members(self, system: SystemResult) -> list[str]:
         """The prediction files' names of a system: one for each seed."""
@@ -84,4 +86,5 @@ def gather(path: Path) -> Run:
         trained=read_manifest(path / "train"),
         evaluated=evaluated,
         students=students,
+        compressed=read_compressed(path),
     )

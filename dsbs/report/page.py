@@ -17,7 +17,7 @@ import yaml
 from dsbs.annotations import run_folder
 from dsbs.artefacts import atomic, digest
 from dsbs.recipe import Recipe
-from dsbs.report import sections, words
+from dsbs.report import sections, smaller, words
 from dsbs.report.browser import Examples, examples
 from dsbs.report.card import write_cards
 from dsbs.report.compare_runs import differences, gather_all, same_rows
@@ -104,7 +104,10 @@ def _render(runs: Sequence[Run], drawn: Sequence[Figure], packed: Examples) -> s
         recalls=sections.recalls(runs),
         rationales=sections.rationales(runs),
         costs=sections.costs(runs),
-        figures=[(figure, Markup(figure.svg)) for figure in drawn],
+        smaller=smaller.frontier(runs),
+        healing=smaller.healing_sentences(runs),
+        figures=[(figure, Markup(figure.svg)) for figure in drawn if not figure.name.startswith("frontier")],
+        frontiers=[(figure, Markup(figure.svg)) for figure in drawn if figure.name.startswith("frontier")],
         needed=[_of(run, runs, needed_sentence(one)) for run in runs for one in run.results.needed],
         trials=sections.trials(runs),
         annotation=sections.annotation(runs),

@@ -133,7 +133,7 @@ def costs(runs: Sequence[Run]) -> Table | None:
     columns = [
         Column("parameters", lambda s: None if s.parameters is None else millions(s.parameters)),
         Column("MB on disk", lambda s: None if s.megabytes is None else f"{s.megabytes:,.1f}"),
-        Column("ms per example", lambda s: _ms(s.ms_per_example), note="median over rows, at the evaluation's batch size"),
+        Column("ms per example", lambda s: words.ms(s.ms_per_example), note="median over rows, at the evaluation's batch size"),
     ]
     sizes = sorted({one.batch_size for run in runs for s in run.results.systems for one in s.latency})
     timed = "wall time of a call, label alone"
@@ -314,13 +314,9 @@ def _value(measure: Measure | None) -> str | None:
 def _at_batch(size: int) -> Callable[[SystemResult], str | None]:
     def cell(system: SystemResult) -> str | None:
         found: Latency | None = next((one for one in system.latency if one.batch_size == size), None)
-        return None if found is None else f"{_ms(found.p50_ms)} / {_ms(found.p95_ms)}"
+        return None if found is None else f"{words.ms(found.p50_ms)} / {words.ms(found.p95_ms)}"
 
     return cell
-
-
-def _ms(value: float | None) -> str | None:
-    return None if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def _span(ci95: Interval | None) -> str | None:

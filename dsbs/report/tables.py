@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.artefacts import atomic
+from dsbs.compressed import Standing
+from dsbs.markdown import escape, paragraph, table
 from dsbs.report.gather import Run
 from dsbs.report.naming import run_titles
+from dsbs.report.smaller import frontier, healing_sentences, recovered
 from dsbs.results import Interval, Latency, SystemResult
 from dsbs.results_table import is_reliable, markdown
 
@@ -25,7 +28,7 @@ _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # what spreadsheets
 def write_tables(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write the runs' tables into ``folder``, one row a fact, the run's name first; equal results give equal files."""
     titles = run_titles(runs)
-    pages = [markdown(run.results, title) for title, run in zip(titles, runs, strict=True)]
+    pages = [_page(run, title) for title, run in zip(titles, runs, strict=True)]
     page = folder / "results.md"
     with atomic(page) as file:
         file.write("\n\n".join(pages) + "\n")
@@ -35,6 +38,7 @@ def write_tables(runs: Sequence[Run], folder: Path) -> list[Path]:
         "comparisons.csv": _comparisons(named),
         "curve.csv": _curve(named),
         "metrics.csv": _metrics(named),
+        "compressed.csv": _compressed(named),
     }
     return [page, *(_write(folder / name, rows) for name, rows in tables.items())]
 
@@ -139,6 +143,52 @@ def _metrics(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
                 rows.append(start | one | _ends("value", measure.ci95))
     order = ("run", "system", "metric", "label", "seed", "value", "value_low", "value_high", "n")
     return [{name: row.get(name) for name in order} for row in rows]
+
+
+def _compressed(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
+    """What `dsbs compress` made, and before each student's first line the student as trained, whose chain is empty."""
+    rows: list[dict[str, Cell]] = []
+    for title, run in runs:
+        seen: set[str] = set()
+        for one in run.compressed:
+            start: dict[str, Cell] = {"run": title, "student": one.student}
+            if one.student not in seen:
+                seen.add(one.student)
+                rows.append(start | {"chain": "", "rows": one.n, "split": "valid"} | _standing(one.original))
+            rows.append(
+                start
+                | {"chain": one.name, "rows": one.n, "split": "valid"}
+                | _standing(one.compressed)
+                | {
+                    "accuracy_of_original": one.original.accuracy,
+                    "agreement": one.agreement,
+                    "accuracy_before_healing": one.before_healing,
+                    "healing_steps": one.healing_steps,
+                    "healing_recovered": recovered(one),
+                    "max_drop": one.max_drop,
+                    "accepted": one.accepted,
+                }
+            )
+    return rows
+
+
+def _standing(one: Standing) -> dict[str, Cell]:
+    row: dict[str, Cell] = {"accuracy": one.accuracy, "megabytes": one.megabytes, "parameters": one.parameters}
+    for latency in one.latency:
+        row |= _times(latency)
+    return row
+
+
+def _page(run: Run, title: str) -> str:
+    """``results.md`` of a run, with its compressed students where it has some."""
+    page, found = markdown(run.results, title), frontier([run])
+    if found is None:
+        return page
+    heads = [(group.title or "", line) for group in found.groups for line in group.lines]
+    rows = [[escape(student), escape(line.head), *map(escape, line.cells)] for student, line in heads]
+    lines = ["", "## Smaller students", "", *table([escape(name) for name in ("student", "chain", *found.headings)], rows)]
+    said = [f"{heading}: {note}." for heading, note in found.explained.items()] + healing_sentences([run])
+    return "\n".join([page, *lines, "", *(f"- {paragraph(one)}" for one in said)])
 
 
 def _ends(name: str, interval: Interval | None) -> dict[str, Cell]:

@@ -44,6 +44,11 @@ def duration(seconds: float | None) -> str | None:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def ms(value: float | None) -> str | None:
+    """Milliseconds, for a column that says so."""
+    return None if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
 def moment(said: str | None) -> str:
     """A manifest's time, which is in UTC, to the minute."""
     return f"{said[:16].replace('T', ' ')} UTC" if said else "–"

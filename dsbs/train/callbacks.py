@@ -1,4 +1,4 @@
-"""What a run of the trainer leaves behind while it runs: metrics.jsonl, progress, TensorBoard."""
+"""What a run of the trainer leaves behind while it runs, metrics.jsonl and progress; and when it ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dsbs.artefacts import device_name, write_jsonl
-from dsbs.errors import UserError
 from dsbs.progress import Meter
 from dsbs.records import TrainingCost
 from dsbs.train.encode import Drawn
@@ -25,8 +24,8 @@ class Follow(TrainerCallback):
 
     A line has ``step``, the totals so far, earlier runs included (``elapsed_s``, ``tokens`` and ``examples``, ``energy_j``
     where the machine tells it, ``peak_memory_mb``), and either losses in nats per token (``loss``, ``label_loss``,
-    ``rationale_loss``, each term's, ``learning_rate``, ``grad_norm``) and ``examples_per_s`` since the line before, looks at
-    valid and saving left out, or ``eval_accuracy`` and ``eval_label_loss``.
+    ``rationale_loss``, each term's, ``learning_rate``, ``grad_norm``) and, since the line before, ``step_ms``,
+    ``examples_per_s`` and ``tokens_per_s``, looks at valid and saving left out, or ``eval_accuracy`` and ``eval_label_loss``.
     Lines after the checkpoint that a run resumes from are dropped: they come again.
     """
 
@@ -34,11 +33,13 @@ class Follow(TrainerCallback):
         self.first_step = int(resume.name.rpartition("-")[2]) if resume else 0
         self.accuracies: dict[int, float] = {}
         self.best = -1.0
+        self.row: dict[str, Any] = {}  # the newest line
         self._path, self._meter, self._valid_rows = path, meter, valid_rows
         self._energy, self._before_j = energy(), None if resume else 0.0
         self._before_s, self._before_mb = 0.0, 0.0
         self._began = self._marked = self._counted = time.monotonic()
-        self._stepping_s, self._examples = 0.0, 0  # in steps since the last line of losses; examples seen by then
+        self._stepping_s, self._steps = 0.0, 0  # of the steps since the last line of losses
+        self._examples, self._tokens = 0, 0  # seen by then
         self._note = ""
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -50,7 +51,7 @@ class Follow(TrainerCallback):
                 kept.append(line)
                 self._before_s, self._before_j = row["elapsed_s"], row.get("energy_j")
                 self._before_mb = max(self._before_mb, row.get("peak_memory_mb", 0.0))
-                self._examples = row.get("examples", 0)
+                self._examples, self._tokens = row.get("examples", 0), row.get("tokens", 0)
                 self._remember(row)
         if leads():
             write_jsonl(path, kept)
@@ -98,12 +99,17 @@ class Follow(TrainerCallback):
         joules = self.energy_j
         row |= {"energy_j": None if joules is None else round(joules, 3), "peak_memory_mb": round(self.peak_memory_mb, 1)}
         if "loss" in logs:
-            row["examples_per_s"] = round((row["examples"] - self._examples) / max(self._stepping_s, 1e-9), 2)
-            self._stepping_s, self._examples = 0.0, row["examples"]
+            seconds = max(self._stepping_s, 1e-9)
+            row["step_ms"] = round(1000 * seconds / max(self._steps, 1), 3)
+            row["examples_per_s"] = round((row["examples"] - self._examples) / seconds, 2)
+            row["tokens_per_s"] = round((row["tokens"] - self._tokens) / seconds, 1)
+            self._stepping_s, self._steps = 0.0, 0
+            self._examples, self._tokens = row["examples"], row["tokens"]
         if leads():
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self._remember(row)
+        self.row = row
         losses = [f"{key.removesuffix('_loss')} {value:.3f}" for key, value in logs.items() if key.endswith("_loss")]
         losses = losses if "loss" in logs else []
         if losses:
@@ -117,6 +123,7 @@ class Follow(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
         self._stepping_s += now - self._marked
+        self._steps += 1
         self._marked = now
         if now - self._counted > _COUNT_EVERY_S:
             self._energy.joules()
@@ -152,14 +159,3 @@ def is_exhausted(state: Any, patience: int | None) -> bool:
     """Told from the log alone, which a checkpoint carries: a resumed training ends where an undisturbed one does."""
     looks = [row["eval_selection"] for row in state.log_history if "eval_selection" in row]
     return patience is not None and bool(looks) and len(looks) - 1 - looks.index(max(looks)) >= patience
-
-
-def tensorboard(folder: Path) -> tuple[TrainerCallback, ...]:
-    """The callback that writes every logged figure as TensorBoard events beside the student."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations.integration_utils import TensorBoardCallback
-    except ImportError:
-        raise UserError("report.tensorboard needs the package tensorboard", hint="pip install 'dsbs[tensorboard]'") from None
-    writer = SummaryWriter(str(folder / "tensorboard"))
-    return (TensorBoardCallback(tb_writer=writer),)

@@ -6,7 +6,9 @@ import gc
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +179,7 @@ class CellTraining:
         import torch
         from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
 
-        from dsbs.train.callbacks import Draw, Follow, Patience, is_exhausted, tensorboard
+        from dsbs.train.callbacks import Draw, Follow, Patience, is_exhausted
         from dsbs.train.trainer import StepTrainer
 
         section, seed = self.recipe.train, self.cell.seed
@@ -243,7 +245,6 @@ class CellTraining:
                 follow,
                 Patience(section.patience),
                 *([Draw(rows)] if isinstance(rows, Drawn) else []),
-                *(tensorboard(self.folder) if self.recipe.report.tensorboard else ()),
             ],
         )
         trainer.remove_callback(PrinterCallback)
@@ -251,7 +252,10 @@ class CellTraining:
             state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
             if state.global_step >= section.max_steps or is_exhausted(state, section.patience):
                 return self._finish(student, state, follow)  # only the saving was left; train() would step on
-        with running(meter, f"train {self.job.title}", section.max_steps, follow.first_step, (section.batch_size, "examples")):
+        told = (section.batch_size, "examples")
+        with running(meter, f"train {self.job.title}", section.max_steps, follow.first_step, told), ExitStack() as stack:
+            if self.recipe.report.tensorboard:
+                trainer.add_callback(stack.enter_context(closing(self._board(student, follow))))
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             except (RuntimeError, MemoryError) as error:
@@ -267,6 +271,13 @@ class CellTraining:
         made = Distilling(*asked, teachers=self.teachers, labels=self.labels, soft=self.soft, kept=kept)
         made.attach(model, self.cell.seed)
         return made
+
+    def _board(self, student: Student, follow: Any) -> Any:
+        from dsbs.train.board import Board
+
+        recipe, folder = self.recipe, self.folder / "tensorboard"
+        new = partial(new_model, recipe.student, self.tokenizer, self.cell.seed, recipe.train.init)
+        return Board(folder, follow, recipe, student, self.data, new)
 
     def _smaller(self, micro: int) -> int:
         """The next smaller micro-batch that divides the batch. Raises DsbsError where there is none."""

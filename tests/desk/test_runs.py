@@ -116,3 +116,32 @@ def test_where_no_runs_are_that_is_said(tmp_path: Path) -> None:
 def test_a_run_folder_itself_is_listed_alone(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "made")
     assert [state.name for state in list_runs(tmp_path / "runs" / "made")] == ["made"]
+
+
+def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "made", subsets=(1.0,), seeds=(0,))
+    make_run(tmp_path / "runs" / "plain", name="plain", subsets=(1.0,), seeds=(0,))
+    alone = run_dsbs("ls", str(tmp_path / "runs" / "plain"), cwd=tmp_path)
+    assert look(run).beside == {} and "beside them" not in alone.stdout, "no column of dashes"
+    for record in (
+        "train/teachers/mini-s0/train.json", "train/trials/a/b/train.json", "train/finetune-gold-s0/export/ct2/export.json",
+        "train/finetune-gold-s0/export/.onnx.partial/export.json", "train/finetune-gold-s0/export/aside/ct2-1/export.json",
+        "compress/finetune-gold-s0/quantize=int8/compress.json", "compress/finetune-gold-s0/aside/x-1/compress.json",
+        "compress/finetune-gold-s0/quantize=int8/export/onnx/export.json",
+    ):  # fmt: skip
+        (run / record).parent.mkdir(parents=True, exist_ok=True)
+        (run / record).write_text("{}", encoding="utf-8")
+    assert look(run).beside == {"local teachers": 1, "compressed": 1, "exported": 2}
+    done = run_dsbs("ls", cwd=tmp_path)
+    assert done.returncode == 0 and {"beside", "teachers,", "compressed,", "exported"} <= set(done.stdout.split())
+
+
+def test_teachers_and_trials_are_no_students_of_the_grid(tmp_path: Path) -> None:
+    from dsbs.eval.predict import trained_students
+
+    run = make_run(tmp_path / "made", subsets=(1.0,), seeds=(0,))
+    names = [student.name for student in trained_students(run)]
+    for place in ("teachers/mini-s0", "trials/finetune-gold/learning_rate=0.001", "aside/finetune-gold-s0-1"):
+        (run / "train" / place).mkdir(parents=True)
+        (run / "train" / place / "train.json").write_text("{}", encoding="utf-8")  # no record of a student
+    assert [student.name for student in trained_students(run)] == names and len(names) == 3

@@ -10,6 +10,7 @@ from typing import Any
 
 from conftest import write_jsonl
 
+from dsbs.compressed import Compressed, Standing
 from dsbs.recipe import Recipe
 from dsbs.records import Annotation, Prediction, TeacherName
 from dsbs.results import Bin, Comparison, Latency, Measure, Needed, PayOff, Results, SystemResult
@@ -123,6 +124,24 @@ def make_run(
                 _student(folder / "train" / member, system, seed, recipe.task.model_dump(mode="json"))
     _json(folder / "train" / "manifest.json", shared | {"data": {"train": "a" * 64, "valid": "c" * 64}})
     return folder
+
+
+def compress(
+    run: Path, student: str, chain: tuple[str, ...], accuracy: float, megabytes: float, ms: float, **more: Any
+) -> None:
+    """Write the record of a compressed student; the one that it began with has 63.2 % of 1,000 rows, 7.4 MB and 9 ms."""
+
+    def standing(accuracy: float, megabytes: float, ms: float) -> Standing:
+        times = [Latency(batch_size=size, calls=50, p50_ms=size**0.5 * ms, p95_ms=12 * ms, device="cpu") for size in (1, 64)]
+        return Standing(accuracy=accuracy, megabytes=megabytes, latency=times)
+
+    made = Compressed(
+        student=student, fingerprint="f" * 64, chain=chain, n=1000, original=standing(0.632, 7.4, 9.0),
+        compressed=standing(accuracy, megabytes, ms), max_drop=0.02, accepted=0.632 - accuracy <= 0.02, seconds=3.0,
+        **{"agreement": 0.95} | more,
+    )  # fmt: skip
+    folder = run / "compress" / student / made.name
+    _json(folder / "compress.json", made.model_dump(mode="json", by_alias=True))
 
 
 def _system(

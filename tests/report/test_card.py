@@ -229,3 +229,31 @@ def test_the_code_of_a_card_does_what_the_student_does(folder: Path, monkeypatch
         with redirect_stdout(printed):
             exec(code, {})
         assert printed.getvalue().strip() == expected.strip()
+
+
+def test_a_card_tells_each_further_term_with_its_source_and_the_teachers_behind_it(folder: Path) -> None:
+    method = "finetune+soft+labels"
+
+    def learn(record: dict[str, Any]) -> None:
+        record["student"]["method"] = method
+
+    def add(results: dict[str, Any]) -> None:
+        soft = {"kind": "response", "name": "soft", "weight": 0.5, "temperature": 2.0}
+        more = {"terms": [{"kind": "labels"}, soft], "teachers": [{"model": "/secret/place/big"}, {"size": "small"}]}
+        results["recipe"]["train"] |= more
+
+    changed(folder, "train/finetune-gold-s0", learn, "train.json")
+    card = text_of(changed(folder, "eval", add), "finetune-gold-s0")
+    for said in (
+        "It learned labels alone: standard fine-tuning",
+        "token probabilities of a local teacher: Hinton et al., 2015, arXiv:1503.02531. It also learned a distribution",
+        "| further term soft | response, weight 0.5, temperature 2 |",
+        "Its label distributions were written by a-teacher (openai). Its further terms compared it with local teachers: "
+        "the student big, one that began with random weights (small).",
+        "The teacher's terms of use",
+    ):
+        assert said in card, said
+    assert "/secret" not in card and "--rationale" not in card and "λ" not in card
+    tags = ModelCard.load(folder / "train" / "finetune-gold-s0" / "README.md").data.tags
+    assert {"finetune", "soft", "labels"} <= set(tags)
+    assert "further term" not in text_of(gather(folder), "step-by-step-gold-s0"), "which names none"

@@ -276,3 +276,38 @@ def test_equal_values_stand_side_by_side_and_others_stay() -> None:
 def test_numbers_of_an_axis_leave_room_for_each_other() -> None:
     assert thinned([100, 200, 210, 800], 4.0, 0.5) == [100, 200, 800]
     assert thinned([50, 50], 4.0, 0.5) == [50]
+
+
+def test_a_method_with_terms_has_its_bases_colour_and_a_mark_of_its_own(tmp_path: Path) -> None:
+    titles = ["finetune", "finetune+response", "finetune+soft", "finetune+response+feature", "step-by-step+response", "own"]
+
+    def run_of(names: list[str]) -> Run:
+        def rename(results: dict[str, Any]) -> None:
+            student = next(one for one in results["systems"] if one["kind"] == "student")
+            results["systems"] = [student | {"name": f"{name}-gold", "method": name, "labels": "gold"} for name in names]
+
+        folder = make_run(tmp_path / "-".join(names), subsets=(1.0,), seeds=(0,), rows=6)
+        return changed(folder, rename)
+
+    found = looks([run_of(titles)])
+    by_method = {title.partition(",")[0]: look for title, look in found.items()}
+    assert list(by_method)[:2] == ["finetune", "finetune+response"], "a base stands before what builds on it"
+    assert {by_method[name].color for name in titles[:4]} == {by_method["finetune"].color}
+    assert by_method["step-by-step+response"].color not in (by_method["finetune"].color, by_method["own"].color)
+    marks = [(look.color, look.marker) for look in found.values()]
+    assert len(set(marks)) == len(marks), "told apart without lines, too"
+    alone = looks([run_of(["step-by-step+feature", "finetune+response"])])
+    assert alone["finetune+response, gold labels"] == by_method["finetune+response"], "the same in every report"
+
+
+def test_training_draws_the_loss_of_every_further_term(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", subsets=(1.0,), seeds=(0, 1), rows=6)
+    for seed in (0, 1):
+        path = run / "train" / f"step-by-step-gold-s{seed}" / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [row | ({"response_loss": 3.0 / row["step"]} if "loss" in row else {}) for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    figure = drawn(gather(run))["training"]
+    assert "response loss, train" in texts(figure) and "in its own unit" in figure.caption
+    plain = make_run(tmp_path / "plain", subsets=(1.0,), seeds=(0,), rows=6)
+    assert "unit" not in drawn(gather(plain))["training"].caption

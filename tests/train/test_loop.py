@@ -296,14 +296,3 @@ def test_weights_that_training_starts_from_are_part_of_the_student(annotated: Ca
     start_hash.cache_clear()  # another process would look anew
     train(recipe, out=tmp_path / "run")
     assert weights(student) != first
-
-
-def test_tensorboard_events_lie_beside_the_student_when_asked_for(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(annotated("train.methods=step-by-step", "report.tensorboard=true"), out=tmp_path / "run")
-    events = EventAccumulator(str(tmp_path / "run" / "train" / "step-by-step-gold-s0" / "tensorboard"))
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"train/label_loss", "train/rationale_loss", "eval/accuracy", "train/learning_rate", "train/grad_norm"} <= tags

@@ -152,9 +152,9 @@ def test_two_processes_train_the_grid_together(annotated: Callable[..., Recipe],
         (tmp_path / run / "annotate").symlink_to(tmp_path / "run" / "annotate")
     train(recipe, out=tmp_path / "one")
     changes = ["train.methods=[step-by-step, finetune]", "train.max_steps=4", "student.dropout=0"]
-    url = f"teacher.base_url={recipe.teacher.base_url}"
+    changes += [f"teacher.base_url={recipe.teacher.base_url}", "report.tensorboard=true"]
     result = on_two_processes(
-        "-m", "dsbs", "train", str(tmp_path / "toy.yaml"), url, *changes, "--out", str(tmp_path / "two"), "--json"
+        "-m", "dsbs", "train", str(tmp_path / "toy.yaml"), *changes, "--out", str(tmp_path / "two"), "--json"
     )
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout)["students"]
@@ -169,6 +169,7 @@ def test_two_processes_train_the_grid_together(annotated: Callable[..., Recipe],
             for run in ("two", "one")
         )
         assert len(ours) == 4 and ours[0] == pytest.approx(theirs[0], rel=0.2)
+        assert len(list((tmp_path / "two" / "train" / name / "tensorboard").iterdir())) == 1, "one of the two writes events"
 
 
 def test_a_seed_that_is_missing_is_named_by_its_part_of_the_data(annotated: Callable[..., Recipe], tmp_path: Path) -> None:

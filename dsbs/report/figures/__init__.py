@@ -9,6 +9,7 @@ from dsbs.artefacts import atomic
 from dsbs.report.figures.answers import recall, reliability
 from dsbs.report.figures.cost import pay_off, speed
 from dsbs.report.figures.curves import curve, size
+from dsbs.report.figures.frontier import frontier
 from dsbs.report.figures.sheet import Figure, is_ours
 from dsbs.report.figures.training import training
 from dsbs.report.gather import Run
@@ -18,7 +19,7 @@ __all__ = ["Figure", "figures", "write_figures"]
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
     """All figures that the runs have data for, in the order in which a page shows them; each has a name of its own."""
-    return [figure for draw in (curve, size, speed, pay_off, recall, reliability, training) for figure in draw(runs)]
+    return [figure for draw in (curve, size, speed, frontier, pay_off, recall, reliability, training) for figure in draw(runs)]
 
 
 def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsbs.recipe import base_of
+from dsbs.recipe.terms import base_of, names_of_terms
 from dsbs.report.figures.sheet import INK, PAPER, Sheet, short
 from dsbs.report.gather import Run
 from dsbs.report.naming import run_titles, series_title, whole
@@ -21,6 +21,10 @@ MOST = 6  # systems in one panel
 _COLORS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "<", ">", "p", "h", "d")
 _METHODS = ("finetune", "distill", "step-by-step", "rationale-then-label", "label-then-rationale")  # have their own look
+# What a method with terms is drawn as, in its base's colour: the terms by their own names first, in this order, then the rest.
+_TERMS = ("response", "labels", "feature", "relation", "mutual-information", "consistency")
+_STARS: tuple[Any, ...] = tuple((corners, 1, turn) for turn in (0, 45) for corners in (4, 3, 6, 5, 8, 7))  # as no other has
+_TERM_LINE = (0, (6, 1.2, 1.2, 1.2))
 FILLS = ("full", "none", "left", "bottom", "right", "top")  # of markers, by run
 
 
@@ -30,7 +34,7 @@ class Look:
 
     title: str
     color: str
-    marker: str
+    marker: Any  # a name of matplotlib's, or (corners, 1, turn) of a star
     line: Any = "-"
 
 
@@ -40,20 +44,39 @@ def looks(runs: Sequence[Run]) -> dict[str, Look]:
     for run in runs:
         for system in run.results.systems:
             methods.setdefault(series_title(system), "teacher" if system.kind == "teacher" else system.method or "")
-    order = sorted(methods, key=lambda title: (_rank(methods[title]), title))
+    order = sorted(methods, key=lambda title: (_rank(methods[title]), len(names_of_terms(methods[title])), title))
     free = [*range(len(_METHODS), len(_COLORS)), *range(len(_COLORS), len(_COLORS) + len(order))]
     taken: set[str] = set()
+    stars: dict[str, set[int]] = {}  # places taken, by base
     found = {}
     for title in order:
         method = methods[title]
         if method == "teacher":
             found[title] = Look(title, INK, "*", (0, (6, 3)))
             continue
+        base, terms = base_of(method), "+".join(names_of_terms(method))
+        if terms and base in _METHODS:
+            used = stars.setdefault(base, set())
+            place = _TERMS.index(terms) if terms in _TERMS and method not in taken else _rest(used)
+            used.add(place)
+            taken.add(method)
+            found[title] = Look(title, _COLORS[_METHODS.index(base)], _STARS[place % len(_STARS)], _TERM_LINE)
+            continue
         place = free.pop(0) if method in taken or method not in _METHODS else _METHODS.index(method)
         taken.add(method)
-        line: Any = "-" if place < len(_COLORS) else (0, (3, 1.2))
-        found[title] = Look(title, _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)], line)
+        found[title] = sign(title, place)
     return found
+
+
+def sign(title: str, place: int) -> Look:
+    """One of the looks that are there, in their order."""
+    line: Any = "-" if place < len(_COLORS) else (0, (3, 1.2))
+    return Look(title, _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)], line)
+
+
+def _rest(used: set[int]) -> int:
+    """The first place behind the terms' own that nothing has."""
+    return next(place for place in range(len(_TERMS), len(_TERMS) + len(used) + 1) if place not in used)
 
 
 def _rank(method: str) -> int:

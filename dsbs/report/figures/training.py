@@ -18,8 +18,11 @@ _POINTS = 80  # of a line; more steps are averaged
 _LOSSES = {  # key of metrics.jsonl -> its name and how its line is drawn
     "label_loss": ("label loss, train", "-"),
     "rationale_loss": ("rationale loss, train", (0, (4, 1.5))),
+    "rationale-then-label_loss": ("loss of both in one text, train", (0, (6, 1, 1, 1))),
+    "label-then-rationale_loss": ("loss of both in one text, train", (0, (6, 1, 1, 1))),
     "eval_label_loss": ("label loss, valid", (0, (1, 1.2))),
 }
+_TERM_DASHES = ((0, (7, 1.5, 1, 1.5)), (0, (2.5, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (1, 2.5)))  # in their order
 Line = tuple[list[float], list[float]]  # steps, values
 
 
@@ -41,13 +44,14 @@ def _draw(name: str, of: str, styles: dict[str, Look], logged: dict[str, dict[st
 
     order = [title for title in styles if title in logged]
     judged = [title for title in order if "eval_accuracy" in logged[title]]
-    losses = [_shorter(line) for title in order for key in _LOSSES for line in logged[title].get(key, ())]
+    drawn = _LOSSES | _terms(logged)
+    losses = [_shorter(line) for title in order for key in drawn for line in logged[title].get(key, ())]
     last = max(step for lines in logged.values() for line in lines.values() for steps, _ in line for step in steps)
     values = [value for _, heights in losses for value in heights]
     with drawing(name, width=6.4, height=2.2, panels=len(order) + bool(judged), columns=2) as sheet:
         for axes, title in zip(sheet.axes, order, strict=False):
             axes.set_title(short(title))
-            for key, (_, dashes) in _LOSSES.items():
+            for key, (_, dashes) in drawn.items():
                 seeds = logged[title].get(key, [])
                 for seed in seeds if len(seeds) > 1 else []:
                     axes.plot(*_shorter(seed), color=styles[title].color, linewidth=0.5, alpha=0.35)
@@ -72,12 +76,23 @@ def _draw(name: str, of: str, styles: dict[str, Look], logged: dict[str, dict[st
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.set_xlabel("step" if axes in sheet.last_row else "")
-        keys = [key for key in _LOSSES if any(key in logged[title] for title in order)]
-        grey = [(_stroke(_LOSSES[key][1]), _LOSSES[key][0]) for key in keys]
+        keys = [key for key in drawn if any(key in logged[title] for title in order)]
+        grey = [(_stroke(dashes), short(name)) for name, dashes in dict(drawn[key] for key in keys).items()]
         sheet.legend([*grey, *((handle(styles[title]), short(title)) for title in judged)])
         said = "Means over seeds, as far as all of them went; faint lines are single seeds."
         said += " Students of the largest share of the rows. The losses of label and rationale are of different texts."
+        if len(drawn) > len(_LOSSES):
+            said += " Losses of further terms are not weighted, and each is in its own unit."
         return sheet.finish(f"Training curves{of}", said)
+
+
+def _terms(logged: dict[str, dict[str, list[Line]]]) -> dict[str, tuple[str, Any]]:
+    """The losses of further terms, as ``_LOSSES`` has the tasks'."""
+    keys = dict.fromkeys(key for lines in logged.values() for key in lines if key not in (*_LOSSES, "eval_accuracy"))
+    return {
+        key: (f"{key.removesuffix('_loss')} loss, train", _TERM_DASHES[place % len(_TERM_DASHES)])
+        for place, key in enumerate(keys)
+    }
 
 
 def _stroke(dashes: Any) -> Any:
@@ -96,8 +111,9 @@ def _lines(run: Run, system: SystemResult) -> dict[str, list[Line]]:
     for member in run.members(system):
         by_key: dict[str, Line] = {}
         for row in run.metrics(member):
-            for key in (*_LOSSES, "eval_accuracy"):
-                value = row.get(key)
+            for key, value in row.items():
+                if not (key.endswith("_loss") or key == "eval_accuracy"):
+                    continue
                 # no logarithm holds 0, and what training lost is no loss
                 if isinstance(value, int | float) and math.isfinite(value) and (value > 0 or key == "eval_accuracy"):
                     steps, values = by_key.setdefault(key, ([], []))
