@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.student import Student, start_token
+from dsbs.export.formats import PLAIN, first_task
+from dsbs.student import Student
 from dsbs.student.ct2 import ctranslate2
 
 _SCRIPT = '''"""Prints what the student writes to each line of stdin."""
@@ -32,7 +33,7 @@ class Ct2Format:
     """Of T5 and its kin, by CTranslate2's own converter (Klein et al., 2020, for the runtime)."""
 
     kinds = ("seq2seq",)
-    quantizations = ("int8", "float32", "int8_float32", "int16", "float16")
+    quantizations = ("int8", PLAIN, "int8_float32", "int16", "float16")
     packages = ("ctranslate2", "tokenizers")
     weights = ("model.bin",)
 
@@ -61,7 +62,7 @@ class Ct2Format:
 
         made = folder / "ct2"  # the converter empties the folder that it writes to
         try:
-            Convert().convert(str(made), quantization=None if quantize == "float32" else quantize)
+            Convert().convert(str(made), quantization=None if quantize == PLAIN else quantize)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise DsbsError(
                 f"CTranslate2 cannot convert {student.card.name} ({error})", hint="try --format torch --quantize int8"
@@ -70,12 +71,10 @@ class Ct2Format:
             path.rename(folder / path.name)
         made.rmdir()
 
-    def script(self, student: Student) -> str:
-        target, prefix = next(iter(student.card.prefixes.items()))
-        most = student.card.max_target_tokens
-        model, tokenizer = student.engine.model, student.engine.tokenizer
-        start = tokenizer.convert_ids_to_tokens(start_token(model.config, student.card.starts.get(target, "pad")))
-        return _SCRIPT.format(prefix=repr(prefix), start=repr(start), most=most)
+    def script(self, student: Student, quantize: str) -> str:
+        first = first_task(student)
+        start = student.engine.tokenizer.convert_ids_to_tokens(first.start)
+        return _SCRIPT.format(prefix=repr(first.prefix), start=repr(start), most=first.most)
 
 
 def _loader() -> Any:
