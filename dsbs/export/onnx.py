@@ -70,7 +70,7 @@ class OnnxFormat:
         model.config.save_pretrained(folder)
         try:
             with _silent():
-                _write(model, folder)
+                _write(model, folder, untied=quantize != PLAIN)  # the quantiser turns the head's matrix where it stands
                 if quantize == "int8":
                     _quantize(folder)
         except (RuntimeError, AttributeError) as error:  # of torch's exporter
@@ -91,11 +91,11 @@ def _quantize(folder: Path) -> None:
 
     for name in (ENCODER, DECODER):
         graph = onnx.load(folder / name)
-        del graph.graph.value_info[:]  # torch notes shapes there from before it folded constants
+        del graph.graph.value_info[:]  # shapes that the quantiser makes untrue
         quantize_dynamic(graph, folder / name, weight_type=QuantType.QInt8, per_channel=True)
 
 
-def _write(model: Any, folder: Path) -> None:
+def _write(model: Any, folder: Path, untied: bool) -> None:
     import torch
     from torch.export import Dim
 
@@ -117,7 +117,8 @@ def _write(model: Any, folder: Path) -> None:
         input_names=["ids", "mask"], output_names=cross, dynamic_shapes=(both, both),
     )  # fmt: skip
     torch.onnx.export(
-        Step(model), (ids[:, :1], mask, list(states), kept), folder / DECODER, dynamo=True, external_data=False, verbose=False,
+        Step(model, untied=untied), (ids[:, :1], mask, list(states), kept), folder / DECODER,
+        dynamo=True, external_data=False, verbose=False,
         input_names=["token", "mask", *cross, *past], output_names=["scores", *(f"next_{name}" for name in past)],
         dynamic_shapes=({0: rows}, both, [{0: rows, 2: length}] * len(states), [{0: rows, 2: before}] * len(kept)),
     )  # fmt: skip

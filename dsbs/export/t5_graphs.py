@@ -6,6 +6,7 @@ B rows, S input tokens, T tokens so far, H heads, D numbers a head, V vocabulary
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -39,10 +40,10 @@ class CrossStates(torch.nn.Module):
 class Step(torch.nn.Module):
     """token (B, 1), mask (B, S), cross states, past keys and values (B, H, T, D) -> scores (B, V), those with T + 1 tokens."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, untied: bool) -> None:
         super().__init__()
         self.decoder: Any = model.decoder
-        self.lm_head: Any = model.lm_head
+        self.lm_head: Any = deepcopy(model.lm_head) if untied else model.lm_head
         self.scale = model.config.d_model**-0.5 if model.config.scale_decoder_outputs else 1.0
 
     def forward(self, token: Tensor, mask: Tensor, cross: list[Tensor], past: list[Tensor]) -> tuple[Tensor, ...]:
