@@ -23,7 +23,9 @@ tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
 model = ctranslate2.Translator(str(here))
 for line in sys.stdin:
     pieces = [tokenizer.id_to_token(i) for i in tokenizer.encode({prefix} + line.strip()).ids]
-    found = model.translate_batch([pieces], target_prefix=[[{start}]], beam_size=1, max_decoding_length={most})
+    found = model.translate_batch(
+        [pieces], target_prefix=[[{start}]], beam_size=1, min_decoding_length=0, max_decoding_length={most}
+    )
     ids = [tokenizer.token_to_id(piece) for piece in found[0].hypotheses[0]]
     print(tokenizer.decode([i for i in ids if i is not None]).strip(), flush=True)
 '''
@@ -86,7 +88,7 @@ def _loader() -> Any:
         def get_model_spec(self, model: Any) -> Any:
             spec = super().get_model_spec(model)
             if not model.config.scale_decoder_outputs:  # it goes by the ties of the embeddings, which are always tied now
-                spec.decoder.scale_outputs = 1
+                spec.decoder.scale_outputs = 1.0
             return spec
 
         def get_vocabulary(self, model: Any, tokenizer: Any) -> list[str]:

@@ -66,6 +66,7 @@ class Ct2:
             target_prefix=[[self._starts[start]]] * len(texts),
             beam_size=beams,
             max_decoding_length=most,
+            min_decoding_length=0,  # else the end token is no first token, and all others are likelier than they are
             max_input_length=0,  # the tokenizer has cut
             length_penalty=0,  # else the score is a mean over the tokens
             return_scores=scores,
