@@ -102,12 +102,9 @@ def main() -> None:
         single = [[text] for text in texts[::step][:CALLS]]
         few = wide[:: max(1, len(wide) // 6)][:6]
         gold = written(reference.engine, wide)
-        print(
-            f"{reference.card.name}: {len(texts)} rows, {args.threads} thread(s) each side, {args.clock} time, {args.tokens} tokens at most"
-        )
-        print(
-            f"| variant | MB | smaller | agreement | {args.clock} ms at 1 (theirs) | faster at 1 | ms at 64 (theirs) | faster at 64 |"
-        )
+        print(f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, {args.threads} thread(s) on each side")
+        times = [part for size in (1, 64) for part in (f"{args.clock} ms at {size} (theirs)", f"faster at {size}")]
+        print(f"| variant | MB | smaller | agreement | {' | '.join(times)} |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for variant in args.variants:
             form, _, quantize = variant.partition("-")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, run_dsbs, toy_rows
-from tiny_t5 import V1_0, V1_1, make_student
+from tiny_t5 import V1_0, V1_1, make_student, texts
 
 from dsbs.errors import DsbsError, UserError
 from dsbs.export import Equivalence, Exported, ct2, export, read_exported
@@ -20,7 +20,7 @@ from dsbs.export.golden import check_float
 from dsbs.student import Student
 from dsbs.student.ct2 import Ct2
 
-ROWS = [row["text"] for row in toy_rows(20, start=500)]
+ROWS = texts(20)
 BOTH = pytest.mark.parametrize("shape", [V1_0, V1_1], ids=["v1.0", "v1.1"])
 
 
@@ -58,13 +58,13 @@ def test_the_converters_own_scale_would_be_found_out(tmp_path: Path, monkeypatch
     assert not (student / "export" / "ct2").exists()
 
 
-def _with_its_own_start(engine: Any, texts: list[str], most: int, start: str, beams: int, scores: bool) -> Any:
+def _with_its_own_start(engine: Any, inputs: list[str], most: int, start: str, beams: int, scores: bool) -> Any:
     """As the engine decodes, by a model whose converter has written the start token down."""
     import math
 
     from dsbs.student import Said
 
-    pieces = [[engine._pieces[index] for index in one.ids] for one in engine.tokenizer.encode_batch(texts)]
+    pieces = [[engine._pieces[index] for index in one.ids] for one in engine.tokenizer.encode_batch(inputs)]
     found = engine.model.translate_batch(
         pieces,
         beam_size=beams,
@@ -75,8 +75,8 @@ def _with_its_own_start(engine: Any, texts: list[str], most: int, start: str, be
         return_end_token=True,
     )
     ids = [[engine.tokenizer.token_to_id(piece) or 0 for piece in one.hypotheses[0]] for one in found]
-    texts = engine.tokenizer.decode_batch(ids)
-    return [Said(text.strip(), False, math.exp(one.scores[0])) for text, one in zip(texts, found, strict=True)]
+    decoded = engine.tokenizer.decode_batch(ids)
+    return [Said(text.strip(), False, math.exp(one.scores[0])) for text, one in zip(decoded, found, strict=True)]
 
 
 @pytest.mark.parametrize("form", ["ct2", "onnx", "torch"])

@@ -9,8 +9,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import toy_rows
-from tiny_t5 import make_student
+from tiny_t5 import make_student, texts
 
 from dsbs.export import export
 
@@ -25,7 +24,7 @@ sys.meta_path.insert(0, Refuse())
 sys.argv = [{script!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
-ROWS = [row["text"] for row in toy_rows(12, start=300)]
+ROWS = texts(12)
 NOT_NEEDED = ("torch", "transformers", "dsbs", "sentencepiece", "huggingface_hub", "onnx", "onnxscript")
 
 
@@ -47,7 +46,7 @@ def said(command: list[str], rows: list[tuple[str, str]], folder: Path) -> list[
     [
         ("ct2", (*NOT_NEEDED, "onnxruntime")),
         ("onnx", (*NOT_NEEDED, "ctranslate2")),
-        ("torch", ("dsbs", "ctranslate2", "onnxruntime")),
+        ("torch", ("dsbs", "ctranslate2")),
     ],
 )
 def test_the_script_writes_what_transformers_wrote_without_the_rest(
@@ -65,7 +64,7 @@ def test_the_int8_script_of_torch_writes_what_the_engine_writes(tmp_path: Path) 
     from dsbs.student import Student
 
     done = export(make_student(tmp_path), "torch", quantize="int8", examples=ROWS)
-    answers = [answer.raw for answer in Student.load(done.path).predict(ROWS)]
+    answers = [answer.raw for answer in Student.load(done.path).predict(ROWS, batch_size=1)]  # its scales are a batch's
     rows = [(text, "") for text in ROWS]
     assert said([sys.executable, "-I", str(done.path / "predict.py")], rows, tmp_path) == answers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from dsbs.recipe import TaskSection
 from dsbs.student import Start, Student, StudentCard, Target, learn_vocabulary
+
+_WORDS = " ".join(row["text"] for row in toy_rows(40)).split()
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Inputs that differ in more than a number."""
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(_WORDS, k=chance.randint(1, 9))) for _ in range(count)]
+
 
 V1_0: dict[str, Any] = {}
 V1_1: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # whose outputs are not scaled
@@ -23,8 +33,7 @@ def make_student(
     starts: dict[Target, Start] | None = None,
 ) -> Path:
     """A student in ``folder/student``."""
-    texts = [row["text"] for row in toy_rows(80)]
-    tokenizer = learn_vocabulary(texts, 120)
+    tokenizer = learn_vocabulary((row["text"] for row in toy_rows(80)), 120)
     torch.manual_seed(3)
     config = T5Config(
         vocab_size=len(tokenizer) + 8, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, num_decoder_layers=2,
