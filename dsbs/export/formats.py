@@ -17,6 +17,8 @@ FORMATS = {
     "torch": "dsbs.export.torch:TorchFormat",
 }
 PLAIN = "float32"
+# Names that a card knows and nothing here writes, with the reason.
+_NOT_WRITTEN = {"gguf": "dsbs's students are encoder-decoders, which do not go into a GGUF file here"}
 
 
 class FirstTask(NamedTuple):
@@ -56,6 +58,8 @@ class ExportFormat(Protocol):
 
 def format_of(name: str) -> ExportFormat:
     """Raises UserError for a name that is none."""
+    if name in _NOT_WRITTEN:
+        raise UserError(f"the format {name} is not written: {_NOT_WRITTEN[name]}", hint="give --format ct2")
     if name not in FORMATS:
         raise UserError(f"there is no export format {name!r}", hint=f"give --format {', '.join(FORMATS)}")
     module, _, title = FORMATS[name].partition(":")
