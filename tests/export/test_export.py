@@ -170,7 +170,7 @@ def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path
     command = [sys.executable, "-m", "dsbs", "export", str(student), "--format", "ct2"]
     partial = student / "export" / ".ct2-int8.partial"
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (partial / "model.bin").exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
