@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 # The stages' packages are imported before the functions of the same names are defined, so that `dsbs.annotate` stays the
 # function: importing a submodule of a package that is already loaded sets no attribute here.
 import dsbs.annotate
+import dsbs.export
 import dsbs.report
 import dsbs.train  # noqa: F401
 from dsbs.errors import DsbsError, PartialError, UserError
@@ -27,6 +28,7 @@ from dsbs.errors import DsbsError, PartialError, UserError
 if TYPE_CHECKING:
     from dsbs.annotate.summary import AnnotateResult
     from dsbs.check import Validation
+    from dsbs.export import Exported
     from dsbs.progress import Meter
     from dsbs.recipe import Recipe
     from dsbs.results import Results
@@ -41,6 +43,7 @@ __all__ = [
     "UserError",
     "annotate",
     "evaluate",
+    "export",
     "load_recipe",
     "report",
     "report_runs",
@@ -82,6 +85,21 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
     from dsbs.eval.compare import evaluate as run
 
     return run(recipe, out=out, meter=meter, score_only=score_only)
+
+
+def export(
+    student: str | Path,
+    format: str,
+    *,
+    quantize: str | None = None,
+    out: str | Path | None = None,
+    examples: Sequence[str] | None = None,
+    meter: Meter | None = None,
+) -> Exported:
+    """Write a student in a format that runs without dsbs, and compare it with the student. See ``dsbs export``."""
+    from dsbs.export.run import export as run
+
+    return run(student, format, quantize=quantize, out=out, examples=examples, meter=meter)
 
 
 def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:

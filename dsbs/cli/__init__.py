@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dsbs.cli import desk, serve, students, teachers
+from dsbs.cli import desk, export, serve, students, teachers
 from dsbs.errors import DsbsError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command()(students.train)
 app.command("eval")(students.evaluate)
 app.command()(students.report)
 app.command()(students.predict)
+app.command()(export.export)
 app.command()(serve.serve)
 app.command()(desk.ls)
 app.command()(desk.show)

@@ -1,7 +1,7 @@
 """The student: sole owner of its model and its tokenizer. Nothing here imports torch before a model is needed."""
 
 from dsbs.student.card import CARD, Format, Kind, StudentCard, Template, read_card
-from dsbs.student.engine import Engine, Said, load_engine, make_engine
+from dsbs.student.engine import Engine, Said, Searcher, load_engine, make_engine
 from dsbs.student.kind import check_student, kind_of
 from dsbs.student.student import Answer, Student, Written
 from dsbs.student.targets import Start, Target, compose, start_token, take_apart
@@ -19,6 +19,7 @@ __all__ = [
     "Plain",
     "Prompted",
     "Said",
+    "Searcher",
     "Start",
     "Student",
     "StudentCard",
