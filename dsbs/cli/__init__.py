@@ -10,6 +10,7 @@ import sys
 import typer
 
 from dsbs.cli import desk, students, teachers
+from dsbs.cli.compress import compress
 from dsbs.errors import DsbsError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(students.train)
 app.command("eval")(students.evaluate)
 app.command()(students.report)
 app.command()(students.predict)
+app.command()(compress)
 app.command()(desk.ls)
 app.command()(desk.show)
 app.command()(desk.schema)
@@ -63,7 +65,7 @@ def _exit_code() -> int:
 def main() -> None:
     """Entry point of ``dsbs``.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 4 below a gate of ``dsbs eval``, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 4 below a gate (``eval``, ``compress``), 130 interrupted.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our own message says once what it says forty times

@@ -29,10 +29,23 @@ def load_model(source: str, dropout: float | None = None) -> Any:
     quiet()
     try:
         changes = {} if dropout is None else {"dropout_rate": dropout}
-        model = AutoModelForSeq2SeqLM.from_pretrained(local(source), dtype=torch.float32, **changes)
+        kind = low_rank_class(local(source)) or AutoModelForSeq2SeqLM
+        model = kind.from_pretrained(local(source), dtype=torch.float32, **changes)
     except Exception as error:
         raise not_loaded("model", source, error) from None
     return model
+
+
+def low_rank_class(folder: str) -> Any:
+    """The class of a model some of whose matrices are pairs (see ``low_rank``); None for any other."""
+    from dsbs.student.low_rank import ranks_of, with_low_rank
+
+    if not ranks_of(folder):
+        return None
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    return with_low_rank(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))])
 
 
 def local(source: str) -> str:

@@ -156,7 +156,7 @@ class CellTraining:
         import torch
         from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
 
-        from dsbs.train.callbacks import Draw, Follow, Patience, is_exhausted, tensorboard
+        from dsbs.train.callbacks import Draw, Follow, KeepZeros, Patience, is_exhausted, tensorboard
         from dsbs.train.trainer import StepTrainer
 
         section, seed = self.recipe.train, self.cell.seed
@@ -220,6 +220,7 @@ class CellTraining:
                 follow,
                 Patience(section.patience),
                 *([Draw(rows)] if isinstance(rows, Drawn) else []),
+                *([KeepZeros(model)] if self.job.keep_zeros else []),
                 *(tensorboard(self.folder) if self.recipe.report.tensorboard else ()),
             ],
         )

@@ -43,6 +43,7 @@ class Job:
     title: str
     setting: dict[str, Any] = field(default_factory=dict)  # what tuning chose; empty where nothing is tuned
     trials: tuple[Trial, ...] = ()
+    keep_zeros: bool = False  # weights that are zero at the start stay zero
 
     @property
     def chosen(self) -> Trial | None:

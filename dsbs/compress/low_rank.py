@@ -1,0 +1,94 @@
+"""``low-rank=SHARE`` or ``low-rank=energy:SHARE``: attention and feed-forward matrices as products of two thinner ones.
+
+By truncated singular value decomposition, the best approximation of its rank (Eckart and Young, 1936): W (m, n) of rank r
+becomes (m, r)·(r, n), with fewer weights only where r·(m + n) < m·n. Other matrices stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsbs.compress.base import Examples, attentions, feed_forwards, rewritten, share
+from dsbs.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ENERGY = "energy:"
+
+
+class TruncatedSvd:
+    heals, sparse, learns_from_rows = True, False, False
+
+    def __init__(self, value: str) -> None:
+        by_energy = value.startswith(_ENERGY)
+        said = share("low-rank", value.removeprefix(_ENERGY))
+        self.energy, self.share = (said, None) if by_energy else (None, said)
+        self.value = f"{_ENERGY if by_energy else ''}{said:g}"
+
+    def rank(self, singular: Tensor) -> int:
+        """singular (R,), the largest first -> the rank to keep: a share of R, or the least that has the share of Σσ²."""
+        if self.share is not None:
+            return max(1, round(self.share * len(singular)))
+        kept = singular.square().cumsum(0) / singular.square().sum()
+        return int((kept < self.energy).sum()) + 1
+
+    def make(self, source: Path, into: Path, examples: Examples) -> None:
+        del examples
+
+        def change(model: Any, tokenizer: Any) -> Any:
+            del tokenizer
+            changed = factored(model, self)
+            if changed is None:
+                raise UserError(
+                    f"low-rank={self.value} makes no matrix smaller: two factors of that rank have more weights than it",
+                    hint="a smaller share; of a square matrix less than 0.5 of its rank saves anything",
+                )
+            return changed
+
+        rewritten(source, into, change)
+
+
+def factor(weight: Tensor, rank: int, decomposed: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """weight (m, n) -> down (r, n) and up (m, r), up·down its best approximation of rank r; σ is shared out evenly."""
+    import torch
+
+    left, singular, right = decomposed or torch.linalg.svd(weight.double(), full_matrices=False)
+    root = singular[:rank].sqrt()
+    return (root[:, None] * right[:rank]).to(weight.dtype), (left[:, :rank] * root).to(weight.dtype)
+
+
+def factored(model: Any, step: TruncatedSvd) -> Any | None:
+    """The model with pairs in the place of the matrices that this makes smaller; None where it makes none so."""
+    import torch
+
+    from dsbs.student.low_rank import KEY, LowRank, with_low_rank
+
+    weights = dict(model.state_dict())
+    ranks: dict[str, int] = dict(getattr(model.config, KEY, None) or {})
+    changed = False
+    for layer, module in (*attentions(model), *feed_forwards(model)):
+        for part, there in module.named_children():
+            if not isinstance(there, torch.nn.Linear | LowRank):
+                continue
+            name = f"{layer}.{part}"
+            whole = (there.up.weight @ there.down.weight if isinstance(there, LowRank) else there.weight).detach()
+            decomposed = torch.linalg.svd(whole.double(), full_matrices=False)
+            rank = step.rank(decomposed[1])
+            if rank * sum(whole.shape) >= sum(parameter.numel() for parameter in there.parameters()):
+                continue
+            for old in [key for key in weights if key.startswith(f"{name}.")]:
+                del weights[old]
+            weights[f"{name}.down.weight"], weights[f"{name}.up.weight"] = factor(whole, rank, decomposed)
+            ranks[name], changed = rank, True
+    if not changed:
+        return None
+    config = copy.deepcopy(model.config)
+    setattr(config, KEY, ranks)
+    plain = type(model) if getattr(model.config, KEY, None) else with_low_rank(type(model))
+    made = plain(config).to(model.dtype)
+    made.load_state_dict(weights, strict=True)
+    made.generation_config = model.generation_config
+    return made.eval()
