@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 # function: importing a submodule of a package that is already loaded sets no attribute here.
 import dsbs.annotate
 import dsbs.compress
+import dsbs.export
 import dsbs.report
 import dsbs.train  # noqa: F401
 from dsbs.errors import DsbsError, PartialError, UserError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dsbs.annotate.summary import AnnotateResult
     from dsbs.check import Validation
     from dsbs.compress.engine import CompressResult
+    from dsbs.export import Exported
     from dsbs.progress import Meter
     from dsbs.recipe import Recipe
     from dsbs.results import Results
@@ -44,6 +46,7 @@ __all__ = [
     "annotate",
     "compress",
     "evaluate",
+    "export",
     "load_recipe",
     "report",
     "report_runs",
@@ -100,6 +103,21 @@ def compress(
     from dsbs.compress.engine import compress as run
 
     return run(student, methods, max_drop=max_drop, heal_steps=heal_steps, heal_learning_rate=heal_learning_rate, meter=meter)
+
+
+def export(
+    student: str | Path,
+    format: str,
+    *,
+    quantize: str | None = None,
+    out: str | Path | None = None,
+    examples: Sequence[str] | None = None,
+    meter: Meter | None = None,
+) -> Exported:
+    """Write a student in a format that runs without dsbs, and compare it with the student. See ``dsbs export``."""
+    from dsbs.export.run import export as run
+
+    return run(student, format, quantize=quantize, out=out, examples=examples, meter=meter)
 
 
 def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:

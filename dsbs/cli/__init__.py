@@ -9,8 +9,7 @@ import sys
 
 import typer
 
-from dsbs.cli import desk, students, teachers
-from dsbs.cli.compress import compress
+from dsbs.cli import compress, desk, export, students, teachers
 from dsbs.errors import DsbsError
 
 app = typer.Typer(
@@ -31,7 +30,8 @@ app.command()(students.train)
 app.command("eval")(students.evaluate)
 app.command()(students.report)
 app.command()(students.predict)
-app.command()(compress)
+app.command()(compress.compress)
+app.command()(export.export)
 app.command()(desk.ls)
 app.command()(desk.show)
 app.command()(desk.schema)

@@ -10,7 +10,7 @@ from typing import Any
 from dsbs.compress.origin import Origin
 from dsbs.errors import UserError
 from dsbs.progress import Meter
-from dsbs.recipe import Recipe, TrainSection
+from dsbs.recipe import LabelSource, Recipe, TrainSection
 from dsbs.student import load_tokenizer, read_card, start_token
 from dsbs.tasks import make_task
 from dsbs.train.cell import CellTraining
@@ -40,7 +40,7 @@ class Lessons:
         self.section: TrainSection = section.model_copy(
             update={"methods": (plain,), "lora": None, "terms": (), "teachers": (), "patience": None}
         )
-        labels = "teacher" if student.labels == "teacher" else "gold"
+        labels: LabelSource = "teacher" if student.labels == "teacher" else "gold"
         self.cell = Cell(plain, labels, student.seed, student.subset)
         self.views: tuple[View, ...] = METHODS[plain].views(self.section)
         card = read_card(student.path)

@@ -41,10 +41,7 @@ def evenly(layers: int, count: int) -> list[int]:
 
 def only_layers(model: Any, encoder: list[int], decoder: list[int]) -> Any:
     """A model of those layers in their order. The first of each is kept: it has the stack's relative position bias."""
-    places = {
-        "encoder": {layer: i for i, layer in enumerate(encoder)},
-        "decoder": {layer: i for i, layer in enumerate(decoder)},
-    }
+    kept = {"encoder": encoder, "decoder": decoder}
 
     def renamed(name: str) -> str | None:
         """None: of a layer that goes."""
@@ -52,8 +49,7 @@ def only_layers(model: Any, encoder: list[int], decoder: list[int]) -> Any:
         if match is None:
             return name
         stack, layer, rest = match.groups()
-        place = places[stack].get(int(layer))
-        return None if place is None else f"{stack}.block.{place}.{rest}"
+        return f"{stack}.block.{kept[stack].index(int(layer))}.{rest}" if int(layer) in kept[stack] else None
 
     weights = {new: value for name, value in model.state_dict().items() if (new := renamed(name))}
     shape: dict[str, Any] = {"num_layers": len(encoder), "num_decoder_layers": len(decoder)}

@@ -25,7 +25,8 @@ class TruncatedSvd:
     def __init__(self, value: str) -> None:
         by_energy = value.startswith(_ENERGY)
         said = share("low-rank", value.removeprefix(_ENERGY))
-        self.energy, self.share = (said, None) if by_energy else (None, said)
+        self.energy: float | None = said if by_energy else None
+        self.share: float | None = None if by_energy else said
         self.value = f"{_ENERGY if by_energy else ''}{said:g}"
 
     def rank(self, singular: Tensor) -> int:
@@ -33,7 +34,7 @@ class TruncatedSvd:
         if self.share is not None:
             return max(1, round(self.share * len(singular)))
         kept = singular.square().cumsum(0) / singular.square().sum()
-        return int((kept < self.energy).sum()) + 1
+        return int((kept < self.energy).sum().item()) + 1
 
     def make(self, source: Path, into: Path, examples: Examples) -> None:
         del examples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,7 @@ class Origin:
 
 def find_origin(student: str | Path) -> Origin:
     """Of a folder ``<run>/train/<name>``, or of a compressed one of a run. Raises UserError for any other."""
-    folder = Path(os.path.abspath(student))
+    folder = Path(student).absolute()
     read_card(folder)
     if (folder / RECORD).is_file():
         run = folder.parents[2]

@@ -24,15 +24,8 @@ BATCH_SIZES = (1, 64)
 _WARM_UP = 3  # calls of each batch size that are not counted: the first ones pay for start-up
 # Of transformers, CTranslate2 (model.bin), ONNX with its outside data, torch and llama.cpp.
 _WEIGHTS = (
-    "model*.safetensors",
-    "pytorch_model*.bin",
-    "model*.bin",
-    "*.onnx",
-    "*.onnx_data",
-    "*.onnx.data",
-    "*.pt",
-    "*.pt2",
-    "*.gguf",
+    *("model*.safetensors", "pytorch_model*.bin", "model*.bin"),
+    *("*.onnx", "*.onnx_data", "*.onnx.data", "*.pt", "*.pt2", "*.gguf"),
 )
 
 

@@ -1,7 +1,7 @@
 """The student: sole owner of its model and its tokenizer. Nothing here imports torch before a model is needed."""
 
 from dsbs.student.card import CARD, Format, Kind, StudentCard, Template, read_card
-from dsbs.student.engine import Engine, Said, load_engine, make_engine
+from dsbs.student.engine import Engine, Said, Searcher, load_engine, make_engine
 from dsbs.student.student import Answer, Student, Written
 from dsbs.student.targets import Start, Target, compose, start_token, take_apart
 from dsbs.student.tokenizer import learn_vocabulary, load_tokenizer, new_tokenizer, tokenizer_hash
@@ -15,6 +15,7 @@ __all__ = [
     "Format",
     "Kind",
     "Said",
+    "Searcher",
     "Start",
     "Student",
     "StudentCard",

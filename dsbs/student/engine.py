@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dsbs.student.card import StudentCard
 from dsbs.student.targets import Start
@@ -39,10 +39,20 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class Searcher(Protocol):
+    """An engine that has a beam search too."""
+
+    def search(self, texts: Sequence[str], most: int, start: Start, beams: int) -> list[Said]:
+        """The likeliest text that a beam search without length penalty finds for each input, with its probability."""
+        ...
+
+
 # Of a card's kind and format. Each class has ``load(path, card)``, which raises UserError where a package is missing; those
 # of transformers are made of (model, tokenizer, card).
 ENGINES = {
     ("seq2seq", "transformers"): "dsbs.student.seq2seq:Seq2Seq",
+    ("seq2seq", "ct2"): "dsbs.student.ct2:Ct2",
 }
 
 

@@ -42,10 +42,10 @@ def low_rank_class(folder: str) -> Any:
 
     if not ranks_of(folder):
         return None
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    from transformers import AutoConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
 
-    return with_low_rank(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))])
+    multilingual = AutoConfig.from_pretrained(folder).model_type == "mt5"
+    return with_low_rank(MT5ForConditionalGeneration if multilingual else T5ForConditionalGeneration)
 
 
 def local(source: str) -> str:

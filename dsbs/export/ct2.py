@@ -1,0 +1,103 @@
+"""CTranslate2: a compiled runtime for encoder-decoders on a CPU or a GPU, in float32 or quantised."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from dsbs.errors import DsbsError, UserError
+from dsbs.student import Student, start_token
+from dsbs.student.ct2 import ctranslate2
+
+_SCRIPT = '''"""Prints what the student writes to each line of stdin."""
+import sys
+from pathlib import Path
+
+import ctranslate2
+import tokenizers
+
+here = Path(__file__).resolve().parent
+tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
+model = ctranslate2.Translator(str(here))
+for line in sys.stdin:
+    pieces = [tokenizer.id_to_token(i) for i in tokenizer.encode({prefix} + line.strip()).ids]
+    found = model.translate_batch([pieces], target_prefix=[[{start}]], beam_size=1, max_decoding_length={most})
+    ids = [tokenizer.token_to_id(piece) for piece in found[0].hypotheses[0]]
+    print(tokenizer.decode([i for i in ids if i is not None]).strip(), flush=True)
+'''
+
+
+class Ct2Format:
+    """Of T5 and its kin, by CTranslate2's own converter (Klein et al., 2020, for the runtime)."""
+
+    kinds = ("seq2seq",)
+    quantizations = ("int8", "float32", "int8_float32", "int16", "float16")
+    packages = ("ctranslate2", "tokenizers")
+    weights = ("model.bin",)
+
+    def check(self, student: Student, quantize: str) -> str | None:
+        runtime = ctranslate2()
+        if student.engine.model.config.model_type not in ("t5", "mt5"):
+            raise UserError(
+                f"CTranslate2 is not asked to convert a model of type {student.engine.model.config.model_type} here",
+                hint="try --format onnx or torch",
+            )
+        if quantize not in runtime.get_supported_compute_types("cpu"):
+            return f"this machine's CPU does not compute in {quantize}: the file is smaller, and no faster"
+        return None
+
+    def write(self, student: Student, folder: Path, quantize: str) -> None:
+        import torch
+        from ctranslate2.converters.converter import Converter
+
+        loader = _loader()
+        model = deepcopy(student.engine.model).to("cpu")  # the converter scales and quantises in the model's own memory
+
+        class Convert(Converter):  # type: ignore[misc]
+            def _load(self) -> Any:
+                with torch.no_grad():
+                    return loader(model, student.engine.tokenizer)
+
+        made = folder / "ct2"  # the converter empties the folder that it writes to
+        try:
+            Convert().convert(str(made), quantization=None if quantize == "float32" else quantize)
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            raise DsbsError(
+                f"CTranslate2 cannot convert {student.card.name} ({error})", hint="try --format torch --quantize int8"
+            ) from None
+        for path in made.iterdir():
+            path.rename(folder / path.name)
+        made.rmdir()
+
+    def script(self, student: Student) -> str:
+        target, prefix = next(iter(student.card.prefixes.items()))
+        most = student.card.max_target_tokens
+        model, tokenizer = student.engine.model, student.engine.tokenizer
+        start = tokenizer.convert_ids_to_tokens(start_token(model.config, student.card.starts.get(target, "pad")))
+        return _SCRIPT.format(prefix=repr(prefix), start=repr(start), most=most)
+
+
+def _loader() -> Any:
+    from ctranslate2.converters.transformers import T5Loader
+
+    class Loader(T5Loader):  # type: ignore[misc]
+        """The converter's loader, right for v1.1 shapes and for both tokens that a decoder may begin with."""
+
+        def get_model_spec(self, model: Any) -> Any:
+            spec = super().get_model_spec(model)
+            if not model.config.scale_decoder_outputs:  # it goes by the ties of the embeddings, which are always tied now
+                spec.decoder.scale_outputs = 1
+            return spec
+
+        def get_vocabulary(self, model: Any, tokenizer: Any) -> list[str]:
+            known = [piece for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+            # embeddings beyond the vocabulary, by names that are no piece's
+            return known + [f"<unused_{index}>" for index in range(len(known), model.config.vocab_size)]
+
+        def set_config(self, config: Any, model: Any, tokenizer: Any) -> None:
+            super().set_config(config, model, tokenizer)
+            config.decoder_start_token = None  # each call says what the decoder begins with
+            config.layer_norm_epsilon = model.config.layer_norm_epsilon
+
+    return Loader()

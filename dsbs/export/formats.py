@@ -1,0 +1,47 @@
+"""What a format of export must give; the registry of those there are stands in ``dsbs.export``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from dsbs.errors import UserError
+from dsbs.student import Kind, Student
+
+# Of a format's name. Each class has ``write(student, folder, quantize)``.
+FORMATS = {
+    "ct2": "dsbs.export.ct2:Ct2Format",
+}
+PLAIN = "float32"
+
+
+class ExportFormat(Protocol):
+    """How students are written in one format."""
+
+    kinds: Sequence[Kind]
+    quantizations: Sequence[str]  # the first one is taken where none is asked for
+    packages: Sequence[str]  # whose versions decide what the export does
+    weights: Sequence[str]  # glob patterns of the weights' files
+
+    def check(self, student: Student, quantize: str) -> str | None:
+        """A remark for the user, if there is one. Raises UserError where a package is missing or the model does not fit."""
+        ...
+
+    def write(self, student: Student, folder: Path, quantize: str) -> None:
+        """Put the model into ``folder``, which may not alter the student's own weights in memory."""
+        ...
+
+    def script(self, student: Student) -> str:
+        """``predict.py``: reads inputs from stdin, a line each, and prints what the model writes to them."""
+        ...
+
+
+def format_of(name: str) -> ExportFormat:
+    """Raises UserError for a name that is none."""
+    if name not in FORMATS:
+        raise UserError(f"there is no export format {name!r}", hint=f"give --format {', '.join(FORMATS)}")
+    module, _, title = FORMATS[name].partition(":")
+    made: ExportFormat = getattr(import_module(module), title)()
+    return made

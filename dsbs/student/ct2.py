@@ -1,0 +1,92 @@
+"""A T5 in CTranslate2, which needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsbs.errors import DsbsError, UserError
+from dsbs.student.card import StudentCard
+from dsbs.student.engine import Said
+from dsbs.student.targets import Start
+
+_FILES = ("model.bin", "config.json", "shared_vocabulary.json", "tokenizer.json")
+
+
+def ctranslate2() -> Any:
+    """The package. Raises UserError where it is missing."""
+    try:
+        import ctranslate2 as runtime
+    except ImportError:
+        raise UserError("the format ct2 needs the package ctranslate2", hint="pip install 'dsbs[ct2]'") from None
+    return runtime
+
+
+class Ct2:
+    """Inputs longer than the card's ``max_input_tokens`` are cut."""
+
+    def __init__(self, model: Any, tokenizer: Any, folder: Path) -> None:
+        self.model, self.tokenizer, self._folder = model, tokenizer, folder
+        self._pieces = [tokenizer.id_to_token(index) for index in range(tokenizer.get_vocab_size())]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._starts: dict[Start, str] = {"pad": config["bos_token"], "eos": config["eos_token"]}
+        self._end = tokenizer.token_to_id(config["eos_token"])
+
+    @classmethod
+    def load(cls, path: Path, card: StudentCard) -> Ct2:
+        runtime = ctranslate2()
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+            tokenizer.enable_truncation(card.max_input_tokens)
+            tokenizer.no_padding()
+            model = runtime.Translator(str(path), device="cuda" if runtime.get_cuda_device_count() else "cpu")
+            return cls(model, tokenizer, path)
+        except Exception as error:  # both packages raise what their compiled parts say
+            raise DsbsError(f"the export in {path} cannot be loaded ({error})", hint="export the student again") from None
+
+    def save(self, folder: Path) -> None:
+        for name in _FILES:
+            shutil.copyfile(self._folder / name, folder / name)
+
+    def write(self, texts: Sequence[str], most: int, start: Start = "pad", *, probabilities: bool = False) -> list[Said]:
+        """See ``Engine``."""
+        return self._decode(texts, most, start, 1, probabilities)
+
+    def search(self, texts: Sequence[str], most: int, start: Start, beams: int) -> list[Said]:
+        """Beam search without length penalty: the likeliest text that it finds for each input."""
+        return self._decode(texts, most, start, beams, True)
+
+    def _decode(self, texts: Sequence[str], most: int, start: Start, beams: int, scores: bool) -> list[Said]:
+        pieces = self._pieces
+        found = self.model.translate_batch(
+            [[pieces[index] for index in one.ids] for one in self.tokenizer.encode_batch(list(texts))],
+            target_prefix=[[self._starts[start]]] * len(texts),
+            beam_size=beams,
+            max_decoding_length=most,
+            max_input_length=0,  # the tokenizer has cut
+            length_penalty=0,  # else the score is a mean over the tokens
+            return_scores=scores,
+            return_end_token=True,
+        )
+        written = [one.hypotheses[0] for one in found]
+        known = [[index for index in map(self.tokenizer.token_to_id, one) if index is not None] for one in written]
+        decoded = self.tokenizer.decode_batch(known)
+        return [
+            Said(
+                text.strip(),
+                self._end not in ids[-1:],
+                min(1.0, math.exp(one.scores[0])) if scores else None,
+            )
+            for text, ids, one in zip(decoded, known, found, strict=True)
+        ]
+
+    @property
+    def parameters(self) -> None:
+        """The format does not tell."""
+        return None
