@@ -53,8 +53,9 @@ def _losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
     labels = inputs.pop("labels")
     logits = model(**inputs, use_cache=False).logits.float()
     told = labels != -100
-    nll: Tensor = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return nll.sum(1) / told.sum(1)
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    means: Tensor = nll.sum(1) / told.sum(1)
+    return means
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -23,18 +23,16 @@ class TruncatedSvd:
     heals, sparse, learns_from_rows = True, False, False
 
     def __init__(self, value: str) -> None:
-        by_energy = value.startswith(_ENERGY)
-        said = share("low-rank", value.removeprefix(_ENERGY))
-        self.energy: float | None = said if by_energy else None
-        self.share: float | None = None if by_energy else said
-        self.value = f"{_ENERGY if by_energy else ''}{said:g}"
+        self.by_energy = value.startswith(_ENERGY)
+        self.share = share("low-rank", value.removeprefix(_ENERGY))
+        self.value = f"{_ENERGY if self.by_energy else ''}{self.share:g}"
 
     def rank(self, singular: Tensor) -> int:
         """singular (R,), the largest first -> the rank to keep: a share of R, or the least that has the share of Σσ²."""
-        if self.share is not None:
+        if not self.by_energy:
             return max(1, round(self.share * len(singular)))
         kept = singular.square().cumsum(0) / singular.square().sum()
-        return int((kept < self.energy).sum().item()) + 1
+        return int((kept < self.share).sum().item()) + 1
 
     def make(self, source: Path, into: Path, examples: Examples) -> None:
         del examples
