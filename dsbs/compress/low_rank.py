@@ -50,13 +50,14 @@ class TruncatedSvd:
         rewritten(source, into, change)
 
 
-def factor(weight: Tensor, rank: int, decomposed: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """weight (m, n) -> down (r, n) and up (m, r), up·down its best approximation of rank r; σ is shared out evenly."""
-    import torch
+def factor(decomposed: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """U (m, R), σ (R,), V (R, n) -> down (r, n) and up (m, r): up·down is the best approximation of rank r of U·σ·V.
 
-    left, singular, right = decomposed or torch.linalg.svd(weight.double(), full_matrices=False)
+    Each factor has the root of σ, so that both learn at one pace.
+    """
+    left, singular, right = decomposed
     root = singular[:rank].sqrt()
-    return (root[:, None] * right[:rank]).to(weight.dtype), (left[:, :rank] * root).to(weight.dtype)
+    return root[:, None] * right[:rank], left[:, :rank] * root
 
 
 def factored(model: Any, step: TruncatedSvd) -> Any | None:
@@ -80,7 +81,8 @@ def factored(model: Any, step: TruncatedSvd) -> Any | None:
                 continue
             for old in [key for key in weights if key.startswith(f"{name}.")]:
                 del weights[old]
-            weights[f"{name}.down.weight"], weights[f"{name}.up.weight"] = factor(whole, rank, decomposed)
+            down, up = factor(decomposed, rank)
+            weights |= {f"{name}.down.weight": down.to(whole.dtype), f"{name}.up.weight": up.to(whole.dtype)}
             ranks[name], changed = rank, True
     if not changed:
         return None
