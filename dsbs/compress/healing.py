@@ -88,6 +88,7 @@ class Lessons:
                 "learning_rate": learning_rate,
                 "warmup_steps": min(self.section.warmup_steps, steps // 10),
                 "eval_every": max(1, steps // _LOOKS),
+                "log_every": min(self.section.log_every, max(1, steps // 10)),
             }
         )
         tokenizer = load_tokenizer(str(start))

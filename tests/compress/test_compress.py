@@ -205,13 +205,13 @@ def test_zeros_stay_zero_while_the_rest_heals_and_in_later_steps_too(run: Path) 
 
 
 def test_healing_brings_back_what_was_lost_by_its_own_learning_rate(run: Path) -> None:
-    (record,) = compress(run / "train" / NAME, ["magnitude=0.97"], max_drop=1, heal_steps=40).steps
+    (record,) = compress(run / "train" / NAME, ["drop-layers=0.5"], max_drop=1, heal_steps=20).steps
     assert record.before_healing is not None
     lost = record.original.accuracy - record.before_healing
     assert lost > 0.2 and record.compressed.accuracy - record.before_healing >= lost / 2
     lines = [json.loads(line) for line in (run / "compress" / NAME / record.name / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
-    assert 0.0005 < max(rates) <= 0.002 / 3
+    assert 0.0006 < max(rates) <= 0.002 / 3
 
 
 def test_a_quantised_student_is_the_last_of_its_chain_and_four_times_smaller(run: Path) -> None:
