@@ -136,7 +136,7 @@ def test_an_importance_is_the_mean_size_of_the_losss_derivative_by_a_gate() -> N
             return float(model(**whole, use_cache=False).loss)
 
     for name, (module, parts) in gated.items():
-        width, part, step = module.weight.shape[1] // parts, 2, 1e-5
+        width, part, step = module.weight.shape[1] // parts, 2, 1e-3  # T5's norms are of float32
         columns, plain = slice(part * width, (part + 1) * width), module.weight.detach().clone()
         slopes = []
         for row in (0, 1):
@@ -148,7 +148,7 @@ def test_an_importance_is_the_mean_size_of_the_losss_derivative_by_a_gate() -> N
                 with torch.no_grad():
                     module.weight.copy_(plain)
             slopes.append(abs(sides[0] - sides[1]) / (2 * step))
-        assert float(found[name][part]) == pytest.approx(sum(slopes) / 2, rel=1e-4, abs=1e-9), name
+        assert float(found[name][part]) == pytest.approx(sum(slopes) / 2, rel=5e-3, abs=1e-6), name
 
 
 def test_a_stacks_self_attention_keeps_one_set_of_heads_and_what_matters_least_goes() -> None:
@@ -243,8 +243,8 @@ def test_magnitude_zeroes_the_smallest_weights_of_all_matrices_and_no_others() -
     ]
     assert len(matrices) == (4 + 3 + 3) * 4 + 7 * 2
     assert all(torch.equal(now[name], before[name]) for name in now if name not in matrices)
-    gone = torch.cat([before[name][now[name] == 0].abs() for name in matrices])
-    left = torch.cat([before[name][now[name] != 0].abs() for name in matrices])
+    gone = torch.cat([before[name][now[name] == 0].abs() for name in matrices]).detach()
+    left = torch.cat([before[name][now[name] != 0].abs() for name in matrices]).detach()
     assert len(gone) / (len(gone) + len(left)) == pytest.approx(0.6, abs=1e-3)
     assert float(gone.max()) <= float(left.min())
     assert all(torch.equal(now[name][now[name] != 0], before[name][now[name] != 0]) for name in matrices)
