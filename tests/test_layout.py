@@ -89,6 +89,7 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
         "dsbs/eval/accuracy.py",
         "dsbs/student/low_rank.py",
         "dsbs/compress/importance.py",
+        "dsbs/export/t5_graphs.py",
     }  # imported late themselves
     for path, _ in rooms():
         if str(path.relative_to(ROOT)) in own:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.student import Student, start_token
+from dsbs.export.formats import PLAIN, first_task
+from dsbs.student import Student
 from dsbs.student.ct2 import ctranslate2
 
 _SCRIPT = '''"""Prints what the student writes to each line of stdin."""
@@ -22,7 +23,9 @@ tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
 model = ctranslate2.Translator(str(here))
 for line in sys.stdin:
     pieces = [tokenizer.id_to_token(i) for i in tokenizer.encode({prefix} + line.strip()).ids]
-    found = model.translate_batch([pieces], target_prefix=[[{start}]], beam_size=1, max_decoding_length={most})
+    found = model.translate_batch(
+        [pieces], target_prefix=[[{start}]], beam_size=1, min_decoding_length=0, max_decoding_length={most}
+    )
     ids = [tokenizer.token_to_id(piece) for piece in found[0].hypotheses[0]]
     print(tokenizer.decode([i for i in ids if i is not None]).strip(), flush=True)
 '''
@@ -32,7 +35,7 @@ class Ct2Format:
     """Of T5 and its kin, by CTranslate2's own converter (Klein et al., 2020, for the runtime)."""
 
     kinds = ("seq2seq",)
-    quantizations = ("int8", "float32", "int8_float32", "int16", "float16")
+    quantizations = ("int8", PLAIN, "int8_float32", "int16", "float16")
     packages = ("ctranslate2", "tokenizers")
     weights = ("model.bin",)
 
@@ -61,7 +64,7 @@ class Ct2Format:
 
         made = folder / "ct2"  # the converter empties the folder that it writes to
         try:
-            Convert().convert(str(made), quantization=None if quantize == "float32" else quantize)
+            Convert().convert(str(made), quantization=None if quantize == PLAIN else quantize)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise DsbsError(
                 f"CTranslate2 cannot convert {student.card.name} ({error})", hint="try --format torch --quantize int8"
@@ -70,12 +73,10 @@ class Ct2Format:
             path.rename(folder / path.name)
         made.rmdir()
 
-    def script(self, student: Student) -> str:
-        target, prefix = next(iter(student.card.prefixes.items()))
-        most = student.card.max_target_tokens
-        model, tokenizer = student.engine.model, student.engine.tokenizer
-        start = tokenizer.convert_ids_to_tokens(start_token(model.config, student.card.starts.get(target, "pad")))
-        return _SCRIPT.format(prefix=repr(prefix), start=repr(start), most=most)
+    def script(self, student: Student, quantize: str) -> str:
+        first = first_task(student)
+        start = student.engine.tokenizer.convert_ids_to_tokens(first.start)
+        return _SCRIPT.format(prefix=repr(first.prefix), start=repr(start), most=first.most)
 
 
 def _loader() -> Any:
@@ -87,7 +88,7 @@ def _loader() -> Any:
         def get_model_spec(self, model: Any) -> Any:
             spec = super().get_model_spec(model)
             if not model.config.scale_decoder_outputs:  # it goes by the ties of the embeddings, which are always tied now
-                spec.decoder.scale_outputs = 1
+                spec.decoder.scale_outputs = 1.0
             return spec
 
         def get_vocabulary(self, model: Any, tokenizer: Any) -> list[str]:

@@ -5,16 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dsbs.errors import UserError
-from dsbs.student import Kind, Student
+from dsbs.student import Kind, Student, start_token
 
 # Of a format's name. Each class has ``write(student, folder, quantize)``.
 FORMATS = {
     "ct2": "dsbs.export.ct2:Ct2Format",
+    "onnx": "dsbs.export.onnx:OnnxFormat",
+    "torch": "dsbs.export.torch:TorchFormat",
 }
 PLAIN = "float32"
+
+
+class FirstTask(NamedTuple):
+    """What ``predict.py`` does with a text: the task that holds the label."""
+
+    prefix: str
+    start: int  # the id that the decoder begins with
+    most: int  # tokens that it writes at most
+
+
+def first_task(student: Student) -> FirstTask:
+    target, prefix = next(iter(student.card.prefixes.items()))
+    start = start_token(student.engine.model.config, student.card.starts.get(target, "pad"))
+    return FirstTask(prefix, start, student.card.max_target_tokens)
 
 
 class ExportFormat(Protocol):
@@ -33,7 +49,7 @@ class ExportFormat(Protocol):
         """Put the model into ``folder``, which may not alter the student's own weights in memory."""
         ...
 
-    def script(self, student: Student) -> str:
+    def script(self, student: Student, quantize: str) -> str:
         """``predict.py``: reads inputs from stdin, a line each, and prints what the model writes to them."""
         ...
 

@@ -88,7 +88,7 @@ def export(
         )
         if quantize == PLAIN:
             check_float(exported.equivalence, card.name)
-        (partial / "predict.py").write_text(chosen.script(loaded), encoding="utf-8")
+        (partial / "predict.py").write_text(chosen.script(loaded, quantize), encoding="utf-8")
         (partial / "README.md").write_text(readme(folder, exported, chosen), encoding="utf-8")
         write_json(partial / RECORD, exported.model_dump(mode="json", by_alias=True))
         _move(partial, place, there)

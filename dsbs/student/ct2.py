@@ -13,6 +13,7 @@ from dsbs.errors import DsbsError, UserError
 from dsbs.student.card import StudentCard
 from dsbs.student.engine import Said
 from dsbs.student.targets import Start
+from dsbs.student.tokenizer import read_pieces
 
 _FILES = ("model.bin", "config.json", "shared_vocabulary.json", "tokenizer.json")
 
@@ -39,12 +40,8 @@ class Ct2:
     @classmethod
     def load(cls, path: Path, card: StudentCard) -> Ct2:
         runtime = ctranslate2()
-        from tokenizers import Tokenizer
-
         try:
-            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-            tokenizer.enable_truncation(card.max_input_tokens)
-            tokenizer.no_padding()
+            tokenizer = read_pieces(path, card.max_input_tokens)
             model = runtime.Translator(str(path), device="cuda" if runtime.get_cuda_device_count() else "cpu")
             return cls(model, tokenizer, path)
         except Exception as error:  # both packages raise what their compiled parts say
@@ -69,6 +66,7 @@ class Ct2:
             target_prefix=[[self._starts[start]]] * len(texts),
             beam_size=beams,
             max_decoding_length=most,
+            min_decoding_length=0,  # else the end token is no first token, and all others are likelier than they are
             max_input_length=0,  # the tokenizer has cut
             length_penalty=0,  # else the score is a mean over the tokens
             return_scores=scores,

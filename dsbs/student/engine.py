@@ -53,6 +53,8 @@ class Searcher(Protocol):
 ENGINES = {
     ("seq2seq", "transformers"): "dsbs.student.seq2seq:Seq2Seq",
     ("seq2seq", "ct2"): "dsbs.student.ct2:Ct2",
+    ("seq2seq", "onnx"): "dsbs.student.onnx:Onnx",
+    ("seq2seq", "torch"): "dsbs.student.dynamic:TorchStudent",
 }
 
 

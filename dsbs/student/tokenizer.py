@@ -34,6 +34,16 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
+def read_pieces(folder: Path, most: int) -> Any:
+    """The tokenizer of an export's ``tokenizer.json``, which cuts after ``most`` tokens. Needs no transformers."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(most)
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | None = None) -> Any:
     """The tokenizer that training starts from: the model's own, or a SentencePiece vocabulary learned from ``texts``."""
     if init is not None and not Path(init).expanduser().is_dir():
