@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 # The stages' packages are imported before the functions of the same names are defined, so that `dsbs.annotate` stays the
 # function: importing a submodule of a package that is already loaded sets no attribute here.
 import dsbs.annotate
+import dsbs.compress
 import dsbs.export
 import dsbs.report
 import dsbs.train  # noqa: F401
@@ -28,6 +29,7 @@ from dsbs.errors import DsbsError, PartialError, UserError
 if TYPE_CHECKING:
     from dsbs.annotate.summary import AnnotateResult
     from dsbs.check import Validation
+    from dsbs.compress.engine import CompressResult
     from dsbs.export import Exported
     from dsbs.progress import Meter
     from dsbs.recipe import Recipe
@@ -42,6 +44,7 @@ __all__ = [
     "Student",
     "UserError",
     "annotate",
+    "compress",
     "evaluate",
     "export",
     "load_recipe",
@@ -85,6 +88,21 @@ def evaluate(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | No
     from dsbs.eval.compare import evaluate as run
 
     return run(recipe, out=out, meter=meter, score_only=score_only)
+
+
+def compress(
+    student: str | Path,
+    methods: Sequence[str],
+    *,
+    max_drop: float = 0.02,
+    heal_steps: int | None = None,
+    heal_learning_rate: float | None = None,
+    meter: Meter | None = None,
+) -> CompressResult:
+    """Make smaller students of a run's, a step of ``methods`` at a time. See ``dsbs compress``."""
+    from dsbs.compress.engine import compress as run
+
+    return run(student, methods, max_drop=max_drop, heal_steps=heal_steps, heal_learning_rate=heal_learning_rate, meter=meter)
 
 
 def export(

@@ -31,7 +31,7 @@ An interrupted command goes on when it is run again; what is finished is not don
 | 1 | failed by the world: an endpoint that cannot be reached, a model that is not there; what was done is kept |
 | 2 | a mistake in usage, recipe or data; the message says what, where, and what to do |
 | 3 | partial: a money cap, a full disk, rows without a reply; the same command goes on |
-| 4 | all is done and written, and the outcome is below `--min-accuracy` or `--min-delta` |
+| 4 | all is done and written, and the outcome misses `--min-accuracy`, `--min-delta` or `--max-drop` |
 | 130 | interrupted by Ctrl-C (training: SIGTERM as well); the same command goes on |
 
 """
@@ -46,6 +46,7 @@ MORE = {  # where a page says more than the help does
     "report": "[Reading a report](reading-a-report.md)",
     "predict": "[From Python](python.md)",
     "serve": "[Serving a student](serving.md)",
+    "compress": "[Compressing a student](compress.md)",
     "schema": "[The recipe, key by key](recipe-reference.md)",
 }
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dsbs.cli import desk, export, serve, students, teachers
+from dsbs.cli import compress, desk, export, serve, students, teachers
 from dsbs.errors import DsbsError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command()(students.train)
 app.command("eval")(students.evaluate)
 app.command()(students.report)
 app.command()(students.predict)
+app.command()(compress.compress)
 app.command()(export.export)
 app.command()(serve.serve)
 app.command()(desk.ls)
@@ -65,7 +66,7 @@ def _exit_code() -> int:
 def main() -> None:
     """Entry point of ``dsbs``.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 4 below a gate of ``dsbs eval``, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 4 below a gate (``eval``, ``compress``), 130 interrupted.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our own message says once what it says forty times

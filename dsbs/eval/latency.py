@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,7 +22,11 @@ from dsbs.student import Student
 
 BATCH_SIZES = (1, 64)
 _WARM_UP = 3  # calls of each batch size that are not counted: the first ones pay for start-up
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# Of transformers, CTranslate2 (model.bin), ONNX with its outside data, torch and llama.cpp.
+_WEIGHTS = (
+    *("model*.safetensors", "pytorch_model*.bin", "model*.bin"),
+    *("*.onnx", "*.onnx_data", "*.onnx.data", "*.pt", "*.pt2", "*.gguf"),
+)
 
 
 class Measurement(BaseModel):
@@ -74,23 +78,37 @@ def measure_latency(
         if one.fits(recipe, student) and one.latency[0].device == device:
             return one.latency
     model = load() if load is not None else Student.load(student.path)
-    inputs = [row.input for row in rows]
-    random.Random(0).shuffle(inputs)
-    latency: list[Latency] = []
     with running(meter, f"time {student.name}", calls * len(BATCH_SIZES)):
-        for size in BATCH_SIZES:
-            took = []
-            for call in range(_WARM_UP + calls):
-                items = [inputs[(call * size + i) % len(inputs)] for i in range(size)]
-                began = time.perf_counter()
-                model.predict(items, batch_size=size, max_label_tokens=most, canonical=True)
-                took.append(1000 * (time.perf_counter() - began))
-                meter.update(calls * len(latency) + max(0, call + 1 - _WARM_UP))
-            p50, p95 = (round(float(at), 4) for at in np.percentile(took[_WARM_UP:], (50, 95)))
-            latency.append(Latency(batch_size=size, calls=calls, p50_ms=p50, p95_ms=p95, device=device))
+        (latency,) = timed([model], [row.input for row in rows], calls, most, meter)
     new = Measurement(fingerprint=student.fingerprint, max_label_tokens=most, latency=latency)
     write_json(latency_file(run, student), LatencyFile(measurements=[*there, new]).model_dump(mode="json", by_alias=True))
     return latency
+
+
+def timed(
+    models: Sequence[Student], inputs: Sequence[dict[str, Any]], calls: int, max_label_tokens: int, meter: Meter
+) -> list[list[Latency]]:
+    """Each model's latencies at `BATCH_SIZES` on rows of the task's own fields; ``calls`` of each move ``meter``.
+
+    Several models are called in turns, so that what slows the machine down for a while slows all of them.
+    """
+    inputs = list(inputs)
+    random.Random(0).shuffle(inputs)
+    device = device_name()
+    found: list[list[Latency]] = [[] for _ in models]
+    for part, size in enumerate(BATCH_SIZES):
+        took: list[list[float]] = [[] for _ in models]
+        for call in range(_WARM_UP + calls):
+            items = [inputs[(call * size + i) % len(inputs)] for i in range(size)]
+            for model, times in zip(models, took, strict=True):
+                began = time.perf_counter()
+                model.predict(items, batch_size=size, max_label_tokens=max_label_tokens, canonical=True)
+                times.append(1000 * (time.perf_counter() - began))
+            meter.update(calls * part + max(0, call + 1 - _WARM_UP))
+        for times, lines in zip(took, found, strict=True):
+            p50, p95 = (round(float(at), 4) for at in np.percentile(times[_WARM_UP:], (50, 95)))
+            lines.append(Latency(batch_size=size, calls=calls, p50_ms=p50, p95_ms=p95, device=device))
+    return found
 
 
 def read_latency(run: Path, student: TrainedStudent, recipe: Recipe) -> list[Latency]:
@@ -101,7 +119,7 @@ def read_latency(run: Path, student: TrainedStudent, recipe: Recipe) -> list[Lat
 
 def megabytes(student_path: str | Path) -> float:
     """Of a student's weight files on disk, in 10^6 bytes. Raises UserError where there is none."""
-    files = [file for pattern in _WEIGHTS for file in Path(student_path).glob(pattern)]
+    files = {file for pattern in _WEIGHTS for file in Path(student_path).glob(pattern)}
     if not files:
         raise UserError(f"{student_path} has no weights ({' or '.join(_WEIGHTS)})", hint="train that student again")
     return sum(file.stat().st_size for file in files) / 1e6

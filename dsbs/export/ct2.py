@@ -46,6 +46,11 @@ class Ct2Format:
                 f"CTranslate2 is not asked to convert a model of type {student.engine.model.config.model_type} here",
                 hint="try --format onnx or torch",
             )
+        if getattr(student.engine.model.config, "low_rank", None):
+            raise UserError(
+                f"{student.card.name} has low-rank matrices, which CTranslate2 does not know",
+                hint="use --format torch --quantize int8, or compress by pruning in place of low-rank",
+            )
         if quantize not in runtime.get_supported_compute_types("cpu"):
             return f"this machine's CPU does not compute in {quantize}: the file is smaller, and no faster"
         return None

@@ -18,7 +18,7 @@ from dsbs.progress import Meter, Silent
 from dsbs.student import CARD, Searcher, Student, read_card
 
 _DECIDING = (".safetensors", ".bin", ".json", ".model")  # suffixes of files that decide what a student writes
-_NOT_DECIDING = {"train.json", "work.json"}
+_NOT_DECIDING = {"train.json", "work.json", "compress.json"}
 _MAKERS = ("python", "dsbs", "torch", "transformers", "tokenizers")  # what writes an export, beside the format's packages
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 

@@ -49,6 +49,8 @@ class TorchFormat:
             raise UserError(
                 f"{student.card.name} is no T5: its embeddings are not where int8 needs them", hint="leave --quantize out"
             )
+        if getattr(model.config, "low_rank", None):
+            return "its low-rank matrices are loaded by dsbs alone: predict.py beside it does not know them"
         return None
 
     def write(self, student: Student, folder: Path, quantize: str) -> None:

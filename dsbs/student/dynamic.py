@@ -30,9 +30,13 @@ class TorchStudent(Seq2Seq):
         import torch
         from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+        from dsbs.student.low_rank import ranks_of, replace
+
         quiet()
         try:
-            model = quantized(AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(path)))
+            plain = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(path))
+            replace(plain, ranks_of(str(path)))
+            model = quantized(plain)
             with _silent():
                 _tie(model, None)
                 model.load_state_dict(torch.load(file, weights_only=True))
@@ -48,8 +52,12 @@ class TorchStudent(Seq2Seq):
 
     @property
     def parameters(self) -> int:
+        from dsbs.student.low_rank import LowRank
+
         found = 0
         for module in self.model.modules():  # each once
+            if isinstance(module, LowRank):  # its two matrices are counted themselves
+                continue
             weight = getattr(module, "weight", None)
             weight = weight() if callable(weight) else weight  # a quantised module's is a method
             found += 0 if weight is None else weight.numel()

@@ -35,7 +35,8 @@ def load_model(source: str, dropout: float | None = None) -> Any:
     try:
         # a GGUF file takes seconds to be read, and is a decoder's
         is_seq2seq = not is_gguf(source) and AutoConfig.from_pretrained(**place).is_encoder_decoder
-        kind: Any = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+        own = low_rank_class(local(source)) if is_seq2seq else None
+        kind: Any = own or (AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM)
         changes = {} if dropout is None else {"dropout_rate" if is_seq2seq else "attention_dropout": dropout}
         # a GGUF file's bar heeds no setting of transformers
         with redirect_stderr(io.StringIO()) if is_gguf(source) else nullcontext():
@@ -73,6 +74,18 @@ def located(source: str) -> dict[str, Any]:
     del gguf
     file = gguf_file(source)
     return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+def low_rank_class(folder: str) -> Any:
+    """The class of a model some of whose matrices are pairs (see ``low_rank``); None for any other."""
+    from dsbs.student.low_rank import ranks_of, with_low_rank
+
+    if not ranks_of(folder):
+        return None
+    from transformers import AutoConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
+
+    multilingual = AutoConfig.from_pretrained(folder).model_type == "mt5"
+    return with_low_rank(MT5ForConditionalGeneration if multilingual else T5ForConditionalGeneration)
 
 
 def local(source: str) -> str:

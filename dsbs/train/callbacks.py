@@ -155,6 +155,17 @@ class Draw(TrainerCallback):
         self._rows.epoch = int((state.epoch or 0.0) + 1e-6)  # within one, where a resumed run begins
 
 
+class KeepZeros(TrainerCallback):
+    """Weights that are zero when it is made are zero after each step, as pruning by magnitude needs it."""
+
+    def __init__(self, model: Any) -> None:
+        self._zeros = [(parameter, zeros) for parameter in model.parameters() if bool((zeros := parameter.detach() == 0).any())]
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter, zeros in self._zeros:
+            parameter.data.masked_fill_(zeros.to(parameter.device), 0.0)
+
+
 def is_exhausted(state: Any, patience: int | None) -> bool:
     """Told from the log alone, which a checkpoint carries: a resumed training ends where an undisturbed one does."""
     looks = [row["eval_selection"] for row in state.log_history if "eval_selection" in row]

@@ -179,7 +179,7 @@ class CellTraining:
         import torch
         from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainerState, set_seed
 
-        from dsbs.train.callbacks import Draw, Follow, Patience, is_exhausted
+        from dsbs.train.callbacks import Draw, Follow, KeepZeros, Patience, is_exhausted
         from dsbs.train.trainer import StepTrainer
 
         section, seed = self.recipe.train, self.cell.seed
@@ -245,6 +245,7 @@ class CellTraining:
                 follow,
                 Patience(section.patience),
                 *([Draw(rows)] if isinstance(rows, Drawn) else []),
+                *([KeepZeros(model)] if self.job.keep_zeros else []),
             ],
         )
         trainer.remove_callback(PrinterCallback)

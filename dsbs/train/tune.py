@@ -44,6 +44,7 @@ class Job:
     setting: dict[str, Any] = field(default_factory=dict)  # what tuning chose; empty where nothing is tuned
     trials: tuple[Trial, ...] = ()
     name: str | None = None  # of the student; None: the cell's
+    keep_zeros: bool = False  # weights that are zero at the start stay zero
 
     @property
     def chosen(self) -> Trial | None:
