@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dsbs.annotate.summary import AnnotateResult
     from dsbs.check import Validation
     from dsbs.compress.engine import CompressResult
-    from dsbs.export import Exported
+    from dsbs.export.exported import Exported
     from dsbs.progress import Meter
     from dsbs.recipe import Recipe
     from dsbs.results import Results

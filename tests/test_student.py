@@ -212,3 +212,16 @@ def test_tokenizing_needs_no_torch() -> None:
         "learn_vocabulary([f'line {i} of text' for i in range(99)], 80)(['x']); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_runtimes_tokenizer_counts_as_transformers_own_does(tmp_path: Path) -> None:
+    from dsbs.student import ids_of
+    from dsbs.student.tokenizer import read_pieces
+
+    tokenizer = make_student().engine.tokenizer
+    tokenizer.save_pretrained(tmp_path)
+    pieces = read_pieces(tmp_path, 128)
+    for text in (TEXTS[0], "dogs", ""):
+        assert ids_of(pieces, text) == ids_of(tokenizer, text)
+        assert ids_of(pieces, text, special=True) == ids_of(tokenizer, text, special=True)
+    assert len(ids_of(tokenizer, "dogs", special=True)) == len(ids_of(tokenizer, "dogs")) + 1

@@ -32,7 +32,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a student so that it runs without dsbs, and compare it with the student."""
-    from dsbs.export import export as run
+    from dsbs.export.run import export as run
 
     texts = None if examples is None else _texts(student, examples)
     done = run(student, format, quantize=quantize, out=out, examples=texts, meter=meter())

@@ -24,7 +24,7 @@ class Quantize:
         self.value = value
 
     def make(self, source: Path, into: Path, examples: Examples) -> None:
-        from dsbs.export import export
+        from dsbs.export.run import export
 
         export(source, self.format_for(source), quantize=self.value, out=into, examples=examples.inputs())
 

@@ -1,7 +1,1 @@
-"""Students in formats that run without dsbs: ``export`` writes one and compares it with the student."""
-
-from dsbs.export.exported import Equivalence, Exported, read_exported
-from dsbs.export.formats import FORMATS
-from dsbs.export.run import export
-
-__all__ = ["FORMATS", "Equivalence", "Exported", "export", "read_exported"]
+"""A student in the format of another runtime: one file a format, checked against the student itself."""

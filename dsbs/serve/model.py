@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dsbs.errors import UserError
 from dsbs.serve.settings import ANCHOR, LABEL_TOKENS, Refused, Settings
-from dsbs.student import Answer, Student
+from dsbs.student import Answer, Student, ids_of
 
 Item = str | Mapping[str, Any]  # a text, or a row of the task's own fields
 
@@ -108,16 +108,16 @@ class Model:
         text = f"{self._anchor} {label}".strip()
         if self.reasons and answer.rationale:
             text = f"{answer.rationale}\n{text}"
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = ids_of(tokenizer, text)
         cut = len(ids) > most
         if cut:
-            text = tokenizer.decode(ids[:most], skip_special_tokens=True)
+            text = tokenizer.decode(ids[:most], skip_special_tokens=True)  # of both kinds of tokenizer
         unfinished = cut or answer.truncated or (self.reasons and bool(answer.rationale_truncated))
         asked = item if isinstance(item, str) else self.student.task.text(item)
         return Completion(
             text=text,
             finish_reason="length" if unfinished else "stop",
-            prompt_tokens=len(tokenizer(asked)["input_ids"]),
+            prompt_tokens=len(ids_of(tokenizer, asked, special=True)),
             completion_tokens=min(len(ids), most),
         )
 

@@ -5,7 +5,7 @@ from dsbs.student.engine import Engine, Said, Searcher, load_engine, make_engine
 from dsbs.student.kind import check_student, kind_of
 from dsbs.student.student import Answer, Student, Written
 from dsbs.student.targets import Start, Target, compose, start_token, take_apart
-from dsbs.student.tokenizer import learn_vocabulary, load_tokenizer, new_tokenizer, tokenizer_hash
+from dsbs.student.tokenizer import ids_of, learn_vocabulary, load_tokenizer, new_tokenizer, tokenizer_hash
 from dsbs.student.weights import SIZES, load_model, new_model, start_hash
 from dsbs.student.wording import Plain, Prompted, Wording, new_wording
 
@@ -29,6 +29,7 @@ __all__ = [
     "Written",
     "check_student",
     "compose",
+    "ids_of",
     "kind_of",
     "learn_vocabulary",
     "load_engine",

@@ -112,3 +112,12 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 def tokenizer_hash(tokenizer: Any) -> str:
     return digest(json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False))
+
+
+def ids_of(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    """A text's token ids, by an engine's tokenizer: transformers', or that of the package tokenizers. ``special``: with those
+    that end a text.
+    """
+    if hasattr(tokenizer, "encode_batch"):
+        return list(tokenizer.encode(text, add_special_tokens=special).ids)
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])

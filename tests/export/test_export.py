@@ -15,8 +15,10 @@ from conftest import ROOT, run_dsbs, toy_rows
 from tiny_t5 import V1_0, V1_1, make_student, texts
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.export import Equivalence, Exported, ct2, export, read_exported
+from dsbs.export import ct2
+from dsbs.export.exported import Equivalence, Exported, read_exported
 from dsbs.export.golden import check_float
+from dsbs.export.run import export
 from dsbs.student import Student
 from dsbs.student.ct2 import Ct2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_t5 import make_student, texts
 
-from dsbs.export import export
+from dsbs.export.run import export
 
 # Put before a script: whatever it imports beside these is refused, however it is asked for.
 BLOCK = """
