@@ -46,7 +46,7 @@ def vote_distribution(annotation: Annotation, labels: Sequence[str], task: Task)
     if not members:
         return None
     if len(members) == 1:
-        return _of_one(*members.values(), len(labels))
+        return _of_one(next(iter(members.values())), len(labels))
     weights = [math.fsum(sample.vote for _, sample in votes) for votes in members.values()]
     weighted = [[w * p for p in _of_one(votes, len(labels))] for w, votes in zip(weights, members.values(), strict=True)]
     return [math.fsum(column) / math.fsum(weights) for column in zip(*weighted, strict=True)]
