@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from dsbs.artefacts import canonical, digest, read_jsonl
 from dsbs.errors import UserError
 from dsbs.prompts import load_prompt
-from dsbs.recipe import Recipe
+from dsbs.recipe import MemberSection, Recipe
 from dsbs.records import Annotation
 from dsbs.tasks.base import Task
 
@@ -37,15 +37,26 @@ def annotation_file(run: Path, split: str) -> Path:
     return run / "annotate" / f"{split}.jsonl"
 
 
+def member_folder(recipe: Recipe, member: MemberSection) -> Path:
+    """The run folder of an ensemble's member: as given, else beside the recipe's file; it need not be there."""
+    given = Path(member.run).expanduser()
+    beside = (recipe.folder or Path()) / given
+    return beside if not given.is_dir() and beside.is_dir() else given
+
+
 def source_fingerprint(recipe: Recipe, task: Task) -> str:
     """Hash of all in a recipe that decides the annotations of a row: the teacher, the prompt, the sampling."""
+    if recipe.teacher.kind == "ensemble":  # a changed member is another teacher; where its run lies does not matter
+        records = [read_manifest(member_folder(recipe, one) / "annotate") for one in recipe.teacher.members]
+        votes = [[one.weight, record.get("source")] for one, record in zip(recipe.teacher.members, records, strict=True)]
+        return digest("ensemble", canonical(votes))
     teacher = recipe.teacher.model_dump(
         mode="json", include={"kind", "model", "base_url", "endpoints", "endpoint", "extra_body", "completions"}
     )
     for one in teacher["endpoints"]:  # which endpoints answer decides; how often each, or with whose key, does not
         for name in ("weight", "api_key_env", "rpm", "tpm"):
             del one[name]
-    prompt = "" if recipe.teacher.kind == "human" else load_prompt(recipe, task).hash
+    prompt = load_prompt(recipe, task).hash if recipe.teacher.is_prompted else ""
     sampling = recipe.annotate.model_dump(mode="json", include=SAMPLING)
     return digest(canonical(teacher), prompt, canonical(sampling))
 

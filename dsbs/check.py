@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsbs.annotate.teachers import make_teacher
 from dsbs.lint import lint
 from dsbs.prompts import PromptRenderer, load_prompt
 from dsbs.recipe import Recipe
@@ -38,10 +39,12 @@ def validate(recipe: Recipe) -> Validation:
     parts = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
     warnings: list[str] = []
-    if recipe.teacher.kind != "human":
+    if recipe.teacher.is_prompted:
         prompt = load_prompt(recipe, task)
         first_prompt = PromptRenderer(prompt, task).render(parts["train"][0]).text
         warnings += lint(recipe, prompt, task, parts)
+    if recipe.teacher.kind == "ensemble":
+        warnings += _members(recipe, parts)
     texts = [part for row in parts["train"] for part in (task.text(row.input), row.label, row.rationale) if part]
     check_student(recipe)
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts])
@@ -51,6 +54,16 @@ def validate(recipe: Recipe) -> Validation:
     splits = {split: _look(recipe, task, tokenizer, wording, split, rows, warnings) for split, rows in parts.items()}
     warnings += _overlaps(parts)
     return Validation(splits, first_prompt, warnings)
+
+
+def _members(recipe: Recipe, parts: dict[str, list[Example]]) -> list[str]:
+    """Puts the members' annotations to the vote and throws the result away: what `dsbs annotate` would stop at is told now."""
+    teacher = make_teacher(recipe)
+    lacks = []
+    for split in recipe.annotate.splits:
+        votes = sum(1 for _ in teacher.annotations(parts[split], split))
+        lacks += teacher.lacking(split, votes)
+    return lacks
 
 
 def _look(

@@ -59,11 +59,18 @@ class Usage(_Row):
     cached_tokens: int | None = None  # of the prompt tokens, those served from the provider's prompt cache
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Sample(_Row):
     """One reply read: raw text, and the label and rationale found in its first turn, or the reason why it is not used.
 
     A readable label stands here even where the rationale has a flaw (``reason``). ``hinted``: the answer was given away in the
     request. ``label_logprob`` is the log-probability of the label's tokens, in nats.
+
+    Of an ensemble alone, and left out of the file elsewhere: ``run`` is the member that the sample is from, as the recipe names
+    it, and ``weight`` what its vote counts: the member's weight, divided among its readable samples of the row.
     """
 
     text: str
@@ -73,6 +80,13 @@ class Sample(_Row):
     finish_reason: str | None = None
     hinted: bool = False
     label_logprob: float | None = None
+    run: str | None = Field(None, exclude_if=_is_none)
+    weight: float | None = Field(None, exclude_if=_is_none)
+
+    @property
+    def vote(self) -> float:
+        """What its label counts in a vote: 1 outside an ensemble."""
+        return 1.0 if self.weight is None else self.weight
 
 
 class TeacherName(_Row):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +58,7 @@ class Annotator:
         self.recipe = recipe
         self.shard = shard
         self.task: Task = make_task(recipe.task)
-        human = recipe.teacher.kind == "human"
-        self.prompt: Prompt | None = None if human else load_prompt(recipe, self.task)
+        self.prompt: Prompt | None = load_prompt(recipe, self.task) if recipe.teacher.is_prompted else None
         self.price: Price | None = price_of(recipe.teacher, recipe.annotate.batch.price_factor)
         if recipe.annotate.max_usd is not None and self.price is None:
             raise UserError(
@@ -174,17 +173,22 @@ class Annotator:
             label_logprob=logprob,
             accepted=reason is None,
             reject_reason=reason,
-            usage=Usage(
-                prompt_tokens=_total(reply.prompt_tokens for reply in answers.replies),
-                completion_tokens=_total(reply.completion_tokens for reply in answers.replies),
-                cached_tokens=_total(reply.cached_tokens for reply in answers.replies),
-            ),
+            usage=total_usage(answers.replies),
             usd=None if self.price is None else sum(self.price.usd(reply) for reply in answers.replies),
             teacher=TeacherName(kind=kind, model=self.recipe.teacher.model),
             request_key=answers.key,
         )
 
 
-def _total(values: Iterator[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+def total_usage(parts: Sequence[Reply | Usage]) -> Usage:
+    """The tokens of several replies or rows; None where none of them was counted."""
+
+    def total(values: Iterator[int | None]) -> int | None:
+        known = [value for value in values if value is not None]
+        return sum(known) if known else None
+
+    return Usage(
+        prompt_tokens=total(one.prompt_tokens for one in parts),
+        completion_tokens=total(one.completion_tokens for one in parts),
+        cached_tokens=total(one.cached_tokens for one in parts),
+    )

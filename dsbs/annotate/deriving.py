@@ -10,9 +10,10 @@ from dsbs.annotate.store import ReplyStore, budget, request_keys
 from dsbs.annotate.summary import SplitSummary
 from dsbs.annotate.teachers import identities
 from dsbs.annotate.teachers.base import Archive, Reply, Request
+from dsbs.annotate.teachers.ensemble import EnsembleTeacher
 from dsbs.artefacts import write_jsonl
 from dsbs.progress import Meter
-from dsbs.records import Example, Reason
+from dsbs.records import Annotation, Example, Reason
 
 
 def look_up(work: Annotator, store: ReplyStore | None, request: Request, names: Sequence[str]) -> tuple[str, Reply | Reason]:
@@ -56,10 +57,16 @@ def derive(
     meter: Meter | None = None,
 ) -> None:
     """Write one annotation for every example to ``path`` and count what is in it."""
+    write(work, (work.annotation(example, answers_of(example)) for example in examples), path, summary, meter)
+
+
+def write(
+    work: Annotator, annotations: Iterable[Annotation], path: Path, summary: SplitSummary, meter: Meter | None = None
+) -> None:
+    """Write annotations to ``path`` and count what is in them."""
 
     def rows() -> Iterator[str]:
-        for example in examples:
-            annotation = work.annotation(example, answers_of(example))
+        for annotation in annotations:
             summary.add(annotation, work.task)
             if meter is not None and summary.rows % 1024 == 0:
                 meter.update(summary.rows)
@@ -68,13 +75,15 @@ def derive(
     write_jsonl(path, rows())
 
 
-def recalled(work: Annotator, archive: Archive) -> Callable[[Example], Answers]:
-    """What lies on disk for a row."""
-
-    def answers_of(example: Example) -> Answers:
+def recalled(
+    work: Annotator, archive: Archive | EnsembleTeacher, examples: Iterable[Example], split: str
+) -> Iterator[Annotation]:
+    """One annotation for every example, from what lies on disk. Raises UserError where that does not fit the rows."""
+    if isinstance(archive, EnsembleTeacher):
+        yield from archive.annotations(examples, split)
+        return
+    for example in examples:
         answers = Answers()
         reply = archive.recall(example)
         work.add(example, answers, None, None, "no-reply" if reply is None else reply)
-        return answers
-
-    return answers_of
+        yield work.annotation(example, answers)

@@ -12,11 +12,12 @@ from typing import Any, Literal
 from dsbs.annotate.annotator import Annotator, Shard
 from dsbs.annotate.asking import Asking
 from dsbs.annotate.batch import buy_batches, export, take_back
-from dsbs.annotate.deriving import derive, kept, recalled
+from dsbs.annotate.deriving import derive, kept, recalled, write
 from dsbs.annotate.store import ReplyStore
 from dsbs.annotate.summary import AnnotateResult, SplitSummary
 from dsbs.annotate.teachers import is_asked, make_teacher
 from dsbs.annotate.teachers.base import Archive, Teacher
+from dsbs.annotate.teachers.ensemble import EnsembleTeacher
 from dsbs.annotations import annotation_file, run_folder, source_fingerprint
 from dsbs.artefacts import hold, manifest
 from dsbs.errors import PartialError, UserError
@@ -58,6 +59,8 @@ def annotate(
     run = whole if shard is None else shard_folder(whole, shard)
     surveys = {str(split): survey(work.examples(split)) for split in recipe.annotate.splits}
     teacher = make_teacher(recipe) if buying == "online" or not asked else None  # a missing key leaves no trace
+    if isinstance(teacher, EnsembleTeacher):
+        teacher.refuse(whole)
     with (
         hold(run / "annotate"),
         manifest(
@@ -68,6 +71,8 @@ def annotate(
     ):
         record["prompt"] = work.prompt.model_dump(mode="json") if work.prompt is not None else None
         record["source"] = source_fingerprint(recipe, work.task)
+        if isinstance(teacher, EnsembleTeacher):
+            record["members"] = [one.as_json() for one in teacher.members]
         record["shard"] = None if shard is None else str(shard)
         summaries = {split: SplitSummary() for split in surveys}
         stopped: PartialError | None = None
@@ -99,6 +104,8 @@ def export_batch(recipe: Recipe, path: Path, *, out: str | Path | None = None) -
 
     ``annotate(…, outputs=[file])`` takes its output back. Raises UserError.
     """
+    if not is_asked(recipe.teacher.kind):
+        raise UserError(f"a teacher of kind {recipe.teacher.kind} is sent no requests", hint="run without --batch-export")
     work, run = Annotator(recipe), run_folder(recipe, out)
     with hold(run / "annotate"), open_store(run) as store:
         return export(work, store, run / "annotate" / "batches", path)
@@ -154,14 +161,26 @@ async def buy_online(
     return None
 
 
-def _recall(work: Annotator, archive: Archive | None, run: Path, meter: Meter, summaries: Mapping[str, SplitSummary]) -> None:
+def _recall(
+    work: Annotator,
+    archive: Archive | EnsembleTeacher | None,
+    run: Path,
+    meter: Meter,
+    summaries: Mapping[str, SplitSummary],
+) -> None:
     assert archive is not None
     for split, summary in summaries.items():
         started = time.monotonic()
         with running(meter, f"read {split}", None):
-            derive(work, work.examples(split), annotation_file(run, split), summary, recalled(work, archive), meter)
+            annotations = recalled(work, archive, work.examples(split), split)
+            write(work, annotations, annotation_file(run, split), summary, meter)
         summary.wall_s = time.monotonic() - started
+        if isinstance(archive, EnsembleTeacher):
+            for lack in archive.lacking(split, summary.rows):
+                meter.say(lack)
     if all(summary.rows == summary.rejected["no-reply"] for summary in summaries.values()):
+        if isinstance(archive, EnsembleTeacher):
+            raise UserError("no member of the ensemble has a reply to any row", hint="run `dsbs annotate` of the members first")
         where = "teacher.completion in the rows, or the file teacher.completions"
         what = "rationale column" if work.recipe.teacher.kind == "human" else where
         raise UserError(f"the data has no {what} for any row", hint="check teacher.kind and task.columns")

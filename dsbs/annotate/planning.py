@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotate.annotator import Annotator, Answers, Shard
-from dsbs.annotate.deriving import derive, kept, look_up, recalled
+from dsbs.annotate.deriving import derive, kept, look_up, recalled, write
 from dsbs.annotate.engine import buy_online, open_store, shard_folder, store_file, wait_for
 from dsbs.annotate.summary import SplitSummary
 from dsbs.annotate.teachers import identities, in_flight, is_asked, make_teacher
@@ -60,7 +60,9 @@ def plan(recipe: Recipe, out: str | Path | None = None, shard: Shard | None = No
     """What ``annotate`` would send, without sending it or writing anything. Hints for wrong rows are not foreseen."""
     work = Annotator(recipe, shard)
     if not is_asked(recipe.teacher.kind):
-        raise UserError(f"a {recipe.teacher.kind} teacher sends nothing", hint="run without --dry-run: it costs nothing")
+        raise UserError(
+            f"a teacher of kind {recipe.teacher.kind} sends nothing", hint="run without --dry-run: it costs nothing"
+        )
     assert work.renderer is not None
     whole = run_folder(recipe, out)
     run = whole if shard is None else shard_folder(whole, shard)
@@ -145,7 +147,7 @@ def pilot(recipe: Recipe, rows: int, *, out: str | Path | None = None, meter: Me
     Raises what ``annotate`` raises; no other file of the run is touched.
     """
     if not is_asked(recipe.teacher.kind):
-        raise UserError(f"a {recipe.teacher.kind} teacher costs nothing", hint="run without --pilot")
+        raise UserError(f"a teacher of kind {recipe.teacher.kind} costs nothing", hint="run without --pilot")
     work = Annotator(recipe)
     split = recipe.annotate.splits[0]
     sample, total = stratified(work.examples(split), rows, closed=work.task.labels is not None)
@@ -170,7 +172,7 @@ def annotate_sample(
     recipe, summary = work.recipe, SplitSummary()
     teacher = make_teacher(recipe)
     if not is_asked(recipe.teacher.kind):
-        derive(work, sample, path, summary, recalled(work, teacher))
+        write(work, recalled(work, teacher, sample, recipe.annotate.splits[0]), path, summary)
         return summary, None
     with hold(run / "annotate"), open_store(run) as store:
         title = path.stem

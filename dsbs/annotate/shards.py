@@ -37,7 +37,9 @@ def merge(
     ``folders`` are the shards' run folders; none given: all under ``<run>/shards``. Raises UserError where there is no store.
     """
     if not is_asked(recipe.teacher.kind):
-        raise UserError(f"a {recipe.teacher.kind} teacher has no replies to join", hint="run `dsbs annotate` without --shard")
+        raise UserError(
+            f"a teacher of kind {recipe.teacher.kind} has no replies to join", hint="run `dsbs annotate` without --shard"
+        )
     parts = [Path(folder) for folder in folders] or sorted((run_folder(recipe, out) / "shards").glob("*-of-*"))
     stores = [store_file(part) for part in parts]
     missing = [str(store) for store in stores if not store.is_file()]

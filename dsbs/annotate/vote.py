@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ class Vote:
     share: float | None
     logprob: float | None  # mean over the winning samples that have one, in nats
     reason: Reason | None
+    run: str | None = None  # the member of an ensemble whose rationale it is
 
 
 def majority(samples: Sequence[Sample], task: Task) -> Vote:
@@ -41,6 +43,44 @@ def majority(samples: Sequence[Sample], task: Task) -> Vote:
         logprob=sum(logprobs) / len(logprobs) if logprobs else None,
         reason=None if sound else winner[0].reason,
     )
+
+
+def weighted_majority(samples: Sequence[Sample], task: Task) -> Vote:
+    """As ``majority``, of an ensemble's samples by their weights.
+
+    Of groups that weigh the same the one with the greater mean log-probability wins, where it is known of all of them, else
+    the one that an earlier member named. The rationale is the heaviest member's of those that led to the winner without a flaw.
+    """
+    groups = _groups(samples, task)
+    if not groups:
+        telling = (sample.reason for sample in samples if sample.reason not in (None, "no-reply"))
+        return Vote(None, None, None, None, next(telling, "no-reply"))
+    weights = [math.fsum(sample.vote for sample in group) for group in groups]
+    level = [group for group, weight in zip(groups, weights, strict=True) if math.isclose(weight, max(weights))]
+    known = [logprob for group in level if (logprob := _mean_logprob(group)) is not None]
+    winner = level[known.index(max(known))] if len(known) == len(level) else level[0]
+    heavy = sorted(winner, key=lambda sample: -_member_weight(sample, samples))
+    sound = [sample for sample in heavy if sample.reason is None]
+    explained = next((sample for sample in sound if sample.rationale), None)
+    return Vote(
+        label=winner[0].label,
+        rationale=None if explained is None else explained.rationale,
+        share=math.fsum(sample.vote for sample in winner) / math.fsum(weights),
+        logprob=_mean_logprob(winner),
+        reason=None if sound else heavy[0].reason,
+        run=None if explained is None else explained.run,
+    )
+
+
+def _mean_logprob(samples: Sequence[Sample]) -> float | None:
+    """By the samples' weights, over those that have one, in nats."""
+    known = [(sample.vote, sample.label_logprob) for sample in samples if sample.label_logprob is not None]
+    return math.fsum(vote * logprob for vote, logprob in known) / math.fsum(vote for vote, _ in known) if known else None
+
+
+def _member_weight(of: Sample, samples: Sequence[Sample]) -> float:
+    """Of the member that a sample is from; rounded, since thirds do not add up to the whole."""
+    return float(f"{math.fsum(one.vote for one in samples if one.run == of.run and one.label is not None):.9g}")
 
 
 def still_needed(samples: Sequence[Sample], k: int, task: Task) -> int:

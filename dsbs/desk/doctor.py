@@ -12,7 +12,7 @@ from dsbs.annotate.teachers.base import RejectedError, TransientError
 from dsbs.annotations import run_folder
 from dsbs.artefacts import find
 from dsbs.desk import machine
-from dsbs.desk.checks import Check, run
+from dsbs.desk.checks import Check, Status, run
 from dsbs.errors import DsbsError
 from dsbs.gguf import gguf_file, is_gguf
 from dsbs.prompts import load_prompt
@@ -76,7 +76,7 @@ def _file(recipe: Recipe, key: str, source: str) -> Iterator[Check]:
 
 
 def _prompt(recipe: Recipe) -> Iterator[Check]:
-    if recipe.teacher.kind == "human":
+    if not recipe.teacher.is_prompted:
         return
     prompt = load_prompt(recipe, make_task(recipe.task))
     yield Check("prompt", "ok", f"{recipe.annotate.prompt or 'the task has its own'}, {len(prompt.exemplars)} exemplars")
@@ -105,6 +105,13 @@ def _teacher(recipe: Recipe) -> Iterator[Check]:
         yield Check("teacher", "ok", str(gguf_file(str(teacher.model), recipe.folder)))
     elif teacher.kind == "transformers":
         yield _model("teacher.model", str(teacher.model))
+    elif teacher.kind == "ensemble":
+        from dsbs.annotate.teachers.ensemble import read_members
+
+        for member in read_members(recipe):
+            status: Status = "ok" if member.status == "done" else "warning"
+            hint = None if status == "ok" else f"rows without a reply have no vote; run `dsbs annotate` for {member.run} again"
+            yield Check("teacher", status, f"{member.run}: {member.model}, weight {member.weight:g}, {member.status}", hint)
 
 
 def _endpoint(recipe: Recipe, endpoint: EndpointSection) -> Iterator[Check]:

@@ -15,7 +15,7 @@ from dsbs.recipe.evaluate import EvalSection, ReportSection
 from dsbs.recipe.sections import LabelSource, Section, unknown
 from dsbs.recipe.student import StudentSection
 from dsbs.recipe.task import TASK_NAMES, DataSection, TaskSection
-from dsbs.recipe.teacher import AnnotateSection, EndpointSection, PriceSection, TeacherSection
+from dsbs.recipe.teacher import AnnotateSection, EndpointSection, MemberSection, PriceSection, TeacherSection
 from dsbs.recipe.terms import LocalTeacherSection, TermSection, base_of
 from dsbs.recipe.train import METHOD_NAMES, LoraSection, SelectSection, TrainSection
 
@@ -29,6 +29,7 @@ __all__ = [
     "LabelSource",
     "LocalTeacherSection",
     "LoraSection",
+    "MemberSection",
     "PriceSection",
     "Recipe",
     "ReportSection",

@@ -64,9 +64,16 @@ class EndpointSection(Section):
     tpm: float | None = Field(None, gt=0)  # None: teacher.tpm
 
 
+class MemberSection(Section):
+    """One of an ensemble's annotators: a finished run over the same rows."""
+
+    run: str = Field(min_length=1)  # its run folder, from here or beside the recipe
+    weight: float = Field(1.0, gt=0)  # of its vote on each row, relative to the others', however many samples it has
+
+
 class TeacherSection(Section):
-    kind: Literal["openai", "llamacpp", "transformers", "recorded", "human"] = (
-        "openai"  # openai: any OpenAI-compatible endpoint; recorded: replies on disk; human: the rows' own rationales
+    kind: Literal["openai", "llamacpp", "transformers", "recorded", "human", "ensemble"] = (  # openai: any OpenAI-compatible
+        "openai"  # endpoint; recorded: replies on disk; human: the rows' own rationales; ensemble: other runs' annotations vote
     )
     model: str | None = (
         None  # as the endpoint names it; llamacpp: a .gguf file or `smollm2-135m-instruct`; else a Hub id or folder
@@ -81,6 +88,7 @@ class TeacherSection(Section):
     timeout_s: float = Field(120.0, gt=0)  # seconds for one attempt
     max_attempts: int = Field(6, ge=1)  # of one request, the first included
     price: PriceSection | None = None  # None: genai-prices' list for base_url and model; unknown where it has none
+    members: tuple[MemberSection, ...] = ()  # ensemble: the runs whose annotations vote
     completions: str | None = None  # recorded: a .jsonl(.gz) of {id, completion}; None: the rows' own teacher.completion
     context_tokens: int | None = Field(None, gt=0)  # of one request; None: 2048 for llamacpp, else not known and not checked
     threads: int | None = Field(None, gt=0)  # llamacpp: None takes the cores of this process
@@ -111,6 +119,25 @@ class TeacherSection(Section):
             if len(set(urls)) < len(urls):
                 raise ValueError("teacher.endpoints names a base_url twice")
         return self
+
+    @model_validator(mode="after")
+    def _members_are_the_ensemble_kind(self) -> TeacherSection:
+        if self.kind != "ensemble":
+            if self.members:
+                raise ValueError(f"teacher.members belongs to kind ensemble, not {self.kind}")
+            return self
+        if len(self.members) < 2:
+            raise ValueError(
+                "teacher.members needs two or more runs, e.g. members: [{run: runs/gpt, weight: 2.0}, {run: runs/qwen}]"
+            )
+        if self.model or self.price:
+            raise ValueError("teacher.model and teacher.price do not belong to kind ensemble: each member's run has its own")
+        return self
+
+    @property
+    def is_prompted(self) -> bool:
+        """Whether its text answers the recipe's prompt, and is read by it."""
+        return self.kind not in ("human", "ensemble")
 
     @property
     def served_by(self) -> tuple[EndpointSection, ...]:

@@ -315,6 +315,8 @@ def _annotator(recipe: Sections, student: TrainedStudent) -> str:
         return f"It learned no teacher's labels or rationales.{words}"
     if recipe.teacher_kind == "human":
         return f"Its {' and '.join(learned)} are those of people, as they stand in the data."
+    if recipe.teacher_kind == "ensemble":
+        return f"Its {' and '.join(learned)} were chosen by the vote of {model or 'models that the run does not name'}."
     if model is not None and (model.endswith(".gguf") or Path(model).expanduser().exists()):
         model = Path(model).name
     who = model or "a model that the recipe does not name"

@@ -36,7 +36,7 @@ def sections(run: Run) -> Sections:
             StudentSection.model_validate(run.recipe["student"]),
             TrainSection.model_validate(run.recipe["train"]),
             str(run.recipe["teacher"]["kind"]),
-            run.recipe["teacher"]["model"],
+            run.recipe["teacher"]["model"] or _members(run),
             int(run.recipe["eval"]["max_label_tokens"]),
         )
     except (KeyError, ValidationError) as error:
@@ -44,6 +44,11 @@ def sections(run: Run) -> Sections:
         raise UserError(
             f"{path} holds no recipe of this version ({said})", hint="run `dsbs eval` again: predictions that fit are kept"
         ) from None
+
+
+def _members(run: Run) -> str | None:
+    """The models of an ensemble, whose recipe names runs; None: it is none."""
+    return " + ".join(one["model"] for one in run.annotated.get("members", ())) or None
 
 
 def source_of(recipe: Sections, split: str) -> str:

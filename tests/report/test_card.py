@@ -105,6 +105,16 @@ def test_what_comes_from_the_hub_is_named_and_what_is_local_is_not_told(folder: 
     assert "| data | rows.csv |" in card and "written by big.gguf (llamacpp)" in card
 
 
+def test_a_card_names_the_models_of_an_ensemble(folder: Path) -> None:
+    def voted(record: dict[str, Any]) -> None:
+        record["recipe"]["teacher"] = {"kind": "ensemble", "model": None, "members": [{"run": "runs/a"}, {"run": "runs/b"}]}
+
+    changed(folder, "annotate", lambda record: record.update(members=[{"model": "gpt-4.1-mini"}, {"model": HOSTILE}]))
+    card = text_of(changed(folder, "eval", voted))
+    assert "Its rationales were chosen by the vote of gpt-4.1-mini" in card and "<script>" not in card
+    assert "The teacher's terms of use" in card
+
+
 def test_a_smoke_run_puts_no_numbers_into_the_hubs_index(folder: Path) -> None:
     run = changed(folder, "eval", lambda record: record.update(reportable=False), "results.json")
     card = text_of(run)

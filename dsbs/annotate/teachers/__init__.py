@@ -13,12 +13,13 @@ TEACHERS = {
     "transformers": "dsbs.annotate.teachers.transformers:TransformersTeacher",
     "recorded": "dsbs.annotate.teachers.recorded:RecordedTeacher",
     "human": "dsbs.annotate.teachers.human:HumanTeacher",
+    "ensemble": "dsbs.annotate.teachers.ensemble:EnsembleTeacher",
 }
-ARCHIVES = ("recorded", "human")  # read from disk: nothing is sent and nothing kept
+ARCHIVES = ("recorded", "human", "ensemble")  # read from disk: nothing is sent and nothing kept
 
 
 def make_teacher(recipe: Recipe) -> Any:
-    """The recipe's Teacher, or Archive for the kinds that read what is on disk. Raises UserError."""
+    """The recipe's Teacher, or Archive or EnsembleTeacher for the kinds that read what is on disk. Raises UserError."""
     module, _, name = TEACHERS[recipe.teacher.kind].partition(":")
     return getattr(import_module(module), name)(recipe)
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dsbs.records import Annotation
+from dsbs.records import Annotation, Sample
 from dsbs.tasks.base import Task
 from dsbs.train.terms import precise
 
@@ -36,17 +36,30 @@ def vote_distribution(annotation: Annotation, labels: Sequence[str], task: Task)
     """A teacher's distribution over ``labels``, or None where it gave no readable one of them without a hint.
 
     Of several samples: each label's share of those that are readable and own. Of a single one: its label's probability, where
-    the endpoint told it, and the rest evenly on the others; without it, 1 on that label.
+    the endpoint told it, and the rest evenly on the others; without it, 1 on that label. Of an ensemble: the mean of its
+    members' distributions, each read so, by their weights.
     """
-    own = [sample for sample in annotation.samples if sample.label is not None and not sample.hinted]
-    votes = [(at, sample) for sample in own if (at := _place(sample.label, labels, task)) is not None]
-    if not votes:
+    members: dict[str | None, list[tuple[int, Sample]]] = {}
+    for sample in annotation.samples:
+        if not sample.hinted and (at := _place(sample.label, labels, task)) is not None:
+            members.setdefault(sample.run, []).append((at, sample))
+    if not members:
         return None
-    if len(votes) > 1 or len(labels) == 1:
-        return [sum(where == at for where, _ in votes) / len(votes) for at in range(len(labels))]
+    if len(members) == 1:
+        return _of_one(next(iter(members.values())), len(labels))
+    weights = [math.fsum(sample.vote for _, sample in votes) for votes in members.values()]
+    weighted = [[w * p for p in _of_one(votes, len(labels))] for w, votes in zip(weights, members.values(), strict=True)]
+    return [math.fsum(column) / math.fsum(weights) for column in zip(*weighted, strict=True)]
+
+
+def _of_one(votes: Sequence[tuple[int, Sample]], labels: int) -> list[float]:
+    """One annotator's distribution over so many labels, from its readable samples and where their labels stand."""
+    if len(votes) > 1 or labels == 1:
+        total = math.fsum(sample.vote for _, sample in votes)
+        return [math.fsum(sample.vote for where, sample in votes if where == at) / total for at in range(labels)]
     [(chosen, sample)] = votes
     sure = 1.0 if sample.label_logprob is None else min(1.0, math.exp(sample.label_logprob))
-    return [sure if at == chosen else (1 - sure) / (len(labels) - 1) for at in range(len(labels))]
+    return [sure if at == chosen else (1 - sure) / (labels - 1) for at in range(labels)]
 
 
 def _place(label: str | None, labels: Sequence[str], task: Task) -> int | None:
