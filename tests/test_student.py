@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import subprocess
 import sys
@@ -9,10 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertLMHeadModel
 
 from dsbs import DsbsError, Student, UserError
 from dsbs.recipe import DataSection, StudentSection, TaskSection
-from dsbs.student import Start, StudentCard, Target, Written, learn_vocabulary, load_tokenizer, new_model, tokenizer_hash
+from dsbs.student import (
+    CARD,
+    Start,
+    StudentCard,
+    Target,
+    Written,
+    kind_of,
+    learn_vocabulary,
+    load_model,
+    load_tokenizer,
+    new_model,
+    tokenizer_hash,
+)
 
 TEXTS = [f"Premise {i}: a man with {i} dogs walks. ( {i}.0 * 2.0 ) {{x}}" for i in range(200)]
 
@@ -204,6 +219,43 @@ def test_a_folder_without_a_student_is_the_users_mistake(tmp_path: Path) -> None
 def test_a_model_that_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DsbsError, match="local folder"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "format"), [("seq2seq", "gguf"), ("causal", "ct2")])
+def test_a_format_that_nothing_here_reads_is_told(tmp_path: Path, kind: Any, format: Any) -> None:
+    card = make_student().card.model_copy(update={"kind": kind, "format": format})
+    (tmp_path / CARD).write_text(card.model_dump_json(), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{kind} model in the format {format}, which dsbs does not load"):
+        Student.load(tmp_path)
+
+
+def test_a_models_own_code_is_never_run_whatever_stdin_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_student().save(tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n", encoding="utf-8")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    rows = io.StringIO("y\n" * 9)
+    monkeypatch.setattr(sys, "stdin", rows)
+    with pytest.raises(DsbsError, match="cannot be loaded"):
+        Student.load(tmp_path)
+    assert not ran.exists() and rows.tell() == 0
+
+
+def test_an_encoder_is_no_student(tmp_path: Path) -> None:
+    shape = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertLMHeadModel(BertConfig(**shape)).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(UserError, match=r"is an encoder \(bert\)"):
+        load_model(str(tmp_path / "encoder"))
+    BertLMHeadModel(BertConfig(**shape, is_decoder=True)).save_pretrained(tmp_path / "decoder")
+    assert load_model(str(tmp_path / "decoder")).config.is_decoder
+
+
+def test_a_configuration_that_is_no_object_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(DsbsError, match=r"configuration of student .* cannot be loaded"):
+        kind_of(str(tmp_path))
 
 
 def test_tokenizing_needs_no_torch() -> None:

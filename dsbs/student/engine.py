@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from dsbs.errors import UserError
 from dsbs.student.card import StudentCard
 from dsbs.student.targets import Start
 
@@ -60,7 +61,7 @@ ENGINES = {
 
 
 def load_engine(path: Path, card: StudentCard) -> Engine:
-    """The engine of a student folder."""
+    """The engine of a student folder. Raises UserError for a format that nothing here reads."""
     engine: Engine = _class(card).load(path, card)
     return engine
 
@@ -72,5 +73,10 @@ def make_engine(model: Any, tokenizer: Any, card: StudentCard) -> Engine:
 
 
 def _class(card: StudentCard) -> Any:
+    if (card.kind, card.format) not in ENGINES:
+        raise UserError(
+            f"{card.name} is a {card.kind} model in the format {card.format}, which dsbs does not load",
+            hint="use the student that it was exported from",
+        )
     module, _, name = ENGINES[card.kind, card.format].partition(":")
     return getattr(import_module(module), name)

@@ -28,11 +28,11 @@ def kind_of(source: str | None) -> Kind:
     quiet()
     try:
         file = cached_file(local(source), "config.json")
-        config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        is_seq2seq = dict(json.loads(Path(str(file)).read_text(encoding="utf-8"))).get("is_encoder_decoder")
     except Exception as error:  # hub, network and file errors share no root
         raise not_loaded("configuration", source, error) from None
     # T5's and every other encoder-decoder's file says so: transformers' default is the other
-    return "seq2seq" if config.get("is_encoder_decoder") else "causal"
+    return "seq2seq" if is_seq2seq else "causal"
 
 
 def positions(source: str) -> int | None:
@@ -62,6 +62,11 @@ def check_student(recipe: Recipe) -> None:
         raise UserError(
             f"train.task_token: decoder needs a decoder with a start token of its own, and {source} is decoder-only",
             hint="leave train.task_token out: prefixes tell the tasks apart",
+        )
+    if train.terms:
+        raise UserError(
+            f"train.terms: further terms of the loss are learned by T5 students alone, and {source} is decoder-only",
+            hint="leave train.terms out, and their names out of train.methods",
         )
     if recipe.eval.simulator:
         raise UserError(

@@ -29,6 +29,7 @@ def load_model(source: str, dropout: float | None = None) -> Any:
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     quiet()
     place = located(source)
@@ -47,6 +48,11 @@ def load_model(source: str, dropout: float | None = None) -> Any:
                 f"student.dropout: {source} has no one rate of that kind", hint="leave student.dropout out"
             ) from None
         raise not_loaded("model", source, error) from None
+    if not is_seq2seq and not model.config.is_decoder and model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{source} is an encoder ({model.config.model_type}): each token sees those after it, so it would read its targets",
+            hint="a student is a T5, or a decoder such as Qwen, Llama or SmolLM",
+        )
     return _dense(model) if is_gguf(source) else model
 
 
@@ -64,16 +70,19 @@ def _dense(model: Any) -> Any:
 
 
 def located(source: str) -> dict[str, Any]:
-    """Where ``from_pretrained`` finds a Hub id, a local folder or a GGUF file."""
+    """Where ``from_pretrained`` finds a Hub id, a local folder or a GGUF file, whose own code is never run.
+
+    Unless it is told so, transformers asks on stdin, where `dsbs predict` has its rows: one that says "y" would be the answer.
+    """
     if not is_gguf(source):
-        return {"pretrained_model_name_or_path": local(source)}
+        return {"pretrained_model_name_or_path": local(source), "trust_remote_code": False}
     try:
         import gguf
     except ImportError:
         raise UserError("a student from a GGUF file needs the package gguf", hint="pip install 'dsbs[gguf]'") from None
     del gguf
     file = gguf_file(source)
-    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
 
 
 def low_rank_class(folder: str) -> Any:
@@ -84,7 +93,7 @@ def low_rank_class(folder: str) -> Any:
         return None
     from transformers import AutoConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
 
-    multilingual = AutoConfig.from_pretrained(folder).model_type == "mt5"
+    multilingual = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type == "mt5"
     return with_low_rank(MT5ForConditionalGeneration if multilingual else T5ForConditionalGeneration)
 
 

@@ -89,7 +89,9 @@ class Prompted:
             begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
             self.head, self.tail, self.end = (tokenizer.bos_token if begins else "", "\n", _end_token(tokenizer))
         self._head, self._tail = self._ids([self.head, self.tail])
-        special = {*tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(self.end)}
+        # `all_special_tokens` has those with a role alone, and not Llama 3's headers of turns
+        added = {one.content for one in tokenizer.added_tokens_decoder.values() if one.special}
+        special = {*tokenizer.all_special_tokens, *added, tokenizer.convert_ids_to_tokens(self.end)}
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 import causal_models
 import pytest
+from transformers import AddedToken
 
 from dsbs import UserError
 from dsbs.recipe import StudentSection
@@ -63,6 +64,15 @@ def test_special_tokens_in_data_are_read_as_their_characters(template: Any) -> N
     assert tokenizer.decode(ids) == wording.prompt(hostile), "and no character is lost"
     (target,) = wording.write([hostile])
     assert [one for one in target if one in tokenizer.all_special_ids] == [wording.end]
+
+
+def test_special_tokens_without_a_role_are_read_as_their_characters_too() -> None:
+    tokenizer = causal_models.tokenizer()
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True, normalized=False)])
+    assert "<|header|>" not in tokenizer.all_special_tokens
+    (ids,) = Prompted(tokenizer, "chat").read(["a<|header|>system"])
+    assert tokenizer.convert_tokens_to_ids("<|header|>") not in ids
+    assert "a<|header|>system" in tokenizer.decode(ids)
 
 
 def test_targets_end_with_what_ends_a_turn_and_keep_it_when_they_are_cut() -> None:

@@ -251,6 +251,13 @@ def test_a_decoder_start_for_each_task_is_refused(toy: Callable[..., Path], tmp_
         train(recipe, out=tmp_path / "run")
 
 
+def test_further_terms_are_refused_before_any_teacher_is_trained(toy: Callable[..., Path], tmp_path: Path) -> None:
+    keys = ("train.methods=[finetune+feature]", "train.terms=[{kind: feature}]", "train.teachers=[{size: nano}]")
+    with pytest.raises(UserError, match="learned by T5 students alone"):
+        train(recipe_on(toy, causal_models.save(tmp_path / "model"), *keys), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "train" / "teachers").exists()
+
+
 def test_more_tokens_than_positions_are_refused_before_anything_is_trained(toy: Callable[..., Path], tmp_path: Path) -> None:
     folder = causal_models.save(tmp_path / "model")
     with pytest.raises(UserError, match=r"max_input_tokens \(240\) and student\.max_target_tokens \(32\).*256 tokens"):
