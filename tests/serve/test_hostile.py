@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -138,6 +141,25 @@ def test_a_slow_body_gets_a_408_while_others_are_answered(student: Student) -> N
 
     answer, free = asyncio.run(main())
     assert status(answer) == 408 and free
+
+
+def test_a_client_that_takes_no_answer_is_dropped(student: Student) -> None:
+    requests = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100
+
+    async def main() -> tuple[int, int]:
+        async with here(student, send_s=0.5) as server:
+            connections = server.server.server_state.connections
+            most, deadline = 0, time.monotonic() + 10
+            with socket.create_connection(("127.0.0.1", server.port)) as deaf:  # which asks and never reads
+                deaf.setblocking(False)
+                while (not most or connections) and time.monotonic() < deadline:
+                    with suppress(BlockingIOError, ConnectionError):
+                        deaf.send(requests)
+                    await asyncio.sleep(0.005)
+                    most = max(most, len(connections))
+                return most, len(connections)
+
+    assert asyncio.run(main()) == (1, 0)
 
 
 def test_all_bodies_together_take_no_more_than_their_room(student: Student) -> None:
