@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +16,7 @@ import aiohttp
 import pytest
 from served import Here, here, made
 
+from dsbs.serve.model import How, Item, Outcome
 from dsbs.student import Student
 
 GIGABYTE = 1 << 30
@@ -174,6 +177,31 @@ def test_all_bodies_together_take_no_more_than_their_room(student: Student) -> N
             return status(second), [status(await first), server.service.intake.held]
 
     assert asyncio.run(main()) == (429, [408, 0])
+
+
+def test_of_a_body_that_waits_nothing_is_kept_that_the_student_does_not_read(student: Student) -> None:
+    rows = json.dumps({"inputs": [{"text": "a", "more": [[] for _ in range(20_000)]}]}).encode()
+
+    async def main() -> int:
+        async with here(student) as server:
+            go_on, model = threading.Event(), server.service.batcher
+
+            def answer(items: Sequence[Item], how: How) -> list[Outcome]:
+                go_on.wait(20)
+                return server.service.model.answer(items, how)
+
+            model._answer = answer
+            gc.collect()
+            before = len(gc.get_objects())
+            waiting = [asyncio.create_task(server.exchange(post("/predict", rows))) for _ in range(4)]
+            while model.depth < 3:  # the first one is with the model
+                await asyncio.sleep(0.01)
+            kept = len(gc.get_objects()) - before
+            go_on.set()
+            assert [status(await one) for one in waiting] == [200] * 4
+            return kept
+
+    assert asyncio.run(main()) < 20_000
 
 
 def test_without_the_token_nothing_but_health_is_answered(student: Student) -> None:
