@@ -34,7 +34,7 @@ class TorchStudent(Seq2Seq):
 
         quiet()
         try:
-            plain = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(path))
+            plain = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
             replace(plain, ranks_of(str(path)))
             model = quantized(plain)
             with _silent():

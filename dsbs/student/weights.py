@@ -64,16 +64,19 @@ def _dense(model: Any) -> Any:
 
 
 def located(source: str) -> dict[str, Any]:
-    """Where ``from_pretrained`` finds a Hub id, a local folder or a GGUF file."""
+    """Where ``from_pretrained`` finds a Hub id, a local folder or a GGUF file, whose own code is never run.
+
+    Left to itself transformers asks on stdin whether to run it, where a row of data may say "1".
+    """
     if not is_gguf(source):
-        return {"pretrained_model_name_or_path": local(source)}
+        return {"pretrained_model_name_or_path": local(source), "trust_remote_code": False}
     try:
         import gguf
     except ImportError:
         raise UserError("a student from a GGUF file needs the package gguf", hint="pip install 'dsbs[gguf]'") from None
     del gguf
     file = gguf_file(source)
-    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
 
 
 def low_rank_class(folder: str) -> Any:
@@ -84,7 +87,7 @@ def low_rank_class(folder: str) -> Any:
         return None
     from transformers import AutoConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
 
-    multilingual = AutoConfig.from_pretrained(folder).model_type == "mt5"
+    multilingual = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type == "mt5"
     return with_low_rank(MT5ForConditionalGeneration if multilingual else T5ForConditionalGeneration)
 
 
