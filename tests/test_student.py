@@ -277,3 +277,14 @@ def test_a_runtimes_tokenizer_counts_as_transformers_own_does(tmp_path: Path) ->
         assert ids_of(pieces, text) == ids_of(tokenizer, text)
         assert ids_of(pieces, text, special=True) == ids_of(tokenizer, text, special=True)
     assert len(ids_of(tokenizer, "dogs", special=True)) == len(ids_of(tokenizer, "dogs")) + 1
+
+
+def test_code_in_a_students_folder_is_never_run_whatever_stdin_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "unheard-of", "is_encoder_decoder": True, "auto_map": {"AutoConfig": "own.Own"}})
+    )
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "1")
+    with pytest.raises(DsbsError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dsbs.artefacts import digest, hold, make_folder, room, versions, write_json, write_jsonl
-from dsbs.errors import UserError
+from dsbs.errors import DsbsError, UserError
 from dsbs.export.exported import RECORD, Equivalence, Exported, read_exported
 from dsbs.export.formats import PLAIN, format_of
 from dsbs.export.golden import GOLDEN, check_float, compare, golden_lines, golden_rows, texts_for
@@ -62,6 +62,9 @@ def export(
     elif there is None and place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place} is there, and is no export", hint="give another folder with --out")
 
+    if not place.name or place.is_symlink():
+        raise UserError(f"--out {out}: an export is moved there whole, and cannot be", hint="name a folder that is to be made")
+
     loaded = Student.load(folder)
     remark = chosen.check(loaded, quantize)
     if remark:
@@ -69,6 +72,9 @@ def export(
     partial = place.with_name(f".{place.name}.partial")
     make_folder(place.parent)
     with hold(partial), room(partial, hint="free some space, then run the same command"):
+        if read_exported(place) != there:  # a second process that ended while this one loaded
+            shutil.rmtree(partial)
+            raise DsbsError(f"{place} has been written meanwhile", hint="run the same command: what fits is kept")
         _empty(partial)
         chosen.write(loaded, partial, quantize)
         write_json(partial / CARD, card.model_copy(update={"format": format}).model_dump(mode="json"))

@@ -52,27 +52,23 @@ class Service:
 
     async def predict(self, request: Request) -> Response:
         async with self.intake.body(request.receive) as body:
-            form = parse(body, PredictForm)
-            how = self.model.how(rationale=form.rationale, tokens=form.max_label_tokens)
-            outcomes = await self._outcomes(form.inputs, "inputs", how, request.receive)
+            items, how = self._predictable(body)
+            outcomes = await self._outcomes(items, how, request.receive)
         causal = self.model.student.card.reasons_first
-        predictions = [_prediction(outcome, form.rationale, causal) for outcome in outcomes]
+        predictions = [_prediction(outcome, how.rationale, causal) for outcome in outcomes]
         return JSONResponse({"predictions": predictions, "student": self.model.name})
 
     async def completions(self, request: Request) -> Response:
         async with self.intake.body(request.receive) as body:
-            form = parse(body, CompletionForm)
-            form.refuse()
-            made = await self._completions(form.inputs, "prompt", form.max_tokens, request.receive)
-        return JSONResponse(completions_body(self.model.name, made, form.marks))
+            items, how, marks = self._completable(body)
+            made = await self._completions(items, how, request.receive)
+        return JSONResponse(completions_body(self.model.name, made, marks))
 
     async def chat(self, request: Request) -> Response:
         async with self.intake.body(request.receive) as body:
-            form = parse(body, ChatForm)
-            form.refuse()
-            tokens = form.max_completion_tokens or form.max_tokens
-            made = await self._completions([form.input], "messages", tokens, request.receive)
-        return JSONResponse(chat_body(self.model.name, made[0], form.marks))
+            items, how, marks = self._chattable(body)
+            made = await self._completions(items, how, request.receive)
+        return JSONResponse(chat_body(self.model.name, made[0], marks))
 
     async def models(self) -> Response:
         listed = {"id": self.model.name, "object": "model", "created": self._since, "owned_by": "dsbs"}
@@ -87,21 +83,43 @@ class Service:
         page = self.metrics.page(queue=self.batcher.depth, bodies=self.intake.held, ready=not self.stops)
         return Response(page, headers={"content-type": CONTENT_TYPE})
 
-    # --- what they do
+    # --- what they read. A parsed body goes with the call that parsed it: it may take twenty times its bytes, and what of it
+    # the student does not read would else stay for as long as its rows wait
 
-    async def _completions(self, texts: list[str], where: str, tokens: int | None, receive: Receive) -> list[Completion]:
-        outcomes = await self._outcomes(texts, where, self.model.how_completed(tokens), receive)
-        return [outcome.completion for outcome in outcomes if outcome.completion is not None]
+    def _predictable(self, body: bytes) -> tuple[list[Item], How]:
+        form = parse(body, PredictForm)
+        how = self.model.how(rationale=form.rationale, tokens=form.max_label_tokens)
+        return self._items(form.inputs, "inputs"), how
 
-    async def _outcomes(self, given: Sequence[Any], where: str, how: How, receive: Receive) -> list[Outcome]:
-        """The model's answers. Raises Refused: 400, 413, 429, 503, and 499 where the client goes away before."""
+    def _completable(self, body: bytes) -> tuple[list[Item], How, list[str]]:
+        form = parse(body, CompletionForm)
+        form.refuse()
+        return self._items(form.inputs, "prompt"), self.model.how_completed(form.max_tokens), form.marks
+
+    def _chattable(self, body: bytes) -> tuple[list[Item], How, list[str]]:
+        form = parse(body, ChatForm)
+        form.refuse()
+        how = self.model.how_completed(form.max_completion_tokens or form.max_tokens)
+        return self._items([form.input], "messages"), how, form.marks
+
+    def _items(self, given: Sequence[Any], where: str) -> list[Item]:
+        """Raises Refused: 400, 413, 503."""
         if self.stops:
             raise stopping()
         if not given:
             raise Refused(400, f"{where} is empty", "invalid_value")
         if len(given) > self.settings.max_rows:
             raise Refused(413, f"{where} has {len(given)} rows; {self.settings.max_rows} at most", "too_many_rows")
-        items = [self.model.item(one, f"{where}.{place}") for place, one in enumerate(given)]
+        return [self.model.item(one, f"{where}.{place}") for place, one in enumerate(given)]
+
+    # --- what they do
+
+    async def _completions(self, items: list[Item], how: How, receive: Receive) -> list[Completion]:
+        outcomes = await self._outcomes(items, how, receive)
+        return [outcome.completion for outcome in outcomes if outcome.completion is not None]
+
+    async def _outcomes(self, items: list[Item], how: How, receive: Receive) -> list[Outcome]:
+        """The model's answers. Raises Refused: 429, 500, and 499 where the client goes away before."""
         answers = asyncio.create_task(self.batcher.ask(items, how))
         leaving = asyncio.create_task(_left(receive))
         try:

@@ -19,14 +19,19 @@ from dsbs.serve.door import App
 _HEADERS_BYTES = 16 * 1024  # of a request's line and headers
 
 
-def protocol_of(header_s: float) -> type[H11Protocol]:
-    """HTTP/1.1 in which a request's line and headers must be there ``header_s`` after the connection or their first byte."""
+def protocol_of(header_s: float, send_s: float) -> type[H11Protocol]:
+    """HTTP/1.1 in which a request's line and headers must be there ``header_s`` after the connection or their first byte.
+
+    A client that leaves what was sent to it untaken for ``send_s`` is dropped: closing would wait for it for ever.
+    """
 
     class Prompt(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _untaken: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            transport.set_write_buffer_limits(0)  # else a few kilobytes that nobody takes are no reason to pause
             self._wait_for_headers()
 
         def data_received(self, data: bytes) -> None:
@@ -36,6 +41,15 @@ def protocol_of(header_s: float) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
             self._stop_waiting()
+            self._stop_dropping()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._untaken = self.loop.call_later(send_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stop_dropping()
 
         def _wait_for_headers(self) -> None:
             """An answered request leaves an idle connection to uvicorn's own keep-alive, until its next byte."""
@@ -49,6 +63,11 @@ def protocol_of(header_s: float) -> type[H11Protocol]:
                 self._deadline.cancel()
                 self._deadline = None
 
+        def _stop_dropping(self) -> None:
+            if self._untaken is not None:
+                self._untaken.cancel()
+                self._untaken = None
+
     return Prompt
 
 
@@ -60,7 +79,7 @@ class HttpServer(Server):
         super().__init__(
             Config(
                 app,
-                http=protocol_of(settings.header_s),
+                http=protocol_of(settings.header_s, settings.send_s),
                 ws="none",
                 lifespan="on",
                 log_config=None,

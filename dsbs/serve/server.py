@@ -95,8 +95,9 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind)
-    except OSError as error:
-        raise UserError(f"--host {host}: {error.strerror or error}", hint="give an address of this machine") from None
+    except (OSError, UnicodeError) as error:  # the latter of a name that no host can have
+        said = getattr(error, "strerror", None) or "not the name of a host"
+        raise UserError(f"--host {host}: {said}", hint="give an address of this machine") from None
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -163,6 +164,35 @@ def test_a_folder_that_is_no_export_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no export"):
         export(student, "ct2", out=tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_an_export_that_another_process_finished_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = make_student(tmp_path)
+    load, others = Student.load, []
+
+    def slow(path: Path) -> Student:
+        if not others:
+            others.append(None)
+            others.append(export(student, "ct2", examples=ROWS))
+        return load(path)
+
+    monkeypatch.setattr(Student, "load", slow)
+    with pytest.raises(DsbsError, match="written meanwhile"):
+        export(student, "ct2", examples=ROWS)
+    assert read_exported(student / "export" / "ct2-int8") == others[1]
+
+
+@pytest.mark.parametrize("out", [".", "a-link"])
+def test_a_place_that_nothing_can_be_moved_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    student = make_student(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    if out != ".":
+        Path(out).symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"--out {re.escape(out)}:"):
+        export(student, "ct2", out=out)
 
 
 def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path: Path) -> None:

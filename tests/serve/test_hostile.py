@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
-from collections.abc import AsyncIterator
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
 import pytest
 from served import Here, here, made
 
+from dsbs.serve.model import How, Item, Outcome
 from dsbs.student import Student
 
 GIGABYTE = 1 << 30
@@ -140,6 +146,25 @@ def test_a_slow_body_gets_a_408_while_others_are_answered(student: Student) -> N
     assert status(answer) == 408 and free
 
 
+def test_a_client_that_takes_no_answer_is_dropped(student: Student) -> None:
+    requests = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100
+
+    async def main() -> tuple[int, int]:
+        async with here(student, send_s=0.5) as server:
+            connections = server.server.server_state.connections
+            most, deadline = 0, time.monotonic() + 10
+            with socket.create_connection(("127.0.0.1", server.port)) as deaf:  # which asks and never reads
+                deaf.setblocking(False)
+                while (not most or connections) and time.monotonic() < deadline:
+                    with suppress(BlockingIOError, ConnectionError):
+                        deaf.send(requests)
+                    await asyncio.sleep(0.005)
+                    most = max(most, len(connections))
+                return most, len(connections)
+
+    assert asyncio.run(main()) == (1, 0)
+
+
 def test_all_bodies_together_take_no_more_than_their_room(student: Student) -> None:
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"
 
@@ -152,6 +177,31 @@ def test_all_bodies_together_take_no_more_than_their_room(student: Student) -> N
             return status(second), [status(await first), server.service.intake.held]
 
     assert asyncio.run(main()) == (429, [408, 0])
+
+
+def test_of_a_body_that_waits_nothing_is_kept_that_the_student_does_not_read(student: Student) -> None:
+    rows = json.dumps({"inputs": [{"text": "a", "more": [[] for _ in range(20_000)]}]}).encode()
+
+    async def main() -> int:
+        async with here(student) as server:
+            go_on, model = threading.Event(), server.service.batcher
+
+            def answer(items: Sequence[Item], how: How) -> list[Outcome]:
+                go_on.wait(20)
+                return server.service.model.answer(items, how)
+
+            model._answer = answer
+            gc.collect()
+            before = len(gc.get_objects())
+            waiting = [asyncio.create_task(server.exchange(post("/predict", rows))) for _ in range(4)]
+            while model.depth < 3:  # the first one is with the model
+                await asyncio.sleep(0.01)
+            kept = len(gc.get_objects()) - before
+            go_on.set()
+            assert [status(await one) for one in waiting] == [200] * 4
+            return kept
+
+    assert asyncio.run(main()) < 20_000
 
 
 def test_without_the_token_nothing_but_health_is_answered(student: Student) -> None:

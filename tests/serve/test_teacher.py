@@ -238,6 +238,7 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(tmp_path: Path)
         (["--token-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE is not set"),
         (["--token-env", "sk-1234567890"], "no name of an environment variable"),
         (["--host", "192.0.2.1"], "cannot be served on"),
+        (["--host", "10..1"], "--host 10..1: not the name of a host"),
         (["--max-rows", "100", "--queue", "10"], "--max-rows 100 is more than --queue 10"),
     ],
 )
