@@ -123,6 +123,11 @@ def _check_taught(data: Data, cell: Cell) -> None:
             f"{cell.method} learns rationales beside {cell.labels} labels, and no {of} has a usable one",
             hint="look at the annotations' reject_reason and provenance (hinted ones go with gold labels), and at train.select",
         )
+    if cell.learns_votes and not any(row.votes and row.label(cell.labels) for row in rows):
+        raise UserError(
+            f"{cell.method} learns how sure the teacher was of its labels, and no {of} has a vote of it",
+            hint="look at the annotations' reject_reason and provenance (a hinted answer is no vote), and at train.select",
+        )
 
 
 def taught_rationales(data: Data, cell: Cell) -> int:
