@@ -358,8 +358,7 @@ def _marked(flat: Flat, mark: Callable[[Flat], Tensor]) -> list[tuple[int, bool]
 def same_answers(flat: Flat, answers: Mapping[bytes, int]) -> list[tuple[int, int]]:
     """Places of the tokens of a row's answer, which stands at the end of each target: after one rationale and after the next.
 
-    ``answers`` as ``Encoder.answers`` has them. Targets that say the same throughout are one; an answer that its target's cut
-    end has shortened is compared with none.
+    ``answers`` as ``Encoder.answers`` has them. Targets that say the same throughout are one.
     """
     targets = rows_of(flat)[1]
     ends = np.cumsum(flat["target_lengths"].numpy())

@@ -103,7 +103,7 @@ class Encoder:
         """How many of a target's last tokens are its answer, its end token included, by the target's ids.
 
         Of the rows with several rationales, which each lead to their label in a text of its own. Of two texts that differ in
-        their answers alone, it is what follows the tokens that both begin with; a target that is cut before it is left out.
+        their answers alone, it is what follows the tokens that both begin with; a target that may have been cut is left out.
         """
         known = [row for row in rows if len(row.usable(labels)) > 1]
         texts = [text for row in known for text in row.targets(view.target, labels)]
@@ -115,7 +115,7 @@ class Encoder:
             shorter = min(len(ids), len(head)) - 1  # without the end token
             unlike = np.flatnonzero(ids[:shorter] != head[:shorter])
             length = len(ids) - (int(unlike[0]) if len(unlike) else shorter)
-            if length > 1:
+            if length > 1 and len(ids) < self._max_target:
                 found[ids.astype(np.int64).tobytes()] = length
         return found
 

@@ -119,21 +119,32 @@ def test_with_its_weight_to_0_a_term_leaves_the_students_own_gradients(name: str
         assert all(same) == alike, weight
 
 
-def trained(folder: Path, terms: Distilling | None, micro: int = 8, steps: int = 3, weight: float = 1.0, **keys: Any) -> Any:
+def trained(
+    folder: Path,
+    terms: Distilling | None,
+    micro: int = 8,
+    steps: int = 3,
+    world: int = 1,
+    model: Any = None,
+    rows: Any = ROWS,
+    views: tuple[View, ...] = VIEWS,
+    **keys: Any,
+) -> Any:
     """A student after some steps of plain gradient descent, and the logged losses."""
-    model = t5()
+    model = model or t5()
     section = TrainSection(max_steps=steps, **keys)
     if terms is not None:
         terms.attach(model, seed=0)
     trainer = StepTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro, max_steps=steps,
+            output_dir=str(folder), per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro // world,
+            max_steps=steps,
             learning_rate=1e-2 if steps < 10 else 5e-2, max_grad_norm=1.0 if steps > 9 else 0.0, lr_scheduler_type="constant",
             report_to=[], save_strategy="no", logging_steps=1, remove_unused_columns=False, disable_tqdm=True, use_cpu=True,
             seed=0, train_sampling_strategy="sequential", optim="sgd",
         ),
-        train_dataset=ROWS, data_collator=terms.collate if terms else collate, views=VIEWS, section=section, validate=dict,
+        train_dataset=rows, data_collator=terms.collate if terms else collate, views=views, section=section, validate=dict,
         terms=terms,
     )  # fmt: skip
     trainer.train()
