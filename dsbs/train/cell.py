@@ -64,8 +64,9 @@ class CellTraining:
         self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
         self.teachers, self.terms = teachers, recipe.train.terms_of(cell.method)
         self.soft = encoder.soft(data.part(cell.subset), self.views[0], cell.labels) if cell.learns_votes else {}
-        consistent = any(term.kind == "consistency" for term in self.terms)
-        self.answers = encoder.answers(data.part(cell.subset), self.views[0], cell.labels) if consistent else {}
+        self.answers: dict[bytes, int] | None = None  # None: no term compares them
+        if any(term.kind == "consistency" for term in self.terms):
+            self.answers = encoder.answers(data.part(cell.subset), self.views[0], cell.labels)
         self.labels = encoder.texts(make_task(recipe.task).labels or ())
         self.logprobs = logprobs or job.folder.parent / "logprobs"
         self.folder = StudentFolder(job, self._fingerprint())
@@ -82,7 +83,7 @@ class CellTraining:
             *start_hash(self.recipe.train.init or self.recipe.student.model),
             *([teachers_fingerprint(self.teachers)] if self.teachers else []),
             *([soft_hash(self.soft)] if self.soft else []),
-            *([answers_hash(self.answers)] if self.answers else []),
+            *([] if self.answers is None else [answers_hash(self.answers)]),
         )
 
     def run(self, meter: Meter) -> TrainedStudent:

@@ -241,6 +241,15 @@ def test_votes_that_no_train_row_has_are_said_before_training(toy: Callable[...,
     assert not (tmp_path / "run" / "train").exists()
 
 
+def test_answers_after_single_rationales_are_said_before_training(toy: Callable[..., Path], tmp_path: Path) -> None:
+    with LoopbackServer(good_answer) as server:
+        method, term = "train.methods=rationale-then-label+consistency", "train.terms=[{kind: consistency}]"
+        recipe = load_recipe(toy(), [f"teacher.base_url={server.url}", method, term, "train.rationales=all"])
+        annotate(recipe, out=tmp_path / "run")
+    with pytest.raises(UserError, match="no train row has two usable ones"):
+        train(recipe, out=tmp_path / "run")
+
+
 def test_relation_depends_on_the_examples_of_a_forward_pass_and_no_other_term_does(on_toy: Callable[..., Recipe]) -> None:
     terms = (
         "train.methods=[finetune, finetune+response, finetune+relation]",
