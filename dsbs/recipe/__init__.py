@@ -130,6 +130,8 @@ class Recipe(Section):
         if not terms:
             return self.training
         parts = [canonical([term.model_dump(mode="json") for term in terms])]
+        if any(term.is_of_one_pass for term in terms):
+            parts.append(str(self.train.micro_batch_size))
         if any(term.needs_teacher for term in terms):
             parts += [canonical([teacher.model_dump(mode="json") for teacher in self.train.teachers]), self.train.ensemble]
         return digest(self.training, *parts)

@@ -24,8 +24,8 @@ _OF = {
 }
 # Those that compare a student with a local teacher; `labels` does where its source says so.
 _NEED_TEACHER = ("response", "feature", "relation")
-# What metrics.jsonl calls the losses of a method's own targets.
-_TAKEN = ("label", "rationale", "rationale-then-label", "label-then-rationale")
+# What metrics.jsonl calls the losses of a method's own targets, and the trainer those of a whole training and a look at valid.
+_TAKEN = ("label", "rationale", "rationale-then-label", "label-then-rationale", "train", "eval")
 
 
 def base_of(method: str) -> str:
@@ -69,7 +69,7 @@ class TermSection(Section):
         if self.kind == "relation" and not (self.distance or self.angle):
             raise ValueError("relation needs a weight above 0: distance or angle")
         if self.title in _TAKEN:
-            raise ValueError(f"{self.title} is the name of a loss that methods have by themselves; take another name")
+            raise ValueError(f"{self.title} is the name of a loss that every training has by itself; take another name")
         return self
 
     @property
@@ -81,6 +81,11 @@ class TermSection(Section):
     @property
     def title(self) -> str:
         return self.name or self.kind
+
+    @property
+    def is_of_one_pass(self) -> bool:
+        """Whether it is of the examples of one forward pass, so that smaller micro-batches make it another term."""
+        return self.kind == "relation"
 
     @property
     def needs_teacher(self) -> bool:

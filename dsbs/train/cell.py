@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -13,33 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotations import learned_source
-from dsbs.artefacts import canonical, digest, now, room, versions, write_json
+from dsbs.artefacts import canonical, digest, now, room, versions
 from dsbs.errors import DsbsError, PartialError
 from dsbs.progress import Meter, running
 from dsbs.recipe import Recipe
-from dsbs.records import TrainedStudent, Unread
-from dsbs.student import (
-    Student,
-    StudentCard,
-    load_model,
-    new_model,
-    start_hash,
-    start_token,
-    take_apart,
-    tokenizer_hash,
-)
+from dsbs.records import TrainedStudent
+from dsbs.student import Student, StudentCard, load_model, new_model, start_hash, tokenizer_hash
 from dsbs.tasks import make_task
-from dsbs.train.checkpoints import is_out_of_memory, last_checkpoint
+from dsbs.train import memory
 from dsbs.train.distil import Distilling
-from dsbs.train.encode import Drawn, Encoder, collate, encoded_hash, pad, soft_hash
+from dsbs.train.encode import Drawn, Encoder, answers_hash, collate, encoded_hash, soft_hash
+from dsbs.train.folder import StudentFolder
 from dsbs.train.logprobs import keep
+from dsbs.train.look import look
 from dsbs.train.lora import adapt, merged, trainable
 from dsbs.train.methods import View, method_of
 from dsbs.train.processes import leads, wait, world
 from dsbs.train.rows import Data, taught_rationales
 from dsbs.train.teachers import LocalTeacher, teachers_fingerprint
 from dsbs.train.tokens import Tokens
-from dsbs.train.tune import RECORD, Job, adopt
+from dsbs.train.tune import Job
 
 
 def per_process(batch: int, micro: int) -> int:
@@ -74,10 +64,12 @@ class CellTraining:
         self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
         self.teachers, self.terms = teachers, recipe.train.terms_of(cell.method)
         self.soft = encoder.soft(data.part(cell.subset), self.views[0], cell.labels) if cell.learns_votes else {}
+        self.answers: dict[bytes, int] | None = None  # None: no term compares them
+        if any(term.kind == "consistency" for term in self.terms):
+            self.answers = encoder.answers(data.part(cell.subset), self.views[0], cell.labels)
         self.labels = encoder.texts(make_task(recipe.task).labels or ())
-        self.folder, self.logprobs = job.folder, logprobs or job.folder.parent / "logprobs"
-        self.checkpoints = self.folder / "checkpoints"
-        self.fingerprint = self._fingerprint()
+        self.logprobs = logprobs or job.folder.parent / "logprobs"
+        self.folder = StudentFolder(job, self._fingerprint())
 
     def _fingerprint(self) -> str:
         """Hash of all that decides the student's weights: equal fingerprint, equal student."""
@@ -91,86 +83,45 @@ class CellTraining:
             *start_hash(self.recipe.train.init or self.recipe.student.model),
             *([teachers_fingerprint(self.teachers)] if self.teachers else []),
             *([soft_hash(self.soft)] if self.soft else []),
+            *([] if self.answers is None else [answers_hash(self.answers)]),
         )
 
     def run(self, meter: Meter) -> TrainedStudent:
+        folder = self.folder
         if leads():
-            self._make_room()
+            folder.make_room()
         wait()
-        if (self.folder / RECORD).is_file():
+        if folder.is_finished():
             meter.say(f"{self.job.title}: finished before, kept")
             if leads():
-                self._follow_recipe()
+                folder.follow_recipe(self._origin())
             wait()
-            return self._record()
+            return folder.record()
         wait()
         if leads():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "work.json", {"fingerprint": self.fingerprint})
-            self._adopt()
+            folder.begin({"settings": self.settings, "tuned": self.job.setting})
         wait()
-        if (self.folder / RECORD).is_file():
-            return self._record()
+        if folder.is_finished():
+            return folder.record()
         try:
-            with room(self.folder, "free some space, then run the same command: it goes on from the last checkpoint"):
+            with room(folder.path, "free some space, then run the same command: it goes on from the last checkpoint"):
                 return self._train(meter)
         except PartialError:
-            last_checkpoint(self.checkpoints)  # a half-written one only takes room
+            folder.last_checkpoint()  # a half-written one only takes room
             raise
 
-    def _adopt(self) -> None:
-        """Take the trial that is this very student, where tuning has trained it."""
-        trial = self.job.chosen
-        if trial is None:
-            return
-        folder = Path(trial.path)
-        if json.loads((folder / "work.json").read_text(encoding="utf-8"))["fingerprint"] == self.fingerprint:
-            adopt(folder, self.job, {"path": str(self.folder), "settings": self.settings, "tuned": self.job.setting})
-
-    def _follow_recipe(self) -> None:
-        """A kept student is this recipe's now: equal weights may come of another grid of settings."""
-        said = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-        now_said = {"settings": self.settings, "tuned": self.job.setting, "source": self._source()}
-        changed = said | {"student": said["student"] | now_said, "trials": [asdict(trial) for trial in self.job.trials]}
-        if changed != said:
-            write_json(self.folder / RECORD, changed)
-
-    def _source(self) -> str | None:
-        """Of the annotations that the student learned from; None: it needed none."""
-        return learned_source(self.recipe, make_task(self.recipe.task)) if self.cell.needs_teacher else None
-
-    def _record(self) -> TrainedStudent:
-        return TrainedStudent(**json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["student"])
-
-    def _make_room(self) -> None:
-        """Another recipe's or other data's student under this name moves aside, and ours comes back if it was aside."""
-        try:
-            there = json.loads((self.folder / "work.json").read_text(encoding="utf-8"))["fingerprint"]
-        except (OSError, ValueError, KeyError):
-            there = None
-        if there == self.fingerprint:
-            return
-        aside = self.folder.parent / "aside"
-        if self.folder.exists():
-            target = aside / f"{self.folder.name}-{(there or 'unknown')[:12]}"
-            while target.exists():
-                target = target.with_name(target.name + "+")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.rename(target)
-        mine = aside / f"{self.folder.name}-{self.fingerprint[:12]}"
-        if mine.exists():
-            mine.rename(self.folder)
+    def _origin(self) -> dict[str, Any]:
+        """What of a student's record says by which recipe it came to be; ``source``: of which annotations, if of any."""
+        source = learned_source(self.recipe, make_task(self.recipe.task)) if self.cell.needs_teacher else None
+        return {"settings": self.settings, "tuned": self.job.setting, "source": source}
 
     def _train(self, meter: Meter) -> TrainedStudent:
         """Train; where memory runs out, go on with smaller micro-batches, which change no objective."""
-        import torch
-
         micro = self.recipe.train.micro_batch_size or self.recipe.train.batch_size
         while (trained := self._attempt(meter, micro)) is None:
             smaller = self._smaller(micro)
             meter.say(f"{self.name}: memory is full with {micro} examples at a time; going on with {smaller}")
-            gc.collect()
-            torch.cuda.empty_cache()
+            memory.free()
             micro = smaller
         return trained
 
@@ -194,7 +145,7 @@ class CellTraining:
         terms = self._distilling(model, meter, mine) if self.terms else None
         bf16 = section.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         arguments = Seq2SeqTrainingArguments(
-            output_dir=str(self.checkpoints),
+            output_dir=str(self.folder.checkpoints),
             per_device_train_batch_size=mine,
             gradient_accumulation_steps=section.batch_size // (mine * world()),
             max_steps=section.max_steps,
@@ -224,12 +175,12 @@ class CellTraining:
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # the stock trainer would multiply the batch by all that it sees
         if leads():
-            last_checkpoint(self.checkpoints)  # removes what a kill left half-written, before anybody else looks
+            self.folder.last_checkpoint()  # removes what a kill left half-written, before anybody else looks
         wait()
-        resume = last_checkpoint(self.checkpoints)
+        resume = self.folder.last_checkpoint()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # else an earlier student's peak is told as this one's
-        follow = Follow(self.folder / "metrics.jsonl", meter, len(self.data.valid), resume)
+        follow = Follow(self.folder.path / "metrics.jsonl", meter, len(self.data.valid), resume)
         rows = Drawn(self.rows, seed) if section.rationales == "drawn" else self.rows
         trainer = StepTrainer(
             model=model,
@@ -260,7 +211,7 @@ class CellTraining:
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not memory.is_out_of_memory(error):
                     raise
                 return None
         return self._finish(student, trainer.state, follow)
@@ -269,25 +220,32 @@ class CellTraining:
         """The student's terms, ready to learn by."""
         asked = self.terms, self.recipe.train, self.views
         kept = keep(*asked, self.teachers, model.config.vocab_size, self.logprobs, self.rows, size, meter, self.job.title)
-        made = Distilling(*asked, teachers=self.teachers, labels=self.labels, soft=self.soft, kept=kept)
+        made = Distilling(*asked, teachers=self.teachers, labels=self.labels, soft=self.soft, answers=self.answers, kept=kept)
         made.attach(model, self.cell.seed)
         return made
 
     def _board(self, student: Student, follow: Any) -> Any:
         from dsbs.train.board import Board
 
-        recipe, folder = self.recipe, self.folder / "tensorboard"
+        recipe, folder = self.recipe, self.folder.path / "tensorboard"
         new = partial(new_model, recipe.student, self.tokenizer, self.cell.seed, recipe.train.init)
         return Board(folder, follow, recipe, student, self.data, new)
 
     def _smaller(self, micro: int) -> int:
-        """The next smaller micro-batch that divides the batch. Raises DsbsError where there is none."""
-        batch = self.recipe.train.batch_size
+        """The next smaller micro-batch that divides the batch. Raises DsbsError where there is none, or it would not do."""
+        batch, full = self.recipe.train.batch_size, f"{self.name}: memory is full with {micro} examples at a time"
         fitting = [size for size in range(1, micro) if batch % size == 0]
-        if not fitting or self.recipe.train.loss_mean == "micro":
+        bound = [term.title for term in self.terms if term.is_of_one_pass]
+        bound += ["train.loss_mean: micro"] if self.recipe.train.loss_mean == "micro" else []
+        if fitting and bound:
             raise DsbsError(
-                f"{self.name}: memory is full with {micro} examples at a time",
-                hint="set train.gradient_checkpointing: true, or take a smaller student; the last checkpoint is kept",
+                f"{full}, and with fewer {' and '.join(bound)} would mean something else",
+                hint="set train.gradient_checkpointing: true, which goes on from the last checkpoint; or a smaller "
+                "train.micro_batch_size, which makes another student",
+            )
+        if not fitting:
+            raise DsbsError(
+                full, hint="set train.gradient_checkpointing: true, or take a smaller student; the last checkpoint is kept"
             )
         return max(size for size in fitting if size <= max(1, micro // 2))
 
@@ -307,59 +265,14 @@ class CellTraining:
         )
 
     def _validate(self, student: Student) -> dict[str, float]:
-        """Accuracy on valid, the label loss there (nats per token), and what the best step is chosen by.
-
-        ``selection`` orders steps by accuracy and, among equals, by lower loss: half a row's worth at most.
-        """
-        accuracy = self._accuracy(student)
-        loss = self._valid_loss(student)
-        return {
-            "accuracy": accuracy,
-            "label_loss": loss,
-            "selection": accuracy + 0.5 / len(self.data.valid) / (1.0 + loss),
-        }
-
-    def _accuracy(self, student: Student) -> float:
-        task, rows = student.task, self.data.valid
-        target, prefix = self.views[0].target, self.views[0].prefix
-        whole = target == "rationale-then-label"  # the label comes last
-        most = self.recipe.student.max_target_tokens if whole else self.recipe.eval.max_label_tokens
-        written = student.generate([prefix + row.text for row in rows], most, self.recipe.eval.batch_size)
-        right = 0
-        for one, row in zip(written, rows, strict=True):
-            label = task.read_label(take_apart(target, one.text)[0], self.data.fields[row.id])
-            right += not isinstance(label, Unread) and task.correct(label, str(row.label(self.data.valid_labels)))
-        return right / len(rows)
-
-    def _valid_loss(self, student: Student) -> float:
-        import torch
-
-        from dsbs.train import causal
-        from dsbs.train.losses import summed_nll
-
-        size, model = self.recipe.eval.batch_size, student.engine.model
-        total, tokens = 0.0, 0
-        name, start = self.views[0].target, self.views[0].start
-        rows = sorted(self.valid, key=lambda row: len(row[name][0][0]))
-        with torch.inference_mode():
-            for first in range(0, len(rows), size):
-                flat = collate(rows[first : first + size])[name]
-                tokens += len(flat["target"])
-                if causal.is_causal(model):
-                    there = {k: v.to(model.device) for k, v in flat.items()}
-                    total += float(causal.summed(model, {name: there}, without_padding=False)[name])
-                    continue
-                padded = pad(flat, self.tokenizer.pad_token_id, start_token(model.config, start))
-                batch = {k: v.to(model.device) for k, v in padded.items()}
-                total += float(summed_nll(model(**batch).logits, batch["labels"]))
-        return total / tokens
+        return look(student, self.recipe, self.data, self.valid, self.views[0])
 
     def _finish(self, student: Student, state: Any, follow: Any) -> TrainedStudent:
         """Save the best step's checkpoint as the student; ``train.json``, written last, says that it is whole."""
         if leads():
             self._save(student, state, follow)
         wait()
-        return self._record()
+        return self.folder.record()
 
     def _trained(self, checkpoint: Path) -> Any:
         """The model of a checkpoint, plain even where adapters learned."""
@@ -377,15 +290,15 @@ class CellTraining:
         looks = {row["step"]: row["eval_accuracy"] for row in state.log_history if "eval_accuracy" in row}
         learned = trainable(student.engine.model)
         seen = max((row["examples"] for row in state.log_history if "examples" in row), default=0)
-        student = Student.of(self._trained(self.checkpoints / f"checkpoint-{best}"), self.tokenizer, student.card)
-        student.save(self.folder)
+        student = Student.of(self._trained(self.folder.checkpoints / f"checkpoint-{best}"), self.tokenizer, student.card)
+        student.save(self.folder.path)
         record = TrainedStudent(
             name=self.name,
             method=self.cell.method,
             labels=self.cell.labels,
             seed=self.cell.seed,
             subset=self.cell.subset,
-            path=str(self.folder),
+            path=str(self.folder.path),
             valid_accuracy=looks[best],
             best_step=best,
             steps=steps,
@@ -393,19 +306,15 @@ class CellTraining:
             wall_s=round(follow.elapsed_s, 2),
             parameters=int(student.engine.parameters or 0),
             trainable_parameters=learned,
-            fingerprint=self.fingerprint,
-            settings=self.settings,
-            tuned=self.job.setting,
-            source=self._source(),
+            fingerprint=self.folder.fingerprint,
+            **self._origin(),
             reportable=self.recipe.task.limit is None,
             cost=follow.cost(state),
         )
-        write_json(
-            self.folder / RECORD,
+        self.folder.finish(
+            record,
             {
-                "student": record.model_dump(),
                 "selection": state.best_metric,
-                "trials": [asdict(trial) for trial in self.job.trials],
                 "rows": len(self.rows),
                 "rationales": taught_rationales(self.data, self.cell),
                 "valid_rows": len(self.data.valid),
@@ -415,4 +324,3 @@ class CellTraining:
                 **({"teachers": [teacher.said for teacher in self.teachers]} if self.teachers else {}),
             },
         )
-        shutil.rmtree(self.checkpoints, ignore_errors=True)  # the best one is the student; the rest served resuming

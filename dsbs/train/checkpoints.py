@@ -1,17 +1,10 @@
-"""Where a training stood when it was stopped, and whether it was memory that stopped it."""
+"""Where a training stood when it was stopped."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU or of the machine, for which PyTorch has no class of its own."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -49,7 +49,9 @@ class Scene:
 
 
 class Distilling:
-    """The terms of one student. ``soft`` are its inputs' distributions over the task's labels, by the inputs' ids."""
+    """The terms of one student. ``soft`` are its inputs' distributions over the task's labels, by the inputs' ids; ``answers``
+    say how many of a target's last tokens are its answer, by the target's ids.
+    """
 
     def __init__(
         self,
@@ -60,10 +62,11 @@ class Distilling:
         teachers: Sequence[LocalTeacher] = (),
         labels: Sequence[Sequence[int]] = (),
         soft: Mapping[bytes, NDArray[np.float32]] | None = None,
+        answers: Mapping[bytes, int] | None = None,
         kept: Mapping[str, Kept] | None = None,
     ) -> None:
         self.terms, self._section, self._views = terms, section, views
-        self._teachers, self._soft, self._kept = teachers, soft or {}, kept or {}
+        self._teachers, self._soft, self._answers, self._kept = teachers, soft or {}, answers or {}, kept or {}
         kinds = {term.kind for term in terms}
         self.labels = labels if "labels" in kinds else ()  # token ids of the label texts that a pass is to score
         self.hidden_states = bool(kinds & set(_HIDDEN))
@@ -128,7 +131,7 @@ class Distilling:
             first["soft"] = torch.from_numpy(np.stack(soft))
         for term in self.terms:
             if term.kind == "consistency" and first is not None:
-                first["again"] = torch.tensor(same_ends(first), dtype=torch.long).view(-1, 2)
+                first["again"] = torch.tensor(same_answers(first, self._answers), dtype=torch.long).view(-1, 2)
             if term.title in self._kept:
                 for view in self._views:
                     if view.target in term_views(term, self._views) and view.target in batch:
@@ -142,10 +145,12 @@ class Distilling:
 
         inputs = inputs_of(batch, {view.target: view.prefix for view in self._views})
         first = batch.get(self._views[0].target, {})
+        taught = [row for row, real in _marked(first, rows_that_teach) if real] if first else []
         both = [{row for row, real in _marked(batch[name], rows_that_teach) if real} for name in BOTH if name in batch]
         return {
             "inputs": sum(length for length, real in zip(inputs.lengths, inputs.taught, strict=True) if real),
-            "examples": int(rows_that_teach(first).sum()) if first else 0,
+            "targets": len(taught),  # several of a row where it is taught several rationales
+            "examples": len(set(taught)),
             "soft": int((first["soft"].sum(1) > 0).sum()) if "soft" in first else 0,
             "both": len(both[0] & both[1]) if len(both) == 2 else 0,
             "again": len(first["again"]) if "again" in first else 0,
@@ -235,7 +240,7 @@ class Distilling:
             scores = [one.labels for one in scene.told if one.labels is not None]
             target = ensemble(scores, self._shares, temperature=1.0, kind=self._section.ensemble).exp()
             target = torch.where(rows_that_teach(first)[:, None], target, 0.0)
-            count = scene.step.counts["examples"]
+            count = scene.step.counts["targets"]
         return label_distribution(scene.own.labels, target, temperature=term.temperature) / max(1, count)
 
     def _feature(self, term: TermSection, scene: Scene) -> Tensor | float:
@@ -249,7 +254,7 @@ class Distilling:
         target = torch.cat([flat["target"] for flat in scene.batch.values()]) != IGNORED
         lengths = torch.tensor(inputs.lengths, device=target.device)
         source = torch.tensor(inputs.taught, device=target.device).repeat_interleave(lengths)
-        tokens = sum(scene.step.counts[view.target] for view in self._views)
+        tokens = sum(scene.step.counts.get(view.target, 0) for view in self._views)  # a micro-batch may lack a view
         found: Tensor | float = 0.0
         for pair in self._maps[term.title]:
             real, count = (source, scene.step.counts["inputs"]) if pair.stack == "encoder" else (target, tokens)
@@ -350,20 +355,24 @@ def _marked(flat: Flat, mark: Callable[[Flat], Tensor]) -> list[tuple[int, bool]
     return list(zip(flat["rows"].tolist(), mark(flat).tolist(), strict=True))
 
 
-def same_ends(flat: Flat) -> list[tuple[int, int]]:
-    """Places of equal tokens at the ends of a row's targets, each target with its next: the answer after two rationales."""
+def same_answers(flat: Flat, answers: Mapping[bytes, int]) -> list[tuple[int, int]]:
+    """Places of the tokens of a row's answer, which stands at the end of each target: after one rationale and after the next.
+
+    ``answers`` as ``Encoder.answers`` has them. Targets that say the same throughout are one.
+    """
     targets = rows_of(flat)[1]
-    begins = np.concatenate([[0], np.cumsum(flat["target_lengths"].numpy())])
+    ends = np.cumsum(flat["target_lengths"].numpy())
     last: dict[int, int] = {}
     found = []
     for place, row in enumerate(flat["rows"].tolist()):
+        length = answers.get(targets[place].tobytes(), 0)
+        if not length:
+            continue
         before = last.get(row)
         last[row] = place
         if before is None:
             continue
         one, other = targets[before], targets[place]
-        length = 0
-        while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-            length += 1
-        found += [(int(begins[before + 1]) - k, int(begins[place + 1]) - k) for k in range(1, length + 1)]
+        if np.array_equal(one[-length:], other[-length:]) and not np.array_equal(one, other):
+            found += [(int(ends[before]) - k, int(ends[place]) - k) for k in range(length, 0, -1)]
     return found

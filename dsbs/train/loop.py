@@ -57,11 +57,11 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
     run = run_folder(recipe, out)
     task = make_task(recipe.task)
     cells = grid(recipe.train)
+    check_terms(recipe.train, task, cells)
     data = gather(recipe, task, run, cells)
     _check_precision(recipe)
     _check_processes(recipe)
     check_student(recipe)
-    check_terms(recipe.train, task, cells)
     hashes: dict[str, str] = {split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")}
     with ExitStack() as stack:
         record: dict[str, Any] = {}
@@ -84,7 +84,10 @@ def train(recipe: Recipe, *, out: str | Path | None = None, meter: Meter | None 
             return CellTraining(recipe, job, data, tokenizer, tokens, told, run / "train" / "logprobs").run(meter)
 
         tuner = Tuner(recipe, run, student)
-        students = [student(tuner.job(cell)) for cell in cells]
+        students = []
+        for number, cell in enumerate(cells, 1):
+            students.append(student(tuner.job(cell)))
+            teachers.release(cells[number:])
         record["students"] = [student.name for student in students]
         if leads():
             tokens.sweep()
@@ -113,8 +116,8 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     run = run_folder(recipe, out)
     cells = grid(recipe.train)
     task = make_task(recipe.task)
-    data = gather(recipe, task, run, cells)
     check_terms(recipe.train, task, cells)
+    data = gather(recipe, task, run, cells)
     lines = []
     for teacher, job in planned_teachers(recipe, cells, run / "train"):
         lines.append(

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsbs.annotations import annotation_file, load_annotations
 from dsbs.errors import UserError
-from dsbs.recipe import LabelSource, Recipe
+from dsbs.recipe import LabelSource, Recipe, TermSection
 from dsbs.records import Annotation, Example
 from dsbs.student import Target, compose
 from dsbs.tasks.base import Task
@@ -103,11 +103,11 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
     order = sorted(range(len(rows)), key=lambda i: position(rows[i].id, "subset"))
     data = Data(rows, valid[: recipe.train.valid_limit], source, fields, order, words)
     for cell in cells:
-        _check_taught(data, cell)
+        _check_taught(data, cell, recipe.train.terms_of(cell.method))
     return data
 
 
-def _check_taught(data: Data, cell: Cell) -> None:
+def _check_taught(data: Data, cell: Cell, terms: Sequence[TermSection]) -> None:
     """Raises UserError where a student would find nothing of what its method learns in its part of the rows."""
     rows = data.part(cell.subset)
     of = "train row" if cell.subset == 1 else f"row of train.subset {cell.subset:g} ({len(rows)} rows)"
@@ -122,6 +122,16 @@ def _check_taught(data: Data, cell: Cell) -> None:
         raise UserError(
             f"{cell.method} learns rationales beside {cell.labels} labels, and no {of} has a usable one",
             hint="look at the annotations' reject_reason and provenance (hinted ones go with gold labels), and at train.select",
+        )
+    if cell.learns_votes and not any(row.votes and row.label(cell.labels) for row in rows):
+        raise UserError(
+            f"{cell.method} learns how sure the teacher was of its labels, and no {of} has a vote of it",
+            hint="look at the annotations' reject_reason and provenance (a hinted answer is no vote), and at train.select",
+        )
+    if any(term.kind == "consistency" for term in terms) and not any(len(row.usable(cell.labels)) > 1 for row in rows):
+        raise UserError(
+            f"{cell.method} compares answers after different rationales, and no {of} has two usable ones",
+            hint="set annotate.samples to more than 1 and annotate.temperature above 0, then run `dsbs annotate` again",
         )
 
 

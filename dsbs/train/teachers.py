@@ -16,6 +16,7 @@ from dsbs.errors import UserError
 from dsbs.recipe import LocalTeacherSection, Recipe, StudentSection, base_of
 from dsbs.records import TrainedStudent
 from dsbs.student import load_model, load_tokenizer, read_card, start_hash, tokenizer_hash
+from dsbs.train import memory
 from dsbs.train.methods import Cell, View, method_of, term_views
 from dsbs.train.tune import Job
 
@@ -42,6 +43,14 @@ class LocalTeacher:
         if self._model is None:
             self._model = load_model(str(self.folder)).eval().requires_grad_(False)
         return self._model
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._model is not None
+
+    def release(self) -> None:
+        """Hold the model no longer: it is loaded anew when it is asked again."""
+        self._model = None
 
 
 class LocalTeachers:
@@ -70,8 +79,25 @@ class LocalTeachers:
             for number, section in enumerate(self._recipe.train.teachers, 1)
         )
 
+    def release(self, later: Sequence[Cell]) -> None:
+        """Give back the memory of the models that none of the cells still to come compares with."""
+        needed = {
+            (number, Path(section.model).expanduser() if section.model else self._job(number, section, cell)[1].folder)
+            for cell in later
+            if any(term.needs_teacher for term in self._recipe.train.terms_of(cell.method))
+            for number, section in enumerate(self._recipe.train.teachers, 1)
+        }
+        held = [teacher for key, teacher in self._made.items() if teacher.is_loaded and key not in needed]
+        for teacher in held:
+            teacher.release()
+        if held:
+            memory.free()
+
+    def _job(self, number: int, section: LocalTeacherSection, cell: Cell) -> tuple[Recipe, Job]:
+        return teacher_job(self._recipe, number, section, cell, self._folder.parent)
+
     def _own(self, number: int, section: LocalTeacherSection, cell: Cell) -> LocalTeacher:
-        recipe, job = teacher_job(self._recipe, number, section, cell, self._folder.parent)
+        recipe, job = self._job(number, section, cell)
         if (number, job.folder) not in self._made:
             if section.start is not None:
                 self._check_vocabulary(section.start, f"train.teachers: start: {section.start}")

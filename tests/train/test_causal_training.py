@@ -18,7 +18,7 @@ from dsbs import DsbsError, Student, UserError, load_recipe, train
 from dsbs.recipe import LoraSection, Recipe, TrainSection
 from dsbs.student import Prompted
 from dsbs.train.causal import logits_of, summed
-from dsbs.train.cell import last_checkpoint
+from dsbs.train.checkpoints import last_checkpoint
 from dsbs.train.encode import Encoded, Encoder, collate
 from dsbs.train.lora import adapt, merged, trainable
 from dsbs.train.methods import View

@@ -12,7 +12,7 @@ from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGen
 
 from dsbs.errors import UserError
 from dsbs.recipe import TermSection, TrainSection
-from dsbs.train.distil import PROJECTIONS, Distilling, Step, same_ends
+from dsbs.train.distil import PROJECTIONS, Distilling, Step, same_answers
 from dsbs.train.encode import Encoded, collate
 from dsbs.train.methods import METHODS, View
 from dsbs.train.passes import Reader
@@ -119,21 +119,32 @@ def test_with_its_weight_to_0_a_term_leaves_the_students_own_gradients(name: str
         assert all(same) == alike, weight
 
 
-def trained(folder: Path, terms: Distilling | None, micro: int = 8, steps: int = 3, weight: float = 1.0, **keys: Any) -> Any:
+def trained(
+    folder: Path,
+    terms: Distilling | None,
+    micro: int = 8,
+    steps: int = 3,
+    world: int = 1,
+    model: Any = None,
+    rows: Any = ROWS,
+    views: tuple[View, ...] = VIEWS,
+    **keys: Any,
+) -> Any:
     """A student after some steps of plain gradient descent, and the logged losses."""
-    model = t5()
+    model = model or t5()
     section = TrainSection(max_steps=steps, **keys)
     if terms is not None:
         terms.attach(model, seed=0)
     trainer = StepTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro, max_steps=steps,
+            output_dir=str(folder), per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro // world,
+            max_steps=steps,
             learning_rate=1e-2 if steps < 10 else 5e-2, max_grad_norm=1.0 if steps > 9 else 0.0, lr_scheduler_type="constant",
             report_to=[], save_strategy="no", logging_steps=1, remove_unused_columns=False, disable_tqdm=True, use_cpu=True,
             seed=0, train_sampling_strategy="sequential", optim="sgd",
         ),
-        train_dataset=ROWS, data_collator=terms.collate if terms else collate, views=VIEWS, section=section, validate=dict,
+        train_dataset=rows, data_collator=terms.collate if terms else collate, views=views, section=section, validate=dict,
         terms=terms,
     )  # fmt: skip
     trainer.train()
@@ -207,20 +218,45 @@ def test_projections_depend_on_the_seed_alone_and_leave_dropouts_generator_as_it
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-def test_consistency_compares_the_ends_that_two_targets_of_a_row_share() -> None:
+def test_consistency_compares_the_answers_that_two_different_targets_of_a_row_share() -> None:
     rows: list[Encoded] = [
-        {"rationale-then-label": [([3], [5, 6, 9, 1]), ([3], [7, 9, 1])]},
+        {"rationale-then-label": [([3], [5, 6, 9, 1]), ([3], [5, 6, 9, 1]), ([3], [7, 6, 9, 1])]},
         {"rationale-then-label": [([4], [9, 1])]},
+        {"rationale-then-label": [([4], [5, 8, 9, 1]), ([4], [5, 8, 8])]},
     ]
     flat = collate(rows)["rationale-then-label"]
-    assert flat["target"].tolist() == [5, 6, 9, 1, 9, 1, 7, 9, 1]
-    assert sorted(same_ends(flat)) == [(2, 7), (3, 8)]
+    assert flat["target"].tolist() == [5, 6, 9, 1, 9, 1, 5, 8, 9, 1, 5, 6, 9, 1, 5, 8, 8, 7, 6, 9, 1]
+    answers = {np.array(ids, np.int64).tobytes(): 2 for ids in ([5, 6, 9, 1], [7, 6, 9, 1], [5, 8, 9, 1], [5, 8, 8])}
+    assert same_answers(flat, answers) == [(12, 19), (13, 20)], "no end of a rationale, no equal targets, no cut answer"
+    assert not same_answers(flat, {}), "nothing is an answer by chance"
     views = (View("rationale-then-label", "", 1.0),)
-    terms = Distilling([TermSection(kind="consistency")], TrainSection(), views)
+    terms = Distilling([TermSection(kind="consistency")], TrainSection(), views, answers=answers)
     batch, model = terms.collate(rows), t5()
     assert terms.tally(batch)["again"] == 2
     speak(model, views, without_padding=True, terms=terms)
-    step = Step({"rationale-then-label": 9.0, **terms.tally(batch)}, {"rationale-then-label": 1.0})
+    step = Step({"rationale-then-label": 21.0, **terms.tally(batch)}, {"rationale-then-label": 1.0})
     found = model(batch=batch, step=step)["consistency"]
     found.backward()
     assert float(found.detach()) > 0
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_published_means_do_with_micro_batches_that_lack_a_view(tmp_path: Path, name: str) -> None:
+    _, lines = trained(tmp_path, distilling([name], TrainSection(loss_mean="micro")), micro=1, steps=2, loss_mean="micro")
+    assert all(np.isfinite(row["loss"]) for row in lines)
+
+
+def test_a_relation_weighs_the_same_however_many_targets_its_examples_have(tmp_path: Path) -> None:
+    views = (View("rationale-then-label", "", 1.0),)
+    texts = [([3 + i] * (2 + i % 3), [10 + i, 9, 1]) for i in range(6)]
+    found = []
+    for times in (1, 3):
+        rows: list[Encoded] = [{"rationale-then-label": [pair] * times} for pair in texts]
+        terms = Distilling([TermSection(kind="relation")], TrainSection(), views, teachers=[teacher()])
+        model, batch = t5(), terms.collate(rows)
+        speak(model, views, without_padding=True, terms=terms)
+        tally = terms.tally(batch)
+        assert (tally["targets"], tally["examples"]) == (6 * times, 6)
+        step = Step({"rationale-then-label": 18.0 * times, **tally}, {"rationale-then-label": 1.0})
+        found.append(float(model(batch=batch, step=step)["relation"].detach()))
+    assert found[0] > 0 and found[1] == pytest.approx(found[0], rel=1e-5)

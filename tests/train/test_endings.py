@@ -18,7 +18,7 @@ from test_loop import lines, weights
 
 from dsbs import DsbsError, PartialError, load_recipe, train
 from dsbs.train.callbacks import Follow
-from dsbs.train.cell import last_checkpoint
+from dsbs.train.checkpoints import last_checkpoint
 from dsbs.train.trainer import StepTrainer
 
 NAME = "finetune-gold-s0"

@@ -20,7 +20,7 @@ from test_unpadded import ROWS, t5
 
 from dsbs import Student, UserError, load_recipe, train
 from dsbs.recipe import LoraSection, TrainSection
-from dsbs.train.cell import last_checkpoint
+from dsbs.train.checkpoints import last_checkpoint
 from dsbs.train.encode import collate, pad
 from dsbs.train.lora import adapt, merged, trainable
 from dsbs.train.methods import METHODS

@@ -17,7 +17,7 @@ from loopback import LoopbackServer
 from test_trainer import independent_weights
 
 from dsbs import Student, annotate, load_recipe
-from dsbs.train.cell import last_checkpoint
+from dsbs.train.checkpoints import last_checkpoint
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from conftest import good_answer
 from loopback import LoopbackServer
 from pydantic import ValidationError
 
-from dsbs import Student, UserError, annotate, load_recipe, train
+from dsbs import DsbsError, Student, UserError, annotate, load_recipe, train
 from dsbs.recipe import Recipe, TrainSection
 from dsbs.student import learn_vocabulary
-from dsbs.train import cell
+from dsbs.train import cell, teachers
 from dsbs.train.loop import planned
 from dsbs.train.methods import grid
 from dsbs.train.passes import Reader
 from dsbs.train.teachers import planned_teachers
+from dsbs.train.trainer import StepTrainer
 
 PANGRAM = "The quick brown fox jumps over a lazy dog; SPHINX of black quartz, JUDGE my VOW"
 TEACHERS = "train.teachers=[{size: nano, max_steps: 2}]"
@@ -165,6 +167,8 @@ def test_a_trained_student_teaches_where_its_vocabulary_and_prefixes_fit(on_toy:
         ({"methods": ["finetune+response"], "terms": [{"kind": "response"}]}, "compares with a local model; add one"),
         ({"methods": ["finetune"], "teachers": [{"size": "mini"}]}, "no term compares with them"),
         ({"methods": ["finetune+label"], "terms": [{"kind": "labels", "name": "label"}]}, "take another name"),
+        ({"methods": ["finetune+train"], "terms": [{"kind": "labels", "name": "train"}]}, "take another name"),
+        ({"methods": ["finetune+eval"], "terms": [{"kind": "labels", "name": "eval"}]}, "take another name"),
         (
             {"methods": ["finetune+feature"], "terms": [{"kind": "feature"}], "teachers": [{}], "lora": {}},
             "which train.lora's adapters cannot hold",
@@ -225,3 +229,67 @@ def test_votes_of_annotations_are_learned_and_tell_students_apart(toy: Callable[
             assert all(row["labels_loss"] > 0 for row in logged if "loss" in row)
     assert found[0][1].source and not found[0][0].source, "one learned from annotations, the other did not"
     assert found[0][1].fingerprint != found[1][1].fingerprint
+
+
+def test_votes_that_no_train_row_has_are_said_before_training(toy: Callable[..., Path], tmp_path: Path) -> None:
+    with LoopbackServer(lambda body, n: "No.") as server:
+        over = [f"teacher.base_url={server.url}", "train.methods=finetune+labels", "train.terms=[{kind: labels}]"]
+        recipe = load_recipe(toy(), over)
+        annotate(recipe, out=tmp_path / "run")
+    with pytest.raises(UserError, match="no train row has a vote of it"):
+        train(recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "train").exists()
+
+
+def test_answers_after_single_rationales_are_said_before_training(toy: Callable[..., Path], tmp_path: Path) -> None:
+    with LoopbackServer(good_answer) as server:
+        method, term = "train.methods=rationale-then-label+consistency", "train.terms=[{kind: consistency}]"
+        recipe = load_recipe(toy(), [f"teacher.base_url={server.url}", method, term, "train.rationales=all"])
+        annotate(recipe, out=tmp_path / "run")
+    with pytest.raises(UserError, match="no train row has two usable ones"):
+        train(recipe, out=tmp_path / "run")
+
+
+def test_relation_depends_on_the_examples_of_a_forward_pass_and_no_other_term_does(on_toy: Callable[..., Recipe]) -> None:
+    terms = (
+        "train.methods=[finetune, finetune+response, finetune+relation]",
+        "train.terms=[{kind: response}, {kind: relation}]",
+    )
+    whole, parts = (on_toy(*terms, TEACHERS, f"train.micro_batch_size={size}") for size in ("null", 4))
+    same = {name: whole.training_of(name) == parts.training_of(name) for name in whole.train.methods}
+    assert same == {"finetune": True, "finetune+response": True, "finetune+relation": False}
+
+
+def test_relation_takes_no_smaller_passes_where_memory_is_full(
+    on_toy: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = StepTrainer.compute_loss
+
+    def small_memory(self: StepTrainer, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        if len(inputs["label"]["target_lengths"]) > 4:
+            raise MemoryError
+        return real(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(StepTrainer, "compute_loss", small_memory)
+    with pytest.raises(DsbsError, match="with fewer relation would mean something else"):
+        train(on_toy("train.methods=finetune+relation", "train.terms=[{kind: relation}]", TEACHERS), out=tmp_path)
+    assert (tmp_path / "train/teachers/1-nano-finetune-gold/train.json").is_file(), "its teacher took them"
+
+
+def test_a_teacher_leaves_memory_when_no_later_student_needs_it(
+    on_toy: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, loaded, there = teachers.load_model, [], []
+
+    def loading(folder: str) -> Any:
+        model = real(folder)
+        there.append([one() is not None for one in loaded])
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(teachers, "load_model", loading)
+    for seeds, before in (("[0]", [[], [False]]), ("[1, 2]", [[], [True]])):
+        loaded.clear()
+        there.clear()
+        train(on_toy(*RESPONSE, "train.max_steps=1", "train.subset=[1.0, 0.5]", f"train.seeds={seeds}"), out=tmp_path / seeds)
+        assert there == before and not any(one() for one in loaded), "each part of the rows has a teacher of its own"
