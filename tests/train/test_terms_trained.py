@@ -35,9 +35,9 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 import torch
 from test_distil import distilling, trained
-model, lines = trained(Path(sys.argv[2]), distilling(sys.argv[3:]), micro=2, world=2)
+model, _ = trained(Path(sys.argv[2]), distilling(sys.argv[3:]), micro=2, world=2)
 if torch.distributed.get_rank() == 0:
-    torch.save((model.state_dict(), lines), Path(sys.argv[2]) / "said.pt")
+    torch.save(model.state_dict(), Path(sys.argv[2]) / "said.pt")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -46,18 +46,15 @@ torch.distributed.destroy_process_group()
 def test_two_processes_learn_terms_as_one_does(tmp_path: Path) -> None:
     """Over gloo; the rows without a rationale fall unevenly on the two."""
     names = ["response", "feature"]
-    whole, logged = trained(tmp_path / "one", distilling(names))
+    whole, _ = trained(tmp_path / "one", distilling(names))
     (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
     result = on_two_processes(str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path), *names)
     assert result.returncode == 0, result.stderr[-2000:]
-    ours, ours_logged = torch.load(tmp_path / "said.pt")
+    ours = torch.load(tmp_path / "said.pt")
     start = t5().state_dict()
     assert any(float((value - whole.state_dict()[name]).abs().max()) > 1e-4 for name, value in start.items()), "it learned"
     for name, value in whole.state_dict().items():
         assert torch.allclose(ours[name], value, atol=1e-5), name
-    for name in names:
-        said, theirs = ([row[f"{name}_loss"] for row in of] for of in (ours_logged, logged))
-        assert said == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.parametrize("padding", ["none", "batch"])
