@@ -6,35 +6,16 @@ from importlib import import_module
 from typing import Any
 
 from dsbs.errors import UserError
+from dsbs.export.causal_script import causal_script
 from dsbs.student import Student
 
-SCRIPT = '''"""Prints what the student writes to each line of stdin."""
-import json
-import sys
-from pathlib import Path
-
-import ctranslate2
-import tokenizers
-
-here = Path(__file__).resolve().parent
-wording = json.loads((here / "wording.json").read_text(encoding="utf-8"))
-whole, apart = (tokenizers.Tokenizer.from_file(str(here / "tokenizer.json")) for _ in range(2))
-apart.encode_special_tokens = True  # special tokens are the wording's alone
-head, tail = (whole.encode(wording[part], add_special_tokens=False).ids for part in ("head", "tail"))
-model = ctranslate2.Generator(str(here))
-for line in sys.stdin:
-    text = {prefix} + line.strip()
-    ids = whole.encode(wording["head"] + text + wording["tail"], add_special_tokens=False).ids
-    if len(ids) > {longest} or any(token in text for token in wording["special"]):
-        ids = head + apart.encode(text, add_special_tokens=False).ids[: {longest} - len(head + tail)] + tail
-    found = model.generate_batch(
-        [[whole.id_to_token(i) for i in ids]], max_length={most}, min_length=0, beam_size=1,
+_WRITE = """    found = model.generate_batch(
+        [[whole.id_to_token(i) for i in ids]], max_length=MOST, min_length=0, beam_size=1,
         include_prompt_in_result=False, end_token=wording["stops"],
     )
-    print(whole.decode(found[0].sequences_ids[0]).strip(), flush=True)
-'''
+    print(whole.decode(found[0].sequences_ids[0]).strip(), flush=True)"""
 # Of a configuration's model_type, the converter's own; these are held against transformers by the tests.
-_LOADERS = {
+LOADERS = {
     "gpt2": "GPT2Loader",
     "llama": "LlamaLoader",
     "qwen2": "Qwen2Loader",
@@ -45,9 +26,9 @@ _LOADERS = {
 def check(student: Student) -> None:
     """Raises UserError for a model that the converter does not know, or gets wrong."""
     config = student.engine.model.config
-    if config.model_type not in _LOADERS:
+    if config.model_type not in LOADERS:
         raise UserError(
-            f"the format ct2 carries {', '.join(_LOADERS)} and T5 here, not {config.model_type}", hint="try --format torch"
+            f"the format ct2 carries {', '.join(LOADERS)} and T5 here, not {config.model_type}", hint="try --format torch"
         )
     trait = _left_out(config)
     if trait:
@@ -71,7 +52,7 @@ def _left_out(config: Any) -> str | None:
 
 def loader_of(model_type: str) -> Any:
     """The converter's loader, right for vocabularies with gaps and for embeddings beyond them."""
-    base = getattr(import_module("ctranslate2.converters.transformers"), _LOADERS[model_type])
+    base = getattr(import_module("ctranslate2.converters.transformers"), LOADERS[model_type])
 
     class Loader(base):  # type: ignore[misc,valid-type]
         def get_vocabulary(self, model: Any, tokenizer: Any) -> list[str]:
@@ -89,6 +70,9 @@ def loader_of(model_type: str) -> Any:
 
 
 def script(student: Student) -> str:
-    card = student.card
-    prefix = next(iter(card.prefixes.values()))
-    return SCRIPT.format(prefix=repr(prefix), longest=card.max_input_tokens, most=card.max_target_tokens)
+    return causal_script(
+        student,
+        imports="import ctranslate2\nimport tokenizers",
+        load="model = ctranslate2.Generator(str(here))",
+        write=_WRITE,
+    )

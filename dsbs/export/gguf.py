@@ -8,35 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError, UserError
+from dsbs.export.causal_script import causal_script
 from dsbs.export.formats import save_tokenizer, write_wording
 from dsbs.student import Student
 from dsbs.student.llamacpp import MODEL, LlamaCpp, xllamacpp
 
-_SCRIPT = '''"""Prints what the student writes to each line of stdin."""
-import json
-import sys
-from pathlib import Path
-
-import tokenizers
-import xllamacpp
-
-here = Path(__file__).resolve().parent
-wording = json.loads((here / "wording.json").read_text(encoding="utf-8"))
-whole, apart = (tokenizers.Tokenizer.from_file(str(here / "tokenizer.json")) for _ in range(2))
-apart.encode_special_tokens = True  # special tokens are the wording's alone
-head, tail = (whole.encode(wording[part], add_special_tokens=False).ids for part in ("head", "tail"))
-params = xllamacpp.CommonParams()
-params.model.path, params.port, params.n_parallel, params.n_ctx = str(here / "model.gguf"), 0, 1, {context}
+_LOAD = """params = xllamacpp.CommonParams()
+params.model.path, params.port, params.n_parallel, params.n_ctx = str(here / "model.gguf"), 0, 1, CONTEXT
 params.offline, params.ui, params.verbosity = True, False, -1
-server = xllamacpp.Server(params)
-for line in sys.stdin:
-    text = {prefix} + line.strip()
-    ids = whole.encode(wording["head"] + text + wording["tail"], add_special_tokens=False).ids
-    if len(ids) > {longest} or any(token in text for token in wording["special"]):
-        ids = head + apart.encode(text, add_special_tokens=False).ids[: {longest} - len(head + tail)] + tail
-    said = server.handle_completions({{"prompt": ids, "n_predict": {most}, "temperature": 0, "samplers": ["temperature"]}})
-    print(said["content"].strip(), flush=True)
-'''
+server = xllamacpp.Server(params)"""
+_WRITE = """    wanted = {"prompt": ids, "max_tokens": MOST, "temperature": 0, "samplers": ["temperature"]}
+    said = server.handle_completions(wanted)
+    print(said["choices"][0]["text"].strip(), flush=True)"""
 # Of a configuration's model_type: GGUF calls them the same.
 _ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 # Ways to split a text before the merges, as tokenizer.json has them, and llama.cpp's names of them.
@@ -117,10 +100,13 @@ class GgufFormat:
         _check_tokenizer(student, folder)
 
     def script(self, student: Student, quantize: str) -> str:
-        card = student.card
-        prefix = next(iter(card.prefixes.values()))
-        context = card.max_input_tokens + card.max_target_tokens
-        return _SCRIPT.format(prefix=repr(prefix), longest=card.max_input_tokens, most=card.max_target_tokens, context=context)
+        context = student.card.max_input_tokens + student.card.max_target_tokens
+        return causal_script(
+            student,
+            imports="import tokenizers\nimport xllamacpp",
+            load=_LOAD.replace("CONTEXT", str(context)),
+            write=_WRITE,
+        )
 
 
 def _kind(tensor: Any, quantize: str) -> Any:

@@ -158,7 +158,7 @@ def check_float(found: Equivalence, name: str) -> None:
     if wrong:
         raise DsbsError(
             f"the export of {name} does not do what the student does: {'; '.join(wrong)}",
-            hint="this model's shape is not one that the format carries: try --format torch or onnx",
+            hint="this model's shape is not one that the format carries: try --format torch",
         )
 
 

@@ -57,6 +57,7 @@ ENGINES = {
     ("causal", "ct2"): "dsbs.student.ct2_causal:Ct2Causal",
     ("causal", "gguf"): "dsbs.student.llamacpp:LlamaCpp",
     ("seq2seq", "onnx"): "dsbs.student.onnx:Onnx",
+    ("causal", "torch"): "dsbs.student.dynamic:TorchCausal",
     ("seq2seq", "torch"): "dsbs.student.dynamic:TorchStudent",
 }
 

@@ -185,7 +185,7 @@ def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path
     ("arguments", "words"),
     [
         (["--format", "tflite"], "there is no export format 'tflite'"),
-        (["--format", "gguf"], "the format gguf is not written"),
+        (["--format", "gguf"], "a seq2seq model, which the format gguf does not carry"),
         (["--quantize", "int4"], "has no quantisation 'int4'"),
         (["--examples", "nothing.txt"], "examples nothing.txt does not exist"),
     ],
