@@ -15,6 +15,7 @@ from dsbs.student.llamacpp import MODEL, LlamaCpp, xllamacpp
 
 _LOAD = """params = xllamacpp.CommonParams()
 params.model.path, params.port, params.n_parallel, params.n_ctx = str(here / "model.gguf"), 0, 1, CONTEXT
+params.cpuparams.poll = params.cpuparams_batch.poll = 0  # spinning threads starve each other
 params.offline, params.ui, params.verbosity = True, False, -1
 server = xllamacpp.Server(params)"""
 _WRITE = """    wanted = {"prompt": ids, "max_tokens": MOST, "temperature": 0, "samplers": ["temperature"]}

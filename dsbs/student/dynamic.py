@@ -109,7 +109,7 @@ def quantized(model: Any) -> Any:
 def embeddings(model: Any) -> str:
     """The name of a model's input embeddings: a T5's are ``shared``."""
     wanted = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
 
 
 def _tie(model: Any) -> None:
