@@ -97,6 +97,8 @@ class GgufFormat:
         finally:
             writer.close()
         write_wording(student, folder)
+        # all of it: of a file with tokenizer.json beside it, transformers reads no special tokens
+        student.engine.tokenizer.save_pretrained(folder)
         save_tokenizer(student, folder)
         _check_tokenizer(student, folder)
 

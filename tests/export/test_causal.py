@@ -42,6 +42,12 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return made
 
 
+@pytest.fixture(autouse=True)
+def _llama_cpp(request: pytest.FixtureRequest) -> None:
+    if any(word in request.node.name for word in ("gguf", "llama_cpp")):
+        pytest.importorskip("xllamacpp", reason="the extra `local` is not installed")
+
+
 @pytest.mark.parametrize(
     ("form", "kind", "template"),
     [
@@ -113,15 +119,18 @@ def test_an_engine_saves_what_it_loads(tmp_path: Path, make: Make, form: str) ->
 @pytest.mark.parametrize(("kind", "quantize"), [("llama", "float32"), ("qwen2", "float32"), ("llama", "float16")])
 def test_a_gguf_file_holds_the_students_weights_and_its_tokenizer(tmp_path: Path, make: Make, kind: str, quantize: str) -> None:
     student = make(tmp_path, kind)
-    file = str(export(student, "gguf", quantize=quantize, examples=ROWS).path / "model.gguf")
+    beside = str(export(student, "gguf", quantize=quantize, examples=ROWS).path / "model.gguf")
+    (tmp_path / "alone").mkdir()
+    file = str(shutil.copy(beside, tmp_path / "alone"))
     ours, theirs = load_model(str(student)).state_dict(), load_model(file).state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         kept = tensor.half().float() if quantize == "float16" and tensor.ndim > 1 else tensor
         assert torch.equal(theirs[name], kept), name
-    mine, other = load_tokenizer(str(student)), load_tokenizer(file)
+    mine, near, other = load_tokenizer(str(student)), load_tokenizer(beside), load_tokenizer(file)
     text = "My parcel, it's number 17!<|over|>\n"
-    assert other(text)["input_ids"] == mine(text)["input_ids"]
+    assert other(text)["input_ids"] == near(text)["input_ids"] == mine(text)["input_ids"]
+    assert near.eos_token == mine.eos_token
     assert other.convert_tokens_to_ids("<|over|>") == other.eos_token_id, "what ends a turn ends its answers"
 
 
