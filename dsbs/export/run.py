@@ -87,7 +87,7 @@ def export(
             equivalence=_compared(loaded, folder, partial, examples),
         )
         if quantize == PLAIN:
-            check_float(exported.equivalence, card.name)
+            check_float(exported.equivalence, card.name, card.kind)
         (partial / "predict.py").write_text(chosen.script(loaded, quantize), encoding="utf-8")
         (partial / "README.md").write_text(readme(folder, exported, chosen), encoding="utf-8")
         write_json(partial / RECORD, exported.model_dump(mode="json", by_alias=True))

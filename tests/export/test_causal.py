@@ -217,5 +217,5 @@ def test_smollm2_says_the_same_in_ctranslate2_and_in_llama_cpp(tmp_path: Path) -
     for form in ("ct2", "gguf"):
         done = export(tmp_path / "student", form, quantize="float32", examples=asked)
         assert done.equivalence.greedy_agreement == 1.0 and done.equivalence.score_difference is not None
-        assert done.equivalence.score_difference < 1e-3
+        assert done.equivalence.score_difference < 5e-3
         shutil.rmtree(done.path)
