@@ -15,7 +15,13 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
+
+from dsbs.recipe import DataSection, TaskSection
+from dsbs.student import Student, StudentCard, Target
+from dsbs.train.causal import summed
+from dsbs.train.encode import collate
 
 CHAT = (
     "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' + m['content'] + '<|over|>' + '\n' }}{% endfor %}"
@@ -49,6 +55,7 @@ SHAPE: dict[str, Any] = {
 CONFIGS: dict[str, Any] = {
     "llama": lambda size: LlamaConfig(vocab_size=size, tie_word_embeddings=True, **SHAPE),
     "qwen2": lambda size: Qwen2Config(vocab_size=size + 20, tie_word_embeddings=False, **SHAPE),
+    "qwen3": lambda size: Qwen3Config(vocab_size=size, tie_word_embeddings=True, head_dim=16, **SHAPE),
     "gpt2": lambda size: GPT2Config(
         vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=1, attn_pdrop=0.0,
         embd_pdrop=0.0, resid_pdrop=0.0,
@@ -67,3 +74,27 @@ def save(folder: Path, kind: str = "llama", **of_tokenizer: Any) -> str:
     model(kind, len(made)).save_pretrained(folder)
     made.save_pretrained(folder)
     return str(folder)
+
+
+LABELS = ("billing", "shipping", "a message about it")
+
+
+def taught(template: Any = "chat", kind: str = "llama", prefixes: dict[Target, str] | None = None) -> Student:
+    """Taught a few short targets, so that its texts end by themselves and it is not sure of them."""
+    made = tokenizer(bos=template == "plain")
+    made.pad_token = made.eos_token
+    task = TaskSection(name="classification", labels=LABELS, data=DataSection(train="x.csv"))
+    card = StudentCard(
+        name="s", method="finetune", labels="gold", seed=0, task=task, prefixes=prefixes or {"label": ""}, max_input_tokens=48,
+        max_target_tokens=16, kind="causal", template=template,
+    )  # fmt: skip
+    student = Student.of(model(kind, len(made)), made, card)
+    own: Any = student.engine
+    sources, targets = own.wording.read(TEXTS[:30], 48), own.wording.write([LABELS[i % 3] for i in range(30)])
+    batch = collate([{"label": [pair]} for pair in zip(sources, targets, strict=True)])
+    optimizer = torch.optim.AdamW(own.model.parameters(), lr=1e-2)
+    for _ in range(25):
+        (summed(own.model, batch, without_padding=False)["label"] / 100).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return student

@@ -13,10 +13,13 @@ from dsbs.errors import UserError
 
 def export(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="A student's folder.")],
-    format: Annotated[str, typer.Option("--format", help="ct2 (CTranslate2), onnx or torch.")] = "ct2",
+    format: Annotated[str, typer.Option("--format", help="ct2 (CTranslate2), gguf (llama.cpp), onnx or torch.")] = "ct2",
     quantize: Annotated[
         str | None,
-        typer.Option(help="How weights are kept, e.g. int8 or float32. Default: ct2 int8, others float32.", show_default=False),
+        typer.Option(
+            help="How weights are kept, e.g. int8 or float32. Default: ct2 int8, gguf float16, others float32.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Folder. Default: STUDENT/export/<format>[-<quantize>].", show_default=False)

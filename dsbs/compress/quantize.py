@@ -1,6 +1,6 @@
 """``quantize=int8``, ``int16`` or ``float16``: weights in fewer bits, by an export; the last step of a chain.
 
-CTranslate2 where it is installed and knows the shape; torch's dynamic int8 elsewhere, which keeps embeddings in float32.
+CTranslate2 where it is installed and carries the model; torch's dynamic int8 elsewhere, which keeps embeddings in float32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Quantize:
         """``ct2`` or ``torch``. Raises UserError where only the latter would do, and has not these bits."""
         from dsbs.student.low_rank import ranks_of
 
-        if read_card(source).kind == "seq2seq" and not ranks_of(str(source)) and find_spec("ctranslate2"):
+        if find_spec("ctranslate2") and not ranks_of(str(source)) and _is_known(source):
             return "ct2"
         if self.value == "int8":
             return "torch"
@@ -41,4 +41,15 @@ class Quantize:
                 f"quantize={self.value} is CTranslate2's, which has no low-rank matrices",
                 hint="quantize=int8 (torch's), or chain it after pruning in place of low-rank",
             )
-        raise UserError(f"quantize={self.value} needs the package ctranslate2 and a T5", hint="pip install 'dsbs[ct2]'")
+        raise UserError(
+            f"quantize={self.value} needs the package ctranslate2 and a model that it carries", hint="pip install 'dsbs[ct2]'"
+        )
+
+
+def _is_known(source: Path) -> bool:
+    """Whether CTranslate2 carries the student's kind of model."""
+    from transformers import AutoConfig
+
+    from dsbs.export.ct2_causal import LOADERS
+
+    return read_card(source).kind == "seq2seq" or AutoConfig.from_pretrained(source).model_type in LOADERS

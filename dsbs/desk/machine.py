@@ -22,7 +22,7 @@ from dsbs.desk.checks import Check, Status
 
 # What pyproject.toml calls optional: the module that comes with it, and what it is for. A test holds this to that file.
 EXTRAS = {
-    "local": ("xllamacpp", "teacher.kind: llamacpp"),
+    "local": ("xllamacpp", "teacher.kind: llamacpp, dsbs export --format gguf"),
     "lora": ("peft", "train.lora"),
     "ray": ("ray", "annotate.engine: ray"),
     "tensorboard": ("tensorboard", "report.tensorboard"),

@@ -1,4 +1,4 @@
-"""CTranslate2: a compiled runtime for encoder-decoders on a CPU or a GPU, in float32 or quantised."""
+"""CTranslate2: a compiled runtime on a CPU or a GPU, in float32 or quantised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.export.formats import PLAIN, first_task
+from dsbs.export import ct2_causal
+from dsbs.export.formats import PLAIN, first_task, write_wording
 from dsbs.student import Student
 from dsbs.student.ct2 import ctranslate2
 
@@ -32,16 +33,18 @@ for line in sys.stdin:
 
 
 class Ct2Format:
-    """Of T5 and its kin, by CTranslate2's own converter (Klein et al., 2020, for the runtime)."""
+    """Of T5 and its kin and of decoders alone, by CTranslate2's own converter (Klein et al., 2020, for the runtime)."""
 
-    kinds = ("seq2seq",)
+    kinds = ("seq2seq", "causal")
     quantizations = ("int8", PLAIN, "int8_float32", "int16", "float16")
     packages = ("ctranslate2", "tokenizers")
     weights = ("model.bin",)
 
     def check(self, student: Student, quantize: str) -> str | None:
         runtime = ctranslate2()
-        if student.engine.model.config.model_type not in ("t5", "mt5"):
+        if student.card.kind == "causal":
+            ct2_causal.check(student)
+        elif student.engine.model.config.model_type not in ("t5", "mt5"):
             raise UserError(
                 f"CTranslate2 is not asked to convert a model of type {student.engine.model.config.model_type} here",
                 hint="try --format onnx or torch",
@@ -59,7 +62,8 @@ class Ct2Format:
         import torch
         from ctranslate2.converters.converter import Converter
 
-        loader = _loader()
+        is_causal = student.card.kind == "causal"
+        loader = ct2_causal.loader_of(student.engine.model.config.model_type) if is_causal else _loader()
         model = deepcopy(student.engine.model).to("cpu")  # the converter scales and quantises in the model's own memory
 
         class Convert(Converter):  # type: ignore[misc]
@@ -77,8 +81,12 @@ class Ct2Format:
         for path in made.iterdir():
             path.rename(folder / path.name)
         made.rmdir()
+        if is_causal:
+            write_wording(student, folder)
 
     def script(self, student: Student, quantize: str) -> str:
+        if student.card.kind == "causal":
+            return ct2_causal.script(student)
         first = first_task(student)
         start = student.engine.tokenizer.convert_ids_to_tokens(first.start)
         return _SCRIPT.format(prefix=repr(first.prefix), start=repr(start), most=first.most)

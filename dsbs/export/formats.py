@@ -7,18 +7,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from dsbs.artefacts import write_json
 from dsbs.errors import UserError
-from dsbs.student import Kind, Student, start_token
+from dsbs.student import WORDING, Kind, Student, start_token
 
 # Of a format's name. Each class has ``write(student, folder, quantize)``.
 FORMATS = {
     "ct2": "dsbs.export.ct2:Ct2Format",
+    "gguf": "dsbs.export.gguf:GgufFormat",
     "onnx": "dsbs.export.onnx:OnnxFormat",
     "torch": "dsbs.export.torch:TorchFormat",
 }
 PLAIN = "float32"
-# Names that a card knows and nothing here writes, with the reason.
-_NOT_WRITTEN = {"gguf": "dsbs's students are encoder-decoders, which do not go into a GGUF file here"}
 
 
 class FirstTask(NamedTuple):
@@ -33,6 +33,23 @@ def first_task(student: Student) -> FirstTask:
     target, prefix = next(iter(student.card.prefixes.items()))
     start = start_token(student.engine.model.config, student.card.starts.get(target, "pad"))
     return FirstTask(prefix, start, student.card.max_target_tokens)
+
+
+def write_wording(student: Student, folder: Path) -> None:
+    """``wording.json`` of a decoder-only student: what stands around its texts."""
+    write_json(folder / WORDING, student.engine.wording.around.model_dump(mode="json"))  # type: ignore[attr-defined]
+
+
+def save_tokenizer(student: Student, folder: Path) -> None:
+    """``tokenizer.json``, which the package tokenizers reads alone, cutting where the student cuts."""
+    tokenizer = student.engine.tokenizer
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    if student.card.kind == "causal":
+        backend.no_truncation()  # its prompt is cut in the text, not at its end
+    else:
+        backend.enable_truncation(student.card.max_input_tokens)
+    backend.no_padding()
+    backend.save(str(folder / "tokenizer.json"))
 
 
 class ExportFormat(Protocol):
@@ -58,8 +75,6 @@ class ExportFormat(Protocol):
 
 def format_of(name: str) -> ExportFormat:
     """Raises UserError for a name that is none."""
-    if name in _NOT_WRITTEN:
-        raise UserError(f"the format {name} is not written: {_NOT_WRITTEN[name]}", hint="give --format ct2")
     if name not in FORMATS:
         raise UserError(f"there is no export format {name!r}", hint=f"give --format {', '.join(FORMATS)}")
     module, _, title = FORMATS[name].partition(":")

@@ -11,7 +11,7 @@ from pathlib import Path
 from dsbs.artefacts import digest, hold, make_folder, room, versions, write_json, write_jsonl
 from dsbs.errors import DsbsError, UserError
 from dsbs.export.exported import RECORD, Equivalence, Exported, read_exported
-from dsbs.export.formats import PLAIN, format_of
+from dsbs.export.formats import PLAIN, format_of, save_tokenizer
 from dsbs.export.golden import GOLDEN, check_float, compare, golden_lines, golden_rows, texts_for
 from dsbs.export.readme import readme
 from dsbs.progress import Meter, Silent
@@ -45,7 +45,7 @@ def export(
         raise UserError(f"{folder} is an export itself ({card.format})", hint="export the student that it was made of")
     if card.kind not in chosen.kinds:
         raise UserError(
-            f"{card.name} is a {card.kind} model, which the format {format} does not carry here", hint="try another --format"
+            f"{card.name} is a {card.kind} model, which the format {format} does not carry here", hint="give --format ct2"
         )
     quantize = quantize or chosen.quantizations[0]
     if quantize not in chosen.quantizations:
@@ -93,7 +93,7 @@ def export(
             equivalence=_compared(loaded, folder, partial, examples),
         )
         if quantize == PLAIN:
-            check_float(exported.equivalence, card.name)
+            check_float(exported.equivalence, card.name, card.kind)
         (partial / "predict.py").write_text(chosen.script(loaded, quantize), encoding="utf-8")
         (partial / "README.md").write_text(readme(folder, exported, chosen), encoding="utf-8")
         write_json(partial / RECORD, exported.model_dump(mode="json", by_alias=True))
@@ -107,15 +107,6 @@ def _compared(student: Student, folder: Path, partial: Path, examples: Sequence[
     rows = golden_rows(student, texts, beams=isinstance(made.engine, Searcher))
     write_jsonl(partial / GOLDEN, golden_lines(rows))
     return compare(made.engine, rows, source)
-
-
-def save_tokenizer(student: Student, folder: Path) -> None:
-    """``tokenizer.json``, which the package tokenizers reads alone, cutting where the student cuts."""
-    tokenizer = student.engine.tokenizer
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    backend.enable_truncation(student.card.max_input_tokens)
-    backend.no_padding()
-    backend.save(str(folder / "tokenizer.json"))
 
 
 def student_fingerprint(folder: Path) -> str:

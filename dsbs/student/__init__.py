@@ -3,6 +3,7 @@
 from dsbs.student.card import CARD, Format, Kind, StudentCard, Template, read_card
 from dsbs.student.engine import Engine, Said, Searcher, load_engine, make_engine
 from dsbs.student.kind import check_student, kind_of
+from dsbs.student.prompts import WORDING
 from dsbs.student.student import Answer, Student, Written
 from dsbs.student.targets import Start, Target, compose, start_token, take_apart
 from dsbs.student.tokenizer import ids_of, learn_vocabulary, load_tokenizer, new_tokenizer, tokenizer_hash
@@ -12,6 +13,7 @@ from dsbs.student.wording import Plain, Prompted, Wording, new_wording
 __all__ = [
     "CARD",
     "SIZES",
+    "WORDING",
     "Answer",
     "Engine",
     "Format",

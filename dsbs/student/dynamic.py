@@ -1,4 +1,4 @@
-"""A T5 in torch alone: as it was trained, or in dynamic int8, whose activations are quantised as they come."""
+"""Students in torch alone: as they were trained, or in dynamic int8, whose activations are quantised as they come."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from dsbs.artefacts import room
 from dsbs.errors import DsbsError
 from dsbs.student.card import StudentCard
+from dsbs.student.causal import Causal
 from dsbs.student.seq2seq import Seq2Seq
 from dsbs.student.tokenizer import load_tokenizer
 from dsbs.student.weights import quiet
@@ -27,23 +28,7 @@ class TorchStudent(Seq2Seq):
         file = path / WEIGHTS
         if not file.is_file():
             return Seq2Seq.load(path, card)
-        import torch
-        from transformers import AutoConfig, AutoModelForSeq2SeqLM
-
-        from dsbs.student.low_rank import ranks_of, replace
-
-        quiet()
-        try:
-            plain = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
-            replace(plain, ranks_of(str(path)))
-            model = quantized(plain)
-            with _silent():
-                _tie(model, None)
-                model.load_state_dict(torch.load(file, weights_only=True))
-                _tie(model, model.shared)
-        except Exception as error:  # those of torch and transformers share no root
-            raise DsbsError(f"the export in {path} cannot be loaded ({error})", hint="export the student again") from None
-        return cls(model, load_tokenizer(str(path)), card)
+        return cls(_read(path), load_tokenizer(str(path)), card)
 
     def save(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)
@@ -52,16 +37,61 @@ class TorchStudent(Seq2Seq):
 
     @property
     def parameters(self) -> int:
-        from dsbs.student.low_rank import LowRank
+        return _count(self.model)
 
-        found = 0
-        for module in self.model.modules():  # each once
-            if isinstance(module, LowRank):  # its two matrices are counted themselves
-                continue
-            weight = getattr(module, "weight", None)
-            weight = weight() if callable(weight) else weight  # a quantised module's is a method
-            found += 0 if weight is None else weight.numel()
-        return found
+
+class TorchCausal(Causal):
+    """As ``TorchStudent``, of a decoder alone."""
+
+    @classmethod
+    def load(cls, path: Path, card: StudentCard) -> Causal:
+        if not (path / WEIGHTS).is_file():
+            return Causal.load(path, card)
+        return cls(_read(path), load_tokenizer(str(path)), card)
+
+    def save(self, folder: Path) -> None:
+        self.model.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_quantized(self.model, folder)
+
+    @property
+    def parameters(self) -> int:
+        return _count(self.model)
+
+
+def _read(path: Path) -> Any:
+    """The quantised model of a folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from dsbs.student.low_rank import ranks_of, replace
+
+    quiet()
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        plain = kind.from_config(config)
+        replace(plain, ranks_of(str(path)))
+        model = quantized(plain)
+        with _silent(), _untied(model):
+            model.load_state_dict(torch.load(path / WEIGHTS, weights_only=True))
+    except Exception as error:  # those of torch and transformers share no root
+        raise DsbsError(f"the export in {path} cannot be loaded ({error})", hint="export the student again") from None
+    return model
+
+
+def _count(model: Any) -> int:
+    from dsbs.student.low_rank import LowRank
+
+    found = 0
+    for module in model.modules():  # each once
+        if isinstance(module, LowRank):  # its two matrices are counted themselves
+            continue
+        for name in ("weight", "bias"):
+            number = getattr(module, name, None)
+            number = number() if callable(number) else number  # a quantised module's is a method
+            found += 0 if number is None else number.numel()
+    return found
 
 
 def quantized(model: Any) -> Any:
@@ -69,25 +99,39 @@ def quantized(model: Any) -> Any:
     import torch
     from torch.ao.quantization import float_qparams_weight_only_qconfig, per_channel_dynamic_qconfig, quantize_dynamic
 
-    kinds = {torch.nn.Linear: per_channel_dynamic_qconfig, "shared": float_qparams_weight_only_qconfig}
+    kinds = {torch.nn.Linear: per_channel_dynamic_qconfig, embeddings(model): float_qparams_weight_only_qconfig}
     with _silent():
         made: Any = quantize_dynamic(deepcopy(model).to("cpu").eval(), kinds, dtype=torch.qint8, inplace=True)
-    _tie(made, made.shared)
+    _tie(made)
     return made
 
 
-def _tie(model: Any, embeddings: Any) -> None:
-    """Give both stacks these embeddings; none while weights are saved and loaded, since the model's own are the same."""
-    model.encoder.embed_tokens = model.decoder.embed_tokens = embeddings
+def embeddings(model: Any) -> str:
+    """The name of a model's input embeddings: a T5's are ``shared``."""
+    wanted = model.get_input_embeddings()
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
+
+
+def _tie(model: Any) -> None:
+    """Both stacks of a T5 have its embeddings."""
+    if hasattr(model, "shared"):
+        model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
+
+
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """While weights are saved and loaded: both stacks' embeddings are the model's own."""
+    if hasattr(model, "shared"):
+        model.encoder.embed_tokens = model.decoder.embed_tokens = None
+    yield
+    _tie(model)
 
 
 def save_quantized(model: Any, folder: Path) -> None:
     import torch
 
-    with _silent(), room(folder, hint="free some space, then run the same command"):
-        _tie(model, None)
+    with _silent(), _untied(model), room(folder, hint="free some space, then run the same command"):
         torch.save(model.state_dict(), folder / WEIGHTS)
-        _tie(model, model.shared)
 
 
 @contextmanager

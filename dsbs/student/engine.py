@@ -55,7 +55,10 @@ ENGINES = {
     ("seq2seq", "transformers"): "dsbs.student.seq2seq:Seq2Seq",
     ("causal", "transformers"): "dsbs.student.causal:Causal",
     ("seq2seq", "ct2"): "dsbs.student.ct2:Ct2",
+    ("causal", "ct2"): "dsbs.student.ct2_causal:Ct2Causal",
+    ("causal", "gguf"): "dsbs.student.llamacpp:LlamaCpp",
     ("seq2seq", "onnx"): "dsbs.student.onnx:Onnx",
+    ("causal", "torch"): "dsbs.student.dynamic:TorchCausal",
     ("seq2seq", "torch"): "dsbs.student.dynamic:TorchStudent",
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsbs.artefacts import digest
 from dsbs.errors import DsbsError, UserError
+from dsbs.gguf import gguf_file, is_gguf
 from dsbs.recipe import StudentSection
 from dsbs.student.kind import kind_of
 from dsbs.student.weights import located, not_loaded, quiet
@@ -32,6 +33,9 @@ def load_tokenizer(source: str) -> Any:
         else:
             from transformers import AutoTokenizer
 
+            beside = gguf_file(source).parent if is_gguf(source) else None
+            if beside and (beside / "tokenizer_config.json").is_file():  # an export's, which is whole
+                place = {"pretrained_model_name_or_path": str(beside)}
             tokenizer = AutoTokenizer.from_pretrained(**place)
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ from dsbs.errors import UserError
 from dsbs.recipe import StudentSection
 from dsbs.student.card import Kind, Template
 from dsbs.student.kind import kind_of
+from dsbs.student.prompts import Around, Prompts
 
 _MARK = "\ue000text\ue000"  # stands for a text while a template is rendered; from Unicode's private use area
 # Templates that write the day's date would make another student of the same rows tomorrow.
@@ -88,48 +88,31 @@ class Prompted:
         else:
             begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
             self.head, self.tail, self.end = (tokenizer.bos_token if begins else "", "\n", _end_token(tokenizer))
-        self._head, self._tail = self._ids([self.head, self.tail])
         # `all_special_tokens` has those with a role alone, and not Llama 3's headers of turns
         added = {one.content for one in tokenizer.added_tokens_decoder.values() if one.special}
         special = {*tokenizer.all_special_tokens, *added, tokenizer.convert_ids_to_tokens(self.end)}
-        self._special = re.compile("|".join(map(re.escape, sorted(special))))
+        self.around = Around(
+            template=template, head=self.head, tail=self.tail, special=sorted(special),
+            stops=sorted({self.end, _end_token(tokenizer)}),
+        )  # fmt: skip
+        self._prompts = Prompts(self.around, self._ids)
 
     @property
     def stops(self) -> list[int]:
         """The ids that end an answer."""
-        return sorted({self.end, _end_token(self._tokenizer)})
-
-    def prompt(self, text: str) -> str:
-        """The prompt of a text as a string."""
-        return self.head + text + self.tail
+        return self.around.stops
 
     def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        room = None if limit is None else limit - len(self._head) - len(self._tail)
-        if room is not None and room <= 0:
-            raise UserError(
-                f"student.max_input_tokens: {limit} leaves no room for a text, since the {self.template} template alone takes "
-                f"{len(self._head) + len(self._tail)} tokens",
-                hint="raise student.max_input_tokens, or use student.template: plain",
-            )
-        # as one text, which is how others tokenise such a prompt too; in pieces only where that says something else
-        found = self._ids([self.prompt(text) for text in texts])
-        apart = [
-            i
-            for i, (text, ids) in enumerate(zip(texts, found, strict=True))
-            if (limit is not None and len(ids) > limit) or self._special.search(text)
-        ]
-        for i, ids in zip(apart, self._ids([texts[i] for i in apart], are_text=True), strict=True):
-            found[i] = [*self._head, *ids[:room], *self._tail]
-        return found
+        return self._prompts.read(texts, limit)
 
     def write(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         room = None if limit is None else limit - 1
-        return [[*ids[:room], self.end] for ids in self._ids(texts, are_text=True)]
+        return [[*ids[:room], self.end] for ids in self._ids(texts, True)]
 
     def identity(self, *, target: bool) -> tuple[str, ...]:
         return ("target", str(self.end)) if target else ("prompt", digest(self.head, self.tail))
 
-    def _ids(self, texts: Sequence[str], *, are_text: bool = False) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str], are_text: bool) -> list[list[int]]:
         """``are_text``: no special token is seen in them."""
         if not texts:
             return []

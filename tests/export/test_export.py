@@ -217,7 +217,7 @@ def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path
     ("arguments", "words"),
     [
         (["--format", "tflite"], "there is no export format 'tflite'"),
-        (["--format", "gguf"], "the format gguf is not written"),
+        (["--format", "gguf"], "a seq2seq model, which the format gguf does not carry"),
         (["--quantize", "int4"], "has no quantisation 'int4'"),
         (["--examples", "nothing.txt"], "examples nothing.txt does not exist"),
     ],
@@ -275,6 +275,8 @@ def test_a_float_export_that_disagrees_is_an_error() -> None:
     for wrong in ({"greedy_agreement": 0.9}, {"beam_agreement": 0.9}, {"score_difference": 0.01}):
         with pytest.raises(DsbsError, match="does not do what the student does"):
             check_float(Equivalence.model_validate(good | wrong), "s")
+    with pytest.raises(DsbsError, match=r"allowed are 0\.005"):
+        check_float(Equivalence.model_validate(good | {"score_difference": 0.006}), "s", "causal")
 
 
 def test_a_record_that_cannot_be_read_is_none(tmp_path: Path) -> None:

@@ -11,12 +11,8 @@ import pytest
 import torch
 
 from dsbs import Student
-from dsbs.recipe import DataSection, TaskSection
-from dsbs.student import StudentCard, load_tokenizer, tokenizer_hash
-from dsbs.train.causal import summed
-from dsbs.train.encode import collate
+from dsbs.student import load_tokenizer, tokenizer_hash
 
-LABELS = ("billing", "shipping", "a message about it")
 TEXTS = [
     "My parcel number 3 is wrong.",
     "invoice",
@@ -25,30 +21,9 @@ TEXTS = [
 ]
 
 
-def make_student(template: Any = "chat", kind: str = "llama") -> Student:
-    """Taught a few short targets, so that its texts end by themselves and it is not sure of them."""
-    tokenizer = causal_models.tokenizer(bos=template == "plain")
-    tokenizer.pad_token = tokenizer.eos_token
-    task = TaskSection(name="classification", labels=LABELS, data=DataSection(train="x.csv"))
-    card = StudentCard(
-        name="s", method="finetune", labels="gold", seed=0, task=task, prefixes={"label": ""}, max_input_tokens=48,
-        max_target_tokens=16, kind="causal", template=template,
-    )  # fmt: skip
-    student = Student.of(causal_models.model(kind, len(tokenizer)), tokenizer, card)
-    model, wording = student.engine.model, student.engine.wording  # type: ignore[attr-defined]
-    sources, targets = wording.read(causal_models.TEXTS[:30], 48), wording.write([LABELS[i % 3] for i in range(30)])
-    batch = collate([{"label": [pair]} for pair in zip(sources, targets, strict=True)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(25):
-        (summed(model, batch, without_padding=False)["label"] / 100).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return student
-
-
 @pytest.fixture(scope="module", params=["chat", "plain", "gpt2"])
 def taught(request: pytest.FixtureRequest) -> Student:
-    return make_student("chat", "gpt2") if request.param == "gpt2" else make_student(request.param)
+    return causal_models.taught("chat", "gpt2") if request.param == "gpt2" else causal_models.taught(request.param)
 
 
 def forced(student: Student, text: str, most: int) -> tuple[str, float, bool]:

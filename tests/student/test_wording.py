@@ -61,7 +61,7 @@ def test_special_tokens_in_data_are_read_as_their_characters(template: Any) -> N
     (ids,), (empty,) = wording.read([hostile]), wording.read(["x"])
     special = [one for one in ids if one in tokenizer.all_special_ids]
     assert special == [one for one in empty if one in tokenizer.all_special_ids], "those of the template alone"
-    assert tokenizer.decode(ids) == wording.prompt(hostile), "and no character is lost"
+    assert tokenizer.decode(ids) == wording.head + hostile + wording.tail, "and no character is lost"
     (target,) = wording.write([hostile])
     assert [one for one in target if one in tokenizer.all_special_ids] == [wording.end]
 
