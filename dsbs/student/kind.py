@@ -61,7 +61,7 @@ def positions(source: str) -> int | None:
 def check_student(recipe: Recipe) -> None:
     """Raises UserError for keys that the student's kind has no use for, and for more tokens than it has positions for."""
     section, train = recipe.student, recipe.train
-    source = train.init or section.model
+    source = train.init or section.source
     if kind_of(source) == "seq2seq":
         if section.template != "auto":
             raise UserError(
