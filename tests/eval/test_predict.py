@@ -219,6 +219,9 @@ def test_the_teachers_row_has_its_own_labels_probability_and_whether_it_was_cut(
         (mine | {"samples": samples("billing"), "vote_share": 1.0}, None, False),
         (mine | {"samples": samples("billing", "shipping", "billing"), "vote_share": 2 / 3}, 2 / 3, False),
         (mine | {"samples": [cut, *samples("billing", "billing")], "vote_share": 1.0}, 1.0, False),
+        # an ensemble's share counts its members' weights, and its log-probability those alone that won
+        (mine | {"teacher": {"kind": "ensemble", "model": "a, b"}, "samples": samples("billing", "shipping", logprob=-0.1),
+                 "label_logprob": -0.1, "vote_share": 0.75}, 0.75, False),
         ({"samples": [cut], "reject_reason": "truncated"}, None, True),
         ({"samples": [spent], "reject_reason": "spent-on-reasoning"}, None, True),
         ({"samples": [unread], "reject_reason": "unparsed"}, None, False),
