@@ -219,9 +219,6 @@ def test_the_teachers_row_has_its_own_labels_probability_and_whether_it_was_cut(
         (mine | {"samples": samples("billing"), "vote_share": 1.0}, None, False),
         (mine | {"samples": samples("billing", "shipping", "billing"), "vote_share": 2 / 3}, 2 / 3, False),
         (mine | {"samples": [cut, *samples("billing", "billing")], "vote_share": 1.0}, 1.0, False),
-        # an ensemble's share counts its members' weights, and its log-probability those alone that won
-        (mine | {"teacher": {"kind": "ensemble", "model": "a, b"}, "samples": samples("billing", "shipping", logprob=-0.1),
-                 "label_logprob": -0.1, "vote_share": 0.75}, 0.75, False),
         ({"samples": [cut], "reject_reason": "truncated"}, None, True),
         ({"samples": [spent], "reject_reason": "spent-on-reasoning"}, None, True),
         ({"samples": [unread], "reject_reason": "unparsed"}, None, False),
@@ -243,6 +240,17 @@ def test_the_teachers_row_has_its_own_labels_probability_and_whether_it_was_cut(
         assert one.prediction == annotation.get("own_label") and one.rationale is None
         assert one.schema_ == "dsbs.prediction/2" and one.input == row.input and one.model == "openai:m"
         assert one.prompt == load_prompt(recipe, task).hash
+
+
+def test_an_ensembles_probability_is_the_weighted_share_of_those_that_voted_for_its_label(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    row: dict[str, Any] = {"teacher": TeacherName(kind="ensemble", model="a, b"), "own_label": "billing", "label": "billing"}
+    row |= {"provenance": "own", "samples": samples("billing", "shipping", logprob=-0.1), "label_logprob": -0.1}
+    annotated(recipe, tmp_path, row | {"vote_share": 0.75})
+    path = predict_teacher(recipe, make_task(recipe.task), rows_of(recipe), tmp_path, needed=True)
+    assert path is not None
+    assert next(iter(read_predictions(path).values())).probability == 0.75
 
 
 def test_a_teacher_without_a_prompt_or_a_models_name_has_none_in_its_rows(recipe: Recipe, tmp_path: Path) -> None:
