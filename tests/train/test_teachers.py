@@ -135,8 +135,10 @@ def test_kept_log_probabilities_are_asked_for_once_and_for_all_seeds(
     assert not asked, "the second seed's rows are the same"
     for path in folder.glob("*.npz"):
         path.write_bytes(path.read_bytes()[:-40])
+    (folder / "damaged.npz").write_bytes(b"PK")
     train(on_toy(*KEPT, "train.seeds=[0, 2]"), out=run)
     assert asked, "what is damaged is asked for anew"
+    assert not (folder / "damaged.npz").exists()
 
 
 def test_a_trained_student_teaches_where_its_vocabulary_and_prefixes_fit(on_toy: Callable[..., Recipe], tmp_path: Path) -> None:
