@@ -48,7 +48,12 @@ def load_model(source: str, dropout: float | None = None) -> Any:
                 f"student.dropout: {source} has no one rate of that kind", hint="leave student.dropout out"
             ) from None
         raise not_loaded("model", source, error) from None
-    if not is_seq2seq and not model.config.is_decoder and model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    # not every decoder's configuration has the key: this transformers' Llama has none
+    if (
+        not is_seq2seq
+        and not getattr(model.config, "is_decoder", False)
+        and model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    ):
         raise UserError(
             f"{source} is an encoder ({model.config.model_type}): each token sees those after it, so it would read its targets",
             hint="a student is a T5, or a decoder such as Qwen, Llama or SmolLM",
