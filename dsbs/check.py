@@ -16,6 +16,7 @@ from dsbs.student import Wording, check_student, new_tokenizer, new_wording
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import load, survey
+from dsbs.train.methods import check_terms, grid
 from dsbs.vocabulary import lost_in
 
 _SAMPLE = 2000  # rows tokenised of each split
@@ -36,6 +37,8 @@ class Validation:
 def validate(recipe: Recipe) -> Validation:
     """Check a recipe against its data. Raises UserError for what would stop a later command."""
     task = make_task(recipe.task)
+    check_terms(recipe.train, task, grid(recipe.train))
+    check_student(recipe)
     parts = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
     warnings: list[str] = []
@@ -46,9 +49,8 @@ def validate(recipe: Recipe) -> Validation:
     if recipe.teacher.kind == "ensemble":
         warnings += _members(recipe, parts)
     texts = [part for row in parts["train"] for part in (task.text(row.input), row.label, row.rationale) if part]
-    check_student(recipe)
-    tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts])
-    wording = new_wording(recipe.student, tokenizer)
+    tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
+    wording = new_wording(recipe.student, tokenizer, recipe.train.init)
     labels = [row.label for rows in parts.values() for row in rows if row.label is not None]
     warnings[:0] = lost_in(recipe.student, tokenizer, [*labels, *(task.labels or ())], {})  # nothing outweighs these
     splits = {split: _look(recipe, task, tokenizer, wording, split, rows, warnings) for split, rows in parts.items()}

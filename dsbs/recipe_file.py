@@ -48,7 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "run")
     try:
         recipe = Recipe.model_validate(data)
-        recipe._folder = file.parent
+        recipe._folder = recipe.student._folder = file.parent
     except ValidationError as error:
         problems += [_describe(issue, str(path), located, from_command_line) for issue in error.errors()]
         recipe = None

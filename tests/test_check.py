@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import toy_rows, write_csv
 from test_student import make_student
 
-from dsbs import load_recipe, validate
+from dsbs import UserError, load_recipe, validate
 
 
 def test_a_sound_recipe_has_figures_and_no_warnings(toy: Callable[..., Path]) -> None:
@@ -31,3 +32,16 @@ def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(toy
     assert "unknown to the student's tokenizer" in told and "駅" in told
     assert "test: no row is labelled billing" in told
     assert "test: 3 inputs also stand in train" in told
+
+
+def test_what_training_would_refuse_is_refused_here(toy: Callable[..., Path]) -> None:
+    terms = ["train.methods=finetune+consistency", "train.terms=[{kind: consistency}]"]
+    with pytest.raises(UserError, match="writes none after a rationale"):
+        validate(load_recipe(toy(), terms))
+
+
+def test_tokens_are_counted_by_the_start_that_training_has(toy: Callable[..., Path], tmp_path: Path) -> None:
+    make_student().save(tmp_path / "start")  # of other texts: characters of the rows are unknown to it
+    own = validate(load_recipe(toy()))
+    started = validate(load_recipe(toy(), [f"train.init={tmp_path / 'start'}"]))
+    assert started.splits["test"]["inputs"]["longest"] > own.splits["test"]["inputs"]["longest"]

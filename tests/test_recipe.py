@@ -378,3 +378,18 @@ def test_a_recipe_may_name_its_teachers_file_beside_it(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").unlink()
     with pytest.raises(UserError, match=r"teacher file mine\.yaml does not exist"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_students_gguf_file_is_looked_for_beside_the_recipe_and_stays_named_as_it_was(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = toy()
+    (path.parent / "mine.gguf").write_bytes(b"GGUF")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    section = load_recipe(path, ["student={model: mine.gguf}"]).student
+    assert section.source == str(path.parent / "mine.gguf") and section.settings["model"] == "mine.gguf"
+    assert load_recipe(path, ["student={model: other.gguf}"]).student.source == "other.gguf"
+    (elsewhere / "mine.gguf").write_bytes(b"GGUF")
+    assert load_recipe(path, ["student={model: mine.gguf}"]).student.source == "mine.gguf"

@@ -26,6 +26,7 @@ from dsbs.student import (
     load_model,
     load_tokenizer,
     new_model,
+    onnx,
     tokenizer_hash,
 )
 
@@ -238,7 +239,7 @@ def test_a_models_own_code_is_never_run_whatever_stdin_says(tmp_path: Path, monk
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     rows = io.StringIO("y\n" * 9)
     monkeypatch.setattr(sys, "stdin", rows)
-    with pytest.raises(DsbsError, match="cannot be loaded"):
+    with pytest.raises(DsbsError, match="of the type own"):
         Student.load(tmp_path)
     assert not ran.exists() and rows.tell() == 0
 
@@ -288,3 +289,38 @@ def test_code_in_a_students_folder_is_never_run_whatever_stdin_says(tmp_path: Pa
     with pytest.raises(DsbsError, match="cannot be loaded"):
         load_model(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_encoder_decoder_that_is_no_t5_is_refused_by_its_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", "is_encoder_decoder": True}), encoding="utf-8")
+    for use in (kind_of, load_tokenizer):
+        with pytest.raises(UserError, match="of the type bart, and a student is a T5"):
+            use(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mt5", "is_encoder_decoder": True}), encoding="utf-8")
+    assert kind_of(str(tmp_path)) == "seq2seq"
+
+
+@pytest.mark.parametrize("change", [{"prefixes": {}}, {"max_input_tokens": 0}, {"max_target_tokens": 0}])
+def test_a_card_that_nothing_can_be_predicted_by_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    card = make_student().card.model_dump(mode="json")
+    (tmp_path / CARD).write_text(json.dumps(card | change), encoding="utf-8")
+    with pytest.raises(UserError, match=f"is not a student card(.|\n)*{next(iter(change))}"):
+        Student.load(tmp_path)
+
+
+def test_a_card_of_another_kind_than_its_model_is_told(tmp_path: Path) -> None:
+    student = make_student()
+    student.save(tmp_path)
+    (tmp_path / CARD).write_text(json.dumps(student.card.model_dump(mode="json") | {"kind": "causal"}), encoding="utf-8")
+    with pytest.raises(UserError, match="says kind: causal, and the model beside it is seq2seq"):
+        Student.load(tmp_path)
+
+
+@pytest.mark.parametrize(("said", "threads"), [("4", 4), ("4,2", 4), ("", 0), ("many", 0), (None, 0)])
+def test_onnxruntime_takes_the_outermost_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, threads: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert onnx._threads() == threads

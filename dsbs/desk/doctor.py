@@ -152,8 +152,8 @@ def _student(recipe: Recipe) -> Iterator[Check]:
     if start is not None:
         is_there = Path(start).expanduser().is_dir()
         yield Check("train.init", "ok" if is_there else "problem", start, None if is_there else "there is no such folder")
-    elif recipe.student.model is not None:
-        yield _model("student.model", recipe.student.model)
+    elif recipe.student.source is not None:
+        yield _model("student.model", recipe.student.source)
     else:
         yield Check("student", "ok", f"from scratch, {recipe.student.size}")
 

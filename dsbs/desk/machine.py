@@ -20,17 +20,17 @@ from typing import Any
 from dsbs.artefacts import versions
 from dsbs.desk.checks import Check, Status
 
-# What pyproject.toml calls optional: the module that comes with it, and what it is for. A test holds this to that file.
+# What pyproject.toml calls optional: the modules that come with it, and what it is for. A test holds this to that file.
 EXTRAS = {
-    "local": ("xllamacpp", "teacher.kind: llamacpp, dsbs export --format gguf"),
-    "lora": ("peft", "train.lora"),
-    "ray": ("ray", "annotate.engine: ray"),
-    "tensorboard": ("tensorboard", "report.tensorboard"),
-    "ct2": ("ctranslate2", "dsbs export --format ct2, and int8 students"),
-    "onnx": ("onnxruntime", "dsbs export --format onnx"),
-    "gguf": ("gguf", "students from GGUF files, dsbs export --format gguf"),
-    "serve": ("fastapi", "dsbs serve"),
-    "energy": ("pynvml", "the energy that NVIDIA GPUs take, in train.json"),
+    "local": (("xllamacpp",), "teacher.kind: llamacpp, dsbs export --format gguf"),
+    "lora": (("peft",), "train.lora"),
+    "ray": (("ray",), "annotate.engine: ray"),
+    "tensorboard": (("tensorboard",), "report.tensorboard"),
+    "ct2": (("ctranslate2",), "dsbs export --format ct2, and int8 students"),
+    "onnx": (("onnxruntime",), "dsbs export --format onnx"),
+    "gguf": (("gguf",), "students from GGUF files, dsbs export --format gguf"),
+    "serve": (("fastapi", "uvicorn"), "dsbs serve"),
+    "energy": (("pynvml",), "the energy that NVIDIA GPUs take, in train.json"),
 }
 _CGROUP = Path("/sys/fs/cgroup")
 _GB = 1e9
@@ -84,7 +84,7 @@ def extras() -> Iterator[Check]:
 
 
 def has_extra(extra: str) -> bool:
-    return importlib.util.find_spec(EXTRAS[extra][0]) is not None
+    return all(importlib.util.find_spec(module) is not None for module in EXTRAS[extra][0])
 
 
 def processor() -> Iterator[Check]:

@@ -77,7 +77,8 @@ def predict_student(
     model = load() if load is not None else Student.load(student.path)
     size = recipe.eval.batch_size
     inputs, most = [row.input for row in rows], recipe.eval.max_label_tokens
-    model.predict(inputs[: min(size, 8)], batch_size=size, canonical=True)  # the first batch pays for start-up
+    few = inputs[: min(size, 8)]
+    model.predict(few, batch_size=size, max_label_tokens=most, canonical=True)  # the first batch pays for start-up
     answers = model.predict(inputs, rationale=explain, batch_size=size, max_label_tokens=most, canonical=True)
     prompt = digest(canonical(card.prefixes), canonical(card.starts))
     write_jsonl(
@@ -182,7 +183,10 @@ def predict_teacher(recipe: Recipe, task: Task, rows: Sequence[Example], run: Pa
 
 
 def _probability(annotation: Annotation, task: Task) -> float | None:
-    """Of the teacher's own label: by its tokens where they are known, else its share of several samples."""
+    """Of the teacher's own label: by its tokens where they are known, else its share of several samples.
+
+    Of an ensemble it is the members' weighted share: the log-probabilities are of those alone that voted for the label.
+    """
     label, own = annotation.own_label, _own(annotation)
     if label is None:
         return None
@@ -192,6 +196,8 @@ def _probability(annotation: Annotation, task: Task) -> float | None:
         votes = [sample for sample in read if task.correct(str(sample.label), label)]
         logs = [sample.label_logprob for sample in votes if sample.label_logprob is not None]
         logprob, share = (statistics.fmean(logs) if logs else None), len(votes) / len(read)
+    if annotation.teacher.kind == "ensemble":
+        return share
     if logprob is not None:
         return min(1.0, math.exp(logprob))
     return share if len(own) > 1 else None

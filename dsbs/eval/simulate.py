@@ -221,12 +221,13 @@ def _content(scored: Scored) -> str:
 
 def _settings(recipe: Recipe, of: str, rows: Sequence[_Row]) -> str:
     start = recipe.train.init or recipe.student.model
+    found = recipe.train.init or recipe.student.source
     constants = [STEPS, BATCH, LEARNING_RATE, SCRATCH_LEARNING_RATE, WITHOUT_RATIONALE, WITHOUT_INPUT, SEED]
     return digest(
         of,
         canonical([[row.text, row.fold] for row in rows]),
         canonical(recipe.student.settings),
-        canonical([start, *start_hash(start), *constants]),
+        canonical([start, *start_hash(found), *constants]),
     )
 
 

@@ -15,7 +15,7 @@ from dsbs.eval.metrics import measures
 from dsbs.eval.rationales import GRADED, Values, rationale_measures
 from dsbs.eval.score import Scored
 from dsbs.eval.stats import Clusters, Difference, Scores, accuracy, difference, holm, needed
-from dsbs.recipe import EvalSection
+from dsbs.recipe import EvalSection, base_of
 from dsbs.records import Example, TrainedStudent
 from dsbs.results import Comparison, GradedComparison, Latency, Measure, Needed, PayOff, SystemKind, SystemResult
 from dsbs.tasks.base import Task
@@ -104,6 +104,7 @@ def score_system(system: System, task: Task, clusters: Clusters) -> SystemResult
 def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System, System]]:
     """Each system with each baseline that learned from the same share of the rows; no two systems twice.
 
+    After those a student that learned further terms is paired with its method without them, of the same labels and share.
     Systems that are no students stand beside those of the largest share. Where none of the baselines is there and files from
     outside are, the first of these is the baseline.
     """
@@ -120,7 +121,20 @@ def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System,
                 alike = share[system.name] == share[baseline.name] and system.name != baseline.name
                 if alike and (baseline, system) not in found and (system, baseline) not in found:
                     found.append((system, baseline))
+    for system in systems:
+        plain = _without_terms(system, systems)
+        if plain is not None and (system, plain) not in found and (plain, system) not in found:
+            found.append((system, plain))
     return found
+
+
+def _without_terms(system: System, systems: Sequence[System]) -> System | None:
+    """The system of the same method, labels and share without further terms; None where it is not there, or has none."""
+    if system.method is None or base_of(system.method) == system.method:
+        return None
+    labels, base = system.students[0].labels, base_of(system.method)
+    alike = (one for one in systems if one.method == base and one.subset == system.subset)
+    return next((one for one in alike if one.students[0].labels == labels), None)
 
 
 def compare(chosen: Sequence[tuple[System, System]], clusters: Clusters) -> dict[str, dict[str, Comparison]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from dsbs.recipe.sections import Section
 
@@ -21,11 +22,21 @@ class StudentSection(Section):
     max_target_tokens: int = Field(256, gt=0)  # longer labels and rationales are cut
     dropout: float | None = Field(None, ge=0, le=0.99)  # None: the model's own (scratch: 0.1); decoder-only: of attention
 
+    _folder: Path | None = PrivateAttr(None)  # of the recipe's file
+
     @model_validator(mode="after")
     def _one_origin(self) -> StudentSection:
         if self.model and self.init:
             raise ValueError("student.model and student.init exclude each other")
         return self
+
+    @property
+    def source(self) -> str | None:
+        """``model`` as it is opened: a GGUF file is looked for beside the recipe, too, as ``teacher.model`` is."""
+        if self.model is None or self._folder is None or not self.model.lower().endswith(".gguf"):
+            return self.model
+        beside = self._folder / Path(self.model).expanduser()
+        return self.model if Path(self.model).expanduser().is_file() or not beside.is_file() else str(beside)
 
     @property
     def settings(self) -> dict[str, Any]:

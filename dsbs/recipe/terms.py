@@ -100,8 +100,8 @@ class LocalTeacherSection(Section):
     start: str | None = None  # the pretrained model (Hub id or folder) that its training starts from; None: random weights
     size: Literal["nano", "mini", "small"] = "mini"  # of one from random weights
     weight: float = Field(1.0, gt=0)  # its part among several, relative to the others'
-    learning_rate: float | None = Field(None, gt=0)  # of its training; None: train.learning_rate
-    max_steps: int | None = Field(None, gt=0)  # of its training; None: train.max_steps
+    learning_rate: float | None = Field(None, gt=0)  # of its training; None: train's, if set, or its own start's default
+    max_steps: int | None = Field(None, gt=0)  # of its training; None: train's, if set, or its own start's default
     seed: int | None = Field(None, ge=0, lt=2**32)  # of its training; None: the first of train.seeds
 
     @model_validator(mode="after")

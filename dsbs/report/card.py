@@ -20,7 +20,7 @@ from dsbs.recipe.terms import base_of, names_of_terms
 from dsbs.records import TrainedStudent
 from dsbs.report.card_causal import causal_call
 from dsbs.report.card_recipe import Sections, hub_model, hub_source, input_text, placeholder, sections, source_of
-from dsbs.report.card_terms import local_teachers, said_of, setting, terms_of
+from dsbs.report.card_terms import annotator, explains, is_governed, local_teachers, said_of, setting, terms_of
 from dsbs.report.gather import Run
 from dsbs.results import Measure, SystemResult
 from dsbs.results_table import compared, milliseconds, percent, span
@@ -189,7 +189,7 @@ def _body(
         input=input_text(recipe),
         training=_table(["", ""], _training(recipe, student, record)),
         teacher=_teacher(recipe, student),
-        terms=_Written(_TERMS if _learned(recipe, student) and recipe.teacher_kind != "human" else _OWN_TERMS),
+        terms=_Written(_TERMS if is_governed(recipe, student, record) else _OWN_TERMS),
         result=_result(run, system, student),
         comparisons=compared(system),
         measures=rows and _table([f"metric{over}", "value", "95 % interval", "rows"], rows),
@@ -251,20 +251,6 @@ def _measure(name: str, measure: Measure) -> list[str]:
     ]
 
 
-def _explains(student: TrainedStudent) -> bool:
-    return base_of(student.method) not in ("finetune", "distill")
-
-
-def _learned(recipe: Sections, student: TrainedStudent) -> list[str]:
-    """What of a teacher a student learned; local teachers are apart."""
-    votes = any(term.kind == "labels" and not term.needs_teacher for term in terms_of(recipe, student))
-    return [
-        *["labels"] * (student.labels == "teacher"),
-        *["rationales"] * _explains(student),
-        *["label distributions"] * votes,
-    ]
-
-
 def _training(recipe: Sections, student: TrainedStudent, record: Mapping[str, Any]) -> list[tuple[str, str]]:
     train = recipe.train.tuned(student.tuned)
     start = train.init or recipe.student.model
@@ -305,22 +291,7 @@ def _weight(recipe: Sections) -> str:
 
 
 def _teacher(recipe: Sections, student: TrainedStudent) -> str:
-    return " ".join([_annotator(recipe, student), *local_teachers(recipe, student)])
-
-
-def _annotator(recipe: Sections, student: TrainedStudent) -> str:
-    learned, model = _learned(recipe, student), recipe.teacher_model
-    if not learned:
-        words = " Its vocabulary was learned from all text of the run's training." if recipe.student.is_scratch else ""
-        return f"It learned no teacher's labels or rationales.{words}"
-    if recipe.teacher_kind == "human":
-        return f"Its {' and '.join(learned)} are those of people, as they stand in the data."
-    if recipe.teacher_kind == "ensemble":
-        return f"Its {' and '.join(learned)} were chosen by the vote of {model or 'models that the run does not name'}."
-    if model is not None and (model.endswith(".gguf") or Path(model).expanduser().exists()):
-        model = Path(model).name
-    who = model or "a model that the recipe does not name"
-    return f"Its {' and '.join(learned)} were written by {who} ({recipe.teacher_kind})."
+    return " ".join([annotator(recipe, student), *local_teachers(recipe, student)])
 
 
 def _limits(run: Run, recipe: Sections, system: SystemResult, student: TrainedStudent, *, reportable: bool) -> list[str]:
@@ -350,7 +321,7 @@ def _limits(run: Run, recipe: Sections, system: SystemResult, student: TrainedSt
 def _use(run: Run, recipe: Sections, student: TrainedStudent) -> dict[str, str | None]:
     item = placeholder(recipe)
     folder = student.name
-    wants = ", rationale=True" if _explains(student) else ""
+    wants = ", rationale=True" if explains(student) else ""
     python = [
         "import dsbs",
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from dsbs.student import StudentCard
+from dsbs.student.wording import DATE
 
 
 def causal_call(name: str, own: StudentCard, text: str, max_label_tokens: int) -> list[str]:
@@ -14,7 +15,9 @@ def causal_call(name: str, own: StudentCard, text: str, max_label_tokens: int) -
         prompt = [
             f'turn = {{"role": "user", "content": {content}}}',
             "inputs = tokenizer.apply_chat_template(",
-            '    [turn], add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True',
+            "    [turn], add_generation_prompt=True, enable_thinking=False,",
+            # the one that it was trained with, for templates that write the day's date
+            f'    date_string={json.dumps(DATE)}, return_tensors="pt", return_dict=True',
             ")",
         ]
     else:

@@ -33,7 +33,8 @@ class Run:
     trained: dict[str, Any]  # train/manifest.json
     evaluated: dict[str, Any]  # eval/manifest.json
     students: dict[str, dict[str, Any]]  # name -> train.json of the students that the results speak of
-    compressed: list[Compressed]  # what `dsbs compress` made of students, by student and chain
+    compressed: list[Compressed]  # what `dsbs compress` made of the students that are there, by student and chain
+    outdated: int = 0  # records of compressed students whose student was trained anew since
 
     def members(self, system: SystemResult) -> list[str]:
         """The prediction files' names of a system: one for each seed."""
@@ -77,6 +78,8 @@ def gather(path: Path) -> Run:
                 continue  # moved away since: its predictions are enough
             except ValueError:
                 raise UserError(f"{record} is not JSON", hint="train that student again") from None
+    compressed = read_compressed(path)
+    of_today = [one for one in compressed if _is_of_today(path, one)]
     return Run(
         path=path,
         name=results.name,
@@ -86,5 +89,18 @@ def gather(path: Path) -> Run:
         trained=read_manifest(path / "train"),
         evaluated=evaluated,
         students=students,
-        compressed=read_compressed(path),
+        compressed=of_today,
+        outdated=len(compressed) - len(of_today),
     )
+
+
+def _is_of_today(path: Path, one: Compressed) -> bool:
+    """Whether it was made of the weights that bear its student's name now. Where those are gone, it is all there is of them."""
+    record = path / "train" / one.student / "train.json"
+    try:
+        fingerprint = json.loads(record.read_text(encoding="utf-8"))["student"]["fingerprint"]
+    except OSError:
+        return True
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{record} is not a student's record", hint="train that student again") from None
+    return bool(fingerprint == one.fingerprint)

@@ -105,7 +105,7 @@ def _render(runs: Sequence[Run], drawn: Sequence[Figure], packed: Examples) -> s
         rationales=sections.rationales(runs),
         costs=sections.costs(runs),
         smaller=smaller.frontier(runs),
-        healing=smaller.healing_sentences(runs),
+        healing=smaller.healing_sentences(runs) + smaller.outdated(runs),
         figures=[(figure, Markup(figure.svg)) for figure in drawn if not figure.name.startswith("frontier")],
         frontiers=[(figure, Markup(figure.svg)) for figure in drawn if figure.name.startswith("frontier")],
         needed=[_of(run, runs, needed_sentence(one)) for run in runs for one in run.results.needed],

@@ -27,6 +27,27 @@ def recovered(one: Compressed) -> float | None:
     return (one.compressed.accuracy - one.before_healing) / (one.original.accuracy - one.before_healing)
 
 
+def by_original(records: Sequence[Compressed]) -> list[list[Compressed]]:
+    """The records of each student as trained: its chains are held against it alone, and not against what another number of
+    rows of valid said of the same student.
+    """
+    found: dict[tuple[str, int, float], list[Compressed]] = {}
+    for one in records:
+        found.setdefault((one.student, one.n, one.original.accuracy), []).append(one)
+    return list(found.values())
+
+
+def outdated(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each run some of whose compressed students were made of weights that are there no more."""
+    said = []
+    for run in runs:
+        if run.outdated:
+            of = f"{run.name}: " if len(runs) > 1 else ""
+            many = "compressed student was" if run.outdated == 1 else "compressed students were"
+            said.append(f"{of}{run.outdated:,} {many} left out: the student was trained anew since; compress it again.")
+    return said
+
+
 def median_ms(standing: Standing, batch_size: int) -> float | None:
     """Median time of a call with so many rows; None: not measured."""
     return next((one.p50_ms for one in standing.latency if one.batch_size == batch_size), None)
@@ -57,11 +78,15 @@ def frontier(runs: Sequence[Run]) -> Table | None:
 
 
 def _groups(run: Run, of: str) -> list[Group]:
-    """A group for each student, its chains from the largest to the smallest."""
+    """A group for each student as trained, its chains from the largest to the smallest."""
     found = []
-    for student in dict.fromkeys(one.student for one in run.compressed):
-        made = sorted((one for one in run.compressed if one.student == student), key=lambda one: -one.compressed.megabytes)
-        found.append(Group(of + student, [_original(made[0]), *map(_line, made)]))
+    alike = by_original(run.compressed)
+    students = [records[0].student for records in alike]
+    for records in alike:
+        made = sorted(records, key=lambda one: -one.compressed.megabytes)
+        student = made[0].student
+        rows = f" on {made[0].n:,} rows" if students.count(student) > 1 else ""
+        found.append(Group(of + student + rows, [_original(made[0]), *map(_line, made)]))
     return found
 
 

@@ -17,7 +17,7 @@ from dsbs.compressed import Standing
 from dsbs.markdown import escape, paragraph, table
 from dsbs.report.gather import Run
 from dsbs.report.naming import run_titles
-from dsbs.report.smaller import frontier, healing_sentences, recovered
+from dsbs.report.smaller import by_original, frontier, healing_sentences, outdated, recovered
 from dsbs.results import Interval, Latency, SystemResult
 from dsbs.results_table import is_reliable, markdown
 
@@ -149,11 +149,9 @@ def _compressed(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
     """What `dsbs compress` made, and before each student's first line the student as trained, whose chain is empty."""
     rows: list[dict[str, Cell]] = []
     for title, run in runs:
-        seen: set[str] = set()
-        for one in run.compressed:
+        for first, one in ((records[0], one) for records in by_original(run.compressed) for one in records):
             start: dict[str, Cell] = {"run": title, "student": one.student}
-            if one.student not in seen:
-                seen.add(one.student)
+            if one is first:
                 rows.append(start | {"chain": "", "rows": one.n, "split": "valid"} | _standing(one.original))
             rows.append(
                 start
@@ -182,12 +180,13 @@ def _standing(one: Standing) -> dict[str, Cell]:
 def _page(run: Run, title: str) -> str:
     """``results.md`` of a run, with its compressed students where it has some."""
     page, found = markdown(run.results, title), frontier([run])
+    left_out = outdated([run])
     if found is None:
-        return page
+        return "\n".join([page, *("\n" + paragraph(one) for one in left_out)])
     heads = [(group.title or "", line) for group in found.groups for line in group.lines]
     rows = [[escape(student), escape(line.head), *map(escape, line.cells)] for student, line in heads]
     lines = ["", "## Smaller students", "", *table([escape(name) for name in ("student", "chain", *found.headings)], rows)]
-    said = [f"{heading}: {note}." for heading, note in found.explained.items()] + healing_sentences([run])
+    said = [f"{heading}: {note}." for heading, note in found.explained.items()] + healing_sentences([run]) + left_out
     return "\n".join([page, *lines, "", *(f"- {paragraph(one)}" for one in said)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from dsbs.errors import UserError
 from dsbs.recipe import TaskSection
@@ -29,10 +29,10 @@ class StudentCard(BaseModel):
     labels: str  # whose labels it learned: gold or teacher
     seed: int
     task: TaskSection
-    prefixes: dict[Target, str]  # of each task it learned; the first one holds the label
+    prefixes: dict[Target, str] = Field(min_length=1)  # of each task it learned; the first one holds the label
     starts: dict[Target, Start] = {}  # what the decoder begins each with; none given: pad
-    max_input_tokens: int
-    max_target_tokens: int
+    max_input_tokens: int = Field(gt=0)
+    max_target_tokens: int = Field(gt=0)
     kind: Kind = "seq2seq"
     format: Format = "transformers"
     template: Template | None = None  # how a causal one's prompts are written; None: it is none

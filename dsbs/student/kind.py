@@ -12,9 +12,13 @@ from dsbs.recipe import Recipe
 from dsbs.student.card import Kind
 from dsbs.student.weights import local, located, not_loaded, quiet
 
+# Encoder-decoders whose tokenizer, padding and position biases are T5's own; Flan-T5 is a t5.
+T5S = ("t5", "mt5")
+
 
 def kind_of(source: str | None) -> Kind:
-    """Of a Hub id, a local folder or a GGUF file; None: a T5 from scratch. Needs no torch. Raises DsbsError."""
+    """Of a Hub id, a local folder or a GGUF file; None: a T5 from scratch. Needs no torch. Raises DsbsError, and
+    UserError for an encoder-decoder that is no T5."""
     if source is None:
         return "seq2seq"
     if is_gguf(source):
@@ -28,11 +32,18 @@ def kind_of(source: str | None) -> Kind:
     quiet()
     try:
         file = cached_file(local(source), "config.json")
-        is_seq2seq = dict(json.loads(Path(str(file)).read_text(encoding="utf-8"))).get("is_encoder_decoder")
+        config = dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
     except Exception as error:  # hub, network and file errors share no root
         raise not_loaded("configuration", source, error) from None
     # T5's and every other encoder-decoder's file says so: transformers' default is the other
-    return "seq2seq" if is_seq2seq else "causal"
+    if not config.get("is_encoder_decoder"):
+        return "causal"
+    if config.get("model_type", "t5") not in T5S:
+        raise UserError(
+            f"{source} is an encoder-decoder of the type {config['model_type']}, and a student is a T5 or a decoder alone",
+            hint="name a T5 (google/t5-v1_1-base, google/flan-t5-base, google/mt5-small) or a decoder such as Qwen/Qwen3-0.6B",
+        )
+    return "seq2seq"
 
 
 def positions(source: str) -> int | None:
@@ -50,7 +61,7 @@ def positions(source: str) -> int | None:
 def check_student(recipe: Recipe) -> None:
     """Raises UserError for keys that the student's kind has no use for, and for more tokens than it has positions for."""
     section, train = recipe.student, recipe.train
-    source = train.init or section.model
+    source = train.init or section.source
     if kind_of(source) == "seq2seq":
         if section.template != "auto":
             raise UserError(

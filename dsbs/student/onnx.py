@@ -28,6 +28,12 @@ def onnxruntime() -> Any:
     return runtime
 
 
+def _threads() -> int:
+    """OMP_NUM_THREADS, which onnxruntime does not read itself; of a list (``4,2``) the outermost level. 0: all."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(said) if said.isdecimal() else 0
+
+
 class Onnx:
     """Inputs longer than the card's ``max_input_tokens`` are cut."""
 
@@ -42,7 +48,7 @@ class Onnx:
     def load(cls, path: Path, card: StudentCard) -> Onnx:
         runtime = onnxruntime()
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # which it does not read itself; 0: all
+        options.intra_op_num_threads = _threads()
         options.log_severity_level = 3
         wanted = [one for one in ("CUDAExecutionProvider", "CPUExecutionProvider") if one in runtime.get_available_providers()]
         try:

@@ -13,6 +13,7 @@ from dsbs.errors import UserError
 from dsbs.records import Unread
 from dsbs.student.card import CARD, StudentCard, read_card
 from dsbs.student.engine import Engine, load_engine, make_engine
+from dsbs.student.kind import kind_of
 from dsbs.student.targets import THEN_LABEL, THEN_RATIONALE, Start, Target, take_apart
 from dsbs.tasks import make_task
 
@@ -61,6 +62,12 @@ class Student:
     def load(cls, path: str | Path) -> Student:
         """Read a student folder: ``train/<name>/`` of a run, or an export's. Raises UserError where there is none."""
         card = read_card(path)
+        has_config = card.format == "transformers" and (Path(path) / "config.json").is_file()
+        if has_config and (found := kind_of(str(path))) != card.kind:
+            raise UserError(
+                f"{path}: {CARD} says kind: {card.kind}, and the model beside it is {found}",
+                hint=f"put the {CARD} back that was saved with this model, or train the student again",
+            )
         return cls(load_engine(Path(path), card), card)
 
     def save(self, folder: Path) -> None:

@@ -64,7 +64,7 @@ def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | Non
     """The tokenizer that training starts from: the model's own, or a SentencePiece vocabulary learned from ``texts``."""
     if init is not None and not Path(init).expanduser().is_dir():
         raise UserError(f"train.init: there is no folder {init}", hint="give the folder of a student or of a pretrained model")
-    start = init or section.model
+    start = init or section.source
     return load_tokenizer(start) if start is not None else learn_vocabulary(texts, section.vocab_size)
 
 

@@ -48,7 +48,12 @@ def load_model(source: str, dropout: float | None = None) -> Any:
                 f"student.dropout: {source} has no one rate of that kind", hint="leave student.dropout out"
             ) from None
         raise not_loaded("model", source, error) from None
-    if not is_seq2seq and not model.config.is_decoder and model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    # not every decoder's configuration has the key: this transformers' Llama has none
+    if (
+        not is_seq2seq
+        and not getattr(model.config, "is_decoder", False)
+        and model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    ):
         raise UserError(
             f"{source} is an encoder ({model.config.model_type}): each token sees those after it, so it would read its targets",
             hint="a student is a T5, or a decoder such as Qwen, Llama or SmolLM",
@@ -110,7 +115,6 @@ def not_loaded(what: str, source: str, error: Exception) -> DsbsError:
     )
 
 
-@cache
 def start_hash(start: str | None) -> tuple[str, ...]:
     """Of the weights on disk that training starts from; nothing for a Hub id, whose name stands in the recipe."""
     if start and is_gguf(start):
@@ -119,11 +123,15 @@ def start_hash(start: str | None) -> tuple[str, ...]:
     if not start or not folder.is_dir():
         return ()
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin") or path.name == "config.json"]
-    hashes = []
-    for path in files:
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return tuple(hashes)
+    return tuple(_file_hash(path, stat.st_mtime_ns, stat.st_size) for path in files for stat in [path.stat()])
+
+
+@cache
+def _file_hash(path: Path, changed_ns: int, size: int) -> str:
+    """Of a file as it is: one that was written anew since is read again."""
+    del changed_ns, size
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | None = None) -> Any:
@@ -131,7 +139,7 @@ def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | No
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    start = init or section.model
+    start = init or section.source
     if start is not None:
         model = load_model(start, section.dropout)
         if len(tokenizer) > model.config.vocab_size:

@@ -14,8 +14,8 @@ from dsbs.student.prompts import Around, Prompts
 
 _MARK = "\ue000text\ue000"  # stands for a text while a template is rendered; from Unicode's private use area
 # Templates that write the day's date would make another student of the same rows tomorrow.
-_DATE = "01 January 2025"
-_SAME_DAY = "{% macro strftime_now(format) %}" + _DATE + "{% endmacro %}"
+DATE = "01 January 2025"
+_SAME_DAY = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
 
 
 class Wording(Protocol):
@@ -39,7 +39,7 @@ class Wording(Protocol):
 
 def new_wording(section: StudentSection, tokenizer: Any, init: str | None = None) -> Wording:
     """The wording that a student is trained with. Raises UserError for a template that its tokenizer does not have."""
-    if kind_of(init or section.model) == "seq2seq":
+    if kind_of(init or section.source) == "seq2seq":
         return Plain(tokenizer)
     has_one = bool(tokenizer.chat_template)
     if section.template == "chat" and not has_one:
@@ -132,7 +132,7 @@ def _chat(tokenizer: Any) -> tuple[str, str, int]:
     """What a chat template writes before and after a user's text, and the id that ends the answer's turn."""
     user, answer = {"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}
     # a student says its label at once: models that think first (Qwen3) leave that out where their template is told to
-    keys: dict[str, Any] = {"tokenize": False, "enable_thinking": False, "date_string": _DATE}
+    keys: dict[str, Any] = {"tokenize": False, "enable_thinking": False, "date_string": DATE}
     try:
         keys["chat_template"] = _SAME_DAY + tokenizer.get_chat_template()
         head, _, tail = tokenizer.apply_chat_template([user], add_generation_prompt=True, **keys).partition(_MARK)

@@ -54,6 +54,7 @@ class Board(TrainerCallback):
                 "report.tensorboard needs the package tensorboard", hint="pip install 'dsbs[tensorboard]'"
             ) from None
         self._follow, self._student, self._data = follow, student, data
+        self._most = recipe.eval.max_label_tokens
         self._rows = data.valid[: recipe.report.tensorboard_samples]
         self._writer: Any = None
         if not leads():
@@ -102,7 +103,9 @@ class Board(TrainerCallback):
         Greedy decoding: no random number is drawn.
         """
         fields = [self._data.fields[row.id] for row in self._rows]
-        answers = self._student.predict(fields, rationale=self._student.card.explains, canonical=True)
+        answers = self._student.predict(
+            fields, rationale=self._student.card.explains, max_label_tokens=self._most, canonical=True
+        )
         for row, answer in zip(self._rows, answers, strict=True):
             label = f"{answer.raw} (no label)" if answer.label is None else answer.label
             yield row.text, str(row.label(self._data.valid_labels)), label, answer.rationale or "–"

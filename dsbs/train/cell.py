@@ -80,7 +80,7 @@ class CellTraining:
             tokenizer_hash(self.tokenizer),
             encoded_hash(self.rows),
             encoded_hash(self.valid),
-            *start_hash(self.recipe.train.init or self.recipe.student.model),
+            *start_hash(self.recipe.train.init or self.recipe.student.source),
             *([teachers_fingerprint(self.teachers)] if self.teachers else []),
             *([soft_hash(self.soft)] if self.soft else []),
             *([] if self.answers is None else [answers_hash(self.answers)]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +32,18 @@ Said = tuple[NDArray[np.int32], NDArray[np.float32]]  # ids and log-probabilitie
 
 
 class Kept:
-    """What is in ``folder``, whose name says of which teachers, temperature and K. ``width``: of the V entries that count."""
+    """What is in ``folder``, whose name says of which teachers, temperature and K. ``width``: of the V entries that count.
 
-    def __init__(self, folder: Path, width: int) -> None:
+    Of the rows there, those of ``wanted`` alone stay in memory: other students' may be many times as many.
+    """
+
+    def __init__(self, folder: Path, width: int, wanted: Set[bytes]) -> None:
         self.width = width
-        self._folder = folder
+        self._folder, self._wanted = folder, wanted
         self._known: dict[bytes, Said] = {}
         self._new: dict[bytes, Said] = {}
         for path in sorted(folder.glob("*.npz")):
-            self._known |= _read(path)
+            self._known |= _read(path, wanted)
 
     def of(self, flat: Flat, view: View) -> tuple[Tensor, Tensor]:
         """flat rows of M target tokens -> ids and log-probabilities in nats, each (M, K)."""
@@ -76,14 +79,10 @@ class Kept:
                     self._write()
         wait()
         for path in () if leads() else sorted(self._folder.glob("*.npz")):
-            self._known |= _read(path)
+            self._known |= _read(path, self._wanted)
 
     def _has(self, row: Encoded, views: Sequence[View]) -> bool:
-        return all(
-            _key(np.asarray(source), np.asarray(target), view) in self._known
-            for view in views
-            for source, target in row.get(view.target, ())
-        )
+        return all(key in self._known for key in _keys_of(row, views))
 
     def _take(self, rows: list[Encoded], views: Sequence[View], ask: Callable[..., Any]) -> None:
         batch = collate(rows)
@@ -148,8 +147,8 @@ def keep(
         width = min([vocabulary, *(teacher.model().config.vocab_size for teacher in teachers)])
         many = min(term.top_k, width)
         key = digest(teachers_fingerprint(teachers), canonical([term.temperature, many, width, section.ensemble]))
-        kept = found[term.title] = Kept(folder / key[:32], width)
         asked = [view for view in views if view.target in term_views(term, views)]
+        kept = found[term.title] = Kept(folder / key[:32], width, {one for row in rows for one in _keys_of(row, asked)})
         kept.fill(rows, asked, _likeliest(term, section, asked, teachers, many, width), size, meter, title)
     return found
 
@@ -188,6 +187,12 @@ def keys(flat: Flat, view: View) -> list[bytes]:
     return [_key(source, target, view) for source, target in zip(sources, targets, strict=True)]
 
 
+def _keys_of(row: Encoded, views: Sequence[View]) -> Iterator[bytes]:
+    for view in views:
+        for source, target in row.get(view.target, ()):
+            yield _key(np.asarray(source), np.asarray(target), view)
+
+
 def _key(source: NDArray[Any], target: NDArray[Any], view: View) -> bytes:
     state = hashlib.blake2b(source.astype(np.int32).tobytes(), digest_size=16)
     state.update(view.start.encode() + b"\0")
@@ -195,12 +200,21 @@ def _key(source: NDArray[Any], target: NDArray[Any], view: View) -> bytes:
     return state.digest()
 
 
-def _read(path: Path) -> dict[bytes, Said]:
-    """Nothing of a file that is damaged: its rows are asked for again."""
+def _read(path: Path, wanted: Set[bytes]) -> dict[bytes, Said]:
+    """Nothing of a file that is damaged, which is removed: its rows are asked for again."""
     try:
         with np.load(path, allow_pickle=False) as kept:
             ends = np.cumsum(kept["lengths"])[:-1]
             ids, logprobs = np.split(kept["ids"], ends), np.split(kept["logprobs"], ends)
-            return {key.tobytes(): (one, other) for key, one, other in zip(kept["keys"], ids, logprobs, strict=True)}
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+            # copies: a part of an array would hold the file's whole one
+            return {
+                name: (one.copy(), other.copy())
+                for key, one, other in zip(kept["keys"], ids, logprobs, strict=True)
+                if (name := key.tobytes()) in wanted
+            }
+    except OSError:
+        return {}
+    except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+        if leads():
+            path.unlink(missing_ok=True)
         return {}

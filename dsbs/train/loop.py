@@ -117,6 +117,7 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     cells = grid(recipe.train)
     task = make_task(recipe.task)
     check_terms(recipe.train, task, cells)
+    check_student(recipe)
     data = gather(recipe, task, run, cells)
     lines = []
     for teacher, job in planned_teachers(recipe, cells, run / "train"):

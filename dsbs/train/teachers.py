@@ -13,7 +13,7 @@ from typing import Any
 
 from dsbs.artefacts import canonical, digest
 from dsbs.errors import UserError
-from dsbs.recipe import LocalTeacherSection, Recipe, StudentSection, base_of
+from dsbs.recipe import SCRATCH_DEFAULTS, LocalTeacherSection, Recipe, StudentSection, TrainSection, base_of
 from dsbs.records import TrainedStudent
 from dsbs.student import load_model, load_tokenizer, read_card, start_hash, tokenizer_hash
 from dsbs.train import memory
@@ -138,11 +138,21 @@ class LocalTeachers:
 
 
 def teacher_job(recipe: Recipe, number: int, section: LocalTeacherSection, cell: Cell, train: Path) -> tuple[Recipe, Job]:
-    """The recipe and the job that train a cell's ``number``-th teacher (from 1); ``train`` is the run's folder of students."""
+    """The recipe and the job that train a cell's ``number``-th teacher (from 1); ``train`` is the run's folder of students.
+
+    Where neither its section nor the recipe sets them, its learning rate and steps are the defaults of its own start, random
+    weights or a pretrained model, and not of the student's.
+    """
     seed = section.seed if section.seed is not None else recipe.train.seeds[0]
     own = replace(cell, method=base_of(cell.method), seed=seed, learns_votes=False)
-    given = {"learning_rate": section.learning_rate, "max_steps": section.max_steps}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {}
+    for key, at_random in SCRATCH_DEFAULTS.items():
+        pretrained = TrainSection.model_fields[key].default
+        given, ours = getattr(section, key), getattr(recipe.train, key)
+        # by value, since a recipe that was written out in full has every key
+        is_unset = ours == (at_random if recipe.student.is_scratch else pretrained)
+        if given is not None or is_unset:
+            changes[key] = given if given is not None else (at_random if section.start is None else pretrained)
     learning = recipe.train.model_copy(
         update={
             "methods": (own.method,), "seeds": (seed,), "terms": (), "teachers": (), "tune": None, "init": None, "lora": None,

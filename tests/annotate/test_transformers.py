@@ -181,3 +181,16 @@ def test_another_model_in_the_same_folder_is_another_teacher(toy: Callable[..., 
     assert identities(recipe) != before
     (causal / "more.safetensors").unlink()
     assert identities(recipe) == before
+
+
+def test_a_models_own_code_is_never_run_whatever_stdin_says(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard-of", "auto_map": {"AutoConfig": "own.Own"}}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="needs code that comes with it, which is never run"):
+        teacher(toy, folder)
+    assert not (tmp_path / "ran").exists()

@@ -242,6 +242,17 @@ def test_the_teachers_row_has_its_own_labels_probability_and_whether_it_was_cut(
         assert one.prompt == load_prompt(recipe, task).hash
 
 
+def test_an_ensembles_probability_is_the_weighted_share_of_those_that_voted_for_its_label(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    row: dict[str, Any] = {"teacher": TeacherName(kind="ensemble", model="a, b"), "own_label": "billing", "label": "billing"}
+    row |= {"provenance": "own", "samples": samples("billing", "shipping", logprob=-0.1), "label_logprob": -0.1}
+    annotated(recipe, tmp_path, row | {"vote_share": 0.75})
+    path = predict_teacher(recipe, make_task(recipe.task), rows_of(recipe), tmp_path, needed=True)
+    assert path is not None
+    assert next(iter(read_predictions(path).values())).probability == 0.75
+
+
 def test_a_teacher_without_a_prompt_or_a_models_name_has_none_in_its_rows(recipe: Recipe, tmp_path: Path) -> None:
     annotated(recipe, tmp_path, *[{"teacher": TeacherName(kind="recorded")}] * 12, prompt=False)
     path = predict_teacher(recipe, make_task(recipe.task), rows_of(recipe), tmp_path, needed=True)

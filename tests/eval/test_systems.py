@@ -121,6 +121,30 @@ def test_students_meet_the_baselines_of_their_own_share_and_nobody_meets_twice()
     assert pairs([systems[0], systems[5]], EvalSection()) == []
 
 
+def test_a_student_with_terms_meets_its_own_method_without_them() -> None:
+    systems = [
+        system("finetune"), system("step-by-step"), system("step-by-step", 0.5), system("step-by-step+response"),
+        system("finetune+response"), system("step-by-step+response", 0.25),
+    ]  # fmt: skip
+    chosen = pairs(systems, EvalSection())
+    met = [(a.name, b.name) for a, b in chosen]
+    assert met == [
+        ("step-by-step", "finetune"), ("step-by-step+response", "finetune"), ("finetune+response", "finetune"),
+        ("step-by-step+response", "step-by-step"),
+    ]  # fmt: skip
+    taught = systems[3].students[0].model_copy(update={"labels": "teacher"})
+    systems[3].students = [taught]
+    assert ("step-by-step+response", "step-by-step") not in [(a.name, b.name) for a, b in pairs(systems, EvalSection())]
+
+
+def test_the_comparison_with_the_method_without_terms_is_among_those_corrected() -> None:
+    systems = [system("finetune", right=0.5), system("step-by-step", right=0.6), system("step-by-step+response", right=0.75)]
+    found = compare(pairs(systems, EvalSection()), None)
+    assert list(found["step-by-step+response"]) == ["finetune", "step-by-step"]  # the first is what a headline speaks of
+    one = found["step-by-step+response"]["finetune"]
+    assert one.p_holm == pytest.approx(min(1.0, 3 * one.p))
+
+
 def test_adjusted_p_values_are_over_all_comparisons() -> None:
     systems = [system("finetune", right=0.5), system("distill", right=0.6), system("step-by-step", right=0.75)]
     found = compare(pairs(systems, EvalSection()), None)

@@ -136,9 +136,9 @@ def compress(
         return Standing(accuracy=accuracy, megabytes=megabytes, latency=times)
 
     made = Compressed(
-        student=student, fingerprint="f" * 64, chain=chain, n=1000, original=standing(0.632, 7.4, 9.0),
-        compressed=standing(accuracy, megabytes, ms), max_drop=0.02, accepted=0.632 - accuracy <= 0.02, seconds=3.0,
-        **{"agreement": 0.95} | more,
+        student=student, chain=chain, compressed=standing(accuracy, megabytes, ms), max_drop=0.02,
+        accepted=0.632 - accuracy <= 0.02, seconds=3.0,
+        **{"fingerprint": "f" * 64, "n": 1000, "original": standing(0.632, 7.4, 9.0), "agreement": 0.95} | more,
     )  # fmt: skip
     folder = run / "compress" / student / made.name
     _json(folder / "compress.json", made.model_dump(mode="json", by_alias=True))

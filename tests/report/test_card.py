@@ -250,7 +250,7 @@ def test_a_card_tells_each_further_term_with_its_source_and_the_teachers_behind_
     def add(results: dict[str, Any]) -> None:
         soft = {"kind": "response", "name": "soft", "weight": 0.5, "temperature": 2.0}
         more = {"terms": [{"kind": "labels"}, soft], "teachers": [{"model": "/secret/place/big"}, {"size": "small"}]}
-        results["recipe"]["train"] |= more
+        results["recipe"]["train"] |= more | {"methods": [method]}
 
     changed(folder, "train/finetune-gold-s0", learn, "train.json")
     card = text_of(changed(folder, "eval", add), "finetune-gold-s0")
@@ -267,3 +267,22 @@ def test_a_card_tells_each_further_term_with_its_source_and_the_teachers_behind_
     tags = ModelCard.load(folder / "train" / "finetune-gold-s0" / "README.md").data.tags
     assert {"finetune", "soft", "labels"} <= set(tags)
     assert "further term" not in text_of(gather(folder), "step-by-step-gold-s0"), "which names none"
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "governed"), [("openai", "s", True), ("human", "s", False), ("openai", None, False)]
+)
+def test_what_a_local_teacher_learned_of_a_model_is_under_that_models_terms_in_its_student(
+    folder: Path, tmp_path: Path, kind: str, source: str | None, governed: bool
+) -> None:
+    train = tmp_path / "elsewhere" / "train"
+    (train / "big").mkdir(parents=True)
+    (train / "big" / "train.json").write_text(json.dumps({"student": {"source": source}}), encoding="utf-8")
+    (train / "manifest.json").write_text(json.dumps({"recipe": {"teacher": {"kind": kind}}}), encoding="utf-8")
+
+    def learn(record: dict[str, Any]) -> None:
+        record["teachers"] = [{"name": "big", "path": str(train / "big"), "weight": 1.0, "fingerprint": "f"}]
+
+    card = text_of(changed(folder, "train/finetune-gold-s0", learn, "train.json"), "finetune-gold-s0")
+    assert ("The teacher's terms of use" in card) is governed
+    assert "It learned no teacher's labels or rationales." in card

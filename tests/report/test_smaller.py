@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from made_run import compress, make_run
 
+from dsbs.compressed import Standing
 from dsbs.errors import UserError
 from dsbs.report.figures import figures
 from dsbs.report.figures.frontier import frontier_of
 from dsbs.report.gather import gather
 from dsbs.report.page import report_runs
-from dsbs.report.smaller import frontier, healing_sentences, recovered
+from dsbs.report.smaller import frontier, healing_sentences, outdated, recovered
+from dsbs.report.tables import write_tables
 
 STUDENT = "step-by-step-gold-s0"
 HOSTILE = "<script>alert(1)</script>|{{ 7*7 }}"
@@ -149,3 +152,32 @@ def test_a_record_that_cannot_be_read_says_which(made: Path) -> None:
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"quantize=int8/compress\.json is no record"):
         gather(made)
+
+
+def test_what_was_made_of_weights_that_are_there_no_more_is_left_out_and_said_to_be(made: Path) -> None:
+    compress(made, STUDENT, ("tiny=1",), 0.6, 0.2, 0.5, fingerprint="old")
+    run = gather(made)
+    assert "tiny=1" not in [one.name for one in run.compressed] and len(run.compressed) == 4
+    assert outdated([run]) == ["1 compressed student was left out: the student was trained anew since; compress it again."]
+    record = made / "train" / STUDENT / "train.json"
+    trained = json.loads(record.read_text(encoding="utf-8"))
+    trained["student"]["fingerprint"] = "new"
+    record.write_text(json.dumps(trained), encoding="utf-8")
+    page = report_runs([made]).page.read_text(encoding="utf-8")
+    assert "5 compressed students were left out" in page and "quantize=int8" not in page
+    assert "5 compressed students were left out" in (made / "report" / "results.md").read_text(encoding="utf-8")
+
+
+def test_chains_stand_below_the_student_as_trained_that_they_were_held_against(made: Path) -> None:
+    other = Standing(accuracy=0.7, megabytes=7.4, latency=[])
+    compress(made, STUDENT, ("low-rank=0.5",), 0.69, 4.0, 5.0, n=100, original=other)
+    run = gather(made)
+    table = frontier([run])
+    assert table is not None
+    tops = {group.title: (group.lines[0].cells[0], [line.head for line in group.lines[1:]]) for group in table.groups}
+    assert tops[f"{STUDENT} on 100 rows"] == ("70.0", ["low-rank=0.5"])
+    assert tops[f"{STUDENT} on 1,000 rows"][0] == "63.2" and len(tops[f"{STUDENT} on 1,000 rows"][1]) == 4
+    write_tables([run], made / "tables")
+    with (made / "tables" / "compressed.csv").open(encoding="utf-8", newline="") as file:
+        starts = [(row["rows"], row["accuracy"]) for row in csv.DictReader(file) if not row["chain"]]
+    assert sorted(starts) == [("100", "0.7"), ("1000", "0.632")]

@@ -135,8 +135,10 @@ def test_kept_log_probabilities_are_asked_for_once_and_for_all_seeds(
     assert not asked, "the second seed's rows are the same"
     for path in folder.glob("*.npz"):
         path.write_bytes(path.read_bytes()[:-40])
+    (folder / "damaged.npz").write_bytes(b"PK")
     train(on_toy(*KEPT, "train.seeds=[0, 2]"), out=run)
     assert asked, "what is damaged is asked for anew"
+    assert not (folder / "damaged.npz").exists()
 
 
 def test_a_trained_student_teaches_where_its_vocabulary_and_prefixes_fit(on_toy: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -211,6 +213,21 @@ def test_the_teachers_own_recipe_is_the_same_for_each_student_of_a_base_method(o
     ((taught, job),) = planned_teachers(recipe, cells, Path("train"))
     assert job.folder == Path("train/teachers/1-nano-finetune-gold") and job.cell.method == "finetune"
     assert taught.train.tune is None and taught.train.max_steps == 2 and not taught.train.terms
+
+
+def test_a_teacher_learns_by_the_defaults_of_its_own_start(on_toy: Callable[..., Recipe], tmp_path: Path) -> None:
+    def learning(*overrides: str) -> tuple[float, int]:
+        recipe = on_toy(*RESPONSE[:2], *overrides)
+        ((taught, _),) = planned_teachers(recipe, grid(recipe.train), tmp_path)
+        return taught.train.learning_rate, taught.train.max_steps
+
+    plain = ("train.learning_rate=0.001", "train.max_steps=1000")
+    assert learning(*plain, "train.teachers=[{size: nano}]") == (1e-3, 1000), "as a student from scratch"
+    pretrained = ("student={model: somewhere}", "train.learning_rate=0.00005", "train.max_steps=10000")
+    assert learning(*pretrained, "train.teachers=[{size: nano}]") == (1e-3, 1000)
+    assert learning(*pretrained, "train.teachers=[{start: elsewhere}]") == (5e-5, 10_000)
+    assert learning(*pretrained, "train.max_steps=70", "train.teachers=[{size: nano}]") == (1e-3, 70)
+    assert learning(*pretrained, "train.teachers=[{size: nano, learning_rate: 0.01}]") == (0.01, 1000)
 
 
 def test_votes_of_annotations_are_learned_and_tell_students_apart(toy: Callable[..., Path], tmp_path: Path) -> None:

@@ -46,14 +46,22 @@ class TransformersTeacher:
 
         gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32
+        # its own code is never run: unless it is told so, transformers asks on stdin
+        place: dict[str, Any] = {"pretrained_model_name_or_path": name, "trust_remote_code": False}
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(**place)
             kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             # a causal model goes on at its prompt's end; an encoder's positions are counted from its beginning
             side = "right" if config.is_encoder_decoder else "left"
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side=side)
-            self._model: Any = kind.from_pretrained(name, dtype=dtype, device_map="auto" if gpu else None).eval()
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(**place, padding_side=side)
+            self._model: Any = kind.from_pretrained(**place, dtype=dtype, device_map="auto" if gpu else None).eval()
         except Exception as error:  # hub, network, file and format errors share no root
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"teacher.model {name} needs code that comes with it, which is never run here",
+                    hint="name a model that transformers knows by itself, or serve this one elsewhere and give its address in "
+                    "teacher.base_url",
+                ) from None
             raise UserError(
                 f"teacher.model {name} cannot be loaded ({' '.join(str(error).split())[:200]})",
                 hint="give a Hub id or the folder of a causal or sequence-to-sequence model with its tokenizer",

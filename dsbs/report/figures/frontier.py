@@ -11,7 +11,7 @@ from dsbs.report.figures.looks import FILLS, Look, handle, log_axis, point, shar
 from dsbs.report.figures.sheet import INK, MUTE, Figure, drawing, short
 from dsbs.report.gather import Run
 from dsbs.report.naming import run_titles
-from dsbs.report.smaller import UNCHANGED, median_ms
+from dsbs.report.smaller import UNCHANGED, by_original, median_ms
 from dsbs.results_table import milliseconds
 
 _MOST = 12  # chains with a look of their own
@@ -76,7 +76,8 @@ def _draw(name: str, of: str, run: Run, looks: dict[str, Look]) -> Figure:
             log_axis(axes.xaxis, ends)
             axes.margins(y=0.12)
             axes.set_xlabel(label)
-            shares(axes, f"accuracy on valid ({run.compressed[0].n:,} rows)")
+            rows = " or ".join(f"{count:,}" for count in sorted({one.n for one in run.compressed}))
+            shares(axes, f"accuracy on valid ({rows} rows)")
         entries = {look.title: look for place in places for look in [_look(place, looks)]}
         pictures = [(handle(look, line=False), short(title)) for title, look in entries.items()]
         grey = Look("", MUTE, "o")
@@ -94,11 +95,11 @@ def _draw(name: str, of: str, run: Run, looks: dict[str, Look]) -> Figure:
 
 def _places(run: Run) -> list[_Place]:
     found: list[_Place] = []
-    for one in run.compressed:
-        if not any(place.student == one.student for place in found):
-            found.append(_Place(one.student, None, one.original, median_ms(one.original, 1)))
-        first = next(place for place in found if place.student == one.student)
-        found.append(_Place(one.student, one.name, one.compressed, _beside(first.ms, one), one.accepted))
+    for records in by_original(run.compressed):
+        before = records[0]
+        time = median_ms(before.original, 1)
+        found.append(_Place(before.student, None, before.original, time))
+        found += [_Place(one.student, one.name, one.compressed, _beside(time, one), one.accepted) for one in records]
     return found
 
 
