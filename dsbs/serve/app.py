@@ -144,8 +144,8 @@ def _prediction(outcome: Outcome, rationale: bool, causal: bool) -> dict[str, An
     return row | ({"rationale": answer.rationale, "rationale_is_causal": causal} if rationale else {})
 
 
-def make_app(service: Service, token: str | None) -> App:
-    """The whole application; ``token`` is what clients must bear, None: nothing."""
+def make_app(service: Service, token: str | None, *, local: bool) -> App:
+    """The whole application; ``token`` is what clients must bear, None: nothing; ``local``: see ``Door``."""
 
     @asynccontextmanager
     async def alive(_: FastAPI) -> AsyncIterator[None]:
@@ -178,5 +178,6 @@ def make_app(service: Service, token: str | None) -> App:
         return await refuse(request, refused)
 
     return Door(
-        app, service.settings, service.intake, service.metrics, token=token, paths=frozenset(routes), open_paths=OPEN_PATHS
-    )
+        app, service.settings, service.intake, service.metrics,
+        token=token, local=local, paths=frozenset(routes), open_paths=OPEN_PATHS,
+    )  # fmt: skip

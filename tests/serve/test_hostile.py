@@ -228,6 +228,33 @@ def test_without_the_token_nothing_but_health_is_answered(student: Student) -> N
     assert {got for name, got in found.items() if name not in good} == {401}
 
 
+ELSEWHERE = {
+    "Host: localhost": 200,
+    "Host: LocalHost:8000": 200,
+    "Host: 127.0.0.1:8000": 200,
+    "Host: [::1]:8000": 200,
+    "Host: localhost\r\nOrigin: http://127.0.0.1:3000": 200,
+    "Host: evil.example": 403,
+    "Host: localhost.evil.example:8000": 403,
+    "Host: [::1": 403,
+    "Host: 10.0.0.1": 403,
+    "Host: localhost\r\nOrigin: https://evil.example": 403,
+    "Host: localhost\r\nOrigin: null": 403,
+}
+
+
+def test_without_a_token_on_loopback_no_web_page_of_another_host_is_answered(student: Student) -> None:
+    body = b'{"inputs": ["a"]}'
+
+    async def main(local: bool) -> dict[str, int]:
+        async with here(student, local=local) as server:
+            sent = {name: post("/predict", body).replace(b"Host: x", name.encode()) for name in ELSEWHERE}
+            return {name: status(await server.exchange(one)) for name, one in sent.items()}
+
+    assert asyncio.run(main(True)) == ELSEWHERE
+    assert set(asyncio.run(main(False)).values()) == {200}
+
+
 NOT_HERE = {
     "GET /nothing": 404,
     "GET /predict/": 404,

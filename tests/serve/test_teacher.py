@@ -195,6 +195,14 @@ def test_annotate_reads_a_served_student_through_the_chat_endpoint_too(
     assert told.splits["train"].accepted >= 57
 
 
+def test_a_server_on_loopback_without_a_token_answers_to_no_other_name(url: str) -> None:
+    import urllib.error
+    import urllib.request
+
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(urllib.request.Request(f"{url}/health", headers={"Host": "student.example"}), timeout=30)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_server_that_is_told_to_stop_answers_what_is_in_flight_and_ends(number: signal.Signals, code: int) -> None:
     import threading
@@ -224,6 +232,8 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(tmp_path: Path)
     import urllib.request
 
     with in_process(taught(), "--token-env", "TOY_TOKEN", env={"TOY_TOKEN": "correct-horse"}) as (url, process):
+        by_another_name = urllib.request.Request(f"{url}/health", headers={"Host": "student.example"})
+        assert urllib.request.urlopen(by_another_name, timeout=30).status == 200
         asked = openai.OpenAI(base_url=f"{url}/v1", api_key="correct-horse", max_retries=0)
         assert asked.completions.create(model="any", prompt=TEXT).choices[0].text == "billing"
         with pytest.raises(openai.AuthenticationError):
