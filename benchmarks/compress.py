@@ -21,7 +21,7 @@ from typing import Any
 from dsbs.compress.base import attentions, feed_forwards
 from dsbs.compress.feed_forward import without_units
 from dsbs.compress.heads import without_heads
-from dsbs.compress.layers import evenly, only_layers
+from dsbs.compress.layers import without_layers
 from dsbs.compress.low_rank import TruncatedSvd, factored
 from dsbs.eval.latency import BATCH_SIZES, megabytes
 from dsbs.student import SIZES
@@ -46,8 +46,7 @@ def units(model: Any) -> Any:
 
 
 def layers(model: Any) -> Any:
-    kept = (evenly(count, count - count // 2) for count in (model.config.num_layers, model.config.num_decoder_layers))
-    return only_layers(model, *kept)
+    return without_layers(model, 0.5)
 
 
 def low_rank(model: Any) -> Any:

@@ -185,9 +185,7 @@ def hold(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise DsbsError(
-                f"{folder} is in use by {holder}", hint="wait for it to end, or use another folder with --out"
-            ) from None
+            raise DsbsError(f"{folder} is in use by {holder}", hint="wait for it to end, then run the same command") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()} since {now()}")
         file.flush()

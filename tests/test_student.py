@@ -274,9 +274,10 @@ def test_a_runtimes_tokenizer_counts_as_transformers_own_does(tmp_path: Path) ->
     tokenizer = make_student().engine.tokenizer
     tokenizer.save_pretrained(tmp_path)
     pieces = read_pieces(tmp_path, 128)
-    for text in (TEXTS[0], "dogs", ""):
+    for text in (TEXTS[0], "dogs", "", "dogs " * 300):
         assert ids_of(pieces, text) == ids_of(tokenizer, text)
         assert ids_of(pieces, text, special=True) == ids_of(tokenizer, text, special=True)
+    assert len(pieces.encode("dogs " * 300).ids) == 128, "inputs are cut as before"
     assert len(ids_of(tokenizer, "dogs", special=True)) == len(ids_of(tokenizer, "dogs")) + 1
 
 

@@ -42,7 +42,7 @@ def compress(
     heal_learning_rate: Annotated[
         float | None,
         typer.Option(
-            min=0, metavar="X", show_default=False, help="Of that training. Default: a third of the student's own.",
+            metavar="X", show_default=False, help="Of that training, above 0. Default: a third of the student's own.",
         ),
     ] = None,
     as_json: Json = False,

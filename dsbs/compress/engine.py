@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ def plan(
     """The chain's steps. ``valid`` is a hash of valid's rows. Raises UserError for a step that cannot be, or stand there."""
     if not methods:
         raise UserError("no step is named", hint="e.g. --method prune-ff=0.5 --method quantize=int8")
+    if heal_learning_rate is not None and not 0 < heal_learning_rate < inf:  # nor NaN
+        raise UserError(
+            f"--heal-learning-rate {heal_learning_rate:g} trains nothing",
+            hint="give a number above 0, or --heal-steps 0 to leave the healing out",
+        )
     section = origin.recipe.train.tuned(origin.student.tuned)
     healing = max(1, section.max_steps // _HEALING_SHARE) if heal_steps is None else heal_steps
     rate = section.learning_rate / _SLOWER if heal_learning_rate is None else heal_learning_rate

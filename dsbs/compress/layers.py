@@ -26,12 +26,17 @@ class DropLayers:
 
         def change(model: Any, tokenizer: Any) -> Any:
             del tokenizer
-            config = model.config
-            left = kept_of("drop-layers", self.removed, config.num_layers, "encoder layers")
-            of_decoder = max(1, config.num_decoder_layers - round(self.removed * config.num_decoder_layers))
-            return only_layers(model, evenly(config.num_layers, left), evenly(config.num_decoder_layers, of_decoder))
+            return without_layers(model, self.removed)
 
         rewritten(source, into, change)
+
+
+def without_layers(model: Any, removed: float) -> Any:
+    """A model of evenly spaced layers, one in each stack at least. Raises UserError where the encoder would lose none."""
+    config = model.config
+    left = kept_of("drop-layers", removed, config.num_layers, "encoder layers")
+    of_decoder = max(1, config.num_decoder_layers - round(removed * config.num_decoder_layers))
+    return only_layers(model, evenly(config.num_layers, left), evenly(config.num_decoder_layers, of_decoder))
 
 
 def evenly(layers: int, count: int) -> list[int]:

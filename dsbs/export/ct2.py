@@ -25,7 +25,8 @@ model = ctranslate2.Translator(str(here))
 for line in sys.stdin:
     pieces = [tokenizer.id_to_token(i) for i in tokenizer.encode({prefix} + line.strip()).ids]
     found = model.translate_batch(
-        [pieces], target_prefix=[[{start}]], beam_size=1, min_decoding_length=0, max_decoding_length={most}
+        [pieces], target_prefix=[[{start}]], beam_size=1, min_decoding_length=0, max_decoding_length={most},
+        max_input_length=0,  # the tokenizer has cut, and has kept the end token
     )
     ids = [tokenizer.token_to_id(piece) for piece in found[0].hypotheses[0]]
     print(tokenizer.decode([i for i in ids if i is not None]).strip(), flush=True)

@@ -57,7 +57,7 @@ def export(
     asked = None if examples is None else digest(*examples)
     there = read_exported(place)
     if there is not None and (there.fingerprint, there.format, there.quantize) == (fingerprint, format, quantize):
-        if asked in (None, there.examples):
+        if asked in (None, there.examples) and there.megabytes == _megabytes(place, chosen.weights):
             return there
     elif there is None and place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place} is there, and is no export", hint="give another folder with --out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from dsbs.serve.batching import Batcher
 from dsbs.serve.door import App, Door
-from dsbs.serve.intake import Intake, Receive, parse
+from dsbs.serve.intake import Intake, Receive
 from dsbs.serve.metrics import CONTENT_TYPE, Metrics
 from dsbs.serve.model import Completion, How, Item, Model, Outcome
 from dsbs.serve.openai import ChatForm, CompletionForm, chat_body, completions_body
@@ -51,7 +51,7 @@ class Service:
     # --- paths
 
     async def predict(self, request: Request) -> Response:
-        async with self.intake.body(request.receive) as body:
+        async with self._body(request) as body:
             items, how = self._predictable(body)
             outcomes = await self._outcomes(items, how, request.receive)
         causal = self.model.student.card.reasons_first
@@ -59,13 +59,13 @@ class Service:
         return JSONResponse({"predictions": predictions, "student": self.model.name})
 
     async def completions(self, request: Request) -> Response:
-        async with self.intake.body(request.receive) as body:
+        async with self._body(request) as body:
             items, how, marks = self._completable(body)
             made = await self._completions(items, how, request.receive)
         return JSONResponse(completions_body(self.model.name, made, marks))
 
     async def chat(self, request: Request) -> Response:
-        async with self.intake.body(request.receive) as body:
+        async with self._body(request) as body:
             items, how, marks = self._chattable(body)
             made = await self._completions(items, how, request.receive)
         return JSONResponse(chat_body(self.model.name, made[0], marks))
@@ -83,34 +83,38 @@ class Service:
         page = self.metrics.page(queue=self.batcher.depth, bodies=self.intake.held, ready=not self.stops)
         return Response(page, headers={"content-type": CONTENT_TYPE})
 
+    def _body(self, request: Request) -> AbstractAsyncContextManager[bytes]:
+        """Whoever had sent the headers when the stop came is answered: only here is it asked for. Raises Refused (503)."""
+        if self.stops:
+            raise stopping()
+        return self.intake.body(request.receive)
+
     # --- what they read. A parsed body goes with the call that parsed it: it may take twenty times its bytes, and what of it
     # the student does not read would else stay for as long as its rows wait
 
     def _predictable(self, body: bytes) -> tuple[list[Item], How]:
-        form = parse(body, PredictForm)
+        form = self.intake.parse(body, PredictForm)
         how = self.model.how(rationale=form.rationale, tokens=form.max_label_tokens)
         return self._items(form.inputs, "inputs"), how
 
     def _completable(self, body: bytes) -> tuple[list[Item], How, list[str]]:
-        form = parse(body, CompletionForm)
+        form = self.intake.parse(body, CompletionForm)
         form.refuse()
-        return self._items(form.inputs, "prompt"), self.model.how_completed(form.max_tokens), form.marks
+        return self._items(form.inputs, "prompt", form.max_tokens), self.model.how_completed, form.marks
 
     def _chattable(self, body: bytes) -> tuple[list[Item], How, list[str]]:
-        form = parse(body, ChatForm)
+        form = self.intake.parse(body, ChatForm)
         form.refuse()
-        how = self.model.how_completed(form.max_completion_tokens or form.max_tokens)
-        return self._items([form.input], "messages"), how, form.marks
+        tokens = form.max_completion_tokens or form.max_tokens
+        return self._items([form.input], "messages", tokens), self.model.how_completed, form.marks
 
-    def _items(self, given: Sequence[Any], where: str) -> list[Item]:
-        """Raises Refused: 400, 413, 503."""
-        if self.stops:
-            raise stopping()
+    def _items(self, given: Sequence[Any], where: str, most_tokens: int | None = None) -> list[Item]:
+        """Raises Refused: 400, 413."""
         if not given:
             raise Refused(400, f"{where} is empty", "invalid_value")
         if len(given) > self.settings.max_rows:
             raise Refused(413, f"{where} has {len(given)} rows; {self.settings.max_rows} at most", "too_many_rows")
-        return [self.model.item(one, f"{where}.{place}") for place, one in enumerate(given)]
+        return [self.model.item(one, f"{where}.{place}", most_tokens) for place, one in enumerate(given)]
 
     # --- what they do
 
@@ -144,8 +148,8 @@ def _prediction(outcome: Outcome, rationale: bool, causal: bool) -> dict[str, An
     return row | ({"rationale": answer.rationale, "rationale_is_causal": causal} if rationale else {})
 
 
-def make_app(service: Service, token: str | None) -> App:
-    """The whole application; ``token`` is what clients must bear, None: nothing."""
+def make_app(service: Service, token: str | None, *, local: bool) -> App:
+    """The whole application; ``token`` is what clients must bear, None: nothing; ``local``: see ``Door``."""
 
     @asynccontextmanager
     async def alive(_: FastAPI) -> AsyncIterator[None]:
@@ -178,5 +182,6 @@ def make_app(service: Service, token: str | None) -> App:
         return await refuse(request, refused)
 
     return Door(
-        app, service.settings, service.intake, service.metrics, token=token, paths=frozenset(routes), open_paths=OPEN_PATHS
-    )
+        app, service.settings, service.intake, service.metrics,
+        token=token, local=local, paths=frozenset(routes), open_paths=OPEN_PATHS,
+    )  # fmt: skip

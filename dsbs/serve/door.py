@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
 import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from dsbs.serve.intake import Intake, Message, Receive
 from dsbs.serve.metrics import Metrics
@@ -22,7 +24,10 @@ _LINGER_S, _LINGER_BYTES = 1.0, 1 << 20
 
 
 class Door:
-    """An ASGI application around another one. ``token`` opens all paths but ``open_paths``; None: all are open."""
+    """An ASGI application around another one. ``token`` opens all paths but ``open_paths``; None: all are open.
+
+    ``local``: only under the names of this machine, and to no web page of another one.
+    """
 
     def __init__(
         self,
@@ -32,12 +37,13 @@ class Door:
         metrics: Metrics,
         *,
         token: str | None,
+        local: bool,
         paths: frozenset[str],
         open_paths: frozenset[str],
     ) -> None:
         self._app, self._intake, self._metrics, self._send_s = app, intake, metrics, settings.send_s
         self._token = None if token is None else token.encode()
-        self._paths, self._open = paths, open_paths
+        self._local, self._paths, self._open = local, paths, open_paths
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the application's own start and end
@@ -64,13 +70,37 @@ class Door:
             self._metrics.request(path, exchange.status, asyncio.get_running_loop().time() - began)
 
     def _admit(self, scope: Any, headers: dict[bytes, bytes]) -> None:
-        """Raises Refused (401, 413)."""
+        """Raises Refused (401, 403, 413)."""
+        if self._local:
+            _refuse_elsewhere(headers)
         if self._token is not None and scope["path"] not in self._open:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
                 said = "a bearer token is needed" if not given else "the bearer token is not this server's"
                 raise Refused(401, said, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
         self._intake.refuse_length(headers.get(b"content-length"))
+
+
+def _refuse_elsewhere(headers: dict[bytes, bytes]) -> None:
+    """Raises Refused (403). A browser on this machine reaches the address for any page that it shows: a page whose name was
+    made to point here afterwards says that name in Host, and one that posts a form from elsewhere says so in Origin.
+    """
+    host, origin = headers.get(b"host"), headers.get(b"origin")
+    if not (host is None or _is_loopback(b"//" + host)) or not (origin is None or _is_loopback(origin)):
+        raise Refused(
+            403,
+            "without a token this server answers as localhost or its address alone, and to no page of another host "
+            "(--token-env NAME asks clients for a token instead)",
+            "another_host",
+        )
+
+
+def _is_loopback(url: bytes) -> bool:
+    try:
+        name = urlsplit(url.decode("latin-1")).hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class _Exchange:

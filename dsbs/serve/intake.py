@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dsbs.serve.settings import Refused, Settings, busy, gone
+from dsbs.serve.settings import ROW_VALUES, Refused, Settings, busy, gone, values_in
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Model = TypeVar("Model", bound=BaseModel)
 _DEEPEST = 32  # levels of JSON; a row of fields is the third
-_MOST_VALUES = 100_000  # in one body: a megabyte of "[]," would become thirty in memory
 
 
 class Intake:
@@ -24,6 +23,7 @@ class Intake:
 
     def __init__(self, settings: Settings) -> None:
         self._most, self._most_together, self._seconds = 1024 * settings.max_body_kb, 1024 * settings.bodies_kb, settings.body_s
+        self._values = ROW_VALUES * (settings.max_rows + 1)
         self.held = 0  # bytes of the requests in flight
 
     def refuse_length(self, length: bytes | None) -> None:
@@ -65,26 +65,27 @@ class Intake:
         finally:
             self.held -= size
 
-
-def parse(body: bytes, form: type[Model]) -> Model:
-    """A JSON object as ``form`` has it. Raises Refused (400)."""
-    try:
-        found = json.loads(body, parse_constant=_no_number)
-    except RecursionError:
-        raise _too_deep() from None
-    except ValueError:  # no JSON, no UTF-8, a number of thousands of digits
-        raise Refused(400, "the body is not valid JSON", "invalid_json") from None
-    if not isinstance(found, dict):
-        raise Refused(400, "the body is not a JSON object", "invalid_json")
-    _refuse_deep(found)
-    if b"\\ud" in body or b"\\uD" in body:
-        _refuse_half_characters(found)
-    try:
-        return form.model_validate(found)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise Refused(400, f"{where}: {first['msg']}" if where else first["msg"], "invalid_value") from None
+    def parse(self, body: bytes, form: type[Model]) -> Model:
+        """A JSON object as ``form`` has it. Raises Refused (400, 413)."""
+        if values_in(body) > self._values:
+            raise Refused(413, f"the body holds more than {self._values} values", "body_too_large")
+        try:
+            found = json.loads(body, parse_constant=_no_number)
+        except RecursionError:
+            raise _too_deep() from None
+        except ValueError:  # no JSON, no UTF-8, a number of thousands of digits
+            raise Refused(400, "the body is not valid JSON", "invalid_json") from None
+        if not isinstance(found, dict):
+            raise Refused(400, "the body is not a JSON object", "invalid_json")
+        _refuse_deep(found)
+        if b"\\ud" in body or b"\\uD" in body:
+            _refuse_half_characters(found)
+        try:
+            return form.model_validate(found)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise Refused(400, f"{where}: {first['msg']}" if where else first["msg"], "invalid_value") from None
 
 
 def _no_number(name: str) -> float:
@@ -94,14 +95,10 @@ def _no_number(name: str) -> float:
 def _refuse_deep(found: dict[str, Any]) -> None:
     """Level by level, without recursion of its own."""
     level: list[Any] = [found]
-    values = 0
     for _ in range(_DEEPEST):
         level = [inner for one in level for inner in _inside(one)]
-        values += len(level)
         if not level:
             return
-        if values > _MOST_VALUES:
-            raise Refused(413, f"the body holds more than {_MOST_VALUES} values", "body_too_large")
     raise _too_deep()
 
 

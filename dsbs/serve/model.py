@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsbs.errors import UserError
-from dsbs.serve.settings import ANCHOR, LABEL_TOKENS, Refused, Settings
+from dsbs.serve.settings import ANCHOR, LABEL_TOKENS, ROW_VALUES, Refused, Settings, values_in
 from dsbs.student import Answer, Student, ids_of
 
-Item = str | Mapping[str, Any]  # a text, or a row of the task's own fields
+_TOKEN_CHARACTERS = 64  # of a text, for each token that the student reads: a tokenizer's time goes with the whole text
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One input, and what is its own in the way it is asked: rows that differ in it share a batch."""
+
+    given: str | Mapping[str, Any]  # a text, or a row of the task's own fields
+    most_tokens: int | None = None  # of its completion, which is cut there; None: it ends by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +28,7 @@ class How:
 
     rationale: bool
     label_tokens: int
-    most_tokens: int | None = None  # of a completion; None: no completion is made
+    completes: bool = False  # whether completions are made
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +67,19 @@ class Model:
             raise Refused(400, f"{self.name} was trained without rationales", "no_rationales")
         return How(rationale, min(tokens or LABEL_TOKENS, self._most))
 
-    def how_completed(self, tokens: int | None) -> How:
-        """Of a completion of at most ``tokens``; None: as many as the student writes."""
-        label = min(tokens or LABEL_TOKENS, self._most)
-        return How(self.reasons, label, tokens or 2 * self._most)
+    @property
+    def how_completed(self) -> How:
+        """Of completions."""
+        return How(self.reasons, self._most, completes=True)
 
-    def item(self, given: Any, where: str) -> Item:
-        """A text or a row as the student reads it. Raises Refused (400)."""
+    def item(self, given: Any, where: str, most_tokens: int | None = None) -> Item:
+        """A text or a row as the student reads it. Raises Refused (400, 413)."""
+        return Item(self._read(given, where), most_tokens)
+
+    def _read(self, given: Any, where: str) -> str | Mapping[str, Any]:
         task = self.student.task
+        if isinstance(given, str):
+            self._refuse_long(given, where)
         if isinstance(given, str) and task.needs_fields:
             given = _row_in(given, f"{where}: {self.name} cannot answer plain text, a row of {task.name} has more fields")
         if isinstance(given, str):
@@ -77,12 +90,24 @@ class Model:
             raise Refused(400, f"{where} is neither a text nor a row of fields", "invalid_row")
         try:
             fields = task.fields(given, where)
-            task.text(fields)
+            text = task.text(fields)
         except UserError as error:
             raise Refused(400, f"{error.problem}; {error.hint}", "invalid_row") from None
         except Exception:  # all that runs here reads the client's row: what it trips over is in the row
             raise Refused(400, f"{where} cannot be read as a row of {task.name}", "invalid_row") from None
+        self._refuse_long(text, where)
         return fields
+
+    def _refuse_long(self, text: str, where: str) -> None:
+        """Raises Refused (413)."""
+        most = _TOKEN_CHARACTERS * self.student.card.max_input_tokens
+        if len(text) > most:
+            raise Refused(
+                413,
+                f"{where} has {len(text)} characters, {most} at most: {self.name} reads "
+                f"{self.student.card.max_input_tokens} tokens of it",
+                "text_too_long",
+            )
 
     def warm(self) -> None:
         """One answer to nothing in particular: whatever a runtime does at its first call is done."""
@@ -95,35 +120,41 @@ class Model:
     def answer(self, items: Sequence[Item], how: How) -> list[Outcome]:
         """One batch. The tokenizer is used in this thread alone: it is not made for two."""
         answers = self.student.predict(
-            items, rationale=how.rationale, batch_size=len(items), max_label_tokens=how.label_tokens, canonical=True
+            [item.given for item in items],
+            rationale=how.rationale,
+            batch_size=len(items),
+            max_label_tokens=how.label_tokens,
+            canonical=True,
         )
-        if how.most_tokens is None:
+        if not how.completes:
             return [Outcome(answer, None) for answer in answers]
-        most = how.most_tokens
-        return [Outcome(answer, self._completion(item, answer, most)) for item, answer in zip(items, answers, strict=True)]
+        return [Outcome(answer, self._completion(item, answer)) for item, answer in zip(items, answers, strict=True)]
 
-    def _completion(self, item: Item, answer: Answer, most: int) -> Completion:
+    def _completion(self, item: Item, answer: Answer) -> Completion:
         tokenizer = self.student.engine.tokenizer
         label = answer.raw if answer.label is None else answer.label
         text = f"{self._anchor} {label}".strip()
         if self.reasons and answer.rationale:
             text = f"{answer.rationale}\n{text}"
         ids = ids_of(tokenizer, text)
-        cut = len(ids) > most
+        kept = ids[: item.most_tokens]
+        cut = len(kept) < len(ids)
         if cut:
-            text = tokenizer.decode(ids[:most], skip_special_tokens=True)  # of both kinds of tokenizer
+            text = tokenizer.decode(kept, skip_special_tokens=True)  # of both kinds of tokenizer
         unfinished = cut or answer.truncated or (self.reasons and bool(answer.rationale_truncated))
-        asked = item if isinstance(item, str) else self.student.task.text(item)
+        asked = item.given if isinstance(item.given, str) else self.student.task.text(item.given)
         return Completion(
             text=text,
             finish_reason="length" if unfinished else "stop",
             prompt_tokens=len(ids_of(tokenizer, asked, special=True)),
-            completion_tokens=min(len(ids), most),
+            completion_tokens=len(kept),
         )
 
 
 def _row_in(text: str, problem: str) -> Any:
     """The row that a text is, as JSON. Raises Refused (400)."""
+    if values_in(text.encode()) > ROW_VALUES:
+        raise Refused(400, f"{problem}; and none has more than {ROW_VALUES} values", "invalid_row")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -27,6 +27,7 @@ class _Form(BaseModel, frozen=True, extra="ignore"):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, Any] | None = None
+    response_format: Any = None
 
     def refuse(self) -> None:
         """Raises Refused (400) for what a student cannot do."""
@@ -38,6 +39,9 @@ class _Form(BaseModel, frozen=True, extra="ignore"):
             raise _cannot("stream", "its answers are short and come whole; send false or leave it out")
         if self.presence_penalty or self.frequency_penalty or self.logit_bias:
             raise _cannot("presence_penalty, frequency_penalty, logit_bias", "it decodes greedily; leave them out")
+        asked = self.response_format
+        if asked is not None and not (isinstance(asked, dict) and asked.get("type") == "text"):
+            raise _cannot("response_format", 'it writes what it learned to; send {"type": "text"} or leave it out')
         if any(not mark for mark in self.marks):
             raise Refused(400, "stop: an empty text", "invalid_value")
 
@@ -85,13 +89,17 @@ class ChatForm(_Form):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
 
     def refuse(self) -> None:
         super().refuse()
         if self.logprobs:
             raise _cannot("logprobs", "POST /predict gives the probability of the whole label")
-        if self.tools:
-            raise _cannot("tools", "leave them out")
+        chosen = {str(one) for one in (self.tool_choice, self.function_call)} - {"None", "none"}
+        if self.tools or self.functions or chosen:
+            raise _cannot("tools, tool_choice, functions, function_call", "leave them out")
 
     @property
     def input(self) -> str:

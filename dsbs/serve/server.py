@@ -58,11 +58,12 @@ def serve(
         model.warm()
         address, number = bound.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        exposed = token is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        exposed = token is None and not loopback
         service = Service(model, settings)
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # a client's bad request is the client's news
         server = HttpServer(
-            make_app(service, token),
+            make_app(service, token, local=token is None and loopback),
             service,
             lambda: ready(Ready(f"http://{shown}:{number}", model.name, os.getpid(), exposed)),
         )

@@ -13,6 +13,9 @@ LABEL_TOKENS = 64  # of a label, where a request does not say: as `dsbs predict`
 ANCHOR = "Answer:"  # what a prompt file has that names no anchor of its own
 
 
+ROW_VALUES = 64  # of JSON in a row, on the mean over a request's most rows
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Sizes in kilobytes (1,024 bytes), rows or connections; times in seconds unless the name says otherwise."""
@@ -43,6 +46,15 @@ class Settings:
                 f"--max-body-kb {self.max_body_kb}: all bodies together may take {self.bodies_kb} KB of memory",
                 hint=f"give {self.bodies_kb} at most",
             )
+
+
+def values_in(json: bytes) -> int:
+    """At least as many as the JSON has, without parsing it: each stands after a comma or an opening bracket.
+
+    Parsing a megabyte of empty lists takes a quarter of a second, in which nobody else is served; this, a hundredth of one.
+    """
+    outside = b"".join(json.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])  # of texts, which have commas as well
+    return outside.count(b",") + outside.count(b"[") + outside.count(b"{")
 
 
 @dataclass(eq=False)

@@ -119,9 +119,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def ids_of(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    """A text's token ids, by an engine's tokenizer: transformers', or that of the package tokenizers. ``special``: with those
-    that end a text.
+    """All of a text's token ids, by an engine's tokenizer: transformers', or that of the package tokenizers. ``special``: with
+    those that end a text. Not for two threads at once.
     """
     if hasattr(tokenizer, "encode_batch"):
-        return list(tokenizer.encode(text, add_special_tokens=special).ids)
+        cut = tokenizer.truncation  # an export's tokenizer cuts inputs, and what is counted here may be longer
+        tokenizer.no_truncation()
+        try:
+            return list(tokenizer.encode(text, add_special_tokens=special).ids)
+        finally:
+            if cut is not None:
+                tokenizer.enable_truncation(**cut)
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])

@@ -261,6 +261,12 @@ def test_a_step_that_cannot_be_is_told_with_what_to_do(run: Path, steps: list[st
     assert not list(run.glob("compress/*/*/compress.json"))
 
 
+@pytest.mark.parametrize("rate", [0.0, -0.1, float("nan")])
+def test_a_learning_rate_of_healing_that_trains_nothing_is_refused(run: Path, rate: float) -> None:
+    with pytest.raises(UserError, match="trains nothing"):
+        compress(run / "train" / NAME, ["prune-ff=0.5"], heal_learning_rate=rate)
+
+
 def test_a_student_outside_of_a_run_is_refused(run: Path) -> None:
     lone = shutil.copytree(run / "train" / NAME, run.parent / "lone")
     with pytest.raises(UserError, match="lies in no run"):

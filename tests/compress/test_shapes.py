@@ -13,7 +13,7 @@ from dsbs.compress.base import attentions, feed_forwards
 from dsbs.compress.feed_forward import without_units
 from dsbs.compress.heads import kept_heads, without_heads
 from dsbs.compress.importance import importance, largest
-from dsbs.compress.layers import evenly, only_layers
+from dsbs.compress.layers import evenly, only_layers, without_layers
 from dsbs.compress.low_rank import TruncatedSvd, factor, factored
 from dsbs.compress.magnitude import zero_smallest
 from dsbs.student import load_model
@@ -111,6 +111,11 @@ def test_of_some_layers_a_model_is_the_whole_one_whose_other_layers_add_nothing(
 
 def test_kept_layers_are_evenly_spaced_from_the_first() -> None:
     assert [evenly(6, count) for count in (1, 2, 3, 6)] == [[0], [0, 5], [0, 2, 5], [0, 1, 2, 3, 4, 5]]
+
+
+def test_half_of_three_layers_leaves_one() -> None:
+    config = without_layers(t5(), 0.5).config
+    assert (config.num_layers, config.num_decoder_layers) == (2, 1)
 
 
 def test_a_pruned_students_folder_is_a_plain_t5s(tmp_path: Path) -> None:

@@ -157,6 +157,16 @@ def test_an_export_that_fits_is_kept_and_another_one_moves_aside(tmp_path: Path)
     assert sorted(path.name for path in (student / "export").iterdir()) == ["aside", "ct2-int8"]
 
 
+def test_an_export_that_has_lost_its_weights_is_made_again(tmp_path: Path) -> None:
+    student = make_student(tmp_path)
+    first = export(student, "ct2", examples=ROWS)
+    whole = (first.path / "model.bin").read_bytes()
+    for left in (whole[:-1], None):
+        (first.path / "model.bin").unlink() if left is None else (first.path / "model.bin").write_bytes(left)
+        assert export(student, "ct2", examples=ROWS) == first
+        assert (first.path / "model.bin").read_bytes() == whole
+
+
 def test_a_folder_that_is_no_export_is_left_alone(tmp_path: Path) -> None:
     student = make_student(tmp_path)
     (tmp_path / "mine").mkdir()

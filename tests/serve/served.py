@@ -135,12 +135,12 @@ class Here:
 
 
 @asynccontextmanager
-async def here(student: Student, token: str | None = None, **settings: Any) -> AsyncIterator[Here]:
+async def here(student: Student, token: str | None = None, *, local: bool = False, **settings: Any) -> AsyncIterator[Here]:
     chosen = Settings(**settings)
     service = Service(Model(student, chosen), chosen)
     bound = socket.create_server(("127.0.0.1", 0))
     ready = asyncio.Event()
-    server = HttpServer(make_app(service, token), service, ready.set)
+    server = HttpServer(make_app(service, token, local=local), service, ready.set)
     running = asyncio.create_task(server.serve(sockets=[bound]))
     try:
         await asyncio.wait({running, asyncio.create_task(ready.wait())}, return_when=asyncio.FIRST_COMPLETED)

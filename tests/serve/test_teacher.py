@@ -90,6 +90,7 @@ def test_a_completion_ends_at_max_tokens_and_before_a_stop(url: str) -> None:
         ({"prompt": [1, 2, 3]}, "prompt"),
         ({"prompt": []}, "prompt is empty"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"extra_body": {"response_format": {"type": "json_object"}}}, "response_format"),
     ],
 )
 def test_what_a_student_cannot_do_is_refused_in_the_openai_shape(url: str, asked: dict[str, Any], says: str) -> None:
@@ -109,6 +110,62 @@ def test_what_a_student_cannot_do_is_refused_in_the_openai_shape(url: str, asked
 def test_a_chat_is_one_user_message_since_a_student_reads_no_examples(url: str, messages: Any) -> None:
     with client(url) as asked, pytest.raises(openai.BadRequestError, match="one user message"):
         asked.chat.completions.create(model="any", messages=messages)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+        {"tool_choice": "required"},
+        {"functions": [{"name": "f", "parameters": {}}]},
+        {"function_call": {"name": "f"}},
+    ],
+)
+def test_a_chat_that_asks_for_more_than_text_is_refused(url: str, asked: dict[str, Any]) -> None:
+    (name,) = asked
+    with client(url) as openai_client, pytest.raises(openai.BadRequestError, match=name):
+        openai_client.chat.completions.create(model="any", messages=[{"role": "user", "content": TEXT}], **asked)
+
+
+def test_a_chat_that_asks_for_text_and_no_tool_is_answered(url: str) -> None:
+    with client(url) as asked:
+        said = asked.chat.completions.create(
+            model="any", messages=[{"role": "user", "content": TEXT}], response_format={"type": "text"}, tool_choice="none"
+        )
+        assert said.choices[0].message.content
+
+
+def test_completions_of_other_lengths_share_a_batch(student: Student) -> None:
+    async def main() -> tuple[list[Any], str]:
+        async with here(student, batch_size=4, max_wait_ms=500.0, reply="step-by-step") as server:
+            async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x") as asked:
+                limits = (1, 3, 10**9, None)
+                made = [asked.completions.create(model="any", prompt=TEXT, max_tokens=most) for most in limits]
+                answers = await asyncio.gather(*made)
+            return answers, server.service.metrics.page(queue=0, bodies=0, ready=True)
+
+    answers, metrics = asyncio.run(main())
+    assert [one.usage.completion_tokens for one in answers[:2]] == [1, 3]
+    assert answers[2].choices == answers[3].choices and answers[3].choices[0].finish_reason == "stop"
+    assert "dsbs_batch_rows_count 1\n" in metrics and "dsbs_batch_rows_sum 4\n" in metrics
+
+
+def test_an_export_counts_and_cuts_as_its_student_does(tmp_path: Path) -> None:
+    from dsbs.export.run import export
+
+    long = " ".join([TEXT] * 20)  # more than the 64 tokens that are read
+    done = export(taught(), "ct2", quantize="float32", out=tmp_path / "ct2", examples=[TEXT])
+
+    async def main(student: Student) -> list[Any]:
+        async with here(student, reply="step-by-step") as server:
+            async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x") as asked:
+                limits = (3, 200)
+                made = [await asked.completions.create(model="any", prompt=long, max_tokens=most) for most in limits]
+            return [(one.choices, one.usage) for one in made]
+
+    own, exported = (asyncio.run(main(Student.load(folder))) for folder in (taught(), done.path))
+    assert own == exported
+    assert own[0][1].prompt_tokens > 100 and own[0][1].completion_tokens == 3
 
 
 def test_a_row_of_a_task_with_fields_is_given_as_json() -> None:
@@ -195,6 +252,14 @@ def test_annotate_reads_a_served_student_through_the_chat_endpoint_too(
     assert told.splits["train"].accepted >= 57
 
 
+def test_a_server_on_loopback_without_a_token_answers_to_no_other_name(url: str) -> None:
+    import urllib.error
+    import urllib.request
+
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(urllib.request.Request(f"{url}/health", headers={"Host": "student.example"}), timeout=30)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_server_that_is_told_to_stop_answers_what_is_in_flight_and_ends(number: signal.Signals, code: int) -> None:
     import threading
@@ -224,6 +289,8 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(tmp_path: Path)
     import urllib.request
 
     with in_process(taught(), "--token-env", "TOY_TOKEN", env={"TOY_TOKEN": "correct-horse"}) as (url, process):
+        by_another_name = urllib.request.Request(f"{url}/health", headers={"Host": "student.example"})
+        assert urllib.request.urlopen(by_another_name, timeout=30).status == 200
         asked = openai.OpenAI(base_url=f"{url}/v1", api_key="correct-horse", max_retries=0)
         assert asked.completions.create(model="any", prompt=TEXT).choices[0].text == "billing"
         with pytest.raises(openai.AuthenticationError):
