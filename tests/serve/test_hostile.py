@@ -222,7 +222,7 @@ def test_all_bodies_together_take_no_more_than_their_room(student: Student) -> N
 
 
 def test_of_a_body_that_waits_nothing_is_kept_that_the_student_does_not_read(student: Student) -> None:
-    rows = json.dumps({"inputs": [{"text": "a", "more": [[] for _ in range(10_000)]}]}).encode()
+    rows = json.dumps({"inputs": [{"text": "a", "more": [[] for _ in range(7_000)]}]}).encode()
 
     async def main() -> int:
         async with here(student) as server:
