@@ -20,11 +20,11 @@ ifneq ($(filter paper,$(MAKECMDGOALS)),)
   endif
 endif
 
-.PHONY: help setup demo annotate train eval report paper predict test check docs format clean
+.PHONY: help setup demo annotate train eval report paper predict test test-all check docs format clean
 
 help:
 	@echo "make demo      the three stages on the embedded data, teacher and student"
-	@echo "make test      the tests        make check   ruff and mypy        make clean   caches (never runs/)"
+	@echo "make test      the tests (make test-all: the slow ones too)        make check   ruff and mypy        make clean   caches (never runs/)"
 	@echo "make docs      the documentation site: build/docs/index.html"
 	@echo 'make annotate | train | eval | report   RECIPE=recipes/demo.yaml SET="train.max_steps=50 …"'
 	@echo 'make report    RECIPE="runs/small runs/base"   several runs on one page'
@@ -69,6 +69,9 @@ predict: $(READY)
 	@$(BIN)/dsbs predict $(or $(STUDENT),$(RECIPE)) $(or $(FILE),-) $(addprefix --set ,$(SET)) $(if $(RATIONALE),--rationale)
 
 test: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow"
+
+test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: $(READY)

@@ -164,7 +164,7 @@ def test_a_second_holder_is_refused_and_told_who_holds(tmp_path: Path) -> None:
     with hold(tmp_path / "run"):
         with pytest.raises(DsbsError, match=rf"run is in use by process {os.getpid()} on ") as caught, hold(tmp_path / "run"):
             pass
-        assert "--out" in caught.value.hint
+        assert "run the same command" in caught.value.hint
     with hold(tmp_path / "run"):
         pass  # free again
 

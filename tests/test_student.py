@@ -222,7 +222,7 @@ def test_a_model_that_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize(("kind", "format"), [("seq2seq", "gguf"), ("causal", "ct2")])
+@pytest.mark.parametrize(("kind", "format"), [("seq2seq", "gguf"), ("causal", "onnx")])
 def test_a_format_that_nothing_here_reads_is_told(tmp_path: Path, kind: Any, format: Any) -> None:
     card = make_student().card.model_copy(update={"kind": kind, "format": format})
     (tmp_path / CARD).write_text(card.model_dump_json(), encoding="utf-8")

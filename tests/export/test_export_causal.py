@@ -18,7 +18,8 @@ from tiny_t5 import texts
 
 from dsbs.compress.quantize import Quantize
 from dsbs.errors import DsbsError, UserError
-from dsbs.export import export, gguf
+from dsbs.export import gguf
+from dsbs.export.run import export
 from dsbs.gguf import gguf_file
 from dsbs.student import Student, StudentCard, load_model, load_tokenizer
 
