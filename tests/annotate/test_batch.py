@@ -156,6 +156,7 @@ def test_requests_go_out_by_file_and_their_output_comes_back(toy: Callable[..., 
     assert "9 replies taken" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_batch_that_never_reached_the_endpoint_is_gathered_anew(toy: Callable[..., Path], tmp_path: Path) -> None:
     path = toy(train=6, test=4)
     with LoopbackServer(lambda body, number: (503, {}, b"{}")) as away, pytest.raises(PartialError):

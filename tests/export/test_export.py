@@ -96,6 +96,7 @@ def test_a_decoder_that_begins_with_its_end_token_does_so_in_every_format(tmp_pa
 
 
 @pytest.mark.parametrize("form", ["ct2", "onnx", "torch"])
+@pytest.mark.slow
 def test_an_int8_export_is_smaller_and_says_how_often_it_agrees(tmp_path: Path, form: str) -> None:
     student = make_student(tmp_path)
     plain = export(student, form, quantize="float32", examples=ROWS)

@@ -180,6 +180,7 @@ def test_the_examples_are_worked_by_keyboard(browser: Browser, report: Path) -> 
         assert focused("closest('li').id") == "row-49"
 
 
+@pytest.mark.slow
 def test_ten_thousand_examples_fit_and_are_all_reached(browser: Browser, tmp_path: Path) -> None:
     draw = random.Random(0)
     vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2000)]

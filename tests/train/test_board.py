@@ -130,6 +130,7 @@ def test_a_graph_without_tensorboard_is_a_mistake_in_the_recipe(annotated: Calla
         annotated("report.tensorboard_graph=true")
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_in_the_same_curves_to_the_weights_of_one_without_tensorboard(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:

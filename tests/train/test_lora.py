@@ -166,6 +166,7 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     assert [row["step"] for row in steps if "loss" in row] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_adapters_of_one(pretrained: str, toy: Callable[..., Path], tmp_path: Path) -> None:
     exact = ("student.dropout=0", "train.lora.dropout=0", "train.learning_rate=0.001", "train.max_steps=4")
     recipe = recipe_on(pretrained, toy, *exact)  # an epoch at most: the last step of one is filled up with rows seen before
@@ -187,6 +188,7 @@ def on_two_divided(*arguments: str, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=env)
 
 
+@pytest.mark.slow
 def test_divided_by_fsdp_the_adapters_become_those_of_one_process_and_resume(
     pretrained: str, toy: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_divided_model_takes_the_steps_of_a_whole_one(tmp_path: Path, options:
         assert torch.allclose(value.double(), theirs[name], atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_killed_divided_training_continues_to_the_weights_of_an_undisturbed_one(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def test_drawn_rationales_find_what_the_teacher_said_of_each(toy: Callable[..., 
     assert found[1] == pytest.approx(found[0], rel=1e-3), "two epochs and more, each with rationales of its own"
 
 
+@pytest.mark.slow
 def test_a_killed_training_with_terms_continues_to_the_weights_of_an_undisturbed_one(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
