@@ -26,7 +26,10 @@ ONLY = "train.methods=finetune"
 
 
 # A checkpoint of the toy student is 16 MB, the student 5; the largest disk holds one checkpoint and part of the next.
-@pytest.mark.parametrize(("megabytes", "kept"), [(3, None), (10, None), (17, 3), (20, 3), (25, 3)])
+@pytest.mark.parametrize(
+    ("megabytes", "kept"),
+    [(3, None), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((10, None), (17, 3), (25, 3))), (20, 3)],
+)
 def test_a_full_disk_ends_with_exit_code_3_and_the_same_command_goes_on(
     toy: Callable[..., Path], tmp_path: Path, megabytes: int, kept: int | None
 ) -> None:
