@@ -243,7 +243,8 @@ def test_votes_of_annotations_are_learned_and_tell_students_apart(toy: Callable[
             annotate(recipe, out=run)
             found.append(train(recipe, out=run).students)
             logged = lines(run / "train" / "finetune+labels-gold-s0" / "metrics.jsonl")
-            assert all(row["labels_loss"] > 0 for row in logged if "loss" in row)
+            losses = [row["labels_loss"] for row in logged if "loss" in row]
+            assert min(losses) >= 0 and max(losses) > 0  # which rows have a vote is chance: a line may know of none
     assert found[0][1].source and not found[0][0].source, "one learned from annotations, the other did not"
     assert found[0][1].fingerprint != found[1][1].fingerprint
 
