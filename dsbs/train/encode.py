@@ -85,7 +85,7 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts as they are written."""
-        return [self._tokens[place].tolist() for place in self._tokens.places("", texts, self._max_target)]
+        return [self._tokens[place].tolist() for place in self._tokens.places("", texts, self._max_target, target=True)]
 
     def soft(self, rows: Sequence[Row], view: View, labels: LabelSource) -> dict[bytes, NDArray[np.float32]]:
         """The annotations' distributions over the task's labels (L,) of the rows that teach, by the ids of ``view``'s input.
