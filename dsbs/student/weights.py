@@ -71,6 +71,7 @@ def _dense(model: Any) -> Any:
     with no_init_weights():
         dense = type(model)(config)
     dense.load_state_dict(model.state_dict())
+    dense.tie_weights()  # not done where nothing is initialised
     return dense
 
 
