@@ -23,8 +23,8 @@ from dsbs.compress.feed_forward import without_units
 from dsbs.compress.heads import without_heads
 from dsbs.compress.layers import without_layers
 from dsbs.compress.low_rank import TruncatedSvd, factored
-from dsbs.eval.latency import BATCH_SIZES, megabytes
-from dsbs.student import SIZES
+from dsbs.results import BATCH_SIZES
+from dsbs.student import SIZES, megabytes
 
 VOCABULARY = {"nano": 4000, "mini": 4000, "t5-small": 32128}
 SHAPES: dict[str, dict[str, Any]] = {name: SIZES[name] for name in ("nano", "mini")} | {

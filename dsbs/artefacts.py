@@ -192,6 +192,22 @@ def hold(folder: Path) -> Iterator[None]:
         yield
 
 
+def aside(path: Path, mark: str) -> Path:
+    """Where what lies at ``path`` is kept once it no longer fits: in ``aside/`` beside it, named by what it was made by."""
+    name = path.name.removesuffix(".jsonl")
+    return path.parent / "aside" / f"{name}-{mark[:12]}{path.name[len(name) :]}"
+
+
+def set_aside(path: Path, mark: str) -> None:
+    """Move a file or folder there, beside what is there already."""
+    target = aside(path, mark)
+    while target.exists():
+        name = target.name.removesuffix(".jsonl")
+        target = target.with_name(f"{name}+{target.name[len(name) :]}")
+    make_folder(target.parent)
+    path.rename(target)
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

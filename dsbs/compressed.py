@@ -28,6 +28,10 @@ class Standing(_Part):
     parameters: int | None = None  # None: the format does not tell
     latency: list[Latency]  # a line for each batch size
 
+    def median_ms(self, batch_size: int) -> float | None:
+        """Median time of a call with so many rows; None: not measured."""
+        return next((one.p50_ms for one in self.latency if one.batch_size == batch_size), None)
+
 
 class Compressed(_Part):
     """One compressed student. Its folder is a student's folder as any other."""
@@ -50,13 +54,28 @@ class Compressed(_Part):
     def name(self) -> str:
         return "+".join(self.chain)
 
+    @property
+    def recovered(self) -> float | None:
+        """The share of the accuracy lost that the last step's healing brought back; None: it healed nothing, or nothing was
+        lost.
+
+        Lost is what the chain had cost against the original before that healing. Above 1 the student is better than the
+        original, below 0 healing made it worse.
+        """
+        if self.before_healing is None or self.before_healing >= self.original.accuracy:
+            return None
+        return (self.compressed.accuracy - self.before_healing) / (self.original.accuracy - self.before_healing)
+
 
 def read_compressed(run: Path) -> list[Compressed]:
     """Every compressed student of a run, by student and chain. Raises UserError for a record that cannot be read."""
-    found = []
-    for path in sorted((run / "compress").glob(f"*/*/{RECORD}")):
-        try:
-            found.append(Compressed.model_validate_json(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, ValidationError):
-            raise UserError(f"{path} is no record of a compressed student", hint="compress that student again") from None
-    return found
+    return [read_record(path.parent) for path in sorted((run / "compress").glob(f"*/*/{RECORD}"))]
+
+
+def read_record(folder: Path) -> Compressed:
+    """A compressed student's record. Raises UserError for one that cannot be read."""
+    path = folder / RECORD
+    try:
+        return Compressed.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        raise UserError(f"{path} is no record of a compressed student", hint="compress that student again") from None

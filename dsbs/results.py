@@ -117,6 +117,9 @@ class Bin(_Part):
     accuracy: float
 
 
+BATCH_SIZES = (1, 64)  # that a student is timed with
+
+
 class Latency(_Part):
     """Wall time of a call with ``batch_size`` rows, label alone, over ``calls`` calls."""
 

@@ -104,6 +104,6 @@ def _print_steps(result: CompressResult) -> None:
         table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right")
     table.add_row(*original_cells(result.steps[-1].original))
     for record in result.steps:
-        table.add_row(*cells(record, result.steps))
+        table.add_row(*cells(record))
     Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
     print(f"students: {', '.join(map(str, result.folders))}")

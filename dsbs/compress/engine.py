@@ -14,13 +14,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from dsbs.artefacts import atomic, canonical, digest, hold, manifest, room, write_json
+from dsbs.artefacts import aside, atomic, canonical, digest, hold, manifest, room, set_aside, write_json
 from dsbs.compress.base import Step, read_step
 from dsbs.compress.healing import Lessons
 from dsbs.compress.measure import Yardstick
-from dsbs.compress.origin import WORK, Origin, find_origin, fingerprint_of, read_record
+from dsbs.compress.origin import WORK, Origin, find_origin, fingerprint_of
 from dsbs.compress.table import frontier
-from dsbs.compressed import RECORD, Compressed, Standing
+from dsbs.compressed import RECORD, Compressed, Standing, read_record
 from dsbs.errors import GateError, UserError
 from dsbs.progress import Meter, Silent
 from dsbs.student import CARD, read_card
@@ -247,13 +247,8 @@ def _within(max_drop: float, original: Standing, compressed: Standing) -> bool:
 
 def _make_room(step: Planned) -> None:
     """What lies under the step's name and is another student's moves aside; ours comes back if it was aside."""
-    aside = step.folder.parent / "aside"
     if step.folder.exists() and not step.done:
-        target = aside / f"{step.folder.name}-{(fingerprint_of(step.folder) or 'unknown')[:12]}"
-        while target.exists():
-            target = target.with_name(target.name + "+")
-        aside.mkdir(parents=True, exist_ok=True)
-        step.folder.rename(target)
-    mine = aside / f"{step.folder.name}-{step.fingerprint[:12]}"
+        set_aside(step.folder, fingerprint_of(step.folder) or "unknown")
+    mine = aside(step.folder, step.fingerprint)
     if not step.folder.exists() and fingerprint_of(mine) == step.fingerprint:
         mine.rename(step.folder)

@@ -10,12 +10,12 @@ from typing import Any
 from dsbs.compress.origin import Origin
 from dsbs.errors import UserError
 from dsbs.progress import Meter
-from dsbs.recipe import LabelSource, Recipe, TrainSection
+from dsbs.recipe import LabelSource, Recipe, TrainSection, base_of
 from dsbs.student import load_tokenizer, read_card, start_token
 from dsbs.tasks import make_task
 from dsbs.train.cell import CellTraining
 from dsbs.train.encode import Encoder, collate, pad
-from dsbs.train.methods import METHODS, Cell, View
+from dsbs.train.methods import Cell, View, method_of
 from dsbs.train.rows import Data, gather
 from dsbs.train.tokens import Tokens
 from dsbs.train.tune import Job
@@ -35,14 +35,14 @@ class Lessons:
     def __init__(self, origin: Origin, meter: Meter, *, needs_train: bool) -> None:
         self._origin, self._meter, self._needs_train = origin, meter, needs_train
         student = origin.student
-        plain = student.method.partition("+")[0]
+        plain = base_of(student.method)
         section = origin.recipe.train.tuned(student.tuned)
         self.section: TrainSection = section.model_copy(
             update={"methods": (plain,), "lora": None, "terms": (), "teachers": (), "patience": None}
         )
         labels: LabelSource = "teacher" if student.labels == "teacher" else "gold"
         self.cell = Cell(plain, labels, student.seed, student.subset)
-        self.views: tuple[View, ...] = METHODS[plain].views(self.section)
+        self.views: tuple[View, ...] = method_of(plain).views(self.section)
         card = read_card(student.path)
         if {view.target: view.prefix for view in self.views} != card.prefixes:
             raise UserError(

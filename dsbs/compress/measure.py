@@ -6,11 +6,11 @@ from functools import cached_property
 from pathlib import Path
 
 from dsbs.compressed import Standing
-from dsbs.eval.latency import BATCH_SIZES, megabytes, timed
+from dsbs.eval.latency import timed
 from dsbs.progress import Meter, running
 from dsbs.recipe import Recipe
-from dsbs.results import Latency
-from dsbs.student import Student
+from dsbs.results import BATCH_SIZES, Latency
+from dsbs.student import Student, megabytes
 from dsbs.train.rows import Data
 
 

@@ -6,10 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from dsbs.annotations import read_manifest
-from dsbs.compressed import RECORD, Compressed
+from dsbs.compressed import RECORD, read_record
 from dsbs.errors import UserError
 from dsbs.recipe import Recipe
 from dsbs.recipe_file import read_recorded
@@ -62,15 +60,6 @@ def fingerprint_of(folder: Path) -> str | None:
         return str(json.loads((folder / WORK).read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def read_record(folder: Path) -> Compressed:
-    """A compressed student's record. Raises UserError for one that cannot be read."""
-    path = folder / RECORD
-    try:
-        return Compressed.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError):
-        raise UserError(f"{path} is no record of a compressed student", hint="compress that student again") from None
 
 
 def _trained(folder: Path) -> TrainedStudent:

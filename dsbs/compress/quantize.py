@@ -51,5 +51,6 @@ def _is_known(source: Path) -> bool:
     from transformers import AutoConfig
 
     from dsbs.export.ct2_causal import LOADERS
+    from dsbs.student.weights import located
 
-    return read_card(source).kind == "seq2seq" or AutoConfig.from_pretrained(source).model_type in LOADERS
+    return read_card(source).kind == "seq2seq" or AutoConfig.from_pretrained(**located(str(source))).model_type in LOADERS

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsbs.annotations import learned_source, read_manifest, run_folder
 from dsbs.artefacts import atomic, hold, manifest, write_json
 from dsbs.errors import UserError
-from dsbs.eval.latency import measure_latency, megabytes, read_latency
+from dsbs.eval.latency import measure_latency, read_latency
 from dsbs.eval.outside import take_outside
 from dsbs.eval.predict import (
     TEACHER,
@@ -31,6 +31,7 @@ from dsbs.recipe import Recipe, base_of
 from dsbs.records import Example, TrainedStudent
 from dsbs.results import Results
 from dsbs.results_table import markdown
+from dsbs.student import megabytes
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import load, survey

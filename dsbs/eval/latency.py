@@ -17,16 +17,10 @@ from dsbs.eval.predict import Loader
 from dsbs.progress import Meter, running
 from dsbs.recipe import Recipe
 from dsbs.records import Example, TrainedStudent
-from dsbs.results import Latency
+from dsbs.results import BATCH_SIZES, Latency
 from dsbs.student import Student
 
-BATCH_SIZES = (1, 64)
 _WARM_UP = 3  # calls of each batch size that are not counted: the first ones pay for start-up
-# Of transformers, CTranslate2 (model.bin), ONNX with its outside data, torch and llama.cpp.
-_WEIGHTS = (
-    *("model*.safetensors", "pytorch_model*.bin", "model*.bin"),
-    *("*.onnx", "*.onnx_data", "*.onnx.data", "*.pt", "*.pt2", "*.gguf"),
-)
 
 
 class Measurement(BaseModel):
@@ -115,14 +109,6 @@ def read_latency(run: Path, student: TrainedStudent, recipe: Recipe) -> list[Lat
     """What was timed of the student as the recipe asks for it, the last time on whatever device; [] where nothing was."""
     fitting = [one for one in _read(latency_file(run, student)) if one.fits(recipe, student)]
     return fitting[-1].latency if fitting else []
-
-
-def megabytes(student_path: str | Path) -> float:
-    """Of a student's weight files on disk, in 10^6 bytes. Raises UserError where there is none."""
-    files = {file for pattern in _WEIGHTS for file in Path(student_path).glob(pattern)}
-    if not files:
-        raise UserError(f"{student_path} has no weights ({' or '.join(_WEIGHTS)})", hint="train that student again")
-    return sum(file.stat().st_size for file in files) / 1e6
 
 
 def _read(path: Path) -> list[Measurement]:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dsbs.annotations import annotation_file, load_annotations, read_manifest, run_folder
-from dsbs.artefacts import canonical, digest, read_jsonl, write_jsonl
+from dsbs.artefacts import aside, canonical, digest, read_jsonl, set_aside, write_jsonl
 from dsbs.errors import UserError
 from dsbs.eval.score import Scored
 from dsbs.progress import Meter
@@ -108,14 +108,9 @@ def predict_student(
 
 def _taken_back(path: Path, made_by: str) -> bool:
     """Set aside the prediction file that no longer fits, and take back the one that fits again, if there is one."""
-    aside = path.parent / "aside"
     if path.is_file():
-        target = aside / f"{path.stem}-{(maker_of(path) or 'unknown')[:12]}.jsonl"
-        while target.exists():
-            target = target.with_name(f"{target.stem}+.jsonl")
-        aside.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-    mine = aside / f"{path.stem}-{made_by[:12]}.jsonl"
+        set_aside(path, maker_of(path) or "unknown")
+    mine = aside(path, made_by)
     if maker_of(mine) != made_by:
         return False
     mine.rename(path)

@@ -39,7 +39,6 @@ class Ct2Format:
     kinds = ("seq2seq", "causal")
     quantizations = ("int8", PLAIN, "int8_float32", "int16", "float16")
     packages = ("ctranslate2", "tokenizers")
-    weights = ("model.bin",)
 
     def check(self, student: Student, quantize: str) -> str | None:
         runtime = ctranslate2()

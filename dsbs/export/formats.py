@@ -1,4 +1,4 @@
-"""What a format of export must give; the registry of those there are stands in ``dsbs.export``."""
+"""What a format of export must give, and the registry of those there are."""
 
 from __future__ import annotations
 
@@ -58,7 +58,6 @@ class ExportFormat(Protocol):
     kinds: Sequence[Kind]
     quantizations: Sequence[str]  # the first one is taken where none is asked for
     packages: Sequence[str]  # whose versions decide what the export does
-    weights: Sequence[str]  # glob patterns of the weights' files
 
     def check(self, student: Student, quantize: str) -> str | None:
         """A remark for the user, if there is one. Raises UserError where a package is missing or the model does not fit."""

@@ -45,7 +45,6 @@ class GgufFormat:
     kinds = ("causal",)
     quantizations = tuple(_FILE_TYPES)
     packages = ("xllamacpp", "tokenizers")
-    weights = ("*.gguf",)
 
     def check(self, student: Student, quantize: str) -> str | None:
         try:

@@ -50,7 +50,6 @@ class OnnxFormat:
     kinds = ("seq2seq",)
     quantizations = (PLAIN, "int8")
     packages = ("onnxruntime", "tokenizers", "numpy")
-    weights = ("*.onnx",)
 
     def check(self, student: Student, quantize: str) -> str | None:
         onnxruntime()

@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from dsbs.artefacts import digest, hold, make_folder, room, versions, write_json, write_jsonl
+from dsbs.artefacts import digest, hold, make_folder, room, set_aside, versions, write_json, write_jsonl
 from dsbs.errors import DsbsError, UserError
 from dsbs.export.exported import RECORD, Equivalence, Exported, read_exported
 from dsbs.export.formats import PLAIN, format_of, save_tokenizer
 from dsbs.export.golden import GOLDEN, check_float, compare, golden_lines, golden_rows, texts_for
 from dsbs.export.readme import readme
 from dsbs.progress import Meter, Silent
-from dsbs.student import CARD, Searcher, Student, read_card
+from dsbs.student import CARD, Searcher, Student, megabytes, read_card
 
 _DECIDING = (".safetensors", ".bin", ".json", ".model")  # suffixes of files that decide what a student writes
 _NOT_DECIDING = {"train.json", "work.json", "compress.json"}
 _MAKERS = ("python", "dsbs", "torch", "transformers", "tokenizers")  # what writes an export, beside the format's packages
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def export(
@@ -57,7 +56,7 @@ def export(
     asked = None if examples is None else digest(*examples)
     there = read_exported(place)
     if there is not None and (there.fingerprint, there.format, there.quantize) == (fingerprint, format, quantize):
-        if asked in (None, there.examples) and there.megabytes == _megabytes(place, chosen.weights):
+        if asked in (None, there.examples) and _is_whole(there):
             return there
     elif there is None and place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place} is there, and is no export", hint="give another folder with --out")
@@ -85,8 +84,8 @@ def export(
             fingerprint=fingerprint,
             format=card.model_copy(update={"format": format}).format,
             quantize=quantize,
-            megabytes=_megabytes(partial, chosen.weights),
-            student_megabytes=_megabytes(folder, _WEIGHTS),
+            megabytes=megabytes(partial),
+            student_megabytes=megabytes(folder),
             versions={name: version for name, version in versions().items() if name in _MAKERS}
             | {name: metadata.version(name) for name in chosen.packages},
             examples=asked,
@@ -119,8 +118,12 @@ def student_fingerprint(folder: Path) -> str:
     return digest(*parts)
 
 
-def _megabytes(folder: Path, patterns: Sequence[str]) -> float:
-    return sum(path.stat().st_size for pattern in patterns for path in folder.glob(pattern)) / 1e6
+def _is_whole(there: Exported) -> bool:
+    """Whether its weights are all there."""
+    try:
+        return megabytes(there.path) == there.megabytes
+    except UserError:
+        return False
 
 
 def _empty(folder: Path) -> None:
@@ -134,11 +137,6 @@ def _empty(folder: Path) -> None:
 
 def _move(partial: Path, place: Path, there: Exported | None) -> None:
     if there is not None:
-        aside = place.parent / "aside"
-        aside.mkdir(exist_ok=True)
-        name = f"{place.name}-{there.fingerprint[:12]}"
-        taken = {path.name for path in aside.iterdir()}
-        number = next(n for n in range(len(taken) + 1) if (f"{name}~{n}" if n else name) not in taken)
-        place.rename(aside / (f"{name}~{number}" if number else name))
+        set_aside(place, there.fingerprint)
     (partial / ".lock").unlink()
     partial.rename(place)  # onto nothing, or onto an empty folder

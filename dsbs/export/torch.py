@@ -53,7 +53,6 @@ class TorchFormat:
     kinds = ("seq2seq", "causal")
     quantizations = (PLAIN, "int8")
     packages = ("torch", "transformers")
-    weights = ("*.safetensors", "*.pt")
 
     def check(self, student: Student, quantize: str) -> str | None:
         model = student.engine.model

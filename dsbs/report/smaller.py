@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsbs.compressed import Compressed, Standing
+from dsbs.compressed import Compressed
 from dsbs.intervals import wilson
 from dsbs.report import words
 from dsbs.report.gather import Run
 from dsbs.report.sections import NOTHING, Group, Line, Table
+from dsbs.results import BATCH_SIZES
 from dsbs.results_table import points, span
 
 HALF = 0.5  # of what was lost; healing that recovers less is said to
-BATCHES = (1, 64)
 UNCHANGED = "as trained"
-
-
-def recovered(one: Compressed) -> float | None:
-    """The share of the accuracy lost that the last step's healing brought back; None: it healed nothing, or nothing was lost.
-
-    Lost is what the chain had cost against the original before that healing. Above 1 the student is better than the original,
-    below 0 healing made it worse.
-    """
-    if one.before_healing is None or one.before_healing >= one.original.accuracy:
-        return None
-    return (one.compressed.accuracy - one.before_healing) / (one.original.accuracy - one.before_healing)
 
 
 def by_original(records: Sequence[Compressed]) -> list[list[Compressed]]:
@@ -48,11 +37,6 @@ def outdated(runs: Sequence[Run]) -> list[str]:
     return said
 
 
-def median_ms(standing: Standing, batch_size: int) -> float | None:
-    """Median time of a call with so many rows; None: not measured."""
-    return next((one.p50_ms for one in standing.latency if one.batch_size == batch_size), None)
-
-
 def frontier(runs: Sequence[Run]) -> Table | None:
     """Every student that was compressed, as it was trained and after each chain. None where there is none."""
     records = [one for run in runs for one in run.compressed]
@@ -68,7 +52,7 @@ def frontier(runs: Sequence[Run]) -> Table | None:
         ("points lost", "against the student as trained"),
         ("agreement,\u00a0%", "rows on which its label is that of the student as trained"),
         ("MB", f"of the weight files; {better}"),
-        *((f"ms, batch\u00a0{size}", f"median time of a call on {devices}; {better}") for size in BATCHES),
+        *((f"ms, batch\u00a0{size}", f"median time of a call on {devices}; {better}") for size in BATCH_SIZES),
         ("recovered", "share of the points lost that the last step's healing brought back"),
         ("finding", f"refused is what lost more than {allowed} points (--max-drop)"),
     ]
@@ -98,7 +82,7 @@ def _span(accuracy: float, rows: int) -> str:
 
 def _original(one: Compressed) -> Line:
     here = one.original
-    times = [words.ms(median_ms(here, size)) or NOTHING for size in BATCHES]
+    times = [words.ms(here.median_ms(size)) or NOTHING for size in BATCH_SIZES]
     accuracy = [words.share(here.accuracy) or NOTHING, _span(here.accuracy, one.n)]
     cells = [*accuracy, NOTHING, NOTHING, f"{here.megabytes:,.2f}", *times, NOTHING, NOTHING]
     return Line(UNCHANGED, cells, strong=True)
@@ -113,9 +97,9 @@ def _line(one: Compressed) -> Line:
         words.share(one.agreement) or NOTHING,
         _less(f"{after.megabytes:,.2f}", before.megabytes, after.megabytes),
     ]
-    for size in BATCHES:
-        time = median_ms(after, size)
-        cells.append(NOTHING if time is None else _less(str(words.ms(time)), median_ms(before, size), time))
+    for size in BATCH_SIZES:
+        time = after.median_ms(size)
+        cells.append(NOTHING if time is None else _less(str(words.ms(time)), before.median_ms(size), time))
     return Line(one.name, [*cells, _healing(one), "kept" if one.accepted else "refused"])
 
 
@@ -124,7 +108,7 @@ def _less(said: str, before: float | None, after: float) -> str:
 
 
 def _healing(one: Compressed) -> str:
-    share = recovered(one)
+    share = one.recovered
     if share is not None:
         return f"{100 * share:.0f}\u00a0%"
     return NOTHING if one.before_healing is None else "nothing lost"
@@ -135,7 +119,7 @@ def healing_sentences(runs: Sequence[Run]) -> list[str]:
     said = []
     for run in runs:
         for one in run.compressed:
-            share = recovered(one)
+            share = one.recovered
             if share is None or share >= HALF or one.before_healing is None:
                 continue
             lost, back = one.original.accuracy - one.before_healing, one.compressed.accuracy - one.before_healing

@@ -17,7 +17,7 @@ from dsbs.compressed import Standing
 from dsbs.markdown import escape, paragraph, table
 from dsbs.report.gather import Run
 from dsbs.report.naming import run_titles
-from dsbs.report.smaller import by_original, frontier, healing_sentences, outdated, recovered
+from dsbs.report.smaller import by_original, frontier, healing_sentences, outdated
 from dsbs.results import Interval, Latency, SystemResult
 from dsbs.results_table import is_reliable, markdown
 
@@ -162,7 +162,7 @@ def _compressed(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
                     "agreement": one.agreement,
                     "accuracy_before_healing": one.before_healing,
                     "healing_steps": one.healing_steps,
-                    "healing_recovered": recovered(one),
+                    "healing_recovered": one.recovered,
                     "max_drop": one.max_drop,
                     "accepted": one.accepted,
                 }

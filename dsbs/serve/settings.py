@@ -11,8 +11,6 @@ from dsbs.errors import UserError
 Reply = Literal["label", "step-by-step"]
 LABEL_TOKENS = 64  # of a label, where a request does not say: as `dsbs predict`
 ANCHOR = "Answer:"  # what a prompt file has that names no anchor of its own
-
-
 ROW_VALUES = 64  # of JSON in a row, on the mean over a request's most rows
 
 

@@ -7,7 +7,7 @@ from dsbs.student.prompts import WORDING
 from dsbs.student.student import Answer, Student, Written
 from dsbs.student.targets import Start, Target, compose, start_token, take_apart
 from dsbs.student.tokenizer import ids_of, learn_vocabulary, load_tokenizer, new_tokenizer, tokenizer_hash
-from dsbs.student.weights import SIZES, load_model, new_model, start_hash
+from dsbs.student.weights import SIZES, load_model, megabytes, new_model, start_hash
 from dsbs.student.wording import Plain, Prompted, Wording, new_wording
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "make_engine",
+    "megabytes",
     "new_model",
     "new_tokenizer",
     "new_wording",

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dsbs.student.card import StudentCard
 from dsbs.student.engine import Said
-from dsbs.student.seq2seq import Confidence
 from dsbs.student.targets import Start
-from dsbs.student.tokenizer import load_tokenizer
-from dsbs.student.weights import load_model
+from dsbs.student.torch_engine import Confidence, TorchEngine
 from dsbs.student.wording import Prompted
 
 
-class Causal:
+class Causal(TorchEngine):
     """Texts whose prompts are longer than the card's ``max_input_tokens`` are cut; the template around them stays whole."""
 
     def __init__(self, model: Any, tokenizer: Any, card: StudentCard) -> None:
         from transformers import GenerationConfig
 
-        self.model, self.tokenizer, self._max_input = model, tokenizer, card.max_input_tokens
+        super().__init__(model, tokenizer, card)
         self.wording = Prompted(tokenizer, card.template or "plain")
         model.config.pad_token_id = tokenizer.pad_token_id
         # in place of the model's own, which may have a temperature or a penalty of repetitions: a student is greedy
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=self.wording.stops, pad_token_id=tokenizer.pad_token_id
         )
-
-    @classmethod
-    def load(cls, path: Path, card: StudentCard) -> Causal:
-        import torch
-
-        model = load_model(str(path))
-        return cls(model.to("cuda") if torch.cuda.is_available() else model, load_tokenizer(str(path)), card)
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
 
     def write(self, texts: Sequence[str], most: int, start: Start = "pad", *, probabilities: bool = False) -> list[Said]:
         """See ``Engine``; ``start`` is of encoder-decoders, and has no meaning here."""
@@ -69,7 +55,3 @@ class Causal:
         return [
             Said(text.strip(), not ended, one) for text, ended, one in zip(decoded, ends.any(1).tolist(), given, strict=True)
         ]
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())

@@ -15,38 +15,21 @@ from dsbs.student.card import StudentCard
 from dsbs.student.causal import Causal
 from dsbs.student.seq2seq import Seq2Seq
 from dsbs.student.tokenizer import load_tokenizer
+from dsbs.student.torch_engine import TorchEngine
 from dsbs.student.weights import quiet
 
 WEIGHTS = "model-int8.pt"
 
 
-class TorchStudent(Seq2Seq):
-    """On the CPU where it is quantised: torch has these products for no other device."""
+class _Dynamic(TorchEngine):
+    """On the CPU: torch has these products for no other device. Of a folder that is not quantised, ``plain``'s engine."""
+
+    plain: type[TorchEngine]
 
     @classmethod
-    def load(cls, path: Path, card: StudentCard) -> Seq2Seq:
-        file = path / WEIGHTS
-        if not file.is_file():
-            return Seq2Seq.load(path, card)
-        return cls(_read(path), load_tokenizer(str(path)), card)
-
-    def save(self, folder: Path) -> None:
-        self.model.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        save_quantized(self.model, folder)
-
-    @property
-    def parameters(self) -> int:
-        return _count(self.model)
-
-
-class TorchCausal(Causal):
-    """As ``TorchStudent``, of a decoder alone."""
-
-    @classmethod
-    def load(cls, path: Path, card: StudentCard) -> Causal:
+    def load(cls, path: Path, card: StudentCard) -> TorchEngine:
         if not (path / WEIGHTS).is_file():
-            return Causal.load(path, card)
+            return cls.plain.load(path, card)
         return cls(_read(path), load_tokenizer(str(path)), card)
 
     def save(self, folder: Path) -> None:
@@ -57,6 +40,14 @@ class TorchCausal(Causal):
     @property
     def parameters(self) -> int:
         return _count(self.model)
+
+
+class TorchStudent(_Dynamic, Seq2Seq):
+    plain = Seq2Seq
+
+
+class TorchCausal(_Dynamic, Causal):
+    plain = Causal
 
 
 def _read(path: Path) -> Any:

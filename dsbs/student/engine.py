@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -73,6 +74,12 @@ def make_engine(model: Any, tokenizer: Any, card: StudentCard) -> Engine:
     """The engine of a transformers' model in memory."""
     engine: Engine = _class(card)(model, tokenizer, card)
     return engine
+
+
+def threads() -> int:
+    """OMP_NUM_THREADS, for a runtime that does not read it itself; of a list (``4,2``) the outermost level. 0: not said."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(said) if said.isdecimal() else 0
 
 
 def _class(card: StudentCard) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsbs.errors import DsbsError, UserError
 from dsbs.student.card import StudentCard
-from dsbs.student.engine import Said
+from dsbs.student.engine import Said, threads
 from dsbs.student.prompts import WORDING, StoredPrompts
 from dsbs.student.targets import Start
 
@@ -46,7 +46,7 @@ class LlamaCpp:
         params.port = 0
         params.n_parallel = _SLOTS
         params.n_ctx = (card.max_input_tokens + max(card.max_target_tokens, _ANSWER)) * _SLOTS
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = _threads()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads() or len(os.sched_getaffinity(0))
         params.cpuparams.poll = params.cpuparams_batch.poll = 0  # spinning threads starve whatever else the machine runs
         params.cache_type_k = params.cache_type_v = runtime.ggml_type.GGML_TYPE_F32  # half of it would move the scores
         params.flash_attn_type = runtime.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -108,8 +108,3 @@ class LlamaCpp:
     def parameters(self) -> None:
         """The format does not tell."""
         return None
-
-
-def _threads() -> int:
-    """As many as OMP_NUM_THREADS says, which llama.cpp does not read itself; else the machine's."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

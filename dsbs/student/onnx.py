@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from dsbs.errors import DsbsError, UserError
 from dsbs.student.card import StudentCard
-from dsbs.student.engine import Said
+from dsbs.student.engine import Said, threads
 from dsbs.student.targets import Start
 from dsbs.student.tokenizer import read_pieces
 
@@ -26,12 +25,6 @@ def onnxruntime() -> Any:
     except ImportError:
         raise UserError("the format onnx needs the package onnxruntime", hint="pip install 'dsbs[onnx]'") from None
     return runtime
-
-
-def _threads() -> int:
-    """OMP_NUM_THREADS, which onnxruntime does not read itself; of a list (``4,2``) the outermost level. 0: all."""
-    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(said) if said.isdecimal() else 0
 
 
 class Onnx:
@@ -48,7 +41,7 @@ class Onnx:
     def load(cls, path: Path, card: StudentCard) -> Onnx:
         runtime = onnxruntime()
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = _threads()
+        options.intra_op_num_threads = threads()
         options.log_severity_level = 3
         wanted = [one for one in ("CUDAExecutionProvider", "CPUExecutionProvider") if one in runtime.get_available_providers()]
         try:

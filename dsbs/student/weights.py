@@ -21,6 +21,20 @@ SIZES: dict[str, dict[str, int]] = {
     "small": {"d_model": 512, "d_kv": 64, "num_heads": 6, "d_ff": 1024, "num_layers": 8, "num_decoder_layers": 8},
 }
 
+# Files of weights: of transformers, CTranslate2 (model.bin), ONNX with its outside data, torch and llama.cpp.
+_WEIGHTS = (
+    *("model*.safetensors", "pytorch_model*.bin", "model*.bin"),
+    *("*.onnx", "*.onnx_data", "*.onnx.data", "*.pt", "*.pt2", "*.gguf"),
+)
+
+
+def megabytes(student_path: str | Path) -> float:
+    """Of a student's weight files on disk, in 10^6 bytes, whatever their format. Raises UserError where there is none."""
+    files = {file for pattern in _WEIGHTS for file in Path(student_path).glob(pattern)}
+    if not files:
+        raise UserError(f"{student_path} has no weights ({' or '.join(_WEIGHTS)})", hint="train that student again")
+    return sum(file.stat().st_size for file in files) / 1e6
+
 
 def load_model(source: str, dropout: float | None = None) -> Any:
     """The model of a Hub id, a local folder or a GGUF file, in float32 whatever it was saved in, in main memory.

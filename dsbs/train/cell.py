@@ -67,7 +67,8 @@ class CellTraining:
         self.answers: dict[bytes, int] | None = None  # None: no term compares them
         if any(term.kind == "consistency" for term in self.terms):
             self.answers = encoder.answers(data.part(cell.subset), self.views[0], cell.labels)
-        self.labels = encoder.texts(make_task(recipe.task).labels or ())
+        scored = any(term.kind == "labels" for term in self.terms)
+        self.labels = encoder.texts(make_task(recipe.task).labels or ()) if scored else []
         self.logprobs = logprobs or job.folder.parent / "logprobs"
         self.folder = StudentFolder(job, self._fingerprint())
 

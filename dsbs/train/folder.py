@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dsbs.artefacts import write_json
+from dsbs.artefacts import aside, set_aside, write_json
 from dsbs.records import TrainedStudent
 from dsbs.train.checkpoints import last_checkpoint
 from dsbs.train.tune import RECORD, Job, adopt
@@ -41,14 +41,9 @@ class StudentFolder:
             there = None
         if there == self.fingerprint:
             return
-        aside = self.path.parent / "aside"
         if self.path.exists():
-            target = aside / f"{self.path.name}-{(there or 'unknown')[:12]}"
-            while target.exists():
-                target = target.with_name(target.name + "+")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.path.rename(target)
-        mine = aside / f"{self.path.name}-{self.fingerprint[:12]}"
+            set_aside(self.path, there or "unknown")
+        mine = aside(self.path, self.fingerprint)
         if mine.exists():
             mine.rename(self.path)
 

@@ -12,12 +12,12 @@ from made_students import make_student, rows_of
 
 from dsbs import UserError, load_recipe
 from dsbs.eval import latency
-from dsbs.eval.latency import latency_file, measure_latency, megabytes, read_latency
+from dsbs.eval.latency import latency_file, measure_latency, read_latency
 from dsbs.eval.predict import loader, predict_student
 from dsbs.progress import Silent
 from dsbs.recipe import Recipe
 from dsbs.records import TrainedStudent
-from dsbs.student import Student
+from dsbs.student import Student, megabytes
 
 
 @pytest.fixture

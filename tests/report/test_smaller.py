@@ -16,7 +16,7 @@ from dsbs.report.figures import figures
 from dsbs.report.figures.frontier import frontier_of
 from dsbs.report.gather import gather
 from dsbs.report.page import report_runs
-from dsbs.report.smaller import frontier, healing_sentences, outdated, recovered
+from dsbs.report.smaller import frontier, healing_sentences, outdated
 from dsbs.report.tables import write_tables
 
 STUDENT = "step-by-step-gold-s0"
@@ -59,7 +59,7 @@ def test_healing_that_recovered_less_than_half_is_said_to(made: Path, tmp_path: 
     compress(made, STUDENT, ("low-rank=0.1",), 0.5, 3.0, 8.0, before_healing=0.52, healing_steps=9)
     said = healing_sentences([gather(made)])[0]
     assert said.endswith("recovered none of the 11.2 points lost, and cost 2.0 more.")
-    shares = {one.name: recovered(one) for one in run.compressed}
+    shares = {one.name: one.recovered for one in run.compressed}
     assert shares["prune-ff=0.5"] == pytest.approx(0.08 / 0.092) and shares["quantize=int8"] is None
 
 

@@ -11,7 +11,7 @@ from dsbs.report.figures.looks import FILLS, Look, handle, log_axis, point, shar
 from dsbs.report.figures.sheet import INK, MUTE, Figure, drawing, short
 from dsbs.report.gather import Run
 from dsbs.report.naming import run_titles
-from dsbs.report.smaller import UNCHANGED, by_original, median_ms
+from dsbs.report.smaller import UNCHANGED, by_original
 from dsbs.results_table import milliseconds
 
 _MOST = 12  # chains with a look of their own
@@ -97,7 +97,7 @@ def _places(run: Run) -> list[_Place]:
     found: list[_Place] = []
     for records in by_original(run.compressed):
         before = records[0]
-        time = median_ms(before.original, 1)
+        time = before.original.median_ms(1)
         found.append(_Place(before.student, None, before.original, time))
         found += [_Place(one.student, one.name, one.compressed, _beside(time, one), one.accepted) for one in records]
     return found
@@ -105,7 +105,7 @@ def _places(run: Run) -> list[_Place]:
 
 def _beside(original: float | None, one: Compressed) -> float | None:
     """Its time by its share of the original's, which was timed in turns with it: a busy machine slows both."""
-    before, after = median_ms(one.original, 1), median_ms(one.compressed, 1)
+    before, after = one.original.median_ms(1), one.compressed.median_ms(1)
     return after if not before or after is None or original is None else original * after / before
 
 
@@ -123,7 +123,7 @@ def _look(place: _Place, looks: dict[str, Look]) -> Look:
 
 
 def _told(place: _Place) -> str:
-    standing, time = place.standing, median_ms(place.standing, 1)
+    standing, time = place.standing, place.standing.median_ms(1)
     said = f"{short(place.student)}, {short(place.chain or UNCHANGED)}: {100 * standing.accuracy:.1f} %"
     said += f", {standing.megabytes:,.2f} MB" + ("" if time is None else f", {milliseconds(time)}")
     return said if place.accepted else f"{said}, refused"
