@@ -55,7 +55,11 @@ def serve(waits: list[float], port: Any, report: Any) -> None:
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     about = {"id": "r", "object": "chat.completion", "created": 0, "model": "loopback"}
     body = json.dumps({**about, "choices": [choice], "usage": usage}).encode()
-    reply = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    reply = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+        + body
+    )
     state = {"received": 0, "in_flight": 0, "most": 0, "first": 0.0, "last": 0.0}
 
     class Chat(asyncio.Protocol):
@@ -67,7 +71,9 @@ def serve(waits: list[float], port: Any, report: Any) -> None:
             while b"\r\n\r\n" in self.buffer:
                 head, rest = self.buffer.split(b"\r\n\r\n", 1)
                 fields = head.lower().split(b"\r\n")
-                length = next((int(field[15:]) for field in fields if field.startswith(b"content-length:")), 0)
+                length = next(
+                    (int(field[15:]) for field in fields if field.startswith(b"content-length:")), 0
+                )
                 if len(rest) < length:
                     return
                 self.buffer = rest[length:]
@@ -75,7 +81,9 @@ def serve(waits: list[float], port: Any, report: Any) -> None:
                     self.transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}")
                     continue
                 if b'"messages": []' in rest[:length] or b'"messages":[]' in rest[:length]:
-                    self.transport.write(reply)  # a look at the endpoint's limits, no part of the load
+                    self.transport.write(
+                        reply
+                    )  # a look at the endpoint's limits, no part of the load
                     continue
                 now = time.monotonic()
                 state["first"] = state["first"] or now
@@ -108,7 +116,9 @@ class Endpoint:
     def __init__(self, waits: list[float]) -> None:
         queue: Any = multiprocessing.Queue()
         self._ours, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.Process(target=serve, args=(waits, queue, theirs), daemon=True)
+        self._process = multiprocessing.Process(
+            target=serve, args=(waits, queue, theirs), daemon=True
+        )
         self._process.start()
         self.url = f"http://127.0.0.1:{queue.get()}/v1"
 
@@ -123,7 +133,9 @@ def rows_file(folder: Path, rows: int) -> Path:
     with (folder / "rows.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "text", "team"])
-        writer.writerows([f"r{i}", f"My parcel number {i} is wrong.", "shipping"] for i in range(rows))
+        writer.writerows(
+            [f"r{i}", f"My parcel number {i} is wrong.", "shipping"] for i in range(rows)
+        )
     recipe = {
         "name": "bench",
         "task": {"name": "classification", "labels": ["billing", "shipping"], "columns": {"label": "team"},
@@ -138,7 +150,9 @@ def rows_file(folder: Path, rows: int) -> Path:
 def measured(command: list[str], cwd: Path) -> tuple[str, float, float, float]:
     """Standard output, wall seconds, CPU seconds and peak MB of a whole process."""
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdout is not None
     said = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)
@@ -152,7 +166,17 @@ def dsbs(folder: Path, url: str, rows: int, concurrency: int) -> dict[str, float
     """A whole `dsbs annotate`; asking is that less the same command with all replies there (start, files)."""
     out = str(folder / f"run-{time.monotonic_ns()}")
     changes = [f"teacher.base_url={url}", f"annotate.concurrency={concurrency}"]
-    command = [sys.executable, "-m", "dsbs", "annotate", str(folder / "bench.yaml"), *changes, "--out", out, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "dsbs",
+        "annotate",
+        str(folder / "bench.yaml"),
+        *changes,
+        "--out",
+        out,
+        "--json",
+    ]
     said, _, cpu, peak = measured(command, folder)
     assert json.loads(said)["splits"]["train"]["accepted"] == rows
     _, _, again, _ = measured(command, folder)
@@ -165,7 +189,11 @@ def floor(url: str, rows: int, concurrency: int) -> dict[str, float]:
 
     async def main() -> None:
         body = json.dumps(
-            {"model": "loopback", "messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 256}
+            {
+                "model": "loopback",
+                "messages": [{"role": "user", "content": "x" * 400}],
+                "max_tokens": 256,
+            }
         ).encode()
         todo = iter(range(rows))
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -181,30 +209,55 @@ def floor(url: str, rows: int, concurrency: int) -> dict[str, float]:
     asyncio.run(main())
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"cpu_ms": 1000 * cpu / rows, "asking_ms": 1000 * cpu / rows, "peak_mb": after.ru_maxrss / 1024}
+    return {
+        "cpu_ms": 1000 * cpu / rows,
+        "asking_ms": 1000 * cpu / rows,
+        "peak_mb": after.ru_maxrss / 1024,
+    }
 
 
 def peer(command: str, url: str, rows: int, concurrency: int) -> tuple[str, dict[str, float]]:
     """Another tool by its script in `benchmarks/peers/`, run by its own environment's Python."""
     python, _, script = command.partition(":")
-    arguments = [python, str(Path(script).resolve()), "--base-url", url, "--rows", str(rows), "--concurrency", str(concurrency)]
+    arguments = [
+        python,
+        str(Path(script).resolve()),
+        "--base-url",
+        url,
+        "--rows",
+        str(rows),
+        "--concurrency",
+        str(concurrency),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         said = json.loads(measured(arguments, Path(folder))[0].strip().rpartition("\n")[2])
     cpu = 1000 * said["cpu_s"] / rows
-    return f"{said['tool']} ({said['rows_ok']} of {rows})", {"cpu_ms": cpu, "asking_ms": cpu, "peak_mb": said["peak_mb"]}
+    return f"{said['tool']} ({said['rows_ok']} of {rows})", {
+        "cpu_ms": cpu,
+        "asking_ms": cpu,
+        "peak_mb": said["peak_mb"],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument("--latency", choices=["fixed", "log-normal"], nargs="+", default=["fixed", "log-normal"])
+    parser.add_argument(
+        "--latency", choices=["fixed", "log-normal"], nargs="+", default=["fixed", "log-normal"]
+    )
     parser.add_argument("--mean", type=float, default=0.5, help="mean latency in seconds")
     parser.add_argument("--peer", action="append", default=[], metavar="PYTHON:SCRIPT")
     options = parser.parse_args()
-    print(f"{options.rows} rows, mean latency {options.mean:g} s; wall <= 1.1 x ideal + 1 s is the aim")
+    print(
+        f"{options.rows} rows, mean latency {options.mean:g} s; wall <= 1.1 x ideal + 1 s is the aim"
+    )
     headings = ("wall s", "ideal s", "in flight", "CPU ms/row", "asking", "peak MB")
-    print(f"{'latency':11}{'C':>5}  {'tool':38}" + "".join(f"{heading:>12}" for heading in headings))
+    print(
+        f"{'latency':11}{'C':>5}  {'tool':38}" + "".join(f"{heading:>12}" for heading in headings)
+    )
     missed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -225,9 +278,7 @@ def main() -> None:
                     wall = seen["last"] - seen["first"]
                     late = tool == "dsbs" and wall > 1.1 * ideal + 1
                     missed += late
-                    figures = (
-                        f"{wall:12.2f}{ideal:12.2f}{int(seen['most']):12}{found['cpu_ms']:12.2f}{found['asking_ms']:12.2f}"
-                    )
+                    figures = f"{wall:12.2f}{ideal:12.2f}{int(seen['most']):12}{found['cpu_ms']:12.2f}{found['asking_ms']:12.2f}"
                     print(
                         f"{kind:11}{concurrency:5}  {label:38}{figures}{found['peak_mb']:12.0f}{'  LATE' if late else ''}",
                         flush=True,

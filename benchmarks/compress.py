@@ -18,17 +18,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsbs.compress.base import attentions, feed_forwards
-from dsbs.compress.feed_forward import without_units
-from dsbs.compress.heads import without_heads
-from dsbs.compress.layers import without_layers
-from dsbs.compress.low_rank import TruncatedSvd, factored
-from dsbs.results import BATCH_SIZES
-from dsbs.student import SIZES, megabytes
+from dsbs.compression.base import attentions, feed_forwards
+from dsbs.compression.feed_forward import without_units
+from dsbs.compression.heads import without_heads
+from dsbs.compression.layers import without_layers
+from dsbs.compression.low_rank import TruncatedSvd, factored
+from dsbs.records.results import BATCH_SIZES
+from dsbs.students import SIZES, megabytes
 
 VOCABULARY = {"nano": 4000, "mini": 4000, "t5-small": 32128}
 SHAPES: dict[str, dict[str, Any]] = {name: SIZES[name] for name in ("nano", "mini")} | {
-    "t5-small": {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 6, "num_decoder_layers": 6}
+    "t5-small": {
+        "d_model": 512,
+        "d_kv": 64,
+        "num_heads": 8,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_decoder_layers": 6,
+    }
 }
 TOKENS, WRITTEN = 32, 8
 
@@ -36,13 +43,17 @@ TOKENS, WRITTEN = 32, 8
 def heads(model: Any) -> Any:
     import torch
 
-    return without_heads(model, {name: torch.arange(model.config.num_heads // 2) for name, _ in attentions(model)})
+    return without_heads(
+        model, {name: torch.arange(model.config.num_heads // 2) for name, _ in attentions(model)}
+    )
 
 
 def units(model: Any) -> Any:
     import torch
 
-    return without_units(model, {name: torch.arange(model.config.d_ff // 2) for name, _ in feed_forwards(model)})
+    return without_units(
+        model, {name: torch.arange(model.config.d_ff // 2) for name, _ in feed_forwards(model)}
+    )
 
 
 def layers(model: Any) -> Any:
@@ -69,7 +80,12 @@ def call(model: Any, ids: Any) -> float:
 
     began = time.perf_counter()
     with torch.inference_mode():
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=WRITTEN, max_new_tokens=WRITTEN)
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=WRITTEN,
+            max_new_tokens=WRITTEN,
+        )
     return 1000 * (time.perf_counter() - began)
 
 
@@ -84,7 +100,9 @@ def main() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
     from transformers.utils import logging
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--calls", type=int, default=10)
     arguments = parser.parse_args()
@@ -98,9 +116,18 @@ def main() -> None:
             smaller = make(model)
             line = f"  {step}: {size(smaller) / size(model):.2f} of the file"
             for rows in BATCH_SIZES:
-                ids = torch.tensor([[random.randrange(3, VOCABULARY[name]) for _ in range(TOKENS)] for _ in range(rows)])
-                pairs = [(call(model, ids), call(smaller, ids)) for _ in range(arguments.calls + 1)][1:]
-                ratio = statistics.median(ours for _, ours in pairs) / statistics.median(theirs for theirs, _ in pairs)
+                ids = torch.tensor(
+                    [
+                        [random.randrange(3, VOCABULARY[name]) for _ in range(TOKENS)]
+                        for _ in range(rows)
+                    ]
+                )
+                pairs = [
+                    (call(model, ids), call(smaller, ids)) for _ in range(arguments.calls + 1)
+                ][1:]
+                ratio = statistics.median(ours for _, ours in pairs) / statistics.median(
+                    theirs for theirs, _ in pairs
+                )
                 line += f", {ratio:.2f} of the time at batch {rows}"
             print(line, flush=True)
 

@@ -20,9 +20,17 @@ from typing import Any
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "esnli"
 MICRO, ACCUMULATED = 8, 8
-COMMON = {"d_model": 768, "d_kv": 64, "num_heads": 12, "num_layers": 12, "vocab_size": 32128, "decoder_start_token_id": 0}
+COMMON = {
+    "d_model": 768,
+    "d_kv": 64,
+    "num_heads": 12,
+    "num_layers": 12,
+    "vocab_size": 32128,
+    "decoder_start_token_id": 0,
+}
 SHAPES: dict[str, dict[str, Any]] = {
-    "t5-v1_1-base": COMMON | {"d_ff": 2048, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "t5-v1_1-base": COMMON
+    | {"d_ff": 2048, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "t5-base": COMMON | {"d_ff": 3072},
 }
 
@@ -31,13 +39,18 @@ def measure(shape: str, optimizer: str, *, checkpointing: bool, padding: str) ->
     """Train two steps and print what they took, in this process."""
     import torch
     from train import rows
-    from transformers import PrinterCallback, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        PrinterCallback,
+        Seq2SeqTrainingArguments,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
-    from dsbs.recipe import TrainSection
-    from dsbs.train.encode import Encoded, collate
-    from dsbs.train.meters import peak_memory
-    from dsbs.train.methods import METHODS
-    from dsbs.train.trainer import StepTrainer
+    from dsbs.config import TrainSection
+    from dsbs.training.cost import peak_memory
+    from dsbs.training.encode import Encoded, collate
+    from dsbs.training.methods import METHODS
+    from dsbs.training.trainer import StepTrainer
 
     def tokens(row: Encoded) -> int:
         return sum(len(source) + len(target) for pairs in row.values() for source, target in pairs)
@@ -77,20 +90,32 @@ def measure(shape: str, optimizer: str, *, checkpointing: bool, padding: str) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=list(SHAPES), default="t5-v1_1-base")
     parser.add_argument("--optimizer", choices=["adamw", "adafactor"], default="adamw")
     parser.add_argument("--padding", choices=["none", "batch"], default="none")
-    parser.add_argument("--one", choices=["yes", "no"], help="only with, or only without checkpointing, in this process")
+    parser.add_argument(
+        "--one",
+        choices=["yes", "no"],
+        help="only with, or only without checkpointing, in this process",
+    )
     options = parser.parse_args()
     if not DATA.is_dir():
         sys.exit("real data is not beside this checkout (../shared/data): nothing to measure on")
     if options.one:
-        measure(options.shape, options.optimizer, checkpointing=options.one == "yes", padding=options.padding)
+        measure(
+            options.shape,
+            options.optimizer,
+            checkpointing=options.one == "yes",
+            padding=options.padding,
+        )
         return
     print(f"batch {MICRO} x accumulation {ACCUMULATED}")
     print(
-        f"{'shape':14}{'optimizer':11}{'padding':>8}{'checkpointing':>15}{'weights MB':>12}{'peak MB':>10}{'s':>9}", flush=True
+        f"{'shape':14}{'optimizer':11}{'padding':>8}{'checkpointing':>15}{'weights MB':>12}{'peak MB':>10}{'s':>9}",
+        flush=True,
     )
     for checkpointing in ("yes", "no"):
         subprocess.run([sys.executable, *sys.argv, "--one", checkpointing], check=True)

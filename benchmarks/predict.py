@@ -21,24 +21,37 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--student", type=Path, help="the folder of a trained student on e-SNLI")
-parser.add_argument("--random", choices=["t5-small"], help="a shape with random weights in its place: sizes and times alone")
-parser.add_argument("--variants", nargs="+", default=["ct2-int8", "ct2", "onnx", "onnx-int8", "torch-int8"])
+parser.add_argument(
+    "--random",
+    choices=["t5-small"],
+    help="a shape with random weights in its place: sizes and times alone",
+)
+parser.add_argument(
+    "--variants", nargs="+", default=["ct2-int8", "ct2", "onnx", "onnx-int8", "torch-int8"]
+)
 parser.add_argument("--rows", type=int, default=1000)
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--tokens", type=int, default=8, help="of a label, at most")
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument(
-    "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of all threads, where others use the machine"
+    "--clock",
+    choices=["wall", "cpu"],
+    default="wall",
+    help="cpu: of all threads, where others use the machine",
 )
 args = parser.parse_args()
-os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch, CTranslate2 and dsbs's onnx engine alike
+os.environ["OMP_NUM_THREADS"] = str(
+    args.threads
+)  # read by torch, CTranslate2 and dsbs's onnx engine alike
 
 import torch  # noqa: E402 - after the number of threads is set
 
 from dsbs import Student, export, load_recipe  # noqa: E402
-from dsbs.student import Engine, StudentCard, learn_vocabulary  # noqa: E402
+from dsbs.students import Engine, StudentCard, learn_vocabulary  # noqa: E402
 from dsbs.tasks import make_task  # noqa: E402
 from dsbs.tasks.load import stream  # noqa: E402
 
@@ -47,7 +60,10 @@ CALLS = 60  # at batch 1, in a round
 
 
 def texts_of_test(count: int) -> list[str]:
-    files = [f"task.data.{split}={DATA / name}" for split, name in (("train", "valid.jsonl.gz"), ("test", "test.jsonl.gz"))]
+    files = [
+        f"task.data.{split}={DATA / name}"
+        for split, name in (("train", "valid.jsonl.gz"), ("test", "test.jsonl.gz"))
+    ]
     recipe = load_recipe("recipes/esnli.yaml", ["teacher.kind=recorded", *files])
     task = make_task(recipe.task)
     return [task.text(row.input) for row in islice(stream(recipe, task, "test"), count)]
@@ -87,7 +103,9 @@ def written(engine: Engine, batches: Sequence[Sequence[str]]) -> list[str]:
 
 def main() -> None:
     if args.student is None and args.random is None:
-        sys.exit("nothing is measured: give a trained student with --student FOLDER, or --random t5-small")
+        sys.exit(
+            "nothing is measured: give a trained student with --student FOLDER, or --random t5-small"
+        )
     if not DATA.is_dir():
         sys.exit(f"nothing is measured: e-SNLI is not in {DATA}")
     torch.set_num_threads(args.threads)
@@ -102,8 +120,14 @@ def main() -> None:
         single = [[text] for text in texts[::step][:CALLS]]
         few = wide[:: max(1, len(wide) // 6)][:6]
         gold = written(reference.engine, wide)
-        print(f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, {args.threads} thread(s) on each side")
-        times = [part for size in (1, 64) for part in (f"{args.clock} ms at {size} (theirs)", f"faster at {size}")]
+        print(
+            f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, {args.threads} thread(s) on each side"
+        )
+        times = [
+            part
+            for size in (1, 64)
+            for part in (f"{args.clock} ms at {size} (theirs)", f"faster at {size}")
+        ]
         print(f"| variant | MB | smaller | agreement | {' | '.join(times)} |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for variant in args.variants:
@@ -113,7 +137,9 @@ def main() -> None:
                 examples=[text.removeprefix(prefix) for text in texts[:8]],
             )  # fmt: skip
             engine = Student.load(done.path).engine
-            agreed = sum(a == b for a, b in zip(gold, written(engine, wide), strict=True)) / len(gold)
+            agreed = sum(a == b for a, b in zip(gold, written(engine, wide), strict=True)) / len(
+                gold
+            )
             cells = []
             for batches in (single, few):
                 for one in (reference.engine, engine):

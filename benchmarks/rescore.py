@@ -32,7 +32,12 @@ def write(folder: Path, rows: int, systems: int) -> list[str]:
         for i in range(rows):
             gold.append(draw.choice(LABELS))
             premise, hypothesis = (" ".join(draw.choices(words, k=k)) for k in (14, 8))
-            row = {"id": f"row-{i}", "premise": premise, "hypothesis": hypothesis, "label": gold[-1]}
+            row = {
+                "id": f"row-{i}",
+                "premise": premise,
+                "hypothesis": hypothesis,
+                "label": gold[-1],
+            }
             row["teacher"] = {"completion": f"{premise}.\nAnswer: {draw.choice(LABELS)}"}
             file.write(json.dumps(row) + "\n")
     files = {}
@@ -42,7 +47,12 @@ def write(folder: Path, rows: int, systems: int) -> list[str]:
             for i, label in enumerate(gold):
                 said = label if draw.random() < 0.5 + 0.03 * system else draw.choice(LABELS)
                 why = " ".join(draw.choices(words, k=18))
-                line = {"id": f"row-{i}", "prediction": said, "probability": draw.uniform(0.34, 1), "rationale": why}
+                line = {
+                    "id": f"row-{i}",
+                    "prediction": said,
+                    "probability": draw.uniform(0.34, 1),
+                    "rationale": why,
+                }
                 file.write(json.dumps(line) + "\n")
         files[f"system-{system}"] = str(path)
     data = str(folder / "test.jsonl")
@@ -58,7 +68,9 @@ def write(folder: Path, rows: int, systems: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--systems", type=int, default=9)
     parser.add_argument("--profile", action="store_true")
@@ -66,7 +78,9 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as name:
         arguments = write(Path(name), options.rows, options.systems)
-        subprocess.run([sys.executable, "-m", "dsbs", "annotate", *arguments], capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "dsbs", "annotate", *arguments], capture_output=True, check=True
+        )
         profiled = ["-m", "cProfile", "-s", "cumulative"] if options.profile else []
         began = time.perf_counter()
         done = subprocess.run(
@@ -79,10 +93,14 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.stderr)
         systems = [] if options.profile else json.loads(done.stdout)["systems"]
-        assert options.profile or ("rouge_l" in systems[-1]["metrics"] and len(systems) == options.systems)
+        assert options.profile or (
+            "rouge_l" in systems[-1]["metrics"] and len(systems) == options.systems
+        )
         if options.profile:
             print("\n".join(done.stdout.split("\n")[1:60]))
-        print(f"{options.rows} rows, {options.systems} systems, one core: {wall:.1f} s, start of the command included")
+        print(
+            f"{options.rows} rows, {options.systems} systems, one core: {wall:.1f} s, start of the command included"
+        )
         sys.exit(0 if wall < MOST_S else f"more than {MOST_S:.0f} s")
 
 

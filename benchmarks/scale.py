@@ -27,9 +27,7 @@ def write(folder: Path, rows: int, *, apart: bool) -> Path:
     ):
         for i in range(rows):
             team = teams[i % 4]
-            text = (
-                f"Customer {i} writes about order {i * 7919 % 1_000_003}: something with it is wrong, and it is about {team}."
-            )
+            text = f"Customer {i} writes about order {i * 7919 % 1_000_003}: something with it is wrong, and it is about {team}."
             completion = f"The message speaks of order {i} and of {team}, so that team should look at it.\nAnswer: {team}"
             row = {"id": f"row-{i:07d}-of-a-long-name", "text": text, "label": team}
             if apart:
@@ -49,18 +47,33 @@ def write(folder: Path, rows: int, *, apart: bool) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
-    parser.add_argument("--file", action="store_true", help="completions in a file apart, joined by id")
+    parser.add_argument(
+        "--file", action="store_true", help="completions in a file apart, joined by id"
+    )
     options = parser.parse_args()
     highest = 0.0
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             recipe = write(folder, rows, apart=options.file)
-            command = [sys.executable, "-m", "dsbs", "annotate", str(recipe), "--out", str(folder / "run"), "--json"]
+            command = [
+                sys.executable,
+                "-m",
+                "dsbs",
+                "annotate",
+                str(recipe),
+                "--out",
+                str(folder / "run"),
+                "--json",
+            ]
             began = time.monotonic()
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
             assert process.stdout is not None
             said = process.stdout.read()
             _, status, used = os.wait4(process.pid, 0)
@@ -68,7 +81,10 @@ def main() -> None:
             if os.waitstatus_to_exitcode(status):
                 sys.exit("dsbs annotate failed")
             assert json.loads(said)["splits"]["train"]["accepted"] == rows
-            print(f"{rows:,} rows: {rows / wall:,.0f} rows/s, {wall:.1f} s, peak {peak:.0f} MB", flush=True)
+            print(
+                f"{rows:,} rows: {rows / wall:,.0f} rows/s, {wall:.1f} s, peak {peak:.0f} MB",
+                flush=True,
+            )
             highest = max(highest, peak)
     sys.exit(1 if highest > MOST_MB else 0)
 

@@ -59,10 +59,16 @@ async def load(url: str, rows: list[Any], clients: int, seconds: float, pid: int
             began = time.perf_counter()
             flying += 1
             try:
-                async with session.post(f"{url}/predict", json={"inputs": [rows[turn % len(rows)]]}) as response:
+                async with session.post(
+                    f"{url}/predict", json={"inputs": [rows[turn % len(rows)]]}
+                ) as response:
                     answer = await response.json()
                     good = response.status == 200 and len(answer["predictions"]) == 1
-                    count[str(response.status) if good or response.status != 200 else "200 without an answer"] += 1
+                    count[
+                        str(response.status)
+                        if good or response.status != 200
+                        else "200 without an answer"
+                    ] += 1
                     if count is statuses:
                         latencies.append(time.perf_counter() - began)
             except (aiohttp.ClientError, OSError) as error:
@@ -94,13 +100,26 @@ async def load(url: str, rows: list[Any], clients: int, seconds: float, pid: int
         "failed": {status: count for status, count in statuses.items() if status != "200"},
         "while stopping": dict(draining),
         "requests/s": round(len(latencies) / seconds, 1),
-        **{f"p{p} ms": round(1000 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)], 1) for p in (50, 95, 99)},
+        **{
+            f"p{p} ms": round(1000 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)], 1)
+            for p in (50, 95, 99)
+        },
         "mean batch": round(read("dsbs_batch_rows_sum") / read("dsbs_batch_rows_count"), 1),
     }
 
 
 def measured(options: argparse.Namespace, rows: list[Any], *more: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "dsbs", "serve", options.student, "--port", "0", "--json", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "dsbs",
+        "serve",
+        options.student,
+        "--port",
+        "0",
+        "--json",
+        *more,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -117,7 +136,12 @@ def measured(options: argparse.Namespace, rows: list[Any], *more: str) -> dict[s
         process.kill()
     said = process.communicate()[1]
     half = memory.seen[len(memory.seen) // 2 :]  # by then every client has been answered many times
-    sizes = {"before": before, "half-way": half[0], "peak": max(memory.seen), "after": memory.seen[-1]}
+    sizes = {
+        "before": before,
+        "half-way": half[0],
+        "peak": max(memory.seen),
+        "after": memory.seen[-1],
+    }
     found["memory MB"] = {name: round(size) for name, size in sizes.items()}
     return found | {"exit": process.returncode, "stderr": said}
 
@@ -125,7 +149,11 @@ def measured(options: argparse.Namespace, rows: list[Any], *more: str) -> dict[s
 def problems(found: dict[str, Any]) -> list[str]:
     """What must not be."""
     memory = found["memory MB"]
-    refused = [status for status in found["while stopping"] if status.isdigit() and status not in ("200", "503")]
+    refused = [
+        status
+        for status in found["while stopping"]
+        if status.isdigit() and status not in ("200", "503")
+    ]
     told = {
         "requests failed": bool(found["failed"] or refused),
         "memory still grew in the second half": memory["peak"] > 1.1 * memory["half-way"],
@@ -135,18 +163,29 @@ def problems(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("student")
     parser.add_argument("inputs", type=Path, help="JSONL, a row or {input: row} a line")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.inputs.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [
+        json.loads(line)
+        for line in options.inputs.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
     rows = [row.get("input", row) for row in rows]
-    print(f"{options.clients} clients, {options.seconds:g} s, {len(rows)} different rows", flush=True)
+    print(
+        f"{options.clients} clients, {options.seconds:g} s, {len(rows)} different rows", flush=True
+    )
     found = {}
     missed = []
-    for name, more in {"batched": (), "one at a time": ("--batch-size", "1", "--max-wait-ms", "0")}.items():
+    for name, more in {
+        "batched": (),
+        "one at a time": ("--batch-size", "1", "--max-wait-ms", "0"),
+    }.items():
         one = found[name] = measured(options, rows, *more)
         print(f"{name}: {json.dumps(one)}", flush=True)
         missed += [f"{name}: {problem}" for problem in problems(one)]

@@ -29,16 +29,16 @@ from transformers import (
 )
 
 from dsbs import load_recipe
-from dsbs.annotate.annotator import Annotator
-from dsbs.annotate.deriving import recalled
-from dsbs.annotate.teachers import make_teacher
-from dsbs.recipe import StudentSection, TrainSection
-from dsbs.student import learn_vocabulary, new_model
+from dsbs.annotation.annotator import Annotator
+from dsbs.annotation.backends import make_teacher
+from dsbs.annotation.deriving import recalled
+from dsbs.config import StudentSection, TrainSection
+from dsbs.students import learn_vocabulary, new_model
 from dsbs.tasks.load import stream
-from dsbs.train.encode import Encoded, collate, pad
-from dsbs.train.losses import summed_nll
-from dsbs.train.methods import METHODS
-from dsbs.train.trainer import StepTrainer
+from dsbs.training.encode import Encoded, collate, pad
+from dsbs.training.losses import summed_nll
+from dsbs.training.methods import METHODS
+from dsbs.training.trainer import StepTrainer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "esnli"
 STEPS = {"nano": {16: 40, 64: 14}, "mini": {16: 14, 64: 6}, "t5-small": {16: 5, 64: 3}}
@@ -49,15 +49,22 @@ SECTIONS = {"dsbs": TrainSection(), "decoder": TrainSection(task_token="decoder"
 def rows(count: int) -> tuple[dict[str, list[Encoded]], Any]:
     """Encoded rows, as each way to tell the tasks reads them, and their tokenizer."""
     train = DATA / "valid.jsonl.gz"
-    recipe = load_recipe("recipes/esnli.yaml", ["teacher.kind=recorded", f"task.data.train={train}", f"task.limit={count}"])
+    recipe = load_recipe(
+        "recipes/esnli.yaml",
+        ["teacher.kind=recorded", f"task.data.train={train}", f"task.limit={count}"],
+    )
     work = Annotator(recipe)
     answers_of = recalled(work, make_teacher(recipe))
     found = []
     for example in stream(recipe, work.task, "train"):
         annotation = work.annotation(example, answers_of(example))
         if annotation.own_label and annotation.rationale:
-            found.append((work.task.text(example.input), annotation.own_label, annotation.rationale))
-    texts = [part for text, label, why in found for part in ("predict: explain: " + text, label, why)]
+            found.append(
+                (work.task.text(example.input), annotation.own_label, annotation.rationale)
+            )
+    texts = [
+        part for text, label, why in found for part in ("predict: explain: " + text, label, why)
+    ]
     tokenizer = learn_vocabulary(texts, 4000)
 
     def ids(text: str) -> list[int]:
@@ -82,15 +89,23 @@ def model_of(shape: str, tokenizer: Any) -> Any:
     torch.manual_seed(0)
     return T5ForConditionalGeneration(
         T5Config(
-            vocab_size=len(tokenizer), d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, decoder_start_token_id=0
+            vocab_size=len(tokenizer),
+            d_model=512,
+            d_kv=64,
+            num_heads=8,
+            d_ff=2048,
+            num_layers=6,
+            decoder_start_token_id=0,
         )
     )
 
 
-class Plain(Seq2SeqTrainer):
+class PlainFormat(Seq2SeqTrainer):
     """Two forward passes over padded batches, α = 0.5."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         return 0.5 * model(**inputs["label"]).loss + 0.5 * model(**inputs["rationale"]).loss
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -110,7 +125,9 @@ class Clock(TrainerCallback):
         self.ended = time.perf_counter()
 
 
-def run(kind: str, shape: str, batch: int, data: dict[str, list[Encoded]], tokenizer: Any, folder: str) -> float:
+def run(
+    kind: str, shape: str, batch: int, data: dict[str, list[Encoded]], tokenizer: Any, folder: str
+) -> float:
     """Examples a second."""
     steps = STEPS[shape][batch]
     arguments = Seq2SeqTrainingArguments(
@@ -118,9 +135,13 @@ def run(kind: str, shape: str, batch: int, data: dict[str, list[Encoded]], token
         save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, use_cpu=True, seed=0,
     )  # fmt: skip
     clock = Clock()
-    how: dict[str, Any] = {"model": model_of(shape, tokenizer), "args": arguments, "callbacks": [clock]}
+    how: dict[str, Any] = {
+        "model": model_of(shape, tokenizer),
+        "args": arguments,
+        "callbacks": [clock],
+    }
     if kind == "plain":
-        trainer: Any = Plain(data_collator=padded, train_dataset=data["dsbs"], **how)
+        trainer: Any = PlainFormat(data_collator=padded, train_dataset=data["dsbs"], **how)
     else:
         section = SECTIONS[kind]
         views = METHODS["step-by-step"].views(section)
@@ -133,15 +154,17 @@ def run(kind: str, shape: str, batch: int, data: dict[str, list[Encoded]], token
 
 def same_loss(data: list[Encoded], tokenizer: Any) -> tuple[float, float]:
     """The two objectives on one batch, without dropout."""
-    from dsbs.train.losses import weighted_loss
-    from dsbs.train.trainer import speak
+    from dsbs.training.losses import weighted_loss
+    from dsbs.training.trainer import speak
 
     model = model_of("nano", tokenizer).eval()
     batch = collate(data[:16])
     plain = sum(0.5 * float(model(**pad(flat, 0, 0)).loss.detach()) for flat in batch.values())
     speak(model, METHODS["step-by-step"].views(SECTIONS["dsbs"]), without_padding=True)
     counts = {name: float(len(flat["target"])) for name, flat in batch.items()}
-    ours = float(weighted_loss(model(batch=batch), counts, {"label": 1.0, "rationale": 1.0}).detach())
+    ours = float(
+        weighted_loss(model(batch=batch), counts, {"label": 1.0, "rationale": 1.0}).detach()
+    )
     return plain, ours
 
 
@@ -150,7 +173,7 @@ def profile(kind: str, data: list[Encoded], tokenizer: Any) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
 
-    from dsbs.train.trainer import speak
+    from dsbs.training.trainer import speak
 
     model = model_of("nano", tokenizer).train()
     speak(model, METHODS["step-by-step"].views(SECTIONS["dsbs"]), without_padding=kind == "dsbs")
@@ -168,11 +191,17 @@ def profile(kind: str, data: list[Encoded], tokenizer: Any) -> str:
             sum(sums.values()).backward()  # type: ignore[union-attr]
             optimizer.step()
             optimizer.zero_grad()
-    return str(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=36))
+    return str(
+        found.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=36
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--batches", type=int, nargs="+", choices=[16, 64], default=[16, 64])
     parser.add_argument("--profile", action="store_true")
@@ -185,20 +214,28 @@ def main() -> None:
         f"{len(data['dsbs'])} rows, {torch.get_num_threads()} threads; loss of one batch: plain {plain:.6f}, dsbs {ours:.6f}",
         flush=True,
     )
-    print("exact: the paper's objective and prefixes; decoder: train.task_token, another method (see the README)")
-    print(f"{'shape':10}{'batch':>6}{'plain ex/s':>18}{'exact':>8}{'ratio':>7}{'decoder':>9}{'ratio':>7}")
+    print(
+        "exact: the paper's objective and prefixes; decoder: train.task_token, another method (see the README)"
+    )
+    print(
+        f"{'shape':10}{'batch':>6}{'plain ex/s':>18}{'exact':>8}{'ratio':>7}{'decoder':>9}{'ratio':>7}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
             for batch in options.batches:
                 before = run("plain", shape, batch, data, tokenizer, folder)
-                mine, other = (run(kind, shape, batch, data, tokenizer, folder) for kind in SECTIONS)
+                mine, other = (
+                    run(kind, shape, batch, data, tokenizer, folder) for kind in SECTIONS
+                )
                 after = run("plain", shape, batch, data, tokenizer, folder)
                 peer = (before + after) / 2
                 figures = f"{mine:8.1f}{mine / peer:7.2f}{other:9.1f}{other / peer:7.2f}"
                 print(f"{shape:10}{batch:6}{f'{before:.1f}, {after:.1f}':>18}{figures}", flush=True)
     if options.profile:
         for kind in ("plain", "dsbs"):
-            print(f"\n{kind}, nano, batch 64, three steps:\n{profile(kind, data['dsbs'], tokenizer)}")
+            print(
+                f"\n{kind}, nano, batch 64, three steps:\n{profile(kind, data['dsbs'], tokenizer)}"
+            )
 
 
 if __name__ == "__main__":

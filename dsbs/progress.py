@@ -7,29 +7,35 @@ import time
 from types import TracebackType
 from typing import Protocol, Self
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
-Worth = tuple[int, str]  # what one unit of progress is worth in the rate that is shown: (64, "examples"); (1, ""): itself
+Worth = tuple[
+    int, str
+]  # what one unit of progress is worth in the rate that is shown: (64, "examples"); (1, ""): itself
 _ITSELF: Worth = (1, "")
 
 
-class Meter(Protocol):
+class Progress(Protocol):
     """What a stage tells of its progress."""
 
-    def start(self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None: ...
+    def start(
+        self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF
+    ) -> None: ...
     def update(self, done: int, note: str = "") -> None: ...
     def finish(self) -> None: ...
     def say(self, text: str) -> None: ...
 
 
-class Silent:
+class NoProgress:
     """No progress: for programs and tests."""
 
-    def start(self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None: ...
+    def start(
+        self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF
+    ) -> None: ...
     def update(self, done: int, note: str = "") -> None: ...
     def finish(self) -> None: ...
     def say(self, text: str) -> None: ...
@@ -40,19 +46,19 @@ class Bar:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress: Progress | None = None
+        self._progress: rich_progress.Progress | None = None
         self._started, self._worth = (0.0, 0), _ITSELF
 
     def start(self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None:
         self.finish()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        self._progress = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(bar_width=24),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[note]}"),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("left"),
+            rich_progress.TimeRemainingColumn(),
             console=self._console,
             transient=True,
         )
@@ -108,10 +114,14 @@ class Lines:
 def rate(done: int, started: tuple[float, int], worth: Worth = _ITSELF) -> str:
     elapsed = time.monotonic() - started[0]
     each, unit = worth
-    return f"{each * (done - started[1]) / elapsed:.1f}{' ' * bool(unit)}{unit}/s" if elapsed > 0.5 else ""
+    return (
+        f"{each * (done - started[1]) / elapsed:.1f}{' ' * bool(unit)}{unit}/s"
+        if elapsed > 0.5
+        else ""
+    )
 
 
-def make_meter() -> Meter:
+def make_progress() -> Progress:
     """The meter that fits stderr."""
     console = Console(stderr=True)
     return Bar(console) if console.is_terminal else Lines()
@@ -120,12 +130,24 @@ def make_meter() -> Meter:
 class running:  # noqa: N801 - reads as a phrase: `with running(meter, "train", 100):`
     """Start a meter's title and finish it whatever happens."""
 
-    def __init__(self, meter: Meter, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None:
-        self._meter, self._begin = meter, (title, total, done, worth)
+    def __init__(
+        self,
+        progress: Progress,
+        title: str,
+        total: int | None,
+        done: int = 0,
+        worth: Worth = _ITSELF,
+    ) -> None:
+        self._progress, self._begin = progress, (title, total, done, worth)
 
     def __enter__(self) -> Self:
-        self._meter.start(*self._begin)
+        self._progress.start(*self._begin)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._meter.finish()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._progress.finish()

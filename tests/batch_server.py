@@ -20,7 +20,9 @@ class BatchServer:
     A batch is done after ``polls`` looks at it. ``refuse`` lets every batch fail as a whole.
     """
 
-    def __init__(self, answer: Callable[[dict[str, Any]], Any], polls: int = 1, refuse: str | None = None) -> None:
+    def __init__(
+        self, answer: Callable[[dict[str, Any]], Any], polls: int = 1, refuse: str | None = None
+    ) -> None:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.looks: dict[str, int] = {}
@@ -39,7 +41,9 @@ class BatchServer:
                     boundary = re.search(r"boundary=(\S+)", self.headers["Content-Type"])
                     assert boundary is not None
                     parts = data.split(b"--" + boundary.group(1).strip('"').encode())
-                    content = next(p.split(b"\r\n\r\n", 1)[1][:-2] for p in parts if b'name="file"' in p)
+                    content = next(
+                        p.split(b"\r\n\r\n", 1)[1][:-2] for p in parts if b'name="file"' in p
+                    )
                     name = f"file-{len(server.files)}"
                     server.files[name] = content
                     self.say(
@@ -63,7 +67,9 @@ class BatchServer:
                 if path.endswith("/content"):
                     self.say(server.files[path.split("/")[-2]])
                 elif path.endswith("/batches"):
-                    self.say({"object": "list", "data": list(server.batches.values()), "has_more": False})
+                    self.say(
+                        {"object": "list", "data": list(server.batches.values()), "has_more": False}
+                    )
                 else:
                     self.say(server.look(path.rpartition("/")[2]))
 
@@ -105,23 +111,40 @@ class BatchServer:
 
     def finish(self, name: str, batch: dict[str, Any]) -> None:
         if self._refuse:
-            batch |= {"status": "failed", "errors": {"object": "list", "data": [{"message": self._refuse, "line": 1}]}}
+            batch |= {
+                "status": "failed",
+                "errors": {"object": "list", "data": [{"message": self._refuse, "line": 1}]},
+            }
             return
         done, failed, status = [], [], "completed"
         for line in map(json.loads, self.files[batch["input_file_id"]].decode().splitlines()):
             self.requests += 1
             if self.expire(line["body"]):
-                failed.append({"custom_id": line["custom_id"], "response": None, "error": {"code": "batch_expired"}})
+                failed.append(
+                    {
+                        "custom_id": line["custom_id"],
+                        "response": None,
+                        "error": {"code": "batch_expired"},
+                    }
+                )
                 status = "expired"
                 continue
             said = self._answer(line["body"])
             code, body = (200, completion(said)) if isinstance(said, str) else said
             target = done if code == 200 else failed
-            target.append({"custom_id": line["custom_id"], "response": {"status_code": code, "body": body}, "error": None})
+            target.append(
+                {
+                    "custom_id": line["custom_id"],
+                    "response": {"status_code": code, "body": body},
+                    "error": None,
+                }
+            )
         done.reverse()  # the order of the output is not that of the input
         for kind, lines in (("output", done), ("error", failed)):
             if lines:
-                self.files[f"{name}-{kind}"] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+                self.files[f"{name}-{kind}"] = "".join(
+                    json.dumps(line) + "\n" for line in lines
+                ).encode()
                 batch[f"{kind}_file_id"] = f"{name}-{kind}"
         batch["status"] = status
 

@@ -18,16 +18,19 @@ from transformers import (
     Qwen3Config,
 )
 
-from dsbs.recipe import DataSection, TaskSection
-from dsbs.student import Student, StudentCard, Target
-from dsbs.train.causal import summed
-from dsbs.train.encode import collate
+from dsbs.config import DataSection, TaskSection
+from dsbs.students import Student, StudentCard, Target
+from dsbs.training.encode import collate
+from dsbs.training.packed.decoder import summed
 
 CHAT = (
     "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' + m['content'] + '<|over|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
 )
-TEXTS = [row["text"] + " " + row["team"] + " The message is about a parcel, an invoice." for row in toy_rows(60)]
+TEXTS = [
+    row["text"] + " " + row["team"] + " The message is about a parcel, an invoice."
+    for row in toy_rows(60)
+]
 
 
 def tokenizer(*, chat: bool = True, bos: bool = False, texts: Iterable[str] = TEXTS) -> Any:
@@ -37,11 +40,16 @@ def tokenizer(*, chat: bool = True, bos: bool = False, texts: Iterable[str] = TE
     made.decoder = decoders.ByteLevel()
     special = ["<|begin|>", "<|end|>", "<|turn|>", "<|over|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=340,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     made.train_from_iterator(texts, trainer)
     if bos:
-        made.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+        made.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<|begin|>", eos_token="<|end|>", extra_special_tokens=["<|turn|>", "<|over|>"],
         chat_template=CHAT if chat else None,
@@ -79,7 +87,9 @@ def save(folder: Path, kind: str = "llama", **of_tokenizer: Any) -> str:
 LABELS = ("billing", "shipping", "a message about it")
 
 
-def taught(template: Any = "chat", kind: str = "llama", prefixes: dict[Target, str] | None = None) -> Student:
+def taught(
+    template: Any = "chat", kind: str = "llama", prefixes: dict[Target, str] | None = None
+) -> Student:
     """Taught a few short targets, so that its texts end by themselves and it is not sure of them."""
     made = tokenizer(bos=template == "plain")
     made.pad_token = made.eos_token
@@ -90,7 +100,10 @@ def taught(template: Any = "chat", kind: str = "llama", prefixes: dict[Target, s
     )  # fmt: skip
     student = Student.of(model(kind, len(made)), made, card)
     own: Any = student.engine
-    sources, targets = own.wording.read(TEXTS[:30], 48), own.wording.write([LABELS[i % 3] for i in range(30)])
+    sources, targets = (
+        own.wording.read(TEXTS[:30], 48),
+        own.wording.write([LABELS[i % 3] for i in range(30)]),
+    )
     batch = collate([{"label": [pair]} for pair in zip(sources, targets, strict=True)])
     optimizer = torch.optim.AdamW(own.model.parameters(), lr=1e-2)
     for _ in range(25):

@@ -29,7 +29,11 @@ def toy_rows(count: int, start: int = 0) -> list[dict[str, str]]:
     """Distinct rows whose team is told by one word."""
     words = {"billing": "invoice", "shipping": "parcel"}
     return [
-        {"id": f"r{i}", "text": f"My {words[TEAMS[i % 2]]} number {i} is wrong.", "team": TEAMS[i % 2]}
+        {
+            "id": f"r{i}",
+            "text": f"My {words[TEAMS[i % 2]]} number {i} is wrong.",
+            "team": TEAMS[i % 2],
+        }
         for i in range(start, start + count)
     ]
 
@@ -43,11 +47,15 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
-def run_dsbs(*arguments: str, cwd: Path, env: dict[str, str] | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def run_dsbs(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
     """`python -m dsbs …` as a user runs it, with captured output."""
     environment = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"} | (env or {})
     return subprocess.run(
@@ -67,13 +75,21 @@ def launcher() -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_addr=127.0.0.1",
+    ]
     return [*command, f"--master_port={port}"]
 
 
 def on_two_processes(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run a script, or `-m module`, by torch's launcher on two processes of this machine."""
-    return subprocess.run([*launcher(), *arguments], capture_output=True, text=True, check=False, timeout=timeout)
+    return subprocess.run(
+        [*launcher(), *arguments], capture_output=True, text=True, check=False, timeout=timeout
+    )
 
 
 @contextmanager
@@ -114,8 +130,19 @@ def toy(tmp_path: Path) -> Callable[..., Path]:
             },
             "teacher": {"model": "loopback", "base_url": "http://127.0.0.1:9/v1", "timeout_s": 10},
             "annotate": {"concurrency": 8},
-            "student": {"init": "scratch", "vocab_size": 200, "max_input_tokens": 64, "max_target_tokens": 32},
-            "train": {"learning_rate": 0.001, "batch_size": 8, "max_steps": 6, "eval_every": 3, "log_every": 1},
+            "student": {
+                "init": "scratch",
+                "vocab_size": 200,
+                "max_input_tokens": 64,
+                "max_target_tokens": 32,
+            },
+            "train": {
+                "learning_rate": 0.001,
+                "batch_size": 8,
+                "max_steps": 6,
+                "eval_every": 3,
+                "log_every": 1,
+            },
             "eval": {"max_label_tokens": 8, "latency_calls": 2},
         }
         for name, value in sections.items():

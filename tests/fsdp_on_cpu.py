@@ -36,16 +36,16 @@ def allow() -> None:
 
 def die_at(step: int) -> None:
     """Kill each process where it has taken the step: those of a launcher that is killed work on for a while."""
-    from dsbs.train.callbacks import Follow
+    from dsbs.training.callbacks import MetricsLogger
 
-    passed = Follow.on_step_end
+    passed = MetricsLogger.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         passed(self, args, state, control, **kwargs)
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Follow.on_step_end = on_step_end  # type: ignore[method-assign]
+    MetricsLogger.on_step_end = on_step_end  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ class LoopbackServer:
     ``received`` counts every request by its prompt, ``completed`` those whose 200 reply was written out whole.
     """
 
-    def __init__(self, answer: Callable[[dict[str, Any], int], str | Scripted], latency_s: float = 0.0) -> None:
+    def __init__(
+        self, answer: Callable[[dict[str, Any], int], str | Scripted], latency_s: float = 0.0
+    ) -> None:
         self.received: Counter[str] = Counter()
         self.completed: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -77,7 +79,9 @@ class LoopbackServer:
             daemon_threads = True
             request_queue_size = 128
 
-            def handle_error(self, request: Any, client_address: Any) -> None: ...  # a killed client is no fault
+            def handle_error(
+                self, request: Any, client_address: Any
+            ) -> None: ...  # a killed client is no fault
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)

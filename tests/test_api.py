@@ -9,9 +9,9 @@ import sys
 def test_stage_functions_stay_callable_after_their_packages_are_imported() -> None:
     code = (
         "import dsbs\n"
-        "from dsbs.annotate.parse import parse_reply\n"
-        "from dsbs.train.methods import METHODS\n"
-        "import dsbs.report.page\n"
+        "from dsbs.annotation.parse import parse_reply\n"
+        "from dsbs.training.methods import METHODS\n"
+        "import dsbs.reporting.run\n"
         "assert callable(dsbs.annotate) and callable(dsbs.train) and callable(dsbs.report) and callable(dsbs.evaluate)\n"
         "from dsbs import annotate\n"
         "assert annotate is dsbs.annotate\n"

@@ -15,18 +15,30 @@ from dsbs import UserError, load_recipe, validate
 def test_a_sound_recipe_has_figures_and_no_warnings(toy: Callable[..., Path]) -> None:
     found = validate(load_recipe(toy(), ["task.data.valid_fraction=0.3"]))
     assert found.warnings == []
-    assert found.splits["train"]["rows"] == 40 and found.splits["train"]["labels"] == {"billing": 20, "shipping": 20}
+    assert found.splits["train"]["rows"] == 40 and found.splits["train"]["labels"] == {
+        "billing": 20,
+        "shipping": 20,
+    }
     assert found.splits["test"]["inputs"]["truncated"] == 0.0
     assert found.first_prompt is not None and "invoice number 0" in found.first_prompt
 
 
-def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
     path = toy()
     folder = tmp_path / "pretrained"
     make_student().save(folder)
-    rows = [*toy_rows(3), {"id": "t1", "text": "My parcel 駅 駅 駅 is late " * 30, "team": "shipping"}]
-    write_csv(tmp_path / "test.csv", [row | {"id": f"t-{row['id']}", "team": "shipping"} for row in rows])
-    found = validate(load_recipe(path, [f"student={{model: {folder}}}", "student.max_input_tokens=64"]))
+    rows = [
+        *toy_rows(3),
+        {"id": "t1", "text": "My parcel 駅 駅 駅 is late " * 30, "team": "shipping"},
+    ]
+    write_csv(
+        tmp_path / "test.csv", [row | {"id": f"t-{row['id']}", "team": "shipping"} for row in rows]
+    )
+    found = validate(
+        load_recipe(path, [f"student={{model: {folder}}}", "student.max_input_tokens=64"])
+    )
     told = "\n".join(found.warnings)
     assert "test: 25.0 % of inputs are longer than student.max_input_tokens" in told
     assert "unknown to the student's tokenizer" in told and "駅" in told
@@ -40,8 +52,12 @@ def test_what_training_would_refuse_is_refused_here(toy: Callable[..., Path]) ->
         validate(load_recipe(toy(), terms))
 
 
-def test_tokens_are_counted_by_the_start_that_training_has(toy: Callable[..., Path], tmp_path: Path) -> None:
-    make_student().save(tmp_path / "start")  # of other texts: characters of the rows are unknown to it
+def test_tokens_are_counted_by_the_start_that_training_has(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_student().save(
+        tmp_path / "start"
+    )  # of other texts: characters of the rows are unknown to it
     own = validate(load_recipe(toy()))
     started = validate(load_recipe(toy(), [f"train.init={tmp_path / 'start'}"]))
     assert started.splits["test"]["inputs"]["longest"] > own.splits["test"]["inputs"]["longest"]

@@ -15,7 +15,11 @@ from loopback import LoopbackServer
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file but the lock and the manifest, which say who came last."""
-    kept = (p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "manifest.json", "replies.sqlite-shm"))
+    kept = (
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.name not in (".lock", "manifest.json", "replies.sqlite-shm")
+    )
     return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
 
 
@@ -44,13 +48,27 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_mistake_is_one_message_and_nothing_is_lost(case: str, toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_mistake_is_one_message_and_nothing_is_lost(
+    case: str, toy: Callable[..., Path], tmp_path: Path
+) -> None:
     path = toy(train=6, test=4)
     make, code, told = WRONG[case]
     with LoopbackServer(good_answer) as server:
-        assert run_dsbs("annotate", str(path), f"teacher.base_url={server.url}", "--out", "run", cwd=tmp_path).returncode == 0
+        assert (
+            run_dsbs(
+                "annotate",
+                str(path),
+                f"teacher.base_url={server.url}",
+                "--out",
+                "run",
+                cwd=tmp_path,
+            ).returncode
+            == 0
+        )
     before = snapshot(tmp_path / "run")
-    with LoopbackServer(lambda body, number: (401, {}, b'{"error": {"message": "wrong key"}}')) as server:
+    with LoopbackServer(
+        lambda body, number: (401, {}, b'{"error": {"message": "wrong key"}}')
+    ) as server:
         overrides = [f"teacher.base_url={server.url}", "teacher.model=another", *make(tmp_path)]
         result = run_dsbs("annotate", str(path), *overrides, "--out", "run", cwd=tmp_path)
     assert result.returncode == code, result.stderr
@@ -68,29 +86,60 @@ def test_help_and_validate_import_no_torch(toy: Callable[..., Path], tmp_path: P
             "assert 'torch' not in sys.modules"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
 
 
-def test_json_is_the_only_thing_on_stdout_and_partial_work_exits_3(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_json_is_the_only_thing_on_stdout_and_partial_work_exits_3(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
     def flaky(body: dict[str, object], number: int) -> object:
         return (503, {}, b"{}") if number == 3 else good_answer(body, number)  # type: ignore[arg-type]
 
     path = toy(train=6, test=4, teacher={"max_attempts": 1}, annotate={"concurrency": 1})
     with LoopbackServer(flaky) as server:  # type: ignore[arg-type]
-        first = run_dsbs("annotate", str(path), f"teacher.base_url={server.url}", "--json", "--out", "run", cwd=tmp_path)
-        second = run_dsbs("annotate", str(path), f"teacher.base_url={server.url}", "--json", "--out", "run", cwd=tmp_path)
+        first = run_dsbs(
+            "annotate",
+            str(path),
+            f"teacher.base_url={server.url}",
+            "--json",
+            "--out",
+            "run",
+            cwd=tmp_path,
+        )
+        second = run_dsbs(
+            "annotate",
+            str(path),
+            f"teacher.base_url={server.url}",
+            "--json",
+            "--out",
+            "run",
+            cwd=tmp_path,
+        )
     assert first.returncode == 3 and "1 rows got no reply" in first.stderr
     assert json.loads(first.stdout)["splits"]["train"]["rejected"] == {"no-reply": 1}
     assert second.returncode == 0 and json.loads(second.stdout)["splits"]["train"]["rejected"] == {}
 
 
-def test_a_dry_run_shows_the_prompt_and_sends_nothing(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_prompt_and_sends_nothing(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
     with LoopbackServer(good_answer) as server:
-        done = run_dsbs("annotate", str(toy()), f"teacher.base_url={server.url}", "--dry-run", cwd=tmp_path)
+        done = run_dsbs(
+            "annotate", str(toy()), f"teacher.base_url={server.url}", "--dry-run", cwd=tmp_path
+        )
         assert server.requests == 0
-    assert done.returncode == 0 and "52 requests to send" in done.stdout and "invoice number 0" in done.stdout
+    assert (
+        done.returncode == 0
+        and "52 requests to send" in done.stdout
+        and "invoice number 0" in done.stdout
+    )
     assert not (tmp_path / "runs").exists()
 
 

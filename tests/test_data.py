@@ -39,9 +39,14 @@ def test_support_is_as_large_and_balanced_as_promised(split: str) -> None:
 def test_no_split_repeats_another_or_the_prompts_exemplars() -> None:
     import yaml
 
-    phrases = {split: set().union(*(runs_of_words(row["text"]) for row in messages(split))) for split in AT_LEAST}
+    phrases = {
+        split: set().union(*(runs_of_words(row["text"]) for row in messages(split)))
+        for split in AT_LEAST
+    }
     prompt = yaml.safe_load((ROOT / "prompts" / "support.yaml").read_text(encoding="utf-8"))
-    phrases["prompt"] = set().union(*(runs_of_words(exemplar["input"]["text"]) for exemplar in prompt["exemplars"]))
+    phrases["prompt"] = set().union(
+        *(runs_of_words(exemplar["input"]["text"]) for exemplar in prompt["exemplars"])
+    )
     names = sorted(phrases)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:

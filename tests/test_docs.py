@@ -20,10 +20,19 @@ from conftest import ROOT
 
 from dsbs import errors
 from dsbs.cli import app
-from dsbs.desk.schema import section_of, sections
-from dsbs.recipe import LocalTeacherSection, TermSection
-from dsbs.records import Annotation, Prediction
-from dsbs.results import Bin, Comparison, Latency, Measure, Needed, PayOff, Results, SystemResult
+from dsbs.config import LocalTeacherSection, TermSection
+from dsbs.config.schema import section_of, sections
+from dsbs.records.results import (
+    Bin,
+    BreakEven,
+    Comparison,
+    LabelEfficiency,
+    Latency,
+    Measure,
+    Results,
+    SystemResult,
+)
+from dsbs.records.rows import Annotation, Prediction
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -55,7 +64,9 @@ def code(page: Path) -> Iterator[str]:
     yield from re.findall(r"`([^`\n]+)`", rest)
 
 
-@pytest.mark.parametrize(("name", "page"), [("recipe_reference", "recipe-reference"), ("command_reference", "commands")])
+@pytest.mark.parametrize(
+    ("name", "page"), [("recipe_reference", "recipe-reference"), ("command_reference", "commands")]
+)
 def test_a_generated_page_is_what_its_tool_writes(name: str, page: str) -> None:
     committed = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     assert committed == tool(name).page(), f"run: python tools/{name}.py"
@@ -63,8 +74,15 @@ def test_a_generated_page_is_what_its_tool_writes(name: str, page: str) -> None:
 
 def test_the_recipe_reference_has_every_key_with_its_meaning() -> None:
     text = (DOCS / "recipe-reference.md").read_text(encoding="utf-8")
-    rows = {match[1]: match[2] for match in re.finditer(r"^\| `([a-z_.]+)` \|.*\| (.*) \|$", text, re.MULTILINE)}
-    keys = {f"{path}.{name}".removeprefix(".") for path, section in SECTIONS.items() for name in section.model_fields}
+    rows = {
+        match[1]: match[2]
+        for match in re.finditer(r"^\| `([a-z_.]+)` \|.*\| (.*) \|$", text, re.MULTILINE)
+    }
+    keys = {
+        f"{path}.{name}".removeprefix(".")
+        for path, section in SECTIONS.items()
+        for name in section.model_fields
+    }
     assert set(rows) == keys
     assert [key for key, meaning in rows.items() if not meaning.strip()] == []
 
@@ -85,7 +103,9 @@ def test_every_page_is_in_the_navigation() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
     for line in code(page):
-        for name, rest in re.findall(r"(?:^|[\s$|(])(?:dsbs|-m dsbs) ([a-z][a-z-]*)((?:(?! dsbs | \| |#|\)|;|&).)*)", line):
+        for name, rest in re.findall(
+            r"(?:^|[\s$|(])(?:dsbs|-m dsbs) ([a-z][a-z-]*)((?:(?! dsbs | \| |#|\)|;|&).)*)", line
+        ):
             assert name in COMMANDS, f"{page.name}: dsbs {name}"
             options = {option for one in COMMANDS[name].params for option in one.opts}
             for option in re.findall(r"(?<=\s)--[a-z-]+", rest):
@@ -97,12 +117,16 @@ def test_recipe_keys_that_a_page_names_exist(page: Path) -> None:
     """`train.seeds`, `train.seeds=[0, 1]`, `train.select: {min_vote: 0.6}`, and blocks of YAML."""
     tops = "|".join(name for name in SECTIONS if name and "." not in name)
     for line in code(page):
-        for path, after in re.findall(rf"(?<![\w./-])((?:{tops})(?:\.[a-z_]+)+)(?![\w(])((?:: ?\{{.*?\}})?)", line):
+        for path, after in re.findall(
+            rf"(?<![\w./-])((?:{tops})(?:\.[a-z_]+)+)(?![\w(])((?:: ?\{{.*?\}})?)", line
+        ):
             if path in NO_KEYS or path.endswith((".json", ".jsonl", ".html")):
                 continue
             wrong = unknown_in(path.split("."), after.lstrip(": "))
             assert wrong is None, f"{page.name}: {wrong} ({line})"
-    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    for block in re.findall(
+        r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    ):
         data = yaml.safe_load(block.replace("  …\n", ""))
         for key, value in data.items():
             if key in SECTIONS:  # a prompt file has other keys
@@ -113,12 +137,20 @@ def test_recipe_keys_that_a_page_names_exist(page: Path) -> None:
 def test_the_terms_and_local_teachers_that_pages_show_are_valid() -> None:
     shown = []
     for page in PAGES:
-        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for block in re.findall(
+            r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        ):
             train = yaml.safe_load(block.replace("  …\n", "")).get("train") or {}
             terms = [TermSection.model_validate(one) for one in train.get("terms", ())]
-            teachers = [LocalTeacherSection.model_validate(one) for one in train.get("teachers", ())]
-            assert bool(teachers) == any(term.needs_teacher for term in terms), f"{page.name}: {train}"
-            learned = {name for method in train.get("methods", ()) for name in method.split("+")[1:]}
+            teachers = [
+                LocalTeacherSection.model_validate(one) for one in train.get("teachers", ())
+            ]
+            assert bool(teachers) == any(term.needs_teacher for term in terms), (
+                f"{page.name}: {train}"
+            )
+            learned = {
+                name for method in train.get("methods", ()) for name in method.split("+")[1:]
+            }
             assert learned == {term.title for term in terms}, f"{page.name}: {train}"
             shown += terms
     assert {"response", "labels"} <= {term.kind for term in shown}
@@ -159,7 +191,12 @@ def fields_told(heading: str) -> list[str]:
     """The names in the first column of the table below a heading of files.md."""
     text = (DOCS / "files.md").read_text(encoding="utf-8")
     part = text.partition(f"\n{heading}\n")[2].partition("\n#")[0]
-    return [name for line in part.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    return [
+        name
+        for line in part.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -185,25 +222,41 @@ def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
         if len(cells) > 3 and "`" in cells[2]:
             part = cells[1].strip() or part
             told.setdefault(part, []).extend(re.findall(r"`(\w+)`", cells[2]))
-    expected = {one.__name__: list(one.model_fields) for one in (Measure, Comparison, Bin, Latency, Needed, PayOff)}
-    assert {name: sorted(fields) for name, fields in told.items()} == {name: sorted(f) for name, f in expected.items()}
+    expected = {
+        one.__name__: list(one.model_fields)
+        for one in (Measure, Comparison, Bin, Latency, LabelEfficiency, BreakEven)
+    }
+    assert {name: sorted(fields) for name, fields in told.items()} == {
+        name: sorted(f) for name, f in expected.items()
+    }
 
 
 def test_every_reason_of_rejection_is_told() -> None:
-    from dsbs.records import Reason
+    from dsbs.records.rows import Reason
 
     assert sorted(fields_in_kebab("### Reasons of rejection")) == sorted(get_args(Reason))
 
 
 def fields_in_kebab(heading: str) -> list[str]:
-    text = (DOCS / "files.md").read_text(encoding="utf-8").partition(heading)[2].partition("\n## ")[0]
+    text = (
+        (DOCS / "files.md").read_text(encoding="utf-8").partition(heading)[2].partition("\n## ")[0]
+    )
     return re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE)
 
 
 def test_every_exit_code_is_told() -> None:
-    table = (DOCS / "commands.md").read_text(encoding="utf-8").partition("| exit code |")[2].partition("\n\n")[0]
+    table = (
+        (DOCS / "commands.md")
+        .read_text(encoding="utf-8")
+        .partition("| exit code |")[2]
+        .partition("\n\n")[0]
+    )
     told = set(re.findall(r"^\| (\d+) \|", table, re.MULTILINE))
-    kinds = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.DsbsError)]
+    kinds = [
+        one
+        for one in vars(errors).values()
+        if isinstance(one, type) and issubclass(one, errors.DsbsError)
+    ]
     assert told == {"0", "130", *(str(kind.exit_code) for kind in kinds)}
 
 
@@ -227,7 +280,14 @@ class _Page(HTMLParser):
             self.links.append(given["href"])
         if tag in ("script", "img", "iframe", "source", "embed") and "src" in given:
             self.fetched.append(given["src"])
-        if tag == "link" and given.get("rel") in ("stylesheet", "icon", "preconnect", "preload", "prefetch", "dns-prefetch"):
+        if tag == "link" and given.get("rel") in (
+            "stylesheet",
+            "icon",
+            "preconnect",
+            "preload",
+            "prefetch",
+            "dns-prefetch",
+        ):
             self.fetched.append(given["href"])
 
 
@@ -237,7 +297,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, _Page]:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    return {path: _Page(path.read_text(encoding="utf-8")) for path in folder.rglob("*.html") if path.name != "404.html"}
+    return {
+        path: _Page(path.read_text(encoding="utf-8"))
+        for path in folder.rglob("*.html")
+        if path.name != "404.html"
+    }
 
 
 def test_links_between_pages_lead_to_a_page_and_a_heading(site: dict[Path, _Page]) -> None:
@@ -248,7 +312,11 @@ def test_links_between_pages_lead_to_a_page_and_a_heading(site: dict[Path, _Page
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
                 continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path and parts.path != "." else path
+            target = (
+                (path.parent / unquote(parts.path)).resolve()
+                if parts.path and parts.path != "."
+                else path
+            )
             anchor = unquote(parts.fragment)
             if target.is_dir():
                 target = target / "index.html"
@@ -263,6 +331,10 @@ def test_the_site_fetches_nothing_from_elsewhere(site: dict[Path, _Page]) -> Non
         for address in page.fetched:
             parts = urlsplit(address)
             assert not parts.netloc and parts.scheme in ("", "data"), f"{path.name}: {address}"
-            assert parts.scheme or (path.parent / unquote(parts.path)).is_file(), f"{path.name}: {address}"
+            assert parts.scheme or (path.parent / unquote(parts.path)).is_file(), (
+                f"{path.name}: {address}"
+            )
     for style in path.parent.rglob("*.css"):
-        assert not re.search(r"url\(\s*['\"]?(?:https?:)?//", style.read_text(encoding="utf-8")), style
+        assert not re.search(r"url\(\s*['\"]?(?:https?:)?//", style.read_text(encoding="utf-8")), (
+            style
+        )

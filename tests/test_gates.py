@@ -12,16 +12,32 @@ from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
 
 from dsbs.errors import UserError
-from dsbs.gates import failed
-from dsbs.results import Results
+from dsbs.evaluation.gates import failed
+from dsbs.records.results import Results
 
 
-def results(accuracy: float = 0.6, delta: float | None = 0.02, headline: str | None = "step-by-step-gold") -> Results:
+def results(
+    accuracy: float = 0.6, delta: float | None = 0.02, headline: str | None = "step-by-step-gold"
+) -> Results:
     def system(name: str, versus: dict[str, Any]) -> dict[str, Any]:
-        found = {"name": name, "kind": "student", "accuracy": accuracy, "ci95": [0.5, 0.7], "interval": "wilson"}
+        found = {
+            "name": name,
+            "kind": "student",
+            "accuracy": accuracy,
+            "ci95": [0.5, 0.7],
+            "interval": "wilson",
+        }
         return found | {"unreadable": 0.0, "versus": versus}
 
-    gap = {"delta": delta, "ci95": [-0.03, 0.07], "p": 0.2, "p_holm": 0.41, "test": "exact McNemar", "fixed": 3, "broken": 1}
+    gap = {
+        "delta": delta,
+        "ci95": [-0.03, 0.07],
+        "p": 0.2,
+        "p_holm": 0.41,
+        "test": "exact McNemar",
+        "fixed": 3,
+        "broken": 1,
+    }
     return Results.model_validate(
         {
             "run": "runs/x", "name": "x", "task": "esnli", "split": "test", "n": 50, "baseline": "finetune-gold",
@@ -37,15 +53,21 @@ def results(accuracy: float = 0.6, delta: float | None = 0.02, headline: str | N
 def test_what_is_reached_is_not_told() -> None:
     assert failed(results()) == []
     assert failed(results(), min_accuracy=0.6, min_delta=0.02) == []
-    assert failed(results(accuracy=0.1 + 0.2), min_accuracy=0.3) == [], "a gate of .3 is reached by a mean that is .3"
-    assert failed(results(accuracy=0.3, delta=1 / 3 - 0.3), min_accuracy=0.3, min_delta=1 / 30) == []
+    assert failed(results(accuracy=0.1 + 0.2), min_accuracy=0.3) == [], (
+        "a gate of .3 is reached by a mean that is .3"
+    )
+    assert (
+        failed(results(accuracy=0.3, delta=1 / 3 - 0.3), min_accuracy=0.3, min_delta=1 / 30) == []
+    )
 
 
 def test_what_is_missed_is_told_with_its_uncertainty() -> None:
     (accuracy,) = failed(results(), min_accuracy=0.61)
     assert accuracy == "step-by-step-gold: accuracy 60.00 % [50.0, 70.0] is below the gate of 61 %"
     (delta,) = failed(results(), min_delta=0.03)
-    assert delta.startswith("step-by-step-gold: +2.00 points to finetune-gold [-3.0, +7.0], p (Holm) 0.410, is below")
+    assert delta.startswith(
+        "step-by-step-gold: +2.00 points to finetune-gold [-3.0, +7.0], p (Holm) 0.410, is below"
+    )
     assert len(failed(results(), min_accuracy=0.9, min_delta=0.5)) == 2
 
 
@@ -59,19 +81,44 @@ def test_a_gate_without_anything_to_hold_is_a_mistake_and_not_passed() -> None:
 
 
 @pytest.mark.slow
-def test_a_missed_gate_exits_4_after_everything_is_written(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_missed_gate_exits_4_after_everything_is_written(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
     path = toy()
     with LoopbackServer(good_answer) as server:
-        settings = [f"teacher.base_url={server.url}", "train.max_steps=2", "train.methods=[step-by-step, finetune]"]
+        settings = [
+            f"teacher.base_url={server.url}",
+            "train.max_steps=2",
+            "train.methods=[step-by-step, finetune]",
+        ]
         assert run_dsbs("annotate", str(path), *settings, cwd=tmp_path).returncode == 0
     assert run_dsbs("train", str(path), *settings, cwd=tmp_path).returncode == 0
-    missed = run_dsbs("eval", str(path), *settings, "--json", "--min-accuracy", "1", "--min-delta", "1", cwd=tmp_path)
+    missed = run_dsbs(
+        "eval",
+        str(path),
+        *settings,
+        "--json",
+        "--min-accuracy",
+        "1",
+        "--min-delta",
+        "1",
+        cwd=tmp_path,
+    )
     assert missed.returncode == 4, missed.stderr
     assert missed.stderr.count("is below the gate of") == 2 and "Traceback" not in missed.stderr
-    assert {one["name"] for one in json.loads(missed.stdout)["systems"]} >= {"step-by-step-gold", "finetune-gold"}
+    assert {one["name"] for one in json.loads(missed.stdout)["systems"]} >= {
+        "step-by-step-gold",
+        "finetune-gold",
+    }
     assert (tmp_path / "runs" / "toy" / "eval" / "results.json").is_file()
-    passed = run_dsbs("eval", str(path), *settings, "--min-accuracy", "0", "--min-delta", "-1", cwd=tmp_path)
+    passed = run_dsbs(
+        "eval", str(path), *settings, "--min-accuracy", "0", "--min-delta", "-1", cwd=tmp_path
+    )
     assert passed.returncode == 0, passed.stderr
-    alone = run_dsbs("eval", str(path), *settings, "train.methods=step-by-step", "--min-delta", "0", cwd=tmp_path)
+    alone = run_dsbs(
+        "eval", str(path), *settings, "train.methods=step-by-step", "--min-delta", "0", cwd=tmp_path
+    )
     assert alone.returncode == 2 and "compared with nothing" in alone.stderr
-    assert run_dsbs("eval", str(path), *settings, "--min-accuracy", "80", cwd=tmp_path).returncode == 2
+    assert (
+        run_dsbs("eval", str(path), *settings, "--min-accuracy", "80", cwd=tmp_path).returncode == 2
+    )

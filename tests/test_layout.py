@@ -9,15 +9,11 @@ from pathlib import Path
 from conftest import ROOT
 
 RANKS = {
-    "errors": 0, "records": 0, "yaml_lines": 0, "intervals": 0, "progress": 0, "markdown": 0,
-    "artefacts": 1, "templates": 1, "results": 1, "results_table": 2, "recipe": 2, "gates": 2, "compressed": 2,
-    "gguf": 2,
-    "recipe_file": 3, "tasks": 3,
-    "prompts": 4, "student": 4, "vocabulary": 4,
-    "annotations": 5,
-    "annotate": 6, "train": 6, "eval": 6, "report": 6, "export": 6, "serve": 6,
-    "lint": 7, "compare_teachers": 7, "compress": 7,
-    "check": 8, "desk": 8, "": 9, "cli": 10, "__main__": 11,
+    "errors": 0, "files": 1, "progress": 1, "formatting": 1, "records": 2,
+    "config": 3, "tasks": 4, "prompting": 5, "students": 5, "run_folder": 6,
+    "annotation": 7, "training": 7, "evaluation": 7, "reporting": 7, "exporting": 7, "serving": 7,
+    "compression": 8, "project": 8,
+    "": 9, "cli": 9, "__main__": 10,
 }  # fmt: skip
 HEAVY = {
     "aiohttp",
@@ -75,27 +71,29 @@ def test_a_file_imports_from_lower_ranks_or_its_own_room_only() -> None:
 
 
 def test_the_stages_never_import_each_other() -> None:
-    stages = {"annotate", "train", "eval", "report", "export", "serve"}
+    stages = {"annotation", "training", "evaluation", "reporting", "exporting", "serving"}
     for path, room in rooms():
         if room in stages:
-            met = {module.split(".")[1] for module, _ in imports(path) if module.startswith("dsbs.")}
+            met = {
+                module.split(".")[1] for module, _ in imports(path) if module.startswith("dsbs.")
+            }
             assert not (met & stages) - {room}, path
 
 
 def test_heavy_packages_are_imported_where_they_are_used() -> None:
     own = {
-        "dsbs/train/causal.py",
-        "dsbs/train/trainer.py",
-        "dsbs/train/unpadded.py",
-        "dsbs/train/passes.py",
-        "dsbs/train/callbacks.py",
-        "dsbs/train/board.py",
-        "dsbs/eval/accuracy.py",
-        "dsbs/serve/app.py",
-        "dsbs/serve/http.py",
-        "dsbs/student/low_rank.py",
-        "dsbs/compress/importance.py",
-        "dsbs/export/t5_graphs.py",
+        "dsbs/training/packed/decoder.py",
+        "dsbs/training/trainer.py",
+        "dsbs/training/packed/model.py",
+        "dsbs/training/packed/forward.py",
+        "dsbs/training/callbacks.py",
+        "dsbs/training/tensorboard.py",
+        "dsbs/evaluation/accuracy.py",
+        "dsbs/serving/app.py",
+        "dsbs/serving/http.py",
+        "dsbs/students/low_rank.py",
+        "dsbs/compression/importance.py",
+        "dsbs/exporting/t5_graphs.py",
     }  # imported late themselves
     for path, _ in rooms():
         if str(path.relative_to(ROOT)) in own:

@@ -7,28 +7,39 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from dsbs.lint import lint
-from dsbs.prompts import Prompt, load_prompt
-from dsbs.recipe import Recipe
-from dsbs.recipe_file import load_recipe
-from dsbs.records import Example
+from dsbs.config import Recipe
+from dsbs.config.load import load_recipe
+from dsbs.project.lint import lint
+from dsbs.prompting import Prompt, load_prompt
+from dsbs.records.rows import Example
 from dsbs.tasks import make_task
 
 TEXT = "the parcel that I ordered two weeks ago has still not come to my door"
 
 
-def warnings(exemplars: list[tuple[str, str, str]], rows: list[str] = (), **changes: Any) -> list[str]:  # type: ignore[assignment]
+def warnings(
+    exemplars: list[tuple[str, str, str]], rows: list[str] = (), **changes: Any
+) -> list[str]:  # type: ignore[assignment]
     recipe = Recipe.model_validate(
         {
             "name": "r",
-            "task": {"name": "classification", "labels": ["billing", "shipping"], "data": {"train": "-"}},
+            "task": {
+                "name": "classification",
+                "labels": ["billing", "shipping"],
+                "data": {"train": "-"},
+            },
             "teacher": {"model": "m"} | changes.pop("teacher", {}),
         }
     )
     prompt = Prompt.model_validate(
         {"template": "Text: {{ text }}", "stop": ["\nText:"]}
         | changes
-        | {"exemplars": [{"input": {"text": text}, "rationale": why, "label": label} for text, why, label in exemplars]}
+        | {
+            "exemplars": [
+                {"input": {"text": text}, "rationale": why, "label": label}
+                for text, why, label in exemplars
+            ]
+        }
     )
     parts = {
         "train": [Example("t0", {"text": "something else"})],
@@ -37,7 +48,10 @@ def warnings(exemplars: list[tuple[str, str, str]], rows: list[str] = (), **chan
     return lint(recipe, prompt, make_task(recipe.task), parts)
 
 
-GOOD = [("where is my box", "It is a box.", "shipping"), ("what does it cost", "It is a price.", "billing")]
+GOOD = [
+    ("where is my box", "It is a box.", "shipping"),
+    ("what does it cost", "It is a price.", "billing"),
+]
 
 
 def test_a_sound_prompt_is_passed_in_silence() -> None:
@@ -70,7 +84,11 @@ def test_an_exemplar_that_cannot_be_read_is_named() -> None:
     ],
 )
 def test_words_shared_with_the_data_are_a_leak(exemplar: str, row: str, leaks: bool) -> None:
-    found = [w for w in warnings([(exemplar, "It is a box.", "shipping"), GOOD[1]], [row]) if "shares" in w]
+    found = [
+        w
+        for w in warnings([(exemplar, "It is a box.", "shipping"), GOOD[1]], [row])
+        if "shares" in w
+    ]
     assert bool(found) is leaks
     if leaks:
         assert "exemplar 1" in found[0] and "test: r0" in found[0]
@@ -78,7 +96,10 @@ def test_words_shared_with_the_data_are_a_leak(exemplar: str, row: str, leaks: b
 
 def test_labels_that_are_missing_or_rare_are_told() -> None:
     assert any("no exemplar is labelled billing" in w for w in warnings(GOOD[:1]))
-    assert any("unbalanced" in w for w in warnings([*GOOD, *[(f"box {i}", "It is a box.", "shipping") for i in range(2)]]))
+    assert any(
+        "unbalanced" in w
+        for w in warnings([*GOOD, *[(f"box {i}", "It is a box.", "shipping") for i in range(2)]])
+    )
 
 
 def test_prompts_beyond_the_context_are_counted() -> None:

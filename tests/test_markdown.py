@@ -8,9 +8,11 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from dsbs.markdown import escape, one_line, paragraph, table
+from dsbs.formatting import escape, one_line, paragraph, table
 
-PARSER = MarkdownIt("gfm-like", {"linkify": False})  # bare addresses are looked for below: linkify is a package of its own
+PARSER = MarkdownIt(
+    "gfm-like", {"linkify": False}
+)  # bare addresses are looked for below: linkify is a package of its own
 HOSTILE = [
     "<script>alert(1)</script>",
     "{{ 7*7 }} *x* _y_ **z** `code` ~~gone~~",

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from conftest import ROOT, run_dsbs
 
-from dsbs.recipe_file import load_recipe
+from dsbs.config.load import load_recipe
 from dsbs.tasks import make_task
 from dsbs.tasks.load import load
-from dsbs.train.methods import grid
+from dsbs.training.methods import grid
 
 TASKS = ("anli", "cqa", "esnli", "svamp")
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -38,12 +38,20 @@ def test_there_is_a_recipe_for_each_of_the_papers_tasks() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_papers_recipe_holds_the_published_settings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_papers_recipe_holds_the_published_settings(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # found by its name alone, from anywhere
     recipe = load_recipe(f"recipes/paper/{name}.yaml")
     assert (recipe.name, recipe.task.name) == (f"paper-{name}", name)
     train, student = recipe.train, recipe.student
-    assert (train.optimizer, train.learning_rate, train.schedule, train.warmup_steps, train.weight_decay) == (
+    assert (
+        train.optimizer,
+        train.learning_rate,
+        train.schedule,
+        train.warmup_steps,
+        train.weight_decay,
+    ) == (
         "adamw",
         5e-5,
         "linear",
@@ -51,17 +59,36 @@ def test_a_papers_recipe_holds_the_published_settings(name: str, tmp_path: Path,
         0.0,
     )
     assert (train.batch_size, train.max_steps, train.eval_steps) == (64, 10_000, 250)
-    assert (train.rationale_weight, train.rationale_schedule, train.patience) == (1.0, "constant", None)
-    assert (student.model, student.max_input_tokens, student.max_target_tokens) == ("google/t5-v1_1-base", 1024, 256)
+    assert (train.rationale_weight, train.rationale_schedule, train.patience) == (
+        1.0,
+        "constant",
+        None,
+    )
+    assert (student.model, student.max_input_tokens, student.max_target_tokens) == (
+        "google/t5-v1_1-base",
+        1024,
+        256,
+    )
     assert recipe.eval.max_label_tokens == 64
     kinds = {(cell.method, cell.labels) for cell in grid(train)}
-    assert kinds == {("step-by-step", "gold"), ("step-by-step", "teacher"), ("finetune", "gold"), ("distill", "teacher")}
+    assert kinds == {
+        ("step-by-step", "gold"),
+        ("step-by-step", "teacher"),
+        ("finetune", "gold"),
+        ("distill", "teacher"),
+    }
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_papers_recipe_reads_the_rows_and_prompt_of_the_plain_recipe(name: str) -> None:
-    paper, plain = (load_recipe(ROOT / "recipes" / folder / f"{name}.yaml") for folder in ("paper", ""))
-    assert (paper.task, paper.teacher, paper.annotate) == (plain.task, plain.teacher, plain.annotate)
+    paper, plain = (
+        load_recipe(ROOT / "recipes" / folder / f"{name}.yaml") for folder in ("paper", "")
+    )
+    assert (paper.task, paper.teacher, paper.annotate) == (
+        plain.task,
+        plain.teacher,
+        plain.annotate,
+    )
 
 
 # --- make paper
@@ -72,8 +99,14 @@ def test_a_papers_recipe_reads_the_rows_and_prompt_of_the_plain_recipe(name: str
 def test_make_paper_runs_the_four_stages_of_the_tasks_recipe(name: str) -> None:
     shown = make("-n", "paper", f"TASK={name}", "SIZE=large", "SET=train.seeds=0 task.limit=9")
     assert shown.returncode == 0, shown.stderr
-    stages = [line.partition("/bin/dsbs ")[2] for line in shown.stdout.splitlines() if "/bin/dsbs " in line]
-    given = f"recipes/paper/{name}.yaml student.model=google/t5-v1_1-large train.seeds=0 task.limit=9"
+    stages = [
+        line.partition("/bin/dsbs ")[2]
+        for line in shown.stdout.splitlines()
+        if "/bin/dsbs " in line
+    ]
+    given = (
+        f"recipes/paper/{name}.yaml student.model=google/t5-v1_1-large train.seeds=0 task.limit=9"
+    )
     assert stages == [f"{stage} {given}" for stage in ("annotate", "train", "eval", "report")]
 
 
@@ -92,7 +125,9 @@ def test_make_paper_takes_the_base_model_where_no_size_is_given() -> None:
         (["TASK=cqa", "SIZE=11b"], "SIZE='11b' is no size of T5 v1.1"),
     ],
 )
-def test_make_paper_names_what_there_is_before_it_installs_anything(arguments: list[str], said: str) -> None:
+def test_make_paper_names_what_there_is_before_it_installs_anything(
+    arguments: list[str], said: str
+) -> None:
     done = make("paper", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert said in done.stderr and "try: make paper TASK=" in done.stderr
@@ -116,15 +151,30 @@ def published(shared_data: Path, tmp_path: Path) -> Callable[..., subprocess.Com
     (folder / "llm").mkdir(parents=True)
     for split in ("train", "test"):
         rows = real_rows(shared_data, split)
-        lines = [{"input": f"{r['input']['body']}\n{r['input']['question']}", "label": r["label"]} for r in rows]
-        (folder / f"svamp_{split}.json").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        lines = [
+            {"input": f"{r['input']['body']}\n{r['input']['question']}", "label": r["label"]}
+            for r in rows
+        ]
+        (folder / f"svamp_{split}.json").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+        )
         for start in range(0, len(rows), 500):
             texts = [row["teacher"]["completion"] for row in rows[start : start + 500]]
-            (folder / "llm" / f"{split}_CoT_{start // 500}.json").write_text(json.dumps(texts), encoding="utf-8")
+            (folder / "llm" / f"{split}_CoT_{start // 500}.json").write_text(
+                json.dumps(texts), encoding="utf-8"
+            )
 
     def convert(name: str = "svamp") -> subprocess.CompletedProcess[str]:
-        script = [sys.executable, str(ROOT / "tools" / "published_rows.py"), name, "datasets", "rows"]
-        return subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+        script = [
+            sys.executable,
+            str(ROOT / "tools" / "published_rows.py"),
+            name,
+            "datasets",
+            "rows",
+        ]
+        return subprocess.run(
+            script, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        )
 
     return convert
 
@@ -134,11 +184,17 @@ def test_the_published_rows_are_the_papers_parts_with_their_completions(
 ) -> None:
     done = published()
     assert done.returncode == 0, done.stderr
-    given = [f"task.data.{split}={tmp_path}/rows/{split}.jsonl" for split in ("train", "valid", "test")]
-    recipe = load_recipe(ROOT / "recipes" / "paper" / "svamp.yaml", [*given, "teacher.kind=recorded"])
+    given = [
+        f"task.data.{split}={tmp_path}/rows/{split}.jsonl" for split in ("train", "valid", "test")
+    ]
+    recipe = load_recipe(
+        ROOT / "recipes" / "paper" / "svamp.yaml", [*given, "teacher.kind=recorded"]
+    )
     task = make_task(recipe.task)
     real = {split: real_rows(shared_data, split) for split in ("train", "test")}
-    held_out = json.loads((shared_data / "splits.json").read_text(encoding="utf-8"))["svamp"]["paper_valid_rows_of_train"]
+    held_out = json.loads((shared_data / "splits.json").read_text(encoding="utf-8"))["svamp"][
+        "paper_valid_rows_of_train"
+    ]
     wanted = {
         "train": [row for i, row in enumerate(real["train"]) if i not in set(held_out)],
         "valid": [real["train"][i] for i in sorted(held_out)],
@@ -146,8 +202,13 @@ def test_the_published_rows_are_the_papers_parts_with_their_completions(
     }
     for split, rows in wanted.items():
         found = load(recipe, task, split)
-        assert [(row.input, row.completion) for row in found] == [(row["input"], row["teacher"]["completion"]) for row in rows]
-        assert all(task.correct(str(row.label), real_row["label"]) for row, real_row in zip(found, rows, strict=True))
+        assert [(row.input, row.completion) for row in found] == [
+            (row["input"], row["teacher"]["completion"]) for row in rows
+        ]
+        assert all(
+            task.correct(str(row.label), real_row["label"])
+            for row, real_row in zip(found, rows, strict=True)
+        )
     looked = run_dsbs(
         "validate", str(ROOT / "recipes" / "paper" / "svamp.yaml"), "--json", *given, "teacher.kind=recorded",
         "student.model=null", "student.init=scratch", cwd=tmp_path,
@@ -176,7 +237,9 @@ def test_published_rows_without_their_completions_or_of_no_known_task_are_refuse
 
 @needs_make
 @pytest.mark.slow
-def test_make_paper_goes_from_recorded_completions_to_a_report(shared_data: Path, tmp_path: Path) -> None:
+def test_make_paper_goes_from_recorded_completions_to_a_report(
+    shared_data: Path, tmp_path: Path
+) -> None:
     ready = tmp_path / ".ready"
     ready.touch()
     small = [
@@ -193,5 +256,11 @@ def test_make_paper_goes_from_recorded_completions_to_a_report(shared_data: Path
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))
     names = {system["name"] for system in results["systems"]}
-    assert names == {"teacher", "finetune-gold", "distill-teacher", "step-by-step-gold", "step-by-step-teacher"}
+    assert names == {
+        "teacher",
+        "finetune-gold",
+        "distill-teacher",
+        "step-by-step-gold",
+        "step-by-step-teacher",
+    }
     assert (run / "report.html").is_file()

@@ -10,7 +10,9 @@ from loopback import LoopbackServer
 
 
 def test_a_csv_and_three_lines_of_recipe_go_through_all_stages(tmp_path: Path) -> None:
-    write_csv(tmp_path / "mine.csv", [{"text": row["text"], "team": row["team"]} for row in toy_rows(160)])
+    write_csv(
+        tmp_path / "mine.csv", [{"text": row["text"], "team": row["team"]} for row in toy_rows(160)]
+    )
     with LoopbackServer(good_answer) as server:
         (tmp_path / "mine.yaml").write_text(
             "task: {name: classification, labels: [billing, shipping], columns: {label: team}, data: {train: mine.csv}}\n"
@@ -38,12 +40,16 @@ def test_a_csv_and_three_lines_of_recipe_go_through_all_stages(tmp_path: Path) -
     versus = names["step-by-step-gold"]["versus"]["finetune-gold"]
     assert {"delta", "ci95", "p"} <= set(versus)
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
-    answered = run_dsbs("predict", "mine.yaml", cwd=tmp_path, input="My parcel number 5 is wrong.\n")
+    answered = run_dsbs(
+        "predict", "mine.yaml", cwd=tmp_path, input="My parcel number 5 is wrong.\n"
+    )
     assert answered.returncode == 0 and "prediction" in json.loads(answered.stdout)
 
 
 def test_a_limited_run_is_stamped_everywhere(tmp_path: Path) -> None:
-    write_csv(tmp_path / "mine.csv", [{"text": row["text"], "team": row["team"]} for row in toy_rows(160)])
+    write_csv(
+        tmp_path / "mine.csv", [{"text": row["text"], "team": row["team"]} for row in toy_rows(160)]
+    )
     with LoopbackServer(good_answer) as server:
         (tmp_path / "mine.yaml").write_text(
             "task: {name: classification, labels: [billing, shipping], columns: {label: team}, data: {train: mine.csv},"
@@ -57,5 +63,9 @@ def test_a_limited_run_is_stamped_everywhere(tmp_path: Path) -> None:
             assert result.returncode == 0, result.stderr
             assert "smoke: not reportable" in result.stdout
         run_dsbs("report", "mine.yaml", cwd=tmp_path)
-    assert "smoke: not reportable" in (tmp_path / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
-    assert "smoke: not reportable" in (tmp_path / "runs" / "mine" / "eval" / "results.md").read_text(encoding="utf-8")
+    assert "smoke: not reportable" in (tmp_path / "runs" / "mine" / "report.html").read_text(
+        encoding="utf-8"
+    )
+    assert "smoke: not reportable" in (
+        tmp_path / "runs" / "mine" / "eval" / "results.md"
+    ).read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dsbs import progress
+from dsbs import progress as progress_module
 from dsbs.progress import Lines, running
 
 
@@ -15,10 +15,12 @@ def test_a_line_has_the_rate_in_what_people_count_and_the_time_left(
 ) -> None:
     clock = iter([100.0, 100.0, *[110.0] * 9])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 5.0)
-    meter = Lines()
-    with running(meter, "train step-by-step-gold-s0", 120, 20, (64, "examples")):
-        meter.update(70, "loss: label 0.301, rationale 1.250; best valid 85.0 %")
+    monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LINES", 5.0)
+    progress = Lines()
+    with running(progress, "train step-by-step-gold-s0", 120, 20, (64, "examples")):
+        progress.update(70, "loss: label 0.301, rationale 1.250; best valid 85.0 %")
     said = capsys.readouterr().err
-    assert said.startswith("train step-by-step-gold-s0 70/120 320.0 examples/s loss: label 0.301, rationale 1.250; best valid")
+    assert said.startswith(
+        "train step-by-step-gold-s0 70/120 320.0 examples/s loss: label 0.301, rationale 1.250; best valid"
+    )
     assert "about 10 s left" in said

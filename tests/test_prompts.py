@@ -13,12 +13,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from dsbs.annotate.parse import parse_reply
+from dsbs.annotation.parse import parse_reply
+from dsbs.config import Recipe, TaskSection
+from dsbs.config.load import load_recipe
 from dsbs.errors import UserError
-from dsbs.prompts import Exemplar, Prompt, PromptRenderer, load_prompt, read_prompt
-from dsbs.recipe import Recipe, TaskSection
-from dsbs.recipe_file import load_recipe
-from dsbs.records import Example
+from dsbs.prompting import Exemplar, Prompt, PromptRenderer, load_prompt, read_prompt
+from dsbs.records.rows import Example
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 
@@ -41,8 +41,14 @@ def shipped(name: str) -> Prompt:
 def exemplars() -> list[Any]:
     found = []
     for name in FILES:
-        count = len(yaml.safe_load((ROOT / "prompts" / f"{name}.yaml").read_text(encoding="utf-8"))["exemplars"])
-        found += [pytest.param(name, number, id=f"{name}-{number}") for number in range(1, count + 1)]
+        count = len(
+            yaml.safe_load((ROOT / "prompts" / f"{name}.yaml").read_text(encoding="utf-8"))[
+                "exemplars"
+            ]
+        )
+        found += [
+            pytest.param(name, number, id=f"{name}-{number}") for number in range(1, count + 1)
+        ]
     return found
 
 
@@ -59,7 +65,9 @@ def test_every_task_with_a_recipe_of_its_own_has_a_prompt() -> None:
 
 @pytest.mark.parametrize(("name", "number"), exemplars())
 @pytest.mark.parametrize("finish_reason", ["stop", None])
-def test_an_exemplar_reads_back_as_its_own_label_and_rationale(name: str, number: int, finish_reason: str | None) -> None:
+def test_an_exemplar_reads_back_as_its_own_label_and_rationale(
+    name: str, number: int, finish_reason: str | None
+) -> None:
     prompt, task = shipped(name), task_of(name)
     exemplar = prompt.exemplars[number - 1]
     question, answer = PromptRenderer(prompt, task).exemplar(exemplar, number)
@@ -67,7 +75,9 @@ def test_an_exemplar_reads_back_as_its_own_label_and_rationale(name: str, number
     sample = parse_reply(answer, prompt, task, fields, finish_reason)
     assert sample.label == task.gold(exemplar.label, fields, "test")
     assert sample.rationale == exemplar.rationale
-    ran_on = parse_reply(f"{answer}\n\n{question} {answer[::-1]}", prompt, task, fields, finish_reason)
+    ran_on = parse_reply(
+        f"{answer}\n\n{question} {answer[::-1]}", prompt, task, fields, finish_reason
+    )
     assert (ran_on.label, ran_on.rationale) == (sample.label, sample.rationale)
 
 
@@ -88,7 +98,9 @@ def test_exemplars_are_balanced_over_the_labels(name: str) -> None:
 
 
 def test_exemplars_of_cqa_favour_no_letter() -> None:
-    places = [exemplar.input["choices"].index(exemplar.label) for exemplar in shipped("cqa").exemplars]
+    places = [
+        exemplar.input["choices"].index(exemplar.label) for exemplar in shipped("cqa").exemplars
+    ]
     assert len(set(places)) == len(places)
 
 
@@ -105,14 +117,21 @@ def test_no_exemplar_is_a_row_of_the_data(shared_data: Path, name: str) -> None:
     def words(value: str) -> str:
         return " ".join(re.findall(r"\w+", value.casefold()))
 
-    ours = {words(value) for exemplar in shipped(name).exemplars for key, value in exemplar.input.items() if key != "question"}
+    ours = {
+        words(value)
+        for exemplar in shipped(name).exemplars
+        for key, value in exemplar.input.items()
+        if key != "question"
+    }
     checked = 0
     for path in sorted((shared_data / name).glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
             for line in file:
                 row = json.loads(line)["input"]
                 checked += 1
-                assert not ours & {words(value) for key, value in row.items() if key != "question"}, row
+                assert not ours & {
+                    words(value) for key, value in row.items() if key != "question"
+                }, row
     assert checked >= 1000
 
 
@@ -123,7 +142,10 @@ def test_no_exemplar_is_a_row_of_the_data(shared_data: Path, name: str) -> None:
 def test_all_before_the_question_is_the_same_in_every_request(name: str) -> None:
     prompt, task = shipped(name), task_of(name)
     inputs = [task.fields(exemplar.input, "test") for exemplar in prompt.exemplars[:2]]
-    one, two = (PromptRenderer(prompt, task).render(Example(str(i), fields)) for i, fields in enumerate(inputs))
+    one, two = (
+        PromptRenderer(prompt, task).render(Example(str(i), fields))
+        for i, fields in enumerate(inputs)
+    )
     assert one.messages[:-1] == two.messages[:-1]
     assert one.messages[-1] != two.messages[-1]
     question = one.messages[-1]["content"]
@@ -134,7 +156,9 @@ def test_all_before_the_question_is_the_same_in_every_request(name: str) -> None
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_completion_prompt_shows_every_exemplar_whole_and_ends_where_the_answer_begins(name: str) -> None:
+def test_a_completion_prompt_shows_every_exemplar_whole_and_ends_where_the_answer_begins(
+    name: str,
+) -> None:
     prompt, task = shipped(name), task_of(name)
     renderer = PromptRenderer(prompt, task)
     text = renderer.render(Example("1", task.fields(prompt.exemplars[0].input, "test"))).text
@@ -146,12 +170,20 @@ def test_a_completion_prompt_shows_every_exemplar_whole_and_ends_where_the_answe
 
 
 def test_chat_messages_alternate_and_end_with_the_question() -> None:
-    rendered = PromptRenderer(shipped("esnli"), NLI).render(nli_example("A man sleeps.", "He is awake."))
+    rendered = PromptRenderer(shipped("esnli"), NLI).render(
+        nli_example("A man sleeps.", "He is awake.")
+    )
     roles = [message["role"] for message in rendered.messages]
     assert roles == ["system"] + ["user", "assistant"] * 6 + ["user"]
-    assert rendered.messages[-1]["content"] == "Premise: A man sleeps.\nHypothesis: He is awake.\nReasonings:"
+    assert (
+        rendered.messages[-1]["content"]
+        == "Premise: A man sleeps.\nHypothesis: He is awake.\nReasonings:"
+    )
     assert rendered.messages[2]["content"].endswith("\nAnswer: entailment")
-    assert all(set(message) == {"role", "content"} and message["content"].strip() for message in rendered.messages)
+    assert all(
+        set(message) == {"role", "content"} and message["content"].strip()
+        for message in rendered.messages
+    )
     assert rendered.body("chat") == {"messages": list(rendered.messages)}
     assert rendered.body("completions") == {"prompt": rendered.text}
 
@@ -162,18 +194,27 @@ def test_without_an_instruction_there_is_no_system_message() -> None:
     assert rendered.text == "p"
 
 
-@pytest.mark.parametrize("text", ["{{ 7*7 }}", "{% for i in range(9) %}x{% endfor %}", "{{ config }}", "{# gone #}", "{{"])
+@pytest.mark.parametrize(
+    "text",
+    ["{{ 7*7 }}", "{% for i in range(9) %}x{% endfor %}", "{{ config }}", "{# gone #}", "{{"],
+)
 def test_a_data_value_is_never_read_as_a_template(text: str) -> None:
     rendered = PromptRenderer(shipped("esnli"), NLI).render(nli_example(text))
     assert f"Premise: {text}\n" in rendered.text
-    own = make_task(TaskSection(name="generation", input="{{ a }} and {{ b }}", data={"train": "-"}))
-    rendered = PromptRenderer(Prompt(template="Text: {{ text }}"), own).render(Example("1", {"a": text, "b": "c"}))
+    own = make_task(
+        TaskSection(name="generation", input="{{ a }} and {{ b }}", data={"train": "-"})
+    )
+    rendered = PromptRenderer(Prompt(template="Text: {{ text }}"), own).render(
+        Example("1", {"a": text, "b": "c"})
+    )
     assert rendered.text == f"Text: {text} and c"
 
 
 def test_markup_in_data_is_not_escaped() -> None:
     text = 'a < b & "c"'
-    assert PromptRenderer(Prompt(template="{{ premise }}"), NLI).render(nli_example(text)).text == text
+    assert (
+        PromptRenderer(Prompt(template="{{ premise }}"), NLI).render(nli_example(text)).text == text
+    )
 
 
 def test_an_unknown_field_tells_the_fields_there_are() -> None:
@@ -185,7 +226,14 @@ def test_an_unknown_field_tells_the_fields_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ premise", "{% if %}", "{{ premise.__class__.__mro__ }}", "{{ 1 / 0 }}", "{{ premise + 1 }}"]
+    "template",
+    [
+        "{{ premise",
+        "{% if %}",
+        "{{ premise.__class__.__mro__ }}",
+        "{{ 1 / 0 }}",
+        "{{ premise + 1 }}",
+    ],
 )
 def test_a_template_that_fails_is_a_mistake_not_a_crash(template: str) -> None:
     with pytest.raises(UserError, match="prompt: template"):
@@ -196,10 +244,15 @@ def test_a_template_that_fails_is_a_mistake_not_a_crash(template: str) -> None:
     ("exemplar", "told"),
     [
         ({"input": {"premise": "p"}, "rationale": "r", "label": "neutral"}, "hypothesis"),
-        ({"input": {"premise": "p", "hypothesis": "h"}, "rationale": "r", "label": "perhaps"}, "perhaps"),
+        (
+            {"input": {"premise": "p", "hypothesis": "h"}, "rationale": "r", "label": "perhaps"},
+            "perhaps",
+        ),
     ],
 )
-def test_an_exemplar_that_does_not_fit_the_task_is_named(exemplar: dict[str, Any], told: str) -> None:
+def test_an_exemplar_that_does_not_fit_the_task_is_named(
+    exemplar: dict[str, Any], told: str
+) -> None:
     with pytest.raises(UserError, match="exemplar 1") as caught:
         PromptRenderer(Prompt(template="{{ premise }}", exemplars=(Exemplar(**exemplar),)), NLI)
     assert told in caught.value.problem
@@ -269,7 +322,10 @@ def test_the_hash_changes_with_any_part_of_an_exemplar_and_with_their_order() ->
         [first | {"input": first["input"] | {"premise": "Other."}}, *others],
         [*others, first],
     ]
-    hashes = {Prompt.model_validate(whole | {"exemplars": given}).hash for given in (whole["exemplars"], *changed)}
+    hashes = {
+        Prompt.model_validate(whole | {"exemplars": given}).hash
+        for given in (whole["exemplars"], *changed)
+    }
     assert len(hashes) == 5
 
 
@@ -278,7 +334,10 @@ def test_the_hash_changes_with_any_part_of_an_exemplar_and_with_their_order() ->
     [
         ("template: '{{ text }}'\nexemplar: []\n", r"own\.yaml:2: exemplar"),
         ("instruction: x\n", "template"),
-        ("template: x\nexemplars:\n  - {input: {text: t}, label: a}\n", r"own\.yaml:3: exemplars\[0\]\.rationale"),
+        (
+            "template: x\nexemplars:\n  - {input: {text: t}, label: a}\n",
+            r"own\.yaml:3: exemplars\[0\]\.rationale",
+        ),
         ("template: x\nanchor: ''\n", "an empty text in anchor"),
         ("template: [x\n", "not valid YAML"),
         ("", "own.yaml"),
@@ -294,6 +353,8 @@ def test_a_prompt_file_that_is_wrong_is_told_by_line(tmp_path: Path, text: str, 
 def test_a_prompt_file_lies_beside_its_recipe(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("template: 'Q: {{ text }}'\nanchor: 'So:'\n")
     path = tmp_path / "recipe.yaml"
-    path.write_text("task: {name: generation, data: {train: t.csv}}\nteacher: {model: m}\nannotate: {prompt: own.yaml}\n")
+    path.write_text(
+        "task: {name: generation, data: {train: t.csv}}\nteacher: {model: m}\nannotate: {prompt: own.yaml}\n"
+    )
     prompt = load_prompt(load_recipe(path), TEXT)
     assert (prompt.template, prompt.anchor) == ("Q: {{ text }}", ("So:",))

@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT
 from pydantic import ValidationError
 
+from dsbs.config import METHOD_NAMES, TASK_NAMES, Recipe, Section, StudentSection
+from dsbs.config.load import load_recipe
 from dsbs.errors import UserError
-from dsbs.recipe import METHOD_NAMES, TASK_NAMES, Recipe, Section, StudentSection
-from dsbs.recipe_file import load_recipe
 from dsbs.tasks import TASKS
-from dsbs.train.methods import METHODS
+from dsbs.training.methods import METHODS
 
 PLAIN = """\
 task:
@@ -59,25 +59,38 @@ def test_defaults_give_way_to_the_recipe_and_the_recipe_to_overrides(written: Wr
 
 
 def test_the_last_of_two_overrides_of_one_key_wins(written: Written) -> None:
-    assert load_recipe(written(PLAIN), ["train.batch_size=4", "train.batch_size=5"]).train.batch_size == 5
+    assert (
+        load_recipe(written(PLAIN), ["train.batch_size=4", "train.batch_size=5"]).train.batch_size
+        == 5
+    )
 
 
 def test_an_override_is_split_on_its_first_equals_sign(written: Written) -> None:
-    recipe = load_recipe(written(PLAIN), ["task.data.train=hub://a/b=c/train", "teacher.extra_body.stop=a=b"])
+    recipe = load_recipe(
+        written(PLAIN), ["task.data.train=hub://a/b=c/train", "teacher.extra_body.stop=a=b"]
+    )
     assert recipe.task.data.train == "hub://a/b=c/train"
     assert recipe.teacher.extra_body == {"stop": "a=b"}
 
 
 def test_an_overrides_value_is_read_as_yaml(written: Written) -> None:
-    recipe = load_recipe(written(PLAIN), ["task.limit=null", "report.tensorboard=true", "annotate.splits=[valid]"])
+    recipe = load_recipe(
+        written(PLAIN), ["task.limit=null", "report.tensorboard=true", "annotate.splits=[valid]"]
+    )
     assert recipe.task.limit is None
     assert recipe.report.tensorboard is True
     assert recipe.annotate.splits == ("valid",)
 
 
 def test_a_lone_value_stands_for_a_list_of_one(written: Written) -> None:
-    recipe = load_recipe(written(PLAIN), ["train.methods=distill", "train.seeds=7", "train.labels=teacher"])
-    assert (recipe.train.methods, recipe.train.seeds, recipe.train.labels) == (("distill",), (7,), ("teacher",))
+    recipe = load_recipe(
+        written(PLAIN), ["train.methods=distill", "train.seeds=7", "train.labels=teacher"]
+    )
+    assert (recipe.train.methods, recipe.train.seeds, recipe.train.labels) == (
+        ("distill",),
+        (7,),
+        ("teacher",),
+    )
 
 
 def test_an_override_opens_a_section_that_the_recipe_left_out_or_empty(written: Written) -> None:
@@ -114,8 +127,12 @@ def test_a_scratch_students_defaults_hold_for_a_recipe_made_in_code() -> None:
     assert as_section.train == as_mapping.train
 
 
-@pytest.mark.parametrize(("file", "name"), [("my run.yaml", "my-run"), ("a.b.yaml", "a.b"), ("_draft.yaml", "draft")])
-def test_a_recipe_without_a_name_is_called_after_its_file(written: Written, file: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "name"), [("my run.yaml", "my-run"), ("a.b.yaml", "a.b"), ("_draft.yaml", "draft")]
+)
+def test_a_recipe_without_a_name_is_called_after_its_file(
+    written: Written, file: str, name: str
+) -> None:
     assert load_recipe(written(PLAIN, file)).name.lstrip("_") == name
 
 
@@ -159,7 +176,9 @@ def test_an_unknown_task_is_shown_on_its_own_line(written: Written) -> None:
 
 
 def test_a_missing_key_is_shown_where_it_belongs(written: Written) -> None:
-    (found,) = mistakes(written("task:\n  name: svamp\n  data:\n    test: x\nteacher: {model: m}\n"))
+    (found,) = mistakes(
+        written("task:\n  name: svamp\n  data:\n    test: x\nteacher: {model: m}\n")
+    )
     assert found == "plain.yaml:3: task.data.train is missing"
 
 
@@ -170,13 +189,19 @@ def test_a_mistake_on_the_command_line_is_said_to_be_there(written: Written, ove
 
 
 def test_a_key_in_the_wrong_section_is_told_its_home(written: Written) -> None:
-    found = mistakes(written(PLAIN + "train:\n  concurrency: 3\n  temperature: 0.7\nlabels: [a, b]\n"))
+    found = mistakes(
+        written(PLAIN + "train:\n  concurrency: 3\n  temperature: 0.7\nlabels: [a, b]\n")
+    )
     assert "plain.yaml:6: train.concurrency: unknown key; it belongs to annotate" in found
-    assert any(line.startswith("plain.yaml:7: train.temperature") and "annotate" in line for line in found)
+    assert any(
+        line.startswith("plain.yaml:7: train.temperature") and "annotate" in line for line in found
+    )
     assert "plain.yaml:8: labels: unknown key; it belongs to task or train" in found
 
 
-def test_every_key_in_a_wrong_section_is_told_its_home_whatever_resembles_it(written: Written) -> None:
+def test_every_key_in_a_wrong_section_is_told_its_home_whatever_resembles_it(
+    written: Written,
+) -> None:
     sections = {
         name: field.annotation
         for name, field in Recipe.model_fields.items()
@@ -184,7 +209,9 @@ def test_every_key_in_a_wrong_section_is_told_its_home_whatever_resembles_it(wri
     }
     wrong = []
     for section, kind in sections.items():
-        strangers = {key for other in sections.values() for key in other.model_fields} - set(kind.model_fields)
+        strangers = {key for other in sections.values() for key in other.model_fields} - set(
+            kind.model_fields
+        )
         found = mistakes(written(PLAIN), [f"{section}.{key}=null" for key in sorted(strangers)])
         for key in strangers:
             homes = [name for name, other in sections.items() if key in other.model_fields]
@@ -212,7 +239,9 @@ def test_unquoted_yes_and_no_as_labels_are_told_to_be_quoted(written: Written) -
 
 
 def test_numbers_as_labels_are_text(written: Written) -> None:
-    path = written("task: {name: classification, labels: [1, 2], data: {train: t.csv}}\nteacher: {model: m}\n")
+    path = written(
+        "task: {name: classification, labels: [1, 2], data: {train: t.csv}}\nteacher: {model: m}\n"
+    )
     assert load_recipe(path).task.labels == ("1", "2")
 
 
@@ -247,7 +276,12 @@ def test_a_file_that_is_no_mapping_is_refused(written: Written, text: str) -> No
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("task:\n  name: a: b\n", 2), ("task:\n\tname: svamp\n", 2), ("task: [1\n", 2), ("? [1, 2]\n: 3\n", 1)],
+    [
+        ("task:\n  name: a: b\n", 2),
+        ("task:\n\tname: svamp\n", 2),
+        ("task: [1\n", 2),
+        ("? [1, 2]\n: 3\n", 1),
+    ],
 )
 def test_text_that_is_not_yaml_is_shown_by_its_line(written: Written, text: str, line: int) -> None:
     (found,) = mistakes(written(text))
@@ -299,13 +333,19 @@ def test_a_name_that_is_no_folder_name_is_refused(written: Written, name: str) -
         (["task.limit=0"], "task.limit"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(written: Written, overrides: list[str], told: str) -> None:
+def test_settings_that_do_not_go_together_are_refused(
+    written: Written, overrides: list[str], told: str
+) -> None:
     assert told in "\n".join(mistakes(written(PLAIN), overrides))
 
 
 def test_a_recipe_is_frozen(written: Written) -> None:
     recipe = load_recipe(written(PLAIN))
-    for section, field in ((recipe, "name"), (recipe.train, "max_steps"), (recipe.task.data, "train")):
+    for section, field in (
+        (recipe, "name"),
+        (recipe.train, "max_steps"),
+        (recipe.task.data, "train"),
+    ):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, field, "other")
 
@@ -314,7 +354,9 @@ def test_a_recipe_is_frozen(written: Written) -> None:
 
 
 @pytest.mark.parametrize("user", ["me:hunter2", ":hunter2", "hunter2"])
-def test_a_url_that_carries_a_password_is_refused_and_the_password_not_repeated(written: Written, user: str) -> None:
+def test_a_url_that_carries_a_password_is_refused_and_the_password_not_repeated(
+    written: Written, user: str
+) -> None:
     path = written(PLAIN.replace("some-model", f"m, base_url: 'https://{user}@host/v1'"))
     (found,) = mistakes(path)
     assert found.startswith("plain.yaml:4: teacher.base_url:")
@@ -322,14 +364,18 @@ def test_a_url_that_carries_a_password_is_refused_and_the_password_not_repeated(
     assert "hunter2" not in found
 
 
-@pytest.mark.parametrize("url", ["me:hunter2@host/v1", "ftp://me:hunter2@host/v1", "//me:hunter2@host/v1"])
+@pytest.mark.parametrize(
+    "url", ["me:hunter2@host/v1", "ftp://me:hunter2@host/v1", "//me:hunter2@host/v1"]
+)
 def test_a_password_in_a_url_that_is_none_is_not_repeated(written: Written, url: str) -> None:
     (found,) = mistakes(written(PLAIN), [f"teacher.base_url={url}"])
     assert "teacher.base_url" in found
     assert "hunter2" not in found
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "127.0.0.1:8000", "http://", "file:///etc/passwd", "''"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "127.0.0.1:8000", "http://", "file:///etc/passwd", "''"]
+)
 def test_a_base_url_that_is_no_http_url_is_refused(written: Written, url: str) -> None:
     (found,) = mistakes(written(PLAIN), [f"teacher.base_url={url}"])
     assert "is not an http(s) URL" in found
@@ -343,8 +389,12 @@ def test_the_names_that_a_recipe_knows_are_those_of_the_registries() -> None:
     assert set(TASK_NAMES) == set(TASKS)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_recipe_loads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_shipped_recipe_loads(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # found by its name alone, from anywhere
     recipe = load_recipe(f"recipes/{path.name}")
     assert recipe.name == path.stem
@@ -358,19 +408,27 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
     assert Recipe.model_validate(resolved).model_dump(mode="json") == resolved
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "teachers").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes" / "teachers").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_shipped_teacher_takes_the_place_of_a_recipes_own(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe("recipes/demo.yaml", [f"teacher=recipes/teachers/{path.name}", "teacher.timeout_s=7"])
+    recipe = load_recipe(
+        "recipes/demo.yaml", [f"teacher=recipes/teachers/{path.name}", "teacher.timeout_s=7"]
+    )
     assert recipe.teacher.model and recipe.teacher.timeout_s == 7
     assert recipe.teacher.kind != "openai" or recipe.teacher.base_url.startswith("http")
 
 
 def test_a_recipe_may_name_its_teachers_file_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("teacher: {model: m, base_url: 'http://127.0.0.1:1/v1'}", encoding="utf-8")
-    (tmp_path / "r.yaml").write_text("task: {name: svamp, data: {train: a.jsonl}}\nteacher: mine.yaml", encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(
+        "teacher: {model: m, base_url: 'http://127.0.0.1:1/v1'}", encoding="utf-8"
+    )
+    (tmp_path / "r.yaml").write_text(
+        "task: {name: svamp, data: {train: a.jsonl}}\nteacher: mine.yaml", encoding="utf-8"
+    )
     assert load_recipe(tmp_path / "r.yaml").teacher.model == "m"
     (tmp_path / "mine.yaml").write_text("model: m", encoding="utf-8")
     with pytest.raises(UserError, match="no teacher: section"):
@@ -389,7 +447,10 @@ def test_a_students_gguf_file_is_looked_for_beside_the_recipe_and_stays_named_as
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     section = load_recipe(path, ["student={model: mine.gguf}"]).student
-    assert section.source == str(path.parent / "mine.gguf") and section.settings["model"] == "mine.gguf"
+    assert (
+        section.source == str(path.parent / "mine.gguf")
+        and section.settings["model"] == "mine.gguf"
+    )
     assert load_recipe(path, ["student={model: other.gguf}"]).student.source == "other.gguf"
     (elsewhere / "mine.gguf").write_bytes(b"GGUF")
     assert load_recipe(path, ["student={model: mine.gguf}"]).student.source == "mine.gguf"

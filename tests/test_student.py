@@ -14,8 +14,8 @@ import pytest
 from transformers import BertConfig, BertLMHeadModel
 
 from dsbs import DsbsError, Student, UserError
-from dsbs.recipe import DataSection, StudentSection, TaskSection
-from dsbs.student import (
+from dsbs.config import DataSection, StudentSection, TaskSection
+from dsbs.students import (
     CARD,
     Start,
     StudentCard,
@@ -26,9 +26,9 @@ from dsbs.student import (
     load_model,
     load_tokenizer,
     new_model,
-    onnx,
     tokenizer_hash,
 )
+from dsbs.students.backends import onnxruntime
 
 TEXTS = [f"Premise {i}: a man with {i} dogs walks. ( {i}.0 * 2.0 ) {{x}}" for i in range(200)]
 
@@ -43,7 +43,9 @@ def make_student(seed: int = 0, prefixes: dict[Target, str] | None = None) -> St
     return Student.of(new_model(StudentSection(vocab_size=300), tokenizer, seed), tokenizer, card)
 
 
-def test_a_learned_vocabulary_knows_every_character_of_its_text_and_agrees_with_sentencepiece() -> None:
+def test_a_learned_vocabulary_knows_every_character_of_its_text_and_agrees_with_sentencepiece() -> (
+    None
+):
     tokenizer = learn_vocabulary(TEXTS, 300)
     assert 100 < len(tokenizer) <= 300
     for text in TEXTS:
@@ -53,16 +55,25 @@ def test_a_learned_vocabulary_knows_every_character_of_its_text_and_agrees_with_
 
 
 def test_the_same_text_gives_the_same_vocabulary() -> None:
-    assert tokenizer_hash(learn_vocabulary(TEXTS, 300)) == tokenizer_hash(learn_vocabulary(TEXTS, 300))
-    assert tokenizer_hash(learn_vocabulary(TEXTS, 300)) != tokenizer_hash(learn_vocabulary(TEXTS[:100], 300))
+    assert tokenizer_hash(learn_vocabulary(TEXTS, 300)) == tokenizer_hash(
+        learn_vocabulary(TEXTS, 300)
+    )
+    assert tokenizer_hash(learn_vocabulary(TEXTS, 300)) != tokenizer_hash(
+        learn_vocabulary(TEXTS[:100], 300)
+    )
 
 
-def test_a_saved_student_loads_with_the_same_weights_and_tokenizer_and_answers_the_same(tmp_path: Path) -> None:
+def test_a_saved_student_loads_with_the_same_weights_and_tokenizer_and_answers_the_same(
+    tmp_path: Path,
+) -> None:
     student = make_student()
     student.save(tmp_path)
     loaded = Student.load(tmp_path)
     assert tokenizer_hash(loaded.engine.tokenizer) == tokenizer_hash(student.engine.tokenizer)
-    before, after = student.predict(["a man walks", "dogs"]), loaded.predict(["a man walks", "dogs"])
+    before, after = (
+        student.predict(["a man walks", "dogs"]),
+        loaded.predict(["a man walks", "dogs"]),
+    )
     assert [a.raw for a in before] == [a.raw for a in after]
     assert loaded.card == student.card
 
@@ -77,7 +88,9 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 def test_batches_do_not_change_answers_or_their_order() -> None:
     student = make_student()
     texts = ["dogs", "a man with 7 dogs walks", "x", "Premise 3: a man"]
-    assert [a.raw for a in student.predict(texts, batch_size=1)] == [a.raw for a in student.predict(texts, batch_size=4)]
+    assert [a.raw for a in student.predict(texts, batch_size=1)] == [
+        a.raw for a in student.predict(texts, batch_size=4)
+    ]
 
 
 LABELS = ["a man", "dogs", "Premise"]
@@ -91,7 +104,9 @@ def taught() -> Student:
     student = make_student()
     torch.manual_seed(0)
     inputs = student.engine.tokenizer(TEXTS[:60], padding=True, return_tensors="pt")
-    targets = student.engine.tokenizer([LABELS[i % 3] for i in range(60)], padding=True, return_tensors="pt")["input_ids"]
+    targets = student.engine.tokenizer(
+        [LABELS[i % 3] for i in range(60)], padding=True, return_tensors="pt"
+    )["input_ids"]
     targets[targets == student.engine.tokenizer.pad_token_id] = -100
     optimizer = torch.optim.AdamW(student.engine.model.parameters(), lr=3e-3)
     student.engine.model.train()
@@ -106,11 +121,15 @@ def forced(student: Student, text: str, max_new_tokens: int, start: int) -> tupl
     """Probability of a text's greedy tokens by one forward pass for each token, and whether the end token came."""
     import torch
 
-    source = student.engine.tokenizer(text, return_tensors="pt", truncation=True, max_length=student.card.max_input_tokens)
+    source = student.engine.tokenizer(
+        text, return_tensors="pt", truncation=True, max_length=student.card.max_input_tokens
+    )
     ids, total = [start], 0.0
     with torch.inference_mode():
         for _ in range(max_new_tokens):
-            logits = student.engine.model(**source, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
+            logits = student.engine.model(**source, decoder_input_ids=torch.tensor([ids])).logits[
+                0, -1
+            ]
             ids.append(int(logits.argmax()))
             total += float(torch.log_softmax(logits.double(), -1)[ids[-1]])
             if ids[-1] == student.engine.tokenizer.eos_token_id:
@@ -120,25 +139,39 @@ def forced(student: Student, text: str, max_new_tokens: int, start: int) -> tupl
 
 @pytest.mark.parametrize("budget", [1, 2, 16])
 @pytest.mark.parametrize("start", ["pad", "eos"])
-def test_a_texts_probability_is_that_of_its_tokens_one_by_one_with_its_end(taught: Student, budget: int, start: Start) -> None:
+def test_a_texts_probability_is_that_of_its_tokens_one_by_one_with_its_end(
+    taught: Student, budget: int, start: Start
+) -> None:
     texts = [*TEXTS[60:66], "dogs", TEXTS[70] * 9]
-    first = {"pad": taught.engine.tokenizer.pad_token_id, "eos": taught.engine.tokenizer.eos_token_id}[start]
+    first = {
+        "pad": taught.engine.tokenizer.pad_token_id,
+        "eos": taught.engine.tokenizer.eos_token_id,
+    }[start]
     for batch_size in (1, 3, 8):
         written = taught.generate(texts, budget, batch_size, start, probabilities=True)
         for text, one in zip(texts, written, strict=True):
             probability, ended = forced(taught, text, budget, first)
-            assert one.probability == pytest.approx(probability, abs=1e-5) and one.truncated is not ended
+            assert (
+                one.probability == pytest.approx(probability, abs=1e-5)
+                and one.truncated is not ended
+            )
             assert 0 < probability < 1
     if budget == 16 and start == "pad":
-        assert not all(one.truncated for one in written), "none came to its end: nothing after it was left out"
+        assert not all(one.truncated for one in written), (
+            "none came to its end: nothing after it was left out"
+        )
 
 
-def test_probabilities_stay_with_their_texts_whatever_the_order_and_the_batches(taught: Student) -> None:
+def test_probabilities_stay_with_their_texts_whatever_the_order_and_the_batches(
+    taught: Student,
+) -> None:
     texts = ["dogs", *TEXTS[60:68], "x"]
     alone = dict(zip(texts, taught.predict(texts, batch_size=1), strict=True))
     for order in (texts[::-1], texts[3:] + texts[:3]):
         for text, answer in zip(order, taught.predict(order, batch_size=4), strict=True):
-            assert answer.raw == alone[text].raw and answer.probability == pytest.approx(alone[text].probability, abs=1e-5)
+            assert answer.raw == alone[text].raw and answer.probability == pytest.approx(
+                alone[text].probability, abs=1e-5
+            )
     assert len({round(answer.probability or 0, 4) for answer in alone.values()}) > 1
 
 
@@ -150,7 +183,9 @@ def written_by(student: Student, monkeypatch: pytest.MonkeyPatch, *texts: tuple[
     """Let the student write these texts, each cut by its budget or not, one for each decode."""
     left = iter(texts)
 
-    def generate(items: list[str], *_: Any, probabilities: bool = False, **__: Any) -> list[Written]:
+    def generate(
+        items: list[str], *_: Any, probabilities: bool = False, **__: Any
+    ) -> list[Written]:
         assert len(items) == 1
         text, truncated = next(left)
         return [Written(text, truncated, 0.5 if probabilities else None, 1.0)]
@@ -174,16 +209,28 @@ def written_by(student: Student, monkeypatch: pytest.MonkeyPatch, *texts: tuple[
     ],
 )  # fmt: skip
 def test_what_is_cut_and_what_a_probability_is_of_goes_by_the_sequence(
-    target: Target, rationale: bool, texts: list[tuple[str, bool]], expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+    target: Target,
+    rationale: bool,
+    texts: list[tuple[str, bool]],
+    expected: tuple[Any, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     student = make_student(prefixes={target: ""})
     written_by(student, monkeypatch, *texts)
     (answer,) = student.predict(["dogs"], rationale=rationale)
-    found = (answer.raw, answer.probability, answer.truncated, answer.rationale, answer.rationale_truncated)
+    found = (
+        answer.raw,
+        answer.probability,
+        answer.truncated,
+        answer.rationale,
+        answer.rationale_truncated,
+    )
     assert found == expected
 
 
-def test_a_step_by_step_student_says_of_both_texts_whether_they_were_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_by_step_student_says_of_both_texts_whether_they_were_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     student = make_student(prefixes={"label": "predict: ", "rationale": "explain: "})
     written_by(student, monkeypatch, ("a", False), ("The text says", True))
     (answer,) = student.predict(["dogs"], rationale=True)
@@ -208,8 +255,13 @@ def test_sizes_have_about_the_parameters_they_promise() -> None:
     tokenizer = learn_vocabulary(TEXTS, 300)
     for size in ("nano", "mini", "small"):
         model = new_model(StudentSection(size=size), tokenizer, 0)
-        counts[size] = sum(p.numel() for p in model.parameters()) / 1e6 + (4000 - len(tokenizer)) * model.config.d_model / 1e6
-    assert 1.5 < counts["nano"] < 2.5 and 9 < counts["mini"] < 13 and 30 < counts["small"] < 50, counts
+        counts[size] = (
+            sum(p.numel() for p in model.parameters()) / 1e6
+            + (4000 - len(tokenizer)) * model.config.d_model / 1e6
+        )
+    assert 1.5 < counts["nano"] < 2.5 and 9 < counts["mini"] < 13 and 30 < counts["small"] < 50, (
+        counts
+    )
 
 
 def test_a_folder_without_a_student_is_the_users_mistake(tmp_path: Path) -> None:
@@ -226,14 +278,20 @@ def test_a_model_that_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
 def test_a_format_that_nothing_here_reads_is_told(tmp_path: Path, kind: Any, format: Any) -> None:
     card = make_student().card.model_copy(update={"kind": kind, "format": format})
     (tmp_path / CARD).write_text(card.model_dump_json(), encoding="utf-8")
-    with pytest.raises(UserError, match=f"{kind} model in the format {format}, which dsbs does not load"):
+    with pytest.raises(
+        UserError, match=f"{kind} model in the format {format}, which dsbs does not load"
+    ):
         Student.load(tmp_path)
 
 
-def test_a_models_own_code_is_never_run_whatever_stdin_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_own_code_is_never_run_whatever_stdin_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_student().save(tmp_path)
     ran = tmp_path / "ran"
-    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n", encoding="utf-8")
+    (tmp_path / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\nclass Config: pass\n", encoding="utf-8"
+    )
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -245,7 +303,13 @@ def test_a_models_own_code_is_never_run_whatever_stdin_says(tmp_path: Path, monk
 
 
 def test_an_encoder_is_no_student(tmp_path: Path) -> None:
-    shape = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    shape = {
+        "vocab_size": 40,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
     BertLMHeadModel(BertConfig(**shape)).save_pretrained(tmp_path / "encoder")
     with pytest.raises(UserError, match=r"is an encoder \(bert\)"):
         load_model(str(tmp_path / "encoder"))
@@ -261,15 +325,15 @@ def test_a_configuration_that_is_no_object_is_told(tmp_path: Path) -> None:
 
 def test_tokenizing_needs_no_torch() -> None:
     code = (
-        "import sys; from dsbs.student import learn_vocabulary; "
+        "import sys; from dsbs.students import learn_vocabulary; "
         "learn_vocabulary([f'line {i} of text' for i in range(99)], 80)(['x']); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_runtimes_tokenizer_counts_as_transformers_own_does(tmp_path: Path) -> None:
-    from dsbs.student import ids_of
-    from dsbs.student.tokenizer import read_pieces
+    from dsbs.students import ids_of
+    from dsbs.students.tokenizer import read_pieces
 
     tokenizer = make_student().engine.tokenizer
     tokenizer.save_pretrained(tmp_path)
@@ -281,9 +345,17 @@ def test_a_runtimes_tokenizer_counts_as_transformers_own_does(tmp_path: Path) ->
     assert len(ids_of(tokenizer, "dogs", special=True)) == len(ids_of(tokenizer, "dogs")) + 1
 
 
-def test_code_in_a_students_folder_is_never_run_whatever_stdin_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_students_folder_is_never_run_whatever_stdin_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "unheard-of", "is_encoder_decoder": True, "auto_map": {"AutoConfig": "own.Own"}})
+        json.dumps(
+            {
+                "model_type": "unheard-of",
+                "is_encoder_decoder": True,
+                "auto_map": {"AutoConfig": "own.Own"},
+            }
+        )
     )
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     monkeypatch.setattr("builtins.input", lambda *_: "1")
@@ -293,16 +365,24 @@ def test_code_in_a_students_folder_is_never_run_whatever_stdin_says(tmp_path: Pa
 
 
 def test_an_encoder_decoder_that_is_no_t5_is_refused_by_its_type(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", "is_encoder_decoder": True}), encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "bart", "is_encoder_decoder": True}), encoding="utf-8"
+    )
     for use in (kind_of, load_tokenizer):
         with pytest.raises(UserError, match="of the type bart, and a student is a T5"):
             use(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mt5", "is_encoder_decoder": True}), encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mt5", "is_encoder_decoder": True}), encoding="utf-8"
+    )
     assert kind_of(str(tmp_path)) == "seq2seq"
 
 
-@pytest.mark.parametrize("change", [{"prefixes": {}}, {"max_input_tokens": 0}, {"max_target_tokens": 0}])
-def test_a_card_that_nothing_can_be_predicted_by_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"prefixes": {}}, {"max_input_tokens": 0}, {"max_target_tokens": 0}]
+)
+def test_a_card_that_nothing_can_be_predicted_by_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     card = make_student().card.model_dump(mode="json")
     (tmp_path / CARD).write_text(json.dumps(card | change), encoding="utf-8")
     with pytest.raises(UserError, match=f"is not a student card(.|\n)*{next(iter(change))}"):
@@ -312,16 +392,20 @@ def test_a_card_that_nothing_can_be_predicted_by_is_refused(tmp_path: Path, chan
 def test_a_card_of_another_kind_than_its_model_is_told(tmp_path: Path) -> None:
     student = make_student()
     student.save(tmp_path)
-    (tmp_path / CARD).write_text(json.dumps(student.card.model_dump(mode="json") | {"kind": "causal"}), encoding="utf-8")
+    (tmp_path / CARD).write_text(
+        json.dumps(student.card.model_dump(mode="json") | {"kind": "causal"}), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="says kind: causal, and the model beside it is seq2seq"):
         Student.load(tmp_path)
 
 
-@pytest.mark.parametrize(("said", "threads"), [("4", 4), ("4,2", 4), ("", 0), ("many", 0), (None, 0)])
+@pytest.mark.parametrize(
+    ("said", "threads"), [("4", 4), ("4,2", 4), ("", 0), ("many", 0), (None, 0)]
+)
 def test_onnxruntime_takes_the_outermost_number_of_threads(
     monkeypatch: pytest.MonkeyPatch, said: str | None, threads: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if said is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
-    assert onnx._threads() == threads
+    assert onnxruntime._threads() == threads

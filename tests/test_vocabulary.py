@@ -10,14 +10,17 @@ import pytest
 from conftest import toy_rows, write_csv
 
 from dsbs import load_recipe, train, validate
-from dsbs.progress import Silent
-from dsbs.recipe import StudentSection
-from dsbs.student import Student, StudentCard, learn_vocabulary, new_model
-from dsbs.vocabulary import lost_in
+from dsbs.config import StudentSection
+from dsbs.progress import NoProgress
+from dsbs.students import Student, StudentCard, learn_vocabulary, new_model
+from dsbs.students.vocabulary import lost_in
 
 PRETRAINED, SCRATCH = StudentSection(model="some/t5"), StudentSection()
 # letters, digits and plain punctuation, as a T5's vocabulary has them; no braces, no < and no ~
-PLAIN = [f"The man number {i} said: my invoice, or parcel, is wrong (very wrong). Billing? Zx qjk! é" for i in range(100)]
+PLAIN = [
+    f"The man number {i} said: my invoice, or parcel, is wrong (very wrong). Billing? Zx qjk! é"
+    for i in range(100)
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,12 @@ def test_text_within_the_vocabulary_gives_no_warning(t5_like: Any) -> None:
         "e\u0301",
         "my\u00a0invoice",
     ]  # an end token, a composed letter, a hard space
-    assert lost_in(PRETRAINED, t5_like, ["billing", "very  wrong"], {"inputs": texts, "rationales": []}) == []
+    assert (
+        lost_in(
+            PRETRAINED, t5_like, ["billing", "very  wrong"], {"inputs": texts, "rationales": []}
+        )
+        == []
+    )
 
 
 def test_unknown_characters_are_named_with_the_share_of_the_texts(t5_like: Any) -> None:
@@ -48,13 +56,26 @@ def test_unknown_characters_are_named_with_the_share_of_the_texts(t5_like: Any) 
 
 
 def test_line_breaks_are_told_as_spaces(t5_like: Any) -> None:
-    (warning,) = lost_in(PRETRAINED, t5_like, ["very\nwrong"], {"rationales": ["my\ninvoice", "wrong"]})
-    assert warning.startswith("50.0 % of the rationales") and r"'\n' in 1" in warning and "space" in warning
+    (warning,) = lost_in(
+        PRETRAINED, t5_like, ["very\nwrong"], {"rationales": ["my\ninvoice", "wrong"]}
+    )
+    assert (
+        warning.startswith("50.0 % of the rationales")
+        and r"'\n' in 1" in warning
+        and "space" in warning
+    )
 
 
-def test_a_label_that_cannot_be_written_comes_first_and_says_what_becomes_of_it(t5_like: Any) -> None:
-    first, second = lost_in(PRETRAINED, t5_like, ["parcel", "{billing}", "a ~ b", "parcel"], {"inputs": ["{x}"]})
-    assert first.startswith("2 of 3 labels can never be written by the student") and "'a ~ b' becomes 'a  b'" in first
+def test_a_label_that_cannot_be_written_comes_first_and_says_what_becomes_of_it(
+    t5_like: Any,
+) -> None:
+    first, second = lost_in(
+        PRETRAINED, t5_like, ["parcel", "{billing}", "a ~ b", "parcel"], {"inputs": ["{x}"]}
+    )
+    assert (
+        first.startswith("2 of 3 labels can never be written by the student")
+        and "'a ~ b' becomes 'a  b'" in first
+    )
     assert second.startswith("100.0 % of the inputs")
 
 
@@ -67,7 +88,7 @@ def test_a_scratch_student_is_not_told_to_be_one(t5_like: Any) -> None:
     assert "init: scratch" not in warning
 
 
-class Told(Silent):
+class Told(NoProgress):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -80,32 +101,58 @@ def pretrained(folder: Path, tokenizer: Any, recipe: Any) -> Path:
         name="s", method="finetune", labels="gold", seed=0, task=recipe.task, prefixes={"label": ""}, max_input_tokens=64,
         max_target_tokens=32,
     )  # fmt: skip
-    Student.of(new_model(StudentSection(vocab_size=200), tokenizer, 0), tokenizer, card).save(folder)
+    Student.of(new_model(StudentSection(vocab_size=200), tokenizer, 0), tokenizer, card).save(
+        folder
+    )
     return folder
 
 
-def test_train_and_validate_warn_before_anything_else(toy: Callable[..., Path], tmp_path: Path, t5_like: Any) -> None:
+def test_train_and_validate_warn_before_anything_else(
+    toy: Callable[..., Path], tmp_path: Path, t5_like: Any
+) -> None:
     path = toy(student={"init": None})
     rows = [
-        row | {"text": "{" + row["text"] + "}", "team": row["team"].replace("shipping", "~shipping")} for row in toy_rows(40)
+        row
+        | {"text": "{" + row["text"] + "}", "team": row["team"].replace("shipping", "~shipping")}
+        for row in toy_rows(40)
     ]
     write_csv(tmp_path / "train.csv", rows)
     write_csv(tmp_path / "test.csv", rows[:8])
     labels = "task.labels=[billing, ~shipping]"
     folder = pretrained(tmp_path / "t5", t5_like, load_recipe(path, [labels]))
-    changes = [labels, f"student.model={folder}", "train.methods=finetune", "train.max_steps=1", "student.max_target_tokens=2"]
+    changes = [
+        labels,
+        f"student.model={folder}",
+        "train.methods=finetune",
+        "train.max_steps=1",
+        "student.max_target_tokens=2",
+    ]
     told = Told()
-    train(load_recipe(path, changes), out=tmp_path / "run", meter=told)
-    assert told.lines[0].startswith("warning: 1 of 2 labels can never be written") and "'~shipping' becomes" in told.lines[0]
+    train(load_recipe(path, changes), out=tmp_path / "run", progress=told)
+    assert (
+        told.lines[0].startswith("warning: 1 of 2 labels can never be written")
+        and "'~shipping' becomes" in told.lines[0]
+    )
     assert told.lines[1].startswith("warning: 100.0 % of the inputs") and "'{' in" in told.lines[1]
-    assert told.lines[2].startswith("warning: 100.0 % of the label targets reach student.max_target_tokens (2)")
+    assert told.lines[2].startswith(
+        "warning: 100.0 % of the label targets reach student.max_target_tokens (2)"
+    )
     assert len(told.lines) == 3
     found = validate(load_recipe(path, changes)).warnings
     assert "labels can never be written" in found[0]
-    assert any(warning.startswith("train: 100.0 % of the inputs have characters that are unknown") for warning in found)
+    assert any(
+        warning.startswith("train: 100.0 % of the inputs have characters that are unknown")
+        for warning in found
+    )
 
 
-def test_a_scratch_student_of_plain_data_is_trained_without_a_warning(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_scratch_student_of_plain_data_is_trained_without_a_warning(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
     told = Told()
-    train(load_recipe(toy(), ["train.methods=finetune", "train.max_steps=1"]), out=tmp_path / "run", meter=told)
+    train(
+        load_recipe(toy(), ["train.methods=finetune", "train.max_steps=1"]),
+        out=tmp_path / "run",
+        progress=told,
+    )
     assert told.lines == []

@@ -23,10 +23,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     (wheel,) = folder.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    needed = ["prompts/svamp.yaml", "recipes/demo.yaml", "recipes/paper/svamp.yaml", "data/support/train.csv"]
-    needed += [f"data/templates/{kind}/recipe.yaml" for kind in ("classification", "generation", "nli", "math")]
+    needed = [
+        "prompts/svamp.yaml",
+        "recipes/demo.yaml",
+        "recipes/paper/svamp.yaml",
+        "data/support/train.csv",
+    ]
+    needed += [
+        f"data/templates/{kind}/recipe.yaml"
+        for kind in ("classification", "generation", "nli", "math")
+    ]
     assert not {f"dsbs/_shipped/{path}" for path in needed} - names
-    assert {"dsbs/py.typed", "dsbs/report/templates/page.html"} <= names
+    assert {"dsbs/py.typed", "dsbs/reporting/templates/page.html"} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/"))]
     venv.create(folder / "venv", with_pip=False)
     site = next((folder / "venv" / "lib").glob("python3*")) / "site-packages"
@@ -58,9 +66,20 @@ def test_dsbs_works_from_the_wheel_outside_the_checkout(installed: Path, tmp_pat
 
 
 def test_a_new_project_is_made_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    for command in (["init", "mine", "--template", "nli"], ["validate", "mine/recipe.yaml"], ["show", "mine/recipe.yaml"]):
+    for command in (
+        ["init", "mine", "--template", "nli"],
+        ["validate", "mine/recipe.yaml"],
+        ["show", "mine/recipe.yaml"],
+    ):
         done = subprocess.run(
-            [installed, "-m", "dsbs", *command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+            [installed, "-m", "dsbs", *command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
-    assert {"train.csv", "recipe.schema.json"} <= {path.name for path in (tmp_path / "mine").iterdir()}
+    assert {"train.csv", "recipe.schema.json"} <= {
+        path.name for path in (tmp_path / "mine").iterdir()
+    }

@@ -13,8 +13,8 @@ from typing import Any
 
 import typer
 
-from dsbs.artefacts import atomic
 from dsbs.cli import app
+from dsbs.files import atomic
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
 HEAD = """\
@@ -54,15 +54,27 @@ MORE = {  # where a page says more than the help does
 def page() -> str:
     """The whole page, as it is to be committed."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    listed = "".join(f"- [`dsbs {name}`](#dsbs-{name}): {first_sentence(one.help)}\n" for name, one in commands.items())
+    listed = "".join(
+        f"- [`dsbs {name}`](#dsbs-{name}): {first_sentence(one.help)}\n"
+        for name, one in commands.items()
+    )
     return HEAD + listed + "".join(f"\n{section(name, one)}" for name, one in commands.items())
 
 
 def section(name: str, command: Any) -> str:
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     options = [one for one in command.params if one.param_type_name == "option"]
-    usage = " ".join(["dsbs", name, *(one.metavar for one in arguments), "[OPTIONS]" if options else ""]).strip()
-    lines = [f"## `dsbs {name}` {{ #dsbs-{name} }}", "", " ".join(command.help.split()), "", f"    {usage}", ""]
+    usage = " ".join(
+        ["dsbs", name, *(one.metavar for one in arguments), "[OPTIONS]" if options else ""]
+    ).strip()
+    lines = [
+        f"## `dsbs {name}` {{ #dsbs-{name} }}",
+        "",
+        " ".join(command.help.split()),
+        "",
+        f"    {usage}",
+        "",
+    ]
     lines += ["| | meaning |", "| --- | --- |"]
     lines += [f"| `{one.metavar}` | {cell(one.help)} |" for one in arguments]
     lines += [f"| `{spelled(one)}` | {cell(one.help)}{default(one)} |" for one in options]

@@ -29,7 +29,9 @@ def read(folder: Path, name: str, split: str) -> list[Row]:
             break
         texts += json.loads(part.read_text(encoding="utf-8"))
     if len(rows) != len(texts):
-        sys.exit(f"{folder}: {len(rows)} {split} rows and {len(texts)} completions; unpack datasets.zip anew")
+        sys.exit(
+            f"{folder}: {len(rows)} {split} rows and {len(texts)} completions; unpack datasets.zip anew"
+        )
     for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
         row["id"] = f"{name}-{split}-{i:05}"
         row["teacher"] = {"model": "palm-540b", "completion": text}
@@ -41,14 +43,18 @@ def read(folder: Path, name: str, split: str) -> list[Row]:
 def main(name: str, source: str, out: str) -> None:
     folder = Path(source, name)
     if not (folder / f"{name}_train.json").is_file():
-        sys.exit(f"no {name}_train.json in {folder}; name a task (svamp, cqa, anli1, esnli) and the unpacked datasets folder")
+        sys.exit(
+            f"no {name}_train.json in {folder}; name a task (svamp, cqa, anli1, esnli) and the unpacked datasets folder"
+        )
     parts = {split: read(folder, name, split) for split in ("train", "test")}
     if (folder / f"{name}_valid.json").is_file():
         parts["valid"] = read(folder, name, "valid")
     else:
         from datasets import Dataset
 
-        places = Dataset.from_dict({"place": range(len(parts["train"]))}).train_test_split(test_size=0.1, seed=0)
+        places = Dataset.from_dict({"place": range(len(parts["train"]))}).train_test_split(
+            test_size=0.1, seed=0
+        )
         held_out = set(places["test"]["place"])
         parts["valid"] = [row for i, row in enumerate(parts["train"]) if i in held_out]
         parts["train"] = [row for i, row in enumerate(parts["train"]) if i not in held_out]

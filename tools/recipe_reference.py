@@ -19,9 +19,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dsbs.artefacts import atomic
-from dsbs.desk.schema import comments, section_of, sections
-from dsbs.recipe.sections import as_tuple
+from dsbs.config.schema import comments, section_of, sections
+from dsbs.config.sections import as_tuple
+from dsbs.files import atomic
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe-reference.md"
 HEAD = """\
@@ -34,7 +34,13 @@ key is a mistake, and all mistakes are told at once with their lines. On the com
 key; the value is read as YAML: `train.seeds=[0,1,2]`, `student.model=null`. `dsbs show RECIPE` prints a recipe with nothing
 left out, `dsbs schema` writes the JSON schema by which editors complete and check recipes.
 """
-NAMES: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything"}
+NAMES: dict[Any, str] = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    Any: "anything",
+}
 
 
 def page() -> str:
@@ -59,8 +65,12 @@ def table(path: str, section: type[BaseModel]) -> str:
             kind = typed(field.annotation, field.metadata)
         else:
             many = " (a list)" if get_origin(field.annotation) is tuple else ""
-            kind = f"[section](#{anchor(key)}){many}" + (" or null" if NoneType in get_args(field.annotation) else "")
-        lines.append(f"| `{key}` | {kind} | {default(field, inner, key)} | {text(said.get(name, ''))} |")
+            kind = f"[section](#{anchor(key)}){many}" + (
+                " or null" if NoneType in get_args(field.annotation) else ""
+            )
+        lines.append(
+            f"| `{key}` | {kind} | {default(field, inner, key)} | {text(said.get(name, ''))} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -86,7 +96,12 @@ def bounds(metadata: Sequence[Any]) -> Iterator[str]:
     for one in metadata:
         if isinstance(one, FieldInfo):
             yield from bounds(one.metadata)
-        for kind, name, sign in ((Gt, "gt", "&gt;"), (Ge, "ge", "≥"), (Lt, "lt", "&lt;"), (Le, "le", "≤")):
+        for kind, name, sign in (
+            (Gt, "gt", "&gt;"),
+            (Ge, "ge", "≥"),
+            (Lt, "lt", "&lt;"),
+            (Le, "le", "≤"),
+        ):
             if isinstance(one, kind):
                 yield f"{sign} {getattr(one, name):,}"
 
@@ -99,7 +114,9 @@ def default(field: FieldInfo, inner: type[BaseModel] | None, key: str) -> str:
         return "its own"
     if isinstance(value, tuple):
         value = list(value)
-    written = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    written = (
+        yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    )
     return f"`{written}`"
 
 
@@ -111,7 +128,10 @@ def text(said: str) -> str:
     """Plain text in a cell of a table: no HTML, no new column, no emphasis; code stays code."""
     said = " ".join(said.replace("``", "`").split())
     parts = said.split("`")
-    plain = [part.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("*", "\\*") for part in parts[::2]]
+    plain = [
+        part.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("*", "\\*")
+        for part in parts[::2]
+    ]
     code = [f"`{part}`" for part in parts[1::2]]
     joined = "".join(a + b for a, b in zip(plain, [*code, ""], strict=True))
     return joined.replace("|", "\\|")

@@ -20,7 +20,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-litellm = importlib.util.find_spec("litellm")  # found, not imported: the settings below must be there before
+litellm = importlib.util.find_spec(
+    "litellm"
+)  # found, not imported: the settings below must be there before
 assert litellm is not None and litellm.origin is not None
 os.environ |= {
     "TELEMETRY_ENABLED": "False",
@@ -33,7 +35,10 @@ os.environ |= {
 
 
 def used() -> float:
-    return sum(one.ru_utime + one.ru_stime for one in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        one.ru_utime + one.ru_stime
+        for one in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def main() -> None:

@@ -24,7 +24,10 @@ os.environ |= {"NEMO_TELEMETRY_ENABLED": "false", "HOME": tempfile.mkdtemp(), "H
 
 
 def used() -> float:
-    return sum(one.ru_utime + one.ru_stime for one in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        one.ru_utime + one.ru_stime
+        for one in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def main() -> None:
@@ -43,10 +46,15 @@ def main() -> None:
             writer = csv.writer(file)
             writer.writerow(["text"])
             writer.writerows([f"My parcel number {i} is wrong."] for i in range(options.rows))
-        provider = dd.ModelProvider(name="loopback", endpoint=options.base_url, provider_type="openai", api_key="none")
+        provider = dd.ModelProvider(
+            name="loopback", endpoint=options.base_url, provider_type="openai", api_key="none"
+        )
         designer = DataDesigner(artifact_path=folder / "artifacts", model_providers=[provider])
         designer.set_run_config(
-            dd.RunConfig(buffer_size=max(1000, 4 * options.concurrency), max_in_flight_tasks=max(1024, 4 * options.concurrency))
+            dd.RunConfig(
+                buffer_size=max(1000, 4 * options.concurrency),
+                max_in_flight_tasks=max(1024, 4 * options.concurrency),
+            )
         )
         model = dd.ModelConfig(
             alias="teacher",
@@ -59,7 +67,9 @@ def main() -> None:
         )
         builder = dd.DataDesignerConfigBuilder(model_configs=[model])
         builder.with_seed_dataset(dd.LocalFileSeedSource(path=str(folder / "rows.csv")))
-        builder.add_column(dd.LLMTextColumnConfig(name="answer", prompt="{{ text }}", model_alias="teacher"))
+        builder.add_column(
+            dd.LLMTextColumnConfig(name="answer", prompt="{{ text }}", model_alias="teacher")
+        )
         cpu, began = used(), time.monotonic()
         result = designer.create(builder, num_records=options.rows)
         wall, cpu = time.monotonic() - began, used() - cpu

@@ -53,12 +53,17 @@ def _exit_code() -> int:
         print(f"dsbs: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader left: nothing more to say
         return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"dsbs: the disk is full ({error})\n  try: free some space, then run the same command", file=sys.stderr)
+        print(
+            f"dsbs: the disk is full ({error})\n  try: free some space, then run the same command",
+            file=sys.stderr,
+        )
         return 3
     return 0
 
@@ -68,7 +73,11 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 4 below a gate (``eval``, ``compress``), 130 interrupted.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our own message says once what it says forty times
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # our own message says once what it says forty times
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(_exit_code())

@@ -7,26 +7,40 @@ from typing import Annotated, Any
 
 import typer
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or a shipped one: recipes/demo.yaml.")]
+RecipePath = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe's YAML file, or a shipped one: recipes/demo.yaml."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]…", help="Override recipe keys, e.g. train.max_steps=200.", show_default=False),
+    typer.Argument(
+        metavar="[KEY=VALUE]…",
+        help="Override recipe keys, e.g. train.max_steps=200.",
+        show_default=False,
+    ),
 ]
-Out = Annotated[str | None, typer.Option("--out", help="Run folder. Default: runs/<recipe name>.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Out = Annotated[
+    str | None,
+    typer.Option("--out", help="Run folder. Default: runs/<recipe name>.", show_default=False),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 
 def load(recipe: str, overrides: list[str] | None) -> Any:
-    from dsbs.recipe_file import load_recipe
+    from dsbs.config.load import load_recipe
 
     return load_recipe(recipe, overrides or [])
 
 
-def meter() -> Any:
-    from dsbs.progress import make_meter
+def progress() -> Any:
+    from dsbs.progress import make_progress
 
-    return make_meter()
+    return make_progress()
 
 
 def print_json(value: Any) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsbs.cli.common import DryRun, Json, meter, print_json
+from dsbs.cli.common import DryRun, Json, print_json, progress
 
 if TYPE_CHECKING:
-    from dsbs.compress.engine import CompressResult
+    from dsbs.compression.run import CompressResult
 
 
 def compress(
@@ -49,14 +49,19 @@ def compress(
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Make smaller students of a trained one: prune, factor, quantise; each healed and held against it on valid."""
-    from dsbs.compress import engine
+    from dsbs.compression import run as engine
 
     if dry_run:
         _print_plan(student, methods, heal_steps, heal_learning_rate, as_json=as_json)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
     result = engine.compress(
-        student, methods, max_drop=max_drop, heal_steps=heal_steps, heal_learning_rate=heal_learning_rate, meter=meter()
+        student,
+        methods,
+        max_drop=max_drop,
+        heal_steps=heal_steps,
+        heal_learning_rate=heal_learning_rate,
+        progress=progress(),
     )
     if as_json:
         print_json(result.as_json())
@@ -68,13 +73,18 @@ def compress(
 
 
 def _print_plan(
-    student: str, methods: list[str], heal_steps: int | None, heal_learning_rate: float | None, *, as_json: bool
+    student: str,
+    methods: list[str],
+    heal_steps: int | None,
+    heal_learning_rate: float | None,
+    *,
+    as_json: bool,
 ) -> None:
-    from dsbs.compress.engine import prepared
-    from dsbs.compress.origin import find_origin
-    from dsbs.progress import Silent
+    from dsbs.compression.run import prepared
+    from dsbs.compression.source import find_origin
+    from dsbs.progress import NoProgress
 
-    _, steps = prepared(find_origin(student), methods, heal_steps, heal_learning_rate, Silent())
+    _, steps = prepared(find_origin(student), methods, heal_steps, heal_learning_rate, NoProgress())
     lines = [
         {
             "name": "+".join(step.chain),
@@ -89,7 +99,9 @@ def _print_plan(
         print_json({"steps": lines})
         return
     for line in lines:
-        healing = f"{line['healing_steps']} steps of healing" if line["healing_steps"] else "no healing"
+        healing = (
+            f"{line['healing_steps']} steps of healing" if line["healing_steps"] else "no healing"
+        )
         print(f"{line['name']}: {'finished before' if line['done'] else healing}; {line['path']}")
 
 
@@ -97,9 +109,12 @@ def _print_steps(result: CompressResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dsbs.compress.table import HEADINGS, cells, original_cells
+    from dsbs.compression.table import HEADINGS, cells, original_cells
 
-    table = Table(title=f"{result.origin.student.name} on {result.steps[0].n} rows of valid", title_justify="left")
+    table = Table(
+        title=f"{result.origin.student.name} on {result.steps[0].n} rows of valid",
+        title_justify="left",
+    )
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right")
     table.add_row(*original_cells(result.steps[-1].original))

@@ -22,7 +22,10 @@ class Template(StrEnum):
 
 
 def init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the new folder, and of the recipe and its runs.")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Of the new folder, and of the recipe and its runs."),
+    ],
     template: Annotated[
         Template,
         typer.Option(
@@ -33,7 +36,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Make a folder with a recipe, a prompt and sample rows, ready to be run and to be changed into your own."""
-    from dsbs.desk.init import init as run
+    from dsbs.project.init import init as run
 
     folder = run(name, template.value)
     if as_json:
@@ -47,12 +50,16 @@ def init(
 def ls(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="FOLDER", help="The folder that holds the runs. Default: runs.", show_default=False),
+        typer.Argument(
+            metavar="FOLDER",
+            help="The folder that holds the runs. Default: runs.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """List the runs: how far each stage came, its students, and the headline of its evaluation."""
-    from dsbs.desk.runs import list_runs
+    from dsbs.project.runs import list_runs
 
     where = folder or Path("runs")
     runs = [] if folder is None and not where.exists() else list_runs(where)
@@ -66,16 +73,47 @@ def ls(
     from rich.table import Table
 
     table = Table()
-    headings = ["run", "annotate", "train", "students", "eval", "when", "headline", "accuracy", "to its baseline"]
+    headings = [
+        "run",
+        "annotate",
+        "train",
+        "students",
+        "eval",
+        "when",
+        "headline",
+        "accuracy",
+        "to its baseline",
+    ]
     beside = ["beside them"] if any(run.beside for run in runs) else []
     for heading in [*headings[:4], *beside, *headings[4:]]:
         table.add_column(heading, overflow="fold")
     for run in runs:
         stages = {stage: status or "–" for stage, status in run.stages.items()}
-        students = f"{run.finished}/{'?' if run.planned is None else run.planned}" if run.stages["train"] else "–"
-        when = datetime.fromisoformat(run.when).astimezone().strftime("%Y-%m-%d %H:%M") if run.when else "–"
-        more = [", ".join(f"{count} {name}" for name, count in run.beside.items()) or "–"] if beside else []
-        table.add_row(run.name, stages["annotate"], stages["train"], students, *more, stages["eval"], when, *_headline(run))
+        students = (
+            f"{run.finished}/{'?' if run.planned is None else run.planned}"
+            if run.stages["train"]
+            else "–"
+        )
+        when = (
+            datetime.fromisoformat(run.when).astimezone().strftime("%Y-%m-%d %H:%M")
+            if run.when
+            else "–"
+        )
+        more = (
+            [", ".join(f"{count} {name}" for name, count in run.beside.items()) or "–"]
+            if beside
+            else []
+        )
+        table.add_row(
+            run.name,
+            stages["annotate"],
+            stages["train"],
+            students,
+            *more,
+            stages["eval"],
+            when,
+            *_headline(run),
+        )
     Console(width=None if sys.stdout.isatty() else 180, highlight=False, markup=False).print(table)
     for run in runs:
         for problem in run.problems:
@@ -97,28 +135,41 @@ def _headline(run: Any) -> tuple[str, str, str]:
 
 
 def show(
-    given: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe's YAML file, or a run folder.")],
+    given: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe's YAML file, or a run folder.")
+    ],
     other: Annotated[
-        str | None, typer.Argument(metavar="OTHER", help="A second one: only what differs is shown.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="OTHER", help="A second one: only what differs is shown.", show_default=False
+        ),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override keys of the first, a recipe: key=value.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--set", help="Override keys of the first, a recipe: key=value.", show_default=False
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show a recipe with nothing left out and what is not the default marked; of two, what differs."""
-    from dsbs.desk.show import ABSENT, differences, plain, resolve
+    from dsbs.project.show import ABSENT, differences, plain, resolve
 
     first = resolve(given, overrides)
     if other is None:
         print_json(first.as_json()) if as_json else print(first.as_yaml())
         return
     if "=" in other and not Path(other).exists():
-        raise UserError(f"{other} is neither a recipe nor a run", hint=f"override keys by --set {other}")
+        raise UserError(
+            f"{other} is neither a recipe nor a run", hint=f"override keys by --set {other}"
+        )
     second = resolve(other)
     found = differences(first.recipe, second.recipe)
     if as_json:
-        told = {key: {"a": None if a is ABSENT else a, "b": None if b is ABSENT else b} for key, (a, b) in found.items()}
+        told = {
+            key: {"a": None if a is ABSENT else a, "b": None if b is ABSENT else b}
+            for key, (a, b) in found.items()
+        }
         print_json({"a": first.source, "b": second.source, "differs": told})
         return
     if not found:
@@ -137,20 +188,29 @@ def show(
 
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A recipe, whose needs are looked at too.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe, whose needs are looked at too.", show_default=False
+        ),
     ] = None,
     overrides: Overrides = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Look at this machine and, with RECIPE, at its data, key, endpoints and models. Buys nothing, writes nothing."""
-    from dsbs.desk.doctor import examine
+    from dsbs.project.doctor import examine
 
     found = examine(recipe, overrides or [], out)
     problems = [check for check in found if check.status == "problem"]
     if as_json:
         warnings = sum(check.status == "warning" for check in found)
-        print_json({"checks": [check.as_json() for check in found], "problems": len(problems), "warnings": warnings})
+        print_json(
+            {
+                "checks": [check.as_json() for check in found],
+                "problems": len(problems),
+                "warnings": warnings,
+            }
+        )
     else:
         width = max(len(check.name) for check in found)
         for check in found:
@@ -160,24 +220,30 @@ def doctor(
                 print(f"{'':<{width + 11}}try: {check.hint}")
     if problems:
         names = ", ".join(dict.fromkeys(check.name for check in problems))
-        raise DsbsError(f"{len(problems)} problems: {names}", hint="do what these lines say, then run the same command")
+        raise DsbsError(
+            f"{len(problems)} problems: {names}",
+            hint="do what these lines say, then run the same command",
+        )
 
 
 def schema(
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write it there. Default: stdout.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Write it there. Default: stdout.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Print the recipe's JSON schema, by which editors complete and check recipes."""
     import json
 
-    from dsbs.desk.schema import recipe_schema
+    from dsbs.config.schema import recipe_schema
 
     text = json.dumps(recipe_schema(), ensure_ascii=False, indent=2)
     if out is None:
         print(text)
         return
-    from dsbs.artefacts import atomic
+    from dsbs.files import atomic
 
     with atomic(out) as file:
         file.write(text + "\n")

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from dsbs.cli.common import Json, meter, print_json
+from dsbs.cli.common import Json, print_json, progress
 from dsbs.errors import UserError
 
 
 def export(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="A student's folder.")],
-    format: Annotated[str, typer.Option("--format", help="ct2 (CTranslate2), gguf (llama.cpp), onnx or torch.")] = "ct2",
+    format: Annotated[
+        str, typer.Option("--format", help="ct2 (CTranslate2), gguf (llama.cpp), onnx or torch.")
+    ] = "ct2",
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -22,7 +24,12 @@ def export(
         ),
     ] = None,
     out: Annotated[
-        str | None, typer.Option("--out", help="Folder. Default: STUDENT/export/<format>[-<quantize>].", show_default=False)
+        str | None,
+        typer.Option(
+            "--out",
+            help="Folder. Default: STUDENT/export/<format>[-<quantize>].",
+            show_default=False,
+        ),
     ] = None,
     examples: Annotated[
         str | None,
@@ -35,15 +42,17 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a student so that it runs without dsbs, and compare it with the student."""
-    from dsbs.export.run import export as run
+    from dsbs.exporting.run import export as run
 
     texts = None if examples is None else _texts(student, examples)
-    done = run(student, format, quantize=quantize, out=out, examples=texts, meter=meter())
+    done = run(student, format, quantize=quantize, out=out, examples=texts, progress=progress())
     if as_json:
         print_json(done.model_dump(mode="json", by_alias=True) | {"path": str(done.path)})
         return
     found = done.equivalence
-    print(f"{done.path}: {done.format} {done.quantize}, {done.megabytes:.2f} MB, {done.smaller:.1f} times smaller")
+    print(
+        f"{done.path}: {done.format} {done.quantize}, {done.megabytes:.2f} MB, {done.smaller:.1f} times smaller"
+    )
     parts = [f"{100 * found.greedy_agreement:.1f} % of greedy texts equal"]
     if found.beam_agreement is not None:
         parts.append(f"{100 * found.beam_agreement:.1f} % by beam search")
@@ -55,8 +64,8 @@ def export(
 
 def _texts(student: str, file: str) -> list[str]:
     """Inputs without prefix, of lines that are text or JSON rows as the student's data had them."""
-    from dsbs.artefacts import find, open_text
-    from dsbs.student import read_card
+    from dsbs.files import find, open_text
+    from dsbs.students import read_card
     from dsbs.tasks import make_task
 
     task = make_task(read_card(student).task)
@@ -68,9 +77,14 @@ def _texts(student: str, file: str) -> list[str]:
                 try:
                     row = json.loads(text)
                 except (ValueError, RecursionError):
-                    raise UserError(f"{file}:{number}: not valid JSON", hint="a line is a JSON object or plain text") from None
+                    raise UserError(
+                        f"{file}:{number}: not valid JSON",
+                        hint="a line is a JSON object or plain text",
+                    ) from None
                 nested = row.get("input")
-                texts.append(task.text(task.fields(nested if isinstance(nested, dict) else row, "input")))
+                texts.append(
+                    task.text(task.fields(nested if isinstance(nested, dict) else row, "input"))
+                )
             elif text:
                 texts.append(text)
     return texts

@@ -12,7 +12,7 @@ import typer
 from dsbs.cli.common import Json, print_json
 
 if TYPE_CHECKING:
-    from dsbs.serve.server import Ready
+    from dsbs.serving.run import Ready
 
 
 class Reply(StrEnum):
@@ -21,7 +21,10 @@ class Reply(StrEnum):
 
 
 def serve(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="A student's folder, of training or of an export.")],
+    student: Annotated[
+        str,
+        typer.Argument(metavar="STUDENT", help="A student's folder, of training or of an export."),
+    ],
     host: Annotated[str, typer.Option(help="The address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     token_env: Annotated[
@@ -34,13 +37,27 @@ def serve(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together, at most.")] = 64,
     max_wait_ms: Annotated[
-        float, typer.Option(min=0, max=1000, help="Milliseconds that a row waits for others while the model is idle.")
+        float,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Milliseconds that a row waits for others while the model is idle.",
+        ),
     ] = 5.0,
-    max_body_kb: Annotated[int, typer.Option(min=1, help="Kilobytes of a request's body, at most.")] = 1024,
-    max_rows: Annotated[int, typer.Option(min=1, max=10_000, help="Rows of a request, at most.")] = 256,
-    queue: Annotated[int, typer.Option(min=1, help="Rows that wait for the model, at most; more get a 429.")] = 2048,
+    max_body_kb: Annotated[
+        int, typer.Option(min=1, help="Kilobytes of a request's body, at most.")
+    ] = 1024,
+    max_rows: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Rows of a request, at most.")
+    ] = 256,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Rows that wait for the model, at most; more get a 429.")
+    ] = 2048,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the model. Default: one for each core.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Threads of the model. Default: one for each core.", show_default=False
+        ),
     ] = None,
     reply: Annotated[
         Reply,
@@ -57,7 +74,10 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    drain_s: Annotated[int, typer.Option(min=0, help="Seconds for what is in flight when the server is told to stop.")] = 30,
+    drain_s: Annotated[
+        int,
+        typer.Option(min=0, help="Seconds for what is in flight when the server is told to stop."),
+    ] = 30,
     as_json: Json = False,
 ) -> None:
     """Answer over HTTP with a student: POST /predict, OpenAI's completions and chat, /health and /metrics.
@@ -65,8 +85,8 @@ def serve(
     Rows of all clients are decoded in batches. SIGTERM and Ctrl-C stop it once what is in flight is answered. With --json the
     line on stdout says that it is ready, and where.
     """
-    from dsbs.serve.server import serve as run
-    from dsbs.serve.settings import Settings
+    from dsbs.serving.run import serve as run
+    from dsbs.serving.settings import Settings
 
     settings = Settings(
         batch_size=batch_size, max_wait_ms=max_wait_ms, max_body_kb=max_body_kb, max_rows=max_rows, queue=queue,

@@ -12,11 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsbs.cli.common import DryRun, Json, Out, Overrides, RecipePath, indented, load, meter, print_json, stamp
+from dsbs.cli.common import (
+    DryRun,
+    Json,
+    Out,
+    Overrides,
+    RecipePath,
+    indented,
+    load,
+    print_json,
+    progress,
+    stamp,
+)
 from dsbs.errors import GateError, UserError
 
 if TYPE_CHECKING:
-    from dsbs.results import Results
+    from dsbs.records.results import Results
 
 MinAccuracy = Annotated[
     float | None,
@@ -33,13 +44,16 @@ MinDelta = Annotated[
     ),
 ]  # fmt: skip
 ScoreOnly = Annotated[
-    bool, typer.Option("--score-only", help="Load no model: score the prediction files that are there, anew.")
+    bool,
+    typer.Option(
+        "--score-only", help="Load no model: score the prediction files that are there, anew."
+    ),
 ]
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Load the data, render the first prompt, tokenise; report truncation and unknown tokens. No model, no call."""
-    from dsbs.check import validate as run
+    from dsbs.project.validate import validate as run
 
     result = run(load(recipe, overrides))
     if as_json:
@@ -47,7 +61,10 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
         return
     for name, split in result.splits.items():
         labels = ", ".join(f"{label} {count}" for label, count in split.get("labels", {}).items())
-        print(f"{name}: {split['rows']} rows, {split['with_gold']} with gold" + (f" ({labels})" if labels else ""))
+        print(
+            f"{name}: {split['rows']} rows, {split['with_gold']} with gold"
+            + (f" ({labels})" if labels else "")
+        )
         for what in ("inputs", "targets"):
             if split[what]:
                 figures = split[what]
@@ -56,19 +73,27 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
                     f"{100 * figures['truncated']:.1f} % cut, {100 * figures['unknown']:.2f} % unknown tokens"
                 )
     if result.first_prompt is not None:
-        print(f"\nThe first prompt, as a completions endpoint gets it:\n{indented(result.first_prompt)}")
+        print(
+            f"\nThe first prompt, as a completions endpoint gets it:\n{indented(result.first_prompt)}"
+        )
     print()
     for warning in result.warnings:
         print(f"warning: {warning}")
-    print("The recipe is valid." if not result.warnings else "The recipe is valid; see the warnings.")
+    print(
+        "The recipe is valid." if not result.warnings else "The recipe is valid; see the warnings."
+    )
 
 
 def train(
-    recipe: RecipePath, overrides: Overrides = None, out: Out = None, as_json: Json = False, dry_run: DryRun = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train every student of the recipe's grid; finished ones are kept, an interrupted one continues."""
-    from dsbs.train import loop
-    from dsbs.train.processes import leads, part
+    from dsbs.training import run as loop
+    from dsbs.training.distributed import destroy_process_group, is_main_process
 
     loaded = load(recipe, overrides)
     if dry_run:
@@ -84,9 +109,9 @@ def train(
                 print(f"{line['name']}: {rows}; {state}")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
-    result = loop.train(loaded, out=out, meter=meter())
-    part()
-    if not leads():  # of several processes one speaks
+    result = loop.train(loaded, out=out, progress=progress())
+    destroy_process_group()
+    if not is_main_process():  # of several processes one speaks
         return
     if as_json:
         print_json(result.as_json())
@@ -114,24 +139,27 @@ def evaluate(
 
     Files from elsewhere take part as eval.predictions.NAME=FILE, JSON lines of id and prediction.
     """
-    from dsbs.eval.compare import evaluate as run
-    from dsbs.gates import failed
+    from dsbs.evaluation.gates import failed
+    from dsbs.evaluation.run import evaluate as run
 
-    results = run(load(recipe, overrides), out=out, meter=meter(), score_only=score_only)
+    results = run(load(recipe, overrides), out=out, progress=progress(), score_only=score_only)
     if as_json:
         print_json(results.as_json())
     else:
         _print_comparison(results)
     missed = failed(results, min_accuracy, min_delta)
     if missed:
-        raise GateError("\n  ".join(missed), hint="look where the systems differ; the results are written all the same")
+        raise GateError(
+            "\n  ".join(missed),
+            hint="look where the systems differ; the results are written all the same",
+        )
 
 
 def _print_comparison(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dsbs.results_table import cells, headline, verdict
+    from dsbs.records.summary import cells, headline, verdict
 
     stamp(results.reportable)
     headings, rows = cells(results)
@@ -167,7 +195,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write report.html, tables and figures of one run, or of several side by side."""
-    from dsbs.report.page import report_runs
+    from dsbs.reporting.run import report_runs
 
     folders, to = _reported(runs, out)
     written = report_runs(folders, out=to)
@@ -179,13 +207,16 @@ def report(
 
 def _reported(arguments: list[str], out: str | None) -> tuple[list[Path], str | None]:
     """The run folders that the arguments mean, and where to write. ``--out`` of one recipe is its run folder."""
-    from dsbs.annotations import run_folder
+    from dsbs.run_folder import run_folder
 
     overrides = [text for text in arguments if "=" in text and not Path(text).exists()]
     runs = [text for text in arguments if text not in overrides]
     recipes = [text for text in runs if not Path(text).is_dir()]
     if not runs:
-        raise UserError("no run is named", hint="dsbs report RUN, a run folder or a recipe; overrides come after it")
+        raise UserError(
+            "no run is named",
+            hint="dsbs report RUN, a run folder or a recipe; overrides come after it",
+        )
     if overrides and not recipes:
         raise UserError(
             f"{overrides[0]}: overrides belong to a recipe, and {runs[0]} is a run folder",
@@ -193,34 +224,50 @@ def _reported(arguments: list[str], out: str | None) -> tuple[list[Path], str | 
         )
     for name in recipes:
         if not name.endswith((".yaml", ".yml")) and not Path(name).is_file():
-            raise UserError(f"{name} is neither a run folder nor a recipe", hint="name a folder as runs/demo, or a .yaml file")
+            raise UserError(
+                f"{name} is neither a run folder nor a recipe",
+                hint="name a folder as runs/demo, or a .yaml file",
+            )
     alone = len(runs) == 1 and bool(recipes)
-    folders = [run_folder(load(one, overrides), out if alone else None) if one in recipes else Path(one) for one in runs]
+    folders = [
+        run_folder(load(one, overrides), out if alone else None) if one in recipes else Path(one)
+        for one in runs
+    ]
     return folders, None if alone else out
 
 
 def predict(
     student: Annotated[
         str,
-        typer.Argument(metavar="STUDENT", help="A student's folder, or a recipe: its run's student that is best on valid."),
+        typer.Argument(
+            metavar="STUDENT",
+            help="A student's folder, or a recipe: its run's student that is best on valid.",
+        ),
     ],
-    file: Annotated[str, typer.Argument(metavar="[FILE]", help="Text or JSONL, a row a line; - is stdin.")] = "-",
+    file: Annotated[
+        str, typer.Argument(metavar="[FILE]", help="Text or JSONL, a row a line; - is stdin.")
+    ] = "-",
     rationale: Annotated[
         bool,
         typer.Option(
-            "--rationale", help="Add a rationale. A step-by-step student decodes it apart: it is not why the label was chosen."
+            "--rationale",
+            help="Add a rationale. A step-by-step student decodes it apart: it is not why the label was chosen.",
         ),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 64,
-    max_label_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for a label, at most.")] = 64,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Where STUDENT is a recipe: key=value.")] = None,
+    max_label_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens generated for a label, at most.")
+    ] = 64,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Where STUDENT is a recipe: key=value.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Answer rows: text or JSONL in, JSONL out."""
-    from dsbs.student import Student
+    from dsbs.students import Student
 
     if student.endswith((".yaml", ".yml")):
-        from dsbs.eval.predict import best_student
+        from dsbs.evaluation.predict import best_student
 
         student = best_student(load(student, overrides), out, needs_rationales=rationale)
         print(f"student: {student}", file=sys.stderr)
@@ -230,17 +277,27 @@ def predict(
 
     def flush() -> None:
         answers = loaded.predict(
-            [item["input"] if isinstance(item, dict) and isinstance(item.get("input"), dict) else item for _, item in batch],
+            [
+                item["input"]
+                if isinstance(item, dict) and isinstance(item.get("input"), dict)
+                else item
+                for _, item in batch
+            ],
             rationale=rationale,
             batch_size=batch_size,
             max_label_tokens=max_label_tokens,
         )
         for (number, item), answer in zip(batch, answers, strict=True):
-            row: dict[str, Any] = {"id": item["id"] if isinstance(item, dict) and "id" in item else str(number)}
+            row: dict[str, Any] = {
+                "id": item["id"] if isinstance(item, dict) and "id" in item else str(number)
+            }
             row |= {"prediction": answer.label, "raw": answer.raw}
             row |= {"probability": answer.probability, "truncated": answer.truncated}
             if rationale:
-                row |= {"rationale": answer.rationale, "rationale_is_causal": loaded.card.reasons_first}
+                row |= {
+                    "rationale": answer.rationale,
+                    "rationale_is_causal": loaded.card.reasons_first,
+                }
             print(json.dumps(row, ensure_ascii=False))
         sys.stdout.flush()
         batch.clear()
@@ -255,7 +312,7 @@ def predict(
 
 def _input_lines(file: str) -> Iterator[tuple[int, Any]]:
     """Rows of a file or stdin: an object where the line begins with '{', else the line's text."""
-    from dsbs.artefacts import open_text
+    from dsbs.files import open_text
 
     with _stdin() if file == "-" else open_text(_existing(file)) as stream:
         for number, line in enumerate(stream, 1):
@@ -268,7 +325,9 @@ def _input_lines(file: str) -> Iterator[tuple[int, Any]]:
             try:
                 row = json.loads(text)
             except (json.JSONDecodeError, RecursionError):
-                raise UserError(f"{file}:{number}: not valid JSON", hint="a line is a JSON object or plain text") from None
+                raise UserError(
+                    f"{file}:{number}: not valid JSON", hint="a line is a JSON object or plain text"
+                ) from None
             yield number, row
 
 
@@ -278,6 +337,6 @@ def _stdin() -> Iterator[Any]:
 
 
 def _existing(file: str) -> Path:
-    from dsbs.artefacts import find
+    from dsbs.files import find
 
     return find(file, what="input file", hint="give a text or JSONL file, or - for stdin")

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from dsbs.cli.common import DryRun, Json, Out, Overrides, RecipePath, dollars, indented, load, meter, print_json, stamp
+from dsbs.cli.common import (
+    DryRun,
+    Json,
+    Out,
+    Overrides,
+    RecipePath,
+    dollars,
+    indented,
+    load,
+    print_json,
+    progress,
+    stamp,
+)
 from dsbs.errors import PartialError, UserError
 
 
@@ -18,43 +30,68 @@ def annotate(
     as_json: Json = False,
     dry_run: DryRun = False,
     pilot: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Annotate a stratified sample of N rows, project the bill, and stop.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Annotate a stratified sample of N rows, project the bill, and stop.",
+        ),
     ] = None,
-    batch: Annotated[bool, typer.Option("--batch", help="Buy by the endpoint's Batch API: cheaper, within hours.")] = False,
+    batch: Annotated[
+        bool,
+        typer.Option("--batch", help="Buy by the endpoint's Batch API: cheaper, within hours."),
+    ] = False,
     batch_export: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the requests for `vllm run-batch`; ask nobody.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the requests for `vllm run-batch`; ask nobody."),
     ] = None,
     batch_import: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take the output of `vllm run-batch` back; ask nobody.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Take the output of `vllm run-batch` back; ask nobody."),
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Only this part of the rows; join with `dsbs merge`.")
+        str | None,
+        typer.Option(metavar="I/N", help="Only this part of the rows; join with `dsbs merge`."),
     ] = None,
     retry_refused: Annotated[
-        bool, typer.Option("--retry-refused", help="Ask again what the endpoint refused for good in an earlier run.")
+        bool,
+        typer.Option(
+            "--retry-refused",
+            help="Ask again what the endpoint refused for good in an earlier run.",
+        ),
     ] = False,
 ) -> None:
     """Ask the teacher for a rationale and a label of every row."""
-    from dsbs.annotate import engine, planning, shards
+    from dsbs.annotation import planning, shards
+    from dsbs.annotation import run as engine
 
     loaded = load(recipe, overrides)
     part = shards.parse_shard(shard) if shard is not None else None
     _exclude({"--pilot": pilot, "--batch": batch, "--batch-export": batch_export, "--shard": shard})
-    _exclude({"--pilot": pilot, "--batch": batch, "--batch-export": batch_export, "--batch-import": batch_import})
+    _exclude(
+        {
+            "--pilot": pilot,
+            "--batch": batch,
+            "--batch-export": batch_export,
+            "--batch-import": batch_import,
+        }
+    )
     if dry_run:
         _print_plan(planning.plan(loaded, out, part, batch=batch), as_json)
         return
     if pilot is not None:
-        _print_pilot(planning.pilot(loaded, pilot, out=out, meter=meter()), as_json)
+        _print_pilot(planning.pilot(loaded, pilot, out=out, progress=progress()), as_json)
         return
     if batch_export is not None:
         count = engine.export_batch(loaded, batch_export, out=out)
-        print_json({"requests": count, "file": str(batch_export)}) if as_json else print(f"{count} requests: {batch_export}")
+        print_json({"requests": count, "file": str(batch_export)}) if as_json else print(
+            f"{count} requests: {batch_export}"
+        )
         return
     result = engine.annotate(
         loaded,
         out=out,
-        meter=meter(),
+        progress=progress(),
         buying="batch" if batch else "nothing" if batch_import is not None else "online",
         shard=part,
         outputs=[batch_import] if batch_import is not None else [],
@@ -66,16 +103,23 @@ def annotate(
 def merge(
     recipe: RecipePath,
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="[SHARD]…", help="Shards' run folders. Default: all in <run>/shards.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="[SHARD]…", help="Shards' run folders. Default: all in <run>/shards."
+        ),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override recipe keys: key=value.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override recipe keys: key=value.")
+    ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Join what shards bought (`dsbs annotate --shard`) into the run. Asks nobody."""
-    from dsbs.annotate.shards import merge as run
+    from dsbs.annotation.shards import merge as run
 
-    _print_result(run(load(recipe, overrides), out=out, folders=folders or (), meter=meter()), as_json)
+    _print_result(
+        run(load(recipe, overrides), out=out, folders=folders or (), progress=progress()), as_json
+    )
 
 
 def compare_teachers(
@@ -83,16 +127,19 @@ def compare_teachers(
     teachers: Annotated[
         list[str],
         typer.Argument(
-            metavar="TEACHER…", help="Files with a `teacher:` section, or the recipe's with changes: model=a,base_url=b."
+            metavar="TEACHER…",
+            help="Files with a `teacher:` section, or the recipe's with changes: model=a,base_url=b.",
         ),
     ],
     rows: Annotated[int, typer.Option(min=1, help="Rows of the sample.")] = 100,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override recipe keys: key=value.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override recipe keys: key=value.")
+    ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Ask several teachers the same rows; compare accuracy, agreement, parse rate, price and speed."""
-    from dsbs.compare_teachers import compare_teachers as run
+    from dsbs.project.compare_teachers import compare_teachers as run
 
     recipes = {}
     for teacher in teachers:
@@ -100,13 +147,17 @@ def compare_teachers(
         name = Path(teacher).stem if is_file else teacher
         if name in recipes:
             raise UserError(f"two teachers are called {name}", hint="rename one of the files")
-        changes = [f"teacher={teacher}"] if is_file else [f"teacher.{change.strip()}" for change in teacher.split(",")]
+        changes = (
+            [f"teacher={teacher}"]
+            if is_file
+            else [f"teacher.{change.strip()}" for change in teacher.split(",")]
+        )
         recipes[name] = load(recipe, [*(overrides or []), *changes])
-    result = run(recipes, rows=rows, out=out, meter=meter())
+    result = run(recipes, rows=rows, out=out, progress=progress())
     if as_json:
         print_json(result.as_json())
         return
-    from dsbs.intervals import percent
+    from dsbs.records.intervals import percent
 
     rows_: list[list[str]] = []
     for one in result.contenders:
@@ -119,19 +170,32 @@ def compare_teachers(
                 percent(one.parse_rate),
                 "–" if one.usd_a_rationale is None else f"{one.usd_a_rationale:.6f}",
                 "–" if one.seconds_a_reply is None else f"{one.seconds_a_reply:.2f}",
-                ", ".join(f"{other} {100 * share:.0f} %" for other, share in result.agreement[one.name].items()),
+                ", ".join(
+                    f"{other} {100 * share:.0f} %"
+                    for other, share in result.agreement[one.name].items()
+                ),
             ]
         )
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{result.rows} rows, {result.with_gold} with gold", title_justify="left")
-    headings = ("teacher", "label accuracy", "to the first (Holm)", "parse rate", "dollars/rationale", "s/reply", "agrees with")
+    headings = (
+        "teacher",
+        "label accuracy",
+        "to the first (Holm)",
+        "parse rate",
+        "dollars/rationale",
+        "s/reply",
+        "agrees with",
+    )
     for heading in headings:
         table.add_column(heading)
     for row in rows_:
         table.add_row(*row)
-    Console(width=None if Console().is_terminal else 160, highlight=False, markup=False).print(table)
+    Console(width=None if Console().is_terminal else 160, highlight=False, markup=False).print(
+        table
+    )
     print(f"figures: {result.path}")
 
 
@@ -147,25 +211,31 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         return
     how = "as earlier replies took" if plan.is_timed else "assumed; a pilot measures it"
     print(f"The first prompt:\n{indented(plan.first_prompt)}\n")
-    print(f"{plan.rows} rows: {plan.requests} requests to send at most, {plan.cached} replies bought before")
+    print(
+        f"{plan.rows} rows: {plan.requests} requests to send at most, {plan.cached} replies bought before"
+    )
     print(
         f"about {plan.prompt_tokens:,} prompt tokens (four characters a token) and at most "
         f"{plan.max_completion_tokens:,} completion tokens, {dollars(plan.usd)} at most"
     )
-    print(f"about {_duration(plan.seconds)} at {plan.seconds_a_reply:.1f} s a reply ({how}); nothing was sent")
+    print(
+        f"about {_duration(plan.seconds)} at {plan.seconds_a_reply:.1f} s a reply ({how}); nothing was sent"
+    )
 
 
 def _print_pilot(result: Any, as_json: bool) -> None:
     if as_json:
         print_json(result.as_json())
         return
-    from dsbs.intervals import percent
+    from dsbs.records.intervals import percent
 
     _print_split("pilot", result.summary)
     print(f"  parse rate {percent(result.parse_rate)}")
     print(f"annotations: {result.path}")
     usd = dollars(result.projected_usd)
-    print(f"All {result.rows} rows: about {usd} and {_duration(result.projected_seconds)} at this rate.")
+    print(
+        f"All {result.rows} rows: about {usd} and {_duration(result.projected_seconds)} at this rate."
+    )
     print("Run without --pilot to go on: the pilot's replies are not bought again.")
 
 
@@ -179,20 +249,35 @@ def _print_result(result: Any, as_json: bool) -> None:
         print(f"annotations: {result.run / 'annotate'}")
     missing = sum(summary.rejected["no-reply"] for summary in result.splits.values())
     if missing and result.can_go_on:
-        raise PartialError(f"{missing} rows got no reply", hint="run the same command again: it asks for these alone")
+        raise PartialError(
+            f"{missing} rows got no reply",
+            hint="run the same command again: it asks for these alone",
+        )
 
 
 def _print_split(name: str, summary: Any) -> None:
-    from dsbs.intervals import percent
+    from dsbs.records.intervals import percent
 
-    rejected = ", ".join(f"{reason} {count}" for reason, count in sorted(summary.rejected.items())) or "none"
+    rejected = (
+        ", ".join(f"{reason} {count}" for reason, count in sorted(summary.rejected.items()))
+        or "none"
+    )
     print(f"{name}: {summary.rows} rows, {summary.accepted} accepted; rejected: {rejected}")
     overall, accepted = percent(summary.label_accuracy), percent(summary.label_accuracy_accepted)
     print(f"  label accuracy {overall}, of the accepted {accepted}")
     if summary.hinted:
-        print("  with a hint: " + ", ".join(f"{outcome} {count}" for outcome, count in sorted(summary.hinted.items())))
-    wasted = f", {sum(summary.wasted.values())} of them wasted ({_list(summary.wasted)})" if summary.wasted else ""
-    cached = f" ({summary.cached_tokens:,} from the provider's cache)" if summary.cached_tokens else ""
+        print(
+            "  with a hint: "
+            + ", ".join(f"{outcome} {count}" for outcome, count in sorted(summary.hinted.items()))
+        )
+    wasted = (
+        f", {sum(summary.wasted.values())} of them wasted ({_list(summary.wasted)})"
+        if summary.wasted
+        else ""
+    )
+    cached = (
+        f" ({summary.cached_tokens:,} from the provider's cache)" if summary.cached_tokens else ""
+    )
     print(
         f"  {summary.requests} requests{wasted}, {summary.cached} cached; {summary.prompt_tokens:,} prompt{cached} and "
         f"{summary.completion_tokens:,} completion tokens, {dollars(summary.usd)}; {summary.wall_s:.1f} s"

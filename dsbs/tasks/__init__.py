@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from dsbs.config import TaskSection, unknown
 from dsbs.errors import UserError
-from dsbs.recipe import TaskSection, unknown
 from dsbs.tasks.base import Task
 
 TASKS = {

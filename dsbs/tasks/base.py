@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from dsbs.config import TaskSection
 from dsbs.errors import UserError
-from dsbs.recipe import TaskSection
-from dsbs.records import Unread
+from dsbs.records.rows import Unread
 
 Fields = Mapping[str, Any]
 
@@ -20,12 +20,16 @@ _WRAPPING = " \t\r\n*_`\"'“”‘’"
 class Task:
     """One kind of task. Subclasses set the class attributes and override what differs."""
 
-    inputs: ClassVar[dict[str, tuple[str, ...]]] = {}  # canonical field -> other names that data sets give it
+    inputs: ClassVar[
+        dict[str, tuple[str, ...]]
+    ] = {}  # canonical field -> other names that data sets give it
     optional: ClassVar[frozenset[str]] = frozenset()  # canonical fields that may be missing
     id_columns: ClassVar[tuple[str, ...]] = ("id",)
     label_columns: ClassVar[tuple[str, ...]] = ("label",)
     rationale_columns: ClassVar[tuple[str, ...]] = ("rationale",)
-    needs_fields: ClassVar[bool] = False  # whether a label is read by its row's fields, so that plain text is no input
+    needs_fields: ClassVar[bool] = (
+        False  # whether a label is read by its row's fields, so that plain text is no input
+    )
     no_label: ClassVar[tuple[str, ...]] = ("",)  # what an unlabelled row has in its label column
 
     def __init__(self, section: TaskSection) -> None:
@@ -51,7 +55,11 @@ class Task:
         """The canonical input fields of a raw row. Raises UserError naming a missing column."""
         found = {}
         for field, others in self.inputs.items():
-            names = (self.section.columns[field],) if field in self.section.columns else (field, *others)
+            names = (
+                (self.section.columns[field],)
+                if field in self.section.columns
+                else (field, *others)
+            )
             column = column_of(row, names)
             if column is None:
                 if field in self.optional:
@@ -105,7 +113,9 @@ def column_of(row: Fields, names: Sequence[str]) -> str | None:
 
 
 def missing_column(where: str, field: str, row: Fields) -> UserError:
-    columns = ", ".join(str(column) for column in row if column not in ("teacher", "meta")) or "none"
+    columns = (
+        ", ".join(str(column) for column in row if column not in ("teacher", "meta")) or "none"
+    )
     return UserError(
         f"{where}: no column {field!r} (columns: {columns})",
         hint=f"rename the column, or say which one it is: task.columns: {{{field}: <column>}}",
@@ -139,7 +149,9 @@ def read_closed(text: str, labels: Sequence[str]) -> str | Unread:
         return Unread("empty")
     named: set[str] = set()
     rest = fold(answer).replace("’", "'")
-    for label in sorted(by_fold, key=len, reverse=True):  # longest first: "card" must not be seen in "card fraud"
+    for label in sorted(
+        by_fold, key=len, reverse=True
+    ):  # longest first: "card" must not be seen in "card fraud"
         pattern = re.compile(rf"(?<![\w-]){re.escape(label)}(?!\w)")
         for match in pattern.finditer(rest):
             if not re.search(
@@ -152,7 +164,9 @@ def read_closed(text: str, labels: Sequence[str]) -> str | Unread:
         return named.pop()
     if named:
         return Unread("several-answers", answer)
-    if text.rstrip(" *_`\"'").endswith(line.rstrip(" *_`\"'")) and any(lab.startswith(fold(answer)) for lab in by_fold):
+    if text.rstrip(" *_`\"'").endswith(line.rstrip(" *_`\"'")) and any(
+        lab.startswith(fold(answer)) for lab in by_fold
+    ):
         return Unread("truncated", answer)
     return Unread("label-outside-set", answer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records import Unread
+from dsbs.records.rows import Unread
 from dsbs.tasks.base import Fields, fold, read_closed
 from dsbs.tasks.own import OwnDataTask
 

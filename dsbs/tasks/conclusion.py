@@ -13,7 +13,9 @@ _ANSWER_IS = re.compile(
     re.IGNORECASE,
 )
 _SO = re.compile(r"\b(?:so|therefore|thus|hence),? ", re.IGNORECASE)
-_IT_IS = re.compile(r"(?:it|this|that|the \w+) (?:is|must be|belongs to|goes to) (?:an? |the )?(.+)", re.IGNORECASE)
+_IT_IS = re.compile(
+    r"(?:it|this|that|the \w+) (?:is|must be|belongs to|goes to) (?:an? |the )?(.+)", re.IGNORECASE
+)
 
 
 def concluded(rationale: str, task: Task, fields: Fields) -> str | None:

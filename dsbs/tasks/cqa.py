@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records import Unread
+from dsbs.records.rows import Unread
 from dsbs.tasks.base import Fields, Task, column_of, first_line, fold, missing_column, tidy
 
 LETTERS = "abcdefghij"
@@ -27,7 +27,9 @@ class Cqa(Task):
         choices = _choices(row, self.section.columns.get("choices", "choices"), where)
         folded = [fold(choice) for choice in choices]
         if not 2 <= len(choices) <= len(LETTERS) or "" in folded:
-            raise UserError(f"{where}: 2 to {len(LETTERS)} non-empty choices are needed", hint="mend the row")
+            raise UserError(
+                f"{where}: 2 to {len(LETTERS)} non-empty choices are needed", hint="mend the row"
+            )
         return found | {"choices": choices}
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
@@ -39,7 +41,9 @@ class Cqa(Task):
         letter = text.strip("()").lower()
         if len(letter) == 1 and letter in LETTERS[: len(choices)]:
             return choices[LETTERS.index(letter)]
-        raise UserError(f"{where}: label {text[:60]!r} is none of the choices {choices}", hint="mend the row")
+        raise UserError(
+            f"{where}: label {text[:60]!r} is none of the choices {choices}", hint="mend the row"
+        )
 
     def text(self, fields: Fields) -> str:
         """Question and lettered choices: the published code's input."""
@@ -67,10 +71,18 @@ class Cqa(Task):
             return Unread("several-answers", answer)
         if letters:
             index = LETTERS.find(letters.pop())
-            return choices[index] if 0 <= index < len(choices) else Unread("label-outside-set", answer)
-        named = {choice for key, choice in by_fold.items() if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", fold(answer))}
+            return (
+                choices[index] if 0 <= index < len(choices) else Unread("label-outside-set", answer)
+            )
+        named = {
+            choice
+            for key, choice in by_fold.items()
+            if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", fold(answer))
+        }
         # "bank" inside "river bank" is not a second answer
-        named = {c for c in named if not any(c != other and fold(c) in fold(other) for other in named)}
+        named = {
+            c for c in named if not any(c != other and fold(c) in fold(other) for other in named)
+        }
         if len(named) == 1:
             return named.pop()
         return Unread("several-answers" if named else "label-outside-set", answer)
@@ -80,7 +92,9 @@ class Cqa(Task):
 
 
 def _lettered(choices: list[str]) -> str:
-    return "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    return "\n".join(
+        f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
+    )
 
 
 def _choices(row: Fields, column: str, where: str) -> list[str]:
@@ -99,7 +113,10 @@ def _choices(row: Fields, column: str, where: str) -> list[str]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            raise UserError(f"{where}: choices is not a JSON list", hint='write ["bank", "river", …] in the cell') from None
+            raise UserError(
+                f"{where}: choices is not a JSON list",
+                hint='write ["bank", "river", …] in the cell',
+            ) from None
     if isinstance(value, dict):
         value = value.get("text")
     if value is None or isinstance(value, str) or not hasattr(value, "__iter__"):

@@ -12,8 +12,12 @@ MAX_DIGITS = 15  # before the point, and after it
 MAX_CHARACTERS = 2000
 MAX_DEPTH = 64
 
-_TOKEN = re.compile(r"\s*(?:(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)|(?P<operator>[-+*/()]))")
-_SPELLINGS = str.maketrans({"×": "*", "·": "*", "∗": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)|(?P<operator>[-+*/()]))"
+)
+_SPELLINGS = str.maketrans(
+    {"×": "*", "·": "*", "∗": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"}
+)
 _TIMES_X = re.compile(r"(?<=[\d)])\s+[xX]\s+(?=[\d(])")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dsbs.records import Unread
+from dsbs.records.rows import Unread
 from dsbs.tasks.base import Fields, fold, tidy
 from dsbs.tasks.own import OwnDataTask
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsbs.artefacts import canonical, digest, find, open_text, read_jsonl
+from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
-from dsbs.recipe import Recipe
-from dsbs.records import Example
+from dsbs.files import canonical_json, digest, find, open_text, read_jsonl
+from dsbs.records.rows import Example
 from dsbs.tasks.base import Task, column_of
 
 HUB = "hub://"
@@ -27,7 +27,11 @@ Row = tuple[str, dict[str, Any]]  # where it stands, its columns
 def split_source(recipe: Recipe, split: str) -> str:
     """The path or hub address that a split's rows come from; a held-out split comes from train's."""
     data = recipe.task.data
-    return {"train": data.train, "valid": data.valid or data.train, "test": data.test or data.train}[split]
+    return {
+        "train": data.train,
+        "valid": data.valid or data.train,
+        "test": data.test or data.train,
+    }[split]
 
 
 def stream(recipe: Recipe, task: Task, split: str) -> Iterator[Example]:
@@ -62,7 +66,10 @@ def load(recipe: Recipe, task: Task, split: str) -> list[Example]:
 
 def is_held_out(recipe: Recipe, row: Example) -> bool:
     """Whether a train row belongs to the validation part that is held out where the data has none."""
-    return recipe.task.data.valid is None and position(row.id, "valid") < recipe.task.data.valid_fraction
+    return (
+        recipe.task.data.valid is None
+        and position(row.id, "valid") < recipe.task.data.valid_fraction
+    )
 
 
 def position(row_id: str, part: str) -> float:
@@ -86,13 +93,17 @@ class Survey:
 def survey(rows: Iterable[Example]) -> Survey:
     state, count = hashlib.sha256(), 0
     for count, row in enumerate(rows, 1):  # noqa: B007 - the last one is the number of rows
-        state.update(canonical([row.id, row.input, row.label, row.rationale, row.completion]).encode())
+        state.update(
+            canonical_json([row.id, row.input, row.label, row.rationale, row.completion]).encode()
+        )
         state.update(b"\n")
     return Survey(count, state.hexdigest())
 
 
 def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[Example]:
-    seen: dict[int, int] = {}  # 64-bit hashes of ids in place of ids: a million rows take little room
+    seen: dict[
+        int, int
+    ] = {}  # 64-bit hashes of ids in place of ids: a million rows take little room
     problems: list[str] = []
     hint = "mend or remove the rows"
     empty = True
@@ -122,7 +133,9 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
     if problems:
         more = " (and perhaps more)" if len(problems) >= _SHOWN else ""
         raise UserError(
-            "\n  ".join([f"{len(problems)} unusable rows{more}:", *problems]) if len(problems) > 1 else problems[0],
+            "\n  ".join([f"{len(problems)} unusable rows{more}:", *problems])
+            if len(problems) > 1
+            else problems[0],
             hint=hint,
         )
     if empty:
@@ -131,7 +144,11 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
 
 def _first_place(recipe: Recipe, task: Task, source: str, row_id: str) -> str:
     """The line of the first row of an id: read again, since only hashes are held."""
-    places = (where for where, row in _rows(source, recipe.folder) if _example(task, row, where).id == row_id)
+    places = (
+        where
+        for where, row in _rows(source, recipe.folder)
+        if _example(task, row, where).id == row_id
+    )
     return next(places).rpartition(":")[2]
 
 
@@ -164,7 +181,7 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     completion = teacher.get("completion") if isinstance(teacher, dict) else None
     row_id = column("id", task.id_columns)
     if row_id is None or str(row_id).strip() == "":
-        row_id = f"row-{digest(canonical([fields, label]))[:16]}"
+        row_id = f"row-{digest(canonical_json([fields, label]))[:16]}"
     return Example(
         id=str(row_id).strip(),
         input=fields,
@@ -178,7 +195,12 @@ def _rows(source: str, folder: Path | None) -> Iterator[Row]:
     if source.startswith(HUB):
         yield from _hub(source)
         return
-    path = find(source, what="data file", hint="check task.data; paths are read from here or beside the recipe", beside=folder)
+    path = find(
+        source,
+        what="data file",
+        hint="check task.data; paths are read from here or beside the recipe",
+        beside=folder,
+    )
     name = path.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".ndjson")):
         for number, row in read_jsonl(path):
@@ -188,7 +210,9 @@ def _rows(source: str, folder: Path | None) -> Iterator[Row]:
     elif name.endswith(".parquet"):
         yield from _parquet(path)
     else:
-        raise UserError(f"{path}: unknown kind of file", hint="use .jsonl, .jsonl.gz, .csv, .tsv or .parquet")
+        raise UserError(
+            f"{path}: unknown kind of file", hint="use .jsonl, .jsonl.gz, .csv, .tsv or .parquet"
+        )
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[Row]:
@@ -198,18 +222,30 @@ def _csv(path: Path, delimiter: str) -> Iterator[Row]:
         try:
             names = reader.fieldnames or []
             if len(names) == 1 and ";" in names[0]:
-                raise UserError(f"{path}:1: columns are separated by ';'", hint="save it with commas, or as .tsv")
+                raise UserError(
+                    f"{path}:1: columns are separated by ';'",
+                    hint="save it with commas, or as .tsv",
+                )
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise UserError(f"{path}:1: two columns are called {twice[0]!r}", hint="rename one of them")
+                raise UserError(
+                    f"{path}:1: two columns are called {twice[0]!r}", hint="rename one of them"
+                )
             for row in reader:
                 if "" in row and row[""] is not None and "" not in names:
-                    raise UserError(f"{path}:{reader.line_num}: more cells than columns", hint="quote cells with commas")
+                    raise UserError(
+                        f"{path}:{reader.line_num}: more cells than columns",
+                        hint="quote cells with commas",
+                    )
                 if None in row.values():
-                    raise UserError(f"{path}:{reader.line_num}: fewer cells than columns", hint="mend the row")
+                    raise UserError(
+                        f"{path}:{reader.line_num}: fewer cells than columns", hint="mend the row"
+                    )
                 yield f"{path}:{reader.line_num}", dict(row)
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num + 1}: not valid CSV ({error})", hint="check the quotes") from None
+            raise UserError(
+                f"{path}:{reader.line_num + 1}: not valid CSV ({error})", hint="check the quotes"
+            ) from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -224,7 +260,9 @@ def _parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 yield f"{path}:{number}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a readable parquet file ({error})", hint="write it again") from None
+        raise UserError(
+            f"{path} is not a readable parquet file ({error})", hint="write it again"
+        ) from None
 
 
 def _hub(source: str) -> Iterator[Row]:
@@ -232,15 +270,22 @@ def _hub(source: str) -> Iterator[Row]:
     repository, _, split = source.removeprefix(HUB).rpartition("/")
     repository, _, config = repository.partition(":")
     if not repository or not split:
-        raise UserError(f"{source} is not of the form hub://owner/name/split", hint="e.g. hub://ChilleD/SVAMP/train")
+        raise UserError(
+            f"{source} is not of the form hub://owner/name/split",
+            hint="e.g. hub://ChilleD/SVAMP/train",
+        )
     import datasets
 
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(repository, config or None, split=split)
     except ValueError as error:
-        raise UserError(f"{source}: {error}", hint="check the repository's splits and configurations") from None
-    except Exception as error:  # the library raises a dozen unrelated kinds for "not reachable" and "not there"
+        raise UserError(
+            f"{source}: {error}", hint="check the repository's splits and configurations"
+        ) from None
+    except (
+        Exception
+    ) as error:  # the library raises a dozen unrelated kinds for "not reachable" and "not there"
         raise DsbsError(
             f"{source} cannot be loaded ({type(error).__name__}: {str(error)[:300]})",
             hint="check the name and the network, or download the rows and give a path in task.data",

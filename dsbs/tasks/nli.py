@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records import Unread
+from dsbs.records.rows import Unread
 from dsbs.tasks.base import Fields, Task, fold, read_closed
 
-LABELS = ("entailment", "neutral", "contradiction")  # in the order of the data sets' class numbers 0, 1, 2
+LABELS = (
+    "entailment",
+    "neutral",
+    "contradiction",
+)  # in the order of the data sets' class numbers 0, 1, 2
 
 
 class Nli(Task):
@@ -27,7 +31,10 @@ class Nli(Task):
             return LABELS[int(text)]
         if fold(text) in LABELS:
             return fold(text)
-        raise UserError(f"{where}: label {text[:60]!r} is not one of {', '.join(LABELS)} (or 0, 1, 2)", hint="mend the row")
+        raise UserError(
+            f"{where}: label {text[:60]!r} is not one of {', '.join(LABELS)} (or 0, 1, 2)",
+            hint="mend the row",
+        )
 
     def text(self, fields: Fields) -> str:
         """Premise, T5's end-of-sequence token, hypothesis: the published code's input."""

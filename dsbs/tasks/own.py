@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsbs.config import TaskSection
 from dsbs.errors import UserError
-from dsbs.recipe import TaskSection
 from dsbs.tasks.base import RESERVED, Fields, Task, column_of, missing_column
-from dsbs.templates import fields_of, render
+from dsbs.tasks.templates import fields_of, render
 
 
 def _plain(value: Any) -> Any:
@@ -32,7 +32,9 @@ class OwnDataTask(Task):
                 raise missing_column(where, field, row)
             found[field] = row[column]
         if all(value is None or not str(value).strip() for value in found.values()):
-            raise UserError(f"{where}: {', '.join(found)}: empty", hint="fill it in or remove the row")
+            raise UserError(
+                f"{where}: {', '.join(found)}: empty", hint="fill it in or remove the row"
+            )
         return {field: _plain(value) for field, value in found.items()}
 
     def text(self, fields: Fields) -> str:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records import Unread
+from dsbs.records.rows import Unread
 from dsbs.tasks import equation
 from dsbs.tasks.base import Fields, Task, first_line, tidy
 
@@ -28,7 +28,8 @@ class Svamp(Task):
         parsed = equation.parse(str(value))
         if parsed is None:
             raise UserError(
-                f"{where}: label {str(value)[:60]!r} is not an equation", hint="write numbers, + - * / and parentheses"
+                f"{where}: label {str(value)[:60]!r} is not an equation",
+                hint="write numbers, + - * / and parentheses",
             )
         return parsed.text
 
@@ -69,5 +70,7 @@ def _leading_expression(text: str) -> str | Unread:
         several = re.search(r"\b(and|or)\b|,\s", text) and len(inner) > 1
         return Unread("several-answers" if several else "unparsed", text.strip())
     if not _WORDS_ONLY.match(tail):
-        return Unread("several-answers" if re.match(r"\s*(and|or|,)\b", tail) else "unparsed", text.strip())
+        return Unread(
+            "several-answers" if re.match(r"\s*(and|or|,)\b", tail) else "unparsed", text.strip()
+        )
     return parsed.text

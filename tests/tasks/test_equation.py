@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbs.tasks.equation import MAX_CHARACTERS, MAX_DEPTH, MAX_OPERATORS, Equation, parse, same_value
+from dsbs.tasks.equation import (
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    MAX_OPERATORS,
+    Equation,
+    parse,
+    same_value,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +51,15 @@ from dsbs.tasks.equation import MAX_CHARACTERS, MAX_DEPTH, MAX_OPERATORS, Equati
         ("  84/2  ", 42, "( 84.0 / 2.0 )"),
     ],
 )
-def test_an_expression_has_an_exact_value_and_one_spelling(text: str, value: Fraction, canonical: str) -> None:
+def test_an_expression_has_an_exact_value_and_one_spelling(
+    text: str, value: Fraction, canonical: str
+) -> None:
     assert parse(text) == Equation(Fraction(value), canonical)
 
 
-@pytest.mark.parametrize("text", ["1 / 0", "(3 + 4) / (2 - 2)", "5 - 1 / 0", "-(1 / 0)", "1 / (1 / 0)"])
+@pytest.mark.parametrize(
+    "text", ["1 / 0", "(3 + 4) / (2 - 2)", "5 - 1 / 0", "-(1 / 0)", "1 / (1 / 0)"]
+)
 def test_division_by_zero_is_readable_and_has_no_value(text: str) -> None:
     equation = parse(text)
     assert equation is not None
@@ -170,16 +181,24 @@ def test_what_is_readable_has_a_spelling_that_is_readable_too(text: str) -> None
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_spelling_is_svamps_own_on_every_row(shared_data: Path, split: str) -> None:
-    with gzip.open(shared_data / "svamp" / f"{split}.jsonl.gz", "rt", encoding="utf-8", newline="\n") as file:
+    with gzip.open(
+        shared_data / "svamp" / f"{split}.jsonl.gz", "rt", encoding="utf-8", newline="\n"
+    ) as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == {"train": 800, "test": 200}[split]
     for row in rows:
-        gold = row["label"].replace(" 10 ", " 10.0 ")  # svamp-test-00144 alone has a number without decimals
+        gold = row["label"].replace(
+            " 10 ", " 10.0 "
+        )  # svamp-test-00144 alone has a number without decimals
         assert gold == row["label"] or row["id"] == "svamp-test-00144"
-        as_people_write = gold.replace(".0 ", " ").replace("( ", "(").replace(" )", ")").replace("*", "×")
+        as_people_write = (
+            gold.replace(".0 ", " ").replace("( ", "(").replace(" )", ")").replace("*", "×")
+        )
         for text in (row["label"], as_people_write):
             equation = parse(text)
             assert equation is not None, row["id"]
             assert equation.text == gold, row["id"]
         if row["meta"]["source_id"] != "chal-680":  # its equation and its answer disagree
-            assert float(parse(gold).value) == pytest.approx(row["meta"]["answer"], abs=1e-2), row["id"]
+            assert float(parse(gold).value) == pytest.approx(row["meta"]["answer"], abs=1e-2), row[
+                "id"
+            ]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from conftest import write_csv, write_jsonl
 
+from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
-from dsbs.recipe import Recipe
-from dsbs.records import Example
+from dsbs.records.rows import Example
 from dsbs.tasks import make_task
 from dsbs.tasks.load import is_held_out, load, position, survey
 
@@ -26,7 +26,13 @@ ROWS = [
 ]
 
 
-def recipe(train: str | Path, name: str = "classification", *, data: dict[str, Any] | None = None, **task: Any) -> Recipe:
+def recipe(
+    train: str | Path,
+    name: str = "classification",
+    *,
+    data: dict[str, Any] | None = None,
+    **task: Any,
+) -> Recipe:
     if name == "classification":
         task.setdefault("labels", ["billing", "shipping"])
     sources = {"train": str(train), "valid": str(train), "test": str(train)} | (data or {})
@@ -49,7 +55,10 @@ def problem(train: str | Path, name: str = "classification", **task: Any) -> Use
 
 
 def many(count: int, start: int = 0) -> list[dict[str, Any]]:
-    return [{"id": f"r{i}", "text": f"text {i}", "label": "billing"} for i in range(start, start + count)]
+    return [
+        {"id": f"r{i}", "text": f"text {i}", "label": "billing"}
+        for i in range(start, start + count)
+    ]
 
 
 # --- formats
@@ -86,7 +95,9 @@ def in_format(folder: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet", "hub"])
-def test_every_format_gives_the_same_examples(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_format_gives_the_same_examples(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     found = read(in_format(tmp_path, kind))
     assert found == [
@@ -98,27 +109,39 @@ def test_every_format_gives_the_same_examples(tmp_path: Path, kind: str, monkeyp
 
 def test_nested_and_flat_rows_give_the_same_examples(tmp_path: Path) -> None:
     flat = {"id": "1", "premise": "A man.", "hypothesis": "A person.", "label": "entailment"}
-    nested = {"id": "1", "input": {"premise": "A man.", "hypothesis": "A person."}, "label": "entailment"}
+    nested = {
+        "id": "1",
+        "input": {"premise": "A man.", "hypothesis": "A person."},
+        "label": "entailment",
+    }
     assert read(write_jsonl(tmp_path / "a.jsonl", [flat]), "esnli") == read(
         write_jsonl(tmp_path / "b.jsonl", [nested]), "esnli"
     )
 
 
 def test_a_recorded_completion_comes_along_and_meta_stays_out(tmp_path: Path) -> None:
-    row = ROWS[0] | {"teacher": {"model": "m", "completion": " raw\n"}, "meta": {"answer": "secret"}}
+    row = ROWS[0] | {
+        "teacher": {"model": "m", "completion": " raw\n"},
+        "meta": {"answer": "secret"},
+    }
     (found,) = read(write_jsonl(tmp_path / "a.jsonl", [row]))
     assert found.completion == " raw\n"
     assert found.input == {"text": ROWS[0]["text"]}
 
 
 def test_columns_are_found_by_the_names_that_the_recipe_gives(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "a.csv", [{"key": "7", "Message": "hello", "team": "shipping", "why": "so"}])
+    path = write_csv(
+        tmp_path / "a.csv", [{"key": "7", "Message": "hello", "team": "shipping", "why": "so"}]
+    )
     columns = {"id": "key", "text": "Message", "label": "team", "rationale": "why"}
     assert read(path, columns=columns) == [Example("7", {"text": "hello"}, "shipping", "so")]
 
 
 def test_an_input_template_takes_several_columns(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "a.csv", [{"id": "1", "title": "T", "body": "B", "label": "billing", "noise": "n"}])
+    path = write_csv(
+        tmp_path / "a.csv",
+        [{"id": "1", "title": "T", "body": "B", "label": "billing", "noise": "n"}],
+    )
     made = recipe(path, input="{{ title }}: {{ body }}")
     (found,) = rows_of(made)
     assert found.input == {"title": "T", "body": "B"}
@@ -126,16 +149,26 @@ def test_an_input_template_takes_several_columns(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_label_are_unlabelled_not_refused(tmp_path: Path) -> None:
-    rows = [{"id": "1", "text": "a", "label": None}, {"id": "2", "text": "b"}, {"id": "3", "text": "c", "label": " "}]
-    assert [row.label for row in read(write_jsonl(tmp_path / "a.jsonl", rows))] == [None, None, None]
+    rows = [
+        {"id": "1", "text": "a", "label": None},
+        {"id": "2", "text": "b"},
+        {"id": "3", "text": "c", "label": " "},
+    ]
+    assert [row.label for row in read(write_jsonl(tmp_path / "a.jsonl", rows))] == [
+        None,
+        None,
+        None,
+    ]
 
 
 def test_paths_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
-    from dsbs.recipe_file import load_recipe
+    from dsbs.config.load import load_recipe
 
     write_csv(tmp_path / "rows.csv", ROWS)
     path = tmp_path / "r.yaml"
-    path.write_text("task: {name: classification, labels: [billing, shipping], data: {train: rows.csv}}\nteacher: {model: m}\n")
+    path.write_text(
+        "task: {name: classification, labels: [billing, shipping], data: {train: rows.csv}}\nteacher: {model: m}\n"
+    )
     made = load_recipe(path, ["task.data.test=rows.csv", "task.data.valid=rows.csv"])
     assert [row.id for row in rows_of(made)] == ["a", "b", "c"]
 
@@ -144,7 +177,11 @@ def test_paths_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
 
 
 def test_a_missing_id_is_made_from_the_content(tmp_path: Path) -> None:
-    rows = [{"text": "one", "label": "billing"}, {"text": "two", "label": "billing"}, {"text": "one", "label": "shipping"}]
+    rows = [
+        {"text": "one", "label": "billing"},
+        {"text": "two", "label": "billing"},
+        {"text": "one", "label": "shipping"},
+    ]
     first = [row.id for row in read(write_jsonl(tmp_path / "a.jsonl", rows))]
     assert len(set(first)) == 3
     turned = [row.id for row in read(write_jsonl(tmp_path / "b.jsonl", rows[::-1]))]
@@ -153,7 +190,10 @@ def test_a_missing_id_is_made_from_the_content(tmp_path: Path) -> None:
 
 def test_a_made_id_does_not_depend_on_the_format(tmp_path: Path) -> None:
     rows = [{"text": "one", "label": "billing"}]
-    ids = {read(write_jsonl(tmp_path / "a.jsonl", rows))[0].id, read(write_csv(tmp_path / "a.csv", rows))[0].id}
+    ids = {
+        read(write_jsonl(tmp_path / "a.jsonl", rows))[0].id,
+        read(write_csv(tmp_path / "a.csv", rows))[0].id,
+    }
     assert len(ids) == 1
 
 
@@ -220,7 +260,9 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_tells_the_columns_there_are(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "a.csv", [{"id": "1", "premise": "p", "hypo": "h", "label": "neutral"}])
+    path = write_csv(
+        tmp_path / "a.csv", [{"id": "1", "premise": "p", "hypo": "h", "label": "neutral"}]
+    )
     error = problem(path, "esnli")
     assert "a.csv:2: no column 'hypothesis' (columns: id, premise, hypo, label)" in error.problem
     assert "task.columns" in error.hint
@@ -284,7 +326,9 @@ def test_a_hub_address_without_its_split_is_refused(source: str) -> None:
     assert "not of the form hub://owner/name/split" in problem(source).problem
 
 
-def test_a_hub_split_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_split_that_is_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(DsbsError, match="elsewhere"):
@@ -293,7 +337,9 @@ def test_a_hub_split_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pyte
 
 def test_half_an_emoji_is_read_or_refused_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"id": "1", "text": "cut \\ud83d", "label": "billing"}\n')  # JSON allows it, UTF-8 does not
+    path.write_text(
+        '{"id": "1", "text": "cut \\ud83d", "label": "billing"}\n'
+    )  # JSON allows it, UTF-8 does not
     try:
         rows = read(path)
     except UserError as error:
@@ -320,14 +366,20 @@ def test_held_out_parts_are_the_same_every_time_and_share_no_row(tmp_path: Path)
     assert [rows_of(made, split) for split in ("train", "valid", "test")] == [train, valid, test]
     assert not {row.id for row in test} & {row.id for row in train}
     assert {row.id for row in train} | {row.id for row in test} == {f"r{i}" for i in range(400)}
-    assert valid == [row for row in train if is_held_out(made, row)]  # annotated with the rest, not trained on
+    assert valid == [
+        row for row in train if is_held_out(made, row)
+    ]  # annotated with the rest, not trained on
     assert 50 <= len(test) <= 110  # a fifth
     assert 15 <= len(valid) <= 55  # a tenth of the rest
 
 
 def test_added_rows_move_none_between_the_parts(tmp_path: Path) -> None:
-    small = recipe(write_jsonl(tmp_path / "a.jsonl", many(200, start=50)), data={"test": None, "valid": None})
-    large = recipe(write_jsonl(tmp_path / "b.jsonl", many(400)[::-1]), data={"test": None, "valid": None})
+    small = recipe(
+        write_jsonl(tmp_path / "a.jsonl", many(200, start=50)), data={"test": None, "valid": None}
+    )
+    large = recipe(
+        write_jsonl(tmp_path / "b.jsonl", many(400)[::-1]), data={"test": None, "valid": None}
+    )
     for split in ("train", "valid", "test"):
         before = {row.id for row in rows_of(small, split)}
         after = {row.id for row in rows_of(large, split)}
@@ -344,7 +396,9 @@ def test_a_valid_file_of_its_own_is_used_whole(tmp_path: Path) -> None:
 
 def test_a_test_file_of_its_own_leaves_train_whole(tmp_path: Path) -> None:
     test = write_jsonl(tmp_path / "t.jsonl", many(7, start=1000))
-    made = recipe(write_jsonl(tmp_path / "a.jsonl", many(50)), data={"valid": None, "test": str(test)})
+    made = recipe(
+        write_jsonl(tmp_path / "a.jsonl", many(50)), data={"valid": None, "test": str(test)}
+    )
     assert len(rows_of(made, "train")) == 50
     assert [row.id for row in rows_of(made, "test")] == [f"r{i}" for i in range(1000, 1007)]
 
@@ -352,7 +406,9 @@ def test_a_test_file_of_its_own_leaves_train_whole(tmp_path: Path) -> None:
 def test_a_rows_place_is_spread_evenly_and_differs_between_the_parts() -> None:
     places = [position(f"r{i}", "valid") for i in range(2000)]
     assert all(0 <= place < 1 for place in places)
-    assert all(150 <= sum(i / 10 <= place < (i + 1) / 10 for place in places) <= 250 for i in range(10))
+    assert all(
+        150 <= sum(i / 10 <= place < (i + 1) / 10 for place in places) <= 250 for i in range(10)
+    )
     assert position("r1", "valid") != position("r1", "test")
 
 
@@ -372,8 +428,17 @@ def test_a_limit_takes_the_first_rows_of_every_split(tmp_path: Path) -> None:
 
 
 def test_the_data_hash_changes_with_any_part_of_a_row() -> None:
-    base = {"id": "a", "input": {"text": "t"}, "label": "billing", "rationale": "r", "completion": "c"}
-    changed = [base | change for change in ({"id": "b"}, {"input": {"text": "u"}}, {"label": None}, {"rationale": ""})]
+    base = {
+        "id": "a",
+        "input": {"text": "t"},
+        "label": "billing",
+        "rationale": "r",
+        "completion": "c",
+    }
+    changed = [
+        base | change
+        for change in ({"id": "b"}, {"input": {"text": "u"}}, {"label": None}, {"rationale": ""})
+    ]
     changed += [base | {"completion": "d"}]
     assert len({survey([Example(**row)]).hash for row in (base, *changed)}) == 6
     assert survey([Example(**base)]).hash != survey([Example(**base)] * 2).hash
@@ -391,13 +456,29 @@ CHOICES = ["bank", "river", "sea"]
         {"choices": {"label": ["A", "B", "C"], "text": CHOICES}, "answerKey": "B"},
         {"choices": CHOICES, "label": "river"},
         {"choices": CHOICES, "answer": "B"},
-        {"choices": [{"label": "A", "text": "bank"}, {"label": "B", "text": "river"}, {"text": "sea"}], "label": "(b)"},
+        {
+            "choices": [
+                {"label": "A", "text": "bank"},
+                {"label": "B", "text": "river"},
+                {"text": "sea"},
+            ],
+            "label": "(b)",
+        },
         {"choices": json.dumps(CHOICES), "label": "River"},
         {"choices": json.dumps({"label": ["A", "B", "C"], "text": CHOICES}), "label": "b"},
         {"c_0": "bank", "c_1": "river", "c_2": "sea", "label": "river"},
         {"choices": "(a) bank\n(b) river\n(c) sea", "label": "river"},
     ],
-    ids=["hub", "list", "letter", "objects", "json text", "json of the hub's", "c_0", "lettered text"],
+    ids=[
+        "hub",
+        "list",
+        "letter",
+        "objects",
+        "json text",
+        "json of the hub's",
+        "c_0",
+        "lettered text",
+    ],
 )
 def test_cqa_takes_choices_in_every_form(tmp_path: Path, given: dict[str, Any]) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "question": "Where?", **given}])
@@ -416,13 +497,17 @@ def test_cqa_takes_choices_in_every_form(tmp_path: Path, given: dict[str, Any]) 
     ],
 )
 def test_cqa_refuses_what_are_no_choices(tmp_path: Path, given: dict[str, Any]) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "question": "Where?", "label": "a", **given}])
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"id": "1", "question": "Where?", "label": "a", **given}]
+    )
     assert "a.jsonl:1" in problem(path, "cqa").problem
 
 
 @pytest.mark.parametrize("label", ["mountain", "D", "BB"])
 def test_cqa_refuses_a_label_that_is_no_choice(tmp_path: Path, label: str) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "Where?", "choices": CHOICES, "label": label}])
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"question": "Where?", "choices": CHOICES, "label": label}]
+    )
     assert "is none of the choices" in problem(path, "cqa").problem
 
 
@@ -448,7 +533,13 @@ def test_nli_takes_class_numbers_and_leaves_minus_one_unlabelled(tmp_path: Path,
 
 
 def test_esnli_takes_the_published_column_names(tmp_path: Path) -> None:
-    row = {"pairID": "x#1", "Sentence1": "p", "Sentence2": "h", "gold_label": "neutral", "Explanation_1": "e"}
+    row = {
+        "pairID": "x#1",
+        "Sentence1": "p",
+        "Sentence2": "h",
+        "gold_label": "neutral",
+        "Explanation_1": "e",
+    }
     found = read(write_csv(tmp_path / "a.csv", [row]), "esnli")
     assert found == [Example("x#1", {"premise": "p", "hypothesis": "h"}, "neutral", "e")]
 
@@ -459,21 +550,35 @@ def test_snlis_dash_for_no_majority_is_unlabelled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_minus_one_is_an_answer_like_any_other_where_answers_are_numbers(tmp_path: Path, kind: str) -> None:
+def test_minus_one_is_an_answer_like_any_other_where_answers_are_numbers(
+    tmp_path: Path, kind: str
+) -> None:
     rows = [{"id": "1", "text": "3 - 4?", "label": -1}, {"id": "2", "text": "3 - 5?", "label": -2}]
     write = write_jsonl if kind == "jsonl" else write_csv
     found = read(write(tmp_path / f"a.{kind}", rows), "generation", numeric=True)
     assert [row.label for row in found] == ["-1", "-2"]
 
 
-def test_svamp_takes_the_published_column_names_and_spells_labels_its_own_way(tmp_path: Path) -> None:
-    row = {"ID": "chal-1", "Body": "Two and three.", "Question": "Sum?", "Equation": "(2+3)", "Answer": "5"}
+def test_svamp_takes_the_published_column_names_and_spells_labels_its_own_way(
+    tmp_path: Path,
+) -> None:
+    row = {
+        "ID": "chal-1",
+        "Body": "Two and three.",
+        "Question": "Sum?",
+        "Equation": "(2+3)",
+        "Answer": "5",
+    }
     found = read(write_csv(tmp_path / "a.csv", [row]), "svamp")
-    assert found == [Example("chal-1", {"body": "Two and three.", "question": "Sum?"}, "( 2.0 + 3.0 )")]
+    assert found == [
+        Example("chal-1", {"body": "Two and three.", "question": "Sum?"}, "( 2.0 + 3.0 )")
+    ]
 
 
 def test_the_shared_rows_load_whole(shared_data: Path) -> None:
     train = shared_data / "svamp" / "train.jsonl.gz"
-    found = rows_of(recipe(train, "svamp", data={"test": str(shared_data / "svamp" / "test.jsonl.gz")}), "test")
+    found = rows_of(
+        recipe(train, "svamp", data={"test": str(shared_data / "svamp" / "test.jsonl.gz")}), "test"
+    )
     assert len(found) == 200
     assert all(row.completion and row.label for row in found)

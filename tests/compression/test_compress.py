@@ -1,0 +1,379 @@
+"""The command from a trained student to its chain: records, refusal, what is kept, what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEAMS, run_dsbs, toy_rows, write_csv
+from safetensors.torch import load_file
+
+from dsbs import UserError, compress, load_recipe, train
+from dsbs.compression.base import read_step
+from dsbs.errors import GateError
+from dsbs.records.compression import read_compressed
+from dsbs.students import Student, load_model
+
+NAME = "finetune-gold-s0"
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose student knows the toy task. It is copied before anything is made of it."""
+    home = tmp_path_factory.mktemp("learned")
+    write_csv(home / "train.csv", toy_rows(80))
+    recipe: dict[str, Any] = {
+        "name": "toy",
+        "task": {
+            "name": "classification",
+            "labels": list(TEAMS),
+            "columns": {"label": "team"},
+            "data": {
+                "train": str(home / "train.csv"),
+                "test": str(home / "train.csv"),
+                "valid_fraction": 0.3,
+            },
+        },
+        "teacher": {"model": "none", "base_url": "http://127.0.0.1:9/v1"},
+        "student": {
+            "init": "scratch",
+            "vocab_size": 200,
+            "max_input_tokens": 32,
+            "max_target_tokens": 16,
+        },
+        "train": {
+            "methods": "finetune",
+            "learning_rate": 0.002,
+            "batch_size": 16,
+            "max_steps": 60,
+            "eval_every": 20,
+        },
+        "eval": {"max_label_tokens": 8, "latency_calls": 1},
+    }
+    (home / "toy.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    result = train(load_recipe(home / "toy.yaml"), out=home / "run")
+    assert result.students[0].valid_accuracy > 0.9, "or nothing could be lost"
+    return home / "run"
+
+
+@pytest.fixture
+def run(learned: Path, tmp_path: Path) -> Iterator[Path]:
+    shutil.copytree(learned, tmp_path / "run")
+    yield tmp_path / "run"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return found
+
+
+def same(one: Path, other: Path) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
+    chain = ["prune-ff=0.5", "drop-layers=0.5", "prune-heads=0.50", "low-rank=0.25"]
+    result = compress(run / "train" / NAME, chain, max_drop=1, heal_steps=4)
+    names = [
+        "prune-ff=0.5",
+        "prune-ff=0.5+drop-layers=0.5",
+        "prune-ff=0.5+drop-layers=0.5+prune-heads=0.5",
+    ]
+    names.append(f"{names[-1]}+low-rank=0.25")
+    assert [record.name for record in result.steps] == names
+    assert [record.name for record in read_compressed(run)] == names
+    sizes = [
+        result.steps[0].original.megabytes,
+        *(record.compressed.megabytes for record in result.steps),
+    ]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 5
+    gold = {row["text"]: row["team"] for row in toy_rows(80)}
+    original = Student.load(run / "train" / NAME)
+    for record, folder in zip(result.steps, result.folders, strict=True):
+        assert folder == run / "compress" / NAME / record.name
+        student = Student.load(folder)
+        assert student.card.name == f"{NAME}+{record.name}"
+        assert record.compressed.parameters == student.engine.parameters
+        assert record.n == len(valid_texts(run))
+        said = [answer.label for answer in student.predict(valid_texts(run), max_label_tokens=8)]
+        theirs = [answer.label for answer in original.predict(valid_texts(run), max_label_tokens=8)]
+        right = [label == gold[text] for label, text in zip(said, valid_texts(run), strict=True)]
+        assert record.compressed.accuracy == pytest.approx(sum(right) / len(right))
+        assert record.agreement == pytest.approx(
+            sum(a == b for a, b in zip(said, theirs, strict=True)) / len(said)
+        )
+        assert record.original.accuracy > 0.9 and record.accepted and record.max_drop == 1
+        assert (
+            record.before_healing is not None
+            and record.before_healing <= record.compressed.accuracy
+        )
+        assert [(one.batch_size, one.calls) for one in record.compressed.latency] == [
+            (1, 1),
+            (64, 1),
+        ]
+    config = load_model(str(result.folders[-1])).config
+    assert (config.num_layers, config.num_decoder_layers, config.num_heads, config.d_ff) == (
+        2,
+        1,
+        2,
+        192,
+    )
+    assert not (run / "compress" / NAME / "work").exists() or not any(
+        (run / "compress" / NAME / "work").iterdir()
+    )
+    table = (run / "compress" / NAME / "frontier.md").read_text(encoding="utf-8")
+    assert [
+        line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| prune-ff")
+    ] == names
+
+
+def valid_texts(run: Path) -> list[str]:
+    from dsbs.config.load import read_recorded
+    from dsbs.tasks import make_task
+    from dsbs.tasks.load import load
+
+    recipe = read_recorded(
+        json.loads((run / "train" / "manifest.json").read_text(encoding="utf-8"))
+    )
+    assert recipe is not None
+    return [row.input["text"] for row in load(recipe, make_task(recipe.task), "valid")]
+
+
+def test_a_step_that_loses_too_much_is_refused_kept_and_the_end_of_the_chain(run: Path) -> None:
+    student, chain = (
+        str(run / "train" / NAME),
+        ["--method", "magnitude=0.99", "--method", "prune-ff=0.5", "--heal-steps", "0"],
+    )
+    found = run_dsbs("compress", student, *chain, "--json", cwd=run)
+    assert found.returncode == 4, found.stderr
+    said = json.loads(found.stdout)["steps"]
+    assert [(step["chain"], step["accepted"], step["before_healing"]) for step in said] == [
+        (["magnitude=0.99"], False, None)
+    ]
+    lost = said[0]["original"]["accuracy"] - said[0]["compressed"]["accuracy"]
+    assert lost > 0.02
+    assert (
+        f"{100 * lost:.1f} points lost of at most 2" in found.stderr
+        and "--max-drop" in found.stderr
+    )
+    folder = run / "compress" / NAME / "magnitude=0.99"
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert json.loads((folder / "compress.json").read_text(encoding="utf-8"))["accepted"] is False
+    result = compress(
+        run / "train" / NAME, ["magnitude=0.99", "prune-ff=0.5"], max_drop=1, heal_steps=0
+    )
+    assert [record.accepted for record in result.steps] == [True, True] and result.refusal() is None
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp, "judged anew, not made anew"
+    assert json.loads((folder / "compress.json").read_text(encoding="utf-8"))["max_drop"] == 1
+
+
+def test_a_refusal_says_what_was_lost(run: Path) -> None:
+    refusal = compress(
+        run / "train" / NAME, ["magnitude=0.99"], max_drop=0.001, heal_steps=1
+    ).refusal()
+    assert isinstance(refusal, GateError)
+    assert "magnitude=0.99 is refused" in refusal.problem and "--heal-steps" in refusal.hint
+
+
+def test_finished_steps_are_kept_and_what_no_longer_fits_is_set_aside_and_comes_back(
+    run: Path,
+) -> None:
+    def made(**how: Any) -> tuple[Path, int]:
+        (folder,) = compress(run / "train" / NAME, ["prune-ff=0.5"], max_drop=1, **how).folders
+        return folder, (folder / "model.safetensors").stat().st_mtime_ns
+
+    folder, first = made(heal_steps=2)
+    assert made(heal_steps=2) == (folder, first)
+    assert made(heal_steps=0)[1] != first
+    aside = run / "compress" / NAME / "aside"
+    assert [path.name.rpartition("-")[0] for path in aside.iterdir()] == ["prune-ff=0.5"]
+    assert made(heal_steps=2) == (folder, first), "brought back, not made anew"
+
+
+def test_a_chain_goes_on_from_a_compressed_student(run: Path) -> None:
+    (first,) = compress(run / "train" / NAME, ["prune-ff=0.5"], max_drop=1, heal_steps=0).folders
+    (second,) = compress(first, ["drop-layers=0.5"], max_drop=1, heal_steps=0).folders
+    assert second.name == "prune-ff=0.5+drop-layers=0.5"
+    stamp = (second / "model.safetensors").stat().st_mtime_ns
+    both = compress(
+        run / "train" / NAME, ["prune-ff=0.5", "drop-layers=0.5"], max_drop=1, heal_steps=0
+    ).folders
+    assert both == [first, second]
+    assert (second / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("at", ["healing", "measuring"])
+def test_a_killed_step_continues_to_the_student_of_an_undisturbed_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    from dsbs.compression.measurement import Evaluator
+    from dsbs.training.callbacks import MetricsLogger
+
+    shutil.copytree(run, tmp_path / "other")
+    how: dict[str, Any] = {"max_drop": 1, "heal_steps": 12}
+    (undisturbed,) = compress(run / "train" / NAME, ["magnitude=0.9"], **how).folders
+    passed, standings = MetricsLogger.on_step_end, Evaluator.standings
+    steps: list[int] = []
+
+    def step(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        passed(self, args, state, control, **kwargs)
+        steps.append(state.global_step)
+        if at == "healing" and state.global_step == 8:
+            raise KeyboardInterrupt
+
+    def measure(self: Any, *args: Any) -> Any:
+        if at == "measuring":
+            raise KeyboardInterrupt
+        return standings(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MetricsLogger, "on_step_end", step)
+        patch.setattr(Evaluator, "standings", measure)
+        compress(tmp_path / "other" / "train" / NAME, ["magnitude=0.9"], **how)
+    assert not list((tmp_path / "other" / "compress").glob("*/*/compress.json"))
+    steps.clear()
+    with monkeypatch.context() as patch:
+        at = "never"
+        patch.setattr(MetricsLogger, "on_step_end", step)
+        (again,) = compress(tmp_path / "other" / "train" / NAME, ["magnitude=0.9"], **how).folders
+    assert same(again, undisturbed)
+    assert steps in ([7, 8, 9, 10, 11, 12], []), (
+        "from the last checkpoint, or not at all where healing was done"
+    )
+
+
+def test_zeros_stay_zero_while_the_rest_heals_and_in_later_steps_too(run: Path) -> None:
+    chain = ["magnitude=0.8", "prune-ff=0.25"]
+    first, second = compress(run / "train" / NAME, chain, max_drop=1, heal_steps=6).folders
+    unhealed = Path(shutil.copytree(run, run.parent / "unhealed"))
+    shutil.rmtree(unhealed / "compress")
+    (start,) = compress(
+        unhealed / "train" / NAME, ["magnitude=0.8"], max_drop=1, heal_steps=0
+    ).folders
+    healed, begun = weights(first), weights(start)
+    zeros = {name: begun[name] == 0 for name in begun}
+    assert sum(int(mask.sum()) for mask in zeros.values()) > 100_000
+    assert all(bool((healed[name][mask] == 0).all()) for name, mask in zeros.items())
+    assert not same(first, start), "the others moved"
+    matrix = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert torch.equal(weights(second)[matrix] == 0, zeros[matrix])
+
+
+def test_healing_brings_back_what_was_lost_by_its_own_learning_rate(run: Path) -> None:
+    (record,) = compress(run / "train" / NAME, ["drop-layers=0.5"], max_drop=1, heal_steps=20).steps
+    assert record.before_healing is not None
+    lost = record.original.accuracy - record.before_healing
+    assert lost > 0.2 and record.compressed.accuracy - record.before_healing >= lost / 2
+    lines = [
+        json.loads(line)
+        for line in (run / "compress" / NAME / record.name / "metrics.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert 0.0006 < max(rates) <= 0.002 / 3
+
+
+def test_a_quantised_student_is_the_last_of_its_chain_and_four_times_smaller(run: Path) -> None:
+    pytest.importorskip("ctranslate2")
+    (record,) = compress(run / "train" / NAME, ["quantize=int8"], max_drop=1).steps
+    assert record.before_healing is None and record.healing_steps == 0
+    assert record.original.megabytes / record.compressed.megabytes > 3
+    folder = run / "compress" / NAME / "quantize=int8"
+    student = Student.load(folder)
+    assert student.card.format == "ct2"
+    assert student.predict(["My invoice is wrong."])[0].label == "billing"
+    with pytest.raises(UserError, match=r"prune-ff=0\.5 comes after quantize=int8"):
+        compress(folder, ["prune-ff=0.5"])
+
+
+def test_a_low_rank_student_is_quantised_by_torch_alone(run: Path) -> None:
+    (folder,) = compress(run / "train" / NAME, ["low-rank=0.25"], max_drop=1, heal_steps=0).folders
+    with pytest.raises(UserError, match=r"low-rank"):
+        compress(folder, ["quantize=int16"])
+    from dsbs import export
+
+    with pytest.raises(UserError, match="low-rank matrices, which CTranslate2 does not know"):
+        export(folder, "ct2")
+    (record,) = compress(folder, ["quantize=int8"], max_drop=1).steps
+    student = Student.load(run / "compress" / NAME / record.name)
+    assert student.card.format == "torch"
+    assert record.compressed.megabytes < 0.5 * (folder / "model.safetensors").stat().st_size / 1e6
+
+
+@pytest.mark.parametrize(
+    ("steps", "problem"),
+    [
+        (["prune-fff=0.5"], "did you mean 'prune-ff'"),
+        (["prune-ff"], "lacks its value"),
+        (["prune-ff=1.5"], "not a share above 0 and below 1"),
+        (["low-rank=energy:2"], "not a share above 0 and below 1"),
+        (["quantize=int4"], "no number format"),
+        (["quantize=int8", "prune-ff=0.5"], "comes after quantize=int8"),
+        (["prune-heads=0.05"], "removes none of 4 heads"),
+        (["low-rank=0.9"], "makes no matrix smaller"),
+        ([], "no step is named"),
+    ],
+)
+def test_a_step_that_cannot_be_is_told_with_what_to_do(
+    run: Path, steps: list[str], problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem):
+        compress(run / "train" / NAME, steps)
+    assert not list(run.glob("compress/*/*/compress.json"))
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, float("nan")])
+def test_a_learning_rate_of_healing_that_trains_nothing_is_refused(run: Path, rate: float) -> None:
+    with pytest.raises(UserError, match="trains nothing"):
+        compress(run / "train" / NAME, ["prune-ff=0.5"], heal_learning_rate=rate)
+
+
+def test_a_student_outside_of_a_run_is_refused(run: Path) -> None:
+    lone = shutil.copytree(run / "train" / NAME, run.parent / "lone")
+    with pytest.raises(UserError, match="lies in no run"):
+        compress(lone, ["prune-ff=0.5"])
+    with pytest.raises(UserError, match="holds no student"):
+        compress(run, ["prune-ff=0.5"])
+
+
+def test_a_compressed_student_of_an_earlier_original_is_not_compressed_further(run: Path) -> None:
+    (folder,) = compress(run / "train" / NAME, ["prune-ff=0.5"], max_drop=1, heal_steps=0).folders
+    path = run / "train" / NAME / "train.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["student"]["fingerprint"] = "another"
+    path.write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(UserError, match="an earlier student of the name"):
+        compress(folder, ["drop-layers=0.5"])
+    assert (
+        compress(run / "train" / NAME, ["prune-ff=0.5"], max_drop=1, heal_steps=0)
+        .steps[0]
+        .fingerprint
+        == "another"
+    )
+
+
+def test_a_dry_run_tells_the_chain_and_makes_nothing(run: Path) -> None:
+    steps = ["--method", "prune-ff=0.5", "--method", "quantize=int8"]
+    found = run_dsbs("compress", str(run / "train" / NAME), *steps, "--dry-run", "--json", cwd=run)
+    assert found.returncode == 0, found.stderr
+    said = json.loads(found.stdout)["steps"]
+    assert [(line["name"], line["healing_steps"], line["done"]) for line in said] == [
+        ("prune-ff=0.5", 6, False),
+        ("prune-ff=0.5+quantize=int8", 0, False),
+    ]
+    assert not (run / "compress").exists()
+
+
+def test_one_spelling_of_a_value_names_a_step() -> None:
+    assert [read_step(text).value for text in ("prune-ff=0.50", "low-rank=energy:.9", "quantize=int8")] == [
+        "0.5", "energy:0.9", "int8",
+    ]  # fmt: skip

@@ -1,0 +1,90 @@
+"""Rows as people have them: other columns, a row without a label, text in place of fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import run_dsbs, toy_rows, write_csv
+
+from dsbs import evaluate, load_recipe, train
+from dsbs.config import Recipe
+
+
+def mapped(toy: Callable[..., Path], tmp_path: Path, *overrides: str) -> Recipe:
+    """The toy data with its text in a column `message`, learned without a teacher."""
+    path = toy(train=40, test=12)
+    for name, start, count in (("train", 0, 40), ("test", 1000, 12)):
+        rows = [
+            {"id": row["id"], "message": row["text"], "team": row["team"]}
+            for row in toy_rows(count, start=start)
+        ]
+        write_csv(tmp_path / f"{name}.csv", rows)
+    changes = [
+        "task.columns={label: team, text: message}",
+        "train.methods=finetune",
+        "train.max_steps=2",
+    ]
+    return load_recipe(path, [*changes, *overrides])
+
+
+def test_a_mapped_column_goes_all_the_way(toy: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = mapped(toy, tmp_path)
+    train(recipe, out=tmp_path / "run")
+    assert evaluate(recipe, out=tmp_path / "run").n == 12
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"message": "My parcel is late."}) + "\n", encoding="utf-8"
+    )
+    result = run_dsbs(
+        "predict",
+        str(tmp_path / "run" / "train" / "finetune-gold-s0"),
+        str(tmp_path / "in.jsonl"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0 and "raw" in json.loads(result.stdout)
+
+
+def test_one_unlabelled_validation_row_costs_that_row_alone(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"id": f"v{i}", "message": f"My parcel {i} is late.", "team": "" if i == 3 else "shipping"}
+        for i in range(8)
+    ]
+    write_csv(tmp_path / "valid.csv", rows)
+    recipe = mapped(toy, tmp_path, f"task.data.valid={tmp_path / 'valid.csv'}")
+    train(recipe, out=tmp_path / "run")
+    record = json.loads(
+        (tmp_path / "run" / "train" / "finetune-gold-s0" / "train.json").read_text(encoding="utf-8")
+    )
+    assert (record["valid_rows"], record["valid_labels"]) == (7, "gold")
+
+
+def test_what_is_no_student_is_told(toy: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "messages.txt").write_text("hello\n", encoding="utf-8")
+    result = run_dsbs("predict", "messages.txt", cwd=tmp_path)
+    assert result.returncode == 2 and "holds no student" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("teacher.api_key_env=sk-proj-SECRET123", "no name of an environment variable"),
+        ("teacher.base_url=https://a.example/v1?key=SECRET123", "query"),
+        ("teacher.extra_body={api_key: SECRET123}", "credentials"),
+        ("teacher.extra_body={headers: {X-Auth: SECRET123}}", "credentials"),
+        ("teacher.extra_body={metadata: {note: sk-SECRET123456}}", "credentials"),
+        ("teacher.extra_body={token: SECRET123}", "credentials"),
+        ("train.seeds=[-1]", "greater than or equal to 0"),
+        ("train.methods=[]", "at least 1"),
+        ("eval.baseline=finetun", "did you mean 'finetune'"),
+    ],
+)
+def test_mistakes_are_told_and_secrets_are_not_shown(
+    toy: Callable[..., Path], tmp_path: Path, change: str, told: str
+) -> None:
+    result = run_dsbs("validate", str(toy()), change, cwd=tmp_path)
+    assert result.returncode == 2 and told in result.stderr, result.stderr
+    assert "SECRET123" not in result.stderr.replace(change, "")

@@ -1,0 +1,145 @@
+"""Metrics of rationales: by hand, and ROUGE-L against the rouge-score package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from dsbs.config import TaskSection
+from dsbs.evaluation.rationales import NAMES, _words, rationale_measures, rationale_values, rouge_l
+from dsbs.evaluation.score import Scored, score
+from dsbs.records.results import METRICS
+from dsbs.records.rows import Example, Prediction
+from dsbs.tasks import make_task
+from dsbs.tasks.base import Task
+
+NLI = make_task(TaskSection(name="esnli", data={"train": "-"}))
+SVAMP = make_task(TaskSection(name="svamp", data={"train": "-"}))
+FREE = make_task(TaskSection(name="generation", data={"train": "-"}))
+
+
+def measured(task: Any, files: Any, references: Any, clusters: Any = None) -> Any:
+    return rationale_measures(rationale_values(task, files, references), clusters)
+
+
+def explained(
+    rationales: Sequence[str | None],
+    labels: Sequence[str] | None = None,
+    truncated: Sequence[bool | None] | None = None,
+    task: Task = NLI,
+    gold: str = "neutral",
+) -> Scored:
+    rows = [Example(id=str(i), input={}, label=gold) for i in range(len(rationales))]
+    predictions = {
+        str(i): Prediction(
+            id=str(i),
+            raw=labels[i] if labels else gold,
+            rationale=text,
+            rationale_truncated=truncated[i] if truncated else None,
+            made_by="test",
+        )
+        for i, text in enumerate(rationales)
+    }
+    return score(task, rows, predictions, "made up")
+
+
+# --- ROUGE-L
+
+
+def test_rouge_l_on_lins_example() -> None:
+    """Lin (2004), section 3.1: against "police killed the gunman", S2 has an LCS of 3 of 4 words, S3 one of 2."""
+    reference = ["police", "killed", "the", "gunman"]
+    assert rouge_l(["police", "kill", "the", "gunman"], reference) == 0.75
+    assert rouge_l(["the", "gunman", "kill", "police"], reference) == 0.5
+
+
+@given(
+    *[
+        st.lists(st.sampled_from(["a", "b", "cat", "don't", "X9", "-", "…"]), max_size=12).map(
+            " ".join
+        )
+    ]
+    * 2
+)
+def test_rouge_l_is_the_rouge_score_packages(candidate: str, reference: str) -> None:
+    theirs = RougeScorer(["rougeL"]).score(reference, candidate)["rougeL"].fmeasure
+    assert rouge_l(_words(candidate), _words(reference)) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_words_of_every_script_count() -> None:
+    assert rouge_l(_words("Кошка спит."), _words("кошка ест")) == 0.5
+
+
+def test_rouge_l_is_told_of_the_rows_that_the_teacher_explained() -> None:
+    file = explained(["it is so", None, "it was so", "x"])
+    found = measured(NLI, [file], {"0": "it is so", "1": "it is so", "2": None, "9": "it is so"})
+    assert (found["rouge_l"].value, found["rouge_l"].n) == (
+        0.5,
+        2,
+    )  # the same words, and none at all
+    assert "rouge_l" not in measured(NLI, [file], {})
+
+
+def test_rouge_is_never_called_faithful() -> None:
+    assert "secondary" in METRICS["rouge_l"].source
+    assert not any("faithful" in " ".join(map(str, METRICS[name])).lower() for name in NAMES)
+
+
+# --- the others
+
+
+def test_files_without_a_rationale_have_no_such_metrics() -> None:
+    assert measured(NLI, [explained([None, None])], {"0": "because"}) == {}
+
+
+def test_a_seed_that_was_predicted_without_rationales_is_left_out() -> None:
+    found = measured(NLI, [explained(["why", ""]), explained([None, None])], {})
+    assert found["rationale_empty"].value == 0.5
+
+
+def test_empty_and_truncated_rationales_are_counted() -> None:
+    found = measured(
+        NLI, [explained(["why", " ", None, "so"], truncated=[True, None, None, False])], {}
+    )
+    assert (found["rationale_empty"].value, found["rationale_empty"].n) == (0.5, 4)
+    assert (found["rationale_truncated"].value, found["rationale_truncated"].n) == (0.5, 2)
+    assert "rationale_truncated" not in measured(NLI, [explained(["why"])], {})
+
+
+def test_consistency_is_told_of_the_rationales_that_state_a_conclusion() -> None:
+    rationales = [
+        "A man sleeps. So the answer is neutral.",
+        "A man sleeps. So the answer is entailment.",
+        "It may be neutral or not.",
+        "The man is asleep, so it is a contradiction",
+        "Therefore the answer is neutral",
+    ]
+    labels = ["neutral", "neutral", "neutral", "contradiction", "no label at all"]
+    found = measured(NLI, [explained(rationales, labels)], {})["consistency"]
+    assert (found.value, found.n) == (2 / 4, 4)
+
+
+def test_consistency_goes_by_an_equations_value_and_is_not_told_of_free_text() -> None:
+    gold = "( 3.0 + 4.0 )"
+    file = explained(["He has both. The answer is 7.", "The answer is 8."], task=SVAMP, gold=gold)
+    assert measured(SVAMP, [file], {})["consistency"].value == 0.5
+    free = explained(["The answer is Paris."], task=FREE, gold="Paris")
+    assert "consistency" not in measured(FREE, [free], {})
+
+
+def test_seeds_are_averaged_within_the_rows_that_they_speak_of() -> None:
+    agrees, differs, silent = "The answer is neutral.", "The answer is entailment.", "Hm."
+    files = [explained([agrees, agrees, silent]), explained([differs, silent, silent])]
+    found = measured(NLI, files, {}, np.array([0, 1, 1]))["consistency"]
+    assert (found.value, found.n) == ((0.5 + 1) / 2, 2)
+
+
+def test_names_come_in_the_described_order() -> None:
+    found = measured(NLI, [explained(["The answer is neutral."], truncated=[False])], {"0": "why"})
+    assert list(found) == [name for name in METRICS if name in NAMES] == list(NAMES)

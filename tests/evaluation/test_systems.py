@@ -1,0 +1,298 @@
+"""Prediction files made by hand, compared without any model; pairs, clusters, curves and bills."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_dsbs, toy_rows, write_csv, write_jsonl
+
+from dsbs import UserError, evaluate, load_recipe
+from dsbs.config import EvalSection, Recipe
+from dsbs.evaluation.predict import mark_anew, read_predictions
+from dsbs.evaluation.run import _headline
+from dsbs.evaluation.score import Scored, score
+from dsbs.evaluation.systems import (
+    System,
+    bill,
+    clusters_of,
+    compare,
+    labels_needed,
+    pairs,
+    pay_offs,
+)
+from dsbs.records.rows import Example, Prediction, TrainedStudent
+from dsbs.records.summary import needed_sentence
+from dsbs.tasks import make_task
+
+
+def hand_made(tmp_path: Path, files: dict[str, list[str | None]], **section: Any) -> Path:
+    """A recipe over six rows and a prediction file for each system."""
+    rows = toy_rows(len(next(iter(files.values()))))
+    write_csv(tmp_path / "train.csv", toy_rows(40, start=100))
+    write_csv(tmp_path / "test.csv", rows)
+    for name, answers in files.items():
+        lines = [
+            {"id": row["id"], "prediction": answer}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", lines)
+    recipe = {
+        "name": "hand",
+        "task": {
+            "name": "classification",
+            "labels": ["billing", "shipping"],
+            "columns": {"label": "team"},
+            "data": {"train": "train.csv", "test": "test.csv"},
+        },
+        "teacher": {"kind": "human"},
+        "eval": {"predictions": {name: f"{name}.jsonl" for name in files}} | section,
+    }
+    (tmp_path / "hand.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    return tmp_path / "hand.yaml"
+
+
+B, S = "billing", "shipping"
+GOLD = [B, S] * 10
+FLIPPED = [S, B] * 10
+
+
+def test_three_files_made_by_hand_are_compared_without_a_model(tmp_path: Path) -> None:
+    files = {"old": FLIPPED[:12] + GOLD[12:], "new": GOLD, "odd": [*GOLD[:18], None, "Kaufhaus"]}
+    recipe = hand_made(tmp_path, files)
+    # a model cannot be loaded where torch is not importable
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "raise ImportError('a model is loaded')\n", encoding="utf-8"
+    )
+    done = run_dsbs(
+        "eval",
+        str(recipe),
+        "--score-only",
+        "--json",
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    systems = {system["name"]: system for system in found["systems"]}
+    assert {name: system["accuracy"] for name, system in systems.items()} == {
+        "old": 0.4,
+        "new": 1.0,
+        "odd": 0.9,
+    }
+    assert found["baseline"] == "old" and found["headline"] == "new"
+    assert systems["odd"]["unreadable"] == pytest.approx(0.1)
+    gap = systems["new"]["versus"]["old"]
+    # exact McNemar with 12 rows fixed and none broken: 2 / 2^12
+    assert gap["delta"] == pytest.approx(0.6) and gap["p"] == pytest.approx(2 / 2**12, abs=1e-12)
+    assert (gap["fixed"], gap["broken"]) == (12, 0)
+    assert (
+        set(systems["odd"]["versus"]) == {"old"}
+        and systems["odd"]["versus"]["old"]["p_holm"] >= gap["p_holm"]
+    )
+
+
+def test_the_baseline_may_be_a_file_from_outside(tmp_path: Path) -> None:
+    recipe = load_recipe(hand_made(tmp_path, {"old": FLIPPED, "new": GOLD}, baseline=["new"]))
+    found = evaluate(recipe, out=tmp_path / "run", score_only=True)
+    assert found.baseline == "new" and found.system("old") is not None
+    assert found.system("old").versus["new"].delta == -1.0  # type: ignore[union-attr]
+
+
+def test_rows_of_a_cluster_are_resampled_together(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        hand_made(tmp_path, {"old": FLIPPED[:10] + GOLD[10:], "new": GOLD}, cluster="text")
+    )
+    found = evaluate(recipe, out=tmp_path / "run", score_only=True)
+    assert (found.cluster, found.clusters) == ("text", 20)
+    assert "cluster" in found.systems[0].interval
+    with pytest.raises(UserError, match=r"eval.cluster.*no field 'premise'.*fields: text"):
+        evaluate(
+            recipe.model_copy(
+                update={"eval": EvalSection(cluster="premise", predictions=recipe.eval.predictions)}
+            )
+        )
+
+
+def test_clusters_are_numbered_by_equal_values() -> None:
+    rows = [Example(str(i), {"premise": text}) for i, text in enumerate("abacb")]
+    numbers = clusters_of(rows, "premise")
+    assert numbers is not None and numbers.tolist() == [0, 1, 0, 2, 1]
+    assert clusters_of(rows, None) is None
+
+
+def student(method: str, subset: float = 1.0, source: str | None = "s") -> TrainedStudent:
+    name = method + ("" if subset == 1.0 else f"-n{subset:g}") + "-s0"
+    return TrainedStudent(
+        name=name, method=method, labels="gold", seed=0, path="x", valid_accuracy=0.5, best_step=1, steps=1, examples_per_s=1,
+        wall_s=1, parameters=1, fingerprint="f", subset=subset, source=source,
+    )  # fmt: skip
+
+
+def system(
+    method: str, subset: float = 1.0, right: float = 0.5, rows: int = 100, source: str | None = "s"
+) -> System:
+    one = student(method, subset, source)
+    correct = np.arange(100) < 100 * right
+    return System(one.system, "student", [Scored([], [], [], correct)], [one], training_rows=rows)
+
+
+def test_students_meet_the_baselines_of_their_own_share_and_nobody_meets_twice() -> None:
+    systems = [
+        System("teacher", "teacher", [Scored([], [], [], np.ones(100, dtype=bool))]),
+        system("finetune"), system("finetune", 0.5), system("distill"), system("distill", 0.5), system("step-by-step"),
+        system("step-by-step", 0.5),
+    ]  # fmt: skip
+    met = [(a.name, b.name) for a, b in pairs(systems, EvalSection())]
+    assert ("step-by-step", "finetune") in met and ("step-by-step-n0.5", "finetune-n0.5") in met
+    assert ("step-by-step-n0.5", "distill-n0.5") in met and ("teacher", "finetune") in met
+    assert ("distill", "finetune") in met and ("finetune", "distill") not in met
+    assert ("teacher", "finetune-n0.5") not in met and ("step-by-step", "finetune-n0.5") not in met
+    assert len(met) == len(set(met)) == 3 + 2 + 2 + 1  # with finetune 3 and 2, with distill 2 and 1
+    assert pairs([systems[0], systems[5]], EvalSection()) == []
+
+
+def test_a_student_with_terms_meets_its_own_method_without_them() -> None:
+    systems = [
+        system("finetune"), system("step-by-step"), system("step-by-step", 0.5), system("step-by-step+response"),
+        system("finetune+response"), system("step-by-step+response", 0.25),
+    ]  # fmt: skip
+    chosen = pairs(systems, EvalSection())
+    met = [(a.name, b.name) for a, b in chosen]
+    assert met == [
+        ("step-by-step", "finetune"), ("step-by-step+response", "finetune"), ("finetune+response", "finetune"),
+        ("step-by-step+response", "step-by-step"),
+    ]  # fmt: skip
+    taught = systems[3].students[0].model_copy(update={"labels": "teacher"})
+    systems[3].students = [taught]
+    assert ("step-by-step+response", "step-by-step") not in [
+        (a.name, b.name) for a, b in pairs(systems, EvalSection())
+    ]
+
+
+def test_the_comparison_with_the_method_without_terms_is_among_those_corrected() -> None:
+    systems = [
+        system("finetune", right=0.5),
+        system("step-by-step", right=0.6),
+        system("step-by-step+response", right=0.75),
+    ]
+    found = compare(pairs(systems, EvalSection()), None)
+    assert list(found["step-by-step+response"]) == [
+        "finetune",
+        "step-by-step",
+    ]  # the first is what a headline speaks of
+    one = found["step-by-step+response"]["finetune"]
+    assert one.p_holm == pytest.approx(min(1.0, 3 * one.p))
+
+
+def test_adjusted_p_values_are_over_all_comparisons() -> None:
+    systems = [
+        system("finetune", right=0.5),
+        system("distill", right=0.6),
+        system("step-by-step", right=0.75),
+    ]
+    found = compare(pairs(systems, EvalSection()), None)
+    one = found["step-by-step"]["finetune"]
+    assert one.delta == pytest.approx(0.25) and (one.fixed, one.broken) == (25, 0)
+    assert one.p_holm == pytest.approx(min(1.0, 3 * one.p))  # the smallest of three
+
+
+def test_labels_needed_are_read_off_the_curve() -> None:
+    curve = [
+        system("step-by-step", 0.25, 0.4, 100),
+        system("step-by-step", 0.5, 0.5, 200),
+        system("step-by-step", 1.0, 0.6, 400),
+    ]
+    (found,) = labels_needed(
+        [*curve, system("finetune", 1.0, 0.5, 400)], [system("finetune", 1.0, 0.5, 400)], None
+    )
+    assert (found.method, found.system, found.rows, found.largest) == (
+        "step-by-step",
+        "finetune",
+        200,
+        400,
+    )
+    (never,) = labels_needed(curve, [system("finetune", 1.0, 0.9, 400)], None)
+    assert never.rows is None
+    (at_once,) = labels_needed(curve, [system("finetune", 1.0, 0.2, 400)], None)
+    assert (at_once.rows, at_once.smallest) == (100, 100) and "at most 100 rows" in needed_sentence(
+        at_once
+    )
+
+
+def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:
+    manifest = {
+        "splits": {
+            "train": {"usd": 1.0, "rows": 1000},
+            "test": {"usd": 0.1, "rows": 50},
+            "valid": {"usd": None, "rows": 5},
+        }
+    }
+    assert (
+        bill(manifest, "train") == (1.0, 0.001)
+        and bill(manifest, "valid") == (None, None)
+        and bill({}, "test") == (None, None)
+    )
+    learned, gold = system("step-by-step", 0.5), system("finetune", source=None)
+    (one,) = pay_offs([learned, gold], 1.0, 0.002)
+    assert (one.system, one.spent_usd, one.predictions) == ("step-by-step-n0.5", 0.5, 250)
+    assert list(pay_offs([learned], None, 0.002)) == [] == list(pay_offs([learned], 1.0, 0.0))
+
+
+def test_the_headline_is_the_first_method_that_is_no_baseline() -> None:
+    def headline(*methods: str, trained: tuple[str, ...] | None = None) -> str | None:
+        recipe = Recipe.model_validate(
+            {
+                "name": "x",
+                "task": {"name": "esnli", "data": {"train": "a.jsonl"}},
+                "teacher": {"kind": "human"},
+                "train": {"methods": methods},
+            }
+        )
+        return _headline(recipe, [system(method) for method in trained or methods])
+
+    assert headline("finetune", "distill", "step-by-step") == "step-by-step"
+    assert headline("rationale-then-label", "step-by-step", "finetune") == "rationale-then-label"
+    assert headline("finetune", "distill") == "distill", "it is compared with the first baseline"
+    assert headline("step-by-step", "finetune", trained=("finetune",)) is None, (
+        "no other one stands in for it"
+    )
+
+
+def test_a_metric_that_grades_rows_is_compared_where_both_have_it() -> None:
+    systems = [system("finetune"), system("distill"), system("step-by-step")]
+    draw = np.random.default_rng(0)
+    base = draw.uniform(0, 0.5, (2, 100))
+    systems[0].written["rouge_l"], systems[2].written["rouge_l"] = base, base + 0.25
+    systems[2].written["rouge_l"][:, :10] = np.nan
+    found = compare(pairs(systems, EvalSection()), None)
+    graded = found["step-by-step"]["finetune"].graded["rouge_l"]
+    assert graded.delta == pytest.approx(0.25) and graded.n == 90 and graded.p_holm < 0.001
+    assert found["step-by-step"]["distill"].graded == {} == found["distill"]["finetune"].graded
+
+
+def test_corrected_gold_labels_reach_the_prediction_file(tmp_path: Path) -> None:
+    path = hand_made(tmp_path, {"old": FLIPPED, "new": GOLD})
+    first = evaluate(load_recipe(path), out=tmp_path / "run", score_only=True)
+    made = tmp_path / "run" / "eval" / "predictions" / "old.jsonl"
+    rows = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
+    task, said = make_task(load_recipe(path).task), read_predictions(made)
+    corrected = [Example(row["id"], row["input"], label=row["prediction"]) for row in rows]
+    mark_anew(tmp_path / "run", "old", score(task, corrected, said, "old"), task)
+    marked = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
+    assert all(row["correct"] and row["gold"] == row["prediction"] for row in marked)
+    assert [row["raw"] for row in marked] == [row["raw"] for row in rows] and first.system(
+        "old"
+    ).accuracy == 0.0  # type: ignore[union-attr]
+
+
+def test_predictions_of_other_inputs_are_not_scored(tmp_path: Path) -> None:
+    task = make_task(load_recipe(hand_made(tmp_path, {"old": GOLD})).task)
+    said = {"r": Prediction(id="r", input={"text": "before"}, raw="billing", made_by="m")}
+    assert score(task, [Example("r", {"text": "before"}, label="billing")], said, "s").correct.all()
+    with pytest.raises(UserError, match=r"of other inputs .* in 1 rows .*'r'"):
+        score(task, [Example("r", {"text": "after"}, label="billing")], said, "s")

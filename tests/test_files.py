@@ -1,0 +1,314 @@
+"""Files: whole or not at all, lines by \\n alone, folders held by one process, manifests that tell the end."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_jsonl
+
+from dsbs import files
+from dsbs.errors import DsbsError, PartialError, UserError
+from dsbs.files import atomic, canonical_json, digest, find, hold, manifest, read_jsonl, write_json
+
+# --- atomic writes
+
+
+def test_a_body_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("old\n")
+
+    def rows():
+        yield "new"
+        raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        files.write_jsonl(path, rows())
+    assert path.read_text() == "old\n"
+    assert os.listdir(tmp_path) == ["rows.jsonl"]  # noqa: PTH208 - names, hidden ones too
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "result.json"
+    with atomic(path) as file:
+        file.write("{}")
+        assert not path.exists()
+    assert path.read_text() == "{}"
+
+
+def test_rows_are_counted_and_end_in_one_line_feed_each(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert files.write_jsonl(path, ['{"a": 1}', '{"a": "é"}']) == 2
+    assert path.read_bytes() == '{"a": 1}\n{"a": "é"}\n'.encode()
+
+
+def test_a_full_disk_is_partial_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("old\n")
+
+    def rows():
+        yield "new"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(PartialError, match="No space left") as caught:
+        files.write_jsonl(path, rows())
+    assert caught.value.exit_code == 3
+    assert path.read_text() == "old\n"
+
+
+def test_a_folder_that_is_a_file_is_told_not_thrown(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("not a folder")
+    with pytest.raises(DsbsError, match="runs"):
+        write_json(tmp_path / "runs" / "results.json", {})
+    with pytest.raises(DsbsError, match="runs"), hold(tmp_path / "runs"):
+        pass
+
+
+# --- reading
+
+
+def test_rows_come_with_their_line_numbers_and_blank_lines_count(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n  \n{"a": 2}')
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (4, {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"a": ',
+        "{'a': 1}",
+        "[1]",
+        '"text"',
+        "3",
+        "null",
+        '{"a": 1} {"a": 2}',
+        "[" * 100_000,
+        '{"a": ' + "1" * 5000 + "}",
+    ],
+    ids=["cut", "python", "list", "text", "number", "null", "two", "too deep", "too many digits"],
+)
+def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{{"a": 2}}\n{line}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: "):
+        list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\u000b", "\u000c", "\x1c"])
+def test_other_separators_do_not_end_a_line(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    text = f"one{separator}two"
+    raw = (
+        text if ord(separator) >= 0x80 else json.dumps(text)[1:-1]
+    )  # JSON wants control characters escaped
+    path.write_text(f'{{"a": "{raw}"}}\n{{"a": "x"}}\n', encoding="utf-8", newline="\n")
+    assert list(read_jsonl(path)) == [(1, {"a": text}), (2, {"a": "x"})]
+
+
+def test_what_is_written_reads_back_with_every_separator(tmp_path: Path) -> None:
+    rows = [{"text": "a\u2028b\r\nc\rd\x85e"}, {"text": "f"}]
+    files.write_jsonl(
+        tmp_path / "rows.jsonl", (json.dumps(row, ensure_ascii=False) for row in rows)
+    )
+    assert [row for _, row in read_jsonl(tmp_path / "rows.jsonl")] == rows
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (2, {"a": 2})]
+
+
+def test_gzipped_lines_are_read_alike(tmp_path: Path) -> None:
+    plain = write_jsonl(tmp_path / "rows.jsonl", [{"a": "é\u2028"}, {"a": 2}])
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert list(read_jsonl(packed)) == list(read_jsonl(plain))
+
+
+def damaged(kind: str) -> bytes:
+    whole = gzip.compress("".join(f'{{"a": "{i * i}"}}\n' for i in range(2000)).encode())
+    middle = len(whole) // 2
+    return {
+        "no gzip": b'{"a": 1}\n',
+        "cut": whole[:middle],
+        "bytes changed": whole[:middle]
+        + bytes(b ^ 0xFF for b in whole[middle : middle + 64])
+        + whole[middle + 64 :],
+        "checksum": whole[:-8] + bytes(8),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["no gzip", "cut", "bytes changed", "checksum"])
+def test_a_damaged_gzip_file_is_told_not_thrown(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(damaged(kind))
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz"):
+        list(read_jsonl(path))
+
+
+def test_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "caf\xe9"}\n')
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(read_jsonl(path))
+
+
+# --- hashes
+
+
+def test_parts_of_a_digest_do_not_run_together() -> None:
+    assert digest("ab", "c") != digest("a", "bc")
+    assert digest("a") != digest("a", "")
+    assert digest("half an emoji \ud83d")  # from a JSON escape: hashed, not thrown
+
+
+def test_equal_values_have_one_canonical_text() -> None:
+    assert (
+        canonical_json({"b": [1, "é"], "a": None})
+        == canonical_json({"a": None, "b": [1, "é"]})
+        == '{"a":null,"b":[1,"é"]}'
+    )
+
+
+# --- holding a folder
+
+
+def test_a_second_holder_is_refused_and_told_who_holds(tmp_path: Path) -> None:
+    with hold(tmp_path / "run"):
+        with (
+            pytest.raises(
+                DsbsError, match=rf"run is in use by process {os.getpid()} on "
+            ) as caught,
+            hold(tmp_path / "run"),
+        ):
+            pass
+        assert "run the same command" in caught.value.hint
+    with hold(tmp_path / "run"):
+        pass  # free again
+
+
+def test_another_process_that_holds_is_named_and_its_death_frees_the_folder(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from dsbs.files import hold\n"
+    code += "with hold(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(DsbsError, match=f"process {other.pid} "), hold(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with hold(tmp_path):
+        pass
+
+
+def test_different_folders_are_held_side_by_side(tmp_path: Path) -> None:
+    with hold(tmp_path / "a"), hold(tmp_path / "b"):
+        assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+# --- finding files
+
+
+def test_a_file_is_looked_for_here_then_beside_then_among_what_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder in (here, beside):
+        (folder / "prompts").mkdir(parents=True)
+        (folder / "prompts" / "svamp.yaml").write_text(folder.name)
+    monkeypatch.chdir(here)
+
+    def found() -> str:
+        return find("prompts/svamp.yaml", what="prompt", hint="-", beside=beside).read_text()[:6]
+
+    assert found() == "here"
+    (here / "prompts" / "svamp.yaml").unlink()
+    assert found() == "beside"
+    (beside / "prompts" / "svamp.yaml").unlink()
+    shipped = find("prompts/svamp.yaml", what="prompt", hint="-", beside=beside)
+    assert shipped.resolve() == ROOT / "prompts" / "svamp.yaml"
+
+
+def test_only_what_ships_is_found_in_the_projects_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find("data/support/train.csv", what="data file", hint="-").is_file()
+    with pytest.raises(
+        UserError, match=r"data file data/support/absent\.csv does not exist \(looked from "
+    ):
+        find("data/support/absent.csv", what="data file", hint="-")
+
+
+def test_an_absolute_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.csv").write_text("")
+    with pytest.raises(UserError, match="does not exist"):
+        find(tmp_path / "x.csv", what="data file", hint="-", beside=tmp_path / "sub")
+
+
+def test_a_folder_is_said_to_be_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder") as caught:
+        find(tmp_path, what="recipe", hint="give a file")
+    assert caught.value.hint == "give a file"
+
+
+# --- manifests
+
+
+def status(path: Path) -> str:
+    return json.loads(path.read_text())["status"]
+
+
+def test_a_manifest_says_running_and_then_done(tmp_path: Path) -> None:
+    path = tmp_path / "train" / "manifest.json"
+    with manifest(path, {"name": "x"}, {"train": "abc"}) as record:
+        assert status(path) == "running"
+        record["rows"] = 3
+    kept = json.loads(path.read_text())
+    assert kept["status"] == "done"
+    assert (kept["recipe"], kept["data"], kept["rows"]) == ({"name": "x"}, {"train": "abc"}, 3)
+    assert kept["started"] <= kept["ended"]
+    assert kept["versions"]["python"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("bug"), "failed"),
+        (DsbsError("no teacher", hint="-"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+        (PartialError("stopped", hint="-"), "partial"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_manifest_tells_how_the_stage_ended(
+    tmp_path: Path, error: BaseException, expected: str
+) -> None:
+    path = tmp_path / "manifest.json"
+    with pytest.raises(type(error)), manifest(path, {}, {}):
+        raise error
+    assert status(path) == expected
+    assert json.loads(path.read_text())["ended"]
+
+
+def test_a_stage_may_name_its_own_end(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    with manifest(path, {}, {}) as record:
+        record["status"] = "partial"
+    assert status(path) == "partial"

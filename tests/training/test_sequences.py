@@ -1,0 +1,255 @@
+"""Both in one sequence, parts of the data, early ends: what the paper's ablations need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import good_answer, on_two_processes
+from loopback import LoopbackServer
+
+from dsbs import Student, annotate, evaluate, load_recipe, train
+from dsbs.config import Recipe
+from dsbs.students import compose, take_apart
+from dsbs.tasks import make_task
+from dsbs.training.methods import grid
+from dsbs.training.rows import gather
+
+
+@pytest.mark.parametrize("target", ["label", "rationale-then-label", "label-then-rationale"])
+@pytest.mark.parametrize("rationale", ["Because: it is so. Answer: no", "It is a box.", None])
+def test_what_is_put_together_comes_apart_again(target: str, rationale: str | None) -> None:
+    text = compose(target, "shipping", rationale)  # type: ignore[arg-type]
+    assert text is not None
+    label, why = take_apart(target, text)  # type: ignore[arg-type]
+    assert label == "shipping"
+    assert why == (None if target == "label" else rationale)
+
+
+def test_a_sequence_that_never_came_to_its_label_has_none() -> None:
+    assert take_apart("rationale-then-label", "It is a box that is") == ("", "It is a box that is")
+    assert (
+        compose("rationale-then-label", None, "why") is None
+        and compose("label-then-rationale", None, "why") is None
+    )
+
+
+@pytest.fixture
+def annotated(toy: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
+    with LoopbackServer(good_answer) as server:
+        url = f"teacher.base_url={server.url}"
+        annotate(load_recipe(toy(), [url]), out=tmp_path / "run")
+    return lambda *overrides: load_recipe(tmp_path / "toy.yaml", [url, *overrides])
+
+
+def test_one_sequence_students_train_and_answer(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = annotated(
+        "train.methods=[finetune, rationale-then-label, label-then-rationale]", "train.max_steps=4"
+    )
+    result = train(recipe, out=tmp_path / "run")
+    assert [student.name for student in result.students] == [
+        "finetune-gold-s0", "rationale-then-label-gold-s0", "label-then-rationale-gold-s0",
+    ]  # fmt: skip
+    found = evaluate(recipe, out=tmp_path / "run").as_json()
+    assert {system["name"] for system in found["systems"]} >= {
+        "rationale-then-label-gold",
+        "label-then-rationale-gold",
+    }
+    record = json.loads(
+        (tmp_path / "run" / "train" / "rationale-then-label-gold-s0" / "train.json").read_text()
+    )
+    assert record["rationales"] > 0
+    student = Student.load(tmp_path / "run" / "train" / "rationale-then-label-gold-s0")
+    assert student.card.reasons_first and student.card.explains
+    line = (
+        (tmp_path / "run" / "train" / "rationale-then-label-gold-s0" / "metrics.jsonl")
+        .read_text()
+        .splitlines()[0]
+    )
+    assert "rationale-then-label_loss" in json.loads(line)
+
+
+def test_a_student_told_its_task_by_the_decoders_start_labels_and_explains(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = annotated(
+        "train.methods=step-by-step", "train.task_token=decoder", "train.max_steps=120", "train.eval_every=60",
+        "train.learning_rate=0.003", "student.dropout=0",
+    )  # fmt: skip
+    train(recipe, out=tmp_path / "run")
+    student = Student.load(tmp_path / "run" / "train" / "step-by-step-gold-s0")
+    assert (
+        student.card.prefixes == {"label": "", "rationale": ""}
+        and student.card.starts["rationale"] == "eos"
+    )
+    answer = student.predict(["My parcel number 3 is wrong."], rationale=True)[0]
+    assert answer.label == "shipping"
+    assert answer.rationale is not None and answer.rationale.startswith("The message is about")
+
+
+def test_parts_of_the_data_nest_and_have_students_of_their_own(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = annotated(
+        "train.methods=[finetune, step-by-step]",
+        "train.subset=[0.25, 0.5, 1.0]",
+        "train.max_steps=2",
+    )
+    data = gather(recipe, make_task(recipe.task), tmp_path / "run", grid(recipe.train))
+    parts = [{row.id for row in data.part(share)} for share in (0.25, 0.5, 1.0)]
+    assert parts[0] < parts[1] < parts[2] and len(parts[1]) == round(len(data.train) / 2)
+    assert [row.id for row in data.part(0.5)] == [
+        row.id for row in data.train if row.id in parts[1]
+    ]
+    names = [student.name for student in train(recipe, out=tmp_path / "run").students]
+    assert names[::2] == ["finetune-gold-s0", "finetune-gold-n0.5-s0", "finetune-gold-n0.25-s0"]
+    systems = {
+        system["name"]: system
+        for system in evaluate(recipe, out=tmp_path / "run").as_json()["systems"]
+    }
+    for share in ("", "-n0.5", "-n0.25"):
+        assert systems[f"finetune-gold{share}"]["versus"] == {}
+        assert list(systems[f"step-by-step-gold{share}"]["versus"]) == [f"finetune-gold{share}"], (
+            "compared at equal data"
+        )
+    assert list(systems["teacher"]["versus"]) == ["finetune-gold"]
+
+
+def test_patience_ends_a_student_and_a_second_run_keeps_it(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = annotated("train.methods=finetune", "train.max_steps=40", "train.eval_every=1", "train.patience=2",
+                       "train.learning_rate=1.0e-9")  # fmt: skip
+    (student,) = train(recipe, out=tmp_path / "run").students
+    assert student.steps < 40 and student.steps - student.best_step == 2
+    assert train(recipe, out=tmp_path / "run").students == [student]
+
+
+def test_another_recipes_students_are_not_scored_as_this_ones(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    from dsbs import UserError
+
+    train(
+        annotated("train.methods=finetune", "train.max_steps=2", "task.limit=30"),
+        out=tmp_path / "run",
+    )
+    assert not evaluate(
+        annotated("train.methods=finetune", "train.max_steps=2"), out=tmp_path / "run"
+    ).reportable
+    with pytest.raises(UserError, match="trained by other settings"):
+        evaluate(annotated("train.methods=finetune", "train.max_steps=3"), out=tmp_path / "run")
+
+
+def test_a_loss_that_is_lost_is_told_and_saves_no_student(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    from dsbs import DsbsError
+
+    recipe = annotated(
+        "train.methods=finetune",
+        "train.learning_rate=1.0e+30",
+        "train.max_steps=8",
+        "train.schedule=constant",
+    )
+    with pytest.raises(DsbsError, match="loss"):
+        train(recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "train" / "finetune-gold-s0" / "train.json").exists()
+
+
+def test_how_a_step_is_cut_changes_no_students_identity(annotated: Callable[..., Recipe]) -> None:
+    same = annotated(
+        "train.micro_batch_size=4", "train.gradient_checkpointing=true", "train.padding=batch"
+    )
+    assert same.training == annotated().training
+    assert (
+        annotated("train.loss_mean=micro", "train.micro_batch_size=4").training
+        != annotated("train.loss_mean=micro").training
+    )
+    assert annotated("train.max_steps=7").training != annotated().training
+
+
+def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(
+    annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from dsbs.training.trainer import StepTrainer
+
+    real = StepTrainer.compute_loss
+    seen: list[int] = []
+
+    def small_memory(
+        self: StepTrainer,
+        model: object,
+        inputs: dict[str, dict[str, torch.Tensor]],
+        **kwargs: object,
+    ) -> object:
+        rows = len(inputs["label"]["target_lengths"])
+        seen.append(rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError
+        return real(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(StepTrainer, "compute_loss", small_memory)
+    (student,) = train(
+        annotated("train.methods=finetune", "train.max_steps=3"), out=tmp_path / "run"
+    ).students
+    assert student.steps == 3 and seen[:3] == [8, 4, 2] and set(seen[2:]) == {2}
+
+
+def test_two_processes_train_the_grid_together(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """By torchrun over gloo: one lock, one set of files, and the losses of one process."""
+    recipe = annotated(
+        "train.methods=[step-by-step, finetune]", "train.max_steps=4", "student.dropout=0"
+    )
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "annotate").symlink_to(tmp_path / "run" / "annotate")
+    train(recipe, out=tmp_path / "one")
+    changes = ["train.methods=[step-by-step, finetune]", "train.max_steps=4", "student.dropout=0"]
+    changes += [f"teacher.base_url={recipe.teacher.base_url}", "report.tensorboard=true"]
+    result = on_two_processes(
+        "-m",
+        "dsbs",
+        "train",
+        str(tmp_path / "toy.yaml"),
+        *changes,
+        "--out",
+        str(tmp_path / "two"),
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout)["students"]
+    assert [student["name"] for student in found] == ["step-by-step-gold-s0", "finetune-gold-s0"]
+    for name in ("step-by-step-gold-s0", "finetune-gold-s0"):
+        ours, theirs = (
+            [
+                json.loads(line)["loss"]
+                for line in (tmp_path / run / "train" / name / "metrics.jsonl").open()
+                if '"loss"' in line
+            ]
+            for run in ("two", "one")
+        )
+        assert len(ours) == 4 and ours[0] == pytest.approx(theirs[0], rel=0.2)
+        assert len(list((tmp_path / "two" / "train" / name / "tensorboard").iterdir())) == 1, (
+            "one of the two writes events"
+        )
+
+
+def test_a_seed_that_is_missing_is_named_by_its_part_of_the_data(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    from dsbs.evaluation.run import _missing, trained_students
+
+    part = ["train.methods=finetune", "train.subset=0.5", "train.max_steps=1"]
+    train(annotated(*part), out=tmp_path / "run")
+    students = trained_students(tmp_path / "run")
+    assert _missing(annotated(*part), students) == []
+    assert _missing(annotated(*part, "train.seeds=[0, 1]"), students) == ["finetune-gold-n0.5-s1"]
