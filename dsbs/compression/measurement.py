@@ -74,7 +74,7 @@ class Evaluator:
             self._inputs,
             batch_size=evaluation.batch_size,
             max_label_tokens=evaluation.max_label_tokens,
-            canonical_json=True,
+            canonical=True,
         )
         return [answer.label for answer in answers]
 

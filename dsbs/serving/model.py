@@ -135,7 +135,7 @@ class Model:
             rationale=how.rationale,
             batch_size=len(items),
             max_label_tokens=how.label_tokens,
-            canonical_json=True,
+            canonical=True,
         )
         if not how.completes:
             return [Outcome(answer, None) for answer in answers]

@@ -79,10 +79,10 @@ class Student:
         self.engine.save(folder)
         write_json(folder / CARD, self.card.model_dump(mode="json"))
 
-    def _fields(self, item: str | Mapping[str, Any], canonical_json: bool) -> Mapping[str, Any]:
+    def _fields(self, item: str | Mapping[str, Any], canonical: bool) -> Mapping[str, Any]:
         """What a label may have to be read by: the row's fields, of which a plain text has none but itself."""
         if not isinstance(item, str):
-            return item if canonical_json else self.task.fields(item, "input")
+            return item if canonical else self.task.fields(item, "input")
         if self.task.needs_fields:
             raise UserError(
                 f"{self.card.name} cannot answer plain text: a row of {self.task.name} has more fields than one",
@@ -97,10 +97,10 @@ class Student:
         rationale: bool = False,
         batch_size: int = 64,
         max_label_tokens: int = 64,
-        canonical_json: bool = False,
+        canonical: bool = False,
     ) -> list[Answer]:
         """Answer texts or rows of fields, greedily. With ``rationale``, decode one for each too (it explains nothing that
-        the label was made from: two tasks, two decodes). Rows have the columns that the data had, or with ``canonical_json``
+        the label was made from: two tasks, two decodes). Rows have the columns that the data had, or with ``canonical``
         the task's own field names. Raises UserError where the student learned no rationales or an item lacks a field.
         """
         if rationale and not self.card.explains:
@@ -108,7 +108,7 @@ class Student:
                 f"{self.card.name} was trained without rationales",
                 hint="use a step-by-step student, or leave --rationale out",
             )
-        fields = [self._fields(item, canonical_json) for item in items]
+        fields = [self._fields(item, canonical) for item in items]
         texts = [
             item if isinstance(item, str) else self.task.text(row)
             for item, row in zip(items, fields, strict=True)

@@ -130,7 +130,7 @@ class Board(TrainerCallback):
             fields,
             rationale=self._student.card.explains,
             max_label_tokens=self._most,
-            canonical_json=True,
+            canonical=True,
         )
         for row, answer in zip(self._rows, answers, strict=True):
             label = f"{answer.raw} (no label)" if answer.label is None else answer.label
