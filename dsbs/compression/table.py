@@ -21,7 +21,9 @@ def frontier(folder: Path) -> str:
     if not records:
         return "\n".join([*lines, "No step is finished yet.", ""])
     rows = [original_cells(records[0].original)]
-    rows += [[escape_markdown(name), *rest] for name, *rest in (cells(record) for record in records)]
+    rows += [
+        [escape_markdown(name), *rest] for name, *rest in (cells(record) for record in records)
+    ]
     lines += markdown_table(HEADINGS, rows)
     lines += [
         "",

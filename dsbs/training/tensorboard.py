@@ -116,7 +116,9 @@ class Board(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         cells = [[_shown(text) for text in sample] for sample in self._samples()]
         if self._writer is not None and cells:
-            text = "\n".join(markdown_table(["input", self._data.valid_labels, "label", "rationale"], cells))
+            text = "\n".join(
+                markdown_table(["input", self._data.valid_labels, "label", "rationale"], cells)
+            )
             self._writer.add_text("samples/valid", text, state.global_step)
             self._writer.flush()
 
