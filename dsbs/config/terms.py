@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dsbs.config.sections import Section, as_tuple
 
-TermKind = Literal["response", "labels", "feature", "relation", "mutual-information", "consistency"]
+TermKind = Literal["response", "labels", "feature", "relation"]
+_REMOVED = ("mutual-information", "consistency")
 # The keys that belong to some kinds of term alone.
 _OF = {
     "divergence": ("response",),
@@ -41,7 +42,7 @@ def names_of_terms(method: str) -> list[str]:
 class TermSection(Section):
     """One more term of the loss. A method learns it where its name is added: methods: [step-by-step+response]."""
 
-    kind: TermKind  # mutual-information and consistency are experimental
+    kind: TermKind
     name: str | None = Field(
         None, pattern=r"^[a-z][a-z0-9-]*$"
     )  # as methods name it; None: its kind
@@ -78,6 +79,15 @@ class TermSection(Section):
     )  # feature: whose hidden states
     distance: float = Field(1.0, ge=0)  # relation: weight of distances between examples
     angle: float = Field(2.0, ge=0)  # relation: weight of angles between examples
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _removed_kinds(cls, kind: Any) -> Any:
+        if kind in _REMOVED:
+            raise ValueError(
+                f"the experimental term {kind} was removed; leave it out, or use response or labels"
+            )
+        return kind
 
     @model_validator(mode="after")
     def _keys_are_the_kinds_own(self) -> TermSection:
