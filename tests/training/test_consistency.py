@@ -14,12 +14,12 @@ from dsbs.config import TermSection, TrainSection
 from dsbs.students import learn_vocabulary
 from dsbs.training.distillation.objective import Distilling, Step
 from dsbs.training.encode import Encoded, Encoder
-from dsbs.training.methods import METHODS
+from dsbs.training.methods import method_of
 from dsbs.training.rows import Row
 from dsbs.training.tokens import Tokens
 from dsbs.training.trainer import speak
 
-VIEWS = METHODS["rationale-then-label"].views(TrainSection())
+VIEWS = method_of("rationale-then-label").views(TrainSection())
 RATIONALES = ("It is about billing.", "Many an Answer: was read as billing", "billing")
 TEXTS = [*RATIONALES, "Answer: billing", "Answer: shipping again", "My parcel number 7 is wrong."]
 
