@@ -63,7 +63,11 @@ def sections() -> dict[str, type[Section]]:
         found[path] = section
         for name, field in section.model_fields.items():
             inner = section_of(field.annotation)
-            if inner is not None:
+            if inner is TermSettings:
+                kinds = {entry(TERMS, kind): kind for kind in TERMS}
+                for settings, kind in kinds.items():
+                    walk("train.terms" if len(kinds) == 1 else f"train.terms.{kind}", settings)
+            elif inner is not None:
                 walk(f"{path}.{name}".removeprefix("."), inner)
 
     walk("", Recipe)
