@@ -47,8 +47,6 @@ TERMS = {
     "labels": "dsbs.config.terms:TermSection",
     "feature": "dsbs.config.terms:TermSection",
     "relation": "dsbs.config.terms:TermSection",
-    "mutual-information": "dsbs.config.terms:TermSection",
-    "consistency": "dsbs.config.terms:TermSection",
 }
 
 # Names in `metrics` of results.json, in the order in which they are shown: a record, dsbs.records.results.Metric.

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from dsbs.config.registry import TERMS, entry
 from dsbs.config.sections import Section, as_tuple, unknown
 
+_REMOVED = ("mutual-information", "consistency")
 # The keys that belong to some kinds of term alone.
 _OF = {
     "divergence": ("response",),
@@ -145,6 +146,10 @@ def _settings_of(value: Any) -> Any:
     if not isinstance(value, Mapping) or "kind" not in value:
         return value  # the base class reports what is wrong
     kind = value["kind"]
+    if kind in _REMOVED:
+        raise ValueError(
+            f"the experimental term {kind} was removed; leave it out, or use response or labels"
+        )
     if kind not in TERMS:
         raise ValueError(unknown("kind of term", str(kind), TERMS))
     settings: type[TermSettings] = entry(TERMS, kind)

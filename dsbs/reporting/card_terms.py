@@ -18,10 +18,6 @@ _SAID = {  # by its kind
     "feature": "Its hidden states were also drawn towards those of a local teacher: Romero et al., 2015, arXiv:1412.6550.",
     "relation": "Distances and angles between its examples were also drawn towards those of a local teacher: "
     "Park et al., 2019, arXiv:1904.05068.",
-    "mutual-information": "The mutual information of its two tasks was also raised, an experimental term: "
-    "Chen et al., 2024, arXiv:2403.03348.",
-    "consistency": "Its answers beside several rationales of one row were also drawn together, an experimental term: "
-    "Chen et al., 2023, arXiv:2310.14747.",
 }
 
 

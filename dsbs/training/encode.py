@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from dsbs.config import LabelSource
 from dsbs.files import digest
-from dsbs.students import compose
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
 from dsbs.training.rows import Row
@@ -122,32 +121,6 @@ class Encoder:
             )
         return {key: np.asarray(np.mean(votes, axis=0), np.float32) for key, votes in found.items()}
 
-    def answers(self, rows: Sequence[Row], view: View, labels: LabelSource) -> dict[bytes, int]:
-        """How many of a target's last tokens are its answer, its end token included, by the target's ids.
-
-        Of the rows with several rationales, which each lead to their label in a text of its own. Of two texts that differ in
-        their answers alone, it is what follows the tokens that both begin with; a target that may have been cut is left out.
-        """
-        known = [row for row in rows if len(row.usable(labels)) > 1]
-        texts = [text for row in known for text in row.targets(view.target, labels)]
-        heads = [
-            compose(view.target, "", rationale) or ""
-            for row in known
-            for rationale in row.usable(labels)
-        ]
-        found: dict[bytes, int] = {}
-        places = (
-            self._tokens.places("", some, self._max_target, target=True) for some in (texts, heads)
-        )
-        for place, begins in zip(*places, strict=True):
-            ids, head = self._tokens[place], self._tokens[begins]
-            shorter = min(len(ids), len(head)) - 1  # without the end token
-            unlike = np.flatnonzero(ids[:shorter] != head[:shorter])
-            length = len(ids) - (int(unlike[0]) if len(unlike) else shorter)
-            if length > 1 and len(ids) < self._max_target:
-                found[ids.astype(np.int64).tobytes()] = length
-        return found
-
     def cut(self, rows: EncodedRows) -> Iterator[str]:
         """Warnings of inputs and targets that are as long as they may be: what was longer is cut."""
         for name, (sources, targets) in rows.lengths().items():
@@ -216,13 +189,6 @@ def soft_hash(soft: Mapping[bytes, NDArray[np.float32]]) -> str:
     state = hashlib.sha256()
     for ids, votes in sorted(soft.items()):
         state.update(hashlib.sha256(ids).digest() + votes.tobytes())
-    return state.hexdigest()
-
-
-def answers_hash(answers: Mapping[bytes, int]) -> str:
-    state = hashlib.sha256()
-    for ids, length in sorted(answers.items()):
-        state.update(hashlib.sha256(ids).digest() + length.to_bytes(4, "big"))
     return state.hexdigest()
 
 

@@ -155,15 +155,5 @@ def check_terms(section: TrainSection, task: Task, cells: Sequence[Cell]) -> Non
                 problem = (
                     f"scores labels by themselves, and {cell.method} writes them beside a rationale"
                 )
-            elif term.kind == "mutual-information" and written != list(BOTH):
-                problem = (
-                    f"compares a label with its rationale as two tasks, which {cell.method} has not"
-                )
-            elif term.kind == "consistency" and written != ["rationale-then-label"]:
-                problem = f"compares answers after different rationales, and {cell.method} writes none after a rationale"
-                hint = "name it in rationale-then-label"
-            elif term.kind == "consistency" and section.rationales != "all":
-                problem = "needs several rationales of a row in one batch"
-                hint = "set train.rationales: all, and annotate.samples to more than 1"
             if problem:
                 raise UserError(f"train.terms: {term.title} {problem}", hint=hint)

@@ -24,7 +24,7 @@ from dsbs.training.checkpoints import last_checkpoint
 from dsbs.training.encode import collate, pad
 from dsbs.training.lora import adapt, merged, trainable
 from dsbs.training.methods import method_of
-from dsbs.training.packed.model import Part, is_supported, logits_of
+from dsbs.training.packed.t5 import TargetBlock, is_t5, logits_of
 from dsbs.training.trainer import speak
 
 pytest.importorskip("peft")
@@ -76,7 +76,7 @@ def test_logits_and_gradients_without_padding_are_those_of_padded_rows(checkpoin
     model = adapted().double().train()
     if checkpointing:
         model.get_base_model().activation_checkpointing_enable()
-    assert is_supported(model)
+    assert is_t5(model)
     for target, flat in collate(ROWS).items():
         batch = pad(flat, 0, start=3)
         reading, writing = flat["source_lengths"].tolist(), flat["target_lengths"].tolist()
@@ -90,7 +90,7 @@ def test_logits_and_gradients_without_padding_are_those_of_padded_rows(checkpoin
         assert set(theirs) == adapters, "they learn, and they alone"
         assert all(float(grad.abs().max()) > 1e-6 for grad in theirs.values())
         model.zero_grad()
-        parts = [Part(range(len(reading)), start=3)]
+        parts = [TargetBlock(range(len(reading)), start=3)]
         ours = logits_of(
             model.get_base_model(), flat["source"], reading, flat["target"], writing, parts
         )

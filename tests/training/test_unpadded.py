@@ -16,7 +16,7 @@ from transformers import (
 from dsbs.config import TrainSection
 from dsbs.training.encode import Encoded, collate, pad
 from dsbs.training.methods import method_of
-from dsbs.training.packed.model import Part, dropout, is_supported, logits_of
+from dsbs.training.packed.t5 import TargetBlock, dropout, is_t5, logits_of
 from dsbs.training.trainer import speak
 
 SHAPE: dict[str, Any] = {
@@ -58,7 +58,7 @@ def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
     model = models()[name]
     if name == "checkpointing":
         model.activation_checkpointing_enable()
-    assert is_supported(model)
+    assert is_t5(model)
     for target, flat in collate(ROWS).items():
         batch = pad(flat, 0, start=3)
         reading, writing = flat["source_lengths"].tolist(), flat["target_lengths"].tolist()
@@ -73,7 +73,7 @@ def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
             reading,
             flat["target"],
             writing,
-            [Part(range(len(reading)), start=3)],
+            [TargetBlock(range(len(reading)), start=3)],
         )
         assert torch.allclose(ours, expected, atol=1e-10), target
         (ours**2).mean().backward()
