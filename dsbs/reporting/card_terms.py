@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsbs.config.terms import TermSection, base_of, names_of_terms
+from dsbs.config.terms import TermSection, TermSettings, base_of, names_of_terms
 from dsbs.records.rows import TrainedStudent
 from dsbs.reporting.card_recipe import Sections
 from dsbs.run_folder import read_manifest
@@ -21,20 +21,24 @@ _SAID = {  # by its kind
 }
 
 
-def terms_of(recipe: Sections, student: TrainedStudent) -> list[TermSection]:
+def terms_of(recipe: Sections, student: TrainedStudent) -> list[TermSettings]:
     """The further terms of its loss, in the order of its method's name."""
     by_name = {term.title: term for term in recipe.train.terms}
     return [by_name[name] for name in names_of_terms(student.method) if name in by_name]
 
 
-def said_of(term: TermSection) -> str:
+def said_of(term: TermSettings) -> str:
     """A sentence with its source."""
     return _SAID[term.kind]
 
 
-def setting(term: TermSection) -> str:
+def setting(term: TermSettings) -> str:
     """As a table of settings has it."""
-    heat = f", temperature {term.temperature:g}" if term.kind in ("response", "labels") else ""
+    heat = (
+        f", temperature {term.temperature:g}"
+        if isinstance(term, TermSection) and term.kind in ("response", "labels")
+        else ""
+    )
     return f"{term.kind}, weight {term.weight:g}{heat}"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsbs.config import LabelSource, TermSection, TrainSection, base_of
+from dsbs.config.registry import METHODS, entry
 from dsbs.errors import UserError
 from dsbs.students import Start, Target
 from dsbs.tasks.base import Task
@@ -59,27 +60,20 @@ def _step_by_step(train: TrainSection) -> tuple[View, ...]:
     )
 
 
-METHODS = {
-    "step-by-step": Method(_step_by_step, labels=None, needs_rationales=True),
-    "finetune": Method(
-        _one_task("label"), labels=("gold",), needs_rationales=False
-    ),  # standard fine-tuning
-    "distill": Method(
-        _one_task("label"), labels=("teacher",), needs_rationales=False
-    ),  # standard task distillation
-    # both in one sequence: the paper's single-task ablation (section 4.4), in either order
-    "rationale-then-label": Method(
-        _one_task("rationale-then-label"), labels=None, needs_rationales=True
-    ),
-    "label-then-rationale": Method(
-        _one_task("label-then-rationale"), labels=None, needs_rationales=True
-    ),
-}
+STEP_BY_STEP = Method(_step_by_step, labels=None, needs_rationales=True)
+# standard fine-tuning
+FINETUNE = Method(_one_task("label"), labels=("gold",), needs_rationales=False)
+# standard task distillation
+DISTILL = Method(_one_task("label"), labels=("teacher",), needs_rationales=False)
+# both in one sequence: the paper's single-task ablation (section 4.4), in either order
+RATIONALE_THEN_LABEL = Method(_one_task("rationale-then-label"), labels=None, needs_rationales=True)
+LABEL_THEN_RATIONALE = Method(_one_task("label-then-rationale"), labels=None, needs_rationales=True)
 
 
 def method_of(name: str) -> Method:
     """The method that a name stands for, whatever terms it adds: ``finetune+response`` is finetune with one more term."""
-    return METHODS[base_of(name)]
+    method: Method = entry(METHODS, base_of(name))
+    return method
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,11 @@ from dsbs.errors import UserError
 from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss, StepTotals
 from dsbs.training.encode import Encoded, collate
-from dsbs.training.methods import METHODS, View
+from dsbs.training.methods import View, method_of
 from dsbs.training.packed.forward import ForwardRunner
 from dsbs.training.trainer import StepTrainer, patch_forward
 
-VIEWS = METHODS["step-by-step"].views(TrainSection())
+VIEWS = method_of("step-by-step").views(TrainSection())
 LABELS = [[5, 1], [6, 7, 1], [8, 1]]
 ROWS: list[Encoded] = [
     {

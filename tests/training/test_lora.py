@@ -23,7 +23,7 @@ from dsbs.config import LoraSection, TrainSection
 from dsbs.training.checkpoints import last_checkpoint
 from dsbs.training.encode import collate, pad
 from dsbs.training.lora import adapt, merged, trainable
-from dsbs.training.methods import METHODS
+from dsbs.training.methods import method_of
 from dsbs.training.packed.t5 import TargetBlock, is_t5, logits_of
 from dsbs.training.trainer import patch_forward
 
@@ -103,7 +103,7 @@ def test_logits_and_gradients_without_padding_are_those_of_padded_rows(checkpoin
 def test_the_trainers_forward_reaches_the_adapters(without_padding: bool) -> None:
     model = adapted().train()
     patch_forward(
-        model, METHODS["step-by-step"].views(TrainSection()), without_padding=without_padding
+        model, method_of("step-by-step").views(TrainSection()), without_padding=without_padding
     )
     sum(model(batch=collate(ROWS)).values()).backward()
     assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())

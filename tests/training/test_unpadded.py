@@ -15,7 +15,7 @@ from transformers import (
 
 from dsbs.config import TrainSection
 from dsbs.training.encode import Encoded, collate, pad
-from dsbs.training.methods import METHODS
+from dsbs.training.methods import method_of
 from dsbs.training.packed.t5 import TargetBlock, dropout, is_t5, logits_of
 from dsbs.training.trainer import patch_forward
 
@@ -85,7 +85,7 @@ def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
 @pytest.mark.parametrize("task_token", ["prefix", "decoder"])
 def test_both_views_at_once_give_each_its_own_sum_and_gradient(task_token: str) -> None:
     together, apart = t5(), t5()
-    views = METHODS["step-by-step"].views(TrainSection(task_token=task_token))  # type: ignore[arg-type]
+    views = method_of("step-by-step").views(TrainSection(task_token=task_token))  # type: ignore[arg-type]
     patch_forward(together, views, without_padding=True)
     patch_forward(apart, views, without_padding=False)
     rows = ROWS
@@ -114,7 +114,7 @@ def test_both_views_at_once_give_each_its_own_sum_and_gradient(task_token: str) 
 
 def test_the_decoders_start_tells_the_tasks_apart() -> None:
     model = t5()
-    views = METHODS["step-by-step"].views(TrainSection(task_token="decoder"))
+    views = method_of("step-by-step").views(TrainSection(task_token="decoder"))
     patch_forward(model, views, without_padding=True)
     same = collate([{"label": [([4, 5], [7, 1])], "rationale": [([4, 5], [7, 1])]}])
     found = model(batch=same)
@@ -139,7 +139,7 @@ def test_rows_that_read_the_same_are_encoded_once(monkeypatch: pytest.MonkeyPatc
         )
         seen.clear()
         model.forward = type(model).forward.__get__(model)
-        views = METHODS["step-by-step"].views(TrainSection(task_token=token))  # type: ignore[arg-type]
+        views = method_of("step-by-step").views(TrainSection(task_token=token))  # type: ignore[arg-type]
         patch_forward(model, views, without_padding=True)
         model(batch=fresh)
         assert sum(seen) == factor * 3
