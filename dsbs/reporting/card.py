@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from dsbs import formatting
 from dsbs.config import Recipe, registry
 from dsbs.config.load import read_recorded
-from dsbs.config.terms import base_of, names_of_terms
+from dsbs.config.terms import base_of
 from dsbs.errors import UserError
 from dsbs.files import atomic
 from dsbs.records.results import SystemResult
@@ -33,32 +33,25 @@ class _Markdown(str):
 
 
 def write_cards(run: EvaluatedRun) -> list[Path]:
-    """Write a card for each student in the results and return their paths.
-
-    A README.md that a person wrote or edited is kept, with a warning.
-    """
+    """Write a card for each student in the results. A README.md that a person edited is kept."""
     paths = []
     for system in run.results.systems:
-        for name in run.members(system):
+        for name in (name for name in run.members(system) if name in run.students):
             path = run.path / "train" / name / "README.md"
-            if name not in run.students:
-                continue
-            if not is_own_card(path):
+            if is_own_card(path):
+                with atomic(path) as file:
+                    file.write(model_card(run, system, name))
+                paths.append(path)
+            else:
                 logging.getLogger(__name__).warning("%s was edited by hand and is kept", path)
-                continue
-            with atomic(path) as file:
-                file.write(model_card(run, system, name))
-            paths.append(path)
     return paths
 
 
 def is_own_card(path: Path) -> bool:
     """Whether a card may be written: there is none, or an unchanged one of ours."""
-    if not path.exists():
-        return True
-    text = path.read_bytes().decode("utf-8", "replace")
+    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
     signature = _SIGNATURE.search(text)
-    return signature is not None and signature[1] == _sha256(text[: signature.start()])
+    return not text or bool(signature and signature[1] == _sha256(text[: signature.start()]))
 
 
 def _sha256(text: str) -> str:
@@ -67,100 +60,100 @@ def _sha256(text: str) -> str:
 
 def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     """A student's card. Raises UserError for a recipe or record of another version."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from huggingface_hub import ModelCardData
+    from jinja2 import Environment, PackageLoader
 
+    folder = run.path / "train" / name
     recipe = read_recorded({"recipe": run.recipe})
     if recipe is None:
         raise UserError(
-            f"the recipe in {run.path / 'eval'} is not of this version",
-            hint="run `dsbs eval` again: predictions that fit are kept",
+            f"{run.path}: its recipe is of another version", hint="run `dsbs eval` again"
         )
     try:
         student = TrainedStudent.model_validate(run.students[name].get("student"))
     except ValidationError:
         raise UserError(
-            f"{run.path / 'train' / name / 'train.json'} is not a student's record",
-            hint="train that student again",
+            f"{folder}: its record is of another version", hint="train that student again"
         ) from None
-    reportable = run.results.reportable and student.reportable
-    environment = Environment(
+    card = read_card(folder)
+    base_model = recipe.train.init or recipe.student.model
+    data_id = _hub_id(recipe.task.data.train)
+    metadata = ModelCardData(  # https://huggingface.co/docs/hub/model-cards
+        license="unknown",  # a person has to set it
+        library_name="transformers",
+        pipeline_tag="text-generation" if card.kind == "causal" else "text2text-generation",
+        base_model=_hub_id(base_model),
+        datasets=[data_id] if data_id else None,
+        tags=["dsbs", "distillation", *student.method.split("+"), "arxiv:2305.02301"],
+    )
+    terms = recipe.train.terms_of(student.method)
+    environment = Environment(  # escapes Markdown instead of HTML
         loader=PackageLoader("dsbs.reporting"),
-        finalize=_escape,  # of Markdown, so there is no autoescape of HTML
-        undefined=StrictUndefined,
+        finalize=_escape,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     body = environment.get_template("card.md").render(
-        **vars(formatting),
         run=run,
         recipe=recipe,
         system=system,
         student=student,
+        card=card,
         record=run.students[name],
-        card=read_card(run.path / "train" / name),
         train=recipe.train.tuned(student.tuned),
-        labels=make_task(recipe.task).labels,
-        kinds=_kinds(recipe, student),
-        base_model=_public_name(recipe.train.init or recipe.student.model),
-        data=_public_name(recipe.task.data.train),
-        teacher=_teacher(run, recipe),
+        terms=terms,
+        kinds=[
+            registry.entry(registry.METHODS, base_of(student.method)),
+            *(registry.entry(registry.TERMS, term.kind) for term in terms),
+        ],
+        reportable=run.results.reportable and student.reportable,
+        accuracies=dict(zip(system.seeds, system.accuracy_per_seed, strict=False)),
         sentences=system_sentences(system),
-        metrics=system.metrics | {f"recall of {name}": m for name, m in system.recall.items()},
-        own_accuracy=dict(zip(system.seeds, system.accuracy_per_seed, strict=False)).get(student.seed),
-        reportable=reportable,
+        metrics=system.metrics | {f"recall of {key}": m for key, m in system.recall.items()},
+        labels=make_task(recipe.task).labels,
+        base_model=_public_name(base_model),
+        data=_public_name(recipe.task.data.train),
+        annotator=_annotator(run, recipe),
         item=json.dumps(_example_item(recipe), ensure_ascii=False),
+        number=formatting,
         fenced=fenced,
     )
-    metadata = _metadata(run, recipe, system, student, reportable=reportable)
-    text = f"---\n{metadata}\n---\n\n{body.strip()}\n\n"
-    return f"{text}<!-- dsbs wrote this card, sha256 {_sha256(text)}: edit it and it is kept -->\n"
+    text = f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n\n"
+    return f"{text}<!-- dsbs wrote this card, sha256 {_sha256(text)}: an edited card is kept -->\n"
 
 
-def _escape(value: Any) -> str:
+def _escape(value: object) -> str:
     return value if isinstance(value, _Markdown) else formatting.escape_markdown(str(value))
 
 
-def fenced(text: str, language: str = "") -> str:
+def fenced(text: str, language: str) -> str:
     """A code block. Its fence is longer than any in the text."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
     return _Markdown(f"{fence}{language}\n{text}\n{fence}")
 
 
-def _metadata(
-    run: EvaluatedRun,
-    recipe: Recipe,
-    system: SystemResult,
-    student: TrainedStudent,
-    *,
-    reportable: bool,
-) -> str:
-    """YAML as in https://huggingface.co/docs/hub/model-cards. A person has to set the licence."""
-    from huggingface_hub import EvalResult, ModelCardData
+def _hub_id(source: str | None) -> str | None:
+    """The Hub repository of a model or of hub:// rows; None for local files."""
+    match = re.fullmatch(r"(?:hub://)?([\w.-]+/[\w.-]+)(:[\w.-]+)?(/[\w.-]+)?", source or "")
+    return None if match is None or Path(match[1]).exists() else match[1]
 
-    data = recipe.task.data
-    source = getattr(data, run.results.split) or data.train
-    pipeline = "text2text-generation"
-    if read_card(run.path / "train" / student.name).kind == "causal":
-        pipeline = "text-generation"
-    results = EvalResult(
-        task_type=pipeline,
-        task_name=run.results.task,
-        dataset_type=_hub_id(source) or run.results.task,
-        dataset_name=_hub_id(source) or run.results.name,
-        dataset_split=run.results.split,
-        metric_type="accuracy",
-        metric_name="accuracy, mean over seeds",
-        metric_value=round(system.accuracy, 6),
-    )
-    train_id = _hub_id(data.train)
-    return ModelCardData(
-        license="unknown",
-        library_name="transformers",
-        pipeline_tag=pipeline,
-        base_model=_hub_id(recipe.train.init or recipe.student.model or ""),
-        datasets=[train_id] if train_id and data.train.startswith("hub://") else None,
-        tags=["dsbs", "distillation", *student.method.split("+"), "arxiv:2305.02301"],
-        model_name=student.name if reportable else None,
-        eval_results=[results] if reportable else None,
-    ).to_yaml()
+
+def _public_name(source: str | None) -> str:
+    """A source without the path of a local file or folder."""
+    return _hub_id(source) or Path(source or "random weights").name
+
+
+def _annotator(run: EvaluatedRun, recipe: Recipe) -> str:
+    members = [member["model"] for member in run.manifests["annotate"].get("members", ())]
+    name = _public_name(recipe.teacher.model or " and ".join(members) or "no named model")
+    return f"{name} ({recipe.teacher.kind})"
+
+
+def _example_item(recipe: Recipe) -> str | dict[str, Any]:
+    """An item for ``Student.predict``, with each column's name as its value."""
+    task = make_task(recipe.task)
+    names = [name for name in task.inputs if name not in task.optional]
+    if recipe.task.input:
+        names = sorted(fields_of(recipe.task.input, where="task.input"))
+    item = {recipe.task.columns.get(name, name): f"<{name}>" for name in names}
+    return item or "<text>"

@@ -60,7 +60,7 @@ def _columns(records: Sequence[Compressed]) -> list[Column]:
             f"ms, batch\u00a0{size}": f"median time of a call on {', '.join(devices)}; {ratio}"
             for size in BATCH_SIZES
         },
-        "recovered": "share of the lost accuracy that the last step's healing (retraining) restored",
+        "recovered": "share of the lost accuracy that healing (retraining after the last step) regained",
         "result": f"rejected if it lost more than {allowed} points (--max-drop)",
     }
     return [Column(heading, lambda _: None, note=note) for heading, note in notes.items()]

@@ -1,7 +1,7 @@
 """CSV files of a report's numbers, for spreadsheets and scripts.
 
-Shares and differences are fractions, times are milliseconds or seconds as the column says, and money
-is US dollars. An empty cell is an unknown value.
+Shares and differences are fractions, times are milliseconds or seconds as the column says, and
+money is US dollars. An empty cell is an unknown value.
 """
 
 from __future__ import annotations

@@ -121,9 +121,7 @@ def _join_rows(runs: Sequence[EvaluatedRun], systems: Sequence[_System]) -> list
     return [row for rows in by_id.values() for row in rows]
 
 
-def _matching_row(
-    rows: list[_Row], prediction: Prediction, fields: dict[str, Any] | None
-) -> _Row:
+def _matching_row(rows: list[_Row], prediction: Prediction, fields: dict[str, Any] | None) -> _Row:
     """The row of this input and gold label, added to ``rows`` if it is new."""
     for row in rows:
         if row.input == fields and row.gold == prediction.gold:
@@ -133,7 +131,10 @@ def _matching_row(
 
 
 def _pack(
-    runs: Sequence[EvaluatedRun], systems: Sequence[_System], rows: Sequence[_Row], limit: int | None
+    runs: Sequence[EvaluatedRun],
+    systems: Sequence[_System],
+    rows: Sequence[_Row],
+    limit: int | None,
 ) -> str:
     answers: dict[tuple[bool, str], int] = {}
     shapes: dict[tuple[str, ...], int] = {}
@@ -164,7 +165,9 @@ def _pack(
                 "members": members,
             }
         )
-    headlines = (i for i, system in enumerate(systems) if system.name == system.run.results.headline)
+    headlines = (
+        i for i, system in enumerate(systems) if system.name == system.run.results.headline
+    )
     data = {
         "systems": packed_systems,
         "answers": [{"text": text} if readable else {"raw": text} for readable, text in answers],

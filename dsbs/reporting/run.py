@@ -1,4 +1,4 @@
-"""Report: a self-contained HTML page of one or several runs, with CSV files, figures and model cards."""
+"""Report: a self-contained HTML page of one or several runs, CSV files, figures, model cards."""
 
 from __future__ import annotations
 

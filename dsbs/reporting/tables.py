@@ -133,7 +133,9 @@ def accuracy_table(runs: Sequence[EvaluatedRun]) -> Table:
     methods = " or ".join(dict.fromkeys(system.interval for system in systems))
     columns = [
         Column("accuracy,\u00a0%", lambda system: percent_number(system.accuracy)),
-        Column("95% CI", lambda system: interval(system.ci95), note=f"confidence interval, {methods}"),
+        Column(
+            "95% CI", lambda system: interval(system.ci95), note=f"confidence interval, {methods}"
+        ),
         Column("seeds", lambda system: str(len(system.seeds) or ABSENT)),
         Column(
             "unreadable,\u00a0%",
@@ -457,4 +459,3 @@ def _optional(form: Callable[[Any], str], value: Any) -> str | None:
 
 def _group_title(run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> str | None:
     return run.name if len(runs) > 1 else None
-

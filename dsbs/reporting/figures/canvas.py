@@ -1,8 +1,8 @@
 """Canvas: a matplotlib figure while it is drawn, and its export as an SVG for a page or a file.
 
-The colours of ink, grid and paper are CSS variables of the page (``--ink``, ``--mute``, ``--line``,
-``--paper``), so that a figure is readable in light and dark. Renderers without CSS variables use the
-light colours.
+The colours of ink, grid and paper are CSS variables of the page (``--ink``, ``--mute``,
+``--line``, ``--paper``), so that a figure is readable in light and dark. Renderers without CSS
+variables use the light colours.
 """
 
 from __future__ import annotations

@@ -145,9 +145,7 @@ def break_even(runs: Sequence[EvaluatedRun]) -> list[Figure]:
     ]
 
 
-def _draw_break_even(
-    name: str, suffix: str, run: EvaluatedRun, styles: dict[str, Style]
-) -> Figure:
+def _draw_break_even(name: str, suffix: str, run: EvaluatedRun, styles: dict[str, Style]) -> Figure:
     bills = _bills(run)
     usd = bills[0][0].teacher_usd_per_prediction
     crossings = [bill.predictions for bill, _ in bills]
@@ -183,8 +181,8 @@ def _draw_break_even(
         canvas.legend(entries)
         caption = (
             "The cost of calling the teacher for every prediction, against its one-time bill for "
-            "the training rows. Distillation has paid for itself where the lines cross. The cost of "
-            "training and running the student is not included."
+            "the training rows. Distillation has paid for itself where the lines cross. The cost "
+            "of training and running the student is not included."
         )
         return canvas.finish(f"Break-even{suffix}", caption)
 

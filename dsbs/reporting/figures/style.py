@@ -61,7 +61,7 @@ def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
     order = sorted(
         methods, key=lambda title: (title in teachers, *_legend_key(methods[title]), title)
     )
-    colors = {name: registry.entry(registry.METHODS, name).colour for name in registry.METHODS}
+    colors = _method_colors()
     free = _free_styles(set(colors.values()))
     stars: dict[str, list[int]] = {}  # by base method
     styled: set[str] = set()
@@ -84,6 +84,15 @@ def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
     return styles
 
 
+def _method_colors() -> dict[str, str]:
+    """The colour of each registered method, from its record."""
+    colors = {}
+    for number, name in enumerate(registry.METHODS):
+        record = registry.entry(registry.METHODS, name)
+        colors[name] = getattr(record, "colour", _PALETTE[number % len(_PALETTE)])
+    return colors
+
+
 def _legend_key(method: str) -> tuple[int, int]:
     """Registered methods first, each followed by its variants with additional loss terms."""
     methods = list(registry.METHODS)
@@ -93,11 +102,14 @@ def _legend_key(method: str) -> tuple[int, int]:
 
 
 def _free_styles(used_colors: set[str]) -> Iterator[Style]:
-    """The numbered styles whose colour no method has, then dashed ones."""
+    """Styles with colours and markers that no registered method has, then dashed ones."""
+    colors = [color for color in _PALETTE if color not in used_colors]
     for number in count():
-        style = numbered_style("", number)
-        if number >= len(_PALETTE) or style.color not in used_colors:
-            yield style
+        marker = _MARKERS[(len(registry.METHODS) + number) % len(_MARKERS)]
+        if number < len(colors):
+            yield Style("", colors[number], marker)
+        else:
+            yield Style("", _PALETTE[number % len(_PALETTE)], marker, _DASHED)
 
 
 def _star_number(method: str, used: list[int], *, is_first: bool) -> int:
@@ -120,7 +132,7 @@ def numbered_style(title: str, number: int) -> Style:
 
 
 def main_systems(results: Results, limit: int = MAX_SYSTEMS) -> list[SystemResult]:
-    """The systems for a crowded figure: headline, its baselines, teacher, then the most accurate."""
+    """Systems for a crowded figure: headline, its baselines, teacher, then the most accurate."""
     systems = full_data_systems(results.systems)
     head = results.system(results.headline)
     first = {results.headline, results.baseline}
@@ -162,7 +174,7 @@ def draw_point(
 
 
 def marker_settings(style: Style, fill: str = "full") -> dict[str, Any]:
-    """matplotlib keywords for markers. Full ones have an edge of paper, which separates overlaps."""
+    """matplotlib keywords for markers. A full marker has an edge of paper, for overlaps."""
     settings = {
         "color": style.color,
         "marker": style.marker,
@@ -179,9 +191,7 @@ def legend_handle(style: Style, *, line: bool = True, fill: str = "full") -> Any
     """A series' entry in a legend."""
     from matplotlib.lines import Line2D
 
-    return Line2D(
-        [], [], linestyle=style.line if line else "none", **marker_settings(style, fill)
-    )
+    return Line2D([], [], linestyle=style.line if line else "none", **marker_settings(style, fill))
 
 
 def line_handle(color: str, dashes: Any, width: float = 1.7) -> Any:
@@ -328,6 +338,4 @@ def figure_names(name: str, runs: Sequence[EvaluatedRun]) -> list[tuple[str, str
     """For each run the figure's name and the suffix of its title, "" for a single run."""
     if len(runs) == 1:
         return [(name, "")]
-    return [
-        (f"{name}-{number}", f": {title}") for number, title in enumerate(run_titles(runs), 1)
-    ]
+    return [(f"{name}-{number}", f": {title}") for number, title in enumerate(run_titles(runs), 1)]
