@@ -155,13 +155,13 @@ def run(
 def same_loss(data: list[Encoded], tokenizer: Any) -> tuple[float, float]:
     """The two objectives on one batch, without dropout."""
     from dsbs.training.losses import weighted_loss
-    from dsbs.training.trainer import speak
+    from dsbs.training.trainer import patch_forward
 
     model = model_of("nano", tokenizer).eval()
     batch = collate(data[:16])
     plain = sum(0.5 * float(model(**pad(flat, 0, 0)).loss.detach()) for flat in batch.values())
-    speak(model, method_of("step-by-step").views(SECTIONS["dsbs"]), without_padding=True)
-    counts = {name: float(len(flat["target"])) for name, flat in batch.items()}
+    patch_forward(model, method_of("step-by-step").views(SECTIONS["dsbs"]), without_padding=True)
+    counts = {name: float(len(flat.target)) for name, flat in batch.items()}
     ours = float(
         weighted_loss(model(batch=batch), counts, {"label": 1.0, "rationale": 1.0}).detach()
     )
@@ -173,10 +173,12 @@ def profile(kind: str, data: list[Encoded], tokenizer: Any) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
 
-    from dsbs.training.trainer import speak
+    from dsbs.training.trainer import patch_forward
 
     model = model_of("nano", tokenizer).train()
-    speak(model, method_of("step-by-step").views(SECTIONS["dsbs"]), without_padding=kind == "dsbs")
+    patch_forward(
+        model, method_of("step-by-step").views(SECTIONS["dsbs"]), without_padding=kind == "dsbs"
+    )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with recording(activities=[ProfilerActivity.CPU]) as found:
         for i in range(3):

@@ -66,7 +66,7 @@ class StepTrainer(Seq2SeqTrainer):
             # all views in one call: processes whose rows teach different views would wait for one another's calls for ever
             unpadded = True
             shard(self.model, self.accelerator)
-        speak(self.model, views, without_padding=unpadded, terms=terms)
+        patch_forward(self.model, views, without_padding=unpadded, terms=terms)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -83,9 +83,9 @@ class StepTrainer(Seq2SeqTrainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         names = [view.target for view in self._views]
         targets = [sum(taught(batch[name]) for batch in samples if name in batch) for name in names]
-        sources = sum(len(flat["source"]) for batch in samples for flat in batch.values())
+        sources = sum(len(flat.source) for batch in samples for flat in batch.values())
         examples = sum(
-            1 + max(int(flat["rows"].max()) for flat in batch.values()) for batch in samples
+            1 + max(int(flat.rows.max()) for flat in batch.values()) for batch in samples
         )
         tallies = [self._terms.tally(batch) for batch in samples] if self._terms else []
         others = {
@@ -101,6 +101,11 @@ class StepTrainer(Seq2SeqTrainer):
         self._seen["tokens"] += step_tokens
         self._seen["examples"] += step_examples
         return samples, None
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, PackedBatch):  # the stock trainer moves tensors in mappings only
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """One process's order of the rows; for several with empty rows at its end, so that all have equally many batches.
@@ -209,10 +214,10 @@ class PaddedSampler(Sampler[int]):
 
 def taught(flat: PackedBatch) -> int:
     """Target tokens of a batch, without those of empty rows."""
-    return int((flat["target"] != IGNORED).sum())
+    return int((flat.target != IGNORED).sum())
 
 
-def speak(
+def patch_forward(
     model: Any,
     views: Sequence[View],
     *,
@@ -252,7 +257,7 @@ def speak(
         if read is None:
             return causal.summed_losses(model, batch, without_padding=without_padding)
         own = read(batch)
-        sums = {name: summed_nll(own.logits[name], flat["target"]) for name, flat in batch.items()}
+        sums = {name: summed_nll(own.logits[name], flat.target) for name, flat in batch.items()}
         return sums | (terms.losses(own, batch, step) if terms and step else {})
 
     model.forward = forward

@@ -257,9 +257,9 @@ def test_pairs_learn_without_padding_as_they_do_with_it() -> None:
     flat = collate(rows)["label"]
     padded = pad(flat, 0, start=0)
     expected = model(**padded, use_cache=False).logits[padded["labels"] != -100]
-    reading, writing = flat["source_lengths"].tolist(), flat["target_lengths"].tolist()
+    reading, writing = flat.source_lengths.tolist(), flat.target_lengths.tolist()
     ours = logits_of(
-        model, flat["source"], reading, flat["target"], writing, [TargetBlock(range(2), start=0)]
+        model, flat.source, reading, flat.target, writing, [TargetBlock(range(2), start=0)]
     )
     assert torch.allclose(ours, expected, atol=1e-12)
 

@@ -71,8 +71,8 @@ def test_logits_and_gradients_are_those_of_rows_one_by_one(
     if kind == "checkpointing":
         model.activation_checkpointing_enable()
     for name, flat in collate(rows(24)).items():
-        sources = torch.split(flat["source"], flat["source_lengths"].tolist())
-        targets = torch.split(flat["target"], flat["target_lengths"].tolist())
+        sources = torch.split(flat.source, flat.source_lengths.tolist())
+        targets = torch.split(flat.target, flat.target_lengths.tolist())
         pairs = [
             (source.tolist(), target.tolist())
             for source, target in zip(sources, targets, strict=True)
@@ -80,7 +80,7 @@ def test_logits_and_gradients_are_those_of_rows_one_by_one(
         expected = torch.cat(row_by_row(model, pairs))
         theirs = gradients(model, (expected**2).mean())
         made = log_softmax(logits_of(model, flat, without_padding=without_padding), dim=-1)
-        assert made.shape == expected.shape == (len(flat["target"]), model.config.vocab_size), name
+        assert made.shape == expected.shape == (len(flat.target), model.config.vocab_size), name
         assert torch.allclose(made, expected, atol=1e-10), name
         ours = gradients(model, (made**2).mean())
         assert ours.keys() == theirs.keys()

@@ -17,7 +17,7 @@ from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss, 
 from dsbs.training.encode import Encoded, collate
 from dsbs.training.methods import View, method_of
 from dsbs.training.packed.forward import ForwardRunner
-from dsbs.training.trainer import StepTrainer, speak
+from dsbs.training.trainer import StepTrainer, patch_forward
 
 VIEWS = method_of("step-by-step").views(TrainSection())
 LABELS = [[5, 1], [6, 7, 1], [8, 1]]
@@ -86,10 +86,10 @@ def gradients(
     )
     terms.attach(model, seed=0)
     batch = terms.collate(ROWS)
-    counts = {
-        view.target: float(len(batch[view.target]["target"])) for view in VIEWS
-    } | terms.tally(batch)
-    speak(model, VIEWS, without_padding=without_padding, terms=terms)
+    counts = {view.target: float(len(batch[view.target].target)) for view in VIEWS} | terms.tally(
+        batch
+    )
+    patch_forward(model, VIEWS, without_padding=without_padding, terms=terms)
     found = model(batch=batch, step=StepTotals(counts, {"label": 1.0, "rationale": 1.0}))
     (found["label"] + found["rationale"] + weight * found[name]).backward()
     return float(found[name].detach()), {
@@ -107,7 +107,7 @@ def test_a_padded_and_an_unpadded_pass_leave_the_same() -> None:
             for way in (True, False)
         ]
         for view in VIEWS:
-            assert made[0].logits[view.target].shape == (len(batch[view.target]["target"]), 40)
+            assert made[0].logits[view.target].shape == (len(batch[view.target].target), 40)
             assert torch.allclose(
                 made[0].logits[view.target], made[1].logits[view.target], atol=1e-5
             )
@@ -146,7 +146,7 @@ def test_padding_changes_neither_a_term_nor_its_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", TERMS)
 def test_with_its_weight_to_0_a_term_leaves_the_students_own_gradients(name: str) -> None:
     model = t5()
-    speak(model, VIEWS, without_padding=True)
+    patch_forward(model, VIEWS, without_padding=True)
     sums = model(batch=collate(ROWS))
     (sums["label"] + sums["rationale"]).backward()
     plain = {key: parameter.grad for key, parameter in model.named_parameters()}
@@ -215,10 +215,10 @@ def measure(model: Any, name: str) -> float:
     terms.attach(fresh := t5(), seed=0)
     fresh.load_state_dict(model.state_dict(), strict=False)
     batch = terms.collate(ROWS)
-    counts = {
-        view.target: float(len(batch[view.target]["target"])) for view in VIEWS
-    } | terms.tally(batch)
-    speak(fresh.eval(), VIEWS, without_padding=True, terms=terms)
+    counts = {view.target: float(len(batch[view.target].target)) for view in VIEWS} | terms.tally(
+        batch
+    )
+    patch_forward(fresh.eval(), VIEWS, without_padding=True, terms=terms)
     with torch.no_grad():
         return float(
             fresh(batch=batch, step=StepTotals(counts, {"label": 1.0, "rationale": 1.0}))[name]
@@ -302,7 +302,7 @@ def test_a_relation_weighs_the_same_however_many_targets_its_examples_have(tmp_p
             [TermSection(kind="relation")], TrainSection(), views, teachers=[teacher()]
         )
         model, batch = t5(), terms.collate(rows)
-        speak(model, views, without_padding=True, terms=terms)
+        patch_forward(model, views, without_padding=True, terms=terms)
         tally = terms.tally(batch)
         assert (tally["targets"], tally["examples"]) == (6 * times, 6)
         step = StepTotals(

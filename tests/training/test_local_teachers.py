@@ -395,7 +395,7 @@ def test_relation_takes_no_smaller_passes_where_memory_is_full(
     real = StepTrainer.compute_loss
 
     def small_memory(self: StepTrainer, model: Any, inputs: Any, **kwargs: Any) -> Any:
-        if len(inputs["label"]["target_lengths"]) > 4:
+        if len(inputs["label"].target_lengths) > 4:
             raise MemoryError
         return real(self, model, inputs, **kwargs)
 

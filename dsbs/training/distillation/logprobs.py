@@ -96,7 +96,7 @@ class TeacherLogprobs:
             flat = batch.get(view.target)
             if flat is None:
                 continue
-            ends = np.cumsum(flat["target_lengths"].numpy())[:-1]
+            ends = np.cumsum(flat.target_lengths.numpy())[:-1]
             ids, logprobs = (np.split(one.cpu().numpy(), ends) for one in said[view.target])
             for key, one, other in zip(keys(flat, view), ids, logprobs, strict=True):
                 self._new[key] = one.astype(np.int32), other.astype(np.float32)
@@ -192,10 +192,7 @@ def _likeliest(
         mine: dict[str, PackedBatch] = {
             view.target: batch[view.target] for view in views if view.target in batch
         }
-        there = {
-            name: {key: value.to(device) for key, value in flat.items()}
-            for name, flat in mine.items()
-        }
+        there = {name: flat.to(device) for name, flat in mine.items()}
         with torch.inference_mode():
             passes = [reader(there) for reader in readers]
             found: dict[str, tuple[Tensor, Tensor]] = {}

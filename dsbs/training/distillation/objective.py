@@ -144,15 +144,13 @@ class DistillationLoss:
                 nothing if target[-1] == IGNORED else self._soft.get(ids.tobytes(), nothing)
                 for ids, target in inputs
             ]
-            first["soft"] = torch.from_numpy(np.stack(soft))
+            first.soft_labels = torch.from_numpy(np.stack(soft))
         for term in self.terms:
             if term.title in self._kept:
                 for view in self._views:
                     if view.target in term_views(term, self._views) and view.target in batch:
                         flat = batch[view.target]
-                        flat[f"ids:{term.title}"], flat[f"logprobs:{term.title}"] = self._kept[
-                            term.title
-                        ].of(flat, view)
+                        flat.teacher_top_k[term.title] = self._kept[term.title].of(flat, view)
         return batch
 
     def tally(self, batch: Mapping[str, PackedBatch]) -> dict[str, int]:
@@ -160,7 +158,8 @@ class DistillationLoss:
         from dsbs.training.packed.forward import supervised_rows, unique_inputs
 
         inputs = unique_inputs(batch, {view.target: view.prefix for view in self._views})
-        first = batch.get(self._views[0].target, {})
+        first = batch.get(self._views[0].target)
+        soft = None if first is None else first.soft_labels
         taught = [row for row, real in _marked(first, supervised_rows) if real] if first else []
         return {
             "inputs": sum(
@@ -168,7 +167,7 @@ class DistillationLoss:
             ),
             "targets": len(taught),  # several of a row where it is taught several rationales
             "examples": len(set(taught)),
-            "soft": int((first["soft"].sum(1) > 0).sum()) if "soft" in first else 0,
+            "soft": 0 if soft is None else int((soft.sum(1) > 0).sum()),
         }
 
     # --- one forward pass
@@ -229,14 +228,14 @@ class DistillationLoss:
             flat = scene.batch.get(name)
             if flat is None:
                 continue
-            real = flat["target"] != IGNORED
+            real = flat.target != IGNORED
             how: dict[str, Any] = {
                 "temperature": term.temperature,
                 "divergence": term.divergence,
                 "share": term.share,
             }
             if term.title in self._kept:
-                ids, logprobs = (flat[f"{what}:{term.title}"][real] for what in ("ids", "logprobs"))
+                ids, logprobs = (tensor[real] for tensor in flat.teacher_top_k[term.title])
                 width = self._kept[term.title].width
                 summed = response_top_k(
                     scene.own.logits[name][real][:, :width], ids, logprobs, **how
@@ -262,7 +261,8 @@ class DistillationLoss:
             return 0.0
         first = scene.batch[self._views[0].target]
         if term.source == "annotations":
-            target, count = first["soft"], scene.step.counts["soft"]
+            assert first.soft_labels is not None
+            target, count = first.soft_labels, scene.step.counts["soft"]
         else:
             scores = [one.labels for one in scene.told if one.labels is not None]
             target = ensemble(
@@ -282,7 +282,7 @@ class DistillationLoss:
         from dsbs.training.packed.forward import unique_inputs
 
         inputs = unique_inputs(scene.batch, {view.target: view.prefix for view in self._views})
-        target = torch.cat([flat["target"] for flat in scene.batch.values()]) != IGNORED
+        target = torch.cat([flat.target for flat in scene.batch.values()]) != IGNORED
         lengths = torch.tensor(inputs.lengths, device=target.device)
         source = torch.tensor(inputs.taught, device=target.device).repeat_interleave(lengths)
         tokens = sum(
@@ -354,4 +354,4 @@ def _depth(config: Any, stack: str) -> int:
 
 
 def _marked(flat: PackedBatch, mark: Callable[[PackedBatch], Tensor]) -> list[tuple[int, bool]]:
-    return list(zip(flat["rows"].tolist(), mark(flat).tolist(), strict=True))
+    return list(zip(flat.rows.tolist(), mark(flat).tolist(), strict=True))

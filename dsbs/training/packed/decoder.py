@@ -28,7 +28,7 @@ def is_decoder_only(model: Any) -> bool:
 def logits_of(model: Any, flat: PackedBatch, *, without_padding: bool) -> Tensor:
     """A view's batch, source (N,) and target (M,) -> logits (M, V) of its target tokens, teacher-forced, in their order."""
     rows = _rows(flat)
-    found: list[Tensor] = [flat["target"]] * len(rows)
+    found: list[Tensor] = [flat.target] * len(rows)
     for group in _groups(rows, without_padding):
         logits = _logits(model, [rows[i] for i in group])
         for i, part in zip(
@@ -71,8 +71,8 @@ def summed_losses(
 
 
 def _rows(flat: PackedBatch) -> list[Row]:
-    sources = torch.split(flat["source"], flat["source_lengths"].tolist())
-    targets = torch.split(flat["target"], flat["target_lengths"].tolist())
+    sources = torch.split(flat.source, flat.source_lengths.tolist())
+    targets = torch.split(flat.target, flat.target_lengths.tolist())
     return list(zip(sources, targets, strict=True))
 
 

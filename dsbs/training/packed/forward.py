@@ -57,9 +57,9 @@ def unique_inputs(batch: Batch, prefixes: Mapping[str, str]) -> Inputs:
     places: dict[str, list[int]] = {}
     for name, flat in batch.items():
         places[name] = []
-        sources = torch.split(flat["source"], flat["source_lengths"].tolist())
+        sources = torch.split(flat.source, flat.source_lengths.tolist())
         for row, source, real in zip(
-            flat["rows"].tolist(), sources, supervised_rows(flat).tolist(), strict=True
+            flat.rows.tolist(), sources, supervised_rows(flat).tolist(), strict=True
         ):
             place = found.setdefault((prefixes[name], row), len(ids))
             if place == len(ids):
@@ -72,7 +72,7 @@ def unique_inputs(batch: Batch, prefixes: Mapping[str, str]) -> Inputs:
 
 def supervised_rows(flat: PackedBatch) -> Tensor:
     """(B,) False for the empty rows that processes are evened with."""
-    real: Tensor = flat["target"][flat["target_lengths"].cumsum(0) - 1] != IGNORED
+    real: Tensor = flat.target[flat.target_lengths.cumsum(0) - 1] != IGNORED
     return real
 
 
@@ -110,13 +110,13 @@ class ForwardRunner:
     def _at_once(self, batch: Batch, inputs: Inputs) -> ForwardOutput:
         """Every view's rows through the model together; a row is encoded once for all that is written from the same prefix."""
         flats = list(batch.values())
-        targets = [flat["target"] for flat in flats]
-        writing = [n for flat in flats for n in flat["target_lengths"].tolist()]
+        targets = [flat.target for flat in flats]
+        writing = [n for flat in flats for n in flat.target_lengths.tolist()]
         parts = []
         for name, flat in batch.items():
             reads: list[int] = []
             before = -1
-            for row, place in zip(flat["rows"].tolist(), inputs.places[name], strict=True):
+            for row, place in zip(flat.rows.tolist(), inputs.places[name], strict=True):
                 if row <= before:  # the rows' second targets begin
                     parts.append(TargetBlock(reads, self._starts[name]))
                     reads = []
@@ -140,7 +140,7 @@ class ForwardRunner:
         )
         logits = torch.split(made, [len(target) for target in targets])
         inside, outside = states or ([], [])
-        tokens = sum(len(flat["target"]) for flat in flats)
+        tokens = sum(len(flat.target) for flat in flats)
         return ForwardOutput(
             dict(zip(batch, logits, strict=False)),
             inside,
@@ -159,7 +159,7 @@ class ForwardRunner:
                 if self._hidden
                 else self._plain(**padded)
             )
-            written = _real(flat["target_lengths"])
+            written = _real(flat.target_lengths)
             logits[name] = made.logits[written]
             if self._hidden:
                 places = inputs.places[name]
@@ -168,7 +168,7 @@ class ForwardRunner:
                     for i, place in enumerate(places)
                     if place >= known and place not in places[:i]
                 ]
-                read = _real(flat["source_lengths"])[new]
+                read = _real(flat.source_lengths)[new]
                 inside.append([layer[new][read] for layer in made.encoder_hidden_states[1:]])
                 outside.append([layer[written] for layer in made.decoder_hidden_states[1:]])
                 known = max(known, *(place + 1 for place in places))
