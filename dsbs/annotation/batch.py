@@ -26,6 +26,7 @@ from dsbs.annotation.store import ReplyStore
 from dsbs.annotation.summary import SplitSummary
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import atomic
+from dsbs.formatting import count
 from dsbs.progress import Progress, running
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
@@ -69,9 +70,8 @@ def buy_batches(
         batches = write_batches(annotator, pending, folder)
     summary.wall_s += time.monotonic() - started
     if pending.left_over and pending.stopped is None:
-        noun = "request" if pending.left_over == 1 else "requests"
         return PartialError(
-            f"{pending.left_over} {noun} came back from the batch without a reply (failed or "
+            f"{count(pending.left_over, 'request')} came back from the batch without a reply (failed or "
             "expired)",
             hint="run with --batch for another batch of these alone, or without it to send them "
             "online",
@@ -137,7 +137,8 @@ class BatchClient:
                 extra_headers={"Idempotency-Key": token},
             )
         batch.update(state="submitted", batch_id=created.id)
-        self._progress.say(f"batch {created.id}: {batch.record['requests']} requests submitted")
+        requests = count(batch.record["requests"], "request")
+        self._progress.say(f"batch {created.id}: {requests} submitted")
 
     def confirm_submission(self, batch: Batch) -> None:
         """Find out whether a batch arrived whose submission was interrupted."""

@@ -21,6 +21,7 @@ from dsbs.annotation.requester import estimated_tokens, max_requests_reached
 from dsbs.annotation.store import ReplyStore, token_budget
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import atomic, canonical_json, open_text, read_jsonl, write_json
+from dsbs.formatting import dollars
 from dsbs.records.rows import Example
 
 _FILE_BYTES = 180 << 20  # of one batch file; providers accept 200 MB
@@ -71,8 +72,8 @@ class PendingRequests:
                         return
                     if limits.max_usd is not None and spent + cost > limits.max_usd:
                         self.stopped = PartialError(
-                            f"annotate.max_usd: a batch of the remaining requests might pass "
-                            f"${limits.max_usd:g}",
+                            "annotate.max_usd: a batch of the remaining requests might pass "
+                            f"{dollars(limits.max_usd)}",
                             hint="raise the limit and run again: the replies so far are stored",
                         )
                         return

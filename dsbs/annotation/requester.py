@@ -28,6 +28,7 @@ from dsbs.annotation.summary import SplitSummary
 from dsbs.annotation.vote import majority
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import canonical_json
+from dsbs.formatting import count, dollars, percent
 from dsbs.progress import Progress, running
 from dsbs.records.rows import Example, Reason
 
@@ -336,7 +337,7 @@ def estimated_tokens(body: dict[str, Any]) -> int:
 def max_requests_reached(sent: int) -> PartialError:
     """The error for a run that annotate.max_requests ends."""
     return PartialError(
-        f"annotate.max_requests: {sent} {'request was' if sent == 1 else 'requests were'} sent",
+        f"annotate.max_requests: the limit of {count(sent, 'request')} is reached",
         hint="run the same command for as many more, or raise the limit: the replies so far are "
         "stored",
     )
@@ -373,8 +374,8 @@ class _Budget:
         while limit is not None and self.spent + self._reserved + cost > limit + 1e-9:
             if self._in_flight == 0:
                 raise PartialError(
-                    f"annotate.max_usd: ${self.spent:.4f} spent on replies; one more might pass "
-                    f"the limit of ${limit:g}",
+                    f"annotate.max_usd: {dollars(self.spent)} spent on replies; one more might "
+                    f"pass the limit of {dollars(limit)}",
                     hint="raise the limit and run again: the replies so far are stored",
                 )
             self._released.clear()
@@ -426,9 +427,9 @@ class _ProgressFigures:
 
     def note(self, usd: float) -> str:
         counts = self._counts
-        note = f"accepted {100 * counts['accepted'] / self.rows:.1f}%"
+        note = f"accepted {percent(counts['accepted'] / self.rows)}"
         if counts["gold"]:
-            note += f", label accuracy {100 * counts['correct'] / counts['gold']:.1f}%"
+            note += f", label accuracy {percent(counts['correct'] / counts['gold'])}"
         if usd:
-            note += f", ${usd:.2f}"
+            note += f", {dollars(usd)}"
         return note

@@ -34,6 +34,7 @@ from dsbs.annotation.summary import AnnotateResult, SplitSummary, write_annotati
 from dsbs.config import Recipe
 from dsbs.errors import PartialError, UserError
 from dsbs.files import hold, manifest
+from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress, running
 from dsbs.run_folder import annotation_file, run_folder, source_fingerprint
 from dsbs.tasks.load import survey
@@ -169,9 +170,10 @@ def _import(
 ) -> None:
     """Copy the replies of other stores and of exported batches' outputs into the store."""
     for path in stores:
-        progress.say(f"{store.merge(path)} replies taken from {path}")
+        progress.say(f"{count(store.merge(path), 'reply', 'replies')} taken from {path}")
     for path in outputs:
-        progress.say(f"{import_output(store, run, path)} replies taken from {path}")
+        replies = count(import_output(store, run, path), "reply", "replies")
+        progress.say(f"{replies} taken from {path}")
 
 
 def _annotate_on_ray(

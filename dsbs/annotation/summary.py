@@ -10,8 +10,9 @@ from typing import Any
 
 from dsbs.errors import DsbsError, PartialError
 from dsbs.files import write_jsonl
+from dsbs.formatting import count, listing, one_line
 from dsbs.progress import Progress
-from dsbs.records.intervals import Rate, wilson
+from dsbs.records.results import Rate, wilson
 from dsbs.records.rows import Annotation, Reason
 from dsbs.tasks.base import Task
 
@@ -116,10 +117,11 @@ class SplitSummary:
         """One warning per reason that rejects more than a fifth of the rows, with an example."""
         warnings = []
         for reason, example in self.first_rejected.items():
-            count = self.rejected[reason]
-            if count <= NOTABLE_SHARE * self.rows:
+            rejected = self.rejected[reason]
+            if rejected <= NOTABLE_SHARE * self.rows:
                 continue
-            warning = f"{split}: {count} of {self.rows} rows rejected ({reason}): {REASONS[reason]}"
+            rows = count(self.rows, "row")
+            warning = f"{split}: {rejected:,} of {rows} rejected ({reason}): {REASONS[reason]}"
             text = _first_text(example)
             if text is not None:
                 warning += f". The reply to row {example.id}: {text}"
@@ -161,9 +163,7 @@ def rounded_interval(rate: Rate | None) -> list[float] | None:
 def _first_text(annotation: Annotation) -> str | None:
     """The first reply of a row, shortened and quoted; None: it has no reply with a text."""
     for sample in annotation.samples:
-        text = " ".join(sample.text.split())
-        if len(text) > _SHOWN_CHARACTERS:
-            text = text[: _SHOWN_CHARACTERS - 1].rstrip() + "…"
+        text = one_line(sample.text, _SHOWN_CHARACTERS)
         if text:
             return f'"{text}"'
     return None
@@ -187,7 +187,7 @@ class AnnotateResult:
         missing = sum(summary.rejected["no-reply"] for summary in self.splits.values())
         if missing and self.can_continue:
             return PartialError(
-                f"{missing} {'row' if missing == 1 else 'rows'} got no reply",
+                f"{count(missing, 'row')} got no reply",
                 hint="run the same command again: it requests only the missing replies",
             )
         rejected: Counter[str] = Counter()
@@ -195,9 +195,8 @@ class AnnotateResult:
             rejected += summary.rejected
         if not rejected or any(summary.accepted for summary in self.splits.values()):
             return None
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rejected.items()))
         return DsbsError(
-            f"no row was accepted ({reasons})",
+            f"no row was accepted ({listing(rejected)})",
             hint=f"see the replies in {self.run / 'annotate'}, then change the prompt "
             "(annotate.prompt) or the settings above; replies that still fit are not bought again",
         )

@@ -159,17 +159,17 @@ def _print_comparison(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dsbs.records.summary import cells, headline, verdict
+    from dsbs.records.summary import comparison_sentences, headline, results_table
 
     stamp(results.reportable)
-    headings, rows = cells(results)
+    headings, rows = results_table(results)
     table = Table(title=f"{results.split}, {results.n} rows", title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "system" else "right")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(table)
-    for sentence in dict.fromkeys([headline(results), *verdict(results)]):
+    for sentence in dict.fromkeys([headline(results), *comparison_sentences(results)]):
         print(sentence)
     print(f"results: {Path(results.run) / 'eval' / 'results.json'}")
 

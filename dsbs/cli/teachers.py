@@ -158,7 +158,7 @@ def compare_teachers(
     if as_json:
         print_json(result.as_json())
         return
-    from dsbs.records.intervals import percent
+    from dsbs.formatting import rate
 
     rows_: list[list[str]] = []
     for one in result.contenders:
@@ -166,9 +166,9 @@ def compare_teachers(
         rows_.append(
             [
                 one.name,
-                percent(one.summary.label_accuracy),
+                rate(one.summary.label_accuracy),
                 f"{100 * versus['delta']:+.1f} (p {versus['p_holm']:.3f})" if versus else "–",
-                percent(one.parse_rate),
+                rate(one.parse_rate),
                 "–" if one.usd_a_rationale is None else f"{one.usd_a_rationale:.6f}",
                 "–" if one.seconds_a_reply is None else f"{one.seconds_a_reply:.2f}",
                 ", ".join(
@@ -228,10 +228,10 @@ def _print_pilot(result: Any, as_json: bool) -> None:
     if as_json:
         print_json(result.as_json())
         return
-    from dsbs.records.intervals import percent
+    from dsbs.formatting import rate
 
     _print_split("pilot", result.summary)
-    print(f"  parse rate {percent(result.parse_rate)}")
+    print(f"  parse rate {rate(result.parse_rate)}")
     print(f"annotations: {result.path}")
     usd = dollars(result.projected_usd)
     print(
@@ -254,14 +254,14 @@ def _print_result(result: Any, as_json: bool) -> None:
 
 
 def _print_split(name: str, summary: Any) -> None:
-    from dsbs.records.intervals import percent
+    from dsbs.formatting import rate
 
     rejected = (
         ", ".join(f"{reason} {count}" for reason, count in sorted(summary.rejected.items()))
         or "none"
     )
     print(f"{name}: {summary.rows} rows, {summary.accepted} accepted; rejected: {rejected}")
-    overall, accepted = percent(summary.label_accuracy), percent(summary.label_accuracy_accepted)
+    overall, accepted = rate(summary.label_accuracy), rate(summary.label_accuracy_accepted)
     print(f"  label accuracy {overall}, of the accepted {accepted}")
     if summary.hinted:
         print(

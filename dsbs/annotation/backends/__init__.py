@@ -1,7 +1,7 @@
 """Teachers: the interface of every kind, its requests, replies and prices.
 
 A kind of teacher is one class in one file of this package, with its facts as class attributes, and
-one line in ``TEACHERS``. There are two families, told apart by ``is_asked``:
+one line in ``dsbs.config.registry.TEACHERS``. ``is_asked`` separates two families:
 
 - A teacher that is asked has ``endpoints``; each answers one request at a time (``complete``). Its
   replies are paid for, so they are stored before they are used.
@@ -12,22 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 from dsbs.config import Recipe, TeacherSection
+from dsbs.config.registry import TEACHERS, entry
 from dsbs.errors import UserError
 from dsbs.records.rows import Annotation, Example, Provenance
-
-TEACHERS = {
-    "openai": "dsbs.annotation.backends.openai:OpenAITeacher",
-    "llamacpp": "dsbs.annotation.backends.llamacpp:LlamaCppTeacher",
-    "transformers": "dsbs.annotation.backends.transformers:TransformersTeacher",
-    "recorded": "dsbs.annotation.backends.recorded:RecordedTeacher",
-    "human": "dsbs.annotation.backends.human:HumanTeacher",
-    "ensemble": "dsbs.annotation.backends.ensemble:EnsembleTeacher",
-}
 
 Lane = Literal["online", "batch"]
 Failure = Literal["throttled", "server error", "connection", "timeout", "unreadable"]
@@ -184,8 +175,7 @@ class LocalTeacher(Teacher):
 
 def teacher_class(kind: str) -> type[Teacher]:
     """The class of a kind of teacher. Raises KeyError for an unknown kind."""
-    module, _, name = TEACHERS[kind].partition(":")
-    return cast(type[Teacher], getattr(import_module(module), name))
+    return cast(type[Teacher], entry(TEACHERS, kind))
 
 
 def make_teacher(recipe: Recipe) -> Teacher:

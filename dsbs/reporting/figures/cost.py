@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dsbs.formatting import dollars, milliseconds
 from dsbs.records.results import BreakEven, Latency, SystemResult
-from dsbs.records.summary import dollars, milliseconds
 from dsbs.reporting.figures.canvas import INK, MUTE, Figure, drawing, short
 from dsbs.reporting.figures.style import (
     FILLS,
@@ -170,7 +170,7 @@ def _bills(run: Run) -> list[tuple[BreakEven, list[str]]]:
     """What was spent on the largest share of the rows, the headline's first, with the systems that share it."""
     shown = {system.name for system in whole(run.results.systems)}
     found: dict[float, tuple[BreakEven, list[str]]] = {}
-    for one in sorted(run.results.pay_off, key=lambda one: one.system != run.results.headline):
+    for one in sorted(run.results.break_even, key=lambda one: one.system != run.results.headline):
         if (
             one.system in shown
             and one.spent_usd > 0
