@@ -54,12 +54,11 @@ def rows(count: int) -> tuple[dict[str, list[Encoded]], Any]:
     )
     work = Annotator(recipe)
     teacher = make_teacher(recipe)
-    found = []
-    for annotation in teacher.annotations(stream(recipe, work.task, "train"), "train"):
-        if annotation.own_label and annotation.rationale:
-            found.append(
-                (work.task.text(annotation.input), annotation.own_label, annotation.rationale)
-            )
+    found = [
+        (work.task.text(annotation.input), annotation.own_label, annotation.rationale)
+        for annotation in teacher.annotations(stream(recipe, work.task, "train"), "train")
+        if annotation.own_label and annotation.rationale
+    ]
     texts = [
         part for text, label, why in found for part in ("predict: explain: " + text, label, why)
     ]
