@@ -75,14 +75,17 @@ def test_an_exemplars_rationale_is_not_the_rows(
     rationale: str, question: str, expected: bool
 ) -> None:
     assert (
-        copies_exemplar(rationale, question, [(e.input, e.rationale) for e in PROMPT.exemplars]) is expected
+        copies_exemplar(rationale, question, [(e.input, e.rationale) for e in PROMPT.exemplars])
+        is expected
     )
 
 
 def test_a_long_run_out_of_an_exemplar_is_a_copy_even_with_a_word_before_it() -> None:
     theirs = "the courier left the box in the rain and it is soaked so the delivery went wrong"
     assert copies_exemplar(f"Well, {theirs}", "q", [({"text": "other"}, theirs)])
-    assert not copies_exemplar("the courier left the box in the rain", "q", [({"text": "other"}, theirs)])
+    assert not copies_exemplar(
+        "the courier left the box in the rain", "q", [({"text": "other"}, theirs)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,9 +127,7 @@ def test_a_flawed_rationale_keeps_its_label_and_says_why() -> None:
     text = "A box that got wet is a delivery matter.\nAnswer: shipping"
     sample = read_sample(text, PROMPT, ROUTING, FIELDS, min_words=2)
     assert (sample.label, sample.reason) == ("shipping", "copies-exemplar")
-    hinted = read_sample(
-        "\nAnswer: shipping", PROMPT, ROUTING, FIELDS, min_words=2, hint="h"
-    )
+    hinted = read_sample("\nAnswer: shipping", PROMPT, ROUTING, FIELDS, min_words=2, hint="h")
     assert hinted.hinted and hinted.reason == "empty", "a label that was given away teaches nothing"
 
 
