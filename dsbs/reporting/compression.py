@@ -13,8 +13,7 @@ from dsbs.formatting import (
     points_number,
 )
 from dsbs.records.compression import Compressed, Measurement
-from dsbs.records.intervals import wilson
-from dsbs.records.results import BATCH_SIZES
+from dsbs.records.results import BATCH_SIZES, wilson
 from dsbs.reporting.runs import EvaluatedRun, prefixed
 from dsbs.reporting.tables import Column, RowGroup, Table, TableRow
 

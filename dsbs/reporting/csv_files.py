@@ -108,9 +108,9 @@ def _comparison_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
             "p_holm": comparison.p_holm,
             "reliable": is_reliable(comparison),
             "test": comparison.test,
-            "fixed": comparison.fixed,
-            "broken": comparison.broken,
-            "detectable": comparison.detectable,
+            "wins": comparison.wins,
+            "losses": comparison.losses,
+            "minimum_detectable_effect": comparison.minimum_detectable_effect,
         }
         for title, run in runs
         for system in run.results.systems

@@ -165,14 +165,14 @@ def _render(
         label_efficiency=[
             prefixed(label_efficiency_sentence(item), run, runs)
             for run in runs
-            for item in run.results.needed
+            for item in run.results.label_efficiency
         ],
         trials=tuning_table(runs),
         annotation=annotation_table(runs),
         break_even=[
             prefixed(break_even_sentence(item), run, runs)
             for run in runs
-            for item in run.results.pay_off
+            for item in run.results.break_even
         ],
         examples=examples,
         fewest_seeds=min(

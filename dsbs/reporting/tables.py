@@ -25,10 +25,7 @@ from dsbs.records.results import METRICS, Comparison, Interval, Measure, SystemR
 from dsbs.records.summary import TEST_NAMES, is_reliable
 from dsbs.reporting.runs import EvaluatedRun
 
-RATIONALE_METRICS = {
-    "rouge_l", "rationale_empty", "rationale_truncated", "consistency",
-    "las", "leaking", "simulator_accuracy", "simulator_majority",
-}  # fmt: skip
+RATIONALE_METRICS = {"rouge_l", "rationale_empty", "rationale_truncated", "consistency"}
 _AXIS_STEP = 0.1  # an axis of accuracies begins and ends at a multiple of this
 _DIFFERENCE_STEP = 0.05  # and an axis of differences at a multiple of this
 
@@ -330,17 +327,17 @@ def _comparison_columns(tests: Sequence[str]) -> list[Column]:
         Column("result", lambda pair: _verdict(pair[1]), is_text=True),
         Column(
             "wins",
-            lambda pair: f"{pair[1].fixed:,}",
+            lambda pair: f"{pair[1].wins:,}",
             note="rows that the system gets right and the baseline wrong",
         ),
         Column(
             "losses",
-            lambda pair: f"{pair[1].broken:,}",
+            lambda pair: f"{pair[1].losses:,}",
             note="rows that the baseline gets right and the system wrong",
         ),
         Column(
             "detectable, points",
-            lambda pair: _optional(percent_number, pair[1].detectable),
+            lambda pair: _optional(percent_number, pair[1].minimum_detectable_effect),
             note="the smallest true difference that these rows would show in one comparison "
             "with 80% power",
         ),

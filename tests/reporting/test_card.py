@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from dsbs import Student, UserError
 from dsbs.config import StudentSection, TaskSection
 from dsbs.reporting.card import fenced, is_own_card, write_cards
-from dsbs.reporting.runs import EvaluatedRun, load_run
+from dsbs.reporting.runs import load_run
 from dsbs.students import StudentCard, learn_vocabulary, new_model
 
 HOSTILE = "<script>alert(1)</script> | {{ 7*7 }} [x](http://y.z) ```\n# big\n---"

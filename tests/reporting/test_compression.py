@@ -13,11 +13,11 @@ from made_run import compress, make_run
 from dsbs.errors import UserError
 from dsbs.records.compression import Measurement
 from dsbs.reporting.compression import compression_table, healing_sentences, outdated_sentences
+from dsbs.reporting.csv_files import write_csv_files
 from dsbs.reporting.figures import draw_figures
 from dsbs.reporting.figures.scatter import frontier_of
-from dsbs.reporting.runs import load_run
 from dsbs.reporting.run import report_runs
-from dsbs.reporting.csv_files import write_csv_files
+from dsbs.reporting.runs import load_run
 
 STUDENT = "step-by-step-gold-s0"
 HOSTILE = "<script>alert(1)</script>|{{ 7*7 }}"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from made_run import make_run
 
-from dsbs.reporting.runs import EvaluatedRun, load_run
 from dsbs.reporting.csv_files import write_csv_files
+from dsbs.reporting.runs import EvaluatedRun, load_run
 
 HOSTILE = [
     "=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1", 'two\nlines, "quoted"', "ü 漢字 \u202e", "a\x00b", "＝1",

@@ -20,8 +20,8 @@ from made_run import make_run
 from dsbs import UserError, load_recipe, report, report_runs
 from dsbs.cli import app
 from dsbs.reporting.examples import PackedExamples, pack_examples
-from dsbs.reporting.runs import load_run, load_runs
 from dsbs.reporting.run import render, verdict
+from dsbs.reporting.runs import load_run, load_runs
 
 HOSTILE = "</script><script>alert(1)</script> {{ 7*7 }} {% raw %} \u202eevil \x00\x07 \ud800"
 

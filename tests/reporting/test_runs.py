@@ -6,8 +6,7 @@ from pathlib import Path
 
 from made_run import make_run
 
-from dsbs.reporting.runs import load_run
-from dsbs.reporting.runs import full_data_systems, run_titles
+from dsbs.reporting.runs import full_data_systems, load_run, run_titles
 
 
 def test_runs_are_called_by_their_recipes_and_those_of_one_recipe_by_their_folders(

@@ -192,7 +192,7 @@ def _bills(run: EvaluatedRun) -> list[tuple[BreakEven, list[str]]]:
     systems = {system.name for system in full_data_systems(run.results.systems)}
     bills: dict[float, tuple[BreakEven, list[str]]] = {}
     headline = run.results.headline
-    for bill in sorted(run.results.pay_off, key=lambda bill: bill.system != headline):
+    for bill in sorted(run.results.break_even, key=lambda bill: bill.system != headline):
         amounts = (bill.spent_usd, bill.teacher_usd_per_prediction, bill.predictions)
         if bill.system in systems and min(amounts) > 0:
             bills.setdefault(bill.spent_usd, (bill, []))[1].append(bill.system)
