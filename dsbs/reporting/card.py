@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsbs import formatting
 from dsbs.config import Recipe, registry
 from dsbs.config.load import read_recorded
 from dsbs.config.terms import base_of
 from dsbs.errors import UserError
 from dsbs.files import atomic
+from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent
 from dsbs.records.results import SystemResult
 from dsbs.records.rows import TrainedStudent
 from dsbs.records.summary import system_sentences
@@ -66,15 +66,11 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     folder = run.path / "train" / name
     recipe = read_recorded({"recipe": run.recipe})
     if recipe is None:
-        raise UserError(
-            f"{run.path}: its recipe is of another version", hint="run `dsbs eval` again"
-        )
+        raise UserError(f"{run.path}: recipe of another version", hint="run `dsbs eval` again")
     try:
         student = TrainedStudent.model_validate(run.students[name].get("student"))
     except ValidationError:
-        raise UserError(
-            f"{folder}: its record is of another version", hint="train that student again"
-        ) from None
+        raise UserError(f"{folder}: record of another version", hint="train it again") from None
     card = read_card(folder)
     base_model = recipe.train.init or recipe.student.model
     data_id = _hub_id(recipe.task.data.train)
@@ -93,6 +89,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {f.__name__: f for f in (confidence_interval, count, integer, percent)}
     body = environment.get_template("card.md").render(
         run=run,
         recipe=recipe,
@@ -115,7 +112,6 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         data=_public_name(recipe.task.data.train),
         annotator=_annotator(run, recipe),
         item=json.dumps(_example_item(recipe), ensure_ascii=False),
-        number=formatting,
         fenced=fenced,
     )
     text = f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n\n"
@@ -123,7 +119,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
 
 
 def _escape(value: object) -> str:
-    return value if isinstance(value, _Markdown) else formatting.escape_markdown(str(value))
+    return value if isinstance(value, _Markdown) else escape_markdown(str(value))
 
 
 def fenced(text: str, language: str) -> str:
