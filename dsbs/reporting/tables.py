@@ -51,7 +51,7 @@ class BarAxis:
 
     @property
     def ends(self) -> tuple[str, str]:
-        return f"{100 * self.low:.0f}", f"{100 * self.high:.0f}".replace("-", "−")
+        return f"{100 * self.low:.0f}".replace("-", "−"), f"{100 * self.high:.0f}"
 
     def bar(
         self, ci95: Interval, value: float, reference: float | None, tone: str = ""
