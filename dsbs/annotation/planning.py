@@ -18,7 +18,7 @@ from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, hold
 from dsbs.progress import NoProgress, Progress
-from dsbs.records.intervals import Rate, wilson
+from dsbs.records.results import Rate, wilson
 from dsbs.records.rows import Example
 from dsbs.run_folder import run_folder
 from dsbs.tasks.load import position

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsbs.records.intervals import Rate, wilson
+from dsbs.records.results import Rate, wilson
 from dsbs.records.rows import Annotation
 from dsbs.tasks.base import Task
 
