@@ -87,26 +87,21 @@ class FeatureTerm(Term):
     def loss(self, inputs: TermInputs) -> Tensor | float:
         """The mean over stacks of the mean over their layer pairs, each a mean over tokens."""
         source_mask, target_mask = _token_masks(inputs)
+        masks = {"encoder": source_mask, "decoder": target_mask}
         # a micro-batch may lack a view, and with loss_mean: micro its counts do
         target_tokens = sum(inputs.step.counts.get(view.target, 0) for view in inputs.views)
+        counts = {"encoder": inputs.step.counts[self.title], "decoder": target_tokens}
         shares = inputs.teacher_shares
         loss: Tensor | float = 0.0
         for projection, linear in inputs.projections[self.title]:
-            teacher = inputs.teachers[projection.teacher]
-            if projection.stack == "encoder":
-                mask, count = source_mask, inputs.step.counts[self.title]
-                student_states = inputs.student.encoder_states
-                teacher_states = teacher.encoder_states
-            else:
-                mask, count = target_mask, target_tokens
-                student_states = inputs.student.decoder_states
-                teacher_states = teacher.decoder_states
-            summed = feature_loss(
-                linear(student_states[projection.student_layer - 1][mask]),
-                teacher_states[projection.teacher_layer - 1][mask],
-            )
+            stack = projection.stack
+            mask = masks[stack]
+            teacher_output = inputs.teachers[projection.teacher]
+            student = inputs.student.states(stack)[projection.student_layer - 1][mask]
+            teacher = teacher_output.states(stack)[projection.teacher_layer - 1][mask]
             share = shares[projection.teacher] / len(self.stacks) / projection.pairs
-            loss = loss + summed * (share / max(1, count))
+            summed = feature_loss(linear(student), teacher)
+            loss = loss + summed * (share / max(1, counts[stack]))
         return loss
 
 

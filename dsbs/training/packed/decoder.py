@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dsbs.training.encode import PackedBatch
 from dsbs.training.losses import IGNORED, summed_nll
-from dsbs.training.packed.t5 import group_by_length
+from dsbs.training.packed.t5 import group_by_length, without_wrapper
 
 Row = tuple[Tensor, Tensor]  # ids of prompt and target
 
@@ -96,8 +96,7 @@ def _group_logits(model: Any, rows: Sequence[Row]) -> Tensor:
     predicts_target = torch.zeros_like(ids, dtype=torch.bool)
     for row_mask, (source, target) in zip(predicts_target, rows, strict=True):
         row_mask[len(source) - 1 : len(source) + len(target) - 1] = True
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with _head_on(predicts_target, inner.get_output_embeddings()):
+    with _head_on(predicts_target, without_wrapper(model).get_output_embeddings()):
         logits: Tensor = model(input_ids=ids.masked_fill(ids == IGNORED, 0), use_cache=False).logits
     return logits
 

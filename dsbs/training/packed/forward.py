@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from dsbs.students import start_token
 from dsbs.training.encode import PackedBatch, pad
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
-from dsbs.training.packed.t5 import TargetBlock, packed_logits
+from dsbs.training.packed.t5 import TargetBlock, packed_logits, without_wrapper
 
 Batch = Mapping[str, PackedBatch]  # by view
 
@@ -39,6 +39,9 @@ class ForwardOutput:
     label_scores: Tensor | None
     """(B, L) log-probability of each label's text in nats; None unless requested, and without a row
     of the first view."""
+
+    def states(self, stack: Literal["encoder", "decoder"]) -> list[Tensor]:
+        return self.encoder_states if stack == "encoder" else self.decoder_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class ForwardRunner:
         hidden_states: bool = False,
         labels: Sequence[Sequence[int]] = (),
     ) -> None:
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = without_wrapper(model)
         self._forward: Callable[..., Any] = model.forward  # before the trainer replaces it
         self._starts: dict[str, int] = {
             view.target: start_token(model.config, view.start) for view in views

@@ -165,10 +165,14 @@ def dropout(x: Tensor, p: float, training: bool, *, rectified: bool = False) -> 
     return dropped
 
 
+def without_wrapper(model: Any) -> Any:
+    """The model inside LoRA's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_t5(model: Any) -> bool:
-    """Whether a model, or the one inside LoRA's wrapper or FSDP's, has T5's architecture."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__.removeprefix("FSDP") in (
+    """Whether a model has T5's architecture, in LoRA's wrapper or FSDP's too."""
+    return type(without_wrapper(model)).__name__.removeprefix("FSDP") in (
         "T5ForConditionalGeneration",
         "MT5ForConditionalGeneration",
     )
