@@ -36,19 +36,20 @@ class ConfidenceTerm(Term):
         return summed / inputs.step.counts[view]
 
 
+TERM = (
+    "train.methods=[finetune, finetune+confidence]",
+    "train.terms=[{kind: confidence, exponent: 2.0, weight: 0.5}]",
+)
+
+
 @pytest.fixture
 def recipe_path(toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(TERMS, "confidence", f"{__name__}:ConfidenceTerm")
-    return toy(
-        train={
-            "methods": ["finetune", "finetune+confidence"],
-            "terms": [{"kind": "confidence", "exponent": 2.0, "weight": 0.5}],
-        }
-    )
+    return toy()
 
 
 def test_a_registered_term_works_in_all_stages(recipe_path: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_path)
+    recipe = load_recipe(recipe_path, TERM)
     run = tmp_path / "run"
     validate(recipe)
     train(recipe, out=run)
