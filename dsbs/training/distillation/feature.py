@@ -37,9 +37,7 @@ class FeatureTerm(Term):
 
     learns_projections: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
-    description: ClassVar[str] = (
-        "It also learned the hidden states of a local teacher."
-    )
+    description: ClassVar[str] = "It also learned the hidden states of a local teacher."
     citation: ClassVar[str] = "Romero et al., 2015, arXiv:1412.6550"
 
     @property

@@ -35,9 +35,7 @@ class LabelsTerm(Term):
     """Divides the log-probabilities; its square multiplies the term."""
 
     needs_label_scores: ClassVar[bool] = True
-    description: ClassVar[str] = (
-        "It also learned a distribution over the labels."
-    )
+    description: ClassVar[str] = "It also learned a distribution over the labels."
     citation: ClassVar[str] = "Hinton et al., 2015, arXiv:1503.02531"
 
     @property

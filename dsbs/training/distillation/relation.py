@@ -32,7 +32,9 @@ class RelationTerm(Term):
 
     is_of_one_pass: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
-    description: ClassVar[str] = "It also learned how a local teacher relates examples to each other."
+    description: ClassVar[str] = (
+        "It also learned how a local teacher relates examples to each other."
+    )
     citation: ClassVar[str] = "Park et al., 2019, arXiv:1904.05068"
 
     @model_validator(mode="after")
