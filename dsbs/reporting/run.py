@@ -78,11 +78,16 @@ def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:
 
     Raises UserError if the run was not evaluated.
     """
-    return report_runs([run_folder(recipe, out)]).page
+    return report_runs([run_folder(recipe, out)])
 
 
-def report_runs(folders: Sequence[str | Path], *, out: str | Path | None = None) -> Report:
-    """Report one or several run folders on one page.
+def report_runs(folders: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
+    """Write one page for one or several run folders and return its path. See ``write_report``."""
+    return write_report(folders, out=out).page
+
+
+def write_report(folders: Sequence[str | Path], *, out: str | Path | None = None) -> Report:
+    """Write the page of one or several run folders, and the files beside it.
 
     ``out`` is the folder to write to. Its default is the run folder of a single run, or
     ``runs/report-<names>`` for several. Raises UserError for a folder without results, and for one

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import make_run
+from sample_run import make_run
 
 from dsbs.reporting.run import PAGE_BYTES, report_runs
 
@@ -63,7 +63,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    return report_runs([make_run(folder / "made", texts=HOSTILE)]).page
+    return report_runs([make_run(folder / "made", texts=HOSTILE)])
 
 
 @contextmanager
@@ -214,7 +214,7 @@ def test_ten_thousand_examples_fit_and_are_all_reached(browser: Browser, tmp_pat
     run = make_run(
         tmp_path / "run", rows=10_000, seeds=(0,), texts={9_999: "the very last row"}, prose=prose
     )
-    path = report_runs([run]).page
+    path = report_runs([run])
     assert path.stat().st_size < PAGE_BYTES
     with opened(browser, path) as page:
         expect(page.locator("#row-count")).to_have_text("10,000 of 10,000 rows")
