@@ -24,7 +24,7 @@ from dsbs.annotation.deriving import look_up, spent_before
 from dsbs.annotation.store import ReplyStore, budget
 from dsbs.annotation.summary import SplitSummary
 from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.files import atomic, canonical_json, open_text, read_jsonl, write_json
+from dsbs.files import atomic_write, canonical_json, open_text, read_jsonl, write_json
 from dsbs.progress import Progress, running
 
 _FILE_BYTES = 180 << 20  # of one batch file; providers take 200 MB
@@ -189,7 +189,10 @@ def write_batches(
         here = folder / f"{number:04d}"
         token = f"dsbs-{uuid.uuid4().hex[:16]}"
         lines = written = 0
-        with atomic(here / "requests.jsonl") as requests, atomic(here / "keys.jsonl") as keys:
+        with (
+            atomic_write(here / "requests.jsonl") as requests,
+            atomic_write(here / "keys.jsonl") as keys,
+        ):
             while (
                 one is not None
                 and lines < work.recipe.annotate.batch.max_requests
@@ -399,7 +402,7 @@ class _Provider:
             path = batch.folder / f"{name}.jsonl"
             with self._speaking():
                 text = self._client.files.content(file_id).text
-            with atomic(path) as file:
+            with atomic_write(path) as file:
                 file.write(text if text.endswith("\n") or not text else text + "\n")
             more, bad = batch.take(path, store)
             taken, failed = taken + more, failed + bad
@@ -459,7 +462,7 @@ def export(work: Annotator, store: ReplyStore, folder: Path, path: Path) -> int:
     if path.exists():
         raise UserError(f"{path} is there already", hint="name another file, or move it away")
     gathering = PendingRequests(work, store, set())
-    with atomic(path) as file:  # before anything else: it may not be possible there
+    with atomic_write(path) as file:  # before anything else: it may not be possible there
         batches = write_batches(work, gathering, folder, "exported")
         for batch in batches:
             with (batch.folder / "requests.jsonl").open(encoding="utf-8", newline="\n") as lines:

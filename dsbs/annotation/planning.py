@@ -16,11 +16,11 @@ from dsbs.annotation.run import buy_online, open_store, shard_folder, store_file
 from dsbs.annotation.summary import SplitSummary
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.files import canonical_json, hold
+from dsbs.files import canonical_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.intervals import Rate, wilson
 from dsbs.records.rows import Example
-from dsbs.run_folder import run_folder
+from dsbs.run_folder import RunFolder, run_folder
 from dsbs.tasks.load import position
 
 ASSUMED_SECONDS = 3.0  # of a reply, while none has been timed
@@ -194,7 +194,7 @@ def annotate_sample(
     if not is_asked(recipe.teacher.kind):
         write(work, recalled(work, teacher, sample, recipe.annotate.splits[0]), path, summary)
         return summary, None
-    with hold(run / "annotate"), open_store(run) as store:
+    with RunFolder(run).lock("annotate"), open_store(run) as store:
         title = path.stem
         stopped = wait_for(
             buy_online(

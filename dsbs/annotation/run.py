@@ -20,10 +20,10 @@ from dsbs.annotation.store import ReplyStore
 from dsbs.annotation.summary import AnnotateResult, SplitSummary
 from dsbs.config import Recipe
 from dsbs.errors import PartialError, UserError
-from dsbs.files import hold, manifest
 from dsbs.progress import NoProgress, Progress, running
+from dsbs.prompting import source_fingerprint
 from dsbs.records.rows import Example
-from dsbs.run_folder import annotation_file, run_folder, source_fingerprint
+from dsbs.run_folder import RunFolder, annotation_file, run_folder
 from dsbs.tasks.load import survey
 
 Buying = Literal["online", "batch", "nothing"]  # how replies that the store lacks are come by
@@ -64,11 +64,9 @@ def annotate(
     if isinstance(teacher, EnsembleTeacher):
         teacher.refuse(whole)
     with (
-        hold(run / "annotate"),
-        manifest(
-            run / "annotate" / "manifest.json",
-            recipe.model_dump(mode="json"),
-            {split: found.hash for split, found in surveys.items()},
+        RunFolder(run).lock("annotate"),
+        RunFolder(run).record(
+            "annotate", recipe, {split: found.hash for split, found in surveys.items()}
         ) as record,
     ):
         record["prompt"] = work.prompt.model_dump(mode="json") if work.prompt is not None else None
@@ -132,7 +130,7 @@ def export_batch(recipe: Recipe, path: Path, *, out: str | Path | None = None) -
             hint="run without --batch-export",
         )
     work, run = Annotator(recipe), run_folder(recipe, out)
-    with hold(run / "annotate"), open_store(run) as store:
+    with RunFolder(run).lock("annotate"), open_store(run) as store:
         return export(work, store, run / "annotate" / "batches", path)
 
 

@@ -64,13 +64,13 @@ def export(
 
 def _texts(student: str, file: str) -> list[str]:
     """Inputs without prefix, of lines that are text or JSON rows as the student's data had them."""
-    from dsbs.files import find, open_text
+    from dsbs.files import find_file, open_text
     from dsbs.students import read_card
     from dsbs.tasks import make_task
 
     task = make_task(read_card(student).task)
     texts = []
-    with open_text(find(file, what="examples", hint="give a text or JSONL file")) as lines:
+    with open_text(find_file(file, what="examples", hint="give a text or JSONL file")) as lines:
         for number, line in enumerate(lines, 1):
             text = line.strip()
             if text.startswith("{"):

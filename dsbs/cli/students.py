@@ -337,6 +337,6 @@ def _stdin() -> Iterator[Any]:
 
 
 def _existing(file: str) -> Path:
-    from dsbs.files import find
+    from dsbs.files import find_file
 
-    return find(file, what="input file", hint="give a text or JSONL file, or - for stdin")
+    return find_file(file, what="input file", hint="give a text or JSONL file, or - for stdin")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from dsbs.config.terms import base_of, names_of_terms
 from dsbs.errors import UserError
-from dsbs.files import atomic
+from dsbs.files import atomic_write
 from dsbs.formatting import (
     confidence_interval,
     escape_markdown,
@@ -89,7 +89,7 @@ def write_cards(run: Run) -> list[Path]:
                     "%s was written or edited by hand and is left as it is", path
                 )
                 continue
-            with atomic(path) as file:
+            with atomic_write(path) as file:
                 file.write(card(run, system, seed))
             written.append(path)
     return written

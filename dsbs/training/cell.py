@@ -11,10 +11,10 @@ from typing import Any
 
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, PartialError
-from dsbs.files import canonical_json, digest, now, room, versions
+from dsbs.files import canonical_json, digest, full_disk_as_partial, now, versions
 from dsbs.progress import Progress, running
+from dsbs.prompting import learned_source
 from dsbs.records.rows import TrainedStudent
-from dsbs.run_folder import learned_source
 from dsbs.students import Student, StudentCard, load_model, new_model, start_hash, tokenizer_hash
 from dsbs.tasks import make_task
 from dsbs.training import memory
@@ -113,7 +113,7 @@ class CellTraining:
         if folder.is_finished():
             return folder.record()
         try:
-            with room(
+            with full_disk_as_partial(
                 folder.path,
                 "free some space, then run the same command: it goes on from the last checkpoint",
             ):

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dsbs.files import aside, set_aside, write_json
+from dsbs.files import write_json
 from dsbs.records.rows import TrainedStudent
+from dsbs.run_folder import RunFolder
 from dsbs.training.checkpoints import last_checkpoint
 from dsbs.training.tune import RECORD, Job, adopt
 
@@ -35,17 +36,12 @@ class StudentFolder:
 
     def make_room(self) -> None:
         """Another recipe's or other data's student under this name moves aside, and ours comes back if it was aside."""
-        try:
-            there = _fingerprint(self.path)
-        except (OSError, ValueError, KeyError):
-            there = None
+        there = _mark(self.path)
         if there == self.fingerprint:
             return
         if self.path.exists():
-            set_aside(self.path, there or "unknown")
-        mine = aside(self.path, self.fingerprint)
-        if mine.exists():
-            mine.rename(self.path)
+            RunFolder.set_aside(self.path, there)
+        RunFolder.take_back(self.path, self.fingerprint, _mark)
 
     def begin(self, changes: Mapping[str, Any]) -> None:
         """Say whose folder it is. Where tuning has trained this very student, the trial becomes it, its record changed so."""
@@ -78,6 +74,14 @@ class StudentFolder:
     def _said(self) -> dict[str, Any]:
         said: dict[str, Any] = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
         return said
+
+
+def _mark(folder: Path) -> str | None:
+    """The fingerprint of a student's folder; None where it has none."""
+    try:
+        return _fingerprint(folder)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _fingerprint(folder: Path) -> str:

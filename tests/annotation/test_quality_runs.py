@@ -117,7 +117,8 @@ def test_hinted_rationales_teach_beside_gold_labels_only(
 def test_the_labels_log_probability_is_kept_and_selects(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from dsbs.run_folder import load_annotations
+    from dsbs.prompting import source_fingerprint
+    from dsbs.run_folder import RunFolder
     from dsbs.tasks import make_task
     from dsbs.training.select import select
 
@@ -144,7 +145,7 @@ def test_the_labels_log_probability_is_kept_and_selects(
     rows = read(tmp_path / "run")
     assert [row["label_logprob"] for row in rows] == [-0.25, -2.5] * 3
     task = make_task(recipe.task)
-    found = load_annotations(recipe, task, tmp_path / "run", "train")
+    found = RunFolder(tmp_path / "run").load_annotations("train", source_fingerprint(recipe, task))
     assert set(select(found.values(), recipe.train.select, task)) == {"r0", "r2", "r4"}
 
 

@@ -20,7 +20,7 @@ from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json
 from dsbs.records.rows import Annotation, Example, Sample, TeacherName
-from dsbs.run_folder import annotation_file, member_folder, read_annotations, read_manifest
+from dsbs.run_folder import RunFolder, annotation_file, read_annotations, read_manifest
 from dsbs.tasks import make_task
 
 _OF_TASK = (
@@ -50,7 +50,7 @@ def read_members(recipe: Recipe) -> list[Member]:
     """The recipe's members, by their manifests. Raises UserError for a run that is missing, unfinished, or of another task."""
     found: list[Member] = []
     for section in recipe.teacher.members:
-        folder = member_folder(recipe, section)
+        folder = RunFolder.of_member(recipe, section).path
         record = read_manifest(folder / "annotate")
         again = f"run `dsbs annotate` with the recipe of {section.run} first"
         if not record:

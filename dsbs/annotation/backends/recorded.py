@@ -7,7 +7,7 @@ import sqlite3
 from dsbs.annotation.backends.base import Reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.files import find, read_jsonl
+from dsbs.files import find_file, read_jsonl
 from dsbs.records.rows import Example
 
 
@@ -18,7 +18,7 @@ class RecordedTeacher:
         self._by_id: sqlite3.Connection | None = None
         if recipe.teacher.completions is None:
             return
-        path = find(
+        path = find_file(
             recipe.teacher.completions,
             what="completions file",
             hint="check teacher.completions",

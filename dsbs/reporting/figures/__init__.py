@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsbs.files import atomic
+from dsbs.files import atomic_write
 from dsbs.reporting.figures.calibration import recall, reliability
 from dsbs.reporting.figures.canvas import Figure, is_ours
 from dsbs.reporting.figures.cost import pay_off, speed
@@ -30,7 +30,7 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
     """Write each figure as an SVG file that stands alone; files of figures that are no more are removed."""
     paths = [folder / f"{figure.name}.svg" for figure in figures]
     for path, figure in zip(paths, figures, strict=True):
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             file.write(figure.alone)
     for path in set(folder.glob("*.svg")) - set(paths):
         if is_ours(path):
