@@ -193,7 +193,7 @@ def test_requests_go_out_by_file_and_their_output_comes_back(
     )
     result = run_dsbs("annotate", str(path), "teacher.base_url=http://127.0.0.1:9/v1", "--out", str(tmp_path / "run"),
                       "--batch-import", str(tmp_path / "out.jsonl"), cwd=tmp_path)  # fmt: skip
-    assert result.returncode == 3 and "1 rows got no reply" in result.stderr
+    assert result.returncode == 3 and "1 row got no reply" in result.stderr
     assert sum(row["accepted"] for row in rows(tmp_path / "run")) == 6
     assert "9 replies taken" in result.stderr
 

@@ -215,7 +215,7 @@ def test_the_pilot_as_a_command(toy: Callable[..., Path], tmp_path: Path) -> Non
     assert (
         "parse rate 100.0 %" in result.stdout
         and "All 14 rows" in result.stdout
-        and "of unknown price" in result.stdout
+        and "price unknown" in result.stdout
     )
 
 

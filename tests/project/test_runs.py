@@ -44,7 +44,7 @@ def test_a_finished_run_shows_its_stages_students_and_headline(tmp_path: Path) -
     done = run_dsbs("ls", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if "made" in line]
-    assert "62.0 % [54.0, 70.0]" in line and "+7.0 [+1.0, +13.0] to finetune-gold" in line
+    assert "62.0% [54.0, 70.0]" in line and "+7.0 [+1.0, +13.0] to finetune-gold" in line
 
 
 def test_a_stage_that_says_running_is_running_only_while_its_lock_is_held(tmp_path: Path) -> None:
