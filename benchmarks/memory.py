@@ -49,7 +49,7 @@ def measure(shape: str, optimizer: str, *, checkpointing: bool, padding: str) ->
     from dsbs.config import TrainSection
     from dsbs.training.cost import peak_memory
     from dsbs.training.encode import Encoded, collate
-    from dsbs.training.methods import METHODS
+    from dsbs.training.methods import method_of
     from dsbs.training.trainer import StepTrainer
 
     def tokens(row: Encoded) -> int:
@@ -74,7 +74,7 @@ def measure(shape: str, optimizer: str, *, checkpointing: bool, padding: str) ->
                 use_cpu=not torch.cuda.is_available(),
             ),
             train_dataset=short + longest, data_collator=collate, validate=dict, section=section,
-            views=METHODS["step-by-step"].views(section),
+            views=method_of("step-by-step").views(section),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         began = time.perf_counter()

@@ -37,7 +37,7 @@ from dsbs.students import learn_vocabulary, new_model
 from dsbs.tasks.load import stream
 from dsbs.training.encode import Encoded, collate, pad
 from dsbs.training.losses import summed_nll
-from dsbs.training.methods import METHODS
+from dsbs.training.methods import method_of
 from dsbs.training.trainer import StepTrainer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "esnli"
@@ -72,7 +72,7 @@ def rows(count: int) -> tuple[dict[str, list[Encoded]], Any]:
 
     encoded: dict[str, list[Encoded]] = {}
     for kind, section in SECTIONS.items():
-        label_view, rationale_view = METHODS["step-by-step"].views(section)
+        label_view, rationale_view = method_of("step-by-step").views(section)
         encoded[kind] = [
             {
                 "label": [(ids(label_view.prefix + text), ids(label))],
@@ -144,7 +144,7 @@ def run(
         trainer: Any = PlainFormat(data_collator=padded, train_dataset=data["dsbs"], **how)
     else:
         section = SECTIONS[kind]
-        views = METHODS["step-by-step"].views(section)
+        views = method_of("step-by-step").views(section)
         how |= {"train_dataset": data[kind], "views": views, "section": section}
         trainer = StepTrainer(data_collator=collate, validate=dict, **how)
     trainer.remove_callback(PrinterCallback)
@@ -155,13 +155,13 @@ def run(
 def same_loss(data: list[Encoded], tokenizer: Any) -> tuple[float, float]:
     """The two objectives on one batch, without dropout."""
     from dsbs.training.losses import weighted_loss
-    from dsbs.training.trainer import speak
+    from dsbs.training.trainer import patch_forward
 
     model = model_of("nano", tokenizer).eval()
     batch = collate(data[:16])
     plain = sum(0.5 * float(model(**pad(flat, 0, 0)).loss.detach()) for flat in batch.values())
-    speak(model, METHODS["step-by-step"].views(SECTIONS["dsbs"]), without_padding=True)
-    counts = {name: float(len(flat["target"])) for name, flat in batch.items()}
+    patch_forward(model, method_of("step-by-step").views(SECTIONS["dsbs"]), without_padding=True)
+    counts = {name: float(len(flat.target)) for name, flat in batch.items()}
     ours = float(
         weighted_loss(model(batch=batch), counts, {"label": 1.0, "rationale": 1.0}).detach()
     )
@@ -173,10 +173,12 @@ def profile(kind: str, data: list[Encoded], tokenizer: Any) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
 
-    from dsbs.training.trainer import speak
+    from dsbs.training.trainer import patch_forward
 
     model = model_of("nano", tokenizer).train()
-    speak(model, METHODS["step-by-step"].views(SECTIONS["dsbs"]), without_padding=kind == "dsbs")
+    patch_forward(
+        model, method_of("step-by-step").views(SECTIONS["dsbs"]), without_padding=kind == "dsbs"
+    )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with recording(activities=[ProfilerActivity.CPU]) as found:
         for i in range(3):

@@ -21,7 +21,7 @@ from transformers import (
 from dsbs.config import DataSection, TaskSection
 from dsbs.students import Student, StudentCard, Target
 from dsbs.training.encode import collate
-from dsbs.training.packed.decoder import summed
+from dsbs.training.packed.decoder import summed_losses
 
 CHAT = (
     "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' + m['content'] + '<|over|>' + '\n' }}{% endfor %}"
@@ -107,7 +107,7 @@ def taught(
     batch = collate([{"label": [pair]} for pair in zip(sources, targets, strict=True)])
     optimizer = torch.optim.AdamW(own.model.parameters(), lr=1e-2)
     for _ in range(25):
-        (summed(own.model, batch, without_padding=False)["label"] / 100).backward()
+        (summed_losses(own.model, batch, without_padding=False)["label"] / 100).backward()
         optimizer.step()
         optimizer.zero_grad()
     return student

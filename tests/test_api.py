@@ -10,7 +10,7 @@ def test_stage_functions_stay_callable_after_their_packages_are_imported() -> No
     code = (
         "import dsbs\n"
         "from dsbs.annotation.parse import parse_reply\n"
-        "from dsbs.training.methods import METHODS\n"
+        "from dsbs.config.registry import METHODS\n"
         "import dsbs.reporting.run\n"
         "assert callable(dsbs.annotate) and callable(dsbs.train) and callable(dsbs.report) and callable(dsbs.evaluate)\n"
         "from dsbs import annotate\n"

@@ -47,8 +47,8 @@ def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
 
 
 def test_what_training_would_refuse_is_refused_here(toy: Callable[..., Path]) -> None:
-    terms = ["train.methods=finetune+consistency", "train.terms=[{kind: consistency}]"]
-    with pytest.raises(UserError, match="writes none after a rationale"):
+    terms = ["train.methods=rationale-then-label+labels", "train.terms=[{kind: labels}]"]
+    with pytest.raises(UserError, match="writes them beside a rationale"):
         validate(load_recipe(toy(), terms))
 
 

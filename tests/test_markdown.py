@@ -8,7 +8,7 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from dsbs.formatting import escape, one_line, paragraph, table
+from dsbs.formatting import escape_markdown, markdown_paragraph, markdown_table, one_line
 
 PARSER = MarkdownIt(
     "gfm-like", {"linkify": False}
@@ -38,22 +38,22 @@ def shown(page: str) -> str:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_is_shown_as_it_is(text: str) -> None:
-    assert PARSER.render(paragraph(text)).startswith("<p>")
-    assert shown(paragraph(text)) == text
+    assert PARSER.render(markdown_paragraph(text)).startswith("<p>")
+    assert shown(markdown_paragraph(text)) == text
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_cell_stays_one_cell(text: str) -> None:
-    page = "\n".join(table(["a", "b"], [[escape(text), "end"]]))
+    page = "\n".join(markdown_table(["a", "b"], [[escape_markdown(text), "end"]]))
     cells = re.findall(r"<td>(.*?)</td>", PARSER.render(page), flags=re.DOTALL)
     assert [html.unescape(cell) for cell in cells] == [text, "end"]
 
 
 def test_bare_addresses_make_no_links() -> None:
-    assert escape("see https://a.b and www.c.d") == "see https\\://a.b and www\\.c.d"
+    assert escape_markdown("see https://a.b and www.c.d") == "see https\\://a.b and www\\.c.d"
 
 
 def test_line_ends_and_turning_characters_do_not_come_through() -> None:
     assert one_line("a\r\nb\u2028c\x00d\ud800e\tf") == "a b c d e f"
     assert one_line("\u202eevil") == "\ufffdevil"
-    assert one_line("x" * 50, most=10) == "x" * 9 + "…"
+    assert one_line("x" * 50, max_length=10) == "x" * 9 + "…"

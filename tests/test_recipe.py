@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from dsbs.config import METHOD_NAMES, TASK_NAMES, Recipe, Section, StudentSection
+from dsbs.config import Recipe, Section, StudentSection, TermSettings, registry
 from dsbs.config.load import load_recipe
+from dsbs.config.schema import recipe_schema
 from dsbs.errors import UserError
-from dsbs.tasks import TASKS
-from dsbs.training.methods import METHODS
 
 PLAIN = """\
 task:
@@ -384,9 +383,50 @@ def test_a_base_url_that_is_no_http_url_is_refused(written: Written, url: str) -
 # --- what ships
 
 
-def test_the_names_that_a_recipe_knows_are_those_of_the_registries() -> None:
-    assert set(METHOD_NAMES) == set(METHODS)
-    assert set(TASK_NAMES) == set(TASKS)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        registry.TASKS,
+        registry.TEACHERS,
+        registry.METHODS,
+        registry.TERMS,
+        registry.METRICS,
+        registry.COMPRESSION_STEPS,
+        registry.EXPORT_FORMATS,
+        registry.BACKENDS,
+    ],
+)
+def test_every_registered_name_resolves(kinds: dict[Any, str]) -> None:
+    for name in kinds:
+        assert registry.entry(kinds, name) is not None
+
+
+class ToyTerm(TermSettings):
+    """Settings of a kind that a test registers."""
+
+    slope: float = Field(2.0, gt=0)  # of nothing
+
+
+def test_a_kind_that_is_registered_is_valid_in_a_recipe(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.METHODS, "toy", "dsbs.training.methods:FINETUNE")
+    monkeypatch.setitem(registry.TEACHERS, "toy", "dsbs.annotation.backends.human:HumanTeacher")
+    monkeypatch.setitem(registry.TERMS, "toy", f"{__name__}:ToyTerm")
+    monkeypatch.setitem(registry.TASKS, "toy", "dsbs.tasks.svamp:Svamp")
+    recipe = load_recipe(
+        written(PLAIN),
+        [
+            "train.methods=[toy, toy+toy]",
+            "train.terms=[{kind: toy, slope: 3}]",
+            "teacher.kind=toy",
+            "task={name: toy, data: {train: rows.jsonl}}",
+        ],
+    )
+    (term,) = recipe.train.terms_of("toy+toy")
+    assert isinstance(term, ToyTerm) and term.slope == 3
+    assert recipe.model_dump(mode="json")["train"]["terms"][0]["slope"] == 3
+    assert "toy" in str(recipe_schema())
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from dsbs.cli.common import (
     progress,
 )
 from dsbs.errors import PartialError, UserError
+from dsbs.formatting import count, dollars, duration, listing, rate
 
 if TYPE_CHECKING:
     from dsbs.annotation.planning import PilotResult, Plan
@@ -140,23 +141,25 @@ def _print_export(requests: int, file: Path, as_json: bool) -> None:
     if as_json:
         print_json({"requests": requests, "file": str(file)})
     else:
-        print(f"{requests} requests: {file}")
+        print(f"{count(requests, 'request')}: {file}")
 
 
 def print_annotate_plan(plan: Plan) -> None:
     source = "assumed; a pilot measures it"
     if plan.is_timed:
         source = "the mean of earlier replies"
+    cost = dollars(plan.usd)
+    if plan.usd is not None:
+        cost = f"at most {cost}"
     print(f"The first prompt:\n{indent(plan.first_prompt)}\n")
-    print(
-        f"{plan.rows} rows: at most {plan.requests} requests to send, {plan.cached} replies cached"
-    )
+    requests = count(plan.requests, "request")
+    print(f"{count(plan.rows, 'row')}: at most {requests} to send, {plan.cached:,} replies cached")
     print(
         f"about {plan.prompt_tokens:,} prompt tokens (at four characters each) and at most "
-        f"{plan.max_completion_tokens:,} completion tokens; {_cost_limit(plan.usd)}"
+        f"{plan.max_completion_tokens:,} completion tokens; {cost}"
     )
     print(
-        f"about {_duration(plan.seconds)} at {plan.seconds_a_reply:.1f} s per reply ({source}); "
+        f"about {duration(plan.seconds)} at {plan.seconds_a_reply:.1f} s per reply ({source}); "
         "nothing was sent"
     )
 
@@ -165,15 +168,13 @@ def _print_pilot(result: PilotResult, as_json: bool) -> None:
     if as_json:
         print_json(result.as_json())
         return
-    from dsbs.records.intervals import percent
-
     _print_split("pilot", result.summary)
-    print(f"  parse rate {percent(result.parse_rate)}")
+    print(f"  parse rate {rate(result.parse_rate)}")
     print(f"annotations: {result.path}")
-    cost = "price unknown"
+    cost = dollars(result.projected_usd)
     if result.projected_usd is not None:
-        cost = f"about {_dollars(result.projected_usd)}"
-    print(f"All {result.rows} rows: {cost}, about {_duration(result.projected_seconds)}.")
+        cost = f"about {cost}"
+    print(f"All {count(result.rows, 'row')}: {cost}, about {duration(result.projected_seconds)}.")
     print("Run without --pilot to continue: replies of the pilot are reused, not bought again.")
 
 
@@ -196,50 +197,30 @@ def check_complete(result: AnnotateResult) -> None:
     """Raises PartialError where rows got no reply and the same command would ask for them again."""
     missing = sum(summary.rejected["no-reply"] for summary in result.splits.values())
     if missing and result.can_go_on:
-        rows = "1 row" if missing == 1 else f"{missing} rows"
         raise PartialError(
-            f"{rows} got no reply", hint="run the same command again: it asks for these rows only"
+            f"{count(missing, 'row')} got no reply",
+            hint="run the same command again: it asks for these rows only",
         )
 
 
 def _print_split(name: str, summary: SplitSummary) -> None:
-    from dsbs.records.intervals import percent
-
-    rejected = _counts(summary.rejected) or "none"
-    print(f"{name}: {summary.rows} rows, {summary.accepted} accepted; rejected: {rejected}")
-    overall = percent(summary.label_accuracy)
-    accepted = percent(summary.label_accuracy_accepted)
+    rejected = listing(summary.rejected) or "none"
+    print(
+        f"{name}: {count(summary.rows, 'row')}, {summary.accepted:,} accepted; rejected: {rejected}"
+    )
+    overall = rate(summary.label_accuracy)
+    accepted = rate(summary.label_accuracy_accepted)
     print(f"  label accuracy {overall}, of accepted rows {accepted}")
     if summary.hinted:
-        print(f"  with a hint: {_counts(summary.hinted)}")
-    requests = f"{summary.requests} requests"
+        print(f"  with a hint: {listing(summary.hinted)}")
+    requests = count(summary.requests, "request")
     if summary.wasted:
-        requests += f", {sum(summary.wasted.values())} of them wasted ({_counts(summary.wasted)})"
+        requests += f", {sum(summary.wasted.values())} of them wasted ({listing(summary.wasted)})"
     prompt = f"{summary.prompt_tokens:,} prompt"
     if summary.cached_tokens:
         prompt += f" ({summary.cached_tokens:,} from the provider's cache)"
-    cost = "price unknown" if summary.usd is None else _dollars(summary.usd)
     print(
-        f"  {requests}, {summary.cached} cached; {prompt} and "
-        f"{summary.completion_tokens:,} completion tokens, {cost}; {summary.wall_s:.1f} s"
+        f"  {requests}, {summary.cached:,} cached; {prompt} and "
+        f"{summary.completion_tokens:,} completion tokens, {dollars(summary.usd)}; "
+        f"{duration(summary.wall_s)}"
     )
-
-
-def _counts(counts: Mapping[Any, int]) -> str:
-    return ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
-
-
-def _dollars(usd: float) -> str:
-    return f"{usd:.4f} dollars"
-
-
-def _cost_limit(usd: float | None) -> str:
-    return "price unknown" if usd is None else f"at most {_dollars(usd)}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -18,6 +18,7 @@ from dsbs.cli.common import (
     progress,
 )
 from dsbs.errors import UserError
+from dsbs.formatting import ABSENT, count, dollars, p_value, percent, points_number, rate
 
 if TYPE_CHECKING:
     from dsbs.config import Recipe
@@ -28,7 +29,7 @@ HEADINGS = (
     "label accuracy",
     "to the first (Holm)",
     "parse rate",
-    "dollars/rationale",
+    "price/rationale",
     "s/reply",
     "agrees with",
 )
@@ -77,24 +78,27 @@ def _recipes(recipe: str, teachers: list[str], overrides: list[str]) -> dict[str
 
 
 def _print_result(result: TeacherComparison) -> None:
-    from dsbs.records.intervals import percent
-
     rows = []
     for contender in result.contenders:
-        versus = result.versus.get(contender.name)
         usd = contender.usd_a_rationale
         seconds = contender.seconds_a_reply
         agreement = result.agreement[contender.name].items()
         rows.append(
             [
                 contender.name,
-                percent(contender.summary.label_accuracy),
-                f"{100 * versus['delta']:+.1f} (p {versus['p_holm']:.3f})" if versus else "–",
-                percent(contender.parse_rate),
-                "–" if usd is None else f"{usd:.6f}",
-                "–" if seconds is None else f"{seconds:.2f}",
-                ", ".join(f"{other} {100 * share:.0f}%" for other, share in agreement),
+                rate(contender.summary.label_accuracy),
+                _difference(result.versus.get(contender.name)),
+                rate(contender.parse_rate),
+                ABSENT if usd is None else dollars(usd),
+                ABSENT if seconds is None else f"{seconds:.2f}",
+                ", ".join(f"{other} {percent(share)}" for other, share in agreement),
             ]
         )
-    print_table(HEADINGS, rows, title=f"{result.rows} rows, {result.with_gold} with gold")
+    print_table(HEADINGS, rows, title=f"{count(result.rows, 'row')}, {result.with_gold} with gold")
     print(f"figures: {result.path}")
+
+
+def _difference(versus: dict[str, float] | None) -> str:
+    if versus is None:
+        return ABSENT
+    return f"{points_number(versus['delta'])} ({p_value(versus['p_holm'])})"

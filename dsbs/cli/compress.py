@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsbs.cli.common import DryRun, Json, print_json, print_table, progress
+from dsbs.formatting import count
 
 if TYPE_CHECKING:
     from dsbs.compression.run import CompressResult
@@ -109,19 +110,19 @@ def _print_plan(
     if as_json:
         print_json({"steps": lines})
         return
-    for line in lines:
+    for step in steps:
         state = "no healing"
-        if line["done"]:
+        if step.done:
             state = "already done"
-        elif line["healing_steps"]:
-            state = f"{line['healing_steps']} steps of healing"
-        print(f"{line['name']}: {state}; {line['path']}")
+        elif step.healing_steps:
+            state = f"{count(step.healing_steps, 'step')} of healing"
+        print(f"{'+'.join(step.chain)}: {state}; {step.folder}")
 
 
 def _print_steps(result: CompressResult) -> None:
     from dsbs.compression.table import HEADINGS, cells, original_cells
 
     rows = [original_cells(result.steps[-1].original), *map(cells, result.steps)]
-    title = f"{result.origin.student.name} on {result.steps[0].n} rows of valid"
+    title = f"{result.origin.student.name} on {count(result.steps[0].n, 'row')} of valid"
     print_table(HEADINGS, rows, title=title, numeric=True)
     print(f"students: {', '.join(map(str, result.folders))}")

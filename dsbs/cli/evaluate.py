@@ -19,6 +19,7 @@ from dsbs.cli.common import (
     progress,
 )
 from dsbs.errors import GateError
+from dsbs.formatting import count
 
 if TYPE_CHECKING:
     from dsbs.records.results import Results
@@ -80,10 +81,10 @@ def evaluate(
 
 
 def print_results(results: Results) -> None:
-    from dsbs.records.summary import cells, headline
+    from dsbs.records.summary import headline, headline_details, results_table
 
     print_smoke_warning(results.reportable)
-    headings, rows = cells(results)
-    print_table(headings, rows, title=f"{results.split}, {results.n} rows", numeric=True)
-    print(headline(results))
+    headings, rows = results_table(results)
+    print_table(headings, rows, title=f"{results.split}, {count(results.n, 'row')}", numeric=True)
+    print(" ".join([headline(results), *headline_details(results)]))
     print(f"results: {Path(results.run) / 'eval' / 'results.json'}")

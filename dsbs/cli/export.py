@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsbs.cli.common import Json, print_json, progress, read_rows
+from dsbs.formatting import count, megabytes, percent
 
 if TYPE_CHECKING:
     from dsbs.exporting.exported import Exported
@@ -58,15 +59,18 @@ def export(
 def _print_export(exported: Exported) -> None:
     check = exported.equivalence
     print(
-        f"{exported.path}: {exported.format} {exported.quantize}, {exported.megabytes:.2f} MB, "
+        f"{exported.path}: {exported.format} {exported.quantize}, {megabytes(exported.megabytes)}, "
         f"{exported.smaller:.1f} times smaller"
     )
-    figures = [f"{100 * check.greedy_agreement:.1f}% of greedy outputs equal"]
+    figures = [f"{percent(check.greedy_agreement)} of greedy outputs equal"]
     if check.beam_agreement is not None:
-        figures.append(f"{100 * check.beam_agreement:.1f}% with beam search")
+        figures.append(f"{percent(check.beam_agreement)} with beam search")
     if check.score_difference is not None:
         figures.append(f"log-probabilities within {check.score_difference:.2g} nats")
-    print(f"compared with transformers on {check.rows} rows ({check.source}): {', '.join(figures)}")
+    print(
+        f"compared with transformers on {count(check.rows, 'row')} ({check.source}): "
+        f"{', '.join(figures)}"
+    )
     print(f"try: python {exported.path / 'predict.py'}, which reads one text per line from stdin")
 
 

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsbs.cli.common import Json, print_json, print_table
+from dsbs.formatting import ABSENT, interval, percent, points_number, signed_interval
 
 if TYPE_CHECKING:
     from dsbs.project.runs import RunState
-
-_NONE = "–"
 
 
 def ls(
@@ -54,30 +53,30 @@ def _print_runs(runs: list[RunState]) -> None:
     for run in runs:
         row = [
             run.name,
-            run.stages["annotate"] or _NONE,
-            run.stages["train"] or _NONE,
+            run.stages["annotate"] or ABSENT,
+            run.stages["train"] or ABSENT,
             _students(run),
-            run.stages["eval"] or _NONE,
+            run.stages["eval"] or ABSENT,
             _local_time(run.when),
             *_headline(run),
         ]
         if with_others:
             counts = ", ".join(f"{count} {name}" for name, count in run.beside.items())
-            row.insert(4, counts or _NONE)
+            row.insert(4, counts or ABSENT)
         rows.append(row)
     print_table(headings, rows)
 
 
 def _students(run: RunState) -> str:
     if not run.stages["train"]:
-        return _NONE
+        return ABSENT
     planned = "?" if run.planned is None else str(run.planned)
     return f"{run.finished}/{planned}"
 
 
 def _local_time(when: str | None) -> str:
     if when is None:
-        return _NONE
+        return ABSENT
     return datetime.fromisoformat(when).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
@@ -85,14 +84,13 @@ def _headline(run: RunState) -> tuple[str, str, str]:
     """The headline system, its accuracy, and its difference to the first baseline."""
     headline = run.headline
     if headline is None:
-        return ("see below" if run.problems else _NONE, _NONE, _NONE)
-    low, high = (100 * end for end in headline.ci95)
-    accuracy = f"{100 * headline.accuracy:.1f}% [{low:.1f}, {high:.1f}]"
+        return ("see below" if run.problems else ABSENT, ABSENT, ABSENT)
+    accuracy = f"{percent(headline.accuracy)} {interval(headline.ci95)}"
     system = headline.system
     if not run.reportable:
         system += " (smoke: not reportable)"
     if headline.versus is None:
-        return system, accuracy, _NONE
-    low, high = (100 * end for end in headline.versus.ci95)
-    delta = f"{100 * headline.versus.delta:+.1f} [{low:+.1f}, {high:+.1f}]"
+        return system, accuracy, ABSENT
+    versus = headline.versus
+    delta = f"{points_number(versus.delta)} {signed_interval(versus.ci95)}"
     return system, accuracy, f"{delta} to {headline.baseline}"

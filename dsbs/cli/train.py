@@ -16,6 +16,7 @@ from dsbs.cli.common import (
     print_smoke_warning,
     progress,
 )
+from dsbs.formatting import count, duration, percent
 
 if TYPE_CHECKING:
     from dsbs.training.run import TrainResult
@@ -53,12 +54,12 @@ def train(
 
 def print_train_plan(lines: list[dict[str, Any]]) -> None:
     for line in lines:
-        state = f"{line['steps']} steps"
+        state = count(line["steps"], "step")
         if line["done"]:
             state = "already trained"
         elif line["trials"]:
             state += f", chosen among {line['trials']} trials"
-        counts = f"{line['rows']} rows, {line['rationales']} with a rationale"
+        counts = f"{count(line['rows'], 'row')}, {line['rationales']} with a rationale"
         print(f"{line['name']}: {counts}, {line['valid']} valid; {state}")
 
 
@@ -66,9 +67,9 @@ def print_train_result(result: TrainResult) -> None:
     print_smoke_warning(result.reportable)
     for student in result.students:
         print(
-            f"{student.name}: valid accuracy {100 * student.valid_accuracy:.1f}% "
+            f"{student.name}: valid accuracy {percent(student.valid_accuracy)} "
             f"at step {student.best_step} of {student.steps}; "
-            f"{student.examples_per_s:.0f} examples/s, {student.wall_s:.0f} s; {student.path}"
+            f"{student.examples_per_s:.0f} examples/s, {duration(student.wall_s)}; {student.path}"
         )
         for name, value in student.tuned.items():
             print(f"  {name} {value:g}, chosen on valid")

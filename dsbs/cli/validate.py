@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsbs.cli.common import Json, Overrides, RecipePath, indent, load, print_json
+from dsbs.formatting import count, percent
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -18,14 +19,14 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
         return
     for name, split in result.splits.items():
         labels = ", ".join(f"{label} {count}" for label, count in split.get("labels", {}).items())
-        counts = f"{name}: {split['rows']} rows, {split['with_gold']} with gold"
+        counts = f"{name}: {count(split['rows'], 'row')}, {split['with_gold']} with gold"
         print(f"{counts} ({labels})" if labels else counts)
         for texts in ("inputs", "targets"):
             if split[texts]:
                 figures = split[texts]
                 print(
                     f"  {texts}: median {figures['median']} tokens, longest {figures['longest']}; "
-                    f"{100 * figures['truncated']:.1f}% truncated, "
+                    f"{percent(figures['truncated'])} truncated, "
                     f"{100 * figures['unknown']:.2f}% unknown tokens"
                 )
     if result.first_prompt is not None:

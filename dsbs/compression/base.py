@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from dsbs.config import unknown
+from dsbs.config.registry import COMPRESSION_STEPS, entry
 from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.students import CARD, load_model, load_tokenizer, read_card
-
-# Of a step's name: the class that makes it of its value, and raises UserError for a value that it cannot be made of.
-STEPS = {
-    "quantize": "dsbs.compression.quantize:Quantize",
-    "prune-heads": "dsbs.compression.heads:PruneHeads",
-    "prune-ff": "dsbs.compression.feed_forward:PruneFeedForward",
-    "magnitude": "dsbs.compression.magnitude:Magnitude",
-    "drop-layers": "dsbs.compression.layers:DropLayers",
-    "low-rank": "dsbs.compression.low_rank:TruncatedSvd",
-}
 
 
 class Examples(Protocol):
@@ -54,15 +44,15 @@ class Step(Protocol):
 def read_step(text: str) -> Step:
     """``prune-ff=0.5`` -> the step. Raises UserError for what is none."""
     name, equals, value = text.partition("=")
-    if name not in STEPS:
+    if name not in COMPRESSION_STEPS:
         raise UserError(
-            f"--method {text}: {unknown('step', name, STEPS)}", hint="e.g. --method prune-ff=0.5"
+            f"--method {text}: {unknown('step', name, COMPRESSION_STEPS)}",
+            hint="e.g. --method prune-ff=0.5",
         )
     if not equals or not value:
         example = "int8" if name == "quantize" else "0.5"
         raise UserError(f"--method {text} lacks its value", hint=f"e.g. --method {name}={example}")
-    module, _, kind = STEPS[name].partition(":")
-    step: Step = getattr(import_module(module), kind)(value)
+    step: Step = entry(COMPRESSION_STEPS, name)(value)
     return step
 
 

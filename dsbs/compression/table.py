@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsbs.formatting import escape, table
+from dsbs.formatting import escape_markdown, markdown_table
 from dsbs.records.compression import RECORD, Compressed, Measurement, read_record
 from dsbs.records.results import BATCH_SIZES
 
@@ -17,12 +17,14 @@ HEADINGS = (
 def frontier(folder: Path) -> str:
     """The table of ``<run>/compress/<student>``. Raises UserError for a record that cannot be read."""
     records = [read_record(path.parent) for path in sorted(folder.glob(f"*/{RECORD}"))]
-    lines = [f"# {escape(folder.name)}, compressed", ""]
+    lines = [f"# {escape_markdown(folder.name)}, compressed", ""]
     if not records:
         return "\n".join([*lines, "No step is finished yet.", ""])
     rows = [original_cells(records[0].original)]
-    rows += [[escape(name), *rest] for name, *rest in (cells(record) for record in records)]
-    lines += table(HEADINGS, rows)
+    rows += [
+        [escape_markdown(name), *rest] for name, *rest in (cells(record) for record in records)
+    ]
+    lines += markdown_table(HEADINGS, rows)
     lines += [
         "",
         f"On {records[0].n} rows of valid, by which the steps' healing is chosen too: on rows that nobody has seen expect a "

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import Field, PrivateAttr, model_validator
 
 from dsbs.config.evaluate import EvalSection, ReportSection
+from dsbs.config.registry import METHODS
 from dsbs.config.sections import LabelSource, Section, unknown
 from dsbs.config.student import StudentSection
-from dsbs.config.task import TASK_NAMES, DataSection, TaskSection
+from dsbs.config.task import DataSection, TaskSection
 from dsbs.config.teacher import (
     AnnotateSection,
     EndpointSection,
@@ -21,13 +22,11 @@ from dsbs.config.teacher import (
     PriceSection,
     TeacherSection,
 )
-from dsbs.config.terms import LocalTeacherSection, TermSection, base_of
-from dsbs.config.train import METHOD_NAMES, LoraSection, SelectSection, TrainSection
+from dsbs.config.terms import LocalTeacherSection, TermSection, TermSettings, base_of
+from dsbs.config.train import LoraSection, SelectSection, TrainSection
 from dsbs.files import canonical_json, digest
 
 __all__ = [
-    "METHOD_NAMES",
-    "TASK_NAMES",
     "AnnotateSection",
     "DataSection",
     "EndpointSection",
@@ -45,6 +44,7 @@ __all__ = [
     "TaskSection",
     "TeacherSection",
     "TermSection",
+    "TermSettings",
     "TrainSection",
     "base_of",
     "unknown",
@@ -107,11 +107,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _baselines_are_there(self) -> Recipe:
-        known = (*METHOD_NAMES, *self.eval.predictions)
+        known = (*METHODS, *self.eval.predictions)
         for name in self.eval.baseline:
             if name in known:
                 continue
-            if base_of(name) not in METHOD_NAMES:
+            if base_of(name) not in METHODS:
                 raise ValueError("eval.baseline: " + unknown("method", name, known))
             try:
                 self.train.check_method(name)

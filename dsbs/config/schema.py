@@ -15,8 +15,10 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from dsbs.config import METHOD_NAMES, TASK_NAMES, Recipe
+from dsbs.config import Recipe
+from dsbs.config.registry import METHODS, TASKS, TEACHERS, TERMS, entry
 from dsbs.config.sections import Section, as_tuple
+from dsbs.config.terms import TermSettings
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TOOLS = ("# noqa", "# type:", "# fmt:", "# pragma")  # comments that speak to a tool
@@ -28,6 +30,8 @@ def comments(section: type[BaseModel]) -> dict[str, str]:
     The one place that the schema and the reference of the recipe take their words from; None is called null, as in YAML. A
     field without a comment is left out. Raises OSError where the source is not there.
     """
+    base = section.__mro__[1]
+    found = {} if base is Section or not issubclass(base, Section) else comments(base)
     source = textwrap.dedent(inspect.getsource(section))
     said: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -35,7 +39,6 @@ def comments(section: type[BaseModel]) -> dict[str, str]:
             said[token.start[0]] = token.string.removeprefix("#").strip()
     (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
     for node in definition.body:
         if (
             isinstance(node, ast.AnnAssign)
@@ -60,7 +63,11 @@ def sections() -> dict[str, type[Section]]:
         found[path] = section
         for name, field in section.model_fields.items():
             inner = section_of(field.annotation)
-            if inner is not None:
+            if inner is TermSettings:
+                kinds = {entry(TERMS, kind): kind for kind in TERMS}
+                for settings, kind in kinds.items():
+                    walk("train.terms" if len(kinds) == 1 else f"train.terms.{kind}", settings)
+            elif inner is not None:
                 walk(f"{path}.{name}".removeprefix("."), inner)
 
     walk("", Recipe)
@@ -98,6 +105,7 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(schema_generator=_AsWritten)
     parts = schema["$defs"]
     by_name = {section.__name__: section for section in sections().values()}
+    by_name |= _add_terms(parts)
     for name, part in [("Recipe", schema), *parts.items()]:
         del part["title"]
         said = comments(by_name[name])
@@ -105,13 +113,14 @@ def recipe_schema() -> dict[str, Any]:
             _as_written(by_name[name].model_fields[key], spec)
             if key in said:
                 spec["description"] = said[key]
-    parts["TaskSection"]["properties"]["name"]["enum"] = list(TASK_NAMES)
+    parts["TaskSection"]["properties"]["name"]["enum"] = list(TASKS)
+    parts["TeacherSection"]["properties"]["kind"]["enum"] = list(TEACHERS)
     many, one = parts["TrainSection"]["properties"]["methods"]["anyOf"]
     composed = {
         "type": "string",
-        "pattern": rf"^({'|'.join(METHOD_NAMES)})(\+[a-z][a-z0-9-]*)+$",
+        "pattern": rf"^({'|'.join(METHODS)})(\+[a-z][a-z0-9-]*)+$",
     }  # with terms by their names
-    one["anyOf"] = [{"type": one.pop("type"), "enum": list(METHOD_NAMES)}, composed]
+    one["anyOf"] = [{"type": one.pop("type"), "enum": list(METHODS)}, composed]
     many["items"] = dict(one)
     (labels,) = (
         one
@@ -135,6 +144,22 @@ def recipe_schema() -> dict[str, Any]:
         "title": "dsbs recipe",
         "description": "One YAML file is one experiment.",
     } | schema
+
+
+def _add_terms(parts: dict[str, Any]) -> dict[str, type[Section]]:
+    """Put the registered kinds of term in the place of their base class. Returns their settings classes by name."""
+    kinds: dict[type[TermSettings], list[str]] = {}
+    for kind in TERMS:
+        kinds.setdefault(entry(TERMS, kind), []).append(kind)
+    del parts["TermSettings"]
+    for settings, names in kinds.items():
+        found = settings.model_json_schema(schema_generator=_AsWritten)
+        parts.update(found.pop("$defs", {}))
+        found["properties"]["kind"]["enum"] = names
+        parts[settings.__name__] = found
+    entries = [{"$ref": f"#/$defs/{settings.__name__}"} for settings in kinds]
+    parts["TrainSection"]["properties"]["terms"]["items"] = {"anyOf": entries}
+    return {settings.__name__: settings for settings in kinds}
 
 
 def _as_written(field: FieldInfo, spec: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from dsbs.config.sections import Section, as_tuple
+from dsbs.config.registry import TEACHERS
+from dsbs.config.sections import Section, as_tuple, unknown
 
 
 class PriceSection(Section):
@@ -90,9 +91,7 @@ class MemberSection(Section):
 
 
 class TeacherSection(Section):
-    kind: Literal[
-        "openai", "llamacpp", "transformers", "recorded", "human", "ensemble"
-    ] = (  # openai: any OpenAI-compatible
+    kind: str = (  # openai: any OpenAI-compatible
         "openai"  # endpoint; recorded: replies on disk; human: the rows' own rationales; ensemble: other runs' annotations vote
     )
     model: str | None = (
@@ -129,6 +128,13 @@ class TeacherSection(Section):
     )  # of one request; None: 2048 for llamacpp, else not known and not checked
     threads: int | None = Field(None, gt=0)  # llamacpp: None takes the cores of this process
     batch_size: int = Field(16, gt=0)  # transformers: prompts decoded together
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        if value not in TEACHERS:
+            raise ValueError(unknown("kind of teacher", value, TEACHERS))
+        return value
 
     @field_validator("extra_body")
     @classmethod

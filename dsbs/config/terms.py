@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from dsbs.config.sections import Section, as_tuple
+from dsbs.config.registry import TERMS, entry
+from dsbs.config.sections import Section, as_tuple, unknown
 
-TermKind = Literal["response", "labels", "feature", "relation", "mutual-information", "consistency"]
+_REMOVED = ("mutual-information", "consistency")
 # The keys that belong to some kinds of term alone.
 _OF = {
     "divergence": ("response",),
@@ -38,14 +40,44 @@ def names_of_terms(method: str) -> list[str]:
     return method.split("+")[1:]
 
 
-class TermSection(Section):
-    """One more term of the loss. A method learns it where its name is added: methods: [step-by-step+response]."""
+class TermSettings(Section):
+    """The keys of every entry of ``train.terms``; a kind of term is a subclass with the keys of that kind."""
 
-    kind: TermKind  # mutual-information and consistency are experimental
+    learns_projections: ClassVar[bool] = False
+    """Whether the term trains weights of its own, which LoRA's adapters cannot hold."""
+
+    kind: str  # a registered kind of term
     name: str | None = Field(
         None, pattern=r"^[a-z][a-z0-9-]*$"
     )  # as methods name it; None: its kind
     weight: float = Field(1.0, gt=0)  # the term, times this, is added to the student's own loss
+
+    @property
+    def title(self) -> str:
+        return self.name or self.kind
+
+    @property
+    def is_of_one_pass(self) -> bool:
+        """Whether it is of the examples of one forward pass, so that smaller micro-batches make it another term."""
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it compares with ``train.teachers``."""
+        return False
+
+    @model_validator(mode="after")
+    def _title_is_free(self) -> TermSettings:
+        if self.title in _TAKEN:
+            raise ValueError(
+                f"{self.title} is the name of a loss that every training has by itself; take another name"
+            )
+        return self
+
+
+class TermSection(TermSettings):
+    """One more term of the loss. A method learns it where its name is added: methods: [step-by-step+response]."""
+
     divergence: Literal["kl", "reverse", "js"] = (
         "kl"  # response: KL(teacher ‖ student), KL(student ‖ teacher), or between
     )
@@ -86,10 +118,6 @@ class TermSection(Section):
                 raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}")
         if self.kind == "relation" and not (self.distance or self.angle):
             raise ValueError("relation needs a weight above 0: distance or angle")
-        if self.title in _TAKEN:
-            raise ValueError(
-                f"{self.title} is the name of a loss that every training has by itself; take another name"
-            )
         return self
 
     @property
@@ -99,8 +127,8 @@ class TermSection(Section):
         return {key: value for key, value in self if value != fields[key].default}
 
     @property
-    def title(self) -> str:
-        return self.name or self.kind
+    def learns_projections(self) -> bool:  # type: ignore[override]
+        return self.kind == "feature"
 
     @property
     def is_of_one_pass(self) -> bool:
@@ -111,6 +139,24 @@ class TermSection(Section):
     def needs_teacher(self) -> bool:
         """Whether it compares with ``train.teachers``."""
         return self.kind in _NEED_TEACHER or (self.kind == "labels" and self.source == "teachers")
+
+
+def _settings_of(value: Any) -> Any:
+    """An entry of ``train.terms`` by the settings class of its kind. Raises ValueError for an unknown kind."""
+    if not isinstance(value, Mapping) or "kind" not in value:
+        return value  # the base class reports what is wrong
+    kind = value["kind"]
+    if kind in _REMOVED:
+        raise ValueError(
+            f"the experimental term {kind} was removed; leave it out, or use response or labels"
+        )
+    if kind not in TERMS:
+        raise ValueError(unknown("kind of term", str(kind), TERMS))
+    settings: type[TermSettings] = entry(TERMS, kind)
+    return settings.model_validate(value)
+
+
+TermEntry = Annotated[SerializeAsAny[TermSettings], BeforeValidator(_settings_of)]
 
 
 class LocalTeacherSection(Section):

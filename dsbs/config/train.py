@@ -8,19 +8,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from dsbs.config.registry import METHODS
 from dsbs.config.sections import LabelSource, Section, as_tuple, unknown
-from dsbs.config.terms import LocalTeacherSection, TermSection, base_of, names_of_terms
+from dsbs.config.terms import LocalTeacherSection, TermEntry, base_of, names_of_terms
 from dsbs.records.rows import Provenance
-
-# Names only, so that a recipe is checked without importing what they name; a test holds them to their registries.
-METHOD_NAMES = (
-    "step-by-step",
-    "finetune",
-    "distill",
-    "rationale-then-label",
-    "label-then-rationale",
-)
-
 
 T = TypeVar("T")
 Tried = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
@@ -148,7 +139,7 @@ class TrainSection(Section):
         None  # a folder of weights and tokenizer to start from, in place of student's own start
     )
     lora: LoraSection | None = None  # None: all weights learn; {}: LoRA as it is by default
-    terms: tuple[TermSection, ...] = ()  # further terms of the loss, for the methods that name them
+    terms: tuple[TermEntry, ...] = ()  # further terms of the loss, for the methods that name them
     teachers: tuple[
         LocalTeacherSection, ...
     ] = ()  # local models that terms compare with; several are averaged
@@ -204,8 +195,8 @@ class TrainSection(Section):
     @classmethod
     def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if base_of(name) not in METHOD_NAMES:
-                raise ValueError(unknown("method", base_of(name), METHOD_NAMES))
+            if base_of(name) not in METHODS:
+                raise ValueError(unknown("method", base_of(name), METHODS))
         return value
 
     @model_validator(mode="after")
@@ -229,7 +220,7 @@ class TrainSection(Section):
                 raise ValueError(
                     f"train.terms: {term.title!r} compares with a local model; add one, e.g. teachers: [{{size: mini}}]"
                 )
-            if term.kind == "feature" and self.lora is not None:
+            if term.learns_projections and self.lora is not None:
                 raise ValueError(
                     f"train.terms: {term.title!r} learns projections, which train.lora's adapters cannot hold; leave one out"
                 )
@@ -241,8 +232,8 @@ class TrainSection(Section):
 
     def check_method(self, method: str) -> None:
         """Raises ValueError where a method's name has no such base, or a term that is not in ``terms``, or one twice."""
-        if base_of(method) not in METHOD_NAMES:
-            raise ValueError(unknown("method", base_of(method), METHOD_NAMES))
+        if base_of(method) not in METHODS:
+            raise ValueError(unknown("method", base_of(method), METHODS))
         names, known = names_of_terms(method), [term.title for term in self.terms]
         for name in names:
             if name not in known:
@@ -255,7 +246,7 @@ class TrainSection(Section):
             if names.count(name) > 1:
                 raise ValueError(f"train.methods: {method} names the term {name!r} twice")
 
-    def terms_of(self, method: str) -> tuple[TermSection, ...]:
+    def terms_of(self, method: str) -> tuple[Any, ...]:
         """The terms that a method names, in its order."""
         by_title = {term.title: term for term in self.terms}
         return tuple(by_title[name] for name in names_of_terms(method))

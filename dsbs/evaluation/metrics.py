@@ -15,8 +15,20 @@ from numpy.typing import NDArray
 from dsbs.evaluation.bootstrap import Clusters, Floats
 from dsbs.evaluation.score import Scored
 from dsbs.evaluation.stats import counts_interval, mean_interval
-from dsbs.records.results import Bin, Measure
+from dsbs.records.results import METRICS, Bin, Measure
 from dsbs.tasks.base import Task
+
+EXACT_MATCH_RAW = METRICS["exact_match_raw"]
+EXACT_MATCH = METRICS["exact_match"]
+EQUATION_STRING = METRICS["equation_string"]
+EQUATION_VALUE = METRICS["equation_value"]
+PARSE_FAILURE = METRICS["parse_failure"]
+MACRO_F1 = METRICS["macro_f1"]
+ECE = METRICS["ece"]
+ROUGE_L = METRICS["rouge_l"]
+RATIONALE_EMPTY = METRICS["rationale_empty"]
+RATIONALE_TRUNCATED = METRICS["rationale_truncated"]
+CONSISTENCY = METRICS["consistency"]
 
 BINS = 10  # Guo et al. (2017) use 15 on 10,000 rows and more; a test set of some hundred fills ten
 

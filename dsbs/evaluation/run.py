@@ -38,7 +38,7 @@ from dsbs.files import atomic, hold, manifest, write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.results import Results
 from dsbs.records.rows import Example, TrainedStudent
-from dsbs.records.summary import markdown
+from dsbs.records.summary import results_markdown
 from dsbs.run_folder import learned_source, read_manifest, run_folder
 from dsbs.students import megabytes
 from dsbs.tasks import make_task
@@ -117,7 +117,7 @@ def evaluate(
         )
         write_json(run / "eval" / "results.json", found.as_json())
         with atomic(run / "eval" / "results.md") as file:
-            file.write(markdown(found) + "\n")
+            file.write(results_markdown(found) + "\n")
     return found
 
 

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from dsbs.config.registry import EXPORT_FORMATS, entry
 from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.students import WORDING, Kind, Student, start_token
 
-# Of a format's name. Each class has ``write(student, folder, quantize)``.
-FORMATS = {
-    "ct2": "dsbs.exporting.ct2:Ct2Format",
-    "gguf": "dsbs.exporting.gguf:GgufFormat",
-    "onnx": "dsbs.exporting.onnx:OnnxFormat",
-    "torch": "dsbs.exporting.torch:TorchFormat",
-}
 PLAIN = "float32"
 
 
@@ -74,10 +67,9 @@ class ExportFormat(Protocol):
 
 def format_of(name: str) -> ExportFormat:
     """Raises UserError for a name that is none."""
-    if name not in FORMATS:
+    if name not in EXPORT_FORMATS:
         raise UserError(
-            f"there is no export format {name!r}", hint=f"give --format {', '.join(FORMATS)}"
+            f"there is no export format {name!r}", hint=f"give --format {', '.join(EXPORT_FORMATS)}"
         )
-    module, _, title = FORMATS[name].partition(":")
-    made: ExportFormat = getattr(import_module(module), title)()
+    made: ExportFormat = entry(EXPORT_FORMATS, name)()
     return made

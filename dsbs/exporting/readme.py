@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dsbs.exporting.exported import Exported
 from dsbs.exporting.formats import PLAIN, ExportFormat
-from dsbs.formatting import escape
+from dsbs.formatting import escape_markdown
 
 
 def readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:
@@ -18,7 +18,7 @@ def readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:
             re.sub(r"<!-- dsbs wrote this card.*?-->", "", text).rstrip() + "\n\n"
         )  # it was, and is now longer
     except OSError:
-        card = f"# {escape(exported.student)}\n\n"
+        card = f"# {escape_markdown(exported.student)}\n\n"
     found = exported.equivalence
     rows = {
         "valid": "rows of valid",

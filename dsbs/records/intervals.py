@@ -1,4 +1,4 @@
-"""The one interval that annotation and evaluation both print."""
+"""Wilson score interval: a rate with its 95% interval."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 
 class Rate(BaseModel, frozen=True):
-    """``correct`` of ``n`` with the 95 % Wilson score interval (Wilson, 1927), as fractions."""
+    """``correct`` of ``n`` with the 95% Wilson score interval (Wilson, 1927), as fractions."""
 
     value: float
     ci95: tuple[float, float]
@@ -15,7 +15,7 @@ class Rate(BaseModel, frozen=True):
 
 
 def wilson(correct: int, n: int) -> Rate | None:
-    """The rate of ``correct`` in ``n`` trials with its 95 % interval; None where nothing was tried."""
+    """The rate of ``correct`` in ``n`` trials with its 95% interval; None for no trials."""
     if n == 0:
         return None
     from scipy.stats import binomtest
@@ -24,10 +24,3 @@ def wilson(correct: int, n: int) -> Rate | None:
     return Rate(
         value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
     )
-
-
-def percent(rate: Rate | None) -> str:
-    """``73.2 % [72.3, 74.0]``, or a dash."""
-    if rate is None:
-        return "–"
-    return f"{100 * rate.value:.1f} % [{100 * rate.ci95[0]:.1f}, {100 * rate.ci95[1]:.1f}]"

@@ -1,248 +1,366 @@
-"""The comparison in words and tables for people: what ``dsbs eval`` prints and every report begins with."""
+"""Summary of an evaluation: the headline, comparison sentences, and the results table and page."""
 
 from __future__ import annotations
 
-from dsbs.formatting import escape, paragraph, table
+import math
+
+from dsbs.formatting import (
+    ABSENT,
+    confidence_interval,
+    count,
+    dollars,
+    escape_markdown,
+    interval,
+    markdown_paragraph,
+    markdown_table,
+    p_number,
+    p_value,
+    parameter_count,
+    percent,
+    points,
+    points_number,
+    signed,
+    signed_confidence_interval,
+    signed_interval,
+)
 from dsbs.records.results import (
     METRICS,
     BreakEven,
     Comparison,
-    Interval,
+    GradedComparison,
     LabelEfficiency,
     Results,
     SystemResult,
 )
 
-ALPHA = 0.05  # a difference is reliable where its p value after Holm's correction is below
+ALPHA = 0.05  # a difference is reliable where its Holm-corrected p value is below this
+TARGET_DIFFERENCE = 0.05  # the headline says how many rows would show this difference
 HEADINGS = (
     "system",
     "seeds",
     "accuracy",
-    "95 % interval",
-    "to baseline",
-    "95 % interval",
+    "95% CI",
+    "points vs baseline",
+    "95% CI",
     "p (Holm)",
     "parameters",
     "ms/example",
 )
-_NOTHING = "–"
-_DETECTABLE = "Detectable: the smallest true difference, in points, that so many rows show with 80 % power in one comparison."
+TEST_NAMES = {  # as results.json has them -> for people
+    "mcnemar-exact": "exact McNemar test",
+    "sign-flip permutation": "exact sign-flip permutation test",
+    "approximate randomisation": "approximate randomization test",
+}
 
 
-def cells(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of text. A system stands beside its first baseline; where those differ, each row names its own."""
-    several = len({next(iter(system.versus)) for system in results.systems if system.versus}) > 1
-    rows = []
-    for system in results.systems:
-        baseline, versus = against(system)
-        other = f" to {baseline}" if several else ""
-        rows.append(
-            [
-                system.name,
-                str(len(system.seeds)) if system.seeds else _NOTHING,
-                percent(system.accuracy),
-                span(system.ci95),
-                f"{points(versus.delta)}{other}" if versus else _NOTHING,
-                signed_span(versus.ci95) if versus else _NOTHING,
-                p_value(versus.p_holm).removeprefix("= ") if versus else _NOTHING,
-                millions(system.parameters),
-                f"{system.ms_per_example:.2f}" if system.ms_per_example is not None else _NOTHING,
-            ]
-        )
-    baseline = (
-        next((name for system in results.systems for name in system.versus), None)
-        or results.baseline
-    )
-    headings = list(HEADINGS)
-    if not several and baseline is not None:
-        headings[HEADINGS.index("to baseline")] = f"to {baseline}"
-    return headings, rows
-
-
-def against(system: SystemResult) -> tuple[str | None, Comparison | None]:
-    """The first baseline that a system is compared with, and what came of it."""
-    return next(iter(system.versus.items()), (None, None))
-
-
-def is_reliable(comparison: Comparison) -> bool:
+def is_reliable(comparison: Comparison | GradedComparison) -> bool:
+    """Whether the difference is significant after Holm's correction."""
     return comparison.p_holm < ALPHA
 
 
+def first_comparison(system: SystemResult) -> tuple[str | None, Comparison | None]:
+    """The first baseline that a system is compared with, and the comparison."""
+    return next(iter(system.versus.items()), (None, None))
+
+
+def headline_comparison(results: Results) -> tuple[SystemResult | None, str | None]:
+    """The headline system and the baseline it is compared with; None for what there is not."""
+    system = results.system(results.headline)
+    if system is None:
+        system = next((system for system in results.systems if system.versus), None)
+    if system is None or not system.versus:
+        return system, None
+    if results.baseline in system.versus:
+        return system, results.baseline
+    return system, next(iter(system.versus))
+
+
+def rows_needed(
+    rows: int, comparison: Comparison, difference: float = TARGET_DIFFERENCE
+) -> int | None:
+    """The number of rows that would show a true ``difference`` with 80% power.
+
+    The minimum detectable difference of the paired test, which reflects how often the two systems
+    disagree, shrinks with the square root of the number of rows. None where it is unknown.
+    """
+    if comparison.detectable is None:
+        return None
+    return math.ceil(rows * (comparison.detectable / difference) ** 2)
+
+
+# --- sentences
+
+
 def headline(results: Results) -> str:
-    """The system that the recipe is about against its baseline, in one sentence with its uncertainty."""
-    said = _headline(results)
-    return said if results.reportable else f"Smoke, not reportable: {said}"
+    """The headline system against its baseline, in plain words."""
+    sentence = _headline(results)
+    if results.reportable:
+        return sentence
+    return f"Smoke run, not reportable: {sentence}"
 
 
 def _headline(results: Results) -> str:
-    where = f"{results.split} ({results.n:,} rows)"
-    system = results.system(results.headline) or next(
-        (one for one in results.systems if one.versus), None
-    )
+    rows = f"{results.n:,} {results.split} rows"
+    system, baseline = headline_comparison(results)
     if system is None:
-        return f"Nothing is compared on {where}."
-    if not system.versus:
-        right = f"{system.name} is right on {percent(system.accuracy)} of {where}, 95 % interval {span(system.ci95)} %"
-        return f"{right}; it is compared with no baseline."
-    name = results.baseline if results.baseline in system.versus else next(iter(system.versus))
-    versus = system.versus[name]
-    if is_reliable(versus):
-        way = "more" if versus.delta > 0 else "less"
-        found = f"{system.name} is {abs(100 * versus.delta):.1f} points {way} accurate than {name} on {where}"
-        return f"{found}: {_spread(versus)} ({versus.test}, Holm)."
-    found = f"No reliable difference between {system.name} and {name} on {where}"
-    return f"{found}: {points(versus.delta)} points, {_spread(versus)} ({versus.test}, Holm){_reservations(versus)}."
+        return f"No systems were compared on these {rows}."
+    if baseline is None:
+        return (
+            f"{system.name} labels {percent(system.accuracy)} of these {rows} correctly "
+            f"({confidence_interval(system.ci95)}). It was not compared with a baseline."
+        )
+    comparison = system.versus[baseline]
+    ci95 = signed_confidence_interval(comparison.ci95)
+    if is_reliable(comparison):
+        return (
+            f"{system.name} is {_distance(comparison)} accurate than {baseline} "
+            f"on these {rows} ({ci95})."
+        )
+    sentence = (
+        f"{system.name} and {baseline} cannot be told apart on these {rows} "
+        f"({points(comparison.delta)}, {ci95})."
+    )
+    return " ".join([sentence, *_rows_sentence(results.n, comparison)])
 
 
-def verdict(results: Results) -> list[str]:
-    """One sentence for each comparison; "no reliable difference" in words where there is none."""
-    sentences = [sentence for system in results.systems for sentence in compared(system)]
+def _rows_sentence(rows: int, comparison: Comparison) -> list[str]:
+    needed = rows_needed(rows, comparison)
+    if needed is None:
+        return []
+    target = f"a difference of {100 * TARGET_DIFFERENCE:g} points"
+    if needed <= rows:
+        return [f"With this many rows, {target} would usually be detected."]
+    return [f"To detect {target} you would need about {_two_digits(needed):,} rows."]
+
+
+def _two_digits(number: int) -> int:
+    """``number`` rounded to two significant digits."""
+    return int(float(f"{number:.2g}"))
+
+
+def headline_details(results: Results) -> list[str]:
+    """Sentences to follow the headline: its p value, and why it may not be the last word."""
+    system, baseline = headline_comparison(results)
+    if system is None or baseline is None:
+        return []
+    comparison = system.versus[baseline]
+    test = TEST_NAMES.get(comparison.test, comparison.test)
+    details = [
+        f"{p_value(comparison.p_holm)} ({test}, Holm-corrected for all comparisons in this run)."
+    ]
+    if is_reliable(comparison):
+        return details
+    details += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in _caveats(comparison)]
+    return [*details, "Finding no difference does not show that there is none."]
+
+
+def comparison_sentences(results: Results) -> list[str]:
+    """A sentence for each comparison."""
+    sentences = [text for system in results.systems for text in system_sentences(system)]
     if results.baseline is None:
         sentences.append(
-            "The run has no baseline students, so nothing is compared: add finetune to train.methods."
+            "This run has no baseline students, so nothing is compared: "
+            "add finetune to train.methods."
         )
     return sentences
 
 
-def compared(system: SystemResult) -> list[str]:
-    """A sentence for each system that this one is compared with, and for each metric that grades rows."""
-    said = []
-    for name, versus in system.versus.items():
-        said.append(f"{system.name}: {_sentence(name, versus)}.")
-        for metric, graded in versus.graded.items():
+def system_sentences(system: SystemResult) -> list[str]:
+    """A sentence for each system that this one is compared with, and for each graded metric."""
+    sentences = []
+    for baseline, comparison in system.versus.items():
+        sentences.append(f"{system.name}: {_comparison_sentence(baseline, comparison)}.")
+        for metric, graded in comparison.graded.items():
             low, high = graded.ci95
-            found = f"{graded.delta:+.3f} to {name} (95 % interval {low:+.3f} to {high:+.3f}, p {p_value(graded.p_holm)})"
-            reliable = "" if graded.p_holm < ALPHA else ", no reliable difference"
-            said.append(f"{system.name}: {METRICS[metric].title} {found}{reliable}.")
-    return said
+            difference = (
+                f"{signed(graded.delta, 3)} against {baseline} "
+                f"(95% CI [{signed(low, 3)}, {signed(high, 3)}], {p_value(graded.p_holm)})"
+            )
+            verdict = "" if is_reliable(graded) else ", no reliable difference"
+            sentences.append(f"{system.name}: {METRICS[metric].title} {difference}{verdict}.")
+    return sentences
 
 
-def _sentence(name: str, versus: Comparison) -> str:
-    if is_reliable(versus):
-        way = "above" if versus.delta > 0 else "below"
-        return f"{abs(100 * versus.delta):.1f} points {way} {name} ({_spread(versus)})"
-    return f"no reliable difference to {name} ({points(versus.delta)} points, {_spread(versus)}{_reservations(versus)})"
+def _comparison_sentence(baseline: str, comparison: Comparison) -> str:
+    uncertainty = f"{signed_confidence_interval(comparison.ci95)}, {p_value(comparison.p_holm)}"
+    if is_reliable(comparison):
+        return f"{_distance(comparison)} accurate than {baseline} ({uncertainty})"
+    details = "; ".join([f"{points(comparison.delta)}, {uncertainty}", *_caveats(comparison)])
+    return f"no reliable difference from {baseline} ({details})"
 
 
-def _spread(versus: Comparison) -> str:
-    return f"95 % interval {signed_span(versus.ci95)}, p {p_value(versus.p_holm)}"
+def _distance(comparison: Comparison) -> str:
+    direction = "more" if comparison.delta > 0 else "less"
+    distance = points(abs(comparison.delta)).removeprefix("+")
+    return f"{distance} {direction}"
 
 
-def _reservations(versus: Comparison) -> str:
-    """What stands beside a difference that is not reliable."""
-    alone = not versus.ci95[0] <= 0 <= versus.ci95[1]
-    said = ""
-    if alone and versus.p < ALPHA:
-        said = "; the interval is not corrected for the number of comparisons, p is"
-    elif alone:
-        said = "; interval and p rest on different approximations"
-    if versus.detectable is not None:
-        said += f"; in one comparison so many rows show a true difference of {100 * versus.detectable:.1f} points with 80 % power"
-    return said
-
-
-def needed_sentence(needed: LabelEfficiency) -> str:
-    who = f"{needed.method} with {needed.labels} labels"
-    matched = f"{needed.system} ({percent(needed.accuracy)})"
-    if needed.rows is None:
-        reach = f"does not become as accurate as {matched} within {needed.largest:,} rows"
-        low = needed.ci95[0]
-        return (
-            f"{who} {reach}"
-            + ("" if low is None else f"; the 95 % interval begins at {low:,} rows")
-            + "."
+def _caveats(comparison: Comparison) -> list[str]:
+    """Caveats of a comparison that is not significant."""
+    caveats = []
+    excludes_zero = not comparison.ci95[0] <= 0 <= comparison.ci95[1]
+    if excludes_zero and comparison.p < ALPHA:
+        caveats.append(
+            "the p value is corrected for the number of comparisons, the interval is not"
         )
-    ends = [
-        "more than " + format(needed.largest, ",") if end is None else _at_most(end, needed)
-        for end in needed.ci95
-    ]
-    rows, between = _at_most(needed.rows, needed), f"{ends[0]} to {ends[1]}"
-    return f"{who} needs {rows} rows (95 % interval {between}) to be as accurate as {matched}."
+    elif excludes_zero:
+        caveats.append("the interval and the p value rest on different approximations")
+    if comparison.detectable is not None:
+        smallest = points(comparison.detectable).removeprefix("+")
+        caveats.append(
+            f"with this test set, a difference below {smallest} would usually go unnoticed "
+            "(80% power)"
+        )
+    return caveats
 
 
-def _at_most(rows: int, needed: LabelEfficiency) -> str:
-    """What is reached by the curve's first point may be reached before it."""
-    return f"at most {rows:,}" if rows <= needed.smallest else f"{rows:,}"
-
-
-def pay_off_sentence(pay_off: BreakEven) -> str:
-    each = f"{dollars(1000 * pay_off.teacher_usd_per_prediction)} per 1,000 from the teacher"
+def label_efficiency_sentence(efficiency: LabelEfficiency) -> str:
+    """How many labels a method needs to be as accurate as another system."""
+    method = f"{efficiency.method} with {efficiency.labels} labels"
+    target = f"{efficiency.system} ({percent(efficiency.accuracy)})"
+    low, high = efficiency.ci95
+    if efficiency.rows is None:
+        sentence = f"{method} does not match {target} within {efficiency.largest:,} rows"
+        if low is None:
+            return f"{sentence}."
+        return f"{sentence}; the 95% CI begins at {low:,} rows."
     return (
-        f"{pay_off.system}: the teacher's bill of {dollars(pay_off.spent_usd)} for its training rows is paid back after "
-        f"{pay_off.predictions:,} predictions, at {each}."
+        f"{method} needs {_row_limit(efficiency.rows, efficiency)} rows to match {target} "
+        f"(95% CI {_row_limit(low, efficiency)} to {_row_limit(high, efficiency)} rows)."
     )
 
 
-def markdown(results: Results, title: str | None = None) -> str:
-    """A Markdown page: what is found in a sentence, then all systems, comparisons and metrics. ``title`` is the run's name."""
-    lines = [f"# {escape(title or results.name)}: {results.split}, {results.n:,} rows", ""]
+def _row_limit(rows: int | None, efficiency: LabelEfficiency) -> str:
+    """A number of rows. Outside the curve only a bound is known."""
+    if rows is None:
+        return f"more than {efficiency.largest:,}"
+    if rows <= efficiency.smallest:
+        return f"at most {rows:,}"
+    return f"{rows:,}"
+
+
+def break_even_sentence(break_even: BreakEven) -> str:
+    """After how many predictions the teacher's bill for the training rows is recovered."""
+    price = dollars(1000 * break_even.teacher_usd_per_prediction)
+    return (
+        f"{break_even.system}: annotating its training rows cost {dollars(break_even.spent_usd)}. "
+        f"It saves that after {count(break_even.predictions, 'prediction')}, "
+        f"since the teacher costs {price} per 1,000 predictions."
+    )
+
+
+# --- tables
+
+
+def results_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of text: every system, beside the first baseline it is compared with.
+
+    Where the baselines differ, each row names its own.
+    """
+    baselines = {next(iter(system.versus)) for system in results.systems if system.versus}
+    rows = []
+    for system in results.systems:
+        row = [
+            system.name,
+            str(len(system.seeds) or ABSENT),
+            percent(system.accuracy),
+            interval(system.ci95),
+            *_comparison_cells(system, names_baseline=len(baselines) > 1),
+            ABSENT if system.parameters is None else parameter_count(system.parameters),
+            ABSENT if system.ms_per_example is None else f"{system.ms_per_example:.2f}",
+        ]
+        rows.append(row)
+    headings = list(HEADINGS)
+    baseline = next(iter(baselines), results.baseline)
+    if len(baselines) < 2 and baseline is not None:
+        headings[HEADINGS.index("points vs baseline")] = f"points vs {baseline}"
+    return headings, rows
+
+
+def _comparison_cells(system: SystemResult, *, names_baseline: bool) -> list[str]:
+    baseline, comparison = first_comparison(system)
+    if comparison is None:
+        return [ABSENT] * 3
+    difference = points_number(comparison.delta)
+    if names_baseline:
+        difference += f" vs {baseline}"
+    return [difference, signed_interval(comparison.ci95), p_number(comparison.p_holm)]
+
+
+def results_markdown(results: Results, title: str | None = None) -> str:
+    """A Markdown page of the results. ``title`` is the run's name."""
+    rows = count(results.n, "row")
+    lines = [f"# {escape_markdown(title or results.name)}: {results.split}, {rows}", ""]
     if not results.reportable:
         lines += ["**smoke: not reportable** (task.limit is set)", ""]
-    lines += [paragraph(headline(results)), "", "## Systems", "", *_escaped(*cells(results))]
-    pairs = [
-        (system, name, versus)
-        for system in results.systems
-        for name, versus in system.versus.items()
-    ]
-    if pairs:
-        lines += ["", "## Comparisons", "", *_comparisons(pairs)]
-        lines += [
-            "",
-            f"Reliable: a p value below {ALPHA:g} after Holm's correction over all comparisons.",
-            _DETECTABLE,
-        ]
-    lines += ["", *(f"- {paragraph(sentence)}" for sentence in verdict(results))]
-    lines += _metrics(results)
-    if results.needed:
-        lines += [
-            "",
-            "## Labels needed",
-            "",
-            *(f"- {paragraph(needed_sentence(one))}" for one in results.needed),
-        ]
-    if results.pay_off:
-        lines += [
-            "",
-            "## Pay-off",
-            "",
-            *(f"- {paragraph(pay_off_sentence(one))}" for one in results.pay_off),
-        ]
+    lines += [markdown_paragraph(headline(results)), ""]
+    details = " ".join(headline_details(results))
+    if details:
+        lines += [markdown_paragraph(details), ""]
+    lines += ["## Systems", "", *_escaped_table(*results_table(results))]
+    lines += _comparisons_section(results)
+    lines += ["", *(f"- {markdown_paragraph(text)}" for text in comparison_sentences(results))]
+    lines += _metrics_section(results)
+    lines += _list_section(
+        "Labels needed", [label_efficiency_sentence(item) for item in results.needed]
+    )
+    lines += _list_section("Break-even", [break_even_sentence(item) for item in results.pay_off])
     return "\n".join(lines)
 
 
-def _comparisons(pairs: list[tuple[SystemResult, str, Comparison]]) -> list[str]:
+def _list_section(title: str, sentences: list[str]) -> list[str]:
+    if not sentences:
+        return []
+    return ["", f"## {title}", "", *(f"- {markdown_paragraph(text)}" for text in sentences)]
+
+
+def _comparisons_section(results: Results) -> list[str]:
     headings = (
         "system",
         "against",
         "points",
-        "95 % interval",
+        "95% CI",
         "p",
         "p (Holm)",
         "test",
-        "fixed",
-        "broken",
+        "wins",
+        "losses",
         "detectable",
     )
-    rows = [
-        [
-            system.name,
-            name,
-            points(versus.delta),
-            signed_span(versus.ci95),
-            p_value(versus.p).removeprefix("= "),
-            p_value(versus.p_holm).removeprefix("= "),
-            versus.test,
-            str(versus.fixed),
-            str(versus.broken),
-            _NOTHING if versus.detectable is None else f"{100 * versus.detectable:.1f}",
-        ]
-        for system, name, versus in pairs
+    rows = []
+    for system in results.systems:
+        for baseline, comparison in system.versus.items():
+            detectable = comparison.detectable
+            row = [
+                system.name,
+                baseline,
+                points_number(comparison.delta),
+                signed_interval(comparison.ci95),
+                p_number(comparison.p),
+                p_number(comparison.p_holm),
+                TEST_NAMES.get(comparison.test, comparison.test),
+                f"{comparison.fixed:,}",
+                f"{comparison.broken:,}",
+                ABSENT if detectable is None else f"{100 * detectable:.1f}",
+            ]
+            rows.append(row)
+    if not rows:
+        return []
+    return [
+        "",
+        "## Comparisons",
+        "",
+        *_escaped_table(headings, rows),
+        "",
+        f"A difference is reliable where p, Holm-corrected for all comparisons, is < {ALPHA:g}.",
+        "Wins are rows that the system gets right and the other wrong; losses are the reverse.",
+        "Detectable: the smallest true difference, in points, that this test set would show in "
+        "one comparison with 80% power.",
     ]
-    return _escaped(headings, rows)
 
 
-def _metrics(results: Results) -> list[str]:
-    """Every metric that some system has, a column each."""
+def _metrics_section(results: Results) -> list[str]:
+    """Every metric that a system has, a column each."""
     names = list(dict.fromkeys(name for system in results.systems for name in system.metrics))
     if not names:
         return []
@@ -251,57 +369,19 @@ def _metrics(results: Results) -> list[str]:
         row = [system.name]
         for name in names:
             measure = system.metrics.get(name)
-            interval = (
-                ""
-                if measure is None or measure.ci95 is None
-                else " ({:.3f} to {:.3f})".format(*measure.ci95)
-            )
-            row.append(_NOTHING if measure is None else f"{measure.value:.3f}{interval}")
+            if measure is None:
+                row.append(ABSENT)
+            elif measure.ci95 is None:
+                row.append(f"{measure.value:.3f}")
+            else:
+                low, high = measure.ci95
+                row.append(f"{measure.value:.3f} [{low:.3f}, {high:.3f}]")
         rows.append(row)
-    return ["", "## Metrics", "", *_escaped(["system", *names], rows)]
+    return ["", "## Metrics", "", *_escaped_table(["system", *names], rows)]
 
 
-def _escaped(headings: list[str] | tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    return table(
-        [escape(heading) for heading in headings], [[escape(cell) for cell in row] for row in rows]
-    )
-
-
-# --- numbers
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def points(delta: float) -> str:
-    """A difference of shares in percentage points, signed; nothing is never negative."""
-    return f"{round(100 * delta, 1) + 0.0:+.1f}"
-
-
-def span(interval: Interval) -> str:
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-
-
-def signed_span(interval: Interval) -> str:
-    return f"{points(interval[0])} to {points(interval[1])}"
-
-
-def p_value(p: float) -> str:
-    return "< .001" if p < 0.001 else f"= {p:.3f}"
-
-
-def millions(parameters: int | None) -> str:
-    return _NOTHING if parameters is None else f"{parameters / 1e6:.1f} M"
-
-
-def milliseconds(time: float) -> str:
-    """Three digits that count, and never fewer than the whole ones."""
-    return f"{time:,.0f} ms" if time >= 100 else f"{time:.3g} ms"
-
-
-def dollars(usd: float) -> str:
-    """Cents; below ten of them, two digits that count."""
-    return (
-        f"${usd:,.2f}" if usd == 0 or usd >= 0.0995 else f"${float(f'{usd:.2g}'):.12f}".rstrip("0")
+def _escaped_table(headings: list[str] | tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    return markdown_table(
+        [escape_markdown(heading) for heading in headings],
+        [[escape_markdown(cell) for cell in row] for row in rows],
     )

@@ -15,10 +15,16 @@ from pydantic import ValidationError
 from dsbs.config.terms import base_of, names_of_terms
 from dsbs.errors import UserError
 from dsbs.files import atomic
-from dsbs.formatting import escape, table
+from dsbs.formatting import (
+    confidence_interval,
+    escape_markdown,
+    markdown_table,
+    milliseconds,
+    percent,
+)
 from dsbs.records.results import Measure, SystemResult
 from dsbs.records.rows import TrainedStudent
-from dsbs.records.summary import compared, milliseconds, percent, span
+from dsbs.records.summary import system_sentences
 from dsbs.reporting.card_causal import causal_call
 from dsbs.reporting.card_recipe import (
     Sections,
@@ -232,7 +238,7 @@ def _body(
         teacher=_teacher(recipe, student),
         terms=_Written(_TERMS if is_governed(recipe, student, record) else _OWN_TERMS),
         result=_result(run, system, student),
-        comparisons=compared(system),
+        comparisons=system_sentences(system),
         measures=rows and _table([f"metric{over}", "value", "95 % interval", "rows"], rows),
         latency=times
         and _table(["rows at once", "median", "95 % are done within", "device"], times),
@@ -243,7 +249,11 @@ def _body(
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> _Written:
-    return _Written("\n".join(table(headings, [[escape(cell) for cell in row] for row in rows])))
+    return _Written(
+        "\n".join(
+            markdown_table(headings, [[escape_markdown(cell) for cell in row] for row in rows])
+        )
+    )
 
 
 def _answers(recipe: Sections) -> str:
@@ -256,7 +266,7 @@ def _answers(recipe: Sections) -> str:
 
 def _result(run: Run, system: SystemResult, student: TrainedStudent) -> str:
     where = f"{run.results.split} ({run.results.n:,} rows)"
-    spread = f"95 % interval {span(system.ci95)} % ({system.interval})"
+    spread = f"{confidence_interval(system.ci95)} ({system.interval})"
     own = _own_accuracy(system, student)
     if len(system.seeds) == 1 or own is None:
         said = f"{system.name} is right on {percent(system.accuracy)} of {where}, {spread}."
@@ -278,7 +288,7 @@ def _own_accuracy(system: SystemResult, student: TrainedStudent) -> float | None
 
 
 def _written(value: Any) -> str:
-    return value if isinstance(value, _Written) else escape(str(value))
+    return value if isinstance(value, _Written) else escape_markdown(str(value))
 
 
 def fenced(text: str, language: str = "") -> _Written:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsbs.config.terms import TermSection, base_of, names_of_terms
+from dsbs.config.terms import TermSection, TermSettings, base_of, names_of_terms
 from dsbs.records.rows import TrainedStudent
 from dsbs.reporting.card_recipe import Sections
 from dsbs.run_folder import read_manifest
@@ -18,27 +18,27 @@ _SAID = {  # by its kind
     "feature": "Its hidden states were also drawn towards those of a local teacher: Romero et al., 2015, arXiv:1412.6550.",
     "relation": "Distances and angles between its examples were also drawn towards those of a local teacher: "
     "Park et al., 2019, arXiv:1904.05068.",
-    "mutual-information": "The mutual information of its two tasks was also raised, an experimental term: "
-    "Chen et al., 2024, arXiv:2403.03348.",
-    "consistency": "Its answers beside several rationales of one row were also drawn together, an experimental term: "
-    "Chen et al., 2023, arXiv:2310.14747.",
 }
 
 
-def terms_of(recipe: Sections, student: TrainedStudent) -> list[TermSection]:
+def terms_of(recipe: Sections, student: TrainedStudent) -> list[TermSettings]:
     """The further terms of its loss, in the order of its method's name."""
     by_name = {term.title: term for term in recipe.train.terms}
     return [by_name[name] for name in names_of_terms(student.method) if name in by_name]
 
 
-def said_of(term: TermSection) -> str:
+def said_of(term: TermSettings) -> str:
     """A sentence with its source."""
     return _SAID[term.kind]
 
 
-def setting(term: TermSection) -> str:
+def setting(term: TermSettings) -> str:
     """As a table of settings has it."""
-    heat = f", temperature {term.temperature:g}" if term.kind in ("response", "labels") else ""
+    heat = (
+        f", temperature {term.temperature:g}"
+        if isinstance(term, TermSection) and term.kind in ("response", "labels")
+        else ""
+    )
     return f"{term.kind}, weight {term.weight:g}{heat}"
 
 

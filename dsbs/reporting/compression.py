@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsbs.formatting import interval, points_number
 from dsbs.records.compression import Compressed
 from dsbs.records.intervals import wilson
 from dsbs.records.results import BATCH_SIZES
-from dsbs.records.summary import points, span
 from dsbs.reporting import text as words
 from dsbs.reporting.gather import Run
 from dsbs.reporting.sections import NOTHING, Group, Line, Table
@@ -53,7 +53,7 @@ def frontier(runs: Sequence[Run]) -> Table | None:
     columns = [
         ("accuracy,\u00a0%", f"on the {rows} rows of valid"),
         (
-            "95 % interval",
+            "95% CI",
             "Wilson's, of that accuracy: a loss that is small beside it may be chance",
         ),
         ("points lost", "against the student as trained"),
@@ -89,7 +89,7 @@ def _groups(run: Run, of: str) -> list[Group]:
 def _span(accuracy: float, rows: int) -> str:
     """The 95 % interval of an accuracy, Wilson's."""
     rate = wilson(round(accuracy * rows), rows)
-    return NOTHING if rate is None else span(rate.ci95)
+    return NOTHING if rate is None else interval(rate.ci95)
 
 
 def _original(one: Compressed) -> Line:
@@ -149,4 +149,4 @@ def healing_sentences(runs: Sequence[Run]) -> list[str]:
 
 
 def _plain(share: float) -> str:
-    return points(share).removeprefix("+")
+    return points_number(share).removeprefix("+")

@@ -16,7 +16,7 @@ import yaml
 
 from dsbs.config import Recipe
 from dsbs.files import atomic, digest
-from dsbs.records.summary import needed_sentence, pay_off_sentence
+from dsbs.records.summary import break_even_sentence, label_efficiency_sentence
 from dsbs.reporting import compression as smaller
 from dsbs.reporting import sections
 from dsbs.reporting import text as words
@@ -126,11 +126,15 @@ def _render(runs: Sequence[Run], drawn: Sequence[Figure], packed: Examples) -> s
         frontiers=[
             (figure, Markup(figure.svg)) for figure in drawn if figure.name.startswith("frontier")
         ],
-        needed=[_of(run, runs, needed_sentence(one)) for run in runs for one in run.results.needed],
+        needed=[
+            _of(run, runs, label_efficiency_sentence(one))
+            for run in runs
+            for one in run.results.needed
+        ],
         trials=sections.trials(runs),
         annotation=sections.annotation(runs),
         pay_off=[
-            _of(run, runs, pay_off_sentence(one)) for run in runs for one in run.results.pay_off
+            _of(run, runs, break_even_sentence(one)) for run in runs for one in run.results.pay_off
         ],
         packed=packed,
         fewest_seeds=min(

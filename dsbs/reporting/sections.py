@@ -7,8 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsbs.formatting import (
+    dollars,
+    interval,
+    p_number,
+    parameter_count,
+    points_number,
+    signed_interval,
+)
 from dsbs.records.results import METRICS, Interval, Latency, Measure, SystemResult
-from dsbs.records.summary import dollars, is_reliable, millions, p_value, points, signed_span, span
+from dsbs.records.summary import is_reliable
 from dsbs.reporting import text as words
 from dsbs.reporting.gather import Run
 
@@ -106,7 +114,7 @@ def accuracies(runs: Sequence[Run]) -> Table:
     )
     columns = [
         Column("accuracy,\u00a0%", lambda s: words.share(s.accuracy)),
-        Column("95 % interval", lambda s: span(s.ci95), note=_how([s.interval for s in systems])),
+        Column("95% CI", lambda s: interval(s.ci95), note=_how([s.interval for s in systems])),
         Column("seeds", lambda s: str(len(s.seeds)) if s.seeds else NOTHING),
         Column(
             "unreadable,\u00a0%",
@@ -135,7 +143,9 @@ def accuracies(runs: Sequence[Run]) -> Table:
 def costs(runs: Sequence[Run]) -> Table | None:
     """What each system takes: parameters, bytes, time, money. None where nothing was measured."""
     columns = [
-        Column("parameters", lambda s: None if s.parameters is None else millions(s.parameters)),
+        Column(
+            "parameters", lambda s: None if s.parameters is None else parameter_count(s.parameters)
+        ),
         Column("MB on disk", lambda s: None if s.megabytes is None else f"{s.megabytes:,.1f}"),
         Column(
             "ms per example",
@@ -189,11 +199,11 @@ def comparisons(runs: Sequence[Run]) -> Table | None:
         Column("against", lambda pair: pair[0], text=True),
         Column(
             "points",
-            lambda pair: points(pair[1].delta),
+            lambda pair: points_number(pair[1].delta),
             note="the system's accuracy less the other's",
         ),
-        Column("95 % interval", lambda pair: signed_span(pair[1].ci95)),
-        Column("p\u00a0(Holm)", lambda pair: p_value(pair[1].p_holm).removeprefix("= "), note=how),
+        Column("95% CI", lambda pair: signed_interval(pair[1].ci95)),
+        Column("p\u00a0(Holm)", lambda pair: p_number(pair[1].p_holm), note=how),
         Column("finding", lambda pair: _finding(pair[1]), text=True),
         Column(
             "fixed",
@@ -266,7 +276,7 @@ def annotation(runs: Sequence[Run]) -> Table | None:
             lambda s: words.share(s["label_accuracy"]),
             note="the teacher's own, of all rows; unreadable is wrong",
         ),
-        Column("95 % interval", lambda s: _span(s.get("label_accuracy_ci95"))),
+        Column("95% CI", lambda s: _span(s.get("label_accuracy_ci95"))),
         Column("… of accepted,\u00a0%", lambda s: words.share(s["label_accuracy_accepted"])),
         Column("prompt tokens", lambda s: words.count(s["usage"]["prompt_tokens"])),
         Column("completion tokens", lambda s: words.count(s["usage"]["completion_tokens"])),
@@ -374,7 +384,7 @@ def _at_batch(size: int) -> Callable[[SystemResult], str | None]:
 
 
 def _span(ci95: Interval | None) -> str | None:
-    return None if ci95 is None else span(ci95)
+    return None if ci95 is None else interval(ci95)
 
 
 def _dollars(usd: float | None) -> str | None:

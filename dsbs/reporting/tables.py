@@ -1,4 +1,4 @@
-"""``results.md`` and the numbers of the report as CSV files, for people with a spreadsheet or a script.
+"""CSV files with the report's numbers, for people with a spreadsheet or a script.
 
 Shares and differences are fractions, times milliseconds or seconds as the column says, money US dollars; what an empty cell
 would hold is not known.
@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.files import atomic
-from dsbs.formatting import escape, paragraph, table
 from dsbs.records.compression import Measurement
 from dsbs.records.results import Interval, Latency, SystemResult
-from dsbs.records.summary import is_reliable, markdown
-from dsbs.reporting.compression import by_original, frontier, healing_sentences, outdated
+from dsbs.records.summary import is_reliable
+from dsbs.reporting.compression import by_original
 from dsbs.reporting.gather import Run
 from dsbs.reporting.naming import run_titles
 
@@ -37,10 +36,6 @@ _FORMULA = (
 def write_tables(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write the runs' tables into ``folder``, one row a fact, the run's name first; equal results give equal files."""
     titles = run_titles(runs)
-    pages = [_page(run, title) for title, run in zip(titles, runs, strict=True)]
-    page = folder / "results.md"
-    with atomic(page) as file:
-        file.write("\n\n".join(pages) + "\n")
     named = list(zip(titles, runs, strict=True))
     tables = {
         "systems.csv": _systems(named),
@@ -49,7 +44,7 @@ def write_tables(runs: Sequence[Run], folder: Path) -> list[Path]:
         "metrics.csv": _metrics(named),
         "compressed.csv": _compressed(named),
     }
-    return [page, *(_write(folder / name, rows) for name, rows in tables.items())]
+    return [_write(folder / name, rows) for name, rows in tables.items()]
 
 
 def _systems(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
@@ -212,30 +207,6 @@ def _standing(one: Measurement) -> dict[str, Cell]:
     for latency in one.latency:
         row |= _times(latency)
     return row
-
-
-def _page(run: Run, title: str) -> str:
-    """``results.md`` of a run, with its compressed students where it has some."""
-    page, found = markdown(run.results, title), frontier([run])
-    left_out = outdated([run])
-    if found is None:
-        return "\n".join([page, *("\n" + paragraph(one) for one in left_out)])
-    heads = [(group.title or "", line) for group in found.groups for line in group.lines]
-    rows = [
-        [escape(student), escape(line.head), *map(escape, line.cells)] for student, line in heads
-    ]
-    lines = [
-        "",
-        "## Smaller students",
-        "",
-        *table([escape(name) for name in ("student", "chain", *found.headings)], rows),
-    ]
-    said = (
-        [f"{heading}: {note}." for heading, note in found.explained.items()]
-        + healing_sentences([run])
-        + left_out
-    )
-    return "\n".join([page, *lines, "", *(f"- {paragraph(one)}" for one in said)])
 
 
 def _ends(name: str, interval: Interval | None) -> dict[str, Cell]:

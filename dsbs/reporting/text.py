@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from dsbs.records.summary import against, headline, is_reliable, percent
+from dsbs.formatting import percent
+from dsbs.records.summary import first_comparison, headline, is_reliable
 from dsbs.reporting.gather import Run
 
 # What has no glyph would vanish or, as half of a surrogate pair, stop the page from being written.
@@ -80,7 +81,7 @@ def verdict(run: Run) -> Verdict:
     """The headline system against the first baseline that it was compared with."""
     results = run.results
     system = results.system(results.headline)
-    name, gap = against(system) if system else (None, None)
+    name, gap = first_comparison(system) if system else (None, None)
     other = results.system(name)
     if system is None or gap is None or other is None:
         detail = "No baseline (eval.baseline) was evaluated beside it, so this does not tell what the method brings."

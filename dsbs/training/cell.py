@@ -19,10 +19,10 @@ from dsbs.students import Student, StudentCard, load_model, new_model, start_has
 from dsbs.tasks import make_task
 from dsbs.training import memory
 from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
-from dsbs.training.distillation.logprobs import keep
-from dsbs.training.distillation.objective import Distilling
+from dsbs.training.distillation.logprobs import cache_logprobs
+from dsbs.training.distillation.objective import DistillationLoss
 from dsbs.training.distributed import is_main_process, wait, world_size
-from dsbs.training.encode import Drawn, Encoder, answers_hash, collate, encoded_hash, soft_hash
+from dsbs.training.encode import Drawn, Encoder, collate, encoded_hash, soft_hash
 from dsbs.training.folder import StudentFolder
 from dsbs.training.lora import adapt, merged, trainable
 from dsbs.training.methods import View, method_of
@@ -76,9 +76,6 @@ class CellTraining:
             if cell.learns_votes
             else {}
         )
-        self.answers: dict[bytes, int] | None = None  # None: no term compares them
-        if any(term.kind == "consistency" for term in self.terms):
-            self.answers = encoder.answers(data.part(cell.subset), self.views[0], cell.labels)
         scored = any(term.kind == "labels" for term in self.terms)
         self.labels = encoder.texts(make_task(recipe.task).labels or ()) if scored else []
         self.logprobs = logprobs or job.folder.parent / "logprobs"
@@ -96,7 +93,6 @@ class CellTraining:
             *start_hash(self.recipe.train.init or self.recipe.student.source),
             *([teachers_fingerprint(self.teachers)] if self.teachers else []),
             *([soft_hash(self.soft)] if self.soft else []),
-            *([] if self.answers is None else [answers_hash(self.answers)]),
         )
 
     def run(self, progress: Progress) -> TrainedStudent:
@@ -261,10 +257,10 @@ class CellTraining:
                 return None
         return self._finish(student, trainer.state, follow)
 
-    def _distilling(self, model: Any, progress: Progress, size: int) -> Distilling:
+    def _distilling(self, model: Any, progress: Progress, size: int) -> DistillationLoss:
         """The student's terms, ready to learn by."""
         asked = self.terms, self.recipe.train, self.views
-        kept = keep(
+        kept = cache_logprobs(
             *asked,
             self.teachers,
             model.config.vocab_size,
@@ -274,12 +270,11 @@ class CellTraining:
             progress,
             self.job.title,
         )
-        made = Distilling(
+        made = DistillationLoss(
             *asked,
             teachers=self.teachers,
             labels=self.labels,
             soft=self.soft,
-            answers=self.answers,
             kept=kept,
         )
         made.attach(model, self.cell.seed)

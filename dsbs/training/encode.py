@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsbs.config import LabelSource
 from dsbs.files import digest
-from dsbs.students import compose
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
 from dsbs.training.rows import Row
 from dsbs.training.tokens import Ids, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Encoded = dict[
     str, list[tuple[Ids, Ids]]
@@ -122,32 +124,6 @@ class Encoder:
             )
         return {key: np.asarray(np.mean(votes, axis=0), np.float32) for key, votes in found.items()}
 
-    def answers(self, rows: Sequence[Row], view: View, labels: LabelSource) -> dict[bytes, int]:
-        """How many of a target's last tokens are its answer, its end token included, by the target's ids.
-
-        Of the rows with several rationales, which each lead to their label in a text of its own. Of two texts that differ in
-        their answers alone, it is what follows the tokens that both begin with; a target that may have been cut is left out.
-        """
-        known = [row for row in rows if len(row.usable(labels)) > 1]
-        texts = [text for row in known for text in row.targets(view.target, labels)]
-        heads = [
-            compose(view.target, "", rationale) or ""
-            for row in known
-            for rationale in row.usable(labels)
-        ]
-        found: dict[bytes, int] = {}
-        places = (
-            self._tokens.places("", some, self._max_target, target=True) for some in (texts, heads)
-        )
-        for place, begins in zip(*places, strict=True):
-            ids, head = self._tokens[place], self._tokens[begins]
-            shorter = min(len(ids), len(head)) - 1  # without the end token
-            unlike = np.flatnonzero(ids[:shorter] != head[:shorter])
-            length = len(ids) - (int(unlike[0]) if len(unlike) else shorter)
-            if length > 1 and len(ids) < self._max_target:
-                found[ids.astype(np.int64).tobytes()] = length
-        return found
-
     def cut(self, rows: EncodedRows) -> Iterator[str]:
         """Warnings of inputs and targets that are as long as they may be: what was longer is cut."""
         for name, (sources, targets) in rows.lengths().items():
@@ -219,19 +195,51 @@ def soft_hash(soft: Mapping[bytes, NDArray[np.float32]]) -> str:
     return state.hexdigest()
 
 
-def answers_hash(answers: Mapping[bytes, int]) -> str:
-    state = hashlib.sha256()
-    for ids, length in sorted(answers.items()):
-        state.update(hashlib.sha256(ids).digest() + length.to_bytes(4, "big"))
-    return state.hexdigest()
+@dataclass(slots=True)
+class PackedBatch:
+    """One view's B sequences of a batch, concatenated without padding; N input and M target tokens.
 
+    ``soft_labels`` and ``teacher_top_k`` are set for the loss terms that need them.
+    """
 
-# source (N,) and target (M,) ids of B rows one after another, source_lengths, target_lengths and rows (B,): places in the batch
-PackedBatch = dict[str, Any]
+    rows: Tensor
+    """(B,) index in the batch of each sequence's example."""
+    source: Tensor
+    """(N,) input ids."""
+    source_lengths: Tensor
+    """(B,)"""
+    target: Tensor
+    """(M,) target ids, IGNORED in the empty rows of a ``PaddedDataset``."""
+    target_lengths: Tensor
+    """(B,)"""
+    soft_labels: Tensor | None = None
+    """(B, L) probabilities of the task's labels; zeros where a row has none."""
+    teacher_top_k: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By term: ids (M, K) and log-probabilities (M, K) of the teachers' K likeliest tokens."""
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> PackedBatch:
+        """This batch on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """This batch in page-locked memory; PyTorch's DataLoader calls it."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        moved: dict[str, Tensor] = {}
+        for name in ("rows", "source", "source_lengths", "target", "target_lengths"):
+            moved[name] = change(getattr(self, name))
+        if self.soft_labels is not None:
+            moved["soft_labels"] = change(self.soft_labels)
+        top_k = {
+            term: (change(ids), change(logprobs))
+            for term, (ids, logprobs) in self.teacher_top_k.items()
+        }
+        return replace(self, **moved, teacher_top_k=top_k)
 
 
 def collate(rows: Sequence[Encoded]) -> dict[str, PackedBatch]:
-    """Rows -> ``{target: Flat}`` of the views that they teach, without padding; B differs between views.
+    """Rows -> ``{target: PackedBatch}`` of the views that they teach, without padding; B differs between views.
 
     Where a row has several targets, all rows' first ones come first, then their second ones.
     """
@@ -244,29 +252,27 @@ def collate(rows: Sequence[Encoded]) -> dict[str, PackedBatch]:
             (k, i) for k in range(most) for i, row in enumerate(rows) if k < len(row.get(name, ()))
         ]
         pairs = [rows[i][name][k] for k, i in here]
-        batch[name] = {
-            "rows": torch.tensor([i for _, i in here]),
-            "source": torch.from_numpy(
-                np.concatenate([source for source, _ in pairs]).astype(np.int64)
-            ),
-            "source_lengths": torch.tensor([len(source) for source, _ in pairs]),
-            "target": torch.from_numpy(
-                np.concatenate([target for _, target in pairs]).astype(np.int64)
-            ),
-            "target_lengths": torch.tensor([len(target) for _, target in pairs]),
-        }
+        sources = [np.asarray(source) for source, _ in pairs]
+        targets = [np.asarray(target) for _, target in pairs]
+        batch[name] = PackedBatch(
+            rows=torch.tensor([i for _, i in here]),
+            source=torch.from_numpy(np.concatenate(sources).astype(np.int64)),
+            source_lengths=torch.tensor([len(source) for source in sources]),
+            target=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+            target_lengths=torch.tensor([len(target) for target in targets]),
+        )
     return batch
 
 
 def rows_of(flat: PackedBatch) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Each row's input ids and target ids."""
 
-    def parted(what: str) -> list[NDArray[np.int64]]:
-        return np.split(
-            flat[what].cpu().numpy(), np.cumsum(flat[f"{what}_lengths"].cpu().numpy())[:-1]
-        )
+    def split(ids: Tensor, lengths: Tensor) -> list[NDArray[np.int64]]:
+        return np.split(ids.cpu().numpy(), np.cumsum(lengths.cpu().numpy())[:-1])
 
-    return parted("source"), parted("target")
+    sources = split(flat.source, flat.source_lengths)
+    targets = split(flat.target, flat.target_lengths)
+    return sources, targets
 
 
 def pad(flat: PackedBatch, pad_id: int, start: int) -> dict[str, Any]:
@@ -277,8 +283,8 @@ def pad(flat: PackedBatch, pad_id: int, start: int) -> dict[str, Any]:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    sources = list(torch.split(flat["source"], flat["source_lengths"].tolist()))
-    targets = list(torch.split(flat["target"], flat["target_lengths"].tolist()))
+    sources = list(torch.split(flat.source, flat.source_lengths.tolist()))
+    targets = list(torch.split(flat.target, flat.target_lengths.tolist()))
     labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
     shifted = labels.roll(1, dims=1)
     shifted[shifted == IGNORED] = pad_id

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.training.distributed import is_main_process
-from dsbs.training.packed.model import is_supported
+from dsbs.training.packed.t5 import is_t5
 
 
 def shard(model: Any, accelerator: Any) -> None:
@@ -24,7 +24,7 @@ def shard(model: Any, accelerator: Any) -> None:
             "accelerate's FSDP settings are not those that dsbs knows",
             hint="set fsdp_version: 2 and fsdp_state_dict_type: FULL_STATE_DICT, as recipes/accelerate/fsdp.yaml does",
         )
-    if not is_supported(model):
+    if not is_t5(model):
         raise UserError(
             "FSDP divides T5 and mT5 only", hint="start without accelerate's FSDP settings"
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsbs.config import LabelSource, TermSection, TrainSection, base_of
+from dsbs.config.registry import METHODS, entry
 from dsbs.errors import UserError
 from dsbs.students import Start, Target
 from dsbs.tasks.base import Task
@@ -59,27 +60,20 @@ def _step_by_step(train: TrainSection) -> tuple[View, ...]:
     )
 
 
-METHODS = {
-    "step-by-step": Method(_step_by_step, labels=None, needs_rationales=True),
-    "finetune": Method(
-        _one_task("label"), labels=("gold",), needs_rationales=False
-    ),  # standard fine-tuning
-    "distill": Method(
-        _one_task("label"), labels=("teacher",), needs_rationales=False
-    ),  # standard task distillation
-    # both in one sequence: the paper's single-task ablation (section 4.4), in either order
-    "rationale-then-label": Method(
-        _one_task("rationale-then-label"), labels=None, needs_rationales=True
-    ),
-    "label-then-rationale": Method(
-        _one_task("label-then-rationale"), labels=None, needs_rationales=True
-    ),
-}
+STEP_BY_STEP = Method(_step_by_step, labels=None, needs_rationales=True)
+# standard fine-tuning
+FINETUNE = Method(_one_task("label"), labels=("gold",), needs_rationales=False)
+# standard task distillation
+DISTILL = Method(_one_task("label"), labels=("teacher",), needs_rationales=False)
+# both in one sequence: the paper's single-task ablation (section 4.4), in either order
+RATIONALE_THEN_LABEL = Method(_one_task("rationale-then-label"), labels=None, needs_rationales=True)
+LABEL_THEN_RATIONALE = Method(_one_task("label-then-rationale"), labels=None, needs_rationales=True)
 
 
 def method_of(name: str) -> Method:
     """The method that a name stands for, whatever terms it adds: ``finetune+response`` is finetune with one more term."""
-    return METHODS[base_of(name)]
+    method: Method = entry(METHODS, base_of(name))
+    return method
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +155,5 @@ def check_terms(section: TrainSection, task: Task, cells: Sequence[Cell]) -> Non
                 problem = (
                     f"scores labels by themselves, and {cell.method} writes them beside a rationale"
                 )
-            elif term.kind == "mutual-information" and written != list(BOTH):
-                problem = (
-                    f"compares a label with its rationale as two tasks, which {cell.method} has not"
-                )
-            elif term.kind == "consistency" and written != ["rationale-then-label"]:
-                problem = f"compares answers after different rationales, and {cell.method} writes none after a rationale"
-                hint = "name it in rationale-then-label"
-            elif term.kind == "consistency" and section.rationales != "all":
-                problem = "needs several rationales of a row in one batch"
-                hint = "set train.rationales: all, and annotate.samples to more than 1"
             if problem:
                 raise UserError(f"train.terms: {term.title} {problem}", hint=hint)

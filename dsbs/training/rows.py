@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import LabelSource, Recipe, TermSection
+from dsbs.config import LabelSource, Recipe
 from dsbs.errors import UserError
 from dsbs.records.rows import Annotation, Example
 from dsbs.run_folder import annotation_file, load_annotations
@@ -130,11 +130,11 @@ def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data
     order = sorted(range(len(rows)), key=lambda i: position(rows[i].id, "subset"))
     data = Data(rows, valid[: recipe.train.valid_limit], source, fields, order, words)
     for cell in cells:
-        _check_taught(data, cell, recipe.train.terms_of(cell.method))
+        _check_taught(data, cell)
     return data
 
 
-def _check_taught(data: Data, cell: Cell, terms: Sequence[TermSection]) -> None:
+def _check_taught(data: Data, cell: Cell) -> None:
     """Raises UserError where a student would find nothing of what its method learns in its part of the rows."""
     rows = data.part(cell.subset)
     of = (
@@ -158,13 +158,6 @@ def _check_taught(data: Data, cell: Cell, terms: Sequence[TermSection]) -> None:
         raise UserError(
             f"{cell.method} learns how sure the teacher was of its labels, and no {of} has a vote of it",
             hint="look at the annotations' reject_reason and provenance (a hinted answer is no vote), and at train.select",
-        )
-    if any(term.kind == "consistency" for term in terms) and not any(
-        len(row.usable(cell.labels)) > 1 for row in rows
-    ):
-        raise UserError(
-            f"{cell.method} compares answers after different rationales, and no {of} has two usable ones",
-            hint="set annotate.samples to more than 1 and annotate.temperature above 0, then run `dsbs annotate` again",
         )
 
 

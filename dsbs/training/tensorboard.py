@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.formatting import one_line, table
+from dsbs.formatting import markdown_table, one_line
 from dsbs.students import Student
 from dsbs.training.callbacks import MetricsLogger
 from dsbs.training.distributed import is_main_process
@@ -116,7 +116,9 @@ class Board(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         cells = [[_shown(text) for text in sample] for sample in self._samples()]
         if self._writer is not None and cells:
-            text = "\n".join(table(["input", self._data.valid_labels, "label", "rationale"], cells))
+            text = "\n".join(
+                markdown_table(["input", self._data.valid_labels, "label", "rationale"], cells)
+            )
             self._writer.add_text("samples/valid", text, state.global_step)
             self._writer.flush()
 

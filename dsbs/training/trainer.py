@@ -17,14 +17,14 @@ from transformers import Seq2SeqTrainer
 
 from dsbs.config import TrainSection
 from dsbs.errors import DsbsError, UserError
-from dsbs.training.distillation.objective import Distilling, Step
+from dsbs.training.distillation.objective import DistillationLoss, StepTotals
 from dsbs.training.encode import PackedBatch, PaddedDataset
 from dsbs.training.fsdp import save_whole, shard
 from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
 from dsbs.training.methods import View
 from dsbs.training.packed import decoder as causal
 from dsbs.training.packed.forward import ForwardRunner
-from dsbs.training.packed.model import is_supported
+from dsbs.training.packed.t5 import is_t5
 
 
 class StepTrainer(Seq2SeqTrainer):
@@ -38,7 +38,7 @@ class StepTrainer(Seq2SeqTrainer):
         views: Sequence[View],
         section: TrainSection,
         validate: Callable[[], dict[str, float]],
-        terms: Distilling | None = None,
+        terms: DistillationLoss | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -55,7 +55,7 @@ class StepTrainer(Seq2SeqTrainer):
             "examples": 0,
         }  # in all steps and processes, an interrupted run's included
         unpadded = section.padding == "none" and (
-            is_supported(self.model) or causal.is_causal(self.model)
+            is_t5(self.model) or causal.is_decoder_only(self.model)
         )
         if self.is_fsdp_enabled:
             if terms is not None:
@@ -66,7 +66,7 @@ class StepTrainer(Seq2SeqTrainer):
             # all views in one call: processes whose rows teach different views would wait for one another's calls for ever
             unpadded = True
             shard(self.model, self.accelerator)
-        speak(self.model, views, without_padding=unpadded, terms=terms)
+        patch_forward(self.model, views, without_padding=unpadded, terms=terms)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -83,9 +83,9 @@ class StepTrainer(Seq2SeqTrainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         names = [view.target for view in self._views]
         targets = [sum(taught(batch[name]) for batch in samples if name in batch) for name in names]
-        sources = sum(len(flat["source"]) for batch in samples for flat in batch.values())
+        sources = sum(len(flat.source) for batch in samples for flat in batch.values())
         examples = sum(
-            1 + max(int(flat["rows"].max()) for flat in batch.values()) for batch in samples
+            1 + max(int(flat.rows.max()) for flat in batch.values()) for batch in samples
         )
         tallies = [self._terms.tally(batch) for batch in samples] if self._terms else []
         others = {
@@ -101,6 +101,11 @@ class StepTrainer(Seq2SeqTrainer):
         self._seen["tokens"] += step_tokens
         self._seen["examples"] += step_examples
         return samples, None
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, PackedBatch):  # the stock trainer moves tensors in mappings only
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """One process's order of the rows; for several with empty rows at its end, so that all have equally many batches.
@@ -129,7 +134,7 @@ class StepTrainer(Seq2SeqTrainer):
                 name: max(1, count) * self.current_gradient_accumulation_steps
                 for name, count in own.items()
             }
-        step = {"step": Step(counts, weights)} if self._terms else {}
+        step = {"step": StepTotals(counts, weights)} if self._terms else {}
         found: dict[str, torch.Tensor] = model(batch=inputs, **step)
         sums = {name: found[name] for name in inputs}
         for name, value in found.items():
@@ -209,11 +214,15 @@ class PaddedSampler(Sampler[int]):
 
 def taught(flat: PackedBatch) -> int:
     """Target tokens of a batch, without those of empty rows."""
-    return int((flat["target"] != IGNORED).sum())
+    return int((flat.target != IGNORED).sum())
 
 
-def speak(
-    model: Any, views: Sequence[View], *, without_padding: bool, terms: Distilling | None = None
+def patch_forward(
+    model: Any,
+    views: Sequence[View],
+    *,
+    without_padding: bool,
+    terms: DistillationLoss | None = None,
 ) -> None:
     """Teach a model's forward to take ``batch``, rows of ``views``, and to return each view's summed cross-entropy.
 
@@ -221,7 +230,7 @@ def speak(
     Through forward, because that is where distributed training hooks gradients in. Anything else it answers as before.
     """
     plain = model.forward
-    if causal.is_causal(model):
+    if causal.is_decoder_only(model):
         if terms is not None:
             raise UserError(
                 "terms of the loss are learned by T5 students alone",
@@ -240,15 +249,15 @@ def speak(
     def forward(
         *args: Any,
         batch: dict[str, PackedBatch] | None = None,
-        step: Step | None = None,
+        step: StepTotals | None = None,
         **kwargs: Any,
     ) -> Any:
         if batch is None:
             return plain(*args, **kwargs)
         if read is None:
-            return causal.summed(model, batch, without_padding=without_padding)
+            return causal.summed_losses(model, batch, without_padding=without_padding)
         own = read(batch)
-        sums = {name: summed_nll(own.logits[name], flat["target"]) for name, flat in batch.items()}
+        sums = {name: summed_nll(own.logits[name], flat.target) for name, flat in batch.items()}
         return sums | (terms.losses(own, batch, step) if terms and step else {})
 
     model.forward = forward

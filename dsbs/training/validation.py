@@ -57,11 +57,13 @@ def _loss(student: Student, size: int, rows: Sequence[Encoded], view: View) -> f
     with torch.inference_mode():
         for first in range(0, len(ordered), size):
             flat = collate(ordered[first : first + size])[view.target]
-            tokens += len(flat["target"])
-            if causal.is_causal(model):
-                there = {k: v.to(model.device) for k, v in flat.items()}
+            tokens += len(flat.target)
+            if causal.is_decoder_only(model):
+                there = flat.to(model.device)
                 total += float(
-                    causal.summed(model, {view.target: there}, without_padding=False)[view.target]
+                    causal.summed_losses(model, {view.target: there}, without_padding=False)[
+                        view.target
+                    ]
                 )
                 continue
             padded = pad(flat, model.config.pad_token_id, start_token(model.config, view.start))

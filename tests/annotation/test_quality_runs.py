@@ -213,7 +213,7 @@ def test_the_pilot_as_a_command(toy: Callable[..., Path], tmp_path: Path) -> Non
         )
     assert result.returncode == 0, result.stderr
     assert (
-        "parse rate 100.0 %" in result.stdout
+        "parse rate 100.0%" in result.stdout
         and "All 14 rows" in result.stdout
         and "price unknown" in result.stdout
     )

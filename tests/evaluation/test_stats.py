@@ -15,7 +15,8 @@ from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
 from dsbs.evaluation.stats import accuracy, difference, holm, mean_interval
-from dsbs.records.intervals import percent, wilson
+from dsbs.formatting import rate
+from dsbs.records.intervals import wilson
 
 Floats = NDArray[np.float64]
 
@@ -94,7 +95,7 @@ def test_wilson_agrees_with_statsmodels() -> None:
 
 def test_wilson_of_nothing_is_nothing_and_shows_a_dash() -> None:
     assert wilson(0, 0) is None
-    assert percent(None) == "–"
+    assert rate(None) == "–"
 
 
 def test_holm_agrees_with_statsmodels_whatever_the_order() -> None:

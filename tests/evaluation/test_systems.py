@@ -25,7 +25,7 @@ from dsbs.evaluation.systems import (
     pay_offs,
 )
 from dsbs.records.rows import Example, Prediction, TrainedStudent
-from dsbs.records.summary import needed_sentence
+from dsbs.records.summary import label_efficiency_sentence
 from dsbs.tasks import make_task
 
 
@@ -219,9 +219,10 @@ def test_labels_needed_are_read_off_the_curve() -> None:
     (never,) = labels_needed(curve, [system("finetune", 1.0, 0.9, 400)], None)
     assert never.rows is None
     (at_once,) = labels_needed(curve, [system("finetune", 1.0, 0.2, 400)], None)
-    assert (at_once.rows, at_once.smallest) == (100, 100) and "at most 100 rows" in needed_sentence(
-        at_once
-    )
+    assert (at_once.rows, at_once.smallest) == (
+        100,
+        100,
+    ) and "at most 100 rows" in label_efficiency_sentence(at_once)
 
 
 def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:

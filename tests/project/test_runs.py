@@ -142,7 +142,7 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
     run = make_run(tmp_path / "runs" / "made", subsets=(1.0,), seeds=(0,))
     make_run(tmp_path / "runs" / "plain", name="plain", subsets=(1.0,), seeds=(0,))
     alone = run_dsbs("ls", str(tmp_path / "runs" / "plain"), cwd=tmp_path)
-    assert look(run).beside == {} and "beside them" not in alone.stdout, "no column of dashes"
+    assert look(run).beside == {} and "other models" not in alone.stdout, "no column of dashes"
     for record in (
         "train/teachers/mini-s0/train.json", "train/trials/a/b/train.json", "train/finetune-gold-s0/export/ct2/export.json",
         "train/finetune-gold-s0/export/.onnx.partial/export.json", "train/finetune-gold-s0/export/aside/ct2-1/export.json",
@@ -153,7 +153,7 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
         (run / record).write_text("{}", encoding="utf-8")
     assert look(run).beside == {"local teachers": 1, "compressed": 1, "exported": 2}
     done = run_dsbs("ls", cwd=tmp_path)
-    assert done.returncode == 0 and {"beside", "teachers,", "compressed,", "exported"} <= set(
+    assert done.returncode == 0 and {"other", "models", "teachers,", "compressed,", "exported"} <= set(
         done.stdout.split()
     )
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from dsbs.config import TaskSection
+from dsbs.config.registry import TASKS
 from dsbs.records.rows import Unread
-from dsbs.tasks import TASKS, make_task
+from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 
 

@@ -133,10 +133,10 @@ def test_the_same_rows_of_valid_are_shown_at_each_look_with_what_the_student_say
 
 
 def test_text_of_data_is_shown_by_tensorboard_as_it_is() -> None:
-    from dsbs.formatting import table
+    from dsbs.formatting import markdown_table
     from dsbs.training.tensorboard import _block, _shown
 
-    page = markdown_to_safe_html("\n".join(table(["input"], [[_shown(HOSTILE)]])))
+    page = markdown_to_safe_html("\n".join(markdown_table(["input"], [[_shown(HOSTILE)]])))
     assert (
         page.count("<td>") == 1
         and "<script" not in page

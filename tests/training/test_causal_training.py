@@ -21,7 +21,7 @@ from dsbs.training.checkpoints import last_checkpoint
 from dsbs.training.encode import Encoded, Encoder, collate
 from dsbs.training.lora import adapt, merged, trainable
 from dsbs.training.methods import View
-from dsbs.training.packed.decoder import logits_of, summed
+from dsbs.training.packed.decoder import logits_of, summed_losses
 from dsbs.training.rows import Row
 from dsbs.training.tokens import Tokens
 from dsbs.training.trainer import StepTrainer
@@ -71,8 +71,8 @@ def test_logits_and_gradients_are_those_of_rows_one_by_one(
     if kind == "checkpointing":
         model.activation_checkpointing_enable()
     for name, flat in collate(rows(24)).items():
-        sources = torch.split(flat["source"], flat["source_lengths"].tolist())
-        targets = torch.split(flat["target"], flat["target_lengths"].tolist())
+        sources = torch.split(flat.source, flat.source_lengths.tolist())
+        targets = torch.split(flat.target, flat.target_lengths.tolist())
         pairs = [
             (source.tolist(), target.tolist())
             for source, target in zip(sources, targets, strict=True)
@@ -80,7 +80,7 @@ def test_logits_and_gradients_are_those_of_rows_one_by_one(
         expected = torch.cat(row_by_row(model, pairs))
         theirs = gradients(model, (expected**2).mean())
         made = log_softmax(logits_of(model, flat, without_padding=without_padding), dim=-1)
-        assert made.shape == expected.shape == (len(flat["target"]), model.config.vocab_size), name
+        assert made.shape == expected.shape == (len(flat.target), model.config.vocab_size), name
         assert torch.allclose(made, expected, atol=1e-10), name
         ours = gradients(model, (made**2).mean())
         assert ours.keys() == theirs.keys()
@@ -90,7 +90,7 @@ def test_logits_and_gradients_are_those_of_rows_one_by_one(
 @pytest.mark.parametrize("without_padding", [True, False])
 def test_each_view_has_its_own_sum_over_its_targets_and_nothing_else(without_padding: bool) -> None:
     model = causal_models.model().train()
-    found = summed(model, collate(rows()), without_padding=without_padding)
+    found = summed_losses(model, collate(rows()), without_padding=without_padding)
     assert set(found) == {"label", "rationale"}
     for name, value in found.items():
         pairs = [pair for row in rows() for pair in row.get(name, ())]

@@ -13,13 +13,13 @@ from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGen
 from dsbs.config import TermSection, TrainSection
 from dsbs.errors import UserError
 from dsbs.training.distillation.local_teachers import LocalTeacher
-from dsbs.training.distillation.objective import PROJECTIONS, Distilling, Step, same_answers
+from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss, StepTotals
 from dsbs.training.encode import Encoded, collate
-from dsbs.training.methods import METHODS, View
+from dsbs.training.methods import View, method_of
 from dsbs.training.packed.forward import ForwardRunner
-from dsbs.training.trainer import StepTrainer, speak
+from dsbs.training.trainer import StepTrainer, patch_forward
 
-VIEWS = METHODS["step-by-step"].views(TrainSection())
+VIEWS = method_of("step-by-step").views(TrainSection())
 LABELS = [[5, 1], [6, 7, 1], [8, 1]]
 ROWS: list[Encoded] = [
     {
@@ -48,7 +48,6 @@ TERMS: dict[str, dict[str, Any]] = {
     "from-teachers": {"kind": "labels", "name": "from-teachers", "source": "teachers"},
     "feature": {"kind": "feature"},
     "relation": {"kind": "relation"},
-    "mutual-information": {"kind": "mutual-information"},
 }
 CUT_ALIKE = [
     name for name in TERMS if name != "relation"
@@ -69,10 +68,12 @@ def teacher(name: str = "one", weight: float = 1.0, **shape: Any) -> LocalTeache
     return LocalTeacher(name, Path(name), weight, name, model)
 
 
-def distilling(names: list[str], section: TrainSection | None = None, **changes: Any) -> Distilling:
+def distilling(
+    names: list[str], section: TrainSection | None = None, **changes: Any
+) -> DistillationLoss:
     terms = [TermSection(**TERMS[name]) for name in names]
     made: dict[str, Any] = {"teachers": [teacher()], "labels": LABELS, "soft": SOFT}
-    return Distilling(terms, section or TrainSection(), VIEWS, **made | changes)
+    return DistillationLoss(terms, section or TrainSection(), VIEWS, **made | changes)
 
 
 def gradients(
@@ -85,11 +86,11 @@ def gradients(
     )
     terms.attach(model, seed=0)
     batch = terms.collate(ROWS)
-    counts = {
-        view.target: float(len(batch[view.target]["target"])) for view in VIEWS
-    } | terms.tally(batch)
-    speak(model, VIEWS, without_padding=without_padding, terms=terms)
-    found = model(batch=batch, step=Step(counts, {"label": 1.0, "rationale": 1.0}))
+    counts = {view.target: float(len(batch[view.target].target)) for view in VIEWS} | terms.tally(
+        batch
+    )
+    patch_forward(model, VIEWS, without_padding=without_padding, terms=terms)
+    found = model(batch=batch, step=StepTotals(counts, {"label": 1.0, "rationale": 1.0}))
     (found["label"] + found["rationale"] + weight * found[name]).backward()
     return float(found[name].detach()), {
         n: p.grad for n, p in model.named_parameters() if p.grad is not None
@@ -106,7 +107,7 @@ def test_a_padded_and_an_unpadded_pass_leave_the_same() -> None:
             for way in (True, False)
         ]
         for view in VIEWS:
-            assert made[0].logits[view.target].shape == (len(batch[view.target]["target"]), 40)
+            assert made[0].logits[view.target].shape == (len(batch[view.target].target), 40)
             assert torch.allclose(
                 made[0].logits[view.target], made[1].logits[view.target], atol=1e-5
             )
@@ -145,7 +146,7 @@ def test_padding_changes_neither_a_term_nor_its_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", TERMS)
 def test_with_its_weight_to_0_a_term_leaves_the_students_own_gradients(name: str) -> None:
     model = t5()
-    speak(model, VIEWS, without_padding=True)
+    patch_forward(model, VIEWS, without_padding=True)
     sums = model(batch=collate(ROWS))
     (sums["label"] + sums["rationale"]).backward()
     plain = {key: parameter.grad for key, parameter in model.named_parameters()}
@@ -161,7 +162,7 @@ def test_with_its_weight_to_0_a_term_leaves_the_students_own_gradients(name: str
 
 def trained(
     folder: Path,
-    terms: Distilling | None,
+    terms: DistillationLoss | None,
     micro: int = 8,
     steps: int = 3,
     world_size: int = 1,
@@ -214,12 +215,14 @@ def measure(model: Any, name: str) -> float:
     terms.attach(fresh := t5(), seed=0)
     fresh.load_state_dict(model.state_dict(), strict=False)
     batch = terms.collate(ROWS)
-    counts = {
-        view.target: float(len(batch[view.target]["target"])) for view in VIEWS
-    } | terms.tally(batch)
-    speak(fresh.eval(), VIEWS, without_padding=True, terms=terms)
+    counts = {view.target: float(len(batch[view.target].target)) for view in VIEWS} | terms.tally(
+        batch
+    )
+    patch_forward(fresh.eval(), VIEWS, without_padding=True, terms=terms)
     with torch.no_grad():
-        return float(fresh(batch=batch, step=Step(counts, {"label": 1.0, "rationale": 1.0}))[name])
+        return float(
+            fresh(batch=batch, step=StepTotals(counts, {"label": 1.0, "rationale": 1.0}))[name]
+        )
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -261,7 +264,7 @@ def test_two_teachers_of_which_one_counts_for_nothing_are_one(tmp_path: Path) ->
 
 def test_a_layer_that_is_not_there_is_said_before_training() -> None:
     term = TermSection(kind="feature", layers={2: 4})
-    terms = Distilling([term], TrainSection(), VIEWS, teachers=[teacher()])
+    terms = DistillationLoss([term], TrainSection(), VIEWS, teachers=[teacher()])
     with pytest.raises(UserError, match=r"the encoder's layers: .*the teacher has layers 1 to 3"):
         terms.attach(t5(), seed=0)
 
@@ -275,55 +278,6 @@ def test_projections_depend_on_the_seed_alone_and_leave_dropouts_generator_as_it
         assert torch.equal(before, torch.get_rng_state())
         drawn.append(torch.cat([one.flatten() for one in getattr(model, PROJECTIONS).parameters()]))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-
-
-def test_consistency_compares_the_answers_that_two_different_targets_of_a_row_share() -> None:
-    rows: list[Encoded] = [
-        {"rationale-then-label": [([3], [5, 6, 9, 1]), ([3], [5, 6, 9, 1]), ([3], [7, 6, 9, 1])]},
-        {"rationale-then-label": [([4], [9, 1])]},
-        {"rationale-then-label": [([4], [5, 8, 9, 1]), ([4], [5, 8, 8])]},
-    ]
-    flat = collate(rows)["rationale-then-label"]
-    assert flat["target"].tolist() == [
-        5,
-        6,
-        9,
-        1,
-        9,
-        1,
-        5,
-        8,
-        9,
-        1,
-        5,
-        6,
-        9,
-        1,
-        5,
-        8,
-        8,
-        7,
-        6,
-        9,
-        1,
-    ]
-    answers = {
-        np.array(ids, np.int64).tobytes(): 2
-        for ids in ([5, 6, 9, 1], [7, 6, 9, 1], [5, 8, 9, 1], [5, 8, 8])
-    }
-    assert same_answers(flat, answers) == [(12, 19), (13, 20)], (
-        "no end of a rationale, no equal targets, no cut answer"
-    )
-    assert not same_answers(flat, {}), "nothing is an answer by chance"
-    views = (View("rationale-then-label", "", 1.0),)
-    terms = Distilling([TermSection(kind="consistency")], TrainSection(), views, answers=answers)
-    batch, model = terms.collate(rows), t5()
-    assert terms.tally(batch)["again"] == 2
-    speak(model, views, without_padding=True, terms=terms)
-    step = Step({"rationale-then-label": 21.0, **terms.tally(batch)}, {"rationale-then-label": 1.0})
-    found = model(batch=batch, step=step)["consistency"]
-    found.backward()
-    assert float(found.detach()) > 0
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -344,13 +298,15 @@ def test_a_relation_weighs_the_same_however_many_targets_its_examples_have(tmp_p
     found = []
     for times in (1, 3):
         rows: list[Encoded] = [{"rationale-then-label": [pair] * times} for pair in texts]
-        terms = Distilling(
+        terms = DistillationLoss(
             [TermSection(kind="relation")], TrainSection(), views, teachers=[teacher()]
         )
         model, batch = t5(), terms.collate(rows)
-        speak(model, views, without_padding=True, terms=terms)
+        patch_forward(model, views, without_padding=True, terms=terms)
         tally = terms.tally(batch)
         assert (tally["targets"], tally["examples"]) == (6 * times, 6)
-        step = Step({"rationale-then-label": 18.0 * times, **tally}, {"rationale-then-label": 1.0})
+        step = StepTotals(
+            {"rationale-then-label": 18.0 * times, **tally}, {"rationale-then-label": 1.0}
+        )
         found.append(float(model(batch=batch, step=step)["relation"].detach()))
     assert found[0] > 0 and found[1] == pytest.approx(found[0], rel=1e-5)

@@ -136,7 +136,7 @@ def test_a_machine_without_memory_takes_smaller_micro_batches(
     def small_memory(
         self: StepTrainer, model: Any, inputs: dict[str, dict[str, torch.Tensor]], **kwargs: Any
     ) -> Any:
-        if len(inputs["label"]["target_lengths"]) > 4:
+        if len(inputs["label"].target_lengths) > 4:
             if how == "python":
                 raise MemoryError
             torch.empty(

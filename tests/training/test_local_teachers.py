@@ -215,6 +215,10 @@ def test_a_trained_student_teaches_where_its_vocabulary_and_prefixes_fit(
         ),
         ({"methods": ["finetune"], "teachers": [{"size": "mini"}]}, "no term compares with them"),
         (
+            {"methods": ["finetune"], "terms": [{"kind": "consistency"}]},
+            "the experimental term consistency was removed",
+        ),
+        (
             {"methods": ["finetune+label"], "terms": [{"kind": "labels", "name": "label"}]},
             "take another name",
         ),
@@ -251,8 +255,13 @@ def test_a_mistake_in_methods_and_terms_is_said_with_its_remedy(
             ("train.terms=[{kind: response, targets: rationale}]", TEACHERS),
             "which finetune.response does not learn",
         ),
-        (("train.terms=[{kind: mutual-information, name: response}]",), "as two tasks"),
-        (("train.terms=[{kind: consistency, name: response}]",), "writes none after a rationale"),
+        (
+            (
+                "train.terms=[{kind: labels, name: response}]",
+                "train.methods=rationale-then-label+response",
+            ),
+            "writes them beside a rationale",
+        ),
     ],
 )
 def test_a_term_that_a_method_has_nothing_for_is_refused_before_training(
@@ -364,22 +373,6 @@ def test_votes_that_no_train_row_has_are_said_before_training(
     assert not (tmp_path / "run" / "train").exists()
 
 
-def test_answers_after_single_rationales_are_said_before_training(
-    toy: Callable[..., Path], tmp_path: Path
-) -> None:
-    with LoopbackServer(good_answer) as server:
-        method, term = (
-            "train.methods=rationale-then-label+consistency",
-            "train.terms=[{kind: consistency}]",
-        )
-        recipe = load_recipe(
-            toy(), [f"teacher.base_url={server.url}", method, term, "train.rationales=all"]
-        )
-        annotate(recipe, out=tmp_path / "run")
-    with pytest.raises(UserError, match="no train row has two usable ones"):
-        train(recipe, out=tmp_path / "run")
-
-
 def test_relation_depends_on_the_examples_of_a_forward_pass_and_no_other_term_does(
     on_toy: Callable[..., Recipe],
 ) -> None:
@@ -402,7 +395,7 @@ def test_relation_takes_no_smaller_passes_where_memory_is_full(
     real = StepTrainer.compute_loss
 
     def small_memory(self: StepTrainer, model: Any, inputs: Any, **kwargs: Any) -> Any:
-        if len(inputs["label"]["target_lengths"]) > 4:
+        if len(inputs["label"].target_lengths) > 4:
             raise MemoryError
         return real(self, model, inputs, **kwargs)
 

@@ -23,9 +23,9 @@ from dsbs.config import LoraSection, TrainSection
 from dsbs.training.checkpoints import last_checkpoint
 from dsbs.training.encode import collate, pad
 from dsbs.training.lora import adapt, merged, trainable
-from dsbs.training.methods import METHODS
-from dsbs.training.packed.model import Part, is_supported, logits_of
-from dsbs.training.trainer import speak
+from dsbs.training.methods import method_of
+from dsbs.training.packed.t5 import TargetBlock, is_t5, logits_of
+from dsbs.training.trainer import patch_forward
 
 pytest.importorskip("peft")
 EVERYWHERE = LoraSection(rank=3, alpha=5, targets=("q", "k", "v", "o", "wi", "wo"))
@@ -76,10 +76,10 @@ def test_logits_and_gradients_without_padding_are_those_of_padded_rows(checkpoin
     model = adapted().double().train()
     if checkpointing:
         model.get_base_model().activation_checkpointing_enable()
-    assert is_supported(model)
+    assert is_t5(model)
     for target, flat in collate(ROWS).items():
         batch = pad(flat, 0, start=3)
-        reading, writing = flat["source_lengths"].tolist(), flat["target_lengths"].tolist()
+        reading, writing = flat.source_lengths.tolist(), flat.target_lengths.tolist()
         model.zero_grad()
         expected = model(**batch, use_cache=False).logits[batch["labels"] != -100]
         (expected**2).mean().backward()
@@ -90,10 +90,8 @@ def test_logits_and_gradients_without_padding_are_those_of_padded_rows(checkpoin
         assert set(theirs) == adapters, "they learn, and they alone"
         assert all(float(grad.abs().max()) > 1e-6 for grad in theirs.values())
         model.zero_grad()
-        parts = [Part(range(len(reading)), start=3)]
-        ours = logits_of(
-            model.get_base_model(), flat["source"], reading, flat["target"], writing, parts
-        )
+        parts = [TargetBlock(range(len(reading)), start=3)]
+        ours = logits_of(model.get_base_model(), flat.source, reading, flat.target, writing, parts)
         assert torch.allclose(ours, expected, atol=1e-10), target
         (ours**2).mean().backward()
         for name, parameter in model.named_parameters():
@@ -104,7 +102,9 @@ def test_logits_and_gradients_without_padding_are_those_of_padded_rows(checkpoin
 @pytest.mark.parametrize("without_padding", [True, False])
 def test_the_trainers_forward_reaches_the_adapters(without_padding: bool) -> None:
     model = adapted().train()
-    speak(model, METHODS["step-by-step"].views(TrainSection()), without_padding=without_padding)
+    patch_forward(
+        model, method_of("step-by-step").views(TrainSection()), without_padding=without_padding
+    )
     sum(model(batch=collate(ROWS)).values()).backward()
     assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
 

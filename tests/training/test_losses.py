@@ -9,7 +9,7 @@ import torch
 
 from dsbs.config import TrainSection
 from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
-from dsbs.training.methods import METHODS
+from dsbs.training.methods import method_of
 
 
 def views(weight: float) -> dict[str, float]:
@@ -67,7 +67,7 @@ def test_lambda_goes_where_its_schedule_says(schedule: str, expected: list[float
             "max_steps": 100,
         }
     )
-    of = METHODS["step-by-step"].views(train)
+    of = method_of("step-by-step").views(train)
     assert [view_weights(of, train, step)["rationale"] for step in (0, 50, 100)] == pytest.approx(
         expected
     )

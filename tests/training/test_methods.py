@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dsbs.config import TrainSection
-from dsbs.training.methods import METHODS, grid
+from dsbs.training.methods import grid, method_of
 
 
 def test_the_grid_has_gold_finetuning_teacher_distillation_and_step_by_step_on_the_labels_asked_for() -> (
@@ -19,12 +19,12 @@ def test_the_grid_has_gold_finetuning_teacher_distillation_and_step_by_step_on_t
 
 def test_single_task_methods_have_no_prefix_and_step_by_step_has_the_published_ones() -> None:
     train = TrainSection(rationale_weight=0.3)
-    assert [view.prefix for view in METHODS["step-by-step"].views(train)] == [
+    assert [view.prefix for view in method_of("step-by-step").views(train)] == [
         "predict: ",
         "explain: ",
     ]
-    assert [view.weight for view in METHODS["step-by-step"].views(train)] == [1.0, 0.3]
+    assert [view.weight for view in method_of("step-by-step").views(train)] == [1.0, 0.3]
     for name in ("finetune", "distill"):
-        assert [(view.target, view.prefix) for view in METHODS[name].views(train)] == [
+        assert [(view.target, view.prefix) for view in method_of(name).views(train)] == [
             ("label", "")
         ]

@@ -98,8 +98,8 @@ ENCODED: list[Encoded] = [
 
 def test_second_targets_follow_all_first_ones() -> None:
     flat = collate(ENCODED)["rationale"]
-    assert flat["rows"].tolist() == [0, 2, 0, 0] and flat["target"].tolist() == [5, 8, 6, 7]
-    assert flat["source_lengths"].tolist() == [1, 2, 1, 1]
+    assert flat.rows.tolist() == [0, 2, 0, 0] and flat.target.tolist() == [5, 8, 6, 7]
+    assert flat.source_lengths.tolist() == [1, 2, 1, 1]
 
 
 def test_a_draw_is_one_of_the_rows_own_and_depends_on_seed_and_epoch_alone() -> None:

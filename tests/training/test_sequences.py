@@ -189,7 +189,7 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(
         inputs: dict[str, dict[str, torch.Tensor]],
         **kwargs: object,
     ) -> object:
-        rows = len(inputs["label"]["target_lengths"])
+        rows = len(inputs["label"].target_lengths)
         seen.append(rows)
         if rows > 2:
             raise torch.OutOfMemoryError

@@ -98,7 +98,7 @@ def test_a_second_run_reads_the_ids_of_the_first(tmp_path: Path) -> None:
     assert first.texts and not again.texts
     assert encoded_hash(before) == encoded_hash(after)
     batch = collate(after[:4])["rationale"]
-    assert batch["source"].dtype == batch["target"].dtype and batch["rows"].tolist() == [1, 2, 1, 2]
+    assert batch.source.dtype == batch.target.dtype and batch.rows.tolist() == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("harm", ["cut", "one bit", "empty", "another file"])

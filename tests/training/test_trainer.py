@@ -123,7 +123,7 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 import torch
 from test_trainer import weights_after
-weights = weights_after(Path(sys.argv[2]), micro=int(sys.argv[3]), world=2, count=int(sys.argv[4]), order=sys.argv[5])
+weights = weights_after(Path(sys.argv[2]), micro=int(sys.argv[3]), world_size=2, count=int(sys.argv[4]), order=sys.argv[5])
 if torch.distributed.get_rank() == 0:
     torch.save(weights, Path(sys.argv[2]) / "weights.pt")
 torch.distributed.barrier()

@@ -15,9 +15,9 @@ from transformers import (
 
 from dsbs.config import TrainSection
 from dsbs.training.encode import Encoded, collate, pad
-from dsbs.training.methods import METHODS
-from dsbs.training.packed.model import Part, dropout, is_supported, logits_of
-from dsbs.training.trainer import speak
+from dsbs.training.methods import method_of
+from dsbs.training.packed.t5 import TargetBlock, dropout, is_t5, logits_of
+from dsbs.training.trainer import patch_forward
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0,
@@ -58,10 +58,10 @@ def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
     model = models()[name]
     if name == "checkpointing":
         model.activation_checkpointing_enable()
-    assert is_supported(model)
+    assert is_t5(model)
     for target, flat in collate(ROWS).items():
         batch = pad(flat, 0, start=3)
-        reading, writing = flat["source_lengths"].tolist(), flat["target_lengths"].tolist()
+        reading, writing = flat.source_lengths.tolist(), flat.target_lengths.tolist()
         model.zero_grad()
         expected = model(**batch, use_cache=False).logits[batch["labels"] != -100]
         (expected**2).mean().backward()
@@ -69,11 +69,11 @@ def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
         model.zero_grad()
         ours = logits_of(
             model,
-            flat["source"],
+            flat.source,
             reading,
-            flat["target"],
+            flat.target,
             writing,
-            [Part(range(len(reading)), start=3)],
+            [TargetBlock(range(len(reading)), start=3)],
         )
         assert torch.allclose(ours, expected, atol=1e-10), target
         (ours**2).mean().backward()
@@ -85,9 +85,9 @@ def test_logits_and_gradients_are_those_of_padded_rows(name: str) -> None:
 @pytest.mark.parametrize("task_token", ["prefix", "decoder"])
 def test_both_views_at_once_give_each_its_own_sum_and_gradient(task_token: str) -> None:
     together, apart = t5(), t5()
-    views = METHODS["step-by-step"].views(TrainSection(task_token=task_token))  # type: ignore[arg-type]
-    speak(together, views, without_padding=True)
-    speak(apart, views, without_padding=False)
+    views = method_of("step-by-step").views(TrainSection(task_token=task_token))  # type: ignore[arg-type]
+    patch_forward(together, views, without_padding=True)
+    patch_forward(apart, views, without_padding=False)
     rows = ROWS
     if task_token == "decoder":  # both views read the same
         rows = [
@@ -114,8 +114,8 @@ def test_both_views_at_once_give_each_its_own_sum_and_gradient(task_token: str) 
 
 def test_the_decoders_start_tells_the_tasks_apart() -> None:
     model = t5()
-    views = METHODS["step-by-step"].views(TrainSection(task_token="decoder"))
-    speak(model, views, without_padding=True)
+    views = method_of("step-by-step").views(TrainSection(task_token="decoder"))
+    patch_forward(model, views, without_padding=True)
     same = collate([{"label": [([4, 5], [7, 1])], "rationale": [([4, 5], [7, 1])]}])
     found = model(batch=same)
     assert float(found["label"].detach()) != pytest.approx(
@@ -139,8 +139,8 @@ def test_rows_that_read_the_same_are_encoded_once(monkeypatch: pytest.MonkeyPatc
         )
         seen.clear()
         model.forward = type(model).forward.__get__(model)
-        views = METHODS["step-by-step"].views(TrainSection(task_token=token))  # type: ignore[arg-type]
-        speak(model, views, without_padding=True)
+        views = method_of("step-by-step").views(TrainSection(task_token=token))  # type: ignore[arg-type]
+        patch_forward(model, views, without_padding=True)
         model(batch=fresh)
         assert sum(seen) == factor * 3
 

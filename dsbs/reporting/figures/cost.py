@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dsbs.formatting import dollars, milliseconds
 from dsbs.records.results import BreakEven, Latency, SystemResult
-from dsbs.records.summary import dollars, milliseconds
 from dsbs.reporting.figures.canvas import INK, MUTE, Figure, drawing, short
 from dsbs.reporting.figures.style import (
     FILLS,

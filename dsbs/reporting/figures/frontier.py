@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsbs.formatting import milliseconds
 from dsbs.records.compression import Compressed, Measurement
-from dsbs.records.summary import milliseconds
 from dsbs.reporting.compression import UNCHANGED, by_original
 from dsbs.reporting.figures.canvas import INK, MUTE, Figure, drawing, short
 from dsbs.reporting.figures.style import FILLS, Look, handle, log_axis, point, shares, sign

@@ -28,7 +28,7 @@ _METHODS = (
     "label-then-rationale",
 )  # have their own look
 # What a method with terms is drawn as, in its base's colour: the terms by their own names first, in this order, then the rest.
-_TERMS = ("response", "labels", "feature", "relation", "mutual-information", "consistency")
+_TERMS = ("response", "labels", "feature", "relation")
 _STARS: tuple[Any, ...] = tuple(
     (corners, 1, turn) for turn in (0, 45) for corners in (4, 3, 6, 5, 8, 7)
 )  # as no other has

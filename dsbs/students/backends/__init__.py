@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from dsbs.config.registry import BACKENDS, entry
 from dsbs.errors import UserError
 from dsbs.students.card import StudentCard
 from dsbs.students.targets import Start
@@ -56,20 +56,6 @@ class Searcher(Protocol):
         ...
 
 
-# Of a card's kind and format. Each class has ``load(path, card)``, which raises UserError where a package is missing; those
-# of transformers are made of (model, tokenizer, card).
-ENGINES = {
-    ("seq2seq", "transformers"): "dsbs.students.backends.seq2seq:Seq2Seq",
-    ("causal", "transformers"): "dsbs.students.backends.decoder:Causal",
-    ("seq2seq", "ct2"): "dsbs.students.backends.ctranslate2:Ct2",
-    ("causal", "ct2"): "dsbs.students.backends.ctranslate2_decoder:Ct2Causal",
-    ("causal", "gguf"): "dsbs.students.backends.llama_server:LlamaCpp",
-    ("seq2seq", "onnx"): "dsbs.students.backends.onnxruntime:Onnx",
-    ("causal", "torch"): "dsbs.students.backends.int8:TorchCausal",
-    ("seq2seq", "torch"): "dsbs.students.backends.int8:TorchStudent",
-}
-
-
 def load_engine(path: Path, card: StudentCard) -> Engine:
     """The engine of a student folder. Raises UserError for a format that nothing here reads."""
     engine: Engine = _class(card).load(path, card)
@@ -89,10 +75,9 @@ def threads() -> int:
 
 
 def _class(card: StudentCard) -> Any:
-    if (card.kind, card.format) not in ENGINES:
+    if (card.kind, card.format) not in BACKENDS:
         raise UserError(
             f"{card.name} is a {card.kind} model in the format {card.format}, which dsbs does not load",
             hint="use the student that it was exported from",
         )
-    module, _, name = ENGINES[card.kind, card.format].partition(":")
-    return getattr(import_module(module), name)
+    return entry(BACKENDS, (card.kind, card.format))

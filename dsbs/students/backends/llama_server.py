@@ -18,7 +18,7 @@ from dsbs.students.instructions import WORDING, StoredPrompts
 from dsbs.students.targets import Start
 
 MODEL = "model.gguf"
-_SLOTS = 4  # requests decoded side by side; more made two cores slower
+SLOTS = 4  # requests decoded side by side; more made two cores slower
 _ANSWER = 256  # tokens that an answer has room for at least
 
 
@@ -33,6 +33,48 @@ def xllamacpp(what: str) -> Any:
     return runtime
 
 
+def start_server(
+    model: Path,
+    *,
+    context_tokens: int,
+    slots: int,
+    needed_by: str,
+    hint: str,
+    cores: int | None = None,
+    full_precision: bool = False,
+) -> Any:
+    """Start llama.cpp's HTTP server in this process, on a free loopback port.
+
+    ``context_tokens`` is the context of one request; ``slots`` requests are decoded side by side,
+    with ``cores`` threads (None: the cores of this process). ``full_precision`` keeps the cache in
+    float32 and turns flash attention off, for scores that must be reproduced. ``needed_by`` begins
+    the message when the package is missing.
+
+    Raises UserError without xllamacpp, DsbsError where the server does not start.
+    """
+    runtime = xllamacpp(needed_by)
+    params = runtime.CommonParams()
+    params.model.path = str(model)
+    params.port = 0
+    params.n_parallel = slots
+    params.n_ctx = context_tokens * slots
+    params.cpuparams.n_threads = cores or len(os.sched_getaffinity(0))
+    params.cpuparams_batch.n_threads = params.cpuparams.n_threads
+    params.cpuparams.poll = 0  # spinning threads starve whatever else the machine runs
+    params.cpuparams_batch.poll = 0
+    if full_precision:
+        params.cache_type_k = runtime.ggml_type.GGML_TYPE_F32
+        params.cache_type_v = runtime.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = runtime.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.offline = True
+    params.ui = False
+    params.verbosity = -1
+    try:
+        return runtime.Server(params)
+    except Exception as error:  # the binding raises bare RuntimeError for every failure
+        raise DsbsError(f"llama.cpp cannot serve {model} ({error})", hint=hint) from None
+
+
 class LlamaCpp:
     """Prompts go there as ids, so that special tokens in a text stay its characters; longer ones are cut in their text."""
 
@@ -44,28 +86,19 @@ class LlamaCpp:
 
     @classmethod
     def load(cls, path: Path, card: StudentCard) -> LlamaCpp:
-        runtime = xllamacpp("the format gguf")
-        params = runtime.CommonParams()
-        params.model.path = str(path / MODEL)
-        params.port = 0
-        params.n_parallel = _SLOTS
-        params.n_ctx = (card.max_input_tokens + max(card.max_target_tokens, _ANSWER)) * _SLOTS
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads() or len(
-            os.sched_getaffinity(0)
+        answer_tokens = max(card.max_target_tokens, _ANSWER)
+        server = start_server(
+            path / MODEL,
+            context_tokens=card.max_input_tokens + answer_tokens,
+            slots=SLOTS,
+            needed_by="the format gguf",
+            hint="export the student again",
+            cores=threads() or None,
+            full_precision=True,  # half precision would move the scores
         )
-        params.cpuparams.poll = params.cpuparams_batch.poll = (
-            0  # spinning threads starve whatever else the machine runs
-        )
-        params.cache_type_k = params.cache_type_v = (
-            runtime.ggml_type.GGML_TYPE_F32
-        )  # half of it would move the scores
-        params.flash_attn_type = runtime.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.offline = True
-        params.ui = False
-        params.verbosity = -1
         try:
-            return cls(runtime.Server(params), StoredPrompts(path), path, card)
-        except Exception as error:  # the binding raises bare RuntimeError for every failure
+            return cls(server, StoredPrompts(path), path, card)
+        except Exception as error:  # tokenizers raises bare Exception
             raise DsbsError(
                 f"the export in {path} cannot be loaded ({error})", hint="export the student again"
             ) from None

@@ -33,7 +33,7 @@ GeneratedText = tuple[
 ]  # ids and log-probabilities (T, K) of one row
 
 
-class Kept:
+class TeacherLogprobs:
     """What is in ``folder``, whose name says of which teachers, temperature and K. ``width``: of the V entries that count.
 
     Of the rows there, those of ``wanted`` alone stay in memory: other students' may be many times as many.
@@ -96,7 +96,7 @@ class Kept:
             flat = batch.get(view.target)
             if flat is None:
                 continue
-            ends = np.cumsum(flat["target_lengths"].numpy())[:-1]
+            ends = np.cumsum(flat.target_lengths.numpy())[:-1]
             ids, logprobs = (np.split(one.cpu().numpy(), ends) for one in said[view.target])
             for key, one, other in zip(keys(flat, view), ids, logprobs, strict=True):
                 self._new[key] = one.astype(np.int32), other.astype(np.float32)
@@ -129,7 +129,7 @@ class Kept:
         self._new = {}
 
 
-def keep(
+def cache_logprobs(
     terms: Sequence[TermSection],
     section: TrainSection,
     views: Sequence[View],
@@ -140,12 +140,12 @@ def keep(
     size: int,
     progress: Progress,
     title: str,
-) -> dict[str, Kept]:
+) -> dict[str, TeacherLogprobs]:
     """For each term with ``top_k``, by its name, what ``folder`` holds of its teachers, after they were asked what is missing.
 
     ``vocabulary``: entries V of the student; ``size`` rows are asked for at a time.
     """
-    found: dict[str, Kept] = {}
+    found: dict[str, TeacherLogprobs] = {}
     for term in terms:
         if term.top_k is None:
             continue
@@ -156,7 +156,7 @@ def keep(
             canonical_json([term.temperature, many, width, section.ensemble]),
         )
         asked = [view for view in views if view.target in term_views(term, views)]
-        kept = found[term.title] = Kept(
+        kept = found[term.title] = TeacherLogprobs(
             folder / key[:32], width, {one for row in rows for one in _keys_of(row, asked)}
         )
         kept.fill(
@@ -181,21 +181,18 @@ def _likeliest(
     """Asks the teachers about a batch: of each view the ``many`` likeliest tokens and their log-probabilities (M, K)."""
     import torch
 
-    from dsbs.training.distillation.objective import Distilling
+    from dsbs.training.distillation.objective import DistillationLoss
     from dsbs.training.distillation.response import ensemble
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    readers = Distilling((term,), section, views, teachers=teachers).readers(device)
+    readers = DistillationLoss((term,), section, views, teachers=teachers).readers(device)
     shares = [teacher.weight for teacher in teachers]
 
     def ask(batch: dict[str, PackedBatch]) -> dict[str, tuple[Tensor, Tensor]]:
         mine: dict[str, PackedBatch] = {
             view.target: batch[view.target] for view in views if view.target in batch
         }
-        there = {
-            name: {key: value.to(device) for key, value in flat.items()}
-            for name, flat in mine.items()
-        }
+        there = {name: flat.to(device) for name, flat in mine.items()}
         with torch.inference_mode():
             passes = [reader(there) for reader in readers]
             found: dict[str, tuple[Tensor, Tensor]] = {}

@@ -17,13 +17,13 @@ from dsbs.config import TermSection, TrainSection
 from dsbs.errors import UserError
 from dsbs.training.encode import Encoded, PackedBatch, collate, rows_of
 from dsbs.training.losses import IGNORED
-from dsbs.training.methods import BOTH, View, term_views
+from dsbs.training.methods import View, term_views
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dsbs.training.distillation.local_teachers import LocalTeacher
-    from dsbs.training.distillation.logprobs import Kept
+    from dsbs.training.distillation.logprobs import TeacherLogprobs
     from dsbs.training.packed.forward import ForwardOutput, ForwardRunner
 
 PROJECTIONS = "projections"  # of the student while it learns: what its hidden states go through before they are compared
@@ -31,7 +31,7 @@ _HIDDEN = ("feature", "relation")  # need what the layers make
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepTotals:
     """What a micro-batch must know of its optimizer step: how much is taught in all of it, and the views' weights."""
 
     counts: Mapping[str, float]
@@ -45,13 +45,11 @@ class TermInputs:
     own: ForwardOutput
     told: Sequence[ForwardOutput]  # by each local teacher; empty where none had to be asked
     batch: dict[str, PackedBatch]
-    step: Step
+    step: StepTotals
 
 
-class Distilling:
-    """The terms of one student. ``soft`` are its inputs' distributions over the task's labels, by the inputs' ids; ``answers``
-    say how many of a target's last tokens are its answer, by the target's ids.
-    """
+class DistillationLoss:
+    """The terms of one student. ``soft`` are its inputs' distributions over the task's labels, by the inputs' ids."""
 
     def __init__(
         self,
@@ -62,16 +60,12 @@ class Distilling:
         teachers: Sequence[LocalTeacher] = (),
         labels: Sequence[Sequence[int]] = (),
         soft: Mapping[bytes, NDArray[np.float32]] | None = None,
-        answers: Mapping[bytes, int] | None = None,
-        kept: Mapping[str, Kept] | None = None,
+        kept: Mapping[str, TeacherLogprobs] | None = None,
     ) -> None:
         self.terms, self._section, self._views = terms, section, views
-        self._teachers, self._soft, self._answers, self._kept = (
-            teachers,
-            soft or {},
-            answers or {},
-            kept or {},
-        )
+        self._teachers = teachers
+        self._soft = soft or {}
+        self._kept = kept or {}
         kinds = {term.kind for term in terms}
         self.labels = (
             labels if "labels" in kinds else ()
@@ -150,48 +144,36 @@ class Distilling:
                 nothing if target[-1] == IGNORED else self._soft.get(ids.tobytes(), nothing)
                 for ids, target in inputs
             ]
-            first["soft"] = torch.from_numpy(np.stack(soft))
+            first.soft_labels = torch.from_numpy(np.stack(soft))
         for term in self.terms:
-            if term.kind == "consistency" and first is not None:
-                first["again"] = torch.tensor(
-                    same_answers(first, self._answers), dtype=torch.long
-                ).view(-1, 2)
             if term.title in self._kept:
                 for view in self._views:
                     if view.target in term_views(term, self._views) and view.target in batch:
                         flat = batch[view.target]
-                        flat[f"ids:{term.title}"], flat[f"logprobs:{term.title}"] = self._kept[
-                            term.title
-                        ].of(flat, view)
+                        flat.teacher_top_k[term.title] = self._kept[term.title].of(flat, view)
         return batch
 
     def tally(self, batch: Mapping[str, PackedBatch]) -> dict[str, int]:
         """What of a batch each term is a mean over, the views' target tokens aside."""
-        from dsbs.training.packed.forward import inputs_of, rows_that_teach
+        from dsbs.training.packed.forward import supervised_rows, unique_inputs
 
-        inputs = inputs_of(batch, {view.target: view.prefix for view in self._views})
-        first = batch.get(self._views[0].target, {})
-        taught = [row for row, real in _marked(first, rows_that_teach) if real] if first else []
-        both = [
-            {row for row, real in _marked(batch[name], rows_that_teach) if real}
-            for name in BOTH
-            if name in batch
-        ]
+        inputs = unique_inputs(batch, {view.target: view.prefix for view in self._views})
+        first = batch.get(self._views[0].target)
+        soft = None if first is None else first.soft_labels
+        taught = [row for row, real in _marked(first, supervised_rows) if real] if first else []
         return {
             "inputs": sum(
                 length for length, real in zip(inputs.lengths, inputs.taught, strict=True) if real
             ),
             "targets": len(taught),  # several of a row where it is taught several rationales
             "examples": len(set(taught)),
-            "soft": int((first["soft"].sum(1) > 0).sum()) if "soft" in first else 0,
-            "both": len(both[0] & both[1]) if len(both) == 2 else 0,
-            "again": len(first["again"]) if "again" in first else 0,
+            "soft": 0 if soft is None else int((soft.sum(1) > 0).sum()),
         }
 
     # --- one forward pass
 
     def losses(
-        self, own: ForwardOutput, batch: dict[str, PackedBatch], step: Step
+        self, own: ForwardOutput, batch: dict[str, PackedBatch], step: StepTotals
     ) -> dict[str, Tensor]:
         """Each term's share of its mean over the step, without its weight; by the terms' names."""
         scene = TermInputs(own, self._ask(own, batch) if self._asks else (), batch, step)
@@ -203,8 +185,6 @@ class Distilling:
             "labels": self._label_distribution,
             "feature": self._feature,
             "relation": self._relation,
-            "mutual-information": self._mutual_information,
-            "consistency": self._consistency,
         }
         return {term.title: nothing + ways[term.kind](term, scene) for term in self.terms}
 
@@ -219,7 +199,7 @@ class Distilling:
     def readers(self, device: Any) -> list[ForwardRunner]:
         """The teachers, which do not learn and drop nothing out."""
         from dsbs.training.packed.forward import ForwardRunner
-        from dsbs.training.packed.model import is_supported
+        from dsbs.training.packed.t5 import is_t5
 
         if self._readers is None:
             models = [teacher.model().to(device) for teacher in self._teachers]
@@ -227,7 +207,7 @@ class Distilling:
                 ForwardRunner(
                     model,
                     self._views,
-                    without_padding=self._section.padding == "none" and is_supported(model),
+                    without_padding=self._section.padding == "none" and is_t5(model),
                     hidden_states=self.hidden_states,
                     labels=self.labels,
                 )
@@ -248,14 +228,14 @@ class Distilling:
             flat = scene.batch.get(name)
             if flat is None:
                 continue
-            real = flat["target"] != IGNORED
+            real = flat.target != IGNORED
             how: dict[str, Any] = {
                 "temperature": term.temperature,
                 "divergence": term.divergence,
                 "share": term.share,
             }
             if term.title in self._kept:
-                ids, logprobs = (flat[f"{what}:{term.title}"][real] for what in ("ids", "logprobs"))
+                ids, logprobs = (tensor[real] for tensor in flat.teacher_top_k[term.title])
                 width = self._kept[term.title].width
                 summed = response_top_k(
                     scene.own.logits[name][real][:, :width], ids, logprobs, **how
@@ -275,19 +255,20 @@ class Distilling:
 
         from dsbs.training.distillation.labels import label_distribution
         from dsbs.training.distillation.response import ensemble
-        from dsbs.training.packed.forward import rows_that_teach
+        from dsbs.training.packed.forward import supervised_rows
 
         if scene.own.labels is None:
             return 0.0
         first = scene.batch[self._views[0].target]
         if term.source == "annotations":
-            target, count = first["soft"], scene.step.counts["soft"]
+            assert first.soft_labels is not None
+            target, count = first.soft_labels, scene.step.counts["soft"]
         else:
             scores = [one.labels for one in scene.told if one.labels is not None]
             target = ensemble(
                 scores, self._shares, temperature=1.0, kind=self._section.ensemble
             ).exp()
-            target = torch.where(rows_that_teach(first)[:, None], target, 0.0)
+            target = torch.where(supervised_rows(first)[:, None], target, 0.0)
             count = scene.step.counts["targets"]
         return label_distribution(scene.own.labels, target, temperature=term.temperature) / max(
             1, count
@@ -298,10 +279,10 @@ class Distilling:
         import torch
 
         from dsbs.training.distillation.feature import feature
-        from dsbs.training.packed.forward import inputs_of
+        from dsbs.training.packed.forward import unique_inputs
 
-        inputs = inputs_of(scene.batch, {view.target: view.prefix for view in self._views})
-        target = torch.cat([flat["target"] for flat in scene.batch.values()]) != IGNORED
+        inputs = unique_inputs(scene.batch, {view.target: view.prefix for view in self._views})
+        target = torch.cat([flat.target for flat in scene.batch.values()]) != IGNORED
         lengths = torch.tensor(inputs.lengths, device=target.device)
         source = torch.tensor(inputs.taught, device=target.device).repeat_interleave(lengths)
         tokens = sum(
@@ -328,13 +309,13 @@ class Distilling:
         Of the examples of one forward pass: a step's passes are averaged by their examples.
         """
         from dsbs.training.distillation.relation import angles, distances
-        from dsbs.training.packed.forward import inputs_of, row_means, rows_that_teach
+        from dsbs.training.packed.forward import row_means, supervised_rows, unique_inputs
 
         name = self._views[0].target
         if name not in scene.batch:
             return 0.0
-        inputs = inputs_of(scene.batch, {view.target: view.prefix for view in self._views})
-        real = rows_that_teach(scene.batch[name]).tolist()
+        inputs = unique_inputs(scene.batch, {view.target: view.prefix for view in self._views})
+        real = supervised_rows(scene.batch[name]).tolist()
         places = list(
             dict.fromkeys(
                 place for place, there in zip(inputs.places[name], real, strict=True) if there
@@ -348,49 +329,6 @@ class Distilling:
             part = part + (term.angle * angles(points, its) if term.angle else 0.0)
             found = found + part * (weight / sum(self._shares))
         return found * (len(places) / max(1, scene.step.counts["examples"]))
-
-    def _mutual_information(self, term: TermSection, scene: TermInputs) -> Tensor | float:
-        del term
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-
-        from dsbs.training.distillation.experimental import mutual_information, view_distributions
-        from dsbs.training.packed.forward import rows_that_teach
-
-        if any(name not in scene.batch for name in BOTH):
-            return 0.0
-        places = []
-        for name in BOTH:
-            first: dict[int, int] = {}
-            for place, (row, real) in enumerate(_marked(scene.batch[name], rows_that_teach)):
-                if real:
-                    first.setdefault(row, place)
-            places.append(first)
-        rows = [row for row in places[0] if row in places[1]]
-        if not rows:
-            return 0.0
-        made = []
-        for name, first in zip(BOTH, places, strict=True):
-            lengths = scene.batch[name]["target_lengths"].tolist()
-            parts = torch.split(scene.own.logits[name], lengths)
-            chosen = [parts[first[row]] for row in rows]
-            sizes = torch.tensor([len(part) for part in chosen])
-            counted = torch.arange(int(sizes.max())) < sizes[:, None]
-            made.append(view_distributions(pad_sequence(chosen, batch_first=True), counted))
-        return mutual_information(*made) / max(1, scene.step.counts["both"])
-
-    def _consistency(self, term: TermSection, scene: TermInputs) -> Tensor | float:
-        del term
-        from dsbs.training.distillation.experimental import consistency
-
-        name = self._views[0].target
-        again = scene.batch[name]["again"] if name in scene.batch else None
-        if again is None or not len(again):
-            return 0.0
-        logits = scene.own.logits[name]
-        return consistency(logits[again[:, 0]], logits[again[:, 1]]) / max(
-            1, scene.step.counts["again"]
-        )
 
     @property
     def _shares(self) -> list[float]:
@@ -416,27 +354,4 @@ def _depth(config: Any, stack: str) -> int:
 
 
 def _marked(flat: PackedBatch, mark: Callable[[PackedBatch], Tensor]) -> list[tuple[int, bool]]:
-    return list(zip(flat["rows"].tolist(), mark(flat).tolist(), strict=True))
-
-
-def same_answers(flat: PackedBatch, answers: Mapping[bytes, int]) -> list[tuple[int, int]]:
-    """Places of the tokens of a row's answer, which stands at the end of each target: after one rationale and after the next.
-
-    ``answers`` as ``Encoder.answers`` has them. Targets that say the same throughout are one.
-    """
-    targets = rows_of(flat)[1]
-    ends = np.cumsum(flat["target_lengths"].numpy())
-    last: dict[int, int] = {}
-    found = []
-    for place, row in enumerate(flat["rows"].tolist()):
-        length = answers.get(targets[place].tobytes(), 0)
-        if not length:
-            continue
-        before = last.get(row)
-        last[row] = place
-        if before is None:
-            continue
-        one, other = targets[before], targets[place]
-        if np.array_equal(one[-length:], other[-length:]) and not np.array_equal(one, other):
-            found += [(int(ends[before]) - k, int(ends[place]) - k) for k in range(length, 0, -1)]
-    return found
+    return list(zip(flat.rows.tolist(), mark(flat).tolist(), strict=True))

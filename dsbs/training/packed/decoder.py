@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dsbs.training.encode import PackedBatch
 from dsbs.training.losses import IGNORED, summed_nll
-from dsbs.training.packed.model import cut
+from dsbs.training.packed.t5 import cut
 
 Row = tuple[Tensor, Tensor]  # ids of prompt and target
 
 
-def is_causal(model: Any) -> bool:
+def is_decoder_only(model: Any) -> bool:
     """Whether a model is a decoder alone; LoRA around one is."""
     return not model.config.is_encoder_decoder
 
@@ -28,7 +28,7 @@ def is_causal(model: Any) -> bool:
 def logits_of(model: Any, flat: PackedBatch, *, without_padding: bool) -> Tensor:
     """A view's batch, source (N,) and target (M,) -> logits (M, V) of its target tokens, teacher-forced, in their order."""
     rows = _rows(flat)
-    found: list[Tensor] = [flat["target"]] * len(rows)
+    found: list[Tensor] = [flat.target] * len(rows)
     for group in _groups(rows, without_padding):
         logits = _logits(model, [rows[i] for i in group])
         for i, part in zip(
@@ -38,7 +38,7 @@ def logits_of(model: Any, flat: PackedBatch, *, without_padding: bool) -> Tensor
     return torch.cat(found)
 
 
-def summed(
+def summed_losses(
     model: Any, batch: Mapping[str, PackedBatch], *, without_padding: bool
 ) -> dict[str, Tensor]:
     """Each view's summed cross-entropy () in nats over its target tokens, the end tokens among them.
@@ -71,8 +71,8 @@ def summed(
 
 
 def _rows(flat: PackedBatch) -> list[Row]:
-    sources = torch.split(flat["source"], flat["source_lengths"].tolist())
-    targets = torch.split(flat["target"], flat["target_lengths"].tolist())
+    sources = torch.split(flat.source, flat.source_lengths.tolist())
+    targets = torch.split(flat.target, flat.target_lengths.tolist())
     return list(zip(sources, targets, strict=True))
 
 

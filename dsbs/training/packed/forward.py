@@ -19,7 +19,7 @@ from dsbs.students import start_token
 from dsbs.training.encode import PackedBatch, pad
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
-from dsbs.training.packed.model import Part, logits_of
+from dsbs.training.packed.t5 import TargetBlock, logits_of
 
 Batch = Mapping[str, PackedBatch]
 
@@ -49,7 +49,7 @@ class Inputs:
         return [len(one) for one in self.ids]
 
 
-def inputs_of(batch: Batch, prefixes: Mapping[str, str]) -> Inputs:
+def unique_inputs(batch: Batch, prefixes: Mapping[str, str]) -> Inputs:
     """An example's rows that are told the same prefix read the same input."""
     found: dict[tuple[str, int], int] = {}
     ids: list[Tensor] = []
@@ -57,9 +57,9 @@ def inputs_of(batch: Batch, prefixes: Mapping[str, str]) -> Inputs:
     places: dict[str, list[int]] = {}
     for name, flat in batch.items():
         places[name] = []
-        sources = torch.split(flat["source"], flat["source_lengths"].tolist())
+        sources = torch.split(flat.source, flat.source_lengths.tolist())
         for row, source, real in zip(
-            flat["rows"].tolist(), sources, rows_that_teach(flat).tolist(), strict=True
+            flat.rows.tolist(), sources, supervised_rows(flat).tolist(), strict=True
         ):
             place = found.setdefault((prefixes[name], row), len(ids))
             if place == len(ids):
@@ -70,9 +70,9 @@ def inputs_of(batch: Batch, prefixes: Mapping[str, str]) -> Inputs:
     return Inputs(ids, taught, places)
 
 
-def rows_that_teach(flat: PackedBatch) -> Tensor:
+def supervised_rows(flat: PackedBatch) -> Tensor:
     """(B,) False for the empty rows that processes are evened with."""
-    real: Tensor = flat["target"][flat["target_lengths"].cumsum(0) - 1] != IGNORED
+    real: Tensor = flat.target[flat.target_lengths.cumsum(0) - 1] != IGNORED
     return real
 
 
@@ -102,7 +102,7 @@ class ForwardRunner:
         self._labels = [torch.as_tensor(one, dtype=torch.long) for one in labels]
 
     def __call__(self, batch: Batch) -> ForwardOutput:
-        inputs = inputs_of(batch, self._prefixes)
+        inputs = unique_inputs(batch, self._prefixes)
         return (
             self._at_once(batch, inputs) if self._without_padding else self._padded(batch, inputs)
         )
@@ -110,24 +110,24 @@ class ForwardRunner:
     def _at_once(self, batch: Batch, inputs: Inputs) -> ForwardOutput:
         """Every view's rows through the model together; a row is encoded once for all that is written from the same prefix."""
         flats = list(batch.values())
-        targets = [flat["target"] for flat in flats]
-        writing = [n for flat in flats for n in flat["target_lengths"].tolist()]
+        targets = [flat.target for flat in flats]
+        writing = [n for flat in flats for n in flat.target_lengths.tolist()]
         parts = []
         for name, flat in batch.items():
             reads: list[int] = []
             before = -1
-            for row, place in zip(flat["rows"].tolist(), inputs.places[name], strict=True):
+            for row, place in zip(flat.rows.tolist(), inputs.places[name], strict=True):
                 if row <= before:  # the rows' second targets begin
-                    parts.append(Part(reads, self._starts[name]))
+                    parts.append(TargetBlock(reads, self._starts[name]))
                     reads = []
                 before = row
                 reads.append(place)
-            parts.append(Part(reads, self._starts[name]))
+            parts.append(TargetBlock(reads, self._starts[name]))
         asking = inputs.places.get(self._first, []) if self._labels else []
         for label in self._labels if asking else ():
             targets.append(label.to(targets[0].device).repeat(len(asking)))
             writing += [len(label)] * len(asking)
-            parts.append(Part(asking, self._starts[self._first]))
+            parts.append(TargetBlock(asking, self._starts[self._first]))
         states: tuple[list[Tensor], list[Tensor]] | None = ([], []) if self._hidden else None
         made = logits_of(
             self._model,
@@ -140,7 +140,7 @@ class ForwardRunner:
         )
         logits = torch.split(made, [len(target) for target in targets])
         inside, outside = states or ([], [])
-        tokens = sum(len(flat["target"]) for flat in flats)
+        tokens = sum(len(flat.target) for flat in flats)
         return ForwardOutput(
             dict(zip(batch, logits, strict=False)),
             inside,
@@ -159,7 +159,7 @@ class ForwardRunner:
                 if self._hidden
                 else self._plain(**padded)
             )
-            written = _real(flat["target_lengths"])
+            written = _real(flat.target_lengths)
             logits[name] = made.logits[written]
             if self._hidden:
                 places = inputs.places[name]
@@ -168,7 +168,7 @@ class ForwardRunner:
                     for i, place in enumerate(places)
                     if place >= known and place not in places[:i]
                 ]
-                read = _real(flat["source_lengths"])[new]
+                read = _real(flat.source_lengths)[new]
                 inside.append([layer[new][read] for layer in made.encoder_hidden_states[1:]])
                 outside.append([layer[written] for layer in made.decoder_hidden_states[1:]])
                 known = max(known, *(place + 1 for place in places))

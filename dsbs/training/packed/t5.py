@@ -42,7 +42,7 @@ class Layout:
     groups: list[Group]
 
 
-def lay_out(
+def layout_groups(
     lengths: Sequence[int], starts: Sequence[int], order: Sequence[int], bounds: Sequence[slice]
 ) -> Layout:
     """Rows of ``lengths`` whose tokens begin at ``starts``, in groups: ``order`` cut at ``bounds``."""
@@ -141,7 +141,7 @@ def dropout(x: Tensor, p: float, training: bool, *, rectified: bool = False) -> 
     return made
 
 
-def is_supported(model: Any) -> bool:
+def is_t5(model: Any) -> bool:
     """Whether a model is of T5's architecture; LoRA around one is."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(inner).__name__.removeprefix("FSDP") in (
@@ -151,7 +151,7 @@ def is_supported(model: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TargetBlock:
     """Target rows that follow one another: the source row that each reads (no two the same), and the token they start with."""
 
     reads: Sequence[int]
@@ -164,7 +164,7 @@ def logits_of(
     reading: Sequence[int],
     target: Tensor,
     writing: Sequence[int],
-    parts: Sequence[Part],
+    parts: Sequence[TargetBlock],
     hidden_states: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> Tensor:
     """source (N,) and target (M,) ids, rows of the given lengths one after another -> logits (M, V), teacher-forced.
@@ -177,7 +177,7 @@ def logits_of(
     read_at, write_at = _starts(reading), _starts(writing)
     by_reading = sorted(range(len(reading)), key=reading.__getitem__)
     inner = _move(
-        lay_out(reading, read_at, by_reading, cut([reading[i] for i in by_reading])), device
+        layout_groups(reading, read_at, by_reading, cut([reading[i] for i in by_reading])), device
     )
     reads = [row for part in parts for row in part.reads]
     begins = [part.start for part in parts for _ in part.reads]
@@ -189,10 +189,10 @@ def logits_of(
         first = len(order)
         rows = sorted(range(first, first + len(part.reads)), key=lambda i: (writing[i], lengths[i]))
         own = cut([writing[i] for i in rows])
-        across.append(_move(lay_out(lengths, places, rows, own), device))
+        across.append(_move(layout_groups(lengths, places, rows, own), device))
         order += rows
         bounds += [slice(first + one.start, first + one.stop) for one in own]
-    outer = _move(lay_out(writing, write_at, order, bounds), device)
+    outer = _move(layout_groups(writing, write_at, order, bounds), device)
     shifted = target.roll(1)
     shifted[torch.tensor(write_at, device=device)] = torch.tensor(begins, device=device)
 

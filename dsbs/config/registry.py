@@ -1,0 +1,111 @@
+"""Registries: every kind of thing that a recipe or a command can name, as a "module:name" string.
+
+To add a kind, write its module and add one line here. A module is imported only when its kind is asked for, so that a recipe is
+validated, and ``--help`` printed, without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, TypeVar
+
+Key = TypeVar("Key")
+
+# `task.name`: a subclass of dsbs.tasks.base.Task.
+TASKS = {
+    "classification": "dsbs.tasks.classification:Classification",
+    "generation": "dsbs.tasks.generation:Generation",
+    "svamp": "dsbs.tasks.svamp:Svamp",
+    "cqa": "dsbs.tasks.cqa:Cqa",
+    "anli": "dsbs.tasks.nli:Anli",
+    "esnli": "dsbs.tasks.nli:Esnli",
+}
+
+# `teacher.kind`: a class that is made of the recipe.
+TEACHERS = {
+    "openai": "dsbs.annotation.backends.openai:OpenAITeacher",
+    "llamacpp": "dsbs.annotation.backends.llamacpp:LlamaCppTeacher",
+    "transformers": "dsbs.annotation.backends.transformers:TransformersTeacher",
+    "recorded": "dsbs.annotation.backends.recorded:RecordedTeacher",
+    "human": "dsbs.annotation.backends.human:HumanTeacher",
+    "ensemble": "dsbs.annotation.backends.ensemble:EnsembleTeacher",
+}
+
+# `train.methods`: a record, dsbs.training.methods.Method.
+METHODS = {
+    "step-by-step": "dsbs.training.methods:STEP_BY_STEP",
+    "finetune": "dsbs.training.methods:FINETUNE",
+    "distill": "dsbs.training.methods:DISTILL",
+    "rationale-then-label": "dsbs.training.methods:RATIONALE_THEN_LABEL",
+    "label-then-rationale": "dsbs.training.methods:LABEL_THEN_RATIONALE",
+}
+
+# `kind` of an entry in `train.terms`: a subclass of dsbs.config.terms.TermSettings, the keys of such an entry.
+TERMS = {
+    "response": "dsbs.config.terms:TermSection",
+    "labels": "dsbs.config.terms:TermSection",
+    "feature": "dsbs.config.terms:TermSection",
+    "relation": "dsbs.config.terms:TermSection",
+}
+
+# Names in `metrics` of results.json, in the order in which they are shown: a record, dsbs.records.results.Metric.
+METRICS = {
+    "exact_match_raw": "dsbs.evaluation.metrics:EXACT_MATCH_RAW",
+    "exact_match": "dsbs.evaluation.metrics:EXACT_MATCH",
+    "equation_string": "dsbs.evaluation.metrics:EQUATION_STRING",
+    "equation_value": "dsbs.evaluation.metrics:EQUATION_VALUE",
+    "parse_failure": "dsbs.evaluation.metrics:PARSE_FAILURE",
+    "macro_f1": "dsbs.evaluation.metrics:MACRO_F1",
+    "ece": "dsbs.evaluation.metrics:ECE",
+    "rouge_l": "dsbs.evaluation.metrics:ROUGE_L",
+    "rationale_empty": "dsbs.evaluation.metrics:RATIONALE_EMPTY",
+    "rationale_truncated": "dsbs.evaluation.metrics:RATIONALE_TRUNCATED",
+    "consistency": "dsbs.evaluation.metrics:CONSISTENCY",
+}
+
+# `dsbs compress --method NAME=VALUE`: a class that is made of the value, and raises UserError for a wrong one.
+COMPRESSION_STEPS = {
+    "quantize": "dsbs.compression.quantize:Quantize",
+    "prune-heads": "dsbs.compression.heads:PruneHeads",
+    "prune-ff": "dsbs.compression.feed_forward:PruneFeedForward",
+    "magnitude": "dsbs.compression.magnitude:Magnitude",
+    "drop-layers": "dsbs.compression.layers:DropLayers",
+    "low-rank": "dsbs.compression.low_rank:TruncatedSvd",
+}
+
+# `dsbs export --format`: a class without arguments, dsbs.exporting.formats.ExportFormat.
+EXPORT_FORMATS = {
+    "ct2": "dsbs.exporting.ct2:Ct2Format",
+    "gguf": "dsbs.exporting.gguf:GgufFormat",
+    "onnx": "dsbs.exporting.onnx:OnnxFormat",
+    "torch": "dsbs.exporting.torch:TorchFormat",
+}
+
+# (kind, format) of a student's card: a class with `load(path, card)`, dsbs.students.backends.
+BACKENDS = {
+    ("seq2seq", "transformers"): "dsbs.students.backends.seq2seq:Seq2Seq",
+    ("causal", "transformers"): "dsbs.students.backends.decoder:Causal",
+    ("seq2seq", "ct2"): "dsbs.students.backends.ctranslate2:Ct2",
+    ("causal", "ct2"): "dsbs.students.backends.ctranslate2_decoder:Ct2Causal",
+    ("causal", "gguf"): "dsbs.students.backends.llama_server:LlamaCpp",
+    ("seq2seq", "onnx"): "dsbs.students.backends.onnxruntime:Onnx",
+    ("causal", "torch"): "dsbs.students.backends.int8:TorchCausal",
+    ("seq2seq", "torch"): "dsbs.students.backends.int8:TorchStudent",
+}
+
+
+def resolve(spec: str) -> Any:
+    """Import the object that a "module:name" string names."""
+    module, _, name = spec.partition(":")
+    return getattr(import_module(module), name)
+
+
+def entry(registry: Mapping[Key, str], key: Key) -> Any:
+    """The record or class that ``registry`` names under ``key``. Raises KeyError for an unknown key."""
+    return resolve(registry[key])
+
+
+def module_of(registry: Mapping[Key, str], key: Key) -> Any:
+    """The module in which the record or class of ``key`` is. Raises KeyError for an unknown key."""
+    return import_module(registry[key].partition(":")[0])
