@@ -21,7 +21,7 @@ from dsbs.cli.common import (
     print_smoke_warning,
     progress,
 )
-from dsbs.errors import PartialError, UserError
+from dsbs.errors import UserError
 from dsbs.formatting import count, dollars, duration, listing, rate
 
 if TYPE_CHECKING:
@@ -69,11 +69,12 @@ def annotate(
     ] = False,
 ) -> None:
     """Ask the teacher for a rationale and a label for every row."""
-    from dsbs.annotation import planning, shards
+    from dsbs.annotation import planning
     from dsbs.annotation import run as stage
+    from dsbs.annotation.shards import Shard
 
     loaded = load(recipe, overrides)
-    parsed_shard = None if shard is None else shards.parse_shard(shard)
+    parsed_shard = None if shard is None else Shard.parse(shard)
     modes = {"--pilot": pilot, "--batch": batch, "--batch-export": batch_export}
     _check_exclusive(modes | {"--shard": shard})
     _check_exclusive(modes | {"--batch-import": batch_import})
@@ -118,7 +119,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Join the replies of shards (`dsbs annotate --shard`) into the run. Sends nothing."""
-    from dsbs.annotation.shards import merge as run
+    from dsbs.annotation.run import merge as run
 
     loaded = load(recipe, overrides)
     _print_result(run(loaded, out=out, folders=folders or (), progress=progress()), as_json)
@@ -183,7 +184,9 @@ def _print_result(result: AnnotateResult, as_json: bool) -> None:
         print_json(result.as_json())
     else:
         print_annotate_result(result)
-    check_complete(result)
+    error = result.error()
+    if error is not None:
+        raise error
 
 
 def print_annotate_result(result: AnnotateResult) -> None:
@@ -191,16 +194,6 @@ def print_annotate_result(result: AnnotateResult) -> None:
     for split, summary in result.splits.items():
         _print_split(split, summary)
     print(f"annotations: {result.run / 'annotate'}")
-
-
-def check_complete(result: AnnotateResult) -> None:
-    """Raises PartialError where rows got no reply and the same command would ask for them again."""
-    missing = sum(summary.rejected["no-reply"] for summary in result.splits.values())
-    if missing and result.can_go_on:
-        raise PartialError(
-            f"{count(missing, 'row')} got no reply",
-            hint="run the same command again: it asks for these rows only",
-        )
 
 
 def _print_split(name: str, summary: SplitSummary) -> None:
