@@ -18,6 +18,7 @@ from dsbs.run_folder import learned_source
 from dsbs.students import Student, StudentCard, load_model, new_model, start_hash, tokenizer_hash
 from dsbs.tasks import make_task
 from dsbs.training import memory
+from dsbs.training.distillation.base import terms_of
 from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
 from dsbs.training.distillation.logprobs import cache_logprobs
 from dsbs.training.distillation.objective import DistillationLoss
@@ -70,13 +71,13 @@ class CellTraining:
         encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens)
         self.rows = encoder.rows(data.part(cell.subset), self.views, cell.labels)
         self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
-        self.teachers, self.terms = teachers, recipe.train.terms_of(cell.method)
+        self.teachers, self.terms = teachers, terms_of(recipe.train, cell.method)
         self.soft = (
             encoder.soft(data.part(cell.subset), self.views[0], cell.labels)
             if cell.learns_votes
             else {}
         )
-        scored = any(term.kind == "labels" for term in self.terms)
+        scored = any(term.needs_label_scores for term in self.terms)
         self.labels = encoder.texts(make_task(recipe.task).labels or ()) if scored else []
         self.logprobs = logprobs or job.folder.parent / "logprobs"
         self.folder = StudentFolder(job, self._fingerprint())
@@ -273,11 +274,11 @@ class CellTraining:
         made = DistillationLoss(
             *asked,
             teachers=self.teachers,
-            labels=self.labels,
-            soft=self.soft,
-            kept=kept,
+            label_ids=self.labels,
+            soft_labels=self.soft,
+            cached=kept,
         )
-        made.attach(model, self.cell.seed)
+        made.attach_projections(model, self.cell.seed)
         return made
 
     def _board(self, student: Student, follow: Any) -> Any:
@@ -391,7 +392,7 @@ class CellTraining:
                 "ended": now(),
                 "versions": versions(),
                 **(
-                    {"teachers": [teacher.said for teacher in self.teachers]}
+                    {"teachers": [teacher.record for teacher in self.teachers]}
                     if self.teachers
                     else {}
                 ),

@@ -6,15 +6,13 @@ share a student, none where there is one task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dsbs.config import LabelSource, TermSection, TrainSection, base_of
+from dsbs.config import LabelSource, TrainSection, base_of
 from dsbs.config.registry import METHODS, entry
-from dsbs.errors import UserError
 from dsbs.students import Start, Target
-from dsbs.tasks.base import Task
 
 BOTH = ("label", "rationale")  # the tasks of a method that keeps them apart
 
@@ -125,35 +123,4 @@ def grid(train: TrainSection) -> list[Cell]:
 
 
 def learns_votes(train: TrainSection, method: str) -> bool:
-    return any(term.kind == "labels" and not term.needs_teacher for term in train.terms_of(method))
-
-
-def term_views(term: TermSection, views: Sequence[View]) -> list[str]:
-    """The views whose tokens a response term compares: those that it names, and those that write both in one text."""
-    return [
-        view.target
-        for view in views
-        if view.taught and (view.target in term.targets or view.target not in BOTH)
-    ]
-
-
-def check_terms(section: TrainSection, task: Task, cells: Sequence[Cell]) -> None:
-    """Raises UserError for a term that has nothing to learn from in a method or a task."""
-    for cell in cells:
-        views = method_of(cell.method).views(section)
-        written = [view.target for view in views if view.taught]
-        for term in section.terms_of(cell.method):
-            problem, hint = None, "name the term in another method, or leave it out"
-            if term.kind == "response" and not term_views(term, views):
-                problem = f"compares {' and '.join(term.targets)} tokens, which {cell.method} does not learn"
-            elif term.kind == "labels" and task.labels is None:
-                problem, hint = (
-                    f"needs a fixed set of labels, and {task.name} has none",
-                    "leave the term out",
-                )
-            elif term.kind == "labels" and written[0] != "label":
-                problem = (
-                    f"scores labels by themselves, and {cell.method} writes them beside a rationale"
-                )
-            if problem:
-                raise UserError(f"train.terms: {term.title} {problem}", hint=hint)
+    return any(term.learns_votes for term in train.terms_of(method))

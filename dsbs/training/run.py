@@ -20,10 +20,11 @@ from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import stream, survey
 from dsbs.training.cell import CellTraining
+from dsbs.training.distillation.base import check_terms
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
-from dsbs.training.methods import check_terms, grid, method_of
+from dsbs.training.methods import grid, method_of
 from dsbs.training.rows import Data, gather, taught_rationales, vocabulary_text
 from dsbs.training.tokens import Tokens
 from dsbs.training.tune import RECORD, Job, Tuner, trial_jobs

@@ -17,7 +17,8 @@ from transformers import Seq2SeqTrainer
 
 from dsbs.config import TrainSection
 from dsbs.errors import DsbsError, UserError
-from dsbs.training.distillation.objective import DistillationLoss, StepTotals
+from dsbs.training.distillation.base import StepTotals
+from dsbs.training.distillation.objective import DistillationLoss
 from dsbs.training.encode import PackedBatch, PaddedDataset
 from dsbs.training.fsdp import save_whole, shard
 from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
@@ -87,7 +88,7 @@ class StepTrainer(Seq2SeqTrainer):
         examples = sum(
             1 + max(int(flat.rows.max()) for flat in batch.values()) for batch in samples
         )
-        tallies = [self._terms.tally(batch) for batch in samples] if self._terms else []
+        tallies = [self._terms.counts(batch) for batch in samples] if self._terms else []
         others = {
             name: sum(tally[name] for tally in tallies) for name in (tallies[0] if tallies else ())
         }
@@ -128,7 +129,7 @@ class StepTrainer(Seq2SeqTrainer):
             self._section.loss_mean == "micro"
         ):  # the published code's: means of micro-batches, averaged
             own = {name: taught(flat) for name, flat in inputs.items()} | (
-                self._terms.tally(inputs) if self._terms else {}
+                self._terms.counts(inputs) if self._terms else {}
             )
             counts = {
                 name: max(1, count) * self.current_gradient_accumulation_steps
@@ -243,7 +244,7 @@ def patch_forward(
             views,
             without_padding=without_padding,
             hidden_states=terms is not None and terms.hidden_states,
-            labels=terms.labels if terms else (),
+            labels=terms.label_ids if terms else (),
         )
 
     def forward(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import launcher, on_two_processes
 from safetensors.torch import load_file
-from test_unpadded import ROWS, t5
+from small_t5 import ROWS, t5
 
 from dsbs import Student, UserError, load_recipe, train
 from dsbs.config import LoraSection, TrainSection
@@ -24,7 +24,7 @@ from dsbs.training.checkpoints import last_checkpoint
 from dsbs.training.encode import collate, pad
 from dsbs.training.lora import adapt, merged, trainable
 from dsbs.training.methods import method_of
-from dsbs.training.packed.t5 import TargetBlock, is_t5, logits_of
+from dsbs.training.packed.t5 import TargetBlock, is_t5, packed_logits
 from dsbs.training.trainer import patch_forward
 
 pytest.importorskip("peft")
@@ -91,7 +91,9 @@ def test_logits_and_gradients_without_padding_are_those_of_padded_rows(checkpoin
         assert all(float(grad.abs().max()) > 1e-6 for grad in theirs.values())
         model.zero_grad()
         parts = [TargetBlock(range(len(reading)), start=3)]
-        ours = logits_of(model.get_base_model(), flat.source, reading, flat.target, writing, parts)
+        ours = packed_logits(
+            model.get_base_model(), flat.source, reading, flat.target, writing, parts
+        )
         assert torch.allclose(ours, expected, atol=1e-10), target
         (ours**2).mean().backward()
         for name, parameter in model.named_parameters():
