@@ -153,9 +153,13 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
         (run / record).write_text("{}", encoding="utf-8")
     assert look(run).beside == {"local teachers": 1, "compressed": 1, "exported": 2}
     done = run_dsbs("ls", cwd=tmp_path)
-    assert done.returncode == 0 and {"other", "models", "teachers,", "compressed,", "exported"} <= set(
-        done.stdout.split()
-    )
+    assert done.returncode == 0 and {
+        "other",
+        "models",
+        "teachers,",
+        "compressed,",
+        "exported",
+    } <= set(done.stdout.split())
 
 
 def test_teachers_and_trials_are_no_students_of_the_grid(tmp_path: Path) -> None:
