@@ -314,7 +314,7 @@ def test_teachers_are_compared_on_the_same_rows(toy: Callable[..., Path], tmp_pa
     )
     assert second["agreement"] == {first["name"]: 0.5}
     assert second["usd_a_rationale"] == pytest.approx(0.025) and first["usd_a_rationale"] is None
-    assert "lazy" in shown.stdout and "50.0 %" in shown.stdout
+    assert "lazy" in shown.stdout and "50.0%" in shown.stdout
 
 
 def test_a_limit_ends_a_pilot_with_exit_code_3(toy: Callable[..., Path], tmp_path: Path) -> None:
