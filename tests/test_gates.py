@@ -35,8 +35,8 @@ def results(
         "p": 0.2,
         "p_holm": 0.41,
         "test": "exact McNemar",
-        "fixed": 3,
-        "broken": 1,
+        "wins": 3,
+        "losses": 1,
     }
     return Results.model_validate(
         {

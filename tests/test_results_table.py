@@ -34,7 +34,7 @@ def gap(delta: float = 0.1, p_holm: float = 0.004, **other: object) -> Compariso
         "test": "mcnemar-exact",
     }
     return Comparison.model_validate(
-        values | {"fixed": 9, "broken": 4, "detectable": 0.081} | other
+        values | {"wins": 9, "losses": 4, "minimum_detectable_effect": 0.081} | other
     )
 
 
@@ -114,7 +114,11 @@ def test_no_reliable_difference_is_said_in_words_with_what_could_have_been_seen(
         "step-by-step-gold: no reliable difference to finetune-gold (+2.0 points, "
     )
     silent = results(
-        BASE, system("step-by-step-gold", versus={"finetune-gold": gap(0.0, 1.0, detectable=None)})
+        BASE,
+        system(
+            "step-by-step-gold",
+            versus={"finetune-gold": gap(0.0, 1.0, minimum_detectable_effect=None)},
+        ),
     )
     assert "power" not in headline(silent)
 
@@ -166,7 +170,7 @@ def test_the_page_has_every_part_that_the_results_have() -> None:
         versus={"finetune-gold": gap()},
         metrics={"macro_f1": Measure(value=0.61, ci95=(0.55, 0.67), n=1234)},
     )
-    page = markdown(results(BASE, measured, needed=[needed], pay_off=[pay_off]))
+    page = markdown(results(BASE, measured, label_efficiency=[needed], break_even=[pay_off]))
     assert (
         "| step-by-step-gold | 0.610 (0.550 to 0.670) |" in page and "| finetune-gold | – |" in page
     )

@@ -24,7 +24,6 @@ class EvalSection(Section):
     rationales: bool = (
         False  # decode and measure the rationales of the students that learned them, too
     )
-    simulator: bool = False  # measure simulatability (Hase et al., 2020) by small students that are trained for it
     latency_calls: int = Field(
         50, ge=0
     )  # timed at batch 1 and at batch 64 for each system's first student; 0: none
@@ -41,14 +40,6 @@ class EvalSection(Section):
             if name == "teacher":
                 raise ValueError("teacher: that name is the recipe's own teacher's")
         return value
-
-    @model_validator(mode="after")
-    def _simulated_rationales_are_decoded(self) -> EvalSection:
-        if self.simulator and not self.rationales:
-            raise ValueError(
-                "eval.simulator measures rationales; set eval.rationales: true as well"
-            )
-        return self
 
 
 class ReportSection(Section):

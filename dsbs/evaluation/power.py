@@ -9,7 +9,7 @@ import numpy as np
 from dsbs.evaluation.bootstrap import Floats
 
 
-def detectable(sums: Floats, sizes: Floats) -> float | None:
+def minimum_detectable_effect(sums: Floats, sizes: Floats) -> float | None:
     """The true difference that a two-sided test at .05 shows with 80 % power, as a fraction.
 
     ``sums`` (units,): a cluster's summed differences, or a row's difference; ``sizes`` (units,): its rows. The paired t test's

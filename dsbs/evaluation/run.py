@@ -23,15 +23,14 @@ from dsbs.evaluation.predict import (
 )
 from dsbs.evaluation.rationales import rationale_values
 from dsbs.evaluation.score import score
-from dsbs.evaluation.simulate import simulatability, simulate
 from dsbs.evaluation.systems import (
     System,
     bill,
+    break_evens,
     clusters_of,
     compare,
-    labels_needed,
+    label_efficiency_of,
     pairs,
-    pay_offs,
     score_system,
 )
 from dsbs.files import atomic, hold, manifest, write_json
@@ -85,10 +84,6 @@ def evaluate(
             members = _members(system)
             for member, scored in zip(members, system.files, strict=True):
                 mark_anew(run, member, scored, task)
-            if recipe.eval.simulator and not score_only and system.kind != "teacher":
-                for member, scored in zip(members, system.files, strict=True):
-                    simulate(recipe, task, member, scored, run, progress)
-            system.simulated = simulatability(run, members, system.files, clusters)
             if system.kind != "teacher":
                 system.written = rationale_values(task, system.files, references)
         results = [score_system(system, task, clusters) for system in systems]
@@ -112,8 +107,12 @@ def evaluate(
             reportable=recipe.task.limit is None
             and all(student.reportable for student in students),
             systems=results,
-            needed=labels_needed(systems, [one for one in (baseline, teacher) if one], clusters),
-            pay_off=list(pay_offs(systems, spent, teacher.usd_per_prediction if teacher else None)),
+            label_efficiency=label_efficiency_of(
+                systems, [one for one in (baseline, teacher) if one], clusters
+            ),
+            break_even=list(
+                break_evens(systems, spent, teacher.usd_per_prediction if teacher else None)
+            ),
         )
         write_json(run / "eval" / "results.json", found.as_json())
         with atomic(run / "eval" / "results.md") as file:
@@ -181,7 +180,7 @@ def _systems(
         score(task, rows, read_predictions(prediction_file(run, name)), name) for name in outside
     ]
     return systems + [
-        System(name, "outside", [one]) for name, one in zip(outside, scored, strict=True)
+        System(name, "external", [one]) for name, one in zip(outside, scored, strict=True)
     ]
 
 
@@ -207,7 +206,7 @@ def _headline(recipe: Recipe, systems: Sequence[System]) -> str | None:
             default=None,
         )
         return best.name if best else None
-    outside = [one.name for one in systems if one.kind == "outside"]
+    outside = [one.name for one in systems if one.kind == "external"]
     known = [name for name in outside if name in baselines] or outside[:1]
     return next((name for name in [*outside, *known] if name not in known), None)
 

@@ -22,8 +22,8 @@ from dsbs.evaluation.bootstrap import (
 )
 from dsbs.evaluation.curve import needed
 from dsbs.evaluation.permutation import flip_test
-from dsbs.evaluation.power import detectable
-from dsbs.records.intervals import wilson
+from dsbs.evaluation.power import minimum_detectable_effect
+from dsbs.records.results import wilson
 
 __all__ = [
     "Accuracy",
@@ -54,7 +54,7 @@ class Accuracy:
 class Difference:
     """A paired difference of accuracies (points as fractions), its 95 % interval and a two-sided p value.
 
-    ``fixed`` rows have the higher score in the first system, ``broken`` ones in the second. ``detectable`` is the smallest true
+    ``wins`` rows have the higher score in the first system, ``losses`` ones in the second. ``minimum_detectable_effect`` is the smallest true
     difference that so many rows would show with 80 % power at .05 (power.py); None where no row differs, or none would show.
     """
 
@@ -62,9 +62,9 @@ class Difference:
     ci95: tuple[float, float]
     p: float
     test: str
-    fixed: int
-    broken: int
-    detectable: float | None
+    wins: int
+    losses: int
+    minimum_detectable_effect: float | None
 
 
 def accuracy(scores: Scores, seeds: int, clusters: Clusters = None) -> Accuracy:
@@ -196,10 +196,10 @@ def difference(a: Scores, b: Scores, clusters: Clusters = None) -> Difference:
     if len(first) != len(second):
         raise ValueError(f"{len(first)} rows against {len(second)}")
     gaps = paired(first, second)
-    fixed, broken = int((gaps > 0).sum()), int((gaps < 0).sum())
+    wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
     units = _sums_and_sizes(gaps, clusters)
     if clusters is None and _right_or_wrong(first) and _right_or_wrong(second):
-        p, test = _mcnemar(fixed, broken), "mcnemar-exact"
+        p, test = _mcnemar(wins, losses), "mcnemar-exact"
     else:
         p, exact = flip_test(units[:, 0])
         test = "sign-flip permutation" if exact else "approximate randomisation"
@@ -209,9 +209,9 @@ def difference(a: Scores, b: Scores, clusters: Clusters = None) -> Difference:
         ci95=mean_interval(gaps, clusters, lowest=-1.0),
         p=p,
         test=test,
-        fixed=fixed,
-        broken=broken,
-        detectable=detectable(units[:, 0], units[:, 1]),
+        wins=wins,
+        losses=losses,
+        minimum_detectable_effect=minimum_detectable_effect(units[:, 0], units[:, 1]),
     )
 
 
@@ -224,12 +224,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(p_values, method="holm")[1]]
 
 
-def _mcnemar(fixed: int, broken: int) -> float:
+def _mcnemar(wins: int, losses: int) -> float:
     from scipy.stats import binomtest
 
-    if fixed + broken == 0:
+    if wins + losses == 0:
         return 1.0
-    return float(binomtest(fixed, fixed + broken, 0.5).pvalue)
+    return float(binomtest(wins, wins + losses, 0.5).pvalue)
 
 
 def _right_or_wrong(values: Floats) -> bool:

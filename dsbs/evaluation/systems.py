@@ -22,7 +22,6 @@ from dsbs.records.results import (
     GradedComparison,
     LabelEfficiency,
     Latency,
-    Measure,
     SystemKind,
     SystemResult,
 )
@@ -42,7 +41,6 @@ class System:
     megabytes: float | None = None
     latency: list[Latency] = field(default_factory=list)
     usd_per_prediction: float | None = None
-    simulated: dict[str, Measure] = field(default_factory=dict)
     written: dict[str, Values] = field(
         default_factory=dict
     )  # what its rationales are worth, by metric
@@ -105,7 +103,7 @@ def score_system(system: System, task: Task, clusters: Clusters) -> SystemResult
         interval=found.interval,
         accuracy_per_seed=[float(one.correct.mean()) for one in system.files],
         unreadable=statistics.mean(unreadable),
-        metrics=measured.metrics | written | system.simulated,
+        metrics=measured.metrics | written,
         recall=measured.recall,
         calibration=measured.calibration,
         parameters=first.parameters if first else None,
@@ -130,9 +128,9 @@ def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System,
     share = {
         system.name: system.subset if system.subset is not None else largest for system in systems
     }
-    outside = [system for system in systems if system.kind == "outside"]
+    outside = [system for system in systems if system.kind == "external"]
     groups = [
-        [s for s in systems if name in (s.method, s.name if s.kind == "outside" else None)]
+        [s for s in systems if name in (s.method, s.name if s.kind == "external" else None)]
         for name in section.baseline
     ]
     if not any(groups) and outside:
@@ -179,9 +177,9 @@ def compare(
             p=gap.p,
             p_holm=adjusted,
             test=gap.test,
-            fixed=gap.fixed,
-            broken=gap.broken,
-            detectable=gap.detectable,
+            wins=gap.wins,
+            losses=gap.losses,
+            minimum_detectable_effect=gap.minimum_detectable_effect,
             graded=graded.get((system.name, other.name), {}),
         )
     return found
@@ -209,7 +207,7 @@ def _graded(
     }
 
 
-def labels_needed(
+def label_efficiency_of(
     systems: Sequence[System], targets: Sequence[System], clusters: Clusters
 ) -> list[LabelEfficiency]:
     """For each curve (a method's students on growing parts of the rows): how many rows it takes to match each target."""
@@ -247,7 +245,7 @@ def labels_needed(
     return found
 
 
-def pay_offs(
+def break_evens(
     systems: Sequence[System], spent_usd: float | None, per_prediction: float | None
 ) -> Iterator[BreakEven]:
     """Of the students that learned from the teacher: after how many predictions the teacher's bill for the train rows is

@@ -18,7 +18,7 @@ from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.progress import NoProgress, Progress
-from dsbs.records.intervals import Rate, wilson
+from dsbs.records.results import Rate, wilson
 from dsbs.run_folder import read_annotations, run_folder
 from dsbs.tasks.base import Task
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dsbs.errors import UserError
 
 Interval = tuple[float, float]
-SystemKind = Literal["teacher", "student", "outside"]
+SystemKind = Literal["teacher", "student", "external"]
 
 
 class Metric(NamedTuple):
@@ -69,27 +69,28 @@ METRICS: dict[str, Metric] = {
         True,
         "of the rationales that state a conclusion, the share that states the label given",
     ),
-    "las": Metric(
-        "Leakage-adjusted simulatability",
-        True,
-        "Hase et al., 2020: what the rationale adds to a simulator's accuracy, mean over leaking and other rows",
-    ),
-    "leaking": Metric(
-        "Rationales that give the label away",
-        None,
-        "Hase et al., 2020: the simulator has the label from the rationale alone",
-    ),
-    "simulator_accuracy": Metric(
-        "The simulator's accuracy",
-        None,
-        "share of the system's labels that the simulator has from input and rationale",
-    ),
-    "simulator_majority": Metric(
-        "The most frequent label's share",
-        None,
-        "what a simulator that learned nothing would have right; where the simulator is no better, its LAS says nothing",
-    ),
 }
+
+
+class Rate(BaseModel, frozen=True):
+    """``correct`` of ``n`` with the 95% Wilson score interval (Wilson, 1927), as fractions."""
+
+    value: float
+    ci95: Interval
+    correct: int
+    n: int
+
+
+def wilson(correct: int, n: int) -> Rate | None:
+    """The rate of ``correct`` in ``n`` trials with its 95% interval; None for no trials."""
+    if n == 0:
+        return None
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return Rate(
+        value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
+    )
 
 
 class _Part(BaseModel):
@@ -118,7 +119,7 @@ class GradedComparison(_Part):
 class Comparison(_Part):
     """A system against another one on the same rows; ``delta`` is the system's accuracy less the other's.
 
-    ``fixed`` rows are right here and wrong there, ``broken`` ones the other way round, by the mean over seeds. ``detectable``
+    ``wins`` rows are right here and wrong there, ``losses`` ones the other way round, by the mean over seeds. ``minimum_detectable_effect``
     is the smallest true difference that so many rows would show with 80 % power; None where no row differs.
     """
 
@@ -127,9 +128,9 @@ class Comparison(_Part):
     p: float  # two-sided
     p_holm: float  # Holm (1979), over all comparisons of the file
     test: str
-    fixed: int
-    broken: int
-    detectable: float | None = None
+    wins: int
+    losses: int
+    minimum_detectable_effect: float | None = None
     graded: dict[str, GradedComparison] = {}  # by metric
 
 
@@ -211,7 +212,7 @@ class BreakEven(_Part):
 class Results(_Part):
     """The whole file."""
 
-    schema_: Literal["dsbs.results/2"] = Field("dsbs.results/2", alias="schema")
+    schema_: Literal["dsbs.results/3"] = Field("dsbs.results/3", alias="schema")
     run: str
     name: str  # of the recipe
     recipe: dict[str, Any] = {}  # resolved
@@ -229,8 +230,8 @@ class Results(_Part):
     )  # the system that the recipe is about: of its first method that is no baseline, on the largest share
     reportable: bool
     systems: list[SystemResult]
-    needed: list[LabelEfficiency] = []
-    pay_off: list[BreakEven] = []
+    label_efficiency: list[LabelEfficiency] = []
+    break_even: list[BreakEven] = []
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True

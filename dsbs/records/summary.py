@@ -83,9 +83,9 @@ def rows_needed(
     The minimum detectable difference of the paired test, which reflects how often the two systems
     disagree, shrinks with the square root of the number of rows. None where it is unknown.
     """
-    if comparison.detectable is None:
+    if comparison.minimum_detectable_effect is None:
         return None
-    return math.ceil(rows * (comparison.detectable / difference) ** 2)
+    return math.ceil(rows * (comparison.minimum_detectable_effect / difference) ** 2)
 
 
 # --- sentences
@@ -205,8 +205,8 @@ def _caveats(comparison: Comparison) -> list[str]:
         )
     elif excludes_zero:
         caveats.append("the interval and the p value rest on different approximations")
-    if comparison.detectable is not None:
-        smallest = points(comparison.detectable).removeprefix("+")
+    if comparison.minimum_detectable_effect is not None:
+        smallest = points(comparison.minimum_detectable_effect).removeprefix("+")
         caveats.append(
             f"with this test set, a difference below {smallest} would usually go unnoticed "
             "(80% power)"
@@ -302,9 +302,9 @@ def results_markdown(results: Results, title: str | None = None) -> str:
     lines += ["", *(f"- {markdown_paragraph(text)}" for text in comparison_sentences(results))]
     lines += _metrics_section(results)
     lines += _list_section(
-        "Labels needed", [label_efficiency_sentence(item) for item in results.needed]
+        "Labels needed", [label_efficiency_sentence(item) for item in results.label_efficiency]
     )
-    lines += _list_section("Break-even", [break_even_sentence(item) for item in results.pay_off])
+    lines += _list_section("Break-even", [break_even_sentence(item) for item in results.break_even])
     return "\n".join(lines)
 
 
@@ -330,7 +330,7 @@ def _comparisons_section(results: Results) -> list[str]:
     rows = []
     for system in results.systems:
         for baseline, comparison in system.versus.items():
-            detectable = comparison.detectable
+            minimum_detectable_effect = comparison.minimum_detectable_effect
             row = [
                 system.name,
                 baseline,
@@ -339,9 +339,11 @@ def _comparisons_section(results: Results) -> list[str]:
                 p_number(comparison.p),
                 p_number(comparison.p_holm),
                 TEST_NAMES.get(comparison.test, comparison.test),
-                f"{comparison.fixed:,}",
-                f"{comparison.broken:,}",
-                ABSENT if detectable is None else f"{100 * detectable:.1f}",
+                f"{comparison.wins:,}",
+                f"{comparison.losses:,}",
+                ABSENT
+                if minimum_detectable_effect is None
+                else f"{100 * minimum_detectable_effect:.1f}",
             ]
             rows.append(row)
     if not rows:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from dsbs.formatting import interval, points_number
 from dsbs.records.compression import Compressed
-from dsbs.records.intervals import wilson
-from dsbs.records.results import BATCH_SIZES
+from dsbs.records.results import BATCH_SIZES, wilson
 from dsbs.reporting import text as words
 from dsbs.reporting.gather import Run
 from dsbs.reporting.sections import NOTHING, Group, Line, Table

@@ -129,12 +129,14 @@ def _render(runs: Sequence[Run], drawn: Sequence[Figure], packed: Examples) -> s
         needed=[
             _of(run, runs, label_efficiency_sentence(one))
             for run in runs
-            for one in run.results.needed
+            for one in run.results.label_efficiency
         ],
         trials=sections.trials(runs),
         annotation=sections.annotation(runs),
         pay_off=[
-            _of(run, runs, break_even_sentence(one)) for run in runs for one in run.results.pay_off
+            _of(run, runs, break_even_sentence(one))
+            for run in runs
+            for one in run.results.break_even
         ],
         packed=packed,
         fewest_seeds=min(

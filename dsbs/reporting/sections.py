@@ -22,10 +22,7 @@ from dsbs.reporting.gather import Run
 
 NOTHING = "–"
 
-RATIONALE_MEASURES = {
-    "rouge_l", "rationale_empty", "rationale_truncated", "consistency",
-    "las", "leaking", "simulator_accuracy", "simulator_majority",
-}  # fmt: skip
+RATIONALE_MEASURES = {"rouge_l", "rationale_empty", "rationale_truncated", "consistency"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +204,13 @@ def comparisons(runs: Sequence[Run]) -> Table | None:
         Column("finding", lambda pair: _finding(pair[1]), text=True),
         Column(
             "fixed",
-            lambda pair: words.count(pair[1].fixed),
+            lambda pair: words.count(pair[1].wins),
             note="rows that the system has right and the other wrong",
         ),
-        Column("broken", lambda pair: words.count(pair[1].broken), note="the other way round"),
+        Column("broken", lambda pair: words.count(pair[1].losses), note="the other way round"),
         Column(
             "detectable",
-            lambda pair: words.share(pair[1].detectable),
+            lambda pair: words.share(pair[1].minimum_detectable_effect),
             note="the smallest true difference, in points, that these rows would show with 80 % power in one comparison",
         ),
     ]

@@ -102,9 +102,9 @@ def _comparisons(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
             "p_holm": versus.p_holm,
             "reliable": is_reliable(versus),
             "test": versus.test,
-            "fixed": versus.fixed,
-            "broken": versus.broken,
-            "detectable": versus.detectable,
+            "wins": versus.wins,
+            "losses": versus.losses,
+            "minimum_detectable_effect": versus.minimum_detectable_effect,
         }
         for title, run in runs
         for system in run.results.systems

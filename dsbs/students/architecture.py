@@ -79,11 +79,6 @@ def check_student(recipe: Recipe) -> None:
             f"train.terms: further terms of the loss are learned by T5 students alone, and {source} is decoder-only",
             hint="leave train.terms out, and their names out of train.methods",
         )
-    if recipe.eval.simulator:
-        raise UserError(
-            f"eval.simulator trains its simulators from the student's start, and {source} is decoder-only",
-            hint="leave eval.simulator out: simulators are T5s",
-        )
     most = positions(str(source))
     answer = max(section.max_target_tokens, recipe.eval.max_label_tokens)
     if most is not None and section.max_input_tokens + answer > most:

@@ -16,7 +16,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from dsbs.evaluation.stats import accuracy, difference, holm, mean_interval
 from dsbs.formatting import rate
-from dsbs.records.intervals import wilson
+from dsbs.records.results import wilson
 
 Floats = NDArray[np.float64]
 
@@ -65,7 +65,7 @@ def test_mcnemar_on_agrestis_approval_ratings() -> None:
     assert found.test == "mcnemar-exact"
     assert found.p == pytest.approx(exact, abs=1e-9, rel=1e-9)
     assert found.p == pytest.approx(mcnemar([[794, 150], [86, 570]], exact=True).pvalue, abs=1e-9)
-    assert (found.delta, found.fixed, found.broken) == (pytest.approx(0.04), 150, 86)
+    assert (found.delta, found.wins, found.losses) == (pytest.approx(0.04), 150, 86)
     assert found.ci95 == pytest.approx((0.02, 0.06), abs=0.005)
 
 
@@ -112,7 +112,7 @@ def test_one_seed_is_compared_by_exact_mcnemar() -> None:
     assert found.p == pytest.approx(mcnemar(table, exact=True).pvalue, abs=1e-9)
     assert found.delta == pytest.approx(a.mean() - b.mean())
     assert found.ci95[0] < found.delta < found.ci95[1]
-    assert (found.fixed, found.broken) == (table[0][1], table[1][0])
+    assert (found.wins, found.losses) == (table[0][1], table[1][0])
 
 
 @pytest.mark.parametrize("graded", [False, True])
@@ -191,7 +191,7 @@ def test_the_detectable_difference_has_80_percent_power_by_statsmodels(
 ) -> None:
     a, b = seed_means(250, 0.7, 12), seed_means(250, 0.6, 13)
     gaps = a - b if clusters is None else np.bincount(clusters, a - b)
-    found = difference(a, b, clusters).detectable
+    found = difference(a, b, clusters).minimum_detectable_effect
     assert found is not None
     effect = found * 250 / len(gaps) / gaps.std(ddof=1)
     assert TTestPower().power(effect, len(gaps), 0.05) == pytest.approx(0.8, abs=2e-6)
@@ -202,7 +202,7 @@ def test_the_detectable_difference_has_80_percent_power_by_statsmodels(
 )  # at 1458 statsmodels' own solver finds the negative root
 def test_the_detectable_difference_is_found_for_any_number_of_rows(rows: int) -> None:
     a, b = right_or_wrong(rows, 0.5, 22), np.zeros(rows)
-    found = difference(a, b).detectable
+    found = difference(a, b).minimum_detectable_effect
     assert found is not None
     assert TTestPower().power(found / a.std(ddof=1), rows, 0.05) == pytest.approx(0.8, abs=2e-6)
 
@@ -229,7 +229,9 @@ def test_rows_repeated_in_their_clusters_know_no_more_than_one_of_them() -> None
     once, often = difference(a, b), difference(a.repeat(4), b.repeat(4), clusters)
     assert often.p == pytest.approx(once.p, abs=1e-9)
     assert often.ci95 == pytest.approx(once.ci95, abs=0.011)  # two rows of 200, by chance
-    assert often.detectable == pytest.approx(once.detectable, rel=1e-6)
+    assert often.minimum_detectable_effect == pytest.approx(
+        once.minimum_detectable_effect, rel=1e-6
+    )
     assert accuracy(a.repeat(4), 1, clusters).interval == "bootstrap over clusters"
     assert mean_interval(a.repeat(4), clusters) == pytest.approx(mean_interval(a), abs=0.011)
 
@@ -252,8 +254,10 @@ def test_neither_the_order_of_rows_nor_the_names_of_clusters_matter(clustered: b
         order = rng.permutation(300)
         renamed = 1000 - 7 * clusters[order] if clusters is not None else None
         first, second = difference(a, b, clusters), difference(a[order], b[order], renamed)
-        assert (first.ci95, first.p, first.fixed) == (second.ci95, second.p, second.fixed)
-        assert first.detectable == pytest.approx(second.detectable, rel=1e-9)
+        assert (first.ci95, first.p, first.wins) == (second.ci95, second.p, second.wins)
+        assert first.minimum_detectable_effect == pytest.approx(
+            second.minimum_detectable_effect, rel=1e-9
+        )
         assert accuracy(a, 3, clusters).ci95 == accuracy(a[order], 3, renamed).ci95
 
 
@@ -269,7 +273,13 @@ def test_the_same_rows_give_the_same_numbers() -> None:
 def test_equal_systems_differ_by_nothing() -> None:
     for a in (np.array([1.0, 0.0, 1.0]), np.array([1 / 3, 0.0, 1.0])):
         found = difference(a, a)
-        assert (found.delta, found.p, found.fixed, found.broken, found.detectable) == (
+        assert (
+            found.delta,
+            found.p,
+            found.wins,
+            found.losses,
+            found.minimum_detectable_effect,
+        ) == (
             0.0,
             1.0,
             0,
@@ -281,7 +291,7 @@ def test_equal_systems_differ_by_nothing() -> None:
 def test_means_over_seeds_that_differ_by_rounding_do_not_differ() -> None:
     a, b = np.array([0.1 + 0.2, 1.0]), np.array([0.3, 0.5])
     assert a[0] != b[0]
-    assert (difference(a, b).fixed, difference(a, b).broken) == (1, 0)
+    assert (difference(a, b).wins, difference(a, b).losses) == (1, 0)
 
 
 def test_a_difference_of_eight_rows_all_one_way_has_the_binomial_p() -> None:
@@ -290,23 +300,26 @@ def test_a_difference_of_eight_rows_all_one_way_has_the_binomial_p() -> None:
 
 def test_one_row_of_difference_is_no_evidence_and_no_crash() -> None:
     found = difference(np.array([1, 1, 1, 0.5]), np.array([1.0, 1, 1, 1]))
-    assert (found.delta, found.p, found.broken) == (-0.125, 1.0, 1)
+    assert (found.delta, found.p, found.losses) == (-0.125, 1.0, 1)
 
 
 def test_one_row_or_one_cluster_tells_next_to_nothing() -> None:
     found = difference(np.array([0.5]), np.array([1.0]))
-    assert (found.p, found.detectable) == (1.0, None)
+    assert (found.p, found.minimum_detectable_effect) == (1.0, None)
     assert found.ci95[0] < -0.95 and found.ci95[1] > 0.9
     rows, same = right_or_wrong(50, 0.5, 20), np.zeros(50, dtype=np.int64)
     low, high = accuracy(rows, 1, same).ci95
     assert low < 0.05 and high > 0.95
     one = difference(rows, 1 - rows, same)
-    assert (one.p, one.detectable) == (1.0, None)
+    assert (one.p, one.minimum_detectable_effect) == (1.0, None)
     assert one.ci95[1] - one.ci95[0] > 1.9
 
 
 def test_rows_too_few_to_show_any_difference_name_none() -> None:
-    assert difference(np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, 0.5])).detectable is None
+    assert (
+        difference(np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, 0.5])).minimum_detectable_effect
+        is None
+    )
 
 
 def test_rows_without_a_spread_claim_no_certainty() -> None:
@@ -343,12 +356,12 @@ def test_rows_must_be_the_same() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_no_number_is_refused_by_its_row(bad: float) -> None:
-    broken = np.array([1.0, bad, 0.0])
+    losses = np.array([1.0, bad, 0.0])
     for attempt in (
-        lambda: accuracy(broken, 1),
-        lambda: mean_interval(broken),
-        lambda: difference(broken, np.ones(3)),
-        lambda: difference(np.ones(3), broken),
+        lambda: accuracy(losses, 1),
+        lambda: mean_interval(losses),
+        lambda: difference(losses, np.ones(3)),
+        lambda: difference(np.ones(3), losses),
     ):
         with pytest.raises(ValueError, match="row 1 "):
             attempt()

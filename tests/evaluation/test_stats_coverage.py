@@ -111,8 +111,12 @@ def test_a_detectable_difference_is_found_four_times_in_five() -> None:
     null = difference(
         np.repeat([1.0, 0.0, 1.0], (125, 125, 750)), np.repeat([0.0, 1.0, 1.0], (125, 125, 750))
     )
-    assert null.detectable is not None
-    shares = ((apart + null.detectable) / 2, (apart - null.detectable) / 2, 1 - apart)
+    assert null.minimum_detectable_effect is not None
+    shares = (
+        (apart + null.minimum_detectable_effect) / 2,
+        (apart - null.minimum_detectable_effect) / 2,
+        1 - apart,
+    )
     shown = 0
     for _ in range(TIMES):
         counts = rng.multinomial(rows, shares)

@@ -18,11 +18,11 @@ from dsbs.evaluation.score import Scored, score
 from dsbs.evaluation.systems import (
     System,
     bill,
+    break_evens,
     clusters_of,
     compare,
-    labels_needed,
+    label_efficiency_of,
     pairs,
-    pay_offs,
 )
 from dsbs.records.rows import Example, Prediction, TrainedStudent
 from dsbs.records.summary import label_efficiency_sentence
@@ -197,7 +197,7 @@ def test_adjusted_p_values_are_over_all_comparisons() -> None:
     ]
     found = compare(pairs(systems, EvalSection()), None)
     one = found["step-by-step"]["finetune"]
-    assert one.delta == pytest.approx(0.25) and (one.fixed, one.broken) == (25, 0)
+    assert one.delta == pytest.approx(0.25) and (one.wins, one.losses) == (25, 0)
     assert one.p_holm == pytest.approx(min(1.0, 3 * one.p))  # the smallest of three
 
 
@@ -207,7 +207,7 @@ def test_labels_needed_are_read_off_the_curve() -> None:
         system("step-by-step", 0.5, 0.5, 200),
         system("step-by-step", 1.0, 0.6, 400),
     ]
-    (found,) = labels_needed(
+    (found,) = label_efficiency_of(
         [*curve, system("finetune", 1.0, 0.5, 400)], [system("finetune", 1.0, 0.5, 400)], None
     )
     assert (found.method, found.system, found.rows, found.largest) == (
@@ -216,9 +216,9 @@ def test_labels_needed_are_read_off_the_curve() -> None:
         200,
         400,
     )
-    (never,) = labels_needed(curve, [system("finetune", 1.0, 0.9, 400)], None)
+    (never,) = label_efficiency_of(curve, [system("finetune", 1.0, 0.9, 400)], None)
     assert never.rows is None
-    (at_once,) = labels_needed(curve, [system("finetune", 1.0, 0.2, 400)], None)
+    (at_once,) = label_efficiency_of(curve, [system("finetune", 1.0, 0.2, 400)], None)
     assert (at_once.rows, at_once.smallest) == (
         100,
         100,
@@ -239,9 +239,9 @@ def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:
         and bill({}, "test") == (None, None)
     )
     learned, gold = system("step-by-step", 0.5), system("finetune", source=None)
-    (one,) = pay_offs([learned, gold], 1.0, 0.002)
+    (one,) = break_evens([learned, gold], 1.0, 0.002)
     assert (one.system, one.spent_usd, one.predictions) == ("step-by-step-n0.5", 0.5, 250)
-    assert list(pay_offs([learned], None, 0.002)) == [] == list(pay_offs([learned], 1.0, 0.0))
+    assert list(break_evens([learned], None, 0.002)) == [] == list(break_evens([learned], 1.0, 0.0))
 
 
 def test_the_headline_is_the_first_method_that_is_no_baseline() -> None:

@@ -105,8 +105,8 @@ def make_run(
         recipe=recipe.model_dump(mode="json"),
         data={"test": "b" * 64},
         run=str(folder), name=name, task="esnli", split="test", n=rows, baseline="finetune-gold", headline="step-by-step-gold",
-        reportable=True, systems=systems, needed=[needed],
-        pay_off=[
+        reportable=True, systems=systems, label_efficiency=[needed],
+        break_even=[
             BreakEven(system="step-by-step-gold", spent_usd=0.32, teacher_usd_per_prediction=TEACHER_USD, predictions=800)
         ],
     )  # fmt: skip
@@ -217,7 +217,7 @@ def _system(
         versus[other] = Comparison(
             delta=0.07 if "step" in name else -0.03, ci95=(0.01, 0.13) if "step" in name else (-0.08, 0.02),
             p=0.012 if "step" in name else 0.2, p_holm=0.036 if "step" in name else 0.4, test="sign-flip permutation",
-            fixed=9, broken=4, detectable=0.08,
+            wins=9, losses=4, minimum_detectable_effect=0.08,
         )  # fmt: skip
     low, high = max(0.0, accuracy - 0.08), min(1.0, accuracy + 0.08)
     timed = {} if student is None else {

@@ -169,7 +169,7 @@ def test_the_lines_of_cost_cross_where_distilling_has_paid(one: dict[str, Figure
 
 def test_what_was_free_has_no_pay_off(tmp_path: Path) -> None:
     def free(results: dict[str, Any]) -> None:
-        results["pay_off"][0] |= {"spent_usd": 0.0, "predictions": 0}
+        results["break_even"][0] |= {"spent_usd": 0.0, "predictions": 0}
 
     assert "pay-off" not in drawn(changed(make_run(tmp_path / "run"), free))
 
@@ -324,7 +324,7 @@ def test_a_method_looks_the_same_in_every_report_and_no_two_are_alike(
             for labels in ("gold", "teacher"):
                 other = {"name": f"{method}-{labels}", "method": method, "labels": labels}
                 results["systems"].append(results["systems"][1] | other)
-        outside = {"kind": "outside", "method": None, "labels": None, "subset": None, "seeds": []}
+        outside = {"kind": "external", "method": None, "labels": None, "subset": None, "seeds": []}
         results["systems"] += [
             results["systems"][1] | outside | {"name": name} for name in ("other", "another")
         ]

@@ -251,15 +251,6 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     assert [row["step"] for row in said if "loss" in row] == list(range(1, 13))
 
 
-def test_simulators_are_refused(toy: Callable[..., Path], tmp_path: Path) -> None:
-    folder = causal_models.save(tmp_path / "model")
-    with pytest.raises(UserError, match=r"eval\.simulator"):
-        train(
-            recipe_on(toy, folder, "eval.simulator=true", "eval.rationales=true"),
-            out=tmp_path / "run",
-        )
-
-
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_a_student_learns_its_task_and_is_a_plain_model_of_its_kind(
     toy: Callable[..., Path], tmp_path: Path, template: str

@@ -170,7 +170,7 @@ def _bills(run: Run) -> list[tuple[BreakEven, list[str]]]:
     """What was spent on the largest share of the rows, the headline's first, with the systems that share it."""
     shown = {system.name for system in whole(run.results.systems)}
     found: dict[float, tuple[BreakEven, list[str]]] = {}
-    for one in sorted(run.results.pay_off, key=lambda one: one.system != run.results.headline):
+    for one in sorted(run.results.break_even, key=lambda one: one.system != run.results.headline):
         if (
             one.system in shown
             and one.spent_usd > 0
