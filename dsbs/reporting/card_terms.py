@@ -7,18 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsbs.config.terms import TermSection, TermSettings, base_of, names_of_terms
+from dsbs.config.terms import TermSettings, base_of, names_of_terms
 from dsbs.records.rows import TrainedStudent
 from dsbs.reporting.card_recipe import Sections
 from dsbs.run_folder import read_manifest
-
-_SAID = {  # by its kind
-    "response": "It also learned the token probabilities of a local teacher: Hinton et al., 2015, arXiv:1503.02531.",
-    "labels": "It also learned a distribution over the labels, not one alone: Hinton et al., 2015, arXiv:1503.02531.",
-    "feature": "Its hidden states were also drawn towards those of a local teacher: Romero et al., 2015, arXiv:1412.6550.",
-    "relation": "Distances and angles between its examples were also drawn towards those of a local teacher: "
-    "Park et al., 2019, arXiv:1904.05068.",
-}
 
 
 def terms_of(recipe: Sections, student: TrainedStudent) -> list[TermSettings]:
@@ -29,17 +21,13 @@ def terms_of(recipe: Sections, student: TrainedStudent) -> list[TermSettings]:
 
 def said_of(term: TermSettings) -> str:
     """A sentence with its source."""
-    return _SAID[term.kind]
+    source = f": {term.citation}" if term.citation else ""
+    return f"{term.description}{source}."
 
 
 def setting(term: TermSettings) -> str:
     """As a table of settings has it."""
-    heat = (
-        f", temperature {term.temperature:g}"
-        if isinstance(term, TermSection) and term.kind in ("response", "labels")
-        else ""
-    )
-    return f"{term.kind}, weight {term.weight:g}{heat}"
+    return term.summary
 
 
 def local_teachers(recipe: Sections, student: TrainedStudent) -> list[str]:
@@ -64,9 +52,7 @@ def explains(student: TrainedStudent) -> bool:
 
 def outputs_learned(recipe: Sections, student: TrainedStudent) -> list[str]:
     """What of a teacher a student learned; local teachers are apart."""
-    votes = any(
-        term.kind == "labels" and not term.needs_teacher for term in terms_of(recipe, student)
-    )
+    votes = any(term.learns_votes for term in terms_of(recipe, student))
     return [
         *["labels"] * (student.labels == "teacher"),
         *["rationales"] * explains(student),

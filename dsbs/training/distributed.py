@@ -112,9 +112,7 @@ def shard_model(model: Any, accelerator: Any) -> None:
 def _forward_or_work(block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a block's call, during which its weights are gathered, run ``work`` on its layers."""
 
-    def call(
-        hidden: Any, *args: Any, work: Callable[..., Any] | None = None, **kwargs: Any
-    ) -> Any:
+    def call(hidden: Any, *args: Any, work: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         if work is None:
             return forward(hidden, *args, **kwargs)
         return work(block.layer, hidden, *args)

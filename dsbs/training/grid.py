@@ -103,7 +103,7 @@ def grid(train: TrainSection) -> list[StudentSpec]:
 
 
 def _learns_votes(train: TrainSection, method: str) -> bool:
-    return any(term.kind == "labels" and not term.needs_teacher for term in train.terms_of(method))
+    return any(term.learns_votes for term in train.terms_of(method))
 
 
 def trial_specs(spec: StudentSpec) -> list[StudentSpec]:
@@ -136,8 +136,8 @@ class Tuner:
         if spec.section.tune is None:
             return spec
         if spec.system not in self._trials:
-            trials = trial_specs(replace(spec, seed=self._first_seed))
-            self._trials[spec.system] = tuple(self._run_trial(trial) for trial in trials)
+            first = replace(spec, seed=self._first_seed)
+            self._trials[spec.system] = tuple(map(self._run_trial, trial_specs(first)))
         trials = self._trials[spec.system]
         best = max(trials, key=lambda trial: trial.selection)
         section = spec.section.tuned(best.setting)

@@ -7,7 +7,7 @@ tasks share a student, none where there is one task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsbs.config import LabelSource, TrainSection, base_of

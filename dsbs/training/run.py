@@ -141,7 +141,7 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     check_student(recipe)
     data = gather(recipe, task, run, specs)
     plan = []
-    for teacher_recipe, spec in planned_teachers(recipe, specs, folder):
+    for teacher_recipe, spec in planned_teachers(recipe, specs):
         entry = _plan(teacher_recipe, spec, data, folder)
         plan.append(entry | {"name": spec.title, "steps": teacher_recipe.train.max_steps})
     tune = recipe.train.tune

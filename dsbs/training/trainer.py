@@ -97,7 +97,7 @@ class StepTrainer(Seq2SeqTrainer):
         self._terms = terms
         self._validate = validate
         self._counts: dict[str, float] = {}
-        names = [view.target for view in views]
+        names: list[str] = [view.target for view in views if view.supervised]
         names += [term.title for term in terms.terms] if terms else []
         self._logged = dict.fromkeys(names, 0.0)
         """This process's share of each loss, summed over the steps since the last line."""
@@ -224,7 +224,9 @@ class StepTrainer(Seq2SeqTrainer):
         sums = self._sum_over_processes(list(self._logged.values()), self.args.device)
         if self._section.loss_mean == "micro":  # means of each process's own micro-batches
             steps *= self.args.world_size
-        means = {f"{name}_loss": total / steps for name, total in zip(self._logged, sums, strict=True)}
+        means = {
+            f"{name}_loss": total / steps for name, total in zip(self._logged, sums, strict=True)
+        }
         self._logged = dict.fromkeys(self._logged, 0.0)
         self._last_logged_step = self.state.global_step
         return means

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dsbs.config import Recipe, TrainSection
 from dsbs.records.rows import Unread
 from dsbs.students import Student, start_token, take_apart
-from dsbs.training.encode import Encoded, EncodedRows, collate, pad
+from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
 from dsbs.training.rows import Data
 
@@ -98,7 +98,7 @@ def _label_loss(student: Student, batch_size: int, rows: Sequence[Encoded], view
             packed = collate(ordered[first : first + batch_size])[view.target]
             tokens += len(packed.target)
             if is_decoder_only(model):
-                batch = {view.target: packed.to(model.device)}
+                batch: dict[str, PackedBatch] = {view.target: packed.to(model.device)}
                 losses = summed_losses(model, batch, without_padding=False)
                 total += float(losses[view.target])
                 continue

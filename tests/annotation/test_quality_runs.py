@@ -97,7 +97,7 @@ def test_hinted_rationales_teach_beside_gold_labels_only(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     from dsbs.tasks import make_task
-    from dsbs.training.methods import grid
+    from dsbs.training.grid import grid
     from dsbs.training.rows import gather
 
     with LoopbackServer(always_billing) as server:
@@ -119,7 +119,7 @@ def test_the_labels_log_probability_is_kept_and_selects(
 ) -> None:
     from dsbs.run_folder import load_annotations
     from dsbs.tasks import make_task
-    from dsbs.training.select import select
+    from dsbs.training.rows import select_annotations
 
     def sure(body: dict[str, Any], number: int) -> Any:
         assert body["logprobs"] is True
@@ -145,7 +145,8 @@ def test_the_labels_log_probability_is_kept_and_selects(
     assert [row["label_logprob"] for row in rows] == [-0.25, -2.5] * 3
     task = make_task(recipe.task)
     found = load_annotations(recipe, task, tmp_path / "run", "train")
-    assert set(select(found.values(), recipe.train.select, task)) == {"r0", "r2", "r4"}
+    selected = select_annotations(found.values(), recipe.train.select, task)
+    assert {row.id for row in selected} == {"r0", "r2", "r4"}
 
 
 # --- before the money is spent

@@ -20,9 +20,9 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, load_recipe, train
 from dsbs.config import Recipe
-from dsbs.training.checkpoints import last_checkpoint
-from dsbs.training.methods import grid
+from dsbs.training.grid import grid
 from dsbs.training.rows import gather
+from dsbs.training.student_folder import last_checkpoint
 
 
 @pytest.fixture
@@ -337,10 +337,10 @@ def test_a_constant_rate_has_its_warm_up(annotated: Callable[..., Recipe], tmp_p
 def test_a_step_has_its_batch_on_any_number_of_processes(
     monkeypatch: pytest.MonkeyPatch, batch: int, micro: int, processes: int, size: int
 ) -> None:
-    from dsbs.training.cell import per_process
+    from dsbs.training.distributed import per_device_batch_size
 
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert per_process(batch, micro) == size and batch % (size * processes) == 0
+    assert per_device_batch_size(batch, micro) == size and batch % (size * processes) == 0
 
 
 def test_a_part_without_what_a_method_learns_is_refused_before_anything_is_trained(
