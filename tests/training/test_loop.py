@@ -74,12 +74,7 @@ def test_every_cell_becomes_a_student_with_its_record_and_losses_apart(
     assert record["student"]["valid_accuracy"] in {row["eval_accuracy"] for row in looks}
     assert record["valid_labels"] == "gold"
     cost = record["student"]["cost"]
-    assert (
-        cost["device"]
-        and cost["processes"] == 1
-        and cost["peak_memory_mb"] > 0
-        and cost["energy_j"] != 0
-    )
+    assert cost["device"] and cost["processes"] == 1 and cost["peak_memory_mb"] > 0
     assert cost["tokens"] == looks[-1]["tokens"] and cost["tokens_per_s"] > 0
     assert record["rows"] == 39 and looks[-1]["examples"] == 39 + 8, (
         "an epoch's last step has the rows that are left"

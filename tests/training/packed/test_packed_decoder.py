@@ -18,6 +18,7 @@ from dsbs import DsbsError, Student, UserError, load_recipe, train
 from dsbs.config import LoraSection, Recipe, TrainSection
 from dsbs.students import ChatFormat
 from dsbs.training.encode import Encoded, Encoder, PackedBatch, collate
+from dsbs.training.lora import add_adapters, count_trainable, merge_adapters
 from dsbs.training.methods import View
 from dsbs.training.packed.decoder import summed_losses, target_logits
 from dsbs.training.rows import Row
