@@ -82,7 +82,7 @@ def annotate(
         manifest(
             run / "annotate" / "manifest.json",
             recipe.model_dump(mode="json"),
-            {split: found.hash for split, found in surveys.items()},
+            {split: rows.hash for split, rows in surveys.items()},
         ) as record,
     ):
         record.update(_manifest_entries(annotator, teacher))

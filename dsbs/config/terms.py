@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from dsbs.config.registry import TERMS, entry
 from dsbs.config.sections import Section, unknown
@@ -31,6 +31,8 @@ class TermSettings(Section):
     A method learns a term if its name is added to the method's: methods: [step-by-step+response].
     """
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     kind: str
     """A registered kind of term."""
     name: str | None = Field(None, pattern=r"^[a-z][a-z0-9-]*$")
@@ -38,12 +40,10 @@ class TermSettings(Section):
     weight: float = Field(1.0, gt=0)
     """Multiplies the term, which is added to the student's own loss."""
 
-    description: ClassVar[str] = "It also learned a further term of the loss"
-    """What a student learned from it, as a model card says it, without a full stop."""
-    citation: ClassVar[str | None] = None
+    description: ClassVar[str] = "It also learned an additional loss term."
+    """One sentence for the model card."""
+    citation: ClassVar[str] = ""
     """Its source, e.g. "Hinton et al., 2015, arXiv:1503.02531"."""
-    marker: ClassVar[tuple[int, int, int] | None] = None
-    """Its star in figures, as matplotlib has it: (points, 1, turn). None: one that is free."""
     is_of_one_pass: ClassVar[bool] = False
     """Whether it relates the rows of one forward pass, so that it depends on the micro-batch."""
     learns_projections: ClassVar[bool] = False
@@ -52,11 +52,6 @@ class TermSettings(Section):
     @property
     def title(self) -> str:
         return self.name or self.kind
-
-    @property
-    def summary(self) -> str:
-        """One line for a table of settings."""
-        return f"{self.kind}, weight {self.weight:g}"
 
     @property
     def needs_teacher(self) -> bool:

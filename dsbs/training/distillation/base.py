@@ -1,7 +1,7 @@
 """Distillation terms: their base class and what their losses are computed from.
 
 A kind of term is one file with one subclass of ``Term``, registered in ``dsbs.config.registry``:
-its recipe keys, its facts (needs, description, citation, marker) and its loss. A student learns
+its recipe keys, its facts (needs, description, citation) and its loss. A student learns
 
     L = L_student + Σ weight · term
 

@@ -37,11 +37,8 @@ class FeatureTerm(Term):
 
     learns_projections: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
-    description: ClassVar[str] = (
-        "Its hidden states were also drawn towards those of a local teacher"
-    )
+    description: ClassVar[str] = "It also learned the hidden states of a local teacher."
     citation: ClassVar[str] = "Romero et al., 2015, arXiv:1412.6550"
-    marker: ClassVar[tuple[int, int, int]] = (6, 1, 0)
 
     @property
     def needs_teacher(self) -> bool:

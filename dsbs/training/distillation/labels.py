@@ -35,15 +35,8 @@ class LabelsTerm(Term):
     """Divides the log-probabilities; its square multiplies the term."""
 
     needs_label_scores: ClassVar[bool] = True
-    description: ClassVar[str] = (
-        "It also learned a distribution over the labels, not one label only"
-    )
+    description: ClassVar[str] = "It also learned a distribution over the labels."
     citation: ClassVar[str] = "Hinton et al., 2015, arXiv:1503.02531"
-    marker: ClassVar[tuple[int, int, int]] = (3, 1, 0)
-
-    @property
-    def summary(self) -> str:
-        return f"{super().summary}, temperature {self.temperature:g}"
 
     @property
     def needs_teacher(self) -> bool:

@@ -33,10 +33,9 @@ class RelationTerm(Term):
     is_of_one_pass: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
     description: ClassVar[str] = (
-        "Distances and angles between its examples were also drawn towards those of a local teacher"
+        "It also learned how a local teacher relates examples to each other."
     )
     citation: ClassVar[str] = "Park et al., 2019, arXiv:1904.05068"
-    marker: ClassVar[tuple[int, int, int]] = (5, 1, 0)
 
     @model_validator(mode="after")
     def _has_a_weight(self) -> RelationTerm:

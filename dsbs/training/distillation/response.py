@@ -42,13 +42,8 @@ class ResponseTerm(Term):
     top_k: int | None = Field(None, gt=0)
     """How many of the likeliest tokens are cached on disk. None: computed in every step."""
 
-    description: ClassVar[str] = "It also learned the token probabilities of a local teacher"
+    description: ClassVar[str] = "It also learned the token probabilities of a local teacher."
     citation: ClassVar[str] = "Hinton et al., 2015, arXiv:1503.02531"
-    marker: ClassVar[tuple[int, int, int]] = (4, 1, 0)
-
-    @property
-    def summary(self) -> str:
-        return f"{super().summary}, temperature {self.temperature:g}"
 
     @property
     def needs_teacher(self) -> bool:

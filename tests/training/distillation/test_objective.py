@@ -207,8 +207,9 @@ def test_projections_depend_on_the_seed_only_and_leave_torchs_generator_as_it_wa
     weights: list[torch.Tensor] = []
     for seed in (1, 1, 2):
         model = tiny_t5()
+        terms = distillation_loss(["feature"])
         before = torch.get_rng_state()
-        distillation_loss(["feature"]).attach_projections(model, seed=seed)
+        terms.attach_projections(model, seed=seed)
         assert torch.equal(before, torch.get_rng_state())
         parameters = getattr(model, PROJECTIONS).parameters()
         weights.append(torch.cat([parameter.flatten() for parameter in parameters]))

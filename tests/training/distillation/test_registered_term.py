@@ -24,7 +24,7 @@ class ConfidenceTerm(Term):
     exponent: float = Field(1.0, gt=0)
     """Of the token's highest probability."""
 
-    description: ClassVar[str] = "It was also kept from confident predictions"
+    description: ClassVar[str] = "It was also kept from confident predictions."
     citation: ClassVar[str] = "Pereyra et al., 2017, arXiv:1701.06548"
 
     def loss(self, inputs: TermInputs) -> Tensor | float:
@@ -36,19 +36,20 @@ class ConfidenceTerm(Term):
         return summed / inputs.step.counts[view]
 
 
+TERM = (
+    "train.methods=[finetune, finetune+confidence]",
+    "train.terms=[{kind: confidence, exponent: 2.0, weight: 0.5}]",
+)
+
+
 @pytest.fixture
 def recipe_path(toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(TERMS, "confidence", f"{__name__}:ConfidenceTerm")
-    return toy(
-        train={
-            "methods": ["finetune", "finetune+confidence"],
-            "terms": [{"kind": "confidence", "exponent": 2.0, "weight": 0.5}],
-        }
-    )
+    return toy()
 
 
 def test_a_registered_term_works_in_all_stages(recipe_path: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_path)
+    recipe = load_recipe(recipe_path, TERM)
     run = tmp_path / "run"
     validate(recipe)
     train(recipe, out=run)
@@ -64,8 +65,8 @@ def test_a_registered_term_works_in_all_stages(recipe_path: Path, tmp_path: Path
     report(recipe, out=run)
     assert "finetune+confidence" in (run / "report.html").read_text(encoding="utf-8")
     card = (student / "README.md").read_text(encoding="utf-8")
-    assert "It was also kept from confident predictions: Pereyra et al., 2017" in card
-    assert "confidence, weight 0.5" in card
+    assert "It was also kept from confident predictions." in card
+    assert "Pereyra et al., 2017" in card
 
 
 def test_a_registered_terms_keys_are_checked(recipe_path: Path) -> None:
