@@ -13,7 +13,7 @@ from dsbs.errors import UserError
 from dsbs.files import is_locked
 from dsbs.records.results import Comparison, Interval, read_results
 from dsbs.run_folder import STAGES
-from dsbs.training.methods import grid
+from dsbs.training.grid import grid
 
 Status = Literal["done", "partial", "running", "interrupted", "failed", "broken"]
 

@@ -90,7 +90,7 @@ def test_hinted_rationales_are_learned_with_gold_labels_only(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     from dsbs.tasks import make_task
-    from dsbs.training.methods import grid
+    from dsbs.training.grid import grid
     from dsbs.training.rows import gather
 
     with LoopbackServer(always_billing) as server:
@@ -113,7 +113,7 @@ def test_the_labels_log_probability_is_kept_and_selects(
     from dsbs.prompting import source_fingerprint
     from dsbs.run_folder import RunFolder
     from dsbs.tasks import make_task
-    from dsbs.training.select import select
+    from dsbs.training.rows import select_annotations
 
     def sure(body: dict[str, Any], number: int) -> Any:
         assert body["logprobs"] is True
@@ -141,7 +141,8 @@ def test_the_labels_log_probability_is_kept_and_selects(
     annotations = RunFolder(tmp_path / "run").load_annotations(
         "train", source_fingerprint(recipe, task)
     )
-    assert set(select(annotations.values(), recipe.train.select, task)) == {"r0", "r2", "r4"}
+    selected = select_annotations(annotations.values(), recipe.train.select, task)
+    assert {row.id for row in selected} == {"r0", "r2", "r4"}
 
 
 # --- plans and pilots
