@@ -67,8 +67,9 @@ def make_run(
     examples = [_example(number, texts or {}, prose) for number in range(rows)]
     systems = [_system("teacher", 0.85, rows, usd=TEACHER_USD)]
     for subset in sorted(subsets, reverse=True):
-        for system in ACCURACIES:
-            systems.append(_student_system(system, subset, seeds, rows, PARAMETERS[size]))
+        systems += [
+            _student_system(system, subset, seeds, rows, PARAMETERS[size]) for system in ACCURACIES
+        ]
     results = Results(
         recipe=recipe.model_dump(mode="json"),
         data={"test": "b" * 64},

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from sample_run import change_record, change_results, make_run
 from markdown_it import MarkdownIt
+from sample_run import change_record, change_results, make_run
 
 from dsbs import Student, UserError
 from dsbs.config import StudentSection, TaskSection

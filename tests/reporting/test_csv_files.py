@@ -101,7 +101,7 @@ def test_metrics_have_a_row_for_each_value(shared_run: EvaluatedRun, tmp_path: P
 def test_text_from_data_is_not_a_formula_and_stays_in_its_cell(tmp_path: Path) -> None:
     def add_hostile_names(results: dict[str, Any]) -> None:
         measure = {"value": -0.5, "ci95": None, "n": 3}
-        recall = {label: measure for label in HOSTILE}
+        recall = dict.fromkeys(HOSTILE, measure)
         teacher = results["systems"][0]
         results["systems"] = [teacher | {"recall": recall, "metrics": {"=m": measure}}]
 
