@@ -13,7 +13,7 @@ from dsbs.config.load import read_recorded
 from dsbs.errors import UserError
 from dsbs.project.show import STAGES
 from dsbs.records.results import Comparison, Interval, read_results
-from dsbs.training.methods import grid
+from dsbs.training.grid import grid
 
 Status = Literal["done", "partial", "running", "interrupted", "failed", "broken"]
 

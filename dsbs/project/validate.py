@@ -18,7 +18,7 @@ from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import load, survey
 from dsbs.training.distillation.base import check_terms
-from dsbs.training.methods import grid
+from dsbs.training.grid import grid
 
 _SAMPLE = 2000  # rows tokenised of each split
 

@@ -77,7 +77,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     metadata = ModelCardData(  # https://huggingface.co/docs/hub/model-cards
         license="unknown",  # a person has to set it
         library_name="transformers",
-        pipeline_tag="text-generation" if card.kind == "causal" else "text2text-generation",
+        pipeline_tag={"causal": "text-generation"}.get(card.kind, "text2text-generation"),
         base_model=_hub_id(base_model),
         datasets=[data_id] if data_id else None,
         tags=["dsbs", "distillation", *student.method.split("+"), "arxiv:2305.02301"],

@@ -224,7 +224,7 @@ def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return {True: "yes", False: "no"}[value]
     if isinstance(value, int | float):
         return repr(value)
     text = str(value).encode(errors="replace").decode()  # no file holds half a surrogate pair

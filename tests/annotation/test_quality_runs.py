@@ -90,7 +90,7 @@ def test_hinted_rationales_are_learned_with_gold_labels_only(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     from dsbs.tasks import make_task
-    from dsbs.training.methods import grid
+    from dsbs.training.grid import grid
     from dsbs.training.rows import gather
 
     with LoopbackServer(always_billing) as server:
@@ -112,7 +112,7 @@ def test_the_labels_log_probability_is_kept_and_selects(
 ) -> None:
     from dsbs.run_folder import load_annotations
     from dsbs.tasks import make_task
-    from dsbs.training.select import select
+    from dsbs.training.rows import select_annotations
 
     def sure(body: dict[str, Any], number: int) -> Any:
         assert body["logprobs"] is True
@@ -138,7 +138,8 @@ def test_the_labels_log_probability_is_kept_and_selects(
     assert [row["label_logprob"] for row in rows] == [-0.25, -2.5] * 3
     task = make_task(recipe.task)
     annotations = load_annotations(recipe, task, tmp_path / "run", "train")
-    assert set(select(annotations.values(), recipe.train.select, task)) == {"r0", "r2", "r4"}
+    selected = select_annotations(annotations.values(), recipe.train.select, task)
+    assert {row.id for row in selected} == {"r0", "r2", "r4"}
 
 
 # --- plans and pilots
@@ -311,7 +312,7 @@ def test_teachers_are_compared_on_the_same_rows(toy: Callable[..., Path], tmp_pa
     )
     assert second["agreement"] == {first["name"]: 0.5}
     assert second["usd_a_rationale"] == pytest.approx(0.025) and first["usd_a_rationale"] is None
-    assert "lazy" in shown.stdout and "50.0 %" in shown.stdout
+    assert "lazy" in shown.stdout and "50.0%" in shown.stdout
 
 
 def test_a_limit_ends_a_pilot_with_exit_code_3(toy: Callable[..., Path], tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from dsbs.config import TrainSection
 from dsbs.config.terms import TermSettings
 from dsbs.errors import UserError
 from dsbs.tasks.base import Task
-from dsbs.training.methods import Cell, View, method_of
+from dsbs.training.grid import StudentSpec
+from dsbs.training.methods import View, method_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,12 +135,12 @@ def terms_of(section: TrainSection, method: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def check_terms(section: TrainSection, task: Task, cells: Sequence[Cell]) -> None:
+def check_terms(section: TrainSection, task: Task, specs: Sequence[StudentSpec]) -> None:
     """Raise UserError for a term that a method or a task has nothing to learn from."""
-    for cell in cells:
-        views = [view for view in method_of(cell.method).views(section) if view.taught]
-        for term in terms_of(section, cell.method):
-            problem = term.problem(cell.method, views, task)
+    for spec in specs:
+        views = [view for view in method_of(spec.method).views(section) if view.supervised]
+        for term in terms_of(section, spec.method):
+            problem = term.problem(spec.method, views, task)
             if problem:
                 raise UserError(
                     f"train.terms: {term.title} {problem}",

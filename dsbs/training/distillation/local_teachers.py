@@ -25,15 +25,15 @@ from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records.rows import TrainedStudent
 from dsbs.students import load_model, load_tokenizer, read_card, start_hash, tokenizer_hash
-from dsbs.training import memory
 from dsbs.training.distillation.base import terms_of
-from dsbs.training.methods import Cell, View, method_of
-from dsbs.training.tune import Job
+from dsbs.training.distributed import free_memory
+from dsbs.training.grid import StudentSpec
+from dsbs.training.methods import View, method_of
 
 if TYPE_CHECKING:
     from dsbs.training.packed.forward import ForwardRunner
 
-TrainTeacher = Callable[[Recipe, Job], TrainedStudent]
+TrainTeacher = Callable[[Recipe, StudentSpec], TrainedStudent]
 
 
 @dataclass(slots=True)
@@ -111,12 +111,12 @@ class LocalTeachers:
         self._teachers: dict[tuple[int, Path], LocalTeacher] = {}
         self.trained: list[TrainedStudent] = []
 
-    def of(self, cell: Cell) -> tuple[LocalTeacher, ...]:
-        """A cell's teachers, trained if need be. Raises UserError for one that does not fit."""
-        terms = [term for term in terms_of(self._recipe.train, cell.method) if term.needs_teacher]
+    def of(self, spec: StudentSpec) -> tuple[LocalTeacher, ...]:
+        """A spec's teachers, trained if need be. Raises UserError for one that does not fit."""
+        terms = [term for term in terms_of(self._recipe.train, spec.method) if term.needs_teacher]
         if not terms:
             return ()
-        views = method_of(cell.method).views(self._recipe.train)
+        views = method_of(spec.method).views(self._recipe.train)
         needed = {name for term in terms for name in term.teacher_views(views)}
         needed_views = [view for view in views if view.target in needed]
         teachers: list[LocalTeacher] = []
@@ -124,15 +124,15 @@ class LocalTeachers:
             if section.model:
                 teachers.append(self._from_folder(number, section, section.model, needed_views))
             else:
-                teachers.append(self._trained_first(number, section, cell))
+                teachers.append(self._trained_first(number, section, spec))
         return tuple(teachers)
 
-    def release(self, later: Sequence[Cell]) -> None:
-        """Free the memory of the teachers that no cell in ``later`` needs."""
+    def release(self, later: Sequence[StudentSpec]) -> None:
+        """Free the memory of the teachers that no spec in ``later`` needs."""
         needed = {
-            (number, self._folder(number, section, cell))
-            for cell in later
-            if _needs_teacher(self._recipe, cell)
+            (number, self._folder(number, section, spec))
+            for spec in later
+            if _needs_teacher(self._recipe, spec)
             for number, section in enumerate(self._recipe.train.teachers, 1)
         }
         unneeded = [
@@ -143,23 +143,27 @@ class LocalTeachers:
         for teacher in unneeded:
             teacher.release()
         if unneeded:
-            memory.free()
+            free_memory()
 
-    def _folder(self, number: int, section: LocalTeacherSection, cell: Cell) -> Path:
+    def _folder(self, number: int, section: LocalTeacherSection, spec: StudentSpec) -> Path:
         if section.model:
             return Path(section.model).expanduser()
-        return teacher_job(self._recipe, number, section, cell, self._train_folder)[1].folder
+        _, teacher = teacher_spec(self._recipe, number, section, spec)
+        return teacher.path(self._train_folder)
 
-    def _trained_first(self, number: int, section: LocalTeacherSection, cell: Cell) -> LocalTeacher:
-        recipe, job = teacher_job(self._recipe, number, section, cell, self._train_folder)
-        key = (number, job.folder)
+    def _trained_first(
+        self, number: int, section: LocalTeacherSection, spec: StudentSpec
+    ) -> LocalTeacher:
+        recipe, teacher = teacher_spec(self._recipe, number, section, spec)
+        folder = teacher.path(self._train_folder)
+        key = (number, folder)
         if key not in self._teachers:
             if section.start is not None:
                 self._check_vocabulary(section.start, f"train.teachers: start: {section.start}")
-            record = self._train(recipe, job)
+            record = self._train(recipe, teacher)
             self.trained.append(record)
             self._teachers[key] = LocalTeacher(
-                job.title, job.folder, section.weight, record.fingerprint
+                teacher.title, folder, section.weight, record.fingerprint
             )
         return self._teachers[key]
 
@@ -203,20 +207,20 @@ class LocalTeachers:
             )
 
 
-def _needs_teacher(recipe: Recipe, cell: Cell) -> bool:
-    return any(term.needs_teacher for term in recipe.train.terms_of(cell.method))
+def _needs_teacher(recipe: Recipe, spec: StudentSpec) -> bool:
+    return any(term.needs_teacher for term in recipe.train.terms_of(spec.method))
 
 
-def teacher_job(
-    recipe: Recipe, number: int, section: LocalTeacherSection, cell: Cell, train_folder: Path
-) -> tuple[Recipe, Job]:
-    """The recipe and the job that train a cell's ``number``-th teacher (from 1).
+def teacher_spec(
+    recipe: Recipe, number: int, section: LocalTeacherSection, spec: StudentSpec
+) -> tuple[Recipe, StudentSpec]:
+    """The recipe and the spec that train a student's ``number``-th teacher (from 1).
 
     Where neither its section nor the recipe sets them, its learning rate and steps are the defaults
     of its own start (random weights or a pretrained model), not of the student's.
     """
     seed = recipe.train.seeds[0] if section.seed is None else section.seed
-    teacher_cell = replace(cell, method=base_of(cell.method), seed=seed, learns_votes=False)
+    system = replace(spec, method=base_of(spec.method)).system
     changes = {}
     for key, at_random in SCRATCH_DEFAULTS.items():
         pretrained = TrainSection.model_fields[key].default
@@ -229,7 +233,7 @@ def teacher_job(
             )
     train = recipe.train.model_copy(
         update={
-            "methods": (teacher_cell.method,),
+            "methods": (base_of(spec.method),),
             "seeds": (seed,),
             "terms": (),
             "teachers": (),
@@ -244,23 +248,32 @@ def teacher_job(
     )
     teacher_recipe = recipe.model_copy(update={"train": train, "student": student})
     origin = Path(section.start).name if section.start else section.size
-    name = f"{number}-{origin}-{teacher_cell.system}"
-    folder = train_folder / "teachers" / name
-    return teacher_recipe, Job(teacher_cell, train, folder, f"teacher {name}", name=name)
+    name = f"{number}-{origin}-{system}"
+    teacher = StudentSpec(
+        base_of(spec.method),
+        spec.labels,
+        seed,
+        train,
+        spec.subset,
+        alias=name,
+        heading=f"teacher {name}",
+        directory=f"teachers/{name}",
+    )
+    return teacher_recipe, teacher
 
 
 def planned_teachers(
-    recipe: Recipe, cells: Sequence[Cell], train_folder: Path
-) -> list[tuple[Recipe, Job]]:
-    """Every teacher that must be trained for ``cells``, once each, in the order of training."""
-    planned: dict[Path, tuple[Recipe, Job]] = {}
-    for cell in cells:
-        if not _needs_teacher(recipe, cell):
+    recipe: Recipe, specs: Sequence[StudentSpec]
+) -> list[tuple[Recipe, StudentSpec]]:
+    """Every teacher that must be trained for ``specs``, once each, in the order of training."""
+    planned: dict[str, tuple[Recipe, StudentSpec]] = {}
+    for spec in specs:
+        if not _needs_teacher(recipe, spec):
             continue
         for number, section in enumerate(recipe.train.teachers, 1):
             if section.model is None:
-                teacher_recipe, job = teacher_job(recipe, number, section, cell, train_folder)
-                planned.setdefault(job.folder, (teacher_recipe, job))
+                teacher_recipe, teacher = teacher_spec(recipe, number, section, spec)
+                planned.setdefault(teacher.name, (teacher_recipe, teacher))
     return list(planned.values())
 
 

@@ -54,7 +54,7 @@ class ResponseTerm(Term):
         return [
             view.target
             for view in views
-            if view.taught and (view.target in self.targets or view.target not in BOTH)
+            if view.supervised and (view.target in self.targets or view.target not in BOTH)
         ]
 
     def problem(self, method: str, views: Sequence[View], task: Task) -> str | None:

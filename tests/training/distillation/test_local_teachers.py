@@ -17,12 +17,12 @@ from tiny_training import loss_lines, weights_hash
 from dsbs import DsbsError, Student, UserError, annotate, load_recipe, train
 from dsbs.config import Recipe, TrainSection
 from dsbs.students import learn_vocabulary
-from dsbs.training import cell
 from dsbs.training.distillation import local_teachers
 from dsbs.training.distillation.local_teachers import planned_teachers
-from dsbs.training.methods import grid
+from dsbs.training.grid import grid
 from dsbs.training.packed.forward import ForwardRunner
 from dsbs.training.run import planned
+from dsbs.training.student_run import StudentRun
 from dsbs.training.trainer import StepTrainer
 
 PANGRAM = "The quick brown fox jumps over a lazy dog; SPHINX of black quartz, JUDGE my VOW"
@@ -109,17 +109,17 @@ def test_an_interrupted_training_with_a_term_resumes_to_the_same_weights(
     steps = ("train.max_steps=8", "train.eval_every=2", "eval.max_label_tokens=2")
     recipe = recipe_with(*overrides, *steps)
     (expected,) = train(recipe, out=tmp_path / "uninterrupted").students
-    validate = cell.CellTraining._validate
+    validate = StudentRun._validate
     validated: list[str] = []
 
-    def interrupted(self: cell.CellTraining, *args: Any) -> dict[str, float]:
+    def interrupted(self: StudentRun, *args: Any) -> dict[str, float]:
         validated.append(self.name)
         if self.name == expected.name and validated.count(expected.name) == 3:
             raise KeyboardInterrupt
         return validate(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cell.CellTraining, "_validate", interrupted)
+        patch.setattr(StudentRun, "_validate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, out=tmp_path / "interrupted")
     folder = tmp_path / "interrupted" / "train" / expected.name

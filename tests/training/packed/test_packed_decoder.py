@@ -17,12 +17,12 @@ from transformers import Seq2SeqTrainingArguments
 from dsbs import DsbsError, Student, UserError, load_recipe, train
 from dsbs.config import LoraSection, Recipe, TrainSection
 from dsbs.students import ChatFormat
-from dsbs.training.checkpoints import last_checkpoint
 from dsbs.training.encode import Encoded, Encoder, PackedBatch, collate
-from dsbs.training.lora import adapt, merged, trainable
+from dsbs.training.lora import add_adapters, count_trainable, merge_adapters
 from dsbs.training.methods import View
 from dsbs.training.packed.decoder import summed_losses, target_logits
 from dsbs.training.rows import Row
+from dsbs.training.student_folder import last_checkpoint
 from dsbs.training.tokens import Tokens
 from dsbs.training.trainer import StepTrainer
 
@@ -186,11 +186,11 @@ def test_inputs_have_the_chat_template_and_targets_the_end_of_the_turn() -> None
 
 
 def test_adapters_find_q_proj_for_q_and_merge_into_a_plain_model(tmp_path: Path) -> None:
-    adapted = adapt(causal_models.model(), LoraSection(rank=3)).eval()
+    adapted = add_adapters(causal_models.model(), LoraSection(rank=3)).eval()
     adapters = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert len(adapters) == 2 * 2 * 2
     assert all(".q_proj." in name or ".v_proj." in name for name in adapters)
-    assert trainable(adapted) < trainable(causal_models.model())
+    assert count_trainable(adapted) < count_trainable(causal_models.model())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if name in adapters:
@@ -198,7 +198,7 @@ def test_adapters_find_q_proj_for_q_and_merge_into_a_plain_model(tmp_path: Path)
     packed = collate(encoded_rows())["label"]
     expected = target_logits(adapted, packed, without_padding=True)
     adapted.save_pretrained(tmp_path)
-    plain = merged(causal_models.model(), tmp_path).eval()
+    plain = merge_adapters(causal_models.model(), tmp_path).eval()
     logits = target_logits(plain, packed, without_padding=True)
     assert torch.allclose(logits, expected, atol=1e-5)
     start = causal_models.model()
@@ -210,9 +210,9 @@ def test_adapters_find_q_proj_for_q_and_merge_into_a_plain_model(tmp_path: Path)
 def test_an_unknown_lora_target_is_reported_with_the_existing_ones() -> None:
     existing = r"'query'.*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     with pytest.raises(UserError, match=existing):
-        adapt(causal_models.model(), LoraSection(targets=("q", "query")))
-    gpt2 = adapt(causal_models.model("gpt2"), LoraSection(rank=2, targets=("c_attn",)))
-    assert trainable(gpt2) == 2 * 2 * (32 + 96)
+        add_adapters(causal_models.model(), LoraSection(targets=("q", "query")))
+    gpt2 = add_adapters(causal_models.model("gpt2"), LoraSection(rank=2, targets=("c_attn",)))
+    assert count_trainable(gpt2) == 2 * 2 * (32 + 96)
 
 
 # --- the train stage
