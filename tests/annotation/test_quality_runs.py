@@ -92,7 +92,7 @@ def test_hinted_rationales_are_learned_with_gold_labels_only(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     from dsbs.tasks import make_task
-    from dsbs.training.methods import grid
+    from dsbs.training.grid import grid
     from dsbs.training.rows import gather
 
     with LoopbackServer(always_billing) as server:
@@ -112,9 +112,10 @@ def test_hinted_rationales_are_learned_with_gold_labels_only(
 def test_the_labels_log_probability_is_kept_and_selects(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from dsbs.run_folder import load_annotations
+    from dsbs.prompting import source_fingerprint
+    from dsbs.run_folder import RunFolder
     from dsbs.tasks import make_task
-    from dsbs.training.select import select
+    from dsbs.training.rows import select_annotations
 
     def sure(body: dict[str, Any], number: int) -> Any:
         assert body["logprobs"] is True
@@ -139,8 +140,11 @@ def test_the_labels_log_probability_is_kept_and_selects(
     rows = read_rows(tmp_path / "run")
     assert [row["label_logprob"] for row in rows] == [-0.25, -2.5] * 3
     task = make_task(recipe.task)
-    annotations = load_annotations(recipe, task, tmp_path / "run", "train")
-    assert set(select(annotations.values(), recipe.train.select, task)) == {"r0", "r2", "r4"}
+    annotations = RunFolder(tmp_path / "run").load_annotations(
+        "train", source_fingerprint(recipe, task)
+    )
+    selected = select_annotations(annotations.values(), recipe.train.select, task)
+    assert {row.id for row in selected} == {"r0", "r2", "r4"}
 
 
 # --- plans and pilots
