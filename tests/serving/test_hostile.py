@@ -1,4 +1,4 @@
-"""Bodies, headers and clients that mean no good, or know no better: each gets its 4xx, and the server goes on."""
+"""Hostile bodies, headers and clients: each gets a 4xx, and the server keeps serving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /predict and what stands beside it: the student's own answers, whatever batch they came in."""
+"""POST /predict returns the student's own answers, whatever the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A served student in a teacher's place: OpenAI's client, and `dsbs annotate`, from which another student learns."""
+"""A served student as a teacher: the OpenAI client, and `dsbs annotate`."""
 
 from __future__ import annotations
 
@@ -258,15 +258,34 @@ def recipe_of(tmp_path: Path, url: str, endpoint: str) -> Path:
     recipe = {
         "name": "second",
         "task": {
-            "name": "classification", "labels": list(RATIONALES),
-            "data": {"train": str(write_jsonl(tmp_path / "train.jsonl", rows)),
-                     "test": str(write_jsonl(tmp_path / "test.jsonl", gold))},
+            "name": "classification",
+            "labels": list(RATIONALES),
+            "data": {
+                "train": str(write_jsonl(tmp_path / "train.jsonl", rows)),
+                "test": str(write_jsonl(tmp_path / "test.jsonl", gold)),
+            },
         },
-        "teacher": {"model": "toy-student", "base_url": f"{url}/v1", "endpoint": endpoint, "timeout_s": 60},
+        "teacher": {
+            "model": "toy-student",
+            "base_url": f"{url}/v1",
+            "endpoint": endpoint,
+            "timeout_s": 60,
+        },
         "annotate": {"prompt": str(prompt), "splits": ["train"], "concurrency": 16},
-        "student": {"init": "scratch", "vocab_size": 200, "max_input_tokens": 64, "max_target_tokens": 32},
-        "train": {"methods": ["step-by-step"], "labels": "teacher", "batch_size": 8, "max_steps": 2, "eval_every": 2},
-    }  # fmt: skip
+        "student": {
+            "init": "scratch",
+            "vocab_size": 200,
+            "max_input_tokens": 64,
+            "max_target_tokens": 32,
+        },
+        "train": {
+            "methods": ["step-by-step"],
+            "labels": "teacher",
+            "batch_size": 8,
+            "max_steps": 2,
+            "eval_every": 2,
+        },
+    }
     path = tmp_path / "second.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
