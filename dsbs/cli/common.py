@@ -93,13 +93,13 @@ def read_rows(file: str) -> Iterator[tuple[int, str | dict[str, Any]]]:
 
     A line that begins with ``{`` is a JSON object, any other is text. Raises UserError.
     """
-    from dsbs.files import find, open_text
+    from dsbs.files import find_file, open_text
 
     hint = "give a text or JSONL file, or - for stdin"
     if file == "-":
         source: Any = nullcontext(sys.stdin)
     else:
-        source = open_text(find(file, what="input file", hint=hint))
+        source = open_text(find_file(file, what="input file", hint=hint))
     with source as lines:
         for number, line in enumerate(lines, 1):
             text = line.strip()

@@ -64,8 +64,8 @@ def schema(
     if out is None:
         print(text)
         return
-    from dsbs.files import atomic
+    from dsbs.files import atomic_write
 
-    with atomic(out) as file:
+    with atomic_write(out) as file:
         file.write(text + "\n")
     print(f"{out}\nIn a recipe's first line: # yaml-language-server: $schema={out}")

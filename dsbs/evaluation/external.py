@@ -11,7 +11,7 @@ from typing import Any
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.evaluation.predict import is_correct, maker_of, prediction_file, trained_students
-from dsbs.files import find, read_jsonl, write_jsonl
+from dsbs.files import find_file, read_jsonl, write_jsonl
 from dsbs.records.rows import Example, Prediction, Unread
 from dsbs.tasks.base import Task
 
@@ -35,7 +35,7 @@ def take_outside(recipe: Recipe, task: Task, rows: Sequence[Example], run: Path)
                 f"eval.predictions.{name}: {what} a student's of this run",
                 hint="choose another name",
             )
-        source = find(
+        source = find_file(
             given,
             what=f"eval.predictions.{name}: the file",
             hint="paths are read from here or beside the recipe",

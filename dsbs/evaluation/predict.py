@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from dsbs.config import Recipe, base_of
 from dsbs.errors import UserError
 from dsbs.evaluation.score import Scored
-from dsbs.files import aside, canonical_json, digest, read_jsonl, set_aside, write_jsonl
+from dsbs.files import canonical_json, digest, read_jsonl, write_jsonl
 from dsbs.progress import Progress
+from dsbs.prompting import source_fingerprint
 from dsbs.records.rows import Annotation, Example, Prediction, Sample, TrainedStudent
-from dsbs.run_folder import annotation_file, load_annotations, read_manifest, run_folder
+from dsbs.run_folder import RunFolder, annotation_file, read_manifest, run_folder
 from dsbs.students import Student, read_card
 from dsbs.tasks.base import Task
 
@@ -128,12 +129,8 @@ def predict_student(
 def _taken_back(path: Path, made_by: str) -> bool:
     """Set aside the prediction file that no longer fits, and take back the one that fits again, if there is one."""
     if path.is_file():
-        set_aside(path, maker_of(path) or "unknown")
-    mine = aside(path, made_by)
-    if maker_of(mine) != made_by:
-        return False
-    mine.rename(path)
-    return True
+        RunFolder.set_aside(path, maker_of(path))
+    return RunFolder.take_back(path, made_by, maker_of)
 
 
 def student_predictions(run: Path, student: TrainedStudent) -> dict[str, Prediction]:
@@ -167,7 +164,9 @@ def predict_teacher(
         return None
     if not annotation_file(run, recipe.eval.split).is_file() and not needed:
         return None
-    annotations = load_annotations(recipe, task, run, recipe.eval.split)
+    annotations = RunFolder(run).load_annotations(
+        recipe.eval.split, source_fingerprint(recipe, task)
+    )
     missing = [row.id for row in rows if row.id not in annotations]
     if missing:
         raise UserError(

@@ -33,12 +33,13 @@ from dsbs.evaluation.systems import (
     pairs,
     score_system,
 )
-from dsbs.files import atomic, hold, manifest, write_json
+from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
+from dsbs.prompting import learned_source
 from dsbs.records.results import Results
 from dsbs.records.rows import Example, TrainedStudent
 from dsbs.records.summary import results_markdown
-from dsbs.run_folder import learned_source, read_manifest, run_folder
+from dsbs.run_folder import RunFolder, read_manifest, run_folder
 from dsbs.students import megabytes
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
@@ -74,8 +75,8 @@ def evaluate(
     clusters = clusters_of(rows, recipe.eval.cluster)
     data: dict[str, str] = {recipe.eval.split: survey(rows).hash}
     with (
-        hold(run / "eval"),
-        manifest(run / "eval" / "manifest.json", recipe.model_dump(mode="json"), data),
+        RunFolder(run).lock("eval"),
+        RunFolder(run).record("eval", recipe, data),
     ):
         systems = _systems(recipe, task, rows, run, students, progress, predicts=not score_only)
         teacher = next((one for one in systems if one.kind == "teacher"), None)
@@ -115,7 +116,7 @@ def evaluate(
             ),
         )
         write_json(run / "eval" / "results.json", found.as_json())
-        with atomic(run / "eval" / "results.md") as file:
+        with atomic_write(run / "eval" / "results.md") as file:
             file.write(results_markdown(found) + "\n")
     return found
 

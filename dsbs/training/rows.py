@@ -10,8 +10,9 @@ from typing import Any
 
 from dsbs.config import LabelSource, Recipe, SelectSection
 from dsbs.errors import UserError
+from dsbs.prompting import source_fingerprint
 from dsbs.records.rows import Annotation, Example
-from dsbs.run_folder import annotation_file, load_annotations
+from dsbs.run_folder import RunFolder, annotation_file
 from dsbs.students import Target, compose
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import is_held_out, load, position
@@ -154,7 +155,9 @@ def _valid(
     if any(example.label is not None for example in examples):
         source = "gold"
     elif recipe.task.data.valid is not None:
-        annotations = annotations | load_annotations(recipe, task, run, "valid")
+        annotations = annotations | RunFolder(run).load_annotations(
+            "valid", source_fingerprint(recipe, task)
+        )
     rows = [_row(task, example, annotations.get(example.id)) for example in examples]
     labelled = [row for row in rows if row.label(source)]
     labelled.sort(key=lambda row: position(row.id, "valid-limit"))
@@ -233,7 +236,7 @@ def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict
     if not needed and not annotation_file(run, "train").is_file():
         return {}
     try:
-        return load_annotations(recipe, task, run, "train")
+        return RunFolder(run).load_annotations("train", source_fingerprint(recipe, task))
     except UserError:
         if needed:
             raise

@@ -10,10 +10,9 @@ from typing import Any
 
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.files import hold, manifest
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.rows import TrainedStudent
-from dsbs.run_folder import run_folder
+from dsbs.run_folder import RunFolder, run_folder
 from dsbs.students import check_student, new_input_format, new_tokenizer
 from dsbs.students.vocabulary import lost_in
 from dsbs.tasks import make_task
@@ -74,9 +73,8 @@ def train(
     with ExitStack() as stack:
         record: dict[str, Any] = {}
         if is_main_process():
-            stack.enter_context(hold(folder))
-            resolved = recipe.model_dump(mode="json")
-            record = stack.enter_context(manifest(folder / "manifest.json", resolved, hashes))
+            stack.enter_context(RunFolder(run).lock("train"))
+            record = stack.enter_context(RunFolder(run).record("train", recipe, hashes))
         tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
         tokens = Tokens(tokenizer, folder / "tokens", progress, input_format)

@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dsbs.files import aside, set_aside, write_json
+from dsbs.files import write_json
 from dsbs.records.rows import TrainedStudent
+from dsbs.run_folder import RunFolder
 from dsbs.training.grid import StudentSpec
 
 RECORD = "train.json"
@@ -46,17 +47,12 @@ class StudentFolder:
 
     def claim(self) -> None:
         """Set another fingerprint's student aside, and bring ours back if it was."""
-        try:
-            present = _read_fingerprint(self.path)
-        except (OSError, ValueError, KeyError):
-            present = None
+        present = _fingerprint_of(self.path)
         if present == self.fingerprint:
             return
         if self.path.exists():
-            set_aside(self.path, present or "unknown")
-        earlier = aside(self.path, self.fingerprint)
-        if earlier.exists():
-            earlier.rename(self.path)
+            RunFolder.set_aside(self.path, present)
+        RunFolder.take_back(self.path, self.fingerprint, _fingerprint_of)
 
     def begin(self, settings: str) -> None:
         """Create the directory; where a trial trained this very student, copy it.
@@ -107,6 +103,14 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(path, ignore_errors=True)
     return max(intact)[1] if intact else None
+
+
+def _fingerprint_of(folder: Path) -> str | None:
+    """The fingerprint in a student's folder; None where there is none that can be read."""
+    try:
+        return _read_fingerprint(folder)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _read_fingerprint(folder: Path) -> str:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, PartialError
-from dsbs.files import canonical_json, digest, now, room, versions
+from dsbs.files import canonical_json, digest, full_disk_as_partial, now, versions
 from dsbs.progress import Progress, running
+from dsbs.prompting import learned_source
 from dsbs.records.rows import TrainedStudent
-from dsbs.run_folder import learned_source
 from dsbs.students import Student, StudentCard, load_model, new_model, start_hash, tokenizer_hash
 from dsbs.tasks import make_task
 from dsbs.training.distillation.base import terms_of
@@ -144,7 +144,7 @@ class StudentRun:
             return self.folder.student()
         hint = "free some space, then run the same command: it goes on from the last checkpoint"
         try:
-            with room(self.folder.path, hint):
+            with full_disk_as_partial(self.folder.path, hint):
                 return self._train(progress)
         except PartialError:
             self.folder.last_checkpoint()  # removes a half-written one, which takes space

@@ -14,7 +14,7 @@ from loopback import LoopbackServer, completion, question, read_rows
 
 from dsbs import DsbsError, UserError, annotate, load_recipe
 from dsbs.annotation.planning import plan
-from dsbs.files import hold
+from dsbs.files import lock_folder
 
 Answer = Callable[[dict[str, Any], int], Any]
 
@@ -331,7 +331,7 @@ def test_a_plan_sends_and_writes_nothing(toy: Callable[..., Path], tmp_path: Pat
 def test_a_second_process_learns_which_one_holds_the_run(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with LoopbackServer(good_answer) as server, hold(tmp_path / "run" / "annotate"):
+    with LoopbackServer(good_answer) as server, lock_folder(tmp_path / "run" / "annotate"):
         with pytest.raises(DsbsError, match="in use by process"):
             annotate(load_recipe(toy(), [f"teacher.base_url={server.url}"]), out=tmp_path / "run")
         assert server.requests == 0

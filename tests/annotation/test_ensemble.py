@@ -16,8 +16,9 @@ from dsbs.annotation.summary import AnnotateResult
 from dsbs.annotation.vote import weighted_majority
 from dsbs.config import Recipe, TaskSection
 from dsbs.project.doctor import _teacher
+from dsbs.prompting import learned_source, source_fingerprint
 from dsbs.records.rows import Annotation, Sample, TeacherName, Usage
-from dsbs.run_folder import learned_source, load_annotations, source_fingerprint
+from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
 from dsbs.training.distillation.labels import vote_distribution
 
@@ -272,7 +273,9 @@ def test_the_soft_target_is_the_weighted_mean_of_the_members_distributions(two: 
     voted(two)
     recipe = load_recipe(two)
     task = make_task(recipe.task)
-    annotations = load_annotations(recipe, task, two.parent / "voted", "train")
+    annotations = RunFolder(two.parent / "voted").load_annotations(
+        "train", source_fingerprint(recipe, task)
+    )
     labels = ("billing", "shipping")
     targets = {name: vote_distribution(row, labels, task) for name, row in annotations.items()}
     assert targets["r0"] == pytest.approx([2 / 3, 1 / 3])
@@ -297,12 +300,12 @@ def test_later_stages_notice_a_changed_weight_or_member(two: Path) -> None:
     voted(two)
     recipe = load_recipe(two)
     task, run = make_task(recipe.task), two.parent / "voted"
-    assert load_annotations(recipe, task, run, "train")
+    assert RunFolder(run).load_annotations("train", source_fingerprint(recipe, task))
     members = "teacher.members=[{run: runs/gpt}, {run: runs/qwen}]"
     assert learned_source(load_recipe(two, [members]), task) != learned_source(recipe, task)
     change(two.parent / "runs" / "qwen", lambda record: record.update(source="another prompt"))
     with pytest.raises(UserError, match="another teacher"):
-        load_annotations(recipe, task, run, "train")
+        RunFolder(run).load_annotations("train", source_fingerprint(recipe, task))
 
 
 def test_a_member_may_move_and_the_annotations_stay_the_same_teachers(two: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from conftest import run_dsbs
-from reporting.made_run import make_run
+from reporting.sample_run import make_run
 
 from dsbs.config.load import load_recipe
 from dsbs.errors import UserError
-from dsbs.files import hold
+from dsbs.files import lock_folder
 from dsbs.project.runs import list_runs, look
 
 
@@ -50,10 +50,10 @@ def test_a_finished_run_shows_its_stages_students_and_headline(tmp_path: Path) -
 def test_a_stage_that_says_running_is_running_only_while_its_lock_is_held(tmp_path: Path) -> None:
     manifest(tmp_path / "a" / "train", "running")
     assert look(tmp_path / "a").stages == {"annotate": None, "train": "interrupted", "eval": None}
-    with hold(tmp_path / "a" / "train"):
+    with lock_folder(tmp_path / "a" / "train"):
         assert look(tmp_path / "a").stages["train"] == "running"
     assert look(tmp_path / "a").stages["train"] == "interrupted"
-    with hold(tmp_path / "a" / "train"):  # to have asked leaves nothing behind
+    with lock_folder(tmp_path / "a" / "train"):  # to have asked leaves nothing behind
         pass
 
 
