@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dsbs.config.schema import comments, section_of, sections
+from dsbs.config.schema import descriptions, section_of, sections
 from dsbs.config.sections import as_tuple
 from dsbs.files import atomic_write
 
@@ -56,7 +56,7 @@ def page() -> str:
 
 
 def table(path: str, section: type[BaseModel]) -> str:
-    said = comments(section)
+    said = descriptions(section)
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in section.model_fields.items():
         key = f"{path}.{name}".removeprefix(".")
