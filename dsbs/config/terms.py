@@ -25,11 +25,9 @@ def names_of_terms(method: str) -> list[str]:
     return method.split("+")[1:]
 
 
+# A kind of term is a subclass of this class with its own keys, facts and loss.
 class TermSettings(Section):
-    """An entry of ``train.terms``; a kind of term is a subclass with its own keys, facts and loss.
-
-    A method learns a term if its name is added to the method's: methods: [step-by-step+response].
-    """
+    """An additional loss term. A method learns it if its name is added: methods: [step-by-step+response]."""
 
     kind: str
     """A registered kind of term."""

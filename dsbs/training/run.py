@@ -89,7 +89,9 @@ def train(
         teachers = LocalTeachers(recipe, run, tokenizer, train_teacher)
 
         def student_run(spec: StudentSpec) -> StudentRun:
-            return StudentRun(recipe, spec, data, tokenizer, tokens, folder, teachers.of(spec))
+            return StudentRun(
+                recipe, spec, data, tokenizer, tokens, folder, teachers.for_student(spec)
+            )
 
         def run_trial(spec: StudentSpec) -> Trial:
             trial = student_run(spec)

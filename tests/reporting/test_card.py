@@ -6,15 +6,14 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from made_run import make_run
 from markdown_it import MarkdownIt
+from sample_run import change_record, change_results, make_run
 
 from dsbs import Student, UserError
 from dsbs.config import StudentSection, TaskSection
@@ -23,17 +22,6 @@ from dsbs.reporting.runs import load_run
 from dsbs.students import StudentCard, learn_vocabulary, new_model
 
 HOSTILE = "<script>alert(1)</script> | {{ 7*7 }} [x](http://y.z) ```\n# big\n---"
-
-
-def change_record(folder: Path, file: str, change: Callable[[dict[str, Any]], None]) -> None:
-    path = folder / file
-    record = json.loads(path.read_text(encoding="utf-8"))
-    change(record)
-    path.write_text(json.dumps(record), encoding="utf-8")
-
-
-def change_results(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    change_record(folder, "eval/results.json", change)
 
 
 def card_text(folder: Path, name: str = "step-by-step-gold-s0") -> str:
@@ -73,7 +61,7 @@ def test_a_card_describes_the_training_and_the_results(folder: Path) -> None:
         "- step-by-step-gold: 7.0 points more accurate than finetune-gold "
         "(95% CI \\[+1.0, +13.0\\], p = .036).",
         "- recall of neutral: 0.620, 95% CI \\[0.540, 0.700\\]",
-        "A rationale is not the reason for the label",
+        "the rationale is not the reason for the label",
         'dsbs.Student.load("step-by-step-gold-s0")',
         "rationale=True",
     ):

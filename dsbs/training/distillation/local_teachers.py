@@ -110,8 +110,8 @@ class LocalTeachers:
         self._teachers: dict[tuple[int, Path], LocalTeacher] = {}
         self.trained: list[TrainedStudent] = []
 
-    def of(self, spec: StudentSpec) -> tuple[LocalTeacher, ...]:
-        """A spec's teachers, trained if need be. Raises UserError for one that does not fit."""
+    def for_student(self, spec: StudentSpec) -> tuple[LocalTeacher, ...]:
+        """A student's teachers, trained if need be. Raises UserError for one that does not fit."""
         terms = [term for term in terms_of(self._recipe.train, spec.method) if term.needs_teacher]
         if not terms:
             return ()
@@ -127,7 +127,7 @@ class LocalTeachers:
         return tuple(teachers)
 
     def release(self, later: Sequence[StudentSpec]) -> None:
-        """Free the memory of the teachers that no spec in ``later`` needs."""
+        """Free the memory of the teachers that no student in ``later`` needs."""
         needed = {
             (number, self._folder(number, section, spec))
             for spec in later
