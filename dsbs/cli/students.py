@@ -139,7 +139,7 @@ def evaluate(
 
     Files from elsewhere take part as eval.predictions.NAME=FILE, JSON lines of id and prediction.
     """
-    from dsbs.evaluation.gates import failed
+    from dsbs.records.summary import gate_failures
     from dsbs.evaluation.run import evaluate as run
 
     results = run(load(recipe, overrides), out=out, progress=progress(), score_only=score_only)
@@ -147,7 +147,7 @@ def evaluate(
         print_json(results.as_json())
     else:
         _print_comparison(results)
-    missed = failed(results, min_accuracy, min_delta)
+    missed = gate_failures(results, min_accuracy, min_delta)
     if missed:
         raise GateError(
             "\n  ".join(missed),
@@ -159,7 +159,7 @@ def _print_comparison(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dsbs.records.summary import comparison_sentences, headline, results_table
+    from dsbs.records.summary import headline, headline_details, results_table
 
     stamp(results.reportable)
     headings, rows = results_table(results)
@@ -169,7 +169,7 @@ def _print_comparison(results: Results) -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False).print(table)
-    for sentence in dict.fromkeys([headline(results), *comparison_sentences(results)]):
+    for sentence in dict.fromkeys([headline(results), *headline_details(results)]):
         print(sentence)
     print(f"results: {Path(results.run) / 'eval' / 'results.json'}")
 

@@ -15,14 +15,13 @@ from dsbs.formatting import (
     points_number,
     signed_interval,
 )
-from dsbs.records.results import METRICS, Interval, Latency, Measure, SystemResult
+from dsbs.config.registry import METRICS, entry
+from dsbs.records.results import Interval, Latency, Measure, SystemResult
 from dsbs.records.summary import is_reliable
 from dsbs.reporting import text as words
 from dsbs.reporting.gather import Run
 
 NOTHING = "–"
-
-RATIONALE_MEASURES = {"rouge_l", "rationale_empty", "rationale_truncated", "consistency"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,12 +346,12 @@ def _measures(systems: Sequence[SystemResult], *, rationale: bool) -> list[str]:
     return [
         name
         for name in dict.fromkeys(n for s in systems for n in s.metrics)
-        if (name in RATIONALE_MEASURES) is rationale
+        if entry(METRICS, name).of_rationales is rationale
     ]
 
 
 def _measure(name: str) -> Column:
-    known = METRICS[name]
+    known = entry(METRICS, name)
     better = {True: "; more is better", False: "; less is better", None: ""}[known.higher_is_better]
     title = (
         known.title if known.title[1:2].isupper() else known.title[:1].lower() + known.title[1:]
