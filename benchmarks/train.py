@@ -31,7 +31,6 @@ from transformers import (
 from dsbs import load_recipe
 from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import make_teacher
-from dsbs.annotation.deriving import recalled
 from dsbs.config import StudentSection, TrainSection
 from dsbs.students import learn_vocabulary, new_model
 from dsbs.tasks.load import stream
@@ -54,14 +53,12 @@ def rows(count: int) -> tuple[dict[str, list[Encoded]], Any]:
         ["teacher.kind=recorded", f"task.data.train={train}", f"task.limit={count}"],
     )
     work = Annotator(recipe)
-    answers_of = recalled(work, make_teacher(recipe))
-    found = []
-    for example in stream(recipe, work.task, "train"):
-        annotation = work.annotation(example, answers_of(example))
-        if annotation.own_label and annotation.rationale:
-            found.append(
-                (work.task.text(example.input), annotation.own_label, annotation.rationale)
-            )
+    teacher = make_teacher(recipe)
+    found = [
+        (work.task.text(annotation.input), annotation.own_label, annotation.rationale)
+        for annotation in teacher.annotations(stream(recipe, work.task, "train"), "train")
+        if annotation.own_label and annotation.rationale
+    ]
     texts = [
         part for text, label, why in found for part in ("predict: explain: " + text, label, why)
     ]

@@ -1,1 +1,1 @@
-"""Annotation: ask a teacher for a rationale and a label of every row, keep what it said, read it."""
+"""Annotation: a teacher gives every row a rationale and a label. Start reading at run.py."""

@@ -1,45 +1,35 @@
-"""Raw replies into rationale and label. Pure: a better parser costs nothing, since the replies are kept."""
+"""Parsing: raw replies into labels, rationales and reasons of rejection.
+
+Parsing is pure and costs nothing to repeat, since raw replies are stored. A rationale's flaws are
+decided from the text alone, never from the gold label.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from dsbs.prompting import Prompt
 from dsbs.records.rows import Reason, Sample, Unread
 from dsbs.tasks.base import Fields, Task
+from dsbs.tasks.conclusion import concluded
+
+RationaleFrom = Literal["visible", "reasoning"]
 
 _DANGLING = re.compile(
     r"(?:^|(?<=[.!?,;:\s]))\s*(?:so|therefore|thus|hence|and so|and)\s*,?\s*$", re.IGNORECASE
 )
 _DECLINES = re.compile(
-    r"\W*(?:(?:i'm|i am) (?:very )?(?:sorry|unable)|sorry, |i (?:can't|cannot|won't|will not|must decline)|as an ai\b)",
+    r"\W*(?:(?:i'm|i am) (?:very )?(?:sorry|unable)|sorry, "
+    r"|i (?:can't|cannot|won't|will not|must decline)|as an ai\b)",
     re.IGNORECASE,
 )
 _MARKUP = " \t\r\n*_#>"
 _THINKING = re.compile(
     r"\s*<(think|thinking|reasoning)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE
 )
-
-
-def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The reply up to where the model begins an example of its own, and whether it did begin one.
-
-    Models that complete text run on into invented examples, whose answers must not be taken for this one's. A beginning of
-    a stop string at the very end is such a start that the budget cut.
-    """
-    text = "\n" * text.startswith("\n") + text.lstrip(
-        "\n"
-    )  # a stop that begins a line may begin the reply
-    at = min((found for mark in stop if (found := text.find(mark)) >= 0), default=-1)
-    if at >= 0:
-        return text[:at].strip("\n").rstrip(), True
-    text = text.lstrip("\n")
-    for mark in stop:
-        for length in range(len(mark) - 1, len(mark) - len(mark.lstrip()), -1):
-            if text.endswith(mark[:length]):
-                return text[:-length].rstrip(), True
-    return text.rstrip(), False
 
 
 def parse_reply(
@@ -50,74 +40,306 @@ def parse_reply(
     finish_reason: str | None = None,
     *,
     reasoning: str | None = None,
-    rationale_from: Literal["visible", "reasoning"] = "visible",
+    rationale_from: RationaleFrom = "visible",
 ) -> Sample:
-    """Read the first turn of a reply: what stands before the answer anchor is the rationale, what follows the label.
+    """Read a reply's first turn: the rationale precedes the answer anchor, the label follows it.
 
-    A reasoning model says its ``reasoning`` beside the text; it is the rationale where ``rationale_from`` asks for it.
+    ``reasoning`` is a reasoning model's separate text; it is the rationale where ``rationale_from``
+    says so.
     """
 
-    def sample(label: str | None, rationale: str | None, unread: Unread | None) -> Sample:
+    def sample(label: str | None, rationale: str | None, reason: Reason | None) -> Sample:
         return Sample(
             text=text,
             label=label,
             rationale=rationale or None,
-            reason=None if unread is None else unread.reason,
+            reason=reason,
             finish_reason=finish_reason,
         )
 
-    spoken, thought = said(text)
-    reasoning = reasoning or thought
-    turn, ran_on = first_turn(spoken, prompt.stop)
+    visible, thoughts = split_thoughts(text)
+    reasoning = reasoning or thoughts
+    turn, ran_on = first_turn(visible, prompt.stop)
+    out_of_tokens = finish_reason == "length"
     if finish_reason == "content_filter":
-        return sample(None, None, Unread("refused"))
+        return sample(None, None, "refused")
     if not turn.strip(_MARKUP):
-        cut_short: Reason = "spent-on-reasoning" if reasoning else "truncated"
-        return sample(None, None, Unread(cut_short if finish_reason == "length" else "empty"))
-    cut = not ran_on and (
-        finish_reason == "length" or (finish_reason is None and turn[-1] not in ".!?)\"'")
-    )
-    at, anchor = find_anchor(turn, prompt.anchor)
-    if at < 0:
+        if not out_of_tokens:
+            return sample(None, None, "empty")
+        return sample(None, None, "spent-on-reasoning" if reasoning else "truncated")
+    start, anchor = find_anchor(turn, prompt.anchor)
+    if start < 0:
         if _DECLINES.match(turn.replace("’", "'")):
-            return sample(None, None, Unread("refused"))
-        return sample(None, None, Unread("truncated" if cut else "unparsed"))
-    rationale = _DANGLING.sub("", turn[:at].strip(_MARKUP)).strip(_MARKUP)
+            return sample(None, None, "refused")
+        looks_cut = finish_reason is None and turn[-1] not in ".!?)\"'"
+        if not ran_on and (out_of_tokens or looks_cut):
+            return sample(None, None, "truncated")
+        return sample(None, None, "unparsed")
+    rationale = _DANGLING.sub("", turn[:start].strip(_MARKUP)).strip(_MARKUP)
     if rationale_from == "reasoning":
         rationale = (reasoning or "").strip()
-    answer = turn[at + len(anchor) :]
-    label = task.read_label(answer, fields)
+    label = task.read_label(turn[start + len(anchor) :], fields)
+    may_be_cut = out_of_tokens and not ran_on
     if isinstance(label, Unread):
-        lost = (
-            finish_reason == "length"
-            and not ran_on
-            and label.reason in ("empty", "unparsed", "label-outside-set")
-        )
-        return sample(None, rationale, Unread("truncated") if lost else label)
-    if (
-        finish_reason == "length"
-        and not ran_on
-        and any(other != label and other.startswith(label) for other in task.labels or ())
-    ):
-        return sample(
-            None, rationale, Unread("truncated")
-        )  # "card" may have been going to be "card fraud"
-    return sample(label, rationale, None)  # without a rationale, a label still teaches
+        if may_be_cut and label.reason in ("empty", "unparsed", "label-outside-set"):
+            return sample(None, rationale, "truncated")
+        return sample(None, rationale, label.reason)
+    if may_be_cut and _begins_another_label(label, task):
+        return sample(None, rationale, "truncated")
+    return sample(label, rationale, None)  # a label without a rationale is used too
 
 
-def said(text: str) -> tuple[str, str | None]:
-    """The visible part of a reply, and the reasoning that some servers leave before it in tags of its own."""
+def _begins_another_label(label: str, task: Task) -> bool:
+    """Whether a cut label may have been a longer one: "card" the beginning of "card fraud"."""
+    return any(other != label and other.startswith(label) for other in task.labels or ())
+
+
+def split_thoughts(text: str) -> tuple[str, str | None]:
+    """The visible part of a reply, and the tagged reasoning that some servers leave before it."""
     match = _THINKING.match(text)
-    return (text, None) if match is None else (text[match.end() :], match.group(2).strip() or None)
+    if match is None:
+        return text, None
+    return text[match.end() :], match.group(2).strip() or None
+
+
+def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """The reply up to where the model begins an example of its own, and whether it began one.
+
+    Models that complete text go on with invented examples, whose answers must not be read as this
+    one's. A stop string's beginning at the very end counts too: the token budget cut it.
+    """
+    if text.startswith("\n"):
+        text = "\n" + text.lstrip("\n")  # the reply may begin with a stop that begins a line
+    starts = [position for mark in stop if (position := text.find(mark)) >= 0]
+    if starts:
+        return text[: min(starts)].strip("\n").rstrip(), True
+    text = text.lstrip("\n")
+    for mark in stop:
+        leading_space = len(mark) - len(mark.lstrip())
+        for length in range(len(mark) - 1, leading_space, -1):
+            if text.endswith(mark[:length]):
+                return text[:-length].rstrip(), True
+    return text.rstrip(), False
 
 
 def find_anchor(turn: str, anchors: tuple[str, ...]) -> tuple[int, str]:
-    """The last place of the first anchor that occurs: a rationale may speak of "the answer" before it gives one."""
+    """The last occurrence of the first anchor that occurs, and its text; -1 without one.
+
+    The last one, because a rationale may mention "the answer" before it is given.
+    """
     for anchor in anchors:
-        places = [
-            (match.start(), match.group())
-            for match in re.finditer(re.escape(anchor), turn, re.IGNORECASE)
-        ]
-        if places:
-            return places[-1]
+        matches = list(re.finditer(re.escape(anchor), turn, re.IGNORECASE))
+        if matches:
+            return matches[-1].start(), matches[-1].group()
     return -1, ""
+
+
+# --- flaws of a rationale
+
+_MENTIONS_HINT = re.compile(
+    r"\bhint(?:s|ed|ing)?\b"
+    r"|\b(?:given|provided|supplied|stated|expected|known|gold|correct|right) (?:answer|label)\b"
+    r"|\b(?:answer|label) (?:is|was|has been) (?:given|provided|stated|supplied|known|told)\b"
+    r"|\b(?:as|we (?:are|were)|i (?:am|was)) (?:told|given|instructed|informed)\b"
+    r"|\b(?:since|because|as|given that|knowing that) (?:the|its|your) (?:answer|label)"
+    r" (?:is|must|should)\b"
+    r"|\b(?:this|the|your) note\b",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"\w+")
+_COPIED_WORDS = 12  # a common run of this length is not a coincidence
+_HINT_WORDS = 5
+
+
+def read_sample(
+    reply_text: str,
+    prompt: Prompt,
+    task: Task,
+    fields: Fields,
+    *,
+    min_words: int,
+    hint: str | None = None,
+    finish_reason: str | None = None,
+    reasoning: str | None = None,
+    rationale_from: RationaleFrom = "visible",
+) -> Sample:
+    """Parse a reply and look for flaws in its rationale.
+
+    ``hint`` is the text of the hint without the label, where the request had one.
+    """
+    sample = parse_reply(
+        reply_text,
+        prompt,
+        task,
+        fields,
+        finish_reason,
+        reasoning=reasoning,
+        rationale_from=rationale_from,
+    )
+    if hint is not None:
+        sample = sample.model_copy(update={"hinted": True})
+    if sample.label is None:
+        return sample
+    flaw = _flaw(
+        sample.rationale, sample.label, prompt, task, fields, min_words=min_words, hint=hint
+    )
+    if flaw is None:
+        return sample
+    return sample.model_copy(update={"reason": flaw})
+
+
+def _flaw(
+    rationale: str | None,
+    label: str,
+    prompt: Prompt,
+    task: Task,
+    fields: Fields,
+    *,
+    min_words: int,
+    hint: str | None,
+) -> Reason | None:
+    if rationale is None:
+        # a label without a rationale is used, unless the hint gave it away
+        return None if hint is None else "empty"
+    question = task.text(fields)
+    if hint is not None and leaks_hint(rationale, hint, question):
+        return "hint-leaked"
+    if is_short(rationale, min_words):
+        return "too-short"
+    exemplars = [(exemplar.input, exemplar.rationale) for exemplar in prompt.exemplars]
+    if copies_exemplar(rationale, question, exemplars):
+        return "copies-exemplar"
+    if contradicts(rationale, label, task, fields):
+        return "contradicts-rationale"
+    return None
+
+
+def is_short(rationale: str, min_words: int) -> bool:
+    """Whether it has fewer words than ``min_words``.
+
+    A script without spaces is measured by its characters, four to a word.
+    """
+    return len(rationale.split()) < min_words and len(rationale) < 4 * min_words
+
+
+def copies_exemplar(rationale: str, question: str, exemplars: Sequence[tuple[Fields, str]]) -> bool:
+    """Whether the rationale is an exemplar's, entirely or in a run of words that is most of it.
+
+    An exemplar with the same input as the question may be repeated.
+    """
+    words = _words(rationale)
+    question_text = " ".join(_words(question))
+    for fields, exemplar_rationale in exemplars:
+        exemplar_words = _words(exemplar_rationale)
+        if len(exemplar_words) < 4 or not _share_run(words, exemplar_words):
+            continue
+        texts = [
+            " ".join(_words(str(value))) for value in fields.values() if isinstance(value, str)
+        ]
+        if not texts or not all(text in question_text for text in texts):
+            return True
+    return False
+
+
+def _share_run(words: list[str], exemplar_words: list[str]) -> bool:
+    if words == exemplar_words:
+        return True
+    length = max(_COPIED_WORDS, round(0.8 * len(words)))
+    if length > min(len(words), len(exemplar_words)):
+        return False
+    return not _runs(words, length).isdisjoint(_runs(exemplar_words, length))
+
+
+def _runs(words: list[str], length: int) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
+def contradicts(rationale: str, label: str, task: Task, fields: Fields) -> bool:
+    """Whether the rationale's last sentence concludes with another answer than ``label``."""
+    conclusion = concluded(rationale, task, fields)
+    return conclusion is not None and not task.correct(conclusion, label)
+
+
+def leaks_hint(rationale: str, hint: str, question: str) -> bool:
+    """Whether a rationale mentions the hint, or repeats five consecutive words of it.
+
+    Words that the question has too ("hint", "the correct answer") are its subject.
+    """
+    question_text = " ".join(_words(question))
+    for match in _MENTIONS_HINT.finditer(rationale):
+        if " ".join(_words(match.group())) not in question_text:
+            return True
+    repeated = _runs(_words(rationale), _HINT_WORDS) & _runs(_words(hint), _HINT_WORDS)
+    return any(" ".join(run) not in question_text for run in repeated)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+# --- the label's log-probability
+
+
+def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
+    """Sum of the log-probabilities, in nats, of the tokens of the answer's line after the anchor.
+
+    ``raw`` is the reply's JSON in one of the OpenAI API's two forms: chat
+    (``logprobs.content[].token, .logprob``) or completions (``logprobs.tokens, .token_logprobs``).
+    A token that straddles the anchor's end belongs to the label. None without log-probabilities.
+    """
+    tokens = _token_logprobs(raw)
+    if tokens is None:
+        return None
+    visible, _ = split_thoughts(text)
+    turn, _ = first_turn(visible, prompt.stop)
+    start, anchor = find_anchor(turn, prompt.anchor)
+    if start < 0:
+        return None
+    answer = turn[start + len(anchor) :].lstrip()
+    line = answer.split("\n", 1)[0].rstrip()
+    if not line:
+        return None
+    # in bytes, because a token may hold part of a character; the turn is searched for behind a
+    # reasoning model's thoughts
+    all_bytes = b"".join(token for token, _ in tokens)
+    text_start = all_bytes.find(text.encode())
+    thoughts_bytes = len(text.encode()) - len(visible.encode())
+    search_from = text_start + thoughts_bytes if text_start >= 0 else 0
+    turn_start = all_bytes.find(turn.encode(), search_from)
+    if turn_start < 0:
+        return None
+    line_start = turn_start + len(turn[: len(turn) - len(answer)].encode())
+    line_end = line_start + len(line.encode())
+    total = 0.0
+    has_tokens = False
+    position = 0
+    for token, logprob in tokens:
+        overlaps = position < line_end and position + len(token) > line_start
+        if overlaps and token.strip():
+            total += logprob
+            has_tokens = True
+        position += len(token)
+    if not has_tokens:
+        return None
+    return round(total, 6)
+
+
+def _token_logprobs(raw: str) -> list[tuple[bytes, float]] | None:
+    """Each token's bytes and log-probability; None without them."""
+    try:
+        logprobs = json.loads(raw)["choices"][0]["logprobs"]
+        if "content" in logprobs:
+            return [(_token_bytes(token), float(token["logprob"])) for token in logprobs["content"]]
+        return [
+            (str(token).encode(), float(logprob or 0.0))
+            for token, logprob in zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
+        ]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def _token_bytes(token: dict[str, Any]) -> bytes:
+    values = token.get("bytes")
+    if values is not None:
+        return bytes(values)
+    return str(token["token"]).encode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Before the money is spent: what a run would send, and a pilot that tells what it would bring."""
+"""Planning: what an annotation would send and cost (`--dry-run`), and a pilot on a few rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotation.annotator import Annotator, Answers, Shard
-from dsbs.annotation.backends import identities, in_flight, is_asked, make_teacher
-from dsbs.annotation.backends.base import Reply
-from dsbs.annotation.deriving import derive, kept, look_up, recalled, write
-from dsbs.annotation.run import buy_online, open_store, shard_folder, store_file, wait_for
-from dsbs.annotation.summary import SplitSummary
+from dsbs.annotation.annotator import Annotator, RowReplies
+from dsbs.annotation.backends import Lane, Reply, make_teacher, teacher_class
+from dsbs.annotation.requester import CHARACTERS_PER_TOKEN, RowsToRequest, buy_online
+from dsbs.annotation.shards import Shard
+from dsbs.annotation.store import ReplyStore, open_store, store_path
+from dsbs.annotation.summary import SplitSummary, rounded_interval, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, hold
@@ -23,12 +23,17 @@ from dsbs.records.rows import Example
 from dsbs.run_folder import run_folder
 from dsbs.tasks.load import position
 
-ASSUMED_SECONDS = 3.0  # of a reply, while none has been timed
+ASSUMED_SECONDS = 3.0  # of a reply, until one has been timed
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run would send at most: the first prompt, requests, and a rough token count (four characters a token)."""
+    """What a run would send at most, with a rough token count (four characters to a token).
+
+    ``usd`` is the most that the tokens may cost (None: the price is not known), ``seconds`` the
+    time at the recipe's and the teacher's concurrency and rate caps. ``seconds_a_reply`` is the
+    mean of earlier replies where ``is_timed``, else an assumption.
+    """
 
     first_prompt: str
     rows: int
@@ -36,10 +41,10 @@ class Plan:
     cached: int
     prompt_tokens: int
     max_completion_tokens: int
-    usd: float | None  # at most, by these tokens; None: the price is not known
-    seconds: float  # at the recipe's concurrency, the teacher's own and caps
+    usd: float | None
+    seconds: float
     seconds_a_reply: float
-    is_timed: bool  # whether that is the mean of earlier replies; else it is assumed
+    is_timed: bool
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -63,75 +68,90 @@ def plan(
     *,
     batch: bool = False,
 ) -> Plan:
-    """What ``annotate`` would send, without sending it or writing anything. Hints for wrong rows are not foreseen."""
-    work = Annotator(recipe, shard)
-    if not is_asked(recipe.teacher.kind):
+    """What ``annotate`` would send; nothing is sent or written. Hints are not foreseen."""
+    annotator = Annotator(recipe, shard)
+    if not teacher_class(recipe.teacher.kind).is_asked:
         raise UserError(
             f"a teacher of kind {recipe.teacher.kind} sends nothing",
             hint="run without --dry-run: it costs nothing",
         )
-    assert work.renderer is not None
-    whole = run_folder(recipe, out)
-    run = whole if shard is None else shard_folder(whole, shard)
-    there = store_file(run).is_file() or (shard is not None and store_file(whole).is_file())
-    store = open_store(run, None if shard is None else whole) if there else None
-    names = identities(recipe)
-    first, rows, requests, cached, characters = "", 0, 0, 0, 0
+    assert annotator.renderer is not None
+    store = _existing_store(run_folder(recipe, out), shard)
+    first_prompt = ""
+    rows = 0
+    requests = 0
+    cached = 0
+    characters = 0
     for split in recipe.annotate.splits:
-        for example in work.examples(split):
+        for example in annotator.examples(split):
             rows += 1
-            first = first or work.renderer.render(example).text
-            answers = Answers()
-            while wave := work.wanted(example, answers):
+            first_prompt = first_prompt or annotator.renderer.render(example).text
+            replies = RowReplies()
+            while wave := annotator.next_requests(example, replies):
                 for request in wave:
-                    key, outcome = look_up(work, store, request, names)
-                    cached += isinstance(outcome, Reply)
-                    if outcome == "no-reply":
+                    key, reply = annotator.look_up(store, request)
+                    cached += isinstance(reply, Reply)
+                    if reply == "no-reply":
                         requests += 1
                         characters += len(canonical_json(request.body))
-                    work.add(example, answers, request, key, outcome)
-    timed = store.typical_seconds(names, recipe.teacher.model) if store is not None else None
+                    annotator.add_reply(example, replies, request, key, reply)
+    mean_seconds = None
     if store is not None:
+        mean_seconds = store.mean_seconds(annotator.identities, recipe.teacher.model)
         store.close()
-    prompt_tokens, completion_tokens = characters // 4, requests * recipe.annotate.max_tokens
-    each = ASSUMED_SECONDS if timed is None else timed
+    prompt_tokens = characters // CHARACTERS_PER_TOKEN
+    completion_tokens = requests * recipe.annotate.max_tokens
+    usd = None
+    if annotator.price is not None:
+        lane: Lane = "batch" if batch else "online"
+        usd = annotator.price.of(prompt_tokens, completion_tokens, lane=lane)
+    seconds_a_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
     return Plan(
-        first_prompt=first,
+        first_prompt=first_prompt,
         rows=rows,
         requests=requests,
         cached=cached,
         prompt_tokens=prompt_tokens,
         max_completion_tokens=completion_tokens,
-        usd=None
-        if work.price is None
-        else work.price.of(prompt_tokens, completion_tokens, lane="batch" if batch else "online"),
-        seconds=_seconds(recipe, requests, prompt_tokens + completion_tokens, each),
-        seconds_a_reply=each,
-        is_timed=timed is not None,
+        usd=usd,
+        seconds=_seconds(recipe, requests, prompt_tokens + completion_tokens, seconds_a_reply),
+        seconds_a_reply=seconds_a_reply,
+        is_timed=mean_seconds is not None,
     )
 
 
-def _seconds(recipe: Recipe, requests: int, tokens: int, each: float) -> float:
-    """How long so many requests take: the slowest of what the teacher answers side by side, rpm and tpm decides."""
-    found = [requests * each / in_flight(recipe)]
+def _existing_store(run: Path, shard: Shard | None) -> ReplyStore | None:
+    """The run's or the shard's store; None where there is none, since opening would make one."""
+    if shard is None:
+        return open_store(run) if store_path(run).is_file() else None
+    shard_run = shard.folder(run)
+    if store_path(shard_run).is_file() or store_path(run).is_file():
+        return open_store(shard_run, run)
+    return None
+
+
+def _seconds(recipe: Recipe, requests: int, tokens: int, seconds_a_reply: float) -> float:
+    """Time for so many requests: the slowest of the replies side by side, rpm and tpm."""
+    max_in_flight = teacher_class(recipe.teacher.kind).max_in_flight(recipe)
+    times = [requests * seconds_a_reply / min(max_in_flight, recipe.annotate.concurrency)]
     endpoints = recipe.teacher.served_by
     for units, caps in (
-        (requests, [one.rpm for one in endpoints]),
-        (tokens, [one.tpm for one in endpoints]),
+        (requests, [endpoint.rpm for endpoint in endpoints]),
+        (tokens, [endpoint.tpm for endpoint in endpoints]),
     ):
-        known = [cap for cap in caps if cap is not None]
-        if len(known) == len(caps):
-            found.append(60 * units / sum(known))
-    return max(found)
+        per_minute = [cap for cap in caps if cap is not None]
+        if len(per_minute) == len(caps):
+            times.append(60 * units / sum(per_minute))
+    return max(times)
 
 
 @dataclass(frozen=True, slots=True)
 class PilotResult:
-    """What a sample of the train rows brought, and what all of them would cost at that rate."""
+    """What a sample of the train rows brought, and what all ``rows`` would cost at that rate."""
 
     summary: SplitSummary
     path: Path
-    rows: int  # that the whole run has
+    rows: int
     projected_usd: float | None
     projected_seconds: float
 
@@ -145,7 +165,7 @@ class PilotResult:
         return {
             **self.summary.as_json(),
             "parse_rate": None if rate is None else round(rate.value, 4),
-            "parse_rate_ci95": None if rate is None else [round(x, 4) for x in rate.ci95],
+            "parse_rate_ci95": rounded_interval(rate),
             "path": str(self.path),
             "projected": {
                 "rows": self.rows,
@@ -158,68 +178,70 @@ class PilotResult:
 def pilot(
     recipe: Recipe, rows: int, *, out: str | Path | None = None, progress: Progress | None = None
 ) -> PilotResult:
-    """Annotate a stratified sample of the train rows into ``annotate/pilot.jsonl``; a later run finds its replies bought.
+    """Annotate a stratified sample of the train rows into ``annotate/pilot.jsonl``.
 
-    Raises what ``annotate`` raises; no other file of the run is touched.
+    A later run does not buy its replies again; no other file of the run is changed. Raises what
+    ``annotate`` raises.
     """
-    if not is_asked(recipe.teacher.kind):
+    if not teacher_class(recipe.teacher.kind).is_asked:
         raise UserError(
             f"a teacher of kind {recipe.teacher.kind} costs nothing", hint="run without --pilot"
         )
-    work = Annotator(recipe)
-    split = recipe.annotate.splits[0]
-    sample, total = stratified(work.examples(split), rows, closed=work.task.labels is not None)
-    for other in recipe.annotate.splits[1:]:
-        total += sum(1 for _ in work.examples(other))
-    path = run_folder(recipe, out) / "annotate" / "pilot.jsonl"
-    summary, each = annotate_sample(
-        work, sample, run_folder(recipe, out), path, progress or NoProgress()
+    progress = progress or NoProgress()
+    annotator = Annotator(recipe)
+    first_split, *other_splits = recipe.annotate.splits
+    sample, total = stratified(
+        annotator.examples(first_split), rows, closed=annotator.task.labels is not None
     )
-    each = ASSUMED_SECONDS if each is None else each
-    usd = None if summary.usd is None or not summary.rows else summary.usd / summary.rows * total
+    for split in other_splits:
+        total += sum(1 for _ in annotator.examples(split))
+    run = run_folder(recipe, out)
+    path = run / "annotate" / "pilot.jsonl"
+    summary, mean_seconds = annotate_sample(annotator, sample, run, path, progress)
+    for warning in summary.warnings("pilot"):
+        progress.say(f"warning: {warning}")
+    usd = None
+    if summary.usd is not None and summary.rows:
+        usd = summary.usd / summary.rows * total
     requests = total * recipe.annotate.samples
     tokens = (summary.prompt_tokens + summary.completion_tokens) * total // max(1, summary.rows)
-    return PilotResult(summary, path, total, usd, _seconds(recipe, requests, tokens, each))
+    seconds_a_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
+    seconds = _seconds(recipe, requests, tokens, seconds_a_reply)
+    return PilotResult(summary, path, total, usd, seconds)
 
 
 def annotate_sample(
-    work: Annotator, sample: list[Example], run: Path, path: Path, progress: Progress
+    annotator: Annotator, sample: list[Example], run: Path, path: Path, progress: Progress
 ) -> tuple[SplitSummary, float | None]:
-    """Annotate some rows into a file of their own, by the run's store. Returns their figures and the mean seconds of a reply.
+    """Annotate some rows into a file of their own, through the run's store.
 
-    Raises PartialError where a limit or the endpoint ended it early; the file is written all the same.
+    Returns their figures and the mean seconds of a reply (None: none was timed). Raises
+    PartialError where a limit or the endpoint ended it early; the file is written nevertheless.
     """
-    recipe, summary = work.recipe, SplitSummary()
+    recipe = annotator.recipe
+    summary = SplitSummary()
     teacher = make_teacher(recipe)
-    if not is_asked(recipe.teacher.kind):
-        write(work, recalled(work, teacher, sample, recipe.annotate.splits[0]), path, summary)
+    if not teacher.is_asked:
+        annotations = teacher.annotations(sample, recipe.annotate.splits[0])
+        write_annotations(path, annotations, annotator.task, summary)
         return summary, None
     with hold(run / "annotate"), open_store(run) as store:
-        title = path.stem
-        stopped = wait_for(
-            buy_online(
-                work,
-                teacher,
-                store,
-                progress,
-                {title: len(sample)},
-                {title: summary},
-                lambda _: sample,
-            )
-        )
-        derive(work, sample, path, summary, kept(work, store))
-        seconds = store.typical_seconds(identities(recipe), recipe.teacher.model)
+        rows = RowsToRequest(path.stem, sample, len(sample), summary)
+        stopped = buy_online(annotator, teacher, store, [rows], progress)
+        write_annotations(path, annotator.derive(store, sample), annotator.task, summary)
+        mean_seconds = store.mean_seconds(annotator.identities, recipe.teacher.model)
     if stopped is not None:
         raise stopped
-    return summary, seconds
+    return summary, mean_seconds
 
 
 def stratified(
     examples: Iterable[Example], size: int, *, closed: bool
 ) -> tuple[list[Example], int]:
-    """``size`` of the examples, each gold label in its proportion, chosen by id hash; and how many examples there are.
+    """A sample with each gold label in its proportion, and the number of all examples.
 
-    Where labels are no closed set there is one stratum. One pass, and no more than ``size`` rows of a stratum are held.
+    Rows are chosen by a hash of their ids. Without a closed set of labels there is one stratum. One
+    pass; no more than ``size`` rows of a stratum are held in memory.
     """
     heaps: dict[str | None, list[tuple[float, int, Example]]] = {}
     counts: dict[str | None, int] = {}
@@ -231,16 +253,20 @@ def stratified(
         heapq.heappush(heap, (-position(example.id, "pilot"), total, example))
         if len(heap) > size:
             heapq.heappop(heap)
-    size = min(size, total)
-    exact = {stratum: size * count / total for stratum, count in counts.items()}
-    chosen = {stratum: int(share) for stratum, share in exact.items()}
-    for stratum in sorted(exact, key=lambda s: (chosen[s] - exact[s], str(s)))[
-        : size - sum(chosen.values())
-    ]:
-        chosen[stratum] += 1  # largest remainders first
-    found = [
+    sizes = _stratum_sizes(counts, min(size, total), total)
+    entries = [
         entry
         for stratum, heap in heaps.items()
-        for entry in sorted(heap, reverse=True)[: chosen[stratum]]
+        for entry in sorted(heap, reverse=True)[: sizes[stratum]]
     ]
-    return [example for _, _, example in sorted(found, key=lambda entry: entry[1])], total
+    return [example for _, _, example in sorted(entries, key=lambda entry: entry[1])], total
+
+
+def _stratum_sizes(counts: dict[str | None, int], size: int, total: int) -> dict[str | None, int]:
+    """Divide ``size`` over the strata in proportion to their counts, by the largest remainders."""
+    exact = {stratum: size * count / total for stratum, count in counts.items()}
+    sizes = {stratum: int(share) for stratum, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda s: (sizes[s] - exact[s], str(s)))
+    for stratum in by_remainder[: size - sum(sizes.values())]:
+        sizes[stratum] += 1
+    return sizes

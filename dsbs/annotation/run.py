@@ -1,32 +1,45 @@
-"""The stage: buy what the store does not have, then derive one annotation per row from what it has."""
+"""Annotation: a teacher gives every row a rationale and a label.
+
+Replies are bought, and rows are then derived from the replies by pure functions. Buying is the only
+step that costs money; deriving is repeated freely, whenever the prompt's parser, the vote or a
+setting changes.
+
+    buy       rows ─► Annotator.next_requests ─► Requester, or batch ─► EndpointPool ─► endpoint
+                                                           │
+                                             annotate/replies.sqlite (ReplyStore)
+                                                           │
+    derive    rows ─► Annotator.derive ◄───────────────────┘
+                          │   parse_reply ─► flaws ─► majority vote
+                          ▼
+                      write_annotations ─► annotate/<split>.jsonl, SplitSummary
+
+A teacher on disk (recorded, human, ensemble) has no first step: ``Teacher.annotations``.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dsbs.annotation.annotator import Annotator, Shard
-from dsbs.annotation.asking import Requester
-from dsbs.annotation.backends import is_asked, make_teacher
-from dsbs.annotation.backends.base import Archive, Teacher
-from dsbs.annotation.backends.ensemble import EnsembleTeacher
-from dsbs.annotation.batch import buy_batches, export, take_back
-from dsbs.annotation.deriving import derive, kept, recalled, write
-from dsbs.annotation.store import ReplyStore
-from dsbs.annotation.summary import AnnotateResult, SplitSummary
+from dsbs.annotation.annotator import Annotator
+from dsbs.annotation.backends import Teacher, make_teacher, teacher_class
+from dsbs.annotation.batch import buy_batches
+from dsbs.annotation.batch_files import export, import_output
+from dsbs.annotation.requester import RowsToRequest, buy_online
+from dsbs.annotation.shards import Shard, annotate_on_ray
+from dsbs.annotation.store import ReplyStore, open_store, store_path
+from dsbs.annotation.summary import AnnotateResult, SplitSummary, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import PartialError, UserError
 from dsbs.files import hold, manifest
+from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress, running
-from dsbs.records.rows import Example
 from dsbs.run_folder import annotation_file, run_folder, source_fingerprint
 from dsbs.tasks.load import survey
 
-Buying = Literal["online", "batch", "nothing"]  # how replies that the store lacks are come by
+Buying = Literal["online", "batch", "nothing"]  # how missing replies are bought
 
 
 def annotate(
@@ -40,29 +53,30 @@ def annotate(
     outputs: Sequence[Path] = (),
     retry_refused: bool = False,
 ) -> AnnotateResult:
-    """Annotate the splits that the recipe names into ``annotate/<split>.jsonl``, one row for every input row.
+    """Annotate the recipe's splits into ``annotate/<split>.jsonl``, one row for every input row.
 
-    Replies that the run's store already has are not bought again; nor are those in ``stores`` (of shards) and ``outputs`` (of
-    exported batches), which are taken in first. Requests that the endpoint refused for good are asked again only with
-    ``retry_refused``. A ``shard`` has a run folder of its own inside the run's; with ``annotate.engine: ray`` all of them
-    run as tasks of a cluster. Raises UserError for what the user can mend and, once the rows are written, PartialError where
-    a limit or the endpoint ended the run early (rows without a reply say so).
+    Replies in the run's store are not bought again; nor are those in ``stores`` (of shards) and
+    ``outputs`` (of exported batches), which are imported first. Requests that the endpoint refused
+    for good are repeated only with ``retry_refused``. A ``shard`` has a run folder of its own
+    inside the run's; with ``annotate.engine: ray`` all shards run as tasks of a cluster.
+
+    Raises UserError for a mistake in the recipe or the data and, once the rows are written,
+    PartialError where a limit or the endpoint ended the run early (rows without a reply say so).
     """
     progress = progress or NoProgress()
-    asked = is_asked(recipe.teacher.kind)
-    if recipe.annotate.engine == "ray" and asked and buying == "online" and shard is None:
-        from dsbs.annotation.shards import annotate_on_ray
-
-        return annotate_on_ray(recipe, out=out, progress=progress, retry_refused=retry_refused)
-    work = Annotator(recipe, shard)
-    whole = run_folder(recipe, out)
-    run = whole if shard is None else shard_folder(whole, shard)
-    surveys = {str(split): survey(work.examples(split)) for split in recipe.annotate.splits}
-    teacher = (
-        make_teacher(recipe) if buying == "online" or not asked else None
-    )  # a missing key leaves no trace
-    if isinstance(teacher, EnsembleTeacher):
-        teacher.refuse(whole)
+    kind = teacher_class(recipe.teacher.kind)
+    buys_online = kind.is_asked and buying == "online"
+    if recipe.annotate.engine == "ray" and buys_online and shard is None:
+        return _annotate_on_ray(recipe, out, progress, retry_refused=retry_refused)
+    annotator = Annotator(recipe, shard)
+    parent_run = run_folder(recipe, out)
+    run = parent_run if shard is None else shard.folder(parent_run)
+    surveys = {str(split): survey(annotator.examples(split)) for split in recipe.annotate.splits}
+    summaries = {split: SplitSummary() for split in surveys}
+    teacher: Teacher | None = None
+    if buys_online or not kind.is_asked:
+        teacher = make_teacher(recipe)  # before any file is written: a missing key leaves no trace
+        teacher.check_run_folder(parent_run)
     with (
         hold(run / "annotate"),
         manifest(
@@ -71,146 +85,161 @@ def annotate(
             {split: found.hash for split, found in surveys.items()},
         ) as record,
     ):
-        record["prompt"] = work.prompt.model_dump(mode="json") if work.prompt is not None else None
-        record["source"] = source_fingerprint(recipe, work.task)
-        if isinstance(teacher, EnsembleTeacher):
-            record["members"] = [one.as_json() for one in teacher.members]
-        record["shard"] = None if shard is None else str(shard)
-        summaries = {split: SplitSummary() for split in surveys}
+        record.update(_manifest_entries(annotator, teacher))
         stopped: PartialError | None = None
-        if asked:
-            with open_store(run, None if shard is None else whole) as store:
-                for path in stores:
-                    progress.say(f"{store.take_in(path)} replies taken from {path}")
-                for path in outputs:
-                    progress.say(
-                        f"{take_back(store, run / 'annotate' / 'batches', path)} replies taken from {path}"
-                    )
-                totals = {split: found.rows for split, found in surveys.items()}
+        if not kind.is_asked:
+            assert teacher is not None
+            _read(annotator, teacher, run, summaries, progress)
+        else:
+            with open_store(run, None if shard is None else parent_run) as store:
+                _import(store, run, stores, outputs, progress)
                 if teacher is not None:
-                    stopped = wait_for(
-                        buy_online(
-                            work,
-                            teacher,
-                            store,
-                            progress,
-                            totals,
-                            summaries,
-                            retry_refused=retry_refused,
+                    rows = [
+                        RowsToRequest(
+                            split, annotator.examples(split), surveys[split].rows, summary
                         )
+                        for split, summary in summaries.items()
+                    ]
+                    stopped = buy_online(
+                        annotator, teacher, store, rows, progress, retry_refused=retry_refused
                     )
                 elif buying == "batch":
-                    stopped = buy_batches(
-                        work, store, run / "annotate" / "batches", progress, summaries
-                    )
-                for split, summary in summaries.items():
-                    derive(
-                        work,
-                        work.examples(split),
-                        annotation_file(run, split),
-                        summary,
-                        kept(work, store),
-                    )
-        else:
-            _recall(work, teacher, run, progress, summaries)
-        record["splits"] = {name: summary.as_json() for name, summary in summaries.items()}
+                    stopped = buy_batches(annotator, store, run, summaries, progress)
+                _derive(annotator, store, run, summaries)
+        record["splits"] = {split: summary.as_json() for split, summary in summaries.items()}
         if stopped is not None:
             raise stopped
         if any(summary.rejected["no-reply"] for summary in summaries.values()):
             record["status"] = "partial"
-        return AnnotateResult(run, summaries, reportable=recipe.task.limit is None, can_go_on=asked)
+    for split, summary in summaries.items():
+        for warning in summary.warnings(split):
+            progress.say(f"warning: {warning}")
+    return AnnotateResult(
+        run, summaries, reportable=recipe.task.limit is None, can_continue=kind.is_asked
+    )
+
+
+def _manifest_entries(annotator: Annotator, teacher: Teacher | None) -> dict[str, Any]:
+    """What the manifest records beside the recipe and the data."""
+    entries: dict[str, Any] = {"prompt": None}
+    if annotator.prompt is not None:
+        entries["prompt"] = annotator.prompt.model_dump(mode="json")
+    entries["source"] = source_fingerprint(annotator.recipe, annotator.task)
+    if teacher is not None:
+        entries |= teacher.manifest_entries()
+    entries["shard"] = None if annotator.shard is None else str(annotator.shard)
+    return entries
+
+
+def _derive(
+    annotator: Annotator, store: ReplyStore, run: Path, summaries: dict[str, SplitSummary]
+) -> None:
+    """Write the annotations that the stored replies make."""
+    for split, summary in summaries.items():
+        annotations = annotator.derive(store, annotator.examples(split))
+        write_annotations(annotation_file(run, split), annotations, annotator.task, summary)
+
+
+def _read(
+    annotator: Annotator,
+    teacher: Teacher,
+    run: Path,
+    summaries: dict[str, SplitSummary],
+    progress: Progress,
+) -> None:
+    """Write the annotations of a teacher on disk. Raises UserError where it has none."""
+    for split, summary in summaries.items():
+        started = time.monotonic()
+        with running(progress, f"read {split}", None):
+            annotations = teacher.annotations(annotator.examples(split), split)
+            path = annotation_file(run, split)
+            write_annotations(path, annotations, annotator.task, summary, progress)
+        summary.wall_s = time.monotonic() - started
+        for warning in teacher.warnings(split, summary.rows):
+            progress.say(warning)
+    if all(summary.rows == summary.rejected["no-reply"] for summary in summaries.values()):
+        raise teacher.no_annotations()
+
+
+def _import(
+    store: ReplyStore,
+    run: Path,
+    stores: Sequence[Path],
+    outputs: Sequence[Path],
+    progress: Progress,
+) -> None:
+    """Copy the replies of other stores and of exported batches' outputs into the store."""
+    for path in stores:
+        progress.say(f"{count(store.merge(path), 'reply', 'replies')} taken from {path}")
+    for path in outputs:
+        replies = count(import_output(store, run, path), "reply", "replies")
+        progress.say(f"{replies} taken from {path}")
+
+
+def _annotate_on_ray(
+    recipe: Recipe, out: str | Path | None, progress: Progress, *, retry_refused: bool
+) -> AnnotateResult:
+    """Buy the shards' replies on a Ray cluster, then merge them."""
+    run = run_folder(recipe, out).absolute()
+    requested, partial = annotate_on_ray(
+        recipe, annotate, run, progress=progress, retry_refused=retry_refused
+    )
+    shards = [
+        Shard(i, recipe.annotate.ray.shards) for i in range(1, recipe.annotate.ray.shards + 1)
+    ]
+    result = merge(
+        recipe, out=out, progress=progress, folders=[shard.folder(run) for shard in shards]
+    )
+    if partial is not None:
+        raise partial
+    for split, summary in result.splits.items():
+        summary.add_requests(requested.get(split, SplitSummary()))
+    return result
+
+
+def merge(
+    recipe: Recipe,
+    *,
+    out: str | Path | None = None,
+    folders: Sequence[str | Path] = (),
+    progress: Progress | None = None,
+) -> AnnotateResult:
+    """Join the replies of shards into the run's store and rebuild its annotations; send nothing.
+
+    ``folders`` are the shards' run folders (empty: all under ``<run>/shards``). Raises UserError
+    where a shard has no replies.
+    """
+    if not teacher_class(recipe.teacher.kind).is_asked:
+        raise UserError(
+            f"a teacher of kind {recipe.teacher.kind} has no replies to join",
+            hint="run `dsbs annotate` without --shard",
+        )
+    run = run_folder(recipe, out)
+    shard_runs = [Path(folder) for folder in folders] or sorted((run / "shards").glob("*-of-*"))
+    stores = [store_path(shard_run) for shard_run in shard_runs]
+    problems = [f"there are no replies at {store}" for store in stores if not store.is_file()]
+    if not stores:
+        problems = [f"{run} has no shards"]
+    if problems:
+        raise UserError(
+            problems[0],
+            hint="run `dsbs annotate RECIPE --shard 1/N` first, or name the shards' run folders",
+        )
+    return annotate(recipe, out=out, progress=progress, buying="nothing", stores=stores)
 
 
 def export_batch(recipe: Recipe, path: Path, *, out: str | Path | None = None) -> int:
-    """Write what the rows lack to ``path`` in the OpenAI Batch format, for `vllm run-batch`. Returns the number of requests.
+    """Write the missing requests to ``path`` in the OpenAI Batch format, for `vllm run-batch`.
 
-    ``annotate(…, outputs=[file])`` takes its output back. Raises UserError.
+    ``annotate(…, outputs=[file])`` imports its output. Returns the number of requests. Raises
+    UserError.
     """
-    if not is_asked(recipe.teacher.kind):
+    if not teacher_class(recipe.teacher.kind).is_asked:
         raise UserError(
             f"a teacher of kind {recipe.teacher.kind} is sent no requests",
             hint="run without --batch-export",
         )
-    work, run = Annotator(recipe), run_folder(recipe, out)
+    annotator = Annotator(recipe)
+    run = run_folder(recipe, out)
     with hold(run / "annotate"), open_store(run) as store:
-        return export(work, store, run / "annotate" / "batches", path)
-
-
-def shard_folder(run: Path, shard: Shard) -> Path:
-    return run / "shards" / str(shard)
-
-
-def store_file(run: Path) -> Path:
-    return run / "annotate" / "replies.sqlite"
-
-
-def open_store(run: Path, whole: Path | None = None) -> ReplyStore:
-    """A run's store; a shard's looks into that of the ``whole`` run too."""
-    return ReplyStore(store_file(run), beside=None if whole is None else store_file(whole))
-
-
-# --- the two ways to replies
-
-
-def wait_for(buying: Coroutine[Any, Any, PartialError | None]) -> PartialError | None:
-    """Run to its end, in a thread of its own where this one has a loop already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(buying)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, buying).result()
-
-
-async def buy_online(
-    work: Annotator,
-    teacher: Teacher,
-    store: ReplyStore,
-    progress: Progress,
-    totals: Mapping[str, int],
-    summaries: Mapping[str, SplitSummary],
-    examples: Callable[[str], Iterable[Example]] | None = None,
-    retry_refused: bool = False,
-) -> PartialError | None:
-    """Ask for what the rows of each split lack. Returns the reason where a limit or the endpoint ended it early."""
-    try:
-        asking = Requester(work, teacher, store, progress, retry_refused=retry_refused)
-        store.hold_reserve(asking.most)
-        for split, total in totals.items():
-            rows = work.examples(split) if examples is None else examples(split)
-            await asking.rows(f"annotate {split}", rows, total, summaries[split])
-    except PartialError as error:
-        return error
-    finally:
-        await teacher.close()
-    return None
-
-
-def _recall(
-    work: Annotator,
-    archive: Archive | EnsembleTeacher | None,
-    run: Path,
-    progress: Progress,
-    summaries: Mapping[str, SplitSummary],
-) -> None:
-    assert archive is not None
-    for split, summary in summaries.items():
-        started = time.monotonic()
-        with running(progress, f"read {split}", None):
-            annotations = recalled(work, archive, work.examples(split), split)
-            write(work, annotations, annotation_file(run, split), summary, progress)
-        summary.wall_s = time.monotonic() - started
-        if isinstance(archive, EnsembleTeacher):
-            for lack in archive.lacking(split, summary.rows):
-                progress.say(lack)
-    if all(summary.rows == summary.rejected["no-reply"] for summary in summaries.values()):
-        if isinstance(archive, EnsembleTeacher):
-            raise UserError(
-                "no member of the ensemble has a reply to any row",
-                hint="run `dsbs annotate` of the members first",
-            )
-        where = "teacher.completion in the rows, or the file teacher.completions"
-        what = "rationale column" if work.recipe.teacher.kind == "human" else where
-        raise UserError(
-            f"the data has no {what} for any row", hint="check teacher.kind and task.columns"
-        )
+        return export(annotator, store, run, path)

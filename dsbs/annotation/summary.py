@@ -1,23 +1,49 @@
-"""The closing figures of a split."""
+"""Summaries: the closing figures of an annotation run, and warnings about its rejected rows."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsbs.errors import DsbsError, PartialError
+from dsbs.files import write_jsonl
+from dsbs.formatting import count, listing, one_line
+from dsbs.progress import Progress
 from dsbs.records.results import Rate, wilson
-from dsbs.records.rows import Annotation
+from dsbs.records.rows import Annotation, Reason
 from dsbs.tasks.base import Task
+
+NOTABLE_SHARE = 0.2  # a rejection reason with a larger share of the rows is reported
+_SHOWN_CHARACTERS = 200  # of an example reply
+
+REASONS: dict[Reason, str] = {
+    "unparsed": "there is no readable answer after the prompt's anchor",
+    "empty": "there is no text, no rationale, or nothing after the prompt's anchor",
+    "truncated": "annotate.max_tokens ended the reply before its answer",
+    "spent-on-reasoning": "annotate.max_tokens was spent on hidden reasoning",
+    "label-outside-set": "the answer is not one of the task's labels",
+    "several-answers": "the reply gives several different answers",
+    "refused": "the endpoint rejected the request, or the model declined",
+    "contradicts-rationale": "the rationale concludes with another answer",
+    "copies-exemplar": "the rationale copies one of the prompt's exemplars",
+    "too-short": "the rationale has fewer words than annotate.min_rationale_words",
+    "hint-leaked": "the rationale mentions the hint",
+    "no-reply": "there is no reply",
+}
 
 
 @dataclass(slots=True)
 class SplitSummary:
-    """What happened to one split.
+    """The figures of one split.
 
-    ``requests`` counts attempts sent now, ``wasted`` those of them that brought nothing, by kind; ``cached`` replies that were
-    already bought. ``hinted`` counts what became of the rows that were asked again with a hint.
+    ``requests`` counts attempts sent by this command, ``wasted`` those of them that brought no
+    reply, by kind; ``cached`` counts replies that were stored before. ``hinted`` counts the
+    outcomes of the rows that were requested again with a hint. ``usd`` is the cost of all replies
+    in the rows, whenever they were bought (None: the price is not known). ``first_rejected`` is the
+    first rejected row per reason.
     """
 
     rows: int = 0
@@ -35,37 +61,51 @@ class SplitSummary:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    usd: float | None = (
-        0.0  # of all replies in the rows, whenever bought; None: the price is not known
-    )
+    usd: float | None = 0.0
     wall_s: float = 0.0
+    first_rejected: dict[Reason, Annotation] = field(default_factory=dict)
 
     def add(self, annotation: Annotation, task: Task) -> None:
         """Count one row."""
         self.rows += 1
-        own, gold = annotation.own_label, annotation.gold
-        right = gold is not None and own is not None and task.correct(own, gold)
-        self.with_gold += annotation.gold is not None
-        self.correct += right
+        own_label = annotation.own_label
+        gold = annotation.gold
+        correct = gold is not None and own_label is not None and task.correct(own_label, gold)
+        self.with_gold += gold is not None
+        self.correct += correct
         if annotation.samples and annotation.samples[-1].hinted:
-            outcome = annotation.samples[-1].reason or "still another label"
-            self.hinted["accepted" if annotation.provenance == "hinted" else outcome] += 1
+            outcome: str = annotation.samples[-1].reason or "still another label"
+            if annotation.provenance == "hinted":
+                outcome = "accepted"
+            self.hinted[outcome] += 1
         self.prompt_tokens += annotation.usage.prompt_tokens or 0
         self.cached_tokens += annotation.usage.cached_tokens or 0
         self.completion_tokens += annotation.usage.completion_tokens or 0
-        self.usd = None if self.usd is None or annotation.usd is None else self.usd + annotation.usd
+        if self.usd is not None:
+            self.usd = None if annotation.usd is None else self.usd + annotation.usd
         if annotation.accepted:
             self.accepted += 1
             if annotation.provenance != "hinted":
-                self.accepted_with_gold += annotation.gold is not None
-                self.correct_accepted += right
+                self.accepted_with_gold += gold is not None
+                self.correct_accepted += correct
             self.without_rationale += annotation.rationale is None
-        else:
-            self.rejected[str(annotation.reject_reason)] += 1
+        elif annotation.reject_reason is not None:
+            self.rejected[annotation.reject_reason] += 1
+            self.first_rejected.setdefault(annotation.reject_reason, annotation)
+
+    def add_requests(self, shard: SplitSummary) -> None:
+        """Add what a shard requested: its rows are counted in the merged file.
+
+        Shards run side by side, so the longest decides the time.
+        """
+        self.requests += shard.requests
+        self.cached += shard.cached
+        self.wasted += shard.wasted
+        self.wall_s = max(self.wall_s, shard.wall_s)
 
     @property
     def label_accuracy(self) -> Rate | None:
-        """Of the teacher's own labels, over all rows with gold; a row without a readable label counts as wrong."""
+        """Of the teacher's own labels, over all rows with gold; an unreadable label is wrong."""
         return wilson(self.correct, self.with_gold)
 
     @property
@@ -73,15 +113,31 @@ class SplitSummary:
         """Over the accepted rows with gold that needed no hint."""
         return wilson(self.correct_accepted, self.accepted_with_gold)
 
+    def warnings(self, split: str) -> list[str]:
+        """One warning per reason that rejects more than a fifth of the rows, with an example."""
+        warnings = []
+        for reason, example in self.first_rejected.items():
+            rejected = self.rejected[reason]
+            if rejected <= NOTABLE_SHARE * self.rows:
+                continue
+            rows = count(self.rows, "row")
+            warning = f"{split}: {rejected:,} of {rows} rejected ({reason}): {REASONS[reason]}"
+            text = _first_text(example)
+            if text is not None:
+                warning += f". The reply to row {example.id}: {text}"
+            warnings.append(warning)
+        return warnings
+
     def as_json(self) -> dict[str, Any]:
-        overall, accepted = self.label_accuracy, self.label_accuracy_accepted
+        overall = self.label_accuracy
+        accepted = self.label_accuracy_accepted
         return {
             "rows": self.rows,
             "accepted": self.accepted,
             "without_rationale": self.without_rationale,
             "rejected": dict(sorted(self.rejected.items())),
             "label_accuracy": None if overall is None else round(overall.value, 4),
-            "label_accuracy_ci95": None if overall is None else [round(x, 4) for x in overall.ci95],
+            "label_accuracy_ci95": rounded_interval(overall),
             "label_accuracy_accepted": None if accepted is None else round(accepted.value, 4),
             "hinted": dict(sorted(self.hinted.items())),
             "requests": self.requests,
@@ -97,14 +153,53 @@ class SplitSummary:
         }
 
 
+def rounded_interval(rate: Rate | None) -> list[float] | None:
+    """A rate's 95% confidence interval as it is written to JSON."""
+    if rate is None:
+        return None
+    return [round(bound, 4) for bound in rate.ci95]
+
+
+def _first_text(annotation: Annotation) -> str | None:
+    """The first reply of a row, shortened and quoted; None: it has no reply with a text."""
+    for sample in annotation.samples:
+        text = one_line(sample.text, _SHOWN_CHARACTERS)
+        if text:
+            return f'"{text}"'
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class AnnotateResult:
-    """The closing summary of ``dsbs annotate``."""
+    """The closing summary of ``dsbs annotate``.
+
+    ``reportable`` is False for a run on limited data. ``can_continue``: whether running again may
+    bring missing replies.
+    """
 
     run: Path
     splits: dict[str, SplitSummary]
-    reportable: bool  # False for a limited run
-    can_go_on: bool = True  # whether running again may bring replies that are missing
+    reportable: bool
+    can_continue: bool = True
+
+    def error(self) -> DsbsError | None:
+        """The error that ends the command although every file was written; None: all is well."""
+        missing = sum(summary.rejected["no-reply"] for summary in self.splits.values())
+        if missing and self.can_continue:
+            return PartialError(
+                f"{count(missing, 'row')} got no reply",
+                hint="run the same command again: it requests only the missing replies",
+            )
+        rejected: Counter[str] = Counter()
+        for summary in self.splits.values():
+            rejected += summary.rejected
+        if not rejected or any(summary.accepted for summary in self.splits.values()):
+            return None
+        return DsbsError(
+            f"no row was accepted ({listing(rejected)})",
+            hint=f"see the replies in {self.run / 'annotate'}, then change the prompt "
+            "(annotate.prompt) or the settings above; replies that still fit are not bought again",
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -112,3 +207,23 @@ class AnnotateResult:
             "reportable": self.reportable,
             "splits": {name: summary.as_json() for name, summary in self.splits.items()},
         }
+
+
+def write_annotations(
+    path: Path,
+    annotations: Iterable[Annotation],
+    task: Task,
+    summary: SplitSummary,
+    progress: Progress | None = None,
+) -> None:
+    """Write annotations to ``path`` and count them in ``summary``."""
+
+    def lines() -> Iterator[str]:
+        for annotation in annotations:
+            summary.add(annotation, task)
+            if progress is not None and summary.rows % 1024 == 0:
+                progress.update(summary.rows)
+            # keys are in the schema's order: equal rows are equal bytes
+            yield annotation.model_dump_json(by_alias=True)
+
+    write_jsonl(path, lines())

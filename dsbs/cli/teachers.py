@@ -20,7 +20,7 @@ from dsbs.cli.common import (
     progress,
     stamp,
 )
-from dsbs.errors import PartialError, UserError
+from dsbs.errors import UserError
 
 
 def annotate(
@@ -62,11 +62,12 @@ def annotate(
     ] = False,
 ) -> None:
     """Ask the teacher for a rationale and a label of every row."""
-    from dsbs.annotation import planning, shards
+    from dsbs.annotation import planning
     from dsbs.annotation import run as engine
+    from dsbs.annotation.shards import Shard
 
     loaded = load(recipe, overrides)
-    part = shards.parse_shard(shard) if shard is not None else None
+    part = Shard.parse(shard) if shard is not None else None
     _exclude({"--pilot": pilot, "--batch": batch, "--batch-export": batch_export, "--shard": shard})
     _exclude(
         {
@@ -115,7 +116,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Join what shards bought (`dsbs annotate --shard`) into the run. Asks nobody."""
-    from dsbs.annotation.shards import merge as run
+    from dsbs.annotation.run import merge as run
 
     _print_result(
         run(load(recipe, overrides), out=out, folders=folders or (), progress=progress()), as_json
@@ -247,12 +248,9 @@ def _print_result(result: Any, as_json: bool) -> None:
         for split, summary in result.splits.items():
             _print_split(split, summary)
         print(f"annotations: {result.run / 'annotate'}")
-    missing = sum(summary.rejected["no-reply"] for summary in result.splits.values())
-    if missing and result.can_go_on:
-        raise PartialError(
-            f"{missing} rows got no reply",
-            hint="run the same command again: it asks for these alone",
-        )
+    error = result.error()
+    if error is not None:
+        raise error
 
 
 def _print_split(name: str, summary: Any) -> None:

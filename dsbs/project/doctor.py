@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from dsbs.annotation.backends.base import RejectedError, TransientError
+from dsbs.annotation.backends import RejectedError, TransientError
 from dsbs.config import EndpointSection, Recipe
 from dsbs.config.load import load_recipe
 from dsbs.errors import DsbsError

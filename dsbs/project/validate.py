@@ -74,7 +74,7 @@ def _members(recipe: Recipe, parts: dict[str, list[Example]]) -> list[str]:
     lacks = []
     for split in recipe.annotate.splits:
         votes = sum(1 for _ in teacher.annotations(parts[split], split))
-        lacks += teacher.lacking(split, votes)
+        lacks += teacher.warnings(split, votes)
     return lacks
 
 

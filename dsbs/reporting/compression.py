@@ -1,151 +1,182 @@
-"""Compressed students beside the ones they were made of: the table of the frontier, and what is said below it."""
+"""Compressed students beside their originals: the table of the page and the sentences below it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsbs.formatting import interval, points_number
-from dsbs.records.compression import Compressed
+from dsbs.formatting import (
+    ABSENT,
+    count,
+    interval,
+    milliseconds_number,
+    percent_number,
+    points_number,
+)
+from dsbs.records.compression import Compressed, Measurement
 from dsbs.records.results import BATCH_SIZES, wilson
-from dsbs.reporting import text as words
-from dsbs.reporting.gather import Run
-from dsbs.reporting.sections import NOTHING, Group, Line, Table
+from dsbs.reporting.runs import EvaluatedRun, prefixed
+from dsbs.reporting.tables import Column, RowGroup, Table, TableRow
 
-HALF = 0.5  # of what was lost; healing that recovers less is said to
+POOR_HEALING = 0.5  # healing that recovers a smaller share of the loss is pointed out
 UNCHANGED = "as trained"
 
 
 def by_original(records: Sequence[Compressed]) -> list[list[Compressed]]:
-    """The records of each student as trained: its chains are held against it alone, and not against what another number of
-    rows of valid said of the same student.
-    """
-    found: dict[tuple[str, int, float], list[Compressed]] = {}
-    for one in records:
-        found.setdefault((one.student, one.n, one.original.accuracy), []).append(one)
-    return list(found.values())
+    """The records of each original, measured on the same number of validation rows."""
+    groups: dict[tuple[str, int, float], list[Compressed]] = {}
+    for record in records:
+        key = (record.student, record.n, record.original.accuracy)
+        groups.setdefault(key, []).append(record)
+    return list(groups.values())
 
 
-def outdated(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each run some of whose compressed students were made of weights that are there no more."""
-    said = []
-    for run in runs:
-        if run.outdated:
-            of = f"{run.name}: " if len(runs) > 1 else ""
-            many = "compressed student was" if run.outdated == 1 else "compressed students were"
-            said.append(
-                f"{of}{run.outdated:,} {many} left out: the student was trained anew since; compress it again."
-            )
-    return said
-
-
-def frontier(runs: Sequence[Run]) -> Table | None:
-    """Every student that was compressed, as it was trained and after each chain. None where there is none."""
-    records = [one for run in runs for one in run.compressed]
+def compression_table(runs: Sequence[EvaluatedRun]) -> Table | None:
+    """Each original and its compressed students. None if no student was compressed."""
+    records = [record for run in runs for record in run.compressed]
     if not records:
         return None
-    rows = " or ".join(f"{count:,}" for count in sorted({one.n for one in records}))
-    devices = ", ".join(
-        sorted({found.device for one in records for found in one.compressed.latency})
+    columns = _columns(records)
+    groups = [group for run in runs for group in _groups(run, runs)]
+    return Table(columns, groups)
+
+
+def _columns(records: Sequence[Compressed]) -> list[Column]:
+    """The columns' headings and notes; their cells are made by ``_original_row`` and ``_row``."""
+    rows = " or ".join(f"{rows:,}" for rows in sorted({record.n for record in records}))
+    devices = sorted(
+        {latency.device for record in records for latency in record.compressed.latency}
     )
-    allowed = " or ".join(f"{100 * drop:g}" for drop in sorted({one.max_drop for one in records}))
-    better = "in brackets: how many times less than as trained"
-    columns = [
-        ("accuracy,\u00a0%", f"on the {rows} rows of valid"),
-        (
-            "95% CI",
-            "Wilson's, of that accuracy: a loss that is small beside it may be chance",
-        ),
-        ("points lost", "against the student as trained"),
-        ("agreement,\u00a0%", "rows on which its label is that of the student as trained"),
-        ("MB", f"of the weight files; {better}"),
-        *(
-            (f"ms, batch\u00a0{size}", f"median time of a call on {devices}; {better}")
+    drops = sorted({record.max_drop for record in records})
+    allowed = " or ".join(f"{100 * drop:g}" for drop in drops)
+    ratio = "in brackets: how many times smaller than as trained"
+    notes = {
+        "accuracy,\u00a0%": f"on the {rows} validation rows",
+        "95% CI": "of that accuracy (Wilson); a smaller loss may be chance",
+        "points lost": "compared with the student as trained",
+        "agreement,\u00a0%": "rows with the same label as the student as trained",
+        "MB": f"size of the weight files; {ratio}",
+        **{
+            f"ms, batch\u00a0{size}": f"median time of a call on {', '.join(devices)}; {ratio}"
             for size in BATCH_SIZES
-        ),
-        ("recovered", "share of the points lost that the last step's healing brought back"),
-        ("finding", f"refused is what lost more than {allowed} points (--max-drop)"),
-    ]
-    headings, notes = map(list, zip(*columns, strict=True))
-    groups = [
-        group for run in runs for group in _groups(run, f"{run.name}: " if len(runs) > 1 else "")
-    ]
-    return Table(headings, notes, [False] * len(headings), groups)
+        },
+        "recovered": "share of the lost accuracy that healing (retraining after the last step) regained",
+        "result": f"rejected if it lost more than {allowed} points (--max-drop)",
+    }
+    return [Column(heading, lambda _: None, note=note) for heading, note in notes.items()]
 
 
-def _groups(run: Run, of: str) -> list[Group]:
-    """A group for each student as trained, its chains from the largest to the smallest."""
-    found = []
-    alike = by_original(run.compressed)
-    students = [records[0].student for records in alike]
-    for records in alike:
-        made = sorted(records, key=lambda one: -one.compressed.megabytes)
-        student = made[0].student
-        rows = f" on {made[0].n:,} rows" if students.count(student) > 1 else ""
-        found.append(Group(of + student + rows, [_original(made[0]), *map(_line, made)]))
-    return found
+def _groups(run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> list[RowGroup]:
+    """A group for each original, its chains from the largest file size to the smallest."""
+    groups = []
+    originals = by_original(run.compressed)
+    students = [records[0].student for records in originals]
+    for records in originals:
+        ordered = sorted(records, key=lambda record: -record.compressed.megabytes)
+        title = ordered[0].student
+        if students.count(title) > 1:
+            title += f" on {count(ordered[0].n, 'row')}"
+        rows = [_original_row(ordered[0]), *map(_row, ordered)]
+        groups.append(RowGroup(prefixed(title, run, runs), rows))
+    return groups
 
 
-def _span(accuracy: float, rows: int) -> str:
-    """The 95 % interval of an accuracy, Wilson's."""
-    rate = wilson(round(accuracy * rows), rows)
-    return NOTHING if rate is None else interval(rate.ci95)
-
-
-def _original(one: Compressed) -> Line:
-    here = one.original
-    times = [words.ms(here.median_ms(size)) or NOTHING for size in BATCH_SIZES]
-    accuracy = [words.share(here.accuracy) or NOTHING, _span(here.accuracy, one.n)]
-    cells = [*accuracy, NOTHING, NOTHING, f"{here.megabytes:,.2f}", *times, NOTHING, NOTHING]
-    return Line(UNCHANGED, cells, strong=True)
-
-
-def _line(one: Compressed) -> Line:
-    before, after = one.original, one.compressed
+def _original_row(record: Compressed) -> TableRow:
+    original = record.original
     cells = [
-        words.share(after.accuracy) or NOTHING,
-        _span(after.accuracy, one.n),
-        _plain(before.accuracy - after.accuracy),
-        words.share(one.agreement) or NOTHING,
-        _less(f"{after.megabytes:,.2f}", before.megabytes, after.megabytes),
+        percent_number(original.accuracy),
+        _interval(original.accuracy, record.n),
+        ABSENT,
+        ABSENT,
+        f"{original.megabytes:,.2f}",
+        *(_time_cell(original, size) for size in BATCH_SIZES),
+        ABSENT,
+        ABSENT,
+    ]
+    return TableRow(UNCHANGED, cells, strong=True)
+
+
+def _row(record: Compressed) -> TableRow:
+    original = record.original
+    compressed = record.compressed
+    cells = [
+        percent_number(compressed.accuracy),
+        _interval(compressed.accuracy, record.n),
+        _unsigned_points(original.accuracy - compressed.accuracy),
+        percent_number(record.agreement),
+        f"{compressed.megabytes:,.2f}" + _ratio(original.megabytes, compressed.megabytes),
     ]
     for size in BATCH_SIZES:
-        time = after.median_ms(size)
-        cells.append(
-            NOTHING if time is None else _less(str(words.ms(time)), before.median_ms(size), time)
-        )
-    return Line(one.name, [*cells, _healing(one), "kept" if one.accepted else "refused"])
+        ratio = _ratio(original.median_ms(size), compressed.median_ms(size))
+        cells.append(_time_cell(compressed, size) + ratio)
+    cells += [_healing_cell(record), "accepted" if record.accepted else "rejected"]
+    return TableRow(record.name, cells)
 
 
-def _less(said: str, before: float | None, after: float) -> str:
-    return said if before is None or after <= 0 else f"{said} ({before / after:.1f}×)"
+def _time_cell(measurement: Measurement, batch_size: int) -> str:
+    time_ms = measurement.median_ms(batch_size)
+    return ABSENT if time_ms is None else milliseconds_number(time_ms)
 
 
-def _healing(one: Compressed) -> str:
-    share = one.recovered
-    if share is not None:
-        return f"{100 * share:.0f}\u00a0%"
-    return NOTHING if one.before_healing is None else "nothing lost"
+def _ratio(before: float | None, after: float | None) -> str:
+    return f" ({before / after:.1f}×)" if before is not None and after else ""
 
 
-def healing_sentences(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each chain whose healing brought back less than half of what was lost."""
-    said = []
+def _interval(accuracy: float, rows: int) -> str:
+    """The accuracy's 95% interval (Wilson)."""
+    rate = wilson(round(accuracy * rows), rows)
+    return ABSENT if rate is None else interval(rate.ci95)
+
+
+def _healing_cell(record: Compressed) -> str:
+    if record.before_healing is None:
+        return ABSENT
+    if record.recovered is None:
+        return "nothing lost"
+    return f"{100 * record.recovered:.0f}%"
+
+
+def healing_sentences(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """A sentence for each chain whose healing restored less than half of the lost accuracy."""
+    sentences = []
     for run in runs:
-        for one in run.compressed:
-            share = one.recovered
-            if share is None or share >= HALF or one.before_healing is None:
+        for record in run.compressed:
+            share = record.recovered
+            if share is None or share >= POOR_HEALING or record.before_healing is None:
                 continue
-            lost, back = (
-                one.original.accuracy - one.before_healing,
-                one.compressed.accuracy - one.before_healing,
+            lost = _unsigned_points(record.original.accuracy - record.before_healing)
+            restored = record.compressed.accuracy - record.before_healing
+            if restored < 0:
+                effect = (
+                    f"recovered none of the {lost} points lost and cost "
+                    f"{_unsigned_points(-restored)} more"
+                )
+            else:
+                effect = (
+                    f"recovered {_unsigned_points(restored)} of the {lost} points lost, "
+                    "less than half"
+                )
+            sentence = (
+                f"{record.student}, {record.name}: "
+                f"{count(record.healing_steps, 'step')} of healing {effect}."
             )
-            who = f"{run.name}: {one.student}" if len(runs) > 1 else one.student
-            how = f"recovered {_plain(back)} of the {_plain(lost)} points lost, less than half"
-            if back < 0:
-                how = f"recovered none of the {_plain(lost)} points lost, and cost {_plain(-back)} more"
-            said.append(f"{who}, {one.name}: healing, {one.healing_steps:,} steps, {how}.")
-    return said
+            sentences.append(prefixed(sentence, run, runs))
+    return sentences
 
 
-def _plain(share: float) -> str:
-    return points_number(share).removeprefix("+")
+def outdated_sentences(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """A sentence for each run with compressed students whose original was retrained since."""
+    sentences = []
+    for run in runs:
+        if run.outdated:
+            students = count(run.outdated, "compressed student")
+            verb = "is" if run.outdated == 1 else "are"
+            sentence = (
+                f"{students} {verb} left out because the original was retrained since; "
+                "compress it again."
+            )
+            sentences.append(prefixed(sentence, run, runs))
+    return sentences
+
+
+def _unsigned_points(difference: float) -> str:
+    return points_number(difference).removeprefix("+")

@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page from what the other stages wrote, with tables and figures as files beside it."""
+"""Report: a self-contained HTML page of one or several runs, CSV files, figures, model cards."""
 
 from __future__ import annotations
 
@@ -16,29 +16,54 @@ import yaml
 
 from dsbs.config import Recipe
 from dsbs.files import atomic, digest
-from dsbs.records.summary import break_even_sentence, label_efficiency_sentence
-from dsbs.reporting import compression as smaller
-from dsbs.reporting import sections
-from dsbs.reporting import text as words
-from dsbs.reporting.browser import Examples, examples
+from dsbs.formatting import ABSENT, count, percent
+from dsbs.records.summary import (
+    break_even_sentence,
+    headline,
+    headline_comparison,
+    headline_details,
+    is_reliable,
+    label_efficiency_sentence,
+)
 from dsbs.reporting.card import write_cards
-from dsbs.reporting.compare_runs import differences, gather_all, same_rows
-from dsbs.reporting.figures import Figure, figures, write_figures
-from dsbs.reporting.gather import Run
-from dsbs.reporting.tables import write_tables
+from dsbs.reporting.compression import (
+    compression_table,
+    healing_sentences,
+    outdated_sentences,
+)
+from dsbs.reporting.csv_files import write_csv_files
+from dsbs.reporting.examples import NO_EXAMPLES, PackedExamples, pack_examples
+from dsbs.reporting.figures import Figure, draw_figures, write_figures
+from dsbs.reporting.runs import (
+    EvaluatedRun,
+    have_same_rows,
+    load_runs,
+    prefixed,
+    recipe_differences,
+)
+from dsbs.reporting.tables import (
+    accuracy_table,
+    annotation_table,
+    comparison_table,
+    cost_table,
+    rationale_table,
+    recall_table,
+    tuning_table,
+)
 from dsbs.run_folder import run_folder
 
-PAGE_BYTES = 3_000_000  # of the whole page, at most
-_LONGEST_NAME = 80  # characters of the default folder's name
+PAGE_BYTES = 3_000_000  # maximum size of the page
+_EXAMPLE_NOTES_BYTES = 1000  # reserved for the sentences about the examples
+_MAX_NAME_LENGTH = 80  # of the default folder of a report of several runs
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Where everything was written."""
+    """The written files: the page, and CSV files, figures and model cards beside it."""
 
     page: Path
     runs: list[Path]
-    files: list[Path]  # results.md, CSVs, figures and model cards
+    files: list[Path]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -49,44 +74,59 @@ class Report:
 
 
 def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:
-    """Write ``report.html`` into the recipe's run folder and return its path. Raises UserError without results."""
+    """Write ``report.html`` into the recipe's run folder and return its path.
+
+    Raises UserError if the run was not evaluated.
+    """
     return report_runs([run_folder(recipe, out)]).page
 
 
 def report_runs(folders: Sequence[str | Path], *, out: str | Path | None = None) -> Report:
     """Report one or several run folders on one page.
 
-    ``out`` is the folder to write to; by default that of a run alone, or ``runs/report-<names>`` of several. Raises UserError
-    where a folder has no results, or is given twice.
+    ``out`` is the folder to write to. Its default is the run folder of a single run, or
+    ``runs/report-<names>`` for several. Raises UserError for a folder without results, and for one
+    that is named twice.
     """
     paths = [Path(folder) for folder in folders]
-    runs = gather_all(paths)
-    folder = (
-        Path(out)
-        if out is not None
-        else paths[0]
-        if len(paths) == 1
-        else Path("runs") / _joint_name(runs)
-    )
-    drawn = figures(runs)
-    files = write_tables(runs, folder / "report")
-    files += write_figures(drawn, folder / "report" / "figures")
-    if len(runs) == 1:  # several are only read
+    runs = load_runs(paths)
+    if out is not None:
+        folder = Path(out)
+    elif len(paths) == 1:
+        folder = paths[0]
+    else:
+        folder = Path("runs") / _joint_name(runs)
+    figures = draw_figures(runs)
+    files = write_csv_files(runs, folder / "report")
+    files += write_figures(figures, folder / "report" / "figures")
+    if len(runs) == 1:  # a report of several runs does not change their folders
         files += write_cards(runs[0])
     page = folder / "report.html"
     with atomic(page) as file:
-        file.write(render(runs, drawn))
+        file.write(render(runs, figures))
     return Report(page, paths, files)
 
 
-def render(runs: Sequence[Run], drawn: Sequence[Figure]) -> str:
-    """The page's text, of PAGE_BYTES at most: the examples take the room that all else leaves."""
-    bare = _render(runs, drawn, Examples("", 0, 0, None))
-    room = PAGE_BYTES - len(bare.encode()) - 1000  # what is said of the examples takes some, too
-    return _render(runs, drawn, examples(runs, room))
+def _joint_name(runs: Sequence[EvaluatedRun]) -> str:
+    names = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", run.name) for run in runs)
+    if len(names) > _MAX_NAME_LENGTH:
+        names = f"{names[:_MAX_NAME_LENGTH]}-{digest(names)[:8]}"
+    return f"report-{names}"
 
 
-def _render(runs: Sequence[Run], drawn: Sequence[Figure], packed: Examples) -> str:
+# --- the page
+
+
+def render(runs: Sequence[EvaluatedRun], figures: Sequence[Figure]) -> str:
+    """The page's HTML, at most PAGE_BYTES long: the examples fill the space that is left."""
+    page = _render(runs, figures, NO_EXAMPLES)
+    max_chars = PAGE_BYTES - len(page.encode()) - _EXAMPLE_NOTES_BYTES
+    return _render(runs, figures, pack_examples(runs, max_chars))
+
+
+def _render(
+    runs: Sequence[EvaluatedRun], figures: Sequence[Figure], examples: PackedExamples
+) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -96,49 +136,45 @@ def _render(runs: Sequence[Run], drawn: Sequence[Figure], packed: Examples) -> s
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_shown,
+        finalize=_finalize,
     )
-    style, script = (_template(name) for name in ("page.css", "page.js"))
+    style = _template("page.css")
+    script = _template("page.js")
+    drawings = [(figure, Markup(figure.svg)) for figure in figures]
     return environment.get_template("page.html").render(
-        policy=_policy(script, style),
+        policy=_security_policy(script, style),
         style=Markup(style),
         script=Markup(script),
         title=", ".join(run.name for run in runs),
         runs=runs,
-        abouts=[(run.name, _about(run)) for run in runs],
+        descriptions=[(run.name, _description(run)) for run in runs],
         several=len(runs) > 1,
         smoke=[run.name for run in runs if not run.results.reportable],
-        verdicts=[words.verdict(run) for run in runs],
-        differences=differences(runs),
-        same_rows=same_rows(runs),
-        accuracies=sections.accuracies(runs),
-        comparisons=sections.comparisons(runs),
-        recalls=sections.recalls(runs),
-        rationales=sections.rationales(runs),
-        costs=sections.costs(runs),
-        smaller=smaller.frontier(runs),
-        healing=smaller.healing_sentences(runs) + smaller.outdated(runs),
-        figures=[
-            (figure, Markup(figure.svg))
-            for figure in drawn
-            if not figure.name.startswith("frontier")
-        ],
-        frontiers=[
-            (figure, Markup(figure.svg)) for figure in drawn if figure.name.startswith("frontier")
-        ],
-        needed=[
-            _of(run, runs, label_efficiency_sentence(one))
+        verdicts=[verdict(run) for run in runs],
+        differences=recipe_differences(runs),
+        same_rows=have_same_rows(runs),
+        accuracies=accuracy_table(runs),
+        comparisons=comparison_table(runs),
+        recalls=recall_table(runs),
+        rationales=rationale_table(runs),
+        costs=cost_table(runs),
+        compressed=compression_table(runs),
+        healing=healing_sentences(runs) + outdated_sentences(runs),
+        figures=[drawing for drawing in drawings if not _is_frontier(drawing[0])],
+        frontiers=[drawing for drawing in drawings if _is_frontier(drawing[0])],
+        label_efficiency=[
+            prefixed(label_efficiency_sentence(item), run, runs)
             for run in runs
-            for one in run.results.label_efficiency
+            for item in run.results.label_efficiency
         ],
-        trials=sections.trials(runs),
-        annotation=sections.annotation(runs),
-        pay_off=[
-            _of(run, runs, break_even_sentence(one))
+        trials=tuning_table(runs),
+        annotation=annotation_table(runs),
+        break_even=[
+            prefixed(break_even_sentence(item), run, runs)
             for run in runs
-            for one in run.results.break_even
+            for item in run.results.break_even
         ],
-        packed=packed,
+        examples=examples,
         fewest_seeds=min(
             (len(s.seeds) for run in runs for s in run.results.systems if s.seeds), default=1
         ),
@@ -146,105 +182,158 @@ def _render(runs: Sequence[Run], drawn: Sequence[Figure], packed: Examples) -> s
     )
 
 
-def _shown(value: Any) -> Any:
-    """What an expression of the template prints: data's text with control characters made visible, the page's own as it is."""
-    return words.visible(value) if type(value) is str else value
+def _is_frontier(figure: Figure) -> bool:
+    return figure.name.startswith("frontier")
+
+
+def _finalize(value: Any) -> Any:
+    """Make control characters in data visible. Markup and numbers pass unchanged."""
+    return visible(value) if type(value) is str else value
 
 
 def _template(name: str) -> str:
     return (resources.files("dsbs.reporting") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _policy(script: str, style: str) -> str:
-    """The Content-Security-Policy: nothing is loaded, and nothing but this page's own script and style sheet is applied.
+def _security_policy(script: str, style: str) -> str:
+    """The Content-Security-Policy: nothing is loaded, only this page's script and style apply.
 
-    Figures set attributes of style on their shapes, which no hash can name: they are allowed, and no data reaches one.
+    Figures set style attributes on their shapes, which a hash cannot name, so those are allowed; no
+    data reaches one.
     """
     return (
-        f"default-src 'none'; script-src {_hash(script)}; style-src-elem {_hash(style)}; style-src-attr 'unsafe-inline'; "
+        f"default-src 'none'; script-src {_source_hash(script)}; "
+        f"style-src-elem {_source_hash(style)}; style-src-attr 'unsafe-inline'; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def _hash(text: str) -> str:
+def _source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _joint_name(runs: Sequence[Run]) -> str:
-    names = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", run.name) for run in runs)
-    return (
-        f"report-{names}"
-        if len(names) <= _LONGEST_NAME
-        else f"report-{names[:_LONGEST_NAME]}-{digest(names)[:8]}"
+# --- text
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A run's headline, and the accuracies and caveats behind it."""
+
+    run: str
+    sentence: str
+    details: str
+    is_reliable: bool
+
+
+def verdict(run: EvaluatedRun) -> Verdict:
+    """The headline system against its baseline."""
+    results = run.results
+    system, baseline = headline_comparison(results)
+    sentence = headline(results)
+    other = results.system(baseline)
+    if system is None or baseline is None or other is None:
+        details = (
+            "Without a baseline (eval.baseline) the report cannot say what the method contributes."
+        )
+        return Verdict(run.name, sentence, details, is_reliable=False)
+    details = (
+        f"{system.name} labels {percent(system.accuracy)} of the rows correctly, "
+        f"{other.name} {percent(other.accuracy)}."
     )
+    details = " ".join([details, *headline_details(results)])
+    return Verdict(run.name, sentence, details, is_reliable(system.versus[baseline]))
 
 
-def _of(run: Run, runs: Sequence[Run], sentence: str) -> str:
-    """Among several runs a sentence names its own."""
-    return f"{run.name}: {sentence}" if len(runs) > 1 else sentence
+# Control characters and halves of surrogate pairs, which have no glyph, as escapes.
+_ESCAPES = {
+    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"
+}
+_ESCAPES |= {code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)}
+# Begin and end of isolates: marks that an element's own end does not close.
+_ISOLATES = re.compile("[\u2066-\u2069]")
 
 
-def _about(run: Run) -> list[str]:
-    """What the run is of, below the title."""
-    results, teacher = run.results, run.recipe.get("teacher", {})
+def visible(text: str) -> str:
+    """``text`` with control characters as escapes and with balanced bidirectional isolates.
+
+    An open isolate would change the direction of the text beside it.
+    """
+    unopened = 0
+    unclosed = 0
+    for character in _ISOLATES.findall(text):
+        if character != "\u2069":
+            unclosed += 1
+        elif unclosed:
+            unclosed -= 1
+        else:
+            unopened += 1
+    return "\u2068" * unopened + text.translate(_ESCAPES) + "\u2069" * unclosed
+
+
+def _description(run: EvaluatedRun) -> list[str]:
+    """The line below the title: task, rows, teacher and date."""
+    results = run.results
+    teacher = run.recipe.get("teacher", {})
     rows = f"{results.n:,} {results.split} rows"
     if results.clusters is not None:
-        rows += f" in {results.clusters:,} groups by {results.cluster}"
-    said = [f"task {results.task}", rows]
+        rows += f" in {count(results.clusters, 'group')} by {results.cluster}"
+    parts = [f"task {results.task}", rows]
     if teacher:
-        said.append(f"teacher {teacher.get('model') or teacher.get('kind')}")
-    if run.evaluated.get("ended"):
-        said.append(f"evaluated {run.evaluated['ended'][:10]}")
-    return said
+        parts.append(f"teacher {teacher.get('model') or teacher.get('kind')}")
+    if run.manifests["eval"].get("ended"):
+        parts.append(f"evaluated {run.manifests['eval']['ended'][:10]}")
+    return parts
 
 
-def _provenance(run: Run) -> dict[str, Any]:
-    stages = {"annotate": run.annotated, "train": run.trained, "eval": run.evaluated}
-    stages = {name: record for name, record in stages.items() if record}
-    times = [
-        (one.get("status"), words.moment(one.get("started")), words.moment(one.get("ended")))
-        for one in stages.values()
+def _provenance(run: EvaluatedRun) -> dict[str, Any]:
+    manifests = {stage: manifest for stage, manifest in run.manifests.items() if manifest}
+    stages = [
+        (
+            stage,
+            manifest.get("status"),
+            _utc_minute(manifest.get("started")),
+            _utc_minute(manifest.get("ended")),
+        )
+        for stage, manifest in manifests.items()
     ]
     data: dict[str, str] = {}
-    for record in stages.values():
-        data |= record.get("data", {})
-    prompt = run.annotated.get("prompt")
+    for manifest in manifests.values():
+        data |= manifest.get("data", {})
+    prompt = run.manifests["annotate"].get("prompt") or {}
     return {
         "name": run.name,
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100),
-        "stages": [(name, *told) for name, told in zip(stages, times, strict=True)],
-        "versions": _versions(stages),
+        "stages": stages,
+        "versions": _versions(manifests),
         "data": sorted(data.items()),
-        "prompt": [(part, _prompt_part(value)) for part, value in prompt.items() if value]
-        if prompt
-        else None,
+        "prompt": [(name, _prompt_text(value)) for name, value in prompt.items() if value],
     }
 
 
-def _prompt_part(value: Any) -> str:
-    """A part of a prompt as text: lists with a line for each entry, exemplars as they are written in a prompt file."""
+def _utc_minute(timestamp: str | None) -> str:
+    """A manifest's timestamp, which is in UTC, to the minute."""
+    return f"{timestamp[:16].replace('T', ' ')} UTC" if timestamp else ABSENT
+
+
+def _prompt_text(value: Any) -> str:
+    """An entry of a prompt file as text: a list has a line for each item, exemplars are JSON."""
     if isinstance(value, str):
         return value
-    return "\n".join(
-        one if isinstance(one, str) else json.dumps(one, indent=2, ensure_ascii=False)
-        for one in value
-    )
+    lines = []
+    for item in value:
+        is_text = isinstance(item, str)
+        lines.append(item if is_text else json.dumps(item, indent=2, ensure_ascii=False))
+    return "\n".join(lines)
 
 
-def _versions(stages: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+def _versions(manifests: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """Each package's version; where stages ran on different ones, all of them with their stages."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for stage, record in stages.items():
-        for package, version in record.get("versions", {}).items():
-            found.setdefault(package, {}).setdefault(version, []).append(stage)
-    return [
-        (
-            package,
-            next(iter(versions))
-            if len(versions) == 1
-            else ", ".join(
-                f"{version} ({', '.join(where)})" for version, where in versions.items()
-            ),
-        )
-        for package, versions in found.items()
-    ]
+    stages: dict[str, dict[str, list[str]]] = {}
+    for stage, manifest in manifests.items():
+        for package, version in manifest.get("versions", {}).items():
+            stages.setdefault(package, {}).setdefault(version, []).append(stage)
+    versions = []
+    for package, by_version in stages.items():
+        texts = [f"{version} ({', '.join(used_by)})" for version, used_by in by_version.items()]
+        versions.append((package, ", ".join(texts if len(texts) > 1 else by_version)))
+    return versions

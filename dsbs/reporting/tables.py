@@ -1,237 +1,458 @@
-"""CSV files with the report's numbers, for people with a spreadsheet or a script.
-
-Shares and differences are fractions, times milliseconds or seconds as the column says, money US dollars; what an empty cell
-would hold is not known.
-"""
+"""Tables of the report page, as plain data. The templates decide how they look."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from dsbs.files import atomic
-from dsbs.records.compression import Measurement
-from dsbs.records.results import Interval, Latency, SystemResult
-from dsbs.records.summary import is_reliable
-from dsbs.reporting.compression import by_original
-from dsbs.reporting.gather import Run
-from dsbs.reporting.naming import run_titles
+from dsbs.formatting import (
+    ABSENT,
+    dollars,
+    duration,
+    interval,
+    listing,
+    milliseconds_number,
+    p_number,
+    parameter_count,
+    percent,
+    percent_number,
+    points_number,
+    signed_interval,
+)
+from dsbs.config.registry import METRICS, entry
+from dsbs.records.results import Comparison, Interval, Measure, SystemResult
+from dsbs.records.summary import TEST_NAMES, is_reliable
+from dsbs.reporting.runs import EvaluatedRun
 
-Cell = str | int | float | bool | None
-_FORMULA = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "＝",
-    "＋",
-    "－",
-    "＠",
-)  # what spreadsheets calculate where a cell begins with it
-
-
-def write_tables(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write the runs' tables into ``folder``, one row a fact, the run's name first; equal results give equal files."""
-    titles = run_titles(runs)
-    named = list(zip(titles, runs, strict=True))
-    tables = {
-        "systems.csv": _systems(named),
-        "comparisons.csv": _comparisons(named),
-        "curve.csv": _curve(named),
-        "metrics.csv": _metrics(named),
-        "compressed.csv": _compressed(named),
-    }
-    return [_write(folder / name, rows) for name, rows in tables.items()]
+_AXIS_STEP = 0.1  # an axis of accuracies begins and ends at a multiple of this
+_DIFFERENCE_STEP = 0.05  # and an axis of differences at a multiple of this
 
 
-def _systems(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
-    rows = []
-    for title, run in runs:
-        for system in run.results.systems:
-            row: dict[str, Cell] = {
-                "run": title,
-                "task": run.results.task,
-                "split": run.results.split,
-                "rows": run.results.n,
-                "system": system.name,
-                "kind": system.kind,
-                "method": system.method,
-                "labels": system.labels,
-                "subset": system.subset,
-                "training_rows": system.training_rows,
-                "seeds": " ".join(map(str, system.seeds)),
-                "accuracy": system.accuracy,
-                **_ends("accuracy", system.ci95),
-                "interval": system.interval,
-                "unreadable": system.unreadable,
-                "parameters": system.parameters,
-                "megabytes": system.megabytes,
-                "ms_per_example": system.ms_per_example,
-                "train_s": system.train_s,
-                "usd_per_prediction": system.usd_per_prediction,
-            }
-            for latency in system.latency:
-                row |= _times(latency)
-            for name, measure in system.metrics.items():
-                row |= {f"metric_{name}": measure.value, **_ends(f"metric_{name}", measure.ci95)}
-            rows.append(row)
-    return rows
+@dataclass(frozen=True, slots=True)
+class IntervalBar:
+    """A value with its interval and a reference line, in percent of the axis' length."""
+
+    low: float
+    high: float
+    value: float
+    reference: float | None
+    tone: str = ""
+    """``better``, ``worse``, or nothing for an unreliable difference."""
 
 
-def _times(latency: Latency) -> dict[str, Cell]:
-    name = f"batch_{latency.batch_size}"
-    return {
-        f"{name}_p50_ms": latency.p50_ms,
-        f"{name}_p95_ms": latency.p95_ms,
-        f"{name}_device": latency.device,
-    }
+@dataclass(frozen=True, slots=True)
+class BarAxis:
+    """The range of a column of bars, as fractions."""
+
+    low: float
+    high: float
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        return f"{100 * self.low:.0f}", f"{100 * self.high:.0f}".replace("-", "−")
+
+    def bar(
+        self, ci95: Interval, value: float, reference: float | None, tone: str = ""
+    ) -> IntervalBar:
+        mark = None if reference is None else self._position(reference)
+        low, high = map(self._position, ci95)
+        return IntervalBar(low, high, self._position(value), mark, tone)
+
+    def _position(self, value: float) -> float:
+        position = 100 * (value - self.low) / (self.high - self.low)
+        return round(min(100.0, max(0.0, position)), 2)
 
 
-def _comparisons(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
-    return [
-        {
-            "run": title,
-            "system": system.name,
-            "against": other,
-            "delta": versus.delta,
-            **_ends("delta", versus.ci95),
-            "p": versus.p,
-            "p_holm": versus.p_holm,
-            "reliable": is_reliable(versus),
-            "test": versus.test,
-            "wins": versus.wins,
-            "losses": versus.losses,
-            "minimum_detectable_effect": versus.minimum_detectable_effect,
-        }
-        for title, run in runs
-        for system in run.results.systems
-        for other, versus in system.versus.items()
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """A row: its heading, its cells, and a bar in tables that have them."""
+
+    heading: str
+    cells: list[str]
+    strong: bool = False
+    bar: IntervalBar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """The rows of one run. ``title`` is None on the page of a single run."""
+
+    title: str | None
+    rows: list[TableRow]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column: its heading, its cell for an item (None: absent), and a note below the table."""
+
+    heading: str
+    cell: Callable[[Any], str | None]
+    note: str = ""
+    is_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table: the columns after the row headings, and the rows by run."""
+
+    columns: list[Column]
+    groups: list[RowGroup]
+    axis: BarAxis | None = None
+
+    @property
+    def headings(self) -> list[str]:
+        return [column.heading for column in self.columns]
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Each note with the first heading that has it."""
+        headings: dict[str, str] = {}
+        for column in self.columns:
+            if column.note:
+                headings.setdefault(column.note, column.heading)
+        return {heading: note for note, heading in headings.items()}
+
+
+# --- tables of systems
+
+
+def accuracy_table(runs: Sequence[EvaluatedRun]) -> Table:
+    """All systems: accuracy with its interval, and the metrics that are means over rows."""
+    systems = [system for run in runs for system in run.results.systems]
+    low = min(system.ci95[0] for system in systems)
+    high = max(system.ci95[1] for system in systems)
+    axis = BarAxis(
+        math.floor(low / _AXIS_STEP + 1e-9) * _AXIS_STEP,
+        math.ceil(high / _AXIS_STEP - 1e-9) * _AXIS_STEP,
+    )
+    methods = " or ".join(dict.fromkeys(system.interval for system in systems))
+    columns = [
+        Column("accuracy,\u00a0%", lambda system: percent_number(system.accuracy)),
+        Column(
+            "95% CI", lambda system: interval(system.ci95), note=f"confidence interval, {methods}"
+        ),
+        Column("seeds", lambda system: str(len(system.seeds) or ABSENT)),
+        Column(
+            "unreadable,\u00a0%",
+            lambda system: percent_number(system.unreadable),
+            note="outputs without a label of the task; they count as wrong",
+        ),
     ]
-
-
-def _curve(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
-    """Every student system, so that one share of the rows makes a curve of one point."""
-    return [
-        {
-            "run": title,
-            "method": system.method,
-            "labels": system.labels,
-            "subset": system.subset,
-            "rows": system.training_rows,
-            "accuracy": system.accuracy,
-            **_ends("accuracy", system.ci95),
-        }
-        for title, run in runs
-        for system in sorted(run.results.systems, key=_place)
-        if system.kind == "student"
-    ]
-
-
-def _place(system: SystemResult) -> tuple[str, str, float]:
-    return system.method or "", system.labels or "", system.subset or 0.0
-
-
-def _metrics(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
-    """One value a row: accuracy over and by seeds, every metric, recall by label."""
-    rows: list[dict[str, Cell]] = []
-    for title, run in runs:
-        for system in run.results.systems:
-            start: dict[str, Cell] = {"run": title, "system": system.name}
-            whole = start | {"metric": "accuracy", "value": system.accuracy, "n": run.results.n}
-            rows.append(whole | _ends("value", system.ci95))
-            for seed, accuracy in zip(system.seeds, system.accuracy_per_seed, strict=False):
-                rows.append(
-                    start
-                    | {"metric": "accuracy", "seed": seed, "value": accuracy, "n": run.results.n}
-                )
-            for name, measure in system.metrics.items():
-                rows.append(
-                    start
-                    | {
-                        "metric": name,
-                        "value": measure.value,
-                        "n": measure.n,
-                        **_ends("value", measure.ci95),
-                    }
-                )
-            for label, measure in system.recall.items():
-                one: dict[str, Cell] = {
-                    "metric": "recall",
-                    "label": label,
-                    "value": measure.value,
-                    "n": measure.n,
-                }
-                rows.append(start | one | _ends("value", measure.ci95))
-    order = ("run", "system", "metric", "label", "seed", "value", "value_low", "value_high", "n")
-    return [{name: row.get(name) for name in order} for row in rows]
-
-
-def _compressed(runs: Iterable[tuple[str, Run]]) -> list[dict[str, Cell]]:
-    """What `dsbs compress` made, and before each student's first line the student as trained, whose chain is empty."""
-    rows: list[dict[str, Cell]] = []
-    for title, run in runs:
-        for first, one in (
-            (records[0], one) for records in by_original(run.compressed) for one in records
-        ):
-            start: dict[str, Cell] = {"run": title, "student": one.student}
-            if one is first:
-                rows.append(
-                    start | {"chain": "", "rows": one.n, "split": "valid"} | _standing(one.original)
-                )
-            rows.append(
-                start
-                | {"chain": one.name, "rows": one.n, "split": "valid"}
-                | _standing(one.compressed)
-                | {
-                    "accuracy_of_original": one.original.accuracy,
-                    "agreement": one.agreement,
-                    "accuracy_before_healing": one.before_healing,
-                    "healing_steps": one.healing_steps,
-                    "healing_recovered": one.recovered,
-                    "max_drop": one.max_drop,
-                    "accepted": one.accepted,
-                }
+    columns += [_metric_column(name) for name in _metric_names(systems, rationale=False)]
+    groups = []
+    for run in runs:
+        baseline = run.results.system(run.results.baseline)
+        reference = None if baseline is None else baseline.accuracy
+        rows = [
+            TableRow(
+                system.name,
+                _cells(columns, system),
+                strong=system.name == run.results.headline,
+                bar=axis.bar(system.ci95, system.accuracy, reference),
             )
-    return rows
+            for system in run.results.systems
+        ]
+        groups.append(RowGroup(_group_title(run, runs), rows))
+    return Table(columns, groups, axis)
 
 
-def _standing(one: Measurement) -> dict[str, Cell]:
-    row: dict[str, Cell] = {
-        "accuracy": one.accuracy,
-        "megabytes": one.megabytes,
-        "parameters": one.parameters,
+def cost_table(runs: Sequence[EvaluatedRun]) -> Table | None:
+    """The size, speed and price of each system. None if nothing was measured."""
+    columns = [
+        Column("parameters", lambda system: _optional(parameter_count, system.parameters)),
+        Column("MB on disk", lambda system: _optional("{:,.1f}".format, system.megabytes)),
+        Column(
+            "ms per example",
+            lambda system: _optional(milliseconds_number, system.ms_per_example),
+            note="median over rows, at the evaluation's batch size",
+        ),
+    ]
+    sizes = {
+        latency.batch_size
+        for run in runs
+        for system in run.results.systems
+        for latency in system.latency
     }
-    for latency in one.latency:
-        row |= _times(latency)
-    return row
+    note = "median and 95th percentile of the wall time of a call, label only"
+    columns += [
+        Column(f"p50 / p95 ms, batch {size}", _latency_cell(size), note=note)
+        for size in sorted(sizes)
+    ]
+    columns += [
+        Column(
+            "training time",
+            lambda system: _optional(duration, system.train_s),
+            note="mean over seeds",
+        ),
+        Column(
+            "price per prediction", lambda system: _optional(dollars, system.usd_per_prediction)
+        ),
+        Column("timed on", _device_cell, is_text=True),
+    ]
+    return _system_table(columns, runs)
 
 
-def _ends(name: str, interval: Interval | None) -> dict[str, Cell]:
-    low, high = (None, None) if interval is None else interval
-    return {f"{name}_low": low, f"{name}_high": high}
+def recall_table(runs: Sequence[EvaluatedRun]) -> Table | None:
+    """Recall of each label of a closed set. None for other tasks."""
+    labels = dict.fromkeys(
+        label for run in runs for system in run.results.systems for label in system.recall
+    )
+    return _system_table([Column(label, _recall_cell(label)) for label in labels], runs)
 
 
-def _write(path: Path, rows: list[dict[str, Cell]]) -> Path:
-    """Columns stand in the order in which rows first have them; a table without rows is an empty file."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic(path) as file:
-        if columns:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(map(_cell, columns))
-            writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
-    return path
+def rationale_table(runs: Sequence[EvaluatedRun]) -> Table | None:
+    """The metrics of the rationales that students write. None if none was measured."""
+    systems = [system for run in runs for system in run.results.systems]
+    names = _metric_names(systems, rationale=True)
+    return _system_table([_metric_column(name) for name in names], runs)
 
 
-def _cell(value: Any) -> str:
-    """A number as a number and text as text, even where a spreadsheet would calculate it: after a ' it does not."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+def _system_table(columns: Sequence[Column], runs: Sequence[EvaluatedRun]) -> Table | None:
+    """The columns in which some system has a value, and the systems that have some value."""
+    filled = [
+        column
+        for column in columns
+        if any(column.cell(system) for run in runs for system in run.results.systems)
+    ]
+    if not filled:
+        return None
+    groups = []
+    for run in runs:
+        rows = [
+            TableRow(
+                system.name, _cells(filled, system), strong=system.name == run.results.headline
+            )
+            for system in run.results.systems
+            if any(column.cell(system) for column in filled)
+        ]
+        if rows:
+            groups.append(RowGroup(_group_title(run, runs), rows))
+    return Table(filled, groups)
+
+
+def _latency_cell(batch_size: int) -> Callable[[SystemResult], str | None]:
+    def cell(system: SystemResult) -> str | None:
+        for latency in system.latency:
+            if latency.batch_size == batch_size:
+                times = (latency.p50_ms, latency.p95_ms)
+                return " / ".join(map(milliseconds_number, times))
+        return None
+
+    return cell
+
+
+def _device_cell(system: SystemResult) -> str | None:
+    return system.latency[0].device if system.latency else None
+
+
+def _recall_cell(label: str) -> Callable[[SystemResult], str | None]:
+    return lambda system: _measure_cell(system.recall.get(label))
+
+
+def _measure_cell(measure: Measure | None) -> str | None:
+    return None if measure is None else percent_number(measure.value)
+
+
+def _metric_names(systems: Sequence[SystemResult], *, rationale: bool) -> list[str]:
+    names = dict.fromkeys(name for system in systems for name in system.metrics)
+    return [name for name in names if entry(METRICS, name).of_rationales is rationale]
+
+
+def _metric_column(name: str) -> Column:
+    metric = entry(METRICS, name)
+    title = metric.title
+    if not title[1:2].isupper():  # ROUGE-L keeps its capitals
+        title = title[:1].lower() + title[1:]
+    directions = {True: "; higher is better", False: "; lower is better", None: ""}
+    return Column(
+        f"{title},\u00a0%",
+        lambda system: _measure_cell(system.metrics.get(name)),
+        note=metric.source + directions[metric.higher_is_better],
+    )
+
+
+# --- other tables
+
+
+def comparison_table(runs: Sequence[EvaluatedRun]) -> Table | None:
+    """Each system against each of its baselines. None if nothing was compared."""
+    comparisons = [
+        (baseline, comparison)
+        for run in runs
+        for system in run.results.systems
+        for baseline, comparison in system.versus.items()
+    ]
+    if not comparisons:
+        return None
+    reach = max(abs(end) for _, comparison in comparisons for end in comparison.ci95)
+    reach = max(1, math.ceil(reach / _DIFFERENCE_STEP - 1e-9)) * _DIFFERENCE_STEP
+    axis = BarAxis(-reach, reach)
+    columns = _comparison_columns([comparison.test for _, comparison in comparisons])
+    groups = []
+    for run in runs:
+        rows = [
+            TableRow(
+                system.name,
+                _cells(columns, (baseline, comparison)),
+                strong=system.name == run.results.headline,
+                bar=axis.bar(comparison.ci95, comparison.delta, 0.0, _tone(comparison)),
+            )
+            for system in run.results.systems
+            for baseline, comparison in system.versus.items()
+        ]
+        if rows:
+            groups.append(RowGroup(_group_title(run, runs), rows))
+    return Table(columns, groups, axis)
+
+
+def _comparison_columns(tests: Sequence[str]) -> list[Column]:
+    """The columns for pairs of a baseline's name and a comparison."""
+    names = [TEST_NAMES.get(test, test) for test in dict.fromkeys(tests)]
+    test = names[0] if len(names) == 1 else "test"
+    columns = [
+        Column("baseline", lambda pair: pair[0], is_text=True),
+        Column(
+            "difference, points",
+            lambda pair: points_number(pair[1].delta),
+            note="the system's accuracy minus the baseline's",
+        ),
+        Column("95% CI", lambda pair: signed_interval(pair[1].ci95)),
+        Column(
+            "p\u00a0(Holm)",
+            lambda pair: p_number(pair[1].p_holm),
+            note=f"two-sided {test}; corrected for the number of comparisons in the run (Holm)",
+        ),
+        Column("result", lambda pair: _verdict(pair[1]), is_text=True),
+        Column(
+            "wins",
+            lambda pair: f"{pair[1].wins:,}",
+            note="rows that the system gets right and the baseline wrong",
+        ),
+        Column(
+            "losses",
+            lambda pair: f"{pair[1].losses:,}",
+            note="rows that the baseline gets right and the system wrong",
+        ),
+        Column(
+            "detectable, points",
+            lambda pair: _optional(percent_number, pair[1].minimum_detectable_effect),
+            note="the smallest true difference that these rows would show in one comparison "
+            "with 80% power",
+        ),
+    ]
+    if len(names) > 1:
+        columns.append(
+            Column("test", lambda pair: TEST_NAMES.get(pair[1].test, pair[1].test), is_text=True)
+        )
+    return columns
+
+
+def _verdict(comparison: Comparison) -> str:
+    return _tone(comparison) or "no reliable difference"
+
+
+def _tone(comparison: Comparison) -> str:
+    if not is_reliable(comparison):
         return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return repr(value)
-    text = str(value).encode(errors="replace").decode()  # half of a surrogate pair is in no file
-    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text.replace("\0", "\ufffd")
+    return "better" if comparison.delta > 0 else "worse"
+
+
+def tuning_table(runs: Sequence[EvaluatedRun]) -> Table | None:
+    """The settings that tuning tried, the chosen one of each system marked. None without tuning."""
+    columns = [
+        Column("setting", _setting_cell, is_text=True),
+        Column(
+            "validation accuracy,\u00a0%", lambda trial: percent_number(trial["valid_accuracy"])
+        ),
+        Column("best step", lambda trial: f"{trial['best_step']:,}"),
+        Column("chosen", lambda trial: "chosen" * trial["chosen"], is_text=True),
+    ]
+    groups = []
+    for run in runs:
+        rows: list[TableRow] = []
+        first_seeds: dict[str, str] = {}
+        for student in run.students:
+            first_seeds.setdefault(student.rpartition("-s")[0], student)
+        for system, student in first_seeds.items():
+            record = run.students[student]
+            for trial in record.get("trials", ()):
+                chosen = trial["setting"] == record["student"]["tuned"]
+                cells = [column.cell(trial | {"chosen": chosen}) or "" for column in columns]
+                rows.append(TableRow(system, cells, strong=chosen))
+        if rows:
+            groups.append(RowGroup(_group_title(run, runs), rows))
+    return Table(columns, groups) if groups else None
+
+
+def _setting_cell(trial: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in trial["setting"].items())
+
+
+def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
+    """The teacher's work on each split: accepted rows, label accuracy, requests and cost."""
+    columns = [
+        Column("rows", lambda split: f"{split['rows']:,}"),
+        Column("accepted", _accepted_cell),
+        Column("rejected", lambda split: listing(split["rejected"]) or "none", is_text=True),
+        Column(
+            "label accuracy,\u00a0%",
+            lambda split: _optional(percent_number, split["label_accuracy"]),
+            note="of the teacher's own labels, over all rows; unreadable ones count as wrong",
+        ),
+        Column("95% CI", lambda split: _optional(interval, split.get("label_accuracy_ci95"))),
+        Column(
+            "of accepted rows,\u00a0%",
+            lambda split: _optional(percent_number, split["label_accuracy_accepted"]),
+        ),
+        Column("prompt tokens", lambda split: f"{split['usage']['prompt_tokens']:,}"),
+        Column("completion tokens", lambda split: f"{split['usage']['completion_tokens']:,}"),
+        Column(
+            "cost",
+            lambda split: _optional(dollars, split["usd"]),
+            note="US dollars for all replies in these rows, whenever they were bought",
+        ),
+        Column(
+            "requests",
+            lambda split: f"{split['requests']:,}",
+            note="sent by the last dsbs annotate; other replies had been stored before",
+        ),
+        Column(
+            "wasted",
+            lambda split: listing(split.get("wasted", {})) or "none",
+            note="requests of these that brought no usable reply",
+            is_text=True,
+        ),
+    ]
+    groups = []
+    for run in runs:
+        rows = [
+            TableRow(name, _cells(columns, split))
+            for name, split in run.manifests["annotate"].get("splits", {}).items()
+        ]
+        if rows:
+            groups.append(RowGroup(_group_title(run, runs), rows))
+    return Table(columns, groups) if groups else None
+
+
+def _accepted_cell(split: dict[str, Any]) -> str:
+    rows = split["rows"]
+    if not rows:
+        return "0"
+    return f"{split['accepted']:,} ({percent(split['accepted'] / rows)})"
+
+
+# --- cells
+
+
+def _cells(columns: Sequence[Column], item: Any) -> list[str]:
+    return [column.cell(item) or ABSENT for column in columns]
+
+
+def _optional(form: Callable[[Any], str], value: Any) -> str | None:
+    return None if value is None else form(value)
+
+
+def _group_title(run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> str | None:
+    return run.name if len(runs) > 1 else None

@@ -73,7 +73,7 @@ def test_what_expired_is_kept_and_the_rest_goes_online_or_to_the_next_batch(
             annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
         assert [row["reject_reason"] for row in rows(tmp_path / "run")].count("no-reply") == 2
         server.expire = lambda body: "number 4 " in question(body)
-        with pytest.raises(PartialError, match="1 requests came back"):
+        with pytest.raises(PartialError, match="1 request came back"):
             annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
         assert server.requests == 16 and server.online == 0
         annotate(recipe(path, server.url), out=tmp_path / "run")
@@ -94,7 +94,7 @@ def test_a_refused_line_is_refused_and_a_failed_one_left_over(
             (500, {"error": {"message": "oops"}}) if "number 2 " in question(body) else answer(body)
         )
 
-    with BatchServer(picky) as server, pytest.raises(PartialError, match="1 requests came back"):
+    with BatchServer(picky) as server, pytest.raises(PartialError, match="1 request came back"):
         annotate(recipe(toy(train=6, test=4), server.url), out=tmp_path / "run", buying="batch")
     assert [row["reject_reason"] for row in rows(tmp_path / "run")] == [
         None,
@@ -139,12 +139,12 @@ def test_killed_at_any_step_nothing_is_submitted_twice(
     toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, when: str
 ) -> None:
     part, name = step.split(".")
-    original = lane._Provider.__init__
+    original = lane.BatchClient.__init__
     armed = [True]
 
     def instrumented(self: Any, *args: Any) -> None:
         original(self, *args)
-        resource = getattr(self._client, part)
+        resource = getattr(self._openai, part)
         real = getattr(resource, name)
 
         def dying(*a: Any, **k: Any) -> Any:
@@ -157,7 +157,7 @@ def test_killed_at_any_step_nothing_is_submitted_twice(
 
         setattr(resource, name, dying)
 
-    monkeypatch.setattr(lane._Provider, "__init__", instrumented)
+    monkeypatch.setattr(lane.BatchClient, "__init__", instrumented)
     path = toy(train=6, test=4)
     with BatchServer(answer) as server:
         with pytest.raises(Killed):
@@ -181,7 +181,7 @@ def test_requests_go_out_by_file_and_their_output_comes_back(
     assert (
         len({line["custom_id"] for line in lines}) == 10 and lines[0]["body"]["model"] == "loopback"
     )
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="exists already"):
         export_batch(made, tmp_path / "requests.jsonl", out=tmp_path / "run")
     output = [  # as `vllm run-batch` writes it
         {"id": "vllm-1", "custom_id": line["custom_id"], "error": None,
@@ -193,7 +193,7 @@ def test_requests_go_out_by_file_and_their_output_comes_back(
     )
     result = run_dsbs("annotate", str(path), "teacher.base_url=http://127.0.0.1:9/v1", "--out", str(tmp_path / "run"),
                       "--batch-import", str(tmp_path / "out.jsonl"), cwd=tmp_path)  # fmt: skip
-    assert result.returncode == 3 and "1 rows got no reply" in result.stderr
+    assert result.returncode == 3 and "1 row got no reply" in result.stderr
     assert sum(row["accepted"] for row in rows(tmp_path / "run")) == 6
     assert "9 replies taken" in result.stderr
 

@@ -289,7 +289,10 @@ def test_the_store_is_consistent_for_whoever_looks_in_the_middle_of_a_run(
             if shell:
                 sql = "PRAGMA integrity_check; SELECT count(*) FROM replies;"
                 said = subprocess.run(
-                    [shell, str(store), sql], capture_output=True, text=True, check=True
+                    [shell, "-cmd", ".timeout 5000", str(store), sql],
+                    capture_output=True,
+                    text=True,
+                    check=True,
                 ).stdout.split()
             else:
                 reader = sqlite3.connect(store)

@@ -321,10 +321,10 @@ def test_an_ensemble_may_be_a_member_and_keeps_its_own_weights(two: Path) -> Non
 
 def test_members_that_cannot_vote_are_told_in_one_message(two: Path) -> None:
     gpt = two.parent / "runs" / "gpt"
-    assert "runs/none is no run with annotations" in refused(
+    assert "runs/none is not a run with annotations" in refused(
         two, ["teacher.members=[{run: runs/gpt}, {run: runs/none}]"]
     )
-    assert "are one run" in refused(
+    assert "are the same run" in refused(
         two, ["teacher.members=[{run: runs/gpt}, {run: runs/../runs/gpt}]"]
     )
     assert "no annotations of test" in refused(two, ["annotate.splits=[train, test]"])
@@ -339,7 +339,7 @@ def test_people_are_no_member_since_their_labels_are_the_answers(two: Path) -> N
     change(
         two.parent / "runs" / "gpt", lambda record: record["recipe"]["teacher"].update(kind="human")
     )
-    assert "gold ones" in refused(two)
+    assert "gold labels" in refused(two)
 
 
 def test_other_inputs_under_the_same_ids_are_refused_and_the_earlier_file_stays(two: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_recipe_that_is_half_an_ensemble_is_a_mistake(toy: Toy, teacher: str, 
 
 def test_validate_and_doctor_name_what_the_members_have(two: Path) -> None:
     warnings = validate(with_valid(two)).warnings
-    assert "train: runs/qwen has no annotation of 1 of 4 rows: no vote there" in warnings
+    assert "train: runs/qwen has no annotation of 1 of 4 rows: it does not vote there" in warnings
     change(two.parent / "runs" / "qwen", lambda record: record.update(status="partial"))
     first, second = _teacher(load_recipe(two))
     assert (first.status, first.said) == ("ok", "runs/gpt: gpt-4.1-mini, weight 2, done")

@@ -174,8 +174,8 @@ def test_a_proxys_password_and_a_late_key_are_not_shown(
 
     monkeypatch.setenv("MY_KEY", "sk-very-secret-key-0123456789")
     (endpoint,) = OpenAITeacher(load_recipe(toy(), ["teacher.api_key_env=MY_KEY"])).endpoints
-    shown = endpoint._clean("x" * 280 + " sk-very-secret-key-0123456789")
+    shown = endpoint.redact("x" * 280 + " sk-very-secret-key-0123456789")
     assert "sk-very" not in shown
-    assert "hunter2" not in endpoint._clean(
+    assert "hunter2" not in endpoint.redact(
         "Cannot connect, url='http://bob:hunter2@127.0.0.1:3128'"
     )

@@ -12,9 +12,8 @@ from conftest import good_answer
 from loopback import LoopbackServer
 
 from dsbs import PartialError, UserError, annotate, load_recipe
-from dsbs.annotation.backends.base import Reply
+from dsbs.annotation.backends import Price, Reply, price_of
 from dsbs.annotation.planning import plan
-from dsbs.annotation.prices import Price, price_of
 from dsbs.config import PriceSection, TeacherSection
 
 PRICE = "teacher.price={input: 1000, output: 2000}"  # 11 + 7 tokens a reply: 0.025 dollars

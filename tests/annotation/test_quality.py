@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from dsbs.annotation.logprobs import label_logprob
-from dsbs.annotation.quality import contradicts, copies, is_short, leaks_hint, read_sample
-from dsbs.annotation.vote import still_needed
+from dsbs.annotation.parse import (
+    contradicts,
+    copies_exemplar,
+    is_short,
+    label_logprob,
+    leaks_hint,
+    read_sample,
+)
+from dsbs.annotation.vote import samples_needed
 from dsbs.config import TaskSection
 from dsbs.prompting import Prompt
 from dsbs.records.rows import Sample
@@ -69,14 +75,17 @@ def test_an_exemplars_rationale_is_not_the_rows(
     rationale: str, question: str, expected: bool
 ) -> None:
     assert (
-        copies(rationale, question, [(e.input, e.rationale) for e in PROMPT.exemplars]) is expected
+        copies_exemplar(rationale, question, [(e.input, e.rationale) for e in PROMPT.exemplars])
+        is expected
     )
 
 
 def test_a_long_run_out_of_an_exemplar_is_a_copy_even_with_a_word_before_it() -> None:
     theirs = "the courier left the box in the rain and it is soaked so the delivery went wrong"
-    assert copies(f"Well, {theirs}", "q", [({"text": "other"}, theirs)])
-    assert not copies("the courier left the box in the rain", "q", [({"text": "other"}, theirs)])
+    assert copies_exemplar(f"Well, {theirs}", "q", [({"text": "other"}, theirs)])
+    assert not copies_exemplar(
+        "the courier left the box in the rain", "q", [({"text": "other"}, theirs)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,11 +125,9 @@ def test_a_hinted_rationale_must_not_speak_of_the_hint(
 
 def test_a_flawed_rationale_keeps_its_label_and_says_why() -> None:
     text = "A box that got wet is a delivery matter.\nAnswer: shipping"
-    sample = read_sample(text, PROMPT, ROUTING, FIELDS, question=FIELDS["text"], min_words=2)
+    sample = read_sample(text, PROMPT, ROUTING, FIELDS, min_words=2)
     assert (sample.label, sample.reason) == ("shipping", "copies-exemplar")
-    hinted = read_sample(
-        "\nAnswer: shipping", PROMPT, ROUTING, FIELDS, question="q", min_words=2, hint="h"
-    )
+    hinted = read_sample("\nAnswer: shipping", PROMPT, ROUTING, FIELDS, min_words=2, hint="h")
     assert hinted.hinted and hinted.reason == "empty", "a label that was given away teaches nothing"
 
 
@@ -150,7 +157,7 @@ def votes(*labels: str | None) -> list[Sample]:
 def test_so_many_more_can_settle_the_majority(
     seen: tuple[str | None, ...], k: int, needed: int
 ) -> None:
-    assert still_needed(votes(*seen), k, ROUTING) == needed
+    assert samples_needed(votes(*seen), k, ROUTING) == needed
 
 
 def test_stopping_early_never_changes_the_winner() -> None:
@@ -161,7 +168,7 @@ def test_stopping_early_never_changes_the_winner() -> None:
     for labels in product(("a", "b", "c", None), repeat=5):
         samples = votes(*labels)
         seen: list[Sample] = []
-        while more := still_needed(seen, 5, ROUTING):
+        while more := samples_needed(seen, 5, ROUTING):
             seen = samples[: len(seen) + more]
         assert majority(seen, ROUTING).label == majority(samples, ROUTING).label, labels
 

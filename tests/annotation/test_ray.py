@@ -11,8 +11,7 @@ from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
 
 from dsbs import load_recipe
-from dsbs.annotation.annotator import Shard
-from dsbs.annotation.shards import _split_limits
+from dsbs.annotation.shards import Shard, shard_recipe
 
 
 def test_limits_are_split_among_the_shards(toy: Callable[..., Path]) -> None:
@@ -22,7 +21,7 @@ def test_limits_are_split_among_the_shards(toy: Callable[..., Path]) -> None:
         "teacher.price={input: 1, output: 1}",
         "teacher.rpm=400",
     ]
-    part = _split_limits(load_recipe(toy(), changes), Shard(1, 4))
+    part = shard_recipe(load_recipe(toy(), changes), Shard(1, 4))
     assert (
         part.annotate.concurrency,
         part.annotate.max_usd,
@@ -30,7 +29,7 @@ def test_limits_are_split_among_the_shards(toy: Callable[..., Path]) -> None:
         part.teacher.tpm,
     ) == (16, 2.0, 100.0, None)
     few = [
-        _split_limits(
+        shard_recipe(
             load_recipe(toy(), ["annotate.max_requests=5"]), Shard(i, 4)
         ).annotate.max_requests
         for i in (1, 2, 4)

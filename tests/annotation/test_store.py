@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dsbs import UserError
-from dsbs.annotation.backends.base import Reply, Request
-from dsbs.annotation.store import ReplyStore, budget, request_keys
+from dsbs.annotation.backends import Reply, Request
+from dsbs.annotation.store import ReplyStore, request_keys, token_budget
 
 BODY: dict[str, Any] = {
     "model": "m",
@@ -30,8 +30,8 @@ def test_a_key_covers_all_that_is_sent_but_the_token_budget() -> None:
         key(messages=[{"role": "user", "content": "q "}]),
     }  # fmt: skip
     assert len(different) == 7
-    assert key(max_tokens=99) == key() and budget(BODY) == 10
-    assert budget({"max_completion_tokens": 7}) == 7
+    assert key(max_tokens=99) == key() and token_budget(BODY) == 10
+    assert token_budget({"max_completion_tokens": 7}) == 7
 
 
 def test_a_reply_is_there_after_reopening_and_for_a_second_reader(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dsbs import UserError, annotate, load_recipe
-from dsbs.annotation.backends.base import RejectedError, Request
+from dsbs.annotation.backends import RejectedError, Request
 from dsbs.annotation.backends.transformers import TransformersTeacher
 
 TEMPLATE = (
@@ -241,14 +241,13 @@ def test_a_model_without_a_chat_template_is_told_to_complete(
 def test_another_model_in_the_same_folder_is_another_teacher(
     toy: Callable[..., Path], causal: Path
 ) -> None:
-    from dsbs.annotation.backends.transformers import identities
 
     recipe = load_recipe(toy(), [f"teacher={{kind: transformers, model: '{causal}'}}"])
-    before = identities(recipe)
+    before = TransformersTeacher.identities(recipe)
     (causal / "more.safetensors").write_bytes(b"")
-    assert identities(recipe) != before
+    assert TransformersTeacher.identities(recipe) != before
     (causal / "more.safetensors").unlink()
-    assert identities(recipe) == before
+    assert TransformersTeacher.identities(recipe) == before
 
 
 def test_a_models_own_code_is_never_run_whatever_stdin_says(
@@ -261,6 +260,6 @@ def test_a_models_own_code_is_never_run_whatever_stdin_says(
     )
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(UserError, match="needs code that comes with it, which is never run"):
+    with pytest.raises(UserError, match="needs code from its repository, which dsbs never runs"):
         teacher(toy, folder)
     assert not (tmp_path / "ran").exists()

@@ -124,24 +124,24 @@ def test_text_from_data_is_shown_as_text(browser: Browser, report: Path) -> None
 
 def test_filters_and_search_choose_rows(browser: Browser, report: Path) -> None:
     with opened(browser, report) as page:
-        counted = page.locator("#counted")
+        counted = page.locator("#row-count")
         expect(counted).to_have_text("60 of 60 rows")
         many = {
             name: int(page.inner_text(f"#many-{name}"))
-            for name in ("fixed", "broken", "both-wrong", "both-right")
+            for name in ("wins", "losses", "both-wrong", "both-right")
         }
         assert sum(many.values()) == 60, "every row is of one of the four kinds"
-        page.get_by_label("fixed").check()
-        expect(counted).to_have_text(f"{many['fixed']} of 60 rows")
+        page.get_by_label("wins").check()
+        expect(counted).to_have_text(f"{many['wins']} of 60 rows")
         swapped = page.locator("#first").input_value(), page.locator("#second").input_value()
         page.select_option("#first", swapped[1])
         page.select_option("#second", swapped[0])
-        expect(counted).to_have_text(f"{many['broken']} of 60 rows")
+        expect(counted).to_have_text(f"{many['losses']} of 60 rows")
         page.locator("input[value=all]").check()
-        page.fill("#words", "DOG 17")
+        page.fill("#query", "DOG 17")
         expect(counted).to_have_text("1 of 60 rows")
         expect(page.locator("#rows summary")).to_contain_text("A dog number 17")
-        page.fill("#words", "nothing has this")
+        page.fill("#query", "nothing has this")
         expect(counted).to_have_text("0 of 60 rows")
         expect(page.locator("#rows > li")).to_have_count(0)
 
@@ -175,12 +175,12 @@ def test_the_examples_are_worked_by_keyboard(browser: Browser, report: Path) -> 
         for _ in range(60):
             page.keyboard.press("Tab")
             reached.add(focused("id") or focused("closest('li')?.id") or focused("textContent"))
-        assert {"first", "second", "words", "row-0"} <= reached
+        assert {"first", "second", "query", "row-0"} <= reached
         page.keyboard.press("/")
-        assert focused("id") == "words"
+        assert focused("id") == "query"
         page.keyboard.type("jk/")
-        assert page.input_value("#words") == "jk/", "in a field letters are letters"
-        page.fill("#words", "")
+        assert page.input_value("#query") == "jk/", "in a field letters are letters"
+        page.fill("#query", "")
         page.keyboard.press("Escape")
         assert focused("closest('li').id") == "row-0"
         page.keyboard.press("j")
@@ -194,7 +194,7 @@ def test_the_examples_are_worked_by_keyboard(browser: Browser, report: Path) -> 
         page.locator("#row-49 summary").focus()
         page.keyboard.press("j")
         assert focused("closest('li').id") == "row-50"
-        expect(page.locator("#place")).to_have_text("page 2 of 2")
+        expect(page.locator("#page-number")).to_have_text("page 2 of 2")
         page.keyboard.press("k")
         assert focused("closest('li').id") == "row-49"
 
@@ -217,11 +217,11 @@ def test_ten_thousand_examples_fit_and_are_all_reached(browser: Browser, tmp_pat
     path = report_runs([run]).page
     assert path.stat().st_size < PAGE_BYTES
     with opened(browser, path) as page:
-        expect(page.locator("#counted")).to_have_text("10,000 of 10,000 rows")
-        expect(page.locator("#place")).to_have_text("page 1 of 200")
+        expect(page.locator("#row-count")).to_have_text("10,000 of 10,000 rows")
+        expect(page.locator("#page-number")).to_have_text("page 1 of 200")
         expect(page.locator("#rows > li")).to_have_count(50)
-        page.fill("#words", "very last row")
-        expect(page.locator("#counted")).to_have_text("1 of 10,000 rows")
+        page.fill("#query", "very last row")
+        expect(page.locator("#row-count")).to_have_text("1 of 10,000 rows")
         page.locator("#rows summary").click()
         assert page.locator("#rows .fields .text").first.inner_text() == "the very last row"
 
@@ -241,7 +241,7 @@ def test_without_scripts_the_page_says_where_the_examples_are(
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(report.as_uri())
-    expect(page.get_by_text("scripts are off here")).to_be_visible()
+    expect(page.get_by_text("needs JavaScript")).to_be_visible()
     expect(page.get_by_role("heading", name="Systems")).to_be_visible()
     expect(page.locator("#browser")).to_be_hidden()
     context.close()

@@ -13,16 +13,16 @@ from xml.etree import ElementTree
 import pytest
 from made_run import make_run
 
-from dsbs.reporting.figures import Figure, figures, write_figures
-from dsbs.reporting.figures.style import beside, leading, looks, thinned
-from dsbs.reporting.gather import Run, gather
+from dsbs.reporting.figures import Figure, draw_figures, write_figures
+from dsbs.reporting.figures.style import main_systems, series_styles, spread_apart, thin_ticks
+from dsbs.reporting.runs import EvaluatedRun, load_run
 
 SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 HOSTILE = "<script>alert(1)</script> $x_2$ {{ 7*7 }}\n\u202e\x07"
 
 
-def drawn(*runs: Run) -> dict[str, Figure]:
-    found = figures(runs)
+def drawn(*runs: EvaluatedRun) -> dict[str, Figure]:
+    found = draw_figures(runs)
     assert len({figure.name for figure in found}) == len(found)
     return {figure.name: figure for figure in found}
 
@@ -45,13 +45,13 @@ def points(figure: Figure) -> dict[str, tuple[float, float]]:
     return found
 
 
-def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> Run:
+def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> EvaluatedRun:
     """A run whose results were changed."""
     path = folder / "eval" / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     change(results)
     path.write_text(json.dumps(results), encoding="utf-8")
-    return gather(folder)
+    return load_run(folder)
 
 
 def proportional(pairs: list[tuple[float, float]]) -> bool:
@@ -61,12 +61,12 @@ def proportional(pairs: list[tuple[float, float]]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return gather(make_run(tmp_path_factory.mktemp("figures") / "run"))
+def run(tmp_path_factory: pytest.TempPathFactory) -> EvaluatedRun:
+    return load_run(make_run(tmp_path_factory.mktemp("figures") / "run"))
 
 
 @pytest.fixture(scope="module")
-def one(run: Run) -> dict[str, Figure]:
+def one(run: EvaluatedRun) -> dict[str, Figure]:
     return drawn(run)
 
 
@@ -75,7 +75,7 @@ def test_a_run_has_a_figure_for_each_thing_that_it_has_data_of(one: dict[str, Fi
 
 
 def test_each_method_has_a_line_over_the_rows_and_the_teacher_a_level(
-    one: dict[str, Figure], run: Run
+    one: dict[str, Figure], run: EvaluatedRun
 ) -> None:
     shown = texts(one["curve"])
     assert {
@@ -91,9 +91,9 @@ def test_each_method_has_a_line_over_the_rows_and_the_teacher_a_level(
     across, up = [], []
     for system in students:
         low, high = system.ci95
-        interval = f"({100 * low:.1f} to {100 * high:.1f})"
+        interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
         x, y = places[
-            f"{system.name}: {100 * system.accuracy:.1f} % {interval} with {system.training_rows:,} rows"
+            f"{system.name}: {100 * system.accuracy:.1f}% {interval} with {system.training_rows:,} rows"
         ]
         across.append((math.log(system.training_rows or 0), x))
         up.append((system.accuracy, y))
@@ -102,7 +102,7 @@ def test_each_method_has_a_line_over_the_rows_and_the_teacher_a_level(
 
 
 def test_one_share_alone_makes_no_curve(tmp_path: Path) -> None:
-    assert "curve" not in drawn(gather(make_run(tmp_path / "run", subsets=(1.0,))))
+    assert "curve" not in drawn(load_run(make_run(tmp_path / "run", subsets=(1.0,))))
 
 
 def test_sizes_of_several_runs_are_compared_and_one_size_is_not(
@@ -110,7 +110,7 @@ def test_sizes_of_several_runs_are_compared_and_one_size_is_not(
 ) -> None:
     assert "size" not in one
     runs = [
-        gather(make_run(tmp_path / size, name=f"of-{size}", size=size))
+        load_run(make_run(tmp_path / size, name=f"of-{size}", size=size))
         for size in ("nano", "mini", "small")
     ]
     found = drawn(*runs)
@@ -138,13 +138,13 @@ def test_sizes_of_several_runs_are_compared_and_one_size_is_not(
 
 
 def test_runs_of_one_name_and_size_are_told_apart(tmp_path: Path) -> None:
-    runs = [gather(make_run(tmp_path / place / "demo", name="demo")) for place in ("old", "new")]
+    runs = [load_run(make_run(tmp_path / place / "demo", name="demo")) for place in ("old", "new")]
     assert {"old/demo", "new/demo"} <= set(texts(drawn(*runs)["speed"]))
 
 
 def test_the_time_of_a_prediction_has_its_own_axis(one: dict[str, Figure]) -> None:
-    assert "ms for one row alone, on cpu" in texts(one["speed"])
-    said = [tip for tip in points(one["speed"]) if tip.endswith("9 ms (95 % within 18 ms) on cpu")]
+    assert "ms for a single row, on cpu" in texts(one["speed"])
+    said = [tip for tip in points(one["speed"]) if tip.endswith("9 ms (95% within 18 ms) on cpu")]
     assert len(said) == 3
 
 
@@ -163,7 +163,7 @@ def test_the_lines_of_cost_cross_where_distilling_has_paid(one: dict[str, Figure
         "step-by-step-gold, $0.32 once",
     } <= set(texts(one["pay-off"]))
     assert list(points(one["pay-off"])) == [
-        "step-by-step-gold: $0.32, paid back after 800 predictions"
+        "step-by-step-gold: $0.32, recovered after 800 predictions"
     ]
 
 
@@ -174,7 +174,9 @@ def test_what_was_free_has_no_pay_off(tmp_path: Path) -> None:
     assert "pay-off" not in drawn(changed(make_run(tmp_path / "run"), free))
 
 
-def test_bins_stand_where_confidence_and_accuracy_are(one: dict[str, Figure], run: Run) -> None:
+def test_bins_stand_where_confidence_and_accuracy_are(
+    one: dict[str, Figure], run: EvaluatedRun
+) -> None:
     assert "step-by-step, gold labels, ECE 0.120" in texts(one["reliability"])
     system = run.results.system("step-by-step-gold")
     assert system is not None
@@ -211,7 +213,7 @@ def test_recall_shows_hostile_labels_as_text_and_cuts_the_many(tmp_path: Path) -
         and "<script" not in figure.svg
     )
     assert "label-12 (12)" in shown and "label-11 (11)" not in shown
-    assert "The 30 labels with the most rows, of 42." in figure.caption
+    assert "Only the 30 most frequent of 42 labels are shown." in figure.caption
     assert len({tip.partition(":")[0] for tip in points(figure)}) == 4
 
 
@@ -219,10 +221,10 @@ def test_training_has_a_panel_for_each_method_with_each_tasks_loss(one: dict[str
     shown = texts(one["training"])
     assert shown.count("loss in nats per token") == 2, "once for each row of panels"
     assert {
-        "label loss, train",
-        "rationale loss, train",
-        "label loss, valid",
-        "accuracy on valid",
+        "label loss, training",
+        "rationale loss, training",
+        "label loss, validation",
+        "validation accuracy",
         "step",
     } <= set(shown)
     assert {"finetune, gold labels", "step-by-step, gold labels"} <= set(shown)
@@ -232,7 +234,7 @@ def test_a_student_without_metrics_has_no_training_curve(tmp_path: Path) -> None
     folder = make_run(tmp_path / "run", subsets=(1.0,))
     for path in folder.glob("train/*/metrics.jsonl"):
         path.unlink()
-    assert "training" not in drawn(gather(folder))
+    assert "training" not in drawn(load_run(folder))
 
 
 def test_losses_that_are_no_numbers_and_seeds_that_ended_early_do_not_break_a_curve(
@@ -245,7 +247,7 @@ def test_losses_that_are_no_numbers_and_seeds_that_ended_early_do_not_break_a_cu
     lines[1]["rationale_loss"] = None
     lines[2]["label_loss"] = 0.0
     path.write_text("\n".join(json.dumps(line) for line in lines[:5]), encoding="utf-8")
-    svg = drawn(gather(folder))["training"].svg
+    svg = drawn(load_run(folder))["training"].svg
     assert "nan" not in svg.casefold().replace("finance", "")
 
 
@@ -288,7 +290,7 @@ def test_a_figure_tells_what_it_is_to_those_who_cannot_see_it(one: dict[str, Fig
         assert named[top.attrib["aria-describedby"]] == figure.caption and figure.caption
 
 
-def test_equal_results_give_equal_bytes(one: dict[str, Figure], run: Run) -> None:
+def test_equal_results_give_equal_bytes(one: dict[str, Figure], run: EvaluatedRun) -> None:
     assert {name: figure.svg for name, figure in drawn(run).items()} == {
         name: figure.svg for name, figure in one.items()
     }
@@ -317,7 +319,7 @@ def test_a_written_figure_stands_alone_and_an_old_one_goes(
 
 
 def test_a_method_looks_the_same_in_every_report_and_no_two_are_alike(
-    run: Run, tmp_path: Path
+    run: EvaluatedRun, tmp_path: Path
 ) -> None:
     def more(results: dict[str, Any]) -> None:
         for method in ("step-by-step", "rationale-then-label", "label-then-rationale"):
@@ -330,7 +332,7 @@ def test_a_method_looks_the_same_in_every_report_and_no_two_are_alike(
         ]
 
     crowded = changed(make_run(tmp_path / "run"), more)
-    few, many = looks([run]), looks([crowded])
+    few, many = series_styles([run]), series_styles([crowded])
     for title in (
         "finetune, gold labels",
         "distill, teacher labels",
@@ -343,8 +345,10 @@ def test_a_method_looks_the_same_in_every_report_and_no_two_are_alike(
     assert len({(look.color, look.marker, str(look.line)) for look in many.values()}) == len(many)
 
 
-def test_a_crowded_figure_keeps_the_headline_its_baseline_and_the_teacher(run: Run) -> None:
-    assert [system.name for system in leading(run.results, 3)] == [
+def test_a_crowded_figure_keeps_the_headline_its_baseline_and_the_teacher(
+    run: EvaluatedRun,
+) -> None:
+    assert [system.name for system in main_systems(run.results, 3)] == [
         "teacher",
         "finetune-gold",
         "step-by-step-gold",
@@ -352,15 +356,15 @@ def test_a_crowded_figure_keeps_the_headline_its_baseline_and_the_teacher(run: R
 
 
 def test_equal_values_stand_side_by_side_and_others_stay() -> None:
-    a, b, c = beside([9.0, 30.0, 9.0], 1.1)
+    a, b, c = spread_apart([9.0, 30.0, 9.0], 1.1)
     assert b == 30.0 and c / a == pytest.approx(1.1) and a * c == pytest.approx(81.0)
-    assert beside([1.0, 2.0, 4.0], 1.1) == [1.0, 2.0, 4.0]
-    assert beside([], 1.1) == []
+    assert spread_apart([1.0, 2.0, 4.0], 1.1) == [1.0, 2.0, 4.0]
+    assert spread_apart([], 1.1) == []
 
 
 def test_numbers_of_an_axis_leave_room_for_each_other() -> None:
-    assert thinned([100, 200, 210, 800], 4.0, 0.5) == [100, 200, 800]
-    assert thinned([50, 50], 4.0, 0.5) == [50]
+    assert thin_ticks([100, 200, 210, 800], 4.0, 0.5) == [100, 200, 800]
+    assert thin_ticks([50, 50], 4.0, 0.5) == [50]
 
 
 def test_a_method_with_terms_has_its_bases_colour_and_a_mark_of_its_own(tmp_path: Path) -> None:
@@ -373,7 +377,7 @@ def test_a_method_with_terms_has_its_bases_colour_and_a_mark_of_its_own(tmp_path
         "own",
     ]
 
-    def run_of(names: list[str]) -> Run:
+    def run_of(names: list[str]) -> EvaluatedRun:
         def rename(results: dict[str, Any]) -> None:
             student = next(one for one in results["systems"] if one["kind"] == "student")
             results["systems"] = [
@@ -384,11 +388,10 @@ def test_a_method_with_terms_has_its_bases_colour_and_a_mark_of_its_own(tmp_path
         folder = make_run(tmp_path / "-".join(names), subsets=(1.0,), seeds=(0,), rows=6)
         return changed(folder, rename)
 
-    found = looks([run_of(titles)])
+    found = series_styles([run_of(titles)])
     by_method = {title.partition(",")[0]: look for title, look in found.items()}
-    assert list(by_method)[:2] == ["finetune", "finetune+response"], (
-        "a base stands before what builds on it"
-    )
+    order = list(by_method)
+    assert order.index("finetune") + 1 == order.index("finetune+response")
     assert {by_method[name].color for name in titles[:4]} == {by_method["finetune"].color}
     assert by_method["step-by-step+response"].color not in (
         by_method["finetune"].color,
@@ -396,7 +399,7 @@ def test_a_method_with_terms_has_its_bases_colour_and_a_mark_of_its_own(tmp_path
     )
     marks = [(look.color, look.marker) for look in found.values()]
     assert len(set(marks)) == len(marks), "told apart without lines, too"
-    alone = looks([run_of(["step-by-step+feature", "finetune+response"])])
+    alone = series_styles([run_of(["step-by-step+feature", "finetune+response"])])
     assert alone["finetune+response, gold labels"] == by_method["finetune+response"], (
         "the same in every report"
     )
@@ -411,7 +414,7 @@ def test_training_draws_the_loss_of_every_further_term(tmp_path: Path) -> None:
             row | ({"response_loss": 3.0 / row["step"]} if "loss" in row else {}) for row in rows
         ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    figure = drawn(gather(run))["training"]
-    assert "response loss, train" in texts(figure) and "in its own unit" in figure.caption
+    figure = drawn(load_run(run))["training"]
+    assert "response loss, training" in texts(figure) and "in its own unit" in figure.caption
     plain = make_run(tmp_path / "plain", subsets=(1.0,), seeds=(0,), rows=6)
-    assert "unit" not in drawn(gather(plain))["training"].caption
+    assert "unit" not in drawn(load_run(plain))["training"].caption

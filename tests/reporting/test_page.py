@@ -19,11 +19,9 @@ from made_run import make_run
 
 from dsbs import UserError, load_recipe, report, report_runs
 from dsbs.cli import app
-from dsbs.reporting.browser import Examples, examples
-from dsbs.reporting.compare_runs import gather_all
-from dsbs.reporting.gather import gather
-from dsbs.reporting.run import render
-from dsbs.reporting.text import verdict
+from dsbs.reporting.examples import PackedExamples, pack_examples
+from dsbs.reporting.run import render, verdict
+from dsbs.reporting.runs import load_run, load_runs
 
 HOSTILE = "</script><script>alert(1)</script> {{ 7*7 }} {% raw %} \u202eevil \x00\x07 \ud800"
 
@@ -58,7 +56,7 @@ class Parts(HTMLParser):
 
 def page_of(*runs: Path) -> Parts:
     """The page without figures, which take longest."""
-    return Parts(render(gather_all(runs), []))
+    return Parts(render(load_runs(runs), []))
 
 
 def change(file: Path, **values: Any) -> None:
@@ -67,7 +65,7 @@ def change(file: Path, **values: Any) -> None:
     )
 
 
-def unpacked(packed: Examples) -> dict[str, Any]:
+def unpacked(packed: PackedExamples) -> dict[str, Any]:
     whole: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(packed.data)))
     return whole
 
@@ -139,37 +137,38 @@ def test_a_run_has_its_page_tables_and_figures_in_its_folder(made: Path) -> None
 
 
 def test_a_reliable_difference_is_told_with_its_uncertainty(made: Path) -> None:
-    said = verdict(gather(made))
-    assert said.reliable
-    for part in (
-        "step-by-step-gold is 7.0 points more accurate than finetune-gold",
-        "+1.0 to +13.0",
-        "p = 0.036",
-        "60 rows",
-    ):
-        assert part in said.sentence
-    assert "62.0\u00a0%" in said.detail and "55.0\u00a0%" in said.detail
-    assert said.sentence in page_of(made).text
+    shown = verdict(load_run(made))
+    assert shown.is_reliable
+    assert shown.sentence == (
+        "step-by-step-gold is 7.0 points more accurate than finetune-gold on these 60 test rows "
+        "(95% CI [+1.0, +13.0])."
+    )
+    assert shown.details == (
+        "step-by-step-gold labels 62.0% of the rows correctly, finetune-gold 55.0%. "
+        "p = .036 (exact sign-flip permutation test, Holm-corrected for all comparisons in this run)."
+    )
+    text = page_of(made).text
+    assert shown.sentence in text and shown.details in text
 
 
 def test_no_reliable_difference_is_said_in_words_with_what_could_be_seen(made: Path) -> None:
     change(made / "eval" / "results.json", headline="distill-teacher")
-    said = verdict(gather(made))
-    assert not said.reliable
-    assert said.sentence.startswith(
-        "No reliable difference between distill-teacher and finetune-gold"
+    shown = verdict(load_run(made))
+    assert not shown.is_reliable
+    assert shown.sentence == (
+        "distill-teacher and finetune-gold cannot be told apart on these 60 test rows "
+        "(−3.0 points, 95% CI [−8.0, +2.0]). "
+        "To detect a difference of 5 points you would need about 150 rows."
     )
-    assert "8.0 points with 80\u00a0% power" in said.sentence
+    assert "a difference below 8.0 points would usually go unnoticed (80% power)" in shown.details
 
 
 def test_a_system_beside_no_baseline_claims_nothing(made: Path) -> None:
     change(made / "eval" / "results.json", headline="finetune-gold")
-    said = verdict(gather(made))
-    assert (
-        not said.reliable
-        and "compared with no baseline" in said.sentence
-        and "eval.baseline" in said.detail
-    )
+    shown = verdict(load_run(made))
+    assert not shown.is_reliable
+    assert "It was not compared with a baseline." in shown.sentence
+    assert "eval.baseline" in shown.details
 
 
 def test_a_smoke_run_is_stamped(made: Path) -> None:
@@ -181,8 +180,9 @@ def test_a_smoke_run_is_stamped(made: Path) -> None:
 def test_what_is_known_of_the_systems_stands_in_tables(made: Path) -> None:
     text = re.sub(r"\s+", " ", page_of(made).text)
     for part in (
-        "54.0 to 70.0", "1.9 M", "7.4", "9.0 / 18.0", "60.0 / 120", "entailment", "learning_rate 0.003", "truncated 2", "7,200",
-        "74.0 to 92.0", "$0.32", "310 rows", "800 predictions", "b" * 64, "2026-01-01 00:10 UTC",
+        "[54.0, 70.0]", "1.9 M", "7.4", "9 / 18", "60 / 120", "entailment", "learning_rate 0.003",
+        "truncated 2", "7,200", "[74.0, 92.0]", "$0.32", "310 rows", "800 predictions", "b" * 64,
+        "2026-01-01 00:10 UTC",
     ):  # fmt: skip
         assert part in text, part
     assert "Rationales" not in text, "of measures that were not taken nothing is shown"
@@ -207,11 +207,11 @@ def test_a_page_of_little_says_no_more(made: Path) -> None:
     text = page_of(made).text
     for heading in (
         "Comparisons",
-        "What they cost",
+        "Size, speed and cost",
         "Recall",
         "Rationales",
-        "What tuning tried",
-        "What the teacher gave",
+        "Tuning",
+        "The teacher's annotations",
     ):
         assert heading not in text, heading
 
@@ -221,7 +221,7 @@ def test_rationales_are_never_called_faithful(made: Path) -> None:
     results["systems"][1]["metrics"]["rouge_l"] = {"value": 0.41, "ci95": [0.4, 0.42], "n": 60}
     change(made / "eval" / "results.json", systems=results["systems"])
     text = page_of(made).text
-    assert "41.0" in text and "ROUGE-L is secondary" in text and "not its faithfulness" in text
+    assert "41.0" in text and "It does not measure whether the rationale explains" in text
 
 
 # --- several runs
@@ -232,7 +232,7 @@ def test_several_runs_are_joined_with_what_differs(made: Path, tmp_path: Path) -
     page = page_of(made, other)
     text = re.sub(r"\s+", " ", page.text)
     assert "student.size nano small" in text and "train.seeds [0, 1] [0]" in text
-    assert "teacher.model" not in text.split("Provenance")[0], "what is alike is not told"
+    assert "teacher.model" not in text.split("Provenance")[0], "equal values are not listed"
     assert "tested on the same rows" in text
     assert (
         "made: step-by-step with gold labels needs 310 rows" in text
@@ -244,9 +244,9 @@ def test_several_runs_are_joined_with_what_differs(made: Path, tmp_path: Path) -
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / place, name="made") for place in ("a/run", "b/run", "c")]
-    assert [run.name for run in gather_all(folders)] == ["a/run", "b/run", "c"]
+    assert [run.name for run in load_runs(folders)] == ["a/run", "b/run", "c"]
     with pytest.raises(UserError, match="given 2 times"):
-        gather_all([folders[0], tmp_path / "b" / ".." / "a" / "run"])
+        load_runs([folders[0], tmp_path / "b" / ".." / "a" / "run"])
 
 
 def test_rows_of_several_runs_are_joined_where_their_input_is_one(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_rows_of_several_runs_are_joined_where_their_input_is_one(tmp_path: Path
         make_run(tmp_path / name, name=name, seeds=(0,), subsets=(1.0,), rows=6)
         for name in ("a", "b")
     ]
-    assert examples(gather_all(runs), 10**6).rows == 6
+    assert pack_examples(load_runs(runs), 10**6).total_rows == 6
     other = make_run(
         tmp_path / "c",
         name="c",
@@ -263,7 +263,7 @@ def test_rows_of_several_runs_are_joined_where_their_input_is_one(tmp_path: Path
         rows=6,
         texts={0: "other text under an id"},
     )
-    whole = unpacked(examples(gather_all([runs[0], other]), 10**6))
+    whole = unpacked(pack_examples(load_runs([runs[0], other]), 10**6))
     assert [row[0] for row in whole["rows"]].count("made-0") == 2
     assert [system["run"] for system in whole["systems"]] == ["a"] * 4 + ["c"] * 4
     assert [system["teacher"] for system in whole["systems"]] == [0] * 4 + [4] * 4
@@ -273,8 +273,8 @@ def test_rows_of_several_runs_are_joined_where_their_input_is_one(tmp_path: Path
 
 
 def test_examples_hold_what_each_system_said(made: Path) -> None:
-    run = gather(made)
-    whole = unpacked(examples([run], 10**6))
+    run = load_run(made)
+    whole = unpacked(pack_examples([run], 10**6))
     names = [system["name"] for system in whole["systems"]]
     assert whole["headline"] == names.index("step-by-step-gold")
     for number, system in enumerate(whole["systems"]):
@@ -282,10 +282,10 @@ def test_examples_hold_what_each_system_said(made: Path) -> None:
             run.members(run.results.systems[number]), system["members"], strict=True
         ):
             for place, row in enumerate(run.predictions(name).values()):
-                assert whole["rows"][place][:2] == [row["id"], row["gold"]]
-                assert whole["answers"][member["said"][place]] == {"text": row["prediction"]}
-                assert member["right"][place] == str(int(row["correct"]))
-                assert member["sure"][place] == round(100 * row["probability"])
+                assert whole["rows"][place][:2] == [row.id, row.gold]
+                assert whole["answers"][member["answers"][place]] == {"text": row.prediction}
+                assert member["correct"][place] == str(int(bool(row.correct)))
+                assert member["probability"][place] == round(100 * (row.probability or 0))
     step_by_step = whole["systems"][whole["headline"]]
     assert (
         names[step_by_step["against"]] == "finetune-gold"
@@ -312,16 +312,19 @@ def test_an_output_that_cannot_be_read_is_shown_as_it_is(made: Path) -> None:
             *rows[1:],
         ],
     )
-    whole = unpacked(examples([gather(made)], 10**6))
+    whole = unpacked(pack_examples([load_run(made)], 10**6))
     teacher = whole["systems"][0]["members"][0]
-    assert whole["answers"][teacher["said"][0]] == {"raw": "hm"} and teacher["sure"][0] is None
+    assert (
+        whole["answers"][teacher["answers"][0]] == {"raw": "hm"}
+        and teacher["probability"][0] is None
+    )
 
 
 def test_inputs_of_older_prediction_files_come_from_the_annotations(made: Path) -> None:
     for file in (made / "eval" / "predictions").glob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         write_jsonl(file, [row | {"input": None} for row in rows])
-    whole = unpacked(examples([gather(made)], 10**6))
+    whole = unpacked(pack_examples([load_run(made)], 10**6))
     assert whole["rows"][7][3] == ["A dog number 7 runs over a field.", "An animal moves (7)."]
 
 
@@ -329,17 +332,21 @@ def test_the_longest_texts_are_cut_first_and_the_page_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", texts={0: "".join(chr(0x4E00 + i) for i in range(20_000))})
-    whole = examples([gather(run)], 10**9)
-    assert whole.cut is None and whole.kept == 60
-    cut = examples([gather(run)], len(whole.data) // 2)
-    assert cut.cut is not None and cut.kept == 60 and len(cut.data) <= len(whole.data) // 2
+    whole = pack_examples([load_run(run)], 10**9)
+    assert whole.text_limit is None and whole.packed_rows == 60
+    cut = pack_examples([load_run(run)], len(whole.data) // 2)
+    assert (
+        cut.text_limit is not None
+        and cut.packed_rows == 60
+        and len(cut.data) <= len(whole.data) // 2
+    )
     rows = unpacked(cut)["rows"]
     assert rows[0][3][0].endswith("[…]") and rows[7][3][0] == "A dog number 7 runs over a field."
-    size = len(render([gather(run)], []).encode()) - len(whole.data) // 2
+    size = len(render([load_run(run)], []).encode()) - len(whole.data) // 2
     monkeypatch.setattr(sys.modules["dsbs.reporting.run"], "PAGE_BYTES", size)
-    page = render([gather(run)], [])
+    page = render([load_run(run)], [])
     assert len(page.encode()) <= size
-    assert f"texts of more than {cut.cut:,} characters are cut" in page
+    assert f"texts are cut after {cut.text_limit:,} characters" in page
 
 
 def test_where_cutting_is_not_enough_rows_of_agreement_are_left_out(made: Path) -> None:
@@ -350,11 +357,11 @@ def test_where_cutting_is_not_enough_rows_of_agreement_are_left_out(made: Path) 
             one,
             [row | {"prediction": row["gold"], "correct": True} for row in rows[:30]] + rows[30:],
         )
-    whole = examples([gather(made)], 10**9)
-    some = examples([gather(made)], int(len(whole.data) * 0.7))
-    assert some.rows == 60 and 0 < some.kept < 60
+    whole = pack_examples([load_run(made)], 10**9)
+    some = pack_examples([load_run(made)], int(len(whole.data) * 0.7))
+    assert some.total_rows == 60 and 0 < some.packed_rows < 60
     kept = {row[0] for row in unpacked(some)["rows"]}
-    assert kept >= {f"made-{number}" for number in range(30, 30 + min(30, some.kept) - 1)}
+    assert kept >= {f"made-{number}" for number in range(30, 30 + min(30, some.packed_rows) - 1)}
 
 
 # --- the command

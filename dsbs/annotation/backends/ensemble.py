@@ -1,7 +1,8 @@
-"""Several annotators as one teacher: the annotations of finished runs over the same rows, put to a weighted vote. Asks nobody.
+"""Ensemble teacher: finished annotation runs over the same rows, combined by a weighted vote.
 
-Sources: the vote is that of self-consistency (Wang et al. 2023, arXiv:2203.11171), over models in place of samples; weights as
-in Hinton et al. 2015, arXiv:1503.02531, section 1, where an ensemble's predictions are averaged.
+Sources: the vote is that of self-consistency (Wang et al. 2023, arXiv:2203.11171), over models in
+place of samples; the weights follow Hinton et al. 2015, arXiv:1503.02531, section 1, where an
+ensemble's predictions are averaged.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotation.annotator import total_usage
-from dsbs.annotation.vote import weighted_majority
-from dsbs.config import Recipe
+from dsbs.annotation.backends import Teacher, teacher_class
+from dsbs.annotation.vote import Vote, weighted_majority
+from dsbs.config import MemberSection, Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json
-from dsbs.records.rows import Annotation, Example, Sample, TeacherName
+from dsbs.records.rows import Annotation, Example, Provenance, Sample, TeacherName
 from dsbs.run_folder import annotation_file, member_folder, read_annotations, read_manifest
 from dsbs.tasks import make_task
 
-_OF_TASK = (
-    "name",
-    "labels",
-    "numeric",
-)  # what two runs' tasks must have in common for their labels to mean the same
+# the task's keys that must agree between two runs for their labels to mean the same
+_TASK_KEYS = ("name", "labels", "numeric")
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A finished run that votes: ``run`` is its name in the recipe, ``source`` what the annotations' fingerprint is there."""
+    """A finished run that votes.
+
+    ``run`` is its name in the recipe, ``source`` the fingerprint of its annotations.
+    """
 
     run: str
     weight: float
@@ -47,170 +49,195 @@ class Member:
 
 
 def read_members(recipe: Recipe) -> list[Member]:
-    """The recipe's members, by their manifests. Raises UserError for a run that is missing, unfinished, or of another task."""
-    found: list[Member] = []
+    """The recipe's members, by their manifests.
+
+    Raises UserError for a run that is missing, unfinished or of another task, and for one that is
+    named twice.
+    """
+    members: list[Member] = []
     for section in recipe.teacher.members:
-        folder = member_folder(recipe, section)
-        record = read_manifest(folder / "annotate")
-        again = f"run `dsbs annotate` with the recipe of {section.run} first"
-        if not record:
-            where = f"looked from {Path.cwd()}" + (
-                "" if recipe.folder is None else f" and beside {recipe.folder}"
-            )
-            raise UserError(
-                f"teacher.members: {section.run} is no run with annotations ({where})",
-                hint=f"name a run folder that has annotate/manifest.json, or {again}",
-            )
-        if record.get("status") not in ("done", "partial"):
-            raise UserError(
-                f"teacher.members: the annotation of {section.run} is {record.get('status')}, not done",
-                hint=again,
-            )
-        made_with, splits = record.get("recipe"), record.get("splits")
-        try:
-            task, teacher, source = made_with["task"], made_with["teacher"], record["source"]  # type: ignore[index]
-            kind, model = str(teacher["kind"]), teacher["model"]
-        except (KeyError, TypeError):
-            raise UserError(
-                f"{folder}/annotate/manifest.json was written by another version of dsbs",
-                hint=again,
-            ) from None
-        ours = recipe.task.model_dump(mode="json")
-        apart = [
-            name
-            for name in _OF_TASK
-            if _same_order(task.get(name, ours[name])) != _same_order(ours[name])
-        ]
-        if apart:
-            told = ", ".join(
-                f"task.{name} {task.get(name)} there and {ours[name]} here" for name in apart
-            )
-            raise UserError(
-                f"teacher.members: {section.run} is of another task ({told})",
-                hint="an ensemble votes on one task",
-            )
-        if kind == "human":
-            raise UserError(
-                f"teacher.members: {section.run} has people's rationales, and their labels are the gold ones",
-                hint="leave it out: its votes would give the answers away",
-            )
-        missing = [
-            split
-            for split in recipe.annotate.splits
-            if split not in (splits or ()) or not _has(folder, split)
-        ]
-        if missing:
-            raise UserError(
-                f"teacher.members: {section.run} has no annotations of {' and '.join(missing)}",
-                hint="annotate that split there too, or set annotate.splits here to those that all members have",
-            )
-        same = next((one for one in found if one.folder.resolve() == folder.resolve()), None)
-        if same is not None:
-            raise UserError(
-                f"teacher.members: {same.run} and {section.run} are one run",
-                hint="give it a larger weight instead",
-            )
-        name = (
-            " + ".join(one["model"] for one in record["members"])
-            if kind == "ensemble"
-            else _short(model or kind)
-        )
-        found.append(
-            Member(section.run, section.weight, folder, kind, name, source, record["status"])
-        )
-    return found
+        member = _read_member(recipe, section)
+        for earlier in members:
+            if earlier.folder.resolve() == member.folder.resolve():
+                raise UserError(
+                    f"teacher.members: {earlier.run} and {member.run} are the same run",
+                    hint="give it a larger weight instead",
+                )
+        members.append(member)
+    return members
 
 
-class EnsembleTeacher:
-    """The members' annotations at hand, by row. Raises UserError for what the user can mend in them."""
+def _read_member(recipe: Recipe, section: MemberSection) -> Member:
+    run = section.run
+    folder = member_folder(recipe, section)
+    record = read_manifest(folder / "annotate")
+    again = f"run `dsbs annotate` with the recipe of {run} first"
+    if not record:
+        searched = f"looked from {Path.cwd()}"
+        if recipe.folder is not None:
+            searched += f" and beside {recipe.folder}"
+        raise UserError(
+            f"teacher.members: {run} is not a run with annotations ({searched})",
+            hint=f"name a run folder that has annotate/manifest.json, or {again}",
+        )
+    status = str(record.get("status"))
+    if status not in ("done", "partial"):
+        raise UserError(
+            f"teacher.members: the annotation of {run} is {status}, not done", hint=again
+        )
+    try:
+        task = record["recipe"]["task"]
+        teacher = record["recipe"]["teacher"]
+        source = record["source"]
+        kind = str(teacher["kind"])
+        model = teacher["model"]
+        provenance = teacher_class(kind).provenance
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{folder}/annotate/manifest.json was written by another version of dsbs", hint=again
+        ) from None
+    _check_task(recipe, run, task)
+    if provenance == "human":
+        raise UserError(
+            f"teacher.members: {run} has people's rationales, and their labels are the gold labels",
+            hint="leave it out: its votes would give the answers away",
+        )
+    splits = record.get("splits") or ()
+    missing = [
+        split
+        for split in recipe.annotate.splits
+        if split not in splits or not annotation_file(folder, split).is_file()
+    ]
+    if missing:
+        raise UserError(
+            f"teacher.members: {run} has no annotations of {' and '.join(missing)}",
+            hint="annotate that split there too, or set annotate.splits to those that all members "
+            "have",
+        )
+    name = _short_name(model or kind)
+    if kind == "ensemble":
+        name = " + ".join(member["model"] for member in record["members"])
+    return Member(run, section.weight, folder, kind, name, source, status)
+
+
+def _check_task(recipe: Recipe, run: str, theirs: dict[str, Any]) -> None:
+    """Raises UserError where a member's labels mean something else than the recipe's."""
+    ours = recipe.task.model_dump(mode="json")
+    differences = [
+        f"task.{key} {theirs.get(key)} there and {ours[key]} here"
+        for key in _TASK_KEYS
+        if _unordered(theirs.get(key, ours[key])) != _unordered(ours[key])
+    ]
+    if differences:
+        raise UserError(
+            f"teacher.members: {run} is of another task ({', '.join(differences)})",
+            hint="an ensemble votes on one task",
+        )
+
+
+class EnsembleTeacher(Teacher):
+    """The members' annotations by row. Raises UserError for what is wrong with them."""
+
+    title = "ensemble"
+    is_asked = False
 
     def __init__(self, recipe: Recipe) -> None:
         self.members = read_members(recipe)
         self._task = make_task(recipe.task)
-        self.name = TeacherName(
-            kind="ensemble", model=" + ".join(one.model for one in self.members)
+        self._name = TeacherName(
+            kind="ensemble", model=" + ".join(member.model for member in self.members)
         )
-        self._met: Counter[tuple[str, str]] = Counter()  # rows of a split that a member has
-        self._rows = sqlite3.connect(
-            "", isolation_level=None
-        )  # a temporary file that goes with the connection
-        self._rows.execute("PRAGMA synchronous=OFF")
-        self._rows.execute(
-            "CREATE TABLE said (id TEXT, split TEXT, member INT, row TEXT, PRIMARY KEY (id, split, member)) WITHOUT ROWID"
+        self._rows_found: Counter[tuple[str, str]] = Counter()  # by member's run and split
+        # a temporary file that is deleted with the connection: the rows need not fit into memory
+        self._db = sqlite3.connect("", isolation_level=None)
+        self._db.execute("PRAGMA synchronous=OFF")
+        self._db.execute(
+            "CREATE TABLE annotations (id TEXT, split TEXT, member INT, row TEXT,"
+            " PRIMARY KEY (id, split, member)) WITHOUT ROWID"
         )
-        self._rows.execute("BEGIN")
+        self._db.execute("BEGIN")
         for number, member in enumerate(self.members):
             for split in recipe.annotate.splits:
-                path = annotation_file(member.folder, split)
-                for row in read_annotations(path):
-                    try:
-                        self._rows.execute(
-                            "INSERT INTO said VALUES (?, ?, ?, ?)",
-                            (row.id, split, number, row.model_dump_json(by_alias=True)),
-                        )
-                    except sqlite3.IntegrityError:
-                        raise UserError(
-                            f"{path}: id {row.id!r} occurs twice",
-                            hint="run `dsbs annotate` there again",
-                        ) from None
-        self._rows.execute("COMMIT")
+                self._insert(number, split, annotation_file(member.folder, split))
+        self._db.execute("COMMIT")
 
-    def refuse(self, run: Path) -> None:
-        """Raises UserError where ``run``, about to be written, is a member."""
-        same = next(
-            (one.run for one in self.members if one.folder.resolve() == run.resolve()), None
-        )
-        if same is not None:
-            raise UserError(
-                f"teacher.members: {same} is this recipe's own run folder, and its annotations would be overwritten",
-                hint="rename the recipe, or give another folder with --out",
-            )
+    def _insert(self, member: int, split: str, path: Path) -> None:
+        for row in read_annotations(path):
+            try:
+                self._db.execute(
+                    "INSERT INTO annotations VALUES (?, ?, ?, ?)",
+                    (row.id, split, member, row.model_dump_json(by_alias=True)),
+                )
+            except sqlite3.IntegrityError:
+                raise UserError(
+                    f"{path}: id {row.id!r} occurs twice", hint="run `dsbs annotate` there again"
+                ) from None
+
+    def check_run_folder(self, run: Path) -> None:
+        for member in self.members:
+            if member.folder.resolve() == run.resolve():
+                raise UserError(
+                    f"teacher.members: {member.run} is this recipe's own run folder, and its "
+                    "annotations would be overwritten",
+                    hint="rename the recipe, or set another folder with --out",
+                )
+
+    def manifest_entries(self) -> dict[str, Any]:
+        return {"members": [member.as_json() for member in self.members]}
 
     def annotations(self, examples: Iterable[Example], split: str) -> Iterator[Annotation]:
-        """One annotation for every example; in the end, UserError for a member that has none of these rows."""
-        empty = True
+        """See ``Teacher``; at the end, UserError for a member that has none of these rows."""
+        has_rows = False
         for example in examples:
-            empty = False
+            has_rows = True
             yield self._annotation(example, split)
-        strange = [one.run for one in self.members if not empty and not self._met[one.run, split]]
-        if strange:
-            raise UserError(
-                f"teacher.members: {strange[0]} has none of this recipe's {split} rows: no id is the same",
-                hint="the members must have annotated the same rows; check task.data and the id column",
-            )
+        for member in self.members:
+            if has_rows and not self._rows_found[member.run, split]:
+                raise UserError(
+                    f"teacher.members: {member.run} has none of this recipe's {split} rows: "
+                    "no id matches",
+                    hint="the members must have annotated the same rows; check task.data and the "
+                    "id column",
+                )
 
-    def lacking(self, split: str, rows: int) -> list[str]:
-        """What to tell of members that lack some of the split's ``rows``, once ``annotations`` has been through them."""
-        lacks = [(one.run, rows - self._met[one.run, split]) for one in self.members]
+    def warnings(self, split: str, rows: int) -> list[str]:
+        missing = {
+            member.run: rows - self._rows_found[member.run, split] for member in self.members
+        }
         return [
-            f"{split}: {run} has no annotation of {lack} of {rows} rows: no vote there"
-            for run, lack in lacks
-            if lack
+            f"{split}: {run} has no annotation of {count} of {rows} rows: it does not vote there"
+            for run, count in missing.items()
+            if count
         ]
 
+    def no_annotations(self) -> UserError:
+        return UserError(
+            "no member of the ensemble has a reply to any row",
+            hint="run `dsbs annotate` of the members first",
+        )
+
     def _annotation(self, example: Example, split: str) -> Annotation:
-        found = self._rows.execute(
-            "SELECT member, row FROM said WHERE id = ? AND split = ? ORDER BY member",
+        cursor = self._db.execute(
+            "SELECT member, row FROM annotations WHERE id = ? AND split = ? ORDER BY member",
             (example.id, split),
-        ).fetchall()
-        rows = {
-            self.members[number].run: Annotation.model_validate_json(text) for number, text in found
-        }
+        )
+        rows: list[Annotation] = []
         samples: list[Sample] = []
-        for member in self.members:
-            if member.run not in rows:
-                continue
-            row = rows[member.run]
+        for number, text in cursor.fetchall():
+            member = self.members[number]
+            row = Annotation.model_validate_json(text)
             if canonical_json(row.input) != canonical_json(example.input):
+                path = annotation_file(member.folder, split)
                 raise UserError(
-                    f"row {example.id!r} of {split} has another input in {annotation_file(member.folder, split)} than here",
-                    hint="the members must have annotated the same rows; check task.data, or leave that member out",
+                    f"row {example.id!r} of {split} has another input in {path} than here",
+                    hint="the members must have annotated the same rows; check task.data, or leave "
+                    "that member out",
                 )
-            self._met[member.run, split] += 1
+            self._rows_found[member.run, split] += 1
+            rows.append(row)
             samples += _votes(member, row)
         vote = weighted_majority(samples, self._task)
         accepted = vote.reason is None
-        kinds = {one.run: one.kind for one in self.members}
         return Annotation(
             id=example.id,
             input=example.input,
@@ -218,52 +245,60 @@ class EnsembleTeacher:
             label=vote.label if accepted else None,
             own_label=vote.label,
             rationale=vote.rationale if accepted else None,
-            provenance="none"
-            if not accepted
-            else "recorded"
-            if vote.run and kinds[vote.run] == "recorded"
-            else "own",
+            provenance=self._provenance(vote),
             samples=samples,
             vote_share=vote.share,
             label_logprob=vote.logprob,
             accepted=accepted,
             reject_reason=vote.reason,
-            usage=total_usage([row.usage for row in rows.values()]),
-            usd=_paid(rows.values()),
-            teacher=self.name,
+            usage=total_usage([row.usage for row in rows]),
+            usd=_total_usd(rows),
+            teacher=self._name,
         )
+
+    def _provenance(self, vote: Vote) -> Provenance:
+        if vote.reason is not None:
+            return "none"
+        for member in self.members:
+            if member.run == vote.run:
+                return teacher_class(member.kind).provenance
+        return "own"
 
 
 def _votes(member: Member, row: Annotation) -> list[Sample]:
-    """A member's own samples of a row, its weight divided among those that can be read; an ensemble's in its proportion."""
-    own = [sample for sample in row.samples if not sample.hinted]
-    total = math.fsum(sample.vote for sample in own if sample.label is not None)
-    return [
-        sample.model_copy(
-            update={
-                "run": member.run,
-                "weight": None if sample.label is None else member.weight * sample.vote / total,
-            }
-        )
-        for sample in own
-    ]
+    """A member's samples of a row that had no hint, with the weight of each one's vote.
+
+    The member's weight is divided among the readable samples, in the proportion of their votes.
+    """
+    samples = [sample for sample in row.samples if not sample.hinted]
+    total = math.fsum(sample.vote for sample in samples if sample.label is not None)
+    votes = []
+    for sample in samples:
+        weight = None
+        if sample.label is not None:
+            weight = member.weight * sample.vote / total
+        votes.append(sample.model_copy(update={"run": member.run, "weight": weight}))
+    return votes
 
 
-def _paid(rows: Iterable[Annotation]) -> float | None:
-    """US dollars for the members' replies to one row, spent when they were bought; None: one of the prices is not known."""
-    spent = [row.usd for row in rows]
-    known = [usd for usd in spent if usd is not None]
-    return math.fsum(known) if len(known) == len(spent) else None
+def _total_usd(rows: Iterable[Annotation]) -> float | None:
+    """US dollars that the members' replies to a row cost; None: one of the prices is not known."""
+    costs = []
+    for row in rows:
+        if row.usd is None:
+            return None
+        costs.append(row.usd)
+    return math.fsum(costs)
 
 
-def _has(folder: Path, split: str) -> bool:
-    return annotation_file(folder, split).is_file()
+def _unordered(value: Any) -> Any:
+    if isinstance(value, list):
+        return sorted(map(str, value))
+    return value
 
 
-def _same_order(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, list) else value
-
-
-def _short(model: str) -> str:
-    """A model's name; of a file on some machine its last part alone, so that several can stand in one line."""
-    return Path(model).name if model.endswith(".gguf") or Path(model).is_absolute() else model
+def _short_name(model: str) -> str:
+    """A model's name; of a file's path its last component, so that several fit on one line."""
+    if model.endswith(".gguf") or Path(model).is_absolute():
+        return Path(model).name
+    return model

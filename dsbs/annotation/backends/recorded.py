@@ -1,20 +1,31 @@
-"""Completions that already lie on disk, read as if they had just arrived."""
+"""Recorded teacher: completions on disk, parsed as if they had just been received."""
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
-from dsbs.annotation.backends.base import Reply
+from dsbs.annotation.annotator import Annotator
+from dsbs.annotation.backends import Reply, Teacher
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import find, read_jsonl
-from dsbs.records.rows import Example
+from dsbs.records.rows import Annotation, Example, Provenance
 
 
-class RecordedTeacher:
-    """``teacher.completions`` (a file of {id, completion}), else each row's own ``teacher.completion``."""
+class RecordedTeacher(Teacher):
+    """``teacher.completions`` (a file of {id, completion}), else each row's ``teacher.completion``.
+
+    Raises UserError for a file that is missing or has a row that is not such an object.
+    """
+
+    title = "recorded"
+    is_asked = False
+    provenance: ClassVar[Provenance] = "recorded"
 
     def __init__(self, recipe: Recipe) -> None:
+        self._annotator = Annotator(recipe)
         self._by_id: sqlite3.Connection | None = None
         if recipe.teacher.completions is None:
             return
@@ -24,9 +35,8 @@ class RecordedTeacher:
             hint="check teacher.completions",
             beside=recipe.folder,
         )
-        self._by_id = sqlite3.connect(
-            "", isolation_level=None
-        )  # a temporary file that goes with the connection
+        # a temporary file that is deleted with the connection: the rows need not fit into memory
+        self._by_id = sqlite3.connect("", isolation_level=None)
         self._by_id.execute("PRAGMA synchronous=OFF")
         self._by_id.execute(
             "CREATE TABLE completions (id TEXT PRIMARY KEY, completion TEXT) WITHOUT ROWID"
@@ -35,7 +45,7 @@ class RecordedTeacher:
         for number, row in read_jsonl(path):
             if not isinstance(row.get("completion"), str) or row.get("id") is None:
                 raise UserError(
-                    f"{path}:{number}: not a row of id and completion",
+                    f"{path}:{number}: a row needs an id and a completion",
                     hint='{"id": "…", "completion": "…"}',
                 )
             try:
@@ -45,14 +55,28 @@ class RecordedTeacher:
             except sqlite3.IntegrityError:
                 raise UserError(
                     f"{path}:{number}: id {str(row['id'])!r} occurs twice",
-                    hint="keep one of the rows",
+                    hint="delete one of the rows",
                 ) from None
         self._by_id.execute("COMMIT")
 
-    def recall(self, example: Example) -> Reply | None:
-        if self._by_id is None:
-            return None if example.completion is None else Reply(text=example.completion)
-        found = self._by_id.execute(
-            "SELECT completion FROM completions WHERE id = ?", (example.id,)
-        ).fetchone()
-        return None if found is None else Reply(text=found[0])
+    def annotations(self, examples: Iterable[Example], _split: str) -> Iterator[Annotation]:
+        for example in examples:
+            yield self._annotator.annotate_reply(example, self.reply(example))
+
+    def reply(self, example: Example) -> Reply | None:
+        """The row's recorded reply; None: there is none."""
+        completion = example.completion
+        if self._by_id is not None:
+            row = self._by_id.execute(
+                "SELECT completion FROM completions WHERE id = ?", (example.id,)
+            ).fetchone()
+            completion = None if row is None else row[0]
+        if completion is None:
+            return None
+        return Reply(text=completion)
+
+    def no_annotations(self) -> UserError:
+        where = "teacher.completion in the rows, or the file teacher.completions"
+        return UserError(
+            f"the data has no {where} for any row", hint="check teacher.kind and task.columns"
+        )

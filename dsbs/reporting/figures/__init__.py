@@ -1,4 +1,4 @@
-"""Figures of one run or several, as SVG, from their records alone. What has no data has no figure."""
+"""Figures of one or several runs as SVG. A figure without data is left out."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsbs.files import atomic
-from dsbs.reporting.figures.calibration import recall, reliability
-from dsbs.reporting.figures.canvas import Figure, is_ours
-from dsbs.reporting.figures.cost import pay_off, speed
-from dsbs.reporting.figures.curves import curve, size
-from dsbs.reporting.figures.frontier import frontier
-from dsbs.reporting.figures.training import training
-from dsbs.reporting.gather import Run
+from dsbs.reporting.figures.calibration import recall_figure, reliability_figure
+from dsbs.reporting.figures.canvas import Figure, is_own_file
+from dsbs.reporting.figures.curves import break_even, learning_curve, training_curves
+from dsbs.reporting.figures.scatter import frontier_figure, size_figure, speed_figure
+from dsbs.reporting.runs import EvaluatedRun
 
-__all__ = ["Figure", "figures", "write_figures"]
+__all__ = ["Figure", "draw_figures", "write_figures"]
 
 
-def figures(runs: Sequence[Run]) -> list[Figure]:
-    """All figures that the runs have data for, in the order in which a page shows them; each has a name of its own."""
-    return [
-        figure
-        for draw in (curve, size, speed, frontier, pay_off, recall, reliability, training)
-        for figure in draw(runs)
-    ]
+def draw_figures(runs: Sequence[EvaluatedRun]) -> list[Figure]:
+    """All figures that the runs have data for, in the order of the page. Their names are unique."""
+    drawers = (
+        learning_curve,
+        size_figure,
+        speed_figure,
+        frontier_figure,
+        break_even,
+        recall_figure,
+        reliability_figure,
+        training_curves,
+    )
+    return [figure for draw in drawers for figure in draw(runs)]
 
 
 def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    """Write each figure as an SVG file that stands alone; files of figures that are no more are removed."""
+    """Write each figure as a standalone SVG file, and remove own files of earlier figures."""
     paths = [folder / f"{figure.name}.svg" for figure in figures]
     for path, figure in zip(paths, figures, strict=True):
         with atomic(path) as file:
-            file.write(figure.alone)
+            file.write(figure.standalone)
     for path in set(folder.glob("*.svg")) - set(paths):
-        if is_ours(path):
+        if is_own_file(path):
             path.unlink()
     return paths

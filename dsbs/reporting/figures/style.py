@@ -1,268 +1,341 @@
-"""How series look, and how their numbers are put on axes: the same in every figure of a report."""
+"""Style: each series' colour, marker and line, and the axes and points that figures share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from dsbs.config import registry
 from dsbs.config.terms import base_of, names_of_terms
+from dsbs.formatting import interval, percent
 from dsbs.records.results import Interval, Results, SystemResult
-from dsbs.reporting.figures.canvas import INK, PAPER, Sheet, short
-from dsbs.reporting.gather import Run
-from dsbs.reporting.naming import run_titles, series_title, whole
+from dsbs.reporting.figures.canvas import INK, MUTE, PAPER, Canvas, shorten
+from dsbs.reporting.runs import EvaluatedRun, full_data_systems, run_titles, series_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST = 6  # systems in one panel
-# Distinct to colour-blind eyes (Okabe and Ito, 2008), each with a marker of its own for grey.
-_COLORS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
+MAX_SYSTEMS = 6  # in one panel
+# Distinct for colour-blind readers (Okabe and Ito, 2008), each with its own marker for greyscale.
+_PALETTE = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "<", ">", "p", "h", "d")
-_METHODS = (
-    "finetune",
-    "distill",
-    "step-by-step",
-    "rationale-then-label",
-    "label-then-rationale",
-)  # have their own look
-# What a method with terms is drawn as, in its base's colour: the terms by their own names first, in this order, then the rest.
-_TERMS = ("response", "labels", "feature", "relation")
-_STARS: tuple[Any, ...] = tuple(
-    (corners, 1, turn) for turn in (0, 45) for corners in (4, 3, 6, 5, 8, 7)
-)  # as no other has
-_TERM_LINE = (0, (6, 1.2, 1.2, 1.2))
+# Markers of methods with additional loss terms, in the order of the registry: (corners, 1, angle).
+_STARS = tuple((corners, 1, angle) for angle in (0, 45) for corners in (4, 3, 6, 5, 8, 7))
+_DASHED = (0, (3, 1.2))
+_LONG_DASHED = (0, (6, 3))
+_TERM_DASHES = (0, (6, 1.2, 1.2, 1.2))
 FILLS = ("full", "none", "left", "bottom", "right", "top")  # of markers, by run
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Of one series: the students of one method and label source, the teacher, or an outside system."""
+class Style:
+    """The style of a series: a method's students, the teacher, or an external system."""
 
     title: str
     color: str
-    marker: Any  # a name of matplotlib's, or (corners, 1, turn) of a star
+    marker: Any
+    """A name of matplotlib's, or (corners, 1, angle) for a star."""
     line: Any = "-"
 
 
-def looks(runs: Sequence[Run]) -> dict[str, Look]:
-    """A look for the title of every series, in the order in which legends name them."""
-    methods: dict[str, str] = {}  # title -> method
+GREY = Style("", MUTE, "o")
+
+
+def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
+    """A style for the title of every series, in the order of legends.
+
+    A registered method has the colour of its record. With additional loss terms it keeps the colour
+    and gets a star as marker. A method's second source of labels, and external systems, get what is
+    left of the palette.
+    """
+    methods: dict[str, str] = {}
+    teachers = set()
     for run in runs:
         for system in run.results.systems:
-            methods.setdefault(
-                series_title(system), "teacher" if system.kind == "teacher" else system.method or ""
-            )
+            methods.setdefault(series_title(system), system.method or "")
+            if system.kind == "teacher":
+                teachers.add(series_title(system))
     order = sorted(
-        methods,
-        key=lambda title: (_rank(methods[title]), len(names_of_terms(methods[title])), title),
+        methods, key=lambda title: (title in teachers, *_legend_key(methods[title]), title)
     )
-    free = [*range(len(_METHODS), len(_COLORS)), *range(len(_COLORS), len(_COLORS) + len(order))]
-    taken: set[str] = set()
-    stars: dict[str, set[int]] = {}  # places taken, by base
-    found = {}
+    colors = _method_colors()
+    free = _free_styles(set(colors.values()))
+    stars: dict[str, list[int]] = {}  # by base method
+    styled: set[str] = set()
+    styles = {}
     for title in order:
         method = methods[title]
-        if method == "teacher":
-            found[title] = Look(title, INK, "*", (0, (6, 3)))
-            continue
-        base, terms = base_of(method), "+".join(names_of_terms(method))
-        if terms and base in _METHODS:
-            used = stars.setdefault(base, set())
-            place = _TERMS.index(terms) if terms in _TERMS and method not in taken else _rest(used)
-            used.add(place)
-            taken.add(method)
-            found[title] = Look(
-                title, _COLORS[_METHODS.index(base)], _STARS[place % len(_STARS)], _TERM_LINE
-            )
-            continue
-        place = free.pop(0) if method in taken or method not in _METHODS else _METHODS.index(method)
-        taken.add(method)
-        found[title] = sign(title, place)
-    return found
+        base = base_of(method)
+        if title in teachers:
+            styles[title] = Style(title, INK, "*", _LONG_DASHED)
+        elif base in colors and base != method:
+            number = _star_number(method, stars.setdefault(base, []), is_first=method not in styled)
+            star = _STARS[number % len(_STARS)]
+            styles[title] = Style(title, colors[base], star, _TERM_DASHES)
+        elif method in colors and method not in styled:
+            number = list(registry.METHODS).index(method)
+            styles[title] = Style(title, colors[method], _MARKERS[number % len(_MARKERS)])
+        else:
+            styles[title] = replace(next(free), title=title)
+        styled.add(method)
+    return styles
 
 
-def sign(title: str, place: int) -> Look:
-    """One of the looks that are there, in their order."""
-    line: Any = "-" if place < len(_COLORS) else (0, (3, 1.2))
-    return Look(title, _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)], line)
+def _method_colors() -> dict[str, str]:
+    """The colour of each registered method, from its record."""
+    colors = {}
+    for number, name in enumerate(registry.METHODS):
+        record = registry.entry(registry.METHODS, name)
+        colors[name] = getattr(record, "colour", _PALETTE[number % len(_PALETTE)])
+    return colors
 
 
-def _rest(used: set[int]) -> int:
-    """The first place behind the terms' own that nothing has."""
-    return next(
-        place for place in range(len(_TERMS), len(_TERMS) + len(used) + 1) if place not in used
-    )
+def _legend_key(method: str) -> tuple[int, int]:
+    """Registered methods first, each followed by its variants with additional loss terms."""
+    methods = list(registry.METHODS)
+    base = base_of(method)
+    rank = methods.index(base) if base in methods else len(methods)
+    return rank, len(names_of_terms(method))
 
 
-def _rank(method: str) -> int:
-    base = base_of(method)  # a method with terms follows its base
-    return len(_METHODS) + (method == "teacher") if base not in _METHODS else _METHODS.index(base)
+def _free_styles(used_colors: set[str]) -> Iterator[Style]:
+    """Styles with colours and markers that no registered method has, then dashed ones."""
+    colors = [color for color in _PALETTE if color not in used_colors]
+    for number in count():
+        marker = _MARKERS[(len(registry.METHODS) + number) % len(_MARKERS)]
+        if number < len(colors):
+            yield Style("", colors[number], marker)
+        else:
+            yield Style("", _PALETTE[number % len(_PALETTE)], marker, _DASHED)
 
 
-def leading(results: Results, most: int = MOST) -> list[SystemResult]:
-    """The systems that a crowded figure is left with: the headline, its baselines, the teacher, then the most accurate."""
-    systems = whole(results.systems)
+def _star_number(method: str, used: list[int], *, is_first: bool) -> int:
+    """The number of a term's star: by the registry, or the next free one for a combination."""
+    terms = "+".join(names_of_terms(method))
+    registered = list(registry.TERMS)
+    if is_first and terms in registered:
+        number = registered.index(terms)
+    else:
+        number = next(number for number in count(len(registered)) if number not in used)
+    used.append(number)
+    return number
+
+
+def numbered_style(title: str, number: int) -> Style:
+    """One of an endless series of styles."""
+    color = _PALETTE[number % len(_PALETTE)]
+    marker = _MARKERS[number % len(_MARKERS)]
+    return Style(title, color, marker, "-" if number < len(_PALETTE) else _DASHED)
+
+
+def main_systems(results: Results, limit: int = MAX_SYSTEMS) -> list[SystemResult]:
+    """Systems for a crowded figure: headline, its baselines, teacher, then the most accurate."""
+    systems = full_data_systems(results.systems)
     head = results.system(results.headline)
-    first = {results.headline, results.baseline, *(head.versus if head else ())}
-    chosen = sorted(
-        systems, key=lambda one: (one.name not in first, one.kind != "teacher", -one.accuracy)
-    )[:most]
-    return sorted(chosen, key=systems.index)
+    first = {results.headline, results.baseline}
+    if head is not None:
+        first |= set(head.versus)
+
+    def priority(system: SystemResult) -> tuple[bool, bool, float]:
+        return system.name not in first, system.kind != "teacher", -system.accuracy
+
+    return sorted(sorted(systems, key=priority)[:limit], key=systems.index)
 
 
-def point(
-    sheet: Sheet,
+# --- points and lines
+
+
+def draw_point(
+    canvas: Canvas,
     axes: Axes,
     x: float,
     y: float,
-    look: Look,
-    tip: str,
+    style: Style,
+    tooltip: str,
     *,
-    x_span: Interval | None = None,
-    y_span: Interval | None = None,
+    x_interval: Interval | None = None,
+    y_interval: Interval | None = None,
     fill: str = "full",
 ) -> None:
-    """A marker with what its intervals reach over, saying ``tip``."""
+    """A marker with its error bars and a tooltip."""
     bars: dict[str, Any] = {}
-    for name, value, ends in (("xerr", x, x_span), ("yerr", y, y_span)):
+    for name, value, ends in (("xerr", x, x_interval), ("yerr", y, y_interval)):
         if ends is not None:  # an end on the wrong side of its value is a rounding error
             bars[name] = [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
-    drawn = axes.errorbar(
-        [x], [y], **bars, fmt="none", ecolor=look.color, elinewidth=1.2, capsize=2.5
+    error_bars = axes.errorbar(
+        [x], [y], **bars, fmt="none", ecolor=style.color, elinewidth=1.2, capsize=2.5
     )
-    drawn.set_label("_")
-    (marker,) = axes.plot([x], [y], **marked(look, fill), linestyle="none")
-    sheet.tip(marker, tip)
+    error_bars.set_label("_")
+    (marker,) = axes.plot([x], [y], **marker_settings(style, fill), linestyle="none")
+    canvas.tooltip(marker, tooltip)
 
 
-def marked(look: Look, fill: str = "full") -> dict[str, Any]:
-    """Keywords of a line's markers: an edge of paper parts those that lie on each other."""
-    half = (
-        {"fillstyle": fill, "markerfacecoloralt": PAPER}
-        if fill != "none"
-        else {"markerfacecolor": PAPER}
-    )
-    edge = PAPER if fill == "full" else look.color
-    size = 9 if look.marker == "*" else 6.5
-    return {
-        "color": look.color,
-        "marker": look.marker,
-        "markersize": size,
-        "markeredgecolor": edge,
+def marker_settings(style: Style, fill: str = "full") -> dict[str, Any]:
+    """matplotlib keywords for markers. A full marker has an edge of paper, for overlaps."""
+    settings = {
+        "color": style.color,
+        "marker": style.marker,
+        "markersize": 9 if style.marker == "*" else 6.5,
+        "markeredgecolor": PAPER if fill == "full" else style.color,
         "markeredgewidth": 0.8,
-    } | half
+    }
+    if fill == "none":
+        return settings | {"markerfacecolor": PAPER}
+    return settings | {"fillstyle": fill, "markerfacecoloralt": PAPER}
 
 
-def handle(look: Look, *, line: bool = True, fill: str = "full") -> Any:
-    """A legend's picture of a series."""
+def legend_handle(style: Style, *, line: bool = True, fill: str = "full") -> Any:
+    """A series' entry in a legend."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], linestyle=look.line if line else "none", **marked(look, fill))
+    return Line2D([], [], linestyle=style.line if line else "none", **marker_settings(style, fill))
 
 
-def level(axes: Axes, system: SystemResult, look: Look) -> Any:
-    """A system that has no place on the axis, as a line over all of it with its interval. Returns a legend's picture of it."""
+def line_handle(color: str, dashes: Any, width: float = 1.7) -> Any:
+    """A legend entry for a line without markers."""
     from matplotlib.lines import Line2D
 
-    axes.axhspan(*system.ci95, color=look.color, alpha=0.1, linewidth=0)
-    axes.axhline(system.accuracy, color=look.color, linestyle=look.line, linewidth=1.3)
-    return Line2D([], [], color=look.color, linestyle=look.line, linewidth=1.3)
+    return Line2D([], [], color=color, linestyle=dashes, linewidth=width)
 
 
-def teachers(axes: Axes, runs: Sequence[Run], styles: dict[str, Look]) -> list[tuple[Any, str]]:
-    """A level for each teacher, once where runs share it."""
-    found: dict[tuple[float, float, float], tuple[SystemResult, list[str]]] = {}
+def run_handles(runs: Sequence[EvaluatedRun]) -> list[tuple[Any, str]]:
+    """Legend entries for the fills of markers, by run."""
+    return [
+        (legend_handle(GREY, line=False, fill=FILLS[number % len(FILLS)]), shorten(title))
+        for number, title in enumerate(run_titles(runs))
+    ]
+
+
+def draw_level(axes: Axes, system: SystemResult, style: Style) -> Any:
+    """A horizontal line with its interval, for a system without a place on the x axis.
+
+    Returns its legend entry.
+    """
+    axes.axhspan(*system.ci95, color=style.color, alpha=0.1, linewidth=0)
+    axes.axhline(system.accuracy, color=style.color, linestyle=style.line, linewidth=1.3)
+    return line_handle(style.color, style.line, 1.3)
+
+
+def draw_teacher_levels(
+    axes: Axes, runs: Sequence[EvaluatedRun], styles: dict[str, Style]
+) -> list[tuple[Any, str]]:
+    """A level for each teacher, one for runs with the same. Returns their legend entries."""
+    teachers: dict[tuple[float, float, float], tuple[SystemResult, list[str]]] = {}
     for title, run in zip(run_titles(runs), runs, strict=True):
         for system in run.results.systems:
             if system.kind == "teacher":
-                found.setdefault((system.accuracy, *system.ci95), (system, []))[1].append(title)
+                key = (system.accuracy, *system.ci95)
+                teachers.setdefault(key, (system, []))[1].append(title)
     entries = []
-    for place, (system, titles) in enumerate(found.values()):
-        look = Look(
-            system.name, styles[series_title(system)].color, "*", (0, (6, 3, *(1, 3) * place))
-        )
-        name = system.name if len(found) == 1 else f"{system.name} ({', '.join(titles)})"
-        entries.append((level(axes, system, look), short(name)))
+    for number, (system, titles) in enumerate(teachers.values()):
+        dashes = (0, (6, 3, *(1, 3) * number))
+        style = replace(styles[series_title(system)], title=system.name, line=dashes)
+        name = system.name
+        if len(teachers) > 1:
+            name += f" ({', '.join(titles)})"
+        entries.append((draw_level(axes, system, style), shorten(name)))
     return entries
 
 
-def percents(axis: Any) -> None:
+# --- axes
+
+
+def percent_axis(axis: Any) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axis.set_major_formatter(PercentFormatter(1.0))
 
 
-def shares(axes: Axes, label: str) -> None:
-    """The upright axis of accuracies, with a grid."""
-    percents(axes.yaxis)
+def accuracy_axis(axes: Axes, label: str) -> None:
+    """The vertical axis of accuracies, with a grid."""
+    percent_axis(axes.yaxis)
     axes.set_ylabel(label)
     axes.grid(axis="y")
 
 
 def log_axis(axis: Any, ends: Interval, form: Any = "{x:g}") -> None:
-    """A logarithmic axis with readable numbers at 1, 2 and 5; ``ends`` should be a factor of four apart."""
+    """A logarithmic axis with readable numbers at 1, 2 and 5.
+
+    ``ends`` should be a factor of at least four apart.
+    """
     from matplotlib.ticker import FixedLocator, NullLocator
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": ends})
-    low, high = math.log10(ends[0]), math.log10(ends[1])
+    low = math.log10(ends[0])
+    high = math.log10(ends[1])
     steps = (1, 2, 5) if high - low <= 2 else (1,)
     every = max(1, math.ceil((high - low) / 7))
     powers = range(math.floor(low), math.ceil(high) + 1, every)
-    ticks = [
-        step * 10.0**power
-        for power in powers
-        for step in steps
-        if low <= math.log10(step * 10.0**power) <= high
-    ]
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(form)
 
 
-def thinned(values: Iterable[float], inches: float, each: float) -> list[float]:
-    """Of sorted values on a logarithmic axis of so many inches those that leave ``each`` inches for a number, ends first."""
+def thin_ticks(values: Iterable[float], axis_inches: float, label_inches: float) -> list[float]:
+    """The values for which a logarithmic axis has space for a label, first and last included."""
     ordered = sorted(set(values))
     if len(ordered) < 2:
         return ordered
-    low, high = ordered[0], ordered[-1]
-    gap = math.log(high / low) * each / inches
-    kept = [low]
+    low = ordered[0]
+    high = ordered[-1]
+    gap = math.log(high / low) * label_inches / axis_inches
+    ticks = [low]
     for value in ordered[1:-1]:
-        if math.log(value / kept[-1]) >= gap and math.log(high / value) >= gap:
-            kept.append(value)
-    return [*kept, high]
+        if math.log(value / ticks[-1]) >= gap and math.log(high / value) >= gap:
+            ticks.append(value)
+    return [*ticks, high]
 
 
-def beside(values: Sequence[float], each: float) -> list[float]:
-    """Values for a logarithmic axis, each apart from its neighbours by a factor of ``each`` where they would hide one another.
+def spread_apart(values: Sequence[float], factor: float) -> list[float]:
+    """Values for a logarithmic axis, moved apart by ``factor`` where they would hide one another.
 
-    Those that lie closer make a group, which is spread about its middle in the given order.
+    Values closer than that form a group, which is spread about its middle in the given order.
     """
-    placed = list(values)
+    spread = list(values)
     group: list[int] = []
-    for place in sorted(range(len(values)), key=values.__getitem__):
-        if group and values[place] >= values[group[-1]] * each:
-            _spread(placed, values, group, each)
+    for index in sorted(range(len(values)), key=values.__getitem__):
+        if group and values[index] >= values[group[-1]] * factor:
+            _spread_group(spread, values, group, factor)
             group = []
-        group.append(place)
-    _spread(placed, values, group, each)
-    return placed
+        group.append(index)
+    _spread_group(spread, values, group, factor)
+    return spread
 
 
-def _spread(
-    placed: list[float], values: Sequence[float], group: Sequence[int], each: float
+def _spread_group(
+    spread: list[float], values: Sequence[float], group: Sequence[int], factor: float
 ) -> None:
-    middle = math.exp(sum(math.log(values[place]) for place in group) / max(1, len(group)))
-    for slot, place in enumerate(sorted(group) if len(group) > 1 else ()):
-        placed[place] = middle * each ** (slot - (len(group) - 1) / 2)
+    if len(group) < 2:
+        return
+    middle = math.exp(sum(math.log(values[index]) for index in group) / len(group))
+    for slot, index in enumerate(sorted(group)):
+        spread[index] = middle * factor ** (slot - (len(group) - 1) / 2)
 
 
-def told(system: SystemResult) -> str:
-    """A system's accuracy for a tip."""
-    return f"{short(system.name)}: {100 * system.accuracy:.1f} % ({100 * system.ci95[0]:.1f} to {100 * system.ci95[1]:.1f})"
+# --- text
 
 
-def where(results: Results) -> str:
+def accuracy_tooltip(system: SystemResult) -> str:
+    return f"{shorten(system.name)}: {percent(system.accuracy)} {interval(system.ci95)}"
+
+
+def accuracy_label(runs: Sequence[EvaluatedRun]) -> str:
+    """The label of an axis of accuracies, with the rows if all runs have the same number."""
+    labels = {rows_label(run.results) for run in runs}
+    return labels.pop() if len(labels) == 1 else "accuracy"
+
+
+def rows_label(results: Results) -> str:
     return f"accuracy on {results.split} ({results.n:,} rows)"
+
+
+def figure_names(name: str, runs: Sequence[EvaluatedRun]) -> list[tuple[str, str]]:
+    """For each run the figure's name and the suffix of its title, "" for a single run."""
+    if len(runs) == 1:
+        return [(name, "")]
+    return [(f"{name}-{number}", f": {title}") for number, title in enumerate(run_titles(runs), 1)]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from dsbs import PartialError
-from dsbs.annotation.backends.base import RejectedError, Reply, Request, TransientError
-from dsbs.annotation.limits import (
+from dsbs.annotation.backends import RejectedError, Reply, Request, TransientError
+from dsbs.annotation.endpoint_pool import (
     EndpointPool,
     EndpointState,
     ExhaustedError,
@@ -85,15 +85,15 @@ def test_a_burst_of_429s_cuts_the_limit_once_and_successes_raise_it_again() -> N
     told = TransientError("slow down", "throttled", 0.0)
     sent_at = gate.bursts
     for _ in range(30):  # all of them were in flight when the first was told
-        gate.failed(told, sent_at, alone=True)
+        gate.record_failure(told, sent_at, alone=True)
     assert gate.limit == pytest.approx(75)
-    gate.failed(told, gate.bursts, alone=True)
+    gate.record_failure(told, gate.bursts, alone=True)
     assert gate.limit == pytest.approx(56.25)
     for _ in range(57):  # a round without a complaint: room for one more
-        gate.succeeded(REPLY, 10)
+        gate.record_reply(REPLY, 10)
     assert 57 < gate.limit < 58
     for _ in range(20_000):
-        gate.succeeded(REPLY, 10)
+        gate.record_reply(REPLY, 10)
     assert gate.limit == 100
 
 
@@ -184,7 +184,7 @@ def test_a_halt_wakes_whoever_waits() -> None:
         )
         work = [asyncio.create_task(pool.deliver(REQUEST, 1, attempts=1)) for _ in range(3)]
         await asyncio.sleep(0.01)
-        halt.call()
+        halt.stop()
         done = await asyncio.gather(*work, return_exceptions=True)
         assert sum(isinstance(one, StoppedError) for one in done) == 2, (
             "what was in flight still arrives"

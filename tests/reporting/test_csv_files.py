@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from made_run import make_run
 
-from dsbs.reporting.gather import Run, gather
-from dsbs.reporting.tables import write_tables
+from dsbs.reporting.csv_files import write_csv_files
+from dsbs.reporting.runs import EvaluatedRun, load_run
 
 HOSTILE = [
     "=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1", 'two\nlines, "quoted"', "ü 漢字 \u202e", "a\x00b", "＝1",
@@ -24,17 +24,16 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return gather(make_run(tmp_path / "run", rows=12))
+def run(tmp_path: Path) -> EvaluatedRun:
+    return load_run(make_run(tmp_path / "run", rows=12))
 
 
-def test_every_number_comes_back(run: Run, tmp_path: Path) -> None:
-    paths = write_tables([run], tmp_path / "report")
+def test_every_number_comes_back(run: EvaluatedRun, tmp_path: Path) -> None:
+    paths = write_csv_files([run], tmp_path / "report")
     assert [path.name for path in paths] == [
-        "results.md", "systems.csv", "comparisons.csv", "curve.csv", "metrics.csv", "compressed.csv",
+        "systems.csv", "comparisons.csv", "curve.csv", "metrics.csv", "compressed.csv",
     ]  # fmt: skip
-    page, systems, comparisons, curve, metrics, _ = paths
-    assert page.read_text(encoding="utf-8").startswith("# made: test, 12 rows\n")
+    systems, comparisons, curve, metrics, _ = paths
 
     by_name = {row["system"]: row for row in read(systems)}
     assert list(by_name) == [system.name for system in run.results.systems]
@@ -76,7 +75,9 @@ def test_every_number_comes_back(run: Run, tmp_path: Path) -> None:
     assert of_student[5]["value"] == "0.12" and of_student[5]["value_low"] == ""
 
 
-def test_text_of_data_is_no_formula_and_stays_in_its_cell(run: Run, tmp_path: Path) -> None:
+def test_text_of_data_is_no_formula_and_stays_in_its_cell(
+    run: EvaluatedRun, tmp_path: Path
+) -> None:
     path = run.path / "eval" / "results.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     some = {"value": -0.5, "ci95": None, "n": 3}
@@ -84,7 +85,9 @@ def test_text_of_data_is_no_formula_and_stays_in_its_cell(run: Run, tmp_path: Pa
         results["systems"][0] | {"recall": dict.fromkeys(HOSTILE, some), "metrics": {"=m": some}}
     ]
     path.write_text(json.dumps(results), encoding="utf-8")
-    tables = {path.name: path for path in write_tables([gather(run.path)], tmp_path / "report")}
+    tables = {
+        path.name: path for path in write_csv_files([load_run(run.path)], tmp_path / "report")
+    }
     rows = [row for row in read(tables["metrics.csv"]) if row["metric"] == "recall"]
     assert [row["label"] for row in rows] == [
         "'=HYPERLINK(1)", "'+1", "'-1", "'@SUM(A1)", "'\t=1", 'two\nlines, "quoted"', "ü 漢字 \u202e", "a\ufffdb", "'＝1",
@@ -96,15 +99,13 @@ def test_text_of_data_is_no_formula_and_stays_in_its_cell(run: Run, tmp_path: Pa
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [
-        gather(make_run(tmp_path / place / "demo", name="demo", rows=6, subsets=(1.0,)))
+        load_run(make_run(tmp_path / place / "demo", name="demo", rows=6, subsets=(1.0,)))
         for place in ("old", "new")
     ]
-    page, systems, *_ = write_tables(runs, tmp_path / "report")
+    systems, *_ = write_csv_files(runs, tmp_path / "report")
     assert {row["run"] for row in read(systems)} == {"old/demo", "new/demo"}
-    text = page.read_text(encoding="utf-8")
-    assert "# old/demo: test, 6 rows" in text and "# new/demo: test, 6 rows" in text
 
 
-def test_equal_results_give_equal_files(run: Run, tmp_path: Path) -> None:
-    first, second = (write_tables([run], tmp_path / place) for place in ("a", "b"))
+def test_equal_results_give_equal_files(run: EvaluatedRun, tmp_path: Path) -> None:
+    first, second = (write_csv_files([run], tmp_path / place) for place in ("a", "b"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]

@@ -1,0 +1,315 @@
+"""Batch files: requests in the OpenAI Batch format, and the replies in their output files.
+
+Each batch is a folder ``annotate/batches/<number>/``: ``requests.jsonl`` as sent, ``keys.jsonl``
+(which reply each line requests), ``batch.json`` (the batch's state, written before and after the
+step that costs money), and ``output.jsonl`` and ``errors.jsonl`` as received.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dsbs.annotation.annotator import Annotator, RowReplies
+from dsbs.annotation.backends import Request, TransientError, teacher_class
+from dsbs.annotation.backends.openai import error_message, read_reply
+from dsbs.annotation.requester import estimated_tokens, max_requests_reached
+from dsbs.annotation.store import ReplyStore, token_budget
+from dsbs.errors import DsbsError, PartialError, UserError
+from dsbs.files import atomic, canonical_json, open_text, read_jsonl, write_json
+from dsbs.formatting import dollars
+from dsbs.records.rows import Example
+
+_FILE_BYTES = 180 << 20  # of one batch file; providers accept 200 MB
+_REFUSED = (400, 413, 422)  # final for one request; other failures may not recur
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A request without a stored reply, and the key of its reply."""
+
+    key: str
+    request: Request
+
+
+class PendingRequests:
+    """The requests that the rows still need, within the recipe's limits.
+
+    Iterating may be repeated as replies arrive. A key in ``tried`` is left to the next command and
+    counted in ``left_over``; ``stopped`` is the limit that ended the last iteration.
+    """
+
+    def __init__(self, annotator: Annotator, store: ReplyStore, tried: set[str]) -> None:
+        self.annotator = annotator
+        self.store = store
+        self.tried = tried
+        self.left_over = 0
+        self.stopped: PartialError | None = None
+
+    def __iter__(self) -> Iterator[Pending]:
+        limits = self.annotator.recipe.annotate
+        taken: set[str] = set()
+        sent = len(self.tried)
+        spent = 0.0
+        if limits.max_usd is not None:
+            spent = self.annotator.usd_spent(self.store)
+        self.left_over = 0
+        for split in limits.splits:
+            for example in self.annotator.examples(split):
+                for pending in self._of_row(example):
+                    if pending.key in taken:
+                        continue
+                    if pending.key in self.tried:
+                        self.left_over += 1
+                        continue
+                    cost = self._cost(pending)
+                    if limits.max_requests is not None and sent >= limits.max_requests:
+                        self.stopped = max_requests_reached(sent)
+                        return
+                    if limits.max_usd is not None and spent + cost > limits.max_usd:
+                        self.stopped = PartialError(
+                            "annotate.max_usd: a batch of the remaining requests might pass "
+                            f"{dollars(limits.max_usd)}",
+                            hint="raise the limit and run again: the replies so far are stored",
+                        )
+                        return
+                    spent += cost
+                    sent += 1
+                    taken.add(pending.key)
+                    yield pending
+
+    def _cost(self, pending: Pending) -> float:
+        """US dollars at most; 0 where the price is not known."""
+        if self.annotator.price is None:
+            return 0.0
+        body = pending.request.body
+        return self.annotator.price.of(estimated_tokens(body), token_budget(body), lane="batch")
+
+    def _of_row(self, example: Example) -> Iterator[Pending]:
+        """The missing requests of a row's next wave; later waves depend on its replies."""
+        replies = RowReplies()
+        while requests := self.annotator.next_requests(example, replies):
+            is_complete = True
+            for request in requests:
+                key, reply = self.annotator.look_up(self.store, request)
+                if reply == "no-reply":
+                    is_complete = False
+                    yield Pending(key, request)
+                else:
+                    self.annotator.add_reply(example, replies, request, key, reply)
+            if not is_complete:
+                return
+
+
+class Batch:
+    """One batch folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record: dict[str, Any] = json.loads(
+            (folder / "batch.json").read_text(encoding="utf-8")
+        )
+
+    @property
+    def state(self) -> str:
+        return str(self.record["state"])
+
+    def update(self, **changes: Any) -> None:
+        self.record |= changes
+        write_json(self.folder / "batch.json", self.record)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What each line requests."""
+        return [row for _, row in read_jsonl(self.folder / "keys.jsonl")]
+
+    def store_replies(self, path: Path, store: ReplyStore) -> tuple[int, int]:
+        """Commit the replies in an output file.
+
+        Returns the numbers of replies and of lines that failed in a way that may not recur.
+        """
+        rows = self.rows()
+        replies = 0
+        failures = 0
+        for line in _output_lines(path):
+            if line is None:
+                failures += 1
+                continue
+            token, _, number = str(line.get("custom_id", "")).rpartition("-")
+            if token != self.record["token"] or not number.isdigit() or int(number) >= len(rows):
+                continue  # of another batch: a server may write all outputs into one file
+            outcome = self._store_line(line, rows[int(number)], store)
+            replies += outcome == "reply"
+            failures += outcome == "failure"
+        return replies, failures
+
+    def _store_line(
+        self, line: dict[str, Any], row: dict[str, Any], store: ReplyStore
+    ) -> Literal["reply", "refusal", "failure"]:
+        """Commit a line's reply or refusal."""
+        response = line.get("response") or {}
+        body = response.get("body", response)  # older servers do not wrap the body
+        status = response.get("status_code")
+        if not isinstance(body, dict):
+            return "failure"  # without a body, it was the server's own
+        if status in (None, 200, 0) and "choices" in body:
+            try:
+                reply = read_reply(body, json.dumps(body), lane="batch")
+            except TransientError:
+                return "failure"
+            store.put(
+                row["key"],
+                row["max_tokens"],
+                self.record["identity"],
+                row["model"],
+                row["sample"],
+                reply,
+            )
+            return "reply"
+        if status in _REFUSED:
+            message, _ = error_message(json.dumps(body))
+            store.refuse(row["key"], f"HTTP {status}: {message}"[:300])
+            return "refusal"
+        return "failure"
+
+
+def _output_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The lines of an output file; None for one that is not a JSON object: the rest is paid for."""
+    with open_text(path) as file:
+        for text in file:
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            yield line if isinstance(line, dict) else None
+
+
+def write_batches(
+    annotator: Annotator, requests: Iterable[Pending], folder: Path, state: str = "prepared"
+) -> list[Batch]:
+    """Write requests into batch folders with the given state.
+
+    A folder whose writing was interrupted has no batch.json, and is written again.
+    """
+    batches: list[Batch] = []
+    rows = iter(requests)
+    first = next(rows, None)
+    while first is not None:
+        batch_folder = folder / f"{len(batch_folders(folder)) + 1:04d}"
+        first = _write_batch(annotator, first, rows, batch_folder, state)
+        batches.append(Batch(batch_folder))
+    return batches
+
+
+def _write_batch(
+    annotator: Annotator, first: Pending, rows: Iterator[Pending], folder: Path, state: str
+) -> Pending | None:
+    """Write one batch; returns the first request that does not fit into it, or None."""
+    teacher = annotator.recipe.teacher
+    token = f"dsbs-{uuid.uuid4().hex[:16]}"
+    lines = 0
+    size = 0
+    pending: Pending | None = first
+    with atomic(folder / "requests.jsonl") as requests, atomic(folder / "keys.jsonl") as keys:
+        while pending is not None:
+            if lines >= annotator.recipe.annotate.batch.max_requests or size >= _FILE_BYTES:
+                break
+            body = pending.request.body
+            text = canonical_json(
+                {
+                    "custom_id": f"{token}-{lines}",
+                    "method": "POST",
+                    "url": url_path(annotator),
+                    "body": body,
+                }
+            )
+            requests.write(text + "\n")
+            row = {
+                "key": pending.key,
+                "sample": pending.request.sample,
+                "max_tokens": token_budget(body),
+                "model": body.get("model"),
+            }
+            keys.write(canonical_json(row) + "\n")
+            size += len(text.encode()) + 1
+            lines += 1
+            pending = next(rows, None)
+    record = {
+        "state": state,
+        "token": token,
+        "requests": lines,
+        "identity": annotator.identities[0],
+        "base_url": teacher.served_by[0].base_url,
+        "file_id": None,
+        "batch_id": None,
+        "status": None,
+    }
+    write_json(folder / "batch.json", record)
+    return pending
+
+
+def batches_folder(run: Path) -> Path:
+    return run / "annotate" / "batches"
+
+
+def batch_folders(folder: Path) -> list[Path]:
+    """The batch folders that were written completely."""
+    return sorted(path.parent for path in folder.glob("*/batch.json"))
+
+
+def url_path(annotator: Annotator) -> str:
+    if annotator.recipe.teacher.endpoint == "chat":
+        return "/v1/chat/completions"
+    return "/v1/completions"
+
+
+# --- a file for a server that runs it elsewhere
+
+
+def export(annotator: Annotator, store: ReplyStore, run: Path, path: Path) -> int:
+    """Write all requests that the rows need to one file in the OpenAI Batch format.
+
+    Returns the number of requests. Raises UserError, and PartialError where a limit ends it early.
+    """
+    check_teacher(annotator)
+    if path.exists():
+        raise UserError(f"{path} exists already", hint="name another file, or move it away")
+    pending = PendingRequests(annotator, store, set())
+    with atomic(path) as file:  # first, because the path may not be writable
+        batches = write_batches(annotator, pending, batches_folder(run), "exported")
+        for batch in batches:
+            with (batch.folder / "requests.jsonl").open(encoding="utf-8", newline="\n") as lines:
+                for line in lines:
+                    file.write(line)
+    if pending.stopped is not None:
+        raise pending.stopped
+    return sum(batch.record["requests"] for batch in batches)
+
+
+def import_output(store: ReplyStore, run: Path, path: Path) -> int:
+    """Commit the replies in an output file to the requests exported before.
+
+    Returns their number. Raises UserError, and DsbsError where there is none.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", hint="give the output file of `vllm run-batch`")
+    batches = map(Batch, batch_folders(batches_folder(run)))
+    exported = [batch for batch in batches if batch.state == "exported"]
+    replies = sum(batch.store_replies(path, store)[0] for batch in exported)
+    if not replies:
+        raise DsbsError(
+            f"{path} has no reply to a request that was exported from this run",
+            hint="give the output file of `vllm run-batch` for the file that --batch-export wrote",
+        )
+    return replies
+
+
+def check_teacher(annotator: Annotator) -> None:
+    kind = annotator.recipe.teacher.kind
+    if not teacher_class(kind).takes_batches:
+        raise UserError(f"a {kind} teacher takes no batches", hint="run without --batch")

@@ -1,0 +1,325 @@
+"""Endpoint pool: how one request becomes one reply.
+
+It decides which endpoint a request goes to and when, how often it is tried, and when to give up.
+Each endpoint has its own adaptive limit of requests in flight (additive increase, multiplicative
+decrease: Chiu and Jain 1989), its own pause after a Retry-After, and its own rate caps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+
+from dsbs.annotation.backends import Endpoint, RejectedError, Reply, Request, TransientError
+from dsbs.errors import PartialError
+
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 30.0
+LONGEST_RETRY_AFTER_S = 600.0
+THROTTLED_PER_ATTEMPT = 10
+LIMIT_CUT = 0.75  # a burst of 429s leaves this share of an endpoint's limit
+PAUSE_AFTER_FAILURES = 4  # in a row, where another endpoint can take over
+
+
+class ExhaustedError(Exception):
+    """Every attempt of one request failed."""
+
+
+class StoppedError(Exception):
+    """The run is ending: this request was not sent, or not sent again."""
+
+
+class StopSignal:
+    """Ends a run: nothing more is sent and waits end; replies in flight may still arrive."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def on_stop(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` when the run ends."""
+        self._listeners.append(listener)
+
+    def stop(self) -> None:
+        self._event.set()
+        for listener in self._listeners:
+            listener()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep, unless the run ends. Raises StoppedError."""
+        try:
+            await asyncio.wait_for(self._event.wait(), seconds)
+        except TimeoutError:
+            return
+        raise StoppedError
+
+
+class RateLimiter:
+    """An even rate of ``per_minute`` units (None: no limit).
+
+    It is the virtual scheduling form of the generic cell rate algorithm (ITU-T I.371). Not a
+    library's, because the tokens of a request are known only afterwards (``correct``).
+    """
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._seconds_per_unit = 60.0 / per_minute if per_minute else 0.0
+        self.ready_at = 0.0  # monotonic seconds
+
+    def take(self, units: float, now: float) -> None:
+        self.ready_at = max(self.ready_at, now) + units * self._seconds_per_unit
+
+    def correct(self, units: float) -> None:
+        """Charge ``units`` more for a request taken before (less: negative)."""
+        self.ready_at += units * self._seconds_per_unit
+
+
+class EndpointState:
+    """One endpoint's requests in flight, its limits and pauses, and its failures."""
+
+    def __init__(self, endpoint: Endpoint, max_in_flight: int) -> None:
+        self.endpoint = endpoint
+        self.max_in_flight = max_in_flight
+        # no slow start: an endpoint that has not complained is not spared
+        self.limit = float(max_in_flight)
+        self.in_flight = 0
+        self.turn = 0.0  # virtual time of stride scheduling: a request advances it by 1 / weight
+        self.bursts = 0  # of 429s, each answered by one cut of the limit
+        self.closed: PartialError | None = None  # why it answers nothing more in this run
+        self.paused_until = 0.0  # monotonic seconds
+        self._requests = RateLimiter(endpoint.rpm)
+        self._tokens = RateLimiter(endpoint.tpm)
+        self._failures = 0  # in a row
+        self._throttles = 0  # in a row
+
+    @property
+    def has_capacity(self) -> bool:
+        return self.closed is None and self.in_flight < max(1, int(self.limit))
+
+    @property
+    def ready_at(self) -> float:
+        return max(self.paused_until, self._requests.ready_at, self._tokens.ready_at)
+
+    def start_request(self, tokens: int, now: float) -> None:
+        self.in_flight += 1
+        self.turn += 1.0 / self.endpoint.weight
+        self._requests.take(1, now)
+        self._tokens.take(tokens, now)
+
+    def record_reply(self, reply: Reply, tokens: int) -> None:
+        """Raise the limit, by one after each round of replies without a complaint."""
+        self.record_answer()
+        self._throttles = 0
+        self.limit = min(float(self.max_in_flight), self.limit + 1.0 / self.limit)
+        if reply.prompt_tokens is not None and reply.completion_tokens is not None:
+            self._tokens.correct(reply.prompt_tokens + reply.completion_tokens - tokens)
+
+    def record_failure(self, failure: TransientError, bursts: int, *, alone: bool) -> None:
+        """Lower the limit or pause.
+
+        ``bursts`` is the count when the request was sent: requests that were in flight at a cut
+        belong to the same burst. ``alone``: no other endpoint can take over.
+        """
+        wait = failure.retry_after
+        if failure.throttled:
+            if bursts == self.bursts:
+                self.bursts += 1
+                self._throttles += 1
+                self.limit = max(1.0, self.limit * LIMIT_CUT)
+            if wait is None:
+                wait = backoff(self._throttles)
+        else:
+            self._failures += 1
+            if wait is None and not alone and self._failures >= PAUSE_AFTER_FAILURES:
+                wait = backoff(self._failures - PAUSE_AFTER_FAILURES + 1)
+        if wait is not None:
+            self.paused_until = max(self.paused_until, time.monotonic() + wait)
+
+    def record_answer(self) -> None:
+        self._failures = 0
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait after so many failures in a row, with jitter."""
+    doublings = min(max(failures, 1) - 1, 10)
+    return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0**doublings) * random.uniform(0.5, 1.0)
+
+
+class EndpointPool:
+    """The endpoints of a teacher, with at most ``max_in_flight`` requests over all of them."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        max_in_flight: int,
+        stop_signal: StopSignal,
+        say: Callable[[str], None],
+    ) -> None:
+        self.states = [EndpointState(endpoint, max_in_flight) for endpoint in endpoints]
+        self.max_in_flight = max_in_flight
+        self.stop_signal = stop_signal
+        self.wasted: Counter[str] = Counter()  # attempts that brought no reply, by kind
+        self._say = say
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._has_timer = False
+        stop_signal.on_stop(lambda: self._wake(len(self._waiters)))
+
+    async def deliver(
+        self,
+        request: Request,
+        tokens: int,
+        *,
+        attempts: int,
+        before_attempt: Callable[[], None] = lambda: None,
+    ) -> tuple[EndpointState, Reply]:
+        """Send a request until a reply comes, to whichever endpoint is next.
+
+        ``tokens`` is the most that the request may use; ``before_attempt`` may raise.
+
+        Raises ExhaustedError after ``attempts`` failures, StoppedError where the run ends first,
+        PartialError where no endpoint will answer for long, and the endpoint's RejectedError or
+        DsbsError.
+        """
+        failures = 0
+        throttles = 0
+        last: EndpointState | None = None
+        while True:
+            state = await self._enter(tokens, last)
+            try:
+                before_attempt()
+                outcome = await self._send(state, request, tokens)
+            finally:
+                self._leave(state)
+            if isinstance(outcome, Reply):
+                return state, outcome
+            if isinstance(outcome, PartialError):
+                self._close(state, outcome)
+                continue
+            # a 429 says nothing against the request: it may be throttled more often than it fails
+            if outcome.throttled:
+                throttles += 1
+            else:
+                failures += 1
+            if failures >= attempts or throttles >= THROTTLED_PER_ATTEMPT * attempts:
+                raise ExhaustedError(str(outcome))
+            last = state
+            if not outcome.throttled and not self._can_go_elsewhere(state):
+                await self.stop_signal.sleep(backoff(failures))
+
+    def _can_go_elsewhere(self, state: EndpointState) -> bool:
+        now = time.monotonic()
+        return any(
+            other is not state and other.has_capacity and other.ready_at <= now
+            for other in self.states
+        )
+
+    async def _send(
+        self, state: EndpointState, request: Request, tokens: int
+    ) -> Reply | TransientError | PartialError:
+        """One attempt. RejectedError and other kinds of DsbsError are raised."""
+        bursts = state.bursts
+        try:
+            reply = await state.endpoint.complete(request)
+        except TransientError as error:
+            self.wasted[error.kind] += 1
+            state.record_failure(error, bursts, alone=len(self.states) == 1)
+            return error
+        except PartialError as error:
+            return error
+        except RejectedError:
+            state.record_answer()
+            raise
+        state.record_reply(reply, tokens)
+        return reply
+
+    def _close(self, state: EndpointState, error: PartialError) -> None:
+        """Take an endpoint without credit out of the pool; the others continue."""
+        if state.closed is None:
+            state.closed = error
+            if any(other.closed is None for other in self.states):
+                self._say(f"{error.problem}; continuing with the other endpoints")
+        self._wake(len(self._waiters))  # those that waited for this endpoint need another one
+
+    async def _enter(self, tokens: int, last: EndpointState | None) -> EndpointState:
+        """Wait for an endpoint's turn; another one than ``last`` where there is a choice."""
+        while True:
+            if self.stop_signal.is_set:
+                raise StoppedError
+            errors = [state.closed for state in self.states if state.closed is not None]
+            if len(errors) == len(self.states):
+                raise errors[0]
+            now = time.monotonic()
+            ready_at = None
+            if sum(state.in_flight for state in self.states) < self.max_in_flight:
+                free = [state for state in self.states if state.has_capacity]
+                state = self._next_state(free, last, now)
+                if state is not None:
+                    self._start(state, tokens, now)
+                    return state
+                ready_at = min((state.ready_at for state in free), default=None)
+            self._give_up_on_long_pauses(now)
+            await self._wait(None if ready_at is None else ready_at - now)
+
+    def _next_state(
+        self, free: Sequence[EndpointState], last: EndpointState | None, now: float
+    ) -> EndpointState | None:
+        """The free endpoint whose turn is first; None: each of them must wait."""
+        ready = [state for state in free if state.ready_at <= now]
+        others = [state for state in ready if state is not last]
+        return min(others or ready, key=lambda state: state.turn, default=None)
+
+    def _start(self, state: EndpointState, tokens: int, now: float) -> None:
+        state.start_request(tokens, now)
+        # an endpoint that was paused does not catch up: that would flood it
+        for other in self.states:
+            other.turn = max(other.turn, state.turn - 1.0 / state.endpoint.weight)
+        self._wake(1)  # the next in line checks whether there is capacity for one more
+
+    def _give_up_on_long_pauses(self, now: float) -> None:
+        waits = [state.paused_until - now for state in self.states if state.closed is None]
+        if waits and min(waits) > LONGEST_RETRY_AFTER_S:
+            raise PartialError(
+                f"the endpoint asks to come back in {min(waits):.0f} s",
+                hint="run the same command then: the replies so far are stored",
+            )
+
+    async def _wait(self, seconds: float | None) -> None:
+        """Wait until a request comes back, ``seconds`` have passed or the run ends."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        timeout = None
+        if seconds is not None and not self._has_timer:
+            timeout = seconds  # one timer is enough: the waiter that gets in wakes the next
+            self._has_timer = True
+        try:
+            await asyncio.wait({waiter}, timeout=timeout)
+        finally:
+            waiter.cancel()
+            if timeout is not None:
+                self._has_timer = False
+
+    def _leave(self, state: EndpointState) -> None:
+        state.in_flight -= 1
+        capacity = sum(
+            max(0, int(other.limit) - other.in_flight)
+            for other in self.states
+            if other.closed is None
+        )
+        in_flight = sum(other.in_flight for other in self.states)
+        self._wake(min(capacity, self.max_in_flight - in_flight))
+
+    def _wake(self, count: int) -> None:
+        while count > 0 and self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1

@@ -1,0 +1,210 @@
+"""Evaluated runs: the records of a run folder that reports, figures and model cards read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dsbs.config.load import recorded
+from dsbs.errors import UserError
+from dsbs.files import read_jsonl
+from dsbs.formatting import ABSENT
+from dsbs.records.compression import Compressed, read_compressed
+from dsbs.records.results import Results, SystemResult, read_results
+from dsbs.records.rows import Prediction
+from dsbs.run_folder import annotation_file, read_annotations, read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedRun:
+    """The records of a run folder."""
+
+    path: Path
+    name: str
+    """The recipe's name, or what tells the run from others of that name on the same page."""
+    results: Results
+    recipe: dict[str, Any]
+    """The resolved recipe of the evaluation."""
+    manifests: dict[str, dict[str, Any]]
+    """``manifest.json`` of annotate, train and eval; {} for a stage without one."""
+    students: dict[str, dict[str, Any]]
+    """``train.json`` by student, for the students in the results."""
+    compressed: list[Compressed]
+    """Compressed students whose original is unchanged, by student and chain."""
+    outdated: int = 0
+    """The number of compressed students whose original was retrained since."""
+
+    def members(self, system: SystemResult) -> list[str]:
+        """The names of a system's prediction files: one for each seed."""
+        return [f"{system.name}-s{seed}" for seed in system.seeds] or [system.name]
+
+    def predictions(self, member: str) -> dict[str, Prediction]:
+        """A prediction file by row id; {} where a later evaluation has moved it away."""
+        path = self.path / "eval" / "predictions" / f"{member}.jsonl"
+        if not path.is_file():
+            return {}
+        predictions = {}
+        for number, row in read_jsonl(path):
+            try:
+                predictions[str(row["id"])] = Prediction.model_validate(row)
+            except (KeyError, ValidationError):
+                raise UserError(
+                    f"{path}:{number}: not a prediction", hint="run `dsbs eval` again"
+                ) from None
+        return predictions
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """The annotated rows' inputs by id, for prediction files without inputs; {} if absent."""
+        path = annotation_file(self.path, self.results.split)
+        if not path.is_file():
+            return {}
+        return {row.id: row.input for row in read_annotations(path)}
+
+    def metrics(self, student: str) -> Iterator[dict[str, Any]]:
+        """The lines of a student's ``metrics.jsonl``."""
+        path = self.path / "train" / student / "metrics.jsonl"
+        if path.is_file():
+            for _, row in read_jsonl(path):
+                yield row
+
+
+def load_run(path: Path) -> EvaluatedRun:
+    """Read a run folder. Raises UserError if it was not evaluated or a record is unreadable."""
+    results = read_results(path)
+    manifests = {stage: read_manifest(path / stage) for stage in ("annotate", "train", "eval")}
+    students = {}
+    for system in results.systems:
+        for seed in system.seeds:
+            name = f"{system.name}-s{seed}"
+            record = _student_record(path, name)
+            if record is not None:  # else it was moved away, and its predictions are enough
+                students[name] = record
+    compressed = read_compressed(path)
+    current = [record for record in compressed if _is_current(path, record)]
+    return EvaluatedRun(
+        path=path,
+        name=results.name,
+        results=results,
+        recipe=results.recipe or manifests["eval"].get("recipe", {}),
+        manifests=manifests,
+        students=students,
+        compressed=current,
+        outdated=len(compressed) - len(current),
+    )
+
+
+def load_runs(paths: Sequence[Path]) -> list[EvaluatedRun]:
+    """Read several run folders and give each a distinct name.
+
+    Raises UserError as ``load_run`` does, and for a folder that is named twice.
+    """
+    for path, times in Counter(path.resolve() for path in paths).items():
+        if times > 1:
+            raise UserError(f"the run {path} is given {times} times", hint="name each run once")
+    runs = [load_run(path) for path in paths]
+    return [replace(run, name=title) for run, title in zip(runs, run_titles(runs), strict=True)]
+
+
+def _student_record(path: Path, student: str) -> dict[str, Any] | None:
+    """A student's ``train.json``; None if there is none. Raises UserError if it is unreadable."""
+    file = path / "train" / student / "train.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError:
+        raise UserError(f"{file} is not JSON", hint="train that student again") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{file} is not a student's record", hint="train that student again")
+    return record
+
+
+def _is_current(path: Path, compressed: Compressed) -> bool:
+    """Whether its original still has the weights it was made from, or is gone."""
+    record = _student_record(path, compressed.student)
+    if record is None:
+        return True
+    try:
+        return bool(record["student"]["fingerprint"] == compressed.fingerprint)
+    except (KeyError, TypeError):
+        file = path / "train" / compressed.student / "train.json"
+        raise UserError(
+            f"{file} is not a student's record", hint="train that student again"
+        ) from None
+
+
+# --- names
+
+
+def run_titles(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """A distinct name for each run: the recipe's, or as much of the folder's path as it takes."""
+    titles = [run.name for run in runs]
+    paths = [run.path.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        counts = Counter(titles)
+        if len(counts) == len(runs):
+            break
+        for number, title in enumerate(titles):
+            if counts[title] > 1:
+                titles[number] = "/".join(paths[number][-depth:])
+    return titles
+
+
+def prefixed(sentence: str, run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> str:
+    """The sentence with its run's name, where the page has several runs."""
+    return f"{run.name}: {sentence}" if len(runs) > 1 else sentence
+
+
+def series_title(system: SystemResult) -> str:
+    """The name of a method's students at every share of the data; other systems keep their name."""
+    if system.method is None:
+        return system.name
+    return f"{system.method}, {system.labels} labels"
+
+
+def full_data_systems(systems: Sequence[SystemResult]) -> list[SystemResult]:
+    """The teacher, external systems, and each method's students of the largest share of rows."""
+    largest: dict[str, float] = {}
+    for system in systems:
+        if system.subset is not None:
+            title = series_title(system)
+            largest[title] = max(system.subset, largest.get(title, 0.0))
+    return [
+        system
+        for system in systems
+        if system.subset is None or system.subset == largest[series_title(system)]
+    ]
+
+
+# --- several runs
+
+
+def recipe_differences(runs: Sequence[EvaluatedRun]) -> list[tuple[str, list[str]]]:
+    """The dotted recipe keys whose values differ, with each run's value. ``name`` is left out."""
+    flat = [dict(_flatten(recorded({"recipe": run.recipe}), "")) for run in runs]
+    keys = dict.fromkeys(key for recipe in flat for key in recipe if key != "name")
+    values = {key: [recipe.get(key, ABSENT) for recipe in flat] for key in keys}
+    return [(key, texts) for key, texts in values.items() if len(set(texts)) > 1]
+
+
+def have_same_rows(runs: Sequence[EvaluatedRun]) -> bool:
+    """Whether all runs were evaluated on the same rows, by the data's hash."""
+    hashes = {run.results.data.get(run.results.split) for run in runs}
+    return len(hashes) == 1 and None not in hashes
+
+
+def _flatten(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """The leaves of nested mappings as text. A list is a leaf: its order is part of its value."""
+    if isinstance(value, dict) and (value or not path):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, str):
+        yield path, value
+    else:
+        yield path, json.dumps(value, ensure_ascii=False)
