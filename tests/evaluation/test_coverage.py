@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from dsbs.evaluation.stats import Clusters, accuracy, difference, needed
+from dsbs.evaluation.bootstrap import Clusters, accuracy, label_efficiency
+from dsbs.evaluation.significance import paired_difference
 
 Floats = NDArray[np.float64]
 TIMES = 400
@@ -76,9 +77,9 @@ def test_false_positives_and_coverage_are_as_promised(
     positive = rate = null = real = 0
     for _ in range(TIMES):
         a, b, worse, seeds, clusters = draw(rng)
-        found = accuracy(a, seeds, clusters)
-        rate += found.ci95[0] <= TRUTH <= found.ci95[1]
-        equal, gap = difference(a, b, clusters), difference(a, worse, clusters)
+        result = accuracy(a, seeds, clusters)
+        rate += result.ci95[0] <= TRUTH <= result.ci95[1]
+        equal, gap = paired_difference(a, b, clusters), paired_difference(a, worse, clusters)
         positive += equal.p <= 0.05
         null += equal.ci95[0] <= 0 <= equal.ci95[1]
         real += gap.ci95[0] <= TRUTH * (1 - LESS) <= gap.ci95[1]
@@ -97,7 +98,7 @@ def test_rows_that_belong_together_need_their_clusters() -> None:
         a, b, _, seeds, _ = alike(rng)
         low, high = accuracy(a, seeds).ci95
         rate += low <= TRUTH <= high
-        equal = difference(a, b)
+        equal = paired_difference(a, b)
         gap += equal.ci95[0] <= 0 <= equal.ci95[1]
         positive += equal.p <= 0.05
     assert rate < binom.ppf(0.005, TIMES, 0.95)
@@ -108,7 +109,7 @@ def test_rows_that_belong_together_need_their_clusters() -> None:
 def test_a_detectable_difference_is_found_four_times_in_five() -> None:
     rng = np.random.default_rng(3)
     rows, apart = 1000, 0.25
-    null = difference(
+    null = paired_difference(
         np.repeat([1.0, 0.0, 1.0], (125, 125, 750)), np.repeat([0.0, 1.0, 1.0], (125, 125, 750))
     )
     assert null.minimum_detectable_effect is not None
@@ -121,7 +122,7 @@ def test_a_detectable_difference_is_found_four_times_in_five() -> None:
     for _ in range(TIMES):
         counts = rng.multinomial(rows, shares)
         shown += (
-            difference(np.repeat([1.0, 0.0, 1.0], counts), np.repeat([0.0, 1.0, 1.0], counts)).p
+            paired_difference(np.repeat([1.0, 0.0, 1.0], counts), np.repeat([0.0, 1.0, 1.0], counts)).p
             <= 0.05
         )
     assert within_99_percent(shown, 0.8), shown
@@ -139,6 +140,6 @@ def test_the_interval_of_rows_needed_covers_the_truth() -> None:
             (row < share).astype(float)
             for row, share in zip(hard, (0.60, 0.70, 0.78, 0.74), strict=True)
         ]
-        low, high = needed(list(zip((100, 400, 1600), scores[:3], strict=True)), scores[3])[1]
+        low, high = label_efficiency(list(zip((100, 400, 1600), scores[:3], strict=True)), scores[3])[1]
         covered += low is not None and low <= 800 and (high is None or high >= 800)
     assert within_99_percent(covered, 0.95), covered
