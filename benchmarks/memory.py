@@ -47,7 +47,7 @@ def measure(shape: str, optimizer: str, *, checkpointing: bool, padding: str) ->
     )
 
     from dsbs.config import TrainSection
-    from dsbs.training.cost import peak_memory
+    from dsbs.training.callbacks import peak_memory
     from dsbs.training.encode import Encoded, collate
     from dsbs.training.methods import method_of
     from dsbs.training.trainer import StepTrainer

@@ -16,8 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dsbs.config import Recipe
 from dsbs.config.yaml_lines import dotted, load_located
 from dsbs.errors import UserError
-from dsbs.files import canonical_json, digest, find
+from dsbs.files import canonical_json, digest, find_file
 from dsbs.records.rows import Example
+from dsbs.run_folder import RunFolder
 from dsbs.tasks.base import Task
 from dsbs.tasks.templates import render
 
@@ -141,7 +142,7 @@ def load_prompt(recipe: Recipe, task: Task) -> Prompt:
 
 
 def read_prompt(path: str, beside: Path | None) -> Prompt:
-    file = find(
+    file = find_file(
         path,
         what="prompt file",
         hint="check annotate.prompt; shipped ones are prompts/<task>.yaml",
@@ -191,3 +192,52 @@ def zero_shot(recipe: Recipe, task: Task) -> Prompt:
         f"Then write the answer on a last line of its own, in this form:\n{last}"
     )
     return Prompt(instruction=instruction, template="Text: {{ text }}", stop=("\nText:",))
+
+
+# Keys that do not change what the annotation of a row is. Every other key does.
+_TEACHER_KEYS_WITHOUT_EFFECT = {
+    "api_key_env",
+    "rpm",
+    "tpm",
+    "timeout_s",
+    "max_attempts",
+    "price",
+    "members",  # an ensemble's members count by their own fingerprints
+    "context_tokens",
+    "threads",
+    "batch_size",
+}
+_ENDPOINT_KEYS_WITHOUT_EFFECT = {"weight", "api_key_env", "rpm", "tpm"}
+_ANNOTATE_KEYS_WITHOUT_EFFECT = {
+    "prompt",  # counts by its content
+    "splits",
+    "concurrency",
+    "max_usd",
+    "max_requests",
+    "batch",
+    "engine",
+    "ray",
+}
+
+
+def source_fingerprint(recipe: Recipe, task: Task) -> str:
+    """Hash of everything in a recipe that decides what the annotation of a row is: teacher, prompt, sampling."""
+    if recipe.teacher.kind == "ensemble":
+        votes = []
+        for member in recipe.teacher.members:
+            manifest = RunFolder.of_member(recipe, member).manifest("annotate")
+            votes.append([member.weight, manifest.get("source")])
+        return digest("ensemble", canonical_json(votes))
+    teacher = recipe.teacher.model_dump(mode="json", exclude=_TEACHER_KEYS_WITHOUT_EFFECT)
+    for endpoint in teacher["endpoints"]:
+        for name in _ENDPOINT_KEYS_WITHOUT_EFFECT:
+            del endpoint[name]
+    prompt_hash = load_prompt(recipe, task).hash if recipe.teacher.is_prompted else ""
+    sampling = recipe.annotate.model_dump(mode="json", exclude=_ANNOTATE_KEYS_WITHOUT_EFFECT)
+    return digest(canonical_json(teacher), prompt_hash, canonical_json(sampling))
+
+
+def learned_source(recipe: Recipe, task: Task) -> str:
+    """Hash of everything in a recipe that decides which annotations a student learns from."""
+    select = recipe.train.select.model_dump(mode="json")
+    return digest(source_fingerprint(recipe, task), canonical_json(select))

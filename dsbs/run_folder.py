@@ -1,86 +1,249 @@
-"""``annotate/<split>.jsonl`` as the later stages see it: where it lies, whether it fits the recipe, its rows."""
+"""Run folder: the paths, records, manifests and locks of one run, and its files that are set aside.
+
+A run lies in ``runs/<name>/``. This module alone knows where in it a stage's files are:
+
+    annotate/<split>.jsonl  annotate/replies.sqlite  shards/<i>-of-<n>/
+    train/<student>/train.json  train/teachers/<name>/
+    eval/predictions/<system>.jsonl  eval/results.json
+    compress/<student>/<chain>/  report/  report.html
+    <stage>/manifest.json  <stage>/.lock  …/aside/
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from dsbs.config import MemberSection, Recipe
-from dsbs.errors import UserError
-from dsbs.files import canonical_json, digest, read_jsonl
-from dsbs.prompting import load_prompt
-from dsbs.records.rows import Annotation
-from dsbs.tasks.base import Task
+from dsbs.errors import PartialError, UserError
+from dsbs.files import is_locked, lock_folder, make_folder, now, read_jsonl, versions, write_json
+from dsbs.records.compression import Compressed, read_compressed
+from dsbs.records.results import Results, read_results
+from dsbs.records.rows import Annotation, TrainedStudent
 
-# The keys of `annotate` that decide what a row's annotation is.
-SAMPLING = {
-    "samples",
-    "stop_early",
-    "temperature",
-    "logprobs",
-    "hint",
-    "min_rationale_words",
-    "max_tokens",
-    "rationale_from",
-}
+STAGES = ("annotate", "train", "eval")
+MANIFEST = "manifest.json"
+TRAINING_RECORD = "train.json"
 
 
-def run_folder(recipe: Recipe, out: str | Path | None = None) -> Path:
-    return Path(out) if out is not None else Path("runs") / recipe.name
+class RunFolder:
+    """One run on disk. Nothing is created before something is written.
 
+    A ``stage`` is a folder of the run by its relative path: "annotate", "train", "eval", "compress/<student>".
+    """
 
-def annotation_file(run: Path, split: str) -> Path:
-    return run / "annotate" / f"{split}.jsonl"
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
 
-def member_folder(recipe: Recipe, member: MemberSection) -> Path:
-    """The run folder of an ensemble's member: as given, else beside the recipe's file; it need not be there."""
-    given = Path(member.run).expanduser()
-    beside = (recipe.folder or Path()) / given
-    return beside if not given.is_dir() and beside.is_dir() else given
+    @classmethod
+    def of(cls, recipe: Recipe, out: str | Path | None = None) -> RunFolder:
+        """The run of a recipe: ``out``, or ``runs/<name>`` where that is None."""
+        return cls(Path("runs") / recipe.name if out is None else out)
 
+    @classmethod
+    def of_member(cls, recipe: Recipe, member: MemberSection) -> RunFolder:
+        """The run of an ensemble's member, from here or beside the recipe's file. It need not exist."""
+        path = Path(member.run).expanduser()
+        beside = (recipe.folder or Path()) / path
+        if not path.is_dir() and beside.is_dir():
+            return cls(beside)
+        return cls(path)
 
-def source_fingerprint(recipe: Recipe, task: Task) -> str:
-    """Hash of all in a recipe that decides the annotations of a row: the teacher, the prompt, the sampling."""
-    if (
-        recipe.teacher.kind == "ensemble"
-    ):  # a changed member is another teacher; where its run lies does not matter
-        records = [
-            read_manifest(member_folder(recipe, one) / "annotate") for one in recipe.teacher.members
-        ]
-        votes = [
-            [one.weight, record.get("source")]
-            for one, record in zip(recipe.teacher.members, records, strict=True)
-        ]
-        return digest("ensemble", canonical_json(votes))
-    teacher = recipe.teacher.model_dump(
-        mode="json",
-        include={"kind", "model", "base_url", "endpoints", "endpoint", "extra_body", "completions"},
-    )
-    for one in teacher[
-        "endpoints"
-    ]:  # which endpoints answer decides; how often each, or with whose key, does not
-        for name in ("weight", "api_key_env", "rpm", "tpm"):
-            del one[name]
-    prompt = load_prompt(recipe, task).hash if recipe.teacher.is_prompted else ""
-    sampling = recipe.annotate.model_dump(mode="json", include=SAMPLING)
-    return digest(canonical_json(teacher), prompt, canonical_json(sampling))
+    @classmethod
+    def containing(cls, student: Path) -> RunFolder | None:
+        """The run in which a student's folder lies; None for a student outside any run."""
+        parents = student.absolute().parents
+        names = [folder.name for folder in parents]
+        if names[:1] == ["train"]:
+            return cls(parents[1])
+        if names[:2] == ["teachers", "train"] or names[1:2] == ["compress"]:
+            return cls(parents[2])
+        return None
 
+    def stage(self, name: str) -> Path:
+        """The folder of a stage."""
+        return self.path / name
 
-def learned_source(recipe: Recipe, task: Task) -> str:
-    """Hash of all in a recipe that decides which annotations a student learns from."""
-    return digest(
-        source_fingerprint(recipe, task),
-        canonical_json(recipe.train.select.model_dump(mode="json")),
-    )
+    # --- annotate
+
+    @property
+    def replies(self) -> Path:
+        """The store of every reply that the teacher was paid for."""
+        return self.path / "annotate" / "replies.sqlite"
+
+    def annotations(self, split: str) -> Path:
+        """The annotation file of a split."""
+        return self.path / "annotate" / f"{split}.jsonl"
+
+    def load_annotations(self, split: str, source: str) -> dict[str, Annotation]:
+        """The split's annotations by id.
+
+        ``source`` is the recipe's ``source_fingerprint``. Raises UserError where the annotations are missing, unfinished, or
+        come from another teacher, prompt or sampling.
+        """
+        path = self.annotations(split)
+        hint = f"run `dsbs annotate` with this recipe first (annotate.splits must name {split})"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist", hint=hint)
+        manifest = self.manifest("annotate")
+        if manifest.get("status") not in ("done", "partial"):
+            status = manifest.get("status", "no manifest")
+            raise UserError(
+                f"the annotation in {path.parent} is not finished ({status})", hint=hint
+            )
+        if manifest.get("source") != source:
+            raise UserError(
+                f"{path} comes from another teacher, prompt or sampling than this recipe's",
+                hint=hint,
+            )
+        return {row.id: row for row in read_annotations(path)}
+
+    def shard(self, name: str) -> RunFolder:
+        """The run folder of a shard, by its name ("2-of-8")."""
+        return RunFolder(self.path / "shards" / name)
+
+    def shards(self) -> list[RunFolder]:
+        """The run folders of all shards, by name."""
+        return [RunFolder(path) for path in sorted((self.path / "shards").glob("*-of-*"))]
+
+    # --- train and compress
+
+    def student(self, name: str) -> Path:
+        """The folder of a student."""
+        return self.path / "train" / name
+
+    def students(self) -> list[TrainedStudent]:
+        """Every finished student, by name. Raises UserError for a record that cannot be read."""
+        records = sorted(self.stage("train").glob(f"*/{TRAINING_RECORD}"))
+        return [read_student(record.parent) for record in records]
+
+    def local_teacher(self, name: str) -> Path:
+        """The folder of a local teacher that the run trained itself."""
+        return self.path / "train" / "teachers" / name
+
+    def compressed(self, student: str) -> Path:
+        """The folder that holds the compressed students made of ``student``."""
+        return self.path / "compress" / student
+
+    def read_compressed(self) -> list[Compressed]:
+        """Every compressed student, by student and chain. Raises UserError for a record that cannot be read."""
+        return read_compressed(self.path)
+
+    # --- eval and report
+
+    def predictions(self, system: str) -> Path:
+        """The prediction file of a system: a student's name, "teacher", or an external system's name."""
+        return self.path / "eval" / "predictions" / f"{system}.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """The results of the evaluation."""
+        return self.path / "eval" / "results.json"
+
+    def read_results(self) -> Results:
+        """The results of the evaluation. Raises UserError where there are none, or they cannot be read."""
+        return read_results(self.path)
+
+    @property
+    def report(self) -> Path:
+        """The folder of the report's tables and figures; the page is ``report.html`` in the run."""
+        return self.path / "report"
+
+    # --- manifests and locks
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        """A stage's manifest, or {} where there is none that can be read."""
+        try:
+            manifest = json.loads(self._manifest_file(stage).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(manifest, dict):
+            return {}
+        return manifest
+
+    def has_manifest(self, stage: str) -> bool:
+        """Whether a stage has begun. Raises PermissionError for a folder that may not be read."""
+        return self._manifest_file(stage).exists()
+
+    @contextmanager
+    def record(
+        self, stage: str, recipe: Recipe | Mapping[str, Any], data: Mapping[str, str]
+    ) -> Iterator[dict[str, Any]]:
+        """Write a stage's manifest as it starts and as it ends: recipe, versions, data hashes, times, status.
+
+        ``data`` maps a split to the hash of its rows. What the body adds to the yielded dict is written too. The status is
+        "done" unless the body sets another one; "interrupted", "partial" or "failed" where it raises.
+        """
+        given = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else dict(recipe)
+        path = self._manifest_file(stage)
+        manifest: dict[str, Any] = {
+            "status": "running",
+            "started": now(),
+            "ended": None,
+            "recipe": given,
+            "data": dict(data),
+            "versions": versions(),
+        }
+        write_json(path, manifest)
+        try:
+            yield manifest
+        except BaseException as error:
+            with suppress(PartialError):  # the disk may be full; the body's message says so better
+                write_json(path, manifest | {"status": _status_after(error), "ended": now()})
+            raise
+        if manifest["status"] == "running":
+            manifest["status"] = "done"
+        write_json(path, manifest | {"ended": now()})
+
+    def lock(self, stage: str) -> AbstractContextManager[None]:
+        """Hold a stage for this process. Raises DsbsError naming the process that holds it already."""
+        return lock_folder(self.stage(stage))
+
+    def is_locked(self, stage: str) -> bool:
+        """Whether a process holds a stage. A manifest alone does not know that its process was killed."""
+        return is_locked(self.stage(stage))
+
+    def _manifest_file(self, stage: str) -> Path:
+        return self.stage(stage) / MANIFEST
+
+    # --- set aside and taken back
+
+    @staticmethod
+    def set_aside(path: Path, mark: str | None) -> None:
+        """Move a file or folder that no longer fits to ``aside/`` beside it, under the mark of what it was made by.
+
+        ``mark`` is its fingerprint (None: unknown). Nothing is overwritten.
+        """
+        names = _aside_names(path, mark or "unknown")
+        target = next(name for name in names if not name.exists())
+        make_folder(target.parent)
+        path.rename(target)
+
+    @staticmethod
+    def take_back(path: Path, mark: str, mark_of: Callable[[Path], str | None]) -> bool:
+        """Move what was set aside under ``mark`` back to ``path``, where nothing may lie. Returns whether there was any.
+
+        ``mark_of`` reads the mark of a file or folder; names hold only the beginning of a mark.
+        """
+        for candidate in _aside_names(path, mark):
+            if not candidate.exists():
+                return False
+            if mark_of(candidate) == mark:
+                candidate.rename(path)
+                return True
+        return False
 
 
 def read_annotations(path: Path) -> Iterator[Annotation]:
-    """Yield the rows of an annotation file. Raises UserError with file and line."""
+    """The rows of an annotation file. Raises UserError with file and line."""
     for number, row in read_jsonl(path):
         try:
             yield Annotation.model_validate(row)
@@ -89,33 +252,69 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
             field = ".".join(map(str, first["loc"]))
             raise UserError(
                 f"{path}:{number}: not an annotation ({field}: {first['msg']})",
-                hint="run `dsbs annotate` again: it rebuilds the file from the replies, without asking anew",
+                hint="run `dsbs annotate` again: it rebuilds the file from the stored replies, without new requests",
             ) from None
 
 
-def load_annotations(recipe: Recipe, task: Task, run: Path, split: str) -> dict[str, Annotation]:
-    """The split's annotations by id. Raises UserError where they are missing, unfinished, or of another teacher or prompt."""
-    path = annotation_file(run, split)
-    again = f"run `dsbs annotate` with this recipe first (annotate.splits must name {split})"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist", hint=again)
-    record = read_manifest(path.parent)
-    if record.get("status") not in ("done", "partial"):
+def training_record(folder: Path) -> dict[str, Any]:
+    """The record that training wrote into a student's folder. Raises UserError where there is none that can be read."""
+    path = folder / TRAINING_RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         raise UserError(
-            f"the annotation in {path.parent} is not finished ({record.get('status', 'no manifest')})",
-            hint=again,
-        )
-    if record.get("source") != source_fingerprint(recipe, task):
-        raise UserError(
-            f"{path} comes from another teacher, prompt or sampling than this recipe's", hint=again
-        )
-    return {row.id: row for row in read_annotations(path)}
+            f"{path} does not exist: the student is not trained, or not part of a run",
+            hint="give a folder such as runs/demo/train/step-by-step-gold-s0",
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _not_a_record(path, error) from None
+    if not isinstance(record, dict):
+        raise _not_a_record(path, TypeError(type(record).__name__))
+    return record
+
+
+def read_student(folder: Path) -> TrainedStudent:
+    """A finished student by its training record; its path is ``folder``, as a run may have moved. Raises UserError."""
+    record = training_record(folder)
+    try:
+        return TrainedStudent.model_validate(record["student"] | {"path": str(folder)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_a_record(folder / TRAINING_RECORD, error) from None
+
+
+def _not_a_record(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is not a training record ({error!r})", hint="train that student again"
+    )
+
+
+def _status_after(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, PartialError):
+        return "partial"
+    return "failed"
+
+
+def _aside_names(path: Path, mark: str) -> Iterator[Path]:
+    """The paths under which ``path`` is set aside: the first one, then those for when it is taken."""
+    suffix = ".jsonl" if path.name.endswith(".jsonl") else ""
+    name = f"{path.name.removesuffix(suffix)}-{mark[:12]}"
+    while True:
+        yield path.parent / "aside" / f"{name}{suffix}"
+        name += "+"
+
+
+# --- to be replaced by RunFolder
+
+
+def run_folder(recipe: Recipe, out: str | Path | None = None) -> Path:
+    return RunFolder.of(recipe, out).path
+
+
+def annotation_file(run: Path, split: str) -> Path:
+    return RunFolder(run).annotations(split)
 
 
 def read_manifest(stage: Path) -> dict[str, Any]:
-    """A stage's ``manifest.json``, or {} where there is none yet."""
-    try:
-        record = json.loads((stage / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return RunFolder(stage.parent).manifest(stage.name)

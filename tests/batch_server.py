@@ -1,4 +1,4 @@
-"""A loopback endpoint with the OpenAI Batch API: files, batches, and what can go wrong with them. Counts what it is sent."""
+"""A loopback server with the OpenAI Batch API: files, batches and their failures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ Line = dict[str, Any]
 
 
 class BatchServer:
-    """``answer(body)`` is a request's text, or (status, body) of its failure; ``expired`` names the custom ids left undone.
+    """``answer(body)`` returns a request's text, or (status, body) for a failure.
 
-    A batch is done after ``polls`` looks at it. ``refuse`` lets every batch fail as a whole.
+    A batch is done after it was polled ``polls`` times. ``expire`` selects requests that expire;
+    ``refuse`` is the reason with which every batch fails. ``requests`` counts batched requests,
+    ``online`` the others.
     """
 
     def __init__(
@@ -25,11 +27,13 @@ class BatchServer:
     ) -> None:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
-        self.looks: dict[str, int] = {}
+        self.poll_counts: dict[str, int] = {}
         self.requests = 0
         self.online = 0
         self.expire: Callable[[dict[str, Any]], bool] = lambda body: False
-        self._answer, self._polls, self._refuse = answer, polls, refuse
+        self._answer = answer
+        self._polls = polls
+        self._refuse = refuse
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,7 +50,7 @@ class BatchServer:
                     )
                     name = f"file-{len(server.files)}"
                     server.files[name] = content
-                    self.say(
+                    self.respond(
                         {
                             "id": name,
                             "object": "file",
@@ -57,23 +61,23 @@ class BatchServer:
                         }
                     )
                 elif self.path.endswith("/batches"):
-                    self.say(server.create(json.loads(data)))
+                    self.respond(server.create(json.loads(data)))
                 else:
                     server.online += 1
-                    self.say(completion(server._answer(json.loads(data))))
+                    self.respond(completion(server._answer(json.loads(data))))
 
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 if path.endswith("/content"):
-                    self.say(server.files[path.split("/")[-2]])
+                    self.respond(server.files[path.split("/")[-2]])
                 elif path.endswith("/batches"):
-                    self.say(
+                    self.respond(
                         {"object": "list", "data": list(server.batches.values()), "has_more": False}
                     )
                 else:
-                    self.say(server.look(path.rpartition("/")[2]))
+                    self.respond(server.poll(path.rpartition("/")[2]))
 
-            def say(self, value: Any) -> None:
+            def respond(self, value: Any) -> None:
                 payload = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -91,21 +95,23 @@ class BatchServer:
         self._server = Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
-    def create(self, wish: dict[str, Any]) -> dict[str, Any]:
+    def create(self, options: dict[str, Any]) -> dict[str, Any]:
         name = f"batch-{len(self.batches)}"
-        self.looks[name] = 0
+        self.poll_counts[name] = 0
         self.batches[name] = {
-            "id": name, "object": "batch", "endpoint": wish["endpoint"], "input_file_id": wish["input_file_id"],
-            "completion_window": wish["completion_window"], "metadata": wish.get("metadata"), "created_at": 0,
+            "id": name, "object": "batch",
+            "endpoint": options["endpoint"], "input_file_id": options["input_file_id"],
+            "completion_window": options["completion_window"], "metadata": options.get("metadata"),
+            "created_at": 0,
             "status": "in_progress", "errors": None, "output_file_id": None, "error_file_id": None,
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
         }  # fmt: skip
         return self.batches[name]
 
-    def look(self, name: str) -> dict[str, Any]:
+    def poll(self, name: str) -> dict[str, Any]:
         batch = self.batches[name]
-        self.looks[name] += 1
-        if self.looks[name] >= self._polls and batch["status"] == "in_progress":
+        self.poll_counts[name] += 1
+        if self.poll_counts[name] >= self._polls and batch["status"] == "in_progress":
             self.finish(name, batch)
         return batch
 
@@ -116,7 +122,9 @@ class BatchServer:
                 "errors": {"object": "list", "data": [{"message": self._refuse, "line": 1}]},
             }
             return
-        done, failed, status = [], [], "completed"
+        done = []
+        failed = []
+        status = "completed"
         for line in map(json.loads, self.files[batch["input_file_id"]].decode().splitlines()):
             self.requests += 1
             if self.expire(line["body"]):
@@ -129,8 +137,8 @@ class BatchServer:
                 )
                 status = "expired"
                 continue
-            said = self._answer(line["body"])
-            code, body = (200, completion(said)) if isinstance(said, str) else said
+            answer = self._answer(line["body"])
+            code, body = (200, completion(answer)) if isinstance(answer, str) else answer
             target = done if code == 200 else failed
             target.append(
                 {

@@ -1,4 +1,4 @@
-"""A loopback OpenAI-compatible server for tests: scripted, counting, bounded. Shipped with the tests, never mocked."""
+"""A loopback OpenAI-compatible server for tests: scripted, counting, and never mocked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Scripted = tuple[int, dict[str, str], bytes]  # status, headers, body
@@ -27,10 +28,22 @@ def completion(text: str, *, finish_reason: str = "stop", chat: bool = True) -> 
     }
 
 
-class LoopbackServer:
-    """``answer(body, number)`` returns the reply's text, or (status, headers, body) for anything but a 200.
+def question(body: dict[str, Any]) -> str:
+    """The row's text in a request: the last message, or the whole prompt."""
+    return str(body["messages"][-1]["content"] if "messages" in body else body["prompt"])
 
-    ``received`` counts every request by its prompt, ``completed`` those whose 200 reply was written out whole.
+
+def read_rows(run: Path, split: str = "train") -> list[dict[str, Any]]:
+    """The annotations that a run wrote."""
+    path = run / "annotate" / f"{split}.jsonl"
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+class LoopbackServer:
+    """``answer(body, number)`` returns the reply's text, or (status, headers, body) for another.
+
+    ``received`` counts all requests by prompt, ``completed`` those whose 200 reply was written
+    completely.
     """
 
     def __init__(
@@ -79,9 +92,8 @@ class LoopbackServer:
             daemon_threads = True
             request_queue_size = 128
 
-            def handle_error(
-                self, request: Any, client_address: Any
-            ) -> None: ...  # a killed client is no fault
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """A killed client is not a failure."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)

@@ -122,7 +122,7 @@ def test_json_is_the_only_thing_on_stdout_and_partial_work_exits_3(
             "run",
             cwd=tmp_path,
         )
-    assert first.returncode == 3 and "1 rows got no reply" in first.stderr
+    assert first.returncode == 3 and "1 row got no reply" in first.stderr
     assert json.loads(first.stdout)["splits"]["train"]["rejected"] == {"no-reply": 1}
     assert second.returncode == 0 and json.loads(second.stdout)["splits"]["train"]["rejected"] == {}
 

@@ -14,7 +14,15 @@ from conftest import ROOT, write_jsonl
 
 from dsbs import files
 from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.files import atomic, canonical_json, digest, find, hold, manifest, read_jsonl, write_json
+from dsbs.files import (
+    atomic_write,
+    canonical_json,
+    digest,
+    find_file,
+    lock_folder,
+    read_jsonl,
+    write_json,
+)
 
 # --- atomic writes
 
@@ -35,7 +43,7 @@ def test_a_body_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "result.json"
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         file.write("{}")
         assert not path.exists()
     assert path.read_text() == "{}"
@@ -65,7 +73,7 @@ def test_a_folder_that_is_a_file_is_told_not_thrown(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("not a folder")
     with pytest.raises(DsbsError, match="runs"):
         write_json(tmp_path / "runs" / "results.json", {})
-    with pytest.raises(DsbsError, match="runs"), hold(tmp_path / "runs"):
+    with pytest.raises(DsbsError, match="runs"), lock_folder(tmp_path / "runs"):
         pass
 
 
@@ -181,22 +189,24 @@ def test_equal_values_have_one_canonical_text() -> None:
 
 
 def test_a_second_holder_is_refused_and_told_who_holds(tmp_path: Path) -> None:
-    with hold(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         with (
             pytest.raises(
                 DsbsError, match=rf"run is in use by process {os.getpid()} on "
             ) as caught,
-            hold(tmp_path / "run"),
+            lock_folder(tmp_path / "run"),
         ):
             pass
         assert "run the same command" in caught.value.hint
-    with hold(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         pass  # free again
 
 
 def test_another_process_that_holds_is_named_and_its_death_frees_the_folder(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from dsbs.files import hold\n"
-    code += "with hold(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    code = "import sys, pathlib; from dsbs.files import lock_folder\n"
+    code += (
+        "with lock_folder(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -207,17 +217,17 @@ def test_another_process_that_holds_is_named_and_its_death_frees_the_folder(tmp_
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(DsbsError, match=f"process {other.pid} "), hold(tmp_path):
+        with pytest.raises(DsbsError, match=f"process {other.pid} "), lock_folder(tmp_path):
             pass
     finally:
         other.kill()
         other.communicate()
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
 def test_different_folders_are_held_side_by_side(tmp_path: Path) -> None:
-    with hold(tmp_path / "a"), hold(tmp_path / "b"):
+    with lock_folder(tmp_path / "a"), lock_folder(tmp_path / "b"):
         assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
@@ -234,13 +244,15 @@ def test_a_file_is_looked_for_here_then_beside_then_among_what_ships(
     monkeypatch.chdir(here)
 
     def found() -> str:
-        return find("prompts/svamp.yaml", what="prompt", hint="-", beside=beside).read_text()[:6]
+        return find_file("prompts/svamp.yaml", what="prompt", hint="-", beside=beside).read_text()[
+            :6
+        ]
 
     assert found() == "here"
     (here / "prompts" / "svamp.yaml").unlink()
     assert found() == "beside"
     (beside / "prompts" / "svamp.yaml").unlink()
-    shipped = find("prompts/svamp.yaml", what="prompt", hint="-", beside=beside)
+    shipped = find_file("prompts/svamp.yaml", what="prompt", hint="-", beside=beside)
     assert shipped.resolve() == ROOT / "prompts" / "svamp.yaml"
 
 
@@ -248,67 +260,21 @@ def test_only_what_ships_is_found_in_the_projects_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find("data/support/train.csv", what="data file", hint="-").is_file()
+    assert find_file("data/support/train.csv", what="data file", hint="-").is_file()
     with pytest.raises(
         UserError, match=r"data file data/support/absent\.csv does not exist \(looked from "
     ):
-        find("data/support/absent.csv", what="data file", hint="-")
+        find_file("data/support/absent.csv", what="data file", hint="-")
 
 
 def test_an_absolute_path_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "x.csv").write_text("")
     with pytest.raises(UserError, match="does not exist"):
-        find(tmp_path / "x.csv", what="data file", hint="-", beside=tmp_path / "sub")
+        find_file(tmp_path / "x.csv", what="data file", hint="-", beside=tmp_path / "sub")
 
 
 def test_a_folder_is_said_to_be_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder") as caught:
-        find(tmp_path, what="recipe", hint="give a file")
+    with pytest.raises(UserError, match="is a directory") as caught:
+        find_file(tmp_path, what="recipe", hint="give a file")
     assert caught.value.hint == "give a file"
-
-
-# --- manifests
-
-
-def status(path: Path) -> str:
-    return json.loads(path.read_text())["status"]
-
-
-def test_a_manifest_says_running_and_then_done(tmp_path: Path) -> None:
-    path = tmp_path / "train" / "manifest.json"
-    with manifest(path, {"name": "x"}, {"train": "abc"}) as record:
-        assert status(path) == "running"
-        record["rows"] = 3
-    kept = json.loads(path.read_text())
-    assert kept["status"] == "done"
-    assert (kept["recipe"], kept["data"], kept["rows"]) == ({"name": "x"}, {"train": "abc"}, 3)
-    assert kept["started"] <= kept["ended"]
-    assert kept["versions"]["python"]
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (ValueError("bug"), "failed"),
-        (DsbsError("no teacher", hint="-"), "failed"),
-        (KeyboardInterrupt(), "interrupted"),
-        (PartialError("stopped", hint="-"), "partial"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
-)
-def test_a_manifest_tells_how_the_stage_ended(
-    tmp_path: Path, error: BaseException, expected: str
-) -> None:
-    path = tmp_path / "manifest.json"
-    with pytest.raises(type(error)), manifest(path, {}, {}):
-        raise error
-    assert status(path) == expected
-    assert json.loads(path.read_text())["ended"]
-
-
-def test_a_stage_may_name_its_own_end(tmp_path: Path) -> None:
-    path = tmp_path / "manifest.json"
-    with manifest(path, {}, {}) as record:
-        record["status"] = "partial"
-    assert status(path) == "partial"

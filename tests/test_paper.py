@@ -17,7 +17,7 @@ from conftest import ROOT, run_dsbs
 from dsbs.config.load import load_recipe
 from dsbs.tasks import make_task
 from dsbs.tasks.load import load
-from dsbs.training.methods import grid
+from dsbs.training.grid import grid
 
 TASKS = ("anli", "cqa", "esnli", "svamp")
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

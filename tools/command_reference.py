@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from dsbs.cli import app
-from dsbs.files import atomic
+from dsbs.files import atomic_write
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
 HEAD = """\
@@ -103,6 +103,6 @@ def cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    with atomic(PAGE) as file:
+    with atomic_write(PAGE) as file:
         file.write(page())
     print(PAGE, file=sys.stderr)

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from dsbs.config.schema import comments, section_of, sections
 from dsbs.config.sections import as_tuple
-from dsbs.files import atomic
+from dsbs.files import atomic_write
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe-reference.md"
 HEAD = """\
@@ -138,6 +138,6 @@ def text(said: str) -> str:
 
 
 if __name__ == "__main__":
-    with atomic(PAGE) as file:
+    with atomic_write(PAGE) as file:
         file.write(page())
     print(PAGE, file=sys.stderr)

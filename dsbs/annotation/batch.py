@@ -25,7 +25,7 @@ from dsbs.annotation.batch_files import (
 from dsbs.annotation.store import ReplyStore
 from dsbs.annotation.summary import SplitSummary
 from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.files import atomic
+from dsbs.files import atomic_write
 from dsbs.formatting import count
 from dsbs.progress import Progress, running
 
@@ -205,7 +205,7 @@ class BatchClient:
                 text = self._openai.files.content(file_id).text
             if text and not text.endswith("\n"):
                 text += "\n"
-            with atomic(path) as file:
+            with atomic_write(path) as file:
                 file.write(text)
             file_replies, file_failures = batch.store_replies(path, store)
             replies += file_replies

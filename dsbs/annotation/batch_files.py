@@ -20,7 +20,7 @@ from dsbs.annotation.backends.openai import error_message, read_reply
 from dsbs.annotation.requester import estimated_tokens, max_requests_reached
 from dsbs.annotation.store import ReplyStore, token_budget
 from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.files import atomic, canonical_json, open_text, read_jsonl, write_json
+from dsbs.files import atomic_write, canonical_json, open_text, read_jsonl, write_json
 from dsbs.formatting import dollars
 from dsbs.records.rows import Example
 
@@ -215,7 +215,10 @@ def _write_batch(
     lines = 0
     size = 0
     pending: Pending | None = first
-    with atomic(folder / "requests.jsonl") as requests, atomic(folder / "keys.jsonl") as keys:
+    with (
+        atomic_write(folder / "requests.jsonl") as requests,
+        atomic_write(folder / "keys.jsonl") as keys,
+    ):
         while pending is not None:
             if lines >= annotator.recipe.annotate.batch.max_requests or size >= _FILE_BYTES:
                 break
@@ -280,7 +283,7 @@ def export(annotator: Annotator, store: ReplyStore, run: Path, path: Path) -> in
     if path.exists():
         raise UserError(f"{path} exists already", hint="name another file, or move it away")
     pending = PendingRequests(annotator, store, set())
-    with atomic(path) as file:  # first, because the path may not be writable
+    with atomic_write(path) as file:  # first, because the path may not be writable
         batches = write_batches(annotator, pending, batches_folder(run), "exported")
         for batch in batches:
             with (batch.folder / "requests.jsonl").open(encoding="utf-8", newline="\n") as lines:

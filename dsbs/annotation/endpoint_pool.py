@@ -274,8 +274,8 @@ class EndpointPool:
     ) -> EndpointState | None:
         """The free endpoint whose turn is first; None: each of them must wait."""
         ready = [state for state in free if state.ready_at <= now]
-        others = [state for state in ready if state is not last]
-        return min(others or ready, key=lambda state: state.turn, default=None)
+        alternatives = [state for state in ready if state is not last]
+        return min(alternatives or ready, key=lambda state: state.turn, default=None)
 
     def _start(self, state: EndpointState, tokens: int, now: float) -> None:
         state.start_request(tokens, now)

@@ -16,11 +16,11 @@ from dsbs.annotation.store import ReplyStore, open_store, store_path
 from dsbs.annotation.summary import SplitSummary, rounded_interval, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.files import canonical_json, hold
+from dsbs.files import canonical_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.results import Rate, wilson
 from dsbs.records.rows import Example
-from dsbs.run_folder import run_folder
+from dsbs.run_folder import RunFolder, run_folder
 from dsbs.tasks.load import position
 
 ASSUMED_SECONDS = 3.0  # of a reply, until one has been timed
@@ -225,7 +225,7 @@ def annotate_sample(
         annotations = teacher.annotations(sample, recipe.annotate.splits[0])
         write_annotations(path, annotations, annotator.task, summary)
         return summary, None
-    with hold(run / "annotate"), open_store(run) as store:
+    with RunFolder(run).lock("annotate"), open_store(run) as store:
         rows = RowsToRequest(path.stem, sample, len(sample), summary)
         stopped = buy_online(annotator, teacher, store, [rows], progress)
         write_annotations(path, annotator.derive(store, sample), annotator.task, summary)

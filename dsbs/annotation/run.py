@@ -33,10 +33,10 @@ from dsbs.annotation.store import ReplyStore, open_store, store_path
 from dsbs.annotation.summary import AnnotateResult, SplitSummary, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import PartialError, UserError
-from dsbs.files import hold, manifest
 from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress, running
-from dsbs.run_folder import annotation_file, run_folder, source_fingerprint
+from dsbs.prompting import source_fingerprint
+from dsbs.run_folder import RunFolder, annotation_file, run_folder
 from dsbs.tasks.load import survey
 
 Buying = Literal["online", "batch", "nothing"]  # how missing replies are bought
@@ -78,11 +78,11 @@ def annotate(
         teacher = make_teacher(recipe)  # before any file is written: a missing key leaves no trace
         teacher.check_run_folder(parent_run)
     with (
-        hold(run / "annotate"),
-        manifest(
-            run / "annotate" / "manifest.json",
-            recipe.model_dump(mode="json"),
-            {split: found.hash for split, found in surveys.items()},
+        RunFolder(run).lock("annotate"),
+        RunFolder(run).record(
+            "annotate",
+            recipe,
+            {split: rows.hash for split, rows in surveys.items()},
         ) as record,
     ):
         record.update(_manifest_entries(annotator, teacher))
@@ -241,5 +241,5 @@ def export_batch(recipe: Recipe, path: Path, *, out: str | Path | None = None) -
         )
     annotator = Annotator(recipe)
     run = run_folder(recipe, out)
-    with hold(run / "annotate"), open_store(run) as store:
+    with RunFolder(run).lock("annotate"), open_store(run) as store:
         return export(annotator, store, run, path)

@@ -1,4 +1,4 @@
-"""The commands: parse, call one stage, print its summary. Results go to stdout, all else to stderr."""
+"""Command line: one module per command; results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -6,46 +6,54 @@ import errno
 import logging
 import os
 import sys
+from importlib import import_module
 
 import typer
 
-from dsbs.cli import compress, desk, export, serve, students, teachers
 from dsbs.errors import DsbsError
+
+# In the order of `dsbs --help`.
+COMMANDS = {
+    "init": "dsbs.cli.init:init",
+    "doctor": "dsbs.cli.doctor:doctor",
+    "validate": "dsbs.cli.validate:validate",
+    "annotate": "dsbs.cli.annotate:annotate",
+    "merge": "dsbs.cli.annotate:merge",
+    "compare-teachers": "dsbs.cli.compare_teachers:compare_teachers",
+    "train": "dsbs.cli.train:train",
+    "eval": "dsbs.cli.evaluate:evaluate",
+    "report": "dsbs.cli.report:report",
+    "predict": "dsbs.cli.predict:predict",
+    "compress": "dsbs.cli.compress:compress",
+    "export": "dsbs.cli.export:export",
+    "serve": "dsbs.cli.serve:serve",
+    "ls": "dsbs.cli.ls:ls",
+    "show": "dsbs.cli.show:show",
+    "schema": "dsbs.cli.init:schema",
+}
 
 app = typer.Typer(
     name="dsbs",
-    help="Distilling Step-by-Step: annotate with a large teacher, train a small student, compare it with its baselines.",
+    help="Distilling Step-by-Step: annotate rows with a large teacher, train a small student, "
+    "compare it with its baselines.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(desk.init)
-app.command()(desk.doctor)
-app.command()(students.validate)
-app.command()(teachers.annotate)
-app.command()(teachers.merge)
-app.command("compare-teachers")(teachers.compare_teachers)
-app.command()(students.train)
-app.command("eval")(students.evaluate)
-app.command()(students.report)
-app.command()(students.predict)
-app.command()(compress.compress)
-app.command()(export.export)
-app.command()(serve.serve)
-app.command()(desk.ls)
-app.command()(desk.show)
-app.command()(desk.schema)
+for _name, _spec in COMMANDS.items():
+    _module, _function = _spec.split(":")
+    app.command(_name)(getattr(import_module(_module), _function))
 
 
 def _exit_code() -> int:
-    """Run the command line; a failure that a person can act on becomes its message and exit code."""
+    """Run the command line; an error that the user can act on is a message and an exit code."""
     try:
         try:
             app()
         finally:
             sys.stdout.flush()
-    except SystemExit as end:  # how typer ends: the code is already said
+    except SystemExit as end:  # how typer ends; its message is already printed
         if end.code == 130:
             print("dsbs: interrupted; run the same command to continue", file=sys.stderr)
         return end.code if isinstance(end.code, int) else 0
@@ -53,9 +61,8 @@ def _exit_code() -> int:
         print(f"dsbs: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the reader left: nothing more to say
+        # Nobody reads stdout any more: the interpreter's own flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -71,13 +78,13 @@ def _exit_code() -> int:
 def main() -> None:
     """Entry point of ``dsbs``.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 3 partial and resumable, 4 below a gate (``eval``, ``compress``), 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 bad usage, recipe or data, 3 partial and resumable, 4 below a
+    gate (``eval``, ``compress``), 130 interrupted.
     """
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # our own message says once what it says forty times
+    # A model that is missing is reported once by dsbs; the Hub client would warn dozens of times.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(_exit_code())

@@ -1,14 +1,14 @@
-"""``dsbs compress``: smaller students out of a trained one."""
+"""``dsbs compress``: make a trained student smaller."""
 
 from __future__ import annotations
 
 import signal
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsbs.cli.common import DryRun, Json, print_json, progress
+from dsbs.cli.common import DryRun, Json, print_json, print_table, progress
+from dsbs.formatting import count
 
 if TYPE_CHECKING:
     from dsbs.compression.run import CompressResult
@@ -17,45 +17,57 @@ if TYPE_CHECKING:
 def compress(
     student: Annotated[
         str,
-        typer.Argument(metavar="STUDENT", help="A run's student, or a compressed one, whose chain goes on: its folder."),
+        typer.Argument(
+            metavar="STUDENT",
+            help="Folder of a run's student, or of a compressed one, whose chain continues.",
+        ),
     ],
     methods: Annotated[
         list[str],
         typer.Option(
             "--method",
             metavar="STEP=VALUE",
-            help="prune-heads, prune-ff, drop-layers, magnitude (of a share that goes), low-rank (of a share or energy:share "
-            "that stays), quantize (int8, int16, float16). Several make a chain.",
+            help="prune-heads, prune-ff, drop-layers, magnitude (the share to remove), low-rank "
+            "(the share, or energy:share, to keep), quantize (int8, int16, float16). Repeat the "
+            "option for a chain of steps.",
             show_default=False,
         ),
     ],
     max_drop: Annotated[
-        float, typer.Option(min=0, max=1, metavar="X", help="Accuracy on valid that may be lost against the original.")
+        float,
+        typer.Option(
+            min=0, max=1, metavar="X", help="Largest acceptable loss of accuracy on valid."
+        ),
     ] = 0.02,
     heal_steps: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", show_default=False,
-            help="Optimizer steps that each changed student trains on; 0: none. Default: a tenth of train.max_steps.",
+            min=0,
+            metavar="N",
+            show_default=False,
+            help="Optimizer steps of fine-tuning after each step; 0: none. Default: a tenth of "
+            "train.max_steps.",
         ),
     ] = None,
     heal_learning_rate: Annotated[
         float | None,
         typer.Option(
-            metavar="X", show_default=False, help="Of that training, above 0. Default: a third of the student's own.",
+            metavar="X",
+            show_default=False,
+            help="Learning rate of that fine-tuning, above 0. Default: a third of the student's.",
         ),
     ] = None,
     as_json: Json = False,
     dry_run: DryRun = False,
-) -> None:  # fmt: skip
-    """Make smaller students of a trained one: prune, factor, quantise; each healed and held against it on valid."""
-    from dsbs.compression import run as engine
+) -> None:
+    """Prune, factorise or quantise a student; fine-tune after each step and compare on valid."""
+    from dsbs.compression import run as stage
 
     if dry_run:
         _print_plan(student, methods, heal_steps, heal_learning_rate, as_json=as_json)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
-    result = engine.compress(
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it, like Ctrl-C
+    result = stage.compress(
         student,
         methods,
         max_drop=max_drop,
@@ -98,27 +110,19 @@ def _print_plan(
     if as_json:
         print_json({"steps": lines})
         return
-    for line in lines:
-        healing = (
-            f"{line['healing_steps']} steps of healing" if line["healing_steps"] else "no healing"
-        )
-        print(f"{line['name']}: {'finished before' if line['done'] else healing}; {line['path']}")
+    for step in steps:
+        state = "no healing"
+        if step.done:
+            state = "already done"
+        elif step.healing_steps:
+            state = f"{count(step.healing_steps, 'step')} of healing"
+        print(f"{'+'.join(step.chain)}: {state}; {step.folder}")
 
 
 def _print_steps(result: CompressResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from dsbs.compression.table import HEADINGS, cells, original_cells
 
-    table = Table(
-        title=f"{result.origin.student.name} on {result.steps[0].n} rows of valid",
-        title_justify="left",
-    )
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right")
-    table.add_row(*original_cells(result.steps[-1].original))
-    for record in result.steps:
-        table.add_row(*cells(record))
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
+    rows = [original_cells(result.steps[-1].original), *map(cells, result.steps)]
+    title = f"{result.origin.student.name} on {count(result.steps[0].n, 'row')} of valid"
+    print_table(HEADINGS, rows, title=title, numeric=True)
     print(f"students: {', '.join(map(str, result.folders))}")

@@ -1,14 +1,16 @@
-"""The command that writes a student in another format."""
+"""``dsbs export``: write a student in another format."""
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsbs.cli.common import Json, print_json, progress
-from dsbs.errors import UserError
+from dsbs.cli.common import Json, print_json, progress, read_rows
+from dsbs.formatting import count, megabytes, percent
+
+if TYPE_CHECKING:
+    from dsbs.exporting.exported import Exported
 
 
 def export(
@@ -19,7 +21,8 @@ def export(
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="How weights are kept, e.g. int8 or float32. Default: ct2 int8, gguf float16, others float32.",
+            help="Type of the weights, e.g. int8 or float32. Default: int8 for ct2, float16 for "
+            "gguf, float32 for others.",
             show_default=False,
         ),
     ] = None,
@@ -27,7 +30,7 @@ def export(
         str | None,
         typer.Option(
             "--out",
-            help="Folder. Default: STUDENT/export/<format>[-<quantize>].",
+            help="Output folder. Default: STUDENT/export/<format>[-<quantize>].",
             show_default=False,
         ),
     ] = None,
@@ -35,56 +38,54 @@ def export(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Text or JSONL to compare on, a row a line. Default: the run's valid rows, or made texts.",
+            help="Text or JSONL rows to compare the export on. Default: the run's valid rows, or "
+            "generated texts.",
             show_default=False,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a student so that it runs without dsbs, and compare it with the student."""
+    """Write a student in a format that runs without dsbs, and compare it with the original."""
     from dsbs.exporting.run import export as run
 
     texts = None if examples is None else _texts(student, examples)
-    done = run(student, format, quantize=quantize, out=out, examples=texts, progress=progress())
+    exported = run(student, format, quantize=quantize, out=out, examples=texts, progress=progress())
     if as_json:
-        print_json(done.model_dump(mode="json", by_alias=True) | {"path": str(done.path)})
-        return
-    found = done.equivalence
+        print_json(exported.model_dump(mode="json", by_alias=True) | {"path": str(exported.path)})
+    else:
+        _print_export(exported)
+
+
+def _print_export(exported: Exported) -> None:
+    check = exported.equivalence
     print(
-        f"{done.path}: {done.format} {done.quantize}, {done.megabytes:.2f} MB, {done.smaller:.1f} times smaller"
+        f"{exported.path}: {exported.format} {exported.quantize}, {megabytes(exported.megabytes)}, "
+        f"{exported.smaller:.1f} times smaller"
     )
-    parts = [f"{100 * found.greedy_agreement:.1f} % of greedy texts equal"]
-    if found.beam_agreement is not None:
-        parts.append(f"{100 * found.beam_agreement:.1f} % by beam search")
-    if found.score_difference is not None:
-        parts.append(f"log-probabilities within {found.score_difference:.2g} nats")
-    print(f"against transformers on {found.rows} rows ({found.source}): {', '.join(parts)}")
-    print(f"try: python {done.path / 'predict.py'}, which reads a text in each line of stdin")
+    figures = [f"{percent(check.greedy_agreement)} of greedy outputs equal"]
+    if check.beam_agreement is not None:
+        figures.append(f"{percent(check.beam_agreement)} with beam search")
+    if check.score_difference is not None:
+        figures.append(f"log-probabilities within {check.score_difference:.2g} nats")
+    print(
+        f"compared with transformers on {count(check.rows, 'row')} ({check.source}): "
+        f"{', '.join(figures)}"
+    )
+    print(f"try: python {exported.path / 'predict.py'}, which reads one text per line from stdin")
 
 
 def _texts(student: str, file: str) -> list[str]:
-    """Inputs without prefix, of lines that are text or JSON rows as the student's data had them."""
-    from dsbs.files import find, open_text
+    """Inputs without prefix, from lines of text or JSON rows with the student's columns."""
     from dsbs.students import read_card
     from dsbs.tasks import make_task
 
     task = make_task(read_card(student).task)
     texts = []
-    with open_text(find(file, what="examples", hint="give a text or JSONL file")) as lines:
-        for number, line in enumerate(lines, 1):
-            text = line.strip()
-            if text.startswith("{"):
-                try:
-                    row = json.loads(text)
-                except (ValueError, RecursionError):
-                    raise UserError(
-                        f"{file}:{number}: not valid JSON",
-                        hint="a line is a JSON object or plain text",
-                    ) from None
-                nested = row.get("input")
-                texts.append(
-                    task.text(task.fields(nested if isinstance(nested, dict) else row, "input"))
-                )
-            elif text:
-                texts.append(text)
+    for _, row in read_rows(file):
+        if isinstance(row, str):
+            texts.append(row)
+        else:
+            nested = row.get("input")
+            fields = nested if isinstance(nested, dict) else row
+            texts.append(task.text(task.fields(fields, "input")))
     return texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from dsbs.errors import UserError
 from dsbs.progress import Progress
 from dsbs.students import load_tokenizer, read_card, start_token
 from dsbs.tasks import make_task
-from dsbs.training.cell import CellTraining
 from dsbs.training.encode import Encoder, collate, pad
-from dsbs.training.methods import Cell, View, method_of
+from dsbs.training.grid import StudentSpec
+from dsbs.training.methods import View, method_of
 from dsbs.training.rows import Data, gather
+from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
-from dsbs.training.tune import Job
 
 _ROWS = 256  # that importance is estimated on
 _AT_ONCE = 32
@@ -47,7 +48,7 @@ class FineTuneData:
             }
         )
         labels: LabelSource = "teacher" if student.labels == "teacher" else "gold"
-        self.cell = Cell(plain, labels, student.seed, student.subset)
+        self.spec = StudentSpec(plain, labels, student.seed, self.section, student.subset)
         self.views: tuple[View, ...] = method_of(plain).views(self.section)
         card = read_card(student.path)
         if {view.target: view.prefix for view in self.views} != card.prefixes:
@@ -63,7 +64,7 @@ class FineTuneData:
     @cached_property
     def data(self) -> Data:
         task = make_task(self.recipe.task)
-        return gather(self.recipe, task, self._origin.run, [self.cell] if self._needs_train else [])
+        return gather(self.recipe, task, self._origin.run, [self.spec] if self._needs_train else [])
 
     def _tokens(self, tokenizer: Any) -> Tokens:
         return Tokens(tokenizer, self._origin.run / "train" / "tokens", self._progress)
@@ -71,12 +72,12 @@ class FineTuneData:
     def batches(self, model: Any, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
         """See ``Examples``: `_ROWS` train rows at most, those that come first by a hash of their ids."""
         student = self.recipe.student
-        most = min(_ROWS, len(self.data.part(self.cell.subset)))
+        most = min(_ROWS, len(self.data.subset(self.spec.subset)))
         chosen = [self.data.train[i] for i in self.data.order[:most]]
         encoder = Encoder(
             self._tokens(tokenizer), student.max_input_tokens, student.max_target_tokens
         )
-        rows = encoder.rows(chosen, self.views, self.cell.labels)
+        rows = encoder.rows(chosen, self.views, self.spec.labels)
         for first in range(0, len(rows), _AT_ONCE):
             flats = collate(rows[first : first + _AT_ONCE])
             for view in self.views:
@@ -113,7 +114,13 @@ class FineTuneData:
             }
         )
         tokenizer = load_tokenizer(str(start))
-        job = Job(self.cell, section, folder, title, keep_zeros=keep_zeros)
+        spec = replace(
+            self.spec, section=section, heading=title, directory=str(folder), keep_zeros=keep_zeros
+        )
         recipe = self.recipe.model_copy(update={"train": section})
-        CellTraining(recipe, job, self.data, tokenizer, self._tokens(tokenizer)).run(self._progress)
+        train_folder = self._origin.run / "train"
+        healed = StudentRun(
+            recipe, spec, self.data, tokenizer, self._tokens(tokenizer), train_folder
+        )
+        healed.run(self._progress)
         return folder

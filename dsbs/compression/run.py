@@ -21,18 +21,15 @@ from dsbs.compression.source import WORK, SourceStudent, find_origin, fingerprin
 from dsbs.compression.table import frontier
 from dsbs.errors import GateError, UserError
 from dsbs.files import (
-    aside,
-    atomic,
+    atomic_write,
     canonical_json,
     digest,
-    hold,
-    manifest,
-    room,
-    set_aside,
+    full_disk_as_partial,
     write_json,
 )
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.compression import RECORD, Compressed, Measurement, read_record
+from dsbs.run_folder import RunFolder
 from dsbs.students import CARD, read_card
 
 MAX_DROP = 0.02
@@ -174,10 +171,10 @@ def compress(
             f"warning: {origin.student.name} was trained by other settings than its run's last recipe, which it heals by"
         )
     found: list[Compressed] = []
-    recorded = origin.recipe.model_dump(mode="json")
+    run, stage = RunFolder(origin.run), f"compress/{origin.student.name}"
     with (
-        hold(origin.folder),
-        manifest(origin.folder / "manifest.json", recorded, {"valid": valid_hash(lessons)}),
+        run.lock(stage),
+        run.record(stage, origin.recipe, {"valid": valid_hash(lessons)}),
     ):
         for step in steps:
             _make_room(step)
@@ -185,13 +182,13 @@ def compress(
                 progress.say(f"{'+'.join(step.chain)}: finished before, kept")
                 found.append(_judged(step.folder, max_drop))
             else:
-                with room(
+                with full_disk_as_partial(
                     origin.folder,
                     "free some space, then run the same command: it goes on where it stood",
                 ):
                     found.append(_make(step, origin, lessons, yardstick, max_drop, progress))
             shutil.rmtree(step.work, ignore_errors=True)
-            with atomic(origin.folder / "frontier.md") as file:
+            with atomic_write(origin.folder / "frontier.md") as file:
                 file.write(frontier(origin.folder))
             if not found[-1].accepted:
                 break
@@ -303,7 +300,6 @@ def _within(max_drop: float, original: Measurement, compressed: Measurement) -> 
 def _make_room(step: Planned) -> None:
     """What lies under the step's name and is another student's moves aside; ours comes back if it was aside."""
     if step.folder.exists() and not step.done:
-        set_aside(step.folder, fingerprint_of(step.folder) or "unknown")
-    mine = aside(step.folder, step.fingerprint)
-    if not step.folder.exists() and fingerprint_of(mine) == step.fingerprint:
-        mine.rename(step.folder)
+        RunFolder.set_aside(step.folder, fingerprint_of(step.folder))
+    if not step.folder.exists():
+        RunFolder.take_back(step.folder, step.fingerprint, fingerprint_of)

@@ -22,7 +22,7 @@ from dsbs.config.teacher import (
     PriceSection,
     TeacherSection,
 )
-from dsbs.config.terms import LocalTeacherSection, TermSection, TermSettings, base_of
+from dsbs.config.terms import LocalTeacherSection, TermSettings, base_of
 from dsbs.config.train import LoraSection, SelectSection, TrainSection
 from dsbs.files import canonical_json, digest
 
@@ -43,7 +43,6 @@ __all__ = [
     "StudentSection",
     "TaskSection",
     "TeacherSection",
-    "TermSection",
     "TermSettings",
     "TrainSection",
     "base_of",

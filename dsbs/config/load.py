@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from dsbs.config import Recipe, Section
 from dsbs.config.yaml_lines import Located, Path_, dotted, load_located
 from dsbs.errors import UserError
-from dsbs.files import find
+from dsbs.files import find_file
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -22,7 +22,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     ``overrides`` are ``key=value`` texts, split on the first ``=``; the value is read as YAML.
     """
-    file = find(
+    file = find_file(
         path,
         what="recipe",
         hint="give the path of a YAML file; shipped ones are recipes/<name>.yaml",
@@ -80,7 +80,7 @@ def _fetch_teacher(data: dict[Any, Any], beside: Path) -> None:
     if not isinstance(name, str):
         return
     hint = "give a YAML file with a teacher: section; shipped ones are recipes/teachers/<name>.yaml"
-    file = find(name, what="teacher file", hint=hint, beside=beside)
+    file = find_file(name, what="teacher file", hint=hint, beside=beside)
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

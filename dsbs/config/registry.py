@@ -41,12 +41,12 @@ METHODS = {
     "label-then-rationale": "dsbs.training.methods:LABEL_THEN_RATIONALE",
 }
 
-# `kind` of an entry in `train.terms`: a subclass of dsbs.config.terms.TermSettings, the keys of such an entry.
+# `kind` of an entry in `train.terms`: a subclass of dsbs.training.distillation.base.Term.
 TERMS = {
-    "response": "dsbs.config.terms:TermSection",
-    "labels": "dsbs.config.terms:TermSection",
-    "feature": "dsbs.config.terms:TermSection",
-    "relation": "dsbs.config.terms:TermSection",
+    "response": "dsbs.training.distillation.response:ResponseTerm",
+    "labels": "dsbs.training.distillation.labels:LabelsTerm",
+    "feature": "dsbs.training.distillation.feature:FeatureTerm",
+    "relation": "dsbs.training.distillation.relation:RelationTerm",
 }
 
 # Names in `metrics` of results.json, in the order in which they are shown: a record, dsbs.evaluation.metrics.Metric.

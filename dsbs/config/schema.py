@@ -32,6 +32,9 @@ def comments(section: type[BaseModel]) -> dict[str, str]:
     """
     base = section.__mro__[1]
     found = {} if base is Section or not issubclass(base, Section) else comments(base)
+    for name, field in section.model_fields.items():
+        if field.description:
+            found[name] = re.sub(r"\bNone\b", "null", " ".join(field.description.split()))
     source = textwrap.dedent(inspect.getsource(section))
     said: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

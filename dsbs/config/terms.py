@@ -5,27 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from dsbs.config.registry import TERMS, entry
-from dsbs.config.sections import Section, as_tuple, unknown
+from dsbs.config.sections import Section, unknown
 
 _REMOVED = ("mutual-information", "consistency")
-# The keys that belong to some kinds of term alone.
-_OF = {
-    "divergence": ("response",),
-    "share": ("response",),
-    "temperature": ("response", "labels"),
-    "targets": ("response",),
-    "top_k": ("response",),
-    "source": ("labels",),
-    "layers": ("feature",),
-    "stacks": ("feature",),
-    "distance": ("relation",),
-    "angle": ("relation",),
-}
-# Those that compare a student with a local teacher; `labels` does where its source says so.
-_NEED_TEACHER = ("response", "feature", "relation")
 # What metrics.jsonl calls the losses of a method's own targets, and the trainer those of a whole training and a look at valid.
 _TAKEN = ("label", "rationale", "rationale-then-label", "label-then-rationale", "train", "eval")
 
@@ -41,108 +26,52 @@ def names_of_terms(method: str) -> list[str]:
 
 
 class TermSettings(Section):
-    """The keys of every entry of ``train.terms``; a kind of term is a subclass with the keys of that kind."""
+    """An entry of ``train.terms``; a kind of term is a subclass with its own keys, facts and loss.
 
+    A method learns a term if its name is added to the method's: methods: [step-by-step+response].
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    kind: str
+    """A registered kind of term."""
+    name: str | None = Field(None, pattern=r"^[a-z][a-z0-9-]*$")
+    """The term's name in methods. None: its kind."""
+    weight: float = Field(1.0, gt=0)
+    """Multiplies the term, which is added to the student's own loss."""
+
+    description: ClassVar[str] = "It also learned an additional loss term."
+    """One sentence for the model card."""
+    citation: ClassVar[str] = ""
+    """Its source, e.g. "Hinton et al., 2015, arXiv:1503.02531"."""
+    is_of_one_pass: ClassVar[bool] = False
+    """Whether it relates the rows of one forward pass, so that it depends on the micro-batch."""
     learns_projections: ClassVar[bool] = False
-    """Whether the term trains weights of its own, which LoRA's adapters cannot hold."""
-
-    kind: str  # a registered kind of term
-    name: str | None = Field(
-        None, pattern=r"^[a-z][a-z0-9-]*$"
-    )  # as methods name it; None: its kind
-    weight: float = Field(1.0, gt=0)  # the term, times this, is added to the student's own loss
+    """Whether it trains weights of its own, which LoRA's adapters cannot hold."""
 
     @property
     def title(self) -> str:
         return self.name or self.kind
 
     @property
-    def is_of_one_pass(self) -> bool:
-        """Whether it is of the examples of one forward pass, so that smaller micro-batches make it another term."""
+    def needs_teacher(self) -> bool:
+        """Whether it compares the student with ``train.teachers``."""
         return False
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether it compares with ``train.teachers``."""
+    def learns_votes(self) -> bool:
+        """Whether its targets are the annotations' distributions over the task's labels."""
         return False
 
     @model_validator(mode="after")
     def _title_is_free(self) -> TermSettings:
         if self.title in _TAKEN:
-            raise ValueError(
-                f"{self.title} is the name of a loss that every training has by itself; take another name"
-            )
+            raise ValueError(f"every training logs a loss called {self.title}; use another name")
         return self
-
-
-class TermSection(TermSettings):
-    """One more term of the loss. A method learns it where its name is added: methods: [step-by-step+response]."""
-
-    divergence: Literal["kl", "reverse", "js"] = (
-        "kl"  # response: KL(teacher ‖ student), KL(student ‖ teacher), or between
-    )
-    share: float = Field(
-        0.5, gt=0, lt=1
-    )  # response, js: the teacher's share β of the mixture that both are held against
-    temperature: float = Field(
-        1.0, gt=0
-    )  # response, labels: divides the logits; its square multiplies the term
-    targets: Annotated[
-        tuple[Literal["label", "rationale"], ...], BeforeValidator(as_tuple), Field(min_length=1)
-    ] = (
-        "label",
-        "rationale",
-    )  # response: whose tokens; of methods that write both in one text, all tokens
-    top_k: int | None = Field(
-        None, gt=0
-    )  # response: so many likeliest tokens are kept on disk; None: computed each time
-    source: Literal["annotations", "teachers"] = (
-        "annotations"  # labels: whose distribution over the task's labels
-    )
-    layers: Literal["uniform", "last"] | dict[int, int] = (
-        "uniform"  # feature: student's layer -> teacher's, from 1
-    )
-    stacks: Annotated[
-        tuple[Literal["encoder", "decoder"], ...], BeforeValidator(as_tuple), Field(min_length=1)
-    ] = (
-        "encoder",
-        "decoder",
-    )  # feature: whose hidden states
-    distance: float = Field(1.0, ge=0)  # relation: weight of distances between examples
-    angle: float = Field(2.0, ge=0)  # relation: weight of angles between examples
-
-    @model_validator(mode="after")
-    def _keys_are_the_kinds_own(self) -> TermSection:
-        for key, kinds in _OF.items():
-            if key in self.changed and self.kind not in kinds:
-                raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}")
-        if self.kind == "relation" and not (self.distance or self.angle):
-            raise ValueError("relation needs a weight above 0: distance or angle")
-        return self
-
-    @property
-    def changed(self) -> dict[str, Any]:
-        """The keys that are not at their defaults: a recipe that was written out in full has every key."""
-        fields = type(self).model_fields
-        return {key: value for key, value in self if value != fields[key].default}
-
-    @property
-    def learns_projections(self) -> bool:  # type: ignore[override]
-        return self.kind == "feature"
-
-    @property
-    def is_of_one_pass(self) -> bool:
-        """Whether it is of the examples of one forward pass, so that smaller micro-batches make it another term."""
-        return self.kind == "relation"
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether it compares with ``train.teachers``."""
-        return self.kind in _NEED_TEACHER or (self.kind == "labels" and self.source == "teachers")
 
 
 def _settings_of(value: Any) -> Any:
-    """An entry of ``train.terms`` by the settings class of its kind. Raises ValueError for an unknown kind."""
+    """An entry of ``train.terms`` by the class of its kind. Raises ValueError for an unknown kind."""
     if not isinstance(value, Mapping) or "kind" not in value:
         return value  # the base class reports what is wrong
     kind = value["kind"]
@@ -153,6 +82,10 @@ def _settings_of(value: Any) -> Any:
     if kind not in TERMS:
         raise ValueError(unknown("kind of term", str(kind), TERMS))
     settings: type[TermSettings] = entry(TERMS, kind)
+    for key in value:
+        kinds = [other for other in TERMS if key in entry(TERMS, other).model_fields]
+        if kinds and kind not in kinds:
+            raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {kind}")
     return settings.model_validate(value)
 
 

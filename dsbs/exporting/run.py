@@ -13,8 +13,17 @@ from dsbs.exporting.exported import RECORD, Equivalence, Exported, read_exported
 from dsbs.exporting.formats import PLAIN, format_of, save_tokenizer
 from dsbs.exporting.golden import GOLDEN, check_float, compare, golden_lines, golden_rows, texts_for
 from dsbs.exporting.readme import readme
-from dsbs.files import digest, hold, make_folder, room, set_aside, versions, write_json, write_jsonl
+from dsbs.files import (
+    digest,
+    full_disk_as_partial,
+    lock_folder,
+    make_folder,
+    versions,
+    write_json,
+    write_jsonl,
+)
 from dsbs.progress import NoProgress, Progress
+from dsbs.run_folder import RunFolder
 from dsbs.students import CARD, Searcher, Student, megabytes, read_card
 
 _DECIDING = (
@@ -99,7 +108,10 @@ def export(
         progress.say(f"{format}: {remark}")
     partial = place.with_name(f".{place.name}.partial")
     make_folder(place.parent)
-    with hold(partial), room(partial, hint="free some space, then run the same command"):
+    with (
+        lock_folder(partial),
+        full_disk_as_partial(partial, hint="free some space, then run the same command"),
+    ):
         if read_exported(place) != there:  # a second process that ended while this one loaded
             shutil.rmtree(partial)
             raise DsbsError(
@@ -173,6 +185,6 @@ def _empty(folder: Path) -> None:
 
 def _move(partial: Path, place: Path, there: Exported | None) -> None:
     if there is not None:
-        set_aside(place, there.fingerprint)
+        RunFolder.set_aside(place, there.fingerprint)
     (partial / ".lock").unlink()
     partial.rename(place)  # onto nothing, or onto an empty folder

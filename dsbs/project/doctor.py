@@ -12,7 +12,7 @@ from dsbs.annotation.backends import RejectedError, TransientError
 from dsbs.config import EndpointSection, Recipe
 from dsbs.config.load import load_recipe
 from dsbs.errors import DsbsError
-from dsbs.files import find
+from dsbs.files import find_file
 from dsbs.project import machine
 from dsbs.project.checks import Check, Status, run
 from dsbs.prompting import load_prompt
@@ -74,7 +74,7 @@ def _data(recipe: Recipe) -> Iterator[Check]:
 
 
 def _file(recipe: Recipe, key: str, source: str) -> Iterator[Check]:
-    path = find(
+    path = find_file(
         source,
         what="file",
         hint=f"check {key}; paths are read from here or beside the recipe",

@@ -14,7 +14,7 @@ import yaml
 from dsbs.config import Recipe
 from dsbs.config.schema import recipe_schema
 from dsbs.errors import UserError
-from dsbs.files import find
+from dsbs.files import find_file
 
 Kind = Literal["classification", "generation", "nli", "math"]
 SCHEMA = "recipe.schema.json"
@@ -58,7 +58,7 @@ def init(name: str, kind: Kind = "classification", parent: Path | None = None) -
 
 def _fill(folder: Path, name: str, kind: Kind) -> None:
     hint = "install dsbs again: its templates are missing"
-    source = find(f"data/templates/{kind}/recipe.yaml", what="template", hint=hint).parent
+    source = find_file(f"data/templates/{kind}/recipe.yaml", what="template", hint=hint).parent
     for file in sorted(source.iterdir()):
         text = file.read_text(encoding="utf-8")
         if file.name == "recipe.yaml":

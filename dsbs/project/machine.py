@@ -30,7 +30,6 @@ EXTRAS = {
     "onnx": (("onnxruntime",), "dsbs export --format onnx"),
     "gguf": (("gguf",), "students from GGUF files, dsbs export --format gguf"),
     "serve": (("fastapi", "uvicorn"), "dsbs serve"),
-    "energy": (("pynvml",), "the energy that NVIDIA GPUs take, in train.json"),
 }
 _CGROUP = Path("/sys/fs/cgroup")
 _GB = 1e9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,9 +10,10 @@ from typing import Any, Literal
 
 from dsbs.config.load import read_recorded
 from dsbs.errors import UserError
-from dsbs.project.show import STAGES
+from dsbs.files import is_locked
 from dsbs.records.results import Comparison, Interval, read_results
-from dsbs.training.methods import grid
+from dsbs.run_folder import STAGES
+from dsbs.training.grid import grid
 
 Status = Literal["done", "partial", "running", "interrupted", "failed", "broken"]
 
@@ -149,22 +149,9 @@ def _status(stage: Path, record: dict[str, Any] | None) -> Status | None:
         return None
     said = record.get("status")
     if said == "running":
-        return "running" if _is_held(stage / ".lock") else "interrupted"
+        return "running" if is_locked(stage) else "interrupted"
     known: tuple[Status, ...] = ("done", "partial", "interrupted", "failed")
     return next((status for status in known if status == said), "broken")
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process holds a stage's lock: a manifest alone does not know that its process was killed."""
-    try:
-        with lock.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
-            except BlockingIOError:
-                return True
-    except OSError:  # not there, or not to be asked
-        pass
-    return False
 
 
 def _students(path: Path, record: dict[str, Any], status: Status | None) -> tuple[int, int | None]:

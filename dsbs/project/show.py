@@ -16,9 +16,8 @@ from dsbs.config.load import as_given, load_recipe, recorded
 from dsbs.config.schema import section_of
 from dsbs.config.sections import Section
 from dsbs.errors import UserError
-from dsbs.run_folder import read_manifest
+from dsbs.run_folder import STAGES, read_manifest
 
-STAGES = ("annotate", "train", "eval")
 ABSENT = object()  # a key that one of two recipes does not have
 
 

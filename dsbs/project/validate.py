@@ -17,7 +17,8 @@ from dsbs.students.vocabulary import lost_in
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import load, survey
-from dsbs.training.methods import check_terms, grid
+from dsbs.training.distillation.base import check_terms
+from dsbs.training.grid import grid
 
 _SAMPLE = 2000  # rows tokenised of each split
 

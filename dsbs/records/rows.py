@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Reason = Literal[
     "unparsed",  # the answer anchor is missing, or what follows it cannot be read
@@ -158,10 +158,11 @@ class Prediction(_Row):
 
 
 class TrainingCost(_Row):
-    """What a student's training took, its interruptions' parts added up; what was lost to a kill and done again counts once.
+    """Training cost: time, tokens and memory, summed over interruptions.
 
-    ``tokens`` are the source and target tokens of every task's rows in all steps, without padding. What the machine does not
-    tell is None. ``energy_of`` "cpu packages" holds whatever else ran on them.
+    Steps that a kill lost and that were repeated count once. ``tokens`` are the input and target
+    tokens of every view in all steps, without padding. ``peak_memory_of``: the process's resident
+    set, or PyTorch's tensors on the first GPU.
     """
 
     device: str
@@ -170,11 +171,15 @@ class TrainingCost(_Row):
     tokens: int
     tokens_per_s: float
     peak_memory_mb: float
-    peak_memory_of: Literal[
-        "process", "gpu"
-    ]  # the process's resident set at most, or PyTorch's tensors on the first GPU
-    energy_j: float | None = None
-    energy_of: Literal["cpu packages", "gpus"] | None = None
+    peak_memory_of: Literal["process", "gpu"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_energy(cls, data: Any) -> Any:
+        """Records of earlier versions have energy counters, which were removed."""
+        if isinstance(data, dict):
+            return {name: value for name, value in data.items() if not name.startswith("energy_")}
+        return data
 
 
 class TrainedStudent(_Row):

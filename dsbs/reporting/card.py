@@ -15,7 +15,7 @@ from dsbs.config import Recipe, registry
 from dsbs.config.load import read_recorded
 from dsbs.config.terms import base_of
 from dsbs.errors import UserError
-from dsbs.files import atomic
+from dsbs.files import atomic_write
 from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent
 from dsbs.records.results import SystemResult
 from dsbs.records.rows import TrainedStudent
@@ -39,7 +39,7 @@ def write_cards(run: EvaluatedRun) -> list[Path]:
         for name in (name for name in run.members(system) if name in run.students):
             path = run.path / "train" / name / "README.md"
             if is_own_card(path):
-                with atomic(path) as file:
+                with atomic_write(path) as file:
                     file.write(model_card(run, system, name))
                 paths.append(path)
             else:
@@ -77,7 +77,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     metadata = ModelCardData(  # https://huggingface.co/docs/hub/model-cards
         license="unknown",  # a person has to set it
         library_name="transformers",
-        pipeline_tag="text-generation" if card.kind == "causal" else "text2text-generation",
+        pipeline_tag={"causal": "text-generation"}.get(card.kind, "text2text-generation"),
         base_model=_hub_id(base_model),
         datasets=[data_id] if data_id else None,
         tags=["dsbs", "distillation", *student.method.split("+"), "arxiv:2305.02301"],

@@ -15,7 +15,7 @@ from dsbs.formatting import (
 from dsbs.records.compression import Compressed, Measurement
 from dsbs.records.results import BATCH_SIZES, wilson
 from dsbs.reporting.runs import EvaluatedRun, prefixed
-from dsbs.reporting.tables import Column, RowGroup, Table, TableRow
+from dsbs.reporting.tables import Column, RowGroup, Table, TableRow, optional
 
 POOR_HEALING = 0.5  # healing that recovers a smaller share of the loss is pointed out
 UNCHANGED = "as trained"
@@ -59,7 +59,7 @@ def _columns(records: Sequence[Compressed]) -> list[Column]:
             f"ms, batch\u00a0{size}": f"median time of a call on {', '.join(devices)}; {ratio}"
             for size in BATCH_SIZES
         },
-        "recovered": "share of the lost accuracy that healing (retraining after the last step) regained",
+        "recovered": "share of the lost accuracy that retraining after the last step regained",
         "result": f"rejected if it lost more than {allowed} points (--max-drop)",
     }
     return [Column(heading, lambda _: None, note=note) for heading, note in notes.items()]
@@ -114,11 +114,13 @@ def _row(record: Compressed) -> TableRow:
 
 def _time_cell(measurement: Measurement, batch_size: int) -> str:
     time_ms = measurement.median_ms(batch_size)
-    return ABSENT if time_ms is None else milliseconds_number(time_ms)
+    return optional(milliseconds_number, time_ms) or ABSENT
 
 
 def _ratio(before: float | None, after: float | None) -> str:
-    return f" ({before / after:.1f}×)" if before is not None and after else ""
+    if before is None or not after:
+        return ""
+    return f" ({before / after:.1f}×)"
 
 
 def _interval(accuracy: float, rows: int) -> str:
@@ -143,16 +145,16 @@ def healing_sentences(runs: Sequence[EvaluatedRun]) -> list[str]:
             share = record.recovered
             if share is None or share >= POOR_HEALING or record.before_healing is None:
                 continue
-            lost = _unsigned_points(record.original.accuracy - record.before_healing)
+            loss = _unsigned_points(record.original.accuracy - record.before_healing)
             restored = record.compressed.accuracy - record.before_healing
             if restored < 0:
                 effect = (
-                    f"recovered none of the {lost} points lost and cost "
+                    f"recovered none of the {loss} points lost and cost "
                     f"{_unsigned_points(-restored)} more"
                 )
             else:
                 effect = (
-                    f"recovered {_unsigned_points(restored)} of the {lost} points lost, "
+                    f"recovered {_unsigned_points(restored)} of the {loss} points lost, "
                     "less than half"
                 )
             sentence = (
@@ -169,11 +171,7 @@ def outdated_sentences(runs: Sequence[EvaluatedRun]) -> list[str]:
     for run in runs:
         if run.outdated:
             students = count(run.outdated, "compressed student")
-            verb = "is" if run.outdated == 1 else "are"
-            sentence = (
-                f"{students} {verb} left out because the original was retrained since; "
-                "compress it again."
-            )
+            sentence = f"{students} left out: the original was retrained since; compress it again."
             sentences.append(prefixed(sentence, run, runs))
     return sentences
 

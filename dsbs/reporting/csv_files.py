@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsbs.files import atomic
+from dsbs.files import atomic_write
 from dsbs.records.compression import Measurement
 from dsbs.records.results import Interval, Latency, Measure, SystemResult
 from dsbs.records.summary import is_reliable
@@ -211,7 +211,7 @@ def _interval_columns(name: str, interval: Interval | None) -> dict[str, Cell]:
 def _write(path: Path, rows: list[dict[str, Cell]]) -> Path:
     """Columns are in the order in which rows first have them. No rows make an empty file."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         if columns:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(map(_cell, columns))
@@ -224,7 +224,7 @@ def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return {True: "yes", False: "no"}[value]
     if isinstance(value, int | float):
         return repr(value)
     text = str(value).encode(errors="replace").decode()  # no file holds half a surrogate pair

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsbs.records.rows import Prediction
-from dsbs.reporting.runs import EvaluatedRun
+from dsbs.reporting.runs import EvaluatedRun, name_among
 
 # Maximum length of a text in characters, tried in this order until the examples fit; None: no cut.
 _TEXT_LIMITS = (None, 20_000, 5_000, 2_000, 1_000, 600, 400, 300, 200, 120)
@@ -158,7 +158,7 @@ def _pack(
         packed_systems.append(
             {
                 "name": system.name,
-                "run": system.run.name if len(runs) > 1 else None,
+                "run": name_among(system.run, runs),
                 "kind": system.kind,
                 "teacher": teacher,
                 "against": against,
@@ -204,7 +204,7 @@ def _pack_member(
 def _correct_mark(prediction: Prediction | None) -> str:
     if prediction is None:
         return "-"
-    return "1" if prediction.correct else "0"
+    return str(int(bool(prediction.correct)))
 
 
 def _probability_percent(prediction: Prediction | None) -> int | None:
@@ -236,4 +236,6 @@ def _as_text(value: Any) -> str:
 
 
 def _cut(text: str, limit: int | None) -> str:
-    return text if limit is None or len(text) <= limit else f"{text[:limit]} […]"
+    if limit is None or len(text) <= limit:
+        return text
+    return f"{text[:limit]} […]"

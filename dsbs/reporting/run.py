@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from dsbs.config import Recipe
-from dsbs.files import atomic, digest
+from dsbs.files import atomic_write, digest
 from dsbs.formatting import ABSENT, count, percent
 from dsbs.records.summary import (
     break_even_sentence,
@@ -102,7 +102,7 @@ def report_runs(folders: Sequence[str | Path], *, out: str | Path | None = None)
     if len(runs) == 1:  # a report of several runs does not change their folders
         files += write_cards(runs[0])
     page = folder / "report.html"
-    with atomic(page) as file:
+    with atomic_write(page) as file:
         file.write(render(runs, figures))
     return Report(page, paths, files)
 

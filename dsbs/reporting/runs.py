@@ -156,9 +156,16 @@ def run_titles(runs: Sequence[EvaluatedRun]) -> list[str]:
     return titles
 
 
+def name_among(run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> str | None:
+    """The run's name on a page of several runs; None on the page of a single run."""
+    if len(runs) == 1:
+        return None
+    return run.name
+
+
 def prefixed(sentence: str, run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> str:
     """The sentence with its run's name, where the page has several runs."""
-    return f"{run.name}: {sentence}" if len(runs) > 1 else sentence
+    return ": ".join(filter(None, [name_among(run, runs), sentence]))
 
 
 def series_title(system: SystemResult) -> str:

@@ -24,7 +24,7 @@ from dsbs.formatting import (
 from dsbs.config.registry import METRICS, entry
 from dsbs.records.results import Comparison, Interval, Measure, SystemResult
 from dsbs.records.summary import TEST_NAMES, is_reliable
-from dsbs.reporting.runs import EvaluatedRun
+from dsbs.reporting.runs import EvaluatedRun, name_among
 
 _AXIS_STEP = 0.1  # an axis of accuracies begins and ends at a multiple of this
 _DIFFERENCE_STEP = 0.05  # and an axis of differences at a multiple of this
@@ -51,7 +51,7 @@ class BarAxis:
 
     @property
     def ends(self) -> tuple[str, str]:
-        return f"{100 * self.low:.0f}", f"{100 * self.high:.0f}".replace("-", "−")
+        return f"{100 * self.low:.0f}".replace("-", "−"), f"{100 * self.high:.0f}"
 
     def bar(
         self, ci95: Interval, value: float, reference: float | None, tone: str = ""
@@ -154,18 +154,18 @@ def accuracy_table(runs: Sequence[EvaluatedRun]) -> Table:
             )
             for system in run.results.systems
         ]
-        groups.append(RowGroup(_group_title(run, runs), rows))
+        groups.append(RowGroup(name_among(run, runs), rows))
     return Table(columns, groups, axis)
 
 
 def cost_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     """The size, speed and price of each system. None if nothing was measured."""
     columns = [
-        Column("parameters", lambda system: _optional(parameter_count, system.parameters)),
-        Column("MB on disk", lambda system: _optional("{:,.1f}".format, system.megabytes)),
+        Column("parameters", lambda system: optional(parameter_count, system.parameters)),
+        Column("MB on disk", lambda system: optional("{:,.1f}".format, system.megabytes)),
         Column(
             "ms per example",
-            lambda system: _optional(milliseconds_number, system.ms_per_example),
+            lambda system: optional(milliseconds_number, system.ms_per_example),
             note="median over rows, at the evaluation's batch size",
         ),
     ]
@@ -183,13 +183,15 @@ def cost_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     columns += [
         Column(
             "training time",
-            lambda system: _optional(duration, system.train_s),
+            lambda system: optional(duration, system.train_s),
             note="mean over seeds",
         ),
+        Column("price per prediction", lambda system: optional(dollars, system.usd_per_prediction)),
         Column(
-            "price per prediction", lambda system: _optional(dollars, system.usd_per_prediction)
+            "timed on",
+            lambda system: next((latency.device for latency in system.latency), None),
+            is_text=True,
         ),
-        Column("timed on", _device_cell, is_text=True),
     ]
     return _system_table(columns, runs)
 
@@ -228,7 +230,7 @@ def _system_table(columns: Sequence[Column], runs: Sequence[EvaluatedRun]) -> Ta
             if any(column.cell(system) for column in filled)
         ]
         if rows:
-            groups.append(RowGroup(_group_title(run, runs), rows))
+            groups.append(RowGroup(name_among(run, runs), rows))
     return Table(filled, groups)
 
 
@@ -243,16 +245,12 @@ def _latency_cell(batch_size: int) -> Callable[[SystemResult], str | None]:
     return cell
 
 
-def _device_cell(system: SystemResult) -> str | None:
-    return system.latency[0].device if system.latency else None
-
-
 def _recall_cell(label: str) -> Callable[[SystemResult], str | None]:
     return lambda system: _measure_cell(system.recall.get(label))
 
 
 def _measure_cell(measure: Measure | None) -> str | None:
-    return None if measure is None else percent_number(measure.value)
+    return optional(percent_number, measure and measure.value)
 
 
 def _metric_names(systems: Sequence[SystemResult], *, rationale: bool) -> list[str]:
@@ -303,15 +301,14 @@ def comparison_table(runs: Sequence[EvaluatedRun]) -> Table | None:
             for baseline, comparison in system.versus.items()
         ]
         if rows:
-            groups.append(RowGroup(_group_title(run, runs), rows))
+            groups.append(RowGroup(name_among(run, runs), rows))
     return Table(columns, groups, axis)
 
 
 def _comparison_columns(tests: Sequence[str]) -> list[Column]:
     """The columns for pairs of a baseline's name and a comparison."""
     names = [TEST_NAMES.get(test, test) for test in dict.fromkeys(tests)]
-    test = names[0] if len(names) == 1 else "test"
-    columns = [
+    return [
         Column("baseline", lambda pair: pair[0], is_text=True),
         Column(
             "difference, points",
@@ -322,9 +319,9 @@ def _comparison_columns(tests: Sequence[str]) -> list[Column]:
         Column(
             "p\u00a0(Holm)",
             lambda pair: p_number(pair[1].p_holm),
-            note=f"two-sided {test}; corrected for the number of comparisons in the run (Holm)",
+            note=f"two-sided {' or '.join(names)}, Holm-corrected for the run's comparisons",
         ),
-        Column("result", lambda pair: _verdict(pair[1]), is_text=True),
+        Column("result", lambda pair: _tone(pair[1]) or "no reliable difference", is_text=True),
         Column(
             "wins",
             lambda pair: f"{pair[1].wins:,}",
@@ -337,20 +334,11 @@ def _comparison_columns(tests: Sequence[str]) -> list[Column]:
         ),
         Column(
             "detectable, points",
-            lambda pair: _optional(percent_number, pair[1].minimum_detectable_effect),
+            lambda pair: optional(percent_number, pair[1].minimum_detectable_effect),
             note="the smallest true difference that these rows would show in one comparison "
             "with 80% power",
         ),
     ]
-    if len(names) > 1:
-        columns.append(
-            Column("test", lambda pair: TEST_NAMES.get(pair[1].test, pair[1].test), is_text=True)
-        )
-    return columns
-
-
-def _verdict(comparison: Comparison) -> str:
-    return _tone(comparison) or "no reliable difference"
 
 
 def _tone(comparison: Comparison) -> str:
@@ -382,8 +370,8 @@ def tuning_table(runs: Sequence[EvaluatedRun]) -> Table | None:
                 cells = [column.cell(trial | {"chosen": chosen}) or "" for column in columns]
                 rows.append(TableRow(system, cells, strong=chosen))
         if rows:
-            groups.append(RowGroup(_group_title(run, runs), rows))
-    return Table(columns, groups) if groups else None
+            groups.append(RowGroup(name_among(run, runs), rows))
+    return _table(columns, groups)
 
 
 def _setting_cell(trial: dict[str, Any]) -> str:
@@ -398,19 +386,19 @@ def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         Column("rejected", lambda split: listing(split["rejected"]) or "none", is_text=True),
         Column(
             "label accuracy,\u00a0%",
-            lambda split: _optional(percent_number, split["label_accuracy"]),
+            lambda split: optional(percent_number, split["label_accuracy"]),
             note="of the teacher's own labels, over all rows; unreadable ones count as wrong",
         ),
-        Column("95% CI", lambda split: _optional(interval, split.get("label_accuracy_ci95"))),
+        Column("95% CI", lambda split: optional(interval, split.get("label_accuracy_ci95"))),
         Column(
             "of accepted rows,\u00a0%",
-            lambda split: _optional(percent_number, split["label_accuracy_accepted"]),
+            lambda split: optional(percent_number, split["label_accuracy_accepted"]),
         ),
         Column("prompt tokens", lambda split: f"{split['usage']['prompt_tokens']:,}"),
         Column("completion tokens", lambda split: f"{split['usage']['completion_tokens']:,}"),
         Column(
             "cost",
-            lambda split: _optional(dollars, split["usd"]),
+            lambda split: optional(dollars, split["usd"]),
             note="US dollars for all replies in these rows, whenever they were bought",
         ),
         Column(
@@ -432,8 +420,8 @@ def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
             for name, split in run.manifests["annotate"].get("splits", {}).items()
         ]
         if rows:
-            groups.append(RowGroup(_group_title(run, runs), rows))
-    return Table(columns, groups) if groups else None
+            groups.append(RowGroup(name_among(run, runs), rows))
+    return _table(columns, groups)
 
 
 def _accepted_cell(split: dict[str, Any]) -> str:
@@ -450,9 +438,14 @@ def _cells(columns: Sequence[Column], item: Any) -> list[str]:
     return [column.cell(item) or ABSENT for column in columns]
 
 
-def _optional(form: Callable[[Any], str], value: Any) -> str | None:
-    return None if value is None else form(value)
+def optional(form: Callable[[Any], str], value: Any) -> str | None:
+    """``form(value)``; None for None."""
+    if value is None:
+        return None
+    return form(value)
 
 
-def _group_title(run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> str | None:
-    return run.name if len(runs) > 1 else None
+def _table(columns: list[Column], groups: list[RowGroup]) -> Table | None:
+    if not groups:
+        return None
+    return Table(columns, groups)

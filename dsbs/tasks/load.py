@@ -13,7 +13,7 @@ from typing import Any
 
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
-from dsbs.files import canonical_json, digest, find, open_text, read_jsonl
+from dsbs.files import canonical_json, digest, find_file, open_text, read_jsonl
 from dsbs.records.rows import Example
 from dsbs.tasks.base import Task, column_of
 
@@ -195,7 +195,7 @@ def _rows(source: str, folder: Path | None) -> Iterator[Row]:
     if source.startswith(HUB):
         yield from _hub(source)
         return
-    path = find(
+    path = find_file(
         source,
         what="data file",
         hint="check task.data; paths are read from here or beside the recipe",

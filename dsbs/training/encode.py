@@ -1,4 +1,4 @@
-"""From rows to token ids and batches: what each method's student reads and is to write."""
+"""Encoding: rows to token ids, and token ids to packed batches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dsbs.config import LabelSource
 from dsbs.files import digest
+from dsbs.formatting import percent
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
 from dsbs.training.rows import Row
@@ -20,37 +21,39 @@ from dsbs.training.tokens import Ids, Tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-Encoded = dict[
-    str, list[tuple[Ids, Ids]]
-]  # target of a view -> (input ids, target ids), as many as it may write
+# By a view's target: (input ids, target ids) of each text that the view may write.
+Encoded = dict[str, list[tuple[Ids, Ids]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
-    """What one view is taught: ``pairs`` (P, 2), places of inputs' and targets' tokens; row i has ends[i] to ends[i + 1]."""
+class ViewTargets:
+    """One view's inputs and targets of all rows."""
 
     pairs: NDArray[np.int32]
+    """(P, 2) indices into ``Tokens`` of inputs and targets."""
     ends: NDArray[np.int64]
+    """Row i has the pairs from ends[i] to ends[i + 1]."""
 
 
 class EncodedRows(Sequence[Encoded]):
-    """A student's rows: those that teach at least one view."""
+    """A student's rows: those with a target in at least one view."""
 
-    def __init__(self, tokens: Tokens, views: Mapping[str, Taught]) -> None:
-        self._tokens, self._views = tokens, views
-        counts = sum(np.diff(taught.ends) for taught in views.values())
+    def __init__(self, tokens: Tokens, views: Mapping[str, ViewTargets]) -> None:
+        self._tokens = tokens
+        self._views = views
+        counts = sum(np.diff(targets.ends) for targets in views.values())
         self._rows = np.flatnonzero(counts)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def lengths(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """For each view, the numbers of tokens of its inputs and of its targets, in no order."""
-        pairs = {name: taught.pairs for name, taught in self._views.items()}
-        return {
-            name: (self._tokens.lengths(pair[:, 0]), self._tokens.lengths(pair[:, 1]))
-            for name, pair in pairs.items()
-        }
+        """For each view, the numbers of tokens of its inputs and of its targets, unordered."""
+        lengths = {}
+        for name, targets in self._views.items():
+            inputs = self._tokens.lengths(targets.pairs[:, 0])
+            lengths[name] = inputs, self._tokens.lengths(targets.pairs[:, 1])
+        return lengths
 
     @overload
     def __getitem__(self, row: int) -> Encoded: ...
@@ -60,108 +63,108 @@ class EncodedRows(Sequence[Encoded]):
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         i = self._rows[row]
-        found = {
-            name: taught.pairs[taught.ends[i] : taught.ends[i + 1]]
-            for name, taught in self._views.items()
-        }
-        return {
-            name: [(self._tokens[source], self._tokens[target]) for source, target in pairs]
-            for name, pairs in found.items()
-            if len(pairs)
-        }
+        encoded: Encoded = {}
+        for name, targets in self._views.items():
+            pairs = targets.pairs[targets.ends[i] : targets.ends[i + 1]]
+            if len(pairs):
+                encoded[name] = [(self._tokens[source], self._tokens[to]) for source, to in pairs]
+        return encoded
 
 
 class Encoder:
-    """Makes rows into what one student's views read and write."""
+    """Encodes rows as the inputs and targets of one student's views."""
 
     def __init__(self, tokens: Tokens, max_input_tokens: int, max_target_tokens: int) -> None:
         self._tokens = tokens
-        self._max_input, self._max_target = max_input_tokens, max_target_tokens
+        self._max_input = max_input_tokens
+        self._max_target = max_target_tokens
 
     def rows(self, rows: Sequence[Row], views: Sequence[View], labels: LabelSource) -> EncodedRows:
-        """Rows that teach at least one view. A view whose target is missing from a row is left out of it."""
-        taught: dict[str, Taught] = {}
+        """The rows with a target in at least one view; a view without a target is left out."""
+        encoded: dict[str, ViewTargets] = {}
         for view in views:
             targets = [row.targets(view.target, labels) for row in rows]
-            # without the label that it explains, a rationale teaches the wrong task; with λ = 0 it teaches nothing
+            # Without the label that it explains, a rationale would train the wrong task.
             chosen = [
                 i
                 for i, texts in enumerate(targets)
-                if texts and rows[i].label(labels) and view.taught
+                if texts and rows[i].label(labels) and view.supervised
             ]
             counts = np.zeros(len(rows), np.int64)
             counts[chosen] = [len(targets[i]) for i in chosen]
-            inputs = self._tokens.places(
+            inputs = self._tokens.indices(
                 view.prefix, [rows[i].text for i in chosen], self._max_input
             )
-            outputs = self._tokens.places(
+            outputs = self._tokens.indices(
                 "", [text for i in chosen for text in targets[i]], self._max_target, target=True
             )
             pairs = np.stack([np.repeat(inputs, counts[chosen]), outputs], axis=1)
-            taught[view.target] = Taught(pairs, np.concatenate([[0], np.cumsum(counts)]))
-        return EncodedRows(self._tokens, taught)
+            ends = np.concatenate([[0], np.cumsum(counts)])
+            encoded[view.target] = ViewTargets(pairs, ends)
+        return EncodedRows(self._tokens, encoded)
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of texts as they are written."""
-        return [
-            self._tokens[place].tolist()
-            for place in self._tokens.places("", texts, self._max_target, target=True)
-        ]
+        """The ids of texts as targets."""
+        indices = self._tokens.indices("", texts, self._max_target, target=True)
+        return [self._tokens[index].tolist() for index in indices]
 
-    def soft(
+    def soft_labels(
         self, rows: Sequence[Row], view: View, labels: LabelSource
     ) -> dict[bytes, NDArray[np.float32]]:
-        """The annotations' distributions over the task's labels (L,) of the rows that teach, by the ids of ``view``'s input.
+        """The annotations' distributions over the task's labels (L,), by the ids of their input.
 
-        Rows that read the same share the mean of theirs.
+        Of the rows with a label; rows with equal inputs share the mean of theirs.
         """
-        known = [row for row in rows if row.votes is not None and row.label(labels) is not None]
-        found: dict[bytes, list[tuple[float, ...]]] = {}
-        places = self._tokens.places(view.prefix, [row.text for row in known], self._max_input)
-        for row, place in zip(known, places, strict=True):
-            found.setdefault(self._tokens[place].astype(np.int64).tobytes(), []).append(
-                row.votes or ()
-            )
-        return {key: np.asarray(np.mean(votes, axis=0), np.float32) for key, votes in found.items()}
+        voted = [row for row in rows if row.votes is not None and row.label(labels) is not None]
+        indices = self._tokens.indices(view.prefix, [row.text for row in voted], self._max_input)
+        votes: dict[bytes, list[tuple[float, ...]]] = {}
+        for row, index in zip(voted, indices, strict=True):
+            key = self._tokens[index].astype(np.int64).tobytes()
+            votes.setdefault(key, []).append(row.votes or ())
+        return {key: np.asarray(np.mean(v, axis=0), np.float32) for key, v in votes.items()}
 
-    def cut(self, rows: EncodedRows) -> Iterator[str]:
-        """Warnings of inputs and targets that are as long as they may be: what was longer is cut."""
+    def truncation_warnings(self, rows: EncodedRows) -> Iterator[str]:
+        """Warnings of inputs and targets that reach their limit: what is longer is cut."""
         for name, (sources, targets) in rows.lengths().items():
-            for what, lengths, limit, key in (
-                ("inputs", sources, self._max_input, "max_input_tokens"),
-                (f"{name} targets", targets, self._max_target, "max_target_tokens"),
-            ):
-                share = float((lengths >= limit).mean()) if len(lengths) else 0.0
-                if share > 0:
-                    lost = (
-                        ", and with their end the label"
-                        if name == "rationale-then-label" and what != "inputs"
-                        else ""
-                    )
-                    part = f"{100 * share:.1f} %" if share >= 0.0005 else "less than 0.1 %"
-                    yield f"{part} of the {what} reach student.{key} ({limit}): what is longer is cut{lost}"
+            end = ""
+            if name == "rationale-then-label":
+                end = ", and with their end the label"
+            yield from _truncated("inputs", sources, self._max_input, "max_input_tokens")
+            yield from _truncated(
+                f"{name} targets", targets, self._max_target, "max_target_tokens", end
+            )
 
 
-class Drawn:
-    """Rows of which each view that may write several targets writes one, drawn anew in each epoch.
+def _truncated(
+    texts: str, lengths: NDArray[np.int64], limit: int, key: str, end: str = ""
+) -> Iterator[str]:
+    share = float((lengths >= limit).mean()) if len(lengths) else 0.0
+    if share > 0:
+        shown = percent(share) if share >= 0.0005 else "less than 0.1%"
+        yield f"{shown} of the {texts} reach student.{key} ({limit}): longer ones are cut{end}"
 
-    The draw depends on seed, epoch and row alone, so that a resumed training draws as an undisturbed one.
+
+class ResampledRows:
+    """Rows in which each view keeps one of its targets, sampled anew in each epoch.
+
+    The sample depends on seed, epoch and row alone, so that a resumed training repeats it.
     """
 
     def __init__(self, rows: Sequence[Encoded], seed: int) -> None:
-        self._rows, self._seed = rows, seed
+        self._rows = rows
+        self._seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, i: int) -> Encoded:
-        draw = int(digest(f"{self._seed}:{self.epoch}:{i}")[:15], 16)
-        return {name: [pairs[draw % len(pairs)]] for name, pairs in self._rows[i].items()}
+        number = int(digest(f"{self._seed}:{self.epoch}:{i}")[:15], 16)
+        return {name: [pairs[number % len(pairs)]] for name, pairs in self._rows[i].items()}
 
 
 class PaddedDataset:
-    """Rows, and past their end as many empty ones as are asked for: they are read like others and teach nothing."""
+    """Rows, and past their end any number of empty ones, whose targets count in no loss."""
 
     def __init__(self, rows: Sequence[Encoded], target: str) -> None:
         self._rows = rows
@@ -176,21 +179,22 @@ class PaddedDataset:
 
 
 def encoded_hash(rows: Sequence[Encoded]) -> str:
+    """A hash of all ids; part of a student's fingerprint."""
     state = hashlib.sha256()
     for row in rows:
         for name, pairs in sorted(row.items()):
-            plain = [
+            lists = [
                 (np.asarray(source).tolist(), np.asarray(target).tolist())
                 for source, target in pairs
             ]
-            state.update(repr((name, plain)).encode())
+            state.update(repr((name, lists)).encode())
         state.update(b";")
     return state.hexdigest()
 
 
-def soft_hash(soft: Mapping[bytes, NDArray[np.float32]]) -> str:
+def soft_labels_hash(soft_labels: Mapping[bytes, NDArray[np.float32]]) -> str:
     state = hashlib.sha256()
-    for ids, votes in sorted(soft.items()):
+    for ids, votes in sorted(soft_labels.items()):
         state.update(hashlib.sha256(ids).digest() + votes.tobytes())
     return state.hexdigest()
 
@@ -239,23 +243,23 @@ class PackedBatch:
 
 
 def collate(rows: Sequence[Encoded]) -> dict[str, PackedBatch]:
-    """Rows -> ``{target: PackedBatch}`` of the views that they teach, without padding; B differs between views.
+    """Rows -> ``{target: PackedBatch}`` of the views that they have; B differs between views.
 
-    Where a row has several targets, all rows' first ones come first, then their second ones.
+    Where rows have several targets, all rows' first ones come first, then their second ones.
     """
     import torch
 
     batch = {}
     for name in sorted({name for row in rows for name in row}):
-        most = max(len(row.get(name, ())) for row in rows)
-        here = [
-            (k, i) for k in range(most) for i, row in enumerate(rows) if k < len(row.get(name, ()))
+        count = max(len(row.get(name, ())) for row in rows)
+        order = [
+            (k, i) for k in range(count) for i, row in enumerate(rows) if k < len(row.get(name, ()))
         ]
-        pairs = [rows[i][name][k] for k, i in here]
+        pairs = [rows[i][name][k] for k, i in order]
         sources = [np.asarray(source) for source, _ in pairs]
         targets = [np.asarray(target) for _, target in pairs]
         batch[name] = PackedBatch(
-            rows=torch.tensor([i for _, i in here]),
+            rows=torch.tensor([i for _, i in order]),
             source=torch.from_numpy(np.concatenate(sources).astype(np.int64)),
             source_lengths=torch.tensor([len(source) for source in sources]),
             target=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
@@ -264,27 +268,28 @@ def collate(rows: Sequence[Encoded]) -> dict[str, PackedBatch]:
     return batch
 
 
-def rows_of(flat: PackedBatch) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Each row's input ids and target ids."""
+def rows_of(packed: PackedBatch) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Each sequence's input ids and target ids."""
 
     def split(ids: Tensor, lengths: Tensor) -> list[NDArray[np.int64]]:
         return np.split(ids.cpu().numpy(), np.cumsum(lengths.cpu().numpy())[:-1])
 
-    sources = split(flat.source, flat.source_lengths)
-    targets = split(flat.target, flat.target_lengths)
+    sources = split(packed.source, packed.source_lengths)
+    targets = split(packed.target, packed.target_lengths)
     return sources, targets
 
 
-def pad(flat: PackedBatch, pad_id: int, start: int) -> dict[str, Any]:
-    """Flat rows -> input_ids and attention_mask (B, S), labels and decoder_input_ids (B, T), as transformers' models take them.
+def pad(packed: PackedBatch, pad_id: int, start: int) -> dict[str, Any]:
+    """The padded tensors that transformers' models take.
 
-    ``start`` is the token that the decoder begins with.
+    ``input_ids`` and ``attention_mask`` (B, S), ``labels`` and ``decoder_input_ids`` (B, T);
+    ``start`` is the decoder's first token.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    sources = list(torch.split(flat.source, flat.source_lengths.tolist()))
-    targets = list(torch.split(flat.target, flat.target_lengths.tolist()))
+    sources = list(torch.split(packed.source, packed.source_lengths.tolist()))
+    targets = list(torch.split(packed.target, packed.target_lengths.tolist()))
     labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
     shifted = labels.roll(1, dims=1)
     shifted[shifted == IGNORED] = pad_id

@@ -1,7 +1,8 @@
-"""Losses as pure functions of tensors. Shapes: B rows, T target tokens of a row, M of all rows, V vocabulary entries.
+"""Losses: token cross-entropy, and the weighted sum over a student's views.
 
-Source: the paper's equation 4, L = L_label + λ L_rationale, here divided by 1 + λ; L_v is the mean token cross-entropy of a
-view over one whole optimizer step.
+Shapes: B rows, T target tokens of a row, M of all rows, V vocabulary entries. Source: the paper's
+equation 4, L = L_label + λ L_rationale, here divided by 1 + λ; L_v is the mean token cross-entropy
+of a view over one whole optimizer step.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from dsbs.training.methods import View
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORED = -100  # the target id that no loss counts: padding
+IGNORED = -100  # the target id of padding, which counts in no loss
 
 
 def summed_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits (M, V) or (B, T, V), labels (M,) or (B, T) with IGNORED at padding -> scalar: summed cross-entropy in nats."""
+    """The summed cross-entropy () in nats.
+
+    ``logits`` (M, V) or (B, T, V), ``labels`` (M,) or (B, T) with IGNORED at padding.
+    """
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(
@@ -33,34 +37,38 @@ def weighted_loss(
 ) -> Tensor:
     """Σ_v w_v · sums[v] / counts[v] / Σ_v w_v -> scalar in nats per token.
 
-    ``sums`` are a micro-batch's summed cross-entropies, ``counts`` the whole step's target tokens, so that the losses of a
-    step's micro-batches add up to the step's loss. A view without a target in the whole step contributes nothing; the
-    divisor stays, so that the label's share does not jump with it.
+    ``sums`` are a micro-batch's summed cross-entropies, ``counts`` the whole step's target tokens,
+    so that the losses of a step's micro-batches add up to the step's loss. A view without a target
+    in the whole step contributes nothing; the divisor stays, so that the label's share does not
+    jump with it.
     """
     total = sum(weights.values())
-    parts = [
+    shares = [
         weight / total / counts[name] * sums[name]
         for name, weight in weights.items()
         if name in sums
     ]
-    loss = parts[0]
-    for part in parts[1:]:
-        loss = loss + part
+    loss = shares[0]
+    for share in shares[1:]:
+        loss = loss + share
     return loss
 
 
 def view_weights(views: Sequence[View], train: TrainSection, step: int) -> dict[str, float]:
-    """Each view's weight at an optimizer step (from 0): the label's is 1, the rationale's λ as its schedule has it.
+    """Each view's weight at an optimizer step (from 0): the label's is 1, the rationale's is λ.
 
-    linear: λ goes in a line from rationale_weight to rationale_weight_end at max_steps; cosine: along half a cosine.
+    λ goes from rationale_weight to rationale_weight_end at max_steps: in a line (linear) or along
+    half a cosine (cosine).
     """
-    done = min(1.0, step / train.max_steps)
-    gone = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[
-        train.rationale_schedule
-    ]
-    return {
-        view.target: view.weight + (train.rationale_weight_end - view.weight) * gone
-        if view.target == "rationale"
-        else view.weight
-        for view in views
+    progress = min(1.0, step / train.max_steps)
+    shares = {
+        "constant": 0.0,
+        "linear": progress,
+        "cosine": (1 - math.cos(math.pi * progress)) / 2,
     }
+    share = shares[train.rationale_schedule]
+    weights = {view.target: view.weight for view in views}
+    if "rationale" in weights:
+        change = train.rationale_weight_end - weights["rationale"]
+        weights["rationale"] += change * share
+    return {str(target): weight for target, weight in weights.items()}

@@ -1,159 +1,140 @@
-"""The methods, as data: each is a set of views, and one weighted loss serves all.
+"""Training methods: one record for each, with its views, its needs, its description and its colour.
 
-Prefixes are the published code's (google-research/distilling-step-by-step): ``predict: `` and ``explain: `` where two tasks
-share a student, none where there is one task.
+Every method is a set of views that one weighted loss serves. The prefixes are those of the
+published code (google-research/distilling-step-by-step): ``predict: `` and ``explain: `` where two
+tasks share a student, none where there is one task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from dsbs.config import LabelSource, TermSection, TrainSection, base_of
+from dsbs.config import LabelSource, TrainSection, base_of
 from dsbs.config.registry import METHODS, entry
-from dsbs.errors import UserError
 from dsbs.students import Start, Target
-from dsbs.tasks.base import Task
 
-BOTH = ("label", "rationale")  # the tasks of a method that keeps them apart
+BOTH = ("label", "rationale")  # the targets of a method that trains them as separate tasks
+PAPER = "Distilling Step-by-Step (Hsieh et al., 2023, arXiv:2305.02301)"
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One task of a student: what it is to write, its weight in the loss, and how it is told: by prefix or decoder start."""
+    """One task of a student: its target, its weight in the loss, its prefix and decoder start."""
 
     target: Target
     prefix: str
     weight: float
     start: Start = "pad"
-    taught: bool = True  # False: its weight is 0 from the first step to the last
+    supervised: bool = True
+    """False where the view's weight is 0 from the first step to the last."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A way to train: its views, and whose labels it learns (None: the recipe's ``train.labels``)."""
+    """A training method and all that is said of it in cards, tables and figures."""
 
+    name: str
+    title: str
+    """Its name in running text and legends."""
     views: Callable[[TrainSection], tuple[View, ...]]
-    labels: tuple[LabelSource, ...] | None
-    needs_rationales: bool
+    labels: tuple[LabelSource, ...] | None = None
+    """Whose labels it learns. None: the recipe's ``train.labels``."""
+    needs_rationales: bool = False
+    description: str
+    """One sentence for the model card."""
+    limitation: str | None = None
+    """One sentence for the model card on how to read its rationales. None: it writes none."""
+    citation: str = PAPER
+    colour: str
+    """Of its series in figures (Okabe and Ito, 2008: distinct for colour-blind readers)."""
 
 
-def _one_task(target: Target) -> Callable[[TrainSection], tuple[View, ...]]:
-    def views(train: TrainSection) -> tuple[View, ...]:
-        del train
-        return (View(target, "", 1.0),)
-
-    return views
+def _single_view(target: Target) -> Callable[[TrainSection], tuple[View, ...]]:
+    return lambda _train: (View(target, "", 1.0),)
 
 
 def _step_by_step(train: TrainSection) -> tuple[View, ...]:
     """Paper, equation 3: L_label + λ·L_rationale, here divided by 1 + λ."""
-    grows = train.rationale_schedule != "constant" and train.rationale_weight_end > 0
-    taught = grows or train.rationale_weight > 0
-    if train.task_token == "decoder":  # the input is the same for both and encoded once
-        return View("label", "", 1.0), View(
-            "rationale", "", train.rationale_weight, start="eos", taught=taught
-        )
-    return View("label", "predict: ", 1.0), View(
-        "rationale", "explain: ", train.rationale_weight, taught=taught
-    )
+    rises = train.rationale_schedule != "constant" and train.rationale_weight_end > 0
+    supervised = rises or train.rationale_weight > 0
+    weight = train.rationale_weight
+    if train.task_token == "decoder":  # both views share one input, which is encoded once
+        label = View("label", "", 1.0)
+        rationale = View("rationale", "", weight, start="eos", supervised=supervised)
+    else:
+        label = View("label", "predict: ", 1.0)
+        rationale = View("rationale", "explain: ", weight, supervised=supervised)
+    return label, rationale
 
 
-STEP_BY_STEP = Method(_step_by_step, labels=None, needs_rationales=True)
-# standard fine-tuning
-FINETUNE = Method(_one_task("label"), labels=("gold",), needs_rationales=False)
-# standard task distillation
-DISTILL = Method(_one_task("label"), labels=("teacher",), needs_rationales=False)
-# both in one sequence: the paper's single-task ablation (section 4.4), in either order
-RATIONALE_THEN_LABEL = Method(_one_task("rationale-then-label"), labels=None, needs_rationales=True)
-LABEL_THEN_RATIONALE = Method(_one_task("label-then-rationale"), labels=None, needs_rationales=True)
+STEP_BY_STEP = Method(
+    name="step-by-step",
+    title="step-by-step",
+    views=_step_by_step,
+    needs_rationales=True,
+    description=(
+        "It learned labels and rationales as two tasks, told apart by a prefix or the decoder's "
+        f"start: {PAPER}."
+    ),
+    limitation=(
+        "Label and rationale are decoded separately: the rationale is not the reason for the "
+        "label, however it reads."
+    ),
+    colour="#D55E00",
+)
+FINETUNE = Method(
+    name="finetune",
+    title="fine-tuning",
+    views=_single_view("label"),
+    labels=("gold",),
+    description=f"It learned labels alone: standard fine-tuning, a baseline of {PAPER}.",
+    colour="#0072B2",
+)
+DISTILL = Method(
+    name="distill",
+    title="standard distillation",
+    views=_single_view("label"),
+    labels=("teacher",),
+    description=(
+        f"It learned the teacher's labels alone: standard distillation, a baseline of {PAPER}."
+    ),
+    colour="#009E73",
+)
+# Label and rationale in one sequence: the paper's single-task ablation (section 4.4), both orders.
+RATIONALE_THEN_LABEL = Method(
+    name="rationale-then-label",
+    title="rationale then label",
+    views=_single_view("rationale-then-label"),
+    needs_rationales=True,
+    description=(
+        "It writes a rationale and then the label in one sequence: the single-task ablation of "
+        f"{PAPER}."
+    ),
+    limitation=(
+        "The label is written after the rationale and depends on it; that does not make the "
+        "rationale its cause."
+    ),
+    colour="#CC79A7",
+)
+LABEL_THEN_RATIONALE = Method(
+    name="label-then-rationale",
+    title="label then rationale",
+    views=_single_view("label-then-rationale"),
+    needs_rationales=True,
+    description=(
+        "It writes the label and then a rationale in one sequence: the single-task ablation of "
+        f"{PAPER}."
+    ),
+    limitation="The rationale is written after the label, which did not depend on it.",
+    colour="#E69F00",
+)
 
 
 def method_of(name: str) -> Method:
-    """The method that a name stands for, whatever terms it adds: ``finetune+response`` is finetune with one more term."""
+    """The method of a name without its terms: ``finetune+response`` is fine-tuning with a term.
+
+    Raises KeyError for an unknown method.
+    """
     method: Method = entry(METHODS, base_of(name))
     return method
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One student to train: a method, whose labels, the share of the train rows, and a seed."""
-
-    method: str
-    labels: LabelSource
-    seed: int
-    subset: float = 1.0
-    learns_votes: bool = False  # a term of its method has its targets from the annotations
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What of it decides the student."""
-        return {
-            "method": self.method,
-            "labels": self.labels,
-            "seed": self.seed,
-            "subset": self.subset,
-        }
-
-    @property
-    def system(self) -> str:
-        """What the cells of all seeds are called together."""
-        share = "" if self.subset == 1 else f"-n{self.subset:g}"
-        return f"{self.method}-{self.labels}{share}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.system}-s{self.seed}"
-
-    @property
-    def needs_teacher(self) -> bool:
-        return (
-            self.labels == "teacher" or self.learns_votes or method_of(self.method).needs_rationales
-        )
-
-
-def grid(train: TrainSection) -> list[Cell]:
-    """Every student that a recipe asks for: all methods of a seed and a share before the next."""
-    return [
-        Cell(name, labels, seed, subset, learns_votes=learns_votes(train, name))
-        for seed in train.seeds
-        for subset in sorted(train.subset, reverse=True)
-        for name in train.methods
-        for labels in method_of(name).labels or train.labels
-    ]
-
-
-def learns_votes(train: TrainSection, method: str) -> bool:
-    return any(term.kind == "labels" and not term.needs_teacher for term in train.terms_of(method))
-
-
-def term_views(term: TermSection, views: Sequence[View]) -> list[str]:
-    """The views whose tokens a response term compares: those that it names, and those that write both in one text."""
-    return [
-        view.target
-        for view in views
-        if view.taught and (view.target in term.targets or view.target not in BOTH)
-    ]
-
-
-def check_terms(section: TrainSection, task: Task, cells: Sequence[Cell]) -> None:
-    """Raises UserError for a term that has nothing to learn from in a method or a task."""
-    for cell in cells:
-        views = method_of(cell.method).views(section)
-        written = [view.target for view in views if view.taught]
-        for term in section.terms_of(cell.method):
-            problem, hint = None, "name the term in another method, or leave it out"
-            if term.kind == "response" and not term_views(term, views):
-                problem = f"compares {' and '.join(term.targets)} tokens, which {cell.method} does not learn"
-            elif term.kind == "labels" and task.labels is None:
-                problem, hint = (
-                    f"needs a fixed set of labels, and {task.name} has none",
-                    "leave the term out",
-                )
-            elif term.kind == "labels" and written[0] != "label":
-                problem = (
-                    f"scores labels by themselves, and {cell.method} writes them beside a rationale"
-                )
-            if problem:
-                raise UserError(f"train.terms: {term.title} {problem}", hint=hint)

@@ -1,179 +1,242 @@
-"""A run's rows: examples joined with their annotations, what each may teach, and how the data are parted."""
+"""Training rows: examples joined with their annotations, selected, held out and subset."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import LabelSource, Recipe
+from dsbs.config import LabelSource, Recipe, SelectSection
 from dsbs.errors import UserError
+from dsbs.prompting import source_fingerprint
 from dsbs.records.rows import Annotation, Example
-from dsbs.run_folder import annotation_file, load_annotations
+from dsbs.run_folder import RunFolder, annotation_file
 from dsbs.students import Target, compose
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import is_held_out, load, position
 from dsbs.training.distillation.labels import vote_distribution
-from dsbs.training.methods import Cell, method_of
-from dsbs.training.select import select
+from dsbs.training.grid import StudentSpec
+from dsbs.training.methods import method_of
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training row: the student's input without prefix, its targets (None, or no rationale: this row does not teach it)."""
+    """One row: the student's input without prefix, and its targets (None or empty: it has none)."""
 
     id: str
     text: str
     gold: str | None
     teacher: str | None
     rationales: tuple[str, ...] = ()
-    hinted: bool = False  # the rationales lead to the gold label, not to the teacher's own
-    votes: tuple[float, ...] | None = (
-        None  # of the task's labels in the annotation's samples; None: not asked for, or unknown
-    )
+    hinted: bool = False
+    """True where the rationales lead to the gold label and not to the teacher's own."""
+    votes: tuple[float, ...] | None = None
+    """(L,) shares of the task's labels in the annotation's samples. None: unknown or not needed."""
+    annotated: str | None = None
+    """The label of the annotation that the row learns from. None: from none."""
 
     def label(self, source: LabelSource) -> str | None:
         return self.gold if source == "gold" else self.teacher
 
     def targets(self, target: Target, source: LabelSource) -> list[str]:
-        """What a view of this row is to write, in as many ways as there are; a rationale only beside the label it leads to."""
-        usable = () if target == "label" else self.usable(source)
-        texts = [compose(target, self.label(source), rationale) for rationale in usable or (None,)]
+        """Every text that a view may write for this row; a rationale only with its own label."""
+        rationales: tuple[str | None, ...] = (None,)
+        if target != "label":
+            rationales = self.usable(source) or (None,)
+        texts = [compose(target, self.label(source), rationale) for rationale in rationales]
         return [text for text in texts if text]
 
     def usable(self, source: LabelSource) -> tuple[str, ...]:
-        """The rationales that stand beside this source's label: a hinted one leads to the gold label alone."""
-        return (
-            ()
-            if self.label(source) is None or (self.hinted and source == "teacher")
-            else self.rationales
-        )
+        """The rationales that go with this source's label; hinted ones go with gold labels only."""
+        if self.label(source) is None or (self.hinted and source == "teacher"):
+            return ()
+        return self.rationales
+
+    def without_annotation(self) -> Row:
+        """This row with its gold label alone."""
+        return Row(self.id, self.text, self.gold, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Training and validation rows of a run. ``valid_labels``: whose labels choose the best step."""
+    """Training and validation rows of a run."""
 
     train: list[Row]
     valid: list[Row]
     valid_labels: LabelSource
-    fields: dict[
-        str, dict[str, Any]
-    ]  # of the validation rows by id: a label may be read by its row's choices
-    order: list[
-        int
-    ]  # of the train rows by a hash of their ids: a part of them is the first so many
-    teacher_words: list[
-        str
-    ]  # labels and rationales of all accepted annotations of train rows, selected or not
+    """Whose labels choose the best step."""
+    fields: dict[str, dict[str, Any]]
+    """Inputs of the validation rows by id: a label may be read by its row's choices."""
+    order: list[int]
+    """Indices of the train rows by a hash of their ids: a subset is the first so many."""
+    teacher_texts: list[str]
+    """Labels and rationales of all accepted annotations of train rows, selected or not."""
+    max_per_label: int | None = None
+    """``train.select.max_per_label``: annotations that a student learns from, per label."""
 
-    def part(self, share: float) -> list[Row]:
-        """A share of the train rows, in their own order; a smaller share's rows are among a larger one's."""
-        chosen = sorted(self.order[: max(1, round(share * len(self.train)))])
-        return [self.train[i] for i in chosen]
+    def subset(self, share: float) -> list[Row]:
+        """The rows of a share, in their own order; a smaller share's are among a larger one's.
+
+        Annotations beyond ``max_per_label`` are left out: those rows keep their gold label. The
+        annotations of a smaller maximum are among those of a larger one.
+        """
+        indices = sorted(self.order[: max(1, round(share * len(self.train)))])
+        rows = [self.train[i] for i in indices]
+        if self.max_per_label is None:
+            return rows
+        counts: Counter[str] = Counter()
+        surplus = set()
+        for row in sorted(rows, key=lambda row: position(row.id, "select")):
+            if row.annotated is None:
+                continue
+            counts[row.annotated] += 1
+            if counts[row.annotated] > self.max_per_label:
+                surplus.add(row.id)
+        return [row.without_annotation() if row.id in surplus else row for row in rows]
 
 
-def gather(recipe: Recipe, task: Task, run: Path, cells: Sequence[Cell]) -> Data:
-    """Join rows and annotations by id. Raises UserError where a method lacks the labels or rationales it learns from."""
+def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) -> Data:
+    """Join rows and annotations by id.
+
+    Raises UserError where a student of ``specs`` lacks the labels or rationales it learns from.
+    """
     examples = load(recipe, task, "train")
-    needs_teacher = any(cell.needs_teacher for cell in cells)
+    needs_teacher = any(spec.needs_teacher for spec in specs)
     annotations = _annotations(recipe, task, run, needed=needs_teacher)
     missing = [
         example.id for example in examples if needs_teacher and example.id not in annotations
     ]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(examples)} train rows have no annotation (first: {missing[0]})",
-            hint="the data changed since: run `dsbs annotate` again, it asks for the new rows only",
+            f"{len(missing)} of {len(examples)} train rows have no annotation "
+            f"(first: {missing[0]})",
+            hint="the data changed: run `dsbs annotate` again, it asks for the new rows only",
         )
-    known = [annotations[example.id] for example in examples if example.id in annotations]
-    chosen = select(known, recipe.train.select, task)
-    own_must_agree = recipe.train.select.agree_gold
-    votes = any(cell.learns_votes for cell in cells)
+    matched = [annotations[example.id] for example in examples if example.id in annotations]
+    section = recipe.train.select
+    selected = {row.id: row for row in select_annotations(matched, section, task)}
+    with_votes = any(spec.learns_votes for spec in specs)
     rows = [
         _row(
             task,
             example,
-            chosen.get(example.id),
-            recipe.train.rationales,
-            own_must_agree=own_must_agree,
-            votes=votes,
+            selected.get(example.id),
+            first_only=recipe.train.rationales == "chosen",
+            agree_gold=section.agree_gold,
+            with_votes=with_votes,
         )
         for example in examples
         if not is_held_out(recipe, example)
     ]
-
-    held_out = load(recipe, task, "valid")
-    source: LabelSource = (
-        "gold" if any(example.label is not None for example in held_out) else "teacher"
-    )
-    if source == "teacher" and recipe.task.data.valid is not None:
-        annotations = annotations | load_annotations(recipe, task, run, "valid")
-    valid = [_row(task, example, annotations.get(example.id)) for example in held_out]
-    valid = sorted(
-        (row for row in valid if row.label(source)), key=lambda row: position(row.id, "valid-limit")
-    )
-    if not valid:
-        raise UserError(
-            "no validation row has a label", hint="give task.data.valid, or annotate more rows"
-        )
+    valid, valid_labels, fields = _valid(recipe, task, run, annotations)
     ids = {row.id for row in rows}
-    words = [
-        part
-        for annotation in known
+    teacher_texts = [
+        text
+        for annotation in matched
         if annotation.accepted and annotation.id in ids
-        for part in (annotation.own_label, annotation.rationale)
-        if part
+        for text in (annotation.own_label, annotation.rationale)
+        if text
     ]
-    fields = {example.id: example.input for example in held_out}
     order = sorted(range(len(rows)), key=lambda i: position(rows[i].id, "subset"))
-    data = Data(rows, valid[: recipe.train.valid_limit], source, fields, order, words)
-    for cell in cells:
-        _check_taught(data, cell)
+    data = Data(rows, valid, valid_labels, fields, order, teacher_texts, section.max_per_label)
+    for spec in specs:
+        _check_targets(data, spec)
     return data
 
 
-def _check_taught(data: Data, cell: Cell) -> None:
-    """Raises UserError where a student would find nothing of what its method learns in its part of the rows."""
-    rows = data.part(cell.subset)
-    of = (
-        "train row"
-        if cell.subset == 1
-        else f"row of train.subset {cell.subset:g} ({len(rows)} rows)"
-    )
-    if not any(row.label(cell.labels) for row in rows):
-        raise UserError(
-            f"{cell.method} learns {cell.labels} labels, and no {of} has one",
-            hint="leave the method out of train.methods"
-            if cell.labels == "gold"
-            else "look at the annotations' reject_reason, and at train.select",
+def _valid(
+    recipe: Recipe, task: Task, run: Path, annotations: dict[str, Annotation]
+) -> tuple[list[Row], LabelSource, dict[str, dict[str, Any]]]:
+    """Validation rows in the order of a hash, whose labels they have, and their inputs by id."""
+    examples = load(recipe, task, "valid")
+    source: LabelSource = "teacher"
+    if any(example.label is not None for example in examples):
+        source = "gold"
+    elif recipe.task.data.valid is not None:
+        annotations = annotations | RunFolder(run).load_annotations(
+            "valid", source_fingerprint(recipe, task)
         )
-    if method_of(cell.method).needs_rationales and not taught_rationales(data, cell):
+    rows = [_row(task, example, annotations.get(example.id)) for example in examples]
+    labelled = [row for row in rows if row.label(source)]
+    labelled.sort(key=lambda row: position(row.id, "valid-limit"))
+    if not labelled:
         raise UserError(
-            f"{cell.method} learns rationales beside {cell.labels} labels, and no {of} has a usable one",
-            hint="look at the annotations' reject_reason and provenance (hinted ones go with gold labels), and at train.select",
+            "no validation row has a label", hint="give task.data.valid, or annotate more rows"
         )
-    if cell.learns_votes and not any(row.votes and row.label(cell.labels) for row in rows):
+    fields = {example.id: example.input for example in examples}
+    return labelled[: recipe.train.valid_limit], source, fields
+
+
+def _check_targets(data: Data, spec: StudentSpec) -> None:
+    """Raises UserError where a student's rows have nothing of what its method learns."""
+    rows = data.subset(spec.subset)
+    kind = "train row"
+    if spec.subset != 1:
+        kind = f"row of train.subset {spec.subset:g} ({len(rows)} rows)"
+    check = "check the annotations' reject_reason"
+    if not any(row.label(spec.labels) for row in rows):
+        hint = f"{check} and train.select"
+        if spec.labels == "gold":
+            hint = "leave the method out of train.methods"
         raise UserError(
-            f"{cell.method} learns how sure the teacher was of its labels, and no {of} has a vote of it",
-            hint="look at the annotations' reject_reason and provenance (a hinted answer is no vote), and at train.select",
+            f"{spec.method} learns {spec.labels} labels, and no {kind} has one", hint=hint
+        )
+    if method_of(spec.method).needs_rationales and not count_rationales(data, spec):
+        raise UserError(
+            f"{spec.method} learns rationales beside {spec.labels} labels, and no {kind} has a "
+            "usable one",
+            hint=f"{check} and provenance (hinted ones go with gold labels), and train.select",
+        )
+    if spec.learns_votes and not any(row.votes and row.label(spec.labels) for row in rows):
+        raise UserError(
+            f"{spec.method} learns how sure the teacher was of its labels, and no {kind} has a "
+            "vote",
+            hint=f"{check} and provenance (a hinted answer is no vote), and train.select",
         )
 
 
-def taught_rationales(data: Data, cell: Cell) -> int:
-    """How many rationales a student is taught in its part of the rows."""
-    if not method_of(cell.method).needs_rationales:
+def count_rationales(data: Data, spec: StudentSpec) -> int:
+    """The number of rationales that a student learns in its subset of the rows."""
+    if not method_of(spec.method).needs_rationales:
         return 0
-    return sum(len(row.usable(cell.labels)) for row in data.part(cell.subset))
+    return sum(len(row.usable(spec.labels)) for row in data.subset(spec.subset))
+
+
+def select_annotations(
+    annotations: Iterable[Annotation], section: SelectSection, task: Task
+) -> Iterator[Annotation]:
+    """The accepted annotations that pass ``train.select``, ``max_per_label`` aside.
+
+    A filter applies at training time, so changing it costs no teacher call. Rows left out still
+    have their gold label. ``max_per_label`` is applied to a student's rows: see ``Data.subset``.
+    """
+    return (row for row in annotations if row.accepted and _passes(row, section, task))
+
+
+def _passes(row: Annotation, section: SelectSection, task: Task) -> bool:
+    if section.agree_gold and (
+        row.gold is None or row.label is None or not task.correct(row.label, row.gold)
+    ):
+        return False
+    if section.min_vote is not None and (
+        row.vote_share is None or row.vote_share < section.min_vote
+    ):
+        return False
+    if section.min_logprob is not None and (
+        row.label_logprob is None or row.label_logprob < section.min_logprob
+    ):
+        return False
+    return section.provenance is None or row.provenance in section.provenance
 
 
 def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict[str, Annotation]:
-    """The train annotations; where no method needs them, what there is of this recipe's, for the vocabulary's sake."""
+    """The train annotations; where no method needs them, those that exist, for the vocabulary."""
     if not needed and not annotation_file(run, "train").is_file():
         return {}
     try:
-        return load_annotations(recipe, task, run, "train")
+        return RunFolder(run).load_annotations("train", source_fingerprint(recipe, task))
     except UserError:
         if needed:
             raise
@@ -184,53 +247,58 @@ def _row(
     task: Task,
     example: Example,
     annotation: Annotation | None,
-    which: str = "chosen",
     *,
-    own_must_agree: bool = False,
-    votes: bool = False,
+    first_only: bool = True,
+    agree_gold: bool = False,
+    with_votes: bool = False,
 ) -> Row:
     if annotation is None or not annotation.accepted:
         return Row(example.id, task.text(example.input), example.label, None)
-    own = annotation.own_label
-    if own_must_agree and (
-        own is None or example.label is None or not task.correct(own, example.label)
+    label = annotation.own_label
+    if agree_gold and (
+        label is None or example.label is None or not task.correct(label, example.label)
     ):
-        own = None  # a hinted row passes select by its gold label; the teacher's own is another
-    shares = vote_distribution(annotation, task.labels, task) if votes and task.labels else None
+        label = None  # a hinted row passes by its gold label; the teacher's own is another
+    shares = None
+    if with_votes and task.labels:
+        shares = vote_distribution(annotation, task.labels, task)
     return Row(
         id=example.id,
         text=task.text(example.input),
         gold=example.label,
-        teacher=own,
-        rationales=tuple(_rationales(annotation, task))[: 1 if which == "chosen" else None],
+        teacher=label,
+        rationales=tuple(_rationales(annotation, task))[: 1 if first_only else None],
         hinted=annotation.provenance == "hinted",
         votes=tuple(shares) if shares else None,
+        annotated=annotation.label or "",
     )
 
 
 def _rationales(annotation: Annotation, task: Task) -> list[str]:
-    """The annotation's rationale, then those of its other samples that came to the same label without a flaw, each once."""
+    """The annotation's rationale, then each other one of an accepted sample with its label."""
     if annotation.rationale is None or annotation.label is None:
         return []
-    found = {annotation.rationale: None}
+    rationales = {annotation.rationale: None}
     for sample in annotation.samples:
         if sample.rationale is None or sample.reason is not None or sample.label is None:
             continue
         if sample.hinted == (annotation.provenance == "hinted") and task.correct(
             sample.label, annotation.label
         ):
-            found[sample.rationale] = None
-    return list(found)
+            rationales[sample.rationale] = None
+    return list(rationales)
 
 
 def vocabulary_text(data: Data) -> Iterator[str]:
-    """The text that a scratch vocabulary is learned from: train rows and all that the teacher said of them.
+    """The text that a scratch vocabulary is learned from: train rows and the teacher's texts.
 
-    The same for every method, label source and selection, so that none of them changes another's student.
+    The same for every method, label source and selection, so that none changes another's student.
     """
-    words, count = data.teacher_words, len(data.train)
+    texts = data.teacher_texts
+    count = len(data.train)
     for i, row in enumerate(data.train):
-        yield from (part for part in ("predict: explain: " + row.text, row.gold) if part)
-        yield from words[
-            i * len(words) // count : (i + 1) * len(words) // count
-        ]  # side by side: learning may stop halfway
+        yield "predict: explain: " + row.text
+        if row.gold:
+            yield row.gold
+        # Spread over the rows: learning may stop halfway.
+        yield from texts[i * len(texts) // count : (i + 1) * len(texts) // count]

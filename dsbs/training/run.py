@@ -1,4 +1,4 @@
-"""The stage: every student of the grid, each resumed where it stood, the best step on valid saved."""
+"""Training: every student of the grid, each resumed from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from typing import Any
 
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.files import hold, manifest
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.rows import TrainedStudent
-from dsbs.run_folder import run_folder
+from dsbs.run_folder import RunFolder, run_folder
 from dsbs.students import check_student, new_input_format, new_tokenizer
 from dsbs.students.vocabulary import lost_in
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.load import stream, survey
-from dsbs.training.cell import CellTraining
+from dsbs.training.distillation.base import check_terms
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
-from dsbs.training.methods import check_terms, grid, method_of
-from dsbs.training.rows import Data, gather, taught_rationales, vocabulary_text
+from dsbs.training.grid import StudentSpec, Trial, Tuner, grid, trial_specs
+from dsbs.training.methods import method_of
+from dsbs.training.rows import Data, count_rationales, gather, vocabulary_text
+from dsbs.training.student_folder import RECORD
+from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
-from dsbs.training.tune import RECORD, Job, Tuner, trial_jobs
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """The closing summary of ``dsbs train``."""
+    """The students of a training run."""
 
     run: Path
     students: list[TrainedStudent]
-    teachers: list[TrainedStudent]  # local ones that were trained, or kept, to teach them
+    teachers: list[TrainedStudent]
+    """Local teachers that were trained, or kept."""
     reportable: bool
 
     def as_json(self) -> dict[str, Any]:
@@ -52,15 +54,16 @@ def train(
 ) -> TrainResult:
     """Train every student of the recipe's grid into ``train/<method>-<labels>-s<seed>/``.
 
-    Finished students that fit the recipe and the data are kept, an interrupted one continues from its last checkpoint.
-    Raises UserError where the run lacks what a method learns from.
+    Finished students that fit the recipe and the data are kept; an interrupted one continues from
+    its last checkpoint. Raises UserError where the run lacks what a method learns from.
     """
     progress = (progress if is_main_process() else None) or NoProgress()
     run = run_folder(recipe, out)
+    folder = run / "train"
     task = make_task(recipe.task)
-    cells = grid(recipe.train)
-    check_terms(recipe.train, task, cells)
-    data = gather(recipe, task, run, cells)
+    specs = grid(recipe.train)
+    check_terms(recipe.train, task, specs)
+    data = gather(recipe, task, run, specs)
     _check_precision(recipe)
     _check_processes(recipe)
     check_student(recipe)
@@ -70,35 +73,34 @@ def train(
     with ExitStack() as stack:
         record: dict[str, Any] = {}
         if is_main_process():
-            stack.enter_context(hold(run / "train"))
-            resolved = recipe.model_dump(mode="json")
-            record = stack.enter_context(
-                manifest(run / "train" / "manifest.json", resolved, hashes)
-            )
+            stack.enter_context(RunFolder(run).lock("train"))
+            record = stack.enter_context(RunFolder(run).record("train", recipe, hashes))
         tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
-        wording = new_input_format(recipe.student, tokenizer, recipe.train.init)
-        tokens = Tokens(tokenizer, run / "train" / "tokens", progress, wording)
+        input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
+        tokens = Tokens(tokenizer, folder / "tokens", progress, input_format)
         if is_main_process():
             for warning in _warnings(recipe, task, data, tokenizer, tokens):
                 progress.say(f"warning: {warning}")
-        teachers = LocalTeachers(
-            recipe,
-            run,
-            tokenizer,
-            lambda taught, job: CellTraining(taught, job, data, tokenizer, tokens).run(progress),
-        )
 
-        def student(job: Job) -> TrainedStudent:
-            told = teachers.of(job.cell)
-            return CellTraining(
-                recipe, job, data, tokenizer, tokens, told, run / "train" / "logprobs"
-            ).run(progress)
+        def train_teacher(teacher_recipe: Recipe, spec: StudentSpec) -> TrainedStudent:
+            teacher = StudentRun(teacher_recipe, spec, data, tokenizer, tokens, folder)
+            return teacher.run(progress)
 
-        tuner = Tuner(recipe, run, student)
+        teachers = LocalTeachers(recipe, run, tokenizer, train_teacher)
+
+        def student_run(spec: StudentSpec) -> StudentRun:
+            return StudentRun(recipe, spec, data, tokenizer, tokens, folder, teachers.of(spec))
+
+        def run_trial(spec: StudentSpec) -> Trial:
+            trial = student_run(spec)
+            trial.run(progress)
+            return trial.trial()
+
+        tuner = Tuner(recipe.train.seeds, run_trial)
         students = []
-        for number, cell in enumerate(cells, 1):
-            students.append(student(tuner.job(cell)))
-            teachers.release(cells[number:])
+        for number, spec in enumerate(specs, 1):
+            students.append(student_run(tuner.tuned(spec)).run(progress))
+            teachers.release(specs[number:])
         record["students"] = [student.name for student in students]
         if is_main_process():
             tokens.sweep()
@@ -106,79 +108,70 @@ def train(
 
 
 def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: Tokens) -> list[str]:
-    """What the students of this recipe will not be able to read or to write, each told once and before hours are spent."""
-    cells = grid(recipe.train)
-    sources = {cell.labels for cell in cells}
+    """Warnings of text that the students cannot read or write, each once and before training."""
+    specs = grid(recipe.train)
     labels = {
         label
-        for source in sources
+        for source in {spec.labels for spec in specs}
         for row in data.train
         if (label := row.label(source)) is not None
     }
-    said = {"inputs": [row.text for row in data.train]}
-    if any(method_of(cell.method).needs_rationales for cell in cells):
-        said["rationales"] = [rationale for row in data.train for rationale in row.rationales]
-    found = lost_in(recipe.student, tokenizer, labels.union(task.labels or ()), said)
+    texts = {"inputs": [row.text for row in data.train]}
+    if any(method_of(spec.method).needs_rationales for spec in specs):
+        texts["rationales"] = [rationale for row in data.train for rationale in row.rationales]
+    warnings = lost_in(recipe.student, tokenizer, labels.union(task.labels or ()), texts)
     encoder = Encoder(tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens)
-    part = data.part(max(recipe.train.subset))
-    systems = dict.fromkeys((cell.method, cell.labels) for cell in cells)
+    rows = data.subset(max(recipe.train.subset))
+    systems = dict.fromkeys((spec.method, spec.labels) for spec in specs)
     for method, source in systems:
-        found += encoder.cut(encoder.rows(part, method_of(method).views(recipe.train), source))
-    return list(dict.fromkeys(found))
+        encoded = encoder.rows(rows, method_of(method).views(recipe.train), source)
+        warnings += encoder.truncation_warnings(encoded)
+    return list(dict.fromkeys(warnings))
 
 
 def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any]]:
-    """What ``train`` would do, for --dry-run: a line for every student."""
+    """The plan of ``--dry-run``: one entry for every student."""
     run = run_folder(recipe, out)
-    cells = grid(recipe.train)
+    folder = run / "train"
+    specs = grid(recipe.train)
     task = make_task(recipe.task)
-    check_terms(recipe.train, task, cells)
+    check_terms(recipe.train, task, specs)
     check_student(recipe)
-    data = gather(recipe, task, run, cells)
-    lines = []
-    for teacher, job in planned_teachers(recipe, cells, run / "train"):
-        lines.append(
-            {
-                "name": f"teacher {job.name}",
-                "rows": len(
-                    [row for row in data.part(job.cell.subset) if row.label(job.cell.labels)]
-                ),
-                "rationales": taught_rationales(data, job.cell),
-                "valid": len(data.valid),
-                "trials": 0,
-                "steps": teacher.train.max_steps,
-                "done": _is_done(teacher.training, job.folder / RECORD),
-            }
-        )
-    for cell in cells:
-        taught = [row for row in data.part(cell.subset) if row.label(cell.labels)]
-        lines.append(
-            {
-                "name": cell.name,
-                "rows": len(taught),
-                "rationales": taught_rationales(data, cell),
-                "valid": len(data.valid),
-                "trials": len(trial_jobs(recipe.train, cell, run))
-                if cell.seed == recipe.train.seeds[0]
-                else 0,
-                "steps": max(
-                    (recipe.train.tune and recipe.train.tune.max_steps) or (recipe.train.max_steps,)
-                ),
-                "done": _is_done(
-                    recipe.training_of(cell.method), run / "train" / cell.name / RECORD
-                ),
-            }
-        )
-    return lines
+    data = gather(recipe, task, run, specs)
+    plan = []
+    for teacher_recipe, spec in planned_teachers(recipe, specs):
+        entry = _plan(teacher_recipe, spec, data, folder)
+        plan.append(entry | {"name": spec.title, "steps": teacher_recipe.train.max_steps})
+    tune = recipe.train.tune
+    steps = max((tune and tune.max_steps) or (recipe.train.max_steps,))
+    for spec in specs:
+        entry = _plan(recipe, spec, data, folder)
+        if spec.seed == recipe.train.seeds[0]:
+            entry["trials"] = len(trial_specs(spec))
+        plan.append(entry | {"steps": steps})
+    return plan
 
 
-def _is_done(wanted: str, record: Path) -> bool:
-    """Whether there is a finished student of these settings (its data are compared when training)."""
+def _plan(recipe: Recipe, spec: StudentSpec, data: Data, folder: Path) -> dict[str, Any]:
+    settings = recipe.training_of(spec.method)
+    return {
+        "name": spec.name,
+        "rows": sum(bool(row.label(spec.labels)) for row in data.subset(spec.subset)),
+        "rationales": count_rationales(data, spec),
+        "valid": len(data.valid),
+        "trials": 0,
+        "steps": 0,
+        "done": _is_done(settings, spec.path(folder) / RECORD),
+    }
+
+
+def _is_done(settings: str, record: Path) -> bool:
+    """Whether a student of these settings is finished (its data are compared when training)."""
     try:
-        settings = json.loads(record.read_text(encoding="utf-8"))["student"]["settings"]
+        student = json.loads(record.read_text(encoding="utf-8"))["student"]
     except (OSError, ValueError, KeyError):
         return False
-    return bool(settings == wanted)
+    return bool(student.get("settings") == settings)
 
 
 def _check_processes(recipe: Recipe) -> None:
@@ -186,8 +179,8 @@ def _check_processes(recipe: Recipe) -> None:
     uneven = [size for size in sizes if size % world_size()]
     if uneven:
         raise UserError(
-            f"train.batch_size {uneven[0]} cannot be shared among {world_size()} processes",
-            hint="make it a multiple of their number: it counts the examples of a step over all of them",
+            f"train.batch_size {uneven[0]} cannot be divided among {world_size()} processes",
+            hint="make it a multiple of their number: it counts a step's examples over all of them",
         )
 
 
@@ -197,6 +190,7 @@ def _check_precision(recipe: Recipe) -> None:
 
         if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
             raise UserError(
-                "train.precision: bf16 needs a GPU that has it; on some processors it ends in an illegal instruction",
+                "train.precision: bf16 needs a GPU that supports it; on some CPUs it ends in an "
+                "illegal instruction",
                 hint="use train.precision: auto",
             )

@@ -1,6 +1,6 @@
-"""Texts as token ids: each tokenised once for all students of a run, and kept on disk for the next run of the same texts.
+"""Tokens: texts as ids, tokenised once for all students of a run and cached on disk.
 
-Half a million examples are some 60 million ids: as one array 240 MB, as Python's lists of numbers 5 GB.
+Half a million examples are some 60 million ids: 240 MB as one array, 5 GB as Python lists.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dsbs.training.distributed import is_main_process
 
 Ids = Sequence[int] | NDArray[np.int32]
 
-_AT_ONCE = 8192  # texts in one call: the tokenizer's own objects for all of them would not fit
-_WORTH_A_FILE = 2000  # texts: fewer are tokenised sooner than they are looked up
+_BATCH = 8192  # texts in one call: the tokenizer's objects for all of them would not fit
+_MIN_CACHED = 2000  # texts: fewer are tokenised faster than they are looked up
 
 
 class Tokens:
-    """All texts tokenised so far, each by its place: ``tokens[place]`` are its ids.
+    """All texts tokenised so far, each under an index: ``tokens[index]`` are its ids.
 
-    ``folder`` keeps them for later runs (None: they are not kept). A file there is named by a hash of all that decides its
-    ids; one that is cut or damaged is made anew, and one that cannot be written is done without.
+    ``folder`` caches them for later runs (None: no cache). A file there is named by a hash of all
+    that decides its ids; a damaged one is replaced, and one that cannot be written is skipped.
     """
 
     def __init__(
@@ -39,117 +39,115 @@ class Tokens:
         tokenizer: Any,
         folder: Path | None = None,
         progress: Progress | None = None,
-        wording: InputFormat | None = None,
+        input_format: InputFormat | None = None,
     ) -> None:
-        self._tokenizer, self._folder, self._progress = tokenizer, folder, progress or NoProgress()
-        self.wording: InputFormat = wording or PlainFormat(tokenizer)
+        self._tokenizer = tokenizer
+        self._folder = folder
+        self._progress = progress or NoProgress()
+        self.input_format: InputFormat = input_format or PlainFormat(tokenizer)
         self._ids: NDArray[np.int32] = np.zeros(0, np.int32)
-        self._ends: NDArray[np.int64] = np.zeros(
-            1, np.int64
-        )  # text i has the ids from ends[i] to ends[i + 1]
-        self._known: dict[
-            tuple[str, int, bool], dict[str, int]
-        ] = {}  # prefix, limit, target or not -> text -> place
+        # Text i has the ids from ends[i] to ends[i + 1].
+        self._ends: NDArray[np.int64] = np.zeros(1, np.int64)
+        # (prefix, limit, target) -> text -> index
+        self._indices: dict[tuple[str, int, bool], dict[str, int]] = {}
         self._identity: str | None = None
         self._used: set[str] = set()
 
-    def __getitem__(self, place: int) -> NDArray[np.int32]:
-        return self._ids[self._ends[place] : self._ends[place + 1]]
+    def __getitem__(self, index: int) -> NDArray[np.int32]:
+        return self._ids[self._ends[index] : self._ends[index + 1]]
 
-    def lengths(self, places: NDArray[np.int32]) -> NDArray[np.int64]:
+    def lengths(self, indices: NDArray[np.int32]) -> NDArray[np.int64]:
         """The number of ids of each text, its end token included."""
-        return self._ends[places + 1] - self._ends[places]
+        return self._ends[indices + 1] - self._ends[indices]
 
-    def places(
+    def indices(
         self, prefix: str, texts: Sequence[str], limit: int, *, target: bool = False
     ) -> NDArray[np.int32]:
-        """Where the ids of ``prefix + text`` are, cut at ``limit`` ids; ``target``: what is written rather than read."""
-        known = self._known.setdefault((prefix, limit, target), {})
-        new = [text for text in dict.fromkeys(texts) if text not in known]
+        """The indices of ``prefix + text``, cut at ``limit`` ids, tokenised where they are new.
+
+        ``target``: whether the texts are targets, not inputs.
+        """
+        indices = self._indices.setdefault((prefix, limit, target), {})
+        new = [text for text in dict.fromkeys(texts) if text not in indices]
         if new:
-            lengths, ids = self._kept(prefix, new, limit, target)
-            known.update(
-                zip(new, range(len(self._ends) - 1, len(self._ends) - 1 + len(new)), strict=True)
-            )
+            lengths, ids = self._load(prefix, new, limit, target)
+            first = len(self._ends) - 1
+            indices.update(zip(new, range(first, first + len(new)), strict=True))
             self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(lengths)])
             self._ids = np.concatenate([self._ids, ids])
-        return np.fromiter((known[text] for text in texts), np.int32, len(texts))
+        return np.fromiter((indices[text] for text in texts), np.int32, len(texts))
 
     def sweep(self) -> None:
-        """Remove the files of texts that this run did not have (other data's, another tokenizer's), and what a kill left."""
-        for path in (
-            self._folder.iterdir() if self._folder is not None and self._folder.is_dir() else ()
-        ):
+        """Remove cache files that this run did not use: of other texts, or of a killed run."""
+        if self._folder is None or not self._folder.is_dir():
+            return
+        for path in self._folder.iterdir():
             if path.stem not in self._used:
                 path.unlink(missing_ok=True)
 
-    def _kept(
+    def _load(
         self, prefix: str, texts: list[str], limit: int, target: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """The lengths and ids of texts, from the file of an earlier run where there is one."""
-        if self._folder is None or len(texts) < _WORTH_A_FILE:
-            return self._tokenised(prefix, texts, limit, target)
+        """The lengths and ids of texts, from the cache where they are in it."""
+        if self._folder is None or len(texts) < _MIN_CACHED:
+            return self._tokenise(prefix, texts, limit, target)
         key = digest(
-            self._tokenizers_identity(),
-            *self.wording.identity(target=target),
+            self._tokenizer_identity(),
+            *self.input_format.identity(target=target),
             str(limit),
             prefix,
             *texts,
         )[:32]
         path = self._folder / f"{key}.npz"
         self._used.add(key)
-        found = _read(path, len(texts))
-        if found is None:
-            found = self._tokenised(prefix, texts, limit, target)
-            if is_main_process():
-                _write(path, *found)
-        return found
+        cached = _read(path, len(texts))
+        if cached is not None:
+            return cached
+        lengths, ids = self._tokenise(prefix, texts, limit, target)
+        if is_main_process():
+            _write(path, lengths, ids)
+        return lengths, ids
 
-    def _tokenised(
+    def _tokenise(
         self, prefix: str, texts: list[str], limit: int, target: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        lengths, parts = [], []
-        worded = self.wording.write if target else self.wording.read
+        lengths: list[int] = []
+        ids = []
+        encode = self.input_format.write if target else self.input_format.read
         with running(self._progress, "tokenise", len(texts)):
-            for start in range(0, len(texts), _AT_ONCE):
-                some = [prefix + text for text in texts[start : start + _AT_ONCE]]
-                rows = worded(some, limit)
+            for start in range(0, len(texts), _BATCH):
+                batch = [prefix + text for text in texts[start : start + _BATCH]]
+                rows = encode(batch, limit)
                 lengths += [len(row) for row in rows]
-                parts.append(np.fromiter((token for row in rows for token in row), np.int32))
-                self._progress.update(start + len(some))
-        return np.array(lengths, np.int64), np.concatenate(parts)
+                ids.append(np.fromiter((token for row in rows for token in row), np.int32))
+                self._progress.update(start + len(batch))
+        return np.array(lengths, np.int64), np.concatenate(ids)
 
-    def _tokenizers_identity(self) -> str:
-        """All that decides a text's ids besides the text: pieces, scores, normalisation, and whose code applies them."""
+    def _tokenizer_identity(self) -> str:
+        """A hash of all that decides a text's ids: pieces, scores, normalisation, versions."""
         if self._identity is None:
-            parts = json.loads(self._tokenizer.backend_tokenizer.to_str())
-            for state in ("truncation", "padding"):  # what the last call asked for
-                parts.pop(state, None)
+            state = json.loads(self._tokenizer.backend_tokenizer.to_str())
+            for key in ("truncation", "padding"):  # left over from the last call
+                state.pop(key, None)
             code = [versions().get(name, "") for name in ("tokenizers", "transformers")]
-            self._identity = digest(json.dumps(parts, sort_keys=True), *code)
+            self._identity = digest(json.dumps(state, sort_keys=True), *code)
         return self._identity
 
 
 def _read(path: Path, count: int) -> tuple[NDArray[np.int64], NDArray[np.int32]] | None:
-    """None where there is no whole file of ``count`` texts; the archive's checksums tell a damaged one."""
+    """None without an intact file of ``count`` texts; the archive has checksums."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            lengths, ids = kept["lengths"].astype(np.int64), kept["ids"].astype(np.int32)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-    ):  # whatever bit was turned
-        return None
+        with np.load(path, allow_pickle=False) as archive:
+            lengths = archive["lengths"].astype(np.int64)
+            ids = archive["ids"].astype(np.int32)
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return None  # a flipped bit may raise any of these
     return (lengths, ids) if len(lengths) == count and int(lengths.sum()) == len(ids) else None
 
 
 def _write(path: Path, lengths: NDArray[np.int64], ids: NDArray[np.int32]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with contextlib.suppress(OSError):  # a full disk: training needs its room more than this does
+    with contextlib.suppress(OSError):  # on a full disk, training needs the space more
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
@@ -162,5 +160,5 @@ def _write(path: Path, lengths: NDArray[np.int64], ids: NDArray[np.int32]) -> No
 
 
 def _narrow(numbers: NDArray[Any]) -> NDArray[Any]:
-    """In as few bytes as the largest needs: two for the ids of a T5."""
+    """The smallest integer type that holds the largest number: two bytes for a T5's ids."""
     return numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))

@@ -1,35 +1,83 @@
-"""Seq2SeqTrainer with the exact objective, validation by accuracy, and losses logged apart.
+"""Trainer: Seq2SeqTrainer with the exact objective, validation by accuracy and separate losses.
 
-The stock trainer mis-scales T5 under gradient accumulation: T5's forward takes ``**kwargs``, so the trainer believes that the
-loss is already normalised. Here each view's summed cross-entropy is divided by its target tokens in the whole step.
+The stock trainer mis-scales T5 under gradient accumulation: T5's forward takes ``**kwargs``, so the
+trainer believes that the loss is already normalised. Here each view's summed cross-entropy is
+divided by its target tokens in the whole step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, Sampler
-from transformers import Seq2SeqTrainer
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from dsbs.config import TrainSection
 from dsbs.errors import DsbsError, UserError
-from dsbs.training.distillation.objective import DistillationLoss, StepTotals
+from dsbs.training.distillation.base import StepTotals
+from dsbs.training.distillation.objective import DistillationLoss
+from dsbs.training.distributed import save_sharded_model, shard_model, world_size
 from dsbs.training.encode import PackedBatch, PaddedDataset
-from dsbs.training.fsdp import save_whole, shard
 from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
 from dsbs.training.methods import View
-from dsbs.training.packed import decoder as causal
+from dsbs.training.packed import decoder
 from dsbs.training.packed.forward import ForwardRunner
 from dsbs.training.packed.t5 import is_t5
 
+Batch = Mapping[str, PackedBatch]
+
+
+def training_arguments(
+    section: TrainSection, folder: Path, seed: int, *, batch_size: int, eval_steps: int
+) -> Seq2SeqTrainingArguments:
+    """The stock trainer's arguments; ``batch_size`` is of one process's forward pass."""
+    on_gpu = torch.cuda.is_available()
+    schedule: str = section.schedule
+    if schedule == "constant":
+        schedule = "constant_with_warmup"  # the plain constant one ignores warm-up
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=section.batch_size // (batch_size * world_size()),
+        max_steps=section.max_steps,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=schedule,
+        optim="adafactor" if section.optimizer == "adafactor" else "adamw_torch_fused",
+        train_sampling_strategy="random" if section.shuffle else "sequential",
+        logging_nan_inf_filter=False,  # it would log 0 in place of a loss that is not finite
+        warmup_steps=section.warmup_steps,
+        weight_decay=section.weight_decay,
+        logging_steps=section.log_every,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_strategy="steps",
+        save_steps=eval_steps,
+        save_total_limit=1,
+        metric_for_best_model="selection",
+        greater_is_better=True,
+        remove_unused_columns=False,
+        bf16=section.precision != "fp32" and on_gpu and torch.cuda.is_bf16_supported(),
+        seed=seed,
+        data_seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not on_gpu,
+    )
+    # The stock trainer would multiply the batch by the number of visible GPUs.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
 
 class StepTrainer(Seq2SeqTrainer):
-    """``views`` is the student's method, ``terms`` what its loss has beside them (None: nothing); ``validate`` returns the
-    figures of a look at valid, "accuracy" among them.
+    """Trains on packed batches; ``views`` is the student's method.
+
+    ``terms`` are the loss terms beside the views' (None: none). ``validate`` returns the figures of
+    a validation, "accuracy" among them.
     """
 
     def __init__(
@@ -41,66 +89,70 @@ class StepTrainer(Seq2SeqTrainer):
         terms: DistillationLoss | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            **kwargs | {"train_dataset": PaddedDataset(kwargs["train_dataset"], views[0].target)}
-        )
+        dataset = PaddedDataset(kwargs.pop("train_dataset"), views[0].target)
+        super().__init__(train_dataset=dataset, **kwargs)
         self.loss_is_scaled_for_ga = True
-        self._views, self._section, self._terms = views, section, terms
+        self._views = views
+        self._section = section
+        self._terms = terms
         self._validate = validate
         self._counts: dict[str, float] = {}
-        self._logged: dict[str, list[float]] = {}
+        names: list[str] = [view.target for view in views if view.supervised]
+        names += [term.title for term in terms.terms] if terms else []
+        self._logged = dict.fromkeys(names, 0.0)
+        """This process's share of each loss, summed over the steps since the last line."""
         self._last_logged_step: int | None = None
-        self._seen = {
-            "tokens": 0,
-            "examples": 0,
-        }  # in all steps and processes, an interrupted run's included
-        unpadded = section.padding == "none" and (
-            is_t5(self.model) or causal.is_decoder_only(self.model)
-        )
+        # In all steps and processes, an interrupted run's included.
+        self._totals = {"tokens": 0, "examples": 0}
+        packs = is_t5(self.model) or decoder.is_decoder_only(self.model)
+        without_padding = section.padding == "none" and packs
         if self.is_fsdp_enabled:
             if terms is not None:
                 raise UserError(
-                    "terms of the loss are not learned by a divided model",
-                    hint="start without FSDP settings",
+                    "loss terms are not supported with FSDP", hint="start without FSDP settings"
                 )
-            # all views in one call: processes whose rows teach different views would wait for one another's calls for ever
-            unpadded = True
-            shard(self.model, self.accelerator)
-        patch_forward(self.model, views, without_padding=unpadded, terms=terms)
+            # All views in one call: processes whose rows have different views would otherwise wait
+            # for one another's calls for ever.
+            without_padding = True
+            shard_model(self.model, self.accelerator)
+        patch_forward(self.model, views, without_padding=without_padding, terms=terms)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
-        """One optimizer step's micro-batches; their target tokens are counted over all of them and all processes."""
+        """One optimizer step's micro-batches; counts target tokens over them and all processes."""
         if self._last_logged_step is None:  # a resumed run's first line covers its own steps alone
             self._last_logged_step = self.state.global_step
-            self._seen |= {
-                name: int(row[name])
-                for row in self.state.log_history
-                for name in self._seen
-                if name in row
-            }
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        names = [view.target for view in self._views]
-        targets = [sum(taught(batch[name]) for batch in samples if name in batch) for name in names]
-        sources = sum(len(flat.source) for batch in samples for flat in batch.values())
-        examples = sum(
-            1 + max(int(flat.rows.max()) for flat in batch.values()) for batch in samples
-        )
-        tallies = [self._terms.tally(batch) for batch in samples] if self._terms else []
-        others = {
-            name: sum(tally[name] for tally in tallies) for name in (tallies[0] if tallies else ())
+            for row in self.state.log_history:
+                self._totals |= {name: int(row[name]) for name in self._totals if name in row}
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        targets = {
+            view.target: sum(
+                count_targets(batch[view.target]) for batch in batches if view.target in batch
+            )
+            for view in self._views
         }
-        counts = torch.tensor(
-            [*targets, *others.values(), sources + sum(targets), examples], device=device
-        )
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        *step_targets, step_tokens, step_examples = counts.tolist()
-        self._counts = dict(zip([*names, *others], step_targets, strict=True))
-        self._seen["tokens"] += step_tokens
-        self._seen["examples"] += step_examples
-        return samples, None
+        terms: dict[str, float] = {}
+        for batch in batches:
+            for name, number in self._terms.counts(batch).items() if self._terms else ():
+                terms[name] = terms.get(name, 0) + number
+        totals = {
+            "tokens": sum(_count_inputs(batch) for batch in batches) + sum(targets.values()),
+            "examples": sum(_count_examples(batch) for batch in batches),
+        }
+        values = [*targets.values(), *terms.values(), *totals.values()]
+        reduced = [int(value) for value in self._sum_over_processes(values, device)]
+        self._counts = dict(zip([*targets, *terms], reduced[: -len(totals)], strict=True))
+        for name, number in zip(totals, reduced[-len(totals) :], strict=True):
+            self._totals[name] += number
+        return batches, None
+
+    def _sum_over_processes(self, values: Sequence[float], device: Any) -> list[float]:
+        if self.args.world_size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64, device=device)
+        summed: list[float] = self.accelerator.reduce(numbers, reduction="sum").tolist()
+        return summed
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, PackedBatch):  # the stock trainer moves tensors in mappings only
@@ -108,9 +160,9 @@ class StepTrainer(Seq2SeqTrainer):
         return super()._prepare_input(data)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """One process's order of the rows; for several with empty rows at its end, so that all have equally many batches.
+        """The order of rows; with several processes padded by empty rows to equal batches.
 
-        accelerate would fill up with the epoch's first rows, which would be learned twice.
+        accelerate would pad with the epoch's first rows, which would be learned twice.
         """
         sampler = super()._get_train_sampler(train_dataset)
         if self.args.world_size == 1 or sampler is None:
@@ -121,68 +173,76 @@ class StepTrainer(Seq2SeqTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the step's loss (see ``weighted_loss``)."""
-        del return_outputs, num_items_in_batch
         weights = view_weights(self._views, self._section, self.state.global_step)
-        counts = self._counts
-        if (
-            self._section.loss_mean == "micro"
-        ):  # the published code's: means of micro-batches, averaged
-            own = {name: taught(flat) for name, flat in inputs.items()} | (
-                self._terms.tally(inputs) if self._terms else {}
-            )
-            counts = {
-                name: max(1, count) * self.current_gradient_accumulation_steps
-                for name, count in own.items()
-            }
+        of_micro_batch = self._section.loss_mean == "micro"
+        counts = self._micro_counts(inputs) if of_micro_batch else self._counts
         step = {"step": StepTotals(counts, weights)} if self._terms else {}
-        found: dict[str, torch.Tensor] = model(batch=inputs, **step)
-        sums = {name: found[name] for name in inputs}
-        for name, value in found.items():
-            self._logged.setdefault(name, []).append(
-                float(value.detach()) / (self._counts[name] if name in sums else 1)
-            )
+        losses: dict[str, torch.Tensor] = model(batch=inputs, **step)
+        sums = {name: losses[name] for name in inputs}
         loss = weighted_loss(sums, counts, weights)
         for term in self._terms.terms if self._terms else ():
-            loss = loss + term.weight * found[term.title]
-        # distributed training averages gradients over processes, and the counts are already the sum over them
-        return loss if self._section.loss_mean == "micro" else loss * self.args.world_size
+            loss = loss + term.weight * losses[term.title]
+        # Distributed training averages gradients over processes; the counts are summed over them,
+        # those of a micro-batch are the process's own.
+        if not of_micro_batch:
+            loss = loss * self.args.world_size
+        for name, value in losses.items():
+            mean = float(value.detach())
+            if name in sums:
+                mean /= counts[name]
+            self._logged[name] += mean
+        return loss
+
+    def _micro_counts(self, batch: Batch) -> dict[str, float]:
+        """Counts for the published code's objective: means of micro-batches, averaged."""
+        counts: dict[str, float] = {name: count_targets(packed) for name, packed in batch.items()}
+        counts |= self._terms.counts(batch) if self._terms else {}
+        batches = self.current_gradient_accumulation_steps
+        return {name: max(1, count) * batches for name, count in counts.items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_fsdp_enabled:  # the stock one gathers in one process what all must
-            save_whole(self.model, str(output_dir))
+        if self.is_fsdp_enabled:  # the stock one gathers in one process what all must gather
+            save_sharded_model(self.model, str(output_dir))
         else:
             super().save_model(output_dir, _internal_call)
 
-    def floating_point_ops(self, inputs: Any) -> int:
-        del inputs  # the stock estimate looks for input_ids at the top of the batch
-        return 0
+    def floating_point_ops(self, _inputs: Any) -> int:
+        return 0  # the stock estimate looks for input_ids at the top of the batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise self._lost(logs["loss"])
-            steps = max(1, self.state.global_step - (self._last_logged_step or 0))
-            for name, values in self._logged.items():
-                logs[f"{name}_loss"] = sum(values) / steps * self.args.world_size
-            self._logged = {}
-            self._last_logged_step = self.state.global_step
+                raise self._diverged(logs["loss"])
+            logs |= self._mean_losses()
         if "loss" in logs or "eval_accuracy" in logs:
-            logs |= self._seen  # into the checkpoint as well, from which a resumed run counts on
+            logs |= self._totals  # in the checkpoint as well, from which a resumed run counts on
         super().log(logs, start_time)
 
-    def _lost(self, loss: float) -> DsbsError:
+    def _mean_losses(self) -> dict[str, float]:
+        """Each view's and term's loss, averaged over the steps since the last line."""
+        steps = max(1, self.state.global_step - (self._last_logged_step or 0))
+        sums = self._sum_over_processes(list(self._logged.values()), self.args.device)
+        if self._section.loss_mean == "micro":  # means of each process's own micro-batches
+            steps *= self.args.world_size
+        means = {
+            f"{name}_loss": total / steps for name, total in zip(self._logged, sums, strict=True)
+        }
+        self._logged = dict.fromkeys(self._logged, 0.0)
+        self._last_logged_step = self.state.global_step
+        return means
+
+    def _diverged(self, loss: float) -> DsbsError:
         return DsbsError(
             f"the loss is {loss} at step {self.state.global_step}",
             hint="lower train.learning_rate or add train.warmup_steps; the last checkpoint is kept",
         )
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Accuracy on valid by short generation. The test split is nowhere near."""
-        del args, kwargs
-        found = self._validate()
-        if not math.isfinite(found.get("label_loss", 0.0)):
-            raise self._lost(found["label_loss"])
-        metrics = {f"eval_{name}": value for name, value in found.items()}
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Validate, log and return the figures. The test split is not involved."""
+        figures = self._validate()
+        if not math.isfinite(figures.get("label_loss", 0.0)):
+            raise self._diverged(figures["label_loss"])
+        metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -191,13 +251,13 @@ class StepTrainer(Seq2SeqTrainer):
 
 
 class PaddedSampler(Sampler[int]):
-    """``order``'s places, then places past its end until their number is a multiple of ``multiple``."""
+    """The indices of ``order``, then indices past its end up to a multiple of ``multiple``."""
 
     def __init__(self, order: Sampler[int], multiple: int) -> None:
-        # accelerate would give a random order this seed for one process, and does not look into a sampler of ours
-        self._order = (
-            SeedableRandomSampler(order.data_source) if isinstance(order, RandomSampler) else order
-        )
+        # accelerate gives a random order its seed, but does not look into a sampler of ours.
+        if isinstance(order, RandomSampler):
+            order = SeedableRandomSampler(order.data_source)
+        self._order = order
         self._multiple = multiple
 
     def __len__(self) -> int:
@@ -212,9 +272,25 @@ class PaddedSampler(Sampler[int]):
             self._order.set_epoch(epoch)
 
 
-def taught(flat: PackedBatch) -> int:
+def count_targets(packed: PackedBatch) -> int:
     """Target tokens of a batch, without those of empty rows."""
-    return int((flat.target != IGNORED).sum())
+    return int((packed.target != IGNORED).sum())
+
+
+def _supervised(packed: PackedBatch) -> torch.Tensor:
+    """(B,) False for the empty rows that equalise the processes' batches."""
+    return packed.target[packed.target_lengths.cumsum(0) - 1] != IGNORED
+
+
+def _count_inputs(batch: Batch) -> int:
+    """Input tokens of a batch, without those of empty rows."""
+    return sum(int(packed.source_lengths[_supervised(packed)].sum()) for packed in batch.values())
+
+
+def _count_examples(batch: Batch) -> int:
+    """Examples of a batch, without empty rows."""
+    rows = (packed.rows[_supervised(packed)].tolist() for packed in batch.values())
+    return len(set().union(*rows))
 
 
 def patch_forward(
@@ -224,40 +300,41 @@ def patch_forward(
     without_padding: bool,
     terms: DistillationLoss | None = None,
 ) -> None:
-    """Teach a model's forward to take ``batch``, rows of ``views``, and to return each view's summed cross-entropy.
+    """Patch ``model.forward`` to accept a packed batch and return summed losses per view.
 
-    With ``terms`` it takes the ``step`` as well and returns each term's share of the step's mean beside them, by its name.
-    Through forward, because that is where distributed training hooks gradients in. Anything else it answers as before.
+    With ``terms`` it takes ``step`` as well and adds each term's share of the step's mean, by its
+    title. It is patched, not called around, because distributed training hooks gradients into
+    forward. Without ``batch`` it computes what it did before.
     """
-    plain = model.forward
-    if causal.is_decoder_only(model):
+    forward = model.forward
+    if decoder.is_decoder_only(model):
         if terms is not None:
             raise UserError(
-                "terms of the loss are learned by T5 students alone",
+                "loss terms are supported for T5 students only",
                 hint="leave the terms out of train.methods",
             )
-        read = None
+        runner = None
     else:
-        read = ForwardRunner(
+        runner = ForwardRunner(
             model,
             views,
             without_padding=without_padding,
             hidden_states=terms is not None and terms.hidden_states,
-            labels=terms.labels if terms else (),
+            labels=terms.label_ids if terms else (),
         )
 
-    def forward(
+    def packed_forward(
         *args: Any,
         batch: dict[str, PackedBatch] | None = None,
         step: StepTotals | None = None,
         **kwargs: Any,
     ) -> Any:
         if batch is None:
-            return plain(*args, **kwargs)
-        if read is None:
-            return causal.summed_losses(model, batch, without_padding=without_padding)
-        own = read(batch)
-        sums = {name: summed_nll(own.logits[name], flat.target) for name, flat in batch.items()}
-        return sums | (terms.losses(own, batch, step) if terms and step else {})
+            return forward(*args, **kwargs)
+        if runner is None:
+            return decoder.summed_losses(model, batch, without_padding=without_padding)
+        output = runner(batch)
+        sums = {name: summed_nll(output.logits[name], rows.target) for name, rows in batch.items()}
+        return sums | (terms.losses(output, batch, step) if terms and step else {})
 
-    model.forward = forward
+    model.forward = packed_forward

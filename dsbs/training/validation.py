@@ -1,27 +1,61 @@
-"""A look at valid: how often a student's label is right there, and what its label costs it."""
+"""Validation: label accuracy and label loss, and how often they are measured."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from dsbs.config import Recipe
+from dsbs.config import Recipe, TrainSection
 from dsbs.records.rows import Unread
 from dsbs.students import Student, start_token, take_apart
-from dsbs.training.encode import Encoded, collate, pad
+from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
 from dsbs.training.rows import Data
 
+_MAX_SHARE = 0.2  # of a training's time, unless train.eval_every is set
+_MAX_COUNT = 20
+# Cost of a token that is generated, in tokens of a forward pass: measured on CPUs.
+_DECODING = 16
+_BACKWARD = 2  # cost of a backward pass, in forward passes
 
-def look(
+
+def validation_interval(
+    section: TrainSection, train: EncodedRows, valid: EncodedRows, max_new_tokens: int
+) -> int:
+    """Optimizer steps between validations: ``train.eval_every``, or None's value for this data.
+
+    A training has twenty validations, or fewer where they would take more than a fifth of its time,
+    and always one at its last step. The time is estimated from the numbers of rows and tokens, not
+    measured, so that the best step is the same on every machine.
+    """
+    if section.eval_every is not None:
+        return section.eval_every
+    step_cost = (1 + _BACKWARD) * section.batch_size * _tokens(train) / len(train)
+    longest = max(int(targets.max(initial=1)) for _, targets in valid.lengths().values())
+    generated = min(max_new_tokens, 2 * longest)  # a student in training often writes on
+    inputs = sum(int(sources.sum()) for sources, _ in valid.lengths().values())
+    # Inputs are read twice: to generate labels, and for the loss.
+    validation_cost = inputs + _tokens(valid) + _DECODING * generated * len(valid)
+    budget = _MAX_SHARE / (1 - _MAX_SHARE) * section.max_steps * step_cost
+    count = min(_MAX_COUNT, max(1, int(budget / validation_cost)))
+    return math.ceil(section.max_steps / count)
+
+
+def _tokens(rows: EncodedRows) -> int:
+    lengths = rows.lengths().values()
+    return sum(int(sources.sum()) + int(targets.sum()) for sources, targets in lengths)
+
+
+def validate(
     student: Student, recipe: Recipe, data: Data, rows: Sequence[Encoded], view: View
 ) -> dict[str, float]:
-    """Accuracy on valid, the label loss there (nats per token), and what the best step is chosen by.
+    """Accuracy on valid, label loss in nats per token, and the score that chooses the best step.
 
-    ``rows`` are valid's as ``view`` reads and writes them. ``selection`` orders steps by accuracy and, among equals, by lower
-    loss: half a row's worth at most.
+    ``rows`` are valid's, encoded for ``view``. ``selection`` orders steps by accuracy and, among
+    equals, by lower loss, which counts for less than half a row.
     """
     accuracy = _accuracy(student, recipe, data, view)
-    loss = _loss(student, recipe.eval.batch_size, rows, view)
+    loss = _label_loss(student, recipe.eval.batch_size, rows, view)
     return {
         "accuracy": accuracy,
         "label_loss": loss,
@@ -29,44 +63,46 @@ def look(
     }
 
 
+def max_new_tokens(recipe: Recipe, view: View) -> int:
+    """The most tokens that a student generates for a label."""
+    if view.target == "rationale-then-label":  # the label comes last
+        return recipe.student.max_target_tokens
+    return recipe.eval.max_label_tokens
+
+
 def _accuracy(student: Student, recipe: Recipe, data: Data, view: View) -> float:
     task = student.task
-    whole = view.target == "rationale-then-label"  # the label comes last
-    most = recipe.student.max_target_tokens if whole else recipe.eval.max_label_tokens
-    written = student.generate(
-        [view.prefix + row.text for row in data.valid], most, recipe.eval.batch_size
-    )
-    right = 0
-    for one, row in zip(written, data.valid, strict=True):
-        label = task.read_label(take_apart(view.target, one.text)[0], data.fields[row.id])
-        right += not isinstance(label, Unread) and task.correct(
-            label, str(row.label(data.valid_labels))
-        )
-    return right / len(data.valid)
+    inputs = [view.prefix + row.text for row in data.valid]
+    generations = student.generate(inputs, max_new_tokens(recipe, view), recipe.eval.batch_size)
+    correct = 0
+    for generation, row in zip(generations, data.valid, strict=True):
+        label = task.read_label(take_apart(view.target, generation.text)[0], data.fields[row.id])
+        if not isinstance(label, Unread):
+            correct += task.correct(label, str(row.label(data.valid_labels)))
+    return correct / len(data.valid)
 
 
-def _loss(student: Student, size: int, rows: Sequence[Encoded], view: View) -> float:
+def _label_loss(student: Student, batch_size: int, rows: Sequence[Encoded], view: View) -> float:
+    """Mean token cross-entropy of valid's labels, in nats."""
     import torch
 
     from dsbs.training.losses import summed_nll
-    from dsbs.training.packed import decoder as causal
+    from dsbs.training.packed.decoder import is_decoder_only, summed_losses
 
     model = student.engine.model
-    total, tokens = 0.0, 0
+    total = 0.0
+    tokens = 0
     ordered = sorted(rows, key=lambda row: len(row[view.target][0][0]))
     with torch.inference_mode():
-        for first in range(0, len(ordered), size):
-            flat = collate(ordered[first : first + size])[view.target]
-            tokens += len(flat.target)
-            if causal.is_decoder_only(model):
-                there = flat.to(model.device)
-                total += float(
-                    causal.summed_losses(model, {view.target: there}, without_padding=False)[
-                        view.target
-                    ]
-                )
+        for first in range(0, len(ordered), batch_size):
+            packed = collate(ordered[first : first + batch_size])[view.target]
+            tokens += len(packed.target)
+            if is_decoder_only(model):
+                batch: dict[str, PackedBatch] = {view.target: packed.to(model.device)}
+                losses = summed_losses(model, batch, without_padding=False)
+                total += float(losses[view.target])
                 continue
-            padded = pad(flat, model.config.pad_token_id, start_token(model.config, view.start))
-            batch = {k: v.to(model.device) for k, v in padded.items()}
-            total += float(summed_nll(model(**batch).logits, batch["labels"]))
+            padded = pad(packed, model.config.pad_token_id, start_token(model.config, view.start))
+            inputs = {name: tensor.to(model.device) for name, tensor in padded.items()}
+            total += float(summed_nll(model(**inputs).logits, inputs["labels"]))
     return total / tokens

@@ -1,4 +1,4 @@
-"""The batch lane: the same replies for half the money, and nothing lost or sent twice on the way."""
+"""The batch lane: the same replies at half the price, none lost or sent twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from batch_server import BatchServer
 from conftest import good_answer, run_dsbs
-from loopback import LoopbackServer, completion
+from loopback import LoopbackServer, completion, question, read_rows
 
 from dsbs import PartialError, UserError, load_recipe
 from dsbs.annotation import batch as lane
@@ -21,21 +21,11 @@ def answer(body: dict[str, Any]) -> Any:
     return good_answer(body, 0)
 
 
-def rows(run: Path, split: str = "train") -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for line in (run / "annotate" / f"{split}.jsonl").open(encoding="utf-8")
-    ]
-
-
 def recipe(path: Path, url: str, *overrides: str) -> Any:
     return load_recipe(path, [f"teacher.base_url={url}", "annotate.batch.poll_s=0.01", *overrides])
 
 
-def question(body: dict[str, Any]) -> str:
-    return str(body["messages"][-1]["content"])
-
-
-def test_a_batch_brings_what_asking_brings_at_half_the_price(
+def test_a_batch_brings_the_same_replies_as_online_at_half_the_price(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path, price = toy(train=10, test=4), "teacher.price={input: 1000, output: 2000}"
@@ -48,9 +38,9 @@ def test_a_batch_brings_what_asking_brings_at_half_the_price(
             "online finds what the batch bought"
         )
     assert result.splits["train"].accepted == 10
-    asked, batched = rows(tmp_path / "online"), rows(tmp_path / "batch")
-    assert [row["label"] for row in asked] == [row["label"] for row in batched]
-    assert batched[0]["usd"] == pytest.approx(asked[0]["usd"] / 2)
+    online_rows, batch_rows = read_rows(tmp_path / "online"), read_rows(tmp_path / "batch")
+    assert [row["label"] for row in online_rows] == [row["label"] for row in batch_rows]
+    assert batch_rows[0]["usd"] == pytest.approx(online_rows[0]["usd"] / 2)
 
 
 def test_long_lists_are_cut_into_several_batches(toy: Callable[..., Path], tmp_path: Path) -> None:
@@ -63,7 +53,7 @@ def test_long_lists_are_cut_into_several_batches(toy: Callable[..., Path], tmp_p
         assert (server.requests, len(server.batches)) == (14, 3)
 
 
-def test_what_expired_is_kept_and_the_rest_goes_online_or_to_the_next_batch(
+def test_expired_requests_go_online_or_to_the_next_batch(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = toy(train=10, test=4)
@@ -71,20 +61,20 @@ def test_what_expired_is_kept_and_the_rest_goes_online_or_to_the_next_batch(
         server.expire = lambda body: "number 3 " in question(body) or "number 4 " in question(body)
         with pytest.raises(PartialError, match="2 requests came back"):
             annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
-        assert [row["reject_reason"] for row in rows(tmp_path / "run")].count("no-reply") == 2
+        assert [row["reject_reason"] for row in read_rows(tmp_path / "run")].count("no-reply") == 2
         server.expire = lambda body: "number 4 " in question(body)
         with pytest.raises(PartialError, match="1 request came back"):
             annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
         assert server.requests == 16 and server.online == 0
         annotate(recipe(path, server.url), out=tmp_path / "run")
         assert server.requests == 16 and server.online == 1
-    assert all(row["accepted"] for row in rows(tmp_path / "run"))
+    assert all(row["accepted"] for row in read_rows(tmp_path / "run"))
     assert len(list((tmp_path / "run" / "annotate" / "batches").glob("*/output.jsonl"))) == 2, (
         "as they came"
     )
 
 
-def test_a_refused_line_is_refused_and_a_failed_one_left_over(
+def test_a_refused_line_is_final_and_a_failed_one_is_left_over(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     def picky(body: dict[str, Any]) -> Any:
@@ -96,7 +86,7 @@ def test_a_refused_line_is_refused_and_a_failed_one_left_over(
 
     with BatchServer(picky) as server, pytest.raises(PartialError, match="1 request came back"):
         annotate(recipe(toy(train=6, test=4), server.url), out=tmp_path / "run", buying="batch")
-    assert [row["reject_reason"] for row in rows(tmp_path / "run")] == [
+    assert [row["reject_reason"] for row in read_rows(tmp_path / "run")] == [
         None,
         "refused",
         "no-reply",
@@ -120,10 +110,10 @@ def test_samples_that_depend_on_earlier_ones_go_into_further_batches(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     with BatchServer(answer) as server:
-        made = recipe(
+        loaded = recipe(
             toy(train=4, test=4), server.url, "annotate.samples=3", "annotate.temperature=0.7"
         )
-        annotate(made, out=tmp_path / "run", buying="batch")
+        annotate(loaded, out=tmp_path / "run", buying="batch")
         assert (server.requests, len(server.batches)) == (16, 1), "two that agree settle it"
 
 
@@ -138,13 +128,13 @@ class Killed(BaseException):
 def test_killed_at_any_step_nothing_is_submitted_twice(
     toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, when: str
 ) -> None:
-    part, name = step.split(".")
+    resource_name, name = step.split(".")
     original = lane.BatchClient.__init__
     armed = [True]
 
     def instrumented(self: Any, *args: Any) -> None:
         original(self, *args)
-        resource = getattr(self._openai, part)
+        resource = getattr(self._openai, resource_name)
         real = getattr(resource, name)
 
         def dying(*a: Any, **k: Any) -> Any:
@@ -165,15 +155,15 @@ def test_killed_at_any_step_nothing_is_submitted_twice(
         armed[0] = False
         annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
         assert (len(server.batches), server.requests) == (1, 10)
-    assert all(row["accepted"] for row in rows(tmp_path / "run"))
+    assert all(row["accepted"] for row in read_rows(tmp_path / "run"))
 
 
 def test_requests_go_out_by_file_and_their_output_comes_back(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = toy(train=6, test=4)
-    made = recipe(path, "http://127.0.0.1:9/v1")
-    assert export_batch(made, tmp_path / "requests.jsonl", out=tmp_path / "run") == 10
+    loaded = recipe(path, "http://127.0.0.1:9/v1")
+    assert export_batch(loaded, tmp_path / "requests.jsonl", out=tmp_path / "run") == 10
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").open(encoding="utf-8")]
     assert {line["method"] for line in lines} == {"POST"} and {line["url"] for line in lines} == {
         "/v1/chat/completions"
@@ -182,24 +172,40 @@ def test_requests_go_out_by_file_and_their_output_comes_back(
         len({line["custom_id"] for line in lines}) == 10 and lines[0]["body"]["model"] == "loopback"
     )
     with pytest.raises(UserError, match="exists already"):
-        export_batch(made, tmp_path / "requests.jsonl", out=tmp_path / "run")
+        export_batch(loaded, tmp_path / "requests.jsonl", out=tmp_path / "run")
     output = [  # as `vllm run-batch` writes it
-        {"id": "vllm-1", "custom_id": line["custom_id"], "error": None,
-         "response": {"status_code": 200, "request_id": "r", "body": completion(answer(line["body"]))}}
+        {
+            "id": "vllm-1",
+            "custom_id": line["custom_id"],
+            "error": None,
+            "response": {
+                "status_code": 200,
+                "request_id": "r",
+                "body": completion(answer(line["body"])),
+            },
+        }
         for line in lines[:-1]
-    ]  # fmt: skip
+    ]
     (tmp_path / "out.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in output), encoding="utf-8"
     )
-    result = run_dsbs("annotate", str(path), "teacher.base_url=http://127.0.0.1:9/v1", "--out", str(tmp_path / "run"),
-                      "--batch-import", str(tmp_path / "out.jsonl"), cwd=tmp_path)  # fmt: skip
+    result = run_dsbs(
+        "annotate",
+        str(path),
+        "teacher.base_url=http://127.0.0.1:9/v1",
+        "--out",
+        str(tmp_path / "run"),
+        "--batch-import",
+        str(tmp_path / "out.jsonl"),
+        cwd=tmp_path,
+    )
     assert result.returncode == 3 and "1 row got no reply" in result.stderr
-    assert sum(row["accepted"] for row in rows(tmp_path / "run")) == 6
+    assert sum(row["accepted"] for row in read_rows(tmp_path / "run")) == 6
     assert "9 replies taken" in result.stderr
 
 
 @pytest.mark.slow
-def test_a_batch_that_never_reached_the_endpoint_is_gathered_anew(
+def test_a_batch_that_never_reached_the_endpoint_is_built_again(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = toy(train=6, test=4)
@@ -238,11 +244,13 @@ def test_one_unreadable_line_of_an_output_costs_that_line_alone(
         )
     assert (
         result.splits["train"].wasted["batch"] == 1
-        and sum(row["own_label"] is not None for row in rows(tmp_path / "run")) >= 5
+        and sum(row["own_label"] is not None for row in read_rows(tmp_path / "run")) >= 5
     )
 
 
-def test_an_endpoint_without_batches_is_told(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_endpoint_without_batches_is_a_usage_error(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
     with LoopbackServer(lambda body, number: (404, {}, b"{}")) as server:
         result = run_dsbs(
             "annotate",

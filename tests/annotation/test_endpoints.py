@@ -1,4 +1,4 @@
-"""Several endpoints behind one teacher, bad networks, full disks: every row is delivered or says why not."""
+"""Several endpoints, bad networks, full disks: every row has a reply or a reason."""
 
 from __future__ import annotations
 
@@ -17,23 +17,17 @@ from typing import Any
 
 import pytest
 from conftest import good_answer, run_dsbs, small_disk_at
-from loopback import LoopbackServer, completion
+from loopback import LoopbackServer, completion, read_rows
 
 from dsbs import PartialError, UserError, annotate, load_recipe
 
 
-def read(run: Path, split: str = "train") -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for line in (run / "annotate" / f"{split}.jsonl").open(encoding="utf-8")
-    ]
-
-
 def pool(*servers: LoopbackServer, weights: tuple[float, ...] = ()) -> str:
-    given = weights or tuple(1.0 for _ in servers)
+    shares = weights or tuple(1.0 for _ in servers)
     return "teacher.endpoints=" + json.dumps(
         [
             {"base_url": server.url, "weight": weight}
-            for server, weight in zip(servers, given, strict=True)
+            for server, weight in zip(servers, shares, strict=True)
         ]
     )
 
@@ -53,17 +47,21 @@ def open_toy(toy: Callable[..., Path]) -> Callable[..., Path]:
     return make
 
 
-def test_endpoints_share_the_rows_and_what_one_answered_is_not_asked_of_the_other(
+def test_endpoints_share_the_rows_and_no_request_is_sent_to_both(
     open_toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = open_toy(train=36, test=4)
-    with LoopbackServer(good_answer) as one, LoopbackServer(good_answer) as two:
-        result = annotate(load_recipe(path, [pool(one, two, weights=(3, 1))]), out=tmp_path / "run")
-        assert (one.requests, two.requests) == (30, 10) and result.splits["train"].accepted == 36
-        again = annotate(load_recipe(path, [pool(two, one)]), out=tmp_path / "run")
-        assert one.requests + two.requests == 40 and again.splits["train"].cached == 36
-        annotate(load_recipe(path, [f"teacher.base_url={one.url}"]), out=tmp_path / "run")
-        assert (one.requests, two.requests) == (40, 10), (
+    with LoopbackServer(good_answer) as first, LoopbackServer(good_answer) as second:
+        result = annotate(
+            load_recipe(path, [pool(first, second, weights=(3, 1))]), out=tmp_path / "run"
+        )
+        assert (first.requests, second.requests) == (30, 10) and result.splits[
+            "train"
+        ].accepted == 36
+        again = annotate(load_recipe(path, [pool(second, first)]), out=tmp_path / "run")
+        assert first.requests + second.requests == 40 and again.splits["train"].cached == 36
+        annotate(load_recipe(path, [f"teacher.base_url={first.url}"]), out=tmp_path / "run")
+        assert (first.requests, second.requests) == (40, 10), (
             "one alone: only what the other had answered is bought of it"
         )
 
@@ -85,7 +83,7 @@ def test_when_an_endpoint_dies_the_other_takes_over(
     )
 
 
-def test_a_wrong_key_at_one_of_several_is_told_with_its_url(
+def test_a_wrong_key_at_one_of_several_is_an_error_with_its_url(
     open_toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     with (
@@ -97,7 +95,7 @@ def test_a_wrong_key_at_one_of_several_is_told_with_its_url(
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("teacher.endpoints=[{base_url: 'http://a/v1'}, {base_url: 'http://a/v1/'}]", "twice"),
         ("teacher.endpoints=[{base_url: 'ftp://a'}]", "http"),
@@ -105,9 +103,9 @@ def test_a_wrong_key_at_one_of_several_is_told_with_its_url(
     ],
 )
 def test_wrong_endpoints_are_mistakes_of_the_recipe(
-    open_toy: Callable[..., Path], override: str, told: str
+    open_toy: Callable[..., Path], override: str, message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load_recipe(open_toy(), [override])
 
 
@@ -117,7 +115,7 @@ def test_a_url_beside_endpoints_is_a_mistake(toy: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("throttled", [0.05, 0.30])
-def test_whatever_the_network_does_every_row_is_delivered(
+def test_every_row_is_delivered_over_a_faulty_network(
     toy: Callable[..., Path], tmp_path: Path, throttled: float
 ) -> None:
     dice = random.Random(7)
@@ -191,12 +189,12 @@ def test_rows_that_an_endpoint_never_answers_are_rejected_with_their_reason(
             toy(train=8, test=4), [f"teacher.base_url={server.url}", "teacher.max_attempts=2"]
         )
         result = annotate(recipe, out=tmp_path / "run")
-    assert [row["reject_reason"] for row in read(tmp_path / "run")][
+    assert [row["reject_reason"] for row in read_rows(tmp_path / "run")][
         5
     ] == "no-reply" and result.splits["train"].accepted == 7
 
 
-def test_a_refused_row_is_not_asked_again_unless_wished(
+def test_a_refused_row_is_requested_again_only_with_retry_refused(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     def picky(body: dict[str, Any], number: int) -> Any:
@@ -209,7 +207,7 @@ def test_a_refused_row_is_not_asked_again_unless_wished(
         for expected in (12, 12):
             annotate(recipe, out=tmp_path / "run")
             assert server.requests == expected
-        assert read(tmp_path / "run")[5]["reject_reason"] == "refused"
+        assert read_rows(tmp_path / "run")[5]["reject_reason"] == "refused"
         out = ["--out", str(tmp_path / "run"), "--retry-refused"]
         assert (
             run_dsbs(
@@ -222,15 +220,15 @@ def test_a_refused_row_is_not_asked_again_unless_wished(
 
 def test_caps_hold_over_a_whole_run(toy: Callable[..., Path], tmp_path: Path) -> None:
     with LoopbackServer(good_answer) as server:
-        began = time.monotonic()
+        started = time.monotonic()
         recipe = load_recipe(
             toy(train=8, test=4), [f"teacher.base_url={server.url}", "teacher.rpm=1200"]
         )
         annotate(recipe, out=tmp_path / "run")
-        assert time.monotonic() - began >= 11 * 0.05
+        assert time.monotonic() - started >= 11 * 0.05
 
 
-def test_what_the_providers_cache_served_is_counted(
+def test_tokens_from_the_providers_cache_are_counted(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     def cached(body: dict[str, Any], number: int) -> Any:
@@ -244,10 +242,10 @@ def test_what_the_providers_cache_served_is_counted(
             out=tmp_path / "run",
         )
     assert result.as_json()["splits"]["train"]["usage"]["cached_tokens"] == 32
-    assert read(tmp_path / "run")[0]["usage"]["cached_tokens"] == 8
+    assert read_rows(tmp_path / "run")[0]["usage"]["cached_tokens"] == 8
 
 
-def test_a_redirect_is_told_with_where_it_leads(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_redirect_is_an_error_with_its_target(toy: Callable[..., Path], tmp_path: Path) -> None:
     with (
         LoopbackServer(
             lambda body, number: (308, {"Location": "https://elsewhere.example/v1"}, b"")
@@ -260,7 +258,7 @@ def test_a_redirect_is_told_with_where_it_leads(toy: Callable[..., Path], tmp_pa
 # --- the store, from outside
 
 
-def test_the_store_is_consistent_for_whoever_looks_in_the_middle_of_a_run(
+def test_the_store_is_consistent_for_a_reader_during_a_run(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     shell = shutil.which("sqlite3")
@@ -280,7 +278,7 @@ def test_the_store_is_consistent_for_whoever_looks_in_the_middle_of_a_run(
             command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         store = tmp_path / "run" / "annotate" / "replies.sqlite"
-        looks = []
+        observations = []
         while process.poll() is None:
             time.sleep(0.1)
             if not store.is_file() or sum(server.completed.values()) < 20:
@@ -288,7 +286,7 @@ def test_the_store_is_consistent_for_whoever_looks_in_the_middle_of_a_run(
             completed = sum(server.completed.values())
             if shell:
                 sql = "PRAGMA integrity_check; SELECT count(*) FROM replies;"
-                said = subprocess.run(
+                output = subprocess.run(
                     [shell, "-cmd", ".timeout 5000", str(store), sql],
                     capture_output=True,
                     text=True,
@@ -296,14 +294,14 @@ def test_the_store_is_consistent_for_whoever_looks_in_the_middle_of_a_run(
                 ).stdout.split()
             else:
                 reader = sqlite3.connect(store)
-                said = [
+                output = [
                     str(reader.execute(sql).fetchone()[0])
                     for sql in ("PRAGMA integrity_check", "SELECT count(*) FROM replies")
                 ]
-            looks.append((said[0], int(said[1]), completed))
+            observations.append((output[0], int(output[1]), completed))
         assert process.returncode == 0
-    assert looks and all(state == "ok" for state, _, _ in looks)
-    assert all(count >= completed - 8 for _, count, completed in looks), (
+    assert observations and all(state == "ok" for state, _, _ in observations)
+    assert all(count >= completed - 8 for _, count, completed in observations), (
         "what is not in it by then is in flight"
     )
 
@@ -351,7 +349,7 @@ def test_a_full_disk_ends_with_exit_code_3_and_nothing_lost(
         assert server.requests == 404, "and none was bought twice"
 
 
-def test_a_disk_without_room_is_told_before_anything_is_asked(
+def test_a_full_disk_is_an_error_before_anything_is_sent(
     toy: Callable[..., Path], tmp_path: Path, small_disk: Path
 ) -> None:
     (small_disk / "filler").write_bytes(b"x" * (5_800 << 10))

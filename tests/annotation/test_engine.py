@@ -1,4 +1,4 @@
-"""Asking a teacher: what is sent, what is kept, what heals, what stops."""
+"""Requests to a teacher: what is sent, stored, retried, and what stops a run."""
 
 from __future__ import annotations
 
@@ -10,24 +10,13 @@ from typing import Any
 
 import pytest
 from conftest import good_answer
-from loopback import LoopbackServer, completion
+from loopback import LoopbackServer, completion, question, read_rows
 
 from dsbs import DsbsError, UserError, annotate, load_recipe
 from dsbs.annotation.planning import plan
-from dsbs.files import hold
+from dsbs.files import lock_folder
 
 Answer = Callable[[dict[str, Any], int], Any]
-
-
-def read(run: Path, split: str = "train") -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for line in (run / "annotate" / f"{split}.jsonl").open(encoding="utf-8")
-    ]
-
-
-def question(body: dict[str, Any]) -> str:
-    text = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-    return str(text)
 
 
 def test_every_row_becomes_one_annotation_in_the_files_order(
@@ -38,11 +27,12 @@ def test_every_row_becomes_one_annotation_in_the_files_order(
             load_recipe(toy(), [f"teacher.base_url={server.url}"]), out=tmp_path / "run"
         )
         assert server.requests == 52
-    rows = read(tmp_path / "run")
+    rows = read_rows(tmp_path / "run")
     assert [row["id"] for row in rows] == [f"r{i}" for i in range(40)]
     assert set(rows[0]) == {
-        "schema", "id", "input", "gold", "label", "own_label", "rationale", "provenance", "samples", "vote_share",
-        "label_logprob", "accepted", "reject_reason", "usage", "usd", "teacher", "request_key",
+        "schema", "id", "input", "gold", "label", "own_label", "rationale", "provenance", "samples",
+        "vote_share", "label_logprob", "accepted", "reject_reason", "usage", "usd", "teacher",
+        "request_key",
     }  # fmt: skip
     assert (
         rows[0]["label"] == rows[0]["gold"] == "billing"
@@ -69,14 +59,14 @@ def test_a_rerun_sends_nothing_and_writes_the_same_bytes(
     assert again.splits["train"].cached == 40 and again.splits["train"].requests == 0
 
 
-def test_another_url_buys_everything_anew_and_going_back_buys_nothing(
+def test_another_url_buys_everything_again_and_going_back_buys_nothing(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = toy()
-    with LoopbackServer(good_answer) as one, LoopbackServer(good_answer) as two:
-        for server, expected in ((one, (52, 0)), (two, (52, 52)), (one, (52, 52))):
+    with LoopbackServer(good_answer) as first, LoopbackServer(good_answer) as second:
+        for server, expected in ((first, (52, 0)), (second, (52, 52)), (first, (52, 52))):
             annotate(load_recipe(path, [f"teacher.base_url={server.url}"]), out=tmp_path / "run")
-            assert (one.requests, two.requests) == expected
+            assert (first.requests, second.requests) == expected
 
 
 @pytest.mark.parametrize(
@@ -88,7 +78,7 @@ def test_another_url_buys_everything_anew_and_going_back_buys_nothing(
         "teacher.extra_body={top_p: 0.9}",
     ],
 )
-def test_whatever_is_sent_differently_is_bought_anew(
+def test_a_changed_request_is_bought_again(
     toy: Callable[..., Path], tmp_path: Path, change: str
 ) -> None:
     path = toy(train=4, test=4)
@@ -116,10 +106,10 @@ def test_raising_max_tokens_asks_again_for_the_cut_rows_only(
     with LoopbackServer(long_winded) as server:
         url = f"teacher.base_url={server.url}"
         annotate(load_recipe(path, [url]), out=tmp_path / "run")
-        assert [row["reject_reason"] for row in read(tmp_path / "run")][3] == "truncated"
+        assert [row["reject_reason"] for row in read_rows(tmp_path / "run")][3] == "truncated"
         annotate(load_recipe(path, [url, "annotate.max_tokens=300"]), out=tmp_path / "run")
         assert server.requests == 13
-        assert all(row["accepted"] for row in read(tmp_path / "run"))
+        assert all(row["accepted"] for row in read_rows(tmp_path / "run"))
         annotate(load_recipe(path, [url, "annotate.max_tokens=200"]), out=tmp_path / "run")
         assert server.requests == 13, "a longer reply answers a smaller budget too"
 
@@ -135,14 +125,14 @@ def test_raising_max_tokens_asks_again_for_the_cut_rows_only(
     ],
     ids=["429", "500", "408", "cut JSON", "no choice"],
 )
-def test_what_can_heal_is_tried_again(
+def test_transient_failures_are_retried(
     toy: Callable[..., Path], tmp_path: Path, failure: Any
 ) -> None:
     def flaky(body: dict[str, Any], number: int) -> Any:
         return failure if number == 2 else good_answer(body, number)
 
     with LoopbackServer(flaky) as server:
-        began = time.monotonic()
+        started = time.monotonic()
         result = annotate(
             load_recipe(toy(train=6, test=4), [f"teacher.base_url={server.url}"]),
             out=tmp_path / "run",
@@ -150,7 +140,7 @@ def test_what_can_heal_is_tried_again(
         assert server.requests == 11
     assert result.splits["train"].accepted == 6
     if failure[0] == 429:
-        assert time.monotonic() - began >= 1.0
+        assert time.monotonic() - started >= 1.0
 
 
 def test_a_request_that_the_endpoint_refuses_rejects_its_row_alone(
@@ -169,19 +159,20 @@ def test_a_request_that_the_endpoint_refuses_rejects_its_row_alone(
         )
         result = annotate(recipe, out=tmp_path / "run")
     assert dict(result.splits["train"].rejected) == {"refused": 1}
-    assert [row["id"] for row in read(tmp_path / "run") if not row["accepted"]] == ["r5"]
+    assert [row["id"] for row in read_rows(tmp_path / "run") if not row["accepted"]] == ["r5"]
 
 
 @pytest.mark.parametrize(
-    ("status", "told"), [(401, "key"), (403, "access"), (404, "no model"), (400, "every request")]
+    ("status", "message"),
+    [(401, "key"), (403, "access"), (404, "no model"), (400, "every request")],
 )
-def test_what_cannot_heal_stops_at_once(
-    toy: Callable[..., Path], tmp_path: Path, status: int, told: str
+def test_permanent_failures_stop_at_once(
+    toy: Callable[..., Path], tmp_path: Path, status: int, message: str
 ) -> None:
     with LoopbackServer(
         lambda body, number: (status, {}, b'{"error": {"message": "no"}}')
     ) as server:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             annotate(load_recipe(toy(), [f"teacher.base_url={server.url}"]), out=tmp_path / "run")
         assert server.requests <= 16
     assert not (tmp_path / "run" / "annotate" / "train.jsonl").exists()
@@ -206,7 +197,7 @@ def test_the_key_goes_out_as_bearer_and_nowhere_else(
         assert not file.is_file() or b"sk-very-secret" not in file.read_bytes(), file
 
 
-def test_an_unreachable_teacher_is_the_worlds_fault(
+def test_an_unreachable_teacher_ends_with_exit_code_1(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(DsbsError, match="does not answer") as error:
@@ -214,7 +205,7 @@ def test_an_unreachable_teacher_is_the_worlds_fault(
     assert error.value.exit_code == 1
 
 
-def test_rows_without_a_reply_say_so_and_are_asked_for_again(
+def test_rows_without_a_reply_are_marked_and_requested_again(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     broken = {"on": True}
@@ -243,10 +234,10 @@ def test_rows_without_a_reply_say_so_and_are_asked_for_again(
 
 
 def test_the_majority_of_several_samples_wins(toy: Callable[..., Path], tmp_path: Path) -> None:
-    seen: dict[str, int] = {}
+    answers: dict[str, int] = {}
 
     def wavering(body: dict[str, Any], number: int) -> str:
-        seen[question(body)] = count = seen.get(question(body), 0) + 1
+        answers[question(body)] = count = answers.get(question(body), 0) + 1
         return good_answer(body, number) if count != 2 else "Hm.\nAnswer: shipping"
 
     path = toy(train=6, test=4, annotate={"samples": 3, "temperature": 0.7, "concurrency": 1})
@@ -255,7 +246,7 @@ def test_the_majority_of_several_samples_wins(toy: Callable[..., Path], tmp_path
             load_recipe(path, [f"teacher.base_url={server.url}"]), out=tmp_path / "run"
         )
         assert server.requests == 25, "two that agree of three are not asked a third time"
-        seen.clear()
+        answers.clear()
         recipe = load_recipe(path, [f"teacher.base_url={server.url}", "annotate.stop_early=false"])
         annotate(recipe, out=tmp_path / "run")
         assert server.requests == 30, "the third ones only"
@@ -263,14 +254,12 @@ def test_the_majority_of_several_samples_wins(toy: Callable[..., Path], tmp_path
         result.splits["train"].label_accuracy is not None
         and result.splits["train"].label_accuracy.value == 1.0
     )
-    row = read(tmp_path / "run")[0]
+    row = read_rows(tmp_path / "run")[0]
     assert row["vote_share"] == pytest.approx(2 / 3) and len(row["samples"]) == 3
     assert row["rationale"] == "The message is about an invoice."
 
 
-def test_rows_that_ask_the_very_same_thing_share_one_reply(
-    toy: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_rows_with_equal_requests_share_one_reply(toy: Callable[..., Path], tmp_path: Path) -> None:
     path = toy(train=4, test=4)
     rows = "".join(f"d{i},My invoice is wrong.,billing\n" for i in range(20))
     (tmp_path / "train.csv").write_text("id,text,team\n" + rows, encoding="utf-8")
@@ -297,13 +286,13 @@ def test_a_reasoning_models_text_is_kept_and_may_be_the_rationale(
     with LoopbackServer(thinking) as server:
         url = f"teacher.base_url={server.url}"
         annotate(load_recipe(path, [url]), out=tmp_path / "run")
-        rows = read(tmp_path / "run")
+        rows = read_rows(tmp_path / "run")
         assert [row["reject_reason"] for row in rows] == [None, "spent-on-reasoning", None, None]
         assert rows[0]["rationale"] == "The message is about an invoice."
         annotate(
             load_recipe(path, [url, "annotate.rationale_from=reasoning"]), out=tmp_path / "run"
         )
-        assert read(tmp_path / "run")[0]["rationale"] == "Let me think about it."
+        assert read_rows(tmp_path / "run")[0]["rationale"] == "Let me think about it."
         assert server.requests == 6, "the same replies, read another way"
         annotate(load_recipe(path, [url, "annotate.max_tokens=512"]), out=tmp_path / "run")
         assert server.requests == 7, "only the row that was cut is asked again"
@@ -328,21 +317,21 @@ def test_a_plan_sends_and_writes_nothing(toy: Callable[..., Path], tmp_path: Pat
     path = toy(train=6, test=4)
     with LoopbackServer(good_answer) as server:
         recipe = load_recipe(path, [f"teacher.base_url={server.url}"])
-        found = plan(recipe, tmp_path / "run")
-        assert (found.rows, found.requests, found.cached) == (
+        planned = plan(recipe, tmp_path / "run")
+        assert (planned.rows, planned.requests, planned.cached) == (
             10,
             10,
             0,
-        ) and "invoice number 0" in found.first_prompt
+        ) and "invoice number 0" in planned.first_prompt
         assert server.requests == 0 and not (tmp_path / "run").exists()
         annotate(recipe, out=tmp_path / "run")
         assert plan(recipe, tmp_path / "run").cached == 10
 
 
-def test_a_second_process_is_told_who_holds_the_run(
+def test_a_second_process_learns_which_one_holds_the_run(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with LoopbackServer(good_answer) as server, hold(tmp_path / "run" / "annotate"):
+    with LoopbackServer(good_answer) as server, lock_folder(tmp_path / "run" / "annotate"):
         with pytest.raises(DsbsError, match="in use by process"):
             annotate(load_recipe(toy(), [f"teacher.base_url={server.url}"]), out=tmp_path / "run")
         assert server.requests == 0
@@ -372,7 +361,7 @@ def test_recorded_and_human_teachers_send_nothing(toy: Callable[..., Path], tmp_
         load_recipe(path, ["teacher={kind: human}", "annotate.splits=train"]),
         out=tmp_path / "human",
     )
-    first, second = read(tmp_path / "human")
+    first, second = read_rows(tmp_path / "human")
     assert (
         first["rationale"] == "An invoice."
         and first["provenance"] == "human"

@@ -1,4 +1,4 @@
-"""Several annotators as one teacher: whose vote counts what, and what stops the vote."""
+"""Ensembles: the weights of the members' votes, and members that cannot vote."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from dsbs.annotation.summary import AnnotateResult
 from dsbs.annotation.vote import weighted_majority
 from dsbs.config import Recipe, TaskSection
 from dsbs.project.doctor import _teacher
+from dsbs.prompting import learned_source, source_fingerprint
 from dsbs.records.rows import Annotation, Sample, TeacherName, Usage
-from dsbs.run_folder import learned_source, load_annotations, source_fingerprint
+from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
 from dsbs.training.distillation.labels import vote_distribution
 
 Toy = Callable[..., Path]
 ESNLI = TaskSection.model_validate({"name": "esnli", "data": {"train": "-"}})
-GeneratedText = list[
+RowSamples = list[
     tuple[str | None, float | None]
 ]  # a row's samples: label (None: unreadable) and its log-probability
 
@@ -37,11 +38,11 @@ def sample(label: str | None, run: str = "a", weight: float | None = 1.0, **more
 def member(
     folder: Path,
     recipe: Recipe,
-    said: dict[str, GeneratedText],
+    samples_by_id: dict[str, RowSamples],
     model: str,
     usd: float | None = 0.5,
 ) -> Path:
-    """A finished run over the toy rows: what it said of each, hints after the rest."""
+    """A finished run over the toy rows, with the given samples of each."""
     texts = {f"r{i}": f"My {('invoice', 'parcel')[i % 2]} number {i} is wrong." for i in range(8)}
     stage = folder / "annotate"
     stage.mkdir(parents=True)
@@ -50,15 +51,20 @@ def member(
             id=name,
             input={"text": texts[name]},
             samples=[
-                Sample(text="…", label=label, rationale=label and f"{model}: {label}", label_logprob=logprob,
-                       reason=None if label else "unparsed")
+                Sample(
+                    text="…",
+                    label=label,
+                    rationale=label and f"{model}: {label}",
+                    label_logprob=logprob,
+                    reason=None if label else "unparsed",
+                )
                 for label, logprob in samples
             ],
             usage=Usage(prompt_tokens=10, completion_tokens=3),
             usd=usd,
             teacher=TeacherName(kind="openai", model=model),
         )
-        for name, samples in said.items()
+        for name, samples in samples_by_id.items()
     ]  # fmt: skip
     (stage / "train.jsonl").write_text(
         "".join(row.model_dump_json(by_alias=True) + "\n" for row in rows), encoding="utf-8"
@@ -75,16 +81,19 @@ def member(
 
 @pytest.fixture
 def two(toy: Toy, tmp_path: Path) -> Path:
-    """A recipe whose teacher is two finished runs: gpt, of twice the weight, and qwen, which lacks row r3."""
+    """A recipe with two finished runs as its teacher: gpt, with twice the weight, and qwen.
+
+    qwen has no annotation of row r3.
+    """
     path = toy(train=4, test=2, annotate={"splits": ["train"]})
     recipe = load_recipe(path)
-    gpt: dict[str, GeneratedText] = {
+    gpt: dict[str, RowSamples] = {
         "r0": [("billing", None)],
         "r1": [("billing", None), ("shipping", None)],
         "r2": [(None, None)],
         "r3": [("shipping", math.log(0.6))],
     }
-    qwen: dict[str, GeneratedText] = {
+    qwen: dict[str, RowSamples] = {
         "r0": [("shipping", None)],
         "r1": [("shipping", None)] * 3,
         "r2": [("billing", math.log(0.9))],
@@ -145,8 +154,12 @@ def test_a_members_weight_is_its_vote_however_many_samples_it_has(two: Path) -> 
         "gpt-4.1-mini: billing",
     )
     assert (split["label"], split["vote_share"]) == ("shipping", pytest.approx((1 + 1) / 3))
-    assert [one["weight"] for one in split["samples"]] == pytest.approx([1, 1, 1 / 3, 1 / 3, 1 / 3])
-    assert [one["run"] for one in split["samples"]] == ["runs/gpt"] * 2 + ["runs/qwen"] * 3
+    assert [row_sample["weight"] for row_sample in split["samples"]] == pytest.approx(
+        [1, 1, 1 / 3, 1 / 3, 1 / 3]
+    )
+    assert [row_sample["run"] for row_sample in split["samples"]] == ["runs/gpt"] * 2 + [
+        "runs/qwen"
+    ] * 3
     assert split["rationale"] == "gpt-4.1-mini: shipping", (
         "of the heaviest member that voted for it"
     )
@@ -156,7 +169,7 @@ def test_a_members_weight_is_its_vote_however_many_samples_it_has(two: Path) -> 
     assert "weight" not in unread["samples"][0] and unread["label_logprob"] == pytest.approx(
         math.log(0.9)
     )
-    assert [one["run"] for one in alone["samples"]] == ["runs/gpt"], (
+    assert [row_sample["run"] for row_sample in alone["samples"]] == ["runs/gpt"], (
         "a row that a member lacks has no vote of it"
     )
     assert heavy["teacher"] == {"kind": "ensemble", "model": "gpt-4.1-mini + Qwen/Qwen3-32B"}
@@ -178,14 +191,14 @@ def test_the_bill_is_the_members_and_an_unknown_price_makes_it_unknown(two: Path
     ].usd is None
 
 
-def test_what_a_member_said_with_a_hint_is_no_vote(two: Path) -> None:
+def test_a_hinted_sample_of_a_member_does_not_vote(two: Path) -> None:
     path = two.parent / "runs" / "qwen" / "annotate" / "train.jsonl"
     path.write_text(
         path.read_text(encoding="utf-8").replace('"hinted":false', '"hinted":true'),
         encoding="utf-8",
     )
     _, rows = voted(two)
-    assert {one["run"] for row in rows for one in row["samples"]} == {"runs/gpt"}
+    assert {row_sample["run"] for row in rows for row_sample in row["samples"]} == {"runs/gpt"}
     assert (rows[2]["accepted"], rows[2]["reject_reason"]) == (False, "unparsed")
 
 
@@ -198,7 +211,7 @@ def test_what_a_member_said_with_a_hint_is_no_vote(two: Path) -> None:
         ((-2.0, None), "neutral"),
     ],
 )
-def test_of_labels_that_weigh_the_same_the_surer_wins_else_the_earlier_members(
+def test_in_a_tie_the_surer_label_wins_else_the_earlier_members(
     logprobs: tuple[float | None, float | None], winner: str
 ) -> None:
     first, second = (
@@ -238,7 +251,7 @@ def test_a_flawed_rationale_gives_way_to_that_of_a_lighter_member() -> None:
     assert (alone.label, alone.rationale, alone.reason) == ("neutral", None, "too-short")
 
 
-def test_where_no_member_can_be_read_the_reason_is_one_that_says_more_than_no_reply() -> None:
+def test_without_a_readable_member_the_reason_is_more_telling_than_no_reply() -> None:
     nothing = Sample(text="", reason="no-reply", run="a")
     assert (
         weighted_majority(
@@ -260,15 +273,17 @@ def test_the_soft_target_is_the_weighted_mean_of_the_members_distributions(two: 
     voted(two)
     recipe = load_recipe(two)
     task = make_task(recipe.task)
-    found = load_annotations(recipe, task, two.parent / "voted", "train")
+    annotations = RunFolder(two.parent / "voted").load_annotations(
+        "train", source_fingerprint(recipe, task)
+    )
     labels = ("billing", "shipping")
-    targets = {name: vote_distribution(row, labels, task) for name, row in found.items()}
+    targets = {name: vote_distribution(row, labels, task) for name, row in annotations.items()}
     assert targets["r0"] == pytest.approx([2 / 3, 1 / 3])
     assert targets["r1"] == pytest.approx([2 / 3 * 1 / 2, 2 / 3 * 1 / 2 + 1 / 3])
     assert targets["r2"] == pytest.approx([0.9, 0.1]), (
         "a single reply's probability, as without an ensemble"
     )
-    both = found["r0"].model_copy(
+    both = annotations["r0"].model_copy(
         update={
             "samples": [
                 sample("billing", "a", 3.0, label_logprob=math.log(0.6)),
@@ -281,16 +296,16 @@ def test_the_soft_target_is_the_weighted_mean_of_the_members_distributions(two: 
     )
 
 
-def test_a_changed_weight_or_member_makes_the_later_stages_notice(two: Path) -> None:
+def test_later_stages_notice_a_changed_weight_or_member(two: Path) -> None:
     voted(two)
     recipe = load_recipe(two)
     task, run = make_task(recipe.task), two.parent / "voted"
-    assert load_annotations(recipe, task, run, "train")
+    assert RunFolder(run).load_annotations("train", source_fingerprint(recipe, task))
     members = "teacher.members=[{run: runs/gpt}, {run: runs/qwen}]"
     assert learned_source(load_recipe(two, [members]), task) != learned_source(recipe, task)
     change(two.parent / "runs" / "qwen", lambda record: record.update(source="another prompt"))
     with pytest.raises(UserError, match="another teacher"):
-        load_annotations(recipe, task, run, "train")
+        RunFolder(run).load_annotations("train", source_fingerprint(recipe, task))
 
 
 def test_a_member_may_move_and_the_annotations_stay_the_same_teachers(two: Path) -> None:
@@ -311,7 +326,7 @@ def test_an_ensemble_may_be_a_member_and_keeps_its_own_weights(two: Path) -> Non
     changes = ["teacher.members=[{run: voted, weight: 3}, {run: runs/qwen}]"]
     annotate(load_recipe(two, changes), out=two.parent / "nested")
     row = read(two.parent / "nested")[0]
-    assert [one["weight"] for one in row["samples"]] == pytest.approx([2, 1, 1])
+    assert [row_sample["weight"] for row_sample in row["samples"]] == pytest.approx([2, 1, 1])
     assert row["teacher"]["model"] == "gpt-4.1-mini + Qwen/Qwen3-32B + Qwen/Qwen3-32B"
     assert row["vote_share"] == pytest.approx(0.5)
 
@@ -319,7 +334,7 @@ def test_an_ensemble_may_be_a_member_and_keeps_its_own_weights(two: Path) -> Non
 # --- what stops it
 
 
-def test_members_that_cannot_vote_are_told_in_one_message(two: Path) -> None:
+def test_members_that_cannot_vote_are_errors(two: Path) -> None:
     gpt = two.parent / "runs" / "gpt"
     assert "runs/none is not a run with annotations" in refused(
         two, ["teacher.members=[{run: runs/gpt}, {run: runs/none}]"]
@@ -335,7 +350,7 @@ def test_members_that_cannot_vote_are_told_in_one_message(two: Path) -> None:
     assert "is of another task (task.labels ['billing', 'technical'] there" in refused(two)
 
 
-def test_people_are_no_member_since_their_labels_are_the_answers(two: Path) -> None:
+def test_people_cannot_be_a_member_since_their_labels_are_the_answers(two: Path) -> None:
     change(
         two.parent / "runs" / "gpt", lambda record: record["recipe"]["teacher"].update(kind="human")
     )
@@ -365,7 +380,7 @@ def test_a_member_without_any_of_the_rows_is_refused(two: Path) -> None:
     assert "runs/qwen has none of this recipe's train rows" in refused(two)
 
 
-def test_a_run_is_no_member_of_its_own_ensemble_and_is_left_as_it_was(two: Path) -> None:
+def test_a_run_cannot_be_a_member_of_its_own_ensemble(two: Path) -> None:
     gpt = two.parent / "runs" / "gpt"
     before = {path.name: path.read_bytes() for path in (gpt / "annotate").iterdir()}
     with pytest.raises(UserError, match="own run folder"):
@@ -374,7 +389,7 @@ def test_a_run_is_no_member_of_its_own_ensemble_and_is_left_as_it_was(two: Path)
 
 
 @pytest.mark.parametrize(
-    ("teacher", "told"),
+    ("teacher", "message"),
     [
         ("{kind: ensemble}", "two or more runs"),
         ("{kind: ensemble, members: [{run: a}]}", "two or more runs"),
@@ -386,8 +401,10 @@ def test_a_run_is_no_member_of_its_own_ensemble_and_is_left_as_it_was(two: Path)
         ("{kind: ensemble, members: [{run: a, weight: 0}, {run: b}]}", "greater than 0"),
     ],
 )
-def test_a_recipe_that_is_half_an_ensemble_is_a_mistake(toy: Toy, teacher: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_an_incomplete_ensemble_is_an_error_in_the_recipe(
+    toy: Toy, teacher: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         load_recipe(toy(), [f"teacher={teacher}"])
 
 
@@ -409,9 +426,9 @@ def test_the_shown_recipe_is_the_same_ensemble_and_nothing_can_be_sent(two: Path
     (two.parent / "shown.yaml").write_text(shown.stdout, encoding="utf-8")
     assert load_recipe(two.parent / "shown.yaml").teacher == load_recipe(two).teacher
     for flag in (["--dry-run"], ["--pilot", "2"], ["--batch-export", "x.jsonl"]):
-        asked = run_dsbs("annotate", two.name, *flag, cwd=two.parent)
+        result = run_dsbs("annotate", two.name, *flag, cwd=two.parent)
         assert (
-            asked.returncode == 2
-            and "kind ensemble" in asked.stderr
-            and "Traceback" not in asked.stderr
+            result.returncode == 2
+            and "kind ensemble" in result.stderr
+            and "Traceback" not in result.stderr
         )

@@ -40,7 +40,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.005)
 
 
-def test_killed_at_ten_random_moments_the_same_command_ends_as_an_undisturbed_one(
+def test_killed_at_ten_random_moments_a_run_ends_like_an_undisturbed_one(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     moments = sorted(random.Random(20230503).sample(range(1, 118), 10))
@@ -58,10 +58,10 @@ def test_killed_at_ten_random_moments_the_same_command_ends_as_an_undisturbed_on
             time.sleep(0.2)  # replies to the dead process's last requests
         last = start(path, server.url, tmp_path / "run")
         assert last.communicate(timeout=120) and last.returncode == 0
-        # what was in flight when the process died had no one to receive it; nothing else may be asked for again
+        # only replies in flight when the process died may be requested again
         assert server.requests - 124 <= 10 * CONCURRENCY
-        kept = sqlite3.connect(tmp_path / "run" / "annotate" / "replies.sqlite")
-        assert kept.execute("SELECT count(*) FROM replies").fetchone() == (124,)
+        store = sqlite3.connect(tmp_path / "run" / "annotate" / "replies.sqlite")
+        assert store.execute("SELECT count(*) FROM replies").fetchone() == (124,)
     for split in ("train", "test"):
         ours, theirs = (
             tmp_path / run / "annotate" / f"{split}.jsonl" for run in ("run", "undisturbed")
@@ -77,21 +77,23 @@ def test_the_first_interrupt_lets_paid_replies_arrive(
         process = start(path, server.url, tmp_path / "run")
         wait_for(lambda: sum(server.completed.values()) >= 20, process)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, output = process.communicate(timeout=60)
         assert (
-            process.returncode == 130 and "run the same command" in said and "Traceback" not in said
+            process.returncode == 130
+            and "run the same command" in output
+            and "Traceback" not in output
         )
         again = start(path, server.url, tmp_path / "run")
         assert again.communicate(timeout=120) and again.returncode == 0
         assert server.requests == 124, "not one request was sent twice"
 
 
-def test_an_empty_key_variable_is_told_before_anything_is_written(
+def test_an_empty_key_variable_is_an_error_before_anything_is_written(
     toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "")
     path = toy(teacher={"api_key_env": "OPENAI_API_KEY"})
     process = start(path, "http://127.0.0.1:9/v1", tmp_path / "run")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2 and "OPENAI_API_KEY is not set" in said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 2 and "OPENAI_API_KEY is not set" in output
     assert not (tmp_path / "run").exists()

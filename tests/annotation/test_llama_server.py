@@ -1,4 +1,4 @@
-"""A real llama.cpp server as a process of its own, swapped in by its URL alone."""
+"""A llama.cpp server in a process of its own, used through its URL alone."""
 
 from __future__ import annotations
 
@@ -44,16 +44,12 @@ def llama_server() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_fifty_rows_of_the_demo_through_a_server_that_is_only_a_url(
-    llama_server: str, tmp_path: Path
-) -> None:
-    swap = [
-        f"teacher={{model: any, base_url: '{llama_server}', endpoint: completions, api_key_env: null}}"
-    ]
+def test_fifty_rows_of_the_demo_through_a_server_url(llama_server: str, tmp_path: Path) -> None:
+    teacher = f"model: any, base_url: '{llama_server}', endpoint: completions, api_key_env: null"
     arguments = [
         "annotate",
         str(ROOT / "recipes" / "demo.yaml"),
-        *swap,
+        f"teacher={{{teacher}}}",
         "task.limit=50",
         "annotate.splits=train",
         "--out",

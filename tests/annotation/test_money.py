@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import good_answer
-from loopback import LoopbackServer, completion
+from loopback import LoopbackServer, completion, question
 
 from dsbs import PartialError, annotate, load_recipe
 from dsbs.annotation.planning import pilot
@@ -18,14 +18,10 @@ from dsbs.annotation.planning import pilot
 PRICE = "teacher.price={input: 0, output: 10000}"  # a completion token is a cent
 
 
-def question(body: dict[str, Any]) -> str:
-    return str(body["messages"][-1]["content"])
-
-
 def reply(body: dict[str, Any], tokens: int | None) -> Any:
-    said = completion(good_answer(body, 0))
-    said["usage"] = {} if tokens is None else {"prompt_tokens": 1, "completion_tokens": tokens}
-    return 200, {}, json.dumps(said).encode()
+    reply = completion(good_answer(body, 0))
+    reply["usage"] = {} if tokens is None else {"prompt_tokens": 1, "completion_tokens": tokens}
+    return 200, {}, json.dumps(reply).encode()
 
 
 def spent(run: Path) -> float:
@@ -38,7 +34,7 @@ def spent(run: Path) -> float:
     )
 
 
-def test_dear_replies_after_cheap_ones_do_not_pass_the_limit(
+def test_expensive_replies_after_cheap_ones_do_not_pass_the_limit(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     def dearer(body: dict[str, Any], number: int) -> Any:
@@ -56,7 +52,7 @@ def test_dear_replies_after_cheap_ones_do_not_pass_the_limit(
     assert 2.5 < spent(tmp_path / "run") <= 3
 
 
-def test_what_a_pilot_spent_counts_before_its_rows_are_met(
+def test_the_cost_of_a_pilot_counts_from_the_start(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = toy(train=40, test=4)
@@ -85,7 +81,7 @@ def test_an_endpoint_that_does_not_count_is_charged_the_most(
     assert server.requests == 10
 
 
-def test_a_row_that_always_fails_does_not_spoil_a_run_that_is_else_complete(
+def test_a_row_that_always_fails_leaves_the_rest_of_the_run_complete(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     def deaf(body: dict[str, Any], number: int) -> Any:
@@ -125,13 +121,13 @@ def test_rows_refused_again_stay_refused(toy: Callable[..., Path], tmp_path: Pat
         assert server.requests == 31
 
 
-def test_half_a_character_at_the_end_of_a_reply_is_kept_as_what_it_is(
+def test_half_a_character_at_the_end_of_a_reply_is_replaced(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     def cut(body: dict[str, Any], number: int) -> Any:
-        said = completion(good_answer(body, number) + " \ud83d")
-        said["choices"][0]["finish_reason"] = {"type": "odd"}
-        return 200, {}, json.dumps(said).encode()
+        reply = completion(good_answer(body, number) + " \ud83d")
+        reply["choices"][0]["finish_reason"] = {"type": "odd"}
+        return 200, {}, json.dumps(reply).encode()
 
     with LoopbackServer(cut) as server:
         result = annotate(
@@ -158,7 +154,7 @@ def test_a_limit_below_the_concurrency_keeps_slow_replies(
     assert sum(row["accepted"] for row in rows) == 5
 
 
-def test_from_a_notebook_too(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_annotate_works_in_a_notebook(toy: Callable[..., Path], tmp_path: Path) -> None:
     async def cell() -> Any:
         return annotate(recipe, out=tmp_path / "run")
 

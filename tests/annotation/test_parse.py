@@ -1,4 +1,4 @@
-"""Replies into rationale and label: the first turn, the last anchor in it, and reasons instead of guesses."""
+"""Parsing replies: first turn, answer anchor, rationale, label, and reasons of rejection."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def test_without_stop_strings_the_whole_reply_is_one_turn() -> None:
 
 def test_a_run_on_answer_is_not_this_rows() -> None:
     sample = read(
-        "Men are people.\nAnswer: entailment\n\nPremise: Two men.\nHypothesis: x\nReasonings: y\nAnswer: neutral",
+        "Men are people.\nAnswer: entailment\n\n"
+        "Premise: Two men.\nHypothesis: x\nReasonings: y\nAnswer: neutral",
         None,
     )
     assert (sample.label, sample.rationale, sample.reason) == (
@@ -88,7 +89,7 @@ def test_the_last_anchor_of_the_first_turn_wins() -> None:
     assert sample.rationale.endswith("but look closer.")
 
 
-def test_an_earlier_anchor_in_the_list_is_looked_for_first() -> None:
+def test_earlier_anchors_in_the_list_take_precedence() -> None:
     prompt = Prompt(template="-", anchor=("So the answer is", "Answer:"))
     text = "Rain is wet. So the answer is entailment. Answer: none"
     assert read(text, prompt=prompt).label == "entailment"
@@ -124,7 +125,7 @@ def test_a_label_without_a_rationale_is_still_a_label() -> None:
     assert (sample.label, sample.rationale, sample.reason) == ("neutral", None, None)
 
 
-def test_the_raw_text_is_kept_as_it_came() -> None:
+def test_the_raw_text_is_unchanged() -> None:
     text = "\n  Rain.\nAnswer: neutral \n\nPremise: x"
     sample = read(text, "length")
     assert (sample.text, sample.finish_reason) == (text, "length")
@@ -198,7 +199,7 @@ def test_a_reply_without_a_readable_label_has_a_reason(
     assert (sample.label, sample.reason) == (None, reason)
 
 
-def test_a_whole_label_is_read_though_the_budget_ended_after_it() -> None:
+def test_a_complete_label_is_read_though_the_budget_ended_after_it() -> None:
     assert read("Rain is wet.\nAnswer: entailment", "length").label == "entailment"
 
 
@@ -262,12 +263,12 @@ def test_reading_does_not_depend_on_the_gold_label(shared_data: Path, tmp_path: 
         )
         data = {"train": str(path), "test": str(path)}
         recipe = Recipe(name="x", task={"name": "svamp", "data": data}, teacher={"model": "m"})
-        found = {}
+        parsed = {}
         for example in load(recipe, SVAMP, "test"):
             assert example.completion is not None
             sample = parse_reply(example.completion, prompt, SVAMP, example.input)
-            found[example.id] = (sample.label, sample.rationale, sample.reason)
-        return found
+            parsed[example.id] = (sample.label, sample.rationale, sample.reason)
+        return parsed
 
     with_gold = labels("gold.jsonl", {})
     assert len(with_gold) == 200

@@ -1,4 +1,4 @@
-"""Money: what replies cost, and limits that stop in time and lose nothing."""
+"""Prices: the cost of replies, and limits that stop in time and lose nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsbs.config import PriceSection, TeacherSection
 PRICE = "teacher.price={input: 1000, output: 2000}"  # 11 + 7 tokens a reply: 0.025 dollars
 
 
-def test_the_recipes_price_goes_before_the_public_list_and_unknown_is_not_free() -> None:
+def test_the_recipes_price_precedes_the_public_list_and_unknown_is_not_free() -> None:
     public = price_of(TeacherSection(model="gpt-4.1-mini"), 0.5)
     assert public is not None and 0 < public.cached < public.input < public.output
     assert price_of(
@@ -40,7 +40,7 @@ def test_cached_tokens_and_batches_are_cheaper() -> None:
     assert price.usd(Reply("", completion_tokens=None)) == 0
 
 
-def test_replies_cost_what_they_cost_in_every_later_run_too(
+def test_stored_replies_keep_their_cost_in_later_runs(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     with LoopbackServer(good_answer) as server:
@@ -112,7 +112,7 @@ def test_a_limit_of_requests_counts_one_command(toy: Callable[..., Path], tmp_pa
 
 
 def test_a_plan_names_the_most_that_it_may_cost(toy: Callable[..., Path], tmp_path: Path) -> None:
-    found = plan(
+    planned = plan(
         load_recipe(toy(train=2, test=2), [PRICE, "annotate.max_tokens=100"]), tmp_path / "run"
     )
-    assert found.usd == pytest.approx((found.prompt_tokens * 1000 + 400 * 2000) / 1e6)
+    assert planned.usd == pytest.approx((planned.prompt_tokens * 1000 + 400 * 2000) / 1e6)

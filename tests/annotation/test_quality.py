@@ -1,6 +1,9 @@
-"""Flaws of rationales: each rejects what it should and spares what merely looks like it."""
+"""Flaws of rationales, early stopping, and the label's log-probability."""
 
 from __future__ import annotations
+
+import json
+from itertools import product
 
 import pytest
 
@@ -12,7 +15,7 @@ from dsbs.annotation.parse import (
     leaks_hint,
     read_sample,
 )
-from dsbs.annotation.vote import samples_needed
+from dsbs.annotation.vote import majority, samples_needed
 from dsbs.config import TaskSection
 from dsbs.prompting import Prompt
 from dsbs.records.rows import Sample
@@ -71,7 +74,7 @@ def test_only_a_stated_other_conclusion_contradicts(
         ("A parcel that is late is a delivery matter.", "Where is my parcel?", False),
     ],
 )
-def test_an_exemplars_rationale_is_not_the_rows(
+def test_a_rationale_that_copies_an_exemplars_is_recognised(
     rationale: str, question: str, expected: bool
 ) -> None:
     assert (
@@ -81,10 +84,10 @@ def test_an_exemplars_rationale_is_not_the_rows(
 
 
 def test_a_long_run_out_of_an_exemplar_is_a_copy_even_with_a_word_before_it() -> None:
-    theirs = "the courier left the box in the rain and it is soaked so the delivery went wrong"
-    assert copies_exemplar(f"Well, {theirs}", "q", [({"text": "other"}, theirs)])
+    exemplar = "the courier left the box in the rain and it is soaked so the delivery went wrong"
+    assert copies_exemplar(f"Well, {exemplar}", "q", [({"text": "other"}, exemplar)])
     assert not copies_exemplar(
-        "the courier left the box in the rain", "q", [({"text": "other"}, theirs)]
+        "the courier left the box in the rain", "q", [({"text": "other"}, exemplar)]
     )
 
 
@@ -98,7 +101,7 @@ def test_a_long_run_out_of_an_exemplar_is_a_copy_even_with_a_word_before_it() ->
         ("One", 0, False),
     ],
 )
-def test_short_is_told_by_words_or_in_scripts_without_spaces_by_characters(
+def test_length_is_counted_in_words_or_without_spaces_in_characters(
     rationale: str, shortest: int, expected: bool
 ) -> None:
     assert is_short(rationale, shortest) is expected
@@ -116,7 +119,7 @@ def test_short_is_told_by_words_or_in_scripts_without_spaces_by_characters(
         ("Give the reasoning that leads there from money.", "q", True),
     ],
 )
-def test_a_hinted_rationale_must_not_speak_of_the_hint(
+def test_a_hinted_rationale_must_not_mention_the_hint(
     rationale: str, question: str, expected: bool
 ) -> None:
     hint = PROMPT.hint.replace("{{ label }}", "…")
@@ -139,7 +142,7 @@ def votes(*labels: str | None) -> list[Sample]:
 
 
 @pytest.mark.parametrize(
-    ("seen", "k", "needed"),
+    ("first_samples", "total", "needed"),
     [
         ((), 1, 1),
         ((), 3, 2),
@@ -154,31 +157,25 @@ def votes(*labels: str | None) -> list[Sample]:
         (("a", "b", "a", "b", "a"), 5, 0),
     ],
 )
-def test_so_many_more_can_settle_the_majority(
-    seen: tuple[str | None, ...], k: int, needed: int
+def test_samples_needed_are_the_fewest_that_can_settle_the_majority(
+    first_samples: tuple[str | None, ...], total: int, needed: int
 ) -> None:
-    assert samples_needed(votes(*seen), k, ROUTING) == needed
+    assert samples_needed(votes(*first_samples), total, ROUTING) == needed
 
 
 def test_stopping_early_never_changes_the_winner() -> None:
-    from itertools import product
-
-    from dsbs.annotation.vote import majority
-
     for labels in product(("a", "b", "c", None), repeat=5):
         samples = votes(*labels)
-        seen: list[Sample] = []
-        while more := samples_needed(seen, 5, ROUTING):
-            seen = samples[: len(seen) + more]
-        assert majority(seen, ROUTING).label == majority(samples, ROUTING).label, labels
+        first_samples: list[Sample] = []
+        while more := samples_needed(first_samples, 5, ROUTING):
+            first_samples = samples[: len(first_samples) + more]
+        assert majority(first_samples, ROUTING).label == majority(samples, ROUTING).label, labels
 
 
 # --- log-probabilities
 
 
 def chat(*tokens: tuple[str, float]) -> str:
-    import json
-
     return json.dumps(
         {"choices": [{"logprobs": {"content": [{"token": t, "logprob": p} for t, p in tokens]}}]}
     )
@@ -198,22 +195,21 @@ def test_the_labels_tokens_are_summed_and_no_others() -> None:
     assert label_logprob(chat(*tokens), text, PROMPT) == pytest.approx(-0.75)
 
 
-def test_a_draft_in_the_thoughts_is_not_the_answer_and_characters_may_be_cut_over_tokens() -> None:
+def test_a_draft_in_the_thoughts_is_not_the_answer() -> None:
     tokens = [("<think>so Answer:", -1.0), (" A</think>", -5.0), ("Answer:", -1.0), (" A", -0.25)]
     prompt = Prompt(template="{{ text }}")
     assert label_logprob(chat(*tokens), "".join(t for t, _ in tokens), prompt) == pytest.approx(
         -0.25
     )
-    import json
-
     parts = [(b"Answer: ", -1.0), ("é".encode()[:1], -0.5), ("é".encode()[1:], -0.25)]
     content = [{"token": str(piece), "bytes": list(piece), "logprob": p} for piece, p in parts]
     raw = json.dumps({"choices": [{"logprobs": {"content": content}}]})
     assert label_logprob(raw, "Answer: é", prompt) == pytest.approx(-0.75)
 
 
-def test_the_older_form_and_replies_without_any() -> None:
-    legacy = '{"choices": [{"logprobs": {"tokens": ["Answer", ": ", "billing"], "token_logprobs": [null, -1, -0.125]}}]}'
+def test_the_completions_form_and_replies_without_log_probabilities() -> None:
+    logprobs = {"tokens": ["Answer", ": ", "billing"], "token_logprobs": [None, -1, -0.125]}
+    legacy = json.dumps({"choices": [{"logprobs": logprobs}]})
     assert label_logprob(legacy, "Answer: billing", PROMPT) == pytest.approx(-0.125)
     for raw in ('{"choices": [{}]}', '{"choices": [{"logprobs": null}]}', "{}"):
         assert label_logprob(raw, "Answer: billing", PROMPT) is None

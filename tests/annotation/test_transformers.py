@@ -1,4 +1,4 @@
-"""Local models as teachers: tiny ones with random weights, whose words mean nothing and whose handling can be checked."""
+"""Local models as teachers: tiny models with random weights."""
 
 from __future__ import annotations
 
@@ -58,9 +58,17 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, eos_token_id=1, pad_token_id=1, bos_token_id=None, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=1,
+        pad_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.5,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -71,14 +79,14 @@ def teacher(toy: Callable[..., Path], model: Path, *overrides: str) -> Transform
     )
 
 
-def complete(made: TransformersTeacher, bodies: list[dict[str, Any]]) -> list[Any]:
+def complete(model: TransformersTeacher, bodies: list[dict[str, Any]]) -> list[Any]:
     async def main() -> list[Any]:
         work = (
-            made.complete(Request({"max_tokens": 12, "temperature": 0.0} | body, 0))
+            model.complete(Request({"max_tokens": 12, "temperature": 0.0} | body, 0))
             for body in bodies
         )
         replies = await asyncio.gather(*work, return_exceptions=True)
-        await made.close()
+        await model.close()
         return replies
 
     return asyncio.run(main())
@@ -88,7 +96,7 @@ def user(text: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}]}
 
 
-def test_prompts_of_unlike_length_are_answered_as_each_alone(
+def test_a_batch_of_different_lengths_is_answered_as_each_prompt_alone(
     toy: Callable[..., Path], causal: Path
 ) -> None:
     bodies = [
@@ -105,39 +113,41 @@ def test_prompts_of_unlike_length_are_answered_as_each_alone(
     assert [reply.prompt_tokens for reply in together] == [reply.prompt_tokens for reply in alone]
 
 
-def test_batches_are_of_like_length(
+def test_batches_have_similar_lengths(
     toy: Callable[..., Path], causal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[list[int]] = []
-    made = teacher(toy, causal, "teacher.batch_size=3")
-    real = made._generate
+    batches: list[list[int]] = []
+    model = teacher(toy, causal, "teacher.batch_size=3")
+    real = model._generate
 
     def watched(requests: Any, texts: list[str]) -> Any:
-        seen.append([len(text) for text in texts])
+        batches.append([len(text) for text in texts])
         return real(requests, texts)
 
-    monkeypatch.setattr(made, "_generate", watched)
-    complete(made, [user("My " * n) for n in (1, 40, 2, 41, 3, 42, 20, 21, 22)])
-    assert [max(lengths) - min(lengths) <= 6 for lengths in seen] == [True] * 3
+    monkeypatch.setattr(model, "_generate", watched)
+    complete(model, [user("My " * n) for n in (1, 40, 2, 41, 3, 42, 20, 21, 22)])
+    assert [max(lengths) - min(lengths) <= 6 for lengths in batches] == [True] * 3
 
 
-def test_memory_that_runs_out_halves_the_batch(
+def test_running_out_of_memory_halves_the_batch(
     toy: Callable[..., Path], causal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = teacher(toy, causal, "teacher.batch_size=8")
-    real = made._generate
+    model = teacher(toy, causal, "teacher.batch_size=8")
+    real = model._generate
 
     def small_memory(requests: Any, texts: list[str]) -> Any:
         if len(texts) > 2:
             raise MemoryError
         return real(requests, texts)
 
-    monkeypatch.setattr(made, "_generate", small_memory)
-    assert all(reply.prompt_tokens for reply in complete(made, [user(f"My {n}") for n in range(9)]))
-    monkeypatch.setattr(
-        made, "_generate", lambda requests, texts: (_ for _ in ()).throw(MemoryError)
+    monkeypatch.setattr(model, "_generate", small_memory)
+    assert all(
+        reply.prompt_tokens for reply in complete(model, [user(f"My {n}") for n in range(9)])
     )
-    assert all(isinstance(reply, RejectedError) for reply in complete(made, [user("My")]))
+    monkeypatch.setattr(
+        model, "_generate", lambda requests, texts: (_ for _ in ()).throw(MemoryError)
+    )
+    assert all(isinstance(reply, RejectedError) for reply in complete(model, [user("My")]))
 
 
 def test_a_sequence_to_sequence_model_reads_the_whole_prompt(
@@ -160,7 +170,7 @@ def test_a_sequence_to_sequence_model_reads_the_whole_prompt(
 def test_samples_differ_and_log_probabilities_belong_to_the_text(
     toy: Callable[..., Path], causal: Path
 ) -> None:
-    made = teacher(toy, causal, "teacher.endpoint=completions", "teacher.extra_body={top_p: 0.9}")
+    model = teacher(toy, causal, "teacher.endpoint=completions", "teacher.extra_body={top_p: 0.9}")
 
     async def main() -> list[Any]:
         body = {
@@ -170,8 +180,8 @@ def test_samples_differ_and_log_probabilities_belong_to_the_text(
             "top_p": 0.9,
             "logprobs": 1,
         }
-        replies = [await made.complete(Request(body, sample)) for sample in (0, 1, 2, 0)]
-        await made.close()
+        replies = [await model.complete(Request(body, sample)) for sample in (0, 1, 2, 0)]
+        await model.close()
         return replies
 
     replies = asyncio.run(main())
@@ -209,20 +219,20 @@ def test_a_prompt_that_does_not_fit_is_refused_alone(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (["teacher.model=./nowhere"], "cannot be loaded"),
         (["teacher.extra_body={best_of: 3}"], "best_of"),
     ],
 )
-def test_what_cannot_work_is_told(
-    toy: Callable[..., Path], causal: Path, changes: list[str], told: str
+def test_a_model_that_cannot_work_is_an_error(
+    toy: Callable[..., Path], causal: Path, changes: list[str], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         teacher(toy, causal, *changes)
 
 
-def test_a_model_without_a_chat_template_is_told_to_complete(
+def test_a_model_without_a_chat_template_must_use_completions(
     toy: Callable[..., Path], causal: Path, tmp_path: Path
 ) -> None:
     for file in causal.iterdir():

@@ -18,7 +18,7 @@ from dsbs.compression.low_rank import TruncatedSvd, factor, factored
 from dsbs.compression.magnitude import zero_smallest
 from dsbs.students import load_model
 from dsbs.training.encode import collate, pad
-from dsbs.training.packed.t5 import TargetBlock, is_t5, logits_of
+from dsbs.training.packed.t5 import TargetBlock, is_t5, packed_logits
 
 V11 = {"feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False}
 SHAPES = [pytest.param({}, id="v1.0"), pytest.param(V11, id="v1.1")]
@@ -258,7 +258,7 @@ def test_pairs_learn_without_padding_as_they_do_with_it() -> None:
     padded = pad(flat, 0, start=0)
     expected = model(**padded, use_cache=False).logits[padded["labels"] != -100]
     reading, writing = flat.source_lengths.tolist(), flat.target_lengths.tolist()
-    ours = logits_of(
+    ours = packed_logits(
         model, flat.source, reading, flat.target, writing, [TargetBlock(range(2), start=0)]
     )
     assert torch.allclose(ours, expected, atol=1e-12)

@@ -24,9 +24,8 @@ from dsbs.evaluation.predict import (
     student_predictions,
 )
 from dsbs.progress import NoProgress
-from dsbs.prompting import load_prompt
+from dsbs.prompting import load_prompt, source_fingerprint
 from dsbs.records.rows import Annotation, Sample, TeacherName, TrainedStudent
-from dsbs.run_folder import source_fingerprint
 from dsbs.students import Student
 from dsbs.tasks import make_task
 

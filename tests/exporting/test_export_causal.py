@@ -40,7 +40,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def made(into: Path, kind: str = "llama", template: str = "chat") -> Path:
         if (kind, template) not in there:
             folder = tmp_path_factory.mktemp(f"{kind}-{template}")
-            causal_models.taught(
+            causal_models.trained_student(
                 template, kind, {"label": "predict: ", "rationale": "explain: "}
             ).save(folder)
             there[kind, template] = folder
@@ -286,7 +286,7 @@ def test_smollm2_says_the_same_in_ctranslate2_and_in_llama_cpp(tmp_path: Path) -
         source = str(gguf_file("smollm2-135m-instruct"))
     except UserError as missing:
         pytest.skip(str(missing))
-    tiny = causal_models.taught().card
+    tiny = causal_models.trained_student().card
     card = StudentCard.model_validate(
         tiny.model_dump()
         | {"prefixes": {"label": ""}, "max_input_tokens": 96, "max_target_tokens": 12}

@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 from loopback import LoopbackServer
 
 import dsbs
-from dsbs.cli.desk import Template
+from dsbs.cli.init import Template
 from dsbs.errors import UserError
 from dsbs.project.init import SCHEMA, Kind, init
 

@@ -13,7 +13,7 @@ from reporting.made_run import make_run
 
 from dsbs.config.load import load_recipe
 from dsbs.errors import UserError
-from dsbs.files import hold
+from dsbs.files import lock_folder
 from dsbs.project.runs import list_runs, look
 
 
@@ -44,16 +44,16 @@ def test_a_finished_run_shows_its_stages_students_and_headline(tmp_path: Path) -
     done = run_dsbs("ls", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if "made" in line]
-    assert "62.0 % [54.0, 70.0]" in line and "+7.0 [+1.0, +13.0] to finetune-gold" in line
+    assert "62.0% [54.0, 70.0]" in line and "+7.0 [+1.0, +13.0] to finetune-gold" in line
 
 
 def test_a_stage_that_says_running_is_running_only_while_its_lock_is_held(tmp_path: Path) -> None:
     manifest(tmp_path / "a" / "train", "running")
     assert look(tmp_path / "a").stages == {"annotate": None, "train": "interrupted", "eval": None}
-    with hold(tmp_path / "a" / "train"):
+    with lock_folder(tmp_path / "a" / "train"):
         assert look(tmp_path / "a").stages["train"] == "running"
     assert look(tmp_path / "a").stages["train"] == "interrupted"
-    with hold(tmp_path / "a" / "train"):  # to have asked leaves nothing behind
+    with lock_folder(tmp_path / "a" / "train"):  # to have asked leaves nothing behind
         pass
 
 
@@ -142,7 +142,7 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
     run = make_run(tmp_path / "runs" / "made", subsets=(1.0,), seeds=(0,))
     make_run(tmp_path / "runs" / "plain", name="plain", subsets=(1.0,), seeds=(0,))
     alone = run_dsbs("ls", str(tmp_path / "runs" / "plain"), cwd=tmp_path)
-    assert look(run).beside == {} and "beside them" not in alone.stdout, "no column of dashes"
+    assert look(run).beside == {} and "other models" not in alone.stdout, "no column of dashes"
     for record in (
         "train/teachers/mini-s0/train.json", "train/trials/a/b/train.json", "train/finetune-gold-s0/export/ct2/export.json",
         "train/finetune-gold-s0/export/.onnx.partial/export.json", "train/finetune-gold-s0/export/aside/ct2-1/export.json",
@@ -153,9 +153,13 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
         (run / record).write_text("{}", encoding="utf-8")
     assert look(run).beside == {"local teachers": 1, "compressed": 1, "exported": 2}
     done = run_dsbs("ls", cwd=tmp_path)
-    assert done.returncode == 0 and {"beside", "teachers,", "compressed,", "exported"} <= set(
-        done.stdout.split()
-    )
+    assert done.returncode == 0 and {
+        "other",
+        "models",
+        "teachers,",
+        "compressed,",
+        "exported",
+    } <= set(done.stdout.split())
 
 
 def test_teachers_and_trials_are_no_students_of_the_grid(tmp_path: Path) -> None:

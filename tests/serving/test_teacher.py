@@ -387,7 +387,7 @@ def test_a_mistake_in_the_options_is_told_before_anything_is_loaded(
 def test_a_server_for_all_to_reach_says_that_it_asks_for_no_token() -> None:
     with in_process(taught(), "--host", "0.0.0.0") as (url, process):
         assert url.startswith("http://0.0.0.0:")
-        assert "no token is asked for" in stopped(process)[1]
+        assert "without authentication" in stopped(process)[1]
     with in_process(
         taught(), "--host", "0.0.0.0", "--token-env", "PATH_TOKEN", env={"PATH_TOKEN": "a"}
     ) as (_, process):

@@ -24,9 +24,9 @@ TEXTS = [
 @pytest.fixture(scope="module", params=["chat", "plain", "gpt2"])
 def taught(request: pytest.FixtureRequest) -> Student:
     return (
-        causal_models.taught("chat", "gpt2")
+        causal_models.trained_student("chat", "gpt2")
         if request.param == "gpt2"
-        else causal_models.taught(request.param)
+        else causal_models.trained_student(request.param)
     )
 
 

@@ -20,9 +20,9 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, load_recipe, train
 from dsbs.config import Recipe
-from dsbs.training.checkpoints import last_checkpoint
-from dsbs.training.methods import grid
+from dsbs.training.grid import grid
 from dsbs.training.rows import gather
+from dsbs.training.student_folder import last_checkpoint
 
 
 @pytest.fixture
@@ -74,12 +74,7 @@ def test_every_cell_becomes_a_student_with_its_record_and_losses_apart(
     assert record["student"]["valid_accuracy"] in {row["eval_accuracy"] for row in looks}
     assert record["valid_labels"] == "gold"
     cost = record["student"]["cost"]
-    assert (
-        cost["device"]
-        and cost["processes"] == 1
-        and cost["peak_memory_mb"] > 0
-        and cost["energy_j"] != 0
-    )
+    assert cost["device"] and cost["processes"] == 1 and cost["peak_memory_mb"] > 0
     assert cost["tokens"] == looks[-1]["tokens"] and cost["tokens_per_s"] > 0
     assert record["rows"] == 39 and looks[-1]["examples"] == 39 + 8, (
         "an epoch's last step has the rows that are left"
@@ -337,10 +332,10 @@ def test_a_constant_rate_has_its_warm_up(annotated: Callable[..., Recipe], tmp_p
 def test_a_step_has_its_batch_on_any_number_of_processes(
     monkeypatch: pytest.MonkeyPatch, batch: int, micro: int, processes: int, size: int
 ) -> None:
-    from dsbs.training.cell import per_process
+    from dsbs.training.distributed import per_device_batch_size
 
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert per_process(batch, micro) == size and batch % (size * processes) == 0
+    assert per_device_batch_size(batch, micro) == size and batch % (size * processes) == 0
 
 
 def test_a_part_without_what_a_method_learns_is_refused_before_anything_is_trained(

@@ -16,15 +16,15 @@ import pytest
 import torch
 from conftest import launcher, on_two_processes
 from safetensors.torch import load_file
-from test_unpadded import ROWS, t5
+from small_t5 import ROWS, t5
 
 from dsbs import Student, UserError, load_recipe, train
 from dsbs.config import LoraSection, TrainSection
-from dsbs.training.checkpoints import last_checkpoint
 from dsbs.training.encode import collate, pad
-from dsbs.training.lora import adapt, merged, trainable
+from dsbs.training.lora import add_adapters, count_trainable, merge_adapters
 from dsbs.training.methods import method_of
-from dsbs.training.packed.t5 import TargetBlock, is_t5, logits_of
+from dsbs.training.packed.t5 import TargetBlock, is_t5, packed_logits
+from dsbs.training.student_folder import last_checkpoint
 from dsbs.training.trainer import patch_forward
 
 pytest.importorskip("peft")
@@ -42,7 +42,7 @@ def disturbed(model: Any) -> Any:
 
 
 def adapted(section: LoraSection = EVERYWHERE, **changes: Any) -> Any:
-    return disturbed(adapt(t5(**changes), section))
+    return disturbed(add_adapters(t5(**changes), section))
 
 
 @pytest.fixture
@@ -91,7 +91,9 @@ def test_logits_and_gradients_without_padding_are_those_of_padded_rows(checkpoin
         assert all(float(grad.abs().max()) > 1e-6 for grad in theirs.values())
         model.zero_grad()
         parts = [TargetBlock(range(len(reading)), start=3)]
-        ours = logits_of(model.get_base_model(), flat.source, reading, flat.target, writing, parts)
+        ours = packed_logits(
+            model.get_base_model(), flat.source, reading, flat.target, writing, parts
+        )
         assert torch.allclose(ours, expected, atol=1e-10), target
         (ours**2).mean().backward()
         for name, parameter in model.named_parameters():
@@ -112,7 +114,7 @@ def test_the_trainers_forward_reaches_the_adapters(without_padding: bool) -> Non
 def test_a_merged_student_answers_as_the_adapted_model_did(tmp_path: Path) -> None:
     model = adapted().eval()
     model.save_pretrained(tmp_path)
-    plain = merged(t5(), tmp_path).eval()
+    plain = merge_adapters(t5(), tmp_path).eval()
     batch = {"input_ids": torch.tensor([[3, 4, 5, 1]]), "labels": torch.tensor([[7, 8, 1]])}
     assert torch.allclose(plain(**batch).logits, model(**batch).logits, atol=1e-6)
     assert not torch.allclose(plain(**batch).logits, t5().eval()(**batch).logits, atol=1e-2), (
@@ -125,9 +127,9 @@ def test_a_merged_student_answers_as_the_adapted_model_did(tmp_path: Path) -> No
 
 def test_training_starts_from_the_model_as_it_is() -> None:
     batch = {"input_ids": torch.tensor([[3, 4, 5, 1]]), "labels": torch.tensor([[7, 8, 1]])}
-    started = adapt(t5(), EVERYWHERE).eval()
+    started = add_adapters(t5(), EVERYWHERE).eval()
     assert torch.allclose(started(**batch).logits, t5().eval()(**batch).logits, atol=1e-12)
-    assert trainable(started) < trainable(t5())
+    assert count_trainable(started) < count_trainable(t5())
 
 
 def test_only_what_is_targeted_has_moved_in_the_finished_student(
@@ -265,9 +267,9 @@ def test_divided_by_fsdp_the_adapters_become_those_of_one_process_and_resume(
 
 def test_a_target_that_no_block_has_is_told_with_those_there_are() -> None:
     with pytest.raises(UserError, match=r"'query'.*k, o, q, v, wi, wo"):
-        adapt(t5(), LoraSection(targets=("q", "query")))
+        add_adapters(t5(), LoraSection(targets=("q", "query")))
     with pytest.raises(UserError, match="lm_head"):
-        adapt(t5(), LoraSection(targets=("lm_head",)))
+        add_adapters(t5(), LoraSection(targets=("lm_head",)))
 
 
 def test_the_order_of_targets_makes_no_other_student_and_the_rank_does(

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from dsbs.config import TrainSection
-from dsbs.training.methods import grid, method_of
+from dsbs.training.grid import grid
+from dsbs.training.methods import method_of
 
 
 def test_the_grid_has_gold_finetuning_teacher_distillation_and_step_by_step_on_the_labels_asked_for() -> (

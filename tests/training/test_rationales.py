@@ -15,10 +15,10 @@ from loopback import LoopbackServer
 from dsbs import annotate, load_recipe, train
 from dsbs.config import Recipe
 from dsbs.tasks import make_task
-from dsbs.training import cell
-from dsbs.training.encode import Drawn, Encoded, collate
-from dsbs.training.methods import grid
+from dsbs.training.encode import Encoded, ResampledRows, collate
+from dsbs.training.grid import grid
 from dsbs.training.rows import Row, gather
+from dsbs.training.student_run import StudentRun
 
 WAYS = ["It speaks of {}, plainly.", "We read of {} in it.", "Only {} is named here.", "Too short"]
 
@@ -103,7 +103,7 @@ def test_second_targets_follow_all_first_ones() -> None:
 
 
 def test_a_draw_is_one_of_the_rows_own_and_depends_on_seed_and_epoch_alone() -> None:
-    rows = Drawn(ENCODED * 50, seed=1)
+    rows = ResampledRows(ENCODED * 50, seed=1)
     assert len(rows) == 150
     seen = []
     for epoch in range(3):
@@ -113,7 +113,7 @@ def test_a_draw_is_one_of_the_rows_own_and_depends_on_seed_and_epoch_alone() -> 
         seen.append([pairs[0][1][0] for pairs in drawn])
         assert set(seen[-1]) == {5, 6, 7}
     assert seen[0] != seen[1] != seen[2]
-    again = Drawn(ENCODED * 50, seed=1)
+    again = ResampledRows(ENCODED * 50, seed=1)
     again.epoch = 2
     assert [again[i]["rationale"][0][1][0] for i in range(0, 150, 3)] == seen[2]
     assert "rationale" not in rows[1]
@@ -132,16 +132,16 @@ def test_a_resumed_training_draws_as_an_undisturbed_one(
     class Killed(Exception):
         pass
 
-    def stop(self: cell.CellTraining, *args: Any) -> dict[str, float]:
+    def stop(self: StudentRun, *args: Any) -> dict[str, float]:
         looks.append(1)
         if len(looks) == 3:
             raise Killed
         return real(self, *args)
 
     looks: list[int] = []
-    real = cell.CellTraining._validate
+    real = StudentRun._validate
     with monkeypatch.context() as patch:
-        patch.setattr(cell.CellTraining, "_validate", stop)
+        patch.setattr(StudentRun, "_validate", stop)
         with pytest.raises(Killed):
             train(annotated(*overrides), out=tmp_path / "broken")
     train(annotated(*overrides), out=tmp_path / "broken")

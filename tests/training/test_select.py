@@ -1,13 +1,22 @@
-"""Selection: what passes, what stays out, and that nothing is asked for it."""
+"""train.select: which annotations pass, and how many of each label a student learns from."""
 
 from __future__ import annotations
 
-import pytest
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import pytest
+from conftest import good_answer
+from loopback import LoopbackServer
+
+from dsbs import annotate, load_recipe
 from dsbs.config import DataSection, SelectSection, TaskSection
 from dsbs.records.rows import Annotation, TeacherName
 from dsbs.tasks import make_task
-from dsbs.training.select import select
+from dsbs.tasks.load import position
+from dsbs.training.grid import grid
+from dsbs.training.rows import Data, Row, gather, select_annotations
 
 TASK = make_task(TaskSection(name="svamp", data=DataSection(train="x.jsonl")))
 
@@ -49,16 +58,59 @@ ROWS = [
         ({"agree_gold": True, "min_vote": 0.5, "provenance": ["own", "hinted"]}, [0, 3]),
     ],
 )
-def test_an_annotation_passes_when_it_meets_all_that_is_asked(
+def test_an_annotation_passes_when_it_meets_every_condition(
     section: dict[str, object], passed: list[int]
 ) -> None:
-    assert sorted(select(ROWS, SelectSection.model_validate(section), TASK)) == [
-        f"r{i}" for i in passed
+    selected = select_annotations(ROWS, SelectSection.model_validate(section), TASK)
+    assert [row.id for row in selected] == [f"r{i}" for i in passed]
+
+
+def data(count: int, max_per_label: int | None) -> Data:
+    """Two rows of three are annotated with the first label."""
+    labels = ["shipping" if i % 3 == 0 else "billing" for i in range(count)]
+    rows = [
+        Row(f"r{i}", "text", None, label, ("why",), annotated=label)
+        for i, label in enumerate(labels)
     ]
+    order = sorted(range(count), key=lambda i: position(rows[i].id, "subset"))
+    return Data(rows, [], "gold", {}, order, [], max_per_label)
 
 
-def test_at_most_so_many_of_a_label_the_smaller_choice_inside_the_larger() -> None:
-    rows = [row(i, label="( 1.0 + 1.0 )" if i % 3 else "( 3.0 - 1.0 )") for i in range(60)]
-    few, more = (set(select(rows, SelectSection(max_per_label=n), TASK)) for n in (5, 15))
-    assert len(few) == 10 and len(more) == 30 and few < more
-    assert set(select(rows[::-1], SelectSection(max_per_label=5), TASK)) == few
+def annotated(rows: Sequence[Row]) -> set[str]:
+    return {row.id for row in rows if row.teacher is not None}
+
+
+def test_a_smaller_maximum_chooses_among_the_rows_of_a_larger_one() -> None:
+    few = annotated(data(60, 5).subset(1.0))
+    more = annotated(data(60, 15).subset(1.0))
+    assert (len(few), len(more)) == (10, 30) and few < more
+    assert len(data(60, 5).subset(1.0)) == 60, "the other rows keep their gold labels"
+
+
+def test_the_maximum_counts_the_annotations_of_the_subset() -> None:
+    rows = data(80, 9).subset(0.25)
+    labels = Counter(row.teacher for row in rows if row.teacher is not None)
+    unlimited = Counter(row.teacher for row in data(80, None).subset(0.25))
+    assert len(rows) == 20
+    assert labels == {label: min(9, number) for label, number in unlimited.items()}
+    assert max(unlimited.values()) > 9
+
+
+def test_held_out_rows_do_not_count_towards_the_maximum(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    with LoopbackServer(good_answer) as server:
+        overrides = [
+            f"teacher.base_url={server.url}",
+            "task.data.valid_fraction=0.5",
+            "train.methods=distill",
+            "train.select.max_per_label=8",
+        ]
+        recipe = load_recipe(toy(), overrides)
+        annotate(recipe, out=tmp_path / "run")
+    task = make_task(recipe.task)
+    rows = gather(recipe, task, tmp_path / "run", grid(recipe.train)).subset(1.0)
+    before = Counter(row.gold for row in rows)
+    assert Counter(row.teacher for row in rows if row.teacher) == {
+        label: min(8, number) for label, number in before.items()
+    }

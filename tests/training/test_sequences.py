@@ -14,7 +14,7 @@ from dsbs import Student, annotate, evaluate, load_recipe, train
 from dsbs.config import Recipe
 from dsbs.students import compose, take_apart
 from dsbs.tasks import make_task
-from dsbs.training.methods import grid
+from dsbs.training.grid import grid
 from dsbs.training.rows import gather
 
 
@@ -100,9 +100,9 @@ def test_parts_of_the_data_nest_and_have_students_of_their_own(
         "train.max_steps=2",
     )
     data = gather(recipe, make_task(recipe.task), tmp_path / "run", grid(recipe.train))
-    parts = [{row.id for row in data.part(share)} for share in (0.25, 0.5, 1.0)]
+    parts = [{row.id for row in data.subset(share)} for share in (0.25, 0.5, 1.0)]
     assert parts[0] < parts[1] < parts[2] and len(parts[1]) == round(len(data.train) / 2)
-    assert [row.id for row in data.part(0.5)] == [
+    assert [row.id for row in data.subset(0.5)] == [
         row.id for row in data.train if row.id in parts[1]
     ]
     names = [student.name for student in train(recipe, out=tmp_path / "run").students]

@@ -17,7 +17,7 @@ from loopback import LoopbackServer
 from test_trainer import independent_weights
 
 from dsbs import Student, annotate, load_recipe
-from dsbs.training.checkpoints import last_checkpoint
+from dsbs.training.student_folder import last_checkpoint
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -28,7 +28,7 @@ sys.path[:0] = sys.argv[1:4]
 import fsdp_on_cpu
 fsdp_on_cpu.allow()
 import torch
-from dsbs.training.fsdp import whole_weights
+from dsbs.training.distributed import gather_weights
 import test_trainer
 folder, options = Path(sys.argv[4]), dict(pair.split("=") for pair in sys.argv[5:])
 model = test_trainer.tiny_model(layers=2)
@@ -36,7 +36,7 @@ if options.get("checkpointing") == "yes":
     model.activation_checkpointing_enable()
 test_trainer.train(model, folder, micro=2, steps=4, world=2, padding=options["padding"])
 assert hasattr(model.decoder.block[1], "unshard") and not hasattr(model.decoder.block[0], "unshard")
-weights = whole_weights(model)
+weights = gather_weights(model)
 if torch.distributed.get_rank() == 0:
     torch.save(weights, folder / "weights.pt")
 torch.distributed.barrier()

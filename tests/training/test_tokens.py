@@ -80,7 +80,7 @@ def test_ids_are_the_tokenizers_own_and_each_text_is_tokenised_once_whatever_ask
 
 
 def test_a_view_without_weight_and_rows_that_teach_nothing_are_left_out() -> None:
-    nothing = (View("label", "", 1.0), View("rationale", "", 0.0, taught=False))
+    nothing = (View("label", "", 1.0), View("rationale", "", 0.0, supervised=False))
     silent = [*rows(3), Row("none", "text", None, "a", ("why",))]
     found = Encoder(Tokens(Counting()), 24, 6).rows(silent, nothing, "gold")
     assert [list(row) for row in found] == [["label"]] * 3

@@ -14,8 +14,8 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, evaluate, load_recipe, train
 from dsbs.config import Recipe, TrainSection
-from dsbs.training import cell
 from dsbs.training import run as loop
+from dsbs.training.student_run import StudentRun
 
 GRID = "train.tune={learning_rate: [0.00001, 0.01], warmup_steps: [0, 2]}"
 
@@ -91,11 +91,11 @@ def test_run_again_nothing_is_trained_and_a_wider_grid_tries_only_the_new(
     annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
-    real = cell.CellTraining._train
+    real = StudentRun._train
     monkeypatch.setattr(
-        cell.CellTraining,
+        StudentRun,
         "_train",
-        lambda self, progress: (trained.append(self.job.title), real(self, progress))[1],
+        lambda self, progress: (trained.append(self.spec.title), real(self, progress))[1],
     )
     only = "train.methods=finetune"
     train(annotated(only, "train.tune.learning_rate=[0.01, 0.003]"), out=tmp_path / "run")

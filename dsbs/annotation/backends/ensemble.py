@@ -22,7 +22,7 @@ from dsbs.config import MemberSection, Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json
 from dsbs.records.rows import Annotation, Example, Provenance, Sample, TeacherName
-from dsbs.run_folder import annotation_file, member_folder, read_annotations, read_manifest
+from dsbs.run_folder import RunFolder, annotation_file, read_annotations, read_manifest
 from dsbs.tasks import make_task
 
 # the task's keys that must agree between two runs for their labels to mean the same
@@ -69,7 +69,7 @@ def read_members(recipe: Recipe) -> list[Member]:
 
 def _read_member(recipe: Recipe, section: MemberSection) -> Member:
     run = section.run
-    folder = member_folder(recipe, section)
+    folder = RunFolder.of_member(recipe, section).path
     record = read_manifest(folder / "annotate")
     again = f"run `dsbs annotate` with the recipe of {run} first"
     if not record:

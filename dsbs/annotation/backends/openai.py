@@ -305,7 +305,7 @@ def _content(message: dict[str, Any]) -> str:
         text = message.get("refusal") or ""
     if isinstance(text, str):
         return text
-    return "".join(part.get("text", "") for part in text)  # a list of content parts
+    return "".join(piece.get("text", "") for piece in text)  # a list of content parts
 
 
 def _finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import Reply, Teacher
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.files import find, read_jsonl
+from dsbs.files import find_file, read_jsonl
 from dsbs.records.rows import Annotation, Example, Provenance
 
 
@@ -29,7 +29,7 @@ class RecordedTeacher(Teacher):
         self._by_id: sqlite3.Connection | None = None
         if recipe.teacher.completions is None:
             return
-        path = find(
+        path = find_file(
             recipe.teacher.completions,
             what="completions file",
             hint="check teacher.completions",

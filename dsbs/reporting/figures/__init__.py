@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsbs.files import atomic
+from dsbs.files import atomic_write
 from dsbs.reporting.figures.calibration import recall_figure, reliability_figure
 from dsbs.reporting.figures.canvas import Figure, is_own_file
 from dsbs.reporting.figures.curves import break_even, learning_curve, training_curves
@@ -34,7 +34,7 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
     """Write each figure as a standalone SVG file, and remove own files of earlier figures."""
     paths = [folder / f"{figure.name}.svg" for figure in figures]
     for path, figure in zip(paths, figures, strict=True):
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             file.write(figure.standalone)
     for path in set(folder.glob("*.svg")) - set(paths):
         if is_own_file(path):

@@ -82,7 +82,11 @@ def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
     if not curves:
         return []
     styles = series_styles(runs)
-    width, height = (6.4, 2.7) if len(curves) > 1 else (5.4, 3.5)
+    width = 5.4
+    height = 3.5
+    if len(curves) > 1:
+        width = 6.4
+        height = 2.7
     with open_canvas(
         "curve", width=width, height=height, panels=len(curves), columns=2, share="y"
     ) as canvas:
@@ -100,7 +104,9 @@ def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
             axes.set_xticks(ticks, [f"{rows:,.0f}" for rows in ticks])
             axes.set_xticks([], minor=True)
             axes.set_xlabel("training rows")
-            accuracy_axis(axes, rows_label(results) if axes in canvas.first_column else "")
+            accuracy_axis(axes, "")
+            if axes in canvas.first_column:
+                axes.set_ylabel(rows_label(results))
             if len(runs) > 1:
                 axes.set_title(shorten(run_title))
         canvas.legend([(handles[title], shorten(title)) for title in styles if title in handles])
@@ -163,8 +169,10 @@ def _draw_break_even(name: str, suffix: str, run: EvaluatedRun, styles: dict[str
             spent = dollars(bill.spent_usd)
             tooltip = f"{', '.join(names)}: {spent}, recovered after {predictions}"
             draw_point(canvas, axes, bill.predictions, usd * bill.predictions, style, tooltip)
-            more = "" if len(names) == 1 else f" and {len(names) - 1} more"
-            entries.append((legend_handle(style), f"{shorten(names[0])}{more}, {spent} once"))
+            who = shorten(names[0])
+            if len(names) > 1:
+                who += f" and {len(names) - 1} more"
+            entries.append((legend_handle(style), f"{who}, {spent} once"))
         first = bills[0][0]
         axes.annotate(  # nothing is drawn to the left of the crossing, above its line
             count(first.predictions, "prediction"),
@@ -209,8 +217,8 @@ def training_curves(runs: Sequence[EvaluatedRun]) -> list[Figure]:
     for (name, suffix), run in zip(figure_names("training", runs), runs, strict=True):
         logs = {}
         for system in full_data_systems(run.results.systems):
-            lines = _logged_lines(run, system) if system.kind == "student" else {}
-            if lines:
+            lines = _logged_lines(run, system)
+            if lines and system.kind == "student":
                 logs[series_title(system)] = lines
         if logs:
             ordered = {title: logs[title] for title in styles if title in logs}
@@ -238,7 +246,8 @@ def _draw_training(
         for axes, (title, lines) in zip(canvas.axes, logs.items(), strict=False):
             axes.set_title(shorten(title))
             _draw_losses(axes, lines, losses, styles[title].color)
-            axes.set_ylabel("loss in nats per token" if axes in canvas.first_column else "")
+            if axes in canvas.first_column:
+                axes.set_ylabel("loss in nats per token")
             if limits and limits[1] >= 5 * limits[0]:
                 log_axis(axes.yaxis, (limits[0] / 1.15, limits[1] * 1.15))
             elif limits:
@@ -254,7 +263,8 @@ def _draw_training(
             axes.set_xlim(0, last_step * 1.02)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.set_xlabel("step" if axes in canvas.last_row else "")
+            if axes in canvas.last_row:
+                axes.set_xlabel("step")
         drawn = [key for key in losses if any(key in lines for lines in logs.values())]
         entries = [
             (line_handle(MUTE, dashes, 1.4), shorten(text))
@@ -312,13 +322,13 @@ def _loss_limits(
 def _other_losses(logs: dict[str, dict[str, list[Line]]]) -> dict[str, tuple[str, Any]]:
     """Names and dashes of the losses that ``_LOSSES`` does not have."""
     keys = dict.fromkeys(key for lines in logs.values() for key in lines)
-    others = [key for key in keys if key not in _LOSSES and key != "eval_accuracy"]
+    other_keys = [key for key in keys if key not in _LOSSES and key != "eval_accuracy"]
     return {
         key: (
             f"{key.removesuffix('_loss')} loss, training",
             _OTHER_DASHES[number % len(_OTHER_DASHES)],
         )
-        for number, key in enumerate(others)
+        for number, key in enumerate(other_keys)
     }
 
 

@@ -199,7 +199,9 @@ class _CompressedPoint:
         time_ms = self.measurement.median_ms(1)
         if time_ms is not None:
             text += f", {milliseconds(time_ms)}"
-        return text if self.accepted else f"{text}, rejected"
+        if not self.accepted:
+            text += ", rejected"
+        return text
 
 
 def frontier_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
@@ -265,7 +267,9 @@ def _draw_frontier(
             "students: no other is as accurate and also smaller, or faster. Differences within the "
             "table's intervals may be chance."
         )
-        title = "Accuracy against size and time" if len(panels) > 1 else "Accuracy against size"
+        title = "Accuracy against size"
+        if len(panels) > 1:
+            title += " and time"
         return canvas.finish(f"{title}{suffix}", caption)
 
 

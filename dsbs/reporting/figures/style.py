@@ -95,10 +95,8 @@ def _method_colors() -> dict[str, str]:
 
 def _legend_key(method: str) -> tuple[int, int]:
     """Registered methods first, each followed by its variants with additional loss terms."""
-    methods = list(registry.METHODS)
-    base = base_of(method)
-    rank = methods.index(base) if base in methods else len(methods)
-    return rank, len(names_of_terms(method))
+    ranks = {name: rank for rank, name in enumerate(registry.METHODS)}
+    return ranks.get(base_of(method), len(ranks)), len(names_of_terms(method))
 
 
 def _free_styles(used_colors: set[str]) -> Iterator[Style]:
@@ -266,7 +264,9 @@ def log_axis(axis: Any, ends: Interval, form: Any = "{x:g}") -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": ends})
     low = math.log10(ends[0])
     high = math.log10(ends[1])
-    steps = (1, 2, 5) if high - low <= 2 else (1,)
+    steps = [1]
+    if high - low <= 2:
+        steps = [1, 2, 5]
     every = max(1, math.ceil((high - low) / 7))
     powers = range(math.floor(low), math.ceil(high) + 1, every)
     ticks = [step * 10.0**power for power in powers for step in steps]

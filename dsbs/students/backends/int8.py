@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError
-from dsbs.files import room
+from dsbs.files import full_disk_as_partial
 from dsbs.students.backends.decoder import Causal
 from dsbs.students.backends.seq2seq import Seq2Seq
 from dsbs.students.backends.torch_base import TorchEngine
@@ -132,7 +132,11 @@ def _untied(model: Any) -> Iterator[None]:
 def save_quantized(model: Any, folder: Path) -> None:
     import torch
 
-    with _silent(), _untied(model), room(folder, hint="free some space, then run the same command"):
+    with (
+        _silent(),
+        _untied(model),
+        full_disk_as_partial(folder, hint="free some space, then run the same command"),
+    ):
         torch.save(model.state_dict(), folder / WEIGHTS)
 
 

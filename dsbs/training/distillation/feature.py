@@ -1,26 +1,129 @@
-"""Feature terms: the student's hidden states, through a learned projection, against a local teacher's.
+"""Feature term: the student's hidden states, linearly projected, against a local teacher's.
 
-Sources: Romero et al. 2015, arXiv:1412.6550, equation 3 (hints); Jiao et al. 2020, arXiv:1909.10351, section 3 (uniform maps).
+Sources: Romero et al. 2015, arXiv:1412.6550, equation 3 (hints); Jiao et al. 2020,
+arXiv:1909.10351, section 3 (uniform layer maps).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from dsbs.training.distillation import precise
+from pydantic import BeforeValidator, Field
+
+from dsbs.config.sections import as_tuple
+from dsbs.errors import UserError
+from dsbs.training.distillation.base import Projection, Term, TermInputs, as_float
+from dsbs.training.losses import IGNORED
+from dsbs.training.methods import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dsbs.training.encode import PackedBatch
 
-def layer_map(
-    layers: Literal["uniform", "last"] | Mapping[int, int], student_depth: int, teacher_depth: int
-) -> list[tuple[int, int]]:
-    """(student's layer, teacher's layer) pairs in the student's order, from 1; the embeddings are no layer.
+Layers = Literal["uniform", "last"] | dict[int, int]
 
-    uniform: every layer m of M meets the teacher's ⌈m · N / M⌉ of N, so that the last meets the last. last: these two alone.
-    Raises ValueError for a layer that is not there.
+
+class FeatureTerm(Term):
+    """Bring the hidden states towards the local teachers', through learned projections."""
+
+    layers: Layers = "uniform"
+    """Which student layer is compared with which teacher layer, both counted from 1."""
+    stacks: Annotated[
+        tuple[Literal["encoder", "decoder"], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = ("encoder", "decoder")
+    """Whose hidden states are compared."""
+
+    learns_projections: ClassVar[bool] = True
+    needs_hidden_states: ClassVar[bool] = True
+    description: ClassVar[str] = "It also learned the hidden states of a local teacher."
+    citation: ClassVar[str] = "Romero et al., 2015, arXiv:1412.6550"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    def projections(self, student_config: Any, teacher_configs: Sequence[Any]) -> list[Projection]:
+        """One for each pair of layers that the term compares. Raises UserError for a bad layer."""
+        projections: list[Projection] = []
+        for teacher, teacher_config in enumerate(teacher_configs):
+            for stack in self.stacks:
+                try:
+                    pairs = layer_map(
+                        self.layers, _depth(student_config, stack), _depth(teacher_config, stack)
+                    )
+                except ValueError as error:
+                    raise UserError(
+                        f"train.terms: {self.title}: the {stack}'s {error}",
+                        hint="fix layers, or use uniform or last",
+                    ) from None
+                projections += [
+                    Projection(
+                        name=f"{self.title}-{teacher + 1}-{stack}-{student_layer}-{teacher_layer}",
+                        teacher=teacher,
+                        stack=stack,
+                        student_layer=student_layer,
+                        teacher_layer=teacher_layer,
+                        student_width=student_config.d_model,
+                        teacher_width=teacher_config.d_model,
+                        pairs=len(pairs),
+                    )
+                    for student_layer, teacher_layer in pairs
+                ]
+        return projections
+
+    def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
+        """Input tokens that a supervised row reads, each input once."""
+        from dsbs.training.packed.forward import distinct_inputs
+
+        inputs = distinct_inputs(batch, views)
+        pairs = zip(inputs.lengths, inputs.is_supervised, strict=True)
+        return sum(length for length, is_supervised in pairs if is_supervised)
+
+    def loss(self, inputs: TermInputs) -> Tensor | float:
+        """The mean over stacks of the mean over their layer pairs, each a mean over tokens."""
+        source_mask, target_mask = _token_masks(inputs)
+        masks = {"encoder": source_mask, "decoder": target_mask}
+        # a micro-batch may lack a view, and with loss_mean: micro its counts do
+        target_tokens = sum(inputs.step.counts.get(view.target, 0) for view in inputs.views)
+        counts = {"encoder": inputs.step.counts[self.title], "decoder": target_tokens}
+        shares = inputs.teacher_shares
+        loss: Tensor | float = 0.0
+        for projection, linear in inputs.projections[self.title]:
+            stack = projection.stack
+            mask = masks[stack]
+            teacher_output = inputs.teachers[projection.teacher]
+            student = inputs.student.states(stack)[projection.student_layer - 1][mask]
+            teacher = teacher_output.states(stack)[projection.teacher_layer - 1][mask]
+            share = shares[projection.teacher] / len(self.stacks) / projection.pairs
+            summed = feature_loss(linear(student), teacher)
+            loss = loss + summed * (share / max(1, counts[stack]))
+        return loss
+
+
+def _token_masks(inputs: TermInputs) -> tuple[Tensor, Tensor]:
+    """Which of the N input and M target tokens belong to supervised rows: (N,) and (M,)."""
+    import torch
+
+    from dsbs.training.packed.forward import distinct_inputs
+
+    distinct = distinct_inputs(inputs.batch, inputs.views)
+    targets = torch.cat([packed.target for packed in inputs.batch.values()])
+    lengths = torch.tensor(distinct.lengths, device=targets.device)
+    supervised = torch.tensor(distinct.is_supervised, device=targets.device)
+    return supervised.repeat_interleave(lengths), targets != IGNORED
+
+
+def _depth(config: Any, stack: str) -> int:
+    return int(config.num_layers if stack == "encoder" else config.num_decoder_layers)
+
+
+def layer_map(layers: Layers, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
+    """Pairs (student layer, teacher layer), from 1 and in the student's order; embeddings are none.
+
+    uniform: layer m of M meets the teacher's layer ⌈m · N / M⌉ of N, so that the last meets the
+    last. last: only these two. Raises ValueError for a layer that does not exist.
     """
     if layers == "uniform":
         return [
@@ -29,22 +132,24 @@ def layer_map(
         ]
     if layers == "last":
         return [(student_depth, teacher_depth)]
-    for own, other in layers.items():
-        for whose, layer, depth in (
-            ("student", own, student_depth),
-            ("teacher", other, teacher_depth),
-        ):
+    for student_layer, teacher_layer in layers.items():
+        checks = [
+            ("student", student_layer, student_depth),
+            ("teacher", teacher_layer, teacher_depth),
+        ]
+        for model, layer, depth in checks:
             if not 1 <= layer <= depth:
                 raise ValueError(
-                    f"layers: {{{own}: {other}}}: the {whose} has layers 1 to {depth}, no layer {layer}"
+                    f"layers: {{{student_layer}: {teacher_layer}}}: the {model} has layers "
+                    f"1 to {depth}, no layer {layer}"
                 )
     return sorted(layers.items())
 
 
-def feature(student: Tensor, teacher: Tensor) -> Tensor:
-    """student (N, D) hidden states projected to the teacher's width, teacher (N, D) -> scalar: Σ_n mean_d (s − t)².
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """student (N, D), projected, and teacher (N, D) hidden states -> (): Σ_n mean_d (s − t)².
 
-    N are the tokens of all rows without padding. Equation 3 has ½ ‖s − t‖²; the mean over D makes a weight mean the same at any
-    width. In the hidden states' units squared.
+    Equation 3 has ½ ‖s − t‖²; with the mean over D, a weight means the same at any width. Unit: the
+    hidden states', squared.
     """
-    return (precise(student) - precise(teacher).detach()).square().mean(dim=-1).sum()
+    return (as_float(student) - as_float(teacher).detach()).square().mean(dim=-1).sum()

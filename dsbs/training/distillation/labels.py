@@ -1,78 +1,158 @@
-"""Soft label targets: the student's distribution over the task's labels against a teacher's votes or probabilities.
+"""Label term: the student's distribution over the task's labels against a teacher's.
 
-Source: Hinton et al. 2015, arXiv:1503.02531, with a task's labels as the classes; a teacher behind an API shows no more.
+The target is the votes or probabilities of the annotations, or the label scores of local teachers.
+Source: Hinton et al. 2015, arXiv:1503.02531, with a task's labels as the classes: a teacher behind
+an API shows no more than these.
+
+Shapes: B rows, L labels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
 
 from dsbs.records.rows import Annotation, Sample
 from dsbs.tasks.base import Task
-from dsbs.training.distillation import precise
+from dsbs.training.distillation.base import Term, TermInputs, as_float
+from dsbs.training.methods import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dsbs.training.encode import PackedBatch
 
-def label_distribution(scores: Tensor, target: Tensor, *, temperature: float) -> Tensor:
-    """scores (B, L), target (B, L) probabilities -> scalar: T² · Σ_b KL(p_b ‖ softmax(scores_b / T)) in nats.
 
-    ``scores`` are the log-probabilities that the student gives each label's text. p is the target softened alike:
-    target^(1/T), normalised; what is 0 stays 0. A row of zeros has no target and counts nothing.
+class LabelsTerm(Term):
+    """Learn a distribution over the task's labels."""
+
+    source: Literal["annotations", "teachers"] = "annotations"
+    """Whose distribution: the annotations' votes, or the local teachers'."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the log-probabilities; its square multiplies the term."""
+
+    needs_label_scores: ClassVar[bool] = True
+    description: ClassVar[str] = "It also learned a distribution over the labels."
+    citation: ClassVar[str] = "Hinton et al., 2015, arXiv:1503.02531"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.source == "teachers"
+
+    @property
+    def learns_votes(self) -> bool:
+        return self.source == "annotations"
+
+    def problem(self, method: str, views: Sequence[View], task: Task) -> str | None:
+        if task.labels is None:
+            return f"needs a fixed set of labels, and {task.name} has none"
+        if views[0].target != "label":
+            return f"scores labels by themselves, and {method} writes them beside a rationale"
+        return None
+
+    def teacher_views(self, views: Sequence[View]) -> list[str]:
+        return [views[0].target]
+
+    def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
+        """Rows with a target distribution."""
+        from dsbs.training.packed.forward import supervised_rows
+
+        packed = batch.get(views[0].target)
+        if packed is None:
+            return 0
+        if self.source == "teachers":
+            return int(supervised_rows(packed).sum())
+        assert packed.soft_labels is not None
+        return int((packed.soft_labels.sum(1) > 0).sum())
+
+    def loss(self, inputs: TermInputs) -> Tensor | float:
+        import torch
+
+        from dsbs.training.packed.forward import supervised_rows
+
+        packed = inputs.first_view
+        student = inputs.student.label_scores
+        if packed is None or student is None:
+            return 0.0
+        if self.source == "annotations":
+            assert packed.soft_labels is not None
+            target = packed.soft_labels
+        else:
+            scores = [
+                teacher.label_scores
+                for teacher in inputs.teachers
+                if teacher.label_scores is not None
+            ]
+            target = inputs.teacher_logprobs(scores, temperature=1.0).exp()
+            target = torch.where(supervised_rows(packed)[:, None], target, 0.0)
+        summed = label_distribution_loss(student, target, temperature=self.temperature)
+        return summed / max(1, inputs.step.counts[self.title])
+
+
+def label_distribution_loss(scores: Tensor, target: Tensor, *, temperature: float) -> Tensor:
+    """scores (B, L), target (B, L) probabilities -> (): T² · Σ_b KL(p_b ‖ softmax(scores_b / T)).
+
+    In nats. ``scores`` are the log-probabilities that the student gives each label's text. p is the
+    target softened alike: target^(1/T), normalised; what is 0 stays 0. A row of zeros has no target
+    and adds nothing.
     """
     from torch.nn.functional import kl_div
 
-    target = precise(target).detach()
-    known = target.sum(dim=-1) > 0
-    p = (target[known].log() / temperature).softmax(dim=-1)
-    q = (precise(scores)[known] / temperature).log_softmax(dim=-1)
+    target = as_float(target).detach()
+    has_target = target.sum(dim=-1) > 0
+    p = (target[has_target].log() / temperature).softmax(dim=-1)
+    q = (as_float(scores)[has_target] / temperature).log_softmax(dim=-1)
     return temperature**2 * kl_div(q, p, reduction="sum")
 
 
 def vote_distribution(
     annotation: Annotation, labels: Sequence[str], task: Task
 ) -> list[float] | None:
-    """A teacher's distribution over ``labels``, or None where it gave no readable one of them without a hint.
+    """An annotation's distribution over ``labels``; None if no sample has one without a hint.
 
-    Of several samples: each label's share of those that are readable and own. Of a single one: its label's probability, where
-    the endpoint told it, and the rest evenly on the others; without it, 1 on that label. Of an ensemble: the mean of its
-    members' distributions, each read so, by their weights.
+    Several samples of one annotator: each label's share of the readable, unhinted ones. A single
+    sample: its label's probability if the endpoint returned one (otherwise 1), the rest evenly
+    spread over the other labels. An ensemble: the mean of its members' distributions, by weight.
     """
     members: dict[str | None, list[tuple[int, Sample]]] = {}
     for sample in annotation.samples:
-        if not sample.hinted and (at := _place(sample.label, labels, task)) is not None:
-            members.setdefault(sample.run, []).append((at, sample))
+        index = _label_index(sample.label, labels, task)
+        if not sample.hinted and index is not None:
+            members.setdefault(sample.run, []).append((index, sample))
     if not members:
         return None
     if len(members) == 1:
-        return _of_one(next(iter(members.values())), len(labels))
+        return _member_distribution(next(iter(members.values())), len(labels))
     weights = [math.fsum(sample.vote for _, sample in votes) for votes in members.values()]
     weighted = [
-        [w * p for p in _of_one(votes, len(labels))]
-        for w, votes in zip(weights, members.values(), strict=True)
+        [weight * share for share in _member_distribution(votes, len(labels))]
+        for weight, votes in zip(weights, members.values(), strict=True)
     ]
     return [math.fsum(column) / math.fsum(weights) for column in zip(*weighted, strict=True)]
 
 
-def _of_one(votes: Sequence[tuple[int, Sample]], labels: int) -> list[float]:
-    """One annotator's distribution over so many labels, from its readable samples and where their labels stand."""
+def _member_distribution(votes: Sequence[tuple[int, Sample]], labels: int) -> list[float]:
+    """One annotator's distribution over ``labels`` labels from its (label index, sample) votes."""
     if len(votes) > 1 or labels == 1:
         total = math.fsum(sample.vote for _, sample in votes)
         return [
-            math.fsum(sample.vote for where, sample in votes if where == at) / total
-            for at in range(labels)
+            math.fsum(sample.vote for voted, sample in votes if voted == label) / total
+            for label in range(labels)
         ]
-    [(chosen, sample)] = votes
-    sure = 1.0 if sample.label_logprob is None else min(1.0, math.exp(sample.label_logprob))
-    return [sure if at == chosen else (1 - sure) / (labels - 1) for at in range(labels)]
+    [(voted, sample)] = votes
+    confidence = 1.0
+    if sample.label_logprob is not None:
+        confidence = min(1.0, math.exp(sample.label_logprob))
+    distribution = [(1 - confidence) / (labels - 1)] * labels
+    distribution[voted] = confidence
+    return distribution
 
 
-def _place(label: str | None, labels: Sequence[str], task: Task) -> int | None:
-    """Where a label stands among ``labels``: the first that the task holds to be the same."""
-    return next(
-        (at for at, one in enumerate(labels) if label is not None and task.correct(label, one)),
-        None,
-    )
+def _label_index(text: str | None, labels: Sequence[str], task: Task) -> int | None:
+    """The index of the first of ``labels`` that the task takes to be the same as ``text``."""
+    if text is None:
+        return None
+    return next((index for index, label in enumerate(labels) if task.correct(text, label)), None)

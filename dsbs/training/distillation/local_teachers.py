@@ -1,7 +1,9 @@
-"""Local teachers: trained first by the same recipe, or loaded from a student's folder; all have the student's vocabulary.
+"""Local teachers: models on this machine that distillation terms compare a student with.
 
-One that is trained learns by the base method, the labels and the rows of the student that it teaches, so that it knows the same
-prefixes and targets. It is kept, resumed and set aside like a student, in ``train/teachers/<k>-<size>-<method>-<labels>/``.
+A teacher is a trained student's folder, or is trained first by the same recipe: with the base
+method, labels and rows of its student, so that it knows the same prefixes and targets. It is kept,
+resumed and set aside like a student, in ``train/teachers/<k>-<size>-<method>-<labels>/``. All
+teachers have the student's vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsbs.config import (
     SCRATCH_DEFAULTS,
@@ -23,26 +25,32 @@ from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records.rows import TrainedStudent
 from dsbs.students import load_model, load_tokenizer, read_card, start_hash, tokenizer_hash
-from dsbs.training import memory
-from dsbs.training.methods import Cell, View, method_of, term_views
-from dsbs.training.tune import Job
+from dsbs.training.distillation.base import terms_of
+from dsbs.training.distributed import free_memory
+from dsbs.training.grid import StudentSpec
+from dsbs.training.methods import View, method_of
 
-Train = Callable[[Recipe, Job], TrainedStudent]
+if TYPE_CHECKING:
+    from dsbs.training.packed.forward import ForwardRunner
+
+TrainTeacher = Callable[[Recipe, StudentSpec], TrainedStudent]
 
 
 @dataclass(slots=True)
 class LocalTeacher:
-    """A model that terms compare with; it is loaded when it is first asked."""
+    """A frozen model in evaluation mode, loaded on first use."""
 
     name: str
     folder: Path
-    weight: float  # relative to the others'
-    fingerprint: str  # of all that decides its weights
+    weight: float
+    """Relative to the other teachers'."""
+    fingerprint: str
+    """Hash of what decides its weights."""
     _model: Any = field(default=None, repr=False)
 
     @property
-    def said(self) -> dict[str, Any]:
-        """What a student's record says of it."""
+    def record(self) -> dict[str, Any]:
+        """Its entry in a student's train.json."""
         return {
             "name": self.name,
             "path": str(self.folder),
@@ -51,7 +59,6 @@ class LocalTeacher:
         }
 
     def model(self) -> Any:
-        """Its weights stand still and nothing is dropped out."""
         if self._model is None:
             self._model = load_model(str(self.folder)).eval().requires_grad_(False)
         return self._model
@@ -61,130 +68,159 @@ class LocalTeacher:
         return self._model is not None
 
     def release(self) -> None:
-        """Hold the model no longer: it is loaded anew when it is asked again."""
+        """Drop the model; it is loaded again on its next use."""
         self._model = None
+
+
+def teacher_runners(
+    teachers: Sequence[LocalTeacher],
+    views: Sequence[View],
+    section: TrainSection,
+    device: Any,
+    *,
+    hidden_states: bool = False,
+    label_ids: Sequence[Sequence[int]] = (),
+) -> list[ForwardRunner]:
+    """A forward runner for each teacher, on ``device``."""
+    from dsbs.training.packed.forward import ForwardRunner
+    from dsbs.training.packed.t5 import is_t5
+
+    runners: list[ForwardRunner] = []
+    for teacher in teachers:
+        model = teacher.model().to(device)
+        without_padding = section.padding == "none" and is_t5(model)
+        runner = ForwardRunner(
+            model,
+            views,
+            without_padding=without_padding,
+            hidden_states=hidden_states,
+            labels=label_ids,
+        )
+        runners.append(runner)
+    return runners
 
 
 class LocalTeachers:
     """The local teachers of a recipe; ``train`` trains one and returns its record."""
 
-    def __init__(self, recipe: Recipe, run: Path, tokenizer: Any, train: Train) -> None:
-        self._recipe, self._folder, self._tokenizer, self._train = (
-            recipe,
-            run / "train" / "teachers",
-            tokenizer,
-            train,
-        )
-        self._made: dict[tuple[int, Path], LocalTeacher] = {}
+    def __init__(self, recipe: Recipe, run: Path, tokenizer: Any, train: TrainTeacher) -> None:
+        self._recipe = recipe
+        self._train_folder = run / "train"
+        self._tokenizer = tokenizer
+        self._train = train
+        self._teachers: dict[tuple[int, Path], LocalTeacher] = {}
         self.trained: list[TrainedStudent] = []
 
-    def of(self, cell: Cell) -> tuple[LocalTeacher, ...]:
-        """A cell's teachers, after those that are to be trained have been. Raises UserError for one that cannot teach it."""
-        terms = self._recipe.train.terms_of(cell.method)
-        if not any(term.needs_teacher for term in terms):
+    def of(self, spec: StudentSpec) -> tuple[LocalTeacher, ...]:
+        """A spec's teachers, trained if need be. Raises UserError for one that does not fit."""
+        terms = [term for term in terms_of(self._recipe.train, spec.method) if term.needs_teacher]
+        if not terms:
             return ()
-        views = method_of(cell.method).views(self._recipe.train)
-        asked = [term for term in terms if term.needs_teacher]
-        wanted: set[str] = {view.target for view in views}
-        if all(term.kind in ("response", "labels") for term in asked):
-            own = [
-                term_views(term, views) if term.kind == "response" else [views[0].target]
-                for term in asked
-            ]
-            wanted = {name for names in own for name in names}
-        return tuple(
-            self._loaded(number, section, [view for view in views if view.target in wanted])
-            if section.model
-            else self._own(number, section, cell)
-            for number, section in enumerate(self._recipe.train.teachers, 1)
-        )
+        views = method_of(spec.method).views(self._recipe.train)
+        needed = {name for term in terms for name in term.teacher_views(views)}
+        needed_views = [view for view in views if view.target in needed]
+        teachers: list[LocalTeacher] = []
+        for number, section in enumerate(self._recipe.train.teachers, 1):
+            if section.model:
+                teachers.append(self._from_folder(number, section, section.model, needed_views))
+            else:
+                teachers.append(self._trained_first(number, section, spec))
+        return tuple(teachers)
 
-    def release(self, later: Sequence[Cell]) -> None:
-        """Give back the memory of the models that none of the cells still to come compares with."""
+    def release(self, later: Sequence[StudentSpec]) -> None:
+        """Free the memory of the teachers that no spec in ``later`` needs."""
         needed = {
-            (
-                number,
-                Path(section.model).expanduser()
-                if section.model
-                else self._job(number, section, cell)[1].folder,
-            )
-            for cell in later
-            if any(term.needs_teacher for term in self._recipe.train.terms_of(cell.method))
+            (number, self._folder(number, section, spec))
+            for spec in later
+            if _needs_teacher(self._recipe, spec)
             for number, section in enumerate(self._recipe.train.teachers, 1)
         }
-        held = [
+        unneeded = [
             teacher
-            for key, teacher in self._made.items()
+            for key, teacher in self._teachers.items()
             if teacher.is_loaded and key not in needed
         ]
-        for teacher in held:
+        for teacher in unneeded:
             teacher.release()
-        if held:
-            memory.free()
+        if unneeded:
+            free_memory()
 
-    def _job(self, number: int, section: LocalTeacherSection, cell: Cell) -> tuple[Recipe, Job]:
-        return teacher_job(self._recipe, number, section, cell, self._folder.parent)
+    def _folder(self, number: int, section: LocalTeacherSection, spec: StudentSpec) -> Path:
+        if section.model:
+            return Path(section.model).expanduser()
+        _, teacher = teacher_spec(self._recipe, number, section, spec)
+        return teacher.path(self._train_folder)
 
-    def _own(self, number: int, section: LocalTeacherSection, cell: Cell) -> LocalTeacher:
-        recipe, job = self._job(number, section, cell)
-        if (number, job.folder) not in self._made:
+    def _trained_first(
+        self, number: int, section: LocalTeacherSection, spec: StudentSpec
+    ) -> LocalTeacher:
+        recipe, teacher = teacher_spec(self._recipe, number, section, spec)
+        folder = teacher.path(self._train_folder)
+        key = (number, folder)
+        if key not in self._teachers:
             if section.start is not None:
                 self._check_vocabulary(section.start, f"train.teachers: start: {section.start}")
-            record = self._train(recipe, job)
+            record = self._train(recipe, teacher)
             self.trained.append(record)
-            self._made[number, job.folder] = LocalTeacher(
-                job.title, job.folder, section.weight, record.fingerprint
+            self._teachers[key] = LocalTeacher(
+                teacher.title, folder, section.weight, record.fingerprint
             )
-        return self._made[number, job.folder]
+        return self._teachers[key]
 
-    def _loaded(
-        self, number: int, section: LocalTeacherSection, views: Sequence[View]
+    def _from_folder(
+        self, number: int, section: LocalTeacherSection, model: str, views: Sequence[View]
     ) -> LocalTeacher:
-        folder = Path(str(section.model)).expanduser()
+        folder = Path(model).expanduser()
         card = read_card(folder)
         if (card.kind, card.format) != ("seq2seq", "transformers"):
             raise UserError(
-                f"train.teachers: {section.model} is a {card.kind} model in the format {card.format}",
-                hint="a local teacher is a T5 as `dsbs train` leaves it",
+                f"train.teachers: {model} is a {card.kind} model in the format {card.format}",
+                hint="a local teacher is a T5 as `dsbs train` saves it",
             )
         for view in views:
-            if (
-                card.prefixes.get(view.target) != view.prefix
-                or card.starts.get(view.target, "pad") != view.start
-            ):
-                has = ", ".join(
-                    f"{name} after {prefix!r}" for name, prefix in card.prefixes.items()
+            prefix = card.prefixes.get(view.target)
+            start = card.starts.get(view.target, "pad")
+            if (prefix, start) != (view.prefix, view.start):
+                learned = ", ".join(
+                    f"{target} after {prefix!r}" for target, prefix in card.prefixes.items()
                 )
                 raise UserError(
-                    f"train.teachers: {section.model} never learned the {view.target} after {view.prefix!r} (it has {has})",
-                    hint=f"name a student of the method {card.method}'s kind that its pupils learn by, or leave model out: "
-                    "then one is trained by this recipe",
+                    f"train.teachers: {model} never learned the {view.target} after "
+                    f"{view.prefix!r} (it learned {learned})",
+                    hint="use a teacher trained with the same base method as its student "
+                    f"(this one: {card.method}), or leave model out to train one by this recipe",
                 )
-        if (number, folder) not in self._made:
-            self._check_vocabulary(str(folder), f"train.teachers: {section.model}")
+        key = (number, folder)
+        if key not in self._teachers:
+            self._check_vocabulary(str(folder), f"train.teachers: {model}")
             weights = digest(*start_hash(str(folder)))
-            self._made[number, folder] = LocalTeacher(card.name, folder, section.weight, weights)
-        return self._made[number, folder]
+            self._teachers[key] = LocalTeacher(card.name, folder, section.weight, weights)
+        return self._teachers[key]
 
-    def _check_vocabulary(self, source: str, what: str) -> None:
+    def _check_vocabulary(self, source: str, setting: str) -> None:
         if tokenizer_hash(load_tokenizer(source)) != tokenizer_hash(self._tokenizer):
             raise UserError(
-                f"{what} has another vocabulary than the student",
-                hint="its tokens must be the student's: start both from one family of models, train both on the same data from "
-                "scratch, or leave model and start out: then one is trained with the student's vocabulary",
+                f"{setting} has another vocabulary than the student",
+                hint="start both from the same family of models, train both from scratch on the "
+                "same data, or leave model and start out: then a teacher with the student's "
+                "vocabulary is trained",
             )
 
 
-def teacher_job(
-    recipe: Recipe, number: int, section: LocalTeacherSection, cell: Cell, train: Path
-) -> tuple[Recipe, Job]:
-    """The recipe and the job that train a cell's ``number``-th teacher (from 1); ``train`` is the run's folder of students.
+def _needs_teacher(recipe: Recipe, spec: StudentSpec) -> bool:
+    return any(term.needs_teacher for term in recipe.train.terms_of(spec.method))
 
-    Where neither its section nor the recipe sets them, its learning rate and steps are the defaults of its own start, random
-    weights or a pretrained model, and not of the student's.
+
+def teacher_spec(
+    recipe: Recipe, number: int, section: LocalTeacherSection, spec: StudentSpec
+) -> tuple[Recipe, StudentSpec]:
+    """The recipe and the spec that train a student's ``number``-th teacher (from 1).
+
+    Where neither its section nor the recipe sets them, its learning rate and steps are the defaults
+    of its own start (random weights or a pretrained model), not of the student's.
     """
-    seed = section.seed if section.seed is not None else recipe.train.seeds[0]
-    own = replace(cell, method=base_of(cell.method), seed=seed, learns_votes=False)
+    seed = recipe.train.seeds[0] if section.seed is None else section.seed
+    system = replace(spec, method=base_of(spec.method)).system
     changes = {}
     for key, at_random in SCRATCH_DEFAULTS.items():
         pretrained = TrainSection.model_fields[key].default
@@ -195,36 +231,52 @@ def teacher_job(
             changes[key] = (
                 given if given is not None else (at_random if section.start is None else pretrained)
             )
-    learning = recipe.train.model_copy(
+    train = recipe.train.model_copy(
         update={
-            "methods": (own.method,), "seeds": (seed,), "terms": (), "teachers": (), "tune": None, "init": None, "lora": None,
+            "methods": (base_of(spec.method),),
+            "seeds": (seed,),
+            "terms": (),
+            "teachers": (),
+            "tune": None,
+            "init": None,
+            "lora": None,
             **changes,
         }
-    )  # fmt: skip
-    student = recipe.student.model_dump() | {
-        "model": section.start,
-        "init": None,
-        "size": section.size,
-    }
-    taught = recipe.model_copy(update={"train": learning, "student": StudentSection(**student)})
-    what = Path(section.start).name if section.start else section.size
-    name = f"{number}-{what}-{own.system}"
-    return taught, Job(own, learning, train / "teachers" / name, f"teacher {name}", name=name)
+    )
+    student = StudentSection(
+        **recipe.student.model_dump() | {"model": section.start, "init": None, "size": section.size}
+    )
+    teacher_recipe = recipe.model_copy(update={"train": train, "student": student})
+    origin = Path(section.start).name if section.start else section.size
+    name = f"{number}-{origin}-{system}"
+    teacher = StudentSpec(
+        base_of(spec.method),
+        spec.labels,
+        seed,
+        train,
+        spec.subset,
+        alias=name,
+        heading=f"teacher {name}",
+        directory=f"teachers/{name}",
+    )
+    return teacher_recipe, teacher
 
 
 def planned_teachers(
-    recipe: Recipe, cells: Sequence[Cell], train: Path
-) -> list[tuple[Recipe, Job]]:
-    """Every teacher that the cells need trained, once each and in the order of their training."""
-    found: dict[Path, tuple[Recipe, Job]] = {}
-    for cell in cells:
-        if any(term.needs_teacher for term in recipe.train.terms_of(cell.method)):
-            for number, section in enumerate(recipe.train.teachers, 1):
-                if section.model is None:
-                    taught, job = teacher_job(recipe, number, section, cell, train)
-                    found.setdefault(job.folder, (taught, job))
-    return list(found.values())
+    recipe: Recipe, specs: Sequence[StudentSpec]
+) -> list[tuple[Recipe, StudentSpec]]:
+    """Every teacher that must be trained for ``specs``, once each, in the order of training."""
+    planned: dict[str, tuple[Recipe, StudentSpec]] = {}
+    for spec in specs:
+        if not _needs_teacher(recipe, spec):
+            continue
+        for number, section in enumerate(recipe.train.teachers, 1):
+            if section.model is None:
+                teacher_recipe, teacher = teacher_spec(recipe, number, section, spec)
+                planned.setdefault(teacher.name, (teacher_recipe, teacher))
+    return list(planned.values())
 
 
 def teachers_fingerprint(teachers: Sequence[LocalTeacher]) -> str:
+    """Hash of all teachers' weights and of their shares."""
     return digest(canonical_json([[teacher.fingerprint, teacher.weight] for teacher in teachers]))

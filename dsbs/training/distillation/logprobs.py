@@ -1,7 +1,9 @@
-"""Local teachers' likeliest tokens on disk: for each target token K ids and their log-probabilities, asked for once.
+"""Teacher log-probabilities on disk: for each target token, the K likeliest tokens.
 
-A file holds some rows, each under the hash of what it reads and writes, so that every student that is taught the same row by
-the same teachers finds it, and a kill loses the last file at most.
+Each file holds some rows, each under the hash of its input and target. Every student that learns
+the same row from the same teachers finds it there, and a kill loses the last file at most.
+
+Shapes: M target tokens of a packed batch, T of one row, K cached vocabulary entries.
 """
 
 from __future__ import annotations
@@ -9,105 +11,114 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbs.config import TermSection, TrainSection
+from dsbs.config import TrainSection
 from dsbs.files import canonical_json, digest
 from dsbs.progress import Progress, running
-from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
+from dsbs.training.distillation.base import Term, ensemble_logprobs
+from dsbs.training.distillation.local_teachers import (
+    LocalTeacher,
+    teacher_runners,
+    teachers_fingerprint,
+)
+from dsbs.training.distillation.response import ResponseTerm
 from dsbs.training.distributed import is_main_process, wait
 from dsbs.training.encode import Encoded, PackedBatch, collate, rows_of
-from dsbs.training.methods import View, term_views
+from dsbs.training.methods import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROWS = 2000  # of a file
-GeneratedText = tuple[
-    NDArray[np.int32], NDArray[np.float32]
-]  # ids and log-probabilities (T, K) of one row
+_ROWS_PER_FILE = 2000
+_TopTokens = tuple[NDArray[np.int32], NDArray[np.float32]]  # ids, log-probabilities (T, K)
+# a batch -> by view, ids and log-probabilities (M, K)
+_AskTeachers = Callable[[Mapping[str, PackedBatch]], dict[str, tuple["Tensor", "Tensor"]]]
 
 
 class TeacherLogprobs:
-    """What is in ``folder``, whose name says of which teachers, temperature and K. ``width``: of the V entries that count.
+    """The log-probabilities in ``folder``, named after the teachers, the temperature and K.
 
-    Of the rows there, those of ``wanted`` alone stay in memory: other students' may be many times as many.
+    ``vocabulary`` is how many vocabulary entries they cover. Of the rows on disk, memory holds
+    those with a key in ``keys``: other students' may be many times as many.
     """
 
-    def __init__(self, folder: Path, width: int, wanted: Set[bytes]) -> None:
-        self.width = width
-        self._folder, self._wanted = folder, wanted
-        self._known: dict[bytes, GeneratedText] = {}
-        self._new: dict[bytes, GeneratedText] = {}
-        for path in sorted(folder.glob("*.npz")):
-            self._known |= _read(path, wanted)
+    def __init__(
+        self, folder: Path, vocabulary: int, views: Sequence[View], keys: Set[bytes]
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.views = views
+        self._folder = folder
+        self._keys = keys
+        self._cached: dict[bytes, _TopTokens] = {}
+        self._unsaved: dict[bytes, _TopTokens] = {}
+        self._read_files()
 
-    def of(self, flat: PackedBatch, view: View) -> tuple[Tensor, Tensor]:
-        """flat rows of M target tokens -> ids and log-probabilities in nats, each (M, K)."""
+    def of(self, packed: PackedBatch, view: View) -> tuple[Tensor, Tensor]:
+        """A view's packed rows -> ids and log-probabilities in nats, each (M, K)."""
         import torch
 
-        said = [self._known.get(key) for key in keys(flat, view)]
-        there = [one for one in said if one is not None]
-        if len(there) < len(said):
-            # rows that processes are evened with teach nothing, and nobody was asked about them
-            blank = np.zeros((1, there[0][0].shape[1] if there else 1))
-            said = [
-                (blank.astype(np.int32), blank.astype(np.float32)) if one is None else one
-                for one in said
-            ]
-        ids = np.concatenate([one[0] for one in said if one is not None]).astype(np.int64)
-        logprobs = np.concatenate([one[1] for one in said if one is not None])
+        rows = [self._cached.get(key) for key in row_keys(packed, view)]
+        width = next((row[0].shape[1] for row in rows if row is not None), 1)
+        # the empty rows that give all processes equally many batches are never cached
+        blank = (np.zeros((1, width), np.int32), np.zeros((1, width), np.float32))
+        filled = [blank if row is None else row for row in rows]
+        ids = np.concatenate([row_ids for row_ids, _ in filled]).astype(np.int64)
+        logprobs = np.concatenate([row_logprobs for _, row_logprobs in filled])
         return torch.from_numpy(ids), torch.from_numpy(logprobs)
 
     def fill(
         self,
         rows: Sequence[Encoded],
-        views: Sequence[View],
-        ask: Callable[[dict[str, PackedBatch]], dict[str, tuple[Tensor, Tensor]]],
-        size: int,
+        ask_teachers: _AskTeachers,
+        batch_size: int,
         progress: Progress,
         title: str,
     ) -> None:
-        """Ask for the rows that are not there, ``size`` at a time: a batch -> each view's ids and log-probabilities (M, K)."""
+        """Ask the teachers about the rows that are not cached; one process asks, all wait."""
         if is_main_process():
-            missing = [i for i in range(len(rows)) if not self._has(rows[i], views)]
+            missing = [i for i, row in enumerate(rows) if not self._has(row)]
             if missing:
                 with running(progress, f"{title}: teachers' log-probabilities", len(missing)):
-                    for first in range(0, len(missing), size):
-                        self._take([rows[i] for i in missing[first : first + size]], views, ask)
-                        progress.update(min(len(missing), first + size))
-                    self._write()
+                    for first in range(0, len(missing), batch_size):
+                        indices = missing[first : first + batch_size]
+                        self._ask([rows[i] for i in indices], ask_teachers)
+                        progress.update(first + len(indices))
+                    self._save()
         wait()
-        for path in () if is_main_process() else sorted(self._folder.glob("*.npz")):
-            self._known |= _read(path, self._wanted)
+        if not is_main_process():
+            self._read_files()
 
-    def _has(self, row: Encoded, views: Sequence[View]) -> bool:
-        return all(key in self._known for key in _keys_of(row, views))
+    def _has(self, row: Encoded) -> bool:
+        return all(key in self._cached for key in _keys_of(row, self.views))
 
-    def _take(self, rows: list[Encoded], views: Sequence[View], ask: Callable[..., Any]) -> None:
+    def _ask(self, rows: list[Encoded], ask_teachers: _AskTeachers) -> None:
         batch = collate(rows)
-        said = ask(batch)
-        for view in views:
-            flat = batch.get(view.target)
-            if flat is None:
+        answers = ask_teachers(batch)
+        for view in self.views:
+            if view.target not in batch:
                 continue
-            ends = np.cumsum(flat.target_lengths.numpy())[:-1]
-            ids, logprobs = (np.split(one.cpu().numpy(), ends) for one in said[view.target])
-            for key, one, other in zip(keys(flat, view), ids, logprobs, strict=True):
-                self._new[key] = one.astype(np.int32), other.astype(np.float32)
-        if len(self._new) >= _ROWS:
-            self._write()
+            packed = batch[view.target]
+            ends = np.cumsum(packed.target_lengths.numpy())[:-1]
+            ids, logprobs = (
+                np.split(tensor.cpu().numpy(), ends) for tensor in answers[view.target]
+            )
+            keys = row_keys(packed, view)
+            for key, row_ids, row_logprobs in zip(keys, ids, logprobs, strict=True):
+                self._unsaved[key] = (row_ids.astype(np.int32), row_logprobs.astype(np.float32))
+        if len(self._unsaved) >= _ROWS_PER_FILE:
+            self._save()
 
-    def _write(self) -> None:
-        if not self._new:
+    def _save(self) -> None:
+        if not self._unsaved:
             return
-        name = digest(*(key.hex() for key in self._new))[:32]
-        ids, logprobs = (np.concatenate([one[k] for one in self._new.values()]) for k in (0, 1))
+        rows = list(self._unsaved.values())
+        name = digest(*(key.hex() for key in self._unsaved))[:32]
         path = self._folder / f"{name}.npz"
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -115,102 +126,100 @@ class TeacherLogprobs:
             with partial.open("wb") as file:
                 np.savez(
                     file,
-                    keys=np.frombuffer(b"".join(self._new), np.uint8).reshape(len(self._new), -1),
-                    lengths=np.array([len(one[0]) for one in self._new.values()], np.int32),
-                    ids=ids,
-                    logprobs=logprobs,
+                    keys=np.frombuffer(b"".join(self._unsaved), np.uint8).reshape(len(rows), -1),
+                    lengths=np.array([len(ids) for ids, _ in rows], np.int32),
+                    ids=np.concatenate([ids for ids, _ in rows]),
+                    logprobs=np.concatenate([logprobs for _, logprobs in rows]),
                 )
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        self._known |= self._new
-        self._new = {}
+        self._cached |= self._unsaved
+        self._unsaved = {}
+
+    def _read_files(self) -> None:
+        for path in sorted(self._folder.glob("*.npz")):
+            self._cached |= _read_file(path, self._keys)
 
 
 def cache_logprobs(
-    terms: Sequence[TermSection],
+    terms: Sequence[Term],
     section: TrainSection,
     views: Sequence[View],
     teachers: Sequence[LocalTeacher],
     vocabulary: int,
     folder: Path,
     rows: Sequence[Encoded],
-    size: int,
+    batch_size: int,
     progress: Progress,
     title: str,
 ) -> dict[str, TeacherLogprobs]:
-    """For each term with ``top_k``, by its name, what ``folder`` holds of its teachers, after they were asked what is missing.
+    """By term with ``top_k``, its teachers' log-probabilities for all ``rows``.
 
-    ``vocabulary``: entries V of the student; ``size`` rows are asked for at a time.
+    Those that ``folder`` lacks are computed first, ``batch_size`` rows at a time. ``vocabulary`` is
+    the student's number of entries.
     """
-    found: dict[str, TeacherLogprobs] = {}
+    cached: dict[str, TeacherLogprobs] = {}
     for term in terms:
-        if term.top_k is None:
+        if not isinstance(term, ResponseTerm) or term.top_k is None:
             continue
-        width = min([vocabulary, *(teacher.model().config.vocab_size for teacher in teachers)])
-        many = min(term.top_k, width)
+        shared = min([vocabulary, *(teacher.model().config.vocab_size for teacher in teachers)])
+        top_k = min(term.top_k, shared)
         key = digest(
             teachers_fingerprint(teachers),
-            canonical_json([term.temperature, many, width, section.ensemble]),
+            canonical_json([term.temperature, top_k, shared, section.ensemble]),
         )
-        asked = [view for view in views if view.target in term_views(term, views)]
-        kept = found[term.title] = TeacherLogprobs(
-            folder / key[:32], width, {one for row in rows for one in _keys_of(row, asked)}
-        )
-        kept.fill(
-            rows,
-            asked,
-            _likeliest(term, section, asked, teachers, many, width),
-            size,
-            progress,
-            title,
-        )
-    return found
+        names = term.compared_views(views)
+        compared = [view for view in views if view.target in names]
+        keys = {row_key for row in rows for row_key in _keys_of(row, compared)}
+        logprobs = TeacherLogprobs(folder / key[:32], shared, compared, keys)
+        ask_teachers = _top_k_asker(term, section, compared, teachers, top_k, shared)
+        logprobs.fill(rows, ask_teachers, batch_size, progress, title)
+        cached[term.title] = logprobs
+    return cached
 
 
-def _likeliest(
-    term: TermSection,
+def _top_k_asker(
+    term: ResponseTerm,
     section: TrainSection,
     views: Sequence[View],
     teachers: Sequence[LocalTeacher],
-    many: int,
-    width: int,
-) -> Callable[[dict[str, PackedBatch]], dict[str, tuple[Tensor, Tensor]]]:
-    """Asks the teachers about a batch: of each view the ``many`` likeliest tokens and their log-probabilities (M, K)."""
+    top_k: int,
+    vocabulary: int,
+) -> _AskTeachers:
+    """A function that runs the teachers on a batch and returns their ``top_k`` likeliest tokens."""
     import torch
 
-    from dsbs.training.distillation.objective import DistillationLoss
-    from dsbs.training.distillation.response import ensemble
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runners = teacher_runners(teachers, views, section, device)
+    weights = [teacher.weight for teacher in teachers]
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    readers = DistillationLoss((term,), section, views, teachers=teachers).readers(device)
-    shares = [teacher.weight for teacher in teachers]
-
-    def ask(batch: dict[str, PackedBatch]) -> dict[str, tuple[Tensor, Tensor]]:
-        mine: dict[str, PackedBatch] = {
-            view.target: batch[view.target] for view in views if view.target in batch
+    def ask_teachers(batch: Mapping[str, PackedBatch]) -> dict[str, tuple[Tensor, Tensor]]:
+        inputs: dict[str, PackedBatch] = {
+            view.target: batch[view.target].to(device) for view in views if view.target in batch
         }
-        there = {name: flat.to(device) for name, flat in mine.items()}
+        answers: dict[str, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode():
-            passes = [reader(there) for reader in readers]
-            found: dict[str, tuple[Tensor, Tensor]] = {}
-            for name in there:
-                said = [one.logits[name][:, :width] for one in passes]
-                top = ensemble(
-                    said, shares, temperature=term.temperature, kind=section.ensemble
-                ).topk(many)
-                found[name] = (top.indices, top.values)
-        return found
+            outputs = [runner(inputs) for runner in runners]
+            for view in inputs:
+                logprobs = ensemble_logprobs(
+                    [output.logits[view][:, :vocabulary] for output in outputs],
+                    weights,
+                    temperature=term.temperature,
+                    ensemble=section.ensemble,
+                )
+                top = logprobs.topk(top_k)
+                answers[view] = (top.indices, top.values)
+        return answers
 
-    return ask
+    return ask_teachers
 
 
-def keys(flat: PackedBatch, view: View) -> list[bytes]:
-    """Of each row, what it reads and what it writes."""
-    sources, targets = rows_of(flat)
-    return [_key(source, target, view) for source, target in zip(sources, targets, strict=True)]
+def row_keys(packed: PackedBatch, view: View) -> list[bytes]:
+    """Each row's key on disk: a hash of its input and its target."""
+    return [_key(source, target, view) for source, target in zip(*rows_of(packed), strict=True)]
 
 
 def _keys_of(row: Encoded, views: Sequence[View]) -> Iterator[bytes]:
@@ -226,18 +235,20 @@ def _key(source: NDArray[Any], target: NDArray[Any], view: View) -> bytes:
     return state.digest()
 
 
-def _read(path: Path, wanted: Set[bytes]) -> dict[bytes, GeneratedText]:
-    """Nothing of a file that is damaged, which is removed: its rows are asked for again."""
+def _read_file(path: Path, keys: Set[bytes]) -> dict[bytes, _TopTokens]:
+    """The rows of a file that are among ``keys``. A damaged file has none and is removed."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            ends = np.cumsum(kept["lengths"])[:-1]
-            ids, logprobs = np.split(kept["ids"], ends), np.split(kept["logprobs"], ends)
-            # copies: a part of an array would hold the file's whole one
-            return {
-                name: (one.copy(), other.copy())
-                for key, one, other in zip(kept["keys"], ids, logprobs, strict=True)
-                if (name := key.tobytes()) in wanted
-            }
+        with np.load(path, allow_pickle=False) as file:
+            ends = np.cumsum(file["lengths"])[:-1]
+            ids = np.split(file["ids"], ends)
+            logprobs = np.split(file["logprobs"], ends)
+            rows: dict[bytes, _TopTokens] = {}
+            for raw_key, row_ids, row_logprobs in zip(file["keys"], ids, logprobs, strict=True):
+                key = raw_key.tobytes()
+                if key in keys:
+                    # copies, since a slice would keep the whole file's array in memory
+                    rows[key] = (row_ids.copy(), row_logprobs.copy())
+            return rows
     except OSError:
         return {}
     except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):

@@ -1,16 +1,24 @@
-"""Response terms: the student's token distributions against a local teacher's.
+"""Response term: the student's token distributions against its local teachers'.
 
-Sources: Hinton et al. 2015, arXiv:1503.02531, section 2 (temperature, T²); Agarwal et al. 2024, arXiv:2306.13649, equation of
-D_JSD(β) (reverse and generalised Jensen-Shannon divergence).
+Sources: Hinton et al. 2015, arXiv:1503.02531, section 2 (temperature, T²); Agarwal et al. 2024,
+arXiv:2306.13649, equation of D_JSD(β) (reverse and generalised Jensen-Shannon divergence).
+
+Shapes: M target tokens, V vocabulary entries, K cached ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from dsbs.training.distillation import precise
+from pydantic import BeforeValidator, Field
+
+from dsbs.config.sections import as_tuple
+from dsbs.tasks.base import Task
+from dsbs.training.distillation.base import Term, TermInputs, as_float
+from dsbs.training.losses import IGNORED
+from dsbs.training.methods import BOTH, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,20 +26,104 @@ if TYPE_CHECKING:
 Divergence = Literal["kl", "reverse", "js"]
 
 
-def response(
+class ResponseTerm(Term):
+    """Learn the local teachers' token distributions."""
+
+    divergence: Divergence = "kl"
+    """kl: KL(teacher ‖ student); reverse: KL(student ‖ teacher); js: Jensen-Shannon."""
+    share: float = Field(0.5, gt=0, lt=1)
+    """js: the teacher's share β of the mixture that both are compared with."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits; its square multiplies the term."""
+    targets: Annotated[
+        tuple[Literal["label", "rationale"], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = ("label", "rationale")
+    """Whose tokens are compared; for methods that write both in one text, all tokens."""
+    top_k: int | None = Field(None, gt=0)
+    """How many of the likeliest tokens are cached on disk. None: computed in every step."""
+
+    description: ClassVar[str] = "It also learned the token probabilities of a local teacher."
+    citation: ClassVar[str] = "Hinton et al., 2015, arXiv:1503.02531"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    def compared_views(self, views: Sequence[View]) -> list[str]:
+        """The views whose tokens are compared: those in ``targets``, and texts that hold both."""
+        return [
+            view.target
+            for view in views
+            if view.supervised and (view.target in self.targets or view.target not in BOTH)
+        ]
+
+    def problem(self, method: str, views: Sequence[View], task: Task) -> str | None:
+        if self.compared_views(views):
+            return None
+        return f"compares {' and '.join(self.targets)} tokens, which {method} does not learn"
+
+    def teacher_views(self, views: Sequence[View]) -> list[str]:
+        return self.compared_views(views)
+
+    def loss(self, inputs: TermInputs) -> Tensor | float:
+        """The mean over each view's tokens, the views weighted as their own losses are."""
+        weights: dict[str, float] = {}
+        for view in self.compared_views(inputs.views):
+            weight = inputs.step.weights.get(view, 0)
+            if weight > 0:
+                weights[view] = weight
+        total_weight = sum(weights.values())
+        loss: Tensor | float = 0.0
+        for view, weight in weights.items():
+            if view in inputs.batch:
+                share = weight / total_weight / inputs.step.counts[view]
+                loss = loss + self._summed(inputs, view) * share
+        return loss
+
+    def _summed(self, inputs: TermInputs, view: str) -> Tensor:
+        """The divergences of a view's tokens, summed."""
+        packed = inputs.batch[view]
+        counted = packed.target != IGNORED
+        student = inputs.student.logits[view]
+        if self.title in inputs.cached_vocabulary:
+            vocabulary = inputs.cached_vocabulary[self.title]
+            ids, logprobs = packed.teacher_top_k[self.title]
+            return top_k_response_loss(
+                student[counted][:, :vocabulary],
+                ids[counted],
+                logprobs[counted],
+                temperature=self.temperature,
+                divergence=self.divergence,
+                share=self.share,
+            )
+        teachers = [teacher.logits[view] for teacher in inputs.teachers]
+        vocabulary = min(logits.shape[1] for logits in (student, *teachers))
+        teacher = inputs.teacher_logprobs(
+            [logits[counted][:, :vocabulary] for logits in teachers], self.temperature
+        )
+        return response_loss(
+            student[counted][:, :vocabulary],
+            teacher,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            share=self.share,
+        )
+
+
+def response_loss(
     student: Tensor, teacher: Tensor, *, temperature: float, divergence: Divergence, share: float
 ) -> Tensor:
-    """student (M, V) logits, teacher (M, V) log-probabilities at this temperature -> scalar: T² · Σ_m D_m in nats.
+    """student (M, V) logits, teacher (M, V) log-probabilities at T -> (): T² · Σ_m D_m in nats.
 
-    With p the teacher's and q = softmax(student / T), D is KL(p ‖ q) for kl, KL(q ‖ p) for reverse, and for js
-    β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = βp + (1 − β)q, β = share. T² keeps the gradient's size as T grows
-    (arXiv:1503.02531, section 2.1).
+    With p the teacher's and q = softmax(student / T), D is KL(p ‖ q) for kl, KL(q ‖ p) for reverse,
+    and for js β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = βp + (1 − β)q, β = share. T² keeps the
+    gradient's size as T grows (arXiv:1503.02531, section 2.1).
     """
-    q = (precise(student) / temperature).log_softmax(dim=-1)
-    return temperature**2 * _divergence(precise(teacher), q, divergence, share)
+    q = (as_float(student) / temperature).log_softmax(dim=-1)
+    return temperature**2 * _summed_divergence(as_float(teacher), q, divergence, share)
 
 
-def response_top_k(
+def top_k_response_loss(
     student: Tensor,
     ids: Tensor,
     logprobs: Tensor,
@@ -40,66 +132,41 @@ def response_top_k(
     divergence: Divergence,
     share: float,
 ) -> Tensor:
-    """``response`` over K kept tokens and one bucket for all others: student (M, V), ids and logprobs (M, K) -> scalar.
+    """``response_loss`` over K tokens and one bucket for all others: student (M, V) logits -> ().
 
-    ``logprobs`` are the teacher's at this temperature, normalised over all V; a row's ids differ. The bucket holds what is left
-    of 1 on each side, so that KL is at most the full one's (data-processing inequality) and the student is told how much lies
-    outside, but not where. K = V is the full term.
+    ``ids`` and ``logprobs`` (M, K) are the teacher's K tokens for each target token and their
+    log-probabilities at T, normalised over all V. The bucket has the rest of 1 on each side:
+    KL is at most the full one (data-processing inequality), and the student learns how much
+    probability the other tokens have, but not which. K = V is the full term.
     """
     import torch
 
-    q = (precise(student) / temperature).log_softmax(dim=-1)
-    p = precise(logprobs)
-    kept = q.gather(-1, ids)
-    if ids.shape[-1] < q.shape[-1]:
-        others = q.scatter(-1, ids, -math.inf).logsumexp(dim=-1, keepdim=True)
-        # Rounding on disk may leave nothing, or less, for the others; their logarithm must stay finite.
-        left = -torch.expm1(p.logsumexp(dim=-1, keepdim=True))
-        p = torch.cat([p, left.clamp_min(torch.finfo(p.dtype).eps).log()], dim=-1)
-        kept = torch.cat([kept, others], dim=-1)
-    return temperature**2 * _divergence(p.log_softmax(dim=-1), kept, divergence, share)
+    q_all = (as_float(student) / temperature).log_softmax(dim=-1)
+    q = q_all.gather(-1, ids)
+    p = as_float(logprobs)
+    if ids.shape[-1] < q_all.shape[-1]:
+        q_rest = q_all.scatter(-1, ids, -math.inf).logsumexp(dim=-1, keepdim=True)
+        # rounding on disk may leave nothing, or less, for the rest; its logarithm must stay finite
+        p_rest = -torch.expm1(p.logsumexp(dim=-1, keepdim=True))
+        p = torch.cat([p, p_rest.clamp_min(torch.finfo(p.dtype).eps).log()], dim=-1)
+        q = torch.cat([q, q_rest], dim=-1)
+    return temperature**2 * _summed_divergence(p.log_softmax(dim=-1), q, divergence, share)
 
 
-def ensemble(
-    logits: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    temperature: float,
-    kind: Literal["logprobs", "probabilities"],
-) -> Tensor:
-    """Several teachers' logits, each (M, V), and their relative weights -> (M, V) normalised log-probabilities at T.
-
-    logprobs: the weighted mean of log-probabilities, renormalised (a geometric mean: a token needs all teachers' consent).
-    probabilities: the logarithm of the weighted mean of probabilities (one teacher suffices).
-    """
-    import torch
-
-    total = sum(weights)
-    parts = [(precise(one) / temperature).log_softmax(dim=-1) for one in logits]
-    if kind == "logprobs":
-        mean = torch.stack(
-            [part * (weight / total) for part, weight in zip(parts, weights, strict=True)]
-        ).sum(dim=0)
-        return mean.log_softmax(dim=-1)
-    return torch.stack(
-        [part + math.log(weight / total) for part, weight in zip(parts, weights, strict=True)]
-    ).logsumexp(dim=0)
-
-
-def _divergence(p: Tensor, q: Tensor, divergence: Divergence, share: float) -> Tensor:
-    """p, q (M, N) log-probabilities of teacher and student -> scalar: the rows' divergences added up, in nats."""
+def _summed_divergence(p: Tensor, q: Tensor, divergence: Divergence, share: float) -> Tensor:
+    """p, q (M, N) log-probabilities of teacher and student -> (): summed divergences in nats."""
     import torch
 
     p = p.detach().clamp_min(torch.finfo(p.dtype).min)  # 0 · log 0 is 0, not NaN
     if divergence == "kl":
-        return _kl(p, q)
+        return _summed_kl(p, q)
     if divergence == "reverse":
-        return _kl(q, p)
+        return _summed_kl(q, p)
     mixture = torch.logaddexp(p + math.log(share), q + math.log1p(-share))
-    return share * _kl(p, mixture) + (1 - share) * _kl(q, mixture)
+    return share * _summed_kl(p, mixture) + (1 - share) * _summed_kl(q, mixture)
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
+def _summed_kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) of log-probabilities, summed over all rows, in nats."""
     from torch.nn.functional import kl_div
 

@@ -1,15 +1,17 @@
-"""A batch through a model: what each view's targets come to, and what the terms of the loss need beside it.
+"""Forward passes over packed batches: per-view logits, hidden states and label scores.
 
-Student and local teachers share their vocabulary, so that place m of one's tokens is place m of the other's, padded or not.
-Shapes: N tokens of all inputs, each input once; M_v target tokens of view v, M of all views in the batch's order; V vocabulary
-entries, D = d_model, B rows of the first view, L labels of the task.
+Student and local teachers share a vocabulary, so that token m is the same token in every model's
+output, with padding or without.
+
+Shapes: N tokens of all distinct inputs, M_v target tokens of view v, M of all views in the batch's
+order, V vocabulary entries, D = d_model, B rows of the first view, L labels of the task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,67 +21,78 @@ from dsbs.students import start_token
 from dsbs.training.encode import PackedBatch, pad
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
-from dsbs.training.packed.t5 import TargetBlock, logits_of
+from dsbs.training.packed.t5 import TargetBlock, packed_logits, without_wrapper
 
-Batch = Mapping[str, PackedBatch]
+Batch = Mapping[str, PackedBatch]  # by view
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
-    """What a model made of a batch. The hidden states are those after each layer, from the first; none: not asked for."""
+    """A model's output for one batch."""
 
-    logits: dict[str, Tensor]  # of each view (M_v, V)
-    encoder: list[Tensor]  # of each layer (N, D)
-    decoder: list[Tensor]  # of each layer (M, D)
-    labels: (
-        Tensor | None
-    )  # (B, L): log-probability of each label's text, in nats; None: not asked for, or no row has a label
+    logits: dict[str, Tensor]
+    """By view, (M_v, V)."""
+    encoder_states: list[Tensor]
+    """(N, D) after each layer, the first one first; empty unless requested."""
+    decoder_states: list[Tensor]
+    """(M, D) after each layer, the first one first; empty unless requested."""
+    label_scores: Tensor | None
+    """(B, L) log-probability of each label's text in nats; None unless requested, and without a row
+    of the first view."""
+
+    def states(self, stack: Literal["encoder", "decoder"]) -> list[Tensor]:
+        return self.encoder_states if stack == "encoder" else self.decoder_states
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """The inputs that a batch's rows read, each once: their ids, whether a row that teaches reads it, and who reads which."""
+class DistinctInputs:
+    """The inputs of a batch, each once, although several target rows may read one."""
 
     ids: list[Tensor]
-    taught: list[bool]
-    places: dict[str, list[int]]  # of each view's rows among ``ids``
+    is_supervised: list[bool]
+    """Whether a row that is not a filler reads the input."""
+    indices: dict[str, list[int]]
+    """By view, the index among ``ids`` of each row's input."""
 
     @property
     def lengths(self) -> list[int]:
-        return [len(one) for one in self.ids]
+        return [len(ids) for ids in self.ids]
 
 
-def unique_inputs(batch: Batch, prefixes: Mapping[str, str]) -> Inputs:
-    """An example's rows that are told the same prefix read the same input."""
-    found: dict[tuple[str, int], int] = {}
+def distinct_inputs(batch: Batch, views: Sequence[View]) -> DistinctInputs:
+    """The distinct inputs of a batch: rows of one example with the same prefix share theirs."""
+    prefixes: dict[str, str] = {view.target: view.prefix for view in views}
+    index_of: dict[tuple[str, int], int] = {}
     ids: list[Tensor] = []
-    taught: list[bool] = []
-    places: dict[str, list[int]] = {}
-    for name, flat in batch.items():
-        places[name] = []
-        sources = torch.split(flat.source, flat.source_lengths.tolist())
-        for row, source, real in zip(
-            flat.rows.tolist(), sources, supervised_rows(flat).tolist(), strict=True
-        ):
-            place = found.setdefault((prefixes[name], row), len(ids))
-            if place == len(ids):
+    is_supervised: list[bool] = []
+    indices: dict[str, list[int]] = {}
+    for view, packed in batch.items():
+        indices[view] = []
+        sources = torch.split(packed.source, packed.source_lengths.tolist())
+        supervised = supervised_rows(packed).tolist()
+        rows = zip(packed.rows.tolist(), sources, supervised, strict=True)
+        for row, source, row_is_supervised in rows:
+            index = index_of.setdefault((prefixes[view], row), len(ids))
+            if index == len(ids):
                 ids.append(source)
-                taught.append(False)
-            taught[place] |= real
-            places[name].append(place)
-    return Inputs(ids, taught, places)
+                is_supervised.append(False)
+            is_supervised[index] |= row_is_supervised
+            indices[view].append(index)
+    return DistinctInputs(ids, is_supervised, indices)
 
 
-def supervised_rows(flat: PackedBatch) -> Tensor:
-    """(B,) False for the empty rows that processes are evened with."""
-    real: Tensor = flat.target[flat.target_lengths.cumsum(0) - 1] != IGNORED
-    return real
+def supervised_rows(packed: PackedBatch) -> Tensor:
+    """(B,): False for the empty rows that give all processes equally many batches."""
+    last_tokens = packed.target[packed.target_lengths.cumsum(0) - 1]
+    supervised: Tensor = last_tokens != IGNORED
+    return supervised
 
 
 class ForwardRunner:
-    """One model's way to read batches of ``views``: in one go without padding, or view by view with it.
+    """Runs one model on batches of ``views``: packed in one pass, or padded view by view.
 
-    ``labels`` are the texts' token ids whose log-probabilities are asked for, from the first view's inputs and start.
+    ``labels`` are the token ids of the label texts to score, after the first view's inputs and
+    decoder start.
     """
 
     def __init__(
@@ -91,134 +104,146 @@ class ForwardRunner:
         hidden_states: bool = False,
         labels: Sequence[Sequence[int]] = (),
     ) -> None:
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._plain: Callable[..., Any] = model.forward  # before anybody teaches it more
+        self._model = without_wrapper(model)
+        self._forward: Callable[..., Any] = model.forward  # before the trainer replaces it
         self._starts: dict[str, int] = {
             view.target: start_token(model.config, view.start) for view in views
         }
-        self._prefixes: dict[str, str] = {view.target: view.prefix for view in views}
+        self._views = views
         self._first = views[0].target
-        self._without_padding, self._hidden = without_padding, hidden_states
-        self._labels = [torch.as_tensor(one, dtype=torch.long) for one in labels]
+        self._without_padding = without_padding
+        self._hidden_states = hidden_states
+        self._labels = [torch.as_tensor(ids, dtype=torch.long) for ids in labels]
 
     def __call__(self, batch: Batch) -> ForwardOutput:
-        inputs = unique_inputs(batch, self._prefixes)
-        return (
-            self._at_once(batch, inputs) if self._without_padding else self._padded(batch, inputs)
-        )
+        inputs = distinct_inputs(batch, self._views)
+        if self._without_padding:
+            return self._packed(batch, inputs)
+        return self._padded(batch, inputs)
 
-    def _at_once(self, batch: Batch, inputs: Inputs) -> ForwardOutput:
-        """Every view's rows through the model together; a row is encoded once for all that is written from the same prefix."""
-        flats = list(batch.values())
-        targets = [flat.target for flat in flats]
-        writing = [n for flat in flats for n in flat.target_lengths.tolist()]
-        parts = []
-        for name, flat in batch.items():
-            reads: list[int] = []
-            before = -1
-            for row, place in zip(flat.rows.tolist(), inputs.places[name], strict=True):
-                if row <= before:  # the rows' second targets begin
-                    parts.append(TargetBlock(reads, self._starts[name]))
-                    reads = []
-                before = row
-                reads.append(place)
-            parts.append(TargetBlock(reads, self._starts[name]))
-        asking = inputs.places.get(self._first, []) if self._labels else []
-        for label in self._labels if asking else ():
-            targets.append(label.to(targets[0].device).repeat(len(asking)))
-            writing += [len(label)] * len(asking)
-            parts.append(TargetBlock(asking, self._starts[self._first]))
-        states: tuple[list[Tensor], list[Tensor]] | None = ([], []) if self._hidden else None
-        made = logits_of(
+    # --- packed
+
+    def _packed(self, batch: Batch, inputs: DistinctInputs) -> ForwardOutput:
+        """All views in one pass; an input is encoded once for all targets that read it."""
+        targets = [packed.target for packed in batch.values()]
+        tokens = sum(len(target) for target in targets)
+        lengths = [n for packed in batch.values() for n in packed.target_lengths.tolist()]
+        blocks: list[TargetBlock] = []
+        for view, packed in batch.items():
+            blocks += self._blocks(view, packed, inputs)
+        scored_inputs = inputs.indices.get(self._first, []) if self._labels else []
+        if scored_inputs:
+            for label in self._labels:
+                targets.append(label.to(targets[0].device).repeat(len(scored_inputs)))
+                lengths += [len(label)] * len(scored_inputs)
+                blocks.append(TargetBlock(scored_inputs, self._starts[self._first]))
+        encoder_states: list[Tensor] = []
+        decoder_states: list[Tensor] = []
+        all_logits = packed_logits(
             self._model,
             torch.cat(inputs.ids),
             inputs.lengths,
             torch.cat(targets),
-            writing,
-            parts,
-            states,
+            lengths,
+            blocks,
+            (encoder_states, decoder_states) if self._hidden_states else None,
         )
-        logits = torch.split(made, [len(target) for target in targets])
-        inside, outside = states or ([], [])
-        tokens = sum(len(flat.target) for flat in flats)
+        logits = torch.split(all_logits, [len(target) for target in targets])
+        label_scores = None
+        if scored_inputs:
+            label_scores = self._label_scores(logits[len(batch) :], len(scored_inputs))
         return ForwardOutput(
             dict(zip(batch, logits, strict=False)),
-            inside,
-            [one[:tokens] for one in outside],
-            self._scores(logits[len(flats) :], len(asking)) if asking else None,
+            encoder_states,
+            [layer[:tokens] for layer in decoder_states],
+            label_scores,
         )
 
-    def _padded(self, batch: Batch, inputs: Inputs) -> ForwardOutput:
-        logits, inside, outside, labels = {}, [], [], None
-        known = 0
-        for name, flat in batch.items():
-            padded = pad(flat, self._model.config.pad_token_id, self._starts[name])
+    def _blocks(self, view: str, packed: PackedBatch, inputs: DistinctInputs) -> list[TargetBlock]:
+        """A view's rows in blocks in which no two share an input."""
+        blocks: list[list[int]] = [[]]
+        previous_row = -1
+        for row, index in zip(packed.rows.tolist(), inputs.indices[view], strict=True):
+            if row <= previous_row:  # the rows' second targets follow all first ones
+                blocks.append([])
+            previous_row = row
+            blocks[-1].append(index)
+        return [TargetBlock(block, self._starts[view]) for block in blocks]
+
+    # --- padded
+
+    def _padded(self, batch: Batch, inputs: DistinctInputs) -> ForwardOutput:
+        logits: dict[str, Tensor] = {}
+        encoder_states: list[list[Tensor]] = []
+        decoder_states: list[list[Tensor]] = []
+        label_scores = None
+        seen_inputs = 0
+        for view, packed in batch.items():
+            padded = pad(packed, self._model.config.pad_token_id, self._starts[view])
             padded.pop("labels")
-            made = (
-                self._plain(**padded, output_hidden_states=True)
-                if self._hidden
-                else self._plain(**padded)
-            )
-            written = _real(flat.target_lengths)
-            logits[name] = made.logits[written]
-            if self._hidden:
-                places = inputs.places[name]
-                new = [
-                    i
-                    for i, place in enumerate(places)
-                    if place >= known and place not in places[:i]
+            extra = {"output_hidden_states": True} if self._hidden_states else {}
+            output = self._forward(**padded, **extra)
+            target_mask = _length_mask(packed.target_lengths)
+            logits[view] = output.logits[target_mask]
+            if self._hidden_states:
+                indices = inputs.indices[view]
+                new_rows = [
+                    row
+                    for row, index in enumerate(indices)
+                    if index >= seen_inputs and index not in indices[:row]
                 ]
-                read = _real(flat.source_lengths)[new]
-                inside.append([layer[new][read] for layer in made.encoder_hidden_states[1:]])
-                outside.append([layer[written] for layer in made.decoder_hidden_states[1:]])
-                known = max(known, *(place + 1 for place in places))
-            if name == self._first and self._labels:
-                labels = self._padded_labels(
-                    made.encoder_last_hidden_state, padded["attention_mask"]
+                source_mask = _length_mask(packed.source_lengths)[new_rows]
+                encoder_states.append(
+                    [layer[new_rows][source_mask] for layer in output.encoder_hidden_states[1:]]
+                )
+                decoder_states.append(
+                    [layer[target_mask] for layer in output.decoder_hidden_states[1:]]
+                )
+                seen_inputs = max(seen_inputs, *(index + 1 for index in indices))
+            if view == self._first and self._labels:
+                label_scores = self._padded_label_scores(
+                    output.encoder_last_hidden_state, padded["attention_mask"]
                 )
         return ForwardOutput(
             logits,
-            [torch.cat(views) for views in zip(*inside, strict=True)],
-            [torch.cat(views) for views in zip(*outside, strict=True)],
-            labels,
+            [torch.cat(layers) for layers in zip(*encoder_states, strict=True)],
+            [torch.cat(layers) for layers in zip(*decoder_states, strict=True)],
+            label_scores,
         )
 
-    def _padded_labels(self, memory: Tensor, mask: Tensor) -> Tensor:
+    def _padded_label_scores(self, memory: Tensor, mask: Tensor) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
 
-        rows, found = len(memory), []
+        rows = len(memory)
+        logits: list[Tensor] = []
         for label in self._labels:
-            begins = torch.tensor(
-                [self._starts[self._first], *label[:-1].tolist()], device=memory.device
-            )
-            made = self._plain(
+            start = self._starts[self._first]
+            decoder_input = torch.tensor([start, *label[:-1].tolist()], device=memory.device)
+            output = self._forward(
                 encoder_outputs=BaseModelOutput(last_hidden_state=memory),
                 attention_mask=mask,
-                decoder_input_ids=begins.expand(rows, -1),
+                decoder_input_ids=decoder_input.expand(rows, -1),
                 use_cache=False,
             )
-            found.append(made.logits.flatten(0, 1))
-        return self._scores(found, rows)
+            logits.append(output.logits.flatten(0, 1))
+        return self._label_scores(logits, rows)
 
-    def _scores(self, logits: Sequence[Tensor], rows: int) -> Tensor:
-        """For each label its rows' logits (B · T, V) -> (B, L)."""
-        scores = []
-        for label, of in zip(self._labels, logits, strict=True):
-            wanted = label.to(of.device).repeat(rows)
-            scores.append(
-                -torch.nn.functional.cross_entropy(of.float(), wanted, reduction="none")
-                .view(rows, -1)
-                .sum(1)
-            )
+    def _label_scores(self, logits: Sequence[Tensor], rows: int) -> Tensor:
+        """By label, the logits (B · T, V) of its T tokens after each row -> (B, L)."""
+        scores: list[Tensor] = []
+        for label, label_logits in zip(self._labels, logits, strict=True):
+            target = label.to(label_logits.device).repeat(rows)
+            nll = torch.nn.functional.cross_entropy(label_logits.float(), target, reduction="none")
+            scores.append(-nll.view(rows, -1).sum(1))
         return torch.stack(scores, dim=1)
 
 
-def _real(lengths: Tensor) -> Tensor:
-    """lengths (B,) -> (B, S): True at what is no padding."""
+def _length_mask(lengths: Tensor) -> Tensor:
+    """lengths (B,) -> (B, S): False at padding."""
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
 def row_means(states: Tensor, lengths: Sequence[int]) -> Tensor:
-    """states (N, D), rows of ``lengths`` one after another -> (B, D): each row's mean over its tokens."""
+    """states (N, D) of packed rows of ``lengths`` -> (B, D): each row's mean over its tokens."""
     rows = pad_sequence(list(torch.split(states, list(lengths))), batch_first=True)
     return rows.sum(1) / torch.as_tensor(lengths, device=states.device)[:, None]

@@ -1,0 +1,219 @@
+"""``dsbs annotate`` and ``dsbs merge``: ask the teacher, and join shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsbs.cli.common import (
+    DryRun,
+    Json,
+    Out,
+    Overrides,
+    RecipePath,
+    SetKeys,
+    indent,
+    load,
+    print_json,
+    print_smoke_warning,
+    progress,
+)
+from dsbs.errors import UserError
+from dsbs.formatting import count, dollars, duration, listing, rate
+
+if TYPE_CHECKING:
+    from dsbs.annotation.planning import PilotResult, Plan
+    from dsbs.annotation.run import Buying
+    from dsbs.annotation.summary import AnnotateResult, SplitSummary
+
+
+def annotate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+    pilot: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Annotate a stratified sample of N rows, estimate the full cost, and stop.",
+        ),
+    ] = None,
+    batch: Annotated[
+        bool,
+        typer.Option("--batch", help="Use the endpoint's Batch API: cheaper, done within hours."),
+    ] = False,
+    batch_export: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the requests for `vllm run-batch`; send nothing."),
+    ] = None,
+    batch_import: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Read the output of `vllm run-batch`; send nothing."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Annotate shard I of N only; join with `dsbs merge`."),
+    ] = None,
+    retry_refused: Annotated[
+        bool,
+        typer.Option(
+            "--retry-refused",
+            help="Retry requests that the endpoint permanently rejected before.",
+        ),
+    ] = False,
+) -> None:
+    """Ask the teacher for a rationale and a label for every row."""
+    from dsbs.annotation import planning
+    from dsbs.annotation import run as stage
+    from dsbs.annotation.shards import Shard
+
+    loaded = load(recipe, overrides)
+    parsed_shard = None if shard is None else Shard.parse(shard)
+    modes = {"--pilot": pilot, "--batch": batch, "--batch-export": batch_export}
+    _check_exclusive(modes | {"--shard": shard})
+    _check_exclusive(modes | {"--batch-import": batch_import})
+    if dry_run:
+        _print_plan(planning.plan(loaded, out, parsed_shard, batch=batch), as_json)
+        return
+    if pilot is not None:
+        _print_pilot(planning.pilot(loaded, pilot, out=out, progress=progress()), as_json)
+        return
+    if batch_export is not None:
+        _print_export(stage.export_batch(loaded, batch_export, out=out), batch_export, as_json)
+        return
+    buying: Buying = "online"
+    outputs: list[Path] = []
+    if batch:
+        buying = "batch"
+    elif batch_import is not None:
+        buying = "nothing"
+        outputs = [batch_import]
+    result = stage.annotate(
+        loaded,
+        out=out,
+        progress=progress(),
+        buying=buying,
+        shard=parsed_shard,
+        outputs=outputs,
+        retry_refused=retry_refused,
+    )
+    _print_result(result, as_json)
+
+
+def merge(
+    recipe: RecipePath,
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[SHARD]…", help="The shards' run folders. Default: all in <run>/shards."
+        ),
+    ] = None,
+    overrides: SetKeys = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Join the replies of shards (`dsbs annotate --shard`) into the run. Sends nothing."""
+    from dsbs.annotation.run import merge as run
+
+    loaded = load(recipe, overrides)
+    _print_result(run(loaded, out=out, folders=folders or (), progress=progress()), as_json)
+
+
+def _check_exclusive(options: Mapping[str, Any]) -> None:
+    used = [name for name, value in options.items() if value]
+    if len(used) > 1:
+        raise UserError(f"{' and '.join(used)} exclude each other", hint="use one of them")
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        print_json(plan.as_json())
+    else:
+        print_annotate_plan(plan)
+
+
+def _print_export(requests: int, file: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"requests": requests, "file": str(file)})
+    else:
+        print(f"{count(requests, 'request')}: {file}")
+
+
+def print_annotate_plan(plan: Plan) -> None:
+    source = "assumed; a pilot measures it"
+    if plan.is_timed:
+        source = "the mean of earlier replies"
+    cost = dollars(plan.usd)
+    if plan.usd is not None:
+        cost = f"at most {cost}"
+    print(f"The first prompt:\n{indent(plan.first_prompt)}\n")
+    requests = count(plan.requests, "request")
+    print(f"{count(plan.rows, 'row')}: at most {requests} to send, {plan.cached:,} replies cached")
+    print(
+        f"about {plan.prompt_tokens:,} prompt tokens (at four characters each) and at most "
+        f"{plan.max_completion_tokens:,} completion tokens; {cost}"
+    )
+    print(
+        f"about {duration(plan.seconds)} at {plan.seconds_a_reply:.1f} s per reply ({source}); "
+        "nothing was sent"
+    )
+
+
+def _print_pilot(result: PilotResult, as_json: bool) -> None:
+    if as_json:
+        print_json(result.as_json())
+        return
+    _print_split("pilot", result.summary)
+    print(f"  parse rate {rate(result.parse_rate)}")
+    print(f"annotations: {result.path}")
+    cost = dollars(result.projected_usd)
+    if result.projected_usd is not None:
+        cost = f"about {cost}"
+    print(f"All {count(result.rows, 'row')}: {cost}, about {duration(result.projected_seconds)}.")
+    print("Run without --pilot to continue: replies of the pilot are reused, not bought again.")
+
+
+def _print_result(result: AnnotateResult, as_json: bool) -> None:
+    if as_json:
+        print_json(result.as_json())
+    else:
+        print_annotate_result(result)
+    error = result.error()
+    if error is not None:
+        raise error
+
+
+def print_annotate_result(result: AnnotateResult) -> None:
+    print_smoke_warning(result.reportable)
+    for split, summary in result.splits.items():
+        _print_split(split, summary)
+    print(f"annotations: {result.run / 'annotate'}")
+
+
+def _print_split(name: str, summary: SplitSummary) -> None:
+    rejected = listing(summary.rejected) or "none"
+    print(
+        f"{name}: {count(summary.rows, 'row')}, {summary.accepted:,} accepted; rejected: {rejected}"
+    )
+    overall = rate(summary.label_accuracy)
+    accepted = rate(summary.label_accuracy_accepted)
+    print(f"  label accuracy {overall}, of accepted rows {accepted}")
+    if summary.hinted:
+        print(f"  with a hint: {listing(summary.hinted)}")
+    requests = count(summary.requests, "request")
+    if summary.wasted:
+        requests += f", {sum(summary.wasted.values())} of them wasted ({listing(summary.wasted)})"
+    prompt = f"{summary.prompt_tokens:,} prompt"
+    if summary.cached_tokens:
+        prompt += f" ({summary.cached_tokens:,} from the provider's cache)"
+    print(
+        f"  {requests}, {summary.cached:,} cached; {prompt} and "
+        f"{summary.completion_tokens:,} completion tokens, {dollars(summary.usd)}; "
+        f"{duration(summary.wall_s)}"
+    )

@@ -1,0 +1,90 @@
+"""``dsbs eval``: predict, score, and compare all systems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsbs.cli.common import (
+    Json,
+    Out,
+    Overrides,
+    RecipePath,
+    load,
+    print_json,
+    print_smoke_warning,
+    print_table,
+    progress,
+)
+from dsbs.errors import GateError
+from dsbs.formatting import count
+
+if TYPE_CHECKING:
+    from dsbs.records.results import Results
+
+MinAccuracy = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        metavar="X",
+        help="Exit with code 4 if the headline system's accuracy is below X, e.g. 0.8.",
+        show_default=False,
+    ),
+]
+MinDelta = Annotated[
+    float | None,
+    typer.Option(
+        min=-1,
+        max=1,
+        metavar="Y",
+        help="Exit with code 4 if its accuracy minus its first baseline's is below Y, e.g. -0.01.",
+        show_default=False,
+    ),
+]
+ScoreOnly = Annotated[
+    bool,
+    typer.Option("--score-only", help="Load no model: rescore the existing prediction files."),
+]
+
+
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: Json = False,
+    score_only: ScoreOnly = False,
+    min_accuracy: MinAccuracy = None,
+    min_delta: MinDelta = None,
+) -> None:
+    """Predict with every student, score all systems in the same way, compare them with baselines.
+
+    Predictions from elsewhere take part with eval.predictions.NAME=FILE: JSON lines of id and
+    prediction.
+    """
+    from dsbs.evaluation.gates import failed
+    from dsbs.evaluation.run import evaluate as run
+
+    results = run(load(recipe, overrides), out=out, progress=progress(), score_only=score_only)
+    if as_json:
+        print_json(results.as_json())
+    else:
+        print_results(results)
+    failures = failed(results, min_accuracy, min_delta)
+    if failures:
+        raise GateError(
+            "\n  ".join(failures),
+            hint="compare the systems' predictions; all results were written",
+        )
+
+
+def print_results(results: Results) -> None:
+    from dsbs.records.summary import headline, headline_details, results_table
+
+    print_smoke_warning(results.reportable)
+    headings, rows = results_table(results)
+    print_table(headings, rows, title=f"{results.split}, {count(results.n, 'row')}", numeric=True)
+    print(" ".join([headline(results), *headline_details(results)]))
+    print(f"results: {Path(results.run) / 'eval' / 'results.json'}")

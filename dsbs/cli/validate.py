@@ -1,0 +1,41 @@
+"""``dsbs validate``: check a recipe against its data without a model or a request."""
+
+from __future__ import annotations
+
+from dsbs.cli.common import Json, Overrides, RecipePath, indent, load, print_json
+from dsbs.formatting import count, percent
+
+
+def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Load the data, render the first prompt and tokenise; report truncation and unknown tokens.
+
+    Loads no model and sends no request.
+    """
+    from dsbs.project.validate import validate as run
+
+    result = run(load(recipe, overrides))
+    if as_json:
+        print_json(result.as_json())
+        return
+    for name, split in result.splits.items():
+        labels = ", ".join(f"{label} {count}" for label, count in split.get("labels", {}).items())
+        counts = f"{name}: {count(split['rows'], 'row')}, {split['with_gold']} with gold"
+        print(f"{counts} ({labels})" if labels else counts)
+        for texts in ("inputs", "targets"):
+            if split[texts]:
+                figures = split[texts]
+                print(
+                    f"  {texts}: median {figures['median']} tokens, longest {figures['longest']}; "
+                    f"{percent(figures['truncated'])} truncated, "
+                    f"{100 * figures['unknown']:.2f}% unknown tokens"
+                )
+    if result.first_prompt is not None:
+        print("\nThe first prompt, as a completions endpoint receives it:")
+        print(indent(result.first_prompt))
+    print()
+    for warning in result.warnings:
+        print(f"warning: {warning}")
+    closing = "The recipe is valid."
+    if result.warnings:
+        closing = "The recipe is valid; see the warnings."
+    print(closing)

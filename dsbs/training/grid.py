@@ -1,0 +1,144 @@
+"""Grid: the students that a recipe trains, and the tuning trials that choose their settings.
+
+Every system tries the same settings on valid before its students are trained. A trial is a student
+like any other, trained with the grid's first seed and kept under
+``train/trials/<system>/<setting>/``. The best trial is that seed's student already; only the other
+seeds are left to train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dsbs.config import LabelSource, TrainSection
+from dsbs.training.methods import method_of
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A setting and its result."""
+
+    setting: dict[str, Any]
+    valid_accuracy: float
+    selection: float
+    """What the best trial is chosen by: valid accuracy, among equals the label loss."""
+    best_step: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class StudentSpec:
+    """One student to train: its method, data and seed; its settings; and where it is saved."""
+
+    method: str
+    labels: LabelSource
+    seed: int
+    section: TrainSection
+    """Its training settings, tuned ones included."""
+    subset: float = 1.0
+    """Its share of the train rows."""
+    learns_votes: bool = False
+    """Whether a term of its method has its targets from the annotations."""
+    alias: str | None = None
+    """Its name where that is not ``<system>-s<seed>``."""
+    heading: str | None = None
+    """Its name in progress messages. None: its name."""
+    directory: str | None = None
+    """Where it is saved, absolute or relative to the run's ``train/``. None: its name."""
+    setting: dict[str, Any] = field(default_factory=dict)
+    """The tuned settings; empty where nothing is tuned."""
+    trials: tuple[Trial, ...] = ()
+    keep_zeros: bool = False
+    """Whether weights that are zero at the start stay zero, as magnitude pruning needs it."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide its weights, the settings aside; part of its fingerprint."""
+        names = ("method", "labels", "seed", "subset")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def system(self) -> str:
+        """The common name of the students of all seeds."""
+        share = "" if self.subset == 1 else f"-n{self.subset:g}"
+        return f"{self.method}-{self.labels}{share}"
+
+    @property
+    def name(self) -> str:
+        return self.alias or f"{self.system}-s{self.seed}"
+
+    @property
+    def title(self) -> str:
+        return self.heading or self.name
+
+    def path(self, train: Path) -> Path:
+        """Its directory, given the run's ``train`` directory."""
+        return train / (self.directory or self.name)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it learns from annotations."""
+        if self.labels == "teacher" or self.learns_votes:
+            return True
+        return method_of(self.method).needs_rationales
+
+    @property
+    def chosen_trial(self) -> Trial | None:
+        """The trial of this spec's setting: with the same seed, it is this student."""
+        return next((trial for trial in self.trials if trial.setting == self.setting), None)
+
+
+def grid(train: TrainSection) -> list[StudentSpec]:
+    """Every student of a recipe: all methods of one seed and subset before the next."""
+    return [
+        StudentSpec(name, labels, seed, train, subset, learns_votes=_learns_votes(train, name))
+        for seed in train.seeds
+        for subset in sorted(train.subset, reverse=True)
+        for name in train.methods
+        for labels in method_of(name).labels or train.labels
+    ]
+
+
+def _learns_votes(train: TrainSection, method: str) -> bool:
+    return any(term.learns_votes for term in train.terms_of(method))
+
+
+def trial_specs(spec: StudentSpec) -> list[StudentSpec]:
+    """The trials of a student, in the order of the recipe's values; none without tuning."""
+    specs = []
+    tune = spec.section.tune
+    for setting in tune.settings if tune else ():
+        values = ",".join(f"{key}={value:g}" for key, value in setting.items())
+        trial = replace(
+            spec,
+            section=spec.section.tuned(setting),
+            heading=f"{spec.name} with {values}",
+            directory=f"trials/{spec.system}/{values}",
+            setting=setting,
+        )
+        specs.append(trial)
+    return specs
+
+
+class Tuner:
+    """Chooses each system's settings; ``run_trial`` trains one trial and returns its result."""
+
+    def __init__(self, seeds: Sequence[int], run_trial: Callable[[StudentSpec], Trial]) -> None:
+        self._first_seed = seeds[0]
+        self._run_trial = run_trial
+        self._trials: dict[str, tuple[Trial, ...]] = {}  # by system
+
+    def tuned(self, spec: StudentSpec) -> StudentSpec:
+        """``spec`` with the settings of its system's best trial."""
+        if spec.section.tune is None:
+            return spec
+        if spec.system not in self._trials:
+            first = replace(spec, seed=self._first_seed)
+            self._trials[spec.system] = tuple(map(self._run_trial, trial_specs(first)))
+        trials = self._trials[spec.system]
+        best = max(trials, key=lambda trial: trial.selection)
+        section = spec.section.tuned(best.setting)
+        return replace(spec, section=section, setting=best.setting, trials=trials)

@@ -1,0 +1,418 @@
+"""Student run: trains one student, resumes it, and saves its best step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsbs.config import Recipe
+from dsbs.errors import DsbsError, PartialError
+from dsbs.files import canonical_json, digest, full_disk_as_partial, now, versions
+from dsbs.progress import Progress, running
+from dsbs.prompting import learned_source
+from dsbs.records.rows import TrainedStudent
+from dsbs.students import Student, StudentCard, load_model, new_model, start_hash, tokenizer_hash
+from dsbs.tasks import make_task
+from dsbs.training.distillation.base import terms_of
+from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
+from dsbs.training.distillation.logprobs import cache_logprobs
+from dsbs.training.distillation.objective import DistillationLoss
+from dsbs.training.distributed import (
+    free_memory,
+    is_main_process,
+    is_out_of_memory,
+    per_device_batch_size,
+    wait,
+)
+from dsbs.training.encode import (
+    Encoder,
+    ResampledRows,
+    collate,
+    encoded_hash,
+    soft_labels_hash,
+)
+from dsbs.training.grid import StudentSpec, Trial
+from dsbs.training.lora import add_adapters, count_trainable, merge_adapters
+from dsbs.training.methods import View, method_of
+from dsbs.training.rows import Data, count_rationales
+from dsbs.training.student_folder import StudentFolder
+from dsbs.training.tokens import Tokens
+from dsbs.training.validation import max_new_tokens, validate, validation_interval
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from dsbs.training.callbacks import MetricsLogger, TensorBoardLogger
+    from dsbs.training.trainer import StepTrainer
+
+
+class StudentRun:
+    """One student's training, from encoding to the saved directory."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        spec: StudentSpec,
+        data: Data,
+        tokenizer: Any,
+        tokens: Tokens,
+        train_folder: Path,
+        teachers: Sequence[LocalTeacher] = (),
+    ) -> None:
+        # The hash of the recipe's own settings; tuned ones are recorded beside it.
+        self.settings = recipe.training_of(spec.method)
+        self.recipe = recipe.model_copy(update={"train": spec.section})
+        self.spec = spec
+        self.data = data
+        self.tokenizer = tokenizer
+        self.input_format = tokens.input_format
+        self.teachers = teachers
+        self.views: tuple[View, ...] = method_of(spec.method).views(spec.section)
+        self.terms = terms_of(spec.section, spec.method)
+        student = recipe.student
+        encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens)
+        rows = data.subset(spec.subset)
+        self.rows = encoder.rows(rows, self.views, spec.labels)
+        self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
+        self.soft_labels = {}
+        if spec.learns_votes:
+            self.soft_labels = encoder.soft_labels(rows, self.views[0], spec.labels)
+        self.label_ids: list[list[int]] = []
+        if any(term.needs_label_scores for term in self.terms):
+            self.label_ids = encoder.texts(make_task(recipe.task).labels or ())
+        self._logprobs = train_folder / "logprobs"
+        self.folder = StudentFolder(spec.path(train_folder), self._fingerprint(), spec)
+
+    def _fingerprint(self) -> str:
+        """Hash of all that decides the student's weights: equal fingerprint, equal student."""
+        parts = [
+            self.recipe.training_of(self.spec.method),
+            canonical_json(self.spec.identity),
+            canonical_json([_view_fields(view) for view in self.views]),
+            tokenizer_hash(self.tokenizer),
+            encoded_hash(self.rows),
+            encoded_hash(self.valid),
+            *start_hash(self.recipe.train.init or self.recipe.student.source),
+        ]
+        if self.teachers:
+            parts.append(teachers_fingerprint(self.teachers))
+        if self.soft_labels:
+            parts.append(soft_labels_hash(self.soft_labels))
+        return digest(*parts)
+
+    def trial(self) -> Trial:
+        """The result of this student as a trial of its setting."""
+        record = self.folder.read_record()
+        student = record["student"]
+        return Trial(
+            self.spec.setting,
+            student["valid_accuracy"],
+            record["selection"],
+            student["best_step"],
+            str(self.folder.path),
+        )
+
+    def _origin(self) -> dict[str, Any]:
+        """The record's fields on the recipe that the student comes from."""
+        source = None
+        if self.spec.needs_teacher:
+            source = learned_source(self.recipe, make_task(self.recipe.task))
+        return {"settings": self.settings, "tuned": self.spec.setting, "source": source}
+
+    # --- training
+
+    def run(self, progress: Progress) -> TrainedStudent:
+        """Train, or keep what is finished; returns the student's record."""
+        if is_main_process():
+            self.folder.claim()
+        wait()
+        if self.folder.is_finished():
+            progress.say(f"{self.spec.title}: already trained, kept")
+            if is_main_process():
+                self.folder.follow_recipe(self._origin())
+            wait()
+            return self.folder.student()
+        wait()
+        if is_main_process():
+            self.folder.begin(self.settings)
+        wait()
+        if self.folder.is_finished():
+            return self.folder.student()
+        hint = "free some space, then run the same command: it goes on from the last checkpoint"
+        try:
+            with full_disk_as_partial(self.folder.path, hint):
+                return self._train(progress)
+        except PartialError:
+            self.folder.last_checkpoint()  # removes a half-written one, which takes space
+            raise
+
+    def _train(self, progress: Progress) -> TrainedStudent:
+        """Train, with smaller micro-batches when memory runs out: the objective stays the same."""
+        micro = self.recipe.train.micro_batch_size or self.recipe.train.batch_size
+        while (student := self._attempt(progress, micro)) is None:
+            smaller = self._smaller(micro)
+            progress.say(
+                f"{self.spec.name}: out of memory with {micro} examples at a time; "
+                f"going on with {smaller}"
+            )
+            free_memory()
+            micro = smaller
+        return student
+
+    def _attempt(self, progress: Progress, micro: int) -> TrainedStudent | None:
+        """Train from the last checkpoint to the end. None: out of memory."""
+        import torch
+        from transformers import TrainerState, set_seed
+
+        from dsbs.training.callbacks import MetricsLogger, is_exhausted
+
+        section = self.recipe.train
+        batch_size = per_device_batch_size(section.batch_size, micro)
+        set_seed(self.spec.seed)
+        model = self._new_model()
+        student = Student.of(model, self.tokenizer, self._card())
+        terms = self._distillation_loss(model, progress, batch_size) if self.terms else None
+        if is_main_process():
+            self.folder.last_checkpoint()  # removes a half-written one before the others look
+        wait()
+        resume = self.folder.last_checkpoint()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # it would hold an earlier student's peak
+        metrics = MetricsLogger(
+            self.folder.path / "metrics.jsonl", progress, len(self.data.valid), resume
+        )
+        trainer = self._trainer(student, terms, metrics, batch_size)
+        if resume is not None:
+            state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+            if state.global_step >= section.max_steps or is_exhausted(state, section.patience):
+                # Only saving was left; train() would take another step.
+                return self._finish(student, state, metrics)
+        bar = running(
+            progress,
+            f"train {self.spec.title}",
+            section.max_steps,
+            metrics.first_step,
+            (section.batch_size, "examples"),
+        )
+        with bar, ExitStack() as stack:
+            if self.recipe.report.tensorboard:
+                board = stack.enter_context(closing(self._tensorboard(student, metrics)))
+                trainer.add_callback(board)
+            try:
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None
+        return self._finish(student, trainer.state, metrics)
+
+    def _new_model(self) -> Any:
+        section = self.recipe.train
+        model = new_model(self.recipe.student, self.tokenizer, self.spec.seed, section.init)
+        if section.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        if section.lora:
+            model = add_adapters(model, section.lora)
+        return model
+
+    def _trainer(
+        self,
+        student: Student,
+        terms: DistillationLoss | None,
+        metrics: MetricsLogger,
+        batch_size: int,
+    ) -> StepTrainer:
+        from transformers import PrinterCallback
+
+        from dsbs.training.callbacks import EarlyStopping, KeepZeros, ResampleRationales
+        from dsbs.training.trainer import StepTrainer, training_arguments
+
+        section = self.recipe.train
+        callbacks: list[TrainerCallback] = [metrics, EarlyStopping(section.patience)]
+        rows: Sequence[Any] | ResampledRows = self.rows
+        if section.rationales == "drawn":
+            rows = ResampledRows(self.rows, self.spec.seed)
+            callbacks.append(ResampleRationales(rows))
+        if self.spec.keep_zeros:
+            callbacks.append(KeepZeros(student.engine.model))
+        trainer = StepTrainer(
+            model=student.engine.model,
+            args=training_arguments(
+                section,
+                self.folder.checkpoints,
+                self.spec.seed,
+                batch_size=batch_size,
+                eval_steps=self.eval_every,
+            ),
+            train_dataset=rows,
+            eval_dataset=self.valid,
+            data_collator=terms.collate if terms else collate,
+            views=self.views,
+            terms=terms,
+            section=section,
+            validate=lambda: self._validate(student),
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    @property
+    def eval_every(self) -> int:
+        """Optimizer steps between validations."""
+        tokens = max_new_tokens(self.recipe, self.views[0])
+        return validation_interval(self.recipe.train, self.rows, self.valid, tokens)
+
+    def _distillation_loss(
+        self, model: Any, progress: Progress, batch_size: int
+    ) -> DistillationLoss:
+        """The loss of the student's terms, attached to its model."""
+        section = self.recipe.train
+        cached = cache_logprobs(
+            self.terms,
+            section,
+            self.views,
+            self.teachers,
+            model.config.vocab_size,
+            self._logprobs,
+            self.rows,
+            batch_size,
+            progress,
+            self.spec.title,
+        )
+        loss = DistillationLoss(
+            self.terms,
+            section,
+            self.views,
+            teachers=self.teachers,
+            label_ids=self.label_ids,
+            soft_labels=self.soft_labels,
+            cached=cached,
+        )
+        loss.attach_projections(model, self.spec.seed)
+        return loss
+
+    def _tensorboard(self, student: Student, metrics: MetricsLogger) -> TensorBoardLogger:
+        from dsbs.training.callbacks import TensorBoardLogger
+
+        recipe = self.recipe
+        start = partial(
+            new_model, recipe.student, self.tokenizer, self.spec.seed, recipe.train.init
+        )
+        folder = self.folder.path / "tensorboard"
+        return TensorBoardLogger(folder, metrics, recipe, student, self.data, start)
+
+    def _smaller(self, micro: int) -> int:
+        """The next smaller micro-batch that divides the batch.
+
+        Raises DsbsError where there is none, or where it would change the objective.
+        """
+        batch = self.recipe.train.batch_size
+        problem = f"{self.spec.name}: out of memory with {micro} examples at a time"
+        sizes = [size for size in range(1, micro) if batch % size == 0]
+        if not sizes:
+            raise DsbsError(
+                problem,
+                hint="set train.gradient_checkpointing: true, or take a smaller student; the last "
+                "checkpoint is kept",
+            )
+        fixed = [term.title for term in self.terms if term.is_of_one_pass]
+        if self.recipe.train.loss_mean == "micro":
+            fixed.append("train.loss_mean: micro")
+        if fixed:
+            raise DsbsError(
+                f"{problem}, and a smaller micro-batch would change {' and '.join(fixed)}",
+                hint="set train.gradient_checkpointing: true, which goes on from the last "
+                "checkpoint; or a smaller train.micro_batch_size, which trains another student",
+            )
+        return max(size for size in sizes if size <= max(1, micro // 2))
+
+    def _card(self) -> StudentCard:
+        return StudentCard(
+            name=self.spec.name,
+            method=self.spec.method,
+            labels=self.spec.labels,
+            seed=self.spec.seed,
+            task=self.recipe.task,
+            prefixes={view.target: view.prefix for view in self.views},
+            starts={view.target: view.start for view in self.views},
+            max_input_tokens=self.recipe.student.max_input_tokens,
+            max_target_tokens=self.recipe.student.max_target_tokens,
+            kind=self.input_format.kind,
+            template=self.input_format.template,
+        )
+
+    def _validate(self, student: Student) -> dict[str, float]:
+        return validate(student, self.recipe, self.data, self.valid, self.views[0])
+
+    # --- saving
+
+    def _finish(self, student: Student, state: Any, metrics: MetricsLogger) -> TrainedStudent:
+        """Save the best step's checkpoint as the student, and its record last."""
+        if is_main_process():
+            self._save(student, state, metrics)
+        wait()
+        return self.folder.student()
+
+    def _load_checkpoint(self, checkpoint: Path) -> Any:
+        """The plain model of a checkpoint, adapters merged."""
+        section = self.recipe.train
+        if section.lora is None:
+            return load_model(str(checkpoint))
+        start = new_model(self.recipe.student, self.tokenizer, self.spec.seed, section.init)
+        return merge_adapters(start, checkpoint)
+
+    def _save(self, student: Student, state: Any, metrics: MetricsLogger) -> None:
+        if state.best_global_step is None:
+            raise DsbsError(
+                f"{self.spec.name}: the validation loss was never finite",
+                hint="lower train.learning_rate and train again",
+            )
+        best = int(state.best_global_step)
+        log = state.log_history
+        accuracies = {row["step"]: row["eval_accuracy"] for row in log if "eval_accuracy" in row}
+        examples = max((row["examples"] for row in log if "examples" in row), default=0)
+        trainable = count_trainable(student.engine.model)
+        model = self._load_checkpoint(self.folder.checkpoints / f"checkpoint-{best}")
+        student = Student.of(model, self.tokenizer, student.card)
+        student.save(self.folder.path)
+        trained = TrainedStudent(
+            name=self.spec.name,
+            **self.spec.identity,
+            path=str(self.folder.path),
+            valid_accuracy=accuracies[best],
+            best_step=best,
+            steps=int(state.global_step),
+            examples_per_s=round(examples / max(metrics.elapsed_s, 1e-9), 2),
+            wall_s=round(metrics.elapsed_s, 2),
+            parameters=int(student.engine.parameters or 0),
+            trainable_parameters=trainable,
+            fingerprint=self.folder.fingerprint,
+            **self._origin(),
+            reportable=self.recipe.task.limit is None,
+            cost=metrics.cost(state),
+        )
+        record: dict[str, Any] = {
+            "student": trained.model_dump(),
+            "selection": state.best_metric,
+            "eval_every": self.eval_every,
+            "rows": len(self.rows),
+            "rationales": count_rationales(self.data, self.spec),
+            "valid_rows": len(self.data.valid),
+            "valid_labels": self.data.valid_labels,
+            "ended": now(),
+            "versions": versions(),
+        }
+        if self.teachers:
+            record["teachers"] = [teacher.record for teacher in self.teachers]
+        self.folder.finish(record)
+
+
+def _view_fields(view: View) -> dict[str, Any]:
+    """A view's fields under the names that fingerprints have always had."""
+    fields = asdict(view)
+    fields["taught"] = fields.pop("supervised")
+    return fields

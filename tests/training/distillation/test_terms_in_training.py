@@ -1,0 +1,198 @@
+"""Terms with the rest of training: processes, checkpointing, LoRA, tuning, rationales, a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import on_two_processes
+from loopback import LoopbackServer
+from safetensors.torch import load_file
+from tiny_training import distillation_loss, loss_lines, tiny_t5, train_steps, weights_hash
+
+from dsbs import annotate, load_recipe, train
+from dsbs.config import LoraSection
+from dsbs.training.lora import adapt, merged
+from dsbs.training.student_folder import last_checkpoint
+
+TEACHERS = "train.teachers=[{size: nano, max_steps: 2}]"
+RESPONSE = ("train.methods=finetune+response", "train.terms=[{kind: response}]", TEACHERS)
+
+WORKER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from tiny_training import distillation_loss, train_steps
+out = Path(sys.argv[2])
+model, _ = train_steps(out, distillation_loss(sys.argv[3:]), micro_batch=2, processes=2)
+if torch.distributed.get_rank() == 0:
+    torch.save(model.state_dict(), out / "weights.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def four_samples(body: dict[str, Any], number: int) -> str:
+    """By seed, two usable rationales for the right label, one for a wrong one, one too short."""
+    question = body["messages"][-1]["content"]
+    right, wrong = "billing", "shipping"
+    subject = "an invoice"
+    if "invoice" not in question:
+        right, wrong = wrong, right
+        subject = "a parcel"
+    seed = body.get("seed", number) % 4
+    rationale = [
+        f"It is about {subject}, plainly.",
+        f"We read of {subject} in it.",
+        f"Only {subject} is named here.",
+        "Too short",
+    ][seed]
+    return f"{rationale}\nAnswer: {wrong if seed == 2 else right}"
+
+
+def test_two_processes_learn_terms_as_one_does(tmp_path: Path) -> None:
+    """Over gloo; the rows without a rationale are split unevenly between the two."""
+    titles = ["response", "feature"]
+    expected, _ = train_steps(tmp_path / "one", distillation_loss(titles))
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    here = str(Path(__file__).parent)
+    result = on_two_processes(str(script), here, str(tmp_path), *titles)
+    assert result.returncode == 0, result.stderr[-2000:]
+    weights = torch.load(tmp_path / "weights.pt")
+    changes = [
+        float((value - expected.state_dict()[name]).abs().max())
+        for name, value in tiny_t5().state_dict().items()
+    ]
+    assert max(changes) > 1e-4, "it learned"
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(weights[name], value, atol=1e-5), name
+
+
+@pytest.mark.parametrize("padding", ["none", "batch"])
+def test_gradient_checkpointing_changes_no_step_with_a_term(tmp_path: Path, padding: Any) -> None:
+    checkpointing = tiny_t5()
+    checkpointing.activation_checkpointing_enable()
+    plain, lines = train_steps(tmp_path, distillation_loss(["response"]), padding=padding)
+    student, _ = train_steps(
+        tmp_path, distillation_loss(["response"]), model=checkpointing, padding=padding
+    )
+    assert lines[0]["response_loss"] > 0
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(student.state_dict()[name], value, atol=1e-6), name
+
+
+def test_adapters_learn_a_term_and_merge_into_a_plain_student(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    targets = ("q", "k", "v", "o", "wi", "wo")
+    model = adapt(tiny_t5(), LoraSection(rank=4, alpha=8, targets=targets))
+    student, lines = train_steps(tmp_path, distillation_loss(["response"]), steps=20, model=model)
+    assert lines[-1]["response_loss"] < lines[0]["response_loss"]
+    base = {
+        name.replace(".base_layer", ""): value
+        for name, value in student.get_base_model().state_dict().items()
+    }
+    for name, value in tiny_t5().state_dict().items():
+        assert torch.equal(base[name], value), name
+    student.save_pretrained(tmp_path / "adapters")
+    plain = merged(tiny_t5(), tmp_path / "adapters").eval()
+    batch = {"input_ids": torch.tensor([[3, 4, 1]]), "labels": torch.tensor([[6, 7, 1]])}
+    assert torch.allclose(plain(**batch).logits, student.eval()(**batch).logits, atol=1e-5)
+
+
+def test_all_settings_of_a_tuning_learn_the_term_from_one_teacher(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    tune = "train.tune={learning_rate: [0.0001, 0.01]}"
+    result = train(load_recipe(toy(), [*RESPONSE, tune, "train.max_steps=2"]), out=tmp_path / "run")
+    trials = sorted((tmp_path / "run/train/trials/finetune+response-gold").iterdir())
+    assert [trial.name for trial in trials] == ["learning_rate=0.0001", "learning_rate=0.01"]
+    for trial in trials:
+        assert all(line["response_loss"] > 0 for line in loss_lines(trial))
+    assert [teacher.name for teacher in result.teachers] == ["1-nano-finetune-gold"]
+    student = Path(result.students[0].path)
+    assert weights_hash(student) in {weights_hash(trial) for trial in trials}
+    teachers = {
+        json.dumps(json.loads((folder / "train.json").read_text(encoding="utf-8"))["teachers"])
+        for folder in (*trials, student)
+    }
+    assert len(teachers) == 1
+
+
+def test_drawn_rationales_find_their_cached_teacher_log_probabilities(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    with LoopbackServer(four_samples) as server:
+        base = [
+            f"teacher.base_url={server.url}",
+            "annotate.samples=4",
+            "annotate.temperature=0.7",
+            "annotate.stop_early=false",
+            "annotate.min_rationale_words=3",
+            "train.methods=step-by-step+response",
+            "train.rationales=drawn",
+            TEACHERS,
+            "train.max_steps=12",
+            "train.eval_every=12",
+            "student.dropout=0",
+        ]
+        recipe = load_recipe(toy(), [*base, "train.terms=[{kind: response}]"])
+        annotate(recipe, out=tmp_path / "run")
+    losses: list[list[float]] = []
+    for term in ("{kind: response}", "{kind: response, top_k: 1000}"):  # of 200 entries, all
+        recipe = load_recipe(tmp_path / "toy.yaml", [*base, f"train.terms=[{term}]"])
+        (student,) = train(recipe, out=tmp_path / "run").students
+        losses.append([line["response_loss"] for line in loss_lines(Path(student.path))])
+    assert len(losses[0]) == 12, "more than two epochs, each with rationales of its own"
+    assert min(losses[0]) > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_killed_training_with_terms_resumes_to_the_weights_of_an_uninterrupted_one(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys = [
+        "train.methods=finetune+response+feature",
+        "train.terms=[{kind: response}, {kind: feature, weight: 0.01}]",
+        TEACHERS,
+        "train.max_steps=24",
+        "train.eval_every=3",
+        "train.batch_size=4",
+        "eval.max_label_tokens=2",
+    ]
+    path = toy()
+    (uninterrupted,) = train(load_recipe(path, keys), out=tmp_path / "uninterrupted").students
+    out = ["--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "dsbs", "train", str(path), *keys, *out]
+    folder = tmp_path / "killed" / "train" / uninterrupted.name
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "it ended without a checkpoint"
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "train.json").exists(), "killed before its end"
+    assert last_checkpoint(folder / "checkpoints") is not None
+    resumed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    assert weights_hash(folder) == weights_hash(Path(uninterrupted.path))
+    lines = loss_lines(folder)
+    expected_lines = loss_lines(Path(uninterrupted.path))
+    assert [line["step"] for line in lines] == list(range(1, 25)), "no step is lost or repeated"
+    assert [line["feature_loss"] for line in lines] == [
+        line["feature_loss"] for line in expected_lines
+    ]
+    assert "projections" not in "".join(load_file(folder / "model.safetensors"))
