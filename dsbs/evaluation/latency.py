@@ -168,7 +168,7 @@ def _latency(times_ms: list[float], max_calls: int, batch_size: int, device: str
 
 
 def read_latency(run: RunFolder, student: TrainedStudent, recipe: Recipe) -> list[Latency]:
-    """The newest measurement that fits student and recipe, on any device; empty if there is none."""
+    """The newest measurement that fits student and recipe, on any device; empty: none."""
     measurements = [m for m in _read(latency_file(run, student)) if m.fits(recipe, student)]
     return measurements[-1].latency if measurements else []
 

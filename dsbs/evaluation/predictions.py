@@ -122,7 +122,7 @@ def predict_student(
 
 
 def _take_back(path: Path, fingerprint: str) -> bool:
-    """Set aside a prediction file that does not fit, and take back one that does, if there is one."""
+    """Set aside a prediction file that does not fit; take back one that does, if any."""
     if path.is_file():
         RunFolder.set_aside(path, made_by(path))
     return RunFolder.take_back(path, fingerprint, made_by)

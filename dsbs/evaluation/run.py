@@ -61,7 +61,7 @@ def evaluate(
     run = RunFolder.of(recipe, out)
     task = make_task(recipe.task)
     students = _students_of_recipe(recipe, task, run)
-    missing = _missing_students(recipe, students)
+    missing = missing_students(recipe, students)
     if missing:
         progress.say(f"not trained, or not finished: {', '.join(missing)}")
     split = recipe.eval.split
@@ -312,7 +312,7 @@ def _has_wanted_labels(recipe: Recipe, student: TrainedStudent) -> bool:
     return method.labels is not None or student.labels in recipe.train.labels
 
 
-def _missing_students(recipe: Recipe, students: Sequence[TrainedStudent]) -> list[str]:
+def missing_students(recipe: Recipe, students: Sequence[TrainedStudent]) -> list[str]:
     """Students of seeds that the recipe asks for, of methods that other seeds exist of."""
     names = {student.name for student in students}
     systems = sorted({student.system for student in students})

@@ -330,7 +330,7 @@ def break_evens(
 def teacher_bill(
     annotate_manifest: Mapping[str, Any], split: str
 ) -> tuple[float | None, float | None]:
-    """Dollars that the teacher's annotation of a split cost, in total and per row; None: unknown."""
+    """Dollars that annotating a split cost, in total and per row; None: unknown."""
     summary = annotate_manifest.get("splits", {}).get(split, {})
     usd = summary.get("usd")
     rows = summary.get("rows")

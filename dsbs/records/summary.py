@@ -315,10 +315,10 @@ def _comparison_cells(system: SystemResult, *, names_baseline: bool) -> list[str
     return [difference, signed_interval(comparison.ci95), p_number(comparison.p_holm)]
 
 
-def results_markdown(results: Results, title: str | None = None) -> str:
-    """A Markdown page of the results. ``title`` is the run's name."""
+def results_markdown(results: Results) -> str:
+    """``eval/results.md``."""
     rows = count(results.n, "row")
-    lines = [f"# {escape_markdown(title or results.name)}: {results.split}, {rows}", ""]
+    lines = [f"# {escape_markdown(results.name)}: {results.split}, {rows}", ""]
     if not results.reportable:
         lines += ["**smoke: not reportable** (task.limit is set)", ""]
     lines += [markdown_paragraph(headline(results)), ""]

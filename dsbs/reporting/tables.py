@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsbs.config.registry import METRICS, entry
 from dsbs.formatting import (
     ABSENT,
     dollars,
@@ -21,7 +22,6 @@ from dsbs.formatting import (
     points_number,
     signed_interval,
 )
-from dsbs.config.registry import METRICS, entry
 from dsbs.records.results import Comparison, Interval, Measure, SystemResult
 from dsbs.records.summary import TEST_NAMES, is_reliable
 from dsbs.reporting.runs import EvaluatedRun, name_among

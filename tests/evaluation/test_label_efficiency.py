@@ -41,21 +41,31 @@ def test_the_first_crossing_counts_in_whatever_order_the_points_come() -> None:
 
 def test_a_point_as_accurate_as_the_target_is_enough() -> None:
     assert (
-        label_efficiency([(100, scores(500)), (1000, scores(700)), (3000, scores(900))], scores(700))[0]
+        label_efficiency(
+            [(100, scores(500)), (1000, scores(700)), (3000, scores(900))], scores(700)
+        )[0]
         == 1000
     )
 
 
 def test_a_target_below_the_first_point_needs_at_most_its_rows() -> None:
-    assert label_efficiency([(100, scores(700)), (1000, scores(800))], scores(400)) == (100, (100, 100))
+    assert label_efficiency([(100, scores(700)), (1000, scores(800))], scores(400)) == (
+        100,
+        (100, 100),
+    )
 
 
 def test_a_target_out_of_reach_needs_no_number() -> None:
-    assert label_efficiency([(100, scores(300)), (1000, scores(400))], scores(900)) == (None, (None, None))
+    assert label_efficiency([(100, scores(300)), (1000, scores(400))], scores(900)) == (
+        None,
+        (None, None),
+    )
 
 
 def test_a_target_just_in_reach_has_an_open_interval() -> None:
-    result, (low, high) = label_efficiency([(100, mixed(0.4, 1)), (1000, mixed(0.61, 2))], mixed(0.6, 3))
+    result, (low, high) = label_efficiency(
+        [(100, mixed(0.4, 1)), (1000, mixed(0.61, 2))], mixed(0.6, 3)
+    )
     assert result is not None and low is not None and 100 < low < result <= 1000
     assert high is None
 
@@ -67,7 +77,9 @@ def test_one_point_is_reached_or_not() -> None:
 
 def test_curve_and_target_are_drawn_together() -> None:
     """Systems that are right on nested rows differ by a fixed sign: drawn apart, their accuracies would overlap."""
-    apart = label_efficiency([(100, scores(500)), (1000, scores(505))], np.roll(scores(503), 500))[1]
+    apart = label_efficiency([(100, scores(500)), (1000, scores(505))], np.roll(scores(503), 500))[
+        1
+    ]
     together = label_efficiency([(100, scores(500)), (1000, scores(505))], scores(503))[1]
     assert apart == (100, None)
     assert together[0] is not None and together[0] >= 100 and together[1] is not None
@@ -104,11 +116,13 @@ def test_repeated_rows_in_clusters_leave_the_interval_as_it_is() -> None:
 def test_the_order_of_rows_does_not_matter() -> None:
     curve, target = [(100, mixed(0.5, 11)), (1000, mixed(0.7, 12))], mixed(0.6, 13)
     order = np.random.default_rng(14).permutation(1000)
-    assert label_efficiency([(n, s[order]) for n, s in curve], target[order]) == label_efficiency(curve, target)
-    clusters = np.arange(1000) // 4
-    assert label_efficiency([(n, s[order]) for n, s in curve], target[order], -clusters[order]) == label_efficiency(
-        curve, target, clusters
+    assert label_efficiency([(n, s[order]) for n, s in curve], target[order]) == label_efficiency(
+        curve, target
     )
+    clusters = np.arange(1000) // 4
+    assert label_efficiency(
+        [(n, s[order]) for n, s in curve], target[order], -clusters[order]
+    ) == label_efficiency(curve, target, clusters)
 
 
 def test_one_row_or_one_cluster_leaves_all_open() -> None:

@@ -254,7 +254,10 @@ def test_neither_the_order_of_rows_nor_the_names_of_clusters_matter(clustered: b
         clusters = np.arange(300) // 3 if clustered else None
         order = rng.permutation(300)
         renamed = 1000 - 7 * clusters[order] if clusters is not None else None
-        first, second = paired_difference(a, b, clusters), paired_difference(a[order], b[order], renamed)
+        first, second = (
+            paired_difference(a, b, clusters),
+            paired_difference(a[order], b[order], renamed),
+        )
         assert (first.ci95, first.p, first.wins) == (second.ci95, second.p, second.wins)
         assert first.minimum_detectable_effect == pytest.approx(
             second.minimum_detectable_effect, rel=1e-9
@@ -318,7 +321,9 @@ def test_one_row_or_one_cluster_tells_next_to_nothing() -> None:
 
 def test_rows_too_few_to_show_any_difference_name_none() -> None:
     assert (
-        paired_difference(np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, 0.5])).minimum_detectable_effect
+        paired_difference(
+            np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, 0.5])
+        ).minimum_detectable_effect
         is None
     )
 
