@@ -232,12 +232,12 @@ def test_a_file_that_is_none_is_told(
         take(a="a.jsonl")
 
 
-def test_a_missing_file_a_folder_and_a_broken_archive_are_told(
+def test_a_missing_file_a_directory_and_a_damaged_archive_are_reported(
     take: Callable[..., dict[str, dict[str, Prediction]]], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"eval\.predictions\.a: the file no\.jsonl does not exist"):
         take(a="no.jsonl")
-    with pytest.raises(UserError, match=r"eval\.predictions\.a: the file .* is a folder"):
+    with pytest.raises(UserError, match=r"eval\.predictions\.a: the file .* is a directory"):
         take(a=str(tmp_path))
     (tmp_path / "a.jsonl.gz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="not a whole gzip file"):

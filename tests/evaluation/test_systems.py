@@ -88,9 +88,9 @@ def test_three_files_made_by_hand_are_compared_without_a_model(tmp_path: Path) -
     assert found["baseline"] == "old" and found["headline"] == "new"
     assert systems["odd"]["unreadable"] == pytest.approx(0.1)
     gap = systems["new"]["versus"]["old"]
-    # exact McNemar with 12 rows fixed and none broken: 2 / 2^12
+    # exact McNemar with 12 wins and no losses: 2 / 2^12
     assert gap["delta"] == pytest.approx(0.6) and gap["p"] == pytest.approx(2 / 2**12, abs=1e-12)
-    assert (gap["fixed"], gap["broken"]) == (12, 0)
+    assert (gap["wins"], gap["losses"]) == (12, 0)
     assert (
         set(systems["odd"]["versus"]) == {"old"}
         and systems["odd"]["versus"]["old"]["p_holm"] >= gap["p_holm"]
