@@ -113,8 +113,8 @@ def test_an_interrupted_training_with_a_term_resumes_to_the_same_weights(
     validated: list[str] = []
 
     def interrupted(self: StudentRun, *args: Any) -> dict[str, float]:
-        validated.append(self.name)
-        if self.name == expected.name and validated.count(expected.name) == 3:
+        validated.append(self.spec.name)
+        if self.spec.name == expected.name and validated.count(expected.name) == 3:
             raise KeyboardInterrupt
         return validate(self, *args)
 
@@ -296,21 +296,21 @@ def test_students_of_one_base_method_share_their_teacher(
         "train.methods=[finetune, finetune+response]",
         "train.tune={learning_rate: [0.1, 0.2]}",
     )
-    ((teacher, job),) = planned_teachers(recipe, grid(recipe.train), Path("train"))
-    assert job.folder == Path("train/teachers/1-nano-finetune-gold")
-    assert job.cell.method == "finetune"
-    assert teacher.train.tune is None
-    assert teacher.train.max_steps == 2
-    assert not teacher.train.terms
+    ((teacher_recipe, teacher),) = planned_teachers(recipe, grid(recipe.train))
+    assert teacher.path(Path("train")) == Path("train/teachers/1-nano-finetune-gold")
+    assert teacher.method == "finetune"
+    assert teacher_recipe.train.tune is None
+    assert teacher_recipe.train.max_steps == 2
+    assert not teacher_recipe.train.terms
 
 
 def test_a_teacher_trains_with_the_defaults_of_its_own_start(
-    recipe_with: Callable[..., Recipe], tmp_path: Path
+    recipe_with: Callable[..., Recipe],
 ) -> None:
     def settings(*overrides: str) -> tuple[float, int]:
         recipe = recipe_with(*RESPONSE[:2], *overrides)
-        ((teacher, _),) = planned_teachers(recipe, grid(recipe.train), tmp_path)
-        return teacher.train.learning_rate, teacher.train.max_steps
+        ((teacher_recipe, _),) = planned_teachers(recipe, grid(recipe.train))
+        return teacher_recipe.train.learning_rate, teacher_recipe.train.max_steps
 
     scratch = ("train.learning_rate=0.001", "train.max_steps=1000")
     assert settings(*scratch, "train.teachers=[{size: nano}]") == (1e-3, 1000)
