@@ -67,7 +67,7 @@ class TermSettings(Section):
 
 
 def _settings_of(value: Any) -> Any:
-    """An entry of ``train.terms`` as its kind's class. Raises ValueError for unknown kinds, keys."""
+    """An entry of ``train.terms`` as its kind's class. Raises ValueError for an unknown key."""
     if not isinstance(value, Mapping) or "kind" not in value:
         return value  # the base class reports what is wrong
     kind = value["kind"]
@@ -92,7 +92,7 @@ TermEntry = Annotated[SerializeAsAny[TermSettings], BeforeValidator(_settings_of
 
 
 class LocalTeacherSection(Section):
-    """A larger model on this machine that loss terms compare with; it has the student's vocabulary."""
+    """A larger model on this machine, with the student's vocabulary, for loss terms."""
 
     model: str | None = None
     """A trained student's folder. None: this recipe trains the teacher first (see size, start)."""
