@@ -89,7 +89,9 @@ def train(
         teachers = LocalTeachers(recipe, run, tokenizer, train_teacher)
 
         def student_run(spec: StudentSpec) -> StudentRun:
-            return StudentRun(recipe, spec, data, tokenizer, tokens, folder, teachers.of(spec))
+            return StudentRun(
+                recipe, spec, data, tokenizer, tokens, folder, teachers.for_student(spec)
+            )
 
         def run_trial(spec: StudentSpec) -> Trial:
             trial = student_run(spec)
@@ -141,9 +143,9 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     plan = []
     for teacher_recipe, spec in planned_teachers(recipe, specs):
         entry = _plan(teacher_recipe, spec, data, folder)
-        plan.append(entry | {"name": spec.title, "steps": teacher_recipe.train.max_steps})
+        plan.append(entry | {"name": spec.title, "steps": teacher_recipe.resolved_train.max_steps})
     tune = recipe.train.tune
-    steps = max((tune and tune.max_steps) or (recipe.train.max_steps,))
+    steps = max((tune and tune.max_steps) or (recipe.resolved_train.max_steps,))
     for spec in specs:
         entry = _plan(recipe, spec, data, folder)
         if spec.seed == recipe.train.seeds[0]:

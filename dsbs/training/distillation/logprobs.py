@@ -59,7 +59,7 @@ class TeacherLogprobs:
         self._unsaved: dict[bytes, _TopTokens] = {}
         self._read_files()
 
-    def of(self, packed: PackedBatch, view: View) -> tuple[Tensor, Tensor]:
+    def lookup(self, packed: PackedBatch, view: View) -> tuple[Tensor, Tensor]:
         """A view's packed rows -> ids and log-probabilities in nats, each (M, K)."""
         import torch
 

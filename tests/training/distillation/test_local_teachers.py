@@ -310,21 +310,30 @@ def test_a_teacher_trains_with_the_defaults_of_its_own_start(
     def settings(*overrides: str) -> tuple[float, int]:
         recipe = recipe_with(*RESPONSE[:2], *overrides)
         ((teacher, _),) = planned_teachers(recipe, grid(recipe.train), tmp_path)
-        return teacher.train.learning_rate, teacher.train.max_steps
+        resolved = teacher.resolved_train
+        return resolved.learning_rate, resolved.max_steps
 
-    scratch = ("train.learning_rate=0.001", "train.max_steps=1000")
-    assert settings(*scratch, "train.teachers=[{size: nano}]") == (1e-3, 1000)
-    pretrained = (
-        "student={model: somewhere}",
-        "train.learning_rate=0.00005",
-        "train.max_steps=10000",
-    )
     nano = "train.teachers=[{size: nano}]"
+    unset = ("train.learning_rate=null", "train.max_steps=null")
+    assert settings(*unset, nano) == (1e-3, 1000)
+    pretrained = ("student={model: somewhere}", *unset)
     assert settings(*pretrained, nano) == (1e-3, 1000)
     assert settings(*pretrained, "train.teachers=[{start: elsewhere}]") == (5e-5, 10_000)
     assert settings(*pretrained, "train.max_steps=70", nano) == (1e-3, 70)
     own_rate = "train.teachers=[{size: nano, learning_rate: 0.01}]"
     assert settings(*pretrained, own_rate) == (0.01, 1000)
+
+
+@pytest.mark.parametrize("rate", [5e-5, 1e-3])
+def test_a_teacher_trains_with_the_recipes_learning_rate_even_if_it_is_a_default(
+    recipe_with: Callable[..., Recipe], tmp_path: Path, rate: float
+) -> None:
+    for student in ("student={model: somewhere}", "student={size: nano}"):
+        for teacher in ("size: nano", "start: elsewhere"):
+            teachers = f"train.teachers=[{{{teacher}}}]"
+            recipe = recipe_with(*RESPONSE[:2], student, f"train.learning_rate={rate}", teachers)
+            ((teacher_recipe, _),) = planned_teachers(recipe, grid(recipe.train))
+            assert teacher_recipe.resolved_train.learning_rate == rate
 
 
 def test_votes_of_annotations_decide_the_student(toy: Callable[..., Path], tmp_path: Path) -> None:
