@@ -71,8 +71,8 @@ def test_a_card_describes_the_training_and_the_results(folder: Path) -> None:
         "Method step-by-step, gold labels, seed 0.",
         "Data: train.jsonl, 800 training rows.",
         "learning rate 0.001",
-        "rationales from a-teacher (openai).",
-        "The terms of use and licences of these models apply",
+        "It learned rationales from a-teacher (openai).",
+        "The terms of use and licences of these models,",
         "The mean over 2 seeds is 62.0% (95% CI \\[54.0, 70.0\\]).",
         "- step-by-step-gold: 7.0 points more accurate than finetune-gold "
         "(95% CI \\[+1.0, +13.0\\], p = .036).",
@@ -85,7 +85,7 @@ def test_a_card_describes_the_training_and_the_results(folder: Path) -> None:
     half = card_text(folder, "finetune-gold-n0.5-s0")
     assert "400 training rows" in half
     assert "It learned no teacher's labels or rationales." in half
-    assert "The terms of use" not in half
+    assert "these models" not in half
     assert "rationale=True" not in half
     assert "It learned labels from a-teacher" in card_text(folder, "distill-teacher-s0")
 
@@ -251,8 +251,9 @@ def test_a_card_names_additional_loss_terms_and_local_teachers(folder: Path) -> 
     change_results(folder, add_terms)
     card = card_text(folder, "finetune-gold-s0")
     assert "loss term soft: response, weight 0.5; loss term labels: labels, weight 1.0" in card
-    assert "and local models: big" in card
-    assert "The terms of use" in card
+    assert "It learned label distributions from a-teacher (openai)." in card
+    assert "compared it with local models: big." in card
+    assert "The terms of use and licences of these models," in card
     assert "/secret" not in card
     tags = ModelCard.load(folder / "train" / "finetune-gold-s0" / "README.md").data.tags
     assert {"finetune", "soft", "labels"} <= set(tags)
