@@ -20,7 +20,8 @@ from conftest import ROOT
 
 from dsbs import errors
 from dsbs.cli import app
-from dsbs.config import LocalTeacherSection, TermSection
+from dsbs.config import LocalTeacherSection
+from dsbs.config.registry import TERMS, entry
 from dsbs.config.schema import section_of, sections
 from dsbs.records.results import (
     Bin,
@@ -141,7 +142,9 @@ def test_the_terms_and_local_teachers_that_pages_show_are_valid() -> None:
             r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
         ):
             train = yaml.safe_load(block.replace("  …\n", "")).get("train") or {}
-            terms = [TermSection.model_validate(one) for one in train.get("terms", ())]
+            terms = [
+                entry(TERMS, term["kind"]).model_validate(term) for term in train.get("terms", ())
+            ]
             teachers = [
                 LocalTeacherSection.model_validate(one) for one in train.get("teachers", ())
             ]
@@ -169,6 +172,9 @@ def unknown_in(path: list[str] | tuple[str, ...], inner: str) -> str | None:
     """The first key of a dotted path, and of the mapping after it, that the recipe does not have."""
     section = SECTIONS[path[0]]
     for i, key in enumerate(path[1:], 2):
+        if ".".join(path[:i]) in SECTIONS:  # also a kind of term: train.terms.response
+            section = SECTIONS[".".join(path[:i])]
+            continue
         if key not in section.model_fields:
             return ".".join(path[:i])
         annotation = section.model_fields[key].annotation

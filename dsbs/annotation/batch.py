@@ -71,8 +71,8 @@ def buy_batches(
     summary.wall_s += time.monotonic() - started
     if pending.left_over and pending.stopped is None:
         return PartialError(
-            f"{count(pending.left_over, 'request')} came back from the batch without a reply (failed or "
-            "expired)",
+            f"{count(pending.left_over, 'request')} came back from the batch without a reply "
+            "(failed or expired)",
             hint="run with --batch for another batch of these alone, or without it to send them "
             "online",
         )

@@ -86,8 +86,8 @@ def annotate_on_ray(
 
     All machines must see the run folder and the data under the same paths, and have the key in
     their environment. The recipe's limits are divided among the shards. A task whose worker dies
-    is restarted and continues from its store. Returns what each split's shards requested, and the
-    first error of a shard that can be continued. Raises what ``annotate`` raises.
+    is restarted and continues from its store. Returns what ``combine_results`` returns; raises what
+    ``annotate`` raises.
     """
     try:
         import ray
@@ -105,12 +105,12 @@ def annotate_on_ray(
             include_dashboard=None if section.address else False,
         )
     try:
-        _check_resources(dict(ray.cluster_resources()), recipe)  # type: ignore[no-untyped-call]
+        check_resources(dict(ray.cluster_resources()), recipe)  # type: ignore[no-untyped-call]
         task = ray.remote(
             num_cpus=section.cpus_per_shard,
             num_gpus=section.gpus_per_shard,
             max_retries=TASK_RETRIES,
-        )(_run_shard)
+        )(run_shard)
         tasks = [
             _Task(task, annotate, shard_recipe(recipe, shard), run, shard, retry_refused)
             for shard in (Shard(i, section.shards) for i in range(1, section.shards + 1))
@@ -120,6 +120,16 @@ def annotate_on_ray(
     finally:
         if starts_cluster:
             ray.shutdown()
+    return combine_results(results)
+
+
+def combine_results(
+    results: Sequence[ShardResult],
+) -> tuple[dict[str, SplitSummary], PartialError | None]:
+    """What each split's shards requested, and the first error that can be continued.
+
+    Raises any other error of a shard.
+    """
     errors = [error for result in results if (error := result.error()) is not None]
     for error in errors:
         if not isinstance(error, PartialError):
@@ -174,7 +184,7 @@ def _run_tasks(
     return results
 
 
-def _run_shard(
+def run_shard(
     annotate: AnnotateShard,
     recipe: Recipe,
     run: str,
@@ -191,7 +201,7 @@ def _run_shard(
     return ShardResult(shard, result.splits)
 
 
-def _check_resources(available: dict[str, float], recipe: Recipe) -> None:
+def check_resources(available: dict[str, float], recipe: Recipe) -> None:
     """Raises UserError where the cluster can never start a shard: Ray would wait without a word."""
     section = recipe.annotate.ray
     for resource, key, needed in (

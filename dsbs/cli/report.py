@@ -33,10 +33,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write report.html, tables and figures for one run, or for several side by side."""
-    from dsbs.reporting.run import report_runs
+    from dsbs.reporting.run import write_report
 
     folders, target = _folders(runs, out)
-    written = report_runs(folders, out=target)
+    written = write_report(folders, out=target)
     if as_json:
         print_json(written.as_json())
     else:

@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from dsbs.config import Recipe, registry
 from dsbs.config.load import read_recorded
 from dsbs.config.terms import base_of
@@ -18,9 +16,9 @@ from dsbs.errors import UserError
 from dsbs.files import atomic_write
 from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent
 from dsbs.records.results import SystemResult
-from dsbs.records.rows import TrainedStudent
 from dsbs.records.summary import system_sentences
 from dsbs.reporting.runs import EvaluatedRun
+from dsbs.run_folder import read_student
 from dsbs.students import read_card
 from dsbs.tasks import make_task
 from dsbs.tasks.templates import fields_of
@@ -37,7 +35,7 @@ def write_cards(run: EvaluatedRun) -> list[Path]:
     paths = []
     for system in run.results.systems:
         for name in (name for name in run.members(system) if name in run.students):
-            path = run.path / "train" / name / "README.md"
+            path = run.folder.student(name) / "README.md"
             if is_own_card(path):
                 with atomic_write(path) as file:
                     file.write(model_card(run, system, name))
@@ -63,14 +61,13 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader
 
-    folder = run.path / "train" / name
+    folder = run.folder.student(name)
     recipe = read_recorded({"recipe": run.recipe})
     if recipe is None:
-        raise UserError(f"{run.path}: recipe of another version", hint="run `dsbs eval` again")
-    try:
-        student = TrainedStudent.model_validate(run.students[name].get("student"))
-    except ValidationError:
-        raise UserError(f"{folder}: record of another version", hint="train it again") from None
+        raise UserError(
+            f"{run.folder.path}: recipe of another version", hint="run `dsbs eval` again"
+        )
+    student = read_student(folder)
     card = read_card(folder)
     base_model = recipe.train.init or recipe.student.model
     data_id = _hub_id(recipe.task.data.train)
@@ -97,7 +94,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         student=student,
         card=card,
         record=run.students[name],
-        train=recipe.train.tuned(student.tuned),
+        train=recipe.resolved_train.tuned(student.tuned),
         terms=terms,
         kinds=[
             registry.entry(registry.METHODS, base_of(student.method)),

@@ -50,7 +50,7 @@ from dsbs.reporting.tables import (
     recall_table,
     tuning_table,
 )
-from dsbs.run_folder import run_folder
+from dsbs.run_folder import RunFolder
 
 PAGE_BYTES = 3_000_000  # maximum size of the page
 _EXAMPLE_NOTES_BYTES = 1000  # reserved for the sentences about the examples
@@ -78,11 +78,16 @@ def report(recipe: Recipe, *, out: str | Path | None = None) -> Path:
 
     Raises UserError if the run was not evaluated.
     """
-    return report_runs([run_folder(recipe, out)]).page
+    return report_runs([RunFolder.of(recipe, out).path])
 
 
-def report_runs(folders: Sequence[str | Path], *, out: str | Path | None = None) -> Report:
-    """Report one or several run folders on one page.
+def report_runs(folders: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
+    """Write one page for one or several run folders and return its path. See ``write_report``."""
+    return write_report(folders, out=out).page
+
+
+def write_report(folders: Sequence[str | Path], *, out: str | Path | None = None) -> Report:
+    """Write the page of one or several run folders, and the files beside it.
 
     ``out`` is the folder to write to. Its default is the run folder of a single run, or
     ``runs/report-<names>`` for several. Raises UserError for a folder without results, and for one
@@ -91,17 +96,17 @@ def report_runs(folders: Sequence[str | Path], *, out: str | Path | None = None)
     paths = [Path(folder) for folder in folders]
     runs = load_runs(paths)
     if out is not None:
-        folder = Path(out)
+        folder = RunFolder(out)
     elif len(paths) == 1:
-        folder = paths[0]
+        folder = runs[0].folder
     else:
-        folder = Path("runs") / _joint_name(runs)
+        folder = RunFolder(Path("runs") / _joint_name(runs))
     figures = draw_figures(runs)
-    files = write_csv_files(runs, folder / "report")
-    files += write_figures(figures, folder / "report" / "figures")
+    files = write_csv_files(runs, folder.report)
+    files += write_figures(figures, folder.report / "figures")
     if len(runs) == 1:  # a report of several runs does not change their folders
         files += write_cards(runs[0])
-    page = folder / "report.html"
+    page = folder.path / "report.html"
     with atomic_write(page) as file:
         file.write(render(runs, figures))
     return Report(page, paths, files)

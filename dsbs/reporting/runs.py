@@ -15,17 +15,23 @@ from dsbs.config.load import recorded
 from dsbs.errors import UserError
 from dsbs.files import read_jsonl
 from dsbs.formatting import ABSENT
-from dsbs.records.compression import Compressed, read_compressed
-from dsbs.records.results import Results, SystemResult, read_results
+from dsbs.records.compression import Compressed
+from dsbs.records.results import Results, SystemResult
 from dsbs.records.rows import Prediction
-from dsbs.run_folder import annotation_file, read_annotations, read_manifest
+from dsbs.run_folder import (
+    TRAINING_RECORD,
+    RunFolder,
+    read_annotations,
+    read_student,
+    training_record,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedRun:
     """The records of a run folder."""
 
-    path: Path
+    folder: RunFolder
     name: str
     """The recipe's name, or what tells the run from others of that name on the same page."""
     results: Results
@@ -46,7 +52,7 @@ class EvaluatedRun:
 
     def predictions(self, member: str) -> dict[str, Prediction]:
         """A prediction file by row id; {} where a later evaluation has moved it away."""
-        path = self.path / "eval" / "predictions" / f"{member}.jsonl"
+        path = self.folder.predictions(member)
         if not path.is_file():
             return {}
         predictions = {}
@@ -61,14 +67,14 @@ class EvaluatedRun:
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         """The annotated rows' inputs by id, for prediction files without inputs; {} if absent."""
-        path = annotation_file(self.path, self.results.split)
+        path = self.folder.annotations(self.results.split)
         if not path.is_file():
             return {}
         return {row.id: row.input for row in read_annotations(path)}
 
     def metrics(self, student: str) -> Iterator[dict[str, Any]]:
         """The lines of a student's ``metrics.jsonl``."""
-        path = self.path / "train" / student / "metrics.jsonl"
+        path = self.folder.student(student) / "metrics.jsonl"
         if path.is_file():
             for _, row in read_jsonl(path):
                 yield row
@@ -76,19 +82,17 @@ class EvaluatedRun:
 
 def load_run(path: Path) -> EvaluatedRun:
     """Read a run folder. Raises UserError if it was not evaluated or a record is unreadable."""
-    results = read_results(path)
-    manifests = {stage: read_manifest(path / stage) for stage in ("annotate", "train", "eval")}
-    students = {}
-    for system in results.systems:
-        for seed in system.seeds:
-            name = f"{system.name}-s{seed}"
-            record = _student_record(path, name)
-            if record is not None:  # else it was moved away, and its predictions are enough
-                students[name] = record
-    compressed = read_compressed(path)
-    current = [record for record in compressed if _is_current(path, record)]
+    folder = RunFolder(path)
+    results = folder.read_results()
+    manifests = {stage: folder.manifest(stage) for stage in ("annotate", "train", "eval")}
+    names = [f"{system.name}-s{seed}" for system in results.systems for seed in system.seeds]
+    students = {  # one that was moved away is left out: its predictions are enough
+        name: training_record(folder.student(name)) for name in names if _is_trained(folder, name)
+    }
+    compressed = folder.read_compressed()
+    current = [record for record in compressed if _is_current(folder, record)]
     return EvaluatedRun(
-        path=path,
+        folder=folder,
         name=results.name,
         results=results,
         recipe=results.recipe or manifests["eval"].get("recipe", {}),
@@ -111,32 +115,16 @@ def load_runs(paths: Sequence[Path]) -> list[EvaluatedRun]:
     return [replace(run, name=title) for run, title in zip(runs, run_titles(runs), strict=True)]
 
 
-def _student_record(path: Path, student: str) -> dict[str, Any] | None:
-    """A student's ``train.json``; None if there is none. Raises UserError if it is unreadable."""
-    file = path / "train" / student / "train.json"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except ValueError:
-        raise UserError(f"{file} is not JSON", hint="train that student again") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{file} is not a student's record", hint="train that student again")
-    return record
+def _is_trained(folder: RunFolder, student: str) -> bool:
+    return (folder.student(student) / TRAINING_RECORD).is_file()
 
 
-def _is_current(path: Path, compressed: Compressed) -> bool:
+def _is_current(folder: RunFolder, compressed: Compressed) -> bool:
     """Whether its original still has the weights it was made from, or is gone."""
-    record = _student_record(path, compressed.student)
-    if record is None:
+    if not _is_trained(folder, compressed.student):
         return True
-    try:
-        return bool(record["student"]["fingerprint"] == compressed.fingerprint)
-    except (KeyError, TypeError):
-        file = path / "train" / compressed.student / "train.json"
-        raise UserError(
-            f"{file} is not a student's record", hint="train that student again"
-        ) from None
+    fingerprint = read_student(folder.student(compressed.student)).fingerprint
+    return fingerprint == compressed.fingerprint
 
 
 # --- names
@@ -145,7 +133,7 @@ def _is_current(path: Path, compressed: Compressed) -> bool:
 def run_titles(runs: Sequence[EvaluatedRun]) -> list[str]:
     """A distinct name for each run: the recipe's, or as much of the folder's path as it takes."""
     titles = [run.name for run in runs]
-    paths = [run.path.resolve().parts for run in runs]
+    paths = [run.folder.path.resolve().parts for run in runs]
     for depth in range(1, max(map(len, paths), default=0) + 1):
         counts = Counter(titles)
         if len(counts) == len(runs):

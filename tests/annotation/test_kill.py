@@ -17,6 +17,7 @@ from conftest import good_answer
 from loopback import LoopbackServer
 
 CONCURRENCY = 8
+KILLS = 6
 
 
 def start(path: Path, url: str, out: Path) -> subprocess.Popen[str]:
@@ -40,10 +41,10 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.005)
 
 
-def test_killed_at_ten_random_moments_a_run_ends_like_an_undisturbed_one(
+def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    moments = sorted(random.Random(20230503).sample(range(1, 118), 10))
+    moments = sorted(random.Random(20230503).sample(range(1, 118), KILLS))
     path = toy(train=120, test=4, annotate={"concurrency": CONCURRENCY})
     with LoopbackServer(good_answer, latency_s=0.05) as server:
         undisturbed = start(path, server.url, tmp_path / "undisturbed")
@@ -59,7 +60,7 @@ def test_killed_at_ten_random_moments_a_run_ends_like_an_undisturbed_one(
         last = start(path, server.url, tmp_path / "run")
         assert last.communicate(timeout=120) and last.returncode == 0
         # only replies in flight when the process died may be requested again
-        assert server.requests - 124 <= 10 * CONCURRENCY
+        assert server.requests - 124 <= KILLS * CONCURRENCY
         store = sqlite3.connect(tmp_path / "run" / "annotate" / "replies.sqlite")
         assert store.execute("SELECT count(*) FROM replies").fetchone() == (124,)
     for split in ("train", "test"):

@@ -13,8 +13,10 @@ import pytest
 from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer, completion, question, read_rows
 
-from dsbs import PartialError, annotate, load_recipe
+from dsbs import PartialError, UserError, annotate, load_recipe
 from dsbs.annotation.planning import pilot, plan, stratified
+from dsbs.annotation.run import merge
+from dsbs.annotation.shards import Shard
 from dsbs.records.rows import Example
 
 
@@ -228,32 +230,23 @@ def test_shards_divide_the_rows_and_merge_into_the_same_bytes(
     path = toy(train=60, test=12)
     with LoopbackServer(good_answer) as server:
         url = f"teacher.base_url={server.url}"
-        assert run_dsbs("annotate", str(path), url, "--out", "whole", cwd=tmp_path).returncode == 0
-        for shard in ("1/3", "3/3"):
-            assert (
-                run_dsbs(
-                    "annotate", str(path), url, "--out", "run", "--shard", shard, cwd=tmp_path
-                ).returncode
-                == 0
-            )
+        recipe = load_recipe(path, [url])
+        annotate(recipe, out=tmp_path / "whole")
+        for number in (1, 3):
+            annotate(recipe, out=tmp_path / "run", shard=Shard(number, 3))
         early = run_dsbs("merge", str(path), "--set", url, "--out", "run", cwd=tmp_path)
         assert early.returncode == 3 and "rows got no reply" in early.stderr
-        assert (
-            run_dsbs(
-                "annotate", str(path), url, "--out", "run", "--shard", "2/3", cwd=tmp_path
-            ).returncode
-            == 0
-        )
+        second = ["--out", "run", "--shard", "2/3"]
+        assert run_dsbs("annotate", str(path), url, *second, cwd=tmp_path).returncode == 0
         assert server.requests == 144, "each row once by each of the two runs"
-        merged = run_dsbs("merge", str(path), "--set", url, "--out", "run", "--json", cwd=tmp_path)
-        assert merged.returncode == 0, merged.stderr
+        merged = merge(recipe, out=tmp_path / "run")
         assert server.requests == 144
-    assert json.loads(merged.stdout)["splits"]["train"]["accepted"] == 60
+    assert merged.splits["train"].accepted == 60
     for split in ("train", "test"):
         files = [tmp_path / run / "annotate" / f"{split}.jsonl" for run in ("run", "whole")]
         assert files[0].read_bytes() == files[1].read_bytes()
-    parts = [read_rows(tmp_path / "run" / "shards" / f"{i}-of-3") for i in (1, 2, 3)]
-    assert sum(map(len, parts)) == 60 and all(parts)
+    shards = [read_rows(tmp_path / "run" / "shards" / f"{i}-of-3") for i in (1, 2, 3)]
+    assert sum(map(len, shards)) == 60 and all(shards)
 
 
 def test_a_shard_does_not_buy_replies_that_the_run_has(
@@ -263,23 +256,14 @@ def test_a_shard_does_not_buy_replies_that_the_run_has(
     with LoopbackServer(good_answer) as server:
         url = f"teacher.base_url={server.url}"
         annotate(load_recipe(path, [url]), out=tmp_path / "run")
-        assert (
-            run_dsbs(
-                "annotate", str(path), url, "--out", "run", "--shard", "1/2", cwd=tmp_path
-            ).returncode
-            == 0
-        )
+        annotate(load_recipe(path, [url]), out=tmp_path / "run", shard=Shard(1, 2))
         assert server.requests == 24
 
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "x", "1/0", "1"])
-def test_a_shard_that_does_not_exist_is_a_usage_error(
-    toy: Callable[..., Path], tmp_path: Path, shard: str
-) -> None:
-    result = run_dsbs("annotate", str(toy()), "--shard", shard, cwd=tmp_path)
-    assert (
-        result.returncode == 2 and "--shard" in result.stderr and "Traceback" not in result.stderr
-    )
+def test_a_shard_that_does_not_exist_is_a_usage_error(shard: str) -> None:
+    with pytest.raises(UserError, match=f"--shard {shard}"):
+        Shard.parse(shard)
 
 
 def test_merging_without_shards_is_an_error(toy: Callable[..., Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,16 @@ import pytest
 from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
 
-from dsbs import load_recipe
-from dsbs.annotation.shards import Shard, shard_recipe
+from dsbs import PartialError, UserError, annotate, load_recipe
+from dsbs.annotation.shards import (
+    Shard,
+    ShardResult,
+    check_resources,
+    combine_results,
+    run_shard,
+    shard_recipe,
+)
+from dsbs.annotation.summary import SplitSummary
 
 
 def test_limits_are_split_among_the_shards(toy: Callable[..., Path]) -> None:
@@ -42,48 +51,54 @@ def test_a_run_on_ray_writes_the_same_files(toy: Callable[..., Path], tmp_path: 
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     path = toy(train=40, test=8)
     with LoopbackServer(good_answer) as server:
-        url = f"teacher.base_url={server.url}"
-        assert run_dsbs("annotate", str(path), url, "--out", "alone", cwd=tmp_path).returncode == 0
-        ray = ["annotate.engine=ray", "annotate.ray={shards: 2, cpus_per_shard: 0.5}"]
-        result = run_dsbs("annotate", str(path), url, *ray, "--out", "run", "--json", cwd=tmp_path)
+        recipe = load_recipe(path, [f"teacher.base_url={server.url}"])
+        annotate(recipe, out=tmp_path / "local")
+        result = run_dsbs(
+            "annotate",
+            str(path),
+            f"teacher.base_url={server.url}",
+            "annotate.engine=ray",
+            "annotate.ray={shards: 2, cpus_per_shard: 0.5}",
+            "--out",
+            "run",
+            "--json",
+            cwd=tmp_path,
+        )
         assert result.returncode == 0, result.stderr
         assert server.requests == 96
-        again = run_dsbs("annotate", str(path), url, "--out", "run", "--json", cwd=tmp_path)
-        assert again.returncode == 0 and server.requests == 96, "the joined store has all of it"
+        annotate(recipe, out=tmp_path / "run")
+        assert server.requests == 96, "the merged store has all replies"
     summary = json.loads(result.stdout)["splits"]["train"]
     assert (summary["accepted"], summary["requests"], summary["cached"]) == (40, 40, 0)
     for split in ("train", "test"):
-        files = [tmp_path / run / "annotate" / f"{split}.jsonl" for run in ("run", "alone")]
+        files = [tmp_path / run / "annotate" / f"{split}.jsonl" for run in ("run", "local")]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_needing_more_than_the_cluster_has_is_an_error_at_once(
-    toy: Callable[..., Path], tmp_path: Path
-) -> None:
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    ray = ["annotate.engine=ray", "annotate.ray={shards: 1, cpus_per_shard: 640}"]
-    result = run_dsbs(
-        "annotate",
-        str(toy()),
-        "teacher.base_url=http://127.0.0.1:9/v1",
-        *ray,
-        cwd=tmp_path,
-        timeout=60,
-    )
-    assert result.returncode == 2 and "cpus_per_shard: 640" in result.stderr
+def test_needing_more_than_the_cluster_has_is_an_error_at_once(toy: Callable[..., Path]) -> None:
+    recipe = load_recipe(toy(), ["annotate.ray={shards: 1, cpus_per_shard: 640}"])
+    with pytest.raises(UserError, match="cpus_per_shard: 640, and the whole cluster has 2 CPU"):
+        check_resources({"CPU": 2.0}, recipe)
 
 
-def test_a_failure_on_a_worker_is_reported_as_on_this_machine(
-    toy: Callable[..., Path], tmp_path: Path
+def test_a_failure_on_a_worker_is_raised_by_the_driver(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    ray = ["annotate.engine=ray", "annotate.ray={shards: 1, cpus_per_shard: 0.5}"]
+    monkeypatch.chdir(tmp_path)
     with LoopbackServer(lambda body, number: (401, {}, b"{}")) as server:
-        result = run_dsbs(
-            "annotate", str(toy()), f"teacher.base_url={server.url}", *ray, cwd=tmp_path
+        recipe = load_recipe(toy(), [f"teacher.base_url={server.url}"])
+        failed = run_shard(
+            annotate, recipe, str(tmp_path / "run"), str(tmp_path), Shard(1, 2), False
         )
-    assert (
-        result.returncode == 2
-        and "does not accept the key" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    failed = pickle.loads(pickle.dumps(failed))
+    with pytest.raises(UserError, match="does not accept the key"):
+        combine_results([ShardResult(Shard(2, 2), {}), failed])
+
+
+def test_shards_that_can_be_continued_are_counted_and_their_first_error_returned() -> None:
+    partial = (PartialError.exit_code, "no credit", "pay")
+    done = ShardResult(Shard(1, 2), {"train": SplitSummary(requests=3, wall_s=2.0)})
+    stopped = ShardResult(Shard(2, 2), {"train": SplitSummary(requests=4, wall_s=1.0)}, partial)
+    requested, error = combine_results([done, stopped])
+    assert (requested["train"].requests, requested["train"].wall_s) == (7, 2.0)
+    assert error is not None and error.problem == "no credit"

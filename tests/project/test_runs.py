@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import run_dsbs
-from reporting.made_run import make_run
+from reporting.sample_run import make_run
 
 from dsbs.config.load import load_recipe
 from dsbs.errors import UserError

@@ -1,4 +1,4 @@
-"""The page in a browser: what a reader sees, hears of, and can do with the keyboard."""
+"""The page in a browser: layout, contrast, escaped text, filters, keyboard and printing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import make_run
+from sample_run import make_run
 
 from dsbs.reporting.run import PAGE_BYTES, report_runs
 
@@ -28,31 +28,41 @@ HOSTILE = {
     4: "word " * 4000,
     5: "nul \x00 bell \x07 del \x7f",
 }
-# Text of which a reader sees too little: under 4.5 to its background (WCAG 2.2, 1.4.3).
-CONTRAST = """() => {
-  const channel = (c) => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
-  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+# Texts with a contrast below 4.5 to their background (WCAG 2.2, 1.4.3).
+LOW_CONTRAST = """() => {
+  const channel = (c) => {
+    c /= 255;
+    return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  };
+  const luminance = ([r, g, b]) =>
+    0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
-  const ground = (one) => { for (; one; one = one.parentElement) {
-    const found = rgb(getComputedStyle(one).backgroundColor); if (found.length < 4 || found[3] > 0) return found; } };
+  const background = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = rgb(getComputedStyle(node).backgroundColor);
+      if (color.length < 4 || color[3] > 0) return color;
+    }
+  };
   const low = [];
-  for (const one of document.querySelectorAll("body *:not(script)")) {
-    const own = [...one.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-    if (!own || one.closest("svg, :disabled, .skip") || !one.checkVisibility()) continue;
-    const [a, b] = [light(rgb(getComputedStyle(one).color)), light(ground(one))].sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < 4.5) low.push([one.textContent.trim().slice(0, 40), (a + 0.05) / (b + 0.05)]);
+  for (const node of document.querySelectorAll("body *:not(script)")) {
+    const hasText = [...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!hasText || node.closest("svg, :disabled, .skip") || !node.checkVisibility()) continue;
+    const levels = [rgb(getComputedStyle(node).color), background(node)].map(luminance);
+    const contrast = (Math.max(...levels) + 0.05) / (Math.min(...levels) + 0.05);
+    if (contrast < 4.5) low.push([node.textContent.trim().slice(0, 40), contrast]);
   }
   return low;
 }"""
+OPEN_ALL = "document.querySelectorAll('details').forEach((node) => { node.open = true; })"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
+    program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         pytest.skip(f"no browser on this machine ({', '.join(names)})")
-    expect.set_options(timeout=60_000)  # whatever else runs on the machine
+    expect.set_options(timeout=60_000)  # for a busy machine
     with sync_playwright() as playwright:
         flags = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=program, args=flags)
@@ -63,27 +73,30 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    return report_runs([make_run(folder / "made", texts=HOSTILE)]).page
+    return report_runs([make_run(folder / "sample", texts=HOSTILE)])
 
 
 @contextmanager
-def opened(
+def open_page(
     browser: Browser, path: Path, width: int = 1280, scheme: str = "light"
 ) -> Iterator[Page]:
-    """The page, its examples unpacked; nothing may be asked of elsewhere, nothing complain, nothing pop up."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+    """A loaded page. It may not request anything else, log to the console or open a dialog."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900},
+        color_scheme=scheme,  # type: ignore[arg-type]
+    )
     page = context.new_page()
     requests: list[str] = []
-    complaints: list[str] = []
+    messages: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (complaints.append("a dialog"), dialog.dismiss()))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("dialog", lambda dialog: (messages.append("dialog"), dialog.dismiss()))
     page.goto(path.as_uri())
     expect(page.locator("#browser")).to_be_visible()
     yield page
     assert requests == [path.as_uri()]
-    assert complaints == []
+    assert messages == []
     context.close()
 
 
@@ -92,13 +105,13 @@ def opened(
 def test_the_page_fits_its_window_and_can_be_read(
     browser: Browser, report: Path, width: int, scheme: str
 ) -> None:
-    with opened(browser, report, width, scheme) as page:
-        page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    with open_page(browser, report, width, scheme) as page:
+        page.evaluate(OPEN_ALL)
         expect(page.locator("#rows .row")).to_have_count(50)
         assert page.evaluate("document.documentElement.scrollWidth") == width, (
-            "the page's body does not scroll sideways"
+            "the page does not scroll sideways"
         )
-        assert page.evaluate(CONTRAST) == []
+        assert page.evaluate(LOW_CONTRAST) == []
         red, green, blue = page.evaluate(
             "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
         )
@@ -106,48 +119,50 @@ def test_the_page_fits_its_window_and_can_be_read(
 
 
 def test_text_from_data_is_shown_as_text(browser: Browser, report: Path) -> None:
-    with opened(browser, report) as page:
+    with open_page(browser, report) as page:
         for number, text in HOSTILE.items():
             row = page.locator("#rows > li").nth(number)
             row.locator("summary").click()
             shown = text.replace("\x00", "\\x00").replace("\x07", "\\x07").replace("\x7f", "\\x7f")
-            for place in (row.locator(".fields .text").first, row.locator(".reasons .text").first):
-                assert place.evaluate("(one) => one.textContent") == shown
-                assert place.evaluate("(one) => getComputedStyle(one).unicodeBidi") == "isolate"
+            for column in (".fields", ".reasons"):
+                cell = row.locator(f"{column} .text").first
+                assert cell.evaluate("(node) => node.textContent") == shown
+                assert cell.evaluate("(node) => getComputedStyle(node).unicodeBidi") == "isolate"
         assert page.locator("#browser img, #browser script").count() == 0
         first, second = page.locator("#row-3 .excerpt bdi").all()
-        places = first.bounding_box(), second.bounding_box()
-        assert places[0] and places[1] and places[0]["x"] < places[1]["x"], (
-            "a text that turns its direction turns no other"
-        )
+        first_box = first.bounding_box()
+        second_box = second.bounding_box()
+        assert first_box and second_box
+        assert first_box["x"] < second_box["x"], "a text does not turn its neighbours"
 
 
 def test_filters_and_search_choose_rows(browser: Browser, report: Path) -> None:
-    with opened(browser, report) as page:
-        counted = page.locator("#row-count")
-        expect(counted).to_have_text("60 of 60 rows")
-        many = {
+    with open_page(browser, report) as page:
+        row_count = page.locator("#row-count")
+        expect(row_count).to_have_text("60 of 60 rows")
+        counts = {
             name: int(page.inner_text(f"#many-{name}"))
             for name in ("wins", "losses", "both-wrong", "both-right")
         }
-        assert sum(many.values()) == 60, "every row is of one of the four kinds"
+        assert sum(counts.values()) == 60, "every row is of exactly one kind"
         page.get_by_label("wins").check()
-        expect(counted).to_have_text(f"{many['wins']} of 60 rows")
-        swapped = page.locator("#first").input_value(), page.locator("#second").input_value()
-        page.select_option("#first", swapped[1])
-        page.select_option("#second", swapped[0])
-        expect(counted).to_have_text(f"{many['losses']} of 60 rows")
+        expect(row_count).to_have_text(f"{counts['wins']} of 60 rows")
+        first = page.locator("#first").input_value()
+        second = page.locator("#second").input_value()
+        page.select_option("#first", second)
+        page.select_option("#second", first)
+        expect(row_count).to_have_text(f"{counts['losses']} of 60 rows")
         page.locator("input[value=all]").check()
         page.fill("#query", "DOG 17")
-        expect(counted).to_have_text("1 of 60 rows")
+        expect(row_count).to_have_text("1 of 60 rows")
         expect(page.locator("#rows summary")).to_contain_text("A dog number 17")
-        page.fill("#query", "nothing has this")
-        expect(counted).to_have_text("0 of 60 rows")
+        page.fill("#query", "no row has this")
+        expect(row_count).to_have_text("0 of 60 rows")
         expect(page.locator("#rows > li")).to_have_count(0)
 
 
-def test_filters_show_what_they_say(browser: Browser, report: Path) -> None:
-    with opened(browser, report) as page:
+def test_a_filter_shows_matching_rows(browser: Browser, report: Path) -> None:
+    with open_page(browser, report) as page:
         page.get_by_label("teacher wrong").check()
         assert int(page.inner_text("#many-teacher-wrong")) > 0
         page.locator("#rows summary").first.click()
@@ -160,14 +175,14 @@ def test_filters_show_what_they_say(browser: Browser, report: Path) -> None:
             )
         )
         assert "✗" in answers["teacher"] and "✓" in answers["step-by-step-gold"]
-        assert lines.first.locator("td").last.inner_text().endswith("%"), "the probability is told"
+        assert lines.first.locator("td").last.inner_text().endswith("%"), "a probability"
 
 
-def test_the_examples_are_worked_by_keyboard(browser: Browser, report: Path) -> None:
-    with opened(browser, report) as page:
+def test_the_examples_are_usable_by_keyboard(browser: Browser, report: Path) -> None:
+    with open_page(browser, report) as page:
 
-        def focused(what: str) -> Any:
-            return page.evaluate(f"document.activeElement.{what}")
+        def focused(expression: str) -> Any:
+            return page.evaluate(f"document.activeElement.{expression}")
 
         page.keyboard.press("Tab")
         assert focused("className") == "skip"
@@ -179,7 +194,7 @@ def test_the_examples_are_worked_by_keyboard(browser: Browser, report: Path) -> 
         page.keyboard.press("/")
         assert focused("id") == "query"
         page.keyboard.type("jk/")
-        assert page.input_value("#query") == "jk/", "in a field letters are letters"
+        assert page.input_value("#query") == "jk/", "shortcuts do not apply in a field"
         page.fill("#query", "")
         page.keyboard.press("Escape")
         assert focused("closest('li').id") == "row-0"
@@ -190,7 +205,7 @@ def test_the_examples_are_worked_by_keyboard(browser: Browser, report: Path) -> 
         page.keyboard.press("Enter")
         expect(page.locator("#row-1 .row")).to_be_visible()
         style = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-        assert style == "solid", f"{style}: where the focus is can be seen"
+        assert style == "solid", "the focus is visible"
         page.locator("#row-49 summary").focus()
         page.keyboard.press("j")
         assert focused("closest('li').id") == "row-50"
@@ -200,7 +215,7 @@ def test_the_examples_are_worked_by_keyboard(browser: Browser, report: Path) -> 
 
 
 @pytest.mark.slow
-def test_ten_thousand_examples_fit_and_are_all_reached(browser: Browser, tmp_path: Path) -> None:
+def test_ten_thousand_examples_fit_and_can_be_reached(browser: Browser, tmp_path: Path) -> None:
     draw = random.Random(0)
     vocabulary = [
         "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9)))
@@ -214,9 +229,9 @@ def test_ten_thousand_examples_fit_and_are_all_reached(browser: Browser, tmp_pat
     run = make_run(
         tmp_path / "run", rows=10_000, seeds=(0,), texts={9_999: "the very last row"}, prose=prose
     )
-    path = report_runs([run]).page
+    path = report_runs([run])
     assert path.stat().st_size < PAGE_BYTES
-    with opened(browser, path) as page:
+    with open_page(browser, path) as page:
         expect(page.locator("#row-count")).to_have_text("10,000 of 10,000 rows")
         expect(page.locator("#page-number")).to_have_text("page 1 of 200")
         expect(page.locator("#rows > li")).to_have_count(50)
@@ -226,8 +241,8 @@ def test_ten_thousand_examples_fit_and_are_all_reached(browser: Browser, tmp_pat
         assert page.locator("#rows .fields .text").first.inner_text() == "the very last row"
 
 
-def test_on_paper_all_is_open_but_the_examples(browser: Browser, report: Path) -> None:
-    with opened(browser, report, scheme="dark") as page:
+def test_printing_opens_everything_and_hides_the_examples(browser: Browser, report: Path) -> None:
+    with open_page(browser, report, scheme="dark") as page:
         page.emulate_media(media="print", color_scheme="dark")
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
         assert page.evaluate("document.querySelectorAll('details.printed:not([open])').length") == 0
@@ -235,7 +250,7 @@ def test_on_paper_all_is_open_but_the_examples(browser: Browser, report: Path) -
         assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
 
 
-def test_without_scripts_the_page_says_where_the_examples_are(
+def test_without_scripts_the_page_says_where_the_predictions_are(
     browser: Browser, report: Path
 ) -> None:
     context = browser.new_context(java_script_enabled=False)

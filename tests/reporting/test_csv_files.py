@@ -1,21 +1,34 @@
-"""The tables on disk hold every number of the results, and no spreadsheet runs what data put into them."""
+"""CSV files hold every number of the results, and no spreadsheet evaluates their text."""
 
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import make_run
+from sample_run import change_results, make_run
 
 from dsbs.reporting.csv_files import write_csv_files
 from dsbs.reporting.runs import EvaluatedRun, load_run
 
-HOSTILE = [
-    "=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1", 'two\nlines, "quoted"', "ü 漢字 \u202e", "a\x00b", "＝1",
-]  # fmt: skip
+HOSTILE = {  # label -> cell
+    "=HYPERLINK(1)": "'=HYPERLINK(1)",
+    "+1": "'+1",
+    "-1": "'-1",
+    "@SUM(A1)": "'@SUM(A1)",
+    "\t=1": "'\t=1",
+    'two\nlines, "quoted"': 'two\nlines, "quoted"',
+    "ü 漢字 \u202e": "ü 漢字 \u202e",
+    "a\x00b": "a\ufffdb",
+    "＝1": "'＝1",
+}
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory: pytest.TempPathFactory) -> EvaluatedRun:
+    """A run that no test changes."""
+    return load_run(make_run(tmp_path_factory.mktemp("shared") / "sample"))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -23,89 +36,93 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> EvaluatedRun:
-    return load_run(make_run(tmp_path / "run", rows=12))
+def write(runs: list[EvaluatedRun], folder: Path) -> dict[str, list[dict[str, str]]]:
+    return {path.stem: read(path) for path in write_csv_files(runs, folder)}
 
 
-def test_every_number_comes_back(run: EvaluatedRun, tmp_path: Path) -> None:
-    paths = write_csv_files([run], tmp_path / "report")
-    assert [path.name for path in paths] == [
-        "systems.csv", "comparisons.csv", "curve.csv", "metrics.csv", "compressed.csv",
-    ]  # fmt: skip
-    systems, comparisons, curve, metrics, _ = paths
-
-    by_name = {row["system"]: row for row in read(systems)}
-    assert list(by_name) == [system.name for system in run.results.systems]
-    for system in run.results.systems:
-        row = by_name[system.name]
+def test_systems_have_their_numbers(shared_run: EvaluatedRun, tmp_path: Path) -> None:
+    rows = {row["system"]: row for row in write([shared_run], tmp_path)["systems"]}
+    assert list(rows) == [system.name for system in shared_run.results.systems]
+    for system in shared_run.results.systems:
+        row = rows[system.name]
         assert float(row["accuracy"]) == system.accuracy
         assert (float(row["accuracy_low"]), float(row["accuracy_high"])) == system.ci95
-        assert row["parameters"] == ("" if system.parameters is None else str(system.parameters))
+        assert row["parameters"] == str(system.parameters or "")
         assert float(row["metric_macro_f1"]) == system.metrics["macro_f1"].value
-    assert (
-        by_name["teacher"]["usd_per_prediction"] == "0.0004" and by_name["teacher"]["seeds"] == ""
-    )
-    student = by_name["step-by-step-gold-n0.5"]
+    assert rows["teacher"]["usd_per_prediction"] == "0.0004"
+    assert rows["teacher"]["seeds"] == ""
+    student = rows["step-by-step-gold-n0.5"]
     assert (student["subset"], student["training_rows"], student["seeds"]) == ("0.5", "400", "0 1")
-    assert (student["batch_1_p50_ms"], student["batch_64_p95_ms"], student["batch_1_device"]) == (
-        "9.0",
-        "120.0",
-        "cpu",
-    )
+    assert student["batch_1_p50_ms"] == "9.0"
+    assert student["batch_64_p95_ms"] == "120.0"
+    assert student["batch_1_device"] == "cpu"
 
-    (first, *others) = read(comparisons)
-    assert (first["system"], first["against"], first["delta"], first["reliable"]) == (
-        "distill-teacher", "finetune-gold", "-0.03", "no",
-    )  # fmt: skip
-    assert others[0]["reliable"] == "yes" and others[0]["p_holm"] == "0.036" and len(others) == 5
 
-    drawn = [(row["method"], row["rows"]) for row in read(curve)]
-    assert drawn == [
+def test_comparisons_have_their_numbers(shared_run: EvaluatedRun, tmp_path: Path) -> None:
+    rows = write([shared_run], tmp_path)["comparisons"]
+    assert len(rows) == 6
+    first, second = rows[:2]
+    assert (first["system"], first["against"]) == ("distill-teacher", "finetune-gold")
+    assert (first["delta"], first["reliable"]) == ("-0.03", "no")
+    assert (second["p_holm"], second["reliable"]) == ("0.036", "yes")
+    assert (second["wins"], second["losses"]) == ("9", "4")
+
+
+def test_the_curve_has_every_share_of_the_rows(shared_run: EvaluatedRun, tmp_path: Path) -> None:
+    rows = write([shared_run], tmp_path)["curve"]
+    assert [(row["method"], row["rows"]) for row in rows] == [
         (method, rows)
         for method in ("distill", "finetune", "step-by-step")
         for rows in ("200", "400", "800")
     ]
 
-    of_student = [row for row in read(metrics) if row["system"] == "step-by-step-gold"]
-    assert [(row["metric"], row["label"], row["seed"]) for row in of_student] == [
-        ("accuracy", "", ""), ("accuracy", "", "0"), ("accuracy", "", "1"), ("exact_match", "", ""), ("macro_f1", "", ""),
-        ("ece", "", ""), ("recall", "entailment", ""), ("recall", "neutral", ""), ("recall", "contradiction", ""),
-    ]  # fmt: skip
-    assert of_student[5]["value"] == "0.12" and of_student[5]["value_low"] == ""
 
-
-def test_text_of_data_is_no_formula_and_stays_in_its_cell(
-    run: EvaluatedRun, tmp_path: Path
-) -> None:
-    path = run.path / "eval" / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    some = {"value": -0.5, "ci95": None, "n": 3}
-    results["systems"] = [
-        results["systems"][0] | {"recall": dict.fromkeys(HOSTILE, some), "metrics": {"=m": some}}
+def test_metrics_have_a_row_for_each_value(shared_run: EvaluatedRun, tmp_path: Path) -> None:
+    rows = [
+        row
+        for row in write([shared_run], tmp_path)["metrics"]
+        if row["system"] == "step-by-step-gold"
     ]
-    path.write_text(json.dumps(results), encoding="utf-8")
-    tables = {
-        path.name: path for path in write_csv_files([load_run(run.path)], tmp_path / "report")
-    }
-    rows = [row for row in read(tables["metrics.csv"]) if row["metric"] == "recall"]
-    assert [row["label"] for row in rows] == [
-        "'=HYPERLINK(1)", "'+1", "'-1", "'@SUM(A1)", "'\t=1", 'two\nlines, "quoted"', "ü 漢字 \u202e", "a\ufffdb", "'＝1",
-    ]  # fmt: skip
-    assert {row["value"] for row in rows} == {"-0.5"}, "a negative number stays one"
-    assert "metric_=m" in read(tables["systems.csv"])[0]
-    assert tables["comparisons.csv"].read_text(encoding="utf-8") == "", "nothing is compared"
+    assert [(row["metric"], row["label"], row["seed"]) for row in rows] == [
+        ("accuracy", "", ""),
+        ("accuracy", "", "0"),
+        ("accuracy", "", "1"),
+        ("exact_match", "", ""),
+        ("macro_f1", "", ""),
+        ("ece", "", ""),
+        ("recall", "entailment", ""),
+        ("recall", "neutral", ""),
+        ("recall", "contradiction", ""),
+    ]
+    assert rows[5]["value"] == "0.12"
+    assert rows[5]["value_low"] == ""
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_text_from_data_is_not_a_formula_and_stays_in_its_cell(tmp_path: Path) -> None:
+    def add_hostile_names(results: dict[str, Any]) -> None:
+        measure = {"value": -0.5, "ci95": None, "n": 3}
+        recall = dict.fromkeys(HOSTILE, measure)
+        teacher = results["systems"][0]
+        results["systems"] = [teacher | {"recall": recall, "metrics": {"=m": measure}}]
+
+    tables = write([change_results(make_run(tmp_path / "run"), add_hostile_names)], tmp_path)
+    rows = [row for row in tables["metrics"] if row["metric"] == "recall"]
+    assert [row["label"] for row in rows] == list(HOSTILE.values())
+    assert {row["value"] for row in rows} == {"-0.5"}, "a negative number stays a number"
+    assert "metric_=m" in tables["systems"][0]
+    assert (tmp_path / "comparisons.csv").read_text(encoding="utf-8") == ""
+
+
+def test_runs_of_equal_name_are_distinguished(tmp_path: Path) -> None:
     runs = [
-        load_run(make_run(tmp_path / place / "demo", name="demo", rows=6, subsets=(1.0,)))
-        for place in ("old", "new")
+        load_run(make_run(tmp_path / parent / "demo", name="demo", rows=6, subsets=(1.0,)))
+        for parent in ("old", "new")
     ]
-    systems, *_ = write_csv_files(runs, tmp_path / "report")
-    assert {row["run"] for row in read(systems)} == {"old/demo", "new/demo"}
+    rows = write(runs, tmp_path / "report")["systems"]
+    assert {row["run"] for row in rows} == {"old/demo", "new/demo"}
 
 
-def test_equal_results_give_equal_files(run: EvaluatedRun, tmp_path: Path) -> None:
-    first, second = (write_csv_files([run], tmp_path / place) for place in ("a", "b"))
+def test_equal_results_give_equal_files(shared_run: EvaluatedRun, tmp_path: Path) -> None:
+    first = write_csv_files([shared_run], tmp_path / "a")
+    second = write_csv_files([shared_run], tmp_path / "b")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 from conftest import ROOT
-from made_run import make_run
+from sample_run import make_run
 
 from dsbs.reporting.run import report_runs
 

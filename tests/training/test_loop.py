@@ -190,14 +190,12 @@ def test_the_last_step_is_looked_at_whatever_eval_every_divides(
 def test_a_kill_between_the_last_step_and_the_saved_student_costs_no_step(
     annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dsbs.training import folder as folders
+    from dsbs.training import student_folder
 
-    recipe, folder = (
-        annotated("train.methods=finetune"),
-        tmp_path / "run" / "train" / "finetune-gold-s0",
-    )
+    recipe = annotated("train.methods=finetune")
+    folder = tmp_path / "run" / "train" / "finetune-gold-s0"
     with monkeypatch.context() as patch:
-        patch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(student_folder.shutil, "rmtree", lambda *args, **kwargs: None)
         train(recipe, out=tmp_path / "run")
     first, steps = weights(folder), lines(folder / "metrics.jsonl")
     (folder / "train.json").unlink()

@@ -61,7 +61,7 @@ def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
     order = sorted(
         methods, key=lambda title: (title in teachers, *_legend_key(methods[title]), title)
     )
-    colors = _method_colors()
+    colors = {name: registry.entry(registry.METHODS, name).colour for name in registry.METHODS}
     free = _free_styles(set(colors.values()))
     stars: dict[str, list[int]] = {}  # by base method
     styled: set[str] = set()
@@ -82,15 +82,6 @@ def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
             styles[title] = replace(next(free), title=title)
         styled.add(method)
     return styles
-
-
-def _method_colors() -> dict[str, str]:
-    """The colour of each registered method, from its record."""
-    colors = {}
-    for number, name in enumerate(registry.METHODS):
-        record = registry.entry(registry.METHODS, name)
-        colors[name] = getattr(record, "colour", _PALETTE[number % len(_PALETTE)])
-    return colors
 
 
 def _legend_key(method: str) -> tuple[int, int]:

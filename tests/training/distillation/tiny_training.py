@@ -49,8 +49,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
 
 def term(title: str) -> Term:
     """A term by its title in ``ENTRIES``."""
-    made: Term = entry(TERMS, ENTRIES[title]["kind"]).model_validate(ENTRIES[title])
-    return made
+    kind: type[Term] = entry(TERMS, ENTRIES[title]["kind"])
+    return kind.model_validate(ENTRIES[title])
 
 
 def tiny_t5(width: int = 16, layers: int = 2, seed: int = 0) -> Any:
