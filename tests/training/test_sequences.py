@@ -257,10 +257,13 @@ def losses_by_step(folder: Path) -> dict[int, dict[str, float]]:
 def test_a_seed_that_is_missing_is_named_by_its_part_of_the_data(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    from dsbs.evaluation.run import _missing, trained_students
+    from dsbs.evaluation.run import missing_students
+    from dsbs.run_folder import RunFolder
 
     part = ["train.methods=finetune", "train.subset=0.5", "train.max_steps=1"]
     train(annotated(*part), out=tmp_path / "run")
-    students = trained_students(tmp_path / "run")
-    assert _missing(annotated(*part), students) == []
-    assert _missing(annotated(*part, "train.seeds=[0, 1]"), students) == ["finetune-gold-n0.5-s1"]
+    students = RunFolder(tmp_path / "run").students()
+    assert missing_students(annotated(*part), students) == []
+    assert missing_students(annotated(*part, "train.seeds=[0, 1]"), students) == [
+        "finetune-gold-n0.5-s1"
+    ]
