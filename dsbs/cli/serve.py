@@ -11,7 +11,7 @@ import typer
 from dsbs.cli.common import Json, print_json
 
 if TYPE_CHECKING:
-    from dsbs.serving.run import Ready
+    from dsbs.serving.run import ServerInfo
 
 
 class Reply(StrEnum):
@@ -101,14 +101,14 @@ def serve(
         drain_s=drain_s,
     )
 
-    def announce(server: Ready) -> None:
+    def announce(server: ServerInfo) -> None:
         _announce(server, as_json)
 
     run(student, settings, announce, host=host, port=port, token_env=token_env, threads=threads)
 
 
-def _announce(server: Ready, as_json: bool) -> None:
-    if server.exposed:
+def _announce(server: ServerInfo, as_json: bool) -> None:
+    if server.is_exposed:
         print(
             "warning: serving beyond this machine without authentication; pass --token-env",
             file=sys.stderr,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.compression.source import SourceStudent
-from dsbs.config import LabelSource, Recipe, TrainSection, base_of
+from dsbs.config import LabelSource, Recipe, ResolvedTrainSection, base_of
 from dsbs.errors import UserError
 from dsbs.progress import Progress
 from dsbs.students import load_tokenizer, read_card, start_token
@@ -37,8 +37,8 @@ class FineTuneData:
         self._origin, self._progress, self._needs_train = origin, progress, needs_train
         student = origin.student
         plain = base_of(student.method)
-        section = origin.recipe.train.tuned(student.tuned)
-        self.section: TrainSection = section.model_copy(
+        section = origin.recipe.resolved_train.tuned(student.tuned)
+        self.section: ResolvedTrainSection = section.model_copy(
             update={
                 "methods": (plain,),
                 "lora": None,

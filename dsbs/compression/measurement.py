@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dsbs.config import Recipe
-from dsbs.evaluation.latency import timed
+from dsbs.evaluation.latency import time_models, timing_budget
 from dsbs.progress import Progress, running
 from dsbs.records.compression import Measurement
 from dsbs.records.results import BATCH_SIZES, Latency
@@ -22,6 +22,7 @@ class Evaluator:
         self._inputs = [data.fields[row.id] for row in data.valid]
         self._labels = [str(row.label(data.valid_labels)) for row in data.valid]
         self.n = len(self._labels)
+        self._latencies_ms: list[float] = []  # of each row, in the last prediction
 
     @cached_property
     def _original(self) -> Student:
@@ -66,7 +67,8 @@ class Evaluator:
         if calls == 0:
             return [[] for _ in models]
         with running(self._progress, f"time {title}", calls * len(BATCH_SIZES)):
-            return timed(models, self._inputs, calls, most, self._progress)
+            budget_s = len(models) * timing_budget(self._latencies_ms)
+            return time_models(models, self._inputs, calls, most, self._progress, budget_s)
 
     def _answers(self, student: Student) -> list[str | None]:
         evaluation = self._recipe.eval
@@ -76,6 +78,7 @@ class Evaluator:
             max_label_tokens=evaluation.max_label_tokens,
             canonical=True,
         )
+        self._latencies_ms = [answer.latency_ms for answer in answers]
         return [answer.label for answer in answers]
 
     def _share(self, said: list[str | None]) -> float:

@@ -120,7 +120,7 @@ def plan(
             f"--heal-learning-rate {heal_learning_rate:g} trains nothing",
             hint="give a number above 0, or --heal-steps 0 to leave the healing out",
         )
-    section = origin.recipe.train.tuned(origin.student.tuned)
+    section = origin.recipe.resolved_train.tuned(origin.student.tuned)
     healing = max(1, section.max_steps // _HEALING_SHARE) if heal_steps is None else heal_steps
     rate = section.learning_rate / _SLOWER if heal_learning_rate is None else heal_learning_rate
     chain, source, made_by = origin.chain, origin.start, origin.fingerprint

@@ -1,1 +1,1 @@
-"""A student behind HTTP."""
+"""The inference server: a student behind HTTP."""

@@ -1,4 +1,4 @@
-"""Bodies: read while they fit, parsed where they are sound. What is not gets its status before it takes memory."""
+"""Request bodies: size, time and nesting limits, and strict JSON parsing."""
 
 from __future__ import annotations
 
@@ -10,118 +10,133 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dsbs.serving.settings import ROW_VALUES, ApiError, Settings, busy, gone, values_in
+from dsbs.serving.settings import ApiError, Settings, busy, client_gone
 
+MAX_ROW_VALUES = 64  # JSON values in a row; for a whole request, on average over its rows
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Model = TypeVar("Model", bound=BaseModel)
-_DEEPEST = 32  # levels of JSON; a row of fields is the third
+Form = TypeVar("Form", bound=BaseModel)
+_MAX_DEPTH = 32  # levels of JSON; a row of fields is the third
 
 
 class BodyReader:
-    """Reads bodies; what all of them hold together stays below ``settings.bodies_kb``."""
+    """Reads request bodies within the limits of ``settings``."""
 
     def __init__(self, settings: Settings) -> None:
-        self._most, self._most_together, self._seconds = (
-            1024 * settings.max_body_kb,
-            1024 * settings.bodies_kb,
-            settings.body_s,
-        )
-        self._values = ROW_VALUES * (settings.max_rows + 1)
-        self.held = 0  # bytes of the requests in flight
+        self._max_bytes = 1024 * settings.max_body_kb
+        self._max_bytes_in_flight = 1024 * settings.bodies_kb
+        self._timeout_s = settings.body_s
+        self._max_values = MAX_ROW_VALUES * (settings.max_rows + 1)
+        self.bytes_in_flight = 0
 
-    def refuse_length(self, length: bytes | None) -> None:
-        """By the Content-Length alone, before anything is read. Raises Refused (413)."""
-        if length is not None and int(length) > self._most:
+    def check_length(self, content_length: bytes | None) -> None:
+        """Refuse by Content-Length, before anything is read. Raises ApiError (413)."""
+        if content_length is not None and int(content_length) > self._max_bytes:
             raise self._too_large()
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self._most // 1024} KB", "body_too_large")
+        limit_kb = self._max_bytes // 1024
+        return ApiError(413, f"the body is larger than {limit_kb} KB", "body_too_large")
 
     @asynccontextmanager
     async def body(self, receive: Receive) -> AsyncIterator[bytes]:
-        """A request's body, which counts as held until the request is done.
+        """A request's body; its bytes count as in flight until the request is done.
 
-        Raises Refused: 408 where it is slow, 413 where it is too large, 429 where others take the room, 499.
+        Raises ApiError: 408 (too slow), 413 (too large), 429 (no memory left for bodies), 499 (the
+        client went away).
         """
-        parts: list[bytes] = []
+        chunks: list[bytes] = []
         size = 0
         try:
             try:
-                async with asyncio.timeout(self._seconds):
+                async with asyncio.timeout(self._timeout_s):
                     more = True
                     while more:
                         message = await receive()
                         if message["type"] == "http.disconnect":
-                            raise gone()
-                        part = message.get("body", b"")
+                            raise client_gone()
+                        chunk = message.get("body", b"")
                         more = message.get("more_body", False)
-                        size += len(part)
-                        self.held += len(part)
-                        if size > self._most:
+                        size += len(chunk)
+                        self.bytes_in_flight += len(chunk)
+                        if size > self._max_bytes:
                             raise self._too_large()
-                        if self.held > self._most_together:
-                            raise busy("the requests in flight take all the room for bodies")
-                        parts.append(part)
+                        if self.bytes_in_flight > self._max_bytes_in_flight:
+                            raise busy("the requests in flight use all the memory for bodies")
+                        chunks.append(chunk)
             except TimeoutError:
                 raise ApiError(
-                    408, f"the body did not come within {self._seconds:g} s", "body_too_slow"
+                    408, f"the body did not arrive within {self._timeout_s:g} s", "body_too_slow"
                 ) from None
-            yield b"".join(parts)
+            yield b"".join(chunks)
         finally:
-            self.held -= size
+            self.bytes_in_flight -= size
 
-    def parse(self, body: bytes, form: type[Model]) -> Model:
-        """A JSON object as ``form`` has it. Raises Refused (400, 413)."""
-        if values_in(body) > self._values:
-            raise ApiError(413, f"the body holds more than {self._values} values", "body_too_large")
+    def parse(self, body: bytes, form: type[Form]) -> Form:
+        """Parse and validate a JSON object. Raises ApiError (400, 413)."""
+        if count_values(body) > self._max_values:
+            raise ApiError(
+                413, f"the body holds more than {self._max_values} values", "body_too_large"
+            )
         try:
-            found = json.loads(body, parse_constant=_no_number)
+            content = json.loads(body, parse_constant=_reject_constant)
         except RecursionError:
             raise _too_deep() from None
-        except ValueError:  # no JSON, no UTF-8, a number of thousands of digits
+        except ValueError:  # not JSON, not UTF-8, or a number of thousands of digits
             raise ApiError(400, "the body is not valid JSON", "invalid_json") from None
-        if not isinstance(found, dict):
+        if not isinstance(content, dict):
             raise ApiError(400, "the body is not a JSON object", "invalid_json")
-        _refuse_deep(found)
+        _check_depth(content)
         if b"\\ud" in body or b"\\uD" in body:
-            _refuse_half_characters(found)
+            _check_surrogates(content)
         try:
-            return form.model_validate(found)
+            return form.model_validate(content)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ApiError(
-                400, f"{where}: {first['msg']}" if where else first["msg"], "invalid_value"
-            ) from None
+            field = ".".join(str(key) for key in first["loc"])
+            message = f"{field}: {first['msg']}" if field else first["msg"]
+            raise ApiError(400, message, "invalid_value") from None
 
 
-def _no_number(name: str) -> float:
-    raise ValueError(name)  # NaN and Infinity, which Python reads and JSON has not
+def count_values(text: bytes) -> int:
+    """An upper bound of the number of values in JSON text, without parsing it.
+
+    Every value follows a comma or an opening bracket. Parsing a megabyte of empty lists takes a
+    quarter of a second during which nobody else is served; this takes a hundredth of one.
+    """
+    without_escapes = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside_strings = b"".join(without_escapes.split(b'"')[::2])  # strings hold commas as well
+    return outside_strings.count(b",") + outside_strings.count(b"[") + outside_strings.count(b"{")
 
 
-def _refuse_deep(found: dict[str, Any]) -> None:
-    """Level by level, without recursion of its own."""
-    level: list[Any] = [found]
-    for _ in range(_DEEPEST):
-        level = [inner for one in level for inner in _inside(one)]
+def _reject_constant(name: str) -> float:
+    raise ValueError(name)  # NaN and Infinity: Python reads them, JSON does not have them
+
+
+def _check_depth(content: dict[str, Any]) -> None:
+    """Refuse deep nesting, level by level and without recursion."""
+    level: list[Any] = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [child for value in level for child in _children(value)]
         if not level:
             return
     raise _too_deep()
 
 
-def _inside(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _too_deep() -> ApiError:
-    return ApiError(400, f"the body is nested more than {_DEEPEST} levels deep", "invalid_json")
+    return ApiError(400, f"the body is nested more than {_MAX_DEPTH} levels deep", "invalid_json")
 
 
-def _refuse_half_characters(found: dict[str, Any]) -> None:
-    """Half of a surrogate pair is no character: tokenizers and answers in UTF-8 cannot hold it."""
+def _check_surrogates(content: dict[str, Any]) -> None:
+    """Refuse half a surrogate pair: neither tokenizers nor UTF-8 responses can hold it."""
     try:
-        json.dumps(found, ensure_ascii=False).encode()
+        json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ApiError(
             400, "the body holds half of a surrogate pair (\\ud800 to \\udfff)", "invalid_json"

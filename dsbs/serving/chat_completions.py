@@ -1,7 +1,8 @@
-"""OpenAI's completions and chat completions over a student (OpenAI API reference, "Completions" and "Chat").
+"""OpenAI-compatible completions and chat completions (OpenAI API reference, "Completions", "Chat").
 
-A student reads its input alone and decodes greedily. What would change the answer and cannot be done is refused, so that no
-client takes one answer for another; what changes nothing (a seed, a user's name, fields unknown here) is left aside.
+A student reads one input and decodes greedily. Options that would change the answer but are not
+supported are refused, so that no client mistakes one answer for another. Options that change
+nothing (a seed, a user's name, unknown fields) are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dsbs.serving.settings import ApiError
 
 
 class _Form(BaseModel, frozen=True, extra="ignore"):
-    model: str | None = None  # whatever it says: the answer names the student that gave it
+    model: str | None = None  # ignored: the response names the student
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     n: int | None = None
@@ -29,76 +30,80 @@ class _Form(BaseModel, frozen=True, extra="ignore"):
     logit_bias: dict[str, Any] | None = None
     response_format: Any = None
 
-    def refuse(self) -> None:
-        """Raises Refused (400) for what a student cannot do."""
+    def check_supported(self) -> None:
+        """Raises ApiError (400) for an option that a student does not support."""
         if self.temperature:
-            raise _cannot("temperature", "it decodes greedily; send 0 or leave it out")
+            raise _unsupported("temperature", "decoding is greedy; send 0 or leave it out")
         if self.n not in (None, 1):
-            raise _cannot("n", "it has one answer to an input; send 1 or leave it out")
+            raise _unsupported("n", "there is one answer per input; send 1 or leave it out")
         if self.stream:
-            raise _cannot(
-                "stream", "its answers are short and come whole; send false or leave it out"
+            raise _unsupported(
+                "stream", "answers are short and sent whole; send false or leave it out"
             )
         if self.presence_penalty or self.frequency_penalty or self.logit_bias:
-            raise _cannot(
+            raise _unsupported(
                 "presence_penalty, frequency_penalty, logit_bias",
-                "it decodes greedily; leave them out",
+                "decoding is greedy; leave them out",
             )
-        asked = self.response_format
-        if asked is not None and not (isinstance(asked, dict) and asked.get("type") == "text"):
-            raise _cannot(
+        response_format = self.response_format
+        is_text = isinstance(response_format, dict) and response_format.get("type") == "text"
+        if response_format is not None and not is_text:
+            raise _unsupported(
                 "response_format",
-                'it writes what it learned to; send {"type": "text"} or leave it out',
+                'the format is the one learned in training; send {"type": "text"} or leave it out',
             )
-        if any(not mark for mark in self.marks):
+        if any(not stop for stop in self.stops):
             raise ApiError(400, "stop: an empty text", "invalid_value")
 
     @property
-    def marks(self) -> list[str]:
-        """Where an answer is cut."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+    def stops(self) -> list[str]:
+        """Texts at which an answer is cut."""
+        if isinstance(self.stop, str):
+            return [self.stop]
+        return self.stop or []
 
 
 class CompletionForm(_Form):
-    prompt: (
-        str | list[str]
-    )  # the student's input as the task renders it; a row of fields as JSON where the task needs them
+    """The body of ``POST /v1/completions``."""
+
+    # The student's input as the task renders it; a JSON object where the task needs fields.
+    prompt: str | list[str]
     logprobs: int | None = None
     best_of: int | None = None
     echo: bool | None = None
     suffix: str | None = None
 
-    def refuse(self) -> None:
-        super().refuse()
+    def check_supported(self) -> None:
+        super().check_supported()
         if self.logprobs is not None:
-            raise _cannot("logprobs", "POST /predict gives the probability of the whole label")
+            raise _unsupported("logprobs", "POST /predict returns the label's probability")
         if self.best_of not in (None, 1) or self.echo or self.suffix:
-            raise _cannot("best_of, echo, suffix", "leave them out")
+            raise _unsupported("best_of, echo, suffix", "leave them out")
 
     @property
     def inputs(self) -> list[str]:
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
-class _Part(BaseModel, frozen=True):
+class _TextPart(BaseModel, frozen=True):
     type: Literal["text"]
     text: str
 
 
 class _Message(BaseModel, frozen=True, extra="ignore"):
     role: str
-    content: str | list[_Part] | None = None
+    content: str | list[_TextPart] | None = None
 
     @property
     def text(self) -> str:
-        return (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content or ())
-        )
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or ())
 
 
 class ChatForm(_Form):
+    """The body of ``POST /v1/chat/completions``."""
+
     messages: list[_Message]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -107,75 +112,86 @@ class ChatForm(_Form):
     functions: list[Any] | None = None
     function_call: Any = None
 
-    def refuse(self) -> None:
-        super().refuse()
+    def check_supported(self) -> None:
+        super().check_supported()
         if self.logprobs:
-            raise _cannot("logprobs", "POST /predict gives the probability of the whole label")
-        chosen = {str(one) for one in (self.tool_choice, self.function_call)} - {"None", "none"}
-        if self.tools or self.functions or chosen:
-            raise _cannot("tools, tool_choice, functions, function_call", "leave them out")
+            raise _unsupported("logprobs", "POST /predict returns the label's probability")
+        choices = {str(choice) for choice in (self.tool_choice, self.function_call)}
+        if self.tools or self.functions or choices - {"None", "none"}:
+            raise _unsupported("tools, tool_choice, functions, function_call", "leave them out")
 
     @property
     def input(self) -> str:
-        """The user's message. A system's is left aside: what it may say, the student was trained for. Raises Refused (400)."""
-        said = [message for message in self.messages if message.role not in ("system", "developer")]
-        if len(said) != 1 or said[0].role != "user":
+        """The user's message. Raises ApiError (400) where there is another number of them.
+
+        System messages are ignored: the student was trained for what they would say.
+        """
+        messages = [
+            message for message in self.messages if message.role not in ("system", "developer")
+        ]
+        if len(messages) != 1 or messages[0].role != "user":
             raise ApiError(
                 400,
-                "messages: a student answers one user message, its input, and reads no examples or earlier turns",
+                "messages: a student answers one user message, its input; it does not read "
+                "examples or earlier turns",
                 "invalid_value",
             )
-        return said[0].text
+        return messages[0].text
 
 
-def _cannot(what: str, instead: str) -> ApiError:
-    return ApiError(400, f"{what}: a student cannot do that: {instead}", "unsupported_value")
+def _unsupported(option: str, advice: str) -> ApiError:
+    return ApiError(400, f"{option}: not supported by a student: {advice}", "unsupported_value")
 
 
-def completions_body(name: str, made: Sequence[Completion], marks: Sequence[str]) -> dict[str, Any]:
-    """The body of an answer by the student ``name``; texts end before the first of ``marks``."""
+def completions_response(
+    student: str, completions: Sequence[Completion], stops: Sequence[str]
+) -> dict[str, Any]:
+    """The response body of a completion; texts end before the first of ``stops``."""
     choices = [
-        {"index": index, **_ended(one, marks), "logprobs": None} for index, one in enumerate(made)
+        {"index": index, **_stopped(completion, stops), "logprobs": None}
+        for index, completion in enumerate(completions)
     ]
-    return _body("cmpl", "text_completion", name, choices, made)
+    return _response("cmpl", "text_completion", student, choices, completions)
 
 
-def chat_body(name: str, made: Completion, marks: Sequence[str]) -> dict[str, Any]:
-    """The same for a chat."""
-    ended = _ended(made, marks)
-    message = {"role": "assistant", "content": ended["text"], "refusal": None}
+def chat_response(student: str, completion: Completion, stops: Sequence[str]) -> dict[str, Any]:
+    """The response body of a chat completion."""
+    stopped = _stopped(completion, stops)
     choice = {
         "index": 0,
-        "message": message,
-        "finish_reason": ended["finish_reason"],
+        "message": {"role": "assistant", "content": stopped["text"], "refusal": None},
+        "finish_reason": stopped["finish_reason"],
         "logprobs": None,
     }
-    return _body("chatcmpl", "chat.completion", name, [choice], [made])
+    return _response("chatcmpl", "chat.completion", student, [choice], [completion])
 
 
-def _ended(made: Completion, marks: Sequence[str]) -> dict[str, str]:
-    at = min((found for mark in marks if (found := made.text.find(mark)) >= 0), default=None)
-    if at is None:
-        return {"text": made.text, "finish_reason": made.finish_reason}
-    return {"text": made.text[:at], "finish_reason": "stop"}
+def _stopped(completion: Completion, stops: Sequence[str]) -> dict[str, str]:
+    positions = [completion.text.find(stop) for stop in stops]
+    end = min((position for position in positions if position >= 0), default=None)
+    if end is None:
+        return {"text": completion.text, "finish_reason": completion.finish_reason}
+    return {"text": completion.text[:end], "finish_reason": "stop"}
 
 
-def _body(
-    prefix: str, kind: str, name: str, choices: list[dict[str, Any]], made: Sequence[Completion]
+def _response(
+    prefix: str,
+    kind: str,
+    student: str,
+    choices: list[dict[str, Any]],
+    completions: Sequence[Completion],
 ) -> dict[str, Any]:
-    prompt, written = (
-        sum(one.prompt_tokens for one in made),
-        sum(one.completion_tokens for one in made),
-    )
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-    }
-    about = {
+    prompt_tokens = sum(completion.prompt_tokens for completion in completions)
+    completion_tokens = sum(completion.completion_tokens for completion in completions)
+    return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
-        "model": name,
+        "model": student,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
     }
-    return {**about, "choices": choices, "usage": usage}

@@ -1,4 +1,4 @@
-"""uvicorn, with deadlines for headers and an end that the command line knows."""
+"""HTTP server: uvicorn with deadlines for headers and responses, and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -16,72 +16,73 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dsbs.serving.app import Service
 from dsbs.serving.middleware import App
 
-_HEADERS_BYTES = 16 * 1024  # of a request's line and headers
+_MAX_HEADER_BYTES = 16 * 1024
 
 
-def protocol_of(header_s: float, send_s: float) -> type[H11Protocol]:
-    """HTTP/1.1 in which a request's line and headers must be there ``header_s`` after the connection or their first byte.
+def deadline_protocol(header_timeout_s: float, send_timeout_s: float) -> type[H11Protocol]:
+    """HTTP/1.1 with two deadlines.
 
-    A client that leaves what was sent to it untaken for ``send_s`` is dropped: closing would wait for it for ever.
+    A request's line and headers must arrive within ``header_timeout_s`` of the connection or of
+    their first byte. A client that leaves its response unread for ``send_timeout_s`` is dropped:
+    a normal close would wait for it forever.
     """
 
-    class Prompt(H11Protocol):
-        _deadline: asyncio.TimerHandle | None = None
-        _untaken: asyncio.TimerHandle | None = None
+    class DeadlineProtocol(H11Protocol):
+        _header_timer: asyncio.TimerHandle | None = None
+        _send_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            transport.set_write_buffer_limits(
-                0
-            )  # else a few kilobytes that nobody takes are no reason to pause
-            self._wait_for_headers()
+            # By default a few unread kilobytes do not pause writing, and the timer never starts.
+            transport.set_write_buffer_limits(0)
+            self._update_header_timer()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._wait_for_headers()
+            self._update_header_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            self._stop_waiting()
-            self._stop_dropping()
+            self._cancel_header_timer()
+            self._cancel_send_timer()
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._untaken = self.loop.call_later(send_s, self.transport.abort)
+            self._send_timer = self.loop.call_later(send_timeout_s, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._stop_dropping()
+            self._cancel_send_timer()
 
-        def _wait_for_headers(self) -> None:
-            """An answered request leaves an idle connection to uvicorn's own keep-alive, until its next byte."""
+        def _update_header_timer(self) -> None:
+            """Between requests, uvicorn's keep-alive timeout applies until the next byte."""
             if self.conn.their_state is not h11.IDLE:
-                self._stop_waiting()
-            elif self._deadline is None and not self.transport.is_closing():
-                self._deadline = self.loop.call_later(header_s, self.transport.close)
+                self._cancel_header_timer()
+            elif self._header_timer is None and not self.transport.is_closing():
+                self._header_timer = self.loop.call_later(header_timeout_s, self.transport.close)
 
-        def _stop_waiting(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
+        def _cancel_header_timer(self) -> None:
+            if self._header_timer is not None:
+                self._header_timer.cancel()
+                self._header_timer = None
 
-        def _stop_dropping(self) -> None:
-            if self._untaken is not None:
-                self._untaken.cancel()
-                self._untaken = None
+        def _cancel_send_timer(self) -> None:
+            if self._send_timer is not None:
+                self._send_timer.cancel()
+                self._send_timer = None
 
-    return Prompt
+    return DeadlineProtocol
 
 
 class HttpServer(Server):
-    """Stops on SIGTERM and SIGINT: no new connections, what is in flight is answered within ``settings.drain_s``."""
+    """Stops on SIGTERM and SIGINT: accepts no connections and drains for ``settings.drain_s``."""
 
-    def __init__(self, app: App, service: Service, ready: Callable[[], None]) -> None:
+    def __init__(self, app: App, service: Service, on_ready: Callable[[], None]) -> None:
         settings = service.settings
         super().__init__(
             Config(
                 app,
-                http=protocol_of(settings.header_s, settings.send_s),
+                http=deadline_protocol(settings.header_s, settings.send_s),
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -90,30 +91,34 @@ class HttpServer(Server):
                 limit_concurrency=settings.connections,
                 timeout_keep_alive=settings.idle_s,
                 timeout_graceful_shutdown=settings.drain_s,
-                h11_max_incomplete_event_size=_HEADERS_BYTES,
+                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
             )
         )
-        self._service, self._ready = service, ready
+        self._service = service
+        self._on_ready = on_ready
         self.interrupted = False  # by SIGINT
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._ready()
+        self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.stops = True
+        self._service.is_stopping = True
         self.interrupted = self.interrupted or sig == signal.SIGINT
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own raises the signal again at the end, by which SIGTERM would kill the process: no exit code of ours."""
-        before = {
+        """Replace uvicorn's version, which raises the signal again when the server has stopped.
+
+        SIGTERM would then kill the process before it could return its own exit code.
+        """
+        previous = {
             number: signal.signal(number, self.handle_exit)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)

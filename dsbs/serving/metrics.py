@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' text format (exposition format 0.0.4): a page of counters needs no library."""
+"""Server metrics in Prometheus' text format (exposition format 0.0.4)."""
 
 from __future__ import annotations
 
@@ -24,47 +24,48 @@ class Histogram:
         self.total += value
 
     def lines(self, name: str, labels: str = "") -> Iterator[str]:
-        count = 0
-        for bound, here in zip((*self._bounds, "+Inf"), self._counts, strict=True):
-            count += here
-            yield f'{name}_bucket{{{labels}{"," if labels else ""}le="{bound}"}} {count}'
-        braced = f"{{{labels}}}" if labels else ""
-        yield f"{name}_sum{braced} {self.total:.9g}"
-        yield f"{name}_count{braced} {count}"
+        cumulative = 0
+        separator = "," if labels else ""
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
+            cumulative += count
+            yield f'{name}_bucket{{{labels}{separator}le="{bound}"}} {cumulative}'
+        braces = f"{{{labels}}}" if labels else ""
+        yield f"{name}_sum{braces} {self.total:.9g}"
+        yield f"{name}_count{braces} {cumulative}"
 
 
 class Metrics:
-    """Counts since the server's start. All is counted in the event loop's thread."""
+    """Counts since the server started. All counting happens in the event loop's thread."""
 
     def __init__(self) -> None:
-        self.dropped = 0  # rows whose client went away before the model took them
+        self.dropped_rows = 0  # their client went away before the model got them
         self._requests: Counter[tuple[str, int]] = Counter()
         self._seconds: dict[str, Histogram] = {}
         self._batches = Histogram(_ROWS)
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        """``path`` is one of the server's own, or "other": a client must not make lines."""
+        """``path`` is a route of the server or "other": clients must not create time series."""
         self._requests[path, status] += 1
         self._seconds.setdefault(path, Histogram(_SECONDS)).observe(seconds)
 
     def batch(self, rows: int) -> None:
         self._batches.observe(rows)
 
-    def page(self, *, queue: int, bodies: int, ready: bool) -> str:
-        return "\n".join(self._lines(queue, bodies, ready)) + "\n"
+    def page(self, *, queued_rows: int, body_bytes: int, ready: bool) -> str:
+        return "\n".join(self._lines(queued_rows, body_bytes, ready)) + "\n"
 
-    def _lines(self, queue: int, bodies: int, ready: bool) -> Iterator[str]:
+    def _lines(self, queued_rows: int, body_bytes: int, ready: bool) -> Iterator[str]:
         yield from _head(
             "dsbs_requests_total",
             "counter",
-            "Requests answered, by path and status; 499: the client went away.",
+            "Requests by path and status; 499: the client went away.",
         )
         for (path, status), count in sorted(self._requests.items()):
             yield f'dsbs_requests_total{{path="{path}",status="{status}"}} {count}'
         yield from _head(
             "dsbs_request_seconds",
             "histogram",
-            "Seconds from a request's headers to the end of its answer.",
+            "Seconds from a request's headers to the end of its response.",
         )
         for path, seconds in sorted(self._seconds.items()):
             yield from seconds.lines("dsbs_request_seconds", f'path="{path}"')
@@ -74,20 +75,23 @@ class Metrics:
             "Rows that the model decoded together; the sum counts all rows.",
         )
         yield from self._batches.lines("dsbs_batch_rows")
-        for name, kind, told, value in (
-            (
-                "dsbs_dropped_rows_total",
-                "counter",
-                "Rows whose client went away before the model took them.",
-                self.dropped,
-            ),
-            ("dsbs_queue_rows", "gauge", "Rows that wait for the model.", queue),
-            ("dsbs_body_bytes", "gauge", "Bytes of request bodies in memory.", bodies),
-            ("dsbs_ready", "gauge", "1: ready, 0: being stopped.", int(ready)),
-        ):
-            yield from _head(name, kind, told)
-            yield f"{name} {value}"
+        yield from _single(
+            "dsbs_dropped_rows_total",
+            "counter",
+            "Rows whose client went away before the model got them.",
+            self.dropped_rows,
+        )
+        yield from _single("dsbs_queue_rows", "gauge", "Rows that wait for the model.", queued_rows)
+        yield from _single(
+            "dsbs_body_bytes", "gauge", "Bytes of request bodies in memory.", body_bytes
+        )
+        yield from _single("dsbs_ready", "gauge", "1: ready, 0: shutting down.", int(ready))
 
 
-def _head(name: str, kind: str, told: str) -> tuple[str, str]:
-    return f"# HELP {name} {told}", f"# TYPE {name} {kind}"
+def _single(name: str, kind: str, description: str, value: int) -> Iterator[str]:
+    yield from _head(name, kind, description)
+    yield f"{name} {value}"
+
+
+def _head(name: str, kind: str, description: str) -> tuple[str, str]:
+    return f"# HELP {name} {description}", f"# TYPE {name} {kind}"

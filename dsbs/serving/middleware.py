@@ -1,4 +1,4 @@
-"""What every request passes: the token, the length it states, the count of it. And how one that is refused is let go."""
+"""ASGI middleware: authentication, body-size limit, request metrics, clean connection close."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from dsbs.serving.settings import ApiError, Settings, stopping
 logger = logging.getLogger(__name__)
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Receive, Send], Awaitable[None]]
-_LINGER_S, _LINGER_BYTES = 1.0, 1 << 20
+_LINGER_S = 1.0
+_LINGER_BYTES = 1 << 20
+_NO_RESPONSE = 499  # the client went away before there was a response
 
 
 class Middleware:
-    """An ASGI application around another one. ``token`` opens all paths but ``open_paths``; None: all are open.
+    """Wraps the application. Every path but ``open_paths`` asks for ``token``; None: no path does.
 
-    ``local``: only under the names of this machine, and to no web page of another one.
+    ``local`` refuses requests that name another host, and requests from web pages of other hosts.
     """
 
     def __init__(
         self,
         app: App,
         settings: Settings,
-        intake: BodyReader,
+        body_reader: BodyReader,
         metrics: Metrics,
         *,
         token: str | None,
@@ -41,66 +43,73 @@ class Middleware:
         paths: frozenset[str],
         open_paths: frozenset[str],
     ) -> None:
-        self._app, self._intake, self._metrics, self._send_s = app, intake, metrics, settings.send_s
+        self._app = app
+        self._body_reader = body_reader
+        self._metrics = metrics
+        self._send_timeout_s = settings.send_s
         self._token = None if token is None else token.encode()
-        self._local, self._paths, self._open = local, paths, open_paths
+        self._local = local
+        self._paths = paths
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the application's own start and end
+        if scope["type"] != "http":  # the lifespan events of the application
             await self._app(scope, receive, send)
             return
-        began = asyncio.get_running_loop().time()
-        exchange = _Exchange(scope, receive, send, self._send_s)
+        started = asyncio.get_running_loop().time()
+        exchange = _Exchange(scope, receive, send, self._send_timeout_s)
         try:
-            self._admit(scope, exchange.headers)
+            self._check(scope, exchange.headers)
             await self._app(scope, exchange.receive, exchange.send)
-        except ApiError as refused:
-            await exchange.refuse(refused)
-        except asyncio.CancelledError:  # the time for stopping is over
+        except ApiError as error:
+            await exchange.refuse(error)
+        except asyncio.CancelledError:  # the time to drain is over
             await exchange.refuse(stopping())
-        except (
-            TimeoutError
-        ):  # the client does not take its answer; the server closes the connection
-            logger.info("a client did not take its answer")
+        except TimeoutError:
+            # The client does not read its response; the server closes the connection.
+            logger.info("a client did not read its response")
         except Exception as error:
-            # the message may hold a request's text, which belongs in no log
+            # The message may hold a request's text, which belongs in no log.
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a request failed: %s\n%s", type(error).__name__, frames)
             await exchange.refuse(
-                ApiError(500, "a fault of the server's; its log says more", "internal_error")
+                ApiError(500, "internal server error; see the server's log", "internal_error")
             )
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.request(path, exchange.status, asyncio.get_running_loop().time() - began)
+            elapsed = asyncio.get_running_loop().time() - started
+            self._metrics.request(path, exchange.status, elapsed)
 
-    def _admit(self, scope: Any, headers: dict[bytes, bytes]) -> None:
-        """Raises Refused (401, 403, 413)."""
+    def _check(self, scope: Any, headers: dict[bytes, bytes]) -> None:
+        """Raises ApiError (401, 403, 413)."""
         if self._local:
-            _refuse_elsewhere(headers)
-        if self._token is not None and scope["path"] not in self._open:
-            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
-                said = (
-                    "a bearer token is needed"
-                    if not given
-                    else "the bearer token is not this server's"
-                )
-                raise ApiError(401, said, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-        self._intake.refuse_length(headers.get(b"content-length"))
+            _check_host(headers)
+        if self._token is not None and scope["path"] not in self._open_paths:
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
+                message = "a bearer token is required"
+                if token:
+                    message = "the bearer token is wrong"
+                raise ApiError(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        self._body_reader.check_length(headers.get(b"content-length"))
 
 
-def _refuse_elsewhere(headers: dict[bytes, bytes]) -> None:
-    """Raises Refused (403). A browser on this machine reaches the address for any page that it shows: a page whose name was
-    made to point here afterwards says that name in Host, and one that posts a form from elsewhere says so in Origin.
+def _check_host(headers: dict[bytes, bytes]) -> None:
+    """Refuse requests through other host names and from other hosts' pages. Raises ApiError (403).
+
+    A browser on this machine sends requests here for any page that it shows. A page whose host name
+    was pointed at this address (DNS rebinding) has that name in Host; a page of another host that
+    posts a form has its own in Origin.
     """
-    host, origin = headers.get(b"host"), headers.get(b"origin")
-    if not (host is None or _is_loopback(b"//" + host)) or not (
-        origin is None or _is_loopback(origin)
-    ):
+    host = headers.get(b"host")
+    origin = headers.get(b"origin")
+    host_is_local = host is None or _is_loopback(b"//" + host)
+    origin_is_local = origin is None or _is_loopback(origin)
+    if not (host_is_local and origin_is_local):
         raise ApiError(
             403,
-            "without a token this server answers as localhost or its address alone, and to no page of another host "
-            "(--token-env NAME asks clients for a token instead)",
+            "without a token this server answers only requests to localhost or its own address, "
+            "and none from web pages of other hosts (--token-env NAME makes it ask for a token)",
             "another_host",
         )
 
@@ -114,36 +123,33 @@ def _is_loopback(url: bytes) -> bool:
 
 
 class _Exchange:
-    """One request and its answer, as they go by."""
+    """One request and its response while they pass through."""
 
-    def __init__(self, scope: Any, receive: Receive, send: Send, send_s: float) -> None:
+    def __init__(self, scope: Any, receive: Receive, send: Send, send_timeout_s: float) -> None:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.status = 499  # until there is another: the client went away
-        self._receive, self._send, self._send_s = receive, send, send_s
-        self._read = (
-            self.headers.get(b"content-length", b"0") == b"0"
-            and b"transfer-encoding" not in self.headers
-        )
+        self.status = _NO_RESPONSE
+        self._receive = receive
+        self._send = send
+        self._send_timeout_s = send_timeout_s
+        has_length = self.headers.get(b"content-length", b"0") != b"0"
+        self._body_is_read = not has_length and b"transfer-encoding" not in self.headers
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self._read = self._read or not message.get("more_body", False)
+        self._body_is_read = self._body_is_read or not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         """Raises TimeoutError where the client does not read."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if (
-                not self._read
-            ):  # else the server would read on to the body's end, for the sake of the connection
-                message = {
-                    **message,
-                    "headers": [*message.get("headers", ()), (b"connection", b"close")],
-                }
-        ends = message["type"] == "http.response.body" and not message.get("more_body", False)
-        async with asyncio.timeout(self._send_s):
-            if ends and not self._read:
+            if not self._body_is_read:
+                # Otherwise the server would read the rest of the body to keep the connection.
+                headers = [*message.get("headers", ()), (b"connection", b"close")]
+                message = {**message, "headers": headers}
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        async with asyncio.timeout(self._send_timeout_s):
+            if is_last and not self._body_is_read:
                 await self._send({**message, "more_body": True})
                 await self._linger()
                 await self._send({"type": "http.response.body"})
@@ -151,23 +157,26 @@ class _Exchange:
                 await self._send(message)
 
     async def _linger(self) -> None:
-        """Read on a little: closing on a client that still sends would make its side forget the answer (RFC 9112, 9.6)."""
-        left = _LINGER_BYTES
+        """Read on for a moment before closing.
+
+        A client that is still sending would otherwise lose the response (RFC 9112, section 9.6).
+        """
+        remaining = _LINGER_BYTES
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LINGER_S):
-                while left > 0 and not self._read:
-                    left -= len((await self.receive()).get("body", b"")) or 1
+                while remaining > 0 and not self._body_is_read:
+                    remaining -= len((await self.receive()).get("body", b"")) or 1
 
-    async def refuse(self, refused: ApiError) -> None:
-        """Answer with nothing but a status and why, unless an answer has begun already."""
-        if self.status != 499:
+    async def refuse(self, error: ApiError) -> None:
+        """Respond with ``error``, unless a response has begun already."""
+        if self.status != _NO_RESPONSE:
             return
-        body = json.dumps(refused.as_json(), ensure_ascii=False).encode()
+        body = json.dumps(error.as_json(), ensure_ascii=False).encode()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
-            **refused.headers,
+            **error.headers,
         }
-        sent = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": refused.status, "headers": sent})
+        encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": encoded})
         await self.send({"type": "http.response.body", "body": body})

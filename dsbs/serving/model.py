@@ -1,4 +1,4 @@
-"""A student behind a server: a client's rows into what it reads, and what it writes into an answer."""
+"""Served model: turns clients' rows into a student's inputs and its answers into responses."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsbs.errors import UserError
-from dsbs.serving.settings import ANCHOR, LABEL_TOKENS, ROW_VALUES, ApiError, Settings, values_in
+from dsbs.serving.bodies import MAX_ROW_VALUES, count_values
+from dsbs.serving.settings import DEFAULT_ANCHOR, DEFAULT_LABEL_TOKENS, ApiError, Settings
 from dsbs.students import Answer, Student, ids_of
 
-_TOKEN_CHARACTERS = 64  # of a text, for each token that the student reads: a tokenizer's time goes with the whole text
+# A tokenizer's time grows with the whole text, including what is cut off afterwards.
+_MAX_CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One input, and what is its own in the way it is asked: rows that differ in it share a batch."""
+    """One input, with options of its own: rows that differ in them still share a batch."""
 
-    given: str | Mapping[str, Any]  # a text, or a row of the task's own fields
-    most_tokens: int | None = None  # of its completion, which is cut there; None: it ends by itself
+    value: str | Mapping[str, Any]  # a text, or a row of the task's own fields
+    max_tokens: int | None = None  # of its completion; None: no limit
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How rows are asked; those of one batch are asked in the same way."""
+    """Options that all rows of a batch share."""
 
     rationale: bool
     label_tokens: int
-    completes: bool = False  # whether completions are made
+    completes: bool = False  # whether to build completions
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,100 +46,103 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     answer: Answer
-    completion: Completion | None  # None: not asked for
+    completion: Completion | None  # None: the options ask for none
 
 
 class Model:
-    """Raises UserError where the student cannot reply as ``settings`` has it."""
+    """A student with the server's settings. Raises UserError where it cannot reply as they say."""
 
     def __init__(self, student: Student, settings: Settings) -> None:
-        self.student, self.name = student, student.card.name
-        self.reasons = settings.reply == "step-by-step"
-        if self.reasons and not student.card.explains:
+        self.student = student
+        self.name = student.card.name
+        self._replies_with_rationale = settings.reply == "step-by-step"
+        if self._replies_with_rationale and not student.card.explains:
             raise UserError(
                 f"{self.name} was trained without rationales and cannot reply step by step",
-                hint="serve a step-by-step student, or give --reply label --anchor 'Answer:' for labels that annotate reads",
+                hint="serve a step-by-step student, or pass --reply label --anchor 'Answer:' "
+                "for labels that `dsbs annotate` can read",
             )
-        self._anchor = (
-            settings.anchor if settings.anchor is not None else ANCHOR if self.reasons else ""
-        )
-        self._most = max(
-            LABEL_TOKENS, student.card.max_target_tokens
-        )  # more than it ever learned to write is waste
+        self._anchor = settings.anchor
+        if self._anchor is None:
+            self._anchor = DEFAULT_ANCHOR if self._replies_with_rationale else ""
+        # Longer than any target of its training is a waste of time.
+        self._max_label_tokens = max(DEFAULT_LABEL_TOKENS, student.card.max_target_tokens)
 
-    def how(self, *, rationale: bool, tokens: int | None) -> GenerationOptions:
-        """Of `/predict`. Raises Refused where the student learned no rationales."""
+    def predict_options(
+        self, *, rationale: bool, max_label_tokens: int | None
+    ) -> GenerationOptions:
+        """Options of ``/predict``. Raises ApiError where the student learned no rationales."""
         if rationale and not self.student.card.explains:
             raise ApiError(400, f"{self.name} was trained without rationales", "no_rationales")
-        return GenerationOptions(rationale, min(tokens or LABEL_TOKENS, self._most))
+        label_tokens = min(max_label_tokens or DEFAULT_LABEL_TOKENS, self._max_label_tokens)
+        return GenerationOptions(rationale, label_tokens)
 
     @property
-    def how_completed(self) -> GenerationOptions:
-        """Of completions."""
-        return GenerationOptions(self.reasons, self._most, completes=True)
+    def completion_options(self) -> GenerationOptions:
+        """Options of the completion endpoints."""
+        return GenerationOptions(
+            self._replies_with_rationale, self._max_label_tokens, completes=True
+        )
 
-    def item(self, given: Any, where: str, most_tokens: int | None = None) -> Item:
-        """A text or a row as the student reads it. Raises Refused (400, 413)."""
-        return Item(self._read(given, where), most_tokens)
+    def item(self, value: Any, field: str, max_tokens: int | None = None) -> Item:
+        """A text or a row as the student reads it. Raises ApiError (400, 413)."""
+        return Item(self._read(value, field), max_tokens)
 
-    def _read(self, given: Any, where: str) -> str | Mapping[str, Any]:
+    def _read(self, value: Any, field: str) -> str | Mapping[str, Any]:
         task = self.student.task
-        if isinstance(given, str):
-            self._refuse_long(given, where)
-        if isinstance(given, str) and task.needs_fields:
-            given = _row_in(
-                given,
-                f"{where}: {self.name} cannot answer plain text, a row of {task.name} has more fields",
-            )
-        if isinstance(given, str):
-            if not given.strip():
-                raise ApiError(400, f"{where} is empty", "invalid_row")
-            return given
-        if not isinstance(given, dict):
-            raise ApiError(400, f"{where} is neither a text nor a row of fields", "invalid_row")
+        if isinstance(value, str):
+            self._check_length(value, field)
+        if isinstance(value, str) and task.needs_fields:
+            problem = f"{field}: {self.name} needs the fields of a {task.name} row, not plain text"
+            value = _parse_row(value, problem)
+        if isinstance(value, str):
+            if not value.strip():
+                raise ApiError(400, f"{field} is empty", "invalid_row")
+            return value
+        if not isinstance(value, dict):
+            raise ApiError(400, f"{field} is neither a text nor a row of fields", "invalid_row")
         try:
-            fields = task.fields(given, where)
+            fields = task.fields(value, field)
             text = task.text(fields)
         except UserError as error:
             raise ApiError(400, f"{error.problem}; {error.hint}", "invalid_row") from None
-        except (
-            Exception
-        ):  # all that runs here reads the client's row: what it trips over is in the row
+        except Exception:  # all that runs here reads the client's row, so the row is at fault
             raise ApiError(
-                400, f"{where} cannot be read as a row of {task.name}", "invalid_row"
+                400, f"{field} cannot be read as a row of {task.name}", "invalid_row"
             ) from None
-        self._refuse_long(text, where)
+        self._check_length(text, field)
         return fields
 
-    def _refuse_long(self, text: str, where: str) -> None:
-        """Raises Refused (413)."""
-        most = _TOKEN_CHARACTERS * self.student.card.max_input_tokens
-        if len(text) > most:
+    def _check_length(self, text: str, field: str) -> None:
+        """Raises ApiError (413)."""
+        max_tokens = self.student.card.max_input_tokens
+        max_characters = _MAX_CHARACTERS_PER_TOKEN * max_tokens
+        if len(text) > max_characters:
             raise ApiError(
                 413,
-                f"{where} has {len(text)} characters, {most} at most: {self.name} reads "
-                f"{self.student.card.max_input_tokens} tokens of it",
+                f"{field} has {len(text)} characters; the limit is {max_characters}, and "
+                f"{self.name} reads only {max_tokens} tokens",
                 "text_too_long",
             )
 
-    def warm(self) -> None:
-        """One answer to nothing in particular: whatever a runtime does at its first call is done."""
+    def warm_up(self) -> None:
+        """Generate once, so that a runtime's work at its first call is done."""
         card = self.student.card
         for target, prefix in card.prefixes.items():
             self.student.generate([f"{prefix}ready"], 2, 1, card.starts.get(target, "pad"))
 
     # --- in the model's thread
 
-    def answer(self, items: Sequence[Item], how: GenerationOptions) -> list[Outcome]:
-        """One batch. The tokenizer is used in this thread alone: it is not made for two."""
+    def answer(self, items: Sequence[Item], options: GenerationOptions) -> list[Outcome]:
+        """One batch. Only this thread uses the tokenizer, which is not safe for two."""
         answers = self.student.predict(
-            [item.given for item in items],
-            rationale=how.rationale,
+            [item.value for item in items],
+            rationale=options.rationale,
             batch_size=len(items),
-            max_label_tokens=how.label_tokens,
+            max_label_tokens=options.label_tokens,
             canonical=True,
         )
-        if not how.completes:
+        if not options.completes:
             return [Outcome(answer, None) for answer in answers]
         return [
             Outcome(answer, self._completion(item, answer))
@@ -148,31 +153,35 @@ class Model:
         tokenizer = self.student.engine.tokenizer
         label = answer.raw if answer.label is None else answer.label
         text = f"{self._anchor} {label}".strip()
-        if self.reasons and answer.rationale:
+        if self._replies_with_rationale and answer.rationale:
             text = f"{answer.rationale}\n{text}"
-        ids = ids_of(tokenizer, text)
-        kept = ids[: item.most_tokens]
-        cut = len(kept) < len(ids)
-        if cut:
-            text = tokenizer.decode(kept, skip_special_tokens=True)  # of both kinds of tokenizer
-        unfinished = cut or answer.truncated or (self.reasons and bool(answer.rationale_truncated))
-        asked = item.given if isinstance(item.given, str) else self.student.task.text(item.given)
+        all_token_ids = ids_of(tokenizer, text)
+        token_ids = all_token_ids[: item.max_tokens]
+        is_cut = len(token_ids) < len(all_token_ids)
+        if is_cut:
+            text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        is_unfinished = is_cut or answer.truncated
+        if self._replies_with_rationale:
+            is_unfinished = is_unfinished or bool(answer.rationale_truncated)
+        prompt = item.value
+        if not isinstance(prompt, str):
+            prompt = self.student.task.text(prompt)
         return Completion(
             text=text,
-            finish_reason="length" if unfinished else "stop",
-            prompt_tokens=len(ids_of(tokenizer, asked, special=True)),
-            completion_tokens=len(kept),
+            finish_reason="length" if is_unfinished else "stop",
+            prompt_tokens=len(ids_of(tokenizer, prompt, special=True)),
+            completion_tokens=len(token_ids),
         )
 
 
-def _row_in(text: str, problem: str) -> Any:
-    """The row that a text is, as JSON. Raises Refused (400)."""
-    if values_in(text.encode()) > ROW_VALUES:
-        raise ApiError(400, f"{problem}; and none has more than {ROW_VALUES} values", "invalid_row")
+def _parse_row(text: str, problem: str) -> Any:
+    """Parse a row of fields that a client sent as JSON text. Raises ApiError (400)."""
+    if count_values(text.encode()) > MAX_ROW_VALUES:
+        raise ApiError(400, f"{problem}; a row has at most {MAX_ROW_VALUES} values", "invalid_row")
     try:
-        found = json.loads(text)
+        row = json.loads(text)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ApiError(400, f"{problem}; give its fields as a JSON object", "invalid_row")
-    return found
+        row = None
+    if not isinstance(row, dict):
+        raise ApiError(400, f"{problem}; send its fields as a JSON object", "invalid_row")
+    return row

@@ -1,4 +1,4 @@
-"""`dsbs serve`: a student's folder, an address, and a process that answers until it is told to stop."""
+"""Serving: load a student, bind an address and answer requests until a signal stops it."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from dsbs.students import Student
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A server that answers."""
+class ServerInfo:
+    """A server that accepts requests."""
 
     url: str
     student: str
     pid: int
-    exposed: bool  # beyond this machine, and without a token
+    is_exposed: bool  # reachable from other machines, without a token
 
 
 def serve(
     path: str,
     settings: Settings,
-    ready: Callable[[Ready], None],
+    on_ready: Callable[[ServerInfo], None],
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
     token_env: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """Serve the student in ``path`` until SIGTERM or SIGINT; ``ready`` is called once it answers.
+    """Serve the student in ``path`` until SIGTERM or SIGINT.
 
-    ``port`` 0 takes a free one. ``token_env`` names the environment variable of the token. ``threads`` compute; None: one for
-    each core, or as OMP_NUM_THREADS says. Raises UserError, and KeyboardInterrupt after a SIGINT.
+    ``on_ready`` is called once the server accepts requests. ``port`` 0 takes a free one.
+    ``token_env`` names the environment variable that holds the token. ``threads`` is the number of
+    threads of the model; None: OMP_NUM_THREADS, or one per core. Raises UserError, and
+    KeyboardInterrupt after a SIGINT.
     """
     try:
         from dsbs.serving.app import Service, make_app
@@ -49,74 +51,76 @@ def serve(
         raise UserError(
             f"dsbs serve needs {error.name}", hint="pip install 'dsbs[serve]'"
         ) from None
-    token = None if token_env is None else _token(token_env)
-    bound = _bind(host, port)
+    token = None if token_env is None else _read_token(token_env)
+    listener = _bind(host, port)
     try:
         if threads is not None:
-            os.environ["OMP_NUM_THREADS"] = str(
-                threads
-            )  # what every runtime reads when it is loaded
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # every runtime reads it when loaded
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(threads)
         model = Model(Student.load(path), settings)
-        model.warm()
-        address, number = bound.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-        exposed = token is None and not loopback
-        service = Service(model, settings)
-        logging.getLogger("uvicorn").setLevel(
-            logging.ERROR
-        )  # a client's bad request is the client's news
-        server = HttpServer(
-            make_app(service, token, local=token is None and loopback),
-            service,
-            lambda: ready(Ready(f"http://{shown}:{number}", model.name, os.getpid(), exposed)),
+        model.warm_up()
+        address, bound_port = listener.getsockname()[:2]
+        url_host = f"[{address}]" if ":" in address else address
+        is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        info = ServerInfo(
+            url=f"http://{url_host}:{bound_port}",
+            student=model.name,
+            pid=os.getpid(),
+            is_exposed=token is None and not is_loopback,
         )
-        server.run(sockets=[bound])
+        service = Service(model, settings)
+        # Malformed requests are the clients' errors; uvicorn would log each as a warning.
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        app = make_app(service, token, local=token is None and is_loopback)
+        server = HttpServer(app, service, lambda: on_ready(info))
+        server.run(sockets=[listener])
     finally:
-        bound.close()
+        listener.close()
     if server.interrupted:
         raise KeyboardInterrupt
 
 
-def _token(variable: str) -> str:
-    """Raises UserError, which never shows what was given: it may be the token itself."""
+def _read_token(variable: str) -> str:
+    """Raises UserError, which never shows ``variable``: a user may have passed the token itself."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
         raise UserError(
-            "--token-env: what is given is no name of an environment variable",
+            "--token-env: not a valid environment variable name",
             hint="export the token and name the variable here, e.g. --token-env DSBS_TOKEN",
         )
     token = os.environ.get(variable, "").strip()
     if not token:
         raise UserError(
-            f"--token-env: {variable} is not set", hint=f"export {variable}=<a long random text>"
+            f"--token-env: {variable} is not set",
+            hint=f"export {variable}=<a long random text>",
         )
     if not token.isascii() or any(character.isspace() for character in token):
         raise UserError(
-            f"the token in {variable} has a space or a character that no header holds",
-            hint="give letters and digits",
+            f"the token in {variable} has a space or a character that a header cannot hold",
+            hint="use letters and digits",
         )
     return token
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Bound and not yet listening: clients are let in once the student is there."""
+    """Bind without listening: clients connect once the student is loaded. Raises UserError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        bound = socket.socket(family, kind)
-    except (OSError, UnicodeError) as error:  # the latter of a name that no host can have
-        said = getattr(error, "strerror", None) or "not the name of a host"
-        raise UserError(f"--host {host}: {said}", hint="give an address of this machine") from None
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
+        listener = socket.socket(family, kind)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
+        problem = getattr(error, "strerror", None) or "not a valid host name"
         raise UserError(
-            f"{host}:{port} cannot be served on ({error.strerror})",
+            f"--host {host}: {problem}", hint="give an address of this machine"
+        ) from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"cannot listen on {host}:{port} ({error.strerror})",
             hint="give another --port; 0 takes a free one",
         ) from None
-    return bound
+    return listener

@@ -1,4 +1,4 @@
-"""What a server may be told, and when it says no."""
+"""Server settings, and the errors that the API returns."""
 
 from __future__ import annotations
 
@@ -8,60 +8,62 @@ from typing import Literal
 
 from dsbs.errors import UserError
 
-Reply = Literal["label", "step-by-step"]
-LABEL_TOKENS = 64  # of a label, where a request does not say: as `dsbs predict`
-ANCHOR = "Answer:"  # what a prompt file has that names no anchor of its own
-ROW_VALUES = 64  # of JSON in a row, on the mean over a request's most rows
+ReplyStyle = Literal["label", "step-by-step"]
+DEFAULT_LABEL_TOKENS = 64  # the limit of `dsbs predict` as well
+DEFAULT_ANCHOR = "Answer:"  # the anchor of a prompt file that names none
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Sizes in kilobytes (1,024 bytes), rows or connections; times in seconds unless the name says otherwise."""
+    """Limits of the server. A kilobyte is 1,024 bytes."""
 
-    batch_size: int = 64  # rows decoded together, at most
-    max_wait_ms: float = 5.0  # that a row waits for others while the model is idle
-    max_body_kb: int = 1024  # of one request
-    max_rows: int = 256  # of one request
-    queue: int = 2048  # rows that wait for the model, over all requests
-    reply: Reply = "label"  # of the OpenAI endpoints
-    anchor: str | None = (
-        None  # before the label there; None: "Answer:" with step-by-step, nothing with label
-    )
-    drain_s: int = 30  # for what is in flight when the server is told to stop
-    bodies_kb: int = 65_536  # of all requests together: what bounds the memory
+    batch_size: int = 64
+    """Rows decoded together, at most."""
+    max_wait_ms: float = 5.0
+    """How long a row waits for others while the model is idle."""
+    max_body_kb: int = 1024
+    """Size of one request's body, at most."""
+    max_rows: int = 256
+    """Rows of one request, at most."""
+    queue: int = 2048
+    """Rows of all requests that may wait for the model."""
+    reply: ReplyStyle = "label"
+    """What the OpenAI endpoints write."""
+    anchor: str | None = None
+    """Text before the label there. None: "Answer:" for step-by-step replies, nothing for labels."""
+    drain_s: int = 30
+    """Time for requests in flight once the server is told to stop."""
+    bodies_kb: int = 65_536
+    """Bodies of all requests in memory together, at most."""
     connections: int = 1000
-    header_s: float = 10.0  # for a request's line and headers
-    body_s: float = 30.0  # for its body
-    send_s: float = 30.0  # for a client to take its answer
-    idle_s: int = 30  # until a connection without a request is closed
+    """Open connections, at most."""
+    header_s: float = 10.0
+    """Time for a request's line and headers."""
+    body_s: float = 30.0
+    """Time for a request's body."""
+    send_s: float = 30.0
+    """Time for a client to read its response."""
+    idle_s: int = 30
+    """Time until an idle connection is closed."""
 
     def __post_init__(self) -> None:
         if self.max_rows > self.queue:
             raise UserError(
-                f"--max-rows {self.max_rows} is more than --queue {self.queue}: such a request could never be taken",
+                f"--max-rows {self.max_rows} is more than --queue {self.queue}: "
+                "a request of that size could never be accepted",
                 hint="raise --queue, or lower --max-rows",
             )
         if self.max_body_kb > self.bodies_kb:
             raise UserError(
-                f"--max-body-kb {self.max_body_kb}: all bodies together may take {self.bodies_kb} KB of memory",
+                f"--max-body-kb {self.max_body_kb} is more than the {self.bodies_kb} KB of memory "
+                "that all bodies share",
                 hint=f"give {self.bodies_kb} at most",
             )
 
 
-def values_in(json: bytes) -> int:
-    """At least as many as the JSON has, without parsing it: each stands after a comma or an opening bracket.
-
-    Parsing a megabyte of empty lists takes a quarter of a second, in which nobody else is served; this, a hundredth of one.
-    """
-    outside = b"".join(
-        json.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
-    )  # of texts, which have commas as well
-    return outside.count(b",") + outside.count(b"[") + outside.count(b"{")
-
-
 @dataclass(eq=False)
 class ApiError(Exception):
-    """A request that gets no answer but a status, and why."""
+    """A request is refused with an HTTP status and a reason."""
 
     status: int
     message: str
@@ -69,26 +71,24 @@ class ApiError(Exception):
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
-        """OpenAI's shape of an error, on every path."""
-        kind = (
-            "server_error"
-            if self.status >= 500
-            else "rate_limit_error"
-            if self.status == 429
-            else "invalid_request_error"
-        )
+        """The error in OpenAI's shape, which every path uses."""
+        kind = "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        elif self.status >= 500:
+            kind = "server_error"
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
 
-def busy(what: str) -> ApiError:
-    """429 rather than 503: clients, `dsbs annotate` among them, then send less and do not count it as a failure."""
-    return ApiError(429, f"{what}; try again in a second", "busy", {"Retry-After": "1"})
+def busy(reason: str) -> ApiError:
+    """429, not 503: clients such as `dsbs annotate` then slow down and count no failure."""
+    return ApiError(429, f"{reason}; try again in a second", "busy", {"Retry-After": "1"})
 
 
 def stopping() -> ApiError:
-    return ApiError(503, "the server is being stopped", "stopping", {"Retry-After": "5"})
+    return ApiError(503, "the server is shutting down", "stopping", {"Retry-After": "5"})
 
 
-def gone() -> ApiError:
-    """Nobody reads it; the status stands in the metrics, as nginx has it."""
+def client_gone() -> ApiError:
+    """Nobody reads this response; the metrics count its status, as nginx does."""
     return ApiError(499, "the client went away", "client_gone")

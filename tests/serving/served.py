@@ -1,4 +1,4 @@
-"""A student that knows the toy rows by heart, and servers of it: in a process of their own, or in the test's event loop."""
+"""Servers for tests, over a tiny student: in a process of their own or in the test's event loop."""
 
 from __future__ import annotations
 
@@ -53,9 +53,15 @@ def made(prefixes: dict[Target, str], task: TaskSection = TASK) -> Student:
         200,
     )
     card = StudentCard(
-        name="toy-student", method="step-by-step", labels="gold", seed=0, task=task, prefixes=prefixes,
-        max_input_tokens=64, max_target_tokens=32,
-    )  # fmt: skip
+        name="toy-student",
+        method="step-by-step",
+        labels="gold",
+        seed=0,
+        task=task,
+        prefixes=prefixes,
+        max_input_tokens=64,
+        max_target_tokens=32,
+    )
     shape = {
         "d_model": 64,
         "d_kv": 16,
@@ -76,7 +82,7 @@ def made(prefixes: dict[Target, str], task: TaskSection = TASK) -> Student:
 
 @cache
 def taught() -> Path:
-    """The folder of one that was taught labels and rationales of the toy rows. It goes with the process."""
+    """The folder of a student that fits the toy rows. Removed when the process ends."""
     import torch
 
     folder = Path(tempfile.mkdtemp())
@@ -110,7 +116,7 @@ def taught() -> Path:
 def in_process(
     student: Path, *options: str, env: dict[str, str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`dsbs serve` as a user runs it: its URL and its process, which is killed at the end if it still runs."""
+    """`dsbs serve` as a user runs it: its URL and its process, killed at the end."""
     command = [
         sys.executable,
         "-m",

@@ -35,7 +35,7 @@ class Model:
 
 def batched(model: Model, work: Any, **options: Any) -> Any:
     """Run ``work(batcher)`` over the model."""
-    chosen = {"batch_size": 4, "max_wait_s": 0.02, "most": 100} | options
+    chosen = {"batch_size": 4, "max_wait_s": 0.02, "max_queue": 100} | options
 
     async def main() -> Any:
         batcher: Batcher[int, str, int] = Batcher(model, Metrics(), **chosen)
@@ -129,7 +129,7 @@ def test_no_more_rows_wait_than_are_allowed_and_the_rest_is_refused_at_once() ->
         model.free.set()
         return refused.value, await first + await second + await third
 
-    refused, answers = batched(model, work, most=3)
+    refused, answers = batched(model, work, max_queue=3)
     assert refused.status == 429 and refused.headers["Retry-After"] == "1"
     assert answers == [2, 4, 6, 12]
 

@@ -1,4 +1,4 @@
-"""Bodies, headers and clients that mean no good, or know no better: each gets its 4xx, and the server goes on."""
+"""Hostile bodies, headers and clients: each gets a 4xx, and the server keeps serving."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def status(answer: bytes) -> int:
 async def lives(server: Here) -> None:
     """It answers, and holds nothing of those that came before."""
     assert status(await server.exchange(post("/predict", b'{"inputs": ["a"]}'))) == 200
-    assert server.service.intake.held == 0 and server.service.batcher.depth == 0
+    assert server.service.body_reader.bytes_in_flight == 0 and server.service.batcher.depth == 0
 
 
 DEEP = b'{"inputs": [' + b'{"a":' * 40 + b"1" + b"}" * 40 + b"]}"
@@ -116,7 +116,7 @@ def test_a_text_far_longer_than_the_student_reads_is_refused(student: Student, r
             )
 
     long, longest = asyncio.run(main())
-    assert status(long) == 413 and b"inputs.1 has 4097 characters, 4096 at most" in long
+    assert status(long) == 413 and b"inputs.1 has 4097 characters; the limit is 4096" in long
     assert longest == 200
 
 
@@ -127,9 +127,9 @@ def test_a_body_whose_headers_came_before_the_stop_is_answered(student: Student)
         async with here(student) as server:
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
             writer.write(sent[:-1])
-            while not server.service.intake.held:
+            while not server.service.body_reader.bytes_in_flight:
                 await asyncio.sleep(0.005)
-            server.service.stops = True
+            server.service.is_stopping = True
             writer.write(sent[-1:])
             before = await asyncio.wait_for(reader.read(), 20)
             writer.close()
@@ -213,7 +213,7 @@ def test_a_slow_body_gets_a_408_while_others_are_answered(student: Student) -> N
             slow = asyncio.create_task(server.exchange(head + b" " * 300, slowly=0.01))
             await asyncio.sleep(0.1)
             await asyncio.wait_for(server.exchange(post("/predict", b'{"inputs": ["a"]}')), 10)
-            return await slow, server.service.intake.held == 0
+            return await slow, server.service.body_reader.bytes_in_flight == 0
 
     answer, free = asyncio.run(main())
     assert status(answer) == 408 and free
@@ -246,10 +246,10 @@ def test_all_bodies_together_take_no_more_than_their_room(student: Student) -> N
     async def main() -> tuple[int, list[int]]:
         async with here(student, max_body_kb=64, bodies_kb=64, body_s=1.0) as server:
             first = asyncio.create_task(server.exchange(head + b" " * 50_000))
-            while server.service.intake.held < 50_000:
+            while server.service.body_reader.bytes_in_flight < 50_000:
                 await asyncio.sleep(0.005)
             second = await server.exchange(post("/predict", b" " * 60_000))
-            return status(second), [status(await first), server.service.intake.held]
+            return status(second), [status(await first), server.service.body_reader.bytes_in_flight]
 
     assert asyncio.run(main()) == (429, [408, 0])
 
@@ -358,7 +358,7 @@ def test_an_unknown_path_is_a_404_and_a_wrong_method_a_405(
             answer = await server.exchange(
                 f"{request_line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
             )
-            return answer, server.service.metrics.page(queue=0, bodies=0, ready=True)
+            return answer, server.service.metrics.page(queued_rows=0, body_bytes=0, ready=True)
 
     answer, metrics = asyncio.run(main())
     assert (

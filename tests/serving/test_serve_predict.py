@@ -1,4 +1,4 @@
-"""POST /predict and what stands beside it: the student's own answers, whatever batch they came in."""
+"""POST /predict returns the student's own answers, whatever the batch."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_label_has_no_more_tokens_than_the_request_allows(student: Student) ->
         ({"inputs": ["a"], "rationale": "perhaps"}, 400, "rationale: "),
         ({"inputs": ["a"], "max_label_tokens": 0}, 400, "max_label_tokens: "),
         ({"inputs": ["a"], "max_lable_tokens": 5}, 400, "max_lable_tokens: "),
-        ({"inputs": ["a"] * 9}, 413, "inputs has 9 rows; 8 at most"),
+        ({"inputs": ["a"] * 9}, 413, "inputs has 9 rows; the limit is 8"),
         ({"inputs": ["half \ud800 a character"]}, 400, "surrogate"),
     ],
 )
@@ -160,7 +160,7 @@ def test_health_is_ready_until_the_server_is_told_to_stop_and_then_nothing_new_i
         found = []
         async with here(student) as server, aiohttp.ClientSession() as session:
             for stops in (False, True):
-                server.service.stops = stops
+                server.service.is_stopping = stops
                 async with session.get(f"{server.url}/health") as response:
                     found.append(response.status)
                 async with session.post(
@@ -192,7 +192,7 @@ def test_a_client_that_goes_away_frees_its_rows(student: Student) -> None:
                 await asyncio.sleep(0.005)
             depth = server.service.batcher.depth
             page = server.service.metrics.page(
-                queue=depth, bodies=server.service.intake.held, ready=True
+                queued_rows=depth, body_bytes=server.service.body_reader.bytes_in_flight, ready=True
             )
             return depth, page
 

@@ -1,4 +1,4 @@
-"""A served student in a teacher's place: OpenAI's client, and `dsbs annotate`, from which another student learns."""
+"""A served student as a teacher: the OpenAI client, and `dsbs annotate`."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_completions_of_other_lengths_share_a_batch(student: Student) -> None:
                     for most in limits
                 ]
                 answers = await asyncio.gather(*made)
-            return answers, server.service.metrics.page(queue=0, bodies=0, ready=True)
+            return answers, server.service.metrics.page(queued_rows=0, body_bytes=0, ready=True)
 
     answers, metrics = asyncio.run(main())
     assert [one.usage.completion_tokens for one in answers[:2]] == [1, 3]
@@ -258,15 +258,34 @@ def recipe_of(tmp_path: Path, url: str, endpoint: str) -> Path:
     recipe = {
         "name": "second",
         "task": {
-            "name": "classification", "labels": list(RATIONALES),
-            "data": {"train": str(write_jsonl(tmp_path / "train.jsonl", rows)),
-                     "test": str(write_jsonl(tmp_path / "test.jsonl", gold))},
+            "name": "classification",
+            "labels": list(RATIONALES),
+            "data": {
+                "train": str(write_jsonl(tmp_path / "train.jsonl", rows)),
+                "test": str(write_jsonl(tmp_path / "test.jsonl", gold)),
+            },
         },
-        "teacher": {"model": "toy-student", "base_url": f"{url}/v1", "endpoint": endpoint, "timeout_s": 60},
+        "teacher": {
+            "model": "toy-student",
+            "base_url": f"{url}/v1",
+            "endpoint": endpoint,
+            "timeout_s": 60,
+        },
         "annotate": {"prompt": str(prompt), "splits": ["train"], "concurrency": 16},
-        "student": {"init": "scratch", "vocab_size": 200, "max_input_tokens": 64, "max_target_tokens": 32},
-        "train": {"methods": ["step-by-step"], "labels": "teacher", "batch_size": 8, "max_steps": 2, "eval_every": 2},
-    }  # fmt: skip
+        "student": {
+            "init": "scratch",
+            "vocab_size": 200,
+            "max_input_tokens": 64,
+            "max_target_tokens": 32,
+        },
+        "train": {
+            "methods": ["step-by-step"],
+            "labels": "teacher",
+            "batch_size": 8,
+            "max_steps": 2,
+            "eval_every": 2,
+        },
+    }
     path = tmp_path / "second.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
@@ -370,9 +389,9 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(tmp_path: Path)
     ("options", "says"),
     [
         (["--token-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE is not set"),
-        (["--token-env", "sk-1234567890"], "no name of an environment variable"),
-        (["--host", "192.0.2.1"], "cannot be served on"),
-        (["--host", "10..1"], "--host 10..1: not the name of a host"),
+        (["--token-env", "sk-1234567890"], "not a valid environment variable name"),
+        (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
+        (["--host", "10..1"], "--host 10..1: not a valid host name"),
         (["--max-rows", "100", "--queue", "10"], "--max-rows 100 is more than --queue 10"),
     ],
 )
