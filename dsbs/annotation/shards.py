@@ -13,7 +13,7 @@ from dsbs.annotation.summary import AnnotateResult, SplitSummary
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.progress import Progress
-from dsbs.tasks.load import position
+from dsbs.tasks.data import position
 
 TASK_RETRIES = 3  # of a task whose worker died; it continues from the shard's store
 

@@ -16,8 +16,7 @@ from dsbs.evaluation.metrics import mean_over_rows
 from dsbs.evaluation.score import Scored
 from dsbs.records.results import Measure
 from dsbs.records.rows import Example, Prediction
-from dsbs.tasks.base import Task
-from dsbs.tasks.conclusion import concluded
+from dsbs.tasks.base import Task, concluded_label
 
 NAMES = ("rouge_l", "rationale_empty", "rationale_truncated", "consistency")
 _WORD = re.compile(
@@ -67,7 +66,7 @@ def _of_row(
 ) -> tuple[float, float, float, float]:
     """A row's values, in the order of NAMES."""
     rationale = given.rationale or ""
-    claim = concluded(rationale, task, row.input)
+    claim = concluded_label(rationale, task, row.input)
     return (
         _UNTOLD if not reference else rouge_l(_words(rationale), reference),
         not rationale.strip(),

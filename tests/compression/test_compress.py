@@ -138,7 +138,7 @@ def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
 def valid_texts(run: Path) -> list[str]:
     from dsbs.config.load import read_recorded
     from dsbs.tasks import make_task
-    from dsbs.tasks.load import load
+    from dsbs.tasks.data import load
 
     recipe = read_recorded(
         json.loads((run / "train" / "manifest.json").read_text(encoding="utf-8"))

@@ -270,7 +270,7 @@ def test_taking_files_in_needs_no_torch(toy: Callable[..., Path], tmp_path: Path
     path = toy(test=10, eval={"predictions": {"a": "a.jsonl"}})
     code = (
         "import sys; from pathlib import Path; from dsbs import load_recipe; from dsbs.evaluation.external import take_outside; "
-        "from dsbs.tasks import make_task; from dsbs.tasks.load import load; "
+        "from dsbs.tasks import make_task; from dsbs.tasks.data import load; "
         f"r = load_recipe({str(path)!r}); t = make_task(r.task); "
         "take_outside(r, t, list(load(r, t, 'test')), Path('run')); assert 'torch' not in sys.modules"
     )
