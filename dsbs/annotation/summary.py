@@ -14,6 +14,7 @@ from dsbs.formatting import count, listing, one_line
 from dsbs.progress import Progress
 from dsbs.records.results import Rate, wilson
 from dsbs.records.rows import Annotation, Reason
+from dsbs.run_folder import RunFolder
 from dsbs.tasks.base import Task
 
 NOTABLE_SHARE = 0.2  # a rejection reason with a larger share of the rows is reported
@@ -197,7 +198,7 @@ class AnnotateResult:
             return None
         return DsbsError(
             f"no row was accepted ({listing(rejected)})",
-            hint=f"see the replies in {self.run / 'annotate'}, then change the prompt "
+            hint=f"see the replies in {RunFolder(self.run).stage('annotate')}, then change the prompt "
             "(annotate.prompt) or the settings above; replies that still fit are not bought again",
         )
 
