@@ -198,8 +198,9 @@ class AnnotateResult:
             return None
         return DsbsError(
             f"no row was accepted ({listing(rejected)})",
-            hint=f"see the replies in {RunFolder(self.run).stage('annotate')}, then change the prompt "
-            "(annotate.prompt) or the settings above; replies that still fit are not bought again",
+            hint=f"read the replies in {RunFolder(self.run).stage('annotate')}, then change the "
+            "prompt (annotate.prompt) or the settings named above; replies to unchanged requests "
+            "are not bought again",
         )
 
     def as_json(self) -> dict[str, Any]:
