@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dsbs.config import Recipe
-from dsbs.evaluation.latency import timed
+from dsbs.evaluation.latency import time_models, timing_budget
 from dsbs.progress import Progress, running
 from dsbs.records.compression import Measurement
 from dsbs.records.results import BATCH_SIZES, Latency
@@ -24,6 +24,7 @@ class Evaluator:
         self._progress = progress
         self._inputs = [data.fields[row.id] for row in data.valid]
         self._labels = [str(row.label(data.valid_labels)) for row in data.valid]
+        self._latencies_ms: list[float] = []  # of each row, in the last prediction
         self.n = len(self._labels)
 
     @cached_property
@@ -82,7 +83,10 @@ class Evaluator:
             return [[] for _ in students]
         max_label_tokens = self._recipe.eval.max_label_tokens
         with running(self._progress, f"time {title}", calls * len(BATCH_SIZES)):
-            return timed(students, self._inputs, calls, max_label_tokens, self._progress)
+            budget_s = len(students) * timing_budget(self._latencies_ms)
+            return time_models(
+                students, self._inputs, calls, max_label_tokens, self._progress, budget_s
+            )
 
     def _predict(self, student: Student) -> list[str | None]:
         section = self._recipe.eval
@@ -92,6 +96,7 @@ class Evaluator:
             max_label_tokens=section.max_label_tokens,
             canonical=True,
         )
+        self._latencies_ms = [answer.latency_ms for answer in answers]
         return [answer.label for answer in answers]
 
     def _accuracy(self, labels: Sequence[str | None]) -> float:

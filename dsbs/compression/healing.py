@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.compression.source import SourceStudent
-from dsbs.config import LabelSource, Recipe, TrainSection, base_of
+from dsbs.config import LabelSource, Recipe, ResolvedTrainSection, base_of
 from dsbs.errors import UserError
 from dsbs.progress import Progress
 from dsbs.students import load_tokenizer, read_card, start_token
@@ -39,8 +39,8 @@ class FineTuneData:
         self._needs_train = needs_train
         student = source.student
         method = base_of(student.method)
-        section = source.recipe.train.tuned(student.tuned)
-        self.section: TrainSection = section.model_copy(
+        section = source.recipe.resolved_train.tuned(student.tuned)
+        self.section: ResolvedTrainSection = section.model_copy(
             update={
                 "methods": (method,),
                 "lora": None,

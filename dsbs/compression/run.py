@@ -180,7 +180,7 @@ def plan(
             f"--heal-learning-rate {heal_learning_rate:g} would train nothing",
             hint="give a number above 0, or --heal-steps 0 for no healing",
         )
-    section = source.recipe.train.tuned(source.student.tuned)
+    section = source.recipe.resolved_train.tuned(source.student.tuned)
     if heal_steps is None:
         heal_steps = max(1, section.max_steps // _HEALING_STEPS_DIVISOR)
     if heal_learning_rate is None:
