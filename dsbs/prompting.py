@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dsbs.config import Recipe
-from dsbs.config.yaml_lines import dotted, load_located
+from dsbs.config.load import dotted, load_located
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest, find_file
 from dsbs.records.rows import Example

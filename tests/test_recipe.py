@@ -11,7 +11,7 @@ from conftest import ROOT
 from pydantic import Field, ValidationError
 
 from dsbs.config import Recipe, Section, StudentSection, TermSettings, registry
-from dsbs.config.load import load_recipe
+from dsbs.config.load import load_recipe, read_recorded
 from dsbs.config.schema import recipe_schema
 from dsbs.errors import UserError
 
@@ -109,10 +109,24 @@ def test_a_learning_rate_in_any_spelling_is_a_number(written: Written, spelling:
 
 
 def test_a_scratch_student_learns_faster_and_for_less_long_by_default(written: Written) -> None:
-    scratch = load_recipe(written(PLAIN)).train
-    pretrained = load_recipe(written(PLAIN), ["student.model=google/t5-v1_1-base"]).train
+    scratch = load_recipe(written(PLAIN)).resolved_train
+    pretrained = load_recipe(written(PLAIN), ["student.model=google/t5-v1_1-base"]).resolved_train
     assert (scratch.learning_rate, scratch.max_steps) == (1e-3, 1000)
     assert (pretrained.learning_rate, pretrained.max_steps) == (5e-5, 10_000)
+
+
+def test_what_the_recipe_sets_is_kept_whatever_the_student_starts_from(written: Written) -> None:
+    for student in ("student.init=scratch", "student.model=google/t5-v1_1-base"):
+        recipe = load_recipe(written(PLAIN), [student, "train.max_steps=7"])
+        assert recipe.resolved_train.max_steps == 7
+        unset = load_recipe(written(PLAIN), [student, "train.max_steps=null"])
+        assert unset.training == load_recipe(written(PLAIN), [student]).training
+
+
+def test_a_default_that_is_set_changes_nothing(written: Written) -> None:
+    plain = load_recipe(written(PLAIN))
+    explicit = load_recipe(written(PLAIN), ["train.learning_rate=0.001", "train.max_steps=1000"])
+    assert explicit.training == plain.training
 
 
 def test_a_scratch_students_defaults_hold_for_a_recipe_made_in_code() -> None:
@@ -123,7 +137,7 @@ def test_a_scratch_students_defaults_hold_for_a_recipe_made_in_code() -> None:
     }
     as_section = Recipe(**given, student=StudentSection(init="scratch"))
     as_mapping = Recipe(**given, student={"init": "scratch"})
-    assert as_section.train == as_mapping.train
+    assert as_section.resolved_train == as_mapping.resolved_train
 
 
 @pytest.mark.parametrize(
@@ -378,6 +392,36 @@ def test_a_password_in_a_url_that_is_none_is_not_repeated(written: Written, url:
 def test_a_base_url_that_is_no_http_url_is_refused(written: Written, url: str) -> None:
     (found,) = mistakes(written(PLAIN), [f"teacher.base_url={url}"])
     assert "is not an http(s) URL" in found
+
+
+# --- earlier versions
+
+
+def test_a_removed_key_says_what_to_use_instead(written: Written) -> None:
+    (error,) = mistakes(written(PLAIN + "eval:\n  simulator: true\n"))
+    assert error.startswith("plain.yaml:6: eval.simulator: the simulator was removed")
+    assert "eval.rationales" in error
+
+
+@pytest.mark.parametrize("kind", ["mutual-information", "consistency"])
+def test_a_removed_term_says_what_to_use_instead(written: Written, kind: str) -> None:
+    (error,) = mistakes(written(PLAIN), [f"train.terms=[{{kind: {kind}}}]"])
+    assert f"the experimental term {kind} was removed" in error and "response" in error
+
+
+def test_a_recorded_recipe_with_keys_of_earlier_versions_is_read(written: Written) -> None:
+    overrides = [
+        "train.methods=finetune+response",
+        "train.terms=[{kind: response}]",
+        "train.teachers=[{size: mini}]",
+    ]
+    recipe = load_recipe(written(PLAIN), overrides)
+    values = recipe.model_dump(mode="json")
+    values["eval"]["simulator"] = False
+    values["train"]["terms"][0]["angle"] = 2.0  # every kind had every key
+    read = read_recorded({"recipe": values})
+    assert read is not None and read.model_dump() == recipe.model_dump()
+    assert read_recorded({"recipe": {}}) is None and read_recorded({}) is None
 
 
 # --- what ships

@@ -1,24 +1,115 @@
-"""A recipe's file into a Recipe: overrides, a teacher's file in its place, and every mistake told with its line."""
+"""Recipe loading: YAML with line numbers, overrides, a teacher's file, and all errors reported together."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from dsbs.config import Recipe, Section
-from dsbs.config.yaml_lines import Located, Path_, dotted, load_located
+from dsbs.config.recipe import Recipe
+from dsbs.config.registry import TERMS, entry
+from dsbs.config.schema import section_of
+from dsbs.config.sections import Section
 from dsbs.errors import UserError
 from dsbs.files import find_file
 
+KeyPath = tuple[str | int, ...]
+
+# Keys that earlier versions had, and what to do about them.
+REMOVED_KEYS = {
+    "eval.simulator": "the simulator was removed; leave it out: eval.rationales: true measures "
+    "rationales by ROUGE-L and by their agreement with the label",
+}
+
+
+# --- YAML with line numbers
+
+
+@dataclass(slots=True)
+class Located:
+    """A parsed YAML document: its plain data, and where in the text each value is.
+
+    ``lines`` holds the line (from 1) of every path, ``spelling`` every scalar as it is written, ``problems`` keys that are
+    given twice, with their lines.
+    """
+
+    data: Any
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    spelling: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+    def line(self, path: KeyPath) -> int | None:
+        """The line of ``path``, or of its nearest ancestor in the text."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path)
+
+
+def load_located(text: str) -> Located:
+    """Parse one YAML document. Raises ``yaml.YAMLError`` where the text is not YAML."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        located = Located(data=None)
+        if node is not None:
+            _locate(node, (), located, ())
+            located.data = loader.construct_document(node)
+    finally:
+        loader.dispose()
+    return located
+
+
+def _locate(
+    node: yaml.Node, path: KeyPath, located: Located, ancestors: tuple[yaml.Node, ...]
+) -> None:
+    if any(node is ancestor for ancestor in ancestors):
+        raise yaml.composer.ComposerError(
+            None, None, "an alias that contains itself", node.start_mark
+        )
+    ancestors = (*ancestors, node)
+    located.lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            child = (*path, str(key_node.value))
+            if child in located.lines:  # YAML would silently keep the last one
+                first = located.lines[child]
+                located.problems.append(
+                    (line, f"{dotted(child)} is given twice (first on line {first})")
+                )
+            located.lines[child] = line
+            _locate(value_node, child, located, ancestors)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _locate(item, (*path, index), located, ancestors)
+    elif isinstance(node, yaml.ScalarNode):
+        located.spelling[path] = node.value
+
+
+def dotted(path: KeyPath) -> str:
+    """``("train", "seeds", 0)`` as ``train.seeds[0]``."""
+    text = ""
+    for key in path:
+        if isinstance(key, int):
+            text += f"[{key}]"
+        elif text:
+            text += f".{key}"
+        else:
+            text = key
+    return text
+
+
+# --- a recipe's file
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe. Raises UserError naming every mistake with its file and line.
+    """Read, override and check a recipe. Raises UserError with every error, its file and its line.
 
     ``overrides`` are ``key=value`` texts, split on the first ``=``; the value is read as YAML.
     """
@@ -27,179 +118,226 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         what="recipe",
         hint="give the path of a YAML file; shipped ones are recipes/<name>.yaml",
     )
-    try:
-        located = load_located(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason})", hint="give a YAML recipe"
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        what = getattr(error, "problem", None) or "cannot be read"
-        raise UserError(
-            f"{where}: not valid YAML: {what}", hint="mend the line; strings with ':' need quotes"
-        ) from None
-    if not isinstance(located.data, dict):
-        state = "is empty" if located.data is None else "is not a mapping of sections"
-        raise UserError(
-            f"{path} {state}",
-            hint="begin with 'task:' and 'teacher:'; recipes/demo.yaml is an example",
-        )
-
+    located = _read_yaml(file, path)
     data = located.data
-    _fetch_teacher(data, file.parent)
+    _insert_teacher_file(data, file.parent)
     problems = [f"{path}:{line}: {text}" for line, text in located.problems]
-    from_command_line: set[Path_] = set()
+    overridden: set[KeyPath] = set()
     for text in overrides:
-        problem = _override(data, text, from_command_line)
+        problem = _override(data, text, overridden)
         if problem:
             problems.append(f"override {text!r}: {problem}")
-        _fetch_teacher(data, file.parent)
-    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "run")
+        _insert_teacher_file(data, file.parent)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")
+    data.setdefault("name", name or "run")
     try:
-        recipe = Recipe.model_validate(data)
-        recipe._folder = recipe.student._folder = file.parent
+        recipe = Recipe.model_validate(data, context={"folder": file.parent})
     except ValidationError as error:
         problems += [
-            _describe(issue, str(path), located, from_command_line) for issue in error.errors()
+            _describe(issue, str(path), located, overridden)
+            for issue in error.errors(include_url=False)
         ]
-        recipe = None
-    if problems or recipe is None:
-        count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+    if problems:
+        count = f"{len(problems)} errors" if len(problems) > 1 else "an error"
         raise UserError(
             f"{count} in the recipe\n" + "\n".join(f"  {problem}" for problem in problems),
-            hint="mend the recipe; `dsbs show recipes/demo.yaml` prints every key",
+            hint="fix the recipe; `dsbs show recipes/demo.yaml` prints every key",
         )
     return recipe
 
 
-def _fetch_teacher(data: dict[Any, Any], beside: Path) -> None:
-    """Put a teacher's file in the place of its name: ``teacher: recipes/teachers/vllm.yaml``. Raises UserError."""
+def _read_yaml(file: Path, shown: str | Path) -> Located:
+    """The mapping in a recipe's file. Raises UserError, which names the file as ``shown``."""
+    try:
+        located = load_located(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{shown} is not UTF-8 text ({error.reason})", hint="give a YAML recipe"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{shown}:{mark.line + 1}" if mark else str(shown)
+        reason = getattr(error, "problem", None) or "cannot be read"
+        raise UserError(
+            f"{place}: not valid YAML: {reason}",
+            hint="fix the line; strings with ':' need quotes",
+        ) from None
+    if not isinstance(located.data, dict):
+        state = "is empty" if located.data is None else "is not a mapping of sections"
+        raise UserError(
+            f"{shown} {state}",
+            hint="begin with 'task:' and 'teacher:'; recipes/demo.yaml is an example",
+        )
+    return located
+
+
+def _insert_teacher_file(data: dict[Any, Any], beside: Path) -> None:
+    """Replace the name of a teacher's file (``teacher: recipes/teachers/vllm.yaml``) by its section. Raises UserError."""
     name = data.get("teacher")
     if not isinstance(name, str):
         return
     hint = "give a YAML file with a teacher: section; shipped ones are recipes/teachers/<name>.yaml"
     file = find_file(name, what="teacher file", hint=hint, beside=beside)
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not valid YAML ({error})", hint=hint) from None
-    if not isinstance(found, dict) or not isinstance(found.get("teacher"), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("teacher"), dict):
         raise UserError(f"{name} has no teacher: section", hint=hint)
-    data["teacher"] = found["teacher"]
+    data["teacher"] = content["teacher"]
 
 
-def _override(data: dict[Any, Any], text: str, seen: set[Path_]) -> str | None:
+def _override(data: dict[Any, Any], text: str, overridden: set[KeyPath]) -> str | None:
+    """Set one key. Returns what is wrong with the override, if anything."""
     key, equals, value = text.partition("=")
-    parts = tuple(key.strip().split("."))
-    if not equals or not all(parts):
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
         return "not of the form key=value, e.g. train.max_steps=200"
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         return f"the value is not valid YAML ({getattr(error, 'problem', error)})"
     target = data
-    for part in parts[:-1]:
-        if target.get(part) is None:
-            target[part] = {}
-        target = target[part]
+    for name in path[:-1]:
+        if target.get(name) is None:
+            target[name] = {}
+        target = target[name]
         if not isinstance(target, dict):
-            return f"{part} is not a section"
-    target[parts[-1]] = parsed
-    seen.add(parts)
+            return f"{name} is not a section"
+    target[path[-1]] = parsed
+    overridden.add(path)
     return None
 
 
-def _describe(issue: Any, path: str, located: Located, overridden: set[Path_]) -> str:
-    loc: Path_ = tuple(issue["loc"])
-    name = dotted(loc)
-    if any(
-        loc[: len(parts)] == parts or (parts[: len(loc)] == loc and loc not in located.lines)
-        for parts in overridden
-    ):
-        where = "command line"
-    else:
-        line = located.line(loc)
-        where = f"{path}:{line}" if line else path
-    if issue["type"] == "extra_forbidden":
-        return f"{where}: {_unknown_key(loc)}"
-    if issue["type"] == "missing":
-        return f"{where}: {name} is missing"
+# --- errors
+
+
+def _describe(issue: Any, file: str, located: Located, overridden: set[KeyPath]) -> str:
+    """One of pydantic's errors as a sentence with its place."""
+    path: KeyPath = tuple(issue["loc"])
+    name = dotted(path)
+    place = _place(path, file, located, overridden)
     message = issue["msg"].removeprefix("Value error, ")
+    if issue["type"] == "extra_forbidden":
+        return f"{place}: {_unknown_key(path)}"
+    if issue["type"] == "missing":
+        return f"{place}: {name} is missing"
     if issue["type"] == "value_error":
-        return (
-            f"{where}: {name}: {message}"
-            if name and not message.startswith(name.split(".")[0] + ".")
-            else (f"{where}: {message}")
-        )
-    given = located.spelling.get(loc, issue.get("input"))
-    shown = f" (given: {str(given)[:60]!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{where}: {name}: {message[:1].lower()}{message[1:]}{shown}"
+        if not name or message.startswith(name.split(".")[0] + "."):
+            return f"{place}: {message}"
+        return f"{place}: {name}: {message}"
+    given = located.spelling.get(path, issue.get("input"))
+    shown = ""
+    if isinstance(given, str | int | float | bool):
+        shown = f" (given: {str(given)[:60]!r})"
+    return f"{place}: {name}: {message[:1].lower()}{message[1:]}{shown}"
 
 
-def _unknown_key(loc: Path_) -> str:
-    *parents, key = loc
-    text = f"{dotted(loc)}: unknown key"
-    section: type[BaseModel] | None = Recipe
-    for part in parents:
-        annotation = section.model_fields[str(part)].annotation if section else None
-        section = next((t for t in (annotation, *get_args(annotation)) if _is_section(t)), None)
-    known = list(section.model_fields) if section else []
+def _place(path: KeyPath, file: str, located: Located, overridden: set[KeyPath]) -> str:
+    """ "recipe.yaml:7" or "command line"."""
+    for override in overridden:
+        is_below = path[: len(override)] == override
+        is_made_by_it = override[: len(path)] == path and path not in located.lines
+        if is_below or is_made_by_it:
+            return "command line"
+    line = located.line(path)
+    return f"{file}:{line}" if line else file
+
+
+def _unknown_key(path: KeyPath) -> str:
+    name = dotted(path)
+    if name in REMOVED_KEYS:
+        return f"{name}: {REMOVED_KEYS[name]}"
+    parent, key = path[:-1], str(path[-1])
+    known: list[str] = []
+    section = _section_at(parent)
+    if section is not None:
+        known = list(section.model_fields)
     near = [
-        f"did you mean {name!r}?"
-        for name in difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
+        f"did you mean {match!r}?"
+        for match in difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     ]
-    homes = [home for home in _homes(str(key), Recipe, ()) if home != dotted(tuple(parents))]
+    homes = [home for home in _sections_with(key, Recipe, ()) if home != dotted(parent)]
     if homes:
         near.append(f"it belongs to {' or '.join(homes)}")
     if near:
-        return f"{text}; {', or '.join(near)}"
-    return f"{text} (known here: {', '.join(known)})" if known else text
+        return f"{name}: unknown key; {', '.join(near)}"
+    if known:
+        return f"{name}: unknown key (known here: {', '.join(known)})"
+    return f"{name}: unknown key"
 
 
-def _homes(key: str, section: type[BaseModel], path: Path_) -> list[str]:
-    """The sections, as dotted paths, that have a key of this name."""
-    found = [dotted(path)] if path and key in section.model_fields else []
-    for name, part in section.model_fields.items():
-        if _is_section(part.annotation):
-            found += _homes(key, part.annotation, (*path, name))
-    return found
+def _section_at(path: KeyPath) -> type[Section] | None:
+    """The section at a path of the recipe; None where it depends on a value, as a loss term's does."""
+    section: type[Section] | None = Recipe
+    for key in path:
+        if section is None or isinstance(key, int):
+            continue
+        section = section_of(section.model_fields[key].annotation)
+    if section is not None and "kind" in section.model_fields and path[:2] == ("train", "terms"):
+        return None
+    return section
 
 
-def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+def _sections_with(key: str, section: type[Section], path: KeyPath) -> Iterator[str]:
+    """The sections below ``path``, as dotted paths, that have a key of this name."""
+    if path and key in section.model_fields:
+        yield dotted(path)
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from _sections_with(key, info.annotation, (*path, name))
 
 
-# --- recipes as manifests and results record them
+# --- recipes that manifests and results record
 
 
-def as_given(recipe: Recipe) -> dict[str, Any]:
-    """All keys, but for those that others exclude: what can be read as a recipe again."""
-    found = recipe.model_dump(mode="json")
-    if found["teacher"]["endpoints"]:
-        del found["teacher"]["base_url"]
-    return found
+def resolved_values(recipe: Recipe) -> dict[str, Any]:
+    """Every key of a recipe as a JSON value, with the defaults that depend on the student filled in."""
+    values = recipe.model_dump(mode="json")
+    values["train"] = recipe.resolved_train.model_dump(mode="json")
+    if values["teacher"]["endpoints"]:
+        del values["teacher"]["base_url"]
+    return values
 
 
 def recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's recipe with this version's keys where it fits this version, else as it is."""
-    recipe: dict[str, Any] = manifest["recipe"]
-    known = read_recorded(manifest)
-    return recipe if known is None else as_given(known)
+    """A manifest's recipe with this version's keys if it can be read, else as it is."""
+    values: dict[str, Any] = manifest["recipe"]
+    recipe = read_recorded(manifest)
+    return values if recipe is None else resolved_values(recipe)
 
 
 def read_recorded(manifest: Mapping[str, Any]) -> Recipe | None:
-    """A manifest's recipe, or None where there is none that this version can read."""
-    said = manifest.get("recipe")
-    if not isinstance(said, dict):
+    """A manifest's recipe, or None where it has none that this version can read."""
+    values = manifest.get("recipe")
+    if not isinstance(values, dict):
         return None
-    teacher = said.get("teacher")
-    if isinstance(teacher, dict) and teacher.get("endpoints"):
-        said = said | {
-            "teacher": {key: value for key, value in teacher.items() if key != "base_url"}
-        }
     try:
-        return Recipe.model_validate(said)
+        return Recipe.model_validate(_current(values))
     except ValidationError:
         return None
+
+
+def _current(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded recipe without keys that exclude each other, and without those of earlier versions."""
+    values: dict[str, Any] = dict(recipe)
+    for name in ("teacher", "eval", "train"):
+        if isinstance(values.get(name), dict):
+            values[name] = dict(values[name])
+        else:
+            return values
+    if values["teacher"].get("endpoints"):
+        values["teacher"].pop("base_url", None)
+    for removed in REMOVED_KEYS:
+        section, _, key = removed.partition(".")
+        values[section].pop(key, None)
+    values["train"]["terms"] = [_current_term(term) for term in values["train"].get("terms", ())]
+    return values
+
+
+def _current_term(term: Any) -> Any:
+    """A recorded loss term without other kinds' keys, which earlier versions wrote for every kind."""
+    if not isinstance(term, dict) or term.get("kind") not in TERMS:
+        return term
+    known = entry(TERMS, term["kind"]).model_fields
+    return {key: value for key, value in term.items() if key in known}

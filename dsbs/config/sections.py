@@ -1,4 +1,4 @@
-"""What all sections of a recipe share."""
+"""Recipe sections: their base class and the helpers that all of them use."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ from pydantic import BaseModel, ConfigDict
 LabelSource = Literal["gold", "teacher"]
 
 
+class Section(BaseModel):
+    """A closed and frozen section. The docstring below each field documents its key."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+
 def as_tuple(value: Any) -> Any:
-    """One value where several may stand."""
+    """A single value where a list is allowed, as a tuple of one."""
     return (value,) if isinstance(value, str | int | float) else value
 
 
 def scalar_text(value: Any) -> Any:
-    """A label that YAML reads as a number."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), validate_default=True
-    )
+    """A label that YAML reads as a number, as text."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Sentence for a name that is not there: the nearest one, and all there are."""
+    """A sentence about an unknown name: the nearest known one, and all known ones."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}{guess} (there are: {', '.join(known)})"
+    guess = ""
+    for near in difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        guess = f"; did you mean {near!r}?"
+    return f"unknown {kind} {name!r}{guess} (known: {', '.join(known)})"

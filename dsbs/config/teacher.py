@@ -1,8 +1,9 @@
-"""``teacher`` and ``annotate``: who is asked, and how."""
+"""Teacher and annotate sections: the model that is asked, and how."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -13,121 +14,129 @@ from dsbs.config.sections import Section, as_tuple, unknown
 
 
 class PriceSection(Section):
-    input: float = Field(ge=0)  # US dollars for a million prompt tokens
-    output: float = Field(ge=0)  # US dollars for a million completion tokens
-    cached_input: float | None = Field(
-        None, ge=0
-    )  # of prompt tokens from the provider's cache; None: as input
+    """Prices of the teacher's tokens."""
+
+    input: float = Field(ge=0)
+    """US dollars per million prompt tokens."""
+    output: float = Field(ge=0)
+    """US dollars per million completion tokens."""
+    cached_input: float | None = Field(None, ge=0)
+    """US dollars per million prompt tokens from the provider's cache. None: as ``input``."""
 
 
 def _http_url(value: str) -> str:
-    if "@" in value:  # before any message that would show it
+    # Credentials first: the last message shows the value.
+    if "@" in value:
         raise ValueError(
-            "a URL must not carry a name or password; name an environment variable in teacher.api_key_env"
+            "a URL must not carry a name or password; name an environment variable in "
+            "teacher.api_key_env"
         )
     if "?" in value or "#" in value:
         raise ValueError(
-            "a URL must not carry a query, which may hold a key; name an environment variable in teacher.api_key_env"
+            "a URL must not carry a query, which may hold a key; name an environment variable in "
+            "teacher.api_key_env"
         )
     parts = urlsplit(value)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or not all(parts.hostname.split("."))
-    ):
+    host_parts = (parts.hostname or "").split(".")
+    if parts.scheme not in ("http", "https") or not all(host_parts):
         raise ValueError(f"{value!r} is not an http(s) URL such as http://127.0.0.1:8000/v1")
     return value.rstrip("/")
 
 
 def _variable_name(value: str | None) -> str | None:
-    if value is not None and not re.fullmatch(
-        r"[A-Za-z_][A-Za-z0-9_]*", value
-    ):  # not shown: it may be the key itself
+    if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        # The value is not shown: it may be the key itself.
         raise ValueError(
-            "what is given is no name of an environment variable; export the key and name the variable here"
+            "not a valid environment variable name; export the key and name the variable here"
         )
     return value
 
 
 KeyVariable = Annotated[str | None, AfterValidator(_variable_name)]
-_CREDENTIAL = re.compile(
-    r"(^|[_-])(api[_-]?key|secret|password|authorization|auth|bearer|(access|auth|api)[_-]?token)$|^(key|token)$",
+_CREDENTIAL_NAME = re.compile(
+    r"(^|[_-])(api[_-]?key|secret|password|authorization|auth|bearer|(access|auth|api)[_-]?token)$"
+    r"|^(key|token)$",
     re.IGNORECASE,
 )
-_KEY = re.compile(r"(Bearer\s|(sk|hf|gsk|xai|pk)[-_])\S{8,}")
+_CREDENTIAL_VALUE = re.compile(r"(Bearer\s|(sk|hf|gsk|xai|pk)[-_])\S{8,}")
 
 
-def _credential(value: Any, name: str = "") -> str | None:
-    """The name under which a mapping holds what looks like a key, at any depth; None: nowhere."""
+def _credential_names(value: Any, name: str = "") -> Iterator[str]:
+    """The names under which a JSON value holds something like a key, at any depth."""
     if isinstance(value, dict):
-        inside = (
-            (str(key) if _CREDENTIAL.search(str(key)) else _credential(one, str(key)))
-            for key, one in value.items()
-        )
+        for key, inner in value.items():
+            if _CREDENTIAL_NAME.search(str(key)):
+                yield str(key)
+            else:
+                yield from _credential_names(inner, str(key))
     elif isinstance(value, list):
-        inside = (_credential(one, name) for one in value)
-    else:
-        return name if isinstance(value, str) and _KEY.match(value) else None
-    return next((one for one in inside if one is not None), None)
+        for inner in value:
+            yield from _credential_names(inner, name)
+    elif isinstance(value, str) and _CREDENTIAL_VALUE.match(value):
+        yield name
 
 
 class EndpointSection(Section):
-    """One of several endpoints that serve the same model. What is left out is the teacher's."""
+    """One of several endpoints that serve the same model. Keys left out are the teacher's."""
 
-    base_url: Annotated[str, AfterValidator(_http_url)]  # OpenAI-compatible, its /v1 included
-    weight: float = Field(1.0, gt=0)  # its share of the requests, relative to the others'
-    api_key_env: KeyVariable = None  # None: teacher.api_key_env
-    rpm: float | None = Field(None, gt=0)  # None: teacher.rpm
-    tpm: float | None = Field(None, gt=0)  # None: teacher.tpm
+    base_url: Annotated[str, AfterValidator(_http_url)]
+    """The URL of an OpenAI-compatible API, including /v1."""
+    weight: float = Field(1.0, gt=0)
+    """Its share of the requests, relative to the other endpoints."""
+    api_key_env: KeyVariable = None
+    """The environment variable that holds the key. None: teacher.api_key_env."""
+    rpm: float | None = Field(None, gt=0)
+    """Maximum requests per minute. None: teacher.rpm."""
+    tpm: float | None = Field(None, gt=0)
+    """Maximum tokens per minute. None: teacher.tpm."""
 
 
 class MemberSection(Section):
     """One of an ensemble's annotators: a finished run over the same rows."""
 
-    run: str = Field(min_length=1)  # its run folder, from here or beside the recipe
-    weight: float = Field(
-        1.0, gt=0
-    )  # of its vote on each row, relative to the others', however many samples it has
+    run: str = Field(min_length=1)
+    """Its run folder, relative to the working directory or to the recipe."""
+    weight: float = Field(1.0, gt=0)
+    """The weight of its vote on each row, whatever its number of samples."""
 
 
 class TeacherSection(Section):
-    kind: str = (  # openai: any OpenAI-compatible
-        "openai"  # endpoint; recorded: replies on disk; human: the rows' own rationales; ensemble: other runs' annotations vote
-    )
-    model: str | None = (
-        None  # as the endpoint names it; llamacpp: a .gguf file or `smollm2-135m-instruct`; else a Hub id or folder
-    )
-    base_url: Annotated[str, AfterValidator(_http_url)] = (
-        "https://api.openai.com/v1"  # OpenAI-compatible, its /v1 included
-    )
-    endpoints: tuple[
-        EndpointSection, ...
-    ] = ()  # in place of base_url: several that serve the same model, with failover
-    api_key_env: KeyVariable = (
-        "OPENAI_API_KEY"  # the environment variable that holds the key; null: no key
-    )
-    endpoint: Literal["chat", "completions"] = "chat"  # completions: the prompt as one text
-    rpm: float | None = Field(
-        None, gt=0
-    )  # requests a minute to each endpoint, at most; None: no cap
-    tpm: float | None = Field(
-        None, gt=0
-    )  # tokens a minute (prompt and completion) through each endpoint; None: no cap
-    extra_body: dict[str, Any] = {}  # merged into every request body; a null removes the key
-    timeout_s: float = Field(120.0, gt=0)  # seconds for one attempt
-    max_attempts: int = Field(6, ge=1)  # of one request, the first included
-    price: PriceSection | None = (
-        None  # None: genai-prices' list for base_url and model; unknown where it has none
-    )
-    members: tuple[MemberSection, ...] = ()  # ensemble: the runs whose annotations vote
-    completions: str | None = (
-        None  # recorded: a .jsonl(.gz) of {id, completion}; None: the rows' own teacher.completion
-    )
-    context_tokens: int | None = Field(
-        None, gt=0
-    )  # of one request; None: 2048 for llamacpp, else not known and not checked
-    threads: int | None = Field(None, gt=0)  # llamacpp: None takes the cores of this process
-    batch_size: int = Field(16, gt=0)  # transformers: prompts decoded together
+    """The large model to ask."""
+
+    kind: str = "openai"
+    """openai: any OpenAI-compatible endpoint; llamacpp, transformers: a model on this machine; recorded: replies on disk; human: the rows' own rationales; ensemble: other runs' annotations vote."""
+    model: str | None = None
+    """openai: the model's name at the endpoint; llamacpp: a .gguf file or ``smollm2-135m-instruct``; transformers: a Hub id or folder. None: not needed for other kinds."""
+    base_url: Annotated[str, AfterValidator(_http_url)] = "https://api.openai.com/v1"
+    """The URL of an OpenAI-compatible API, including /v1."""
+    endpoints: tuple[EndpointSection, ...] = ()
+    """Several endpoints that serve the same model, with failover; replaces ``base_url``."""
+    api_key_env: KeyVariable = "OPENAI_API_KEY"
+    """The environment variable that holds the key. None: no key."""
+    endpoint: Literal["chat", "completions"] = "chat"
+    """The API to use. completions: the prompt is one text."""
+    rpm: float | None = Field(None, gt=0)
+    """Maximum requests per minute to each endpoint. None: no maximum."""
+    tpm: float | None = Field(None, gt=0)
+    """Maximum tokens per minute (prompt and completion) at each endpoint. None: no maximum."""
+    extra_body: dict[str, Any] = {}
+    """Merged into every request body; a null removes the key."""
+    timeout_s: float = Field(120.0, gt=0)
+    """Seconds until an attempt times out."""
+    max_attempts: int = Field(6, ge=1)
+    """Maximum attempts per request, including the first."""
+    price: PriceSection | None = None
+    """Prices of its tokens. None: the price list of genai-prices for ``base_url`` and ``model``; unknown where it has none."""
+    members: tuple[MemberSection, ...] = ()
+    """ensemble: the runs whose annotations vote."""
+    completions: str | None = None
+    """recorded: a .jsonl or .jsonl.gz file of {id, completion}. None: the rows' own teacher.completion."""
+    context_tokens: int | None = Field(None, gt=0)
+    """Maximum tokens of a request and its reply. None: 2048 for llamacpp; unknown and unchecked for other kinds."""
+    threads: int | None = Field(None, gt=0)
+    """llamacpp: CPU threads. None: all cores available to the process."""
+    batch_size: int = Field(16, gt=0)
+    """transformers: prompts decoded together."""
 
     @field_validator("kind")
     @classmethod
@@ -139,10 +148,10 @@ class TeacherSection(Section):
     @field_validator("extra_body")
     @classmethod
     def _no_credentials(cls, value: dict[str, Any]) -> dict[str, Any]:
-        name = _credential(value)
-        if name is not None:
+        for name in _credential_names(value):
             raise ValueError(
-                f"{name}: credentials do not belong into a recipe; name a variable in teacher.api_key_env"
+                f"{name}: credentials do not belong in a recipe; name an environment variable in "
+                "teacher.api_key_env"
             )
         return value
 
@@ -153,106 +162,129 @@ class TeacherSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _endpoints_are_the_openai_kind(self) -> TeacherSection:
-        if self.endpoints:
-            if self.kind != "openai":
-                raise ValueError(f"teacher.endpoints belongs to kind openai, not {self.kind}")
-            if "base_url" in self.model_fields_set:
-                raise ValueError(
-                    "teacher.base_url and teacher.endpoints exclude each other; put the URL into endpoints"
-                )
-            urls = [one.base_url for one in self.endpoints]
-            if len(set(urls)) < len(urls):
-                raise ValueError("teacher.endpoints names a base_url twice")
+    def _endpoints_fit(self) -> TeacherSection:
+        if not self.endpoints:
+            return self
+        if self.kind != "openai":
+            raise ValueError(f"teacher.endpoints belongs to kind openai, not {self.kind}")
+        if "base_url" in self.model_fields_set:
+            raise ValueError(
+                "teacher.base_url and teacher.endpoints exclude each other; add the URL to endpoints"
+            )
+        urls = [endpoint.base_url for endpoint in self.endpoints]
+        if len(set(urls)) < len(urls):
+            raise ValueError("teacher.endpoints names a base_url twice")
         return self
 
     @model_validator(mode="after")
-    def _members_are_the_ensemble_kind(self) -> TeacherSection:
+    def _members_fit(self) -> TeacherSection:
         if self.kind != "ensemble":
             if self.members:
                 raise ValueError(f"teacher.members belongs to kind ensemble, not {self.kind}")
             return self
         if len(self.members) < 2:
             raise ValueError(
-                "teacher.members needs two or more runs, e.g. members: [{run: runs/gpt, weight: 2.0}, {run: runs/qwen}]"
+                "teacher.members needs two or more runs, e.g. "
+                "members: [{run: runs/gpt, weight: 2.0}, {run: runs/qwen}]"
             )
         if self.model or self.price:
             raise ValueError(
-                "teacher.model and teacher.price do not belong to kind ensemble: each member's run has its own"
+                "teacher.model and teacher.price do not belong to kind ensemble: "
+                "each member's run has its own"
             )
         return self
 
     @property
     def is_prompted(self) -> bool:
-        """Whether its text answers the recipe's prompt, and is read by it."""
+        """Whether the teacher's text answers the recipe's prompt."""
         return self.kind not in ("human", "ensemble")
 
     @property
     def served_by(self) -> tuple[EndpointSection, ...]:
-        """The endpoints with nothing left out: ``endpoints``, or ``base_url`` as the only one."""
+        """The endpoints with every key filled in: ``endpoints``, or ``base_url`` as the only one."""
+        endpoints = self.endpoints or (EndpointSection(base_url=self.base_url),)
         return tuple(
-            one.model_copy(
+            endpoint.model_copy(
                 update={
-                    "api_key_env": one.api_key_env or self.api_key_env,
-                    "rpm": one.rpm or self.rpm,
-                    "tpm": one.tpm or self.tpm,
+                    "api_key_env": endpoint.api_key_env or self.api_key_env,
+                    "rpm": endpoint.rpm or self.rpm,
+                    "tpm": endpoint.tpm or self.tpm,
                 }
             )
-            for one in self.endpoints or (EndpointSection(base_url=self.base_url),)
+            for endpoint in endpoints
         )
 
 
 class BatchSection(Section):
-    """The batch lane, ``dsbs annotate --batch``."""
+    """The provider's batch API, ``dsbs annotate --batch``."""
 
-    max_requests: int = Field(50_000, gt=0)  # in one batch file; more make several batches
-    completion_window: str = "24h"  # as the endpoint names it
-    poll_s: float = Field(30.0, gt=0)  # seconds between looks at a batch
-    price_factor: float = Field(0.5, ge=0)  # a batch reply costs this much of an online one
+    max_requests: int = Field(50_000, gt=0)
+    """Maximum requests per batch file; more make several batches."""
+    completion_window: str = "24h"
+    """The completion window that the provider is asked for."""
+    poll_s: float = Field(30.0, gt=0)
+    """Seconds between status requests."""
+    price_factor: float = Field(0.5, ge=0)
+    """The price of a batch reply, relative to a normal one."""
 
 
 class RaySection(Section):
-    address: str | None = (
-        None  # of the cluster's head, e.g. ray://head:10001; None: RAY_ADDRESS, else a cluster on this machine
-    )
-    shards: int = Field(
-        8, ge=1
-    )  # tasks that the rows are split over; the limits are split among them
-    cpus_per_shard: float = Field(1.0, ge=0)  # that Ray sets aside for one task
-    gpus_per_shard: float = Field(0.0, ge=0)  # the same, for a transformers teacher
+    """The Ray cluster that annotates in shards."""
+
+    address: str | None = None
+    """The address of the cluster's head, e.g. ray://head:10001. None: RAY_ADDRESS, else a cluster on this machine."""
+    shards: int = Field(8, ge=1)
+    """Tasks that the rows and the limits are divided among."""
+    cpus_per_shard: float = Field(1.0, ge=0)
+    """CPUs reserved for each task."""
+    gpus_per_shard: float = Field(0.0, ge=0)
+    """GPUs reserved for each task, for a transformers teacher."""
 
 
 class AnnotateSection(Section):
-    prompt: str | None = (
-        None  # a prompt file; None: prompts/<task>.yaml, or a zero-shot prompt for your own data
-    )
+    """How the teacher is asked."""
+
+    prompt: str | None = None
+    """A prompt file. None: prompts/<task>.yaml, or a zero-shot prompt for your own data."""
     splits: Annotated[tuple[Literal["train", "valid", "test"], ...], BeforeValidator(as_tuple)] = (
         "train",
         "test",
-    )  # what is annotated
-    samples: int = Field(1, ge=1)  # replies per row; the majority label wins
-    stop_early: bool = True  # no further samples of a row whose majority label can no longer change
-    temperature: float = Field(0.0, ge=0)  # of sampling; 0: the likeliest reply
-    logprobs: bool = False  # ask for log-probabilities and keep the label's
-    hint: bool = False  # where the teacher's label is not the gold one, ask once more with the gold label as a hint (STaR)
-    min_rationale_words: int = Field(2, ge=0)  # a shorter rationale is rejected as too-short
-    rationale_from: Literal["visible", "reasoning"] = (
-        "visible"  # reasoning: a reasoning model's own text, where it shows it
     )
-    max_tokens: int = Field(256, gt=0)  # of one reply
-    concurrency: int = Field(64, ge=1)  # requests in flight
-    max_usd: float | None = Field(
-        None, gt=0
-    )  # stop (exit 3) before this run's replies, earlier ones included, cost more
-    max_requests: int | None = Field(None, ge=0)  # stop (exit 3) once this command has sent so many
-    batch: BatchSection = BatchSection()  # the batch lane
-    engine: Literal["local", "ray"] = "local"  # ray: the shards run as tasks on a Ray cluster
-    ray: RaySection = RaySection()  # the cluster, with engine: ray
+    """The splits to annotate."""
+    samples: int = Field(1, ge=1)
+    """Replies per row; the majority label wins."""
+    stop_early: bool = True
+    """Request no further samples for a row once its majority label cannot change."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature. 0: greedy decoding."""
+    logprobs: bool = False
+    """Request log-probabilities and store the label's."""
+    hint: bool = False
+    """If the teacher's label is not the gold label, ask again with the gold label as a hint (STaR)."""
+    min_rationale_words: int = Field(2, ge=0)
+    """Minimum words of a rationale; shorter ones are rejected as too-short."""
+    rationale_from: Literal["visible", "reasoning"] = "visible"
+    """Where the rationale is read. reasoning: the reasoning text that some models return beside the reply."""
+    max_tokens: int = Field(256, gt=0)
+    """Maximum tokens of a reply."""
+    concurrency: int = Field(64, ge=1)
+    """Maximum requests in flight."""
+    max_usd: float | None = Field(None, gt=0)
+    """Stop (exit code 3) before the run's replies, earlier ones included, cost more. None: no maximum."""
+    max_requests: int | None = Field(None, ge=0)
+    """Stop (exit code 3) after this many requests of one command. None: no maximum."""
+    batch: BatchSection = BatchSection()
+    """The provider's batch API."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: annotate in shards on a Ray cluster."""
+    ray: RaySection = RaySection()
+    """The Ray cluster, with ``engine: ray``."""
 
     @model_validator(mode="after")
     def _samples_differ(self) -> AnnotateSection:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
-                "annotate.samples > 1 at temperature 0 buys the same reply again; set temperature: 0.7"
+                "annotate.samples > 1 at temperature 0 requests the same reply again; "
+                "set temperature: 0.7"
             )
         return self

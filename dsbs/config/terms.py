@@ -1,37 +1,33 @@
-"""``train.terms`` and ``train.teachers``: what a student learns beside its targets, and from which local models."""
+"""Loss terms and local teachers: the entries of ``train.terms`` and ``train.teachers``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from dsbs.config.registry import TERMS, entry
 from dsbs.config.sections import Section, unknown
 
 _REMOVED = ("mutual-information", "consistency")
-# What metrics.jsonl calls the losses of a method's own targets, and the trainer those of a whole training and a look at valid.
+# Names of other losses: of a method's own targets in metrics.jsonl, and of the trainer.
 _TAKEN = ("label", "rationale", "rationale-then-label", "label-then-rationale", "train", "eval")
 
 
 def base_of(method: str) -> str:
-    """The method that a name with terms builds on: of ``finetune+response``, finetune."""
+    """The method in a name with terms: finetune in ``finetune+response``."""
     return method.partition("+")[0]
 
 
 def names_of_terms(method: str) -> list[str]:
-    """The terms that a method's name adds to its base, in their order."""
+    """The terms in a method's name, in order."""
     return method.split("+")[1:]
 
 
+# A kind of term is a subclass of this class with its own keys, facts and loss.
 class TermSettings(Section):
-    """An entry of ``train.terms``; a kind of term is a subclass with its own keys, facts and loss.
-
-    A method learns a term if its name is added to the method's: methods: [step-by-step+response].
-    """
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    """An additional loss term; a method learns it if its name is added: [step-by-step+response]."""
 
     kind: str
     """A registered kind of term."""
@@ -71,7 +67,7 @@ class TermSettings(Section):
 
 
 def _settings_of(value: Any) -> Any:
-    """An entry of ``train.terms`` by the class of its kind. Raises ValueError for an unknown kind."""
+    """An entry of ``train.terms`` as its kind's class. Raises ValueError for an unknown key."""
     if not isinstance(value, Mapping) or "kind" not in value:
         return value  # the base class reports what is wrong
     kind = value["kind"]
@@ -83,9 +79,12 @@ def _settings_of(value: Any) -> Any:
         raise ValueError(unknown("kind of term", str(kind), TERMS))
     settings: type[TermSettings] = entry(TERMS, kind)
     for key in value:
+        if key in settings.model_fields:
+            continue
         kinds = [other for other in TERMS if key in entry(TERMS, other).model_fields]
-        if kinds and kind not in kinds:
+        if kinds:
             raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {kind}")
+        raise ValueError(unknown("key", str(key), settings.model_fields))
     return settings.model_validate(value)
 
 
@@ -93,31 +92,30 @@ TermEntry = Annotated[SerializeAsAny[TermSettings], BeforeValidator(_settings_of
 
 
 class LocalTeacherSection(Section):
-    """A larger model on this machine, of the student's vocabulary, whose outputs the terms compare with."""
+    """A larger model on this machine, with the student's vocabulary, for loss terms."""
 
-    model: str | None = (
-        None  # a trained student's folder; None: one is trained first, by this recipe, as size or start say
-    )
-    start: str | None = (
-        None  # the pretrained model (Hub id or folder) that its training starts from; None: random weights
-    )
-    size: Literal["nano", "mini", "small"] = "mini"  # of one from random weights
-    weight: float = Field(1.0, gt=0)  # its part among several, relative to the others'
-    learning_rate: float | None = Field(
-        None, gt=0
-    )  # of its training; None: train's, if set, or its own start's default
-    max_steps: int | None = Field(
-        None, gt=0
-    )  # of its training; None: train's, if set, or its own start's default
-    seed: int | None = Field(
-        None, ge=0, lt=2**32
-    )  # of its training; None: the first of train.seeds
+    model: str | None = None
+    """A trained student's folder. None: this recipe trains the teacher first (see size, start)."""
+    start: str | None = None
+    """The pretrained model (Hub id or folder) that its training starts from. None: random ones."""
+    size: Literal["nano", "mini", "small"] = "mini"
+    """The size of a teacher with random weights."""
+    weight: float = Field(1.0, gt=0)
+    """Its weight in the average over several teachers."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of its training. None: train.learning_rate, or its start's default."""
+    max_steps: int | None = Field(None, gt=0)
+    """Optimizer steps of its training. None: train.max_steps, or its start's default."""
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    """Random seed of its training. None: the first of train.seeds."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> LocalTeacherSection:
-        given = (self.start, self.learning_rate, self.max_steps, self.seed)
-        if self.model and (self.size != "mini" or any(one is not None for one in given)):
+    def _one_start(self) -> LocalTeacherSection:
+        training = (self.start, self.learning_rate, self.max_steps, self.seed)
+        is_trained_here = self.size != "mini" or any(value is not None for value in training)
+        if self.model and is_trained_here:
             raise ValueError(
-                "model names a trained teacher; start, size, learning_rate, max_steps and seed are for one to be trained"
+                "model names a trained teacher; start, size, learning_rate, max_steps and seed "
+                "are for a teacher to train"
             )
         return self

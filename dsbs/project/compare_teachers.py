@@ -142,7 +142,7 @@ def _versus(
         return {}
     import numpy as np
 
-    from dsbs.evaluation.stats import difference, holm
+    from dsbs.evaluation.significance import holm, paired_difference
 
     def scores(one: Contender) -> Any:
         return np.array(
@@ -153,7 +153,7 @@ def _versus(
         )
 
     baseline, *others = contenders
-    found = {one.name: difference(scores(one), scores(baseline)) for one in others}
+    found = {one.name: paired_difference(scores(one), scores(baseline)) for one in others}
     adjusted = holm([one.p for one in found.values()])
     return {
         name: {

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from pydantic_core import PydanticUndefined
 
-from dsbs.config import SCRATCH_DEFAULTS, Recipe
-from dsbs.config.load import as_given, load_recipe, recorded
+from dsbs.config import Recipe, TrainSection
+from dsbs.config.load import load_recipe, recorded, resolved_values
 from dsbs.config.schema import section_of
 from dsbs.config.sections import Section
 from dsbs.errors import UserError
@@ -57,7 +57,7 @@ def resolve(given: str, overrides: list[str] | None = None) -> Resolved:
     """The recipe in a file, or the one that the newest stage of a run folder was given. Raises UserError."""
     path = Path(given)
     if not path.is_dir():
-        return Resolved(given, as_given(load_recipe(given, overrides or ())))
+        return Resolved(given, resolved_values(load_recipe(given, overrides or ())))
     if overrides:
         raise UserError(
             f"{given} is a run, whose recipe is what it was",
@@ -148,7 +148,7 @@ def _entries(recipe: Mapping[str, Any]) -> Iterator[_Entry]:
             )
             yield from walk(here, value, inner, default if stands else _defaults(inner))
 
-    return walk((), recipe, Recipe, _defaults_of(recipe))
+    return walk((), recipe, Recipe, _defaults_for(recipe))
 
 
 def _line(entry: _Entry) -> str:
@@ -182,13 +182,14 @@ def _section_at(section: type[Section], key: str) -> type[Section] | None:
     return section_of(field.annotation)
 
 
-def _defaults_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults that hold for a recipe: without a pretrained model, training has others."""
-    found = _defaults(Recipe)
+def _defaults_for(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a recipe with this student."""
+    defaults = _defaults(Recipe)
     student = recipe.get("student")
-    if isinstance(student, dict) and not student.get("model"):
-        found["train"] |= SCRATCH_DEFAULTS
-    return found
+    is_scratch = isinstance(student, dict) and not student.get("model")
+    train = TrainSection().resolved(is_scratch=is_scratch)
+    defaults["train"] |= {"learning_rate": train.learning_rate, "max_steps": train.max_steps}
+    return defaults
 
 
 def _defaults(section: type[Section]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         student=student,
         card=card,
         record=run.students[name],
-        train=recipe.train.tuned(student.tuned),
+        train=recipe.resolved_train.tuned(student.tuned),
         terms=terms,
         kinds=[
             registry.entry(registry.METHODS, base_of(student.method)),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dsbs.config import TrainSection
+from dsbs.config import ResolvedTrainSection
 from dsbs.training.methods import View
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def weighted_loss(
     return loss
 
 
-def view_weights(views: Sequence[View], train: TrainSection, step: int) -> dict[str, float]:
+def view_weights(views: Sequence[View], train: ResolvedTrainSection, step: int) -> dict[str, float]:
     """Each view's weight at an optimizer step (from 0): the label's is 1, the rationale's is λ.
 
     λ goes from rationale_weight to rationale_weight_end at max_steps: in a line (linear) or along

@@ -170,7 +170,7 @@ class StudentRun:
 
         from dsbs.training.callbacks import MetricsLogger, is_exhausted
 
-        section = self.recipe.train
+        section = self.recipe.resolved_train
         batch_size = per_device_batch_size(section.batch_size, micro)
         set_seed(self.spec.seed)
         model = self._new_model()
@@ -211,7 +211,7 @@ class StudentRun:
         return self._finish(student, trainer.state, metrics)
 
     def _new_model(self) -> Any:
-        section = self.recipe.train
+        section = self.recipe.resolved_train
         model = new_model(self.recipe.student, self.tokenizer, self.spec.seed, section.init)
         if section.gradient_checkpointing:
             model.activation_checkpointing_enable()
@@ -231,7 +231,7 @@ class StudentRun:
         from dsbs.training.callbacks import EarlyStopping, KeepZeros, ResampleRationales
         from dsbs.training.trainer import StepTrainer, training_arguments
 
-        section = self.recipe.train
+        section = self.recipe.resolved_train
         callbacks: list[TrainerCallback] = [metrics, EarlyStopping(section.patience)]
         rows: Sequence[Any] | ResampledRows = self.rows
         if section.rationales == "drawn":
@@ -264,13 +264,13 @@ class StudentRun:
     def eval_every(self) -> int:
         """Optimizer steps between validations."""
         tokens = max_new_tokens(self.recipe, self.views[0])
-        return validation_interval(self.recipe.train, self.rows, self.valid, tokens)
+        return validation_interval(self.recipe.resolved_train, self.rows, self.valid, tokens)
 
     def _distillation_loss(
         self, model: Any, progress: Progress, batch_size: int
     ) -> DistillationLoss:
         """The loss of the student's terms, attached to its model."""
-        section = self.recipe.train
+        section = self.recipe.resolved_train
         cached = cache_logprobs(
             self.terms,
             section,
@@ -359,7 +359,7 @@ class StudentRun:
 
     def _load_checkpoint(self, checkpoint: Path) -> Any:
         """The plain model of a checkpoint, adapters merged."""
-        section = self.recipe.train
+        section = self.recipe.resolved_train
         if section.lora is None:
             return load_model(str(checkpoint))
         start = new_model(self.recipe.student, self.tokenizer, self.spec.seed, section.init)

@@ -17,7 +17,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from dsbs.config import TrainSection
+from dsbs.config import ResolvedTrainSection
 from dsbs.errors import DsbsError, UserError
 from dsbs.training.distillation.base import StepTotals
 from dsbs.training.distillation.objective import DistillationLoss
@@ -33,7 +33,7 @@ Batch = Mapping[str, PackedBatch]
 
 
 def training_arguments(
-    section: TrainSection, folder: Path, seed: int, *, batch_size: int, eval_steps: int
+    section: ResolvedTrainSection, folder: Path, seed: int, *, batch_size: int, eval_steps: int
 ) -> Seq2SeqTrainingArguments:
     """The stock trainer's arguments; ``batch_size`` is of one process's forward pass."""
     on_gpu = torch.cuda.is_available()
@@ -84,7 +84,7 @@ class StepTrainer(Seq2SeqTrainer):
         self,
         *,
         views: Sequence[View],
-        section: TrainSection,
+        section: ResolvedTrainSection,
         validate: Callable[[], dict[str, float]],
         terms: DistillationLoss | None = None,
         **kwargs: Any,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dsbs.config import Recipe, TrainSection
+from dsbs.config import Recipe, ResolvedTrainSection
 from dsbs.records.rows import Unread
 from dsbs.students import Student, start_token, take_apart
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
@@ -20,7 +20,7 @@ _BACKWARD = 2  # cost of a backward pass, in forward passes
 
 
 def validation_interval(
-    section: TrainSection, train: EncodedRows, valid: EncodedRows, max_new_tokens: int
+    section: ResolvedTrainSection, train: EncodedRows, valid: EncodedRows, max_new_tokens: int
 ) -> int:
     """Optimizer steps between validations: ``train.eval_every``, or None's value for this data.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsbs.config import (
-    SCRATCH_DEFAULTS,
     LocalTeacherSection,
     Recipe,
     StudentSection,
@@ -111,8 +110,8 @@ class LocalTeachers:
         self._teachers: dict[tuple[int, Path], LocalTeacher] = {}
         self.trained: list[TrainedStudent] = []
 
-    def of(self, spec: StudentSpec) -> tuple[LocalTeacher, ...]:
-        """A spec's teachers, trained if need be. Raises UserError for one that does not fit."""
+    def for_student(self, spec: StudentSpec) -> tuple[LocalTeacher, ...]:
+        """A student's teachers, trained if need be. Raises UserError for one that does not fit."""
         terms = [term for term in terms_of(self._recipe.train, spec.method) if term.needs_teacher]
         if not terms:
             return ()
@@ -128,7 +127,7 @@ class LocalTeachers:
         return tuple(teachers)
 
     def release(self, later: Sequence[StudentSpec]) -> None:
-        """Free the memory of the teachers that no spec in ``later`` needs."""
+        """Free the memory of the teachers that no student in ``later`` needs."""
         needed = {
             (number, self._folder(number, section, spec))
             for spec in later
@@ -221,16 +220,11 @@ def teacher_spec(
     """
     seed = recipe.train.seeds[0] if section.seed is None else section.seed
     system = replace(spec, method=base_of(spec.method)).system
-    changes = {}
-    for key, at_random in SCRATCH_DEFAULTS.items():
-        pretrained = TrainSection.model_fields[key].default
-        given, ours = getattr(section, key), getattr(recipe.train, key)
-        # by value, since a recipe that was written out in full has every key
-        is_unset = ours == (at_random if recipe.student.is_scratch else pretrained)
-        if given is not None or is_unset:
-            changes[key] = (
-                given if given is not None else (at_random if section.start is None else pretrained)
-            )
+    changes: dict[str, float] = {}
+    if section.learning_rate is not None:
+        changes["learning_rate"] = section.learning_rate
+    if section.max_steps is not None:
+        changes["max_steps"] = section.max_steps
     train = recipe.train.model_copy(
         update={
             "methods": (base_of(spec.method),),

@@ -97,7 +97,7 @@ class DistillationLoss:
             for view in cached.views:
                 if view.target in batch:
                     packed = batch[view.target]
-                    packed.teacher_top_k[term] = cached.of(packed, view)
+                    packed.teacher_top_k[term] = cached.lookup(packed, view)
         return batch
 
     def _soft_labels_of(self, packed: PackedBatch) -> Tensor:

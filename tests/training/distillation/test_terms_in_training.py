@@ -21,7 +21,7 @@ from tiny_training import distillation_loss, loss_lines, tiny_t5, train_steps, w
 
 from dsbs import annotate, load_recipe, train
 from dsbs.config import LoraSection
-from dsbs.training.lora import adapt, merged
+from dsbs.training.lora import add_adapters, merge_adapters
 from dsbs.training.student_folder import last_checkpoint
 
 TEACHERS = "train.teachers=[{size: nano, max_steps: 2}]"
@@ -95,7 +95,7 @@ def test_gradient_checkpointing_changes_no_step_with_a_term(tmp_path: Path, padd
 def test_adapters_learn_a_term_and_merge_into_a_plain_student(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     targets = ("q", "k", "v", "o", "wi", "wo")
-    model = adapt(tiny_t5(), LoraSection(rank=4, alpha=8, targets=targets))
+    model = add_adapters(tiny_t5(), LoraSection(rank=4, alpha=8, targets=targets))
     student, lines = train_steps(tmp_path, distillation_loss(["response"]), steps=20, model=model)
     assert lines[-1]["response_loss"] < lines[0]["response_loss"]
     base = {
@@ -105,7 +105,7 @@ def test_adapters_learn_a_term_and_merge_into_a_plain_student(tmp_path: Path) ->
     for name, value in tiny_t5().state_dict().items():
         assert torch.equal(base[name], value), name
     student.save_pretrained(tmp_path / "adapters")
-    plain = merged(tiny_t5(), tmp_path / "adapters").eval()
+    plain = merge_adapters(tiny_t5(), tmp_path / "adapters").eval()
     batch = {"input_ids": torch.tensor([[3, 4, 1]]), "labels": torch.tensor([[6, 7, 1]])}
     assert torch.allclose(plain(**batch).logits, student.eval()(**batch).logits, atol=1e-5)
 

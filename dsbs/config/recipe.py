@@ -1,0 +1,344 @@
+"""Recipe: the whole file, and its sections ``task``, ``student``, ``eval`` and ``report``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
+
+from dsbs.config.registry import METHODS, TASKS
+from dsbs.config.sections import Section, as_tuple, scalar_text, unknown
+from dsbs.config.teacher import AnnotateSection, TeacherSection
+from dsbs.config.terms import base_of
+from dsbs.config.train import ResolvedTrainSection, TrainSection
+from dsbs.files import canonical_json, digest
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_OWN_DATA_TASKS = ("classification", "generation")
+
+
+def _folder_in(context: Any) -> Path | None:
+    """The folder of the recipe's file, which ``load_recipe`` passes as the validation context."""
+    if not isinstance(context, dict):
+        return None
+    folder: Path | None = context.get("folder")
+    return folder
+
+
+class DataSection(Section):
+    """The files with the rows.
+
+    Each is a path (.jsonl, .jsonl.gz, .csv, .parquet) or ``hub://<repository>[:<config>]/<split>``.
+    """
+
+    train: str
+    """The rows that students learn from. Validation and test rows are split off where they are not given."""
+    valid: str | None = None
+    """The validation rows. None: a part of train, chosen by a hash of the ids."""
+    test: str | None = None
+    """The test rows. None: a part of train, chosen by a hash of the ids."""
+    valid_fraction: float = Field(0.1, gt=0, lt=0.5)
+    """The share of the train rows used for validation if ``valid`` is None."""
+    test_fraction: float = Field(0.2, gt=0, lt=0.9)
+    """The share of the train file's rows used as test rows if ``test`` is None."""
+
+
+class TaskSection(Section):
+    """The task to learn, and its data."""
+
+    name: str
+    """A registered task; ``classification`` or ``generation`` for your own data."""
+    data: DataSection
+    """The files with the rows."""
+    limit: int | None = Field(None, gt=0)
+    """Maximum number of rows per split. None: all rows. Results of a limited run are not reportable."""
+    labels: tuple[str, ...] | None = None
+    """classification: the closed set of labels, two or more. None: the task fixes them, or they are free text."""
+    input: str | None = None
+    """Jinja template of the student's input over the row's fields. None: the only text column."""
+    columns: dict[str, str] = {}
+    """Maps a name used here (id, label, rationale or an input field) to the file's column."""
+    description: str | None = None
+    """One sentence for the default prompt: what to decide or answer. None: a general sentence."""
+    numeric: bool = False
+    """generation: compare answers as numbers (tolerance 1e-4) if both are numbers."""
+
+    @field_validator("name")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        if value not in TASKS:
+            raise ValueError(unknown("task", value, TASKS))
+        return value
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels_are_text(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        for number, label in enumerate(value, 1):
+            if isinstance(label, bool):
+                raise ValueError(
+                    f"entry {number} reads as the YAML boolean {str(label).lower()}: yes, no, on, "
+                    "off, true and false are booleans in YAML; quote them, as in labels: "
+                    '["yes", "no"]'
+                )
+        return [scalar_text(label) for label in value]
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        if len(value) < 2:
+            raise ValueError("at least two labels are needed")
+        folded = [label.strip().casefold() for label in value]
+        if "" in folded:
+            raise ValueError("a label must not be empty")
+        repeated = sorted({label for label in value if folded.count(label.strip().casefold()) > 1})
+        if repeated:
+            raise ValueError(f"labels that differ only in case or spaces: {', '.join(repeated)}")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_task(self) -> TaskSection:
+        if self.name == "classification" and self.labels is None:
+            raise ValueError(
+                "task.labels is needed for classification, e.g. labels: [billing, shipping]"
+            )
+        if self.name != "classification" and self.labels is not None:
+            raise ValueError(
+                f"task.labels belongs to classification; the labels of {self.name} are fixed or "
+                "free text"
+            )
+        if self.name not in _OWN_DATA_TASKS and self.input is not None:
+            raise ValueError(
+                "task.input belongs to classification and generation; "
+                f"{self.name} has its own input"
+            )
+        if self.numeric and self.name != "generation":
+            raise ValueError("task.numeric belongs to generation")
+        return self
+
+
+class StudentSection(Section):
+    """The small model: a pretrained T5 or decoder-only model (Qwen, Llama, SmolLM), or a T5 with random weights."""
+
+    model: str | None = None
+    """A Hub id (google/t5-v1_1-base, Qwen/Qwen3-0.6B), a folder, a .gguf file or ``smollm2-135m-instruct``. None: random weights."""
+    template: Literal["auto", "plain", "chat"] = "auto"
+    """The input format of decoder-only models. auto: chat if the tokenizer has a chat template, else plain."""
+    init: Literal["scratch"] | None = None
+    """scratch: random weights and a vocabulary learned from the training text. None: the same if ``model`` is None."""
+    size: Literal["nano", "mini", "small"] = "nano"
+    """The size of a student from scratch: about 2, 11 or 40 million parameters."""
+    vocab_size: int = Field(4000, ge=64, le=1_000_000)
+    """Maximum number of entries in a scratch student's vocabulary."""
+    max_input_tokens: int = Field(1024, gt=0)
+    """Maximum tokens of an input; longer ones are truncated. Decoder-only models: the template included."""
+    max_target_tokens: int = Field(256, gt=0)
+    """Maximum tokens of a label or rationale; longer ones are truncated."""
+    dropout: float | None = Field(None, ge=0, le=0.99)
+    """Dropout rate; of attention alone in decoder-only models. None: the model's own (0.1 from scratch)."""
+
+    _folder: Path | None = PrivateAttr(None)
+
+    def model_post_init(self, context: Any) -> None:
+        self._folder = _folder_in(context)
+
+    @model_validator(mode="after")
+    def _one_start(self) -> StudentSection:
+        if self.model and self.init:
+            raise ValueError("student.model and student.init exclude each other")
+        return self
+
+    @property
+    def source(self) -> str | None:
+        """The ``model`` to load. A GGUF file is also found beside the recipe, like ``teacher.model``."""
+        if self.model is None or self._folder is None or not self.model.lower().endswith(".gguf"):
+            return self.model
+        path = Path(self.model).expanduser()
+        beside = self._folder / path
+        if beside.is_file() and not path.is_file():
+            return str(beside)
+        return self.model
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys that decide a student. ``template: auto`` decides nothing by itself: the token ids tell its format."""
+        exclude = {"template"} if self.template == "auto" else None
+        return self.model_dump(mode="json", exclude=exclude)
+
+    @property
+    def is_scratch(self) -> bool:
+        """Whether the student starts from random weights."""
+        return not self.model
+
+
+class EvalSection(Section):
+    """The systems to compare, and how."""
+
+    split: Literal["valid", "test"] = "test"
+    """The rows that systems are compared on."""
+    batch_size: int = Field(64, gt=0)
+    """Rows decoded together."""
+    max_label_tokens: int = Field(64, gt=0)
+    """Maximum tokens generated for a label."""
+    baseline: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ("finetune", "distill")
+    """Methods, or names in ``predictions``, that every system is compared with, on the same share of the train rows."""
+    cluster: str | None = None
+    """An input field. Rows with equal values are resampled together. None: every row by itself."""
+    rationales: bool = False
+    """Also decode and measure the rationales of students that learned them."""
+    latency_calls: int = Field(50, ge=0)
+    """Maximum timed calls at batch size 1 and at 64, for each system's first student. 0: no timing."""
+    predictions: dict[str, str] = {}
+    """External systems: a name for each .jsonl or .jsonl.gz file of {id, prediction}."""
+
+    @field_validator("predictions")
+    @classmethod
+    def _names_are_file_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch(_NAME, name):
+                raise ValueError(f"{name!r}: a name has letters, digits, '.', '_' and '-' only")
+            if name == "teacher":
+                raise ValueError("teacher: this name is the recipe's own teacher")
+        return value
+
+
+class ReportSection(Section):
+    """Additional outputs."""
+
+    tensorboard: bool = False
+    """Also write TensorBoard event files beside every student."""
+    tensorboard_samples: int = Field(4, ge=0)
+    """Validation rows whose predictions TensorBoard shows at every validation. 0: none."""
+    tensorboard_graph: bool = False
+    """Also write the graph of the student's model for TensorBoard."""
+
+    @model_validator(mode="after")
+    def _graph_needs_tensorboard(self) -> ReportSection:
+        if self.tensorboard_graph and not self.tensorboard:
+            raise ValueError(
+                "report.tensorboard_graph is for TensorBoard; set report.tensorboard: true as well"
+            )
+        return self
+
+
+# Keys of `train` that do not change a student's weights, or that `training` and `training_of` add
+# where they do.
+_TRAIN_KEYS_WITHOUT_EFFECT = {
+    "methods",
+    "labels",
+    "seeds",
+    "subset",
+    "log_every",
+    "select",  # counts by the annotations' source
+    "micro_batch_size",  # unless loss_mean is micro, or a term relates the rows of one pass
+    "gradient_checkpointing",
+    "padding",
+    "terms",  # for the methods that name them
+    "teachers",
+    "ensemble",
+}
+
+
+class Recipe(Section):
+    """One experiment: one YAML file, of which every command reads its own sections."""
+
+    name: str = Field(pattern=f"^{_NAME}$")
+    """The name of the run folder. Default: the file's name."""
+    task: TaskSection
+    """The task to learn, and its data."""
+    teacher: TeacherSection
+    """The large model to ask, or the name of a file with this section."""
+    annotate: AnnotateSection = AnnotateSection()
+    """How the teacher is asked."""
+    student: StudentSection = StudentSection()
+    """The small model before training."""
+    train: TrainSection = TrainSection()
+    """The methods, their loss, and the training settings."""
+    eval: EvalSection = EvalSection()
+    """The systems to compare, and how."""
+    report: ReportSection = ReportSection()
+    """Additional outputs."""
+
+    _folder: Path | None = PrivateAttr(None)
+
+    def model_post_init(self, context: Any) -> None:
+        self._folder = _folder_in(context)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        required = ("name", "task", "teacher")
+        return {
+            name: value for name, value in data.items() if value is not None or name in required
+        }
+
+    @model_validator(mode="after")
+    def _lora_has_pretrained_weights(self) -> Recipe:
+        if self.train.lora and self.student.is_scratch and not self.train.init:
+            raise ValueError(
+                "train.lora adapts pretrained weights, and a student from scratch has random ones; "
+                "set student.model or train.init, or leave train.lora out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_exist(self) -> Recipe:
+        known = (*METHODS, *self.eval.predictions)
+        for name in self.eval.baseline:
+            if name in known:
+                continue
+            if base_of(name) not in METHODS:
+                raise ValueError("eval.baseline: " + unknown("method", name, known))
+            try:
+                self.train.check_method(name)
+            except ValueError as error:
+                raise ValueError(f"eval.baseline: {error}") from None
+        return self
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the recipe's file, where relative paths are found too. None for a recipe made in code."""
+        return self._folder
+
+    @property
+    def resolved_train(self) -> ResolvedTrainSection:
+        """The train section with the defaults that depend on the student filled in."""
+        return self.train.resolved(is_scratch=self.student.is_scratch)
+
+    @property
+    def training(self) -> str:
+        """Hash of everything that decides a student except its data, its method with its terms, and its seed."""
+        exclude = set(_TRAIN_KEYS_WITHOUT_EFFECT)
+        if self.train.tune is None:
+            exclude.add("tune")
+        else:  # tuning replaces the recipe's own values
+            exclude |= {name for name, values in self.train.tune if values is not None}
+        if self.train.loss_mean == "micro":
+            exclude.remove("micro_batch_size")
+        return digest(
+            canonical_json(self.resolved_train.model_dump(mode="json", exclude=exclude)),
+            canonical_json(self.student.settings),
+            str(
+                self.eval.max_label_tokens
+            ),  # validation, which chooses the best step, decodes labels
+        )
+
+    def training_of(self, method: str) -> str:
+        """``training`` and the terms that ``method`` names; other methods' terms do not count."""
+        terms = self.train.terms_of(method)
+        if not terms:
+            return self.training
+        settings = [canonical_json([term.model_dump(mode="json") for term in terms])]
+        if any(term.is_of_one_pass for term in terms):
+            settings.append(str(self.train.micro_batch_size))
+        if any(term.needs_teacher for term in terms):
+            teachers = [teacher.model_dump(mode="json") for teacher in self.train.teachers]
+            settings += [canonical_json(teachers), self.train.ensemble]
+        return digest(self.training, *settings)
