@@ -33,9 +33,16 @@ def row(
         "accepted": label is not None,
     } | more
     return Annotation.model_validate(
-        {"schema": "dsbs.annotation/1", "id": f"r{number}", "input": {}, "label": label, "gold": gold} | fields
+        {
+            "schema": "dsbs.annotation/1",
+            "id": f"r{number}",
+            "input": {},
+            "label": label,
+            "gold": gold,
+        }
+        | fields
         | {"teacher": TeacherName(kind="openai")}
-    )  # fmt: skip
+    )
 
 
 ROWS = [
