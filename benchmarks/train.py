@@ -1,20 +1,30 @@
-"""Training speed: dsbs's trainer against a plain two-forward Seq2SeqTrainer: same rows, model and losses, paired in one run.
+"""Training speed: dsbs's trainer against a plain Seq2SeqTrainer with two forward passes.
 
-    python benchmarks/train.py                                   # nano, mini and T5-small shapes, batches of 16 and 64
+    python benchmarks/train.py                       # nano, mini and T5-small; batches of 16 and 64
     python benchmarks/train.py --shapes nano --batches 64 --profile
+    python benchmarks/train.py --tiny                # does it run? its figures mean nothing
 
-The plain loop is written as the published one works: each step pads a random batch of labels and of rationales to its longest
-row, runs the model once on each, and averages the two losses. The rows are e-SNLI's with PaLM's rationales (../shared/data).
-Each figure is examples a second of whole optimizer steps by the trainers themselves, after two steps of warm-up; the plain loop
-runs before and after each of ours, and the ratio is against the mean of the two.
+Both train the same rows, model and losses in one process. The plain loop works as the published
+code does: each step pads a random batch of labels and of rationales to its longest row, runs the
+model once on each, and averages the two losses. The rows are e-SNLI's with PaLM's rationales
+(../shared/data). A run measures examples per second of whole optimizer steps after two steps of
+warm-up: the plain loop before and after each of ours, and the ratio to the mean of the two. Printed
+are the median and the range of all runs.
 """
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads would take the cores of others
+
 import argparse
+import random
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,69 +45,83 @@ from dsbs.config import StudentSection, TrainSection
 from dsbs.students import learn_vocabulary, new_model
 from dsbs.tasks.data import stream
 from dsbs.training.encode import Encoded, collate, pad
-from dsbs.training.losses import summed_nll
-from dsbs.training.methods import method_of
-from dsbs.training.trainer import StepTrainer
+from dsbs.training.losses import summed_nll, weighted_loss
+from dsbs.training.methods import STEP_BY_STEP
+from dsbs.training.trainer import StepTrainer, patch_forward
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "esnli"
-STEPS = {"nano": {16: 40, 64: 14}, "mini": {16: 14, 64: 6}, "t5-small": {16: 5, 64: 3}}
+# Steps of a run, by shape and batch size.
+STEPS = {
+    "tiny": {16: 2, 64: 1},
+    "nano": {16: 40, 64: 14},
+    "mini": {16: 14, 64: 6},
+    "t5-small": {16: 5, 64: 3},
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1},
+    "t5-small": {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 6},
+}
 WARM_UP = 2
-SECTIONS = {"dsbs": TrainSection(), "decoder": TrainSection(task_token="decoder")}
+SECTIONS = {"exact": TrainSection(), "decoder": TrainSection(task_token="decoder")}
 
 
-def rows(count: int) -> tuple[dict[str, list[Encoded]], Any]:
-    """Encoded rows, as each way to tell the tasks reads them, and their tokenizer."""
+def read_texts(count: int) -> Iterator[tuple[str, str, str]]:
+    """Input, label and rationale of e-SNLI rows with PaLM's completions."""
     train = DATA / "valid.jsonl.gz"
     recipe = load_recipe(
         "recipes/esnli.yaml",
         ["teacher.kind=recorded", f"task.data.train={train}", f"task.limit={count}"],
     )
-    work = Annotator(recipe)
+    task = Annotator(recipe).task
     teacher = make_teacher(recipe)
-    found = [
-        (work.task.text(annotation.input), annotation.own_label, annotation.rationale)
-        for annotation in teacher.annotations(stream(recipe, work.task, "train"), "train")
-        if annotation.own_label and annotation.rationale
+    for annotation in teacher.annotations(stream(recipe, task, "train"), "train"):
+        if annotation.own_label and annotation.rationale:
+            yield task.text(annotation.input), annotation.own_label, annotation.rationale
+
+
+def tiny_texts(count: int) -> Iterator[tuple[str, str, str]]:
+    """Made-up rows of different lengths."""
+    words = ["a", "premise", "and", "its", "hypothesis", "say", "the", "same", "of", "two", "dogs"]
+    generator = random.Random(0)
+    for i in range(count):
+        text = " ".join(generator.choices(words, k=5 + i % 9))
+        yield text, ("yes", "no")[i % 2], f"It says {words[i % len(words)]}."
+
+
+def encode(texts: Sequence[tuple[str, str, str]]) -> tuple[dict[str, list[Encoded]], Any]:
+    """The rows, encoded for each task token, and their tokenizer."""
+    vocabulary = [
+        part
+        for text, label, rationale in texts
+        for part in ("predict: explain: " + text, label, rationale)
     ]
-    texts = [
-        part for text, label, why in found for part in ("predict: explain: " + text, label, why)
-    ]
-    tokenizer = learn_vocabulary(texts, 4000)
+    tokenizer = learn_vocabulary(vocabulary, 4000)
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text)["input_ids"])
 
     encoded: dict[str, list[Encoded]] = {}
     for kind, section in SECTIONS.items():
-        label_view, rationale_view = method_of("step-by-step").views(section)
+        label_view, rationale_view = STEP_BY_STEP.views(section)
         encoded[kind] = [
             {
                 "label": [(ids(label_view.prefix + text), ids(label))],
-                "rationale": [(ids(rationale_view.prefix + text), ids(why))],
+                "rationale": [(ids(rationale_view.prefix + text), ids(rationale))],
             }
-            for text, label, why in found
+            for text, label, rationale in texts
         ]
     return encoded, tokenizer
 
 
-def model_of(shape: str, tokenizer: Any) -> Any:
-    if shape != "t5-small":
+def make_model(shape: str, tokenizer: Any) -> Any:
+    if shape not in CONFIGS:
         return new_model(StudentSection(size=shape), tokenizer, 0)
     torch.manual_seed(0)
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=512,
-            d_kv=64,
-            num_heads=8,
-            d_ff=2048,
-            num_layers=6,
-            decoder_start_token_id=0,
-        )
-    )
+    config: dict[str, Any] = {"vocab_size": len(tokenizer), "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**config, **CONFIGS[shape]))
 
 
-class PlainFormat(Seq2SeqTrainer):
+class PlainTrainer(Seq2SeqTrainer):
     """Two forward passes over padded batches, α = 0.5."""
 
     def compute_loss(
@@ -105,16 +129,19 @@ class PlainFormat(Seq2SeqTrainer):
     ) -> Any:
         return 0.5 * model(**inputs["label"]).loss + 0.5 * model(**inputs["rationale"]).loss
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, _inputs: Any) -> int:
         return 0
 
 
-def padded(batch: list[Encoded]) -> dict[str, Any]:
-    return {name: pad(flat, 0, 0) for name, flat in collate(batch).items()}
+def collate_padded(batch: list[Encoded]) -> dict[str, Any]:
+    return {name: pad(packed, 0, 0) for name, packed in collate(batch).items()}
 
 
-class Clock(TrainerCallback):
+class Stopwatch(TrainerCallback):
     """Seconds from the end of the warm-up to the end."""
+
+    began = 0.0
+    ended = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == WARM_UP:
@@ -122,119 +149,143 @@ class Clock(TrainerCallback):
         self.ended = time.perf_counter()
 
 
-def run(
+def measure(
     kind: str, shape: str, batch: int, data: dict[str, list[Encoded]], tokenizer: Any, folder: str
 ) -> float:
-    """Examples a second."""
+    """Examples per second of one training; ``kind`` is plain, exact or decoder."""
     steps = STEPS[shape][batch]
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=folder, per_device_train_batch_size=batch, max_steps=steps + WARM_UP, learning_rate=1e-4, report_to=[],
-        save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, use_cpu=True, seed=0,
-    )  # fmt: skip
-    clock = Clock()
-    how: dict[str, Any] = {
-        "model": model_of(shape, tokenizer),
-        "args": arguments,
-        "callbacks": [clock],
+    stopwatch = Stopwatch()
+    settings: dict[str, Any] = {
+        "model": make_model(shape, tokenizer),
+        "args": Seq2SeqTrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=batch,
+            max_steps=steps + WARM_UP,
+            learning_rate=1e-4,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=0,
+        ),
+        "callbacks": [stopwatch],
     }
+    trainer: Seq2SeqTrainer
     if kind == "plain":
-        trainer: Any = PlainFormat(data_collator=padded, train_dataset=data["dsbs"], **how)
+        trainer = PlainTrainer(
+            data_collator=collate_padded, train_dataset=data["exact"], **settings
+        )
     else:
         section = SECTIONS[kind]
-        views = method_of("step-by-step").views(section)
-        how |= {"train_dataset": data[kind], "views": views, "section": section}
-        trainer = StepTrainer(data_collator=collate, validate=dict, **how)
+        trainer = StepTrainer(
+            data_collator=collate,
+            validate=dict,
+            train_dataset=data[kind],
+            views=STEP_BY_STEP.views(section),
+            section=section,
+            **settings,
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return steps * batch / (clock.ended - clock.began)
+    return steps * batch / (stopwatch.ended - stopwatch.began)
 
 
-def same_loss(data: list[Encoded], tokenizer: Any) -> tuple[float, float]:
+def compare_losses(data: list[Encoded], tokenizer: Any, shape: str) -> tuple[float, float]:
     """The two objectives on one batch, without dropout."""
-    from dsbs.training.losses import weighted_loss
-    from dsbs.training.trainer import patch_forward
-
-    model = model_of("nano", tokenizer).eval()
+    model = make_model(shape, tokenizer).eval()
     batch = collate(data[:16])
-    plain = sum(0.5 * float(model(**pad(flat, 0, 0)).loss.detach()) for flat in batch.values())
-    patch_forward(model, method_of("step-by-step").views(SECTIONS["dsbs"]), without_padding=True)
-    counts = {name: float(len(flat.target)) for name, flat in batch.items()}
-    ours = float(
-        weighted_loss(model(batch=batch), counts, {"label": 1.0, "rationale": 1.0}).detach()
-    )
-    return plain, ours
+    losses = [float(model(**pad(packed, 0, 0)).loss.detach()) for packed in batch.values()]
+    plain = sum(losses) / 2
+    patch_forward(model, STEP_BY_STEP.views(SECTIONS["exact"]), without_padding=True)
+    counts = {name: float(len(packed.target)) for name, packed in batch.items()}
+    weights = {"label": 1.0, "rationale": 1.0}
+    exact = float(weighted_loss(model(batch=batch), counts, weights).detach())
+    return plain, exact
 
 
 def profile(kind: str, data: list[Encoded], tokenizer: Any) -> str:
-    """Where a step's time goes: nano, batch 64."""
+    """The time of a step's operations: nano, batch 64."""
     from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as recording
+    from torch.profiler import profile as record
 
-    from dsbs.training.trainer import patch_forward
-
-    model = model_of("nano", tokenizer).train()
-    patch_forward(
-        model, method_of("step-by-step").views(SECTIONS["dsbs"]), without_padding=kind == "dsbs"
-    )
+    model = make_model("nano", tokenizer).train()
+    views = STEP_BY_STEP.views(SECTIONS["exact"])
+    patch_forward(model, views, without_padding=kind == "exact")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    with recording(activities=[ProfilerActivity.CPU]) as found:
+    with record(activities=[ProfilerActivity.CPU]) as recorded:
         for i in range(3):
             batch = collate(data[64 * i : 64 * i + 64])
-            if kind == "dsbs":
+            sums: dict[str, torch.Tensor] = {}
+            if kind == "exact":
                 sums = model(batch=batch)
             else:
-                sums = {}
-                for name, flat in batch.items():
-                    one = pad(flat, 0, 0)
-                    sums[name] = summed_nll(model(**one).logits, one["labels"])
-            sum(sums.values()).backward()  # type: ignore[union-attr]
+                for name, packed in batch.items():
+                    padded = pad(packed, 0, 0)
+                    sums[name] = summed_nll(model(**padded).logits, padded["labels"])
+            torch.stack(list(sums.values())).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    return str(
-        found.key_averages().table(
-            sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=36
-        )
-    )
+    averages = recorded.key_averages()
+    table = averages.table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=36)
+    return str(table)
+
+
+def summary(values: Sequence[float], digits: int) -> str:
+    """Median and range, e.g. ``2.28 (2.21–2.33)``."""
+    median, low, high = statistics.median(values), min(values), max(values)
+    return f"{median:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", choices=list(STEPS), default=list(STEPS))
+    shapes = [shape for shape in STEPS if shape != "tiny"]
+    parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes)
     parser.add_argument("--batches", type=int, nargs="+", choices=[16, 64], default=[16, 64])
+    parser.add_argument("--runs", type=int, default=5, help="of each figure (default: 5)")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on made-up rows")
     options = parser.parse_args()
-    if not DATA.is_dir():
-        sys.exit("real data is not beside this checkout (../shared/data): nothing to measure on")
-    data, tokenizer = rows(4000)
-    plain, ours = same_loss(data["dsbs"], tokenizer)
+    if options.tiny:
+        options.shapes = ["tiny"]
+        texts = list(tiny_texts(80))
+    elif DATA.is_dir():
+        texts = list(read_texts(4000))
+    else:
+        sys.exit("the real data are not beside this checkout (../shared/data); try --tiny")
+    data, tokenizer = encode(texts)
+    plain_loss, exact_loss = compare_losses(data["exact"], tokenizer, options.shapes[0])
+    print(f"{len(texts)} rows, {torch.get_num_threads()} threads, {options.runs} runs")
+    print(f"loss of one batch: plain {plain_loss:.6f}, dsbs {exact_loss:.6f}")
+    print("exact: the paper's objective and prefixes; decoder: train.task_token: decoder")
     print(
-        f"{len(data['dsbs'])} rows, {torch.get_num_threads()} threads; loss of one batch: plain {plain:.6f}, dsbs {ours:.6f}",
+        f"{'shape':10}{'batch':>6}{'plain ex/s':>24}{'exact ratio':>22}{'decoder ratio':>22}",
         flush=True,
-    )
-    print(
-        "exact: the paper's objective and prefixes; decoder: train.task_token, another method (see the README)"
-    )
-    print(
-        f"{'shape':10}{'batch':>6}{'plain ex/s':>18}{'exact':>8}{'ratio':>7}{'decoder':>9}{'ratio':>7}"
     )
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
             for batch in options.batches:
-                before = run("plain", shape, batch, data, tokenizer, folder)
-                mine, other = (
-                    run(kind, shape, batch, data, tokenizer, folder) for kind in SECTIONS
-                )
-                after = run("plain", shape, batch, data, tokenizer, folder)
-                peer = (before + after) / 2
-                figures = f"{mine:8.1f}{mine / peer:7.2f}{other:9.1f}{other / peer:7.2f}"
-                print(f"{shape:10}{batch:6}{f'{before:.1f}, {after:.1f}':>18}{figures}", flush=True)
+                speeds: list[float] = []
+                ratios: dict[str, list[float]] = {kind: [] for kind in SECTIONS}
+                for _ in range(options.runs):
+                    before = measure("plain", shape, batch, data, tokenizer, folder)
+                    ours = {
+                        kind: measure(kind, shape, batch, data, tokenizer, folder)
+                        for kind in SECTIONS
+                    }
+                    after = measure("plain", shape, batch, data, tokenizer, folder)
+                    speeds += [before, after]
+                    for kind, speed in ours.items():
+                        ratios[kind].append(speed / ((before + after) / 2))
+                cells = [f"{summary(ratios[kind], 2):>22}" for kind in SECTIONS]
+                print(f"{shape:10}{batch:6}{summary(speeds, 1):>24}{''.join(cells)}", flush=True)
     if options.profile:
-        for kind in ("plain", "dsbs"):
-            print(
-                f"\n{kind}, nano, batch 64, three steps:\n{profile(kind, data['dsbs'], tokenizer)}"
-            )
+        for kind in ("plain", "exact"):
+            print(f"\n{kind}, nano, batch 64, three steps:")
+            print(profile(kind, data["exact"], tokenizer))
 
 
 if __name__ == "__main__":

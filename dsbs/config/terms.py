@@ -27,7 +27,7 @@ def names_of_terms(method: str) -> list[str]:
 
 # A kind of term is a subclass of this class with its own keys, facts and loss.
 class TermSettings(Section):
-    """An additional loss term. A method learns it if its name is added: methods: [step-by-step+response]."""
+    """An additional loss term; a method learns it if its name is added: [step-by-step+response]."""
 
     kind: str
     """A registered kind of term."""
@@ -67,7 +67,7 @@ class TermSettings(Section):
 
 
 def _settings_of(value: Any) -> Any:
-    """An entry of ``train.terms`` by the class of its kind. Raises ValueError for an unknown kind."""
+    """An entry of ``train.terms`` as its kind's class. Raises ValueError for an unknown key."""
     if not isinstance(value, Mapping) or "kind" not in value:
         return value  # the base class reports what is wrong
     kind = value["kind"]
@@ -79,9 +79,12 @@ def _settings_of(value: Any) -> Any:
         raise ValueError(unknown("kind of term", str(kind), TERMS))
     settings: type[TermSettings] = entry(TERMS, kind)
     for key in value:
+        if key in settings.model_fields:
+            continue
         kinds = [other for other in TERMS if key in entry(TERMS, other).model_fields]
-        if kinds and kind not in kinds:
+        if kinds:
             raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {kind}")
+        raise ValueError(unknown("key", str(key), settings.model_fields))
     return settings.model_validate(value)
 
 
@@ -89,20 +92,20 @@ TermEntry = Annotated[SerializeAsAny[TermSettings], BeforeValidator(_settings_of
 
 
 class LocalTeacherSection(Section):
-    """A larger model on this machine with the student's vocabulary, for loss terms to compare with."""
+    """A larger model on this machine, with the student's vocabulary, for loss terms."""
 
     model: str | None = None
-    """A trained student's folder. None: this recipe trains the teacher first, as ``size`` or ``start`` say."""
+    """A trained student's folder. None: this recipe trains the teacher first (see size, start)."""
     start: str | None = None
-    """The pretrained model (Hub id or folder) that its training starts from. None: random weights."""
+    """The pretrained model (Hub id or folder) that its training starts from. None: random ones."""
     size: Literal["nano", "mini", "small"] = "mini"
     """The size of a teacher with random weights."""
     weight: float = Field(1.0, gt=0)
     """Its weight in the average over several teachers."""
     learning_rate: float | None = Field(None, gt=0)
-    """Peak learning rate of its training. None: train.learning_rate, or the default for its own start."""
+    """Peak learning rate of its training. None: train.learning_rate, or its start's default."""
     max_steps: int | None = Field(None, gt=0)
-    """Optimizer steps of its training. None: train.max_steps, or the default for its own start."""
+    """Optimizer steps of its training. None: train.max_steps, or its start's default."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     """Random seed of its training. None: the first of train.seeds."""
 

@@ -12,7 +12,7 @@ from dsbs.config import LabelSource, Recipe, SelectSection
 from dsbs.errors import UserError
 from dsbs.prompting import source_fingerprint
 from dsbs.records.rows import Annotation, Example
-from dsbs.run_folder import RunFolder, annotation_file
+from dsbs.run_folder import RunFolder
 from dsbs.students import Target, compose
 from dsbs.tasks.base import Task
 from dsbs.tasks.data import is_held_out, load, position
@@ -155,9 +155,8 @@ def _valid(
     if any(example.label is not None for example in examples):
         source = "gold"
     elif recipe.task.data.valid is not None:
-        annotations = annotations | RunFolder(run).load_annotations(
-            "valid", source_fingerprint(recipe, task)
-        )
+        fingerprint = source_fingerprint(recipe, task)
+        annotations = annotations | RunFolder(run).load_annotations("valid", fingerprint)
     rows = [_row(task, example, annotations.get(example.id)) for example in examples]
     labelled = [row for row in rows if row.label(source)]
     labelled.sort(key=lambda row: position(row.id, "valid-limit"))
@@ -233,10 +232,11 @@ def _passes(row: Annotation, section: SelectSection, task: Task) -> bool:
 
 def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict[str, Annotation]:
     """The train annotations; where no method needs them, those that exist, for the vocabulary."""
-    if not needed and not annotation_file(run, "train").is_file():
+    folder = RunFolder(run)
+    if not needed and not folder.annotations("train").is_file():
         return {}
     try:
-        return RunFolder(run).load_annotations("train", source_fingerprint(recipe, task))
+        return folder.load_annotations("train", source_fingerprint(recipe, task))
     except UserError:
         if needed:
             raise

@@ -12,7 +12,7 @@ from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.rows import TrainedStudent
-from dsbs.run_folder import RunFolder, run_folder
+from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students import check_student, new_input_format, new_tokenizer
 from dsbs.students.vocabulary import lost_in
 from dsbs.tasks import make_task
@@ -25,7 +25,6 @@ from dsbs.training.encode import Encoder
 from dsbs.training.grid import StudentSpec, Trial, Tuner, grid, trial_specs
 from dsbs.training.methods import method_of
 from dsbs.training.rows import Data, count_rationales, gather, vocabulary_text
-from dsbs.training.student_folder import RECORD
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
 
@@ -58,8 +57,9 @@ def train(
     its last checkpoint. Raises UserError where the run lacks what a method learns from.
     """
     progress = (progress if is_main_process() else None) or NoProgress()
-    run = run_folder(recipe, out)
-    folder = run / "train"
+    run_folder = RunFolder.of(recipe, out)
+    run = run_folder.path
+    folder = run_folder.stage("train")
     task = make_task(recipe.task)
     specs = grid(recipe.train)
     check_terms(recipe.train, task, specs)
@@ -73,8 +73,8 @@ def train(
     with ExitStack() as stack:
         record: dict[str, Any] = {}
         if is_main_process():
-            stack.enter_context(RunFolder(run).lock("train"))
-            record = stack.enter_context(RunFolder(run).record("train", recipe, hashes))
+            stack.enter_context(run_folder.lock("train"))
+            record = stack.enter_context(run_folder.record("train", recipe, hashes))
         tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
         tokens = Tokens(tokenizer, folder / "tokens", progress, input_format)
@@ -133,13 +133,13 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
 
 def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any]]:
     """The plan of ``--dry-run``: one entry for every student."""
-    run = run_folder(recipe, out)
-    folder = run / "train"
+    run_folder = RunFolder.of(recipe, out)
+    folder = run_folder.stage("train")
     specs = grid(recipe.train)
     task = make_task(recipe.task)
     check_terms(recipe.train, task, specs)
     check_student(recipe)
-    data = gather(recipe, task, run, specs)
+    data = gather(recipe, task, run_folder.path, specs)
     plan = []
     for teacher_recipe, spec in planned_teachers(recipe, specs):
         entry = _plan(teacher_recipe, spec, data, folder)
@@ -163,7 +163,7 @@ def _plan(recipe: Recipe, spec: StudentSpec, data: Data, folder: Path) -> dict[s
         "valid": len(data.valid),
         "trials": 0,
         "steps": 0,
-        "done": _is_done(settings, spec.path(folder) / RECORD),
+        "done": _is_done(settings, spec.path(folder) / TRAINING_RECORD),
     }
 
 

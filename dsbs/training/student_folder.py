@@ -16,12 +16,11 @@ from typing import Any
 
 from dsbs.files import write_json
 from dsbs.records.rows import TrainedStudent
-from dsbs.run_folder import RunFolder
+from dsbs.run_folder import TRAINING_RECORD, RunFolder, training_record
 from dsbs.training.grid import StudentSpec
 
-RECORD = "train.json"
 # A trial's files that do not become its student's.
-_OF_TRIAL = ("checkpoints", "tensorboard", RECORD)
+_OF_TRIAL = ("checkpoints", "tensorboard", TRAINING_RECORD)
 
 
 class StudentFolder:
@@ -34,13 +33,13 @@ class StudentFolder:
         self._spec = spec
 
     def is_finished(self) -> bool:
-        return (self.path / RECORD).is_file()
+        return (self.path / TRAINING_RECORD).is_file()
 
     def student(self) -> TrainedStudent:
         return TrainedStudent(**self.read_record()["student"])
 
     def read_record(self) -> dict[str, Any]:
-        return _read_record(self.path)
+        return training_record(self.path)
 
     def last_checkpoint(self) -> Path | None:
         return last_checkpoint(self.checkpoints)
@@ -67,7 +66,7 @@ class StudentFolder:
         for path in Path(trial.path).iterdir():
             if path.name not in _OF_TRIAL and path.is_file():
                 shutil.copy2(path, self.path / path.name)
-        record = _read_record(Path(trial.path))
+        record = training_record(Path(trial.path))
         changes = {"path": str(self.path), "settings": settings, "tuned": self._spec.setting}
         student = TrainedStudent(**record["student"]).model_copy(update=changes)
         self._write(record | {"student": student.model_dump()})
@@ -86,7 +85,7 @@ class StudentFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        write_json(self.path / RECORD, {**record, "trials": self._trials})
+        write_json(self.path / TRAINING_RECORD, {**record, "trials": self._trials})
 
     @property
     def _trials(self) -> list[dict[str, Any]]:
@@ -115,8 +114,3 @@ def _fingerprint_of(folder: Path) -> str | None:
 
 def _read_fingerprint(folder: Path) -> str:
     return str(json.loads((folder / "work.json").read_text(encoding="utf-8"))["fingerprint"])
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return record

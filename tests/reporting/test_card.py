@@ -7,8 +7,9 @@ import json
 import logging
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 from huggingface_hub import ModelCard
@@ -16,10 +17,25 @@ from markdown_it import MarkdownIt
 from sample_run import change_record, change_results, make_run
 
 from dsbs import Student, UserError
-from dsbs.config import StudentSection, TaskSection
+from dsbs.config import StudentSection, TaskSection, registry
+from dsbs.config.terms import TermSettings
 from dsbs.reporting.card import fenced, is_own_card, write_cards
 from dsbs.reporting.runs import load_run
 from dsbs.students import StudentCard, learn_vocabulary, new_model
+from dsbs.training.methods import FINETUNE
+
+TOY_METHOD = replace(
+    FINETUNE, name="toy", description="It learned by playing.", citation="Toy, 2026"
+)
+
+
+class ToyTerm(TermSettings):
+    """An additional loss term that is registered by a test."""
+
+    kind: Literal["toy-term"]
+    description: ClassVar[str] = "It was also drawn towards toys."
+    citation: ClassVar[str] = "Blocks, 2026"
+
 
 HOSTILE = "<script>alert(1)</script> | {{ 7*7 }} [x](http://y.z) ```\n# big\n---"
 
@@ -55,8 +71,8 @@ def test_a_card_describes_the_training_and_the_results(folder: Path) -> None:
         "Method step-by-step, gold labels, seed 0.",
         "Data: train.jsonl, 800 training rows.",
         "learning rate 0.001",
-        "rationales from a-teacher (openai).",
-        "The terms of use and licences of these models apply",
+        "It learned rationales from a-teacher (openai).",
+        "The terms of use and licences of these models,",
         "The mean over 2 seeds is 62.0% (95% CI \\[54.0, 70.0\\]).",
         "- step-by-step-gold: 7.0 points more accurate than finetune-gold "
         "(95% CI \\[+1.0, +13.0\\], p = .036).",
@@ -69,7 +85,7 @@ def test_a_card_describes_the_training_and_the_results(folder: Path) -> None:
     half = card_text(folder, "finetune-gold-n0.5-s0")
     assert "400 training rows" in half
     assert "It learned no teacher's labels or rationales." in half
-    assert "The terms of use" not in half
+    assert "these models" not in half
     assert "rationale=True" not in half
     assert "It learned labels from a-teacher" in card_text(folder, "distill-teacher-s0")
 
@@ -235,9 +251,32 @@ def test_a_card_names_additional_loss_terms_and_local_teachers(folder: Path) -> 
     change_results(folder, add_terms)
     card = card_text(folder, "finetune-gold-s0")
     assert "loss term soft: response, weight 0.5; loss term labels: labels, weight 1.0" in card
-    assert "and local models: big" in card
-    assert "The terms of use" in card
+    assert "It learned label distributions from a-teacher (openai)." in card
+    assert "compared it with local models: big." in card
+    assert "The terms of use and licences of these models," in card
     assert "/secret" not in card
     tags = ModelCard.load(folder / "train" / "finetune-gold-s0" / "README.md").data.tags
     assert {"finetune", "soft", "labels"} <= set(tags)
     assert "loss term" not in card_text(folder, "step-by-step-gold-s0")
+
+
+def test_a_new_method_and_a_new_term_describe_themselves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.METHODS, "toy", "test_card:TOY_METHOD")
+    monkeypatch.setitem(registry.TERMS, "toy-term", "test_card:ToyTerm")
+    method = "toy+toy-term"
+
+    def set_recipe(results: dict[str, Any]) -> None:
+        terms = {"methods": [method], "terms": [{"kind": "toy-term", "weight": 0.3}]}
+        results["recipe"]["train"] |= terms
+
+    def set_method(record: dict[str, Any]) -> None:
+        record["student"]["method"] = method
+
+    change_record(folder, "train/finetune-gold-s0/train.json", set_method)
+    change_results(folder, set_recipe)
+    card = card_text(folder, "finetune-gold-s0")
+    assert "It learned by playing. (Toy, 2026)" in card
+    assert "It was also drawn towards toys. (Blocks, 2026)" in card
+    assert "loss term toy-term: toy-term, weight 0.3" in card

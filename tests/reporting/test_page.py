@@ -395,8 +395,8 @@ def test_the_command_reports_folders_and_recipes(
     [
         (["nowhere"], "nowhere is neither a run folder nor a recipe"),
         (["empty"], "does not exist\n  try: run `dsbs eval`"),
-        (["empty", "train.max_steps=3"], "overrides belong to a recipe"),
-        (["train.max_steps=3"], "no run is named"),
+        (["empty", "train.max_steps=3"], "only a recipe can be overridden"),
+        (["train.max_steps=3"], "no run given"),
     ],
 )
 def test_a_mistake_is_explained(

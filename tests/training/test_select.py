@@ -33,9 +33,16 @@ def row(
         "accepted": label is not None,
     } | more
     return Annotation.model_validate(
-        {"schema": "dsbs.annotation/1", "id": f"r{number}", "input": {}, "label": label, "gold": gold} | fields
+        {
+            "schema": "dsbs.annotation/1",
+            "id": f"r{number}",
+            "input": {},
+            "label": label,
+            "gold": gold,
+        }
+        | fields
         | {"teacher": TeacherName(kind="openai")}
-    )  # fmt: skip
+    )
 
 
 ROWS = [
@@ -102,7 +109,7 @@ def test_held_out_rows_do_not_count_towards_the_maximum(
     with LoopbackServer(good_answer) as server:
         overrides = [
             f"teacher.base_url={server.url}",
-            "task.data.valid_fraction=0.5",
+            "task.data.valid_fraction=0.4",
             "train.methods=distill",
             "train.select.max_per_label=8",
         ]

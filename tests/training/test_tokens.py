@@ -1,4 +1,4 @@
-"""Texts are tokenised once: within a run for every student, and across runs from files that are checked when read."""
+"""Texts are tokenised once: within a run for every student, and across runs from a cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Counting:
 
 @pytest.fixture(autouse=True)
 def every_text_is_worth_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_WORTH_A_FILE", 1)
+    monkeypatch.setattr(tokens, "_MIN_CACHED", 1)
 
 
 def rows(count: int = 20) -> list[Row]:
@@ -122,30 +122,30 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, harm: str) -> None:
 
 
 def test_another_limit_another_vocabulary_or_another_text_is_tokenised_anew(tmp_path: Path) -> None:
-    Tokens(Counting(), tmp_path).places("", ["a man", "dogs"], 8)
+    Tokens(Counting(), tmp_path).indices("", ["a man", "dogs"], 8)
     for tokenizer, texts, limit in (
         (Counting(), ["a man", "dogs"], 9),
         (Counting(200), ["a man", "dogs"], 8),
         (Counting(), ["a man", "dogs 1"], 8),
     ):
-        Tokens(tokenizer, tmp_path).places("", texts, limit)
+        Tokens(tokenizer, tmp_path).indices("", texts, limit)
         assert tokenizer.texts == texts
 
 
 def test_files_of_texts_that_are_gone_are_swept_away(tmp_path: Path) -> None:
-    Tokens(Counting(), tmp_path).places("", ["a man", "dogs"], 8)
+    Tokens(Counting(), tmp_path).indices("", ["a man", "dogs"], 8)
     now = Tokens(Counting(), tmp_path)
-    now.places("", ["a man"], 8)
+    now.indices("", ["a man"], 8)
     assert len(list(tmp_path.iterdir())) == 2
     (tmp_path / ".0123.npz.77.partial").write_bytes(b"what a kill left")
     now.sweep()
     assert len(list(tmp_path.iterdir())) == 1
     again = Counting()
-    Tokens(again, tmp_path).places("", ["a man"], 8)
+    Tokens(again, tmp_path).indices("", ["a man"], 8)
     assert not again.texts
 
 
 def test_where_nothing_can_be_written_training_goes_on_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     found = Tokens(Counting(), tmp_path / "file")
-    assert np.diff(found.places("", ["a man", "dogs", "a man"], 8)).tolist() == [1, -1]
+    assert np.diff(found.indices("", ["a man", "dogs", "a man"], 8)).tolist() == [1, -1]

@@ -9,7 +9,6 @@ Shapes: M target tokens of a packed batch, T of one row, K cached vocabulary ent
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbs.config import TrainSection
-from dsbs.files import canonical_json, digest
+from dsbs.files import atomic_write, canonical_json, digest
 from dsbs.progress import Progress, running
 from dsbs.training.distillation.base import Term, ensemble_logprobs
 from dsbs.training.distillation.local_teachers import (
@@ -119,23 +118,14 @@ class TeacherLogprobs:
             return
         rows = list(self._unsaved.values())
         name = digest(*(key.hex() for key in self._unsaved))[:32]
-        path = self._folder / f"{name}.npz"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                np.savez(
-                    file,
-                    keys=np.frombuffer(b"".join(self._unsaved), np.uint8).reshape(len(rows), -1),
-                    lengths=np.array([len(ids) for ids, _ in rows], np.int32),
-                    ids=np.concatenate([ids for ids, _ in rows]),
-                    logprobs=np.concatenate([logprobs for _, logprobs in rows]),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_write(self._folder / f"{name}.npz", binary=True) as file:
+            np.savez(
+                file,
+                keys=np.frombuffer(b"".join(self._unsaved), np.uint8).reshape(len(rows), -1),
+                lengths=np.array([len(ids) for ids, _ in rows], np.int32),
+                ids=np.concatenate([ids for ids, _ in rows]),
+                logprobs=np.concatenate([logprobs for _, logprobs in rows]),
+            )
         self._cached |= self._unsaved
         self._unsaved = {}
 

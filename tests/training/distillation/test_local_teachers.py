@@ -113,8 +113,8 @@ def test_an_interrupted_training_with_a_term_resumes_to_the_same_weights(
     validated: list[str] = []
 
     def interrupted(self: StudentRun, *args: Any) -> dict[str, float]:
-        validated.append(self.name)
-        if self.name == expected.name and validated.count(expected.name) == 3:
+        validated.append(self.spec.name)
+        if self.spec.name == expected.name and validated.count(expected.name) == 3:
             raise KeyboardInterrupt
         return validate(self, *args)
 
@@ -218,6 +218,10 @@ def test_a_trained_student_can_be_the_teacher_if_vocabulary_and_prefixes_match(
             "divergence belongs to response, not to labels",
         ),
         (
+            {"methods": ["finetune+labels"], "terms": [{"kind": "labels", "tempature": 2.0}]},
+            "unknown key 'tempature'; did you mean 'temperature'",
+        ),
+        (
             {"methods": ["finetune+label"], "terms": [{"kind": "labels", "name": "label"}]},
             "use another name",
         ),
@@ -296,21 +300,21 @@ def test_students_of_one_base_method_share_their_teacher(
         "train.methods=[finetune, finetune+response]",
         "train.tune={learning_rate: [0.1, 0.2]}",
     )
-    ((teacher, job),) = planned_teachers(recipe, grid(recipe.train), Path("train"))
-    assert job.folder == Path("train/teachers/1-nano-finetune-gold")
-    assert job.cell.method == "finetune"
-    assert teacher.train.tune is None
-    assert teacher.train.max_steps == 2
-    assert not teacher.train.terms
+    ((teacher_recipe, teacher),) = planned_teachers(recipe, grid(recipe.train))
+    assert teacher.path(Path("train")) == Path("train/teachers/1-nano-finetune-gold")
+    assert teacher.method == "finetune"
+    assert teacher_recipe.train.tune is None
+    assert teacher_recipe.train.max_steps == 2
+    assert not teacher_recipe.train.terms
 
 
 def test_a_teacher_trains_with_the_defaults_of_its_own_start(
-    recipe_with: Callable[..., Recipe], tmp_path: Path
+    recipe_with: Callable[..., Recipe],
 ) -> None:
     def settings(*overrides: str) -> tuple[float, int]:
         recipe = recipe_with(*RESPONSE[:2], *overrides)
-        ((teacher, _),) = planned_teachers(recipe, grid(recipe.train), tmp_path)
-        resolved = teacher.resolved_train
+        ((teacher_recipe, _),) = planned_teachers(recipe, grid(recipe.train))
+        resolved = teacher_recipe.resolved_train
         return resolved.learning_rate, resolved.max_steps
 
     nano = "train.teachers=[{size: nano}]"
@@ -326,7 +330,7 @@ def test_a_teacher_trains_with_the_defaults_of_its_own_start(
 
 @pytest.mark.parametrize("rate", [5e-5, 1e-3])
 def test_a_teacher_trains_with_the_recipes_learning_rate_even_if_it_is_a_default(
-    recipe_with: Callable[..., Recipe], tmp_path: Path, rate: float
+    recipe_with: Callable[..., Recipe], rate: float
 ) -> None:
     for student in ("student={model: somewhere}", "student={size: nano}"):
         for teacher in ("size: nano", "start: elsewhere"):

@@ -169,7 +169,7 @@ def test_steps_equal_an_independent_loop_for_every_micro_batch_size(
 
 def test_inputs_have_the_chat_template_and_targets_the_end_of_the_turn() -> None:
     chat = ChatFormat(causal_models.tokenizer(), "chat")
-    tokens = Tokens(causal_models.tokenizer(), wording=chat)
+    tokens = Tokens(causal_models.tokenizer(), input_format=chat)
     text = "My parcel is wrong " * 9
     row = Row("r", text, "billing", None, ("a parcel it is, a parcel",))
     (encoded,) = Encoder(tokens, 24, 4).rows([row], VIEWS, "gold")
