@@ -1,4 +1,4 @@
-"""Gates: a pipeline stops, with a code of its own, where the outcome is below what was asked for."""
+"""Gates: `dsbs eval` exits with code 4 if the headline system misses a threshold."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
 
 from dsbs.errors import UserError
-from dsbs.evaluation.gates import failed
 from dsbs.records.results import Results
+from dsbs.records.summary import gate_failures
 
 
 def results(
     accuracy: float = 0.6, delta: float | None = 0.02, headline: str | None = "step-by-step-gold"
 ) -> Results:
     def system(name: str, versus: dict[str, Any]) -> dict[str, Any]:
-        found = {
+        fields = {
             "name": name,
             "kind": "student",
             "accuracy": accuracy,
             "ci95": [0.5, 0.7],
             "interval": "wilson",
         }
-        return found | {"unreadable": 0.0, "versus": versus}
+        return fields | {"unreadable": 0.0, "versus": versus}
 
     gap = {
         "delta": delta,
@@ -50,34 +50,37 @@ def results(
     )  # fmt: skip
 
 
-def test_what_is_reached_is_not_told() -> None:
-    assert failed(results()) == []
-    assert failed(results(), min_accuracy=0.6, min_delta=0.02) == []
-    assert failed(results(accuracy=0.1 + 0.2), min_accuracy=0.3) == [], (
+def test_a_gate_that_is_reached_gives_no_message() -> None:
+    assert gate_failures(results()) == []
+    assert gate_failures(results(), min_accuracy=0.6, min_delta=0.02) == []
+    assert gate_failures(results(accuracy=0.1 + 0.2), min_accuracy=0.3) == [], (
         "a gate of .3 is reached by a mean that is .3"
     )
     assert (
-        failed(results(accuracy=0.3, delta=1 / 3 - 0.3), min_accuracy=0.3, min_delta=1 / 30) == []
+        gate_failures(results(accuracy=0.3, delta=1 / 3 - 0.3), min_accuracy=0.3, min_delta=1 / 30)
+        == []
     )
 
 
-def test_what_is_missed_is_told_with_its_uncertainty() -> None:
-    (accuracy,) = failed(results(), min_accuracy=0.61)
-    assert accuracy == "step-by-step-gold: accuracy 60.00 % [50.0, 70.0] is below the gate of 61 %"
-    (delta,) = failed(results(), min_delta=0.03)
+def test_a_missed_gate_is_reported_with_the_uncertainty() -> None:
+    (accuracy,) = gate_failures(results(), min_accuracy=0.61)
+    assert accuracy == (
+        "step-by-step-gold: accuracy 60.00% (95% CI [50.0, 70.0]) is below the gate of 61%"
+    )
+    (delta,) = gate_failures(results(), min_delta=0.03)
     assert delta.startswith(
-        "step-by-step-gold: +2.00 points to finetune-gold [-3.0, +7.0], p (Holm) 0.410, is below"
+        "step-by-step-gold: +2.00 points against finetune-gold (95% CI [−3.0, +7.0], p = .41) is below"
     )
-    assert len(failed(results(), min_accuracy=0.9, min_delta=0.5)) == 2
+    assert len(gate_failures(results(), min_accuracy=0.9, min_delta=0.5)) == 2
 
 
-def test_a_gate_without_anything_to_hold_is_a_mistake_and_not_passed() -> None:
+def test_a_gate_that_cannot_be_checked_is_an_error() -> None:
     for headline in (None, "rationale-then-label-gold"):
         with pytest.raises(UserError, match="no headline system"):
-            failed(results(headline=headline), min_accuracy=0.1)
-    with pytest.raises(UserError, match="compared with nothing"):
-        failed(results(delta=None), min_delta=-1.0)
-    assert failed(results(delta=None), min_accuracy=0.1) == []
+            gate_failures(results(headline=headline), min_accuracy=0.1)
+    with pytest.raises(UserError, match="not compared with any system"):
+        gate_failures(results(delta=None), min_delta=-1.0)
+    assert gate_failures(results(delta=None), min_accuracy=0.1) == []
 
 
 @pytest.mark.slow
@@ -118,7 +121,7 @@ def test_a_missed_gate_exits_4_after_everything_is_written(
     alone = run_dsbs(
         "eval", str(path), *settings, "train.methods=step-by-step", "--min-delta", "0", cwd=tmp_path
     )
-    assert alone.returncode == 2 and "compared with nothing" in alone.stderr
+    assert alone.returncode == 2 and "not compared with any system" in alone.stderr
     assert (
         run_dsbs("eval", str(path), *settings, "--min-accuracy", "80", cwd=tmp_path).returncode == 2
     )

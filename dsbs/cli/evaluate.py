@@ -64,15 +64,15 @@ def evaluate(
     Predictions from elsewhere take part with eval.predictions.NAME=FILE: JSON lines of id and
     prediction.
     """
-    from dsbs.evaluation.gates import failed
     from dsbs.evaluation.run import evaluate as run
+    from dsbs.records.summary import gate_failures
 
     results = run(load(recipe, overrides), out=out, progress=progress(), score_only=score_only)
     if as_json:
         print_json(results.as_json())
     else:
         print_results(results)
-    failures = failed(results, min_accuracy, min_delta)
+    failures = gate_failures(results, min_accuracy, min_delta)
     if failures:
         raise GateError(
             "\n  ".join(failures),

@@ -48,7 +48,7 @@ def predict(
     from dsbs.students import Student
 
     if student.endswith((".yaml", ".yml")):
-        from dsbs.evaluation.predict import best_student
+        from dsbs.evaluation.predictions import best_student
 
         student = best_student(load(student, overrides), out, needs_rationales=rationale)
         print(f"student: {student}", file=sys.stderr)

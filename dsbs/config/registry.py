@@ -49,7 +49,7 @@ TERMS = {
     "relation": "dsbs.training.distillation.relation:RelationTerm",
 }
 
-# Names in `metrics` of results.json, in the order in which they are shown: a record, dsbs.records.results.Metric.
+# Names in `metrics` of results.json, in the order in which they are shown: a record, dsbs.evaluation.metrics.Metric.
 METRICS = {
     "exact_match_raw": "dsbs.evaluation.metrics:EXACT_MATCH_RAW",
     "exact_match": "dsbs.evaluation.metrics:EXACT_MATCH",
@@ -58,10 +58,10 @@ METRICS = {
     "parse_failure": "dsbs.evaluation.metrics:PARSE_FAILURE",
     "macro_f1": "dsbs.evaluation.metrics:MACRO_F1",
     "ece": "dsbs.evaluation.metrics:ECE",
-    "rouge_l": "dsbs.evaluation.metrics:ROUGE_L",
-    "rationale_empty": "dsbs.evaluation.metrics:RATIONALE_EMPTY",
-    "rationale_truncated": "dsbs.evaluation.metrics:RATIONALE_TRUNCATED",
-    "consistency": "dsbs.evaluation.metrics:CONSISTENCY",
+    "rouge_l": "dsbs.evaluation.rationales:ROUGE_L",
+    "rationale_empty": "dsbs.evaluation.rationales:RATIONALE_EMPTY",
+    "rationale_truncated": "dsbs.evaluation.rationales:RATIONALE_TRUNCATED",
+    "consistency": "dsbs.evaluation.rationales:CONSISTENCY",
 }
 
 # `dsbs compress --method NAME=VALUE`: a class that is made of the value, and raises UserError for a wrong one.
@@ -71,7 +71,7 @@ COMPRESSION_STEPS = {
     "prune-ff": "dsbs.compression.feed_forward:PruneFeedForward",
     "magnitude": "dsbs.compression.magnitude:Magnitude",
     "drop-layers": "dsbs.compression.layers:DropLayers",
-    "low-rank": "dsbs.compression.low_rank:TruncatedSvd",
+    "low-rank": "dsbs.compression.low_rank:LowRankStep",
 }
 
 # `dsbs export --format`: a class without arguments, dsbs.exporting.formats.ExportFormat.

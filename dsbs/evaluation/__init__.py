@@ -1,1 +1,1 @@
-"""Evaluation: every system's predictions in files, one scorer that reads them all, comparisons with their uncertainty."""
+"""Evaluation: prediction files, scoring, metrics, and comparisons with their uncertainty."""

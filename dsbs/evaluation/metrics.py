@@ -1,189 +1,422 @@
-"""Metrics of labels. Rows are the units: what seeds say of a row is averaged before rows are resampled.
+"""Metrics: scoring of predictions against gold labels, and the metrics of labels.
 
-Every name is described in ``dsbs.records.results.METRICS``.
+A metric is one `Metric` record, registered by its name in ``dsbs.config.registry.METRICS``. Rows
+are the units of all intervals: values of several seeds are averaged within a row first. Metrics
+of rationales are in ``rationales.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbs.evaluation.bootstrap import Clusters, Floats
-from dsbs.evaluation.score import Scored
-from dsbs.evaluation.stats import counts_interval, mean_interval
-from dsbs.records.results import METRICS, Bin, Measure
+from dsbs.config.registry import METRICS, entry
+from dsbs.errors import UserError
+from dsbs.evaluation.bootstrap import Clusters, Floats, counts_interval, mean_interval
+from dsbs.records.results import Bin, Measure
+from dsbs.records.rows import Example, Prediction, Unread
 from dsbs.tasks.base import Task
 
-EXACT_MATCH_RAW = METRICS["exact_match_raw"]
-EXACT_MATCH = METRICS["exact_match"]
-EQUATION_STRING = METRICS["equation_string"]
-EQUATION_VALUE = METRICS["equation_value"]
-PARSE_FAILURE = METRICS["parse_failure"]
-MACRO_F1 = METRICS["macro_f1"]
-ECE = METRICS["ece"]
-ROUGE_L = METRICS["rouge_l"]
-RATIONALE_EMPTY = METRICS["rationale_empty"]
-RATIONALE_TRUNCATED = METRICS["rationale_truncated"]
-CONSISTENCY = METRICS["consistency"]
+NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
+RowValues = NDArray[np.float64]  # (seeds, rows); NaN where a metric is undefined for a row
 
-BINS = 10  # Guo et al. (2017) use 15 on 10,000 rows and more; a test set of some hundred fills ten
+
+# --- scoring
 
 
 @dataclass(frozen=True, slots=True)
-class Measures:
-    metrics: dict[str, Measure]
-    recall: dict[str, Measure]  # of each label of a closed set that is some row's gold one
-    calibration: list[Bin]  # empty where not every prediction has a probability
+class Scored:
+    """Predictions marked against gold labels; all sequences are parallel to ``rows``.
 
-
-def measures(task: Task, files: Sequence[Scored], clusters: Clusters = None) -> Measures:
-    """All metrics of one system; ``files`` are its seeds' predictions of the same rows."""
-    rows = files[0].rows
-    found: dict[str, Measure] = {}
-
-    def share(name: str, told: Callable[[Scored], Sequence[bool] | NDArray[np.bool_]]) -> None:
-        measure = mean_over_rows(
-            [np.asarray(told(file), dtype=np.float64) for file in files], clusters
-        )
-        assert measure is not None  # every row is told of
-        found[name] = measure
-
-    gold = [str(row.label) for row in rows]
-    share(
-        "exact_match_raw",
-        lambda f: [p.raw.strip() == g for p, g in zip(f.predictions, gold, strict=True)],
-    )
-    share("exact_match", lambda f: [label == g for label, g in zip(f.labels, gold, strict=True)])
-    if task.is_equation:
-        joined = ["".join(g.split()) for g in gold]
-        share(
-            "equation_string",
-            lambda f: [
-                "".join(p.raw.split()) == g for p, g in zip(f.predictions, joined, strict=True)
-            ],
-        )
-        share("equation_value", lambda f: f.correct)
-        share("parse_failure", lambda f: [label is None for label in f.labels])
-    recall: dict[str, Measure] = {}
-    if task.labels:
-        number = {label: i for i, label in enumerate(task.labels)}
-        truth = np.array([number[g] for g in gold])
-        read = np.array(
-            [
-                [len(number) if label is None else number[label] for label in file.labels]
-                for file in files
-            ]
-        )
-        found["macro_f1"] = macro_f1(truth, read, len(number), clusters)
-        for label, i in number.items():
-            its = truth == i
-            one = mean_over_rows(
-                (read[:, its] == i).astype(np.float64), None if clusters is None else clusters[its]
-            )
-            if one is not None:
-                recall[label] = one
-    probabilities = [
-        p.probability for file in files for p in file.predictions if p.probability is not None
-    ]
-    bins: list[Bin] = []
-    if len(probabilities) == len(files) * len(rows):
-        bins = calibration(
-            np.array(probabilities), np.concatenate([file.correct for file in files])
-        )
-        found["ece"] = Measure(value=calibration_error(bins), n=len(rows))
-    return Measures(found, recall, bins)
-
-
-def mean_over_rows(values: Sequence[Floats] | Floats, clusters: Clusters = None) -> Measure | None:
-    """The mean over rows of the mean over seeds. values (seeds, rows), NaN where a seed says nothing of a row.
-
-    Rows that no seed speaks of are left out; None where that leaves none.
+    ``labels`` are read again from the raw outputs, so that a better reader needs no new
+    predictions; None: unreadable.
     """
-    stacked = np.asarray(values, dtype=np.float64)
-    told = ~np.isnan(stacked).all(axis=0)
-    if not told.any():
+
+    rows: Sequence[Example]
+    predictions: list[Prediction]
+    labels: list[str | None]
+    correct: NDArray[np.bool_]  # (rows,)
+
+    @property
+    def gold(self) -> list[str]:
+        return [str(row.label) for row in self.rows]
+
+
+def score(
+    task: Task, rows: Sequence[Example], predictions: Mapping[str, Prediction], system: str
+) -> Scored:
+    """Read and mark a system's predictions, joined to rows by id. All rows have gold labels.
+
+    Raises UserError where there are no rows, predictions are missing or made for other inputs.
+    """
+    if not rows:
+        raise UserError(
+            "nothing to score: no row of the split has a gold label",
+            hint="check eval.split and task.columns",
+        )
+    missing = [row.id for row in rows if row.id not in predictions]
+    if missing:
+        raise UserError(
+            f"the predictions of {system} lack {len(missing)} of {len(rows)} rows "
+            f"(first: {missing[0]!r})",
+            hint="a student's file: remove it and run `dsbs eval` again; "
+            "an external file: add a line for every row",
+        )
+    joined = [predictions[row.id] for row in rows]
+    changed = [
+        row.id
+        for row, prediction in zip(rows, joined, strict=True)
+        if prediction.input is not None and prediction.input != row.input
+    ]
+    if changed:
+        raise UserError(
+            f"the predictions of {system} were made for other inputs in {len(changed)} of "
+            f"{len(rows)} rows (first: {changed[0]!r})",
+            hint="the data changed since: run `dsbs eval` without --score-only",
+        )
+    labels = _read_labels(task, rows, joined)
+    correct = [
+        bool(label) and task.correct(str(label), str(row.label))
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    return Scored(rows, joined, labels, np.asarray(correct, dtype=np.bool_))
+
+
+def _read_labels(
+    task: Task, rows: Sequence[Example], predictions: Sequence[Prediction]
+) -> list[str | None]:
+    cache: dict[str, str | Unread] = {}  # a few distinct outputs often stand for thousands of rows
+    labels = []
+    for row, prediction in zip(rows, predictions, strict=True):
+        if task.needs_fields:
+            label = task.read_label(prediction.raw, row.input)
+        elif prediction.raw in cache:
+            label = cache[prediction.raw]
+        else:
+            label = task.read_label(prediction.raw, row.input)
+            cache[prediction.raw] = label
+        labels.append(None if isinstance(label, Unread) else label)
+    return labels
+
+
+# --- metrics
+
+
+@dataclass(frozen=True, slots=True)
+class SystemPredictions:
+    """The input of a metric: one system's predictions of the same rows, one file for each seed.
+
+    ``teacher_rationales`` are by row id (None or absent: no rationale for that row), as references
+    for the rationales of others; it is None for the teacher, whose own are not measured.
+    """
+
+    task: Task
+    files: Sequence[Scored]
+    clusters: Clusters = None
+    teacher_rationales: Mapping[str, str | None] | None = None
+
+    def each_file(
+        self, values: Callable[[Scored], Sequence[float] | NDArray[np.bool_]]
+    ) -> RowValues:
+        """(seeds, rows): ``values`` of each file."""
+        return np.stack([np.asarray(values(file), dtype=np.float64) for file in self.files])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A metric of a system, defined by either ``row_values`` or ``aggregate``.
+
+    Both return None where the metric does not apply to the task or the predictions. The mean of
+    ``row_values`` over rows is the metric's value, with a bootstrap interval; ``aggregate`` is for
+    what is not a mean over rows.
+    """
+
+    title: str
+    source: str  # the paper, or the definition in a sentence
+    higher_is_better: bool | None  # None: neither
+    of_rationales: bool = False
+    compares_systems: bool = False  # systems are compared by it as well, beside accuracy
+    row_values: Callable[[SystemPredictions], RowValues | None] | None = None
+    aggregate: Callable[[SystemPredictions], Measure | None] | None = None
+
+
+@dataclass(slots=True)
+class Measures:
+    """All metrics of one system."""
+
+    metrics: dict[str, Measure] = field(default_factory=dict)  # in the registry's order
+    compared: dict[str, RowValues] = field(default_factory=dict)  # of `Metric.compares_systems`
+    recall: dict[str, Measure] = field(default_factory=dict)  # by label that some row has
+    calibration: list[Bin] = field(default_factory=list)  # empty: some probability is unknown
+
+
+def measure(predictions: SystemPredictions) -> Measures:
+    """Compute every registered metric that applies."""
+    measures = Measures(recall=recall(predictions), calibration=calibration_bins(predictions))
+    for name in METRICS:
+        metric: Metric = entry(METRICS, name)
+        result = None
+        if metric.aggregate is not None:
+            result = metric.aggregate(predictions)
+        elif metric.row_values is not None:
+            values = metric.row_values(predictions)
+            if values is not None:
+                result = mean_over_rows(values, predictions.clusters)
+                if metric.compares_systems:
+                    measures.compared[name] = values
+        if result is not None:
+            measures.metrics[name] = result
+    return measures
+
+
+def mean_over_rows(values: RowValues, clusters: Clusters = None) -> Measure | None:
+    """The mean over rows of the mean over seeds, of ``values`` (seeds, rows).
+
+    Rows for which no seed has a value are left out; None if that leaves no rows.
+    """
+    defined = ~np.isnan(values).all(axis=0)
+    if not defined.any():
         return None
-    per_row = np.nanmean(stacked[:, told], axis=0)
-    interval = mean_interval(per_row, None if clusters is None else clusters[told])
+    per_row = np.nanmean(values[:, defined], axis=0)
+    if clusters is not None:
+        clusters = clusters[defined]
+    interval = mean_interval(per_row, clusters)
     return Measure(value=float(per_row.mean()), ci95=interval, n=len(per_row))
 
 
-def macro_f1(
-    truth: NDArray[np.int64], read: NDArray[np.int64], classes: int, clusters: Clusters = None
-) -> Measure:
-    """The mean over seeds of macro-F1. truth (rows,) in [0, classes), read (seeds, rows) in [0, classes]: the last is none.
+# --- exact match and equations
 
-    A class that is neither gold nor predicted has no F1 and is left out of the mean, here as in every resample.
+
+def _exact_match_raw(predictions: SystemPredictions) -> RowValues:
+    def matches(file: Scored) -> list[bool]:
+        pairs = zip(file.predictions, file.gold, strict=True)
+        return [prediction.raw.strip() == gold for prediction, gold in pairs]
+
+    return predictions.each_file(matches)
+
+
+def _exact_match(predictions: SystemPredictions) -> RowValues:
+    def matches(file: Scored) -> list[bool]:
+        return [label == gold for label, gold in zip(file.labels, file.gold, strict=True)]
+
+    return predictions.each_file(matches)
+
+
+def _equation_string(predictions: SystemPredictions) -> RowValues | None:
+    def matches(file: Scored) -> list[bool]:
+        pairs = zip(file.predictions, file.gold, strict=True)
+        return ["".join(p.raw.split()) == "".join(gold.split()) for p, gold in pairs]
+
+    return predictions.each_file(matches) if predictions.task.is_equation else None
+
+
+def _equation_value(predictions: SystemPredictions) -> RowValues | None:
+    if not predictions.task.is_equation:
+        return None
+    return predictions.each_file(lambda file: file.correct)
+
+
+def _parse_failure(predictions: SystemPredictions) -> RowValues | None:
+    if not predictions.task.is_equation:
+        return None
+    return predictions.each_file(lambda file: [label is None for label in file.labels])
+
+
+EXACT_MATCH_RAW = Metric(
+    title="Exact match, raw text",
+    source="as in the paper's code: the output's text is the gold label's",
+    higher_is_better=True,
+    row_values=_exact_match_raw,
+)
+EXACT_MATCH = Metric(
+    title="Exact match",
+    source="the label read from the output is the gold label, letter by letter",
+    higher_is_better=True,
+    row_values=_exact_match,
+)
+EQUATION_STRING = Metric(
+    title="Equation, text",
+    source="the output's text is the gold equation's, ignoring spaces",
+    higher_is_better=True,
+    row_values=_equation_string,
+)
+EQUATION_VALUE = Metric(
+    title="Equation, value",
+    source="Hsieh et al., 2023, section 4: values within 1e-4 of each other",
+    higher_is_better=True,
+    row_values=_equation_value,
+)
+PARSE_FAILURE = Metric(
+    title="Unreadable outputs",
+    source="share of outputs from which no label can be read",
+    higher_is_better=False,
+    row_values=_parse_failure,
+)
+
+
+# --- classes
+
+
+def _truth_and_predicted(
+    predictions: SystemPredictions,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Class indices of the gold labels (rows,) and the predictions (seeds, rows).
+
+    An unreadable prediction has the number of classes as its index.
     """
-    from sklearn.metrics import f1_score
-
-    known = list(range(classes))
-    per_seed = [
-        np.nanmean(f1_score(truth, one, labels=known, average=None, zero_division=np.nan))
-        for one in read
+    index = {label: i for i, label in enumerate(predictions.task.labels or ())}
+    truth = np.array([index[gold] for gold in predictions.files[0].gold])
+    predicted = [
+        [len(index) if label is None else index[label] for label in file.labels]
+        for file in predictions.files
     ]
-    seen = np.vstack([truth[None], read])  # (1 + seeds, rows)
-    hits = read == truth
-    if hits.all() or not hits.any():  # no spread: what a row could have been leaves room for some
-        gold, said = (
-            grid.ravel()
-            for grid in np.meshgrid(np.unique(truth), np.arange(classes + 1), indexing="ij")
+    return truth, np.array(predicted)
+
+
+def recall(predictions: SystemPredictions) -> dict[str, Measure]:
+    """The recall of each label of a closed set that some row has as its gold label."""
+    labels = predictions.task.labels
+    if not labels:
+        return {}
+    truth, predicted = _truth_and_predicted(predictions)
+    recalls = {}
+    for i, label in enumerate(labels):
+        is_label = truth == i
+        clusters = predictions.clusters
+        if clusters is not None:
+            clusters = clusters[is_label]
+        hits = (predicted[:, is_label] == i).astype(np.float64)
+        result = mean_over_rows(hits, clusters)
+        if result is not None:
+            recalls[label] = result
+    return recalls
+
+
+def _macro_f1(predictions: SystemPredictions) -> Measure | None:
+    labels = predictions.task.labels
+    if not labels:
+        return None
+    return macro_f1(*_truth_and_predicted(predictions), len(labels), predictions.clusters)
+
+
+def macro_f1(
+    truth: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+    num_classes: int,
+    clusters: Clusters = None,
+) -> Measure:
+    """Macro-F1, averaged over seeds.
+
+    ``truth`` (rows,) in [0, num_classes); ``predicted`` (seeds, rows) in [0, num_classes], where
+    num_classes means unreadable. A class that is neither gold nor predicted has no F1 and is left
+    out of the mean, as in every resample.
+    """
+    outcomes = np.vstack([truth[None], predicted])  # (1 + seeds, rows)
+    hits = predicted == truth
+    if hits.all() or not hits.any():
+        # No spread to resample. Outcomes that did not occur become possible ones, so that
+        # counts_interval can allow for exceptions.
+        grids = np.meshgrid(np.unique(truth), np.arange(num_classes + 1), indexing="ij")
+        gold, other = (grid.ravel() for grid in grids)
+        outcomes = np.hstack(
+            [outcomes, np.vstack([gold[None], np.tile(other, (len(predicted), 1))])]
         )
-        seen = np.hstack([seen, np.vstack([gold[None], np.tile(said, (len(read), 1))])])
-    outcomes, kinds = np.unique(seen, axis=1, return_inverse=True)
-    statistic = macro_f1_of_counts(outcomes[0], outcomes[1:], classes)
-    interval = counts_interval(
-        kinds.ravel()[: len(truth)], statistic, clusters, cells=outcomes.shape[1]
-    )
-    return Measure(value=float(np.mean(per_seed)), ci95=interval, n=len(truth))
+    kinds, kind_of_row = np.unique(outcomes, axis=1, return_inverse=True)
+    num_kinds = kinds.shape[1]
+    kind_of_row = kind_of_row.ravel()[: len(truth)]
+    statistic = macro_f1_of_counts(kinds[0], kinds[1:], num_classes)
+    counts = np.bincount(kind_of_row, minlength=num_kinds)
+    interval = counts_interval(kind_of_row, statistic, clusters, num_kinds=num_kinds)
+    return Measure(value=float(statistic(counts[None])[0]), ci95=interval, n=len(truth))
 
 
 def macro_f1_of_counts(
-    truth: NDArray[np.int64], read: NDArray[np.int64], classes: int
-) -> Callable[[NDArray[Any]], NDArray[np.float64]]:
-    """Macro-F1 as a function of how often each kind of row occurs. truth (kinds,), read (seeds, kinds).
+    truth: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
+) -> Callable[[NDArray[np.float64] | NDArray[np.int64]], Floats]:
+    """Macro-F1 as a function of how often each kind of row occurs.
 
-    The function takes counts (resamples, kinds) and gives (resamples,).
+    ``truth`` (kinds,), ``predicted`` (seeds, kinds). The function maps counts (resamples, kinds)
+    to (resamples,).
     """
-    is_gold = (truth[:, None] == np.arange(classes)).astype(np.float64)  # (kinds, classes)
-    is_read = (read[:, :, None] == np.arange(classes)).astype(np.float64)  # (seeds, kinds, classes)
+    classes = np.arange(num_classes)
+    is_gold = (truth[:, None] == classes).astype(np.float64)  # (kinds, classes)
+    is_predicted = (predicted[:, :, None] == classes).astype(np.float64)  # (seeds, kinds, classes)
 
-    def statistic(counts: NDArray[Any]) -> NDArray[np.float64]:
-        times = counts.astype(np.float64)
-        gold = times @ is_gold
+    def statistic(counts: NDArray[np.float64] | NDArray[np.int64]) -> Floats:
+        weights = counts.astype(np.float64)
+        gold = weights @ is_gold
         per_seed = []
-        for one in is_read:
-            occurs = gold + times @ one  # gold or predicted, twice where it is both
+        for matches in is_predicted:
+            occurrences = gold + weights @ matches  # rows that are both count twice, as F1 has it
             with np.errstate(invalid="ignore"):
-                f1 = 2 * (times @ (is_gold * one)) / occurs
+                f1 = 2 * (weights @ (is_gold * matches)) / occurrences
             per_seed.append(np.nanmean(f1, axis=1))
         return np.asarray(np.mean(per_seed, axis=0))
 
     return statistic
 
 
-def calibration(probabilities: Floats, right: NDArray[np.bool_]) -> list[Bin]:
-    """Ten bins (low, high] of equal width; those without a prediction are left out. probabilities, right (predictions,)."""
-    edges = np.arange(1, BINS) / BINS
-    at = np.searchsorted(edges, probabilities, side="left")  # 0 belongs to the first bin, too
-    return [
-        Bin(
-            low=i / BINS,
-            high=(i + 1) / BINS,
-            n=int((at == i).sum()),
-            confidence=float(probabilities[at == i].mean()),
-            accuracy=float(right[at == i].mean()),
-        )
-        for i in np.unique(at).tolist()
+MACRO_F1 = Metric(
+    title="Macro-F1",
+    source="mean F1 of the classes that are gold or predicted in some row (scikit-learn)",
+    higher_is_better=True,
+    aggregate=_macro_f1,
+)
+
+
+# --- calibration
+
+
+def calibration_bins(predictions: SystemPredictions) -> list[Bin]:
+    """Bins of the predictions of all seeds; empty where a prediction has no probability."""
+    probabilities = [
+        prediction.probability for file in predictions.files for prediction in file.predictions
     ]
+    known = [probability for probability in probabilities if probability is not None]
+    if not known or len(known) < len(probabilities):
+        return []
+    correct = np.concatenate([file.correct for file in predictions.files])
+    return binned(np.array(known), correct)
+
+
+def binned(probabilities: Floats, correct: NDArray[np.bool_]) -> list[Bin]:
+    """Ten bins (low, high] of equal width, without the empty ones; both inputs (predictions,)."""
+    edges = np.arange(1, NUM_BINS) / NUM_BINS
+    bin_index = np.searchsorted(edges, probabilities, side="left")  # 0 is in the first bin as well
+    bins = []
+    for i in np.unique(bin_index).tolist():
+        in_bin = bin_index == i
+        bins.append(
+            Bin(
+                low=i / NUM_BINS,
+                high=(i + 1) / NUM_BINS,
+                n=int(in_bin.sum()),
+                confidence=float(probabilities[in_bin].mean()),
+                accuracy=float(correct[in_bin].mean()),
+            )
+        )
+    return bins
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: the mean over predictions of |accuracy - confidence| of their bin (Guo et al., 2017)."""
-    return sum(one.n * abs(one.accuracy - one.confidence) for one in bins) / sum(
-        one.n for one in bins
-    )
+    """Expected calibration error: the mean |accuracy - confidence| of a prediction's bin."""
+    weighted = sum(b.n * abs(b.accuracy - b.confidence) for b in bins)
+    return weighted / sum(b.n for b in bins)
+
+
+def _ece(predictions: SystemPredictions) -> Measure | None:
+    bins = calibration_bins(predictions)
+    if not bins:
+        return None
+    return Measure(value=calibration_error(bins), n=len(predictions.files[0].rows))
+
+
+ECE = Metric(
+    title="Expected calibration error",
+    source="Guo et al., 2017, equation 3: 10 bins of equal width",
+    higher_is_better=False,
+    aggregate=_ece,
+)

@@ -1,85 +1,66 @@
-"""Metrics of rationales. None of them says that a rationale is why the label was given.
-
-Every name is described in ``dsbs.records.results.METRICS``.
-"""
+"""Metrics of rationales. None of them shows that a rationale is the reason for its label."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dsbs.evaluation.bootstrap import Clusters
-from dsbs.evaluation.metrics import mean_over_rows
-from dsbs.evaluation.score import Scored
-from dsbs.records.results import Measure
-from dsbs.records.rows import Example, Prediction
-from dsbs.tasks.base import Task
-from dsbs.tasks.conclusion import concluded
+from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
+from dsbs.tasks.base import concluded_label
 
-NAMES = ("rouge_l", "rationale_empty", "rationale_truncated", "consistency")
-_WORD = re.compile(
-    r"[^\W_]+"
-)  # of ASCII text the words of the rouge-score package, which knows no other letters
-_UNTOLD = float("nan")
+_UNDEFINED = float("nan")
+# In ASCII text the words of the rouge-score package, which ignores all other letters.
+_WORD = re.compile(r"[^\W_]+")
 
 
-GRADED = ("rouge_l",)  # of which systems are compared by more than right and wrong
-Values = NDArray[np.float64]  # (seeds, rows), NaN where a row says nothing
+def _explained(predictions: SystemPredictions) -> list[Scored]:
+    """The files with rationales. Seeds that were predicted without rationales are left out."""
+    if predictions.teacher_rationales is None:
+        return []
+    return [
+        file
+        for file in predictions.files
+        if any(prediction.rationale is not None for prediction in file.predictions)
+    ]
 
 
-def rationale_measures(
-    values: Mapping[str, Values], clusters: Clusters = None
-) -> dict[str, Measure]:
-    """Metrics of one system's rationales, from ``rationale_values``."""
-    found = {name: mean_over_rows(one, clusters) for name, one in values.items()}
-    return {name: measure for name, measure in found.items() if measure is not None}
+def _stacked(values: list[list[float]]) -> RowValues | None:
+    """(seeds, rows), or None without a seed."""
+    if not values:
+        return None
+    return np.array(values, dtype=np.float64)
 
 
-def rationale_values(
-    task: Task, files: Sequence[Scored], references: Mapping[str, str | None]
-) -> dict[str, Values]:
-    """Each metric's values; ``files`` are a system's predictions of the same rows by its seeds.
+# --- ROUGE-L
 
-    ``references`` are the teacher's rationales by id (None or absent: it has none for that row). Files without a single
-    rationale were predicted without and are left out; where that leaves none, the answer is empty.
-    """
-    files = [file for file in files if any(p.rationale is not None for p in file.predictions)]
-    if not files:
-        return {}
-    words = {key: _words(text) for key, text in references.items() if text}
-    values = np.array(
+
+def _rouge_l(predictions: SystemPredictions) -> RowValues | None:
+    references = {
+        row_id: words(text)
+        for row_id, text in (predictions.teacher_rationales or {}).items()
+        if text
+    }
+
+    def value(row_id: str, rationale: str | None) -> float:
+        reference = references.get(row_id)
+        if not reference:
+            return _UNDEFINED
+        return rouge_l(words(rationale or ""), reference)
+
+    return _stacked(
         [
-            [
-                _of_row(task, *one, words.get(one[0].id))
-                for one in zip(file.rows, file.predictions, file.labels, strict=True)
-            ]
-            for file in files
+            [value(row.id, p.rationale) for row, p in zip(file.rows, file.predictions, strict=True)]
+            for file in _explained(predictions)
         ]
-    )
-    return {name: values[:, :, i].astype(np.float64) for i, name in enumerate(NAMES)}
-
-
-def _of_row(
-    task: Task, row: Example, given: Prediction, label: str | None, reference: list[str] | None
-) -> tuple[float, float, float, float]:
-    """A row's values, in the order of NAMES."""
-    rationale = given.rationale or ""
-    claim = concluded(rationale, task, row.input)
-    return (
-        _UNTOLD if not reference else rouge_l(_words(rationale), reference),
-        not rationale.strip(),
-        _UNTOLD if given.rationale_truncated is None else given.rationale_truncated,
-        _UNTOLD if claim is None else label is not None and task.correct(claim, label),
     )
 
 
 def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
-    """ROUGE-L's F1 (Lin, 2004): of the longest common subsequence of two lists of words, as the rouge-score package has it.
+    """ROUGE-L's F1 (Lin, 2004) of two lists of words, equal to the rouge-score package's.
 
-    That package's own loop over words takes eighty times as long.
+    That package's own loop over words takes 80 times as long.
     """
     from rapidfuzz.distance import LCSseq
 
@@ -88,5 +69,84 @@ def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * LCSseq.similarity(candidate, reference) / (len(candidate) + len(reference))
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
+
+
+ROUGE_L = Metric(
+    title="ROUGE-L against the teacher's rationale",
+    source="Lin, 2004: F1 of the longest common subsequence of words; measures similar wording, "
+    "secondary to all other metrics",
+    higher_is_better=True,
+    of_rationales=True,
+    compares_systems=True,
+    row_values=_rouge_l,
+)
+
+
+# --- empty and truncated rationales
+
+
+def _empty(predictions: SystemPredictions) -> RowValues | None:
+    return _stacked(
+        [
+            [not (prediction.rationale or "").strip() for prediction in file.predictions]
+            for file in _explained(predictions)
+        ]
+    )
+
+
+def _truncated(predictions: SystemPredictions) -> RowValues | None:
+    def value(truncated: bool | None) -> float:
+        return _UNDEFINED if truncated is None else truncated
+
+    return _stacked(
+        [
+            [value(prediction.rationale_truncated) for prediction in file.predictions]
+            for file in _explained(predictions)
+        ]
+    )
+
+
+RATIONALE_EMPTY = Metric(
+    title="Empty rationales",
+    source="share of rationales without a word",
+    higher_is_better=False,
+    of_rationales=True,
+    row_values=_empty,
+)
+RATIONALE_TRUNCATED = Metric(
+    title="Truncated rationales",
+    source="share of rationales that were cut off by their token limit",
+    higher_is_better=False,
+    of_rationales=True,
+    row_values=_truncated,
+)
+
+
+# --- consistency
+
+
+def _consistency(predictions: SystemPredictions) -> RowValues | None:
+    task = predictions.task
+
+    def file_values(file: Scored) -> list[float]:
+        values: list[float] = []
+        for row, prediction, label in zip(file.rows, file.predictions, file.labels, strict=True):
+            conclusion = concluded_label(prediction.rationale or "", task, row.input)
+            if conclusion is None:
+                values.append(_UNDEFINED)
+            else:
+                values.append(label is not None and task.correct(conclusion, label))
+        return values
+
+    return _stacked([file_values(file) for file in _explained(predictions)])
+
+
+CONSISTENCY = Metric(
+    title="Rationale and label agree",
+    source="of the rationales that state a conclusion, the share that states the predicted label",
+    higher_is_better=True,
+    of_rationales=True,
+    row_values=_consistency,
+)

@@ -1,49 +1,46 @@
-"""The stage: predict what is missing, score all systems by one path, compare them with their baselines."""
+"""The eval stage: predict what is missing, score all systems alike, compare them with baselines."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from dsbs.config import Recipe, base_of
+from dsbs.config.registry import METHODS, entry
 from dsbs.errors import UserError
-from dsbs.evaluation.external import take_outside
+from dsbs.evaluation.bootstrap import Clusters
+from dsbs.evaluation.external import add_external
 from dsbs.evaluation.latency import measure_latency, read_latency
-from dsbs.evaluation.predict import (
-    TEACHER,
+from dsbs.evaluation.metrics import score
+from dsbs.evaluation.predictions import (
     loader,
-    mark_anew,
     predict_student,
-    predict_teacher,
-    prediction_file,
     read_predictions,
     student_predictions,
-    trained_students,
+    update_marks,
 )
-from dsbs.evaluation.rationales import rationale_values
-from dsbs.evaluation.score import score
 from dsbs.evaluation.systems import (
     System,
-    bill,
     break_evens,
     clusters_of,
     compare,
-    label_efficiency_of,
+    label_efficiencies,
     pairs,
     score_system,
+    teacher_bill,
 )
+from dsbs.evaluation.teacher import TEACHER, predict_teacher
 from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source
-from dsbs.records.results import Results
+from dsbs.records.results import Latency, Results
 from dsbs.records.rows import Example, TrainedStudent
 from dsbs.records.summary import results_markdown
-from dsbs.run_folder import RunFolder, read_manifest, run_folder
+from dsbs.run_folder import RunFolder, training_record
 from dsbs.students import megabytes
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import load, survey
+from dsbs.tasks.data import load, survey
 
 
 def evaluate(
@@ -53,167 +50,211 @@ def evaluate(
     progress: Progress | None = None,
     score_only: bool = False,
 ) -> Results:
-    """Predict the split with every student of the recipe and compare them all: the teacher and ``eval.predictions`` included.
+    """Predict the split with every student of the recipe, and compare all systems.
 
-    With ``score_only`` no model is loaded: prediction files are scored anew as they are. Writes ``eval/predictions/*.jsonl``,
-    ``eval/results.json`` and ``eval/results.md``. Raises UserError where there is nothing to compare, a file is missing or no
-    row has a gold label.
+    The teacher and ``eval.predictions`` take part. With ``score_only`` no model is loaded: existing
+    prediction files are scored again. Writes ``eval/predictions/*.jsonl``, ``eval/results.json``
+    and ``eval/results.md``. Raises UserError if there is nothing to compare, a file is missing, or
+    no row has a gold label.
     """
     progress = progress or NoProgress()
-    run = run_folder(recipe, out)
+    run = RunFolder.of(recipe, out)
     task = make_task(recipe.task)
-    students = _of_recipe(recipe, task, trained_students(run), run)
-    missing = _missing(recipe, students)
+    students = _students_of_recipe(recipe, task, run)
+    missing = missing_students(recipe, students)
     if missing:
         progress.say(f"not trained, or not finished: {', '.join(missing)}")
-    rows = [row for row in load(recipe, task, recipe.eval.split) if row.label is not None]
+    split = recipe.eval.split
+    rows = [row for row in load(recipe, task, split) if row.label is not None]
     if not rows:
         raise UserError(
-            f"no row of the {recipe.eval.split} split has a gold label, so nothing can be compared",
+            f"no row of the {split} split has a gold label, so nothing can be compared",
             hint="label some test rows; they are never trained on",
         )
     clusters = clusters_of(rows, recipe.eval.cluster)
-    data: dict[str, str] = {recipe.eval.split: survey(rows).hash}
-    with (
-        RunFolder(run).lock("eval"),
-        RunFolder(run).record("eval", recipe, data),
-    ):
-        systems = _systems(recipe, task, rows, run, students, progress, predicts=not score_only)
-        teacher = next((one for one in systems if one.kind == "teacher"), None)
-        references = {p.id: p.rationale for p in teacher.files[0].predictions} if teacher else {}
-        for system in systems:
-            members = _members(system)
-            for member, scored in zip(members, system.files, strict=True):
-                mark_anew(run, member, scored, task)
-            if system.kind != "teacher":
-                system.written = rationale_values(task, system.files, references)
-        results = [score_system(system, task, clusters) for system in systems]
-        chosen = pairs(systems, recipe.eval)
-        versus = compare(chosen, clusters)
-        results = [one.model_copy(update={"versus": versus.get(one.name, {})}) for one in results]
-        baseline = chosen[0][1] if chosen else None
-        spent, _ = bill(read_manifest(run / "annotate"), "train")
-        found = Results(
-            run=str(run),
-            name=recipe.name,
-            recipe=recipe.model_dump(mode="json"),
-            data=data,
-            task=recipe.task.name,
-            split=recipe.eval.split,
-            n=len(rows),
-            cluster=recipe.eval.cluster,
-            clusters=None if clusters is None else int(clusters.max()) + 1,
-            baseline=baseline.name if baseline else None,
-            headline=_headline(recipe, systems),
-            reportable=recipe.task.limit is None
-            and all(student.reportable for student in students),
-            systems=results,
-            label_efficiency=label_efficiency_of(
-                systems, [one for one in (baseline, teacher) if one], clusters
-            ),
-            break_even=list(
-                break_evens(systems, spent, teacher.usd_per_prediction if teacher else None)
-            ),
+    data: dict[str, str] = {split: survey(rows).hash}
+    with run.lock("eval"), run.record("eval", recipe, data):
+        systems = _teacher_system(recipe, task, rows, run, students)
+        systems += _student_systems(recipe, task, rows, run, students, progress, score_only)
+        systems += _external_systems(recipe, task, rows, run)
+        results = _compare(recipe, task, run, systems, clusters, data)
+        write_json(run.results, results.as_json())
+        with atomic_write(run.stage("eval") / "results.md") as file:
+            file.write(results_markdown(results) + "\n")
+    return results
+
+
+def _compare(
+    recipe: Recipe,
+    task: Task,
+    run: RunFolder,
+    systems: Sequence[System],
+    clusters: Clusters,
+    data: dict[str, str],
+) -> Results:
+    for system in systems:
+        for name, scored in zip(system.member_names, system.files, strict=True):
+            update_marks(run, name, scored, task)
+    teacher = next((system for system in systems if system.kind == "teacher"), None)
+    references: dict[str, str | None] = {}
+    if teacher is not None:
+        references = {p.id: p.rationale for p in teacher.files[0].predictions}
+    scored_systems = [
+        score_system(system, task, clusters, None if system is teacher else references)
+        for system in systems
+    ]
+    chosen = pairs(systems, recipe.eval)
+    comparisons = compare(chosen, clusters)
+    baseline = chosen[0][1] if chosen else None
+    spent_usd, _ = teacher_bill(run.manifest("annotate"), "train")
+    students = [student for system in systems for student in system.students]
+    return Results(
+        run=str(run.path),
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+        data=data,
+        task=recipe.task.name,
+        split=recipe.eval.split,
+        n=len(systems[0].files[0].rows),
+        cluster=recipe.eval.cluster,
+        clusters=None if clusters is None else int(clusters.max()) + 1,
+        baseline=None if baseline is None else baseline.name,
+        headline=headline_system(recipe, systems),
+        reportable=recipe.task.limit is None and all(student.reportable for student in students),
+        systems=[
+            system.model_copy(update={"versus": comparisons.get(system.name, {})})
+            for system in scored_systems
+        ],
+        label_efficiency=label_efficiencies(
+            systems, [system for system in (baseline, teacher) if system is not None], clusters
+        ),
+        break_even=list(
+            break_evens(systems, spent_usd, teacher.usd_per_prediction if teacher else None)
+        ),
+    )
+
+
+def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
+    """The system that the recipe is about; None if it does not exist.
+
+    Of the students, the largest share of the first method that is not a baseline, or of the last
+    baseline if all are. Without students, the first external system that is not a baseline.
+    """
+    baselines = recipe.eval.baseline
+    if any(system.students for system in systems):
+        methods = sorted(
+            recipe.train.methods,
+            key=lambda name: -baselines.index(name) if name in baselines else -len(baselines),
         )
-        write_json(run / "eval" / "results.json", found.as_json())
-        with atomic_write(run / "eval" / "results.md") as file:
-            file.write(results_markdown(found) + "\n")
-    return found
+        candidates = [system for system in systems if system.method == methods[0]]
+        if not candidates:
+            return None
+        labels = recipe.train.labels[0]
+        return max(
+            candidates,
+            key=lambda system: (system.subset or 0.0, system.students[0].labels == labels),
+        ).name
+    external = [system.name for system in systems if system.kind == "external"]
+    external_baselines = [name for name in external if name in baselines] or external[:1]
+    return next((name for name in external if name not in external_baselines), None)
 
 
-def _systems(
+# --- systems
+
+
+def _teacher_system(
     recipe: Recipe,
     task: Task,
     rows: Sequence[Example],
-    run: Path,
+    run: RunFolder,
+    students: Sequence[TrainedStudent],
+) -> list[System]:
+    learned_from_teacher = any(student.source is not None for student in students)
+    if not predict_teacher(recipe, task, rows, run, required=learned_from_teacher):
+        return []
+    _, usd_per_row = teacher_bill(run.manifest("annotate"), recipe.eval.split)
+    scored = score(task, rows, read_predictions(run.predictions(TEACHER)), TEACHER)
+    return [System(TEACHER, "teacher", [scored], usd_per_prediction=usd_per_row)]
+
+
+def _student_systems(
+    recipe: Recipe,
+    task: Task,
+    rows: Sequence[Example],
+    run: RunFolder,
     students: Sequence[TrainedStudent],
     progress: Progress,
-    *,
-    predicts: bool,
+    score_only: bool,
 ) -> list[System]:
-    """The teacher, then the students, baselines and larger shares first, then the files from outside."""
-    systems: list[System] = []
-    if (
-        predict_teacher(recipe, task, rows, run, needed=any(s.source is not None for s in students))
-        is not None
-    ):
-        _, per_row = bill(read_manifest(run / "annotate"), recipe.eval.split)
-        answers = score(task, rows, read_predictions(prediction_file(run, TEACHER)), TEACHER)
-        systems.append(System(TEACHER, "teacher", [answers], usd_per_prediction=per_row))
+    """The students of each method, labels and share; baselines and larger shares first."""
     groups: dict[str, list[TrainedStudent]] = {}
-    for student in sorted(students, key=lambda one: one.seed):
+    for student in sorted(students, key=lambda student: student.seed):
         groups.setdefault(student.system, []).append(student)
     baselines = list(recipe.eval.baseline)
     largest = max((student.subset for student in students), default=1.0)
 
     def rank(name: str) -> tuple[int, float, str]:
         first = groups[name][0]
-        place = baselines.index(first.method) if first.method in baselines else len(baselines)
-        return place, -first.subset, name
+        if first.method in baselines:
+            return baselines.index(first.method), -first.subset, name
+        return len(baselines), -first.subset, name
 
+    systems = []
     for name in sorted(groups, key=rank):
         members = groups[name]
-        timed = read_latency(run, members[0], recipe)
-        if predicts:
-            models = {student.name: loader(student) for student in members}
-            for student in members:
-                predict_student(recipe, student, rows, run, progress, models[student.name])
-            if members[0].subset == largest:  # less data makes no other speed
-                timed = measure_latency(
-                    recipe, members[0], rows, run, progress, models[members[0].name]
-                )
+        first = members[0]
+        latency = read_latency(run, first, recipe)
+        if not score_only:
+            is_timed = first.subset == largest  # a smaller share gives the same speed
+            latency = _predict(recipe, members, rows, run, progress, is_timed) or latency
+        files = [
+            score(task, rows, student_predictions(run, student), student.name)
+            for student in members
+        ]
         systems.append(
             System(
                 name,
                 "student",
-                [
-                    score(task, rows, student_predictions(run, student), student.name)
-                    for student in members
-                ],
+                files,
                 students=members,
-                training_rows=_training_rows(members[0]),
-                megabytes=_size(members[0]),
-                latency=timed,
+                training_rows=_training_rows(first),
+                megabytes=_megabytes(first),
+                latency=latency,
             )
         )
-    outside = take_outside(recipe, task, rows, run)
-    scored = [
-        score(task, rows, read_predictions(prediction_file(run, name)), name) for name in outside
-    ]
-    return systems + [
-        System(name, "external", [one]) for name, one in zip(outside, scored, strict=True)
-    ]
+    return systems
 
 
-def _members(system: System) -> list[str]:
-    """The names of a system's prediction files."""
-    return [student.name for student in system.students] or [system.name]
+def _predict(
+    recipe: Recipe,
+    members: Sequence[TrainedStudent],
+    rows: Sequence[Example],
+    run: RunFolder,
+    progress: Progress,
+    is_timed: bool,
+) -> list[Latency]:
+    """Predict with every seed's student, and time the first if asked."""
+    load_first = loader(members[0])
+    for student in members:
+        load = load_first if student is members[0] else loader(student)
+        predict_student(recipe, student, rows, run, progress, load)
+    if not is_timed:
+        return []
+    return measure_latency(recipe, members[0], rows, run, progress, load_first)
 
 
-def _headline(recipe: Recipe, systems: Sequence[System]) -> str | None:
-    """The system that the recipe is about: on the largest share that of its first method which is no baseline, or else of its
-    last baseline. Without students the first from outside that is no baseline. None where that is not there.
-    """
-    baselines = recipe.eval.baseline
-    if any(one.students for one in systems):
-        methods = sorted(
-            recipe.train.methods,
-            key=lambda name: -baselines.index(name) if name in baselines else -len(baselines),
-        )
-        ours = [one for one in systems if one.method == methods[0]]
-        best = max(
-            ours,
-            key=lambda one: (one.subset or 0.0, one.students[0].labels == recipe.train.labels[0]),
-            default=None,
-        )
-        return best.name if best else None
-    outside = [one.name for one in systems if one.kind == "external"]
-    known = [name for name in outside if name in baselines] or outside[:1]
-    return next((name for name in [*outside, *known] if name not in known), None)
+def _external_systems(
+    recipe: Recipe, task: Task, rows: Sequence[Example], run: RunFolder
+) -> list[System]:
+    systems = []
+    for name in add_external(recipe, task, rows, run):
+        scored = score(task, rows, read_predictions(run.predictions(name)), name)
+        systems.append(System(name, "external", [scored]))
+    return systems
 
 
-def _size(student: TrainedStudent) -> float | None:
-    """Of its weights, in megabytes; None where they have been taken elsewhere: scores need none."""
+def _megabytes(student: TrainedStudent) -> float | None:
+    """Of the weights; None if they were moved elsewhere, as scoring does not need them."""
     try:
         return megabytes(student.path)
     except UserError:
@@ -221,46 +262,59 @@ def _size(student: TrainedStudent) -> float | None:
 
 
 def _training_rows(student: TrainedStudent) -> int | None:
-    record = json.loads((Path(student.path) / "train.json").read_text(encoding="utf-8"))
-    rows = record.get("rows")
+    rows = training_record(Path(student.path)).get("rows")
     return rows if isinstance(rows, int) else None
 
 
-def _of_recipe(
-    recipe: Recipe, task: Task, students: list[TrainedStudent], run: Path
-) -> list[TrainedStudent]:
-    wanted = [
-        s for s in students if s.method in recipe.train.methods and s.seed in recipe.train.seeds
+# --- students of the recipe
+
+
+def _students_of_recipe(recipe: Recipe, task: Task, run: RunFolder) -> list[TrainedStudent]:
+    """The trained students that the recipe asks for.
+
+    Raises UserError if there are none (and no external predictions), or if some were trained with
+    other settings or annotations than the recipe's.
+    """
+    train = recipe.train
+    students = [
+        student
+        for student in run.students()
+        if student.method in train.methods
+        and student.seed in train.seeds
+        and student.subset in train.subset
+        and _has_wanted_labels(recipe, student)
     ]
-    free = ("finetune", "distill")  # their labels are in their names
-    wanted = [s for s in wanted if base_of(s.method) in free or s.labels in recipe.train.labels]
-    wanted = [s for s in wanted if s.subset in recipe.train.subset]
-    if not wanted and not recipe.eval.predictions:
+    if not students and not recipe.eval.predictions:
         raise UserError(
-            f"{run}/train has no finished student of this recipe",
-            hint="run `dsbs train` with this recipe first, or name prediction files from elsewhere in eval.predictions",
+            f"{run.stage('train')} has no finished student of this recipe",
+            hint="run `dsbs train` with this recipe first, or name external prediction files in "
+            "eval.predictions",
         )
     source = learned_source(recipe, task)
-    others = [
-        s.name
-        for s in wanted
-        if s.settings != recipe.training_of(s.method) or s.source not in (None, source)
+    outdated = [
+        student.name
+        for student in students
+        if student.settings != recipe.training_of(student.method)
+        or student.source not in (None, source)
     ]
-    if others:
+    if outdated:
         raise UserError(
-            f"{', '.join(others)}: trained by other settings, or on another teacher's annotations, than this recipe's",
-            hint="run `dsbs train` with this recipe: students that fit are kept, others are set aside",
+            f"{', '.join(outdated)}: trained with other settings, or on another teacher's "
+            "annotations, than this recipe's",
+            hint="run `dsbs train` with this recipe: students that fit are kept, others set aside",
         )
-    return wanted
+    return students
 
 
-def _missing(recipe: Recipe, students: list[TrainedStudent]) -> list[str]:
-    """Seeds that a method's other students have been trained with and this recipe asks for as well."""
+def _has_wanted_labels(recipe: Recipe, student: TrainedStudent) -> bool:
+    """Whether ``train.labels`` asks for a student; some methods have labels of their own."""
+    method = entry(METHODS, base_of(student.method))
+    return method.labels is not None or student.labels in recipe.train.labels
+
+
+def missing_students(recipe: Recipe, students: Sequence[TrainedStudent]) -> list[str]:
+    """Students of seeds that the recipe asks for, of methods that other seeds exist of."""
     names = {student.name for student in students}
     systems = sorted({student.system for student in students})
-    return [
-        name
-        for system in systems
-        for seed in recipe.train.seeds
-        if (name := f"{system}-s{seed}") not in names
-    ]
+    expected = [f"{system}-s{seed}" for system in systems for seed in recipe.train.seeds]
+    return [name for name in expected if name not in names]

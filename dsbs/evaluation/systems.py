@@ -1,4 +1,4 @@
-"""From prediction files to the comparison: every system scored by one path, paired with its baselines, no model at hand."""
+"""Systems: scoring, pairing and comparing them, from prediction files alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from dsbs.config import EvalSection, base_of
+from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
-from dsbs.evaluation.metrics import measures
-from dsbs.evaluation.rationales import GRADED, Values, rationale_measures
-from dsbs.evaluation.score import Scored
-from dsbs.evaluation.stats import Clusters, Difference, Scores, accuracy, difference, holm, needed
+from dsbs.evaluation.bootstrap import Clusters, Scores, accuracy, label_efficiency
+from dsbs.evaluation.metrics import RowValues, Scored, SystemPredictions, measure
+from dsbs.evaluation.significance import Difference, holm, paired_difference
 from dsbs.records.results import (
     BreakEven,
     Comparison,
@@ -31,19 +31,18 @@ from dsbs.tasks.base import Task
 
 @dataclass(slots=True)
 class System:
-    """A line of the comparison before it is scored: its prediction files, one for each seed, and what is known of it."""
+    """A system before it is scored: its predictions, one file for each seed, and its facts."""
 
     name: str
     kind: SystemKind
     files: list[Scored]
-    students: list[TrainedStudent] = field(default_factory=list)  # by seed; of a student alone
+    students: list[TrainedStudent] = field(default_factory=list)  # by seed
     training_rows: int | None = None
     megabytes: float | None = None
     latency: list[Latency] = field(default_factory=list)
     usd_per_prediction: float | None = None
-    written: dict[str, Values] = field(
-        default_factory=dict
-    )  # what its rationales are worth, by metric
+    row_values: dict[str, RowValues] = field(default_factory=dict)
+    """Of the metrics by which systems are compared, beside accuracy."""
 
     @property
     def method(self) -> str | None:
@@ -54,206 +53,268 @@ class System:
         return self.students[0].subset if self.students else None
 
     @property
+    def member_names(self) -> list[str]:
+        """The names of the prediction files."""
+        return [student.name for student in self.students] or [self.name]
+
+    @property
     def scores(self) -> Scores:
         """Whether each row is right, averaged over the seeds."""
-        return np.asarray(np.mean([one.correct for one in self.files], axis=0), dtype=np.float64)
+        return np.asarray(np.mean([file.correct for file in self.files], axis=0), dtype=np.float64)
 
 
-def clusters_of(rows: Sequence[Example], name: str | None) -> Clusters:
-    """The number of each row's cluster: rows are together where their input field ``name`` is equal. None without a name."""
-    if name is None:
+def clusters_of(rows: Sequence[Example], field_name: str | None) -> Clusters:
+    """Each row's cluster number: rows with equal values in an input field are one cluster.
+
+    None without a field. Raises UserError if a row has no such field, or all are one cluster.
+    """
+    if field_name is None:
         return None
     numbers: dict[str, int] = {}
-    found = np.empty(len(rows), dtype=np.int64)
+    clusters = np.empty(len(rows), dtype=np.int64)
     for i, row in enumerate(rows):
-        if name not in row.input:
+        if field_name not in row.input:
             raise UserError(
-                f"eval.cluster: row {row.id!r} has no field {name!r} (fields: {', '.join(row.input)})",
-                hint="name an input field of the task; columns are renamed by task.columns",
+                f"eval.cluster: row {row.id!r} has no field {field_name!r} "
+                f"(fields: {', '.join(row.input)})",
+                hint="name an input field of the task; task.columns renames columns",
             )
-        found[i] = numbers.setdefault(str(row.input[name]), len(numbers))
+        clusters[i] = numbers.setdefault(str(row.input[field_name]), len(numbers))
     if len(numbers) < 2:
         raise UserError(
-            f"eval.cluster: all rows have the same {name}, so nothing can be resampled",
+            f"eval.cluster: all rows have the same {field_name}, so nothing can be resampled",
             hint="name another field",
         )
-    return found
+    return clusters
 
 
-def score_system(system: System, task: Task, clusters: Clusters) -> SystemResult:
-    """All measures of one system."""
-    found = accuracy(system.scores, len(system.files), clusters)
-    measured = measures(task, system.files, clusters)
-    written = rationale_measures(system.written, clusters)
-    unreadable = [label is None for one in system.files for label in one.labels]
-    latencies = [
-        p.latency_ms for one in system.files for p in one.predictions if p.latency_ms is not None
-    ]
-    first = system.students[0] if system.students else None
-    return SystemResult(
+def score_system(
+    system: System,
+    task: Task,
+    clusters: Clusters,
+    teacher_rationales: Mapping[str, str | None] | None = None,
+) -> SystemResult:
+    """Compute all metrics of a system, and set its ``row_values``.
+
+    ``teacher_rationales`` as in `SystemPredictions`.
+    """
+    measures = measure(SystemPredictions(task, system.files, clusters, teacher_rationales))
+    system.row_values = measures.compared
+    total = accuracy(system.scores, len(system.files), clusters)
+    unreadable = [label is None for file in system.files for label in file.labels]
+    result = SystemResult(
         name=system.name,
         kind=system.kind,
-        method=system.method,
-        labels=first.labels if first else None,
-        subset=system.subset,
         training_rows=system.training_rows,
-        seeds=[student.seed for student in system.students],
-        accuracy=found.value,
-        ci95=found.ci95,
-        interval=found.interval,
-        accuracy_per_seed=[float(one.correct.mean()) for one in system.files],
+        accuracy=total.value,
+        ci95=total.ci95,
+        interval=total.interval,
+        accuracy_per_seed=[float(file.correct.mean()) for file in system.files],
         unreadable=statistics.mean(unreadable),
-        metrics=measured.metrics | written,
-        recall=measured.recall,
-        calibration=measured.calibration,
-        parameters=first.parameters if first else None,
+        metrics=measures.metrics,
+        recall=measures.recall,
+        calibration=measures.calibration,
         megabytes=system.megabytes,
-        ms_per_example=round(statistics.median(latencies), 3) if latencies else None,
+        ms_per_example=_ms_per_example(system),
         latency=system.latency,
-        train_s=round(statistics.mean(s.wall_s for s in system.students), 1)
-        if system.students
-        else None,
         usd_per_prediction=system.usd_per_prediction,
     )
+    if not system.students:
+        return result
+    first = system.students[0]
+    train_s = statistics.mean(student.wall_s for student in system.students)
+    student_facts = {
+        "method": first.method,
+        "labels": first.labels,
+        "subset": first.subset,
+        "seeds": [student.seed for student in system.students],
+        "parameters": first.parameters,
+        "train_s": round(train_s, 1),
+    }
+    return result.model_copy(update=student_facts)
+
+
+def _ms_per_example(system: System) -> float | None:
+    latencies = [
+        prediction.latency_ms
+        for file in system.files
+        for prediction in file.predictions
+        if prediction.latency_ms is not None
+    ]
+    return round(statistics.median(latencies), 3) if latencies else None
+
+
+# --- comparisons
 
 
 def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System, System]]:
-    """Each system with each baseline that learned from the same share of the rows; no two systems twice.
+    """The (system, baseline) pairs to compare; no two systems twice.
 
-    After those a student that learned further terms is paired with its method without them, of the same labels and share.
-    Systems that are no students stand beside those of the largest share. Where none of the baselines is there and files from
-    outside are, the first of these is the baseline.
+    Each system with each baseline that learned from the same share of the rows, then each student
+    with further loss terms with its method without them. Systems that are not students count to
+    the largest share. If no baseline exists but external files do, the first of them is the
+    baseline.
     """
-    largest = max((system.subset for system in systems if system.subset is not None), default=None)
-    share = {
-        system.name: system.subset if system.subset is not None else largest for system in systems
-    }
-    outside = [system for system in systems if system.kind == "external"]
-    groups = [
-        [s for s in systems if name in (s.method, s.name if s.kind == "external" else None)]
-        for name in section.baseline
+    shares = [system.subset for system in systems if system.subset is not None]
+    largest = max(shares, default=None)
+    share = {system.name: largest if system.subset is None else system.subset for system in systems}
+    external = [system for system in systems if system.kind == "external"]
+    baselines = [
+        system for name in section.baseline for system in systems if _is_named(system, name)
     ]
-    if not any(groups) and outside:
-        groups = [outside[:1]]
-    found: list[tuple[System, System]] = []
-    for group in groups:
-        for baseline in group:
-            for system in systems:
-                alike = share[system.name] == share[baseline.name] and system.name != baseline.name
-                if alike and (baseline, system) not in found and (system, baseline) not in found:
-                    found.append((system, baseline))
+    chosen: list[tuple[System, System]] = []
+
+    def add(system: System, baseline: System) -> None:
+        if (system, baseline) not in chosen and (baseline, system) not in chosen:
+            chosen.append((system, baseline))
+
+    for baseline in baselines or external[:1]:
+        for system in systems:
+            if share[system.name] == share[baseline.name] and system.name != baseline.name:
+                add(system, baseline)
     for system in systems:
         plain = _without_terms(system, systems)
-        if plain is not None and (system, plain) not in found and (plain, system) not in found:
-            found.append((system, plain))
-    return found
+        if plain is not None:
+            add(system, plain)
+    return chosen
+
+
+def _is_named(system: System, baseline: str) -> bool:
+    """Whether ``eval.baseline`` names a system: students by method, external files by name."""
+    if system.kind == "external":
+        return system.name == baseline
+    return system.method == baseline
 
 
 def _without_terms(system: System, systems: Sequence[System]) -> System | None:
-    """The system of the same method, labels and share without further terms; None where it is not there, or has none."""
+    """The system of the same method, labels and share without further loss terms, if any."""
     if system.method is None or base_of(system.method) == system.method:
         return None
-    labels, base = system.students[0].labels, base_of(system.method)
-    alike = (one for one in systems if one.method == base and one.subset == system.subset)
-    return next((one for one in alike if one.students[0].labels == labels), None)
+    for other in systems:
+        is_plain = other.method == base_of(system.method) and other.subset == system.subset
+        if is_plain and other.students[0].labels == system.students[0].labels:
+            return other
+    return None
 
 
 def compare(
     chosen: Sequence[tuple[System, System]], clusters: Clusters
 ) -> dict[str, dict[str, Comparison]]:
-    """Every pair's difference; Holm's correction over all of them, for each metric apart. System -> baseline -> comparison."""
+    """The comparison of each pair: system -> baseline -> comparison.
+
+    p values are Holm-corrected over all pairs, separately for each metric.
+    """
     graded: dict[tuple[str, str], dict[str, GradedComparison]] = {}
-    for metric in GRADED:
-        for pair, found_graded in _graded(metric, chosen, clusters).items():
-            graded.setdefault(pair, {})[metric] = found_graded
-    gaps = [difference(system.scores, other.scores, clusters) for system, other in chosen]
-    found: dict[str, dict[str, Comparison]] = {}
-    for (system, other), gap, adjusted in zip(
-        chosen, gaps, holm([gap.p for gap in gaps]), strict=True
-    ):
-        found.setdefault(system.name, {})[other.name] = Comparison(
-            delta=gap.delta,
-            ci95=gap.ci95,
-            p=gap.p,
-            p_holm=adjusted,
-            test=gap.test,
-            wins=gap.wins,
-            losses=gap.losses,
-            minimum_detectable_effect=gap.minimum_detectable_effect,
-            graded=graded.get((system.name, other.name), {}),
+    for metric in METRICS:
+        if entry(METRICS, metric).compares_systems:
+            for pair, comparison in _compare_graded(metric, chosen, clusters).items():
+                graded.setdefault(pair, {})[metric] = comparison
+    differences = [
+        paired_difference(system.scores, baseline.scores, clusters) for system, baseline in chosen
+    ]
+    adjusted = holm([difference.p for difference in differences])
+    comparisons: dict[str, dict[str, Comparison]] = {}
+    for (system, baseline), difference, p_holm in zip(chosen, differences, adjusted, strict=True):
+        comparisons.setdefault(system.name, {})[baseline.name] = Comparison(
+            delta=difference.delta,
+            ci95=difference.ci95,
+            p=difference.p,
+            p_holm=p_holm,
+            test=difference.test,
+            wins=difference.wins,
+            losses=difference.losses,
+            minimum_detectable_effect=difference.minimum_detectable_effect,
+            graded=graded.get((system.name, baseline.name), {}),
         )
-    return found
+    return comparisons
 
 
-def _graded(
+def _compare_graded(
     metric: str, chosen: Sequence[tuple[System, System]], clusters: Clusters
 ) -> dict[tuple[str, str], GradedComparison]:
-    """The pairs' differences by a metric that grades rows, where both have it."""
-    gaps: dict[tuple[str, str], tuple[Difference, int]] = {}
-    for system, other in chosen:
-        if metric in system.written and metric in other.written:
-            ours, theirs = (one.written[metric] for one in (system, other))
-            both = ~(np.isnan(ours).all(axis=0) | np.isnan(theirs).all(axis=0))
-            if both.any():
-                mine, other_one = (np.nanmean(one[:, both], axis=0) for one in (ours, theirs))
-                among = None if clusters is None else clusters[both]
-                gaps[system.name, other.name] = difference(mine, other_one, among), int(both.sum())
-    adjusted = holm([gap.p for gap, _ in gaps.values()])
+    """The pairs' comparisons by a metric's row values, on the rows for which both have one."""
+    differences: dict[tuple[str, str], tuple[Difference, int]] = {}
+    for system, baseline in chosen:
+        if metric not in system.row_values or metric not in baseline.row_values:
+            continue
+        ours = system.row_values[metric]
+        theirs = baseline.row_values[metric]
+        both = ~(np.isnan(ours).all(axis=0) | np.isnan(theirs).all(axis=0))
+        if both.any():
+            differences[system.name, baseline.name] = (
+                paired_difference(
+                    np.nanmean(ours[:, both], axis=0),
+                    np.nanmean(theirs[:, both], axis=0),
+                    None if clusters is None else clusters[both],
+                ),
+                int(both.sum()),
+            )
+    adjusted = holm([difference.p for difference, _ in differences.values()])
     return {
         pair: GradedComparison(
-            delta=gap.delta, ci95=gap.ci95, p=gap.p, p_holm=p_holm, test=gap.test, n=n
+            delta=difference.delta,
+            ci95=difference.ci95,
+            p=difference.p,
+            p_holm=p_holm,
+            test=difference.test,
+            n=n,
         )
-        for (pair, (gap, n)), p_holm in zip(gaps.items(), adjusted, strict=True)
+        for (pair, (difference, n)), p_holm in zip(differences.items(), adjusted, strict=True)
     }
 
 
-def label_efficiency_of(
+# --- label efficiency and cost
+
+
+def label_efficiencies(
     systems: Sequence[System], targets: Sequence[System], clusters: Clusters
 ) -> list[LabelEfficiency]:
-    """For each curve (a method's students on growing parts of the rows): how many rows it takes to match each target."""
+    """For each learning curve, the training rows that it takes to match each target.
+
+    A curve is a method's students on two or more shares of the training rows.
+    """
     curves: dict[tuple[str, str], list[tuple[int, Scores]]] = {}
     for system in systems:
         if system.students and system.training_rows is not None:
-            first = system.students[0]
-            curves.setdefault((first.method, first.labels), []).append(
-                (system.training_rows, system.scores)
-            )
-    found = []
+            curves.setdefault(_curve_of(system), []).append((system.training_rows, system.scores))
+    efficiencies = []
     for (method, labels), points in curves.items():
-        if len({rows for rows, _ in points}) < 2:
+        sizes = sorted({rows for rows, _ in points})
+        if len(sizes) < 2:
             continue
         points.sort(key=lambda point: point[0])
         for target in targets:
-            if target.students and (target.students[0].method, target.students[0].labels) == (
-                method,
-                labels,
-            ):
+            if target.students and _curve_of(target) == (method, labels):
                 continue
-            rows, interval = needed(points, target.scores, clusters)
-            found.append(
+            rows, ci95 = label_efficiency(points, target.scores, clusters)
+            efficiencies.append(
                 LabelEfficiency(
                     method=method,
                     labels=labels,
                     system=target.name,
                     accuracy=float(target.scores.mean()),
                     rows=rows,
-                    ci95=interval,
-                    smallest=points[0][0],
-                    largest=points[-1][0],
+                    ci95=ci95,
+                    smallest=sizes[0],
+                    largest=sizes[-1],
                 )
             )
-    return found
+    return efficiencies
+
+
+def _curve_of(system: System) -> tuple[str, str]:
+    return system.students[0].method, system.students[0].labels
 
 
 def break_evens(
-    systems: Sequence[System], spent_usd: float | None, per_prediction: float | None
+    systems: Sequence[System], spent_usd: float | None, usd_per_prediction: float | None
 ) -> Iterator[BreakEven]:
-    """Of the students that learned from the teacher: after how many predictions the teacher's bill for the train rows is
-    less than its bill for those predictions would be. Nothing where a price is unknown or nothing was paid.
+    """For students of the teacher: after how many predictions they have saved its bill.
 
-    A student on a part of the rows is charged that part of the bill.
+    ``spent_usd`` is the bill for the training rows, ``usd_per_prediction`` the teacher's price. A
+    student of a share of the rows is charged that share. Nothing if a price is unknown or zero.
     """
-    if not spent_usd or not per_prediction:
+    if not spent_usd or not usd_per_prediction:
         return
     for system in systems:
         if system.students and system.students[0].source is not None:
@@ -261,13 +322,18 @@ def break_evens(
             yield BreakEven(
                 system=system.name,
                 spent_usd=spent,
-                teacher_usd_per_prediction=per_prediction,
-                predictions=math.ceil(spent / per_prediction),
+                teacher_usd_per_prediction=usd_per_prediction,
+                predictions=math.ceil(spent / usd_per_prediction),
             )
 
 
-def bill(manifest: Mapping[str, Any], split: str) -> tuple[float | None, float | None]:
-    """What the teacher's rows of a split cost, and one of them, in dollars, by the annotation's manifest; None: unknown."""
-    said = manifest.get("splits", {}).get(split, {})
-    usd, rows = said.get("usd"), said.get("rows")
-    return usd, usd / rows if usd is not None and rows else None
+def teacher_bill(
+    annotate_manifest: Mapping[str, Any], split: str
+) -> tuple[float | None, float | None]:
+    """Dollars that annotating a split cost, in total and per row; None: unknown."""
+    summary = annotate_manifest.get("splits", {}).get(split, {})
+    usd = summary.get("usd")
+    rows = summary.get("rows")
+    if usd is None or not rows:
+        return usd, None
+    return usd, usd / rows

@@ -1,75 +1,24 @@
-"""``eval/results.json``: what evaluation found and the report shows.
+"""Results of an evaluation: ``eval/results.json``, which the report shows.
 
-Shares, accuracies and their differences are fractions in [0, 1], times are seconds unless the name ends in ``_ms``, money is
-US dollars. Intervals are of 95 %.
+Shares, accuracies and their differences are fractions in [0, 1], times are seconds unless the name
+ends in ``_ms``, money is in US dollars. Intervals are 95% confidence intervals.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsbs.errors import UserError
 
+SCHEMA = "dsbs.results/3"
+BATCH_SIZES = (1, 64)  # that a student is timed with
+
 Interval = tuple[float, float]
 SystemKind = Literal["teacher", "student", "external"]
-
-
-class Metric(NamedTuple):
-    """What a metric is called, which way is better (None: neither), and where it comes from."""
-
-    title: str
-    higher_is_better: bool | None
-    source: str
-
-
-# In the order in which they are shown. What is written under another name is a mistake in eval/.
-METRICS: dict[str, Metric] = {
-    "exact_match_raw": Metric(
-        "Exact match, raw text",
-        True,
-        "as the paper's code has it: the output's text is the gold label's",
-    ),
-    "exact_match": Metric(
-        "Exact match",
-        True,
-        "the label that is read in the output is the gold one, letter by letter",
-    ),
-    "equation_string": Metric(
-        "Equation, text", True, "the output's text is the gold equation's, spaces aside"
-    ),
-    "equation_value": Metric(
-        "Equation, value", True, "Hsieh et al., 2023, section 4: values within 1e-4 of each other"
-    ),
-    "parse_failure": Metric(
-        "Outputs that cannot be read", False, "share of outputs in which no label can be read"
-    ),
-    "macro_f1": Metric(
-        "Macro-F1",
-        True,
-        "mean of the classes' F1, of those that are gold or predicted (scikit-learn)",
-    ),
-    "ece": Metric(
-        "Expected calibration error", False, "Guo et al., 2017, equation 3: 10 bins of equal width"
-    ),
-    "rouge_l": Metric(
-        "ROUGE-L against the teacher's rationale",
-        True,
-        "Lin, 2004: F1 of the longest common subsequence of words; likeness of wording, secondary to all else",
-    ),
-    "rationale_empty": Metric("Empty rationales", False, "share of rationales without a word"),
-    "rationale_truncated": Metric(
-        "Truncated rationales", False, "share of rationales that ended with their token budget"
-    ),
-    "consistency": Metric(
-        "Rationale and label agree",
-        True,
-        "of the rationales that state a conclusion, the share that states the label given",
-    ),
-}
 
 
 class Rate(BaseModel, frozen=True):
@@ -93,49 +42,59 @@ def wilson(correct: int, n: int) -> Rate | None:
     )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class _Record(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
-class Measure(_Part):
-    """One metric of a system on the rows that it can be told of."""
+class Measure(_Record):
+    """One metric of a system, on the rows for which it is defined."""
 
     value: float
-    ci95: Interval | None = None  # None: not a mean over rows, and not resampled
-    n: int  # rows
+    ci95: Interval | None = None
+    """None: not a mean over rows, and not resampled."""
+    n: int
+    """Rows."""
 
 
-class GradedComparison(_Part):
-    """The same for a metric that grades rows: ``delta`` is the difference of means over the ``n`` rows that both tell of."""
+class GradedComparison(_Record):
+    """A comparison by a metric that grades rows instead of calling them right or wrong."""
 
     delta: float
+    """Difference of means over the ``n`` rows for which both systems have a value."""
     ci95: Interval
-    p: float  # two-sided
-    p_holm: float  # Holm (1979), over all comparisons by this metric
+    p: float
+    """Two-sided."""
+    p_holm: float
+    """Holm (1979), over all comparisons by this metric."""
     test: str
     n: int
 
 
-class Comparison(_Part):
-    """A system against another one on the same rows; ``delta`` is the system's accuracy less the other's.
-
-    ``wins`` rows are right here and wrong there, ``losses`` ones the other way round, by the mean over seeds. ``minimum_detectable_effect``
-    is the smallest true difference that so many rows would show with 80 % power; None where no row differs.
-    """
+class Comparison(_Record):
+    """A system against another one on the same rows."""
 
     delta: float
+    """The system's accuracy minus the other's."""
     ci95: Interval
-    p: float  # two-sided
-    p_holm: float  # Holm (1979), over all comparisons of the file
+    p: float
+    """Two-sided."""
+    p_holm: float
+    """Holm (1979), over all comparisons of the file."""
     test: str
     wins: int
+    """Rows with a higher score here than in the other system, averaged over seeds."""
     losses: int
+    """Rows with a lower score here."""
     minimum_detectable_effect: float | None = None
-    graded: dict[str, GradedComparison] = {}  # by metric
+    """The smallest true difference that this test set detects with 80% power; None: unknown."""
+    graded: dict[str, GradedComparison] = {}
+    """By metric."""
 
 
-class Bin(_Part):
-    """Predictions to which the system gave a probability in (low, high], its mean there and the share that was right."""
+class Bin(_Record):
+    """Predictions with a probability in (low, high]: their mean probability and accuracy."""
 
     low: float
     high: float
@@ -144,11 +103,8 @@ class Bin(_Part):
     accuracy: float
 
 
-BATCH_SIZES = (1, 64)  # that a student is timed with
-
-
-class Latency(_Part):
-    """Wall time of a call with ``batch_size`` rows, label alone, over ``calls`` calls."""
+class Latency(_Record):
+    """Wall time of a call with ``batch_size`` rows that predicts labels, over ``calls`` calls."""
 
     batch_size: int
     calls: int
@@ -157,88 +113,110 @@ class Latency(_Part):
     device: str
 
 
-class SystemResult(_Part):
-    """One line of the comparison: the teacher, the students of one method over their seeds, or a file from outside."""
+class SystemResult(_Record):
+    """One system: the teacher, the students of one method over their seeds, or an external file."""
 
     name: str
     kind: SystemKind
-    method: str | None = None  # of students
-    labels: str | None = None  # whose labels the students learned: gold or teacher
-    subset: float | None = None  # the share of the train rows; None: not a student
+    method: str | None = None
+    """Of students."""
+    labels: str | None = None
+    """Whose labels the students learned: gold or teacher."""
+    subset: float | None = None
+    """Share of the training rows; None: not a student."""
     training_rows: int | None = None
     seeds: list[int] = []
     accuracy: float
     ci95: Interval
-    interval: str  # how it was found
+    interval: str
+    """The method of ``ci95``."""
     accuracy_per_seed: list[float] = []
-    unreadable: float  # share of outputs that are no label of the task
-    metrics: dict[str, Measure] = {}  # by the names in METRICS, in their order
-    recall: dict[str, Measure] = {}  # of each label of a closed set
-    calibration: list[Bin] = []  # where the labels' probabilities are known
+    unreadable: float
+    """Share of outputs from which no label of the task can be read."""
+    metrics: dict[str, Measure] = {}
+    """By name, in the order of ``dsbs.config.registry.METRICS``."""
+    recall: dict[str, Measure] = {}
+    """By label of a closed set."""
+    calibration: list[Bin] = []
+    """Empty where the probability of a label is unknown."""
     parameters: int | None = None
-    megabytes: float | None = None  # of the weights on disk
-    ms_per_example: float | None = None  # median over rows of a batch's time divided by its rows
+    megabytes: float | None = None
+    """Of the weight files, in units of 10^6 bytes."""
+    ms_per_example: float | None = None
+    """Median over rows of a batch's time divided by its rows."""
     latency: list[Latency] = []
-    train_s: float | None = None  # mean over seeds
-    usd_per_prediction: float | None = None  # the teacher's; None: unknown
+    train_s: float | None = None
+    """Mean over seeds."""
+    usd_per_prediction: float | None = None
+    """Of the teacher; None: unknown."""
     versus: dict[str, Comparison] = {}
+    """By the system that it is compared with."""
 
 
-class LabelEfficiency(_Part):
-    """How many labels a method needs to be as accurate as another system, read off its curve (log-linear between points).
+class LabelEfficiency(_Record):
+    """How many training rows a method needs to match another system's accuracy.
 
-    ``rows`` and the ends of ``ci95`` are None where the curve does not reach the accuracy within the rows tried.
+    Read off the method's learning curve, log-linear between its points. ``rows`` and the ends of
+    ``ci95`` are None where the curve does not reach that accuracy within the rows tried.
     """
 
-    method: str  # the curve's
+    method: str
+    """Of the curve."""
     labels: str
-    system: str  # the one to be matched
-    accuracy: float  # of that one
+    system: str
+    """To be matched."""
+    accuracy: float
+    """Of ``system``."""
     rows: int | None
     ci95: tuple[int | None, int | None]
-    smallest: int  # rows of the curve's first point; ``rows`` of so many are at most so many
-    largest: int  # and of its last
+    smallest: int
+    """Rows of the curve's first point; a result of this number means at most so many."""
+    largest: int
+    """Rows of the curve's last point."""
 
 
-class BreakEven(_Part):
-    """When distilling pays for itself against calling the teacher for each prediction."""
+class BreakEven(_Record):
+    """After how many predictions distilling is cheaper than calling the teacher for each."""
 
     system: str
-    spent_usd: float  # the teacher's bill for the rows that the students learned from
+    spent_usd: float
+    """The teacher's bill for the rows that the students learned from."""
     teacher_usd_per_prediction: float
     predictions: int
 
 
-class Results(_Part):
+class Results(_Record):
     """The whole file."""
 
     schema_: Literal["dsbs.results/3"] = Field("dsbs.results/3", alias="schema")
     run: str
-    name: str  # of the recipe
-    recipe: dict[str, Any] = {}  # resolved
-    data: dict[str, str] = {}  # split -> hash of its rows
+    name: str
+    """Of the recipe."""
+    recipe: dict[str, Any] = {}
+    """Resolved."""
+    data: dict[str, str] = {}
+    """Split -> hash of its rows."""
     task: str
     split: str
-    n: int  # rows
-    cluster: str | None = None  # the field whose equal values make rows belong together
-    clusters: int | None = None  # how many there are
-    baseline: (
-        str | None
-    )  # the first system that others are compared with; None: nothing is compared
-    headline: (
-        str | None
-    )  # the system that the recipe is about: of its first method that is no baseline, on the largest share
+    n: int
+    """Rows."""
+    cluster: str | None = None
+    """The input field whose equal values make rows one cluster."""
+    clusters: int | None = None
+    """The number of clusters."""
+    baseline: str | None
+    """The first system that others are compared with; None: nothing is compared."""
+    headline: str | None
+    """The system that the recipe is about."""
     reportable: bool
     systems: list[SystemResult]
     label_efficiency: list[LabelEfficiency] = []
     break_even: list[BreakEven] = []
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )
+    model_config = ConfigDict(populate_by_name=True)
 
     def system(self, name: str | None) -> SystemResult | None:
-        return next((one for one in self.systems if one.name == name), None)
+        return next((system for system in self.systems if system.name == name), None)
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
@@ -247,20 +225,28 @@ class Results(_Part):
 def read_results(run: Path) -> Results:
     """The results of a run. Raises UserError where there are none, or none that can be read."""
     path = run / "eval" / "results.json"
-    again = "run `dsbs eval` again: it is rebuilt from the prediction files, with no model (--score-only)"
+    rebuild = (
+        "run `dsbs eval RECIPE --score-only`: it rebuilds the file from the prediction files, "
+        "without loading a model"
+    )
     try:
-        return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Results.model_validate(content)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist", hint="run `dsbs eval` with this recipe first"
         ) from None
     except ValidationError as error:
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise UserError(
+                f"{path} has schema {schema!r}; this version of dsbs reads {SCHEMA!r}",
+                hint=rebuild,
+            ) from None
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{path} is not of this version ({where}: {first['msg']})", hint=again
-        ) from None
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is not valid ({field}: {first['msg']})", hint=rebuild) from None
     except (ValueError, RecursionError):
-        raise UserError(f"{path} is not JSON", hint=again) from None
+        raise UserError(f"{path} is not JSON", hint=rebuild) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", hint=again) from None
+        raise UserError(f"{path} cannot be read ({error.strerror})", hint=rebuild) from None

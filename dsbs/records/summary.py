@@ -1,9 +1,10 @@
-"""Summary of an evaluation: the headline, comparison sentences, and the results table and page."""
+"""Summary of an evaluation: headline, gates, comparison sentences, results table and results.md."""
 
 from __future__ import annotations
 
 import math
 
+from dsbs.errors import UserError
 from dsbs.formatting import (
     ABSENT,
     confidence_interval,
@@ -24,7 +25,6 @@ from dsbs.formatting import (
     signed_interval,
 )
 from dsbs.records.results import (
-    METRICS,
     BreakEven,
     Comparison,
     GradedComparison,
@@ -33,6 +33,7 @@ from dsbs.records.results import (
     SystemResult,
 )
 
+_ROUNDING = 1e-9  # a mean over seeds may differ from the exact share by less than this
 ALPHA = 0.05  # a difference is reliable where its Holm-corrected p value is below this
 TARGET_DIFFERENCE = 0.05  # the headline says how many rows would show this difference
 HEADINGS = (
@@ -100,7 +101,7 @@ def headline(results: Results) -> str:
 
 
 def _headline(results: Results) -> str:
-    rows = f"{results.n:,} {results.split} rows"
+    rows = count(results.n, f"{results.split} row")
     system, baseline = headline_comparison(results)
     if system is None:
         return f"No systems were compared on these {rows}."
@@ -141,6 +142,8 @@ def _two_digits(number: int) -> int:
 def headline_details(results: Results) -> list[str]:
     """Sentences to follow the headline: its p value, and why it may not be the last word."""
     system, baseline = headline_comparison(results)
+    if results.baseline is None:
+        return ["To compare students with fine-tuning, add finetune to train.methods."]
     if system is None or baseline is None:
         return []
     comparison = system.versus[baseline]
@@ -154,31 +157,12 @@ def headline_details(results: Results) -> list[str]:
     return [*details, "Finding no difference does not show that there is none."]
 
 
-def comparison_sentences(results: Results) -> list[str]:
-    """A sentence for each comparison."""
-    sentences = [text for system in results.systems for text in system_sentences(system)]
-    if results.baseline is None:
-        sentences.append(
-            "This run has no baseline students, so nothing is compared: "
-            "add finetune to train.methods."
-        )
-    return sentences
-
-
 def system_sentences(system: SystemResult) -> list[str]:
-    """A sentence for each system that this one is compared with, and for each graded metric."""
-    sentences = []
-    for baseline, comparison in system.versus.items():
-        sentences.append(f"{system.name}: {_comparison_sentence(baseline, comparison)}.")
-        for metric, graded in comparison.graded.items():
-            low, high = graded.ci95
-            difference = (
-                f"{signed(graded.delta, 3)} against {baseline} "
-                f"(95% CI [{signed(low, 3)}, {signed(high, 3)}], {p_value(graded.p_holm)})"
-            )
-            verdict = "" if is_reliable(graded) else ", no reliable difference"
-            sentences.append(f"{system.name}: {METRICS[metric].title} {difference}{verdict}.")
-    return sentences
+    """A sentence for each system that this one is compared with."""
+    return [
+        f"{system.name}: {_comparison_sentence(baseline, comparison)}."
+        for baseline, comparison in system.versus.items()
+    ]
 
 
 def _comparison_sentence(baseline: str, comparison: Comparison) -> str:
@@ -212,6 +196,50 @@ def _caveats(comparison: Comparison) -> list[str]:
             "(80% power)"
         )
     return caveats
+
+
+def gate_failures(
+    results: Results, min_accuracy: float | None = None, min_delta: float | None = None
+) -> list[str]:
+    """A sentence for each gate that the headline system misses; empty if it passes all.
+
+    ``min_accuracy`` and ``min_delta`` (against its first baseline) are fractions, compared with the
+    point estimates, not with their intervals; None: no such gate. Raises UserError if there is no
+    headline system, or nothing that it is compared with.
+    """
+    if min_accuracy is None and min_delta is None:
+        return []
+    system = results.system(results.headline)
+    if system is None:
+        raise UserError(
+            f"{results.name} has no headline system (a student of the first method that is not a "
+            "baseline), so no gate can be checked",
+            hint="train the first of train.methods that is not in eval.baseline, "
+            "then evaluate again",
+        )
+    failures = []
+    if min_accuracy is not None and system.accuracy < min_accuracy - _ROUNDING:
+        failures.append(
+            f"{system.name}: accuracy {100 * system.accuracy:.2f}% "
+            f"({confidence_interval(system.ci95)}) is below the gate of {100 * min_accuracy:g}%"
+        )
+    if min_delta is None:
+        return failures
+    baseline, comparison = first_comparison(system)
+    if comparison is None:
+        raise UserError(
+            f"{system.name} is not compared with any system, so --min-delta cannot be checked",
+            hint="name in eval.baseline a method other than the first of train.methods, "
+            "and train it, e.g. finetune",
+        )
+    if comparison.delta < min_delta - _ROUNDING:
+        delta = signed(100 * comparison.delta, 2)
+        failures.append(
+            f"{system.name}: {delta} points against {baseline} "
+            f"({signed_confidence_interval(comparison.ci95)}, {p_value(comparison.p_holm)}) "
+            f"is below the gate of {100 * min_delta:+g} points"
+        )
+    return failures
 
 
 def label_efficiency_sentence(efficiency: LabelEfficiency) -> str:
@@ -287,10 +315,10 @@ def _comparison_cells(system: SystemResult, *, names_baseline: bool) -> list[str
     return [difference, signed_interval(comparison.ci95), p_number(comparison.p_holm)]
 
 
-def results_markdown(results: Results, title: str | None = None) -> str:
-    """A Markdown page of the results. ``title`` is the run's name."""
+def results_markdown(results: Results) -> str:
+    """``eval/results.md``."""
     rows = count(results.n, "row")
-    lines = [f"# {escape_markdown(title or results.name)}: {results.split}, {rows}", ""]
+    lines = [f"# {escape_markdown(results.name)}: {results.split}, {rows}", ""]
     if not results.reportable:
         lines += ["**smoke: not reportable** (task.limit is set)", ""]
     lines += [markdown_paragraph(headline(results)), ""]
@@ -299,7 +327,7 @@ def results_markdown(results: Results, title: str | None = None) -> str:
         lines += [markdown_paragraph(details), ""]
     lines += ["## Systems", "", *_escaped_table(*results_table(results))]
     lines += _comparisons_section(results)
-    lines += ["", *(f"- {markdown_paragraph(text)}" for text in comparison_sentences(results))]
+    lines += _graded_section(results)
     lines += _metrics_section(results)
     lines += _list_section(
         "Labels needed", [label_efficiency_sentence(item) for item in results.label_efficiency]
@@ -330,7 +358,7 @@ def _comparisons_section(results: Results) -> list[str]:
     rows = []
     for system in results.systems:
         for baseline, comparison in system.versus.items():
-            minimum_detectable_effect = comparison.minimum_detectable_effect
+            detectable = comparison.minimum_detectable_effect
             row = [
                 system.name,
                 baseline,
@@ -341,9 +369,7 @@ def _comparisons_section(results: Results) -> list[str]:
                 TEST_NAMES.get(comparison.test, comparison.test),
                 f"{comparison.wins:,}",
                 f"{comparison.losses:,}",
-                ABSENT
-                if minimum_detectable_effect is None
-                else f"{100 * minimum_detectable_effect:.1f}",
+                ABSENT if detectable is None else f"{100 * detectable:.1f}",
             ]
             rows.append(row)
     if not rows:
@@ -359,6 +385,30 @@ def _comparisons_section(results: Results) -> list[str]:
         "Detectable: the smallest true difference, in points, that this test set would show in "
         "one comparison with 80% power.",
     ]
+
+
+def _graded_section(results: Results) -> list[str]:
+    """The comparisons by metrics that grade rows."""
+    headings = ("system", "against", "metric", "difference", "95% CI", "p", "p (Holm)", "rows")
+    rows = []
+    for system in results.systems:
+        for baseline, comparison in system.versus.items():
+            for metric, graded in comparison.graded.items():
+                low, high = graded.ci95
+                row = [
+                    system.name,
+                    baseline,
+                    metric,
+                    signed(graded.delta, 3),
+                    f"[{signed(low, 3)}, {signed(high, 3)}]",
+                    p_number(graded.p),
+                    p_number(graded.p_holm),
+                    f"{graded.n:,}",
+                ]
+                rows.append(row)
+    if not rows:
+        return []
+    return ["", "## Comparisons by other metrics", "", *_escaped_table(headings, rows)]
 
 
 def _metrics_section(results: Results) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsbs.config.registry import METRICS, entry
 from dsbs.formatting import (
     ABSENT,
     dollars,
@@ -21,11 +22,10 @@ from dsbs.formatting import (
     points_number,
     signed_interval,
 )
-from dsbs.records.results import METRICS, Comparison, Interval, Measure, SystemResult
+from dsbs.records.results import Comparison, Interval, Measure, SystemResult
 from dsbs.records.summary import TEST_NAMES, is_reliable
 from dsbs.reporting.runs import EvaluatedRun, name_among
 
-RATIONALE_METRICS = {"rouge_l", "rationale_empty", "rationale_truncated", "consistency"}
 _AXIS_STEP = 0.1  # an axis of accuracies begins and ends at a multiple of this
 _DIFFERENCE_STEP = 0.05  # and an axis of differences at a multiple of this
 
@@ -255,11 +255,11 @@ def _measure_cell(measure: Measure | None) -> str | None:
 
 def _metric_names(systems: Sequence[SystemResult], *, rationale: bool) -> list[str]:
     names = dict.fromkeys(name for system in systems for name in system.metrics)
-    return [name for name in names if (name in RATIONALE_METRICS) is rationale]
+    return [name for name in names if entry(METRICS, name).of_rationales is rationale]
 
 
 def _metric_column(name: str) -> Column:
-    metric = METRICS[name]
+    metric = entry(METRICS, name)
     title = metric.title
     if not title[1:2].isupper():  # ROUGE-L keeps its capitals
         title = title[:1].lower() + title[1:]

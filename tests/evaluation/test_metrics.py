@@ -13,15 +13,19 @@ from sklearn.metrics import f1_score, recall_score
 
 from dsbs import UserError
 from dsbs.config import TaskSection
+from dsbs.config.registry import METRICS
+from dsbs.evaluation.bootstrap import Clusters
 from dsbs.evaluation.metrics import (
-    calibration,
+    Measures,
+    Scored,
+    SystemPredictions,
+    binned,
     calibration_error,
     macro_f1,
     macro_f1_of_counts,
-    measures,
+    measure,
+    score,
 )
-from dsbs.evaluation.score import Scored, score
-from dsbs.records.results import METRICS
 from dsbs.records.rows import Example, Prediction
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
@@ -42,7 +46,11 @@ def scored(
         )
         for i, text in enumerate(raw)
     }
-    return score(task, rows, given, "made up")
+    return score(task, rows, given, "system")
+
+
+def measured(task: Task, files: Sequence[Scored], clusters: Clusters = None) -> Measures:
+    return measure(SystemPredictions(task, files, clusters))
 
 
 # --- the scorer
@@ -92,7 +100,7 @@ def test_rows_that_a_file_lacks_are_counted_and_the_first_is_named() -> None:
 
 
 def test_exact_match_of_the_raw_text_is_stricter_than_of_the_label() -> None:
-    found = measures(
+    found = measured(
         NLI, [scored(NLI, ["neutral"] * 4, [" neutral ", "Neutral.", "contradiction", "?"])]
     ).metrics
     assert found["exact_match_raw"].value == 1 / 4 and found["exact_match"].value == 2 / 4
@@ -103,7 +111,7 @@ def test_an_equation_has_four_ways_to_be_right_and_one_to_be_unreadable() -> Non
     gold = ["( 8.0 - 2.0 )"] * 5
     raw = ["( 8.0 - 2.0 )", "(8.0 - 2.0)", "8 - 2", "3 * 2", "six"]
     found = {
-        name: one.value for name, one in measures(SVAMP, [scored(SVAMP, gold, raw)]).metrics.items()
+        name: one.value for name, one in measured(SVAMP, [scored(SVAMP, gold, raw)]).metrics.items()
     }
     assert found == {
         "exact_match_raw": 1 / 5,
@@ -115,20 +123,20 @@ def test_an_equation_has_four_ways_to_be_right_and_one_to_be_unreadable() -> Non
 
 
 def test_free_text_has_no_classes() -> None:
-    found = measures(FREE, [scored(FREE, ["a cat", "a dog"], ["a cat", "the dog"])])
+    found = measured(FREE, [scored(FREE, ["a cat", "a dog"], ["a cat", "the dog"])])
     assert list(found.metrics) == ["exact_match_raw", "exact_match"] and found.recall == {}
 
 
 def test_seeds_are_averaged_within_a_row_and_add_no_rows() -> None:
     gold = ["neutral", "entailment"] * 20
     one = scored(NLI, gold, ["neutral"] * 40)
-    alone, thrice = measures(NLI, [one]), measures(NLI, [one, one, one])
-    for name, measure in (alone.metrics | alone.recall).items():
+    alone, thrice = measured(NLI, [one]), measured(NLI, [one, one, one])
+    for name, once in (alone.metrics | alone.recall).items():
         again = (thrice.metrics | thrice.recall)[name]
-        assert (again.value, again.n) == (pytest.approx(measure.value), measure.n)
-        assert again.ci95 == pytest.approx(measure.ci95)
+        assert (again.value, again.n) == (pytest.approx(once.value), once.n)
+        assert again.ci95 == pytest.approx(once.ci95)
     other = scored(NLI, gold, ["entailment"] * 40)
-    both = measures(NLI, [one, other])
+    both = measured(NLI, [one, other])
     assert both.metrics["exact_match"].value == 0.5 and both.metrics["exact_match"].n == 40
     assert both.recall["neutral"].value == 0.5 and both.recall["neutral"].n == 20
 
@@ -137,15 +145,15 @@ def test_every_metric_is_described_and_comes_in_the_described_order() -> None:
     probability = [0.5] * 4
     for task, label in ((NLI, "neutral"), (SVAMP, "( 1.0 + 1.0 )")):
         names = list(
-            measures(task, [scored(task, [label] * 4, [label] * 3 + [""], probability)]).metrics
+            measured(task, [scored(task, [label] * 4, [label] * 3 + [""], probability)]).metrics
         )
         assert names == [name for name in METRICS if name in names] and names[-1] == "ece"
 
 
 def test_rows_of_one_cluster_are_resampled_together() -> None:
     gold, raw = ["neutral"] * 60, (["neutral"] * 6 + ["entailment"] * 6) * 5
-    apart = measures(NLI, [scored(NLI, gold, raw)])
-    together = measures(NLI, [scored(NLI, gold, raw)], np.arange(60) // 6)
+    apart = measured(NLI, [scored(NLI, gold, raw)])
+    together = measured(NLI, [scored(NLI, gold, raw)], np.arange(60) // 6)
     for name in ("exact_match", "macro_f1"):
         narrow, wide = apart.metrics[name], together.metrics[name]
         assert narrow.value == wide.value and narrow.ci95 is not None and wide.ci95 is not None
@@ -178,7 +186,7 @@ def test_macro_f1_of_counts_is_scikit_learns_of_rows(rows: list[tuple[int, int, 
 def test_recall_is_scikit_learns_and_told_for_the_classes_that_occur() -> None:
     gold = ["neutral"] * 6 + ["entailment"] * 4
     raw = ["neutral"] * 3 + ["entailment"] * 2 + ["?"] + ["entailment"] * 3 + ["contradiction"]
-    found = measures(NLI, [scored(NLI, gold, raw)]).recall
+    found = measured(NLI, [scored(NLI, gold, raw)]).recall
     classes = ["entailment", "neutral"]
     assert list(found) == classes
     assert [found[name].value for name in classes] == pytest.approx(
@@ -191,7 +199,7 @@ def test_recall_is_scikit_learns_and_told_for_the_classes_that_occur() -> None:
 
 def test_twenty_rows_without_a_mistake_do_not_prove_perfection() -> None:
     gold = ["neutral", "entailment"] * 10
-    found = measures(NLI, [scored(NLI, gold, gold)]).metrics["macro_f1"]
+    found = measured(NLI, [scored(NLI, gold, gold)]).metrics["macro_f1"]
     assert found.value == 1.0 and found.ci95 is not None and found.ci95[0] < 0.95
 
 
@@ -200,7 +208,7 @@ def test_twenty_rows_without_a_mistake_do_not_prove_perfection() -> None:
 
 def test_calibration_error_by_hand() -> None:
     """Guo et al. (2017), equation 3, on five predictions in three bins."""
-    bins = calibration(
+    bins = binned(
         np.array([0.95, 0.85, 0.9, 0.35, 0.35]), np.array([True, True, False, False, True])
     )
     assert [(one.low, one.high, one.n) for one in bins] == [
@@ -219,7 +227,7 @@ def test_calibration_error_by_hand() -> None:
 def test_a_bin_holds_its_upper_edge_and_the_first_one_zero_as_well(
     probability: float, low: float
 ) -> None:
-    (one,) = calibration(np.array([probability]), np.array([True]))
+    (one,) = binned(np.array([probability]), np.array([True]))
     assert one.low == low
 
 
@@ -227,7 +235,7 @@ def test_a_bin_holds_its_upper_edge_and_the_first_one_zero_as_well(
 def test_bins_hold_every_prediction_once_and_their_confidence_lies_in_them(
     pairs: list[tuple[float, bool]],
 ) -> None:
-    bins = calibration(np.array([p for p, _ in pairs]), np.array([right for _, right in pairs]))
+    bins = binned(np.array([p for p, _ in pairs]), np.array([right for _, right in pairs]))
     assert sum(one.n for one in bins) == len(pairs)
     assert sum(one.n * one.accuracy for one in bins) == pytest.approx(
         sum(right for _, right in pairs)
@@ -241,8 +249,8 @@ def test_bins_hold_every_prediction_once_and_their_confidence_lies_in_them(
 def test_seeds_are_pooled_and_one_unknown_probability_leaves_calibration_untold() -> None:
     gold = ["neutral"] * 4
     one, other = (scored(NLI, gold, gold, [p] * 4) for p in (0.95, 0.75))
-    found = measures(NLI, [one, other])
+    found = measured(NLI, [one, other])
     assert sum(bin_.n for bin_ in found.calibration) == 8
     assert found.metrics["ece"].value == pytest.approx(0.15) and found.metrics["ece"].n == 4
     unknown = scored(NLI, gold, gold, [0.9, 0.9, 0.9, None])
-    assert measures(NLI, [one, unknown]).calibration == []
+    assert measured(NLI, [one, unknown]).calibration == []

@@ -12,20 +12,21 @@ from conftest import ROOT, run_dsbs, toy_rows, write_csv, write_jsonl
 
 from dsbs import UserError, evaluate, load_recipe
 from dsbs.config import EvalSection, Recipe
-from dsbs.evaluation.predict import mark_anew, read_predictions
-from dsbs.evaluation.run import _headline
-from dsbs.evaluation.score import Scored, score
+from dsbs.evaluation.metrics import Scored, score
+from dsbs.evaluation.predictions import read_predictions, update_marks
+from dsbs.evaluation.run import headline_system
 from dsbs.evaluation.systems import (
     System,
-    bill,
     break_evens,
     clusters_of,
     compare,
-    label_efficiency_of,
+    label_efficiencies,
     pairs,
+    teacher_bill,
 )
 from dsbs.records.rows import Example, Prediction, TrainedStudent
 from dsbs.records.summary import label_efficiency_sentence
+from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
 
 
@@ -87,9 +88,9 @@ def test_three_files_made_by_hand_are_compared_without_a_model(tmp_path: Path) -
     assert found["baseline"] == "old" and found["headline"] == "new"
     assert systems["odd"]["unreadable"] == pytest.approx(0.1)
     gap = systems["new"]["versus"]["old"]
-    # exact McNemar with 12 rows fixed and none broken: 2 / 2^12
+    # exact McNemar with 12 wins and no losses: 2 / 2^12
     assert gap["delta"] == pytest.approx(0.6) and gap["p"] == pytest.approx(2 / 2**12, abs=1e-12)
-    assert (gap["fixed"], gap["broken"]) == (12, 0)
+    assert (gap["wins"], gap["losses"]) == (12, 0)
     assert (
         set(systems["odd"]["versus"]) == {"old"}
         and systems["odd"]["versus"]["old"]["p_holm"] >= gap["p_holm"]
@@ -207,7 +208,7 @@ def test_labels_needed_are_read_off_the_curve() -> None:
         system("step-by-step", 0.5, 0.5, 200),
         system("step-by-step", 1.0, 0.6, 400),
     ]
-    (found,) = label_efficiency_of(
+    (found,) = label_efficiencies(
         [*curve, system("finetune", 1.0, 0.5, 400)], [system("finetune", 1.0, 0.5, 400)], None
     )
     assert (found.method, found.system, found.rows, found.largest) == (
@@ -216,9 +217,9 @@ def test_labels_needed_are_read_off_the_curve() -> None:
         200,
         400,
     )
-    (never,) = label_efficiency_of(curve, [system("finetune", 1.0, 0.9, 400)], None)
+    (never,) = label_efficiencies(curve, [system("finetune", 1.0, 0.9, 400)], None)
     assert never.rows is None
-    (at_once,) = label_efficiency_of(curve, [system("finetune", 1.0, 0.2, 400)], None)
+    (at_once,) = label_efficiencies(curve, [system("finetune", 1.0, 0.2, 400)], None)
     assert (at_once.rows, at_once.smallest) == (
         100,
         100,
@@ -234,9 +235,9 @@ def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:
         }
     }
     assert (
-        bill(manifest, "train") == (1.0, 0.001)
-        and bill(manifest, "valid") == (None, None)
-        and bill({}, "test") == (None, None)
+        teacher_bill(manifest, "train") == (1.0, 0.001)
+        and teacher_bill(manifest, "valid") == (None, None)
+        and teacher_bill({}, "test") == (None, None)
     )
     learned, gold = system("step-by-step", 0.5), system("finetune", source=None)
     (one,) = break_evens([learned, gold], 1.0, 0.002)
@@ -254,7 +255,7 @@ def test_the_headline_is_the_first_method_that_is_no_baseline() -> None:
                 "train": {"methods": methods},
             }
         )
-        return _headline(recipe, [system(method) for method in trained or methods])
+        return headline_system(recipe, [system(method) for method in trained or methods])
 
     assert headline("finetune", "distill", "step-by-step") == "step-by-step"
     assert headline("rationale-then-label", "step-by-step", "finetune") == "rationale-then-label"
@@ -268,8 +269,8 @@ def test_a_metric_that_grades_rows_is_compared_where_both_have_it() -> None:
     systems = [system("finetune"), system("distill"), system("step-by-step")]
     draw = np.random.default_rng(0)
     base = draw.uniform(0, 0.5, (2, 100))
-    systems[0].written["rouge_l"], systems[2].written["rouge_l"] = base, base + 0.25
-    systems[2].written["rouge_l"][:, :10] = np.nan
+    systems[0].row_values["rouge_l"], systems[2].row_values["rouge_l"] = base, base + 0.25
+    systems[2].row_values["rouge_l"][:, :10] = np.nan
     found = compare(pairs(systems, EvalSection()), None)
     graded = found["step-by-step"]["finetune"].graded["rouge_l"]
     assert graded.delta == pytest.approx(0.25) and graded.n == 90 and graded.p_holm < 0.001
@@ -281,9 +282,12 @@ def test_corrected_gold_labels_reach_the_prediction_file(tmp_path: Path) -> None
     first = evaluate(load_recipe(path), out=tmp_path / "run", score_only=True)
     made = tmp_path / "run" / "eval" / "predictions" / "old.jsonl"
     rows = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
-    task, said = make_task(load_recipe(path).task), read_predictions(made)
+    task = make_task(load_recipe(path).task)
+    predictions = read_predictions(made)
     corrected = [Example(row["id"], row["input"], label=row["prediction"]) for row in rows]
-    mark_anew(tmp_path / "run", "old", score(task, corrected, said, "old"), task)
+    update_marks(
+        RunFolder(tmp_path / "run"), "old", score(task, corrected, predictions, "old"), task
+    )
     marked = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
     assert all(row["correct"] and row["gold"] == row["prediction"] for row in marked)
     assert [row["raw"] for row in marked] == [row["raw"] for row in rows] and first.system(
@@ -293,7 +297,9 @@ def test_corrected_gold_labels_reach_the_prediction_file(tmp_path: Path) -> None
 
 def test_predictions_of_other_inputs_are_not_scored(tmp_path: Path) -> None:
     task = make_task(load_recipe(hand_made(tmp_path, {"old": GOLD})).task)
-    said = {"r": Prediction(id="r", input={"text": "before"}, raw="billing", made_by="m")}
-    assert score(task, [Example("r", {"text": "before"}, label="billing")], said, "s").correct.all()
-    with pytest.raises(UserError, match=r"of other inputs .* in 1 rows .*'r'"):
-        score(task, [Example("r", {"text": "after"}, label="billing")], said, "s")
+    predictions = {"r": Prediction(id="r", input={"text": "before"}, raw="billing", made_by="m")}
+    same = Example("r", {"text": "before"}, label="billing")
+    changed = Example("r", {"text": "after"}, label="billing")
+    assert score(task, [same], predictions, "s").correct.all()
+    with pytest.raises(UserError, match=r"made for other inputs in 1 of 1 rows .*'r'"):
+        score(task, [changed], predictions, "s")

@@ -163,10 +163,10 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
 
 
 def test_teachers_and_trials_are_no_students_of_the_grid(tmp_path: Path) -> None:
-    from dsbs.evaluation.predict import trained_students
+    from dsbs.run_folder import RunFolder
 
     run = make_run(tmp_path / "made", subsets=(1.0,), seeds=(0,))
-    names = [student.name for student in trained_students(run)]
+    names = [student.name for student in RunFolder(run).students()]
     for place in (
         "teachers/mini-s0",
         "trials/finetune-gold/learning_rate=0.001",
@@ -176,4 +176,4 @@ def test_teachers_and_trials_are_no_students_of_the_grid(tmp_path: Path) -> None
         (run / "train" / place / "train.json").write_text(
             "{}", encoding="utf-8"
         )  # no record of a student
-    assert [student.name for student in trained_students(run)] == names and len(names) == 3
+    assert [student.name for student in RunFolder(run).students()] == names and len(names) == 3

@@ -1,4 +1,4 @@
-"""Rows as people have them: other columns, a row without a label, text in place of fields."""
+"""Rows as users have them: other column names, an unlabelled row; and mistakes in a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import run_dsbs, toy_rows, write_csv
 
-from dsbs import evaluate, load_recipe, train
+from dsbs import UserError, evaluate, load_recipe, train
 from dsbs.config import Recipe
 
 
@@ -25,12 +25,13 @@ def mapped(toy: Callable[..., Path], tmp_path: Path, *overrides: str) -> Recipe:
     changes = [
         "task.columns={label: team, text: message}",
         "train.methods=finetune",
-        "train.max_steps=2",
+        "train.max_steps=1",
+        "eval.latency_calls=0",
     ]
     return load_recipe(path, [*changes, *overrides])
 
 
-def test_a_mapped_column_goes_all_the_way(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_mapped_column_works_in_every_stage(toy: Callable[..., Path], tmp_path: Path) -> None:
     recipe = mapped(toy, tmp_path)
     train(recipe, out=tmp_path / "run")
     assert evaluate(recipe, out=tmp_path / "run").n == 12
@@ -62,14 +63,16 @@ def test_one_unlabelled_validation_row_costs_that_row_alone(
     assert (record["valid_rows"], record["valid_labels"]) == (7, "gold")
 
 
-def test_what_is_no_student_is_told(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_predicting_with_something_else_is_an_error(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "messages.txt").write_text("hello\n", encoding="utf-8")
     result = run_dsbs("predict", "messages.txt", cwd=tmp_path)
     assert result.returncode == 2 and "holds no student" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("teacher.api_key_env=sk-proj-SECRET123", "no name of an environment variable"),
         ("teacher.base_url=https://a.example/v1?key=SECRET123", "query"),
@@ -82,9 +85,11 @@ def test_what_is_no_student_is_told(toy: Callable[..., Path], tmp_path: Path) ->
         ("eval.baseline=finetun", "did you mean 'finetune'"),
     ],
 )
-def test_mistakes_are_told_and_secrets_are_not_shown(
-    toy: Callable[..., Path], tmp_path: Path, change: str, told: str
+def test_mistakes_are_reported_without_secrets(
+    toy: Callable[..., Path], change: str, message: str
 ) -> None:
-    result = run_dsbs("validate", str(toy()), change, cwd=tmp_path)
-    assert result.returncode == 2 and told in result.stderr, result.stderr
-    assert "SECRET123" not in result.stderr.replace(change, "")
+    with pytest.raises(UserError) as error:
+        load_recipe(toy(), [change])
+    text = f"{error.value}\n{error.value.hint}"
+    assert message in text
+    assert "SECRET123" not in text.replace(change, "")

@@ -14,18 +14,18 @@ from made_students import make_student, rows_of
 
 from dsbs import UserError, load_recipe
 from dsbs.config import Recipe
-from dsbs.evaluation import predict
-from dsbs.evaluation.predict import (
+from dsbs.evaluation import predictions
+from dsbs.evaluation.predictions import (
     loader,
     predict_student,
-    predict_teacher,
-    prediction_file,
     read_predictions,
     student_predictions,
 )
+from dsbs.evaluation.teacher import predict_teacher
 from dsbs.progress import NoProgress
 from dsbs.prompting import load_prompt, source_fingerprint
 from dsbs.records.rows import Annotation, Sample, TeacherName, TrainedStudent
+from dsbs.run_folder import RunFolder
 from dsbs.students import Student
 from dsbs.tasks import make_task
 
@@ -40,7 +40,7 @@ def asking(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def made(recipe: Recipe, student: TrainedStudent, run: Path) -> list[dict[str, Any]]:
-    path = predict_student(recipe, student, rows_of(recipe), run, NoProgress())
+    path = predict_student(recipe, student, rows_of(recipe), RunFolder(run), NoProgress())
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
@@ -137,14 +137,14 @@ def test_a_file_of_the_first_version_is_read_and_kept_where_it_fits(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, rows = make_student(recipe, tmp_path), rows_of(recipe)
-    path = predict_student(recipe, student, rows, tmp_path, NoProgress())
+    path = predict_student(recipe, student, rows, RunFolder(tmp_path), NoProgress())
     as_first_version(path)
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(Student, "load", no_loading)
-        predict_student(recipe, student, rows, tmp_path, NoProgress())
+        predict_student(recipe, student, rows, RunFolder(tmp_path), NoProgress())
     assert path.read_bytes() == before
-    found = student_predictions(tmp_path, student)
+    found = student_predictions(RunFolder(tmp_path), student)
     assert list(found) == [row.id for row in rows]
     assert all(
         one.probability is None and one.truncated is None and one.model is None
@@ -177,7 +177,7 @@ def test_an_interrupted_prediction_leaves_no_half_file_and_loses_nothing(
     student = make_student(recipe, tmp_path)
     before, folder = made(recipe, student, tmp_path), tmp_path / "eval" / "predictions"
     later = student.model_copy(update={"fingerprint": "another"})
-    correct, calls = predict.is_correct, iter(range(100))
+    correct, calls = predictions.is_correct, iter(range(100))
 
     def fails(*arguments: Any) -> bool | None:
         if next(calls) == 5:
@@ -185,7 +185,7 @@ def test_an_interrupted_prediction_leaves_no_half_file_and_loses_nothing(
         return correct(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(predict, "is_correct", fails)
+        patch.setattr(predictions, "is_correct", fails)
         made(recipe, later, tmp_path)
     assert [path.name for path in folder.iterdir()] == ["aside"], (
         "neither half a file nor its beginnings"
@@ -204,7 +204,7 @@ def test_a_student_is_loaded_when_it_is_needed_and_then_once(
     monkeypatch.setattr(Student, "load", lambda path: loaded.append(path) or really(path))
     load = loader(student)
     assert not loaded
-    predict_student(recipe, student, rows_of(recipe), tmp_path, NoProgress(), load)
+    predict_student(recipe, student, rows_of(recipe), RunFolder(tmp_path), NoProgress(), load)
     assert load() is load() and loaded == [student.path]
 
 
@@ -213,12 +213,14 @@ def test_rescoring_says_which_predictions_are_missing_or_of_another_student(
 ) -> None:
     student = make_student(recipe, tmp_path)
     with pytest.raises(UserError, match=r"finetune-gold-s0.jsonl does not exist") as missing:
-        student_predictions(tmp_path, student)
+        student_predictions(RunFolder(tmp_path), student)
     assert missing.value.hint == "run dsbs eval without --score-only"
     made(recipe, student, tmp_path)
-    assert len(student_predictions(tmp_path, student)) == 12
+    assert len(student_predictions(RunFolder(tmp_path), student)) == 12
     with pytest.raises(UserError, match="earlier student of that name") as other:
-        student_predictions(tmp_path, student.model_copy(update={"fingerprint": "another"}))
+        student_predictions(
+            RunFolder(tmp_path), student.model_copy(update={"fingerprint": "another"})
+        )
     assert other.value.hint == "run dsbs eval without --score-only"
 
 
@@ -255,6 +257,13 @@ def annotated(recipe: Recipe, run: Path, *rows: dict[str, Any], prompt: bool = T
     manifest: dict[str, Any] = {"status": "done", "source": source_fingerprint(recipe, task)}
     manifest["prompt"] = load_prompt(recipe, task).model_dump(mode="json") if prompt else None
     (run / "annotate" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def teacher_file(recipe: Recipe, run: Path) -> Path:
+    """The teacher's prediction file, made of the annotations."""
+    task = make_task(recipe.task)
+    assert predict_teacher(recipe, task, rows_of(recipe), RunFolder(run), required=True)
+    return RunFolder(run).predictions("teacher")
 
 
 def samples(
@@ -298,10 +307,9 @@ def test_the_teachers_row_has_its_own_labels_probability_and_whether_it_was_cut(
         (hinted | {"own_label": None, "samples": [cut, *samples(hinted="shipping")]}, None, True),
     ]  # fmt: skip
     annotated(recipe, tmp_path, *(row for row, _, _ in cases))
-    task, rows = make_task(recipe.task), rows_of(recipe)
-    path = predict_teacher(recipe, task, rows, tmp_path, needed=True)
-    assert path == prediction_file(tmp_path, "teacher")
-    found = read_predictions(path)
+    task = make_task(recipe.task)
+    rows = rows_of(recipe)
+    found = read_predictions(teacher_file(recipe, tmp_path))
     for row, (annotation, probability, truncated) in zip(rows, cases, strict=True):
         one = found[row.id]
         assert one.probability == (None if probability is None else pytest.approx(probability)), (
@@ -331,8 +339,7 @@ def test_an_ensembles_probability_is_the_weighted_share_of_those_that_voted_for_
         "label_logprob": -0.1,
     }
     annotated(recipe, tmp_path, row | {"vote_share": 0.75})
-    path = predict_teacher(recipe, make_task(recipe.task), rows_of(recipe), tmp_path, needed=True)
-    assert path is not None
+    path = teacher_file(recipe, tmp_path)
     assert next(iter(read_predictions(path).values())).probability == 0.75
 
 
@@ -340,8 +347,7 @@ def test_a_teacher_without_a_prompt_or_a_models_name_has_none_in_its_rows(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     annotated(recipe, tmp_path, *[{"teacher": TeacherName(kind="recorded")}] * 12, prompt=False)
-    path = predict_teacher(recipe, make_task(recipe.task), rows_of(recipe), tmp_path, needed=True)
-    assert path is not None
+    path = teacher_file(recipe, tmp_path)
     one = next(iter(read_predictions(path).values()))
     assert (one.model, one.prompt) == ("recorded", None)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -12,9 +11,11 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from dsbs.config import TaskSection
-from dsbs.evaluation.rationales import NAMES, _words, rationale_measures, rationale_values, rouge_l
-from dsbs.evaluation.score import Scored, score
-from dsbs.records.results import METRICS
+from dsbs.config.registry import METRICS, entry
+from dsbs.evaluation.bootstrap import Clusters
+from dsbs.evaluation.metrics import Scored, SystemPredictions, measure, score
+from dsbs.evaluation.rationales import ROUGE_L, rouge_l, words
+from dsbs.records.results import Measure
 from dsbs.records.rows import Example, Prediction
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
@@ -24,8 +25,18 @@ SVAMP = make_task(TaskSection(name="svamp", data={"train": "-"}))
 FREE = make_task(TaskSection(name="generation", data={"train": "-"}))
 
 
-def measured(task: Any, files: Any, references: Any, clusters: Any = None) -> Any:
-    return rationale_measures(rationale_values(task, files, references), clusters)
+NAMES = [name for name in METRICS if entry(METRICS, name).of_rationales]
+
+
+def measured(
+    task: Task,
+    files: Sequence[Scored],
+    references: Mapping[str, str | None] | None,
+    clusters: Clusters = None,
+) -> dict[str, Measure]:
+    """The metrics of rationales alone."""
+    metrics = measure(SystemPredictions(task, files, clusters, references)).metrics
+    return {name: metrics[name] for name in metrics if name in NAMES}
 
 
 def explained(
@@ -46,7 +57,7 @@ def explained(
         )
         for i, text in enumerate(rationales)
     }
-    return score(task, rows, predictions, "made up")
+    return score(task, rows, predictions, "system")
 
 
 # --- ROUGE-L
@@ -69,11 +80,11 @@ def test_rouge_l_on_lins_example() -> None:
 )
 def test_rouge_l_is_the_rouge_score_packages(candidate: str, reference: str) -> None:
     theirs = RougeScorer(["rougeL"]).score(reference, candidate)["rougeL"].fmeasure
-    assert rouge_l(_words(candidate), _words(reference)) == pytest.approx(theirs, abs=1e-12)
+    assert rouge_l(words(candidate), words(reference)) == pytest.approx(theirs, abs=1e-12)
 
 
 def test_words_of_every_script_count() -> None:
-    assert rouge_l(_words("Кошка спит."), _words("кошка ест")) == 0.5
+    assert rouge_l(words("Кошка спит."), words("кошка ест")) == 0.5
 
 
 def test_rouge_l_is_told_of_the_rows_that_the_teacher_explained() -> None:
@@ -87,11 +98,17 @@ def test_rouge_l_is_told_of_the_rows_that_the_teacher_explained() -> None:
 
 
 def test_rouge_is_never_called_faithful() -> None:
-    assert "secondary" in METRICS["rouge_l"].source
-    assert not any("faithful" in " ".join(map(str, METRICS[name])).lower() for name in NAMES)
+    assert "secondary" in ROUGE_L.source
+    for name in NAMES:
+        metric = entry(METRICS, name)
+        assert "faithful" not in f"{metric.title} {metric.source}".lower()
 
 
-# --- the others
+# --- the other metrics
+
+
+def test_the_teachers_own_rationales_are_not_measured() -> None:
+    assert measured(NLI, [explained(["because", "so"])], None) == {}
 
 
 def test_files_without_a_rationale_have_no_such_metrics() -> None:
@@ -142,4 +159,4 @@ def test_seeds_are_averaged_within_the_rows_that_they_speak_of() -> None:
 
 def test_names_come_in_the_described_order() -> None:
     found = measured(NLI, [explained(["The answer is neutral."], truncated=[False])], {"0": "why"})
-    assert list(found) == [name for name in METRICS if name in NAMES] == list(NAMES)
+    assert list(found) == NAMES

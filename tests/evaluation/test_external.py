@@ -17,9 +17,10 @@ from made_students import make_student, rows_of
 
 from dsbs import UserError, load_recipe
 from dsbs.config import Recipe
-from dsbs.evaluation.external import take_outside
-from dsbs.evaluation.predict import prediction_file, read_predictions
+from dsbs.evaluation.external import add_external
+from dsbs.evaluation.predictions import read_predictions
 from dsbs.records.rows import Prediction
+from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
 
 GOLD = ["billing", "shipping"] * 5
@@ -33,9 +34,13 @@ def take(
 
     def taken(**predictions: str) -> dict[str, dict[str, Prediction]]:
         recipe = load_recipe(toy(test=10, eval={"predictions": predictions}))
-        names = take_outside(recipe, make_task(recipe.task), rows_of(recipe), tmp_path / "run")
+        names = add_external(
+            recipe, make_task(recipe.task), rows_of(recipe), RunFolder(tmp_path / "run")
+        )
         assert names == list(predictions)
-        return {name: read_predictions(prediction_file(tmp_path / "run", name)) for name in names}
+        return {
+            name: read_predictions(RunFolder(tmp_path / "run").predictions(name)) for name in names
+        }
 
     return taken
 
@@ -132,8 +137,8 @@ def test_numbers_are_ids_and_answers_too(toy: Callable[..., Path], tmp_path: Pat
             "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}}  # fmt: skip
     write_jsonl(tmp_path / "sums.jsonl", [{"id": i, "prediction": i + 1.0} for i in range(10)])
     recipe = load_recipe(toy(task=task, eval={"predictions": {"sums": "sums.jsonl"}}))
-    take_outside(recipe, make_task(recipe.task), rows_of(recipe), tmp_path / "run")
-    found = read_predictions(prediction_file(tmp_path / "run", "sums"))
+    add_external(recipe, make_task(recipe.task), rows_of(recipe), RunFolder(tmp_path / "run"))
+    found = read_predictions(RunFolder(tmp_path / "run").predictions("sums"))
     assert (
         len(found) == 10 and all(one.correct for one in found.values()) and found["3"].raw == "4.0"
     )
@@ -151,7 +156,7 @@ def test_a_file_is_read_anew_every_time(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             {"prediction": ["billing"]},
@@ -174,23 +179,23 @@ def test_a_file_is_read_anew_every_time(
         ({"latency_ms": 10**400}, r":1: latency_ms is 1000"),
         ({"latency_ms": "fast"}, r":1: latency_ms is 'fast'"),
         ({"rationale": 3}, r":1: rationale is 3.*\n.*text or null"),
-        ({"id": "r1001"}, r":2: id 'r1001' stands in line 1 already"),
+        ({"id": "r1001"}, r":2: id 'r1001' is already in line 1"),
     ],
 )
 def test_a_wrong_value_is_told_with_its_file_line_and_key(
     take: Callable[..., dict[str, dict[str, Prediction]]],
     tmp_path: Path,
     change: dict[str, Any],
-    told: str,
+    message: str,
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", lines(change))
-    with pytest.raises(UserError, match=rf"a\.jsonl{told}"):
+    with pytest.raises(UserError, match=rf"a\.jsonl{message}"):
         take(a="a.jsonl")
-    assert not prediction_file(tmp_path / "run", "a").exists()
+    assert not RunFolder(tmp_path / "run").predictions("a").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("", r"a\.jsonl is empty"),
         ("\n \n", r"a\.jsonl is empty"),
@@ -212,24 +217,27 @@ def test_a_wrong_value_is_told_with_its_file_line_and_key(
         ('{"id": "x", "prediction": "billing"}\n', r"a\.jsonl lacks 10 of the split's 10 rows"),
         (
             '{"id": "x", "prediction": "a"}\n{"id": "x", "prediction": "b"}\n',
-            r"a\.jsonl:2: id 'x' stands in line 1",
+            r"a\.jsonl:2: id 'x' is already in line 1",
         ),
     ],
 )
 def test_a_file_that_is_none_is_told(
-    take: Callable[..., dict[str, dict[str, Prediction]]], tmp_path: Path, content: str, told: str
+    take: Callable[..., dict[str, dict[str, Prediction]]],
+    tmp_path: Path,
+    content: str,
+    message: str,
 ) -> None:
     (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         take(a="a.jsonl")
 
 
-def test_a_missing_file_a_folder_and_a_broken_archive_are_told(
+def test_a_missing_file_a_directory_and_a_damaged_archive_are_reported(
     take: Callable[..., dict[str, dict[str, Prediction]]], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"eval\.predictions\.a: the file no\.jsonl does not exist"):
         take(a="no.jsonl")
-    with pytest.raises(UserError, match=r"eval\.predictions\.a: the file .* is a folder"):
+    with pytest.raises(UserError, match=r"eval\.predictions\.a: the file .* is a directory"):
         take(a=str(tmp_path))
     (tmp_path / "a.jsonl.gz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="not a whole gzip file"):
@@ -253,7 +261,7 @@ def test_a_name_that_is_a_students_is_refused_and_its_predictions_stay(
         ):
             take(**{name: "a.jsonl"})
     # of a student that is not trained in this run any more, with predictions that cost time
-    theirs = prediction_file(tmp_path / "run", "distill-teacher-s3")
+    theirs = RunFolder(tmp_path / "run").predictions("distill-teacher-s3")
     theirs.parent.mkdir(parents=True)
     write_jsonl(
         theirs,
@@ -269,10 +277,12 @@ def test_taking_files_in_needs_no_torch(toy: Callable[..., Path], tmp_path: Path
     write_jsonl(tmp_path / "a.jsonl", lines())
     path = toy(test=10, eval={"predictions": {"a": "a.jsonl"}})
     code = (
-        "import sys; from pathlib import Path; from dsbs import load_recipe; from dsbs.evaluation.external import take_outside; "
-        "from dsbs.tasks import make_task; from dsbs.tasks.load import load; "
+        "import sys; from dsbs import load_recipe; from dsbs.run_folder import RunFolder; "
+        "from dsbs.evaluation.external import add_external; "
+        "from dsbs.tasks import make_task; from dsbs.tasks.data import load; "
         f"r = load_recipe({str(path)!r}); t = make_task(r.task); "
-        "take_outside(r, t, list(load(r, t, 'test')), Path('run')); assert 'torch' not in sys.modules"
+        "add_external(r, t, list(load(r, t, 'test')), RunFolder('run')); "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
-    assert prediction_file(tmp_path / "run", "a").is_file()
+    assert RunFolder(tmp_path / "run").predictions("a").is_file()

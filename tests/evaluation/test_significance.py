@@ -14,7 +14,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-from dsbs.evaluation.stats import accuracy, difference, holm, mean_interval
+from dsbs.evaluation.bootstrap import accuracy, mean_interval
+from dsbs.evaluation.significance import holm, paired_difference
 from dsbs.formatting import rate
 from dsbs.records.results import wilson
 
@@ -49,33 +50,33 @@ def pairs(both: int, first: int, second: int, neither: int) -> tuple[Floats, Flo
 )
 def test_wilson_on_newcombes_examples(correct: int, n: int, low: float, high: float) -> None:
     """Newcombe, 1998, Statistics in Medicine 17: 857-872, table I, method 3."""
-    found = accuracy(np.repeat([1.0, 0.0], (correct, n - correct)), 1)
-    assert found.interval == "wilson"
-    assert found.ci95 == pytest.approx((low, high), abs=5e-5)
-    assert found.ci95 == pytest.approx(proportion_confint(correct, n, method="wilson"), abs=1e-9)
+    result = accuracy(np.repeat([1.0, 0.0], (correct, n - correct)), 1)
+    assert result.interval == "wilson"
+    assert result.ci95 == pytest.approx((low, high), abs=5e-5)
+    assert result.ci95 == pytest.approx(proportion_confint(correct, n, method="wilson"), abs=1e-9)
 
 
 def test_mcnemar_on_agrestis_approval_ratings() -> None:
     """Agresti, 1990, Categorical Data Analysis, p. 350: 1,600 people asked twice, 150 and 86 changed their mind; the difference
     is 0.04 with the 95 % interval (0.02, 0.06)."""
-    found = difference(*pairs(794, 150, 86, 570))
+    result = paired_difference(*pairs(794, 150, 86, 570))
     exact = (
         2 * sum(comb(236, k) for k in range(87)) / 2**236
     )  # whole numbers, no library: 3.716e-05
-    assert found.test == "mcnemar-exact"
-    assert found.p == pytest.approx(exact, abs=1e-9, rel=1e-9)
-    assert found.p == pytest.approx(mcnemar([[794, 150], [86, 570]], exact=True).pvalue, abs=1e-9)
-    assert (found.delta, found.wins, found.losses) == (pytest.approx(0.04), 150, 86)
-    assert found.ci95 == pytest.approx((0.02, 0.06), abs=0.005)
+    assert result.test == "mcnemar-exact"
+    assert result.p == pytest.approx(exact, abs=1e-9, rel=1e-9)
+    assert result.p == pytest.approx(mcnemar([[794, 150], [86, 570]], exact=True).pvalue, abs=1e-9)
+    assert (result.delta, result.wins, result.losses) == (pytest.approx(0.04), 150, 86)
+    assert result.ci95 == pytest.approx((0.02, 0.06), abs=0.005)
 
 
 def test_sign_flips_on_fishers_test_of_darwins_plants() -> None:
     """Fisher, 1935, The Design of Experiments, section 21: of the 2^15 sums of Darwin's 15 differences (eighths of an inch),
     863 are 314 or more and as many are -314 or less."""
     eighths = np.array([49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48], dtype=float)
-    found = difference(eighths, np.zeros(15))
-    assert found.test == "sign-flip permutation"
-    assert found.p == pytest.approx(2 * 863 / 2**15, abs=1e-12)
+    result = paired_difference(eighths, np.zeros(15))
+    assert result.test == "sign-flip permutation"
+    assert result.p == pytest.approx(2 * 863 / 2**15, abs=1e-12)
 
 
 def test_holm_on_the_textbook_example() -> None:
@@ -107,12 +108,12 @@ def test_holm_agrees_with_statsmodels_whatever_the_order() -> None:
 def test_one_seed_is_compared_by_exact_mcnemar() -> None:
     a, b = right_or_wrong(300, 0.7, 0), right_or_wrong(300, 0.6, 1)
     table = [[((a == x) & (b == y)).sum() for y in (1, 0)] for x in (1, 0)]
-    found = difference(a, b)
-    assert found.test == "mcnemar-exact"
-    assert found.p == pytest.approx(mcnemar(table, exact=True).pvalue, abs=1e-9)
-    assert found.delta == pytest.approx(a.mean() - b.mean())
-    assert found.ci95[0] < found.delta < found.ci95[1]
-    assert (found.wins, found.losses) == (table[0][1], table[1][0])
+    result = paired_difference(a, b)
+    assert result.test == "mcnemar-exact"
+    assert result.p == pytest.approx(mcnemar(table, exact=True).pvalue, abs=1e-9)
+    assert result.delta == pytest.approx(a.mean() - b.mean())
+    assert result.ci95[0] < result.delta < result.ci95[1]
+    assert (result.wins, result.losses) == (table[0][1], table[1][0])
 
 
 @pytest.mark.parametrize("graded", [False, True])
@@ -126,18 +127,18 @@ def test_few_rows_have_the_p_value_of_all_sign_patterns(graded: bool) -> None:
         n_resamples=np.inf,
         vectorized=True,
     )
-    found = difference(a, b)
-    assert found.test == "sign-flip permutation"
-    assert found.p == pytest.approx(everything.pvalue, abs=1e-9)
+    result = paired_difference(a, b)
+    assert result.test == "sign-flip permutation"
+    assert result.p == pytest.approx(everything.pvalue, abs=1e-9)
 
 
 def test_means_over_seeds_have_an_exact_p_value_where_patterns_are_too_many_to_list() -> None:
     a, b = seed_means(17, 0.8, 6), seed_means(17, 0.4, 7)
     gaps = a - b
     sums = np.array([np.dot(signs, gaps) for signs in product((-1, 1), repeat=17)])
-    found = difference(a, b)
-    assert found.test == "sign-flip permutation"
-    assert found.p == pytest.approx((np.abs(sums) >= abs(gaps.sum()) - 1e-9).mean(), abs=1e-12)
+    result = paired_difference(a, b)
+    assert result.test == "sign-flip permutation"
+    assert result.p == pytest.approx((np.abs(sums) >= abs(gaps.sum()) - 1e-9).mean(), abs=1e-12)
 
 
 def test_graded_scores_are_compared_by_approximate_randomisation() -> None:
@@ -153,10 +154,10 @@ def test_graded_scores_are_compared_by_approximate_randomisation() -> None:
         rng=np.random.default_rng(9),
         vectorized=True,
     )
-    found = difference(a, b)
-    assert found.test == "approximate randomisation"
-    assert found.p == pytest.approx(drawn.pvalue, abs=0.015)  # three standard errors of both draws
-    assert 0.02 < found.p < 0.9
+    result = paired_difference(a, b)
+    assert result.test == "approximate randomisation"
+    assert result.p == pytest.approx(drawn.pvalue, abs=0.015)  # three standard errors of both draws
+    assert 0.02 < result.p < 0.9
 
 
 def test_sign_flips_of_rows_that_are_right_or_wrong_are_mcnemars_test() -> None:
@@ -164,9 +165,9 @@ def test_sign_flips_of_rows_that_are_right_or_wrong_are_mcnemars_test() -> None:
     alone = np.random.default_rng(3).permutation(
         600
     )  # each row a cluster: signs are flipped, McNemar is not asked
-    found = difference(a, b, alone)
-    assert found.test == "sign-flip permutation over clusters"
-    assert found.p == pytest.approx(difference(a, b).p, abs=1e-9)
+    result = paired_difference(a, b, alone)
+    assert result.test == "sign-flip permutation over clusters"
+    assert result.p == pytest.approx(paired_difference(a, b).p, abs=1e-9)
 
 
 def test_a_bootstrapped_rate_has_the_quantiles_of_the_binomial() -> None:
@@ -181,8 +182,8 @@ def test_a_bootstrapped_mean_of_distinct_numbers_agrees_with_drawing_rows() -> N
     values = np.random.default_rng(10).gamma(2.0, 3.0, 800)
     rng = np.random.default_rng(11)
     drawn = np.quantile(values[rng.integers(0, 800, (9_999, 800))].mean(axis=1), (0.025, 0.975))
-    found = mean_interval(values)
-    assert found == pytest.approx(drawn, abs=0.05 * (drawn[1] - drawn[0]))
+    result = mean_interval(values)
+    assert result == pytest.approx(drawn, abs=0.05 * (drawn[1] - drawn[0]))
 
 
 @pytest.mark.parametrize("clusters", [None, np.arange(250) // 2])
@@ -191,9 +192,9 @@ def test_the_detectable_difference_has_80_percent_power_by_statsmodels(
 ) -> None:
     a, b = seed_means(250, 0.7, 12), seed_means(250, 0.6, 13)
     gaps = a - b if clusters is None else np.bincount(clusters, a - b)
-    found = difference(a, b, clusters).minimum_detectable_effect
-    assert found is not None
-    effect = found * 250 / len(gaps) / gaps.std(ddof=1)
+    result = paired_difference(a, b, clusters).minimum_detectable_effect
+    assert result is not None
+    effect = result * 250 / len(gaps) / gaps.std(ddof=1)
     assert TTestPower().power(effect, len(gaps), 0.05) == pytest.approx(0.8, abs=2e-6)
 
 
@@ -202,9 +203,9 @@ def test_the_detectable_difference_has_80_percent_power_by_statsmodels(
 )  # at 1458 statsmodels' own solver finds the negative root
 def test_the_detectable_difference_is_found_for_any_number_of_rows(rows: int) -> None:
     a, b = right_or_wrong(rows, 0.5, 22), np.zeros(rows)
-    found = difference(a, b).minimum_detectable_effect
-    assert found is not None
-    assert TTestPower().power(found / a.std(ddof=1), rows, 0.05) == pytest.approx(0.8, abs=2e-6)
+    result = paired_difference(a, b).minimum_detectable_effect
+    assert result is not None
+    assert TTestPower().power(result / a.std(ddof=1), rows, 0.05) == pytest.approx(0.8, abs=2e-6)
 
 
 # seeds, clusters, order
@@ -226,7 +227,7 @@ def test_a_graded_score_of_one_seed_is_no_count_of_successes() -> None:
 def test_rows_repeated_in_their_clusters_know_no_more_than_one_of_them() -> None:
     a, b = right_or_wrong(200, 0.7, 14), right_or_wrong(200, 0.6, 15)
     clusters = np.repeat(np.arange(200), 4)
-    once, often = difference(a, b), difference(a.repeat(4), b.repeat(4), clusters)
+    once, often = paired_difference(a, b), paired_difference(a.repeat(4), b.repeat(4), clusters)
     assert often.p == pytest.approx(once.p, abs=1e-9)
     assert often.ci95 == pytest.approx(once.ci95, abs=0.011)  # two rows of 200, by chance
     assert often.minimum_detectable_effect == pytest.approx(
@@ -253,7 +254,10 @@ def test_neither_the_order_of_rows_nor_the_names_of_clusters_matter(clustered: b
         clusters = np.arange(300) // 3 if clustered else None
         order = rng.permutation(300)
         renamed = 1000 - 7 * clusters[order] if clusters is not None else None
-        first, second = difference(a, b, clusters), difference(a[order], b[order], renamed)
+        first, second = (
+            paired_difference(a, b, clusters),
+            paired_difference(a[order], b[order], renamed),
+        )
         assert (first.ci95, first.p, first.wins) == (second.ci95, second.p, second.wins)
         assert first.minimum_detectable_effect == pytest.approx(
             second.minimum_detectable_effect, rel=1e-9
@@ -264,7 +268,7 @@ def test_neither_the_order_of_rows_nor_the_names_of_clusters_matter(clustered: b
 def test_the_same_rows_give_the_same_numbers() -> None:
     rng = np.random.default_rng(19)
     a, b = rng.random(500), rng.random(500)
-    assert difference(a, b) == difference(a, b)
+    assert paired_difference(a, b) == paired_difference(a, b)
 
 
 # nothing, little, and what is refused
@@ -272,13 +276,13 @@ def test_the_same_rows_give_the_same_numbers() -> None:
 
 def test_equal_systems_differ_by_nothing() -> None:
     for a in (np.array([1.0, 0.0, 1.0]), np.array([1 / 3, 0.0, 1.0])):
-        found = difference(a, a)
+        result = paired_difference(a, a)
         assert (
-            found.delta,
-            found.p,
-            found.wins,
-            found.losses,
-            found.minimum_detectable_effect,
+            result.delta,
+            result.p,
+            result.wins,
+            result.losses,
+            result.minimum_detectable_effect,
         ) == (
             0.0,
             1.0,
@@ -291,33 +295,35 @@ def test_equal_systems_differ_by_nothing() -> None:
 def test_means_over_seeds_that_differ_by_rounding_do_not_differ() -> None:
     a, b = np.array([0.1 + 0.2, 1.0]), np.array([0.3, 0.5])
     assert a[0] != b[0]
-    assert (difference(a, b).wins, difference(a, b).losses) == (1, 0)
+    assert (paired_difference(a, b).wins, paired_difference(a, b).losses) == (1, 0)
 
 
 def test_a_difference_of_eight_rows_all_one_way_has_the_binomial_p() -> None:
-    assert difference(*pairs(12, 8, 0, 0)).p == pytest.approx(binomtest(8, 8, 0.5).pvalue)
+    assert paired_difference(*pairs(12, 8, 0, 0)).p == pytest.approx(binomtest(8, 8, 0.5).pvalue)
 
 
 def test_one_row_of_difference_is_no_evidence_and_no_crash() -> None:
-    found = difference(np.array([1, 1, 1, 0.5]), np.array([1.0, 1, 1, 1]))
-    assert (found.delta, found.p, found.losses) == (-0.125, 1.0, 1)
+    result = paired_difference(np.array([1, 1, 1, 0.5]), np.array([1.0, 1, 1, 1]))
+    assert (result.delta, result.p, result.losses) == (-0.125, 1.0, 1)
 
 
 def test_one_row_or_one_cluster_tells_next_to_nothing() -> None:
-    found = difference(np.array([0.5]), np.array([1.0]))
-    assert (found.p, found.minimum_detectable_effect) == (1.0, None)
-    assert found.ci95[0] < -0.95 and found.ci95[1] > 0.9
+    result = paired_difference(np.array([0.5]), np.array([1.0]))
+    assert (result.p, result.minimum_detectable_effect) == (1.0, None)
+    assert result.ci95[0] < -0.95 and result.ci95[1] > 0.9
     rows, same = right_or_wrong(50, 0.5, 20), np.zeros(50, dtype=np.int64)
     low, high = accuracy(rows, 1, same).ci95
     assert low < 0.05 and high > 0.95
-    one = difference(rows, 1 - rows, same)
+    one = paired_difference(rows, 1 - rows, same)
     assert (one.p, one.minimum_detectable_effect) == (1.0, None)
     assert one.ci95[1] - one.ci95[0] > 1.9
 
 
 def test_rows_too_few_to_show_any_difference_name_none() -> None:
     assert (
-        difference(np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, 0.5])).minimum_detectable_effect
+        paired_difference(
+            np.array([1.0, 0.0, 0.5]), np.array([0.0, 1.0, 0.5])
+        ).minimum_detectable_effect
         is None
     )
 
@@ -328,7 +334,7 @@ def test_rows_without_a_spread_claim_no_certainty() -> None:
     assert (low, high) == pytest.approx(
         proportion_confint(20, 20, alpha=0.05, method="beta"), abs=1e-9
     )
-    same = difference(np.ones(20), np.ones(20))
+    same = paired_difference(np.ones(20), np.ones(20))
     assert same.ci95[0] == pytest.approx(-same.ci95[1]) and same.ci95[1] > 0.1
 
 
@@ -347,9 +353,9 @@ def test_graded_values_outside_0_to_1_have_an_interval() -> None:
 
 def test_rows_must_be_the_same() -> None:
     with pytest.raises(ValueError, match="3 rows against 2"):
-        difference(np.ones(3), np.ones(2))
+        paired_difference(np.ones(3), np.ones(2))
     with pytest.raises(ValueError, match="3 rows against clusters"):
-        difference(np.ones(3), np.ones(3), np.zeros(2, dtype=np.int64))
+        paired_difference(np.ones(3), np.ones(3), np.zeros(2, dtype=np.int64))
     with pytest.raises(ValueError, match="3 rows against clusters"):
         accuracy(np.ones(3), 1, np.zeros(4, dtype=np.int64))
 
@@ -360,8 +366,8 @@ def test_what_is_no_number_is_refused_by_its_row(bad: float) -> None:
     for attempt in (
         lambda: accuracy(losses, 1),
         lambda: mean_interval(losses),
-        lambda: difference(losses, np.ones(3)),
-        lambda: difference(np.ones(3), losses),
+        lambda: paired_difference(losses, np.ones(3)),
+        lambda: paired_difference(np.ones(3), losses),
     ):
         with pytest.raises(ValueError, match="row 1 "):
             attempt()
@@ -370,7 +376,7 @@ def test_what_is_no_number_is_refused_by_its_row(bad: float) -> None:
 def test_no_row_is_refused() -> None:
     for attempt in (
         lambda: accuracy(np.array([]), 1),
-        lambda: difference(np.array([]), np.array([])),
+        lambda: paired_difference(np.array([]), np.array([])),
     ):
         with pytest.raises(ValueError, match="at least one row"):
             attempt()

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dsbs.evaluation.bootstrap import RESAMPLES, draws
-from dsbs.evaluation.stats import counts_interval, mean_interval
+from dsbs.evaluation.bootstrap import RESAMPLES, counts_interval, mean_interval, resampled_counts
 
 Floats = NDArray[np.float64]
 LABELS = 3
@@ -38,7 +37,7 @@ def test_resamples_have_the_mean_and_the_covariance_of_the_multinomial() -> None
         [500, 300, 40, 20, 1, 1, 1, 9]
     )  # both sides of what is drawn at once and one by one
     n, shares = counts.sum(), counts / counts.sum()
-    drawn = np.concatenate(list(draws(counts)))
+    drawn = np.concatenate(list(resampled_counts(counts)))
     assert drawn.shape == (RESAMPLES, 8)
     assert (drawn.sum(axis=1) == n).all() and (drawn >= 0).all()
     spread = n * (np.diag(shares) - np.outer(shares, shares))
@@ -60,11 +59,11 @@ def test_macro_f1_agrees_with_drawing_rows(size: int) -> None:
     gold, predicted = predictions(400, 1)
     clusters = np.arange(400) // size
     rng = np.random.default_rng(2)
-    found = []
+    result = []
     for _ in range(1_500):
         rows = (rng.integers(0, 400 // size, 400 // size)[:, None] * size + np.arange(size)).ravel()
         hits = [2 * ((gold[rows] == k) & (predicted[rows] == k)).sum() for k in range(LABELS)]
-        found.append(
+        result.append(
             np.mean(
                 [
                     hit / ((gold[rows] == k).sum() + (predicted[rows] == k).sum())
@@ -72,9 +71,9 @@ def test_macro_f1_agrees_with_drawing_rows(size: int) -> None:
                 ]
             )
         )
-    low, high = np.quantile(found, (0.025, 0.975))
+    low, high = np.quantile(result, (0.025, 0.975))
     kinds = gold * LABELS + predicted
-    ends = counts_interval(kinds, macro_f1, None if size == 1 else clusters, cells=9)
+    ends = counts_interval(kinds, macro_f1, None if size == 1 else clusters, num_kinds=9)
     assert ends == pytest.approx((low, high), abs=0.1 * (high - low))
 
 
@@ -103,7 +102,7 @@ def test_a_kind_that_no_row_has_still_has_its_column() -> None:
         seen.append(counts.shape[1])
         return counts[:, 0] / counts.sum(axis=1)
 
-    counts_interval(np.array([0, 2, 0, 2]), watch, cells=5)
+    counts_interval(np.array([0, 2, 0, 2]), watch, num_kinds=5)
     assert set(seen) == {5}
 
 
@@ -121,7 +120,7 @@ def test_the_recall_of_a_few_rows_that_are_all_right_is_not_certain() -> None:
 
 
 def test_the_recall_of_a_class_with_one_row_leaves_out_resamples_without_it() -> None:
-    low, high = counts_interval(np.repeat([0, 1], (50, 1)), recall, cells=3)
+    low, high = counts_interval(np.repeat([0, 1], (50, 1)), recall, num_kinds=3)
     assert low == 0.0 and high == pytest.approx(0.975)
 
 
@@ -134,7 +133,7 @@ def test_a_cluster_of_right_rows_counts_as_one() -> None:
 @pytest.mark.parametrize("kinds", [np.array([-1, 0]), np.array([0, 3]), np.array([0.5, 1.0])])
 def test_kinds_out_of_range_are_refused(kinds: NDArray[np.int64]) -> None:
     with pytest.raises(ValueError, match="integers from 0 to 3 - 1"):
-        counts_interval(kinds, recall, cells=3)
+        counts_interval(kinds, recall, num_kinds=3)
 
 
 def test_what_cannot_be_counted_is_refused() -> None:
@@ -143,4 +142,4 @@ def test_what_cannot_be_counted_is_refused() -> None:
     with pytest.raises(ValueError, match="2 rows against clusters"):
         counts_interval(np.array([1, 2]), recall, np.array([0]))
     with pytest.raises(ValueError, match="not defined"):
-        counts_interval(np.zeros(5, dtype=np.int64), recall, cells=3)
+        counts_interval(np.zeros(5, dtype=np.int64), recall, num_kinds=3)

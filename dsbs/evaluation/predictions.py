@@ -1,0 +1,204 @@
+"""Prediction files: ``eval/predictions/<system>.jsonl``, a line for each row of the split.
+
+A student's file is kept while it fits the student, the rows and the decoding; otherwise it is set
+aside and made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dsbs.config import Recipe, base_of
+from dsbs.config.registry import METHODS, entry
+from dsbs.errors import UserError
+from dsbs.evaluation.metrics import Scored
+from dsbs.files import canonical_json, digest, read_jsonl, write_jsonl
+from dsbs.progress import Progress
+from dsbs.records.rows import Example, Prediction, TrainedStudent
+from dsbs.run_folder import RunFolder
+from dsbs.students import Student, read_card
+from dsbs.tasks.base import Task
+
+_WARM_UP_ROWS = 8
+
+StudentLoader = Callable[[], Student]
+
+
+def loader(student: TrainedStudent) -> StudentLoader:
+    """A function that loads the student when it is first called, and only then."""
+    return cache(lambda: Student.load(student.path))
+
+
+def best_student(
+    recipe: Recipe, out: str | Path | None = None, *, needs_rationales: bool = False
+) -> str:
+    """The folder of the run's student with the highest validation accuracy.
+
+    With ``needs_rationales`` only methods that learn rationales count. Raises UserError if there is
+    no such student.
+    """
+    run = RunFolder.of(recipe, out)
+    students = run.students()
+    if needs_rationales:
+        students = [
+            student
+            for student in students
+            if entry(METHODS, base_of(student.method)).needs_rationales
+        ]
+    if not students:
+        wanted = "student with rationales" if needs_rationales else "finished student"
+        raise UserError(f"{run.stage('train')} has no {wanted}", hint="run `dsbs train` first")
+    return max(students, key=lambda student: student.valid_accuracy).path
+
+
+# --- predicting
+
+
+def predict_student(
+    recipe: Recipe,
+    student: TrainedStudent,
+    rows: Sequence[Example],
+    run: RunFolder,
+    progress: Progress,
+    load: StudentLoader | None = None,
+) -> Path:
+    """Make the student's prediction file unless it is there, and return its path.
+
+    ``load`` is the student's `loader`, if the model is used elsewhere too.
+    """
+    path = run.predictions(student.name)
+    card = read_card(student.path)
+    explain = recipe.eval.rationales and card.explains
+    options = recipe.eval
+    data = canonical_json([[row.id, row.input] for row in rows])
+    # A student that reasons first writes its rationale in any case.
+    decoding = ["rationales"] if explain and not card.reasons_first else []
+    fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
+    if made_by(path) == fingerprint or _take_back(path, fingerprint):
+        return path
+    progress.say(f"predict {options.split}: {student.name}")
+    model = Student.load(student.path) if load is None else load()
+    inputs = [row.input for row in rows]
+    # The first batch includes the start-up of the runtime; it is not part of any row's latency.
+    model.predict(
+        inputs[: min(options.batch_size, _WARM_UP_ROWS)],
+        batch_size=options.batch_size,
+        max_label_tokens=options.max_label_tokens,
+        canonical=True,
+    )
+    answers = model.predict(
+        inputs,
+        rationale=explain,
+        batch_size=options.batch_size,
+        max_label_tokens=options.max_label_tokens,
+        canonical=True,
+    )
+    prompt = digest(canonical_json(card.prefixes), canonical_json(card.starts))
+    predictions = (
+        Prediction(
+            id=row.id,
+            input=row.input,
+            gold=row.label,
+            raw=answer.raw,
+            prediction=answer.label,
+            correct=is_correct(model.task, answer.label, row),
+            probability=answer.probability,
+            truncated=answer.truncated,
+            rationale=answer.rationale,
+            rationale_truncated=answer.rationale_truncated,
+            latency_ms=round(answer.latency_ms, 4),
+            made_by=fingerprint,
+            model=student.fingerprint,
+            prompt=prompt,
+        )
+        for row, answer in zip(rows, answers, strict=True)
+    )
+    write_jsonl(path, (prediction.model_dump_json(by_alias=True) for prediction in predictions))
+    return path
+
+
+def _take_back(path: Path, fingerprint: str) -> bool:
+    """Set aside a prediction file that does not fit; take back one that does, if any."""
+    if path.is_file():
+        RunFolder.set_aside(path, made_by(path))
+    return RunFolder.take_back(path, fingerprint, made_by)
+
+
+def is_correct(task: Task, label: str | None, row: Example) -> bool | None:
+    """Whether a label is right; None if the row has no gold label."""
+    if row.label is None:
+        return None
+    return label is not None and task.correct(label, row.label)
+
+
+# --- reading and updating
+
+
+def student_predictions(run: RunFolder, student: TrainedStudent) -> dict[str, Prediction]:
+    """The predictions of a student by row id.
+
+    Raises UserError if the file is missing, or was made by another student of that name.
+    """
+    path = run.predictions(student.name)
+    hint = "run dsbs eval without --score-only"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", hint=hint)
+    predictions = read_predictions(path)
+    models = {prediction.model for prediction in predictions.values()}
+    if models - {None, student.fingerprint}:
+        raise UserError(
+            f"{path} was made by an earlier student of that name, trained with other settings",
+            hint=hint,
+        )
+    return predictions
+
+
+def read_predictions(path: Path) -> dict[str, Prediction]:
+    """A prediction file by row id. Raises UserError with file and line."""
+    predictions: dict[str, Prediction] = {}
+    for number, row in read_jsonl(path):
+        try:
+            prediction = Prediction.model_validate(row)
+        except ValidationError as error:
+            raise UserError(
+                f"{path}:{number}: not a prediction ({error.errors()[0]['msg']})",
+                hint="remove the file",
+            ) from None
+        if prediction.id in predictions:
+            raise UserError(
+                f"{path}:{number}: id {prediction.id!r} occurs twice",
+                hint="remove the file and run again",
+            )
+        predictions[prediction.id] = prediction
+    return predictions
+
+
+def made_by(path: Path) -> str | None:
+    """The ``made_by`` of a prediction file's first line; None if it cannot be read."""
+    try:
+        _, first = next(iter(read_jsonl(path)))
+    except (StopIteration, UserError, OSError):
+        return None
+    value = first.get("made_by")
+    return value if isinstance(value, str) else None
+
+
+def update_marks(run: RunFolder, system: str, scored: Scored, task: Task) -> None:
+    """Update ``gold``, ``prediction`` and ``correct`` in a prediction file to ``scored``.
+
+    The data's gold labels or the task's reader may have changed; raw outputs stay as they are.
+    """
+    changed = {}
+    for row, label, prediction in zip(scored.rows, scored.labels, scored.predictions, strict=True):
+        marks = {"gold": row.label, "prediction": label, "correct": is_correct(task, label, row)}
+        if marks != prediction.model_dump(include=set(marks)):
+            changed[row.id] = prediction.model_copy(update=marks)
+    if changed:
+        path = run.predictions(system)
+        predictions = read_predictions(path) | changed  # rows without a gold label stay
+        lines = (prediction.model_dump_json(by_alias=True) for prediction in predictions.values())
+        write_jsonl(path, lines)
