@@ -19,7 +19,7 @@ from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.results import Rate, wilson
-from dsbs.run_folder import read_annotations, run_folder
+from dsbs.run_folder import RunFolder, read_annotations, run_folder
 from dsbs.tasks.base import Task
 
 
@@ -108,7 +108,7 @@ def compare_teachers(
     contenders = []
     for name, work in works.items():
         path = run / "annotate" / "teachers" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.jsonl"
-        summary, seconds = annotate_sample(work, sample, run, path, progress)
+        summary, seconds = annotate_sample(work, sample, RunFolder(run), path, progress)
         annotations = list(read_annotations(path))
         contenders.append(
             Contender(

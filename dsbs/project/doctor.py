@@ -20,7 +20,7 @@ from dsbs.run_folder import run_folder
 from dsbs.students.card import CARD
 from dsbs.students.gguf import gguf_file, is_gguf
 from dsbs.tasks import make_task
-from dsbs.tasks.load import HUB
+from dsbs.tasks.data import HUB
 
 ANSWER_S = 5.0  # seconds that an endpoint has to list its models
 
