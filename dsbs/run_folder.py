@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from dsbs.config import MemberSection, Recipe
 from dsbs.errors import PartialError, UserError
 from dsbs.files import is_locked, lock_folder, make_folder, now, read_jsonl, versions, write_json
-from dsbs.records.compression import Compressed, read_compressed
+from dsbs.records.compression import RECORD as COMPRESSION_RECORD
+from dsbs.records.compression import Compressed, read_record
 from dsbs.records.results import Results, read_results
 from dsbs.records.rows import Annotation, TrainedStudent
 
@@ -125,9 +126,10 @@ class RunFolder:
         records = sorted(self.stage("train").glob(f"*/{TRAINING_RECORD}"))
         return [read_student(record.parent) for record in records]
 
-    def local_teacher(self, name: str) -> Path:
-        """The folder of a local teacher that the run trained itself."""
-        return self.path / "train" / "teachers" / name
+    def local_teachers(self) -> list[Path]:
+        """The folders of the finished local teachers that the run trained itself."""
+        records = self.path.glob(f"train/teachers/*/{TRAINING_RECORD}")
+        return sorted(record.parent for record in records)
 
     def compressed(self, student: str) -> Path:
         """The folder that holds the compressed students made of ``student``."""
@@ -135,7 +137,20 @@ class RunFolder:
 
     def read_compressed(self) -> list[Compressed]:
         """Every compressed student, by student and chain. Raises UserError for a record that cannot be read."""
-        return read_compressed(self.path)
+        return [read_record(folder) for folder in self.compressed_students()]
+
+    def compressed_students(self) -> list[Path]:
+        """The folders of the finished compressed students, by student and chain."""
+        records = self.path.glob(f"compress/*/*/{COMPRESSION_RECORD}")
+        return sorted(record.parent for record in records)
+
+    def exports(self) -> list[Path]:
+        """The folders of the finished exports of students and compressed students."""
+        records = [
+            *self.path.glob("train/*/export/[!.]*/export.json"),
+            *self.path.glob("compress/*/*/export/[!.]*/export.json"),
+        ]
+        return sorted(record.parent for record in records)
 
     # --- eval and report
 
@@ -150,7 +165,7 @@ class RunFolder:
 
     def read_results(self) -> Results:
         """The results of the evaluation. Raises UserError where there are none, or they cannot be read."""
-        return read_results(self.path)
+        return read_results(self.results)
 
     @property
     def report(self) -> Path:
@@ -303,18 +318,3 @@ def _aside_names(path: Path, mark: str) -> Iterator[Path]:
     while True:
         yield path.parent / "aside" / f"{name}{suffix}"
         name += "+"
-
-
-# --- to be replaced by RunFolder
-
-
-def run_folder(recipe: Recipe, out: str | Path | None = None) -> Path:
-    return RunFolder.of(recipe, out).path
-
-
-def annotation_file(run: Path, split: str) -> Path:
-    return RunFolder(run).annotations(split)
-
-
-def read_manifest(stage: Path) -> dict[str, Any]:
-    return RunFolder(stage.parent).manifest(stage.name)

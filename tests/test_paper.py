@@ -16,7 +16,7 @@ from conftest import ROOT, run_dsbs
 
 from dsbs.config.load import load_recipe
 from dsbs.tasks import make_task
-from dsbs.tasks.load import load
+from dsbs.tasks.data import load
 from dsbs.training.grid import grid
 
 TASKS = ("anli", "cqa", "esnli", "svamp")
@@ -58,7 +58,7 @@ def test_a_papers_recipe_holds_the_published_settings(
         0,
         0.0,
     )
-    assert (train.batch_size, train.max_steps, train.eval_steps) == (64, 10_000, 250)
+    assert (train.batch_size, train.max_steps, train.eval_every) == (64, 10_000, 250)
     assert (train.rationale_weight, train.rationale_schedule, train.patience) == (
         1.0,
         "constant",

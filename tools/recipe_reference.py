@@ -65,7 +65,7 @@ def table(path: str, section: type[BaseModel]) -> str:
     for name, field in section.model_fields.items():
         if is_inherited_term_key(section, name):
             continue
-        key = f"{key_prefix(path, section)}.{name}".removeprefix(".")
+        key = f"{path}.{name}".removeprefix(".")
         inner = section_of(field.annotation)
         cells = [f"`{key}`", type_of(field, inner, key), default(field, inner, key)]
         lines.append(f"| {' | '.join(cells)} | {escape(texts[name])} |")
@@ -76,11 +76,6 @@ def is_inherited_term_key(section: type[BaseModel], name: str) -> bool:
     """Whether a key of a kind of loss term is one that all kinds have, which `train.terms` documents."""
     is_kind = issubclass(section, TermSettings) and section is not TermSettings
     return is_kind and name in TermSettings.model_fields
-
-
-def key_prefix(path: str, section: type[BaseModel]) -> str:
-    """The path of a section's keys; the kinds of loss term share `train.terms`."""
-    return "train.terms" if issubclass(section, TermSettings) else path
 
 
 def type_of(field: FieldInfo, inner: type[Section] | None, key: str) -> str:

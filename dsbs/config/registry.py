@@ -71,7 +71,7 @@ COMPRESSION_STEPS = {
     "prune-ff": "dsbs.compression.feed_forward:PruneFeedForward",
     "magnitude": "dsbs.compression.magnitude:Magnitude",
     "drop-layers": "dsbs.compression.layers:DropLayers",
-    "low-rank": "dsbs.compression.low_rank:TruncatedSvd",
+    "low-rank": "dsbs.compression.low_rank:LowRankStep",
 }
 
 # `dsbs export --format`: a class without arguments, dsbs.exporting.formats.ExportFormat.

@@ -1,4 +1,4 @@
-"""Jinja in a sandbox: a recipe's templates see a row's fields and nothing else; an unknown field is a mistake."""
+"""Templates: Jinja in a sandbox, with a row's fields and nothing else; an unknown field is an error."""
 
 from __future__ import annotations
 

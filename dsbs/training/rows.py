@@ -15,7 +15,7 @@ from dsbs.records.rows import Annotation, Example
 from dsbs.run_folder import RunFolder
 from dsbs.students import Target, compose
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import is_held_out, load, position
+from dsbs.tasks.data import is_held_out, load, position
 from dsbs.training.distillation.labels import vote_distribution
 from dsbs.training.grid import StudentSpec
 from dsbs.training.methods import method_of

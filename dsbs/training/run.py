@@ -17,7 +17,7 @@ from dsbs.students import check_student, new_input_format, new_tokenizer
 from dsbs.students.vocabulary import lost_in
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import stream, survey
+from dsbs.tasks.data import stream, survey
 from dsbs.training.distillation.base import check_terms
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
 from dsbs.training.distributed import is_main_process, world_size
