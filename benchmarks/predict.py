@@ -51,7 +51,7 @@ os.environ["OMP_NUM_THREADS"] = str(
 import torch  # noqa: E402 - after the number of threads is set
 
 from dsbs import Student, export, load_recipe  # noqa: E402
-from dsbs.students import Engine, StudentCard, learn_vocabulary  # noqa: E402
+from dsbs.students import Backend, StudentCard, learn_vocabulary  # noqa: E402
 from dsbs.tasks import make_task  # noqa: E402
 from dsbs.tasks.load import stream  # noqa: E402
 
@@ -88,7 +88,7 @@ def random_student(folder: Path, texts: Sequence[str]) -> Path:
     return folder
 
 
-def milliseconds(engine: Engine, batches: Sequence[Sequence[str]]) -> float:
+def milliseconds(engine: Backend, batches: Sequence[Sequence[str]]) -> float:
     """Of a call, the mean over the batches."""
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     began = clock()
@@ -97,7 +97,7 @@ def milliseconds(engine: Engine, batches: Sequence[Sequence[str]]) -> float:
     return 1000 * (clock() - began) / len(batches)
 
 
-def written(engine: Engine, batches: Sequence[Sequence[str]]) -> list[str]:
+def written(engine: Backend, batches: Sequence[Sequence[str]]) -> list[str]:
     return [said.text for batch in batches for said in engine.write(batch, args.tokens)]
 
 

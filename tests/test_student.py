@@ -21,7 +21,7 @@ from dsbs.students import (
     StudentCard,
     Target,
     Written,
-    kind_of,
+    architecture_of,
     learn_vocabulary,
     load_model,
     load_tokenizer,
@@ -320,7 +320,7 @@ def test_an_encoder_is_no_student(tmp_path: Path) -> None:
 def test_a_configuration_that_is_no_object_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(DsbsError, match=r"configuration of student .* cannot be loaded"):
-        kind_of(str(tmp_path))
+        architecture_of(str(tmp_path))
 
 
 def test_tokenizing_needs_no_torch() -> None:
@@ -332,17 +332,17 @@ def test_tokenizing_needs_no_torch() -> None:
 
 
 def test_a_runtimes_tokenizer_counts_as_transformers_own_does(tmp_path: Path) -> None:
-    from dsbs.students import ids_of
-    from dsbs.students.tokenizer import read_pieces
+    from dsbs.students import token_ids_of
+    from dsbs.students.tokenizer import load_export_tokenizer
 
     tokenizer = make_student().engine.tokenizer
     tokenizer.save_pretrained(tmp_path)
-    pieces = read_pieces(tmp_path, 128)
+    pieces = load_export_tokenizer(tmp_path, 128)
     for text in (TEXTS[0], "dogs", "", "dogs " * 300):
-        assert ids_of(pieces, text) == ids_of(tokenizer, text)
-        assert ids_of(pieces, text, special=True) == ids_of(tokenizer, text, special=True)
+        assert token_ids_of(pieces, text) == token_ids_of(tokenizer, text)
+        assert token_ids_of(pieces, text, special=True) == token_ids_of(tokenizer, text, special=True)
     assert len(pieces.encode("dogs " * 300).ids) == 128, "inputs are cut as before"
-    assert len(ids_of(tokenizer, "dogs", special=True)) == len(ids_of(tokenizer, "dogs")) + 1
+    assert len(token_ids_of(tokenizer, "dogs", special=True)) == len(token_ids_of(tokenizer, "dogs")) + 1
 
 
 def test_code_in_a_students_folder_is_never_run_whatever_stdin_says(
@@ -368,13 +368,13 @@ def test_an_encoder_decoder_that_is_no_t5_is_refused_by_its_type(tmp_path: Path)
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "bart", "is_encoder_decoder": True}), encoding="utf-8"
     )
-    for use in (kind_of, load_tokenizer):
+    for use in (architecture_of, load_tokenizer):
         with pytest.raises(UserError, match="of the type bart, and a student is a T5"):
             use(str(tmp_path))
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "mt5", "is_encoder_decoder": True}), encoding="utf-8"
     )
-    assert kind_of(str(tmp_path)) == "seq2seq"
+    assert architecture_of(str(tmp_path)) == "seq2seq"
 
 
 @pytest.mark.parametrize(

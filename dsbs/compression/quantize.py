@@ -66,8 +66,8 @@ def _is_supported(source: Path) -> bool:
     from transformers import AutoConfig
 
     from dsbs.exporting.ct2_causal import LOADERS
-    from dsbs.students.weights import located
+    from dsbs.students.weights import pretrained_arguments
 
     if read_card(source).kind == "seq2seq":
         return True
-    return AutoConfig.from_pretrained(**located(str(source))).model_type in LOADERS
+    return AutoConfig.from_pretrained(**pretrained_arguments(str(source))).model_type in LOADERS

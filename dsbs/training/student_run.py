@@ -15,7 +15,7 @@ from dsbs.files import canonical_json, digest, full_disk_as_partial, now, versio
 from dsbs.progress import Progress, running
 from dsbs.prompting import learned_source
 from dsbs.records.rows import TrainedStudent
-from dsbs.students import Student, StudentCard, load_model, new_model, start_hash, tokenizer_hash
+from dsbs.students import Student, StudentCard, load_model, new_model, weights_fingerprint, tokenizer_hash
 from dsbs.tasks import make_task
 from dsbs.training.distillation.base import terms_of
 from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
@@ -96,7 +96,7 @@ class StudentRun:
             tokenizer_hash(self.tokenizer),
             encoded_hash(self.rows),
             encoded_hash(self.valid),
-            *start_hash(self.recipe.train.init or self.recipe.student.source),
+            *weights_fingerprint(self.recipe.train.init or self.recipe.student.source),
         ]
         if self.teachers:
             parts.append(teachers_fingerprint(self.teachers))

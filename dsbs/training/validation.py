@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dsbs.config import Recipe, ResolvedTrainSection
 from dsbs.records.rows import Unread
-from dsbs.students import Student, start_token, take_apart
+from dsbs.students import Student, start_token, split_target
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
 from dsbs.training.rows import Data
@@ -76,7 +76,7 @@ def _accuracy(student: Student, recipe: Recipe, data: Data, view: View) -> float
     generations = student.generate(inputs, max_new_tokens(recipe, view), recipe.eval.batch_size)
     correct = 0
     for generation, row in zip(generations, data.valid, strict=True):
-        label = task.read_label(take_apart(view.target, generation.text)[0], data.fields[row.id])
+        label = task.read_label(split_target(view.target, generation.text)[0], data.fields[row.id])
         if not isinstance(label, Unread):
             correct += task.correct(label, str(row.label(data.valid_labels)))
     return correct / len(data.valid)

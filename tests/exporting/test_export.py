@@ -21,7 +21,7 @@ from dsbs.exporting.exported import Equivalence, Exported, read_exported
 from dsbs.exporting.golden import check_float
 from dsbs.exporting.run import export
 from dsbs.students import Student
-from dsbs.students.backends.ctranslate2 import Ct2
+from dsbs.students.backends.ctranslate2 import CTranslate2Backend
 
 ROWS = texts(20)
 BOTH = pytest.mark.parametrize("shape", [V1_0, V1_1], ids=["v1.0", "v1.1"])
@@ -65,7 +65,7 @@ def test_the_converters_own_scale_would_be_found_out(
 
     student = make_student(tmp_path, V1_1)
     monkeypatch.setattr(ct2, "_loader", T5Loader)
-    monkeypatch.setattr(Ct2, "_decode", _with_its_own_start)
+    monkeypatch.setattr(CTranslate2Backend, "_decode", _with_its_own_start)
     with pytest.raises(DsbsError, match="log-probabilities differ"):
         export(student, "ct2", quantize="float32", examples=ROWS)
     assert not (student / "export" / "ct2").exists()

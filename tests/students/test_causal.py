@@ -126,12 +126,12 @@ def test_inputs_are_cut_at_the_cards_limit(taught: Student) -> None:
 
 def test_a_byte_level_vocabulary_loses_nothing(tmp_path: Path) -> None:
     from dsbs.config import StudentSection
-    from dsbs.students.vocabulary import lost_in
+    from dsbs.students.vocabulary import vocabulary_warnings
 
     folder = causal_models.save(tmp_path / "model")
     texts = {"inputs": ["two\nlines\tand 駅 {x} <y> ~ é"] * 9}
     assert (
-        lost_in(
+        vocabulary_warnings(
             StudentSection(model=folder), load_tokenizer(folder), ["rücksendung", "a\nb"], texts
         )
         == []

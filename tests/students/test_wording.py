@@ -14,7 +14,7 @@ from dsbs.config import StudentSection
 from dsbs.students import (
     ChatFormat,
     PlainFormat,
-    kind_of,
+    architecture_of,
     learn_vocabulary,
     load_tokenizer,
     new_input_format,
@@ -128,7 +128,7 @@ def test_a_chat_template_that_cannot_be_used_says_what_to_do(template: str) -> N
 
 def test_the_kind_is_the_configurations(tmp_path: Path) -> None:
     folder = causal_models.save(tmp_path / "model")
-    assert kind_of(folder) == "causal" and kind_of(None) == "seq2seq"
+    assert architecture_of(folder) == "causal" and architecture_of(None) == "seq2seq"
     section, tokenizer = StudentSection(model=folder), load_tokenizer(folder)
     assert tokenizer.pad_token == tokenizer.eos_token, "where there is no padding token"
     for template, expected in (("auto", "chat"), ("chat", "chat"), ("plain", "plain")):
