@@ -196,6 +196,12 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
         )
 
 
+def count_trainable(recipe: Recipe, task: Task) -> int:
+    """The number of train rows that are not held out for validation."""
+    examples = load(recipe, task, "train")
+    return sum(not is_held_out(recipe, example) for example in examples)
+
+
 def count_rationales(data: Data, spec: StudentSpec) -> int:
     """The number of rationales that a student learns in its subset of the rows."""
     if not method_of(spec.method).needs_rationales:
