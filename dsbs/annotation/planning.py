@@ -21,7 +21,7 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.records.results import Rate, wilson
 from dsbs.records.rows import Example
 from dsbs.run_folder import RunFolder
-from dsbs.tasks.load import position
+from dsbs.tasks.data import position
 
 ASSUMED_SECONDS = 3.0  # of a reply, until one has been timed
 

@@ -37,7 +37,7 @@ from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
 from dsbs.run_folder import RunFolder
-from dsbs.tasks.load import survey
+from dsbs.tasks.data import survey
 
 Buying = Literal["online", "batch", "nothing"]  # how missing replies are bought
 

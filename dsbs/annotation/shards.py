@@ -14,7 +14,7 @@ from dsbs.config import Recipe
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.progress import Progress
 from dsbs.run_folder import RunFolder
-from dsbs.tasks.load import position
+from dsbs.tasks.data import position
 
 TASK_RETRIES = 3  # of a task whose worker died; it continues from the shard's store
 

@@ -24,7 +24,7 @@ from dsbs.students import (
     Student,
     Target,
 )
-from dsbs.tasks.load import load
+from dsbs.tasks.data import load
 
 GOLDEN = "golden.jsonl"
 ROWS = 48  # inputs with the label's prefix

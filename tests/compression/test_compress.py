@@ -18,7 +18,7 @@ from dsbs.compression.run import TABLE_HEADINGS
 from dsbs.compression.steps import WeightStep, read_step
 from dsbs.config import registry
 from dsbs.errors import GateError
-from dsbs.records.compression import read_compressed
+from dsbs.run_folder import RunFolder
 from dsbs.students import Student, load_model
 
 NAME = "finetune-gold-s0"
@@ -91,7 +91,7 @@ def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
     ]
     names.append(f"{names[-1]}+low-rank=0.25")
     assert [record.name for record in result.steps] == names
-    assert [record.name for record in read_compressed(run)] == names
+    assert [record.name for record in RunFolder(run).read_compressed()] == names
     sizes = [
         result.steps[0].original.megabytes,
         *(record.compressed.megabytes for record in result.steps),
@@ -139,7 +139,7 @@ def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
 def valid_texts(run: Path) -> list[str]:
     from dsbs.config.load import read_recorded
     from dsbs.tasks import make_task
-    from dsbs.tasks.load import load
+    from dsbs.tasks.data import load
 
     recipe = read_recorded(
         json.loads((run / "train" / "manifest.json").read_text(encoding="utf-8"))

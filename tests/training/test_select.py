@@ -14,7 +14,7 @@ from dsbs import annotate, load_recipe
 from dsbs.config import DataSection, SelectSection, TaskSection
 from dsbs.records.rows import Annotation, TeacherName
 from dsbs.tasks import make_task
-from dsbs.tasks.load import position
+from dsbs.tasks.data import position
 from dsbs.training.grid import grid
 from dsbs.training.rows import Data, Row, gather, select_annotations
 
