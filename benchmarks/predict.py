@@ -93,12 +93,12 @@ def milliseconds(engine: Backend, batches: Sequence[Sequence[str]]) -> float:
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     began = clock()
     for batch in batches:
-        engine.write(batch, args.tokens)
+        engine.generate(batch, args.tokens)
     return 1000 * (clock() - began) / len(batches)
 
 
 def written(engine: Backend, batches: Sequence[Sequence[str]]) -> list[str]:
-    return [said.text for batch in batches for said in engine.write(batch, args.tokens)]
+    return [said.text for batch in batches for said in engine.generate(batch, args.tokens)]
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def main() -> None:
         step = max(1, len(texts) // CALLS)
         single = [[text] for text in texts[::step][:CALLS]]
         few = wide[:: max(1, len(wide) // 6)][:6]
-        gold = written(reference.engine, wide)
+        gold = written(reference.backend, wide)
         print(
             f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, {args.threads} thread(s) on each side"
         )
@@ -136,18 +136,18 @@ def main() -> None:
                 folder, form, quantize=quantize or "float32", out=Path(made) / variant,
                 examples=[text.removeprefix(prefix) for text in texts[:8]],
             )  # fmt: skip
-            engine = Student.load(done.path).engine
+            engine = Student.load(done.path).backend
             agreed = sum(a == b for a, b in zip(gold, written(engine, wide), strict=True)) / len(
                 gold
             )
             cells = []
             for batches in (single, few):
-                for one in (reference.engine, engine):
+                for one in (reference.backend, engine):
                     milliseconds(one, batches[:3])  # the first calls pay for start-up
-                ours, theirs, ratios = [], [milliseconds(reference.engine, batches)], []
+                ours, theirs, ratios = [], [milliseconds(reference.backend, batches)], []
                 for _ in range(args.rounds):
                     ours.append(milliseconds(engine, batches))
-                    theirs.append(milliseconds(reference.engine, batches))
+                    theirs.append(milliseconds(reference.backend, batches))
                     ratios.append((theirs[-2] + theirs[-1]) / 2 / ours[-1])
                 cells += [
                     f"{statistics.median(ours):.2f} ({statistics.median(theirs):.2f})",

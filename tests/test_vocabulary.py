@@ -13,7 +13,7 @@ from dsbs import load_recipe, train, validate
 from dsbs.config import StudentSection
 from dsbs.progress import NoProgress
 from dsbs.students import Student, StudentCard, learn_vocabulary, new_model
-from dsbs.students.vocabulary import vocabulary_warnings
+from dsbs.students.tokenizer import vocabulary_warnings
 
 PRETRAINED, SCRATCH = StudentSection(model="some/t5"), StudentSection()
 # letters, digits and plain punctuation, as a T5's vocabulary has them; no braces, no < and no ~
@@ -80,7 +80,9 @@ def test_a_label_that_cannot_be_written_comes_first_and_says_what_becomes_of_it(
 
 
 def test_a_few_texts_in_thousands_are_not_worth_a_word(t5_like: Any) -> None:
-    assert vocabulary_warnings(PRETRAINED, t5_like, [], {"inputs": ["{x}", *["wrong"] * 1999]}) == []
+    assert (
+        vocabulary_warnings(PRETRAINED, t5_like, [], {"inputs": ["{x}", *["wrong"] * 1999]}) == []
+    )
 
 
 def test_a_scratch_student_is_not_told_to_be_one(t5_like: Any) -> None:

@@ -54,7 +54,7 @@ DECODER_LOADERS = {
 
 
 class Ct2Format:
-    """T5 and decoder-only models, by CTranslate2's converter (Klein et al., 2020, for the runtime)."""
+    """T5 and decoder-only models, by CTranslate2's converter (runtime: Klein et al., 2020)."""
 
     kinds = ("seq2seq", "causal")
     quantizations = ("int8", FLOAT32, "int8_float32", "int16", "float16")
@@ -163,8 +163,7 @@ def _check_decoder(student: Student) -> None:
     config = student.backend.model.config
     if config.model_type not in DECODER_LOADERS:
         raise UserError(
-            f"the format ct2 supports {', '.join(DECODER_LOADERS)} and T5, not "
-            f"{config.model_type}",
+            f"the format ct2 supports {', '.join(DECODER_LOADERS)} and T5, not {config.model_type}",
             hint="try --format torch",
         )
     feature = _unsupported_feature(config)

@@ -32,7 +32,7 @@ class Equivalence(BaseModel):
     greedy_agreement: float
     """Share of equal texts with greedy decoding."""
     beam_agreement: float | None = None
-    """Share of equal texts, or texts of equal score, with a beam search of 4. None: no beam search."""
+    """Share of equal texts, or of equal scores, with a beam search of 4. None: no beam search."""
     score_difference: float | None = None
     """Largest difference of the log-probabilities of equal texts, in nats. None: no scores."""
 

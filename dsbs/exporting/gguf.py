@@ -81,8 +81,8 @@ class GgufFormat:
             )
         if _pre_tokenizer(student) is None:
             raise UserError(
-                f"the format gguf does not support the tokenizer of {student.card.name}: it needs a "
-                "byte-level BPE that splits text like GPT-2, SmolLM, Qwen2 or Llama 3",
+                f"the format gguf does not support the tokenizer of {student.card.name}: it needs "
+                "a byte-level BPE that splits text like GPT-2, SmolLM, Qwen2 or Llama 3",
                 hint="give --format ct2",
             )
         return None
@@ -206,7 +206,7 @@ def _check_tokenizer(student: Student, folder: Path) -> None:
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
-    """Names and arrays in llama.cpp's convention; its Llama has query and key rows in another order."""
+    """Names and arrays in llama.cpp's convention, with another order of rows in Llama."""
     import gguf
 
     config = model.config

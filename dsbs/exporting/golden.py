@@ -155,9 +155,7 @@ def _beam_search(
     return outputs
 
 
-def measure_equivalence(
-    backend: Backend, rows: Sequence[GoldenRow], source: Source
-) -> Equivalence:
+def measure_equivalence(backend: Backend, rows: Sequence[GoldenRow], source: Source) -> Equivalence:
     """Compare an export's outputs with the golden rows."""
     equal = 0
     searched = 0

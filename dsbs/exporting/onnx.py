@@ -1,7 +1,7 @@
 """ONNX format: an encoder that computes cross-attention keys and values, and a decoder step.
 
-Two graphs, by PyTorch's exporter: a step costs one token however long the text is, and no graph has a
-branch for the first step.
+Two graphs, by PyTorch's exporter: a step costs one token however long the text is, and no graph has
+a branch for the first step.
 """
 
 from __future__ import annotations

@@ -40,7 +40,14 @@ from dsbs.files import (
 from dsbs.formatting import escape_markdown, markdown_table, percent
 from dsbs.progress import NoProgress, Progress
 from dsbs.run_folder import RunFolder
-from dsbs.students import CARD, BeamSearchBackend, Student, StudentCard, read_card, weights_megabytes
+from dsbs.students import (
+    CARD,
+    BeamSearchBackend,
+    Student,
+    StudentCard,
+    read_card,
+    weights_megabytes,
+)
 
 # Suffixes of the files that decide what a student writes.
 _STUDENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model")
@@ -66,9 +73,9 @@ def export(
     """Write a student in a format that runs without dsbs, and compare it with the student.
 
     ``quantize`` is one of the format's own names; None: its first. ``examples`` are inputs without
-    prefix for the comparison; None: the run's valid rows, or made texts. An export that fits is kept;
-    another one in its place is moved to ``aside/``. Raises UserError for what cannot be exported,
-    and DsbsError where float32 weights do not do what the student does.
+    prefix for the comparison; None: the run's valid rows, or made texts. An export that fits is
+    kept; another one in its place is moved to ``aside/``. Raises UserError for what cannot be
+    exported, and DsbsError where float32 weights do not do what the student does.
     """
     folder = Path(student)
     progress = progress or NoProgress()
@@ -221,9 +228,7 @@ def _readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:
         quantization = "not quantised"
     rows = [["greedy decoding: equal texts", percent(equivalence.greedy_agreement)]]
     if equivalence.beam_agreement is not None:
-        rows.append(
-            ["beam search of 4: equal texts or ties", percent(equivalence.beam_agreement)]
-        )
+        rows.append(["beam search of 4: equal texts or ties", percent(equivalence.beam_agreement)])
     if equivalence.score_difference is not None:
         difference = f"{equivalence.score_difference:.2g} nats"
         rows.append(["largest difference of the log-probabilities of equal texts", difference])

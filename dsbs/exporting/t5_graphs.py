@@ -1,8 +1,8 @@
 """T5 as plain modules for ONNX export: the encoder, and one decoder step.
 
-The exporter does not support caches, so keys and values are plain tensors here. The arithmetic is that
-of T5 in transformers (Raffel et al., 2020, arXiv:1910.10683); the golden rows check it. B rows, S
-input tokens, T tokens so far, H heads, D values per head, V vocabulary.
+The exporter does not support caches, so keys and values are plain tensors here. The arithmetic is
+that of T5 in transformers (Raffel et al., 2020, arXiv:1910.10683); the golden rows check it. B
+rows, S input tokens, T tokens so far, H heads, D values per head, V vocabulary.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class Model:
         ]
 
     def _completion(self, item: Item, answer: Answer) -> Completion:
-        tokenizer = self.student.engine.tokenizer
+        tokenizer = self.student.backend.tokenizer
         label = answer.raw if answer.label is None else answer.label
         text = f"{self._anchor} {label}".strip()
         if self._replies_with_rationale and answer.rationale:

@@ -1,4 +1,4 @@
-"""Students: small models that predict labels and rationales. Importing this package loads no torch."""
+"""Students: small models that predict labels and rationales. Importing this loads no torch."""
 
 from dsbs.students.architecture import architecture_of, check_student
 from dsbs.students.backends import Backend, BeamSearchBackend, GeneratedText

@@ -1,4 +1,4 @@
-"""Architecture: detects encoder-decoder or decoder-only from config.json, and checks a recipe for it."""
+"""Architecture: encoder-decoder or decoder-only, detected from config.json."""
 
 from __future__ import annotations
 

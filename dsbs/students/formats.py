@@ -1,4 +1,4 @@
-"""Input and target formats: how texts become a student's token ids, and how targets are composed."""
+"""Input and target formats: how texts become token ids, and how targets are composed."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class PlainFormat:
 
 
 class PromptFormat(BaseModel):
-    """What surrounds the text of a decoder's prompt, and what ends its answer (``wording.json``)."""
+    """What surrounds the text of a decoder's prompt and ends its answer (``wording.json``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -173,8 +173,8 @@ class Prompts:
                 f"{self._format.template} template alone takes {template_tokens}",
                 hint="raise student.max_input_tokens, or use student.template: plain",
             )
-        # A prompt is tokenised whole, as other tools do. Head, text and tail are tokenised apart only
-        # where that gives other ids: long texts are cut, and special tokens in a text stay text.
+        # A prompt is tokenised whole, as other tools do. Head, text and tail are tokenised apart
+        # only where the text is cut, or has special tokens that must stay text.
         prompts = [self._format.head + text + self._format.tail for text in texts]
         rows = self._tokenize(prompts, False)
         in_parts = [
@@ -192,9 +192,9 @@ class ChatFormat:
     """A decoder's prompt is ``head``, the text and ``tail``; its target follows, with an end token.
 
     ``plain``: the token that the tokenizer puts before a text, if any; the text; a line break. The
-    target ends with the tokenizer's end token. ``chat``: the user's turn of the chat template and the
-    header of the answer's turn; the target ends with the token that ends a turn. Special tokens belong
-    to the template alone: within a text they are read as ordinary characters.
+    target ends with the tokenizer's end token. ``chat``: the user's turn of the chat template and
+    the header of the answer's turn; the target ends with the token that ends a turn. Special tokens
+    belong to the template alone: within a text they are read as ordinary characters.
     """
 
     kind: Architecture = "causal"
@@ -299,7 +299,7 @@ def _chat_parts(tokenizer: Any) -> tuple[str, str, int]:
     """Head and tail of a chat template's prompt, and the id that ends the answer's turn."""
     user = {"role": "user", "content": _PLACEHOLDER}
     answer = {"role": "assistant", "content": _PLACEHOLDER}
-    # A student answers at once: templates of reasoning models (Qwen3) leave thinking out if asked to.
+    # A student answers at once: templates of reasoning models (Qwen3) can leave thinking out.
     options: dict[str, Any] = {
         "tokenize": False,
         "enable_thinking": False,

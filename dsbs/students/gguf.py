@@ -44,7 +44,7 @@ def gguf_file(model: str, beside: Path | None = None) -> Path:
 
 
 def fingerprint(file: Path) -> str:
-    """Name, size and a hash of the first and last 4 MiB: tells models apart, and is fast for 40 GB."""
+    """Name, size and a hash of the first and last 4 MiB, which is fast for 40 GB."""
     size = file.stat().st_size
     state = hashlib.sha256()
     with file.open("rb") as stream:

@@ -1,7 +1,7 @@
-"""Low-rank layers: matrices as products of two thin ones, made by `dsbs compress --method low-rank`.
+"""Low-rank layers: matrices as products of two thin ones, from `dsbs compress`.
 
-A model's ``config.low_rank`` maps a module's name to its rank; every other key is a plain T5's. This
-module imports torch, so it is imported where it is used.
+A model's ``config.low_rank`` maps a module's name to its rank; every other key is a plain T5's.
+This module imports torch, so it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def replace(model: Any, ranks: Mapping[str, int]) -> None:
 def with_low_rank(base: type[Any]) -> type[Any]:
     """A subclass whose models have their configuration's low-rank pairs from the start.
 
-    Loading then finds them. The class keeps its base's name, by which training recognises a T5, and a
-    saved configuration its class.
+    Loading then finds them. The class keeps its base's name, by which training recognises a T5, and
+    a saved configuration its class.
     """
 
     def init(self: Any, config: Any) -> None:

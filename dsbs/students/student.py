@@ -22,8 +22,8 @@ from dsbs.tasks import make_task
 class Answer:
     """A student's answer to one input.
 
-    A step-by-step student decodes its ``rationale`` apart from the label; the rationale did not cause
-    the label. A student that writes both in one sequence writes them in that order.
+    A step-by-step student decodes its ``rationale`` apart from the label; the rationale did not
+    cause the label. A student that writes both in one sequence writes them in that order.
     """
 
     raw: str
@@ -90,8 +90,8 @@ class Student:
 
         ``rationale`` decodes a rationale for each item too. It does not explain how the label came
         about: they are two tasks and two decodes. Rows have the columns of the data, or with
-        ``canonical`` the task's own fields. Raises UserError where the student learned no rationales
-        or an item lacks a field.
+        ``canonical`` the task's own fields. Raises UserError where the student learned no
+        rationales or an item lacks a field.
         """
         if rationale and not self.card.explains:
             raise UserError(

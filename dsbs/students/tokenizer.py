@@ -90,7 +90,7 @@ def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | Non
 
 
 def learn_vocabulary(texts: Iterable[str], size: int) -> Any:
-    """A T5 tokenizer with a unigram SentencePiece vocabulary (Kudo, 2018) of at most ``size`` pieces.
+    """A T5 tokenizer with a unigram SentencePiece vocabulary (Kudo, 2018) of up to ``size`` pieces.
 
     Deterministic. Raises UserError where there is too little text.
     """

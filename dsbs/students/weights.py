@@ -1,4 +1,4 @@
-"""Weights: loads a student's model from a Hub id, a local folder or a GGUF file, or makes a new one."""
+"""Weights: loads a student's model from a Hub id, a folder or a GGUF file, or makes a new one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 
-# Weight files of transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch, llama.cpp.
+# Files of transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and llama.cpp.
 _WEIGHT_FILES = (
     "model*.safetensors",
     "pytorch_model*.bin",
@@ -57,7 +57,7 @@ _WEIGHT_FILES = (
 
 
 def weights_megabytes(student_path: str | Path) -> float:
-    """Size of a student's weight files in units of 10^6 bytes. Raises UserError where none exists."""
+    """Size of a student's weight files in units of 10^6 bytes. Raises UserError where none is."""
     files = {file for pattern in _WEIGHT_FILES for file in Path(student_path).glob(pattern)}
     if not files:
         raise UserError(
@@ -70,8 +70,8 @@ def weights_megabytes(student_path: str | Path) -> float:
 def load_model(source: str, dropout: float | None = None) -> Any:
     """Load a model in float32, whatever it was saved in, into main memory.
 
-    ``source`` is a Hub id, a local folder or a GGUF file. ``dropout`` replaces the model's own rate;
-    for a decoder-only model, that of its attention.
+    ``source`` is a Hub id, a local folder or a GGUF file. ``dropout`` replaces the model's own
+    rate; for a decoder-only model, that of its attention.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -118,7 +118,7 @@ def _check_is_decoder(model: Any, source: str) -> None:
 
 
 def _without_quantization(model: Any) -> Any:
-    """A plain model with a GGUF file's weights: transformers would not save the one that it loaded."""
+    """A plain model with a GGUF file's weights: transformers cannot save the one that it loads."""
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(model.config)
@@ -230,14 +230,14 @@ def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | No
             )
         return model
     silence_transformers()
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
-        dropout_rate=0.1 if section.dropout is None else section.dropout,
-        **SIZES[section.size],
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+        "dropout_rate": 0.1 if section.dropout is None else section.dropout,
+    }
+    config = T5Config(**settings | SIZES[section.size])
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(config)
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from dsbs.files import digest, versions
 from dsbs.progress import NoProgress, Progress, running
-from dsbs.students import InputFormat, PlainFormat
+from dsbs.students import InputFormat
+from dsbs.students.formats import PlainFormat
 from dsbs.training.distributed import is_main_process
 
 Ids = Sequence[int] | NDArray[np.int32]

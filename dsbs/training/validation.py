@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dsbs.config import Recipe, ResolvedTrainSection
 from dsbs.records.rows import Unread
-from dsbs.students import Student, start_token, split_target
+from dsbs.students import Student, split_target, start_token
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
 from dsbs.training.rows import Data
@@ -89,7 +89,7 @@ def _label_loss(student: Student, batch_size: int, rows: Sequence[Encoded], view
     from dsbs.training.losses import summed_nll
     from dsbs.training.packed.decoder import is_decoder_only, summed_losses
 
-    model = student.engine.model
+    model = student.backend.model
     total = 0.0
     tokens = 0
     ordered = sorted(rows, key=lambda row: len(row[view.target][0][0]))

@@ -103,7 +103,7 @@ def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
         assert folder == run / "compress" / NAME / record.name
         student = Student.load(folder)
         assert student.card.name == f"{NAME}+{record.name}"
-        assert record.compressed.parameters == student.engine.parameters
+        assert record.compressed.parameters == student.backend.parameters
         assert record.n == len(valid_texts(run))
         said = [answer.label for answer in student.predict(valid_texts(run), max_label_tokens=8)]
         theirs = [answer.label for answer in original.predict(valid_texts(run), max_label_tokens=8)]

@@ -29,7 +29,10 @@ def test_what_is_put_together_comes_apart_again(target: str, rationale: str | No
 
 
 def test_a_sequence_that_never_came_to_its_label_has_none() -> None:
-    assert split_target("rationale-then-label", "It is a box that is") == ("", "It is a box that is")
+    assert split_target("rationale-then-label", "It is a box that is") == (
+        "",
+        "It is a box that is",
+    )
     assert (
         compose_target("rationale-then-label", None, "why") is None
         and compose_target("label-then-rationale", None, "why") is None

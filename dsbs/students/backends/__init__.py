@@ -1,4 +1,4 @@
-"""Backends: the runtimes that decode with a student's weights, registered by architecture and format."""
+"""Backends: the runtimes that decode with a student's weights, by architecture and format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ class GeneratedText(NamedTuple):
 
     text: str
     truncated: bool  # whether the token limit ended it, not its end token
-    probability: float | None  # of all its tokens with the end token, in [0, 1]; None: not asked for
+    probability: (
+        float | None
+    )  # of all its tokens with the end token, in [0, 1]; None: not asked for
     latency_ms: float = 0.0  # wall time of its batch divided by the rows; backends leave it at 0
 
 
@@ -75,9 +77,7 @@ def make_backend(model: Any, tokenizer: Any, card: StudentCard) -> Backend:
 
 
 def export_error(path: Path, error: Exception) -> DsbsError:
-    return DsbsError(
-        f"cannot load the export in {path} ({error})", hint="export the student again"
-    )
+    return DsbsError(f"cannot load the export in {path} ({error})", hint="export the student again")
 
 
 def omp_threads() -> int:

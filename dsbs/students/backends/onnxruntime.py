@@ -1,4 +1,4 @@
-"""ONNX Runtime backend: a T5 encoder, and a decoder that takes one step over its cache. No torch."""
+"""ONNX Runtime backend: a T5 encoder and a decoder step with a cache, without torch."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class DecoderBackend(TransformersBackend):
         super().__init__(model, tokenizer, card)
         self.input_format = ChatFormat(tokenizer, card.template or "plain")
         model.config.pad_token_id = tokenizer.pad_token_id
-        # Replaces the model's own configuration, which may set a temperature or a repetition penalty.
+        # The model's own configuration may set a temperature or a repetition penalty.
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=self.input_format.stops,

@@ -23,7 +23,7 @@ from dsbs.config import (
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records.rows import TrainedStudent
-from dsbs.students import load_model, load_tokenizer, read_card, weights_fingerprint, tokenizer_hash
+from dsbs.students import load_model, load_tokenizer, read_card, tokenizer_hash, weights_fingerprint
 from dsbs.training.distillation.base import terms_of
 from dsbs.training.distributed import free_memory
 from dsbs.training.grid import StudentSpec

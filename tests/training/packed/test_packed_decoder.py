@@ -16,7 +16,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from dsbs import DsbsError, Student, UserError, load_recipe, train
 from dsbs.config import LoraSection, Recipe, TrainSection
-from dsbs.students import ChatFormat
+from dsbs.students.formats import ChatFormat
 from dsbs.training.encode import Encoded, Encoder, PackedBatch, collate
 from dsbs.training.lora import add_adapters, count_trainable, merge_adapters
 from dsbs.training.methods import View
@@ -294,7 +294,7 @@ def test_a_student_learns_its_task_and_is_a_plain_model(
     answers = student.predict(["My invoice number 99 is wrong.", "My parcel number 98 is wrong."])
     assert [answer.label for answer in answers] == ["billing", "shipping"]
     assert record.valid_accuracy == 1.0
-    parameters = student.engine.model.parameters()
+    parameters = student.backend.model.parameters()
     assert sum(parameter.numel() for parameter in parameters) == record.parameters
     assert (Path(record.path) / "generation_config.json").is_file()
     assert train(recipe, out=tmp_path / "run").students[0] == record, "a finished student is kept"

@@ -1,4 +1,4 @@
-"""Templates of decoder-only students: a model sees what others would make of the same prompt, whatever the text says."""
+"""Prompt formats of decoder-only students: the same ids as other tools make of the same prompt."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from transformers import AddedToken
 from dsbs import UserError
 from dsbs.config import StudentSection
 from dsbs.students import (
-    ChatFormat,
-    PlainFormat,
     architecture_of,
     learn_vocabulary,
     load_tokenizer,
     new_input_format,
 )
+from dsbs.students.formats import ChatFormat, PlainFormat
 
 TEXT = "My parcel number 7 is wrong."
 
