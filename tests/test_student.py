@@ -271,7 +271,7 @@ def test_sizes_have_about_the_parameters_they_promise() -> None:
 
 
 def test_a_folder_without_a_student_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no student"):
+    with pytest.raises(UserError, match="does not contain a student"):
         Student.load(tmp_path)
 
 
@@ -325,7 +325,7 @@ def test_an_encoder_is_no_student(tmp_path: Path) -> None:
 
 def test_a_configuration_that_is_no_object_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
-    with pytest.raises(DsbsError, match=r"configuration of student .* cannot be loaded"):
+    with pytest.raises(DsbsError, match=r"cannot load the configuration of student"):
         architecture_of(str(tmp_path))
 
 
@@ -370,7 +370,7 @@ def test_code_in_a_students_folder_is_never_run_whatever_stdin_says(
     )
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     monkeypatch.setattr("builtins.input", lambda *_: "1")
-    with pytest.raises(DsbsError, match="cannot be loaded"):
+    with pytest.raises(DsbsError, match="cannot load"):
         load_model(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 

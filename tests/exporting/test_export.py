@@ -237,7 +237,7 @@ def test_an_export_that_another_process_finished_meanwhile_is_left_alone(
         return load(path)
 
     monkeypatch.setattr(Student, "load", slow)
-    with pytest.raises(DsbsError, match="written meanwhile"):
+    with pytest.raises(DsbsError, match="another process has written"):
         export(student, "ct2", examples=ROWS)
     assert read_exported(student / "export" / "ct2-int8") == others[1]
 
@@ -282,8 +282,8 @@ def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--format", "tflite"], "there is no export format 'tflite'"),
-        (["--format", "gguf"], "a seq2seq model, which the format gguf does not carry"),
+        (["--format", "tflite"], "unknown export format 'tflite'"),
+        (["--format", "gguf"], "a seq2seq model, which the format gguf does not support"),
         (["--quantize", "int4"], "has no quantisation 'int4'"),
         (["--examples", "nothing.txt"], "examples nothing.txt does not exist"),
     ],
@@ -296,10 +296,10 @@ def test_a_wrong_option_is_one_message(tmp_path: Path, arguments: list[str], wor
 
 
 def test_a_folder_without_a_student_and_an_export_itself_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no student"):
+    with pytest.raises(UserError, match="does not contain a student"):
         export(tmp_path, "ct2")
     done = export(make_student(tmp_path), "ct2", examples=ROWS)
-    with pytest.raises(UserError, match="is an export itself"):
+    with pytest.raises(UserError, match="is already an export"):
         export(done.path, "onnx")
 
 

@@ -223,7 +223,7 @@ def altered(student: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("form", "quantize", "kind", "changes", "words", "hint"),
     [
-        ("onnx", None, "llama", {}, "a causal model, which the format onnx does not carry", "ct2"),
+        ("onnx", None, "llama", {}, "a causal model, which the format onnx does not support", "ct2"),
         ("gguf", None, "gpt2", {}, "llama, qwen2, qwen3 here, not gpt2", "ct2"),
         ("gguf", None, "llama", {"hidden_act": "gelu"}, "the activation gelu", "ct2"),
         ("ct2", None, "llama", {"hidden_act": "gelu"}, "the activation gelu", "torch"),
@@ -256,7 +256,7 @@ def test_what_a_format_does_not_carry_is_refused_with_another_one(
 
 def test_a_t5_goes_into_no_gguf_file(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="a seq2seq model, which the format gguf does not carry"
+        UserError, match="a seq2seq model, which the format gguf does not support"
     ) as caught:
         export(make_t5(tmp_path), "gguf")
     assert "ct2" in caught.value.hint

@@ -332,7 +332,7 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(
             ("student.max_input_tokens=200", "eval.max_label_tokens=100"),
             r"eval\.max_label_tokens \(100\)",
         ),
-        (("student.max_input_tokens=8",), "leaves no room"),
+        (("student.max_input_tokens=8",), "leaves no tokens"),
     ],
     ids=["task token", "terms", "positions", "label tokens", "template"],
 )
@@ -355,7 +355,7 @@ def test_a_chat_template_needs_a_decoder_that_has_one(
     with pytest.raises(UserError, match="no chat template"):
         train(recipe_for(folder, "student.template=chat"), out=tmp_path / "run")
     scratch = load_recipe(toy(), ["student.template=chat", "train.methods=finetune"])
-    with pytest.raises(UserError, match=r"student\.template: chat belongs to decoder-only"):
+    with pytest.raises(UserError, match=r"student\.template: chat is for decoder-only"):
         train(scratch, out=tmp_path / "run")
 
 
