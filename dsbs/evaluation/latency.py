@@ -27,7 +27,7 @@ from dsbs.students import Student
 MIN_CALLS = 2  # of each batch size, whatever the budget
 _WARM_UP = 3  # at most so many first calls of each batch size do not count
 _BUDGET_SHARE = 0.5  # of the time that predicting took
-_MIN_BUDGET_S = 1.0
+_MIN_BUDGET_S = 0.5
 
 
 class LatencyMeasurement(BaseModel):

@@ -240,7 +240,7 @@ def test_a_missing_file_a_directory_and_a_damaged_archive_are_reported(
     with pytest.raises(UserError, match=r"eval\.predictions\.a: the file .* is a directory"):
         take(a=str(tmp_path))
     (tmp_path / "a.jsonl.gz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="not a whole gzip file"):
+    with pytest.raises(UserError, match="not a complete gzip file"):
         take(a="a.jsonl.gz")
     (tmp_path / "latin.jsonl").write_bytes(
         '{"id": "r1000", "prediction": "Größe"}'.encode("latin-1")

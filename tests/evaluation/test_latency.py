@@ -142,9 +142,9 @@ def test_calls_beyond_the_maximum_are_warm_up_only(monkeypatch: pytest.MonkeyPat
     assert model.batch_sizes == [1] * 7 + [64] * 7
 
 
-def test_the_budget_is_half_of_what_predicting_took_and_a_second_at_least() -> None:
+def test_the_budget_is_half_of_what_predicting_took_and_half_a_second_at_least() -> None:
     assert timing_budget([4_000.0, None, 6_000.0]) == 5.0
-    assert timing_budget([None]) == timing_budget([1.0]) == 1.0
+    assert timing_budget([None]) == timing_budget([1.0]) == 0.5
 
 
 def test_the_budget_is_read_from_the_prediction_file(
