@@ -1,10 +1,11 @@
-"""What each step of `dsbs compress` leaves of a student's file and of a call's time, against the student itself.
+"""Size and latency after each step of `dsbs compress`, relative to the original student.
 
     python benchmarks/compress.py                      # nano, mini and t5-small's shape
     python benchmarks/compress.py --sizes mini --calls 20
 
-Random weights: a shape decides size and speed, what was learned does not. Each smaller model takes turns with its original on
-the same texts, about as long as e-SNLI's; each call decodes eight tokens. Figures are shares of the original's: 0.50 is half.
+Random weights: a shape decides size and speed, what was learned does not. Each smaller model takes
+turns with its original on the same texts, about as long as e-SNLI's; each call decodes eight
+tokens. Figures are shares of the original's: 0.50 is half.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsbs.compression.base import attentions, feed_forwards
-from dsbs.compression.feed_forward import without_units
-from dsbs.compression.heads import without_heads
-from dsbs.compression.layers import without_layers
-from dsbs.compression.low_rank import TruncatedSvd, factored
+from dsbs.compression.feed_forward import keep_units
+from dsbs.compression.heads import keep_heads
+from dsbs.compression.layers import drop_layers
+from dsbs.compression.low_rank import LowRankStep, factorize
+from dsbs.compression.steps import attentions, feed_forwards
 from dsbs.records.results import BATCH_SIZES
 from dsbs.students import SIZES, megabytes
 
@@ -43,7 +44,7 @@ TOKENS, WRITTEN = 32, 8
 def heads(model: Any) -> Any:
     import torch
 
-    return without_heads(
+    return keep_heads(
         model, {name: torch.arange(model.config.num_heads // 2) for name, _ in attentions(model)}
     )
 
@@ -51,17 +52,17 @@ def heads(model: Any) -> Any:
 def units(model: Any) -> Any:
     import torch
 
-    return without_units(
+    return keep_units(
         model, {name: torch.arange(model.config.d_ff // 2) for name, _ in feed_forwards(model)}
     )
 
 
 def layers(model: Any) -> Any:
-    return without_layers(model, 0.5)
+    return drop_layers(model, 0.5)
 
 
 def low_rank(model: Any) -> Any:
-    made = factored(model, TruncatedSvd("0.25"))
+    made = factorize(model, LowRankStep("0.25"))
     assert made is not None
     return made
 

@@ -53,7 +53,7 @@ import torch  # noqa: E402 - after the number of threads is set
 from dsbs import Student, export, load_recipe  # noqa: E402
 from dsbs.students import Engine, StudentCard, learn_vocabulary  # noqa: E402
 from dsbs.tasks import make_task  # noqa: E402
-from dsbs.tasks.load import stream  # noqa: E402
+from dsbs.tasks.data import stream  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "esnli"
 CALLS = 60  # at batch 1, in a round

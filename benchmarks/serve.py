@@ -1,14 +1,14 @@
 """Load test of `dsbs serve`: many clients at once, with and without batching.
 
-    python benchmarks/serve.py STUDENT INPUTS.jsonl            # 200 clients, 60 s each way, loopback
+    python benchmarks/serve.py STUDENT INPUTS.jsonl   # 200 clients, 60 s each way, loopback
     python benchmarks/serve.py STUDENT INPUTS.jsonl --clients 20 --seconds 10
 
-INPUTS.jsonl has one row of the student's task per line. Each client sends its next request as soon as
-the last one is answered. The server runs in its own process; its resident memory is read every half
-second once it is ready. The peer in the same run is the same server with --batch-size 1
---max-wait-ms 0. At the end of each load, SIGTERM is sent while every client has a request in flight:
-each must be answered or never have been accepted. Exit code 1 where a request failed, the memory did
-not level off, or the shutdown was not clean.
+INPUTS.jsonl has one row of the student's task per line. Each client sends its next request as soon
+as the last one is answered. The server runs in its own process; its resident memory is read every
+half second once it is ready. The peer in the same run is the same server with --batch-size 1
+--max-wait-ms 0. At the end of each load, SIGTERM is sent while every client has a request in
+flight: each must be answered or never have been accepted. Exit code 1 where a request failed, the
+memory did not level off, or the shutdown was not clean.
 """
 
 from __future__ import annotations

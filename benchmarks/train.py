@@ -43,7 +43,7 @@ from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import make_teacher
 from dsbs.config import StudentSection, TrainSection
 from dsbs.students import learn_vocabulary, new_model
-from dsbs.tasks.load import stream
+from dsbs.tasks.data import stream
 from dsbs.training.encode import Encoded, collate, pad
 from dsbs.training.losses import summed_nll, weighted_loss
 from dsbs.training.methods import STEP_BY_STEP

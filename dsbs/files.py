@@ -42,10 +42,11 @@ _VERSIONED = (
 
 
 def find_file(path: str | Path, *, what: str, hint: str, beside: Path | None = None) -> Path:
-    """Find a file by the path given, beside the folder ``beside``, or among the files that ship with dsbs.
+    """Find a file by the path given, beside the folder ``beside``, or among the files that ship
+    with dsbs.
 
-    Shipped prompts, recipes and data lie in a checkout's root or inside an installed wheel. ``what`` names the file in the
-    message. Raises UserError where there is no such file.
+    Shipped prompts, recipes and data lie in a checkout's root or inside an installed wheel.
+    ``what`` names the file in the message. Raises UserError where there is no such file.
     """
     given = Path(path).expanduser()
     candidates = [given]
@@ -71,7 +72,9 @@ def _has_shipped_files(root: Path) -> bool:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open UTF-8 text, gzipped or not. Only ``\\n`` ends a line: data hold other Unicode line separators."""
+    """Open UTF-8 text, gzipped or not. Only ``\\n`` ends a line: data hold other Unicode line
+    separators.
+    """
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -87,7 +90,9 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) and skip blank lines. Raises UserError with the line's number."""
+    """Yield (line number from 1, object) and skip blank lines. Raises UserError with the line's
+    number.
+    """
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -133,7 +138,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_write(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """Open a file for writing that appears under ``path`` complete or not at all, even if the process is killed.
+    """Open a file for writing that appears under ``path`` complete or not at all, even if the
+    process is killed.
 
     UTF-8 text, or bytes. Raises PartialError where the disk is full.
     """
@@ -205,7 +211,9 @@ def canonical_json(value: Any) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents. Raises UserError where a file is in the way, or permission is denied."""
+    """Create a folder and its parents. Raises UserError where a file is in the way, or permission
+    is denied.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,6 +1,7 @@
-"""`python fsdp_on_cpu.py …` is `python -m dsbs …` with FSDP on processes without a GPU, for tests.
+"""`python fsdp_on_cpu.py …` is `python -m dsbs …` with FSDP on CPU processes, for tests.
 
-PyTorch divides a model among CPU processes as well; accelerate alone asks for a GPU before it hands its settings on.
+PyTorch shards a model over CPU processes as well; only accelerate asks for a GPU before it hands
+its settings on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def allow() -> None:
 
 
 def die_at(step: int) -> None:
-    """Kill each process where it has taken the step: those of a launcher that is killed work on for a while."""
+    """Kill each process after ``step``: those of a killed launcher work on for a while."""
     from dsbs.training.callbacks import MetricsLogger
 
     passed = MetricsLogger.on_step_end

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from dsbs import load_recipe
 from dsbs.tasks import make_task
-from dsbs.tasks.load import load
+from dsbs.tasks.data import load
 
 AT_LEAST = {"train": 240, "valid": 60, "test": 200}
 

@@ -21,7 +21,7 @@ from dsbs.prompting import Prompt, PromptRenderer, load_prompt
 from dsbs.records.rows import Annotation, Example, Reason, Sample, TeacherName, Usage
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import stream
+from dsbs.tasks.data import stream
 
 _MAX_STOPS = 4  # that the API accepts; the parser cuts at all of them
 

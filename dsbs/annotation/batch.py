@@ -28,6 +28,7 @@ from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import atomic_write
 from dsbs.formatting import count
 from dsbs.progress import Progress, running
+from dsbs.run_folder import RunFolder
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _SUBMITTED = ("submitted", "ended")
@@ -38,7 +39,7 @@ _TRY_AGAIN = "run the same command again: what was submitted is not submitted tw
 def buy_batches(
     annotator: Annotator,
     store: ReplyStore,
-    run: Path,
+    run: RunFolder,
     summaries: Mapping[str, SplitSummary],
     progress: Progress,
 ) -> PartialError | None:

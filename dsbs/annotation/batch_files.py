@@ -23,6 +23,7 @@ from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import atomic_write, canonical_json, open_text, read_jsonl, write_json
 from dsbs.formatting import dollars
 from dsbs.records.rows import Example
+from dsbs.run_folder import RunFolder
 
 _FILE_BYTES = 180 << 20  # of one batch file; providers accept 200 MB
 _REFUSED = (400, 413, 422)  # final for one request; other failures may not recur
@@ -256,8 +257,8 @@ def _write_batch(
     return pending
 
 
-def batches_folder(run: Path) -> Path:
-    return run / "annotate" / "batches"
+def batches_folder(run: RunFolder) -> Path:
+    return run.stage("annotate") / "batches"
 
 
 def batch_folders(folder: Path) -> list[Path]:
@@ -274,7 +275,7 @@ def url_path(annotator: Annotator) -> str:
 # --- a file for a server that runs it elsewhere
 
 
-def export(annotator: Annotator, store: ReplyStore, run: Path, path: Path) -> int:
+def export(annotator: Annotator, store: ReplyStore, run: RunFolder, path: Path) -> int:
     """Write all requests that the rows need to one file in the OpenAI Batch format.
 
     Returns the number of requests. Raises UserError, and PartialError where a limit ends it early.
@@ -294,7 +295,7 @@ def export(annotator: Annotator, store: ReplyStore, run: Path, path: Path) -> in
     return sum(batch.record["requests"] for batch in batches)
 
 
-def import_output(store: ReplyStore, run: Path, path: Path) -> int:
+def import_output(store: ReplyStore, run: RunFolder, path: Path) -> int:
     """Commit the replies in an output file to the requests exported before.
 
     Returns their number. Raises UserError, and DsbsError where there is none.

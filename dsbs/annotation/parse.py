@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from dsbs.prompting import Prompt
 from dsbs.records.rows import Reason, Sample, Unread
-from dsbs.tasks.base import Fields, Task
-from dsbs.tasks.conclusion import concluded
+from dsbs.tasks.base import Fields, Task, concluded_label
 
 RationaleFrom = Literal["visible", "reasoning"]
 
@@ -256,7 +255,7 @@ def _runs(words: list[str], length: int) -> set[tuple[str, ...]]:
 
 def contradicts(rationale: str, label: str, task: Task, fields: Fields) -> bool:
     """Whether the rationale's last sentence concludes with another answer than ``label``."""
-    conclusion = concluded(rationale, task, fields)
+    conclusion = concluded_label(rationale, task, fields)
     return conclusion is not None and not task.correct(conclusion, label)
 
 

@@ -12,7 +12,7 @@ from dsbs.annotation.annotator import Annotator, RowReplies
 from dsbs.annotation.backends import Lane, Reply, make_teacher, teacher_class
 from dsbs.annotation.requester import CHARACTERS_PER_TOKEN, RowsToRequest, buy_online
 from dsbs.annotation.shards import Shard
-from dsbs.annotation.store import ReplyStore, open_store, store_path
+from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import SplitSummary, rounded_interval, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import UserError
@@ -20,8 +20,8 @@ from dsbs.files import canonical_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.results import Rate, wilson
 from dsbs.records.rows import Example
-from dsbs.run_folder import RunFolder, run_folder
-from dsbs.tasks.load import position
+from dsbs.run_folder import RunFolder
+from dsbs.tasks.data import position
 
 ASSUMED_SECONDS = 3.0  # of a reply, until one has been timed
 
@@ -76,7 +76,7 @@ def plan(
             hint="run without --dry-run: it costs nothing",
         )
     assert annotator.renderer is not None
-    store = _existing_store(run_folder(recipe, out), shard)
+    store = _existing_store(RunFolder.of(recipe, out), shard)
     first_prompt = ""
     rows = 0
     requests = 0
@@ -120,12 +120,12 @@ def plan(
     )
 
 
-def _existing_store(run: Path, shard: Shard | None) -> ReplyStore | None:
+def _existing_store(run: RunFolder, shard: Shard | None) -> ReplyStore | None:
     """The run's or the shard's store; None where there is none, since opening would make one."""
     if shard is None:
-        return open_store(run) if store_path(run).is_file() else None
+        return open_store(run) if run.replies.is_file() else None
     shard_run = shard.folder(run)
-    if store_path(shard_run).is_file() or store_path(run).is_file():
+    if shard_run.replies.is_file() or run.replies.is_file():
         return open_store(shard_run, run)
     return None
 
@@ -195,8 +195,8 @@ def pilot(
     )
     for split in other_splits:
         total += sum(1 for _ in annotator.examples(split))
-    run = run_folder(recipe, out)
-    path = run / "annotate" / "pilot.jsonl"
+    run = RunFolder.of(recipe, out)
+    path = run.annotations("pilot")
     summary, mean_seconds = annotate_sample(annotator, sample, run, path, progress)
     for warning in summary.warnings("pilot"):
         progress.say(f"warning: {warning}")
@@ -211,7 +211,7 @@ def pilot(
 
 
 def annotate_sample(
-    annotator: Annotator, sample: list[Example], run: Path, path: Path, progress: Progress
+    annotator: Annotator, sample: list[Example], run: RunFolder, path: Path, progress: Progress
 ) -> tuple[SplitSummary, float | None]:
     """Annotate some rows into a file of their own, through the run's store.
 
@@ -225,7 +225,7 @@ def annotate_sample(
         annotations = teacher.annotations(sample, recipe.annotate.splits[0])
         write_annotations(path, annotations, annotator.task, summary)
         return summary, None
-    with RunFolder(run).lock("annotate"), open_store(run) as store:
+    with run.lock("annotate"), open_store(run) as store:
         rows = RowsToRequest(path.stem, sample, len(sample), summary)
         stopped = buy_online(annotator, teacher, store, [rows], progress)
         write_annotations(path, annotator.derive(store, sample), annotator.task, summary)

@@ -29,15 +29,15 @@ from dsbs.annotation.batch import buy_batches
 from dsbs.annotation.batch_files import export, import_output
 from dsbs.annotation.requester import RowsToRequest, buy_online
 from dsbs.annotation.shards import Shard, annotate_on_ray
-from dsbs.annotation.store import ReplyStore, open_store, store_path
+from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import AnnotateResult, SplitSummary, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import PartialError, UserError
 from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
-from dsbs.run_folder import RunFolder, annotation_file, run_folder
-from dsbs.tasks.load import survey
+from dsbs.run_folder import RunFolder
+from dsbs.tasks.data import survey
 
 Buying = Literal["online", "batch", "nothing"]  # how missing replies are bought
 
@@ -69,17 +69,17 @@ def annotate(
     if recipe.annotate.engine == "ray" and buys_online and shard is None:
         return _annotate_on_ray(recipe, out, progress, retry_refused=retry_refused)
     annotator = Annotator(recipe, shard)
-    parent_run = run_folder(recipe, out)
+    parent_run = RunFolder.of(recipe, out)
     run = parent_run if shard is None else shard.folder(parent_run)
     surveys = {str(split): survey(annotator.examples(split)) for split in recipe.annotate.splits}
     summaries = {split: SplitSummary() for split in surveys}
     teacher: Teacher | None = None
     if buys_online or not kind.is_asked:
         teacher = make_teacher(recipe)  # before any file is written: a missing key leaves no trace
-        teacher.check_run_folder(parent_run)
+        teacher.check_run_folder(parent_run.path)
     with (
-        RunFolder(run).lock("annotate"),
-        RunFolder(run).record(
+        run.lock("annotate"),
+        run.record(
             "annotate",
             recipe,
             {split: rows.hash for split, rows in surveys.items()},
@@ -115,7 +115,7 @@ def annotate(
         for warning in summary.warnings(split):
             progress.say(f"warning: {warning}")
     return AnnotateResult(
-        run, summaries, reportable=recipe.task.limit is None, can_continue=kind.is_asked
+        run.path, summaries, reportable=recipe.task.limit is None, can_continue=kind.is_asked
     )
 
 
@@ -132,18 +132,18 @@ def _manifest_entries(annotator: Annotator, teacher: Teacher | None) -> dict[str
 
 
 def _derive(
-    annotator: Annotator, store: ReplyStore, run: Path, summaries: dict[str, SplitSummary]
+    annotator: Annotator, store: ReplyStore, run: RunFolder, summaries: dict[str, SplitSummary]
 ) -> None:
     """Write the annotations that the stored replies make."""
     for split, summary in summaries.items():
         annotations = annotator.derive(store, annotator.examples(split))
-        write_annotations(annotation_file(run, split), annotations, annotator.task, summary)
+        write_annotations(run.annotations(split), annotations, annotator.task, summary)
 
 
 def _read(
     annotator: Annotator,
     teacher: Teacher,
-    run: Path,
+    run: RunFolder,
     summaries: dict[str, SplitSummary],
     progress: Progress,
 ) -> None:
@@ -152,7 +152,7 @@ def _read(
         started = time.monotonic()
         with running(progress, f"read {split}", None):
             annotations = teacher.annotations(annotator.examples(split), split)
-            path = annotation_file(run, split)
+            path = run.annotations(split)
             write_annotations(path, annotations, annotator.task, summary, progress)
         summary.wall_s = time.monotonic() - started
         for warning in teacher.warnings(split, summary.rows):
@@ -163,7 +163,7 @@ def _read(
 
 def _import(
     store: ReplyStore,
-    run: Path,
+    run: RunFolder,
     stores: Sequence[Path],
     outputs: Sequence[Path],
     progress: Progress,
@@ -180,7 +180,7 @@ def _annotate_on_ray(
     recipe: Recipe, out: str | Path | None, progress: Progress, *, retry_refused: bool
 ) -> AnnotateResult:
     """Buy the shards' replies on a Ray cluster, then merge them."""
-    run = run_folder(recipe, out).absolute()
+    run = RunFolder.of(recipe, out)
     requested, partial = annotate_on_ray(
         recipe, annotate, run, progress=progress, retry_refused=retry_refused
     )
@@ -188,7 +188,7 @@ def _annotate_on_ray(
         Shard(i, recipe.annotate.ray.shards) for i in range(1, recipe.annotate.ray.shards + 1)
     ]
     result = merge(
-        recipe, out=out, progress=progress, folders=[shard.folder(run) for shard in shards]
+        recipe, out=out, progress=progress, folders=[shard.folder(run).path for shard in shards]
     )
     if partial is not None:
         raise partial
@@ -214,12 +214,12 @@ def merge(
             f"a teacher of kind {recipe.teacher.kind} has no replies to join",
             hint="run `dsbs annotate` without --shard",
         )
-    run = run_folder(recipe, out)
-    shard_runs = [Path(folder) for folder in folders] or sorted((run / "shards").glob("*-of-*"))
-    stores = [store_path(shard_run) for shard_run in shard_runs]
+    run = RunFolder.of(recipe, out)
+    shards = [RunFolder(folder) for folder in folders] or run.shards()
+    stores = [shard.replies for shard in shards]
     problems = [f"there are no replies at {store}" for store in stores if not store.is_file()]
     if not stores:
-        problems = [f"{run} has no shards"]
+        problems = [f"{run.path} has no shards"]
     if problems:
         raise UserError(
             problems[0],
@@ -240,6 +240,6 @@ def export_batch(recipe: Recipe, path: Path, *, out: str | Path | None = None) -
             hint="run without --batch-export",
         )
     annotator = Annotator(recipe)
-    run = run_folder(recipe, out)
-    with RunFolder(run).lock("annotate"), open_store(run) as store:
+    run = RunFolder.of(recipe, out)
+    with run.lock("annotate"), open_store(run) as store:
         return export(annotator, store, run, path)

@@ -13,7 +13,8 @@ from dsbs.annotation.summary import AnnotateResult, SplitSummary
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.progress import Progress
-from dsbs.tasks.load import position
+from dsbs.run_folder import RunFolder
+from dsbs.tasks.data import position
 
 TASK_RETRIES = 3  # of a task whose worker died; it continues from the shard's store
 
@@ -39,9 +40,9 @@ class Shard:
     def has(self, row_id: str) -> bool:
         return int(position(row_id, "shard") * self.count) == self.number - 1
 
-    def folder(self, run: Path) -> Path:
+    def folder(self, run: RunFolder) -> RunFolder:
         """The shard's own run folder, inside the run's."""
-        return run / "shards" / str(self)
+        return run.shard(str(self))
 
     def __str__(self) -> str:
         return f"{self.number}-of-{self.count}"
@@ -77,7 +78,7 @@ class ShardResult:
 def annotate_on_ray(
     recipe: Recipe,
     annotate: AnnotateShard,
-    run: Path,
+    run: RunFolder,
     *,
     progress: Progress,
     retry_refused: bool = False,
@@ -149,13 +150,13 @@ class _Task:
     remote: Any
     annotate: AnnotateShard
     recipe: Recipe
-    run: Path
+    run: RunFolder
     shard: Shard
     retry_refused: bool
 
     def submit(self) -> Any:
         return self.remote.remote(
-            self.annotate, self.recipe, str(self.run), str(Path.cwd()), self.shard,
+            self.annotate, self.recipe, str(self.run.path.absolute()), str(Path.cwd()), self.shard,
             self.retry_refused,
         )  # fmt: skip
 

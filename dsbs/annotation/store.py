@@ -11,6 +11,7 @@ from typing import Any, Self
 from dsbs.annotation.backends import Reply, Request
 from dsbs.errors import PartialError, UserError
 from dsbs.files import canonical_json, digest, now
+from dsbs.run_folder import RunFolder
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies (
@@ -71,14 +72,11 @@ def token_budget(body: Mapping[str, Any]) -> int:
     return 0
 
 
-def store_path(run: Path) -> Path:
-    """The store of a run folder."""
-    return run / "annotate" / "replies.sqlite"
-
-
-def open_store(run: Path, parent_run: Path | None = None) -> ReplyStore:
-    """The store of a run folder; a shard's also finds the replies of the run it is a part of."""
-    return ReplyStore(store_path(run), None if parent_run is None else store_path(parent_run))
+def open_store(run: RunFolder, parent_run: RunFolder | None = None) -> ReplyStore:
+    """The store of a run; a shard's also finds the replies of the run that it is a part of."""
+    if parent_run is None:
+        return ReplyStore(run.replies)
+    return ReplyStore(run.replies, fallback=parent_run.replies)
 
 
 class ReplyStore:

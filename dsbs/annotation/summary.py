@@ -14,6 +14,7 @@ from dsbs.formatting import count, listing, one_line
 from dsbs.progress import Progress
 from dsbs.records.results import Rate, wilson
 from dsbs.records.rows import Annotation, Reason
+from dsbs.run_folder import RunFolder
 from dsbs.tasks.base import Task
 
 NOTABLE_SHARE = 0.2  # a rejection reason with a larger share of the rows is reported
@@ -197,8 +198,9 @@ class AnnotateResult:
             return None
         return DsbsError(
             f"no row was accepted ({listing(rejected)})",
-            hint=f"see the replies in {self.run / 'annotate'}, then change the prompt "
-            "(annotate.prompt) or the settings above; replies that still fit are not bought again",
+            hint=f"read the replies in {RunFolder(self.run).stage('annotate')}, then change the "
+            "prompt (annotate.prompt) or the settings named above; replies to unchanged requests "
+            "are not bought again",
         )
 
     def as_json(self) -> dict[str, Any]:

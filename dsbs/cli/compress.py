@@ -92,11 +92,11 @@ def _print_plan(
     *,
     as_json: bool,
 ) -> None:
-    from dsbs.compression.run import prepared
-    from dsbs.compression.source import find_origin
+    from dsbs.compression.run import prepare
+    from dsbs.compression.source import find_source
     from dsbs.progress import NoProgress
 
-    _, steps = prepared(find_origin(student), methods, heal_steps, heal_learning_rate, NoProgress())
+    _, steps = prepare(find_source(student), methods, heal_steps, heal_learning_rate, NoProgress())
     lines = [
         {
             "name": "+".join(step.chain),
@@ -120,9 +120,8 @@ def _print_plan(
 
 
 def _print_steps(result: CompressResult) -> None:
-    from dsbs.compression.table import HEADINGS, cells, original_cells
+    from dsbs.compression.run import TABLE_HEADINGS
 
-    rows = [original_cells(result.steps[-1].original), *map(cells, result.steps)]
-    title = f"{result.origin.student.name} on {count(result.steps[0].n, 'row')} of valid"
-    print_table(HEADINGS, rows, title=title, numeric=True)
+    title = f"{result.source.student.name} on {count(result.steps[0].n, 'row')} of valid"
+    print_table(TABLE_HEADINGS, result.table(), title=title, numeric=True)
     print(f"students: {', '.join(map(str, result.folders))}")

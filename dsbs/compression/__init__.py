@@ -1,1 +1,1 @@
-"""A smaller student out of a trained one: quantised, pruned, factorised; healed, measured, kept beside it."""
+"""Compression: smaller students, made of a trained one step by step."""

@@ -1,4 +1,4 @@
-"""The original's training once more, for a short while: the rows, method and labels that a pruned student heals by."""
+"""Healing: fine-tunes a pruned student for a short while, with the original's rows and method."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ from dsbs.training.rows import Data, gather
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
 
-_ROWS = 256  # that importance is estimated on
-_AT_ONCE = 32
-_COMPARED = 64  # texts by which an export is compared with its student, beam search included
-_LOOKS = 4  # at valid while a student heals
+_IMPORTANCE_ROWS = 256
+_BATCH_SIZE = 32
+_EXPORT_EXAMPLES = 64  # texts on which an export is compared with its student
+_VALIDATIONS = 4  # while a student heals
 
 
 class FineTuneData:
-    """Rows and settings of the original's training. Raises UserError where they are not there any more.
+    """Rows and settings of the original's training. Raises UserError where they have changed.
 
-    Healing is by the plain method: LoRA's adapters and terms that compare with other models do not come back for it.
+    Healing uses the method alone, without LoRA adapters and without distillation terms.
     """
 
-    def __init__(self, origin: SourceStudent, progress: Progress, *, needs_train: bool) -> None:
-        self._origin, self._progress, self._needs_train = origin, progress, needs_train
-        student = origin.student
-        plain = base_of(student.method)
-        section = origin.recipe.resolved_train.tuned(student.tuned)
+    def __init__(self, source: SourceStudent, progress: Progress, *, needs_train: bool) -> None:
+        self._source = source
+        self._progress = progress
+        self._needs_train = needs_train
+        student = source.student
+        method = base_of(student.method)
+        section = source.recipe.resolved_train.tuned(student.tuned)
         self.section: ResolvedTrainSection = section.model_copy(
             update={
-                "methods": (plain,),
+                "methods": (method,),
                 "lora": None,
                 "terms": (),
                 "teachers": (),
@@ -48,49 +50,51 @@ class FineTuneData:
             }
         )
         labels: LabelSource = "teacher" if student.labels == "teacher" else "gold"
-        self.spec = StudentSpec(plain, labels, student.seed, self.section, student.subset)
-        self.views: tuple[View, ...] = method_of(plain).views(self.section)
+        self.spec = StudentSpec(method, labels, student.seed, self.section, student.subset)
+        self.views: tuple[View, ...] = method_of(method).views(self.section)
         card = read_card(student.path)
         if {view.target: view.prefix for view in self.views} != card.prefixes:
             raise UserError(
-                f"{student.name} learned other tasks than the recipe in {origin.run}/train/manifest.json has",
-                hint="run `dsbs train` with the recipe that it was trained by",
+                f"{student.name} learned other views than the recipe in "
+                f"{source.run.path}/train/manifest.json has",
+                hint="run `dsbs train` with the recipe that trained it",
             )
 
     @cached_property
     def recipe(self) -> Recipe:
-        return self._origin.recipe.model_copy(update={"train": self.section})
+        return self._source.recipe.model_copy(update={"train": self.section})
 
     @cached_property
     def data(self) -> Data:
         task = make_task(self.recipe.task)
-        return gather(self.recipe, task, self._origin.run, [self.spec] if self._needs_train else [])
+        specs = [self.spec] if self._needs_train else []
+        return gather(self.recipe, task, self._source.run.path, specs)
 
     def _tokens(self, tokenizer: Any) -> Tokens:
-        return Tokens(tokenizer, self._origin.run / "train" / "tokens", self._progress)
+        return Tokens(tokenizer, self._source.run.stage("train") / "tokens", self._progress)
 
     def batches(self, model: Any, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
-        """See ``Examples``: `_ROWS` train rows at most, those that come first by a hash of their ids."""
+        """See ``Examples``: up to 256 train rows, the first ones by a hash of their ids."""
         student = self.recipe.student
-        most = min(_ROWS, len(self.data.subset(self.spec.subset)))
-        chosen = [self.data.train[i] for i in self.data.order[:most]]
+        count = min(_IMPORTANCE_ROWS, len(self.data.subset(self.spec.subset)))
+        chosen = [self.data.train[i] for i in self.data.order[:count]]
         encoder = Encoder(
             self._tokens(tokenizer), student.max_input_tokens, student.max_target_tokens
         )
         rows = encoder.rows(chosen, self.views, self.spec.labels)
-        for first in range(0, len(rows), _AT_ONCE):
-            flats = collate(rows[first : first + _AT_ONCE])
+        for first in range(0, len(rows), _BATCH_SIZE):
+            packed = collate(rows[first : first + _BATCH_SIZE])
             for view in self.views:
-                if view.target in flats:
+                if view.target in packed:
                     yield pad(
-                        flats[view.target],
+                        packed[view.target],
                         tokenizer.pad_token_id,
                         start_token(model.config, view.start),
                     )
 
     def inputs(self) -> list[str]:
         """See ``Examples``."""
-        return [row.text for row in self.data.valid[:_COMPARED]]
+        return [row.text for row in self.data.valid[:_EXPORT_EXAMPLES]]
 
     def heal(
         self,
@@ -102,14 +106,17 @@ class FineTuneData:
         learning_rate: float,
         keep_zeros: bool,
     ) -> Path:
-        """Train ``start`` on into ``folder``, which is returned: its best look at valid, resumed where it stood."""
+        """Train the student in ``start`` further into ``folder``, which is returned.
+
+        The step with the best validation is kept. An interrupted healing resumes.
+        """
         section = self.section.model_copy(
             update={
                 "init": str(start),
                 "max_steps": steps,
                 "learning_rate": learning_rate,
                 "warmup_steps": min(self.section.warmup_steps, steps // 10),
-                "eval_every": max(1, steps // _LOOKS),
+                "eval_every": max(1, steps // _VALIDATIONS),
                 "log_every": min(self.section.log_every, max(1, steps // 10)),
             }
         )
@@ -118,9 +125,9 @@ class FineTuneData:
             self.spec, section=section, heading=title, directory=str(folder), keep_zeros=keep_zeros
         )
         recipe = self.recipe.model_copy(update={"train": section})
-        train_folder = self._origin.run / "train"
-        healed = StudentRun(
+        train_folder = self._source.run.stage("train")
+        student_run = StudentRun(
             recipe, spec, self.data, tokenizer, self._tokens(tokenizer), train_folder
         )
-        healed.run(self._progress)
+        student_run.run(self._progress)
         return folder

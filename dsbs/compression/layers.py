@@ -1,69 +1,66 @@
-"""``drop-layers=SHARE``: evenly spaced layers of encoder and decoder are kept, as the start of a smaller student.
+"""Layer dropping (``drop-layers=SHARE``): keeps evenly spaced layers of encoder and decoder.
 
-As a student is started in Shleifer and Rush, 2020, arXiv:2010.13002. What comes of it may also be named in ``train.init``.
+Shleifer and Rush, 2020, arXiv:2010.13002, initialise students in this way. The result can also be
+named in ``train.init``.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
-from dsbs.compression.base import Examples, kept_of, rebuilt, rewritten, share
+from dsbs.compression.steps import Examples, WeightStep, rebuild, remaining
 
 _BLOCK = re.compile(r"^(encoder|decoder)\.block\.(\d+)\.(.*)$")
 
 
-class DropLayers:
-    heals, sparse, learns_from_rows = True, False, False
+class DropLayers(WeightStep):
+    name = "drop-layers"
 
-    def __init__(self, value: str) -> None:
-        self.removed = share("drop-layers", value)
-        self.value = f"{self.removed:g}"
-
-    def make(self, source: Path, into: Path, examples: Examples) -> None:
-        del examples
-
-        def change(model: Any, tokenizer: Any) -> Any:
-            del tokenizer
-            return without_layers(model, self.removed)
-
-        rewritten(source, into, change)
+    def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
+        return drop_layers(model, self.share)
 
 
-def without_layers(model: Any, removed: float) -> Any:
-    """A model of evenly spaced layers, one in each stack at least. Raises UserError where the encoder would lose none."""
-    config = model.config
-    left = kept_of("drop-layers", removed, config.num_layers, "encoder layers")
-    of_decoder = max(1, config.num_decoder_layers - round(removed * config.num_decoder_layers))
-    return only_layers(
-        model, evenly(config.num_layers, left), evenly(config.num_decoder_layers, of_decoder)
+def drop_layers(model: Any, removed_share: float) -> Any:
+    """A model with fewer layers, at least one per stack.
+
+    Raises UserError where the encoder would lose none.
+    """
+    encoder_layers = model.config.num_layers
+    decoder_layers = model.config.num_decoder_layers
+    encoder_count = remaining(DropLayers.name, removed_share, encoder_layers, "encoder layers")
+    decoder_count = max(1, decoder_layers - round(removed_share * decoder_layers))
+    return keep_layers(
+        model,
+        evenly_spaced(encoder_layers, encoder_count),
+        evenly_spaced(decoder_layers, decoder_count),
     )
 
 
-def evenly(layers: int, count: int) -> list[int]:
-    """``count`` of so many layers, from 0; the first, and the last where there are two."""
+def evenly_spaced(layers: int, count: int) -> list[int]:
+    """``count`` layer indices from 0, with the first, and the last where there are two or more."""
     return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
 
 
-def only_layers(model: Any, encoder: list[int], decoder: list[int]) -> Any:
-    """A model of those layers in their order. The first of each is kept: it has the stack's relative position bias."""
-    kept = {"encoder": encoder, "decoder": decoder}
+def keep_layers(model: Any, encoder: list[int], decoder: list[int]) -> Any:
+    """A model with these layers, in order.
 
-    def renamed(name: str) -> str | None:
-        """None: of a layer that goes."""
+    Each list starts with 0: the first layer of a stack has the relative position bias.
+    """
+    layers = {"encoder": encoder, "decoder": decoder}
+
+    def new_name(name: str) -> str | None:
+        """The name in the new model; None for a layer that is dropped."""
         match = _BLOCK.match(name)
         if match is None:
             return name
         stack, layer, rest = match.groups()
-        return (
-            f"{stack}.block.{kept[stack].index(int(layer))}.{rest}"
-            if int(layer) in kept[stack]
-            else None
-        )
+        if int(layer) not in layers[stack]:
+            return None
+        return f"{stack}.block.{layers[stack].index(int(layer))}.{rest}"
 
-    weights = {new: value for name, value in model.state_dict().items() if (new := renamed(name))}
+    weights = {new: value for name, value in model.state_dict().items() if (new := new_name(name))}
     shape: dict[str, Any] = {"num_layers": len(encoder), "num_decoder_layers": len(decoder)}
     if ranks := getattr(model.config, "low_rank", None):
-        shape["low_rank"] = {new: rank for name, rank in ranks.items() if (new := renamed(name))}
-    return rebuilt(model, weights, **shape)
+        shape["low_rank"] = {new: rank for name, rank in ranks.items() if (new := new_name(name))}
+    return rebuild(model, weights, **shape)

@@ -1,16 +1,16 @@
-"""``low-rank=SHARE`` or ``low-rank=energy:SHARE``: attention and feed-forward matrices as products of two thinner ones.
+"""Low-rank factorisation (``low-rank=SHARE``, ``low-rank=energy:SHARE``) of weight matrices.
 
-By truncated singular value decomposition, the best approximation of its rank (Eckart and Young, 1936): W (m, n) of rank r
-becomes (m, r)·(r, n), with fewer weights only where r·(m + n) < m·n. Other matrices stay as they are.
+Truncated singular value decomposition gives the best approximation of a rank (Eckart and Young,
+1936). A matrix W (m, n) of rank r becomes the product (m, r)·(r, n), which has fewer weights only
+if r·(m + n) < m·n. Other matrices, embeddings and norms stay unchanged.
 """
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsbs.compression.base import Examples, attentions, feed_forwards, rewritten, share
+from dsbs.compression.steps import Examples, WeightStep, attentions, feed_forwards, parse_share
 from dsbs.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,84 +19,86 @@ if TYPE_CHECKING:
 _ENERGY = "energy:"
 
 
-class TruncatedSvd:
-    heals, sparse, learns_from_rows = True, False, False
+class LowRankStep(WeightStep):
+    """``share`` is the share of the rank to keep; with ``energy:``, the share of the sum of σ²."""
+
+    name = "low-rank"
 
     def __init__(self, value: str) -> None:
         self.by_energy = value.startswith(_ENERGY)
-        self.share = share("low-rank", value.removeprefix(_ENERGY))
-        self.value = f"{_ENERGY if self.by_energy else ''}{self.share:g}"
+        self.share = parse_share(self.name, value.removeprefix(_ENERGY))
+        self.value = f"{self.share:g}"
+        if self.by_energy:
+            self.value = f"{_ENERGY}{self.value}"
 
-    def rank(self, singular: Tensor) -> int:
-        """singular (R,), the largest first -> the rank to keep: a share of R, or the least that has the share of Σσ²."""
+    def rank(self, singular_values: Tensor) -> int:
+        """The rank to keep, from ``singular_values`` (R,) in descending order."""
         if not self.by_energy:
-            return max(1, round(self.share * len(singular)))
-        kept = singular.square().cumsum(0) / singular.square().sum()
-        return int((kept < self.share).sum().item()) + 1
+            return max(1, round(self.share * len(singular_values)))
+        energy = singular_values.square()
+        cumulative_share = energy.cumsum(0) / energy.sum()
+        return int((cumulative_share < self.share).sum().item()) + 1
 
-    def make(self, source: Path, into: Path, examples: Examples) -> None:
-        del examples
-
-        def change(model: Any, tokenizer: Any) -> Any:
-            del tokenizer
-            changed = factored(model, self)
-            if changed is None:
-                raise UserError(
-                    f"low-rank={self.value} makes no matrix smaller: two factors of that rank have more weights than it",
-                    hint="a smaller share; of a square matrix less than 0.5 of its rank saves anything",
-                )
-            return changed
-
-        rewritten(source, into, change)
+    def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
+        changed = factorize(model, self)
+        if changed is None:
+            raise UserError(
+                f"low-rank={self.value} makes no matrix smaller: at that rank two factors have "
+                "more weights than the matrix",
+                hint="use a smaller share; a square matrix needs less than 0.5 of its rank",
+            )
+        return changed
 
 
-def factor(decomposed: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """U (m, R), σ (R,), V (R, n) -> down (r, n) and up (m, r): up·down is the best approximation of rank r of U·σ·V.
+def factors(decomposition: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """The two factors of the best approximation of a rank.
 
-    Each factor has the root of σ, so that both learn at one pace.
+    ``decomposition`` is U (m, R), σ (R,), V (R, n); returns down (r, n) and up (m, r), whose
+    product up·down approximates U·σ·V. Each factor gets √σ, so that both learn at the same pace.
     """
-    left, singular, right = decomposed
-    root = singular[:rank].sqrt()
+    left, singular_values, right = decomposition
+    root = singular_values[:rank].sqrt()
     return root[:, None] * right[:rank], left[:, :rank] * root
 
 
-def factored(model: Any, step: TruncatedSvd) -> Any | None:
-    """The model with pairs in the place of the matrices that this makes smaller; None where it makes none so."""
+def factorize(model: Any, step: LowRankStep) -> Any | None:
+    """The model with low-rank pairs where they are smaller; None where none would be."""
     import torch
 
     from dsbs.students.low_rank import KEY, LowRank, with_low_rank
 
     weights = dict(model.state_dict())
     ranks: dict[str, int] = dict(getattr(model.config, KEY, None) or {})
-    changed = False
-    for layer, module in (*attentions(model), *feed_forwards(model)):
-        for part, there in module.named_children():
-            if not isinstance(there, torch.nn.Linear | LowRank):
+    is_changed = False
+    for layer_name, layer in (*attentions(model), *feed_forwards(model)):
+        for child_name, child in layer.named_children():
+            if not isinstance(child, torch.nn.Linear | LowRank):
                 continue
-            name = f"{layer}.{part}"
-            whole = (
-                there.up.weight @ there.down.weight if isinstance(there, LowRank) else there.weight
-            ).detach()
-            decomposed = torch.linalg.svd(whole.double(), full_matrices=False)
-            rank = step.rank(decomposed[1])
-            if rank * sum(whole.shape) >= sum(
-                parameter.numel() for parameter in there.parameters()
-            ):
+            name = f"{layer_name}.{child_name}"
+            if isinstance(child, LowRank):
+                matrix = (child.up.weight @ child.down.weight).detach()
+            else:
+                matrix = child.weight.detach()
+            decomposition = torch.linalg.svd(matrix.double(), full_matrices=False)
+            rank = step.rank(decomposition[1])
+            current_size = sum(parameter.numel() for parameter in child.parameters())
+            if rank * sum(matrix.shape) >= current_size:
                 continue
-            for old in [key for key in weights if key.startswith(f"{name}.")]:
-                del weights[old]
-            down, up = factor(decomposed, rank)
-            weights |= {
-                f"{name}.down.weight": down.to(whole.dtype),
-                f"{name}.up.weight": up.to(whole.dtype),
-            }
-            ranks[name], changed = rank, True
-    if not changed:
+            for key in [key for key in weights if key.startswith(f"{name}.")]:
+                del weights[key]
+            down, up = factors(decomposition, rank)
+            weights[f"{name}.down.weight"] = down.to(matrix.dtype)
+            weights[f"{name}.up.weight"] = up.to(matrix.dtype)
+            ranks[name] = rank
+            is_changed = True
+    if not is_changed:
         return None
     config = copy.deepcopy(model.config)
     setattr(config, KEY, ranks)
-    plain = type(model) if getattr(model.config, KEY, None) else with_low_rank(type(model))
-    made = plain(config).to(model.dtype)
-    made.load_state_dict(weights, strict=True)
-    made.generation_config = model.generation_config
-    return made.eval()
+    model_class = type(model)
+    if not getattr(model.config, KEY, None):
+        model_class = with_low_rank(model_class)
+    factorized = model_class(config).to(model.dtype)
+    factorized.load_state_dict(weights, strict=True)
+    factorized.generation_config = model.generation_config
+    return factorized.eval()

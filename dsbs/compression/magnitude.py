@@ -1,37 +1,28 @@
-"""``magnitude=SHARE``: the smallest weights become zero (Han et al., 2015, arXiv:1506.02626), over all matrices together.
+"""Magnitude pruning (``magnitude=SHARE``): sets the smallest weights to zero.
 
-Neither the file nor the time of a call is smaller for it: zeros are stored and multiplied as other numbers are. It tells how
-much of a student is needed, and a file that is compressed on its way somewhere is smaller.
+Han et al., 2015, arXiv:1506.02626, over all attention and feed-forward matrices together. Neither
+the file nor the latency shrinks, as zeros are stored and multiplied like other numbers. The step
+shows how much of a student is needed, and the file compresses better.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from dsbs.compression.base import Examples, attentions, feed_forwards, rewritten, share
+from dsbs.compression.steps import Examples, WeightStep, attentions, feed_forwards
 
 
-class Magnitude:
-    heals, sparse, learns_from_rows = True, True, False
+class Magnitude(WeightStep):
+    name = "magnitude"
+    sparse = True
 
-    def __init__(self, value: str) -> None:
-        self.zeroed = share("magnitude", value)
-        self.value = f"{self.zeroed:g}"
-
-    def make(self, source: Path, into: Path, examples: Examples) -> None:
-        del examples
-
-        def change(model: Any, tokenizer: Any) -> Any:
-            del tokenizer
-            zero_smallest(model, self.zeroed)
-            return model
-
-        rewritten(source, into, change)
+    def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
+        zero_smallest(model, self.share)
+        return model
 
 
-def zero_smallest(model: Any, zeroed: float) -> None:
-    """Zero that share of the weights of attention and feed-forward matrices; embeddings and norms stay as they are."""
+def zero_smallest(model: Any, share: float) -> None:
+    """Zero a share of the attention and feed-forward weights, over all matrices together."""
     import torch
 
     matrices = [
@@ -41,11 +32,10 @@ def zero_smallest(model: Any, zeroed: float) -> None:
         if "relative_attention_bias" not in name
     ]
     with torch.no_grad():
-        sizes = torch.cat([matrix.abs().flatten() for matrix in matrices])
-        order = torch.sort(sizes, stable=True).indices[: round(zeroed * len(sizes))]
-        keep = torch.ones(len(sizes), dtype=torch.bool)
-        keep[order] = False
-        for matrix, part in zip(
-            matrices, torch.split(keep, [matrix.numel() for matrix in matrices]), strict=True
-        ):
-            matrix.mul_(part.view(matrix.shape))
+        magnitudes = torch.cat([matrix.abs().flatten() for matrix in matrices])
+        smallest = torch.sort(magnitudes, stable=True).indices[: round(share * len(magnitudes))]
+        keep = torch.ones(len(magnitudes), dtype=torch.bool)
+        keep[smallest] = False
+        masks = torch.split(keep, [matrix.numel() for matrix in matrices])
+        for matrix, mask in zip(matrices, masks, strict=True):
+            matrix.mul_(mask.view(matrix.shape))

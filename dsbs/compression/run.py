@@ -1,7 +1,8 @@
-"""The chain: each step made, healed, held against the original, and kept; the first one that loses too much ends it.
+"""Compression: make, heal and evaluate each step of a chain; stop at the first that loses too much.
 
-A step's student appears under ``<run>/compress/<student>/<chain>/`` when it is whole. Until then it is made in ``work/``, from
-which a killed command goes on. A student of that name that no longer fits is set aside, and comes back when it fits again.
+A step's student appears in ``<run>/compress/<student>/<chain>/`` once it is complete. Until then it
+is made in ``work/``, from which an interrupted command resumes. A student of that name that no
+longer fits is set aside, and is taken back when it fits again.
 """
 
 from __future__ import annotations
@@ -14,76 +15,127 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from dsbs.compression.base import Step, read_step
+from dsbs.compression.evaluator import Evaluator
 from dsbs.compression.healing import FineTuneData
-from dsbs.compression.measurement import Evaluator
-from dsbs.compression.source import WORK, SourceStudent, find_origin, fingerprint_of
-from dsbs.compression.table import frontier
+from dsbs.compression.source import WORK, SourceStudent, find_source, fingerprint_of
+from dsbs.compression.steps import Step, read_step
 from dsbs.errors import GateError, UserError
-from dsbs.files import (
-    atomic_write,
-    canonical_json,
-    digest,
-    full_disk_as_partial,
-    write_json,
+from dsbs.files import canonical_json, digest, full_disk_as_partial, write_json
+from dsbs.formatting import (
+    count,
+    milliseconds_number,
+    percent,
+    percent_number,
+    points_number,
 )
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.compression import RECORD, Compressed, Measurement, read_record
-from dsbs.run_folder import RunFolder
+from dsbs.records.results import BATCH_SIZES
+from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students import CARD, read_card
 
 MAX_DROP = 0.02
-_HEALING_SHARE = 10  # of the original's steps a healing has one in so many
-_SLOWER = 3  # and its learning rate's peak is that much lower
-_ROUNDING = 1e-9  # shares of rows that are equal may differ by less than this
-_HEALING = (
-    "train.json",
-    "work.json",
-    "checkpoints",
-    "tensorboard",
-)  # what healing leaves beside a student
+_HEALING_STEPS_DIVISOR = 10  # healing takes a tenth of the original's steps
+_HEALING_RATE_DIVISOR = 3  # and a third of its learning rate
+_ROUNDING_ERROR = 1e-9  # two equal shares of rows may differ by less than this
+_HEALING_FILES = (TRAINING_RECORD, WORK, "checkpoints", "tensorboard")
+TABLE_HEADINGS = (
+    "steps",
+    "accuracy, %",
+    "change, points",
+    "recovered, %",
+    "MB",
+    "of original",
+    *(text for size in BATCH_SIZES for text in (f"ms at {size}", "of original")),
+    "agreement, %",
+    "accepted",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class CompressResult:
-    """The closing summary of ``dsbs compress``: a record for each step of the chain, to the first that is refused."""
+    """Summary of ``dsbs compress``: a record per step, up to the first that is refused."""
 
-    origin: SourceStudent
+    source: SourceStudent
     steps: list[Compressed]
 
     @property
     def folders(self) -> list[Path]:
-        return [self.origin.folder / record.name for record in self.steps]
+        return [self.source.folder / record.name for record in self.steps]
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "run": str(self.origin.run),
-            "student": self.origin.student.name,
+            "run": str(self.source.run.path),
+            "student": self.source.student.name,
             "steps": [
                 record.model_dump(mode="json", by_alias=True) | {"path": str(folder)}
                 for record, folder in zip(self.steps, self.folders, strict=True)
             ],
         }
 
+    def table(self) -> list[list[str]]:
+        """Rows under ``TABLE_HEADINGS``: the original, then each step."""
+        original = self.steps[-1].original
+        latency = [
+            text for size in BATCH_SIZES for text in (_milliseconds(original.median_ms(size)), "")
+        ]
+        first = ["original", percent_number(original.accuracy), "", ""]
+        first += [f"{original.megabytes:.2f}", "", *latency, "", ""]
+        return [first, *(_table_row(record) for record in self.steps)]
+
     def refusal(self) -> GateError | None:
-        """None where every step was accepted."""
+        """The error of a refused last step; None where every step was accepted."""
         last = self.steps[-1]
         if last.accepted:
             return None
-        lost = 100 * (last.original.accuracy - last.compressed.accuracy)
-        hint = f"a smaller share, --max-drop {lost / 100 + 0.001:.2g}" + (
-            ", more --heal-steps" if last.healing_steps else ""
-        )
+        loss = last.original.accuracy - last.compressed.accuracy
+        hint = f"use a smaller share, --max-drop {loss + 0.001:.2g}"
+        if last.healing_steps:
+            hint += ", or more --heal-steps"
         return GateError(
-            f"{last.name} is refused: on {last.n} rows of valid it has {100 * last.compressed.accuracy:.1f} % and the original "
-            f"{100 * last.original.accuracy:.1f} %, {lost:.1f} points lost of at most {100 * last.max_drop:g}",
+            f"{last.name} is refused: on {count(last.n, 'row')} of valid its accuracy is "
+            f"{percent(last.compressed.accuracy)} and the original's "
+            f"{percent(last.original.accuracy)}; the limit is a loss of "
+            f"{100 * last.max_drop:g} points, the loss {100 * loss:.1f}",
             hint=f"{hint}; {self.folders[-1]} keeps the refused student",
         )
 
 
+def _table_row(record: Compressed) -> list[str]:
+    before = record.original
+    after = record.compressed
+    row = [
+        record.name,
+        percent_number(after.accuracy),
+        points_number(after.accuracy - before.accuracy),
+        _recovered(record),
+        f"{after.megabytes:.2f}",
+        f"{after.megabytes / before.megabytes:.2f}",
+    ]
+    for size in BATCH_SIZES:
+        before_ms = before.median_ms(size)
+        after_ms = after.median_ms(size)
+        row.append(_milliseconds(after_ms))
+        if before_ms is None or after_ms is None:
+            row.append("")
+        else:
+            row.append(f"{after_ms / before_ms:.2f}")
+    return [*row, percent_number(record.agreement), "yes" if record.accepted else "no"]
+
+
+def _recovered(record: Compressed) -> str:
+    if record.recovered is not None:
+        return f"{100 * record.recovered:.0f}"
+    return "" if record.before_healing is None else "no loss"
+
+
+def _milliseconds(time_ms: float | None) -> str:
+    return "" if time_ms is None else milliseconds_number(time_ms)
+
+
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """One step of the chain: what it makes of which folder, where, by how much healing."""
+class PlannedStep:
+    """One step of the chain: its source, its target folder, and its healing."""
 
     step: Step
     chain: tuple[str, ...]
@@ -95,6 +147,10 @@ class Planned:
     fingerprint: str
 
     @property
+    def name(self) -> str:
+        return "+".join(self.chain)
+
+    @property
     def work(self) -> Path:
         return self.folder.parent / "work" / f"{self.folder.name}-{self.fingerprint[:12]}"
 
@@ -104,46 +160,63 @@ class Planned:
 
 
 def plan(
-    origin: SourceStudent,
+    source: SourceStudent,
     methods: Sequence[str],
     valid: str,
     heal_steps: int | None = None,
     heal_learning_rate: float | None = None,
-) -> list[Planned]:
-    """The chain's steps. ``valid`` is a hash of valid's rows. Raises UserError for a step that cannot be, or stand there."""
+) -> list[PlannedStep]:
+    """The steps of the chain. ``valid`` is a hash of the valid rows.
+
+    Raises UserError for an unknown step, or for one after quantisation.
+    """
     if not methods:
         raise UserError(
-            "no step is named", hint="e.g. --method prune-ff=0.5 --method quantize=int8"
+            "no compression step is given",
+            hint="e.g. --method prune-ff=0.5 --method quantize=int8",
         )
     if heal_learning_rate is not None and not 0 < heal_learning_rate < inf:  # nor NaN
         raise UserError(
-            f"--heal-learning-rate {heal_learning_rate:g} trains nothing",
-            hint="give a number above 0, or --heal-steps 0 to leave the healing out",
+            f"--heal-learning-rate {heal_learning_rate:g} would train nothing",
+            hint="give a number above 0, or --heal-steps 0 for no healing",
         )
-    section = origin.recipe.resolved_train.tuned(origin.student.tuned)
-    healing = max(1, section.max_steps // _HEALING_SHARE) if heal_steps is None else heal_steps
-    rate = section.learning_rate / _SLOWER if heal_learning_rate is None else heal_learning_rate
-    chain, source, made_by = origin.chain, origin.start, origin.fingerprint
-    steps = [(text.partition("=")[0], read_step(text)) for text in methods]
+    section = source.recipe.resolved_train.tuned(source.student.tuned)
+    if heal_steps is None:
+        heal_steps = max(1, section.max_steps // _HEALING_STEPS_DIVISOR)
+    if heal_learning_rate is None:
+        heal_learning_rate = section.learning_rate / _HEALING_RATE_DIVISOR
+    chain = source.chain
+    folder = source.start
+    fingerprint = source.fingerprint
     sparse = any(text.startswith("magnitude=") for text in chain)
+    steps = [(text.partition("=")[0], read_step(text)) for text in methods]
     last = chain[-1] if chain else ""
-    found = []
+    planned = []
     for name, step in steps:
+        text = f"{name}={step.value}"
         if last.startswith("quantize="):
             raise UserError(
-                f"{name}={step.value} comes after {last}, whose weights cannot be changed any more",
-                hint="quantize last",
+                f"{text} comes after {last}, whose weights cannot be changed",
+                hint="make quantize the last step",
             )
-        last = f"{name}={step.value}"
-        chain = (*chain, last)
+        last = text
+        chain = (*chain, text)
         sparse = sparse or step.sparse
-        count = healing if step.heals else 0
-        settings = [count, rate if count else None, origin.recipe.eval.max_label_tokens]
-        made_by = digest(made_by, last, canonical_json(settings), valid)
-        folder = origin.folder / "+".join(chain)
-        found.append(Planned(step, chain, source, folder, count, rate, sparse, made_by))
-        source = folder
-    return found
+        healing_steps = heal_steps if step.heals else 0
+        settings = [
+            healing_steps,
+            heal_learning_rate if healing_steps else None,
+            source.recipe.eval.max_label_tokens,
+        ]
+        fingerprint = digest(fingerprint, text, canonical_json(settings), valid)
+        target = source.folder / "+".join(chain)
+        planned.append(
+            PlannedStep(
+                step, chain, folder, target, healing_steps, heal_learning_rate, sparse, fingerprint
+            )
+        )
+        folder = target
+    return planned
 
 
 def compress(
@@ -155,150 +228,157 @@ def compress(
     heal_learning_rate: float | None = None,
     progress: Progress | None = None,
 ) -> CompressResult:
-    """Make smaller students of a trained one, a step at a time; see ``dsbs compress``.
+    """Make smaller students of a trained one, one step after another. See ``dsbs compress``.
 
-    ``student`` is a folder ``<run>/train/<name>``, or a compressed one of the run, whose chain goes on. ``max_drop`` is the
-    accuracy on valid, in [0, 1], that may be lost against the original. None: heal for a tenth of the original's steps, and
-    by a third of its learning rate. Writes ``<run>/compress/<student>/<chain>/`` and ``frontier.md`` beside them. Raises
-    UserError for a student, a step or a run that this cannot be done with.
+    ``student`` is a folder ``<run>/train/<name>``, or a compressed student of a run, whose chain
+    continues. ``max_drop`` is the largest acceptable loss of accuracy on valid, in [0, 1].
+    ``heal_steps`` None: a tenth of the original's steps; ``heal_learning_rate`` None: a third of
+    its learning rate. Writes ``<run>/compress/<student>/<chain>/``. Raises UserError for a student,
+    step or run that cannot be compressed.
     """
     progress = progress or NoProgress()
-    origin = find_origin(student)
-    lessons, steps = prepared(origin, methods, heal_steps, heal_learning_rate, progress)
-    yardstick = Evaluator(lessons.recipe, Path(origin.student.path), lessons.data, progress)
-    if origin.student.settings != origin.recipe.training:
+    source = find_source(student)
+    data, steps = prepare(source, methods, heal_steps, heal_learning_rate, progress)
+    evaluator = Evaluator(data.recipe, Path(source.student.path), data.data, progress)
+    if source.student.settings != source.recipe.training:
         progress.say(
-            f"warning: {origin.student.name} was trained by other settings than its run's last recipe, which it heals by"
+            f"warning: {source.student.name} was trained with other settings than the last recipe "
+            "of its run, which healing uses"
         )
-    found: list[Compressed] = []
-    run, stage = RunFolder(origin.run), f"compress/{origin.student.name}"
+    records: list[Compressed] = []
+    stage = f"compress/{source.student.name}"
     with (
-        run.lock(stage),
-        run.record(stage, origin.recipe, {"valid": valid_hash(lessons)}),
+        source.run.lock(stage),
+        source.run.record(stage, source.recipe, {"valid": _valid_hash(data)}),
     ):
         for step in steps:
-            _make_room(step)
+            _restore_or_set_aside(step)
             if step.done:
-                progress.say(f"{'+'.join(step.chain)}: finished before, kept")
-                found.append(_judged(step.folder, max_drop))
+                progress.say(f"{step.name}: already done")
+                records.append(_apply_max_drop(step.folder, max_drop))
             else:
                 with full_disk_as_partial(
-                    origin.folder,
-                    "free some space, then run the same command: it goes on where it stood",
+                    source.folder, "free some space, then run the same command: it resumes"
                 ):
-                    found.append(_make(step, origin, lessons, yardstick, max_drop, progress))
+                    records.append(_make(step, source, data, evaluator, max_drop, progress))
             shutil.rmtree(step.work, ignore_errors=True)
-            with atomic_write(origin.folder / "frontier.md") as file:
-                file.write(frontier(origin.folder))
-            if not found[-1].accepted:
+            if not records[-1].accepted:
                 break
-    return CompressResult(origin, found)
+    return CompressResult(source, records)
 
 
-def prepared(
-    origin: SourceStudent,
+def prepare(
+    source: SourceStudent,
     methods: Sequence[str],
     heal_steps: int | None,
     heal_learning_rate: float | None,
     progress: Progress,
-) -> tuple[FineTuneData, list[Planned]]:
-    """The chain and the rows that it needs, none of it made yet. Raises UserError as ``compress`` does."""
+) -> tuple[FineTuneData, list[PlannedStep]]:
+    """The chain and the rows it needs; makes nothing. Raises UserError like ``compress``."""
     needs_train = any(
-        one.healing_steps or one.step.learns_from_rows
-        for one in plan(origin, methods, "", heal_steps)
+        step.healing_steps or step.step.learns_from_rows
+        for step in plan(source, methods, "", heal_steps)
     )
-    lessons = FineTuneData(origin, progress, needs_train=needs_train)
-    return lessons, plan(origin, methods, valid_hash(lessons), heal_steps, heal_learning_rate)
+    data = FineTuneData(source, progress, needs_train=needs_train)
+    return data, plan(source, methods, _valid_hash(data), heal_steps, heal_learning_rate)
 
 
-def valid_hash(lessons: FineTuneData) -> str:
-    data = lessons.data
+def _valid_hash(data: FineTuneData) -> str:
+    rows = data.data
     return digest(
         *(
-            canonical_json([row.id, data.fields[row.id], row.label(data.valid_labels)])
-            for row in data.valid
+            canonical_json([row.id, rows.fields[row.id], row.label(rows.valid_labels)])
+            for row in rows.valid
         )
     )
 
 
 def _make(
-    step: Planned,
-    origin: SourceStudent,
-    lessons: FineTuneData,
-    yardstick: Evaluator,
+    step: PlannedStep,
+    source: SourceStudent,
+    data: FineTuneData,
+    evaluator: Evaluator,
     max_drop: float,
     progress: Progress,
 ) -> Compressed:
-    """Make a step's student in ``work/`` and put it where it belongs, its record with it."""
-    name = "+".join(step.chain)
-    began = time.monotonic()
+    """Make a step's student in ``work/``, then move it to its folder together with its record."""
+    started = time.monotonic()
     start = step.work / "start"
     if not start.is_dir():
-        progress.say(f"{name}: compress {step.source.name}")
+        progress.say(f"{step.name}: compress {step.source.name}")
         partial = _empty(step.work / "partial")
-        step.step.make(step.source, partial, lessons)
+        step.step.make(step.source, partial, data)
         partial.rename(start)
-    made, before = start, None
+    best = start
+    before_healing = None
     if step.healing_steps:
-        before = yardstick.accuracy(start)
-        progress.say(f"{name}: {100 * before:.1f} % on valid; heal for {step.healing_steps} steps")
-        healed = lessons.heal(
-            start, step.work / "healed", title=f"heal {name}", steps=step.healing_steps,
-            learning_rate=step.learning_rate, keep_zeros=step.keep_zeros,
-        )  # fmt: skip
-        # the start is one of the looks: a healing that only harmed is none
-        made = healed if yardstick.accuracy(healed) >= before else start
-    original, compressed, agreement = yardstick.standings(made, name)
+        before_healing = evaluator.accuracy(start)
+        progress.say(
+            f"{step.name}: {percent(before_healing)} on valid; "
+            f"healing for {count(step.healing_steps, 'step')}"
+        )
+        healed = data.heal(
+            start,
+            step.work / "healed",
+            title=f"heal {step.name}",
+            steps=step.healing_steps,
+            learning_rate=step.learning_rate,
+            keep_zeros=step.keep_zeros,
+        )
+        if evaluator.accuracy(healed) >= before_healing:
+            best = healed
+    original, compressed, agreement = evaluator.compare(best, step.name)
     record = Compressed(
-        student=origin.student.name,
-        fingerprint=origin.student.fingerprint,
+        student=source.student.name,
+        fingerprint=source.student.fingerprint,
         chain=step.chain,
-        n=yardstick.n,
+        n=evaluator.n,
         original=original,
         compressed=compressed,
         agreement=agreement,
-        before_healing=before,
+        before_healing=before_healing,
         healing_steps=step.healing_steps,
         max_drop=max_drop,
-        accepted=_within(max_drop, original, compressed),
-        seconds=round(time.monotonic() - began, 2),
+        accepted=_is_within(max_drop, original, compressed),
+        seconds=round(time.monotonic() - started, 2),
     )
-    whole = _empty(
-        step.work / "whole"
-    )  # a copy: what healing knows itself by stays where a second try looks for it
-    shutil.copytree(made, whole, ignore=shutil.ignore_patterns(*_HEALING), dirs_exist_ok=True)
-    card = read_card(made).model_copy(
-        update={"name": f"{origin.student.name}+{name}", "method": origin.student.method}
+    # A copy: an interrupted command looks for the healing's own records in ``work/``.
+    complete = _empty(step.work / "whole")
+    shutil.copytree(
+        best, complete, ignore=shutil.ignore_patterns(*_HEALING_FILES), dirs_exist_ok=True
     )
-    write_json(whole / CARD, card.model_dump(mode="json"))
-    write_json(whole / WORK, {"fingerprint": step.fingerprint})
-    write_json(whole / RECORD, record.model_dump(mode="json", by_alias=True))
-    whole.rename(step.folder)
+    card = read_card(best).model_copy(
+        update={"name": f"{source.student.name}+{step.name}", "method": source.student.method}
+    )
+    write_json(complete / CARD, card.model_dump(mode="json"))
+    write_json(complete / WORK, {"fingerprint": step.fingerprint})
+    write_json(complete / RECORD, record.model_dump(mode="json", by_alias=True))
+    complete.rename(step.folder)
     return record
 
 
 def _empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)  # what a kill left half-written
+    shutil.rmtree(folder, ignore_errors=True)  # left half-written by an interrupted command
     folder.mkdir(parents=True)
     return folder
 
 
-def _judged(folder: Path, max_drop: float) -> Compressed:
-    """A finished step's record by this command's ``max_drop``, which an earlier command may have set otherwise."""
+def _apply_max_drop(folder: Path, max_drop: float) -> Compressed:
+    """The record of a finished step, judged by this command's ``max_drop``."""
     record = read_record(folder)
-    accepted = _within(max_drop, record.original, record.compressed)
-    judged = record.model_copy(update={"max_drop": max_drop, "accepted": accepted})
-    if judged != record:
-        write_json(folder / RECORD, judged.model_dump(mode="json", by_alias=True))
-    return judged
+    accepted = _is_within(max_drop, record.original, record.compressed)
+    updated = record.model_copy(update={"max_drop": max_drop, "accepted": accepted})
+    if updated != record:
+        write_json(folder / RECORD, updated.model_dump(mode="json", by_alias=True))
+    return updated
 
 
-def _within(max_drop: float, original: Measurement, compressed: Measurement) -> bool:
-    return original.accuracy - compressed.accuracy <= max_drop + _ROUNDING
+def _is_within(max_drop: float, original: Measurement, compressed: Measurement) -> bool:
+    return original.accuracy - compressed.accuracy <= max_drop + _ROUNDING_ERROR
 
 
-def _make_room(step: Planned) -> None:
-    """What lies under the step's name and is another student's moves aside; ours comes back if it was aside."""
+def _restore_or_set_aside(step: PlannedStep) -> None:
+    """Set another student with the step's name aside, and take the step's own back."""
     if step.folder.exists() and not step.done:
         RunFolder.set_aside(step.folder, fingerprint_of(step.folder))
     if not step.folder.exists():

@@ -1,4 +1,6 @@
-"""Recipe loading: YAML with line numbers, overrides, a teacher's file, and all errors reported together."""
+"""Recipe loading: YAML with line numbers, overrides, a teacher's file, and all errors reported
+together.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ REMOVED_KEYS = {
 class Located:
     """A parsed YAML document: its plain data, and where in the text each value is.
 
-    ``lines`` holds the line (from 1) of every path, ``spelling`` every scalar as it is written, ``problems`` keys that are
-    given twice, with their lines.
+    ``lines`` holds the line (from 1) of every path, ``spelling`` every scalar as it is written,
+    ``problems`` keys that are given twice, with their lines.
     """
 
     data: Any
@@ -172,7 +174,9 @@ def _read_yaml(file: Path, shown: str | Path) -> Located:
 
 
 def _insert_teacher_file(data: dict[Any, Any], beside: Path) -> None:
-    """Replace the name of a teacher's file (``teacher: recipes/teachers/vllm.yaml``) by its section. Raises UserError."""
+    """Replace the name of a teacher's file (``teacher: recipes/teachers/vllm.yaml``) by its
+    section. Raises UserError.
+    """
     name = data.get("teacher")
     if not isinstance(name, str):
         return
@@ -268,7 +272,7 @@ def _unknown_key(path: KeyPath) -> str:
 
 
 def _section_at(path: KeyPath) -> type[Section] | None:
-    """The section at a path of the recipe; None where it depends on a value, as a loss term's does."""
+    """The section at a path of the recipe; None for a loss term, which depends on its kind."""
     section: type[Section] | None = Recipe
     for key in path:
         if section is None or isinstance(key, int):
@@ -292,7 +296,9 @@ def _sections_with(key: str, section: type[Section], path: KeyPath) -> Iterator[
 
 
 def resolved_values(recipe: Recipe) -> dict[str, Any]:
-    """Every key of a recipe as a JSON value, with the defaults that depend on the student filled in."""
+    """Every key of a recipe as a JSON value, with the defaults that depend on the student filled
+    in.
+    """
     values = recipe.model_dump(mode="json")
     values["train"] = recipe.resolved_train.model_dump(mode="json")
     if values["teacher"]["endpoints"]:
@@ -319,7 +325,9 @@ def read_recorded(manifest: Mapping[str, Any]) -> Recipe | None:
 
 
 def _current(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded recipe without keys that exclude each other, and without those of earlier versions."""
+    """A recorded recipe without keys that exclude each other, and without those of earlier
+    versions.
+    """
     values: dict[str, Any] = dict(recipe)
     for name in ("teacher", "eval", "train"):
         if isinstance(values.get(name), dict):
@@ -336,7 +344,7 @@ def _current(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _current_term(term: Any) -> Any:
-    """A recorded loss term without other kinds' keys, which earlier versions wrote for every kind."""
+    """A recorded loss term without the keys of other kinds, which earlier versions wrote."""
     if not isinstance(term, dict) or term.get("kind") not in TERMS:
         return term
     known = entry(TERMS, term["kind"]).model_fields

@@ -1,7 +1,7 @@
 """Registries: every kind of thing that a recipe or a command can name, as a "module:name" string.
 
-To add a kind, write its module and add one line here. A module is imported only when its kind is asked for, so that a recipe is
-validated, and ``--help`` printed, without torch.
+To add a kind, write its module and add one line here. A module is imported only when its kind is
+asked for, so that a recipe is validated, and ``--help`` printed, without torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ TERMS = {
     "relation": "dsbs.training.distillation.relation:RelationTerm",
 }
 
-# Names in `metrics` of results.json, in the order in which they are shown: a record, dsbs.evaluation.metrics.Metric.
+# Names in `metrics` of results.json, in the order in which they are shown: a record,
+# dsbs.evaluation.metrics.Metric.
 METRICS = {
     "exact_match_raw": "dsbs.evaluation.metrics:EXACT_MATCH_RAW",
     "exact_match": "dsbs.evaluation.metrics:EXACT_MATCH",
@@ -64,14 +65,15 @@ METRICS = {
     "consistency": "dsbs.evaluation.rationales:CONSISTENCY",
 }
 
-# `dsbs compress --method NAME=VALUE`: a class that is made of the value, and raises UserError for a wrong one.
+# `dsbs compress --method NAME=VALUE`: a class that is made of the value, and raises UserError for a
+# wrong one.
 COMPRESSION_STEPS = {
     "quantize": "dsbs.compression.quantize:Quantize",
     "prune-heads": "dsbs.compression.heads:PruneHeads",
     "prune-ff": "dsbs.compression.feed_forward:PruneFeedForward",
     "magnitude": "dsbs.compression.magnitude:Magnitude",
     "drop-layers": "dsbs.compression.layers:DropLayers",
-    "low-rank": "dsbs.compression.low_rank:TruncatedSvd",
+    "low-rank": "dsbs.compression.low_rank:LowRankStep",
 }
 
 # `dsbs export --format`: a class without arguments, dsbs.exporting.formats.ExportFormat.
@@ -102,7 +104,9 @@ def resolve(spec: str) -> Any:
 
 
 def entry(registry: Mapping[Key, str], key: Key) -> Any:
-    """The record or class that ``registry`` names under ``key``. Raises KeyError for an unknown key."""
+    """The record or class that ``registry`` names under ``key``. Raises KeyError for an unknown
+    key.
+    """
     return resolve(registry[key])
 
 

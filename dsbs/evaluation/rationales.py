@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
-from dsbs.tasks.conclusion import concluded
+from dsbs.tasks.base import concluded_label
 
 _UNDEFINED = float("nan")
 # In ASCII text the words of the rouge-score package, which ignores all other letters.
@@ -133,7 +133,7 @@ def _consistency(predictions: SystemPredictions) -> RowValues | None:
     def file_values(file: Scored) -> list[float]:
         values: list[float] = []
         for row, prediction, label in zip(file.rows, file.predictions, file.labels, strict=True):
-            conclusion = concluded(prediction.rationale or "", task, row.input)
+            conclusion = concluded_label(prediction.rationale or "", task, row.input)
             if conclusion is None:
                 values.append(_UNDEFINED)
             else:

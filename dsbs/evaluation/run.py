@@ -40,7 +40,7 @@ from dsbs.run_folder import RunFolder, training_record
 from dsbs.students import megabytes
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import load, survey
+from dsbs.tasks.data import load, survey
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from dsbs.config.load import read_recorded
 from dsbs.errors import DsbsError, UserError
 from dsbs.exporting.exported import Equivalence
 from dsbs.students import Engine, GeneratedText, Kind, Searcher, Start, Student, Target
-from dsbs.tasks.load import load
+from dsbs.tasks.data import load
 
 GOLDEN = "golden.jsonl"
 ROWS = 48  # inputs of the label's prefix

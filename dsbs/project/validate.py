@@ -16,7 +16,7 @@ from dsbs.students import InputFormat, check_student, new_input_format, new_toke
 from dsbs.students.vocabulary import lost_in
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import load, survey
+from dsbs.tasks.data import load, survey
 from dsbs.training.distillation.base import check_terms
 from dsbs.training.grid import grid
 

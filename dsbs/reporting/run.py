@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from dsbs.config import Recipe
+from dsbs.config.load import recorded
 from dsbs.files import atomic_write, digest
 from dsbs.formatting import ABSENT, count, percent
 from dsbs.records.summary import (
@@ -305,9 +306,10 @@ def _provenance(run: EvaluatedRun) -> dict[str, Any]:
     for manifest in manifests.values():
         data |= manifest.get("data", {})
     prompt = run.manifests["annotate"].get("prompt") or {}
+    recipe = recorded({"recipe": run.recipe})
     return {
         "name": run.name,
-        "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100),
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100),
         "stages": stages,
         "versions": _versions(manifests),
         "data": sorted(data.items()),

@@ -1,4 +1,4 @@
-"""Your own classification: a closed set of labels, any columns as input."""
+"""Classification of your own data: a closed set of labels, any columns as input."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from dsbs.errors import UserError
 from dsbs.records.rows import Unread
 from dsbs.tasks.base import Fields, fold, read_closed
-from dsbs.tasks.own import OwnDataTask
+from dsbs.tasks.own_data import OwnDataTask
 
 
 class Classification(OwnDataTask):
     @property
     def labels(self) -> tuple[str, ...]:
-        assert self.section.labels is not None  # the recipe refuses classification without labels
+        assert self.section.labels is not None  # checked by the recipe
         return self.section.labels
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
@@ -22,7 +22,7 @@ class Classification(OwnDataTask):
                 return label
         raise UserError(
             f"{where}: label {str(value)[:60]!r} is not one of {', '.join(self.labels)}",
-            hint="mend the row, or add the label to task.labels",
+            hint="fix the row, or add the label to task.labels",
         )
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:

@@ -1,4 +1,6 @@
-"""CommonsenseQA (Talmor et al., 2019; rationales: CoS-E, Rajani et al., 2019): one of five lettered choices."""
+"""CommonsenseQA (Talmor et al., 2019; rationales: CoS-E, Rajani et al., 2019): one of five lettered
+choices.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,15 @@ class Cqa(Task):
     label_columns = ("label", "answer", "answerKey")
     rationale_columns = ("rationale", "abstractive_explanation")
 
-    def check_fields(self, found: dict[str, Any], row: Fields, where: str) -> dict[str, Any]:
-        found = super().check_fields(found, row, where)
+    def check_fields(self, fields: dict[str, Any], row: Fields, where: str) -> dict[str, Any]:
+        fields = super().check_fields(fields, row, where)
         choices = _choices(row, self.section.columns.get("choices", "choices"), where)
         folded = [fold(choice) for choice in choices]
         if not 2 <= len(choices) <= len(LETTERS) or "" in folded:
             raise UserError(
-                f"{where}: 2 to {len(LETTERS)} non-empty choices are needed", hint="mend the row"
+                f"{where}: 2 to {len(LETTERS)} non-empty choices are needed", hint="fix the row"
             )
-        return found | {"choices": choices}
+        return fields | {"choices": choices}
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         text = str(value).strip()
@@ -42,7 +44,7 @@ class Cqa(Task):
         if len(letter) == 1 and letter in LETTERS[: len(choices)]:
             return choices[LETTERS.index(letter)]
         raise UserError(
-            f"{where}: label {text[:60]!r} is none of the choices {choices}", hint="mend the row"
+            f"{where}: label {text[:60]!r} is not one of the choices {choices}", hint="fix the row"
         )
 
     def text(self, fields: Fields) -> str:
@@ -50,13 +52,16 @@ class Cqa(Task):
         return f"{fields['question']}\nAnswer Choices:\n{_lettered(fields['choices'])}"
 
     def view(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
-        seen = super().view(fields, label) | {"lettered_choices": _lettered(fields["choices"])}
+        variables = super().view(fields, label)
+        variables["lettered_choices"] = _lettered(fields["choices"])
         if label is not None:
-            seen["letter"] = LETTERS[fields["choices"].index(label)]
-        return seen
+            variables["letter"] = LETTERS[fields["choices"].index(label)]
+        return variables
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:
-        """By the letter where one is named (spelling of the words varies), else by the words of exactly one choice."""
+        """By the letter if there is one, as the words may be spelled differently, else by exactly
+        one choice's words.
+        """
         choices: list[str] = fields["choices"]
         answer = tidy(first_line(text))
         if not answer:
@@ -71,24 +76,27 @@ class Cqa(Task):
             return Unread("several-answers", answer)
         if letters:
             index = LETTERS.find(letters.pop())
-            return (
-                choices[index] if 0 <= index < len(choices) else Unread("label-outside-set", answer)
-            )
-        named = {
-            choice
-            for key, choice in by_fold.items()
-            if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", fold(answer))
-        }
-        # "bank" inside "river bank" is not a second answer
-        named = {
-            c for c in named if not any(c != other and fold(c) in fold(other) for other in named)
-        }
+            if 0 <= index < len(choices):
+                return choices[index]
+            return Unread("label-outside-set", answer)
+        named = _named_choices(answer, by_fold)
         if len(named) == 1:
             return named.pop()
-        return Unread("several-answers" if named else "label-outside-set", answer)
+        if named:
+            return Unread("several-answers", answer)
+        return Unread("label-outside-set", answer)
 
     def correct(self, predicted: str, gold: str) -> bool:
         return fold(predicted) == fold(gold)
+
+
+def _named_choices(answer: str, by_fold: dict[str, str]) -> set[str]:
+    """The choices in an answer, without those inside a longer one: "bank" in "river bank"."""
+    folded = fold(answer)
+    named = [key for key in by_fold if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded)]
+    return {
+        by_fold[key] for key in named if not any(key != other and key in other for other in named)
+    }
 
 
 def _lettered(choices: list[str]) -> str:
@@ -98,14 +106,16 @@ def _lettered(choices: list[str]) -> str:
 
 
 def _choices(row: Fields, column: str, where: str) -> list[str]:
-    """Choices as a list, as CommonsenseQA's {label, text}, as columns c_0, c_1, …, or in a cell as JSON or "(a) … (b) …"."""
-    found = column_of(row, (column,))
-    if found is None:
-        numbered = [row[name] for name in (f"c_{i}" for i in range(len(LETTERS))) if name in row]
+    """Choices as a list, CommonsenseQA's {label, text}, columns c_0, c_1, …, or a cell of JSON or
+    "(a) … (b) …".
+    """
+    name = column_of(row, (column,))
+    if name is None:
+        numbered = [row[f"c_{i}"] for i in range(len(LETTERS)) if f"c_{i}" in row]
         if not numbered:
             raise missing_column(where, "choices", row)
         return [str(choice).strip() for choice in numbered]
-    value = row[found]
+    value = row[name]
     if isinstance(value, str):
         lettered = _LETTERED.findall(value)
         if len(lettered) > 1:
@@ -121,4 +131,5 @@ def _choices(row: Fields, column: str, where: str) -> list[str]:
         value = value.get("text")
     if value is None or isinstance(value, str) or not hasattr(value, "__iter__"):
         raise UserError(f"{where}: choices is not a list", hint='write ["bank", "river", …]')
-    return [str(choice["text"] if isinstance(choice, dict) else choice).strip() for choice in value]
+    texts = [choice["text"] if isinstance(choice, dict) else choice for choice in value]
+    return [str(text).strip() for text in texts]

@@ -1,12 +1,16 @@
-"""Arithmetic read by a whitelist: numbers, + − × ÷ and parentheses, within size limits. Nothing is ever evaluated as code."""
+"""Equations: numbers, + − × ÷ and parentheses, parsed within size limits and never evaluated as
+code.
+"""
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-# Limits count what the canonical spelling keeps, so that a readable expression's own spelling is readable too.
+# Limits count what the canonical text keeps, so that the canonical text can be parsed again.
 MAX_OPERATORS = 20
 MAX_DIGITS = 15  # before the point, and after it
 MAX_CHARACTERS = 2000
@@ -20,22 +24,29 @@ _SPELLINGS = str.maketrans(
 )
 _TIMES_X = re.compile(r"(?<=[\d)])\s+[xX]\s+(?=[\d(])")
 
+_OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+
 
 def plain(text: str) -> str:
-    """The operators' other spellings as + - * / ( ): ×, ÷, −, brackets, and an x between two numbers."""
+    """Replace ×, ÷, −, brackets, and an x between two numbers by + - * / ( )."""
     return _TIMES_X.sub(" * ", text.translate(_SPELLINGS))
 
 
 @dataclass(frozen=True, slots=True)
 class Equation:
-    """A parsed expression: its exact value (None: division by zero) and its text in SVAMP's own spelling."""
+    """An expression's exact value (None: division by zero) and its text in SVAMP's format."""
 
     value: Fraction | None
     text: str
 
 
 def parse(text: str) -> Equation | None:
-    """Read one whole expression, or None where ``text`` is anything else."""
+    """Parse a text that is one expression; None for any other text."""
     text = plain(text).strip()
     if not text or len(text) > MAX_CHARACTERS:
         return None
@@ -67,7 +78,8 @@ def _sum(tokens: list[str], at: int, depth: int) -> tuple[Equation, int]:
     left, at = _product(tokens, at, depth)
     while at < len(tokens) and tokens[at] in "+-":
         right, after = _product(tokens, at + 1, depth)
-        left, at = _apply(tokens[at], left, right), after
+        left = _apply(tokens[at], left, right)
+        at = after
     return left, at
 
 
@@ -75,7 +87,8 @@ def _product(tokens: list[str], at: int, depth: int) -> tuple[Equation, int]:
     left, at = _atom(tokens, at, depth)
     while at < len(tokens) and tokens[at] in "*/":
         right, after = _atom(tokens, at + 1, depth)
-        left, at = _apply(tokens[at], left, right), after
+        left = _apply(tokens[at], left, right)
+        at = after
     return left, at
 
 
@@ -90,31 +103,30 @@ def _atom(tokens: list[str], at: int, depth: int) -> tuple[Equation, int]:
         return inner, at + 1
     if token == "-":
         inner, at = _atom(tokens, at + 1, depth + 1)
-        return Equation(None if inner.value is None else -inner.value, f"-{inner.text}"), at
+        value = None if inner.value is None else -inner.value
+        return Equation(value, f"-{inner.text}"), at
     if token[0] in "0123456789.":
-        value = Fraction(token)
-        return Equation(value, _number(token)), at + 1
+        return Equation(Fraction(token), _number(token)), at + 1
     raise _NotArithmeticError
 
 
-def _apply(operator: str, left: Equation, right: Equation) -> Equation:
-    text = f"( {left.text} {operator} {right.text} )"
-    a, b = left.value, right.value
-    if a is None or b is None or (operator == "/" and b == 0):
+def _apply(sign: str, left: Equation, right: Equation) -> Equation:
+    text = f"( {left.text} {sign} {right.text} )"
+    if left.value is None or right.value is None or (sign == "/" and right.value == 0):
         return Equation(None, text)
-    value = {"+": a.__add__, "-": a.__sub__, "*": a.__mul__, "/": a.__truediv__}[operator](b)
-    return Equation(value, text)
+    return Equation(_OPERATORS[sign](left.value, right.value), text)
 
 
 def _number(token: str) -> str:
-    """A number as SVAMP writes it: at least one decimal (84 as 84.0)."""
-    whole, _, decimals = token.partition(".")
-    return f"{int(whole or '0')}.{decimals.rstrip('0') or '0'}"
+    """A number in SVAMP's format, with at least one decimal: 84 as 84.0."""
+    integer, _, decimals = token.partition(".")
+    return f"{int(integer or '0')}.{decimals.rstrip('0') or '0'}"
 
 
 def same_value(a: str, b: str, tolerance: float = 1e-4) -> bool:
     """Whether two expressions have the same finite value, within an absolute tolerance."""
-    left, right = parse(a), parse(b)
+    left = parse(a)
+    right = parse(b)
     if left is None or right is None or left.value is None or right.value is None:
         return False
     return abs(left.value - right.value) <= Fraction(tolerance)

@@ -1,4 +1,6 @@
-"""Your own free-text answers, compared as text or, with ``numeric``, as numbers."""
+"""Generation for your own data: free-text answers, compared as text or, with ``numeric``, as
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import re
 
 from dsbs.records.rows import Unread
 from dsbs.tasks.base import Fields, fold, tidy
-from dsbs.tasks.own import OwnDataTask
+from dsbs.tasks.own_data import OwnDataTask
 
 _CURRENCY = re.compile(r"(-?)\s*[$€£¥]\s*")
 _NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|-?\d+(?:\.\d+)?|-?\.\d+")
@@ -23,14 +25,15 @@ class Generation(OwnDataTask):
 
     def correct(self, predicted: str, gold: str) -> bool:
         if self.section.numeric:
-            a, b = number_in(predicted), number_in(gold)
-            if a is not None and b is not None:
-                return abs(a - b) <= 1e-4
+            predicted_number = number_in(predicted)
+            gold_number = number_in(gold)
+            if predicted_number is not None and gold_number is not None:
+                return abs(predicted_number - gold_number) <= 1e-4
         return fold(tidy(predicted)) == fold(tidy(gold))
 
 
 def number_in(text: str) -> float | None:
-    """The one number in ``text`` ("$1,250 a year"), or None where there is none or more than one."""
+    """The only number in ``text`` ("$1,250 a year"); None where there is none, or more than one."""
     text = _CURRENCY.sub(r" \1", text.replace("−", "-"))
-    found = {float(match.replace(",", "")) for match in _NUMBER.findall(text)}
-    return found.pop() if len(found) == 1 else None
+    numbers = {float(match.replace(",", "")) for match in _NUMBER.findall(text)}
+    return numbers.pop() if len(numbers) == 1 else None

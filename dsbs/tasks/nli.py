@@ -1,4 +1,6 @@
-"""Natural language inference as in the paper (section 4): ANLI (Nie et al., 2020) and e-SNLI (Camburu et al., 2018)."""
+"""Natural language inference as in the paper (section 4): ANLI (Nie et al., 2020) and e-SNLI
+(Camburu et al., 2018).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,8 @@ from dsbs.errors import UserError
 from dsbs.records.rows import Unread
 from dsbs.tasks.base import Fields, Task, fold, read_closed
 
-LABELS = (
-    "entailment",
-    "neutral",
-    "contradiction",
-)  # in the order of the data sets' class numbers 0, 1, 2
+# In the order of the data sets' class numbers 0, 1, 2.
+LABELS = ("entailment", "neutral", "contradiction")
 
 
 class Nli(Task):
@@ -33,7 +32,7 @@ class Nli(Task):
             return fold(text)
         raise UserError(
             f"{where}: label {text[:60]!r} is not one of {', '.join(LABELS)} (or 0, 1, 2)",
-            hint="mend the row",
+            hint="fix the row",
         )
 
     def text(self, fields: Fields) -> str:

@@ -1,4 +1,6 @@
-"""SVAMP (Patel et al., 2021): word problems whose label is an equation, compared by value as in the paper."""
+"""SVAMP (Patel et al., 2021): word problems whose label is an equation, compared by value as in the
+paper.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,15 @@ class Svamp(Task):
         return f"{fields['body']}\n{fields['question']}"
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:
-        """The whole expression of the answer's sentence: "(16 * 17) * 4" is not "(16 * 17)"."""
+        """The complete expression in the answer's sentence: of "(16 * 17) * 4" not just "(16 *
+        17)".
+        """
         line = first_line(text)
         if not tidy(line):
             return Unread("empty")
         end = _SENTENCE_END.search(line)
-        sentence = (line[: end.start()] if end else line).strip(" *`\"'").replace("$", "")
+        sentence = line[: end.start()] if end else line
+        sentence = sentence.strip(" *`\"'").replace("$", "")
         left, equals, right = sentence.partition("=")
         parsed = _leading_expression(left)
         if isinstance(parsed, Unread):
@@ -60,17 +65,19 @@ class Svamp(Task):
 
 
 def _leading_expression(text: str) -> str | Unread:
-    """An expression, perhaps followed by a unit in words ("(10 * 45) seeds")."""
+    """The expression at the start of a text, which words such as a unit may follow ("(10 * 45)
+    seeds").
+    """
     text = equation.plain(text)
     match = _ARITHMETIC.match(text)
-    head, tail = text[: match.end()] if match else "", text[match.end() :] if match else text
-    parsed = equation.parse(head)
+    end = match.end() if match else 0
+    tail = text[end:]
+    parsed = equation.parse(text[:end])
+    if parsed is not None and _WORDS_ONLY.match(tail):
+        return parsed.text
     if parsed is None:
-        inner = re.findall(r"\d[^a-zA-Z]*", text)
-        several = re.search(r"\b(and|or)\b|,\s", text) and len(inner) > 1
-        return Unread("several-answers" if several else "unparsed", text.strip())
-    if not _WORDS_ONLY.match(tail):
-        return Unread(
-            "several-answers" if re.match(r"\s*(and|or|,)\b", tail) else "unparsed", text.strip()
-        )
-    return parsed.text
+        numbers = re.findall(r"\d[^a-zA-Z]*", text)
+        has_several = len(numbers) > 1 and re.search(r"\b(and|or)\b|,\s", text)
+    else:
+        has_several = re.match(r"\s*(and|or|,)\b", tail)
+    return Unread("several-answers" if has_several else "unparsed", text.strip())

@@ -15,7 +15,7 @@ from dsbs.records.rows import Annotation, Example
 from dsbs.run_folder import RunFolder
 from dsbs.students import Target, compose
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import is_held_out, load, position
+from dsbs.tasks.data import is_held_out, load, position
 from dsbs.training.distillation.labels import vote_distribution
 from dsbs.training.grid import StudentSpec
 from dsbs.training.methods import method_of
@@ -194,6 +194,12 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
             "vote",
             hint=f"{check} and provenance (a hinted answer is no vote), and train.select",
         )
+
+
+def count_trainable(recipe: Recipe, task: Task) -> int:
+    """The number of train rows that are not held out for validation."""
+    examples = load(recipe, task, "train")
+    return sum(not is_held_out(recipe, example) for example in examples)
 
 
 def count_rationales(data: Data, spec: StudentSpec) -> int:

@@ -17,14 +17,14 @@ from dsbs.students import check_student, new_input_format, new_tokenizer
 from dsbs.students.vocabulary import lost_in
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
-from dsbs.tasks.load import stream, survey
+from dsbs.tasks.data import stream, survey
 from dsbs.training.distillation.base import check_terms
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
 from dsbs.training.grid import StudentSpec, Trial, Tuner, grid, trial_specs
 from dsbs.training.methods import method_of
-from dsbs.training.rows import Data, count_rationales, gather, vocabulary_text
+from dsbs.training.rows import Data, count_rationales, count_trainable, gather, vocabulary_text
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
 
@@ -131,15 +131,22 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     return list(dict.fromkeys(warnings))
 
 
-def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any]]:
-    """The plan of ``--dry-run``: one entry for every student."""
+def planned(
+    recipe: Recipe, out: str | Path | None = None, *, annotated: bool = True
+) -> list[dict[str, Any]]:
+    """The plan of ``--dry-run``: one entry for every student.
+
+    Without annotations (``annotated`` False) "rows" is an upper bound and "rationales" is None.
+    """
     run_folder = RunFolder.of(recipe, out)
     folder = run_folder.stage("train")
     specs = grid(recipe.train)
     task = make_task(recipe.task)
     check_terms(recipe.train, task, specs)
     check_student(recipe)
-    data = gather(recipe, task, run_folder.path, specs)
+    data: Data | int = count_trainable(recipe, task)
+    if annotated:
+        data = gather(recipe, task, run_folder.path, specs)
     plan = []
     for teacher_recipe, spec in planned_teachers(recipe, specs):
         entry = _plan(teacher_recipe, spec, data, folder)
@@ -154,13 +161,22 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     return plan
 
 
-def _plan(recipe: Recipe, spec: StudentSpec, data: Data, folder: Path) -> dict[str, Any]:
+def _plan(recipe: Recipe, spec: StudentSpec, data: Data | int, folder: Path) -> dict[str, Any]:
+    """``data``: the rows, or their number where they are not annotated yet."""
     settings = recipe.training_of(spec.method)
+    rationales = None
+    valid = None
+    if isinstance(data, int):
+        rows = max(1, round(spec.subset * data))
+    else:
+        rows = sum(bool(row.label(spec.labels)) for row in data.subset(spec.subset))
+        rationales = count_rationales(data, spec)
+        valid = len(data.valid)
     return {
         "name": spec.name,
-        "rows": sum(bool(row.label(spec.labels)) for row in data.subset(spec.subset)),
-        "rationales": count_rationales(data, spec),
-        "valid": len(data.valid),
+        "rows": rows,
+        "rationales": rationales,
+        "valid": valid,
         "trials": 0,
         "steps": 0,
         "done": _is_done(settings, spec.path(folder) / TRAINING_RECORD),

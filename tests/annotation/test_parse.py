@@ -17,7 +17,7 @@ from dsbs.config import Recipe, TaskSection
 from dsbs.prompting import Prompt, read_prompt
 from dsbs.records.rows import Sample
 from dsbs.tasks import make_task
-from dsbs.tasks.load import load
+from dsbs.tasks.data import load
 
 STOP = ("\n\nPremise:", "\nQ:")
 PROMPT = Prompt(template="Premise: {{ premise }}", stop=("\nPremise:",))

@@ -1,4 +1,4 @@
-"""The command from a trained student to its chain: records, refusal, what is kept, what a kill leaves."""
+"""dsbs compress: records, refusal, resuming, and what is set aside."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from conftest import TEAMS, run_dsbs, toy_rows, write_csv
 from safetensors.torch import load_file
 
 from dsbs import UserError, compress, load_recipe, train
-from dsbs.compression.base import read_step
+from dsbs.compression.run import TABLE_HEADINGS
+from dsbs.compression.steps import WeightStep, read_step
+from dsbs.config import registry
 from dsbs.errors import GateError
-from dsbs.records.compression import read_compressed
+from dsbs.run_folder import RunFolder
 from dsbs.students import Student, load_model
 
 NAME = "finetune-gold-s0"
@@ -89,7 +91,7 @@ def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
     ]
     names.append(f"{names[-1]}+low-rank=0.25")
     assert [record.name for record in result.steps] == names
-    assert [record.name for record in read_compressed(run)] == names
+    assert [record.name for record in RunFolder(run).read_compressed()] == names
     sizes = [
         result.steps[0].original.megabytes,
         *(record.compressed.megabytes for record in result.steps),
@@ -129,16 +131,15 @@ def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
     assert not (run / "compress" / NAME / "work").exists() or not any(
         (run / "compress" / NAME / "work").iterdir()
     )
-    table = (run / "compress" / NAME / "frontier.md").read_text(encoding="utf-8")
-    assert [
-        line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| prune-ff")
-    ] == names
+    table = result.table()
+    assert [row[0] for row in table] == ["original", *names]
+    assert {len(row) for row in table} == {len(TABLE_HEADINGS)}
 
 
 def valid_texts(run: Path) -> list[str]:
     from dsbs.config.load import read_recorded
     from dsbs.tasks import make_task
-    from dsbs.tasks.load import load
+    from dsbs.tasks.data import load
 
     recipe = read_recorded(
         json.loads((run / "train" / "manifest.json").read_text(encoding="utf-8"))
@@ -161,7 +162,7 @@ def test_a_step_that_loses_too_much_is_refused_kept_and_the_end_of_the_chain(run
     lost = said[0]["original"]["accuracy"] - said[0]["compressed"]["accuracy"]
     assert lost > 0.02
     assert (
-        f"{100 * lost:.1f} points lost of at most 2" in found.stderr
+        f"a loss of 2 points, the loss {100 * lost:.1f}" in found.stderr
         and "--max-drop" in found.stderr
     )
     folder = run / "compress" / NAME / "magnitude=0.99"
@@ -214,13 +215,14 @@ def test_a_chain_goes_on_from_a_compressed_student(run: Path) -> None:
 def test_a_killed_step_continues_to_the_student_of_an_undisturbed_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    from dsbs.compression.measurement import Evaluator
+    from dsbs.compression.evaluator import Evaluator
     from dsbs.training.callbacks import MetricsLogger
 
     shutil.copytree(run, tmp_path / "other")
     how: dict[str, Any] = {"max_drop": 1, "heal_steps": 12}
     (undisturbed,) = compress(run / "train" / NAME, ["magnitude=0.9"], **how).folders
-    passed, standings = MetricsLogger.on_step_end, Evaluator.standings
+    passed = MetricsLogger.on_step_end
+    compare = Evaluator.compare
     steps: list[int] = []
 
     def step(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -232,11 +234,11 @@ def test_a_killed_step_continues_to_the_student_of_an_undisturbed_one(
     def measure(self: Any, *args: Any) -> Any:
         if at == "measuring":
             raise KeyboardInterrupt
-        return standings(self, *args)
+        return compare(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MetricsLogger, "on_step_end", step)
-        patch.setattr(Evaluator, "standings", measure)
+        patch.setattr(Evaluator, "compare", measure)
         compress(tmp_path / "other" / "train" / NAME, ["magnitude=0.9"], **how)
     assert not list((tmp_path / "other" / "compress").glob("*/*/compress.json"))
     steps.clear()
@@ -313,14 +315,14 @@ def test_a_low_rank_student_is_quantised_by_torch_alone(run: Path) -> None:
     ("steps", "problem"),
     [
         (["prune-fff=0.5"], "did you mean 'prune-ff'"),
-        (["prune-ff"], "lacks its value"),
+        (["prune-ff"], "needs a value"),
         (["prune-ff=1.5"], "not a share above 0 and below 1"),
         (["low-rank=energy:2"], "not a share above 0 and below 1"),
-        (["quantize=int4"], "no number format"),
+        (["quantize=int4"], "not a number format"),
         (["quantize=int8", "prune-ff=0.5"], "comes after quantize=int8"),
         (["prune-heads=0.05"], "removes none of 4 heads"),
         (["low-rank=0.9"], "makes no matrix smaller"),
-        ([], "no step is named"),
+        ([], "no compression step is given"),
     ],
 )
 def test_a_step_that_cannot_be_is_told_with_what_to_do(
@@ -333,13 +335,13 @@ def test_a_step_that_cannot_be_is_told_with_what_to_do(
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, float("nan")])
 def test_a_learning_rate_of_healing_that_trains_nothing_is_refused(run: Path, rate: float) -> None:
-    with pytest.raises(UserError, match="trains nothing"):
+    with pytest.raises(UserError, match="would train nothing"):
         compress(run / "train" / NAME, ["prune-ff=0.5"], heal_learning_rate=rate)
 
 
 def test_a_student_outside_of_a_run_is_refused(run: Path) -> None:
     lone = shutil.copytree(run / "train" / NAME, run.parent / "lone")
-    with pytest.raises(UserError, match="lies in no run"):
+    with pytest.raises(UserError, match="not part of a run"):
         compress(lone, ["prune-ff=0.5"])
     with pytest.raises(UserError, match="holds no student"):
         compress(run, ["prune-ff=0.5"])
@@ -351,7 +353,7 @@ def test_a_compressed_student_of_an_earlier_original_is_not_compressed_further(r
     said = json.loads(path.read_text(encoding="utf-8"))
     said["student"]["fingerprint"] = "another"
     path.write_text(json.dumps(said), encoding="utf-8")
-    with pytest.raises(UserError, match="an earlier student of the name"):
+    with pytest.raises(UserError, match="an earlier student named"):
         compress(folder, ["drop-layers=0.5"])
     assert (
         compress(run / "train" / NAME, ["prune-ff=0.5"], max_drop=1, heal_steps=0)
@@ -373,7 +375,29 @@ def test_a_dry_run_tells_the_chain_and_makes_nothing(run: Path) -> None:
     assert not (run / "compress").exists()
 
 
-def test_one_spelling_of_a_value_names_a_step() -> None:
-    assert [read_step(text).value for text in ("prune-ff=0.50", "low-rank=energy:.9", "quantize=int8")] == [
-        "0.5", "energy:0.9", "int8",
-    ]  # fmt: skip
+def test_the_value_of_a_step_is_normalised() -> None:
+    texts = ("prune-ff=0.50", "low-rank=energy:.9", "quantize=int8")
+    assert [read_step(text).value for text in texts] == ["0.5", "energy:0.9", "int8"]
+
+
+class Halve(WeightStep):
+    """A toy step: halves every bias-free matrix of the decoder."""
+
+    name = "halve"
+
+    def change(self, model: Any, _tokenizer: Any, _examples: Any) -> Any:
+        with torch.no_grad():
+            for parameter in model.decoder.parameters():
+                parameter.mul_(self.share)
+        return model
+
+
+def test_a_step_that_is_registered_in_one_place_is_made_healed_and_reported(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.COMPRESSION_STEPS, "halve", f"{__name__}:Halve")
+    chain = ["halve=0.5", "prune-ff=0.5"]
+    result = compress(run / "train" / NAME, chain, max_drop=1, heal_steps=2)
+    assert [record.name for record in result.steps] == ["halve=0.5", "halve=0.5+prune-ff=0.5"]
+    assert result.steps[0].healing_steps == 2
+    assert [row[0] for row in result.table()][1] == "halve=0.5"

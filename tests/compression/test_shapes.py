@@ -1,4 +1,4 @@
-"""Steps that change a model's shape: what is left computes what the whole model would without what went."""
+"""Steps that change a model's shape compute what the full model would without the removed parts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from dsbs.compression.base import attentions, feed_forwards
-from dsbs.compression.feed_forward import without_units
-from dsbs.compression.heads import kept_heads, without_heads
+from dsbs.compression.feed_forward import keep_units
+from dsbs.compression.heads import keep_heads, most_important_heads
 from dsbs.compression.importance import importance, largest
-from dsbs.compression.layers import evenly, only_layers, without_layers
-from dsbs.compression.low_rank import TruncatedSvd, factor, factored
+from dsbs.compression.layers import drop_layers, evenly_spaced, keep_layers
+from dsbs.compression.low_rank import LowRankStep, factorize, factors
 from dsbs.compression.magnitude import zero_smallest
+from dsbs.compression.steps import attentions, feed_forwards
 from dsbs.students import load_model
 from dsbs.training.encode import collate, pad
 from dsbs.training.packed.t5 import TargetBlock, is_t5, packed_logits
@@ -37,8 +37,8 @@ def t5(**changes: Any) -> Any:
     return T5ForConditionalGeneration(T5Config(**shape | changes)).double().eval()
 
 
-def factored_t5(**changes: Any) -> Any:
-    model = factored(t5(**changes), TruncatedSvd("0.4"))
+def factorize_t5(**changes: Any) -> Any:
+    model = factorize(t5(**changes), LowRankStep("0.4"))
     assert model is not None
     return model
 
@@ -64,9 +64,9 @@ def silence(matrix: Any, kept: torch.Tensor, width: int = 1) -> None:
         inner(matrix)[:, deaf] = 0
 
 
-@pytest.mark.parametrize("make", [t5, factored_t5])
+@pytest.mark.parametrize("make", [t5, factorize_t5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_without_heads_a_model_is_the_whole_one_with_those_heads_masked(
+def test_keep_heads_a_model_is_the_whole_one_with_those_heads_masked(
     make: Any, shape: dict[str, Any]
 ) -> None:
     model = make(**shape)
@@ -74,7 +74,7 @@ def test_without_heads_a_model_is_the_whole_one_with_those_heads_masked(
         name: torch.tensor([1, 3] if "EncDec" not in name else [0, 2] if ".0." in name else [2, 3])
         for name, _ in attentions(model)
     }
-    smaller = without_heads(model, kept)
+    smaller = keep_heads(model, kept)
     before = logits(model)
     for name, module in attentions(model):
         silence(module.o, kept[name], width=4)
@@ -84,15 +84,15 @@ def test_without_heads_a_model_is_the_whole_one_with_those_heads_masked(
     assert all(module.q.weight.shape[0] == 8 for _, module in attentions(smaller))
 
 
-@pytest.mark.parametrize("make", [t5, factored_t5])
+@pytest.mark.parametrize("make", [t5, factorize_t5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_without_units_a_model_is_the_whole_one_with_those_units_masked(
+def test_keep_units_a_model_is_the_whole_one_with_those_units_masked(
     make: Any, shape: dict[str, Any]
 ) -> None:
     model = make(**shape)
     names = [name for name, _ in feed_forwards(model)]
     kept = {name: torch.arange(i % 3, 24, 3) for i, name in enumerate(names)}
-    smaller = without_units(model, kept)
+    smaller = keep_units(model, kept)
     before = logits(model)
     for name, module in feed_forwards(model):
         silence(module.wo, kept[name])
@@ -101,13 +101,13 @@ def test_without_units_a_model_is_the_whole_one_with_those_units_masked(
     assert smaller.config.d_ff == 8
 
 
-@pytest.mark.parametrize("make", [t5, factored_t5])
+@pytest.mark.parametrize("make", [t5, factorize_t5])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_of_some_layers_a_model_is_the_whole_one_whose_other_layers_add_nothing(
     make: Any, shape: dict[str, Any]
 ) -> None:
     model = make(**shape)
-    smaller = only_layers(model, [0, 3], [0, 2])
+    smaller = keep_layers(model, [0, 3], [0, 2])
     for name, module in (*attentions(model), *feed_forwards(model)):
         if name.startswith(("encoder.block.1.", "encoder.block.2.", "decoder.block.1.")):
             silence(
@@ -118,7 +118,7 @@ def test_of_some_layers_a_model_is_the_whole_one_whose_other_layers_add_nothing(
 
 
 def test_kept_layers_are_evenly_spaced_from_the_first() -> None:
-    assert [evenly(6, count) for count in (1, 2, 3, 6)] == [
+    assert [evenly_spaced(6, count) for count in (1, 2, 3, 6)] == [
         [0],
         [0, 5],
         [0, 2, 5],
@@ -127,15 +127,15 @@ def test_kept_layers_are_evenly_spaced_from_the_first() -> None:
 
 
 def test_half_of_three_layers_leaves_one() -> None:
-    config = without_layers(t5(), 0.5).config
+    config = drop_layers(t5(), 0.5).config
     assert (config.num_layers, config.num_decoder_layers) == (2, 1)
 
 
 def test_a_pruned_students_folder_is_a_plain_t5s(tmp_path: Path) -> None:
     model = t5()
-    smaller = without_heads(model, {name: torch.tensor([0, 2]) for name, _ in attentions(model)})
-    smaller = only_layers(
-        without_units(smaller, {name: torch.arange(8) for name, _ in feed_forwards(smaller)}),
+    smaller = keep_heads(model, {name: torch.tensor([0, 2]) for name, _ in attentions(model)})
+    smaller = keep_layers(
+        keep_units(smaller, {name: torch.arange(8) for name, _ in feed_forwards(smaller)}),
         [0, 3],
         [0, 2],
     )
@@ -178,7 +178,7 @@ def test_a_stacks_self_attention_keeps_one_set_of_heads_and_what_matters_least_g
     for name, module in attentions(model):
         dead = 1 if name.startswith("encoder") else 2
         silence(module.o, torch.tensor([head for head in range(4) if head != dead]), width=4)
-    kept = kept_heads(model, 3, [BATCH])
+    kept = most_important_heads(model, 3, [BATCH])
     assert {name: heads.tolist() for name, heads in kept.items()} == {
         name: [0, 2, 3] if name.startswith("encoder") else [0, 1, 3] for name in kept
     }
@@ -193,10 +193,10 @@ def test_at_full_rank_the_factors_multiply_to_the_matrix_and_below_it_err_by_wha
     torch.manual_seed(2)
     matrix = torch.randn(12, 7, dtype=torch.float64)
     decomposed = torch.linalg.svd(matrix, full_matrices=False)
-    down, up = factor(decomposed, 7)
+    down, up = factors(decomposed, 7)
     assert (down.shape, up.shape) == ((7, 7), (12, 7))
     assert torch.allclose(up @ down, matrix, atol=1e-12)
-    down, up = factor(decomposed, 3)
+    down, up = factors(decomposed, 3)
     assert float((up @ down - matrix).norm()) == pytest.approx(
         float(decomposed[1][3:].norm()), rel=1e-9
     )
@@ -204,9 +204,8 @@ def test_at_full_rank_the_factors_multiply_to_the_matrix_and_below_it_err_by_wha
 
 def test_the_rank_is_a_share_or_the_least_that_keeps_the_energy() -> None:
     singular = torch.tensor([3.0, 2.0, 1.0, 1.0])  # squares: 9, 4, 1, 1 of 15
-    assert [TruncatedSvd(value).rank(singular) for value in ("0.5", "0.1", "energy:0.6", "energy:0.61", "energy:0.9")] == [
-        2, 1, 1, 2, 3,
-    ]  # fmt: skip
+    values = ("0.5", "0.1", "energy:0.6", "energy:0.61", "energy:0.9")
+    assert [LowRankStep(value).rank(singular) for value in values] == [2, 1, 1, 2, 3]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -223,7 +222,7 @@ def test_matrices_that_are_of_low_rank_become_pairs_that_compute_the_same(
                         2, columns, dtype=torch.float64
                     )
                     matrix.weight.copy_(product / 8)
-    smaller = factored(model, TruncatedSvd("energy:0.999999999"))
+    smaller = factorize(model, LowRankStep("energy:0.999999999"))
     assert smaller is not None
     assert torch.allclose(logits(smaller), logits(model), atol=1e-9)
     assert set(smaller.config.low_rank.values()) == {2}
@@ -238,17 +237,17 @@ def test_matrices_that_are_of_low_rank_become_pairs_that_compute_the_same(
 
 
 def test_a_matrix_that_factors_would_not_make_smaller_stays() -> None:
-    assert factored(t5(), TruncatedSvd("0.9")) is None
-    model = factored_t5(d_ff=96)
+    assert factorize(t5(), LowRankStep("0.9")) is None
+    model = factorize_t5(d_ff=96)
     sizes = {name.rpartition(".")[2]: rank for name, rank in model.config.low_rank.items()}
     assert sizes["wi"] == round(0.4 * 16)
-    again = factored(model, TruncatedSvd("0.2"))
+    again = factorize(model, LowRankStep("0.2"))
     assert again is not None
     assert set(again.config.low_rank.values()) == {3}, "pairs are made thinner still"
 
 
 def test_pairs_learn_without_padding_as_they_do_with_it() -> None:
-    model = factored_t5().train()
+    model = factorize_t5().train()
     model.config.dropout_rate = 0.0
     model.encoder.config.dropout_rate = model.decoder.config.dropout_rate = 0.0
     model.eval()

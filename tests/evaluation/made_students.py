@@ -11,7 +11,7 @@ from dsbs.config import Recipe
 from dsbs.records.rows import Example, TrainedStudent
 from dsbs.students import Student, StudentCard, Target, learn_vocabulary, new_model
 from dsbs.tasks import make_task
-from dsbs.tasks.load import load
+from dsbs.tasks.data import load
 
 PREFIXES: dict[str, dict[Target, str]] = {
     "finetune": {"label": ""},

@@ -279,7 +279,7 @@ def test_taking_files_in_needs_no_torch(toy: Callable[..., Path], tmp_path: Path
     code = (
         "import sys; from dsbs import load_recipe; from dsbs.run_folder import RunFolder; "
         "from dsbs.evaluation.external import add_external; "
-        "from dsbs.tasks import make_task; from dsbs.tasks.load import load; "
+        "from dsbs.tasks import make_task; from dsbs.tasks.data import load; "
         f"r = load_recipe({str(path)!r}); t = make_task(r.task); "
         "add_external(r, t, list(load(r, t, 'test')), RunFolder('run')); "
         "assert 'torch' not in sys.modules"

@@ -277,7 +277,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
 def test_compress_quantises_a_decoder_by_ctranslate2(
     tmp_path: Path, make: Make, kind: str, form: str
 ) -> None:
-    assert Quantize("int8").format_for(make(tmp_path, kind)) == form
+    assert Quantize("int8").export_format(make(tmp_path, kind)) == form
 
 
 @pytest.mark.slow

@@ -291,7 +291,7 @@ def recipe_of(tmp_path: Path, url: str, endpoint: str) -> Path:
     return path
 
 
-def test_annotate_learns_labels_and_rationales_from_a_served_student_and_another_is_trained_from_them(
+def test_a_student_is_trained_from_the_labels_and_rationales_of_a_served_student(
     tmp_path: Path, url: str, student: Student
 ) -> None:
     path = recipe_of(tmp_path, url, "completions")

@@ -1,4 +1,4 @@
-"""TensorBoard's events, read back by TensorBoard: what is in them, and that they change nothing else."""
+"""TensorBoard events, read back by TensorBoard; writing them changes nothing else."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def curve(found: EventAccumulator, tag: str) -> dict[int, float]:
 
 
 def texts(folder: Path, tag: str) -> dict[int, str]:
-    """A tag's texts by step, as TensorBoard's pages read them: the older reader drops no text of an interrupted part."""
+    """A tag's texts by step, as TensorBoard's pages read them."""
     found = PluginEventAccumulator(str(folder / "tensorboard"), tensor_size_guidance={"text": 0})
     found.Reload()
-    told = [
+    events = [
         (one.step, one.tensor_proto.string_val[0].decode())
         for one in found.Tensors(f"{tag}/text_summary")
     ]
-    assert len(dict(told)) == len(told), f"{tag} has a step twice"
-    return dict(told)
+    assert len(dict(events)) == len(events), f"{tag} has a step twice"
+    return dict(events)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def test_every_figure_of_metrics_jsonl_is_drawn_at_its_step(
     found = events(folder)
     rows = lines(folder / "metrics.jsonl")
     losses = {row["step"]: row for row in rows if "loss" in row}
-    looks = {row["step"]: row for row in rows if "eval_accuracy" in row}
+    validations = {row["step"]: row for row in rows if "eval_accuracy" in row}
     drawn = {
         "train": ("loss", "label_loss", "rationale_loss", "learning_rate", "grad_norm"),
         "speed": ("step_ms", "examples_per_s", "tokens_per_s"),
@@ -100,7 +100,7 @@ def test_every_figure_of_metrics_jsonl_is_drawn_at_its_step(
             ), name
     for name in ("accuracy", "label_loss"):
         assert curve(found, f"valid/{name}") == pytest.approx(
-            {step: row[f"eval_{name}"] for step, row in looks.items()}
+            {step: row[f"eval_{name}"] for step, row in validations.items()}
         )
     assert all(
         row["step_ms"] > 0 and row["tokens_per_s"] > row["examples_per_s"]
@@ -111,7 +111,7 @@ def test_every_figure_of_metrics_jsonl_is_drawn_at_its_step(
     assert not found.Tags()["graph"], "nobody asked for it"
 
 
-def test_the_same_rows_of_valid_are_shown_at_each_look_with_what_the_student_says(
+def test_each_validation_shows_the_same_rows_with_the_students_predictions(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     train(
@@ -184,9 +184,18 @@ def test_a_killed_training_goes_on_in_the_same_curves_to_the_weights_of_one_with
     other.mkdir()
     (tmp_path / "run" / "annotate").rename(other / "annotate")
     arguments = [
-        sys.executable, "-m", "dsbs", "train", str(tmp_path / "toy.yaml"), f"teacher.base_url={recipe.teacher.base_url}",
-        *small, "report.tensorboard=true", "report.tensorboard_graph=true", "--out", str(other),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "dsbs",
+        "train",
+        str(tmp_path / "toy.yaml"),
+        f"teacher.base_url={recipe.teacher.base_url}",
+        *small,
+        "report.tensorboard=true",
+        "report.tensorboard_graph=true",
+        "--out",
+        str(other),
+    ]
     folder = other / "train" / "step-by-step-gold-s0"
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""How a training ends before its end: a full disk, a signal, a machine without memory. Each says so and can go on."""
+"""Interrupted trainings: a full disk, a signal, no memory. Each says so and can be resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ NAME = "finetune-gold-s0"
 ONLY = "train.methods=finetune"
 
 
-# A checkpoint of the toy student is 16 MB, the student 5; the largest disk holds one checkpoint and part of the next.
+# A checkpoint of the toy student is 16 MB, the student 5; the largest disk holds one checkpoint
+# and a part of the next.
 @pytest.mark.parametrize(
     ("megabytes", "kept"),
     [
@@ -55,7 +56,7 @@ def test_a_full_disk_ends_with_exit_code_3_and_the_same_command_goes_on(
         assert weights(folder) == weights(tmp_path / "undisturbed" / "train" / NAME)
 
 
-def test_a_disk_that_fills_up_between_checkpoints_is_told_and_costs_no_line(
+def test_a_disk_that_fills_up_between_checkpoints_is_reported_and_loses_no_line(
     toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = MetricsLogger.on_log
@@ -76,7 +77,7 @@ def test_a_disk_that_fills_up_between_checkpoints_is_told_and_costs_no_line(
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_error_that_is_no_full_disk_keeps_its_own_name(
+def test_an_error_other_than_a_full_disk_is_raised_unchanged(
     toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: StepTrainer, *args: Any, **kwargs: Any) -> None:
@@ -87,9 +88,9 @@ def test_an_error_that_is_no_full_disk_keeps_its_own_name(
         train(load_recipe(toy(), [ONLY]), out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_training_with_one_line_and_the_same_command_goes_on(
-    toy: Callable[..., Path], tmp_path: Path, told: signal.Signals
+    toy: Callable[..., Path], tmp_path: Path, signal_number: signal.Signals
 ) -> None:
     command = [
         "train",
@@ -111,7 +112,7 @@ def test_a_signal_ends_training_with_one_line_and_the_same_command_goes_on(
     while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
-    process.send_signal(told)
+    process.send_signal(signal_number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (
@@ -149,7 +150,7 @@ def test_a_machine_without_memory_takes_smaller_micro_batches(
     assert student.steps == 6
 
 
-def test_a_loss_that_is_lost_after_a_checkpoint_leaves_it_and_ends_with_exit_code_1(
+def test_a_loss_that_diverges_after_a_checkpoint_keeps_it_and_ends_with_exit_code_1(
     toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = StepTrainer.compute_loss

@@ -1,4 +1,4 @@
-"""The stage from annotations to student folders: resuming, setting aside, choosing the best step."""
+"""Training from annotations to student folders: resuming, setting aside, the best step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_cell_becomes_a_student_with_its_record_and_losses_apart(
+def test_every_spec_becomes_a_student_with_its_record_and_separate_losses(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     result = train(annotated("train.labels=[gold, teacher]"), out=tmp_path / "run")
@@ -68,15 +68,15 @@ def test_every_cell_becomes_a_student_with_its_record_and_losses_apart(
         assert row["loss"] == pytest.approx(
             (row["label_loss"] + row["rationale_loss"]) / 2, rel=1e-4
         )
-    looks = [row for row in lines(folder / "metrics.jsonl") if "eval_accuracy" in row]
-    assert [row["step"] for row in looks] == [3, 6]
+    validations = [row for row in lines(folder / "metrics.jsonl") if "eval_accuracy" in row]
+    assert [row["step"] for row in validations] == [3, 6]
     record = json.loads((folder / "train.json").read_text(encoding="utf-8"))
-    assert record["student"]["valid_accuracy"] in {row["eval_accuracy"] for row in looks}
+    assert record["student"]["valid_accuracy"] in {row["eval_accuracy"] for row in validations}
     assert record["valid_labels"] == "gold"
     cost = record["student"]["cost"]
     assert cost["device"] and cost["processes"] == 1 and cost["peak_memory_mb"] > 0
-    assert cost["tokens"] == looks[-1]["tokens"] and cost["tokens_per_s"] > 0
-    assert record["rows"] == 39 and looks[-1]["examples"] == 39 + 8, (
+    assert cost["tokens"] == validations[-1]["tokens"] and cost["tokens_per_s"] > 0
+    assert record["rows"] == 39 and validations[-1]["examples"] == 39 + 8, (
         "an epoch's last step has the rows that are left"
     )
     assert all(row["examples_per_s"] > 0 for row in steps)
@@ -141,9 +141,19 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     other.mkdir()
     (tmp_path / "run" / "annotate").rename(other / "annotate")
     arguments = [
-        sys.executable, "-m", "dsbs", "train", str(tmp_path / "toy.yaml"), f"teacher.base_url={recipe.teacher.base_url}",
-        "train.methods=step-by-step", "train.max_steps=40", "train.eval_every=5", "train.batch_size=4", "--out", str(other),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "dsbs",
+        "train",
+        str(tmp_path / "toy.yaml"),
+        f"teacher.base_url={recipe.teacher.base_url}",
+        "train.methods=step-by-step",
+        "train.max_steps=40",
+        "train.eval_every=5",
+        "train.batch_size=4",
+        "--out",
+        str(other),
+    ]
     folder = other / "train" / "step-by-step-gold-s0"
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -163,7 +173,7 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
         for path in (folder, undisturbed)
     ]
     assert [row["step"] for row in rows[0]] == list(range(1, 41)), (
-        "no step is missing or told twice"
+        "no step is missing or logged twice"
     )
     assert [(row["tokens"], row["examples"]) for row in rows[0]] == [
         (row["tokens"], row["examples"]) for row in rows[1]
@@ -175,16 +185,16 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     assert costs[0]["tokens"] == costs[1]["tokens"] == rows[0][-1]["tokens"]
 
 
-@pytest.mark.parametrize(("steps", "every", "looks"), [(3, 100, [3]), (5, 2, [2, 4, 5])])
-def test_the_last_step_is_looked_at_whatever_eval_every_divides(
-    annotated: Callable[..., Recipe], tmp_path: Path, steps: int, every: int, looks: list[int]
+@pytest.mark.parametrize(("steps", "every", "validations"), [(3, 100, [3]), (5, 2, [2, 4, 5])])
+def test_the_last_step_is_validated_whatever_eval_every_is(
+    annotated: Callable[..., Recipe], tmp_path: Path, steps: int, every: int, validations: list[int]
 ) -> None:
     recipe = annotated(
         "train.methods=finetune", f"train.max_steps={steps}", f"train.eval_every={every}"
     )
     train(recipe, out=tmp_path / "run")
     rows = lines(tmp_path / "run" / "train" / "finetune-gold-s0" / "metrics.jsonl")
-    assert [row["step"] for row in rows if "eval_accuracy" in row] == looks
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == validations
 
 
 def test_a_kill_between_the_last_step_and_the_saved_student_costs_no_step(
@@ -226,9 +236,7 @@ def test_validation_rows_are_held_out_of_training_and_test_rows_never_seen(
     assert train_ids | valid_ids == {f"r{i}" for i in range(40)}
 
 
-def test_rejected_rows_still_teach_their_gold_label(
-    toy: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_rejected_rows_keep_their_gold_label(toy: Callable[..., Path], tmp_path: Path) -> None:
     from dsbs.tasks import make_task
 
     def half(body: dict[str, Any], number: int) -> str:
@@ -280,9 +288,14 @@ def test_bf16_is_refused_where_there_is_no_gpu_for_it(
 def test_dry_run_trains_nothing(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = annotated()
     done = run_dsbs(
-        "train", str(tmp_path / "toy.yaml"), f"teacher.base_url={recipe.teacher.base_url}", "--dry-run", "--out", "run",
+        "train",
+        str(tmp_path / "toy.yaml"),
+        f"teacher.base_url={recipe.teacher.base_url}",
+        "--dry-run",
+        "--out",
+        "run",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert done.returncode == 0 and "step-by-step-gold-s0: " in done.stdout
     assert not (tmp_path / "run" / "train").exists()
 

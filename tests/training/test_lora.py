@@ -61,7 +61,8 @@ def recipe_on(pretrained: str, toy: Callable[..., Path], *overrides: str) -> Any
         "train.eval_every=3",
         "train.learning_rate=0.01",
     )
-    base = f"student={{model: {pretrained}, max_input_tokens: 64, max_target_tokens: 32, dropout: 0.1}}"
+    limits = "max_input_tokens: 64, max_target_tokens: 32"
+    base = f"student={{model: {pretrained}, {limits}, dropout: 0.1}}"
     return load_recipe(
         toy(), [base, "train.lora={rank: 4, alpha: 8, dropout: 0.1}", *steps, *overrides]
     )

@@ -1,4 +1,4 @@
-"""The published code's training reproduced: two forward passes, α = 0.5, means of micro-batches, AdamW with linear decay."""
+"""The published code's training: two forward passes, α = 0.5, micro-batch means, AdamW."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS, BATCH, RATE = 30, 8, 2e-3
 
 
 def start(folder: Path, texts: list[str]) -> Path:
-    """Weights and tokenizer to begin with, as a folder; with dropout in its configuration, which the recipe takes out."""
+    """Weights and tokenizer to begin with; the recipe removes their configuration's dropout."""
     tokenizer = learn_vocabulary(texts, 200)
     torch.manual_seed(3)
     shape = {
@@ -39,7 +39,7 @@ def start(folder: Path, texts: list[str]) -> Path:
 
 
 def published(folder: Path, rows: list[dict[str, Any]], micro: int) -> list[float]:
-    """The loss of each step: rows in the file's order, epoch after epoch, padded with T5's own shifting of labels."""
+    """The loss of each step: rows in the file's order, padded, labels shifted by T5 itself."""
     tokenizer = load_tokenizer(str(folder))
     model = T5ForConditionalGeneration.from_pretrained(folder, dropout_rate=0.0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
@@ -82,11 +82,22 @@ def test_thirty_steps_have_the_published_trainers_losses(
 ) -> None:
     with LoopbackServer(good_answer) as server:
         overrides = [
-            f"teacher.base_url={server.url}", "student.init=null", "student.dropout=0", f"train.init={tmp_path / 'start'}",
-            "train.methods=step-by-step", "train.shuffle=false", "train.loss_mean=micro", f"train.padding={padding}",
-            f"train.max_steps={STEPS}", f"train.learning_rate={RATE}", f"train.batch_size={BATCH}", "train.log_every=1",
-            f"train.micro_batch_size={micro}", "train.eval_every=30", "task.data.valid=train.csv",
-        ]  # fmt: skip
+            f"teacher.base_url={server.url}",
+            "student.init=null",
+            "student.dropout=0",
+            f"train.init={tmp_path / 'start'}",
+            "train.methods=step-by-step",
+            "train.shuffle=false",
+            "train.loss_mean=micro",
+            f"train.padding={padding}",
+            f"train.max_steps={STEPS}",
+            f"train.learning_rate={RATE}",
+            f"train.batch_size={BATCH}",
+            "train.log_every=1",
+            f"train.micro_batch_size={micro}",
+            "train.eval_every=30",
+            "task.data.valid=train.csv",
+        ]
         recipe = load_recipe(toy(train=27), overrides)
         annotate(recipe, out=tmp_path / "run")
     lines = (tmp_path / "run" / "annotate" / "train.jsonl").read_text(encoding="utf-8").splitlines()

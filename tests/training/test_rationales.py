@@ -24,7 +24,7 @@ WAYS = ["It speaks of {}, plainly.", "We read of {} in it.", "Only {} is named h
 
 
 def answer(body: dict[str, Any], number: int) -> str:
-    """Four samples a row: two sound rationales for the right label, one for the wrong label, one flawed."""
+    """Four samples a row: two sound rationales, one for the wrong label, one flawed."""
     question = body["messages"][-1]["content"]
     right, wrong = ("billing", "shipping") if "invoice" in question else ("shipping", "billing")
     seed = body.get("seed", number) % 4
@@ -37,9 +37,13 @@ def answer(body: dict[str, Any], number: int) -> str:
 def annotated(toy: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
     with LoopbackServer(answer) as server:
         base = [
-            f"teacher.base_url={server.url}", "annotate.samples=4", "annotate.temperature=0.7", "annotate.stop_early=false",
-            "annotate.min_rationale_words=3", "train.methods=step-by-step",
-        ]  # fmt: skip
+            f"teacher.base_url={server.url}",
+            "annotate.samples=4",
+            "annotate.temperature=0.7",
+            "annotate.stop_early=false",
+            "annotate.min_rationale_words=3",
+            "train.methods=step-by-step",
+        ]
         annotate(load_recipe(toy(), base), out=tmp_path / "run")
     return lambda *overrides: load_recipe(tmp_path / "toy.yaml", [*base, *overrides])
 
@@ -102,7 +106,7 @@ def test_second_targets_follow_all_first_ones() -> None:
     assert flat.source_lengths.tolist() == [1, 2, 1, 1]
 
 
-def test_a_draw_is_one_of_the_rows_own_and_depends_on_seed_and_epoch_alone() -> None:
+def test_a_sample_is_one_of_the_rows_rationales_and_depends_on_seed_and_epoch_alone() -> None:
     rows = ResampledRows(ENCODED * 50, seed=1)
     assert len(rows) == 150
     seen = []
@@ -119,7 +123,7 @@ def test_a_draw_is_one_of_the_rows_own_and_depends_on_seed_and_epoch_alone() -> 
     assert "rationale" not in rows[1]
 
 
-def test_a_resumed_training_draws_as_an_undisturbed_one(
+def test_a_resumed_training_samples_as_an_uninterrupted_one(
     annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """40 rows, 10 held out at most: an epoch has about five steps, so 30 steps draw six times."""
@@ -133,12 +137,12 @@ def test_a_resumed_training_draws_as_an_undisturbed_one(
         pass
 
     def stop(self: StudentRun, *args: Any) -> dict[str, float]:
-        looks.append(1)
-        if len(looks) == 3:
+        validations.append(1)
+        if len(validations) == 3:
             raise Killed
         return real(self, *args)
 
-    looks: list[int] = []
+    validations: list[int] = []
     real = StudentRun._validate
     with monkeypatch.context() as patch:
         patch.setattr(StudentRun, "_validate", stop)

@@ -14,7 +14,7 @@ from dsbs import annotate, load_recipe
 from dsbs.config import DataSection, SelectSection, TaskSection
 from dsbs.records.rows import Annotation, TeacherName
 from dsbs.tasks import make_task
-from dsbs.tasks.load import position
+from dsbs.tasks.data import position
 from dsbs.training.grid import grid
 from dsbs.training.rows import Data, Row, gather, select_annotations
 
@@ -33,9 +33,16 @@ def row(
         "accepted": label is not None,
     } | more
     return Annotation.model_validate(
-        {"schema": "dsbs.annotation/1", "id": f"r{number}", "input": {}, "label": label, "gold": gold} | fields
+        {
+            "schema": "dsbs.annotation/1",
+            "id": f"r{number}",
+            "input": {},
+            "label": label,
+            "gold": gold,
+        }
+        | fields
         | {"teacher": TeacherName(kind="openai")}
-    )  # fmt: skip
+    )
 
 
 ROWS = [

@@ -1,4 +1,4 @@
-"""Both in one sequence, parts of the data, early ends: what the paper's ablations need."""
+"""Both in one sequence, subsets of the data, early ends: what the paper's ablations need."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ def test_one_sequence_students_train_and_answer(
     )
     result = train(recipe, out=tmp_path / "run")
     assert [student.name for student in result.students] == [
-        "finetune-gold-s0", "rationale-then-label-gold-s0", "label-then-rationale-gold-s0",
-    ]  # fmt: skip
+        "finetune-gold-s0",
+        "rationale-then-label-gold-s0",
+        "label-then-rationale-gold-s0",
+    ]
     found = evaluate(recipe, out=tmp_path / "run").as_json()
     assert {system["name"] for system in found["systems"]} >= {
         "rationale-then-label-gold",
@@ -73,13 +75,17 @@ def test_one_sequence_students_train_and_answer(
     assert "rationale-then-label_loss" in json.loads(line)
 
 
-def test_a_student_told_its_task_by_the_decoders_start_labels_and_explains(
+def test_a_student_with_decoder_task_tokens_labels_and_explains(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = annotated(
-        "train.methods=step-by-step", "train.task_token=decoder", "train.max_steps=120", "train.eval_every=60",
-        "train.learning_rate=0.003", "student.dropout=0",
-    )  # fmt: skip
+        "train.methods=step-by-step",
+        "train.task_token=decoder",
+        "train.max_steps=120",
+        "train.eval_every=60",
+        "train.learning_rate=0.003",
+        "student.dropout=0",
+    )
     train(recipe, out=tmp_path / "run")
     student = Student.load(tmp_path / "run" / "train" / "step-by-step-gold-s0")
     assert (
@@ -91,7 +97,7 @@ def test_a_student_told_its_task_by_the_decoders_start_labels_and_explains(
     assert answer.rationale is not None and answer.rationale.startswith("The message is about")
 
 
-def test_parts_of_the_data_nest_and_have_students_of_their_own(
+def test_subsets_nest_and_have_students_of_their_own(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = annotated(
@@ -100,10 +106,10 @@ def test_parts_of_the_data_nest_and_have_students_of_their_own(
         "train.max_steps=2",
     )
     data = gather(recipe, make_task(recipe.task), tmp_path / "run", grid(recipe.train))
-    parts = [{row.id for row in data.subset(share)} for share in (0.25, 0.5, 1.0)]
-    assert parts[0] < parts[1] < parts[2] and len(parts[1]) == round(len(data.train) / 2)
+    subsets = [{row.id for row in data.subset(share)} for share in (0.25, 0.5, 1.0)]
+    assert subsets[0] < subsets[1] < subsets[2] and len(subsets[1]) == round(len(data.train) / 2)
     assert [row.id for row in data.subset(0.5)] == [
-        row.id for row in data.train if row.id in parts[1]
+        row.id for row in data.train if row.id in subsets[1]
     ]
     names = [student.name for student in train(recipe, out=tmp_path / "run").students]
     assert names[::2] == ["finetune-gold-s0", "finetune-gold-n0.5-s0", "finetune-gold-n0.25-s0"]
@@ -122,8 +128,13 @@ def test_parts_of_the_data_nest_and_have_students_of_their_own(
 def test_patience_ends_a_student_and_a_second_run_keeps_it(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    recipe = annotated("train.methods=finetune", "train.max_steps=40", "train.eval_every=1", "train.patience=2",
-                       "train.learning_rate=1.0e-9")  # fmt: skip
+    recipe = annotated(
+        "train.methods=finetune",
+        "train.max_steps=40",
+        "train.eval_every=1",
+        "train.patience=2",
+        "train.learning_rate=1.0e-9",
+    )
     (student,) = train(recipe, out=tmp_path / "run").students
     assert student.steps < 40 and student.steps - student.best_step == 2
     assert train(recipe, out=tmp_path / "run").students == [student]
@@ -145,7 +156,7 @@ def test_another_recipes_students_are_not_scored_as_this_ones(
         evaluate(annotated("train.methods=finetune", "train.max_steps=3"), out=tmp_path / "run")
 
 
-def test_a_loss_that_is_lost_is_told_and_saves_no_student(
+def test_a_loss_that_diverges_is_reported_and_saves_no_student(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     from dsbs import DsbsError

@@ -1,4 +1,4 @@
-"""FSDP on two CPU processes: a divided T5 takes the steps of a whole one, is saved whole, and goes on after a kill."""
+"""FSDP on two CPU processes: the steps, the saved student and resuming are a single process's."""
 
 from __future__ import annotations
 
@@ -73,8 +73,11 @@ def test_a_killed_divided_training_continues_to_the_weights_of_an_undisturbed_on
 ) -> None:
     with LoopbackServer(good_answer) as server:
         overrides = [
-            f"teacher.base_url={server.url}", "train.methods=step-by-step", "train.max_steps=30", "train.eval_every=10",
-        ]  # fmt: skip
+            f"teacher.base_url={server.url}",
+            "train.methods=step-by-step",
+            "train.max_steps=30",
+            "train.eval_every=10",
+        ]
         annotate(load_recipe(toy(), overrides), out=tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
 

@@ -1,4 +1,4 @@
-"""Texts are tokenised once: within a run for every student, and across runs from files that are checked when read."""
+"""Texts are tokenised once: within a run for every student, and across runs from a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer's gradients: the same for any way of cutting a step into micro-batches, and equal to an independent loop."""
+"""The trainer's gradients: equal to an independent loop's for every micro-batch size."""
 
 from __future__ import annotations
 
@@ -70,13 +70,29 @@ def train(
     trainer = StepTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro // world_size,
-            max_steps=steps, learning_rate=1e-2, max_grad_norm=0.0, lr_scheduler_type="constant", report_to=[],
-            save_strategy="no", logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, use_cpu=True, seed=0,
-            train_sampling_strategy=order, optim="sgd",
+            output_dir=str(folder),
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=8 // micro // world_size,
+            max_steps=steps,
+            learning_rate=1e-2,
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=0,
+            train_sampling_strategy=order,
+            optim="sgd",
         ),
-        train_dataset=rows(count), data_collator=collate, views=VIEWS, section=section, validate=dict,
-    )  # fmt: skip
+        train_dataset=rows(count),
+        data_collator=collate,
+        views=VIEWS,
+        section=section,
+        validate=dict,
+    )
     trainer.train()
 
 
@@ -123,7 +139,10 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 import torch
 from test_trainer import weights_after
-weights = weights_after(Path(sys.argv[2]), micro=int(sys.argv[3]), world_size=2, count=int(sys.argv[4]), order=sys.argv[5])
+weights = weights_after(
+    Path(sys.argv[2]), micro=int(sys.argv[3]), world_size=2,
+    count=int(sys.argv[4]), order=sys.argv[5],
+)
 if torch.distributed.get_rank() == 0:
     torch.save(weights, Path(sys.argv[2]) / "weights.pt")
 torch.distributed.barrier()
@@ -143,7 +162,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, micro: int) -> None
 def test_two_processes_take_the_short_last_step_of_an_epoch_as_one_does(
     tmp_path: Path, count: int, order: str
 ) -> None:
-    """Of 13 rows five are left for it, of 9 one, so that one process has none; ten steps are five epochs."""
+    """Of 13 rows five are left for it, of 9 one, so that one process has none."""
     alone = weights_after(tmp_path / "alone", 4, count=count, order=order)
     for name, value in on_two(tmp_path, 2, count, order).items():
         assert torch.allclose(value, alone[name], atol=1e-6), name
@@ -159,7 +178,7 @@ def on_two(folder: Path, micro: int, count: int, order: str) -> dict[str, torch.
 
 
 def test_micro_means_are_the_published_codes(tmp_path: Path) -> None:
-    """Means of micro-batches, averaged: not the objective when rows differ in length, and reproduced on demand."""
+    """Means of micro-batches, averaged: another objective where rows differ in length."""
     ours = weights_after(tmp_path, 4, loss_mean="micro")
     model = tiny_model().double()
     for _ in range(STEPS):

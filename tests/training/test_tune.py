@@ -1,4 +1,4 @@
-"""Tuning: the same trials for every system, the best on valid becomes the student, nothing is trained twice."""
+"""Tuning: every system has the same trials; the best is the student; none is trained twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, evaluate, load_recipe, train
 from dsbs.config import Recipe, TrainSection
-from dsbs.training import run as loop
+from dsbs.training import run as training_run
 from dsbs.training.student_run import StudentRun
 
 GRID = "train.tune={learning_rate: [0.00001, 0.01], warmup_steps: [0, 2]}"
@@ -44,12 +44,12 @@ def test_every_system_tries_every_setting_and_its_seeds_take_the_best(
     result = train(recipe, out=tmp_path / "run")
     folder = tmp_path / "run" / "train"
     for system in ("step-by-step-gold", "finetune-gold"):
-        tried = {path.name: record(path) for path in (folder / "trials" / system).iterdir()}
-        assert set(tried) == {
+        trial_records = {path.name: record(path) for path in (folder / "trials" / system).iterdir()}
+        assert set(trial_records) == {
             f"learning_rate={rate},warmup_steps={n}" for rate in ("1e-05", "0.01") for n in (0, 2)
         }
-        assert all(said["student"]["seed"] == 3 for said in tried.values())
-        best = max(tried, key=lambda name: tried[name]["selection"])
+        assert all(trial_record["student"]["seed"] == 3 for trial_record in trial_records.values())
+        best = max(trial_records, key=lambda name: trial_records[name]["selection"])
         first, second = folder / f"{system}-s3", folder / f"{system}-s4"
         assert weights(first) == weights(folder / "trials" / system / best), (
             "the trial is the student"
@@ -57,14 +57,16 @@ def test_every_system_tries_every_setting_and_its_seeds_take_the_best(
         for student in (first, second):
             chosen = record(student)["student"]["tuned"]
             assert ",".join(f"{key}={value:g}" for key, value in chosen.items()) == best
-            shown = record(student)["trials"]
-            assert [t["selection"] for t in shown] == [
-                tried[
+            trials = record(student)["trials"]
+            assert [t["selection"] for t in trials] == [
+                trial_records[
                     f"learning_rate={t['setting']['learning_rate']:g},warmup_steps={t['setting']['warmup_steps']}"
                 ]["selection"]
-                for t in shown
+                for t in trials
             ]
-        assert len({said["selection"] for said in tried.values()}) > 1, "the settings differ"
+        assert len({trial_record["selection"] for trial_record in trial_records.values()}) > 1, (
+            "the settings differ"
+        )
     assert [s.tuned["learning_rate"] for s in result.students] == [
         record(Path(s.path))["student"]["tuned"]["learning_rate"] for s in result.students
     ]
@@ -77,13 +79,19 @@ def test_every_system_tries_every_setting_and_its_seeds_take_the_best(
 def test_a_tuned_student_is_the_one_that_its_setting_alone_would_give(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    tuned = train(annotated("train.tune.learning_rate=[0.01, 0.003]", "train.methods=finetune", "train.seeds=[0, 1]"),
-                  out=tmp_path / "run").students  # fmt: skip
+    tuned = train(
+        annotated(
+            "train.tune.learning_rate=[0.01, 0.003]", "train.methods=finetune", "train.seeds=[0, 1]"
+        ),
+        out=tmp_path / "run",
+    ).students
     chosen = tuned[0].tuned["learning_rate"]
     (tmp_path / "plain").mkdir()
     (tmp_path / "run" / "annotate").rename(tmp_path / "plain" / "annotate")
-    plain = train(annotated(f"train.learning_rate={chosen}", "train.methods=finetune", "train.seeds=[0, 1]"),
-                  out=tmp_path / "plain").students  # fmt: skip
+    plain = train(
+        annotated(f"train.learning_rate={chosen}", "train.methods=finetune", "train.seeds=[0, 1]"),
+        out=tmp_path / "plain",
+    ).students
     assert [weights(Path(s.path)) for s in tuned] == [weights(Path(s.path)) for s in plain]
 
 
@@ -134,11 +142,11 @@ def test_students_of_another_grid_are_not_taken_for_this_ones(
 
 def test_the_plan_counts_the_trials_once(annotated: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = annotated(GRID, "train.seeds=[0, 1]", "train.methods=finetune")
-    assert [line["trials"] for line in loop.planned(recipe, tmp_path / "run")] == [4, 0]
+    assert [line["trials"] for line in training_run.planned(recipe, tmp_path / "run")] == [4, 0]
 
 
 @pytest.mark.parametrize(
-    ("tune", "said"),
+    ("tune", "message"),
     [
         ("{learning_rate: []}", "at least one value"),
         ("{}", "names no setting"),
@@ -148,12 +156,12 @@ def test_the_plan_counts_the_trials_once(annotated: Callable[..., Recipe], tmp_p
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(
-    toy: Callable[..., Path], tune: str, said: str, tmp_path: Path
+    toy: Callable[..., Path], tune: str, message: str, tmp_path: Path
 ) -> None:
     done = run_dsbs(
         "validate", str(toy()), f"train.tune={tune}", "train.micro_batch_size=4", cwd=tmp_path
     )
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_setting_takes_the_place_of_the_sections_own() -> None:

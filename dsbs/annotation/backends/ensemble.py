@@ -22,7 +22,7 @@ from dsbs.config import MemberSection, Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json
 from dsbs.records.rows import Annotation, Example, Provenance, Sample, TeacherName
-from dsbs.run_folder import RunFolder, annotation_file, read_annotations, read_manifest
+from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.tasks import make_task
 
 # the task's keys that must agree between two runs for their labels to mean the same
@@ -70,7 +70,7 @@ def read_members(recipe: Recipe) -> list[Member]:
 def _read_member(recipe: Recipe, section: MemberSection) -> Member:
     run = section.run
     folder = RunFolder.of_member(recipe, section).path
-    record = read_manifest(folder / "annotate")
+    record = RunFolder(folder).manifest("annotate")
     again = f"run `dsbs annotate` with the recipe of {run} first"
     if not record:
         searched = f"looked from {Path.cwd()}"
@@ -106,7 +106,7 @@ def _read_member(recipe: Recipe, section: MemberSection) -> Member:
     missing = [
         split
         for split in recipe.annotate.splits
-        if split not in splits or not annotation_file(folder, split).is_file()
+        if split not in splits or not RunFolder(folder).annotations(split).is_file()
     ]
     if missing:
         raise UserError(
@@ -158,7 +158,7 @@ class EnsembleTeacher(Teacher):
         self._db.execute("BEGIN")
         for number, member in enumerate(self.members):
             for split in recipe.annotate.splits:
-                self._insert(number, split, annotation_file(member.folder, split))
+                self._insert(number, split, RunFolder(member.folder).annotations(split))
         self._db.execute("COMMIT")
 
     def _insert(self, member: int, split: str, path: Path) -> None:
@@ -227,7 +227,7 @@ class EnsembleTeacher(Teacher):
             member = self.members[number]
             row = Annotation.model_validate_json(text)
             if canonical_json(row.input) != canonical_json(example.input):
-                path = annotation_file(member.folder, split)
+                path = RunFolder(member.folder).annotations(split)
                 raise UserError(
                     f"row {example.id!r} of {split} has another input in {path} than here",
                     hint="the members must have annotated the same rows; check task.data, or leave "

@@ -17,7 +17,7 @@ from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.records.rows import Example
 from dsbs.tasks import make_task
-from dsbs.tasks.load import is_held_out, load, position, survey
+from dsbs.tasks.data import is_held_out, load, position, survey
 
 ROWS = [
     {"id": "a", "text": 'He said "no", twice', "label": "billing", "rationale": "It is said."},
@@ -221,7 +221,7 @@ def test_an_id_that_occurs_twice_is_named_with_both_lines(tmp_path: Path) -> Non
     rows[4]["id"] = "r1"
     message = problem(write_jsonl(tmp_path / "a.jsonl", rows)).problem
     assert "a.jsonl:5: id 'r1' occurs twice" in message
-    assert "first in 2" in message
+    assert "first in line 2" in message
 
 
 def test_numbers_as_ids_are_text(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_table_with_crooked_rows_is_refused_by_line(tmp_path: Path, text: str,
 def test_other_kinds_of_file_are_refused_with_those_that_are_known(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_text("x")
     error = problem(tmp_path / "a.xlsx")
-    assert "unknown kind of file" in error.problem
+    assert "unknown file format" in error.problem
     assert ".parquet" in error.hint
 
 
@@ -508,7 +508,7 @@ def test_cqa_refuses_a_label_that_is_no_choice(tmp_path: Path, label: str) -> No
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"question": "Where?", "choices": CHOICES, "label": label}]
     )
-    assert "is none of the choices" in problem(path, "cqa").problem
+    assert "is not one of the choices" in problem(path, "cqa").problem
 
 
 NLI_ROWS = [
