@@ -1,4 +1,4 @@
-"""Predictions that other systems made: files as people write them, and every mistake in them."""
+"""External predictions: files as users write them, and every mistake in them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GOLD = ["billing", "shipping"] * 5
 def take(
     toy: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., dict[str, dict[str, Prediction]]]:
-    """Takes the files of that name for the toy task's 10 test rows, r1000 to r1009, into the run ``run``."""
+    """Add files as external predictions of the 10 test rows, r1000 to r1009, to ``run``."""
 
     def taken(**predictions: str) -> dict[str, dict[str, Prediction]]:
         recipe = load_recipe(toy(test=10, eval={"predictions": predictions}))
@@ -89,10 +89,17 @@ def test_three_files_made_by_hand_become_prediction_files(
 
     first = found["rules"]["r1000"]
     assert first == Prediction(
-        id="r1000", input={"text": "My invoice number 1000 is wrong."}, gold="billing", raw="Billing.", prediction="billing",
-        correct=True, probability=0.25, rationale="An invoice.", latency_ms=12.0,
+        id="r1000",
+        input={"text": "My invoice number 1000 is wrong."},
+        gold="billing",
+        raw="Billing.",
+        prediction="billing",
+        correct=True,
+        probability=0.25,
+        rationale="An invoice.",
+        latency_ms=12.0,
         made_by="outside:" + hashlib.sha256(plain.read_bytes()).hexdigest(),
-    )  # fmt: skip
+    )
     assert all(
         one.correct and one.schema_ == "dsbs.prediction/2" for one in found["rules"].values()
     )
@@ -133,8 +140,14 @@ def test_numbers_are_ids_and_answers_too(toy: Callable[..., Path], tmp_path: Pat
             tmp_path / f"{name}.jsonl",
             [{"id": i, "question": f"{i} and 1?", "answer": i + 1} for i in range(10)],
         )
-    task = {"name": "generation", "numeric": True, "input": "{{ question }}", "labels": None, "columns": {"label": "answer"},
-            "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}}  # fmt: skip
+    task = {
+        "name": "generation",
+        "numeric": True,
+        "input": "{{ question }}",
+        "labels": None,
+        "columns": {"label": "answer"},
+        "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")},
+    }
     write_jsonl(tmp_path / "sums.jsonl", [{"id": i, "prediction": i + 1.0} for i in range(10)])
     recipe = load_recipe(toy(task=task, eval={"predictions": {"sums": "sums.jsonl"}}))
     add_external(recipe, make_task(recipe.task), rows_of(recipe), RunFolder(tmp_path / "run"))
@@ -182,7 +195,7 @@ def test_a_file_is_read_anew_every_time(
         ({"id": "r1001"}, r":2: id 'r1001' is already in line 1"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_file_line_and_key(
+def test_a_wrong_value_is_reported_with_file_line_and_key(
     take: Callable[..., dict[str, dict[str, Prediction]]],
     tmp_path: Path,
     change: dict[str, Any],
@@ -221,7 +234,7 @@ def test_a_wrong_value_is_told_with_its_file_line_and_key(
         ),
     ],
 )
-def test_a_file_that_is_none_is_told(
+def test_a_file_without_predictions_is_an_error(
     take: Callable[..., dict[str, dict[str, Prediction]]],
     tmp_path: Path,
     content: str,

@@ -1,4 +1,4 @@
-"""How many training rows a method needs, on curves made by hand."""
+"""Label efficiency: the training rows that a method needs, on curves made by hand."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def test_one_point_is_reached_or_not() -> None:
 
 
 def test_curve_and_target_are_drawn_together() -> None:
-    """Systems that are right on nested rows differ by a fixed sign: drawn apart, their accuracies would overlap."""
+    """Systems that are right on nested rows always differ in one direction; resampled separately,
+    their accuracies would overlap."""
     apart = label_efficiency([(100, scores(500)), (1000, scores(505))], np.roll(scores(503), 500))[
         1
     ]
@@ -132,7 +133,7 @@ def test_one_row_or_one_cluster_leaves_all_open() -> None:
     assert label_efficiency(rows, scores(600), np.zeros(1000, dtype=np.int64)) == (317, (100, None))
 
 
-def test_what_is_no_curve_is_refused() -> None:
+def test_an_invalid_curve_is_refused() -> None:
     with pytest.raises(ValueError, match="one point or more"):
         label_efficiency([], scores(500))
     with pytest.raises(ValueError, match="at least one training row"):

@@ -183,7 +183,7 @@ def test_macro_f1_of_counts_is_scikit_learns_of_rows(rows: list[tuple[int, int, 
     assert macro_f1(truth, np.array(reads), 4).value == pytest.approx(expected, abs=1e-12)
 
 
-def test_recall_is_scikit_learns_and_told_for_the_classes_that_occur() -> None:
+def test_recall_is_scikit_learns_for_the_classes_that_occur() -> None:
     gold = ["neutral"] * 6 + ["entailment"] * 4
     raw = ["neutral"] * 3 + ["entailment"] * 2 + ["?"] + ["entailment"] * 3 + ["contradiction"]
     found = measured(NLI, [scored(NLI, gold, raw)]).recall
@@ -246,7 +246,7 @@ def test_bins_hold_every_prediction_once_and_their_confidence_lies_in_them(
     assert 0 <= calibration_error(bins) <= 1
 
 
-def test_seeds_are_pooled_and_one_unknown_probability_leaves_calibration_untold() -> None:
+def test_seeds_are_pooled_and_one_unknown_probability_leaves_calibration_undefined() -> None:
     gold = ["neutral"] * 4
     one, other = (scored(NLI, gold, gold, [p] * 4) for p in (0.95, 0.75))
     found = measured(NLI, [one, other])

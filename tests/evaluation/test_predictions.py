@@ -1,4 +1,4 @@
-"""Prediction files: what a row says, what is kept, what is made anew."""
+"""Prediction files: their rows, when they are kept, and when they are made again."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def as_first_version(path: Path) -> None:
     )
 
 
-def test_a_row_says_what_was_asked_what_was_said_how_surely_and_by_whom(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_row_has_input_output_probability_and_model(recipe: Recipe, tmp_path: Path) -> None:
     student, rows = make_student(recipe, tmp_path), rows_of(recipe)
     lines = made(recipe, student, tmp_path)
     answers = Student.load(student.path).predict(
@@ -224,7 +222,7 @@ def test_rescoring_says_which_predictions_are_missing_or_of_another_student(
     assert other.value.hint == "run dsbs eval without --score-only"
 
 
-def test_a_damaged_prediction_file_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_damaged_prediction_file_is_reported_with_its_line(tmp_path: Path) -> None:
     good = {"schema": "dsbs.prediction/2", "id": "a", "raw": "x", "made_by": "y"}
     for bad, told in (
         ({"id": "b"}, "not a prediction"),
@@ -237,7 +235,7 @@ def test_a_damaged_prediction_file_is_told_with_its_line(tmp_path: Path) -> None
 
 
 def annotated(recipe: Recipe, run: Path, *rows: dict[str, Any], prompt: bool = True) -> None:
-    """What annotation leaves behind: these rows for the first of the split, and the others without any sample."""
+    """Write annotations of the split: ``rows`` for the first, without samples for the others."""
     task = make_task(recipe.task)
     lines = []
     for i, row in enumerate(rows_of(recipe)):
@@ -292,20 +290,41 @@ def test_the_teachers_row_has_its_own_labels_probability_and_whether_it_was_cut(
     hinted["label_logprob"] = -0.01
     cases: list[tuple[dict[str, Any], float | None, bool | None]] = [
         # its annotation, its probability, whether it was cut
-        (mine | {"samples": samples("billing"), "label_logprob": math.log(0.7), "vote_share": 1.0}, 0.7, False),
-        (mine | {"samples": samples("billing"), "label_logprob": 1e-7, "vote_share": 1.0}, 1.0, False),
+        (
+            mine
+            | {"samples": samples("billing"), "label_logprob": math.log(0.7), "vote_share": 1.0},
+            0.7,
+            False,
+        ),
+        (
+            mine | {"samples": samples("billing"), "label_logprob": 1e-7, "vote_share": 1.0},
+            1.0,
+            False,
+        ),
         (mine | {"samples": samples("billing"), "vote_share": 1.0}, None, False),
-        (mine | {"samples": samples("billing", "shipping", "billing"), "vote_share": 2 / 3}, 2 / 3, False),
+        (
+            mine | {"samples": samples("billing", "shipping", "billing"), "vote_share": 2 / 3},
+            2 / 3,
+            False,
+        ),
         (mine | {"samples": [cut, *samples("billing", "billing")], "vote_share": 1.0}, 1.0, False),
         ({"samples": [cut], "reject_reason": "truncated"}, None, True),
         ({"samples": [spent], "reject_reason": "spent-on-reasoning"}, None, True),
         ({"samples": [unread], "reject_reason": "unparsed"}, None, False),
         ({}, None, None),
         # the answer given away, nothing of which is the teacher's own
-        (hinted | {"samples": samples("billing", hinted="shipping", logprob=math.log(0.4))}, 0.4, False),
-        (hinted | {"samples": samples("billing", "billing", "shipping", hinted="shipping")}, 2 / 3, False),
+        (
+            hinted | {"samples": samples("billing", hinted="shipping", logprob=math.log(0.4))},
+            0.4,
+            False,
+        ),
+        (
+            hinted | {"samples": samples("billing", "billing", "shipping", hinted="shipping")},
+            2 / 3,
+            False,
+        ),
         (hinted | {"own_label": None, "samples": [cut, *samples(hinted="shipping")]}, None, True),
-    ]  # fmt: skip
+    ]
     annotated(recipe, tmp_path, *(row for row, _, _ in cases))
     task = make_task(recipe.task)
     rows = rows_of(recipe)
@@ -352,7 +371,7 @@ def test_a_teacher_without_a_prompt_or_a_models_name_has_none_in_its_rows(
     assert (one.model, one.prompt) == ("recorded", None)
 
 
-def test_the_command_tells_how_sure_the_student_is(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_command_prints_the_students_probability(recipe: Recipe, tmp_path: Path) -> None:
     student = make_student(recipe, tmp_path)
     done = run_dsbs(
         "predict",

@@ -1,4 +1,4 @@
-"""Prediction files made by hand, compared without any model; pairs, clusters, curves and bills."""
+"""Systems: comparisons without a model; pairs, clusters, learning curves and costs."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_three_files_made_by_hand_are_compared_without_a_model(tmp_path: Path) -
     )
 
 
-def test_the_baseline_may_be_a_file_from_outside(tmp_path: Path) -> None:
+def test_the_baseline_may_be_an_external_file(tmp_path: Path) -> None:
     recipe = load_recipe(hand_made(tmp_path, {"old": FLIPPED, "new": GOLD}, baseline=["new"]))
     found = evaluate(recipe, out=tmp_path / "run", score_only=True)
     assert found.baseline == "new" and found.system("old") is not None
@@ -129,9 +129,21 @@ def test_clusters_are_numbered_by_equal_values() -> None:
 def student(method: str, subset: float = 1.0, source: str | None = "s") -> TrainedStudent:
     name = method + ("" if subset == 1.0 else f"-n{subset:g}") + "-s0"
     return TrainedStudent(
-        name=name, method=method, labels="gold", seed=0, path="x", valid_accuracy=0.5, best_step=1, steps=1, examples_per_s=1,
-        wall_s=1, parameters=1, fingerprint="f", subset=subset, source=source,
-    )  # fmt: skip
+        name=name,
+        method=method,
+        labels="gold",
+        seed=0,
+        path="x",
+        valid_accuracy=0.5,
+        best_step=1,
+        steps=1,
+        examples_per_s=1,
+        wall_s=1,
+        parameters=1,
+        fingerprint="f",
+        subset=subset,
+        source=source,
+    )
 
 
 def system(
@@ -142,12 +154,16 @@ def system(
     return System(one.system, "student", [Scored([], [], [], correct)], [one], training_rows=rows)
 
 
-def test_students_meet_the_baselines_of_their_own_share_and_nobody_meets_twice() -> None:
+def test_students_meet_the_baselines_of_their_own_share_and_no_pair_twice() -> None:
     systems = [
         System("teacher", "teacher", [Scored([], [], [], np.ones(100, dtype=bool))]),
-        system("finetune"), system("finetune", 0.5), system("distill"), system("distill", 0.5), system("step-by-step"),
+        system("finetune"),
+        system("finetune", 0.5),
+        system("distill"),
+        system("distill", 0.5),
+        system("step-by-step"),
         system("step-by-step", 0.5),
-    ]  # fmt: skip
+    ]
     met = [(a.name, b.name) for a, b in pairs(systems, EvalSection())]
     assert ("step-by-step", "finetune") in met and ("step-by-step-n0.5", "finetune-n0.5") in met
     assert ("step-by-step-n0.5", "distill-n0.5") in met and ("teacher", "finetune") in met
@@ -159,15 +175,21 @@ def test_students_meet_the_baselines_of_their_own_share_and_nobody_meets_twice()
 
 def test_a_student_with_terms_meets_its_own_method_without_them() -> None:
     systems = [
-        system("finetune"), system("step-by-step"), system("step-by-step", 0.5), system("step-by-step+response"),
-        system("finetune+response"), system("step-by-step+response", 0.25),
-    ]  # fmt: skip
+        system("finetune"),
+        system("step-by-step"),
+        system("step-by-step", 0.5),
+        system("step-by-step+response"),
+        system("finetune+response"),
+        system("step-by-step+response", 0.25),
+    ]
     chosen = pairs(systems, EvalSection())
     met = [(a.name, b.name) for a, b in chosen]
     assert met == [
-        ("step-by-step", "finetune"), ("step-by-step+response", "finetune"), ("finetune+response", "finetune"),
+        ("step-by-step", "finetune"),
+        ("step-by-step+response", "finetune"),
+        ("finetune+response", "finetune"),
         ("step-by-step+response", "step-by-step"),
-    ]  # fmt: skip
+    ]
     taught = systems[3].students[0].model_copy(update={"labels": "teacher"})
     systems[3].students = [taught]
     assert ("step-by-step+response", "step-by-step") not in [
@@ -202,7 +224,7 @@ def test_adjusted_p_values_are_over_all_comparisons() -> None:
     assert one.p_holm == pytest.approx(min(1.0, 3 * one.p))  # the smallest of three
 
 
-def test_labels_needed_are_read_off_the_curve() -> None:
+def test_label_efficiency_is_read_off_the_curve() -> None:
     curve = [
         system("step-by-step", 0.25, 0.4, 100),
         system("step-by-step", 0.5, 0.5, 200),
