@@ -121,7 +121,7 @@ def test_a_missed_gate_exits_4_after_everything_is_written(
     )
     assert missed.returncode == 4, missed.stderr
     assert missed.stderr.count("is below the gate of") == 2 and "Traceback" not in missed.stderr
-    assert {one["name"] for one in json.loads(missed.stdout)["systems"]} >= {
+    assert {system["name"] for system in json.loads(missed.stdout)["systems"]} >= {
         "step-by-step-gold",
         "finetune-gold",
     }

@@ -47,7 +47,9 @@ def take(
 
 def lines(*changes: dict[str, Any], predictions: list[Any] = GOLD) -> list[dict[str, Any]]:
     """A file's ten objects, the first ones changed."""
-    rows = [{"id": f"r{1000 + i}", "prediction": said} for i, said in enumerate(predictions)]
+    rows = [
+        {"id": f"r{1000 + i}", "prediction": prediction} for i, prediction in enumerate(predictions)
+    ]
     return [row | (changes[i] if i < len(changes) else {}) for i, row in enumerate(rows)]
 
 
@@ -83,11 +85,11 @@ def test_three_files_made_by_hand_become_prediction_files(
     )
     backwards = [*lines()[::-1], {"id": "of another split", "prediction": "billing"}]
     write_jsonl(tmp_path / "backwards.jsonl", backwards)
-    found = take(
+    predictions = take(
         rules=str(plain), packed="packed.jsonl.gz", **{"an-api.v2": "backwards.jsonl"}
     )  # beside the recipe
 
-    first = found["rules"]["r1000"]
+    first = predictions["rules"]["r1000"]
     assert first == Prediction(
         id="r1000",
         input={"text": "My invoice number 1000 is wrong."},
@@ -101,10 +103,11 @@ def test_three_files_made_by_hand_become_prediction_files(
         made_by="outside:" + hashlib.sha256(plain.read_bytes()).hexdigest(),
     )
     assert all(
-        one.correct and one.schema_ == "dsbs.prediction/2" for one in found["rules"].values()
+        prediction.correct and prediction.schema_ == "dsbs.prediction/2"
+        for prediction in predictions["rules"].values()
     )
-    packed = list(found["packed"].values())
-    assert [one.raw for one in packed] == [
+    packed = list(predictions["packed"].values())
+    assert [prediction.raw for prediction in packed] == [
         "shipping",
         "",
         "",
@@ -116,7 +119,7 @@ def test_three_files_made_by_hand_become_prediction_files(
         "billing",
         "shipping",
     ]
-    assert [one.prediction for one in packed] == [
+    assert [prediction.prediction for prediction in packed] == [
         "shipping",
         None,
         None,
@@ -128,8 +131,8 @@ def test_three_files_made_by_hand_become_prediction_files(
         "billing",
         "shipping",
     ]
-    assert [one.correct for one in packed] == [False] * 6 + [True] * 4
-    assert list(found["an-api.v2"]) == [f"r{i}" for i in range(1000, 1010)], (
+    assert [prediction.correct for prediction in packed] == [False] * 6 + [True] * 4
+    assert list(predictions["an-api.v2"]) == [f"r{i}" for i in range(1000, 1010)], (
         "in the split's order, and nothing else"
     )
 
@@ -153,7 +156,9 @@ def test_numbers_are_ids_and_answers_too(toy: Callable[..., Path], tmp_path: Pat
     add_external(recipe, make_task(recipe.task), rows_of(recipe), RunFolder(tmp_path / "run"))
     found = read_predictions(RunFolder(tmp_path / "run").predictions("sums"))
     assert (
-        len(found) == 10 and all(one.correct for one in found.values()) and found["3"].raw == "4.0"
+        len(found) == 10
+        and all(prediction.correct for prediction in found.values())
+        and found["3"].raw == "4.0"
     )
 
 

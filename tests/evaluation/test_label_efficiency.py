@@ -93,8 +93,12 @@ def test_the_interval_is_that_of_drawing_rows() -> None:
     result = []
     for _ in range(4_000):
         rows = rng.integers(0, 500, 500)
-        low, high, wanted = curve[0][1][rows].mean(), curve[1][1][rows].mean(), target[rows].mean()
-        share = (wanted - low) / (high - low)
+        low, high, mean_target = (
+            curve[0][1][rows].mean(),
+            curve[1][1][rows].mean(),
+            target[rows].mean(),
+        )
+        share = (mean_target - low) / (high - low)
         result.append(math.inf if share > 1 else math.log(100) + max(0.0, share) * math.log(10))
     expected = np.exp(np.quantile(result, (0.025, 0.975), method="inverted_cdf"))
     ends = label_efficiency(curve, target)[1]

@@ -89,8 +89,8 @@ def test_words_of_every_script_count() -> None:
 
 def test_rouge_l_covers_the_rows_that_the_teacher_explained() -> None:
     file = explained(["it is so", None, "it was so", "x"])
-    found = measured(NLI, [file], {"0": "it is so", "1": "it is so", "2": None, "9": "it is so"})
-    assert (found["rouge_l"].value, found["rouge_l"].n) == (
+    metrics = measured(NLI, [file], {"0": "it is so", "1": "it is so", "2": None, "9": "it is so"})
+    assert (metrics["rouge_l"].value, metrics["rouge_l"].n) == (
         0.5,
         2,
     )  # the same words, and none at all
@@ -116,16 +116,16 @@ def test_files_without_a_rationale_have_no_such_metrics() -> None:
 
 
 def test_a_seed_that_was_predicted_without_rationales_is_left_out() -> None:
-    found = measured(NLI, [explained(["why", ""]), explained([None, None])], {})
-    assert found["rationale_empty"].value == 0.5
+    metrics = measured(NLI, [explained(["why", ""]), explained([None, None])], {})
+    assert metrics["rationale_empty"].value == 0.5
 
 
 def test_empty_and_truncated_rationales_are_counted() -> None:
-    found = measured(
+    metrics = measured(
         NLI, [explained(["why", " ", None, "so"], truncated=[True, None, None, False])], {}
     )
-    assert (found["rationale_empty"].value, found["rationale_empty"].n) == (0.5, 4)
-    assert (found["rationale_truncated"].value, found["rationale_truncated"].n) == (0.5, 2)
+    assert (metrics["rationale_empty"].value, metrics["rationale_empty"].n) == (0.5, 4)
+    assert (metrics["rationale_truncated"].value, metrics["rationale_truncated"].n) == (0.5, 2)
     assert "rationale_truncated" not in measured(NLI, [explained(["why"])], {})
 
 
@@ -138,8 +138,8 @@ def test_consistency_covers_the_rationales_that_state_a_conclusion() -> None:
         "Therefore the answer is neutral",
     ]
     labels = ["neutral", "neutral", "neutral", "contradiction", "no label at all"]
-    found = measured(NLI, [explained(rationales, labels)], {})["consistency"]
-    assert (found.value, found.n) == (2 / 4, 4)
+    consistency = measured(NLI, [explained(rationales, labels)], {})["consistency"]
+    assert (consistency.value, consistency.n) == (2 / 4, 4)
 
 
 def test_consistency_goes_by_an_equations_value_and_is_undefined_for_free_text() -> None:
@@ -153,10 +153,12 @@ def test_consistency_goes_by_an_equations_value_and_is_undefined_for_free_text()
 def test_seeds_are_averaged_within_the_rows_for_which_they_have_a_value() -> None:
     agrees, differs, silent = "The answer is neutral.", "The answer is entailment.", "Hm."
     files = [explained([agrees, agrees, silent]), explained([differs, silent, silent])]
-    found = measured(NLI, files, {}, np.array([0, 1, 1]))["consistency"]
-    assert (found.value, found.n) == ((0.5 + 1) / 2, 2)
+    consistency = measured(NLI, files, {}, np.array([0, 1, 1]))["consistency"]
+    assert (consistency.value, consistency.n) == ((0.5 + 1) / 2, 2)
 
 
 def test_names_come_in_the_described_order() -> None:
-    found = measured(NLI, [explained(["The answer is neutral."], truncated=[False])], {"0": "why"})
-    assert list(found) == NAMES
+    metrics = measured(
+        NLI, [explained(["The answer is neutral."], truncated=[False])], {"0": "why"}
+    )
+    assert list(metrics) == NAMES

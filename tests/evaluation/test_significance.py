@@ -212,12 +212,14 @@ def test_the_detectable_difference_is_found_for_any_number_of_rows(rows: int) ->
 
 
 def test_seeds_do_not_multiply_the_rows() -> None:
-    one = right_or_wrong(100, 0.6, 2)
-    assert accuracy(one, 1).interval == "wilson"
-    several = accuracy(one, 5)  # five identical seeds know no more than one
+    scores = right_or_wrong(100, 0.6, 2)
+    assert accuracy(scores, 1).interval == "wilson"
+    several = accuracy(scores, 5)  # five identical seeds know no more than one
     assert several.interval == "bootstrap over rows"
     width = several.ci95[1] - several.ci95[0]
-    assert width == pytest.approx(accuracy(one, 1).ci95[1] - accuracy(one, 1).ci95[0], rel=0.1)
+    assert width == pytest.approx(
+        accuracy(scores, 1).ci95[1] - accuracy(scores, 1).ci95[0], rel=0.1
+    )
 
 
 def test_a_graded_score_of_one_seed_is_no_count_of_successes() -> None:
@@ -314,9 +316,9 @@ def test_one_row_or_one_cluster_is_next_to_no_evidence() -> None:
     rows, same = right_or_wrong(50, 0.5, 20), np.zeros(50, dtype=np.int64)
     low, high = accuracy(rows, 1, same).ci95
     assert low < 0.05 and high > 0.95
-    one = paired_difference(rows, 1 - rows, same)
-    assert (one.p, one.minimum_detectable_effect) == (1.0, None)
-    assert one.ci95[1] - one.ci95[0] > 1.9
+    single = paired_difference(rows, 1 - rows, same)
+    assert (single.p, single.minimum_detectable_effect) == (1.0, None)
+    assert single.ci95[1] - single.ci95[0] > 1.9
 
 
 def test_rows_too_few_to_show_any_difference_name_none() -> None:
