@@ -1,12 +1,14 @@
-"""Exports against transformers: a student's labels by greedy decoding on the CPU, same rows, same threads, paired in one run.
+"""Speed of exports compared with transformers: labels by greedy decoding on the CPU.
 
     python benchmarks/predict.py --student runs/esnli/train/step-by-step-gold-s0
     python benchmarks/predict.py --random t5-small --variants ct2-int8 ct2 --rows 200
 
-Agreement is the share of equal texts on rows of e-SNLI's test split (../shared/data). A call is from texts to text, tokenised.
-Every variant's round stands between two of transformers; a ratio is the mean of those two over the variant's, and what is
-printed is the median of the rounds. At batch 1 a call takes one row, at batch 64 as many, of like lengths. Asked of ct2 int8:
-98 % agreement, 3 times faster at both batch sizes, 3.5 times smaller.
+All variants run in one process on the same rows with the same number of threads. Agreement is the
+share of equal texts on rows of e-SNLI's test split (../shared/data). A call includes tokenisation.
+Each round of a variant is between two rounds of transformers; a ratio is the mean of those two over
+the variant's. The median of the rounds is printed. A call has one row at batch 1, and 64 rows of
+similar length at batch 64. Target for ct2 int8: 98% agreement, 3 times faster at both batch sizes,
+3.5 times smaller.
 """
 
 from __future__ import annotations
@@ -76,13 +78,25 @@ def random_student(folder: Path, texts: Sequence[str]) -> Path:
     tokenizer = learn_vocabulary(texts, 4000)
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=32128, d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, decoder_start_token_id=0,
+        vocab_size=32128,
+        d_model=512,
+        d_kv=64,
+        num_heads=8,
+        d_ff=2048,
+        num_layers=6,
+        decoder_start_token_id=0,
         initializer_factor=0.5,
-    )  # fmt: skip
+    )
     card = StudentCard(
-        name="random-t5-small", method="finetune", labels="gold", seed=0, task=recipe.task, prefixes={"label": ""},
-        max_input_tokens=128, max_target_tokens=64,
-    )  # fmt: skip
+        name="random-t5-small",
+        method="finetune",
+        labels="gold",
+        seed=0,
+        task=recipe.task,
+        prefixes={"label": ""},
+        max_input_tokens=128,
+        max_target_tokens=64,
+    )
     folder.mkdir()
     Student.of(T5ForConditionalGeneration(config), tokenizer, card).save(folder)
     return folder
@@ -104,10 +118,10 @@ def written(engine: Backend, batches: Sequence[Sequence[str]]) -> list[str]:
 def main() -> None:
     if args.student is None and args.random is None:
         sys.exit(
-            "nothing is measured: give a trained student with --student FOLDER, or --random t5-small"
+            "nothing to measure: pass a trained student with --student FOLDER, or --random t5-small"
         )
     if not DATA.is_dir():
-        sys.exit(f"nothing is measured: e-SNLI is not in {DATA}")
+        sys.exit(f"nothing to measure: e-SNLI is not in {DATA}")
     torch.set_num_threads(args.threads)
     texts = texts_of_test(args.rows)
     with tempfile.TemporaryDirectory() as made:
@@ -121,7 +135,8 @@ def main() -> None:
         few = wide[:: max(1, len(wide) // 6)][:6]
         gold = written(reference.backend, wide)
         print(
-            f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, {args.threads} thread(s) on each side"
+            f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, "
+            f"{args.threads} thread(s)"
         )
         times = [
             part
@@ -133,9 +148,12 @@ def main() -> None:
         for variant in args.variants:
             form, _, quantize = variant.partition("-")
             done = export(
-                folder, form, quantize=quantize or "float32", out=Path(made) / variant,
+                folder,
+                form,
+                quantize=quantize or "float32",
+                out=Path(made) / variant,
                 examples=[text.removeprefix(prefix) for text in texts[:8]],
-            )  # fmt: skip
+            )
             engine = Student.load(done.path).backend
             agreed = sum(a == b for a, b in zip(gold, written(engine, wide), strict=True)) / len(
                 gold
@@ -154,7 +172,8 @@ def main() -> None:
                     f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                 ]
             print(
-                f"| {variant} | {done.megabytes:.2f} of {done.student_megabytes:.2f} | {done.smaller:.2f} | "
+                f"| {variant} | {done.megabytes:.2f} of {done.student_megabytes:.2f} "
+                f"| {done.smaller:.2f} | "
                 f"{100 * agreed:.1f} % | {' | '.join(cells)} |",
                 flush=True,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import platform
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from dsbs.config import StudentSection
 from dsbs.errors import DsbsError, UserError
 from dsbs.students.gguf import fingerprint, gguf_file, is_gguf
+
+CPUINFO = Path("/proc/cpuinfo")
 
 # Shapes of students from scratch (T5 v1.0 layout, Raffel et al., 2020; embeddings are tied).
 SIZES: dict[str, dict[str, int]] = {
@@ -248,3 +251,17 @@ def silence_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def device_name(cpuinfo: Path = CPUINFO) -> str:
+    """The name of the device that models run on: the GPU's, or the CPU's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()

@@ -74,7 +74,7 @@ def test_predicting_with_something_else_is_an_error(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("teacher.api_key_env=sk-proj-SECRET123", "no name of an environment variable"),
+        ("teacher.api_key_env=sk-proj-SECRET123", "not a valid environment variable name"),
         ("teacher.base_url=https://a.example/v1?key=SECRET123", "query"),
         ("teacher.extra_body={api_key: SECRET123}", "credentials"),
         ("teacher.extra_body={headers: {X-Auth: SECRET123}}", "credentials"),

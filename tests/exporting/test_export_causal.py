@@ -223,7 +223,14 @@ def altered(student: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("form", "quantize", "kind", "changes", "words", "hint"),
     [
-        ("onnx", None, "llama", {}, "a causal model, which the format onnx does not support", "ct2"),
+        (
+            "onnx",
+            None,
+            "llama",
+            {},
+            "a causal model, which the format onnx does not support",
+            "ct2",
+        ),
         ("gguf", None, "gpt2", {}, "llama, qwen2, qwen3 here, not gpt2", "ct2"),
         ("gguf", None, "llama", {"hidden_act": "gelu"}, "the activation gelu", "ct2"),
         ("ct2", None, "llama", {"hidden_act": "gelu"}, "the activation gelu", "torch"),
