@@ -27,7 +27,7 @@ from dsbs.progress import NoProgress
 from dsbs.records.results import Latency
 from dsbs.records.rows import Prediction, TrainedStudent
 from dsbs.run_folder import RunFolder
-from dsbs.students import Student
+from dsbs.students import Student, weights_megabytes
 
 
 @pytest.fixture
