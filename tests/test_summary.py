@@ -271,6 +271,6 @@ def test_label_efficiency_and_break_even_are_sentences() -> None:
         predictions=800,
     )
     assert break_even_sentence(break_even) == (
-        "step-by-step-gold: annotating its training rows cost $0.32. It saves that after "
+        "step-by-step-gold: annotating its training rows cost $0.32. It recovers that after "
         "800 predictions, since the teacher costs $0.40 per 1,000 predictions."
     )

@@ -272,7 +272,7 @@ def break_even_sentence(break_even: BreakEven) -> str:
     price = dollars(1000 * break_even.teacher_usd_per_prediction)
     return (
         f"{break_even.system}: annotating its training rows cost {dollars(break_even.spent_usd)}. "
-        f"It saves that after {count(break_even.predictions, 'prediction')}, "
+        f"It recovers that after {count(break_even.predictions, 'prediction')}, "
         f"since the teacher costs {price} per 1,000 predictions."
     )
 

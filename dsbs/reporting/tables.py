@@ -26,8 +26,8 @@ from dsbs.records.results import Comparison, Interval, Measure, SystemResult
 from dsbs.records.summary import TEST_NAMES, is_reliable
 from dsbs.reporting.runs import EvaluatedRun, name_among
 
-_AXIS_STEP = 0.1  # an axis of accuracies begins and ends at a multiple of this
-_DIFFERENCE_STEP = 0.05  # and an axis of differences at a multiple of this
+_AXIS_STEP = 0.1  # an axis of accuracies ends at multiples of this
+_DIFFERENCE_STEP = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,10 +425,8 @@ def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
 
 
 def _accepted_cell(split: dict[str, Any]) -> str:
-    rows = split["rows"]
-    if not rows:
-        return "0"
-    return f"{split['accepted']:,} ({percent(split['accepted'] / rows)})"
+    share = split["accepted"] / max(1, split["rows"])
+    return f"{split['accepted']:,} ({percent(share)})"
 
 
 # --- cells

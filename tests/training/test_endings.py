@@ -88,7 +88,7 @@ def test_an_error_other_than_a_full_disk_is_raised_unchanged(
         train(load_recipe(toy(), [ONLY]), out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_training_with_one_line_and_the_same_command_goes_on(
     toy: Callable[..., Path], tmp_path: Path, signal_number: signal.Signals
 ) -> None:

@@ -185,7 +185,7 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     assert costs[0]["tokens"] == costs[1]["tokens"] == rows[0][-1]["tokens"]
 
 
-@pytest.mark.parametrize(("steps", "every", "looks"), [(3, 100, [3]), (5, 2, [2, 4, 5])])
+@pytest.mark.parametrize(("steps", "every", "validations"), [(3, 100, [3]), (5, 2, [2, 4, 5])])
 def test_the_last_step_is_validated_whatever_eval_every_is(
     annotated: Callable[..., Recipe], tmp_path: Path, steps: int, every: int, validations: list[int]
 ) -> None:

@@ -146,7 +146,7 @@ def test_the_plan_counts_the_trials_once(annotated: Callable[..., Recipe], tmp_p
 
 
 @pytest.mark.parametrize(
-    ("tune", "said"),
+    ("tune", "message"),
     [
         ("{learning_rate: []}", "at least one value"),
         ("{}", "names no setting"),
@@ -156,12 +156,12 @@ def test_the_plan_counts_the_trials_once(annotated: Callable[..., Recipe], tmp_p
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(
-    toy: Callable[..., Path], tune: str, trial_record: str, tmp_path: Path
+    toy: Callable[..., Path], tune: str, message: str, tmp_path: Path
 ) -> None:
     done = run_dsbs(
         "validate", str(toy()), f"train.tune={tune}", "train.micro_batch_size=4", cwd=tmp_path
     )
-    assert done.returncode == 2 and trial_record in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_setting_takes_the_place_of_the_sections_own() -> None:

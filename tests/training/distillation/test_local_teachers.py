@@ -128,7 +128,7 @@ def test_an_interrupted_training_with_a_term_resumes_to_the_same_weights(
     (student,) = train(recipe, out=tmp_path / "interrupted").students
     assert weights_hash(folder) == weights_hash(Path(expected.path))
     assert student.fingerprint == expected.fingerprint
-    parameters = Student.load(folder).engine.parameters
+    parameters = Student.load(folder).backend.parameters
     assert parameters == student.parameters == student.trainable_parameters, "no projection is left"
 
 
