@@ -35,7 +35,8 @@ TRAINING_RECORD = "train.json"
 class RunFolder:
     """One run on disk. Nothing is created before something is written.
 
-    A ``stage`` is a folder of the run by its relative path: "annotate", "train", "eval", "compress/<student>".
+    A ``stage`` is a folder of the run by its relative path: "annotate", "train", "eval",
+    "compress/<student>".
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -51,7 +52,9 @@ class RunFolder:
 
     @classmethod
     def of_member(cls, recipe: Recipe, member: MemberSection) -> RunFolder:
-        """The run of an ensemble's member, from here or beside the recipe's file. It need not exist."""
+        """The run of an ensemble's member, from here or beside the recipe's file. It need not
+        exist.
+        """
         path = Path(member.run).expanduser()
         beside = (recipe.folder or Path()) / path
         if not path.is_dir() and beside.is_dir():
@@ -87,8 +90,8 @@ class RunFolder:
     def load_annotations(self, split: str, source: str) -> dict[str, Annotation]:
         """The split's annotations by id.
 
-        ``source`` is the recipe's ``source_fingerprint``. Raises UserError where the annotations are missing, unfinished, or
-        come from another teacher, prompt or sampling.
+        ``source`` is the recipe's ``source_fingerprint``. Raises UserError where the annotations
+        are missing, unfinished, or come from another teacher, prompt or sampling.
         """
         path = self.annotations(split)
         hint = f"run `dsbs annotate` with this recipe first (annotate.splits must name {split})"
@@ -136,7 +139,9 @@ class RunFolder:
         return self.path / "compress" / student
 
     def read_compressed(self) -> list[Compressed]:
-        """Every compressed student, by student and chain. Raises UserError for a record that cannot be read."""
+        """Every compressed student, by student and chain. Raises UserError for a record that cannot
+        be read.
+        """
         return [read_record(folder) for folder in self.compressed_students()]
 
     def compressed_students(self) -> list[Path]:
@@ -155,7 +160,9 @@ class RunFolder:
     # --- eval and report
 
     def predictions(self, system: str) -> Path:
-        """The prediction file of a system: a student's name, "teacher", or an external system's name."""
+        """The prediction file of a system: a student's name, "teacher", or an external system's
+        name.
+        """
         return self.path / "eval" / "predictions" / f"{system}.jsonl"
 
     @property
@@ -164,7 +171,9 @@ class RunFolder:
         return self.path / "eval" / "results.json"
 
     def read_results(self) -> Results:
-        """The results of the evaluation. Raises UserError where there are none, or they cannot be read."""
+        """The results of the evaluation. Raises UserError where there are none, or they cannot be
+        read.
+        """
         return read_results(self.results)
 
     @property
@@ -192,18 +201,21 @@ class RunFolder:
     def record(
         self, stage: str, recipe: Recipe | Mapping[str, Any], data: Mapping[str, str]
     ) -> Iterator[dict[str, Any]]:
-        """Write a stage's manifest as it starts and as it ends: recipe, versions, data hashes, times, status.
+        """Write a stage's manifest as it starts and as it ends: recipe, versions, data hashes,
+        times, status.
 
-        ``data`` maps a split to the hash of its rows. What the body adds to the yielded dict is written too. The status is
-        "done" unless the body sets another one; "interrupted", "partial" or "failed" where it raises.
+        ``data`` maps a split to the hash of its rows. What the body adds to the yielded dict is
+        written too. The status is "done" unless the body sets another one; "interrupted", "partial"
+        or "failed" where it raises.
         """
-        given = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else dict(recipe)
+        if isinstance(recipe, Recipe):
+            recipe = recipe.model_dump(mode="json")
         path = self._manifest_file(stage)
         manifest: dict[str, Any] = {
             "status": "running",
             "started": now(),
             "ended": None,
-            "recipe": given,
+            "recipe": dict(recipe),
             "data": dict(data),
             "versions": versions(),
         }
@@ -219,11 +231,13 @@ class RunFolder:
         write_json(path, manifest | {"ended": now()})
 
     def lock(self, stage: str) -> AbstractContextManager[None]:
-        """Hold a stage for this process. Raises DsbsError naming the process that holds it already."""
+        """Hold a stage for this process. Raises DsbsError naming the process that holds it."""
         return lock_folder(self.stage(stage))
 
     def is_locked(self, stage: str) -> bool:
-        """Whether a process holds a stage. A manifest alone does not know that its process was killed."""
+        """Whether a process holds a stage. A manifest alone does not know that its process was
+        killed.
+        """
         return is_locked(self.stage(stage))
 
     def _manifest_file(self, stage: str) -> Path:
@@ -233,7 +247,8 @@ class RunFolder:
 
     @staticmethod
     def set_aside(path: Path, mark: str | None) -> None:
-        """Move a file or folder that no longer fits to ``aside/`` beside it, under the mark of what it was made by.
+        """Move a file or folder that no longer fits to ``aside/`` beside it, under the mark of what
+        it was made by.
 
         ``mark`` is its fingerprint (None: unknown). Nothing is overwritten.
         """
@@ -244,7 +259,8 @@ class RunFolder:
 
     @staticmethod
     def take_back(path: Path, mark: str, mark_of: Callable[[Path], str | None]) -> bool:
-        """Move what was set aside under ``mark`` back to ``path``, where nothing may lie. Returns whether there was any.
+        """Move what was set aside under ``mark`` back to ``path``, where nothing may lie. Returns
+        whether there was any.
 
         ``mark_of`` reads the mark of a file or folder; names hold only the beginning of a mark.
         """
@@ -267,12 +283,14 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
             field = ".".join(map(str, first["loc"]))
             raise UserError(
                 f"{path}:{number}: not an annotation ({field}: {first['msg']})",
-                hint="run `dsbs annotate` again: it rebuilds the file from the stored replies, without new requests",
+                hint="run `dsbs annotate` again: it rebuilds the file from the stored replies",
             ) from None
 
 
 def training_record(folder: Path) -> dict[str, Any]:
-    """The record that training wrote into a student's folder. Raises UserError where there is none that can be read."""
+    """The record that training wrote into a student's folder. Raises UserError where there is none
+    that can be read.
+    """
     path = folder / TRAINING_RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -289,7 +307,9 @@ def training_record(folder: Path) -> dict[str, Any]:
 
 
 def read_student(folder: Path) -> TrainedStudent:
-    """A finished student by its training record; its path is ``folder``, as a run may have moved. Raises UserError."""
+    """A finished student by its training record; its path is ``folder``, as a run may have moved.
+    Raises UserError.
+    """
     record = training_record(folder)
     try:
         return TrainedStudent.model_validate(record["student"] | {"path": str(folder)})
@@ -312,7 +332,7 @@ def _status_after(error: BaseException) -> str:
 
 
 def _aside_names(path: Path, mark: str) -> Iterator[Path]:
-    """The paths under which ``path`` is set aside: the first one, then those for when it is taken."""
+    """The names under which ``path`` is set aside, in the order in which they are used."""
     suffix = ".jsonl" if path.name.endswith(".jsonl") else ""
     name = f"{path.name.removesuffix(suffix)}-{mark[:12]}"
     while True:

@@ -15,7 +15,7 @@ from dsbs.formatting import count, percent
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
 from dsbs.records.rows import Example
 from dsbs.students import InputFormat, check_student, new_input_format, new_tokenizer
-from dsbs.students.vocabulary import lost_in
+from dsbs.students.tokenizer import vocabulary_warnings
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task, fold
 from dsbs.tasks.data import load, survey
@@ -67,7 +67,7 @@ def validate(recipe: Recipe) -> Validation:
     labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
     labels += task.labels or ()
     # First, for nothing is worse than a label that the student cannot write.
-    warnings[:0] = lost_in(recipe.student, tokenizer, labels, {})
+    warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
     figures = {}
     for split, rows in splits.items():
         figures[split] = _split_figures(recipe, task, tokenizer, input_format, rows)
@@ -153,7 +153,8 @@ def _split_warnings(
         "rationales": [row.rationale for row in rows if row.rationale],
     }
     warnings += [
-        f"{split}: {warning}" for warning in lost_in(recipe.student, tokenizer, [], texts_read)
+        f"{split}: {warning}"
+        for warning in vocabulary_warnings(recipe.student, tokenizer, [], texts_read)
     ]
     if recipe.eval.split == split and with_gold < len(rows):
         unlabelled = count(len(rows) - with_gold, "row")
