@@ -152,7 +152,7 @@ def test_another_recipes_students_are_not_scored_as_this_ones(
     assert not evaluate(
         annotated("train.methods=finetune", "train.max_steps=2"), out=tmp_path / "run"
     ).reportable
-    with pytest.raises(UserError, match="trained by other settings"):
+    with pytest.raises(UserError, match="trained with other settings"):
         evaluate(annotated("train.methods=finetune", "train.max_steps=3"), out=tmp_path / "run")
 
 
