@@ -27,7 +27,6 @@ _DISK_FULL_MESSAGES = (
     "iostream error",
     "unexpected pos",
 )
-CPUINFO = Path("/proc/cpuinfo")
 _PACKAGE = Path(__file__).resolve().parent
 # Packages whose versions decide results.
 _VERSIONED = (
@@ -42,22 +41,23 @@ _VERSIONED = (
 
 
 def find_file(path: str | Path, *, what: str, hint: str, beside: Path | None = None) -> Path:
-    """Find a file by the path given, beside the folder ``beside``, or among the files that ship with dsbs.
+    """Find a file by the path given, beside the folder ``beside``, or among the files that ship
+    with dsbs.
 
-    Shipped prompts, recipes and data lie in a checkout's root or inside an installed wheel. ``what`` names the file in the
-    message. Raises UserError where there is no such file.
+    Shipped prompts, recipes and data lie in a checkout's root or inside an installed wheel.
+    ``what`` names the file in the message. Raises UserError where there is no such file.
     """
-    given = Path(path).expanduser()
-    candidates = [given]
-    if not given.is_absolute():
+    expanded = Path(path).expanduser()
+    candidates = [expanded]
+    if not expanded.is_absolute():
         if beside is not None:
-            candidates.append(beside / given)
+            candidates.append(beside / expanded)
         roots = (_PACKAGE / "_shipped", _PACKAGE.parent)
-        candidates += [root / given for root in roots if _has_shipped_files(root)]
+        candidates += [root / expanded for root in roots if _has_shipped_files(root)]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    if given.is_dir():
+    if expanded.is_dir():
         raise UserError(f"{what} {path} is a directory", hint=hint)
     raise UserError(f"{what} {path} does not exist (looked from {Path.cwd()})", hint=hint)
 
@@ -71,7 +71,9 @@ def _has_shipped_files(root: Path) -> bool:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open UTF-8 text, gzipped or not. Only ``\\n`` ends a line: data hold other Unicode line separators."""
+    """Open UTF-8 text, gzipped or not. Only ``\\n`` ends a line: data hold other Unicode line
+    separators.
+    """
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -87,7 +89,9 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) and skip blank lines. Raises UserError with the line's number."""
+    """Yield (line number from 1, object) and skip blank lines. Raises UserError with the line's
+    number.
+    """
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -133,7 +137,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_write(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """Open a file for writing that appears under ``path`` complete or not at all, even if the process is killed.
+    """Open a file for writing that appears under ``path`` complete or not at all, even if the
+    process is killed.
 
     UTF-8 text, or bytes. Raises PartialError where the disk is full.
     """
@@ -187,11 +192,11 @@ def _is_disk_full(error: BaseException | None) -> bool:
 # --- hashes
 
 
-def digest(*parts: str) -> str:
+def digest(*texts: str) -> str:
     """Hex SHA-256 over texts, each closed by a NUL so that no two lists of texts collide."""
     state = hashlib.sha256()
-    for part in parts:
-        state.update(part.encode("utf-8", "surrogatepass"))
+    for text in texts:
+        state.update(text.encode("utf-8", "surrogatepass"))
         state.update(b"\0")
     return state.hexdigest()
 
@@ -205,7 +210,9 @@ def canonical_json(value: Any) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents. Raises UserError where a file is in the way, or permission is denied."""
+    """Create a folder and its parents. Raises UserError where a file is in the way, or permission
+    is denied.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -270,17 +277,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
-
-
-def device_name(cpuinfo: Path = CPUINFO) -> str:
-    """The name of the device that models run on: the GPU's, or the CPU's."""
-    import torch
-
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()

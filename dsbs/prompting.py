@@ -1,7 +1,8 @@
-"""Prompts: read a prompt file, render it for an example, hash it.
+"""Prompts: prompt files, rendering for an example, and the fingerprint of annotations.
 
-A prompt is an instruction, exemplars and one question, in a fixed order: all that precedes the question is the same byte
-for byte in every request, so that a provider's prompt cache can serve it.
+A prompt is an instruction, exemplars and one question, in this order. Everything before the
+question is the same in every request, byte for byte, so that a provider's prompt cache can serve
+it.
 """
 
 from __future__ import annotations
@@ -38,40 +39,48 @@ class Exemplar(BaseModel):
 
 
 class Prompt(BaseModel):
-    """One prompt file. ``template`` renders a question, ``answer`` an exemplar's rationale and label after it."""
+    """One prompt file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     instruction: str = ""
+    """The system message, or the beginning of a single text."""
     template: str
+    """Jinja template of a question."""
     answer: str = "{{ rationale }}\nAnswer: {{ label }}"
-    anchor: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = (
-        "Answer:",
-    )  # precedes the label; first found wins
-    stop: Annotated[
-        tuple[str, ...], BeforeValidator(_as_list)
-    ] = ()  # where an invented next example begins
-    hint: str = (  # stands before the question where the gold label is given away (annotate.hint)
-        "(The right answer to the next one is: {{ label }}. Give the reasoning that leads there from what is asked alone, in "
-        "the same form, and do not speak of this remark.)"
+    """Jinja template of an exemplar's answer."""
+    anchor: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("Answer:",)
+    """Texts that precede the label in a reply; the first one found counts."""
+    stop: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    """Texts with which a model begins an example of its own; the reply ends before them."""
+    hint: str = (
+        "(The right answer to the next one is: {{ label }}. Give the reasoning that leads there "
+        "from what is asked alone, in the same form, and do not speak of this remark.)"
     )
+    """Jinja template of the text before the question that gives the gold label away
+    (annotate.hint)."""
     exemplars: tuple[Exemplar, ...] = Field((), max_length=64)
 
     @property
     def hash(self) -> str:
-        """Of all that may be sent or that decides how replies are read."""
+        """Hash of everything that is sent or decides how replies are read."""
         return digest(canonical_json(self.model_dump(mode="json")))
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One example's prompt: messages for a chat endpoint, the joined text for a completions endpoint."""
+    """One example's prompt: messages for a chat endpoint, the joined text for a completions
+    endpoint.
+    """
 
     messages: tuple[dict[str, str], ...]
     text: str
 
     def body(self, endpoint: Literal["chat", "completions"]) -> dict[str, Any]:
-        return {"messages": list(self.messages)} if endpoint == "chat" else {"prompt": self.text}
+        """The part of a request body that holds the prompt."""
+        if endpoint == "chat":
+            return {"messages": list(self.messages)}
+        return {"prompt": self.text}
 
 
 class PromptRenderer:
@@ -80,33 +89,29 @@ class PromptRenderer:
     def __init__(self, prompt: Prompt, task: Task) -> None:
         self.prompt = prompt
         self.task = task
-        system = (
-            [{"role": "system", "content": prompt.instruction.strip()}]
-            if prompt.instruction.strip()
-            else []
-        )
-        turns: list[dict[str, str]] = []
-        blocks = [prompt.instruction.strip()] if prompt.instruction.strip() else []
+        messages: list[dict[str, str]] = []
+        blocks: list[str] = []
+        instruction = prompt.instruction.strip()
+        if instruction:
+            messages.append({"role": "system", "content": instruction})
+            blocks.append(instruction)
         for number, exemplar in enumerate(prompt.exemplars, 1):
             question, answer = self.exemplar(exemplar, number)
-            turns += [
+            messages += [
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": answer},
             ]
-            blocks.append(
-                f"{question} {answer}" if not question.endswith("\n") else question + answer
-            )
-        self._messages = (*system, *turns)
+            separator = "" if question.endswith("\n") else " "
+            blocks.append(question + separator + answer)
+        self._messages = tuple(messages)
         self._text = "".join(f"{block}\n\n" for block in blocks)
 
     def exemplar(self, exemplar: Exemplar, number: int) -> tuple[str, str]:
-        """Question and answer of an exemplar. Raises UserError where its fields do not fit the task."""
+        """An exemplar's question and answer. Raises UserError if its fields do not fit the task."""
         where = f"prompt, exemplar {number}"
         fields = self.task.fields(exemplar.input, where)
         view = self.task.view(fields, self.task.gold(exemplar.label, fields, where))
-        view["label"] = (
-            exemplar.label
-        )  # as the author spells it: equations have more than one spelling
+        view["label"] = exemplar.label  # as the author spells it, not in canonical form
         question = render(self.prompt.template, view, where=f"{where}: template").rstrip()
         answer = render(
             self.prompt.answer,
@@ -122,6 +127,7 @@ class PromptRenderer:
         ).strip()
 
     def render(self, example: Example, *, hint: bool = False) -> Rendered:
+        """The prompt for an example; with ``hint``, one that gives its gold label away."""
         question = render(
             self.prompt.template, self.task.view(example.input), where="prompt: template"
         ).rstrip()
@@ -133,7 +139,9 @@ class PromptRenderer:
 
 
 def load_prompt(recipe: Recipe, task: Task) -> Prompt:
-    """The recipe's prompt file, else the task's shipped one, else a zero-shot prompt. Raises UserError."""
+    """The recipe's prompt file, else the task's shipped one, else a zero-shot prompt. Raises
+    UserError.
+    """
     if recipe.annotate.prompt is not None:
         return read_prompt(recipe.annotate.prompt, recipe.folder)
     if task.name in ("classification", "generation"):
@@ -142,6 +150,7 @@ def load_prompt(recipe: Recipe, task: Task) -> Prompt:
 
 
 def read_prompt(path: str, beside: Path | None) -> Prompt:
+    """Read a prompt file, which may lie in the folder ``beside``. Raises UserError."""
     file = find_file(
         path,
         what="prompt file",
@@ -152,19 +161,19 @@ def read_prompt(path: str, beside: Path | None) -> Prompt:
         located = load_located(file.read_text(encoding="utf-8"))
         prompt = Prompt.model_validate(located.data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({error})", hint="mend the prompt file") from None
+        raise UserError(f"{path}: not valid YAML ({error})", hint="fix the prompt file") from None
     except ValidationError as error:
-        issues = [
-            f"{path}:{located.line(i['loc']) or 1}: {dotted(i['loc'])}: {i['msg']}"
-            for i in error.errors()
-        ]
+        problems = []
+        for issue in error.errors():
+            line = located.line(issue["loc"]) or 1
+            problems.append(f"{path}:{line}: {dotted(issue['loc'])}: {issue['msg']}")
         raise UserError(
-            "\n  ".join(issues),
+            "\n  ".join(problems),
             hint="a prompt has instruction, template, answer, anchor, stop, exemplars",
         ) from None
     if located.problems:
         raise UserError(
-            "\n  ".join(f"{path}:{line}: {said}" for line, said in located.problems),
+            "\n  ".join(f"{path}:{line}: {problem}" for line, problem in located.problems),
             hint="keep one of the two",
         )
     if not prompt.anchor or not all(mark.strip() for mark in (*prompt.anchor, *prompt.stop)):
@@ -176,19 +185,19 @@ def read_prompt(path: str, beside: Path | None) -> Prompt:
 
 
 def zero_shot(recipe: Recipe, task: Task) -> Prompt:
-    """A chain-of-thought prompt without exemplars, ending in ``Answer: …``, for tasks that bring no prompt file."""
+    """A chain-of-thought prompt without exemplars, for tasks without a prompt file."""
     if task.labels is not None:
-        what = recipe.task.description or "Decide which label fits the text."
+        goal = recipe.task.description or "Decide which label fits the text."
         choice = f"The label is exactly one of: {', '.join(task.labels)}."
         last = "Answer: <label>"
     else:
-        what = recipe.task.description or "Answer the question or do what the text asks."
-        choice = "Give the final answer only, as short as it can be" + (
-            ", as a number." if recipe.task.numeric else "."
-        )
+        goal = recipe.task.description or "Answer the question or do what the text asks."
+        choice = "Give the final answer only, as short as it can be"
+        choice += ", as a number." if recipe.task.numeric else "."
         last = "Answer: <answer>"
     instruction = (
-        f"{what}\n{choice}\nFirst explain your reasoning in one to three sentences that rest on the text. "
+        f"{goal}\n{choice}\n"
+        "First explain your reasoning in one to three sentences that rest on the text. "
         f"Then write the answer on a last line of its own, in this form:\n{last}"
     )
     return Prompt(instruction=instruction, template="Text: {{ text }}", stop=("\nText:",))
@@ -221,7 +230,9 @@ _ANNOTATE_KEYS_WITHOUT_EFFECT = {
 
 
 def source_fingerprint(recipe: Recipe, task: Task) -> str:
-    """Hash of everything in a recipe that decides what the annotation of a row is: teacher, prompt, sampling."""
+    """Hash of everything in a recipe that decides what the annotation of a row is: teacher, prompt,
+    sampling.
+    """
     if recipe.teacher.kind == "ensemble":
         votes = []
         for member in recipe.teacher.members:

@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from dsbs.config import MemberSection, Recipe
 from dsbs.errors import PartialError, UserError
 from dsbs.files import is_locked, lock_folder, make_folder, now, read_jsonl, versions, write_json
-from dsbs.records.compression import Compressed, read_compressed
+from dsbs.records.compression import RECORD as COMPRESSION_RECORD
+from dsbs.records.compression import Compressed, read_record
 from dsbs.records.results import Results, read_results
 from dsbs.records.rows import Annotation, TrainedStudent
 
@@ -34,7 +35,8 @@ TRAINING_RECORD = "train.json"
 class RunFolder:
     """One run on disk. Nothing is created before something is written.
 
-    A ``stage`` is a folder of the run by its relative path: "annotate", "train", "eval", "compress/<student>".
+    A ``stage`` is a folder of the run by its relative path: "annotate", "train", "eval",
+    "compress/<student>".
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,7 +52,9 @@ class RunFolder:
 
     @classmethod
     def of_member(cls, recipe: Recipe, member: MemberSection) -> RunFolder:
-        """The run of an ensemble's member, from here or beside the recipe's file. It need not exist."""
+        """The run of an ensemble's member, from here or beside the recipe's file. It need not
+        exist.
+        """
         path = Path(member.run).expanduser()
         beside = (recipe.folder or Path()) / path
         if not path.is_dir() and beside.is_dir():
@@ -86,8 +90,8 @@ class RunFolder:
     def load_annotations(self, split: str, source: str) -> dict[str, Annotation]:
         """The split's annotations by id.
 
-        ``source`` is the recipe's ``source_fingerprint``. Raises UserError where the annotations are missing, unfinished, or
-        come from another teacher, prompt or sampling.
+        ``source`` is the recipe's ``source_fingerprint``. Raises UserError where the annotations
+        are missing, unfinished, or come from another teacher, prompt or sampling.
         """
         path = self.annotations(split)
         hint = f"run `dsbs annotate` with this recipe first (annotate.splits must name {split})"
@@ -125,22 +129,40 @@ class RunFolder:
         records = sorted(self.stage("train").glob(f"*/{TRAINING_RECORD}"))
         return [read_student(record.parent) for record in records]
 
-    def local_teacher(self, name: str) -> Path:
-        """The folder of a local teacher that the run trained itself."""
-        return self.path / "train" / "teachers" / name
+    def local_teachers(self) -> list[Path]:
+        """The folders of the finished local teachers that the run trained itself."""
+        records = self.path.glob(f"train/teachers/*/{TRAINING_RECORD}")
+        return sorted(record.parent for record in records)
 
     def compressed(self, student: str) -> Path:
         """The folder that holds the compressed students made of ``student``."""
         return self.path / "compress" / student
 
     def read_compressed(self) -> list[Compressed]:
-        """Every compressed student, by student and chain. Raises UserError for a record that cannot be read."""
-        return read_compressed(self.path)
+        """Every compressed student, by student and chain. Raises UserError for a record that cannot
+        be read.
+        """
+        return [read_record(folder) for folder in self.compressed_students()]
+
+    def compressed_students(self) -> list[Path]:
+        """The folders of the finished compressed students, by student and chain."""
+        records = self.path.glob(f"compress/*/*/{COMPRESSION_RECORD}")
+        return sorted(record.parent for record in records)
+
+    def exports(self) -> list[Path]:
+        """The folders of the finished exports of students and compressed students."""
+        records = [
+            *self.path.glob("train/*/export/[!.]*/export.json"),
+            *self.path.glob("compress/*/*/export/[!.]*/export.json"),
+        ]
+        return sorted(record.parent for record in records)
 
     # --- eval and report
 
     def predictions(self, system: str) -> Path:
-        """The prediction file of a system: a student's name, "teacher", or an external system's name."""
+        """The prediction file of a system: a student's name, "teacher", or an external system's
+        name.
+        """
         return self.path / "eval" / "predictions" / f"{system}.jsonl"
 
     @property
@@ -149,8 +171,10 @@ class RunFolder:
         return self.path / "eval" / "results.json"
 
     def read_results(self) -> Results:
-        """The results of the evaluation. Raises UserError where there are none, or they cannot be read."""
-        return read_results(self.path)
+        """The results of the evaluation. Raises UserError where there are none, or they cannot be
+        read.
+        """
+        return read_results(self.results)
 
     @property
     def report(self) -> Path:
@@ -177,18 +201,21 @@ class RunFolder:
     def record(
         self, stage: str, recipe: Recipe | Mapping[str, Any], data: Mapping[str, str]
     ) -> Iterator[dict[str, Any]]:
-        """Write a stage's manifest as it starts and as it ends: recipe, versions, data hashes, times, status.
+        """Write a stage's manifest as it starts and as it ends: recipe, versions, data hashes,
+        times, status.
 
-        ``data`` maps a split to the hash of its rows. What the body adds to the yielded dict is written too. The status is
-        "done" unless the body sets another one; "interrupted", "partial" or "failed" where it raises.
+        ``data`` maps a split to the hash of its rows. What the body adds to the yielded dict is
+        written too. The status is "done" unless the body sets another one; "interrupted", "partial"
+        or "failed" where it raises.
         """
-        given = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else dict(recipe)
+        if isinstance(recipe, Recipe):
+            recipe = recipe.model_dump(mode="json")
         path = self._manifest_file(stage)
         manifest: dict[str, Any] = {
             "status": "running",
             "started": now(),
             "ended": None,
-            "recipe": given,
+            "recipe": dict(recipe),
             "data": dict(data),
             "versions": versions(),
         }
@@ -204,11 +231,13 @@ class RunFolder:
         write_json(path, manifest | {"ended": now()})
 
     def lock(self, stage: str) -> AbstractContextManager[None]:
-        """Hold a stage for this process. Raises DsbsError naming the process that holds it already."""
+        """Hold a stage for this process. Raises DsbsError naming the process that holds it."""
         return lock_folder(self.stage(stage))
 
     def is_locked(self, stage: str) -> bool:
-        """Whether a process holds a stage. A manifest alone does not know that its process was killed."""
+        """Whether a process holds a stage. A manifest alone does not know that its process was
+        killed.
+        """
         return is_locked(self.stage(stage))
 
     def _manifest_file(self, stage: str) -> Path:
@@ -218,7 +247,8 @@ class RunFolder:
 
     @staticmethod
     def set_aside(path: Path, mark: str | None) -> None:
-        """Move a file or folder that no longer fits to ``aside/`` beside it, under the mark of what it was made by.
+        """Move a file or folder that no longer fits to ``aside/`` beside it, under the mark of what
+        it was made by.
 
         ``mark`` is its fingerprint (None: unknown). Nothing is overwritten.
         """
@@ -229,7 +259,8 @@ class RunFolder:
 
     @staticmethod
     def take_back(path: Path, mark: str, mark_of: Callable[[Path], str | None]) -> bool:
-        """Move what was set aside under ``mark`` back to ``path``, where nothing may lie. Returns whether there was any.
+        """Move what was set aside under ``mark`` back to ``path``, where nothing may lie. Returns
+        whether there was any.
 
         ``mark_of`` reads the mark of a file or folder; names hold only the beginning of a mark.
         """
@@ -252,12 +283,14 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
             field = ".".join(map(str, first["loc"]))
             raise UserError(
                 f"{path}:{number}: not an annotation ({field}: {first['msg']})",
-                hint="run `dsbs annotate` again: it rebuilds the file from the stored replies, without new requests",
+                hint="run `dsbs annotate` again: it rebuilds the file from the stored replies",
             ) from None
 
 
 def training_record(folder: Path) -> dict[str, Any]:
-    """The record that training wrote into a student's folder. Raises UserError where there is none that can be read."""
+    """The record that training wrote into a student's folder. Raises UserError where there is none
+    that can be read.
+    """
     path = folder / TRAINING_RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -274,7 +307,9 @@ def training_record(folder: Path) -> dict[str, Any]:
 
 
 def read_student(folder: Path) -> TrainedStudent:
-    """A finished student by its training record; its path is ``folder``, as a run may have moved. Raises UserError."""
+    """A finished student by its training record; its path is ``folder``, as a run may have moved.
+    Raises UserError.
+    """
     record = training_record(folder)
     try:
         return TrainedStudent.model_validate(record["student"] | {"path": str(folder)})
@@ -297,24 +332,9 @@ def _status_after(error: BaseException) -> str:
 
 
 def _aside_names(path: Path, mark: str) -> Iterator[Path]:
-    """The paths under which ``path`` is set aside: the first one, then those for when it is taken."""
+    """The names under which ``path`` is set aside, in the order in which they are used."""
     suffix = ".jsonl" if path.name.endswith(".jsonl") else ""
     name = f"{path.name.removesuffix(suffix)}-{mark[:12]}"
     while True:
         yield path.parent / "aside" / f"{name}{suffix}"
         name += "+"
-
-
-# --- to be replaced by RunFolder
-
-
-def run_folder(recipe: Recipe, out: str | Path | None = None) -> Path:
-    return RunFolder.of(recipe, out).path
-
-
-def annotation_file(run: Path, split: str) -> Path:
-    return RunFolder(run).annotations(split)
-
-
-def read_manifest(stage: Path) -> dict[str, Any]:
-    return RunFolder(stage.parent).manifest(stage.name)

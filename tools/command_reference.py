@@ -38,6 +38,7 @@ An interrupted command goes on when it is run again; what is finished is not don
 MORE = {  # where a page says more than the help does
     "init": "[Tutorial](tutorial.md)",
     "validate": "[Tutorial](tutorial.md), [Choosing a teacher](teachers.md#the-prompt-before-a-reply-is-paid-for)",
+    "run": "[Tutorial](tutorial.md)",
     "annotate": "[Choosing a teacher](teachers.md)",
     "merge": "[Choosing a teacher](teachers.md#at-scale)",
     "compare-teachers": "[Choosing a teacher](teachers.md#several-teachers-on-the-same-rows)",

@@ -17,6 +17,7 @@ COMMANDS = {
     "init": "dsbs.cli.init:init",
     "doctor": "dsbs.cli.doctor:doctor",
     "validate": "dsbs.cli.validate:validate",
+    "run": "dsbs.cli.run:run",
     "annotate": "dsbs.cli.annotate:annotate",
     "merge": "dsbs.cli.annotate:merge",
     "compare-teachers": "dsbs.cli.compare_teachers:compare_teachers",

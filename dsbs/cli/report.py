@@ -48,7 +48,7 @@ def _folders(arguments: list[str], out: str | None) -> tuple[list[Path], str | N
 
     ``--out`` of a single recipe is its run folder.
     """
-    from dsbs.run_folder import run_folder
+    from dsbs.run_folder import RunFolder
 
     overrides = [text for text in arguments if "=" in text and not Path(text).exists()]
     runs = [text for text in arguments if text not in overrides]
@@ -70,8 +70,8 @@ def _folders(arguments: list[str], out: str | None) -> tuple[list[Path], str | N
                 hint="give a folder such as runs/demo, or a .yaml file",
             )
     if recipes and len(runs) == 1:
-        return [run_folder(load(runs[0], overrides), out)], None
+        return [RunFolder.of(load(runs[0], overrides), out).path], None
     folders = [
-        run_folder(load(name, overrides)) if name in recipes else Path(name) for name in runs
+        RunFolder.of(load(name, overrides)).path if name in recipes else Path(name) for name in runs
     ]
     return folders, out

@@ -59,8 +59,12 @@ def print_train_plan(lines: list[dict[str, Any]]) -> None:
             state = "already trained"
         elif line["trials"]:
             state += f", chosen among {line['trials']} trials"
-        counts = f"{count(line['rows'], 'row')}, {line['rationales']} with a rationale"
-        print(f"{line['name']}: {counts}, {line['valid']} valid; {state}")
+        rows = count(line["rows"], "row")
+        if line["valid"] is None:
+            rows = f"at most {rows}"
+        else:
+            rows += f", {line['rationales']} with a rationale, {line['valid']} valid"
+        print(f"{line['name']}: {rows}; {state}")
 
 
 def print_train_result(result: TrainResult) -> None:

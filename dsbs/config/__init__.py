@@ -1,6 +1,8 @@
-"""The recipe: one YAML file is one experiment, and every command reads its own sections of the same file.
+"""The recipe: one YAML file is one experiment, and every command reads its own sections of the same
+file.
 
-Precedence: defaults < recipe < ``key=value`` overrides. A recipe is closed (an unknown key is an error) and frozen.
+Precedence: defaults < recipe < ``key=value`` overrides. A recipe is closed (an unknown key is an
+error) and frozen.
 """
 
 from __future__ import annotations

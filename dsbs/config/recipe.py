@@ -34,7 +34,8 @@ class DataSection(Section):
     """
 
     train: str
-    """The rows that students learn from. Validation and test rows are split off where they are not given."""
+    """The rows that students learn from. Validation and test rows are split off where they are not
+    given."""
     valid: str | None = None
     """The validation rows. None: a part of train, chosen by a hash of the ids."""
     test: str | None = None
@@ -53,9 +54,11 @@ class TaskSection(Section):
     data: DataSection
     """The files with the rows."""
     limit: int | None = Field(None, gt=0)
-    """Maximum number of rows per split. None: all rows. Results of a limited run are not reportable."""
+    """Maximum number of rows per split. None: all rows. Results of a limited run are not
+    reportable."""
     labels: tuple[str, ...] | None = None
-    """classification: the closed set of labels, two or more. None: the task fixes them, or they are free text."""
+    """classification: the closed set of labels, two or more. None: the task fixes them, or they are
+    free text."""
     input: str | None = None
     """Jinja template of the student's input over the row's fields. None: the only text column."""
     columns: dict[str, str] = {}
@@ -123,24 +126,31 @@ class TaskSection(Section):
 
 
 class StudentSection(Section):
-    """The small model: a pretrained T5 or decoder-only model (Qwen, Llama, SmolLM), or a T5 with random weights."""
+    """The small model: a pretrained T5 or decoder-only model (Qwen, Llama, SmolLM), or a T5 with
+    random weights.
+    """
 
     model: str | None = None
-    """A Hub id (google/t5-v1_1-base, Qwen/Qwen3-0.6B), a folder, a .gguf file or ``smollm2-135m-instruct``. None: random weights."""
+    """A Hub id (google/t5-v1_1-base, Qwen/Qwen3-0.6B), a folder, a .gguf file or
+    ``smollm2-135m-instruct``. None: random weights."""
     template: Literal["auto", "plain", "chat"] = "auto"
-    """The input format of decoder-only models. auto: chat if the tokenizer has a chat template, else plain."""
+    """The input format of decoder-only models. auto: chat if the tokenizer has a chat template,
+    else plain."""
     init: Literal["scratch"] | None = None
-    """scratch: random weights and a vocabulary learned from the training text. None: the same if ``model`` is None."""
+    """scratch: random weights and a vocabulary learned from the training text. None: the same if
+    ``model`` is None."""
     size: Literal["nano", "mini", "small"] = "nano"
     """The size of a student from scratch: about 2, 11 or 40 million parameters."""
     vocab_size: int = Field(4000, ge=64, le=1_000_000)
     """Maximum number of entries in a scratch student's vocabulary."""
     max_input_tokens: int = Field(1024, gt=0)
-    """Maximum tokens of an input; longer ones are truncated. Decoder-only models: the template included."""
+    """Maximum tokens of an input; longer ones are truncated. Decoder-only models: the template
+    included."""
     max_target_tokens: int = Field(256, gt=0)
     """Maximum tokens of a label or rationale; longer ones are truncated."""
     dropout: float | None = Field(None, ge=0, le=0.99)
-    """Dropout rate; of attention alone in decoder-only models. None: the model's own (0.1 from scratch)."""
+    """Dropout rate; of attention alone in decoder-only models. None: the model's own (0.1 from
+    scratch)."""
 
     _folder: Path | None = PrivateAttr(None)
 
@@ -155,7 +165,9 @@ class StudentSection(Section):
 
     @property
     def source(self) -> str | None:
-        """The ``model`` to load. A GGUF file is also found beside the recipe, like ``teacher.model``."""
+        """The ``model`` to load. A GGUF file is also found beside the recipe, like
+        ``teacher.model``.
+        """
         if self.model is None or self._folder is None or not self.model.lower().endswith(".gguf"):
             return self.model
         path = Path(self.model).expanduser()
@@ -166,7 +178,9 @@ class StudentSection(Section):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keys that decide a student. ``template: auto`` decides nothing by itself: the token ids tell its format."""
+        """The keys that decide a student. ``template: auto`` decides nothing by itself: the token
+        ids tell its format.
+        """
         exclude = {"template"} if self.template == "auto" else None
         return self.model_dump(mode="json", exclude=exclude)
 
@@ -186,13 +200,15 @@ class EvalSection(Section):
     max_label_tokens: int = Field(64, gt=0)
     """Maximum tokens generated for a label."""
     baseline: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ("finetune", "distill")
-    """Methods, or names in ``predictions``, that every system is compared with, on the same share of the train rows."""
+    """Methods, or names in ``predictions``, that every system is compared with, on the same share
+    of the train rows."""
     cluster: str | None = None
     """An input field. Rows with equal values are resampled together. None: every row by itself."""
     rationales: bool = False
     """Also decode and measure the rationales of students that learned them."""
     latency_calls: int = Field(50, ge=0)
-    """Maximum timed calls at batch size 1 and at 64, for each system's first student. 0: no timing."""
+    """Maximum timed calls at batch size 1 and at 64, for each system's first student. 0: no timing.
+    """
     predictions: dict[str, str] = {}
     """External systems: a name for each .jsonl or .jsonl.gz file of {id, prediction}."""
 
@@ -290,12 +306,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _baselines_exist(self) -> Recipe:
-        known = (*METHODS, *self.eval.predictions)
+        names = (*METHODS, *self.eval.predictions)
         for name in self.eval.baseline:
-            if name in known:
+            if name in names:
                 continue
             if base_of(name) not in METHODS:
-                raise ValueError("eval.baseline: " + unknown("method", name, known))
+                raise ValueError("eval.baseline: " + unknown("method", name, names))
             try:
                 self.train.check_method(name)
             except ValueError as error:
@@ -304,7 +320,9 @@ class Recipe(Section):
 
     @property
     def folder(self) -> Path | None:
-        """The folder of the recipe's file, where relative paths are found too. None for a recipe made in code."""
+        """The folder of the recipe's file, where relative paths are found too. None for a recipe
+        made in code.
+        """
         return self._folder
 
     @property
@@ -314,7 +332,9 @@ class Recipe(Section):
 
     @property
     def training(self) -> str:
-        """Hash of everything that decides a student except its data, its method with its terms, and its seed."""
+        """Hash of everything that decides a student except its data, its method with its terms, and
+        its seed.
+        """
         exclude = set(_TRAIN_KEYS_WITHOUT_EFFECT)
         if self.train.tune is None:
             exclude.add("tune")

@@ -1,7 +1,7 @@
 """Registries: every kind of thing that a recipe or a command can name, as a "module:name" string.
 
-To add a kind, write its module and add one line here. A module is imported only when its kind is asked for, so that a recipe is
-validated, and ``--help`` printed, without torch.
+To add a kind, write its module and add one line here. A module is imported only when its kind is
+asked for, so that a recipe is validated, and ``--help`` printed, without torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ TERMS = {
     "relation": "dsbs.training.distillation.relation:RelationTerm",
 }
 
-# Names in `metrics` of results.json, in the order in which they are shown: a record, dsbs.evaluation.metrics.Metric.
+# Names in `metrics` of results.json, in the order in which they are shown: a record,
+# dsbs.evaluation.metrics.Metric.
 METRICS = {
     "exact_match_raw": "dsbs.evaluation.metrics:EXACT_MATCH_RAW",
     "exact_match": "dsbs.evaluation.metrics:EXACT_MATCH",
@@ -64,7 +65,8 @@ METRICS = {
     "consistency": "dsbs.evaluation.rationales:CONSISTENCY",
 }
 
-# `dsbs compress --method NAME=VALUE`: a class that is made of the value, and raises UserError for a wrong one.
+# `dsbs compress --method NAME=VALUE`: a class that is made of the value, and raises UserError for a
+# wrong one.
 COMPRESSION_STEPS = {
     "quantize": "dsbs.compression.quantize:Quantize",
     "prune-heads": "dsbs.compression.heads:PruneHeads",
@@ -84,14 +86,14 @@ EXPORT_FORMATS = {
 
 # (kind, format) of a student's card: a class with `load(path, card)`, dsbs.students.backends.
 BACKENDS = {
-    ("seq2seq", "transformers"): "dsbs.students.backends.seq2seq:Seq2Seq",
-    ("causal", "transformers"): "dsbs.students.backends.decoder:Causal",
-    ("seq2seq", "ct2"): "dsbs.students.backends.ctranslate2:Ct2",
-    ("causal", "ct2"): "dsbs.students.backends.ctranslate2_decoder:Ct2Causal",
-    ("causal", "gguf"): "dsbs.students.backends.llama_server:LlamaCpp",
-    ("seq2seq", "onnx"): "dsbs.students.backends.onnxruntime:Onnx",
-    ("causal", "torch"): "dsbs.students.backends.int8:TorchCausal",
-    ("seq2seq", "torch"): "dsbs.students.backends.int8:TorchStudent",
+    ("seq2seq", "transformers"): "dsbs.students.backends.transformers:EncoderDecoderBackend",
+    ("causal", "transformers"): "dsbs.students.backends.transformers:DecoderBackend",
+    ("seq2seq", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2Backend",
+    ("causal", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2DecoderBackend",
+    ("causal", "gguf"): "dsbs.students.backends.llama_server:LlamaServerBackend",
+    ("seq2seq", "onnx"): "dsbs.students.backends.onnxruntime:OnnxBackend",
+    ("causal", "torch"): "dsbs.students.backends.transformers:Int8DecoderBackend",
+    ("seq2seq", "torch"): "dsbs.students.backends.transformers:Int8EncoderDecoderBackend",
 }
 
 
@@ -102,7 +104,9 @@ def resolve(spec: str) -> Any:
 
 
 def entry(registry: Mapping[Key, str], key: Key) -> Any:
-    """The record or class that ``registry`` names under ``key``. Raises KeyError for an unknown key."""
+    """The record or class that ``registry`` names under ``key``. Raises KeyError for an unknown
+    key.
+    """
     return resolve(registry[key])
 
 

@@ -19,7 +19,9 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def descriptions(section: type[BaseModel]) -> dict[str, str]:
-    """The documentation of a section's keys: the docstring below each field, with None called null as in YAML."""
+    """The documentation of a section's keys: the docstring below each field, with None called null
+    as in YAML.
+    """
     texts = {}
     for name, field in section.model_fields.items():
         text = " ".join((field.description or "").split())
@@ -28,7 +30,8 @@ def descriptions(section: type[BaseModel]) -> dict[str, str]:
 
 
 def sections() -> dict[str, type[Section]]:
-    """Every section of a recipe by its dotted path ("train.lora"), in the order of the file; "" is the whole file.
+    """Every section of a recipe by its dotted path ("train.lora"), in the order of the file; "" is
+    the whole file.
 
     The kinds of loss term are listed as ``train.terms.<kind>``.
     """
@@ -76,7 +79,8 @@ class _RecipeJsonSchema(GenerateJsonSchema):
 def recipe_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a recipe as people write it.
 
-    It allows a single value in place of a list, a teacher's file in place of its section, and sections left empty.
+    It allows a single value in place of a list, a teacher's file in place of its section, and
+    sections left empty.
     """
     schema = Recipe.model_json_schema(schema_generator=_RecipeJsonSchema)
     definitions = schema["$defs"]

@@ -104,9 +104,13 @@ class TeacherSection(Section):
     """The large model to ask."""
 
     kind: str = "openai"
-    """openai: any OpenAI-compatible endpoint; llamacpp, transformers: a model on this machine; recorded: replies on disk; human: the rows' own rationales; ensemble: other runs' annotations vote."""
+    """openai: any OpenAI-compatible endpoint; llamacpp, transformers: a model on this machine;
+    recorded: replies on disk; human: the rows' own rationales; ensemble: other runs' annotations
+    vote."""
     model: str | None = None
-    """openai: the model's name at the endpoint; llamacpp: a .gguf file or ``smollm2-135m-instruct``; transformers: a Hub id or folder. None: not needed for other kinds."""
+    """openai: the model's name at the endpoint; llamacpp: a .gguf file or
+    ``smollm2-135m-instruct``; transformers: a Hub id or folder. None: not needed for other kinds.
+    """
     base_url: Annotated[str, AfterValidator(_http_url)] = "https://api.openai.com/v1"
     """The URL of an OpenAI-compatible API, including /v1."""
     endpoints: tuple[EndpointSection, ...] = ()
@@ -126,13 +130,16 @@ class TeacherSection(Section):
     max_attempts: int = Field(6, ge=1)
     """Maximum attempts per request, including the first."""
     price: PriceSection | None = None
-    """Prices of its tokens. None: the price list of genai-prices for ``base_url`` and ``model``; unknown where it has none."""
+    """Prices of its tokens. None: the price list of genai-prices for ``base_url`` and ``model``;
+    unknown where it has none."""
     members: tuple[MemberSection, ...] = ()
     """ensemble: the runs whose annotations vote."""
     completions: str | None = None
-    """recorded: a .jsonl or .jsonl.gz file of {id, completion}. None: the rows' own teacher.completion."""
+    """recorded: a .jsonl or .jsonl.gz file of {id, completion}. None: the rows' own
+    teacher.completion."""
     context_tokens: int | None = Field(None, gt=0)
-    """Maximum tokens of a request and its reply. None: 2048 for llamacpp; unknown and unchecked for other kinds."""
+    """Maximum tokens of a request and its reply. None: 2048 for llamacpp; unknown and unchecked for
+    other kinds."""
     threads: int | None = Field(None, gt=0)
     """llamacpp: CPU threads. None: all cores available to the process."""
     batch_size: int = Field(16, gt=0)
@@ -169,7 +176,7 @@ class TeacherSection(Section):
             raise ValueError(f"teacher.endpoints belongs to kind openai, not {self.kind}")
         if "base_url" in self.model_fields_set:
             raise ValueError(
-                "teacher.base_url and teacher.endpoints exclude each other; add the URL to endpoints"
+                "teacher.base_url and teacher.endpoints exclude each other; use endpoints alone"
             )
         urls = [endpoint.base_url for endpoint in self.endpoints]
         if len(set(urls)) < len(urls):
@@ -201,7 +208,7 @@ class TeacherSection(Section):
 
     @property
     def served_by(self) -> tuple[EndpointSection, ...]:
-        """The endpoints with every key filled in: ``endpoints``, or ``base_url`` as the only one."""
+        """The endpoints with every key filled in; ``base_url`` is one if there are no others."""
         endpoints = self.endpoints or (EndpointSection(base_url=self.base_url),)
         return tuple(
             endpoint.model_copy(
@@ -232,7 +239,8 @@ class RaySection(Section):
     """The Ray cluster that annotates in shards."""
 
     address: str | None = None
-    """The address of the cluster's head, e.g. ray://head:10001. None: RAY_ADDRESS, else a cluster on this machine."""
+    """The address of the cluster's head, e.g. ray://head:10001. None: RAY_ADDRESS, else a cluster
+    on this machine."""
     shards: int = Field(8, ge=1)
     """Tasks that the rows and the limits are divided among."""
     cpus_per_shard: float = Field(1.0, ge=0)
@@ -260,17 +268,20 @@ class AnnotateSection(Section):
     logprobs: bool = False
     """Request log-probabilities and store the label's."""
     hint: bool = False
-    """If the teacher's label is not the gold label, ask again with the gold label as a hint (STaR)."""
+    """If the teacher's label is not the gold label, ask again with the gold label as a hint (STaR).
+    """
     min_rationale_words: int = Field(2, ge=0)
     """Minimum words of a rationale; shorter ones are rejected as too-short."""
     rationale_from: Literal["visible", "reasoning"] = "visible"
-    """Where the rationale is read. reasoning: the reasoning text that some models return beside the reply."""
+    """Where the rationale is read. reasoning: the reasoning text that some models return beside the
+    reply."""
     max_tokens: int = Field(256, gt=0)
     """Maximum tokens of a reply."""
     concurrency: int = Field(64, ge=1)
     """Maximum requests in flight."""
     max_usd: float | None = Field(None, gt=0)
-    """Stop (exit code 3) before the run's replies, earlier ones included, cost more. None: no maximum."""
+    """Stop (exit code 3) before the run's replies, earlier ones included, cost more. None: no
+    maximum."""
     max_requests: int | None = Field(None, ge=0)
     """Stop (exit code 3) after this many requests of one command. None: no maximum."""
     batch: BatchSection = BatchSection()

@@ -40,11 +40,14 @@ class SelectSection(Section):
     provenance: Annotated[tuple[Provenance, ...] | None, BeforeValidator(as_tuple)] = None
     """Where the rationale may come from. None: anywhere."""
     max_per_label: int | None = Field(None, gt=0)
-    """Maximum annotations per teacher label that a student learns from, chosen by a hash of the ids. None: no maximum."""
+    """Maximum annotations per teacher label that a student learns from, chosen by a hash of the
+    ids. None: no maximum."""
 
 
 class TuneSection(Section):
-    """Values to choose from: every student tries all combinations and keeps the best on the validation rows."""
+    """Values to choose from: every student tries all combinations and keeps the best on the
+    validation rows.
+    """
 
     learning_rate: Tried[Annotated[float, Field(gt=0)]] | None = None
     """Values to try. None: train.learning_rate."""
@@ -91,7 +94,8 @@ class LoraSection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout rate of the adapters' inputs."""
     targets: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ("q", "v")
-    """The matrices to adapt in each block; q also means q_proj, its name in most decoder-only models."""
+    """The matrices to adapt in each block; q also means q_proj, its name in most decoder-only
+    models."""
 
     @field_validator("targets")
     @classmethod
@@ -107,21 +111,25 @@ class TrainSection(Section):
         "finetune",
         "distill",
     )
-    """Methods to train and compare; the first is the recipe's subject. "+" adds loss terms by name: finetune+response."""
+    """Methods to train and compare; the first is the recipe's subject. "+" adds loss terms by name:
+    finetune+response."""
     labels: Annotated[tuple[LabelSource, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         "gold",
     )
-    """The labels that methods with rationales learn; finetune learns gold labels, distill the teacher's."""
+    """The labels that methods with rationales learn; finetune learns gold labels, distill the
+    teacher's."""
     subset: Annotated[
         tuple[Annotated[float, Field(gt=0, le=1)], ...],
         BeforeValidator(as_tuple),
         Field(min_length=1),
     ] = (1.0,)
-    """Shares of the train rows to train on. Smaller ones are contained in larger ones and equal for all methods."""
+    """Shares of the train rows to train on. Smaller ones are contained in larger ones and equal for
+    all methods."""
     select: SelectSection = SelectSection()
     """The annotations to learn from."""
     rationales: Literal["chosen", "all", "drawn"] = "chosen"
-    """Which of several sampled rationales to learn: the annotation's own, all of them, or a random one per epoch."""
+    """Which of several sampled rationales to learn: the annotation's own, all of them, or a random
+    one per epoch."""
     rationale_weight: float = Field(1.0, ge=0)
     """λ in (L_label + λ·L_rationale) / (1 + λ)."""
     rationale_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -129,9 +137,11 @@ class TrainSection(Section):
     rationale_weight_end: float = Field(0.0, ge=0)
     """λ at the last step, unless ``rationale_schedule`` is constant."""
     task_token: Literal["prefix", "decoder"] = "prefix"
-    """How step-by-step marks its two tasks: by a prefix of the input, or by the decoder's start token."""
+    """How step-by-step marks its two tasks: by a prefix of the input, or by the decoder's start
+    token."""
     loss_mean: Literal["global", "micro"] = "global"
-    """Token means over the optimizer step. micro: over each micro-batch, as in the published code."""
+    """Token means over the optimizer step. micro: over each micro-batch, as in the published code.
+    """
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=2**32)], ...],
         BeforeValidator(as_tuple),
@@ -157,7 +167,8 @@ class TrainSection(Section):
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises to its peak."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay: the share of the weights subtracted per step, times the learning rate."""
+    """Decoupled weight decay: the share of the weights subtracted per step, times the learning
+    rate."""
     batch_size: int = Field(64, gt=0)
     """Examples per optimizer step."""
     micro_batch_size: int | None = Field(None, gt=0)
@@ -165,7 +176,8 @@ class TrainSection(Section):
     max_steps: int | None = Field(None, gt=0)
     """Optimizer steps. None: 10,000 for a pretrained student, 1,000 for one from scratch."""
     eval_every: int | None = Field(None, gt=0)
-    """Steps between validations. None: a twentieth of ``max_steps``, or more where validation would take over a fifth of the time."""
+    """Steps between validations. None: a twentieth of ``max_steps``, or more where validation would
+    take over a fifth of the time."""
     log_every: int = Field(10, gt=0)
     """Steps between lines of metrics.jsonl."""
     patience: int | None = Field(None, gt=0)
@@ -173,13 +185,15 @@ class TrainSection(Section):
     shuffle: bool = True
     """Whether each epoch has a new order of the rows. false: the file's order."""
     padding: Literal["none", "batch"] = "none"
-    """none: no padding tokens are computed (decoder-only models: rows of similar length together); batch: pad every batch."""
+    """none: no padding tokens are computed (decoder-only models: rows of similar length together);
+    batch: pad every batch."""
     valid_limit: int = Field(1000, gt=0)
     """Maximum validation rows, equal for all methods, chosen by a hash of the ids."""
     tune: TuneSection | None = None
     """Settings to choose by validation accuracy with the first seed. None: no tuning."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format. auto: bf16 on GPUs that support it, else fp32; fp16 is missing because T5 overflows in it."""
+    """Number format. auto: bf16 on GPUs that support it, else fp32; fp16 is missing because T5
+    overflows in it."""
     gradient_checkpointing: bool = False
     """Recompute activations instead of storing them: slower, less memory."""
 
@@ -237,18 +251,20 @@ class TrainSection(Section):
             )
 
     def check_method(self, method: str) -> None:
-        """Raises ValueError where a method's base is unknown, or a term in its name is unknown or given twice."""
+        """Raises ValueError where a method's base is unknown, or a term in its name is unknown or
+        given twice.
+        """
         if base_of(method) not in METHODS:
             raise ValueError(unknown("method", base_of(method), METHODS))
         names = names_of_terms(method)
-        known = [term.title for term in self.terms]
+        titles = [term.title for term in self.terms]
         for name in names:
-            if not known:
+            if not titles:
                 raise ValueError(
                     f"train.methods: {method}: there is no term {name!r}: train.terms is empty"
                 )
-            if name not in known:
-                raise ValueError(f"train.methods: {method}: {unknown('term', name, known)}")
+            if name not in titles:
+                raise ValueError(f"train.methods: {method}: {unknown('term', name, titles)}")
             if names.count(name) > 1:
                 raise ValueError(f"train.methods: {method} names the term {name!r} twice")
 
@@ -269,7 +285,7 @@ class TrainSection(Section):
         return self.model_copy(update={**setting, "tune": None})
 
     def resolved(self, *, is_scratch: bool) -> ResolvedTrainSection:
-        """The section for a student that starts from random (``is_scratch``) or pretrained weights."""
+        """The section for a student from scratch (``is_scratch``) or a pretrained one."""
         defaults = {
             "learning_rate": SCRATCH_LEARNING_RATE if is_scratch else PRETRAINED_LEARNING_RATE,
             "max_steps": SCRATCH_MAX_STEPS if is_scratch else PRETRAINED_MAX_STEPS,

@@ -19,7 +19,7 @@ from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.results import Rate, wilson
-from dsbs.run_folder import RunFolder, read_annotations, run_folder
+from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.tasks.base import Task
 
 
@@ -101,14 +101,14 @@ def compare_teachers(
     progress = progress or NoProgress()
     works = {name: Annotator(recipe) for name, recipe in recipes.items()}
     first = next(iter(works.values()))
-    run = run_folder(first.recipe, out)
+    run = RunFolder.of(first.recipe, out)
     sample, _ = stratified(
         first.examples(first.recipe.annotate.splits[0]), rows, closed=first.task.labels is not None
     )
     contenders = []
     for name, work in works.items():
-        path = run / "annotate" / "teachers" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.jsonl"
-        summary, seconds = annotate_sample(work, sample, RunFolder(run), path, progress)
+        path = run.stage("annotate/teachers") / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.jsonl"
+        summary, seconds = annotate_sample(work, sample, run, path, progress)
         annotations = list(read_annotations(path))
         contenders.append(
             Contender(
@@ -129,7 +129,7 @@ def compare_teachers(
             a.name: {b.name: _agreement(a, b, first.task) for b in contenders if b is not a}
             for a in contenders
         },
-        path=run / "annotate" / "teachers.json",
+        path=run.stage("annotate") / "teachers.json",
     )
     write_json(result.path, result.as_json())
     return result

@@ -16,7 +16,7 @@ from dsbs.files import find_file
 from dsbs.project import machine
 from dsbs.project.checks import Check, Status, run
 from dsbs.prompting import load_prompt
-from dsbs.run_folder import run_folder
+from dsbs.run_folder import RunFolder
 from dsbs.students.card import CARD
 from dsbs.students.gguf import gguf_file, is_gguf
 from dsbs.tasks import make_task
@@ -36,7 +36,7 @@ def examine(
             recipe = load_recipe(path, overrides)
         except DsbsError as error:
             found.append(Check("recipe", "problem", error.problem, error.hint))
-    folder = Path(out or "runs") if recipe is None else run_folder(recipe, out)
+    folder = Path(out or "runs") if recipe is None else RunFolder.of(recipe, out).path
     found += run("packages", machine.packages)
     found += run("extras", machine.extras)
     found += run("cores", machine.processor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any, Literal
 
 from dsbs.config.load import read_recorded
 from dsbs.errors import UserError
-from dsbs.files import is_locked
-from dsbs.records.results import Comparison, Interval, read_results
-from dsbs.run_folder import STAGES
+from dsbs.records.results import Comparison, Interval
+from dsbs.run_folder import MANIFEST, STAGES, TRAINING_RECORD, RunFolder, training_record
 from dsbs.training.grid import grid
 
 Status = Literal["done", "partial", "running", "interrupted", "failed", "broken"]
@@ -85,10 +83,11 @@ def list_runs(folder: Path) -> list[RunState]:
 
 def look(path: Path) -> RunState:
     """The state of one run folder, from its files."""
+    run = RunFolder(path)
     problems: list[str] = []
-    records = {stage: _record(path / stage / "manifest.json", problems) for stage in STAGES}
-    stages = {stage: _status(path / stage, record) for stage, record in records.items()}
-    finished, planned = _students(path, records["train"] or {}, stages["train"])
+    records = {stage: _manifest(run, stage, problems) for stage in STAGES}
+    stages = {stage: _status(run, stage, record) for stage, record in records.items()}
+    finished, planned = _students(run, records["train"] or {}, stages["train"])
     times = [
         record[key]
         for record in records.values()
@@ -97,9 +96,9 @@ def look(path: Path) -> RunState:
         if _is_time(record.get(key))
     ]
     headline, reportable = None, None
-    if (path / "eval" / "results.json").exists():
+    if run.results.exists():
         try:
-            results = read_results(path)
+            results = run.read_results()
             reportable = results.reportable
             system = results.system(results.headline)
             if system is not None:
@@ -115,7 +114,7 @@ def look(path: Path) -> RunState:
         stages=stages,
         finished=finished,
         planned=planned,
-        beside=_beside(path),
+        beside=_beside(run),
         when=max(times, key=datetime.fromisoformat, default=None),
         headline=headline,
         reportable=reportable,
@@ -125,73 +124,71 @@ def look(path: Path) -> RunState:
 
 def _is_run(path: Path) -> bool:
     try:
-        return any((path / stage / "manifest.json").exists() for stage in STAGES)
-    except PermissionError:  # somebody else's
+        return any(RunFolder(path).has_manifest(stage) for stage in STAGES)
+    except PermissionError:  # another user's folder
         return False
 
 
-def _record(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """A manifest; None where there is none, {} (and a problem) where it cannot be read."""
+def _manifest(run: RunFolder, stage: str, problems: list[str]) -> dict[str, Any] | None:
+    """A stage's manifest; None where there is none, {} (and a problem) where it cannot be read."""
+    manifest = run.manifest(stage)
+    if manifest:
+        return manifest
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        if not run.has_manifest(stage):
+            return None
+    except PermissionError:
+        pass
+    problems.append(f"{run.stage(stage) / MANIFEST} cannot be read: run its stage again")
+    return {}
+
+
+def _status(run: RunFolder, stage: str, manifest: dict[str, Any] | None) -> Status | None:
+    if manifest is None:
         return None
-    except (OSError, ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        problems.append(f"{path} cannot be read: run its stage again")
-        return {}
-    return record
+    status = manifest.get("status")
+    if status == "running":
+        return "running" if run.is_locked(stage) else "interrupted"
+    ended: tuple[Status, ...] = ("done", "partial", "interrupted", "failed")
+    return next((known for known in ended if known == status), "broken")
 
 
-def _status(stage: Path, record: dict[str, Any] | None) -> Status | None:
-    if record is None:
-        return None
-    said = record.get("status")
-    if said == "running":
-        return "running" if is_locked(stage) else "interrupted"
-    known: tuple[Status, ...] = ("done", "partial", "interrupted", "failed")
-    return next((status for status in known if status == said), "broken")
+def _students(
+    run: RunFolder, manifest: dict[str, Any], status: Status | None
+) -> tuple[int, int | None]:
+    """The numbers of finished and of planned students of the last training's recipe.
 
-
-def _students(path: Path, record: dict[str, Any], status: Status | None) -> tuple[int, int | None]:
-    """How many students of the last training's recipe are finished, and how many it has; all there are where it cannot be
-    read.
+    All finished students, and None, where the recipe cannot be read.
     """
-    names = record.get("students")
+    names = manifest.get("students")
     if status == "done" and isinstance(names, list):
-        return sum((path / "train" / str(name) / "train.json").is_file() for name in names), len(
-            names
-        )
-    recipe = read_recorded(record)
+        finished = [(run.student(str(name)) / TRAINING_RECORD).is_file() for name in names]
+        return sum(finished), len(names)
+    recipe = read_recorded(manifest)
     if recipe is None:
-        return len(list((path / "train").glob("*/train.json"))), None
-    cells = grid(recipe.train)
-    return sum(
-        _settings(path / "train" / cell.name / "train.json") == recipe.training_of(cell.method)
-        for cell in cells
-    ), len(cells)
+        return len(list(run.stage("train").glob(f"*/{TRAINING_RECORD}"))), None
+    specs = grid(recipe.train)
+    finished = [
+        _settings(run.student(spec.name)) == recipe.training_of(spec.method) for spec in specs
+    ]
+    return sum(finished), len(specs)
 
 
-def _beside(path: Path) -> dict[str, int]:
-    """By the records alone, which are written last. What was set aside, or is half-written, does not count."""
-    patterns = {
-        "local teachers": ("train/teachers/*/train.json",),
-        "compressed": ("compress/*/*/compress.json",),
-        "exported": ("train/*/export/[!.]*/export.json", "compress/*/*/export/[!.]*/export.json"),
-    }
+def _beside(run: RunFolder) -> dict[str, int]:
+    """Finished models beside the grid's students. Those set aside do not count."""
     counts = {
-        name: sum(len(list(path.glob(pattern))) for pattern in some)
-        for name, some in patterns.items()
+        "local teachers": len(run.local_teachers()),
+        "compressed": len(run.compressed_students()),
+        "exported": len(run.exports()),
     }
     return {name: count for name, count in counts.items() if count}
 
 
-def _settings(record: Path) -> str | None:
-    """The settings that a finished student was trained with."""
+def _settings(student: Path) -> str | None:
+    """The hash of the settings that a finished student was trained with; None where it cannot be read."""
     try:
-        return str(json.loads(record.read_text(encoding="utf-8"))["student"]["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(training_record(student)["student"]["settings"])
+    except (UserError, KeyError, TypeError):
         return None
 
 

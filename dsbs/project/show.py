@@ -16,7 +16,7 @@ from dsbs.config.load import load_recipe, recorded, resolved_values
 from dsbs.config.schema import section_of
 from dsbs.config.sections import Section
 from dsbs.errors import UserError
-from dsbs.run_folder import STAGES, read_manifest
+from dsbs.run_folder import MANIFEST, STAGES, RunFolder
 
 ABSENT = object()  # a key that one of two recipes does not have
 
@@ -63,13 +63,13 @@ def resolve(given: str, overrides: list[str] | None = None) -> Resolved:
             f"{given} is a run, whose recipe is what it was",
             hint="leave --set out, or give a recipe's file",
         )
-    records = {stage: read_manifest(path / stage) for stage in STAGES}
+    records = {stage: RunFolder(path).manifest(stage) for stage in STAGES}
     records = {
         stage: record for stage, record in records.items() if isinstance(record.get("recipe"), dict)
     }
     if not records:
         raise UserError(
-            f"{given} holds no run: no stage in it has a readable manifest.json",
+            f"{given} holds no run: no stage in it has a readable {MANIFEST}",
             hint="give runs/<name>",
         )
     newest = max(records, key=lambda stage: str(records[stage].get("started", "")))
@@ -80,7 +80,7 @@ def resolve(given: str, overrides: list[str] | None = None) -> Resolved:
         if other:
             remarks.append(f"{stage} was given another recipe, different in {', '.join(other)}")
     return Resolved(
-        f"{path / newest / 'manifest.json'}, {records[newest].get('started')}",
+        f"{path / newest / MANIFEST}, {records[newest].get('started')}",
         found,
         tuple(remarks),
     )

@@ -90,11 +90,6 @@ class Compressed(_Record):
         return (self.compressed.accuracy - self.before_healing) / loss
 
 
-def read_compressed(run: Path) -> list[Compressed]:
-    """Every compressed student of a run, by student and chain. Raises UserError."""
-    return [read_record(path.parent) for path in sorted((run / "compress").glob(f"*/*/{RECORD}"))]
-
-
 def read_record(folder: Path) -> Compressed:
     """A compressed student's record. Raises UserError where it cannot be read."""
     path = folder / RECORD

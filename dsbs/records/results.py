@@ -222,9 +222,8 @@ class Results(_Record):
         return self.model_dump(mode="json", by_alias=True)
 
 
-def read_results(run: Path) -> Results:
-    """The results of a run. Raises UserError where there are none, or none that can be read."""
-    path = run / "eval" / "results.json"
+def read_results(path: Path) -> Results:
+    """Read a results file. Raises UserError where there is none, or it cannot be read."""
     rebuild = (
         "run `dsbs eval RECIPE --score-only`: it rebuilds the file from the prediction files, "
         "without loading a model"

@@ -1,4 +1,6 @@
-"""Tasks: what an input is, what a label is, how text is read as a label, when two labels are the same."""
+"""Tasks: what an input is, what a label is, how text is read as a label, when two labels are the
+same.
+"""
 
 from __future__ import annotations
 

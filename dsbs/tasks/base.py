@@ -44,7 +44,7 @@ class Task:
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """The closed set of labels, or None where answers are free text or differ from row to row."""
+        """The closed set of labels; None where answers are free text or differ between rows."""
         return None
 
     @property
@@ -81,7 +81,9 @@ class Task:
         return fields
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
-        """A row's own label in canonical form. Raises UserError for a value that is not a label of the task."""
+        """A row's own label in canonical form. Raises UserError for a value that is not a label of
+        the task.
+        """
         return str(value).strip()
 
     def text(self, fields: Fields) -> str:
@@ -89,16 +91,20 @@ class Task:
         raise NotImplementedError
 
     def view(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
-        """The variables of a prompt's templates: an example's fields and, for an exemplar, its label."""
+        """The variables of a prompt's templates: an example's fields and, for an exemplar, its
+        label.
+        """
         variables = dict(fields)
         if label is not None:
             variables["label"] = label
         return variables
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:
-        """The label that ``text`` states, in canonical form, or why there is none. Never uses the gold label.
+        """The label that ``text`` states, in canonical form, or why there is none. Never uses the
+        gold label.
 
-        ``text`` is what follows the answer anchor in a teacher's reply, or a student's whole output.
+        ``text`` is what follows the answer anchor in a teacher's reply, or a student's whole
+        output.
         """
         raise NotImplementedError
 
@@ -108,7 +114,9 @@ class Task:
 
 
 def column_of(row: Fields, names: Sequence[str]) -> str | None:
-    """The row's column with one of ``names``; exact matches before case-insensitive ones, earlier names first."""
+    """The row's column with one of ``names``; exact matches before case-insensitive ones, earlier
+    names first.
+    """
     folded = {str(column).casefold(): column for column in row}
     for name in names:
         if name in row:
@@ -128,7 +136,9 @@ def missing_column(where: str, field: str, row: Fields) -> UserError:
 
 
 def tidy(text: str) -> str:
-    """An answer without the wrapping that models add: spaces, quotes, Markdown emphasis, a final full stop."""
+    """An answer without the wrapping that models add: spaces, quotes, Markdown emphasis, a final
+    full stop.
+    """
     text = text.strip(_WRAPPING)
     return text.rstrip(".!;,:").strip(_WRAPPING)
 
@@ -149,8 +159,8 @@ def fold(text: str) -> str:
 def read_closed(text: str, labels: Sequence[str]) -> str | Unread:
     """The label of a closed set that an answer states.
 
-    The first line is the label, or names exactly one label as a whole word that is not negated. A line that begins a label at
-    the end of the text was truncated.
+    The first line is the label, or names exactly one label as a whole word that is not negated. A
+    line that begins a label at the end of the text was truncated.
     """
     line = first_line(text)
     answer = tidy(line)
@@ -200,10 +210,11 @@ _IT_IS = re.compile(
 
 
 def concluded_label(rationale: str, task: Task, fields: Fields) -> str | None:
-    """The canonical label that a rationale's last sentence concludes with; None where it states none.
+    """The canonical label that a rationale's last sentence concludes with; None where it states
+    none.
 
-    Only a stated conclusion counts: "the answer is …" for any task with distinct answers; for a closed set of labels also "so
-    it is …" and a label after a final colon.
+    Only a stated conclusion counts: "the answer is …" for any task with distinct answers; for a
+    closed set of labels also "so it is …" and a label after a final colon.
     """
     if task.is_free_text:
         return None

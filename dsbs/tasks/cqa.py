@@ -1,4 +1,6 @@
-"""CommonsenseQA (Talmor et al., 2019; rationales: CoS-E, Rajani et al., 2019): one of five lettered choices."""
+"""CommonsenseQA (Talmor et al., 2019; rationales: CoS-E, Rajani et al., 2019): one of five lettered
+choices.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class Cqa(Task):
         return variables
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:
-        """By the letter if there is one, as the words may be spelled differently, else by exactly one choice's words."""
+        """By the letter if there is one, as the words may be spelled differently, else by exactly
+        one choice's words.
+        """
         choices: list[str] = fields["choices"]
         answer = tidy(first_line(text))
         if not answer:
@@ -102,7 +106,9 @@ def _lettered(choices: list[str]) -> str:
 
 
 def _choices(row: Fields, column: str, where: str) -> list[str]:
-    """Choices as a list, CommonsenseQA's {label, text}, columns c_0, c_1, …, or a cell of JSON or "(a) … (b) …"."""
+    """Choices as a list, CommonsenseQA's {label, text}, columns c_0, c_1, …, or a cell of JSON or
+    "(a) … (b) …".
+    """
     name = column_of(row, (column,))
     if name is None:
         numbered = [row[f"c_{i}"] for i in range(len(LETTERS)) if f"c_{i}" in row]

@@ -1,4 +1,6 @@
-"""Data: rows from files or a hub as Examples, with checks, ids and held-out splits. Rows are streamed."""
+"""Data: rows from files or a hub as Examples, with checks, ids and held-out splits. Rows are
+streamed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ Row = tuple[str, dict[str, Any]]  # its place ("train.csv:7") and its columns
 
 
 def split_source(recipe: Recipe, split: str) -> str:
-    """The path or hub address that a split's rows come from; a held-out split comes from train's."""
+    """The path or hub address of a split's rows; a held-out split's is train's."""
     data = recipe.task.data
     sources = {
         "train": data.train,
@@ -38,8 +40,9 @@ def split_source(recipe: Recipe, split: str) -> str:
 def stream(recipe: Recipe, task: Task, split: str) -> Iterator[Example]:
     """Yield the Examples of ``train``, ``valid`` or ``test`` in the order of the file.
 
-    A test split that the data lacks is held out of the train file. So is a valid split, but ``train`` still yields its rows:
-    they are annotated like the rest (see ``is_held_out``). Raises UserError for unusable rows, several at a time.
+    A test split that the data lacks is held out of the train file. So is a valid split, but
+    ``train`` still yields its rows: they are annotated like the rest (see ``is_held_out``). Raises
+    UserError for unusable rows, several at a time.
     """
     data = recipe.task.data
     rows = _examples(recipe, task, split_source(recipe, split), split)
@@ -71,7 +74,8 @@ def is_held_out(recipe: Recipe, row: Example) -> bool:
 
 
 def position(row_id: str, purpose: str) -> float:
-    """A row's position in [0, 1) by a hash of its id: the same in every run, whatever else is in the file.
+    """A row's position in [0, 1) by a hash of its id: the same in every run, whatever else is in
+    the file.
 
     Copies of a row whose ids come from their content (``…~2``) have the same position.
     """
@@ -141,13 +145,15 @@ def _all_problems(errors: list[UserError]) -> UserError:
 
 
 def _repeated_id(recipe: Recipe, task: Task, source: str, where: str, row_id: str) -> UserError:
-    """The error for an id's second row. The file is read again to find the first, as only hashes are held."""
-    places = (
-        place
-        for place, row in _rows(source, recipe.folder)
-        if _example(task, row, place).id == row_id
+    """The error for an id's second row. The file is read again to find the first, as only hashes
+    are held.
+    """
+    locations = (
+        location
+        for location, row in _rows(source, recipe.folder)
+        if _example(task, row, location).id == row_id
     )
-    first_line = next(places).rpartition(":")[2]
+    first_line = next(locations).rpartition(":")[2]
     return UserError(
         f"{where}: id {row_id!r} occurs twice (first in line {first_line})",
         hint="ids must be unique; without an id column they are made from each row's content",
@@ -190,8 +196,8 @@ def _cell(
 ) -> Any:
     """The value of a row's label, rationale or id; None where there is no such column.
 
-    ``inner`` is the row's ``input`` if that is an object, else the row itself. Raises UserError where ``task.columns`` names a
-    column that is not there.
+    ``inner`` is the row's ``input`` if that is an object, else the row itself. Raises UserError
+    where ``task.columns`` names a column that is not there.
     """
     mapped = task.section.columns.get(name)
     columns = default_columns if mapped is None else (mapped,)
@@ -304,7 +310,7 @@ def _hub_rows(source: str) -> Iterator[Row]:
     ) as error:  # the library has many unrelated errors for a missing or unreachable repository
         raise DsbsError(
             f"{source} cannot be loaded ({type(error).__name__}: {str(error)[:300]})",
-            hint="check the name and the network, or download the rows and give a path in task.data",
+            hint="check the name and the network, or download the rows and set task.data",
         ) from None
     for number, row in enumerate(rows, 1):
         yield f"{source}:{number}", dict(row)

@@ -1,4 +1,6 @@
-"""Equations: numbers, + − × ÷ and parentheses, parsed within size limits and never evaluated as code."""
+"""Equations: numbers, + − × ÷ and parentheses, parsed within size limits and never evaluated as
+code.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def plain(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Equation:
-    """A parsed expression: its exact value (None: division by zero) and its text in SVAMP's format."""
+    """An expression's exact value (None: division by zero) and its text in SVAMP's format."""
 
     value: Fraction | None
     text: str

@@ -1,4 +1,6 @@
-"""Generation for your own data: free-text answers, compared as text or, with ``numeric``, as numbers."""
+"""Generation for your own data: free-text answers, compared as text or, with ``numeric``, as
+numbers.
+"""
 
 from __future__ import annotations
 

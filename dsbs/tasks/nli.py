@@ -1,4 +1,6 @@
-"""Natural language inference as in the paper (section 4): ANLI (Nie et al., 2020) and e-SNLI (Camburu et al., 2018)."""
+"""Natural language inference as in the paper (section 4): ANLI (Nie et al., 2020) and e-SNLI
+(Camburu et al., 2018).
+"""
 
 from __future__ import annotations
 

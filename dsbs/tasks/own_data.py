@@ -1,4 +1,4 @@
-"""Input of the tasks for your own data: any columns, joined by a template, or the only text column."""
+"""Input of tasks for your own data: columns joined by a template, or the only text column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""SVAMP (Patel et al., 2021): word problems whose label is an equation, compared by value as in the paper."""
+"""SVAMP (Patel et al., 2021): word problems whose label is an equation, compared by value as in the
+paper.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Svamp(Task):
         return f"{fields['body']}\n{fields['question']}"
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:
-        """The complete expression in the answer's sentence: of "(16 * 17) * 4" not just "(16 * 17)"."""
+        """The complete expression in the answer's sentence: of "(16 * 17) * 4" not just "(16 *
+        17)".
+        """
         line = first_line(text)
         if not tidy(line):
             return Unread("empty")
@@ -61,7 +65,9 @@ class Svamp(Task):
 
 
 def _leading_expression(text: str) -> str | Unread:
-    """The expression at the start of a text, which words such as a unit may follow ("(10 * 45) seeds")."""
+    """The expression at the start of a text, which words such as a unit may follow ("(10 * 45)
+    seeds").
+    """
     text = equation.plain(text)
     match = _ARITHMETIC.match(text)
     end = match.end() if match else 0

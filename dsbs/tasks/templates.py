@@ -1,4 +1,6 @@
-"""Templates: Jinja in a sandbox, with a row's fields and nothing else; an unknown field is an error."""
+"""Templates: Jinja in a sandbox, with a row's fields and nothing else; an unknown field is an
+error.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def _compiled(source: str, where: str) -> Template:
 
 
 def render(source: str, fields: Mapping[str, Any], *, where: str) -> str:
-    """Render ``source`` over ``fields``. The fields' own text is never read as a template. Raises UserError."""
+    """Render ``source`` over ``fields``. The fields' own text is never read as a template. Raises
+    UserError.
+    """
     try:
         return _compiled(source, where).render(fields)
     except UndefinedError as error:

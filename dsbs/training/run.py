@@ -14,7 +14,7 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.records.rows import TrainedStudent
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students import check_student, new_input_format, new_tokenizer
-from dsbs.students.vocabulary import lost_in
+from dsbs.students.tokenizer import vocabulary_warnings
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.data import stream, survey
@@ -24,7 +24,7 @@ from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
 from dsbs.training.grid import StudentSpec, Trial, Tuner, grid, trial_specs
 from dsbs.training.methods import method_of
-from dsbs.training.rows import Data, count_rationales, gather, vocabulary_text
+from dsbs.training.rows import Data, count_rationales, count_trainable, gather, vocabulary_text
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
 
@@ -121,7 +121,9 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     texts = {"inputs": [row.text for row in data.train]}
     if any(method_of(spec.method).needs_rationales for spec in specs):
         texts["rationales"] = [rationale for row in data.train for rationale in row.rationales]
-    warnings = lost_in(recipe.student, tokenizer, labels.union(task.labels or ()), texts)
+    warnings = vocabulary_warnings(
+        recipe.student, tokenizer, labels.union(task.labels or ()), texts
+    )
     encoder = Encoder(tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens)
     rows = data.subset(max(recipe.train.subset))
     systems = dict.fromkeys((spec.method, spec.labels) for spec in specs)
@@ -131,15 +133,22 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     return list(dict.fromkeys(warnings))
 
 
-def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any]]:
-    """The plan of ``--dry-run``: one entry for every student."""
+def planned(
+    recipe: Recipe, out: str | Path | None = None, *, annotated: bool = True
+) -> list[dict[str, Any]]:
+    """The plan of ``--dry-run``: one entry for every student.
+
+    Without annotations (``annotated`` False) "rows" is an upper bound and "rationales" is None.
+    """
     run_folder = RunFolder.of(recipe, out)
     folder = run_folder.stage("train")
     specs = grid(recipe.train)
     task = make_task(recipe.task)
     check_terms(recipe.train, task, specs)
     check_student(recipe)
-    data = gather(recipe, task, run_folder.path, specs)
+    data: Data | int = count_trainable(recipe, task)
+    if annotated:
+        data = gather(recipe, task, run_folder.path, specs)
     plan = []
     for teacher_recipe, spec in planned_teachers(recipe, specs):
         entry = _plan(teacher_recipe, spec, data, folder)
@@ -154,13 +163,22 @@ def planned(recipe: Recipe, out: str | Path | None = None) -> list[dict[str, Any
     return plan
 
 
-def _plan(recipe: Recipe, spec: StudentSpec, data: Data, folder: Path) -> dict[str, Any]:
+def _plan(recipe: Recipe, spec: StudentSpec, data: Data | int, folder: Path) -> dict[str, Any]:
+    """``data``: the rows, or their number where they are not annotated yet."""
     settings = recipe.training_of(spec.method)
+    rationales = None
+    valid = None
+    if isinstance(data, int):
+        rows = max(1, round(spec.subset * data))
+    else:
+        rows = sum(bool(row.label(spec.labels)) for row in data.subset(spec.subset))
+        rationales = count_rationales(data, spec)
+        valid = len(data.valid)
     return {
         "name": spec.name,
-        "rows": sum(bool(row.label(spec.labels)) for row in data.subset(spec.subset)),
-        "rationales": count_rationales(data, spec),
-        "valid": len(data.valid),
+        "rows": rows,
+        "rationales": rationales,
+        "valid": valid,
         "trials": 0,
         "steps": 0,
         "done": _is_done(settings, spec.path(folder) / TRAINING_RECORD),

@@ -18,7 +18,7 @@ from dsbs.compression.run import TABLE_HEADINGS
 from dsbs.compression.steps import WeightStep, read_step
 from dsbs.config import registry
 from dsbs.errors import GateError
-from dsbs.records.compression import read_compressed
+from dsbs.run_folder import RunFolder
 from dsbs.students import Student, load_model
 
 NAME = "finetune-gold-s0"
@@ -91,7 +91,7 @@ def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
     ]
     names.append(f"{names[-1]}+low-rank=0.25")
     assert [record.name for record in result.steps] == names
-    assert [record.name for record in read_compressed(run)] == names
+    assert [record.name for record in RunFolder(run).read_compressed()] == names
     sizes = [
         result.steps[0].original.megabytes,
         *(record.compressed.megabytes for record in result.steps),
@@ -103,7 +103,7 @@ def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
         assert folder == run / "compress" / NAME / record.name
         student = Student.load(folder)
         assert student.card.name == f"{NAME}+{record.name}"
-        assert record.compressed.parameters == student.engine.parameters
+        assert record.compressed.parameters == student.backend.parameters
         assert record.n == len(valid_texts(run))
         said = [answer.label for answer in student.predict(valid_texts(run), max_label_tokens=8)]
         theirs = [answer.label for answer in original.predict(valid_texts(run), max_label_tokens=8)]
@@ -303,7 +303,7 @@ def test_a_low_rank_student_is_quantised_by_torch_alone(run: Path) -> None:
         compress(folder, ["quantize=int16"])
     from dsbs import export
 
-    with pytest.raises(UserError, match="low-rank matrices, which CTranslate2 does not know"):
+    with pytest.raises(UserError, match="low-rank matrices, which CTranslate2 does not support"):
         export(folder, "ct2")
     (record,) = compress(folder, ["quantize=int8"], max_drop=1).steps
     student = Student.load(run / "compress" / NAME / record.name)
@@ -343,7 +343,7 @@ def test_a_student_outside_of_a_run_is_refused(run: Path) -> None:
     lone = shutil.copytree(run / "train" / NAME, run.parent / "lone")
     with pytest.raises(UserError, match="not part of a run"):
         compress(lone, ["prune-ff=0.5"])
-    with pytest.raises(UserError, match="holds no student"):
+    with pytest.raises(UserError, match="does not contain a student"):
         compress(run, ["prune-ff=0.5"])
 
 
