@@ -53,7 +53,7 @@ os.environ["OMP_NUM_THREADS"] = str(
 import torch  # noqa: E402 - after the number of threads is set
 
 from dsbs import Student, export, load_recipe  # noqa: E402
-from dsbs.students import Engine, StudentCard, learn_vocabulary  # noqa: E402
+from dsbs.students import Backend, StudentCard, learn_vocabulary  # noqa: E402
 from dsbs.tasks import make_task  # noqa: E402
 from dsbs.tasks.data import stream  # noqa: E402
 
@@ -102,17 +102,17 @@ def random_student(folder: Path, texts: Sequence[str]) -> Path:
     return folder
 
 
-def milliseconds(engine: Engine, batches: Sequence[Sequence[str]]) -> float:
+def milliseconds(engine: Backend, batches: Sequence[Sequence[str]]) -> float:
     """Of a call, the mean over the batches."""
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     began = clock()
     for batch in batches:
-        engine.write(batch, args.tokens)
+        engine.generate(batch, args.tokens)
     return 1000 * (clock() - began) / len(batches)
 
 
-def written(engine: Engine, batches: Sequence[Sequence[str]]) -> list[str]:
-    return [said.text for batch in batches for said in engine.write(batch, args.tokens)]
+def written(engine: Backend, batches: Sequence[Sequence[str]]) -> list[str]:
+    return [said.text for batch in batches for said in engine.generate(batch, args.tokens)]
 
 
 def main() -> None:
@@ -133,7 +133,7 @@ def main() -> None:
         step = max(1, len(texts) // CALLS)
         single = [[text] for text in texts[::step][:CALLS]]
         few = wide[:: max(1, len(wide) // 6)][:6]
-        gold = written(reference.engine, wide)
+        gold = written(reference.backend, wide)
         print(
             f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, "
             f"{args.threads} thread(s)"
@@ -154,18 +154,18 @@ def main() -> None:
                 out=Path(made) / variant,
                 examples=[text.removeprefix(prefix) for text in texts[:8]],
             )
-            engine = Student.load(done.path).engine
+            engine = Student.load(done.path).backend
             agreed = sum(a == b for a, b in zip(gold, written(engine, wide), strict=True)) / len(
                 gold
             )
             cells = []
             for batches in (single, few):
-                for one in (reference.engine, engine):
+                for one in (reference.backend, engine):
                     milliseconds(one, batches[:3])  # the first calls pay for start-up
-                ours, theirs, ratios = [], [milliseconds(reference.engine, batches)], []
+                ours, theirs, ratios = [], [milliseconds(reference.backend, batches)], []
                 for _ in range(args.rounds):
                     ours.append(milliseconds(engine, batches))
-                    theirs.append(milliseconds(reference.engine, batches))
+                    theirs.append(milliseconds(reference.backend, batches))
                     ratios.append((theirs[-2] + theirs[-1]) / 2 / ours[-1])
                 cells += [
                     f"{statistics.median(ours):.2f} ({statistics.median(theirs):.2f})",

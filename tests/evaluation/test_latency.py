@@ -27,7 +27,7 @@ from dsbs.progress import NoProgress
 from dsbs.records.results import Latency
 from dsbs.records.rows import Prediction, TrainedStudent
 from dsbs.run_folder import RunFolder
-from dsbs.students import Student, megabytes
+from dsbs.students import Student, weights_megabytes
 
 
 @pytest.fixture
@@ -318,12 +318,12 @@ def test_a_damaged_latency_file_is_reported(recipe: Recipe, tmp_path: Path, cont
 def test_megabytes_are_of_the_weights_alone(recipe: Recipe, tmp_path: Path) -> None:
     student = make_student(recipe, tmp_path)
     folder = Path(student.path)
-    assert megabytes(folder) == (folder / "model.safetensors").stat().st_size / 1e6
+    assert weights_megabytes(folder) == (folder / "model.safetensors").stat().st_size / 1e6
     (folder / "training_args.bin").write_bytes(b"0" * 1000)
     shards = {"model-00001-of-00002.safetensors": 3_000, "model-00002-of-00002.safetensors": 2_000}
     (folder / "model.safetensors").unlink()
     for name, size in shards.items():
         (folder / name).write_bytes(b"0" * size)
-    assert megabytes(folder) == 0.005
+    assert weights_megabytes(folder) == 0.005
     with pytest.raises(UserError, match="has no weights"):
-        megabytes(tmp_path)
+        weights_megabytes(tmp_path)

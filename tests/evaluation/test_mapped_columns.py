@@ -68,7 +68,7 @@ def test_predicting_with_something_else_is_an_error(
 ) -> None:
     (tmp_path / "messages.txt").write_text("hello\n", encoding="utf-8")
     result = run_dsbs("predict", "messages.txt", cwd=tmp_path)
-    assert result.returncode == 2 and "holds no student" in result.stderr
+    assert result.returncode == 2 and "does not contain a student" in result.stderr
 
 
 @pytest.mark.parametrize(
