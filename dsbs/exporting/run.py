@@ -87,8 +87,8 @@ def export(
     examples_digest = None if examples is None else digest(*examples)
     existing = read_exported(target)
     if existing is not None:
-        wanted = (fingerprint, format, quantize)
-        fits = (existing.fingerprint, existing.format, existing.quantize) == wanted
+        request = (fingerprint, format, quantize)
+        fits = (existing.fingerprint, existing.format, existing.quantize) == request
         if fits and examples_digest in (None, existing.examples) and _is_complete(existing):
             return existing
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
