@@ -106,7 +106,7 @@ def _needed_extras(recipe: Recipe) -> Iterator[Check]:
         "local": recipe.teacher.kind == "llamacpp",
         "lora": recipe.train.lora is not None,
         "gguf": model is not None and not recipe.train.init and is_gguf(model),
-        "ray": recipe.annotate.backend == "ray",
+        "ray": recipe.annotate.engine == "ray",
         "tensorboard": recipe.report.tensorboard,
     }
     for extra, is_needed in needs.items():

@@ -25,7 +25,7 @@ from dsbs.files import versions
 EXTRAS = {
     "local": (("xllamacpp",), "teacher.kind: llamacpp, dsbs export --format gguf"),
     "lora": (("peft",), "train.lora"),
-    "ray": (("ray",), "annotate.backend: ray"),
+    "ray": (("ray",), "annotate.engine: ray"),
     "tensorboard": (("tensorboard",), "report.tensorboard"),
     "ct2": (("ctranslate2",), "dsbs export --format ct2, and int8 students"),
     "onnx": (("onnxruntime",), "dsbs export --format onnx"),
