@@ -147,7 +147,7 @@ def test_a_new_project_goes_through_all_stages(
 def test_a_name_that_no_recipe_can_have_is_refused_with_what_it_may_be(
     name: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="begin with a letter or digit"):
+    with pytest.raises(UserError, match="is not a valid name"):
         init(name, parent=tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -167,7 +167,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("full", "file", "link"):
         done = run_dsbs("init", name, cwd=tmp_path)
-        assert done.returncode == 2 and f"{name} is there already" in done.stderr
+        assert done.returncode == 2 and f"{name} exists already" in done.stderr
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine" and not (
         tmp_path / "nowhere"
@@ -196,7 +196,7 @@ def test_killed_in_the_middle_it_leaves_no_folder_of_that_name_and_can_be_run_ag
 
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         init("mine", parent=tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         init("a" * 300, parent=tmp_path)
