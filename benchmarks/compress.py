@@ -25,7 +25,7 @@ from dsbs.compression.layers import drop_layers
 from dsbs.compression.low_rank import LowRankStep, factorize
 from dsbs.compression.steps import attentions, feed_forwards
 from dsbs.records.results import BATCH_SIZES
-from dsbs.students import SIZES, megabytes
+from dsbs.students import SIZES, weights_megabytes
 
 VOCABULARY = {"nano": 4000, "mini": 4000, "t5-small": 32128}
 SHAPES: dict[str, dict[str, Any]] = {name: SIZES[name] for name in ("nano", "mini")} | {
@@ -93,7 +93,7 @@ def call(model: Any, ids: Any) -> float:
 def size(model: Any) -> float:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return megabytes(Path(folder))
+        return weights_megabytes(Path(folder))
 
 
 def main() -> None:

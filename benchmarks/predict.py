@@ -1,12 +1,14 @@
-"""Exports against transformers: a student's labels by greedy decoding on the CPU, same rows, same threads, paired in one run.
+"""Speed of exports compared with transformers: labels by greedy decoding on the CPU.
 
     python benchmarks/predict.py --student runs/esnli/train/step-by-step-gold-s0
     python benchmarks/predict.py --random t5-small --variants ct2-int8 ct2 --rows 200
 
-Agreement is the share of equal texts on rows of e-SNLI's test split (../shared/data). A call is from texts to text, tokenised.
-Every variant's round stands between two of transformers; a ratio is the mean of those two over the variant's, and what is
-printed is the median of the rounds. At batch 1 a call takes one row, at batch 64 as many, of like lengths. Asked of ct2 int8:
-98 % agreement, 3 times faster at both batch sizes, 3.5 times smaller.
+All variants run in one process on the same rows with the same number of threads. Agreement is the
+share of equal texts on rows of e-SNLI's test split (../shared/data). A call includes tokenisation.
+Each round of a variant is between two rounds of transformers; a ratio is the mean of those two over
+the variant's. The median of the rounds is printed. A call has one row at batch 1, and 64 rows of
+similar length at batch 64. Target for ct2 int8: 98% agreement, 3 times faster at both batch sizes,
+3.5 times smaller.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ os.environ["OMP_NUM_THREADS"] = str(
 import torch  # noqa: E402 - after the number of threads is set
 
 from dsbs import Student, export, load_recipe  # noqa: E402
-from dsbs.students import Engine, StudentCard, learn_vocabulary  # noqa: E402
+from dsbs.students import Backend, StudentCard, learn_vocabulary  # noqa: E402
 from dsbs.tasks import make_task  # noqa: E402
 from dsbs.tasks.data import stream  # noqa: E402
 
@@ -76,38 +78,50 @@ def random_student(folder: Path, texts: Sequence[str]) -> Path:
     tokenizer = learn_vocabulary(texts, 4000)
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=32128, d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, decoder_start_token_id=0,
+        vocab_size=32128,
+        d_model=512,
+        d_kv=64,
+        num_heads=8,
+        d_ff=2048,
+        num_layers=6,
+        decoder_start_token_id=0,
         initializer_factor=0.5,
-    )  # fmt: skip
+    )
     card = StudentCard(
-        name="random-t5-small", method="finetune", labels="gold", seed=0, task=recipe.task, prefixes={"label": ""},
-        max_input_tokens=128, max_target_tokens=64,
-    )  # fmt: skip
+        name="random-t5-small",
+        method="finetune",
+        labels="gold",
+        seed=0,
+        task=recipe.task,
+        prefixes={"label": ""},
+        max_input_tokens=128,
+        max_target_tokens=64,
+    )
     folder.mkdir()
     Student.of(T5ForConditionalGeneration(config), tokenizer, card).save(folder)
     return folder
 
 
-def milliseconds(engine: Engine, batches: Sequence[Sequence[str]]) -> float:
+def milliseconds(engine: Backend, batches: Sequence[Sequence[str]]) -> float:
     """Of a call, the mean over the batches."""
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     began = clock()
     for batch in batches:
-        engine.write(batch, args.tokens)
+        engine.generate(batch, args.tokens)
     return 1000 * (clock() - began) / len(batches)
 
 
-def written(engine: Engine, batches: Sequence[Sequence[str]]) -> list[str]:
-    return [said.text for batch in batches for said in engine.write(batch, args.tokens)]
+def written(engine: Backend, batches: Sequence[Sequence[str]]) -> list[str]:
+    return [said.text for batch in batches for said in engine.generate(batch, args.tokens)]
 
 
 def main() -> None:
     if args.student is None and args.random is None:
         sys.exit(
-            "nothing is measured: give a trained student with --student FOLDER, or --random t5-small"
+            "nothing to measure: pass a trained student with --student FOLDER, or --random t5-small"
         )
     if not DATA.is_dir():
-        sys.exit(f"nothing is measured: e-SNLI is not in {DATA}")
+        sys.exit(f"nothing to measure: e-SNLI is not in {DATA}")
     torch.set_num_threads(args.threads)
     texts = texts_of_test(args.rows)
     with tempfile.TemporaryDirectory() as made:
@@ -119,9 +133,10 @@ def main() -> None:
         step = max(1, len(texts) // CALLS)
         single = [[text] for text in texts[::step][:CALLS]]
         few = wide[:: max(1, len(wide) // 6)][:6]
-        gold = written(reference.engine, wide)
+        gold = written(reference.backend, wide)
         print(
-            f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, {args.threads} thread(s) on each side"
+            f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, "
+            f"{args.threads} thread(s)"
         )
         times = [
             part
@@ -133,28 +148,32 @@ def main() -> None:
         for variant in args.variants:
             form, _, quantize = variant.partition("-")
             done = export(
-                folder, form, quantize=quantize or "float32", out=Path(made) / variant,
+                folder,
+                form,
+                quantize=quantize or "float32",
+                out=Path(made) / variant,
                 examples=[text.removeprefix(prefix) for text in texts[:8]],
-            )  # fmt: skip
-            engine = Student.load(done.path).engine
+            )
+            engine = Student.load(done.path).backend
             agreed = sum(a == b for a, b in zip(gold, written(engine, wide), strict=True)) / len(
                 gold
             )
             cells = []
             for batches in (single, few):
-                for one in (reference.engine, engine):
+                for one in (reference.backend, engine):
                     milliseconds(one, batches[:3])  # the first calls pay for start-up
-                ours, theirs, ratios = [], [milliseconds(reference.engine, batches)], []
+                ours, theirs, ratios = [], [milliseconds(reference.backend, batches)], []
                 for _ in range(args.rounds):
                     ours.append(milliseconds(engine, batches))
-                    theirs.append(milliseconds(reference.engine, batches))
+                    theirs.append(milliseconds(reference.backend, batches))
                     ratios.append((theirs[-2] + theirs[-1]) / 2 / ours[-1])
                 cells += [
                     f"{statistics.median(ours):.2f} ({statistics.median(theirs):.2f})",
                     f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                 ]
             print(
-                f"| {variant} | {done.megabytes:.2f} of {done.student_megabytes:.2f} | {done.smaller:.2f} | "
+                f"| {variant} | {done.megabytes:.2f} of {done.student_megabytes:.2f} "
+                f"| {done.smaller:.2f} | "
                 f"{100 * agreed:.1f} % | {' | '.join(cells)} |",
                 flush=True,
             )

@@ -1,4 +1,6 @@
-"""How long `dsbs eval --score-only` takes for 10,000 rows and nine systems with rationales and probabilities, on one core.
+"""Time of `dsbs eval --score-only` for 10,000 rows and nine systems, on one core.
+
+The systems have rationales and probabilities.
 
 python benchmarks/rescore.py                # exit status 1 beyond 20 s
 python benchmarks/rescore.py --profile      # where the time goes
@@ -16,15 +18,19 @@ import tempfile
 import time
 from pathlib import Path
 
-MOST_S = 20.0
+MAX_SECONDS = 20.0
 LABELS = ("entailment", "neutral", "contradiction")
-WORDS = "a an the dog man woman child ball street park runs plays holds looks red blue two young outside because so not"
+WORDS = (
+    "a an the dog man woman child ball street park runs plays holds looks red blue two young "
+    "outside because so not"
+)
 
 
 def write(folder: Path, rows: int, systems: int) -> list[str]:
     """A recipe, its rows and a prediction file for each system; the arguments of a command on them.
 
-    The teacher, whose completions stand in the rows, is one of the systems; its rationales are what others' are held against.
+    The teacher, whose completions are in the rows, is one of the systems. The other systems'
+    rationales are compared with its own.
     """
     draw, words = random.Random(0), WORDS.split()
     gold = []
@@ -82,14 +88,14 @@ def main() -> None:
             [sys.executable, "-m", "dsbs", "annotate", *arguments], capture_output=True, check=True
         )
         profiled = ["-m", "cProfile", "-s", "cumulative"] if options.profile else []
-        began = time.perf_counter()
+        start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, *profiled, "-m", "dsbs", "eval", *arguments, "--score-only"],
             capture_output=True,
             text=True,
             check=False,
         )
-        wall = time.perf_counter() - began
+        wall = time.perf_counter() - start
         if done.returncode:
             sys.exit(done.stderr)
         systems = [] if options.profile else json.loads(done.stdout)["systems"]
@@ -99,9 +105,10 @@ def main() -> None:
         if options.profile:
             print("\n".join(done.stdout.split("\n")[1:60]))
         print(
-            f"{options.rows} rows, {options.systems} systems, one core: {wall:.1f} s, start of the command included"
+            f"{options.rows} rows, {options.systems} systems, one core: {wall:.1f} s, "
+            "including the start of the command"
         )
-        sys.exit(0 if wall < MOST_S else f"more than {MOST_S:.0f} s")
+        sys.exit(0 if wall < MAX_SECONDS else f"more than {MAX_SECONDS:.0f} s")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ _DISK_FULL_MESSAGES = (
     "iostream error",
     "unexpected pos",
 )
-CPUINFO = Path("/proc/cpuinfo")
 _PACKAGE = Path(__file__).resolve().parent
 # Packages whose versions decide results.
 _VERSIONED = (
@@ -48,17 +47,17 @@ def find_file(path: str | Path, *, what: str, hint: str, beside: Path | None = N
     Shipped prompts, recipes and data lie in a checkout's root or inside an installed wheel.
     ``what`` names the file in the message. Raises UserError where there is no such file.
     """
-    given = Path(path).expanduser()
-    candidates = [given]
-    if not given.is_absolute():
+    expanded = Path(path).expanduser()
+    candidates = [expanded]
+    if not expanded.is_absolute():
         if beside is not None:
-            candidates.append(beside / given)
+            candidates.append(beside / expanded)
         roots = (_PACKAGE / "_shipped", _PACKAGE.parent)
-        candidates += [root / given for root in roots if _has_shipped_files(root)]
+        candidates += [root / expanded for root in roots if _has_shipped_files(root)]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    if given.is_dir():
+    if expanded.is_dir():
         raise UserError(f"{what} {path} is a directory", hint=hint)
     raise UserError(f"{what} {path} does not exist (looked from {Path.cwd()})", hint=hint)
 
@@ -193,11 +192,11 @@ def _is_disk_full(error: BaseException | None) -> bool:
 # --- hashes
 
 
-def digest(*parts: str) -> str:
+def digest(*texts: str) -> str:
     """Hex SHA-256 over texts, each closed by a NUL so that no two lists of texts collide."""
     state = hashlib.sha256()
-    for part in parts:
-        state.update(part.encode("utf-8", "surrogatepass"))
+    for text in texts:
+        state.update(text.encode("utf-8", "surrogatepass"))
         state.update(b"\0")
     return state.hexdigest()
 
@@ -278,17 +277,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
-
-
-def device_name(cpuinfo: Path = CPUINFO) -> str:
-    """The name of the device that models run on: the GPU's, or the CPU's."""
-    import torch
-
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()

@@ -208,13 +208,14 @@ class RunFolder:
         written too. The status is "done" unless the body sets another one; "interrupted", "partial"
         or "failed" where it raises.
         """
-        given = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else dict(recipe)
+        if isinstance(recipe, Recipe):
+            recipe = recipe.model_dump(mode="json")
         path = self._manifest_file(stage)
         manifest: dict[str, Any] = {
             "status": "running",
             "started": now(),
             "ended": None,
-            "recipe": given,
+            "recipe": dict(recipe),
             "data": dict(data),
             "versions": versions(),
         }

@@ -131,9 +131,9 @@ def trained_student(
         template=template,
     )
     student = Student.of(model(kind, len(bpe)), bpe, card)
-    engine: Any = student.engine
-    sources = engine.wording.read(TEXTS[:30], 48)
-    targets = engine.wording.write([LABELS[i % 3] for i in range(30)])
+    engine: Any = student.backend
+    sources = engine.input_format.read(TEXTS[:30], 48)
+    targets = engine.input_format.write([LABELS[i % 3] for i in range(30)])
     batch = collate([{"label": [pair]} for pair in zip(sources, targets, strict=True)])
     optimizer = torch.optim.AdamW(engine.model.parameters(), lr=1e-2)
     for _ in range(25):

@@ -154,4 +154,4 @@ def test_a_reader_that_leaves_early_is_no_crash(toy: Callable[..., Path], tmp_pa
 
 def test_predicting_without_a_student_says_what_to_give(tmp_path: Path) -> None:
     done = run_dsbs("predict", "nowhere", cwd=tmp_path, input="x\n")
-    assert done.returncode == 2 and "holds no student" in done.stderr
+    assert done.returncode == 2 and "does not contain a student" in done.stderr

@@ -40,14 +40,25 @@ def results(
     }
     return Results.model_validate(
         {
-            "run": "runs/x", "name": "x", "task": "esnli", "split": "test", "n": 50, "baseline": "finetune-gold",
-            "headline": headline, "reportable": True,
+            "run": "runs/x",
+            "name": "x",
+            "task": "esnli",
+            "split": "test",
+            "n": 50,
+            "baseline": "finetune-gold",
+            "headline": headline,
+            "reportable": True,
             "systems": [
                 system("finetune-gold", {}),
-                system("step-by-step-gold", {} if delta is None else {"finetune-gold": gap, "teacher": gap | {"delta": -1.0}}),
+                system(
+                    "step-by-step-gold",
+                    {}
+                    if delta is None
+                    else {"finetune-gold": gap, "teacher": gap | {"delta": -1.0}},
+                ),
             ],
         }
-    )  # fmt: skip
+    )
 
 
 def test_a_gate_that_is_reached_gives_no_message() -> None:
@@ -69,7 +80,8 @@ def test_a_missed_gate_is_reported_with_the_uncertainty() -> None:
     )
     (delta,) = gate_failures(results(), min_delta=0.03)
     assert delta.startswith(
-        "step-by-step-gold: +2.00 points against finetune-gold (95% CI [−3.0, +7.0], p = .41) is below"
+        "step-by-step-gold: +2.00 points against finetune-gold "
+        "(95% CI [−3.0, +7.0], p = .41) is below"
     )
     assert len(gate_failures(results(), min_accuracy=0.9, min_delta=0.5)) == 2
 
@@ -109,7 +121,7 @@ def test_a_missed_gate_exits_4_after_everything_is_written(
     )
     assert missed.returncode == 4, missed.stderr
     assert missed.stderr.count("is below the gate of") == 2 and "Traceback" not in missed.stderr
-    assert {one["name"] for one in json.loads(missed.stdout)["systems"]} >= {
+    assert {system["name"] for system in json.loads(missed.stdout)["systems"]} >= {
         "step-by-step-gold",
         "finetune-gold",
     }

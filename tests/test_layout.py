@@ -88,7 +88,6 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
         "dsbs/training/packed/forward.py",
         "dsbs/training/callbacks.py",
         "dsbs/training/tensorboard.py",
-        "dsbs/evaluation/accuracy.py",
         "dsbs/serving/app.py",
         "dsbs/serving/http.py",
         "dsbs/students/low_rank.py",

@@ -13,7 +13,7 @@ from dsbs import load_recipe, train, validate
 from dsbs.config import StudentSection
 from dsbs.progress import NoProgress
 from dsbs.students import Student, StudentCard, learn_vocabulary, new_model
-from dsbs.students.vocabulary import lost_in
+from dsbs.students.tokenizer import vocabulary_warnings
 
 PRETRAINED, SCRATCH = StudentSection(model="some/t5"), StudentSection()
 # letters, digits and plain punctuation, as a T5's vocabulary has them; no braces, no < and no ~
@@ -36,7 +36,7 @@ def test_text_within_the_vocabulary_gives_no_warning(t5_like: Any) -> None:
         "my\u00a0invoice",
     ]  # an end token, a composed letter, a hard space
     assert (
-        lost_in(
+        vocabulary_warnings(
             PRETRAINED, t5_like, ["billing", "very  wrong"], {"inputs": texts, "rationales": []}
         )
         == []
@@ -45,7 +45,7 @@ def test_text_within_the_vocabulary_gives_no_warning(t5_like: Any) -> None:
 
 def test_unknown_characters_are_named_with_the_share_of_the_texts(t5_like: Any) -> None:
     texts = ["{a}", "a {b", "x < y </s> z", *["plain"] * 7]
-    (warning,) = lost_in(PRETRAINED, t5_like, [], {"inputs": texts})
+    (warning,) = vocabulary_warnings(PRETRAINED, t5_like, [], {"inputs": texts})
     assert (
         warning.startswith("30.0 % of the inputs")
         and "'{' in 2, " in warning
@@ -56,7 +56,7 @@ def test_unknown_characters_are_named_with_the_share_of_the_texts(t5_like: Any) 
 
 
 def test_line_breaks_are_told_as_spaces(t5_like: Any) -> None:
-    (warning,) = lost_in(
+    (warning,) = vocabulary_warnings(
         PRETRAINED, t5_like, ["very\nwrong"], {"rationales": ["my\ninvoice", "wrong"]}
     )
     assert (
@@ -69,22 +69,24 @@ def test_line_breaks_are_told_as_spaces(t5_like: Any) -> None:
 def test_a_label_that_cannot_be_written_comes_first_and_says_what_becomes_of_it(
     t5_like: Any,
 ) -> None:
-    first, second = lost_in(
+    first, second = vocabulary_warnings(
         PRETRAINED, t5_like, ["parcel", "{billing}", "a ~ b", "parcel"], {"inputs": ["{x}"]}
     )
     assert (
-        first.startswith("2 of 3 labels can never be written by the student")
+        first.startswith("the student can never write 2 of 3 labels")
         and "'a ~ b' becomes 'a  b'" in first
     )
-    assert second.startswith("100.0 % of the inputs")
+    assert second.startswith("100.0% of the inputs")
 
 
 def test_a_few_texts_in_thousands_are_not_worth_a_word(t5_like: Any) -> None:
-    assert lost_in(PRETRAINED, t5_like, [], {"inputs": ["{x}", *["wrong"] * 1999]}) == []
+    assert (
+        vocabulary_warnings(PRETRAINED, t5_like, [], {"inputs": ["{x}", *["wrong"] * 1999]}) == []
+    )
 
 
 def test_a_scratch_student_is_not_told_to_be_one(t5_like: Any) -> None:
-    (warning,) = lost_in(SCRATCH, t5_like, [], {"inputs": ["{x}"]})
+    (warning,) = vocabulary_warnings(SCRATCH, t5_like, [], {"inputs": ["{x}"]})
     assert "init: scratch" not in warning
 
 
@@ -130,18 +132,18 @@ def test_train_and_validate_warn_before_anything_else(
     told = Told()
     train(load_recipe(path, changes), out=tmp_path / "run", progress=told)
     assert (
-        told.lines[0].startswith("warning: 1 of 2 labels can never be written")
+        told.lines[0].startswith("warning: the student can never write 1 of 2 labels")
         and "'~shipping' becomes" in told.lines[0]
     )
-    assert told.lines[1].startswith("warning: 100.0 % of the inputs") and "'{' in" in told.lines[1]
+    assert told.lines[1].startswith("warning: 100.0% of the inputs") and "'{' in" in told.lines[1]
     assert told.lines[2].startswith(
         "warning: 100.0 % of the label targets reach student.max_target_tokens (2)"
     )
     assert len(told.lines) == 3
     found = validate(load_recipe(path, changes)).warnings
-    assert "labels can never be written" in found[0]
+    assert "can never write" in found[0]
     assert any(
-        warning.startswith("train: 100.0 % of the inputs have characters that are unknown")
+        warning.startswith("train: 100.0% of the inputs have characters that are unknown")
         for warning in found
     )
 

@@ -10,7 +10,7 @@ from dsbs.cli.common import Json, print_json, progress, read_rows
 from dsbs.formatting import count, megabytes, percent
 
 if TYPE_CHECKING:
-    from dsbs.exporting.exported import Exported
+    from dsbs.exporting.formats import Exported
 
 
 def export(
@@ -60,7 +60,7 @@ def _print_export(exported: Exported) -> None:
     check = exported.equivalence
     print(
         f"{exported.path}: {exported.format} {exported.quantize}, {megabytes(exported.megabytes)}, "
-        f"{exported.smaller:.1f} times smaller"
+        f"{exported.times_smaller:.1f} times smaller"
     )
     figures = [f"{percent(check.greedy_agreement)} of greedy outputs equal"]
     if check.beam_agreement is not None:

@@ -11,7 +11,7 @@ from dsbs.evaluation.latency import time_models, timing_budget
 from dsbs.progress import Progress, running
 from dsbs.records.compression import Measurement
 from dsbs.records.results import BATCH_SIZES, Latency
-from dsbs.students import Student, megabytes
+from dsbs.students import Student, weights_megabytes
 from dsbs.training.rows import Data
 
 
@@ -72,8 +72,8 @@ class Evaluator:
     ) -> Measurement:
         return Measurement(
             accuracy=self._accuracy(labels),
-            megabytes=megabytes(folder),
-            parameters=student.engine.parameters,
+            megabytes=weights_megabytes(folder),
+            parameters=student.backend.parameters,
             latency=latency,
         )
 

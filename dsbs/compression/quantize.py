@@ -65,9 +65,12 @@ def _is_supported(source: Path) -> bool:
     """Whether CTranslate2 supports the student's architecture."""
     from transformers import AutoConfig
 
-    from dsbs.exporting.ct2_causal import LOADERS
-    from dsbs.students.weights import located
+    from dsbs.exporting.ct2 import DECODER_LOADERS
+    from dsbs.students.weights import pretrained_arguments
 
     if read_card(source).kind == "seq2seq":
         return True
-    return AutoConfig.from_pretrained(**located(str(source))).model_type in LOADERS
+    return (
+        AutoConfig.from_pretrained(**pretrained_arguments(str(source))).model_type
+        in DECODER_LOADERS
+    )

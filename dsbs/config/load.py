@@ -158,10 +158,10 @@ def _read_yaml(file: Path, shown: str | Path) -> Located:
         ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{shown}:{mark.line + 1}" if mark else str(shown)
+        location = f"{shown}:{mark.line + 1}" if mark else str(shown)
         reason = getattr(error, "problem", None) or "cannot be read"
         raise UserError(
-            f"{place}: not valid YAML: {reason}",
+            f"{location}: not valid YAML: {reason}",
             hint="fix the line; strings with ':' need quotes",
         ) from None
     if not isinstance(located.data, dict):
@@ -220,24 +220,24 @@ def _describe(issue: Any, file: str, located: Located, overridden: set[KeyPath])
     """One of pydantic's errors as a sentence with its place."""
     path: KeyPath = tuple(issue["loc"])
     name = dotted(path)
-    place = _place(path, file, located, overridden)
+    location = _location(path, file, located, overridden)
     message = issue["msg"].removeprefix("Value error, ")
     if issue["type"] == "extra_forbidden":
-        return f"{place}: {_unknown_key(path)}"
+        return f"{location}: {_unknown_key(path)}"
     if issue["type"] == "missing":
-        return f"{place}: {name} is missing"
+        return f"{location}: {name} is missing"
     if issue["type"] == "value_error":
         if not name or message.startswith(name.split(".")[0] + "."):
-            return f"{place}: {message}"
-        return f"{place}: {name}: {message}"
-    given = located.spelling.get(path, issue.get("input"))
+            return f"{location}: {message}"
+        return f"{location}: {name}: {message}"
+    value = located.spelling.get(path, issue.get("input"))
     shown = ""
-    if isinstance(given, str | int | float | bool):
-        shown = f" (given: {str(given)[:60]!r})"
-    return f"{place}: {name}: {message[:1].lower()}{message[1:]}{shown}"
+    if isinstance(value, str | int | float | bool):
+        shown = f" (given: {str(value)[:60]!r})"
+    return f"{location}: {name}: {message[:1].lower()}{message[1:]}{shown}"
 
 
-def _place(path: KeyPath, file: str, located: Located, overridden: set[KeyPath]) -> str:
+def _location(path: KeyPath, file: str, located: Located, overridden: set[KeyPath]) -> str:
     """ "recipe.yaml:7" or "command line"."""
     for override in overridden:
         is_below = path[: len(override)] == override
@@ -253,21 +253,21 @@ def _unknown_key(path: KeyPath) -> str:
     if name in REMOVED_KEYS:
         return f"{name}: {REMOVED_KEYS[name]}"
     parent, key = path[:-1], str(path[-1])
-    known: list[str] = []
+    keys: list[str] = []
     section = _section_at(parent)
     if section is not None:
-        known = list(section.model_fields)
+        keys = list(section.model_fields)
     near = [
         f"did you mean {match!r}?"
-        for match in difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        for match in difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     ]
     homes = [home for home in _sections_with(key, Recipe, ()) if home != dotted(parent)]
     if homes:
         near.append(f"it belongs to {' or '.join(homes)}")
     if near:
         return f"{name}: unknown key; {', '.join(near)}"
-    if known:
-        return f"{name}: unknown key (known here: {', '.join(known)})"
+    if keys:
+        return f"{name}: unknown key (known here: {', '.join(keys)})"
     return f"{name}: unknown key"
 
 
@@ -347,5 +347,5 @@ def _current_term(term: Any) -> Any:
     """A recorded loss term without the keys of other kinds, which earlier versions wrote."""
     if not isinstance(term, dict) or term.get("kind") not in TERMS:
         return term
-    known = entry(TERMS, term["kind"]).model_fields
-    return {key: value for key, value in term.items() if key in known}
+    fields = entry(TERMS, term["kind"]).model_fields
+    return {key: value for key, value in term.items() if key in fields}

@@ -306,12 +306,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _baselines_exist(self) -> Recipe:
-        known = (*METHODS, *self.eval.predictions)
+        names = (*METHODS, *self.eval.predictions)
         for name in self.eval.baseline:
-            if name in known:
+            if name in names:
                 continue
             if base_of(name) not in METHODS:
-                raise ValueError("eval.baseline: " + unknown("method", name, known))
+                raise ValueError("eval.baseline: " + unknown("method", name, names))
             try:
                 self.train.check_method(name)
             except ValueError as error:

@@ -86,14 +86,14 @@ EXPORT_FORMATS = {
 
 # (kind, format) of a student's card: a class with `load(path, card)`, dsbs.students.backends.
 BACKENDS = {
-    ("seq2seq", "transformers"): "dsbs.students.backends.seq2seq:Seq2Seq",
-    ("causal", "transformers"): "dsbs.students.backends.decoder:Causal",
-    ("seq2seq", "ct2"): "dsbs.students.backends.ctranslate2:Ct2",
-    ("causal", "ct2"): "dsbs.students.backends.ctranslate2_decoder:Ct2Causal",
-    ("causal", "gguf"): "dsbs.students.backends.llama_server:LlamaCpp",
-    ("seq2seq", "onnx"): "dsbs.students.backends.onnxruntime:Onnx",
-    ("causal", "torch"): "dsbs.students.backends.int8:TorchCausal",
-    ("seq2seq", "torch"): "dsbs.students.backends.int8:TorchStudent",
+    ("seq2seq", "transformers"): "dsbs.students.backends.transformers:EncoderDecoderBackend",
+    ("causal", "transformers"): "dsbs.students.backends.transformers:DecoderBackend",
+    ("seq2seq", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2Backend",
+    ("causal", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2DecoderBackend",
+    ("causal", "gguf"): "dsbs.students.backends.llama_server:LlamaServerBackend",
+    ("seq2seq", "onnx"): "dsbs.students.backends.onnxruntime:OnnxBackend",
+    ("causal", "torch"): "dsbs.students.backends.transformers:Int8DecoderBackend",
+    ("seq2seq", "torch"): "dsbs.students.backends.transformers:Int8EncoderDecoderBackend",
 }
 
 

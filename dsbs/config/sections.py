@@ -35,10 +35,10 @@ def scalar_text(value: Any) -> Any:
     return value
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown(kind: str, name: str, names: Iterable[str]) -> str:
     """A sentence about an unknown name: the nearest known one, and all known ones."""
-    known = list(known)
+    names = list(names)
     guess = ""
-    for near in difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+    for near in difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         guess = f"; did you mean {near!r}?"
-    return f"unknown {kind} {name!r}{guess} (known: {', '.join(known)})"
+    return f"unknown {kind} {name!r}{guess} (known: {', '.join(names)})"

@@ -257,14 +257,14 @@ class TrainSection(Section):
         if base_of(method) not in METHODS:
             raise ValueError(unknown("method", base_of(method), METHODS))
         names = names_of_terms(method)
-        known = [term.title for term in self.terms]
+        titles = [term.title for term in self.terms]
         for name in names:
-            if not known:
+            if not titles:
                 raise ValueError(
                     f"train.methods: {method}: there is no term {name!r}: train.terms is empty"
                 )
-            if name not in known:
-                raise ValueError(f"train.methods: {method}: {unknown('term', name, known)}")
+            if name not in titles:
+                raise ValueError(f"train.methods: {method}: {unknown('term', name, titles)}")
             if names.count(name) > 1:
                 raise ValueError(f"train.methods: {method} names the term {name!r} twice")
 

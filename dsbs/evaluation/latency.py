@@ -17,17 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.evaluation.predictions import StudentLoader, read_predictions
-from dsbs.files import device_name, write_json
+from dsbs.files import write_json
 from dsbs.progress import Progress, running
 from dsbs.records.results import BATCH_SIZES, Latency
 from dsbs.records.rows import Example, TrainedStudent
 from dsbs.run_folder import RunFolder
 from dsbs.students import Student
+from dsbs.students.weights import device_name
 
 MIN_CALLS = 2  # of each batch size, whatever the budget
 _WARM_UP = 3  # at most so many first calls of each batch size do not count
 _BUDGET_SHARE = 0.5  # of the time that predicting took
-_MIN_BUDGET_S = 1.0
+_MIN_BUDGET_S = 0.5
 
 
 class LatencyMeasurement(BaseModel):

@@ -372,14 +372,14 @@ MACRO_F1 = Metric(
 
 def calibration_bins(predictions: SystemPredictions) -> list[Bin]:
     """Bins of the predictions of all seeds; empty where a prediction has no probability."""
-    probabilities = [
-        prediction.probability for file in predictions.files for prediction in file.predictions
-    ]
-    known = [probability for probability in probabilities if probability is not None]
-    if not known or len(known) < len(probabilities):
-        return []
+    probabilities: list[float] = []
+    for file in predictions.files:
+        for prediction in file.predictions:
+            if prediction.probability is None:
+                return []
+            probabilities.append(prediction.probability)
     correct = np.concatenate([file.correct for file in predictions.files])
-    return binned(np.array(known), correct)
+    return binned(np.array(probabilities), correct)
 
 
 def binned(probabilities: Floats, correct: NDArray[np.bool_]) -> list[Bin]:

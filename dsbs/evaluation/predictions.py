@@ -50,8 +50,8 @@ def best_student(
             if entry(METHODS, base_of(student.method)).needs_rationales
         ]
     if not students:
-        wanted = "student with rationales" if needs_rationales else "finished student"
-        raise UserError(f"{run.stage('train')} has no {wanted}", hint="run `dsbs train` first")
+        missing = "student with rationales" if needs_rationales else "finished student"
+        raise UserError(f"{run.stage('train')} has no {missing}", hint="run `dsbs train` first")
     return max(students, key=lambda student: student.valid_accuracy).path
 
 

@@ -37,7 +37,7 @@ from dsbs.records.results import Latency, Results
 from dsbs.records.rows import Example, TrainedStudent
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
-from dsbs.students import megabytes
+from dsbs.students import weights_megabytes
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.data import load, survey
@@ -256,7 +256,7 @@ def _external_systems(
 def _megabytes(student: TrainedStudent) -> float | None:
     """Of the weights; None if they were moved elsewhere, as scoring does not need them."""
     try:
-        return megabytes(student.path)
+        return weights_megabytes(student.path)
     except UserError:
         return None
 

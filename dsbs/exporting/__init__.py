@@ -1,1 +1,1 @@
-"""A student in the format of another runtime: one file a format, checked against the student itself."""
+"""Exporting: students in formats that run without dsbs."""

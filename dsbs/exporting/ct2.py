@@ -1,18 +1,18 @@
-"""CTranslate2: a compiled runtime on a CPU or a GPU, in float32 or quantised."""
+"""CTranslate2 format: for a compiled runtime on CPU or GPU, in float32 or quantised."""
 
 from __future__ import annotations
 
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.exporting import ct2_causal
-from dsbs.exporting.formats import PLAIN, first_task, write_wording
+from dsbs.exporting.formats import FLOAT32, decoder_script, label_view, write_prompt_format
 from dsbs.students import Student
 from dsbs.students.backends.ctranslate2 import ctranslate2
 
-_SCRIPT = '''"""Prints what the student writes to each line of stdin."""
+_SCRIPT = '''"""Print the student's output for each line of stdin."""
 import sys
 from pathlib import Path
 
@@ -24,106 +24,191 @@ tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
 model = ctranslate2.Translator(str(here))
 for line in sys.stdin:
     pieces = [tokenizer.id_to_token(i) for i in tokenizer.encode({prefix} + line.strip()).ids]
-    found = model.translate_batch(
-        [pieces], target_prefix=[[{start}]], beam_size=1, min_decoding_length=0, max_decoding_length={most},
-        max_input_length=0,  # the tokenizer has cut, and has kept the end token
+    results = model.translate_batch(
+        [pieces],
+        target_prefix=[[{start}]],
+        beam_size=1,
+        min_decoding_length=0,
+        max_decoding_length={max_tokens},
+        max_input_length=0,  # the tokenizer has truncated, and has kept the end token
     )
-    ids = [tokenizer.token_to_id(piece) for piece in found[0].hypotheses[0]]
+    ids = [tokenizer.token_to_id(piece) for piece in results[0].hypotheses[0]]
     print(tokenizer.decode([i for i in ids if i is not None]).strip(), flush=True)
 '''
+_WRITE = """    results = model.generate_batch(
+        [[tokenizer.id_to_token(i) for i in ids]],
+        max_length=MAX_TOKENS,
+        min_length=0,
+        beam_size=1,
+        include_prompt_in_result=False,
+        end_token=prompt_format["stops"],
+    )
+    print(tokenizer.decode(results[0].sequences_ids[0]).strip(), flush=True)"""
+# The converter's loader by a configuration's model_type; tests compare each with transformers.
+DECODER_LOADERS = {
+    "gpt2": "GPT2Loader",
+    "llama": "LlamaLoader",
+    "qwen2": "Qwen2Loader",
+    "qwen3": "Qwen3Loader",
+}
 
 
 class Ct2Format:
-    """Of T5 and its kin and of decoders alone, by CTranslate2's own converter (Klein et al., 2020, for the runtime)."""
+    """T5 and decoder-only models, by CTranslate2's converter (runtime: Klein et al., 2020)."""
 
     kinds = ("seq2seq", "causal")
-    quantizations = ("int8", PLAIN, "int8_float32", "int16", "float16")
+    quantizations = ("int8", FLOAT32, "int8_float32", "int16", "float16")
     packages = ("ctranslate2", "tokenizers")
 
     def check(self, student: Student, quantize: str) -> str | None:
         runtime = ctranslate2()
+        config = student.backend.model.config
         if student.card.kind == "causal":
-            ct2_causal.check(student)
-        elif student.engine.model.config.model_type not in ("t5", "mt5"):
+            _check_decoder(student)
+        elif config.model_type not in ("t5", "mt5"):
             raise UserError(
-                f"CTranslate2 is not asked to convert a model of type {student.engine.model.config.model_type} here",
+                f"the format ct2 does not support models of type {config.model_type}",
                 hint="try --format onnx or torch",
             )
-        if getattr(student.engine.model.config, "low_rank", None):
+        if getattr(config, "low_rank", None):
             raise UserError(
-                f"{student.card.name} has low-rank matrices, which CTranslate2 does not know",
-                hint="use --format torch --quantize int8, or compress by pruning in place of low-rank",
+                f"{student.card.name} has low-rank matrices, which CTranslate2 does not support",
+                hint="use --format torch --quantize int8, or compress by pruning instead of "
+                "low-rank",
             )
         if quantize not in runtime.get_supported_compute_types("cpu"):
-            return f"this machine's CPU does not compute in {quantize}: the file is smaller, and no faster"
+            return (
+                f"this machine's CPU does not compute in {quantize}: the file is smaller, but not "
+                "faster"
+            )
         return None
 
     def write(self, student: Student, folder: Path, quantize: str) -> None:
         import torch
         from ctranslate2.converters.converter import Converter
 
-        is_causal = student.card.kind == "causal"
-        loader = (
-            ct2_causal.loader_of(student.engine.model.config.model_type) if is_causal else _loader()
-        )
-        model = deepcopy(student.engine.model).to(
-            "cpu"
-        )  # the converter scales and quantises in the model's own memory
+        is_decoder = student.card.kind == "causal"
+        if is_decoder:
+            loader = _decoder_loader(student.backend.model.config.model_type)
+        else:
+            loader = _t5_loader()
+        # The converter scales and quantises in the model's own memory.
+        model = deepcopy(student.backend.model).to("cpu")
 
-        class Convert(Converter):  # type: ignore[misc]
+        class StudentConverter(Converter):  # type: ignore[misc]
             def _load(self) -> Any:
                 with torch.no_grad():
-                    return loader(model, student.engine.tokenizer)
+                    return loader(model, student.backend.tokenizer)
 
-        made = folder / "ct2"  # the converter empties the folder that it writes to
+        converted = folder / "ct2"  # the converter empties the folder that it writes to
+        quantization = None if quantize == FLOAT32 else quantize
         try:
-            Convert().convert(str(made), quantization=None if quantize == PLAIN else quantize)
+            StudentConverter().convert(str(converted), quantization=quantization)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise DsbsError(
                 f"CTranslate2 cannot convert {student.card.name} ({error})",
                 hint="try --format torch --quantize int8",
             ) from None
-        for path in made.iterdir():
+        for path in converted.iterdir():
             path.rename(folder / path.name)
-        made.rmdir()
-        if is_causal:
-            write_wording(student, folder)
+        converted.rmdir()
+        if is_decoder:
+            write_prompt_format(student, folder)
 
     def script(self, student: Student, quantize: str) -> str:
         if student.card.kind == "causal":
-            return ct2_causal.script(student)
-        first = first_task(student)
-        start = student.engine.tokenizer.convert_ids_to_tokens(first.start)
-        return _SCRIPT.format(prefix=repr(first.prefix), start=repr(start), most=first.most)
+            return decoder_script(
+                student,
+                imports="import ctranslate2\nimport tokenizers",
+                load="model = ctranslate2.Generator(str(here))",
+                write=_WRITE,
+            )
+        view = label_view(student)
+        start = student.backend.tokenizer.convert_ids_to_tokens(view.start_id)
+        return _SCRIPT.format(
+            prefix=repr(view.prefix), start=repr(start), max_tokens=view.max_tokens
+        )
 
 
-def _loader() -> Any:
+def _t5_loader() -> Any:
     from ctranslate2.converters.transformers import T5Loader
 
     class Loader(T5Loader):  # type: ignore[misc]
-        """The converter's loader, right for v1.1 shapes and for both tokens that a decoder may begin with."""
+        """The converter's loader, corrected for v1.1 shapes and for both start tokens."""
 
         def get_model_spec(self, model: Any) -> Any:
             spec = super().get_model_spec(model)
-            if (
-                not model.config.scale_decoder_outputs
-            ):  # it goes by the ties of the embeddings, which are always tied now
+            # The original looks at tied embeddings, which current T5 models always have.
+            if not model.config.scale_decoder_outputs:
                 spec.decoder.scale_outputs = 1.0
             return spec
 
         def get_vocabulary(self, model: Any, tokenizer: Any) -> list[str]:
-            known = [
-                piece
-                for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-            ]
-            # embeddings beyond the vocabulary, by names that are no piece's
-            return known + [
-                f"<unused_{index}>" for index in range(len(known), model.config.vocab_size)
+            vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+            pieces = [piece for piece, _ in vocabulary]
+            # Embeddings beyond the vocabulary get names that no piece has.
+            unused = range(len(pieces), model.config.vocab_size)
+            return pieces + [f"<unused_{index}>" for index in unused]
+
+        def set_config(self, config: Any, model: Any, tokenizer: Any) -> None:
+            super().set_config(config, model, tokenizer)
+            config.decoder_start_token = None  # each call gives the decoder's first token
+            config.layer_norm_epsilon = model.config.layer_norm_epsilon
+
+    return Loader()
+
+
+def _check_decoder(student: Student) -> None:
+    """Raises UserError for a model that the converter does not support, or gets wrong."""
+    config = student.backend.model.config
+    if config.model_type not in DECODER_LOADERS:
+        raise UserError(
+            f"the format ct2 supports {', '.join(DECODER_LOADERS)} and T5, not {config.model_type}",
+            hint="try --format torch",
+        )
+    feature = _unsupported_feature(config)
+    if feature:
+        raise UserError(
+            f"{student.card.name} has {feature}, which CTranslate2's converter ignores",
+            hint="try --format torch",
+        )
+
+
+def _unsupported_feature(config: Any) -> str | None:
+    """A feature of a configuration that the converter silently ignores."""
+    if config.model_type == "gpt2":
+        if config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx:
+            return None
+        return "a scaling of attention of its own"
+    if config.hidden_act != "silu":
+        return f"the activation {config.hidden_act}"
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        return "a sliding window"
+    head_size = getattr(config, "head_dim", None)
+    head_size = head_size or config.hidden_size // config.num_attention_heads
+    hidden_size = head_size * config.num_attention_heads
+    if config.model_type != "qwen3" and hidden_size != config.hidden_size:
+        return f"heads of size {head_size}, which is not hidden_size / num_attention_heads"
+    return None
+
+
+def _decoder_loader(model_type: str) -> Any:
+    """The converter's loader, corrected for vocabularies with gaps and embeddings beyond them."""
+    module = import_module("ctranslate2.converters.transformers")
+    base = getattr(module, DECODER_LOADERS[model_type])
+
+    class Loader(base):  # type: ignore[misc,valid-type]
+        def get_vocabulary(self, model: Any, tokenizer: Any) -> list[str]:
+            pieces = {index: piece for piece, index in tokenizer.get_vocab().items()}
+            return [
+                pieces.get(index, f"<unused_{index}>") for index in range(model.config.vocab_size)
             ]
 
         def set_config(self, config: Any, model: Any, tokenizer: Any) -> None:
             super().set_config(config, model, tokenizer)
-            config.decoder_start_token = None  # each call says what the decoder begins with
-            config.layer_norm_epsilon = model.config.layer_norm_epsilon
+            if config.unk_token is None:
+                config.unk_token = ""
+            if model_type == "gpt2":
+                config.layer_norm_epsilon = model.config.layer_norm_epsilon
 
     return Loader()

@@ -1,4 +1,4 @@
-"""Golden rows: inputs, and what transformers writes to them, which an export must write as well."""
+"""Golden rows: inputs with the outputs of transformers, by which an export is checked."""
 
 from __future__ import annotations
 
@@ -12,28 +12,40 @@ from typing import Literal
 
 from dsbs.config.load import read_recorded
 from dsbs.errors import DsbsError, UserError
-from dsbs.exporting.exported import Equivalence
-from dsbs.students import Engine, GeneratedText, Kind, Searcher, Start, Student, Target
+from dsbs.exporting.formats import Equivalence
+from dsbs.formatting import percent
+from dsbs.run_folder import RunFolder
+from dsbs.students import (
+    Architecture,
+    Backend,
+    BeamSearchBackend,
+    GeneratedText,
+    Start,
+    Student,
+    Target,
+)
 from dsbs.tasks.data import load
 
 GOLDEN = "golden.jsonl"
-ROWS = 48  # inputs of the label's prefix
-_OTHER_ROWS = 12  # inputs of every other prefix, whose outputs are long
-_MOST_TOKENS = 64  # of an output
+ROWS = 48  # inputs with the label's prefix
+_OTHER_ROWS = 12  # inputs with each other prefix, whose outputs are long
+_MAX_TOKENS = 64  # of an output
 BEAMS = 4
-_BATCH = 16
+_BATCH_SIZE = 16
 SCORE_TOLERANCE = 1e-3  # nats, of a text's joint log-probability in float32
-_DEEP_TOLERANCE = (
-    5e-3  # the same of a decoder alone: 12 tokens of SmolLM2's 30 layers came to 1.3e-3 by rounding
-)
-_FLOAT_AGREEMENT = 0.95  # a float export may differ in a tie of two tokens, no more
+# The same for decoders: rounding in SmolLM2's 30 layers gave 1.3e-3 over 12 tokens.
+_DECODER_TOLERANCE = 5e-3
+_MIN_AGREEMENT = 0.95  # a float32 export may differ where two tokens tie, and nowhere else
 
 Source = Literal["valid", "examples", "made"]
 
 
 @dataclass(frozen=True, slots=True)
 class GoldenRow:
-    """One line of ``golden.jsonl``; log-probabilities are in nats, of the text's tokens and its end token together."""
+    """One line of ``golden.jsonl``.
+
+    Log-probabilities are in nats, of all the text's tokens and its end token.
+    """
 
     target: Target
     start: Start
@@ -41,73 +53,81 @@ class GoldenRow:
     max_tokens: int
     greedy: str
     greedy_log_probability: float
-    beam: str | None  # of a beam search of `BEAMS`, without length penalty
+    beam: str | None  # of a beam search of `BEAMS` without length penalty
     beam_log_probability: float | None
 
 
-def texts_for(
-    student: Student, folder: Path, given: Sequence[str] | None
+def comparison_texts(
+    student: Student, folder: Path, examples: Sequence[str] | None
 ) -> tuple[list[str], Source]:
-    """Inputs without prefix: those given, else the valid rows of the run that ``folder`` lies in, else made ones."""
-    if given is not None:
-        if not given:
+    """Inputs without prefix: the given ones, or the run's valid rows, or made ones."""
+    if examples is not None:
+        if not examples:
             raise UserError(
                 "there are no examples to compare on",
-                hint="give a file with a text or a JSON row in each line",
+                hint="give a file with one text or JSON row per line",
             )
-        return list(given[:ROWS]), "examples"
-    rows = _valid_texts(student, folder.resolve().parent / "manifest.json")
-    return (rows[:ROWS], "valid") if rows else (_made_texts(student), "made")
+        return list(examples[:ROWS]), "examples"
+    texts = _valid_texts(student, folder)
+    if texts:
+        return texts[:ROWS], "valid"
+    return _made_texts(student), "made"
 
 
-def _valid_texts(student: Student, manifest: Path) -> list[str]:
+def _valid_texts(student: Student, folder: Path) -> list[str]:
+    """The run's valid rows; none where the student was moved away from its run or its data."""
+    run = RunFolder(folder.resolve().parent.parent)
     try:
-        recipe = read_recorded(json.loads(manifest.read_text(encoding="utf-8")))
-        return (
-            []
-            if recipe is None
-            else [student.task.text(row.input) for row in load(recipe, student.task, "valid")]
-        )
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        DsbsError,
-    ):  # a student that was moved away from its run or its data
+        recipe = read_recorded(run.manifest(folder.resolve().parent.name))
+        if recipe is None:
+            return []
+        return [student.task.text(row.input) for row in load(recipe, student.task, "valid")]
+    except (OSError, ValueError, AttributeError, DsbsError):
         return []
 
 
 def _made_texts(student: Student) -> list[str]:
-    """Random pieces of the vocabulary: no language, but every length and the same for the same student."""
-    tokenizer = student.engine.tokenizer
-    special = set(tokenizer.all_special_ids)
-    pieces = [index for index in sorted(tokenizer.get_vocab().values()) if index not in special]
-    chance = random.Random(0)
+    """Random pieces of the vocabulary, of all lengths, and the same for the same student."""
+    tokenizer = student.backend.tokenizer
+    special_ids = set(tokenizer.all_special_ids)
+    piece_ids = [
+        index for index in sorted(tokenizer.get_vocab().values()) if index not in special_ids
+    ]
+    generator = random.Random(0)
     longest = max(2, min(64, student.card.max_input_tokens // 2))
     texts = (
-        tokenizer.decode(chance.choices(pieces, k=chance.randint(1, longest))) for _ in range(ROWS)
+        tokenizer.decode(generator.choices(piece_ids, k=generator.randint(1, longest)))
+        for _ in range(ROWS)
     )
     return [" ".join(text.split()) for text in texts]
 
 
 def golden_rows(student: Student, texts: Sequence[str], *, beams: bool) -> list[GoldenRow]:
-    """What transformers writes to ``texts`` after every prefix of the student."""
+    """The outputs of transformers for ``texts`` with every prefix of the student."""
     rows: list[GoldenRow] = []
-    most = min(student.card.max_target_tokens, _MOST_TOKENS)
+    backend = student.backend
+    max_tokens = min(student.card.max_target_tokens, _MAX_TOKENS)
     for number, (target, prefix) in enumerate(student.card.prefixes.items()):
         start = student.card.starts.get(target, "pad")
-        inputs = [prefix + text for text in texts[: None if number == 0 else _OTHER_ROWS]]
-        greedy = _written(student.engine, inputs, most, start)
-        beam: Sequence[GeneratedText | None] = [None] * len(inputs)
-        if beams and isinstance(student.engine, Searcher):
-            beam = _searched(student.engine, inputs, most, start)
-        for text, one, other in zip(inputs, greedy, beam, strict=True):
+        chosen = texts if number == 0 else texts[:_OTHER_ROWS]
+        inputs = [prefix + text for text in chosen]
+        greedy_outputs = _generate(backend, inputs, max_tokens, start)
+        beam_outputs: Sequence[GeneratedText | None] = [None] * len(inputs)
+        if beams and isinstance(backend, BeamSearchBackend):
+            beam_outputs = _beam_search(backend, inputs, max_tokens, start)
+        for text, greedy, beam in zip(inputs, greedy_outputs, beam_outputs, strict=True):
             rows.append(
                 GoldenRow(
-                    target, start, text, most, one.text, _log(one.probability),
-                    other.text if other else None, _log(other.probability) if other else None,
+                    target=target,
+                    start=start,
+                    input=text,
+                    max_tokens=max_tokens,
+                    greedy=greedy.text,
+                    greedy_log_probability=_log(greedy.probability),
+                    beam=beam.text if beam else None,
+                    beam_log_probability=_log(beam.probability) if beam else None,
                 )
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -115,77 +135,91 @@ def _log(probability: float | None) -> float:
     return math.log(max(probability or 0.0, 1e-300))
 
 
-def _written(engine: Engine, inputs: Sequence[str], most: int, start: Start) -> list[GeneratedText]:
-    found = []
-    for first in range(0, len(inputs), _BATCH):
-        found += engine.write(inputs[first : first + _BATCH], most, start, probabilities=True)
-    return found
-
-
-def _searched(
-    engine: Searcher, inputs: Sequence[str], most: int, start: Start
+def _generate(
+    backend: Backend, inputs: Sequence[str], max_tokens: int, start: Start
 ) -> list[GeneratedText]:
-    found: list[GeneratedText] = []
-    for first in range(0, len(inputs), _BATCH):
-        found += engine.search(inputs[first : first + _BATCH], most, start, BEAMS)
-    return found
+    outputs: list[GeneratedText] = []
+    for first in range(0, len(inputs), _BATCH_SIZE):
+        batch = inputs[first : first + _BATCH_SIZE]
+        outputs += backend.generate(batch, max_tokens, start, probabilities=True)
+    return outputs
 
 
-def compare(engine: Engine, rows: Sequence[GoldenRow], source: Source) -> Equivalence:
-    """What an export's engine writes to the golden rows' inputs, against what stands there."""
-    equal, searched, same_beam = 0, 0, 0
+def _beam_search(
+    backend: BeamSearchBackend, inputs: Sequence[str], max_tokens: int, start: Start
+) -> list[GeneratedText]:
+    outputs: list[GeneratedText] = []
+    for first in range(0, len(inputs), _BATCH_SIZE):
+        batch = inputs[first : first + _BATCH_SIZE]
+        outputs += backend.beam_search(batch, max_tokens, start, BEAMS)
+    return outputs
+
+
+def measure_equivalence(backend: Backend, rows: Sequence[GoldenRow], source: Source) -> Equivalence:
+    """Compare an export's outputs with the golden rows."""
+    equal = 0
+    searched = 0
+    equal_beams = 0
     differences = []
-    for (start, most), chosen in _alike(rows).items():
-        inputs = [row.input for row in chosen]
-        for row, said in zip(chosen, _written(engine, inputs, most, start), strict=True):
-            equal += said.text == row.greedy
-            if said.text == row.greedy and said.probability is not None:
-                differences.append(abs(_log(said.probability) - row.greedy_log_probability))
-        if not isinstance(engine, Searcher):
+    for (start, max_tokens), group in _by_settings(rows).items():
+        inputs = [row.input for row in group]
+        outputs = _generate(backend, inputs, max_tokens, start)
+        for row, output in zip(group, outputs, strict=True):
+            if output.text != row.greedy:
+                continue
+            equal += 1
+            if output.probability is not None:
+                differences.append(abs(_log(output.probability) - row.greedy_log_probability))
+        if not isinstance(backend, BeamSearchBackend):
             continue
-        for row, said in zip(chosen, _searched(engine, inputs, most, start), strict=True):
+        outputs = _beam_search(backend, inputs, max_tokens, start)
+        for row, output in zip(group, outputs, strict=True):
             if row.beam_log_probability is None:
                 continue
             searched += 1
-            apart = abs(_log(said.probability) - row.beam_log_probability)
-            same_beam += (
-                said.text == row.beam or apart < SCORE_TOLERANCE
-            )  # equally likely texts are both right
-            if said.text == row.beam:
-                differences.append(apart)
+            difference = abs(_log(output.probability) - row.beam_log_probability)
+            # Equally likely texts are both right.
+            equal_beams += output.text == row.beam or difference < SCORE_TOLERANCE
+            if output.text == row.beam:
+                differences.append(difference)
     return Equivalence(
         rows=len(rows),
         source=source,
         greedy_agreement=equal / len(rows),
-        beam_agreement=same_beam / searched if searched else None,
-        score_difference=max(differences) if differences else None,
+        beam_agreement=equal_beams / searched if searched else None,
+        score_difference=max(differences, default=None),
     )
 
 
-def _alike(rows: Sequence[GoldenRow]) -> dict[tuple[Start, int], list[GoldenRow]]:
-    found: dict[tuple[Start, int], list[GoldenRow]] = {}
+def _by_settings(rows: Sequence[GoldenRow]) -> dict[tuple[Start, int], list[GoldenRow]]:
+    groups: dict[tuple[Start, int], list[GoldenRow]] = {}
     for row in rows:
-        found.setdefault((row.start, row.max_tokens), []).append(row)
-    return found
+        groups.setdefault((row.start, row.max_tokens), []).append(row)
+    return groups
 
 
-def check_float(found: Equivalence, name: str, kind: Kind = "seq2seq") -> None:
-    """Raise DsbsError where an export in float32 does not do what the student does."""
-    wrong, allowed = [], _DEEP_TOLERANCE if kind == "causal" else SCORE_TOLERANCE
-    if found.greedy_agreement < _FLOAT_AGREEMENT:
-        wrong.append(
-            f"greedy texts agree on {100 * found.greedy_agreement:.1f} % of {found.rows} rows"
+def check_float32(
+    equivalence: Equivalence, student: str, architecture: Architecture = "seq2seq"
+) -> None:
+    """Raises DsbsError where a float32 export does not do what the student does."""
+    tolerance = _DECODER_TOLERANCE if architecture == "causal" else SCORE_TOLERANCE
+    problems = []
+    if equivalence.greedy_agreement < _MIN_AGREEMENT:
+        problems.append(
+            f"greedy texts agree on {percent(equivalence.greedy_agreement)} of "
+            f"{equivalence.rows} rows"
         )
-    if found.beam_agreement is not None and found.beam_agreement < _FLOAT_AGREEMENT:
-        wrong.append(f"beam search agrees on {100 * found.beam_agreement:.1f} %")
-    if found.score_difference is not None and found.score_difference > allowed:
-        wrong.append(
-            f"log-probabilities differ by up to {found.score_difference:.2g}, allowed are {allowed:g}"
+    if equivalence.beam_agreement is not None and equivalence.beam_agreement < _MIN_AGREEMENT:
+        problems.append(f"beam search agrees on {percent(equivalence.beam_agreement)}")
+    if equivalence.score_difference is not None and equivalence.score_difference > tolerance:
+        problems.append(
+            f"log-probabilities differ by up to {equivalence.score_difference:.2g} "
+            f"(allowed: {tolerance:g})"
         )
-    if wrong:
+    if problems:
         raise DsbsError(
-            f"the export of {name} does not do what the student does: {'; '.join(wrong)}",
-            hint="this model's shape is not one that the format carries: try --format torch",
+            f"the export of {student} does not do what the student does: {'; '.join(problems)}",
+            hint="the format may not support this model's shape: try --format torch",
         )
 
 

@@ -1,18 +1,33 @@
-"""One export: written beside its place, compared with the student, moved into its place whole."""
+"""Export: write a student in another format, compare it with the student, move it into place."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.exporting.exported import RECORD, Equivalence, Exported, read_exported
-from dsbs.exporting.formats import PLAIN, format_of, save_tokenizer
-from dsbs.exporting.golden import GOLDEN, check_float, compare, golden_lines, golden_rows, texts_for
-from dsbs.exporting.readme import readme
+from dsbs.exporting.formats import (
+    FLOAT32,
+    RECORD,
+    Equivalence,
+    Exported,
+    ExportFormat,
+    export_format,
+    read_exported,
+    save_tokenizer,
+)
+from dsbs.exporting.golden import (
+    GOLDEN,
+    check_float32,
+    comparison_texts,
+    golden_lines,
+    golden_rows,
+    measure_equivalence,
+)
 from dsbs.files import (
     digest,
     full_disk_as_partial,
@@ -22,24 +37,28 @@ from dsbs.files import (
     write_json,
     write_jsonl,
 )
+from dsbs.formatting import escape_markdown, markdown_table, percent
 from dsbs.progress import NoProgress, Progress
 from dsbs.run_folder import RunFolder
-from dsbs.students import CARD, Searcher, Student, megabytes, read_card
+from dsbs.students import (
+    CARD,
+    BeamSearchBackend,
+    Student,
+    StudentCard,
+    read_card,
+    weights_megabytes,
+)
 
-_DECIDING = (
-    ".safetensors",
-    ".bin",
-    ".json",
-    ".model",
-)  # suffixes of files that decide what a student writes
-_NOT_DECIDING = {"train.json", "work.json", "compress.json"}
-_MAKERS = (
-    "python",
-    "dsbs",
-    "torch",
-    "transformers",
-    "tokenizers",
-)  # what writes an export, beside the format's packages
+# Suffixes of the files that decide what a student writes.
+_STUDENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model")
+_RECORDS = {"train.json", "work.json", "compress.json"}
+# What writes an export, beside the format's own packages.
+_WRITERS = ("python", "dsbs", "torch", "transformers", "tokenizers")
+_SOURCES = {
+    "valid": "rows of valid",
+    "examples": "given texts",
+    "made": "texts made from the vocabulary",
+}
 
 
 def export(
@@ -53,21 +72,92 @@ def export(
 ) -> Exported:
     """Write a student in a format that runs without dsbs, and compare it with the student.
 
-    ``quantize`` is one of the format's own names, None its first; ``examples`` are inputs without prefix to compare on; None:
-    the run's valid rows, or made texts. An export that fits is kept, another one in its place is moved to ``aside/``. Raises
-    UserError for what cannot be exported, and DsbsError where float32 weights do not do what the student does.
+    ``quantize`` is one of the format's own names; None: its first. ``examples`` are inputs without
+    prefix for the comparison; None: the run's valid rows, or made texts. An export that fits is
+    kept; another one in its place is moved to ``aside/``. Raises UserError for what cannot be
+    exported, and DsbsError where float32 weights do not do what the student does.
     """
-    folder, progress = Path(student), progress or NoProgress()
-    chosen = format_of(format)
+    folder = Path(student)
+    progress = progress or NoProgress()
+    chosen = export_format(format)
     card = read_card(folder)
+    quantize = _check_request(folder, card, chosen, format, quantize)
+    target = _target(folder, format, quantize, out)
+    fingerprint = student_fingerprint(folder)
+    examples_digest = None if examples is None else digest(*examples)
+    existing = read_exported(target)
+    if existing is not None:
+        wanted = (fingerprint, format, quantize)
+        fits = (existing.fingerprint, existing.format, existing.quantize) == wanted
+        if fits and examples_digest in (None, existing.examples) and _is_complete(existing):
+            return existing
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(
+            f"{target} exists and is not an export", hint="give another folder with --out"
+        )
+    if not target.name or target.is_symlink():
+        raise UserError(
+            f"--out {out}: an export cannot be moved there", hint="name a folder to be created"
+        )
+    loaded = Student.load(folder)
+    remark = chosen.check(loaded, quantize)
+    if remark:
+        progress.say(f"{format}: {remark}")
+    partial = target.with_name(f".{target.name}.partial")
+    make_folder(target.parent)
+    with (
+        lock_folder(partial),
+        full_disk_as_partial(partial, hint="free some space, then run the same command"),
+    ):
+        if read_exported(target) != existing:  # a second process ended while this one loaded
+            shutil.rmtree(partial)
+            raise DsbsError(
+                f"another process has written {target}",
+                hint="run the same command: an export that fits is kept",
+            )
+        _empty(partial)
+        chosen.write(loaded, partial, quantize)
+        exported_card = card.model_copy(update={"format": format})
+        write_json(partial / CARD, exported_card.model_dump(mode="json"))
+        save_tokenizer(loaded, partial)
+        writers = {name: version for name, version in versions().items() if name in _WRITERS}
+        packages = {name: metadata.version(name) for name in chosen.packages}
+        exported = Exported(
+            path=target,
+            student=card.name,
+            fingerprint=fingerprint,
+            format=exported_card.format,
+            quantize=quantize,
+            megabytes=weights_megabytes(partial),
+            student_megabytes=weights_megabytes(folder),
+            versions=writers | packages,
+            examples=examples_digest,
+            equivalence=_compare(loaded, folder, partial, examples),
+        )
+        if quantize == FLOAT32:
+            check_float32(exported.equivalence, card.name, card.kind)
+        (partial / "predict.py").write_text(chosen.script(loaded, quantize), encoding="utf-8")
+        (partial / "README.md").write_text(_readme(folder, exported, chosen), encoding="utf-8")
+        write_json(partial / RECORD, exported.model_dump(mode="json", by_alias=True))
+        if existing is not None:
+            RunFolder.set_aside(target, existing.fingerprint)
+        (partial / ".lock").unlink()
+        partial.rename(target)  # replaces nothing, or an empty folder
+    return exported
+
+
+def _check_request(
+    folder: Path, card: StudentCard, chosen: ExportFormat, format: str, quantize: str | None
+) -> str:
+    """The quantisation to use. Raises UserError for a request that cannot be met."""
     if card.format != "transformers":
         raise UserError(
-            f"{folder} is an export itself ({card.format})",
-            hint="export the student that it was made of",
+            f"{folder} is already an export ({card.format})",
+            hint="export the student that it was made from",
         )
     if card.kind not in chosen.kinds:
         raise UserError(
-            f"{card.name} is a {card.kind} model, which the format {format} does not carry here",
+            f"{card.name} is a {card.kind} model, which the format {format} does not support",
             hint="give --format ct2",
         )
     quantize = quantize or chosen.quantizations[0]
@@ -76,106 +166,47 @@ def export(
             f"the format {format} has no quantisation {quantize!r}",
             hint=f"give --quantize {', '.join(chosen.quantizations)}",
         )
-    place = (
-        Path(out)
-        if out is not None
-        else folder / "export" / (format if quantize == PLAIN else f"{format}-{quantize}")
-    )
-    fingerprint = student_fingerprint(folder)
-    asked = None if examples is None else digest(*examples)
-    there = read_exported(place)
-    if there is not None and (there.fingerprint, there.format, there.quantize) == (
-        fingerprint,
-        format,
-        quantize,
-    ):
-        if asked in (None, there.examples) and _is_whole(there):
-            return there
-    elif there is None and place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(
-            f"{place} is there, and is no export", hint="give another folder with --out"
-        )
-
-    if not place.name or place.is_symlink():
-        raise UserError(
-            f"--out {out}: an export is moved there whole, and cannot be",
-            hint="name a folder that is to be made",
-        )
-
-    loaded = Student.load(folder)
-    remark = chosen.check(loaded, quantize)
-    if remark:
-        progress.say(f"{format}: {remark}")
-    partial = place.with_name(f".{place.name}.partial")
-    make_folder(place.parent)
-    with (
-        lock_folder(partial),
-        full_disk_as_partial(partial, hint="free some space, then run the same command"),
-    ):
-        if read_exported(place) != there:  # a second process that ended while this one loaded
-            shutil.rmtree(partial)
-            raise DsbsError(
-                f"{place} has been written meanwhile",
-                hint="run the same command: what fits is kept",
-            )
-        _empty(partial)
-        chosen.write(loaded, partial, quantize)
-        write_json(
-            partial / CARD, card.model_copy(update={"format": format}).model_dump(mode="json")
-        )
-        save_tokenizer(loaded, partial)
-        exported = Exported(
-            path=place,
-            student=card.name,
-            fingerprint=fingerprint,
-            format=card.model_copy(update={"format": format}).format,
-            quantize=quantize,
-            megabytes=megabytes(partial),
-            student_megabytes=megabytes(folder),
-            versions={name: version for name, version in versions().items() if name in _MAKERS}
-            | {name: metadata.version(name) for name in chosen.packages},
-            examples=asked,
-            equivalence=_compared(loaded, folder, partial, examples),
-        )
-        if quantize == PLAIN:
-            check_float(exported.equivalence, card.name, card.kind)
-        (partial / "predict.py").write_text(chosen.script(loaded, quantize), encoding="utf-8")
-        (partial / "README.md").write_text(readme(folder, exported, chosen), encoding="utf-8")
-        write_json(partial / RECORD, exported.model_dump(mode="json", by_alias=True))
-        _move(partial, place, there)
-    return exported
+    return quantize
 
 
-def _compared(
+def _target(folder: Path, format: str, quantize: str, out: str | Path | None) -> Path:
+    if out is not None:
+        return Path(out)
+    if quantize == FLOAT32:
+        return folder / "export" / format
+    return folder / "export" / f"{format}-{quantize}"
+
+
+def _compare(
     student: Student, folder: Path, partial: Path, examples: Sequence[str] | None
 ) -> Equivalence:
-    made = Student.load(partial)
-    texts, source = texts_for(student, folder, examples)
-    rows = golden_rows(student, texts, beams=isinstance(made.engine, Searcher))
+    exported = Student.load(partial)
+    texts, source = comparison_texts(student, folder, examples)
+    rows = golden_rows(student, texts, beams=isinstance(exported.backend, BeamSearchBackend))
     write_jsonl(partial / GOLDEN, golden_lines(rows))
-    return compare(made.engine, rows, source)
+    return measure_equivalence(exported.backend, rows, source)
 
 
 def student_fingerprint(folder: Path) -> str:
-    """Of all files that decide what the student writes."""
+    """Hash of all files that decide what the student writes."""
     parts = []
     for path in sorted(folder.iterdir()):
-        if path.suffix in _DECIDING and path.name not in _NOT_DECIDING:
+        if path.suffix in _STUDENT_SUFFIXES and path.name not in _RECORDS:
             with path.open("rb") as file:
                 parts += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
     return digest(*parts)
 
 
-def _is_whole(there: Exported) -> bool:
-    """Whether its weights are all there."""
+def _is_complete(exported: Exported) -> bool:
+    """Whether all weight files are present."""
     try:
-        return megabytes(there.path) == there.megabytes
+        return weights_megabytes(exported.path) == exported.megabytes
     except UserError:
         return False
 
 
 def _empty(folder: Path) -> None:
-    """Of what a killed export left behind, the lock excepted."""
+    """Remove what an interrupted export left, except the lock."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -183,8 +214,45 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _move(partial: Path, place: Path, there: Exported | None) -> None:
-    if there is not None:
-        RunFolder.set_aside(place, there.fingerprint)
-    (partial / ".lock").unlink()
-    partial.rename(place)  # onto nothing, or onto an empty folder
+def _readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:
+    """The student's model card, if it has one, followed by a section on the export."""
+    try:
+        text = (student / "README.md").read_text(encoding="utf-8")
+        # The export's card has a section more, so the note that dsbs may overwrite it must go.
+        card = re.sub(r"<!-- dsbs wrote this card.*?-->", "", text).rstrip() + "\n\n"
+    except OSError:
+        card = f"# {escape_markdown(exported.student)}\n\n"
+    equivalence = exported.equivalence
+    quantization = exported.quantize
+    if quantization == FLOAT32:
+        quantization = "not quantised"
+    rows = [["greedy decoding: equal texts", percent(equivalence.greedy_agreement)]]
+    if equivalence.beam_agreement is not None:
+        rows.append(["beam search of 4: equal texts or ties", percent(equivalence.beam_agreement)])
+    if equivalence.score_difference is not None:
+        difference = f"{equivalence.score_difference:.2g} nats"
+        rows.append(["largest difference of the log-probabilities of equal texts", difference])
+    made_with = ", ".join(
+        f"{name} {version}" for name, version in sorted(exported.versions.items())
+    )
+    lines = [
+        "## Export",
+        "",
+        f"Format {exported.format}, {quantization}: {exported.megabytes:.2f} MB of weights, "
+        f"{exported.times_smaller:.1f} times smaller than the student's "
+        f"{exported.student_megabytes:.2f} MB.",
+        "",
+        f"Compared with transformers on {equivalence.rows} {_SOURCES[equivalence.source]} "
+        "(`golden.jsonl`):",
+        "",
+        *markdown_table(["measure", "result"], rows),
+        "",
+        f"Made with {made_with}.",
+        "",
+        "`predict.py` reads one text per line of stdin. It needs "
+        f"`pip install {' '.join(chosen.packages)}` and nothing else.",
+        "A row with several fields is written as one text, like the inputs in `golden.jsonl` "
+        "without their prefix.",
+        "",
+    ]
+    return card + "\n".join(lines)

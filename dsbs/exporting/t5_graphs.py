@@ -1,7 +1,8 @@
-"""A T5's encoder and one step of its decoder as modules of plain tensors, for an exporter that knows no caches.
+"""T5 as plain modules for ONNX export: the encoder, and one decoder step.
 
-The arithmetic is that of transformers' T5 (Raffel et al., 2020, arXiv:1910.10683); the golden rows hold it to that.
-B rows, S input tokens, T tokens so far, H heads, D numbers a head, V vocabulary.
+The exporter does not support caches, so keys and values are plain tensors here. The arithmetic is
+that of T5 in transformers (Raffel et al., 2020, arXiv:1910.10683); the golden rows check it. B
+rows, S input tokens, T tokens so far, H heads, D values per head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class CrossStates(torch.nn.Module):
-    """ids (B, S), mask (B, S) -> for each decoder layer the keys and values of its cross-attention, (B, H, S, D) each."""
+    """token_ids (B, S), mask (B, S) -> keys and values (B, H, S, D) of each cross-attention."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -27,25 +28,29 @@ class CrossStates(torch.nn.Module):
         hidden = self.encoder.embed_tokens(ids)
         length = ids.shape[1]
         first = self.encoder.block[0].layer[0].SelfAttention
-        place = torch.arange(length)
-        bias = _bias(first, place[None, :] - place[:, None], bidirectional=True) + _masked(mask)
+        position = torch.arange(length)
+        relative = position[None, :] - position[:, None]
+        bias = _position_bias(first, relative, bidirectional=True) + _mask_bias(mask)
         for block in self.encoder.block:
             attention = block.layer[0].SelfAttention
             normed = block.layer[0].layer_norm(hidden)
-            keys, values = (
-                _heads(attention.k(normed), attention),
-                _heads(attention.v(normed), attention),
-            )
+            keys = _split_heads(attention.k(normed), attention)
+            values = _split_heads(attention.v(normed), attention)
             hidden = hidden + _attend(attention, normed, keys, values, bias)
             hidden = block.layer[-1](hidden)
         hidden = self.encoder.final_layer_norm(hidden)
         return tuple(
-            _heads(matrix(hidden), one) for one in self.layers for matrix in (one.k, one.v)
+            _split_heads(matrix(hidden), attention)
+            for attention in self.layers
+            for matrix in (attention.k, attention.v)
         )
 
 
-class Step(torch.nn.Module):
-    """token (B, 1), mask (B, S), cross states, past keys and values (B, H, T, D) -> scores (B, V), those with T + 1 tokens."""
+class DecoderStep(torch.nn.Module):
+    """One step: token (B, 1), mask (B, S), cross-attention states, cached keys and values.
+
+    The cache is (B, H, T, D) per layer. Returns scores (B, V) and the cache with T + 1 tokens.
+    """
 
     def __init__(self, model: Any, *, untied: bool) -> None:
         super().__init__()
@@ -57,25 +62,31 @@ class Step(torch.nn.Module):
         self, token: Tensor, mask: Tensor, cross: list[Tensor], past: list[Tensor]
     ) -> tuple[Tensor, ...]:
         hidden = self.decoder.embed_tokens(token)
-        before = past[0].shape[2]
+        past_length = past[0].shape[2]
         first = self.decoder.block[0].layer[0].SelfAttention
-        bias = _bias(first, torch.arange(before + 1)[None, :] - before, bidirectional=False)
-        seen, kept = _masked(mask), []
-        for number, block in enumerate(self.decoder.block):
+        relative = torch.arange(past_length + 1)[None, :] - past_length
+        bias = _position_bias(first, relative, bidirectional=False)
+        cross_bias = _mask_bias(mask)
+        cache: list[Tensor] = []
+        for layer, block in enumerate(self.decoder.block):
             attention = block.layer[0].SelfAttention
             normed = block.layer[0].layer_norm(hidden)
-            keys = torch.cat([past[2 * number], _heads(attention.k(normed), attention)], 2)
-            values = torch.cat([past[2 * number + 1], _heads(attention.v(normed), attention)], 2)
-            kept += [keys, values]
+            new_keys = _split_heads(attention.k(normed), attention)
+            new_values = _split_heads(attention.v(normed), attention)
+            keys = torch.cat([past[2 * layer], new_keys], 2)
+            values = torch.cat([past[2 * layer + 1], new_values], 2)
+            cache += [keys, values]
             hidden = hidden + _attend(attention, normed, keys, values, bias)
-            over = block.layer[1].EncDecAttention
+            cross_attention = block.layer[1].EncDecAttention
             normed = block.layer[1].layer_norm(hidden)
-            hidden = hidden + _attend(over, normed, cross[2 * number], cross[2 * number + 1], seen)
+            hidden = hidden + _attend(
+                cross_attention, normed, cross[2 * layer], cross[2 * layer + 1], cross_bias
+            )
             hidden = block.layer[-1](hidden)
-        return self.lm_head(self.decoder.final_layer_norm(hidden)[:, -1] * self.scale), *kept
+        return self.lm_head(self.decoder.final_layer_norm(hidden)[:, -1] * self.scale), *cache
 
 
-def _heads(states: Tensor, attention: Any) -> Tensor:
+def _split_heads(states: Tensor, attention: Any) -> Tensor:
     """(B, T, H·D) -> (B, H, T, D)."""
     return states.view(
         states.shape[0], states.shape[1], -1, attention.key_value_proj_dim
@@ -83,28 +94,29 @@ def _heads(states: Tensor, attention: Any) -> Tensor:
 
 
 def _attend(attention: Any, normed: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """normed (B, Q, d), keys and values (B, H, T, D), bias broadcast to (B, H, Q, T) -> (B, Q, d). T5 scales no products."""
-    weights = torch.softmax(
-        _heads(attention.q(normed), attention) @ keys.transpose(2, 3) + bias, -1
-    )
-    found: Tensor = attention.o(
-        (weights @ values).transpose(1, 2).reshape(normed.shape[0], normed.shape[1], -1)
-    )
-    return found
+    """normed (B, Q, d), keys and values (B, H, T, D) -> (B, Q, d).
+
+    ``bias`` is broadcast to (B, H, Q, T). T5 does not scale the products.
+    """
+    queries = _split_heads(attention.q(normed), attention)
+    weights = torch.softmax(queries @ keys.transpose(2, 3) + bias, -1)
+    context = (weights @ values).transpose(1, 2)
+    output: Tensor = attention.o(context.reshape(normed.shape[0], normed.shape[1], -1))
+    return output
 
 
-def _bias(attention: Any, relative: Tensor, *, bidirectional: bool) -> Tensor:
-    """relative (Q, T), the key's place less the query's -> (1, H, Q, T)."""
+def _position_bias(attention: Any, relative: Tensor, *, bidirectional: bool) -> Tensor:
+    """Relative positions (Q, T), key minus query -> (1, H, Q, T)."""
     buckets = attention._relative_position_bucket(
         relative,
         bidirectional,
         attention.relative_attention_num_buckets,
         attention.relative_attention_max_distance,
     )
-    found: Tensor = attention.relative_attention_bias(buckets).permute(2, 0, 1)[None]
-    return found
+    bias: Tensor = attention.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+    return bias
 
 
-def _masked(mask: Tensor) -> Tensor:
-    """mask (B, S), 1 where a token is -> (B, 1, 1, S), to be added to scores."""
+def _mask_bias(mask: Tensor) -> Tensor:
+    """mask (B, S), 1 where there is a token -> (B, 1, 1, S), added to the scores."""
     return (1.0 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min

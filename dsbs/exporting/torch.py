@@ -1,4 +1,4 @@
-"""torch: a folder that transformers loads, or torch's dynamic int8 for machines without CTranslate2."""
+"""PyTorch format: a folder that transformers loads, or dynamic int8 where CTranslate2 is absent."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.exporting.causal_script import causal_script
-from dsbs.exporting.formats import PLAIN, first_task, write_wording
+from dsbs.exporting.formats import FLOAT32, decoder_script, label_view, write_prompt_format
 from dsbs.students import Student
-from dsbs.students.backends.int8 import embeddings, quantized, save_quantized
+from dsbs.students.backends.transformers import embeddings_name, quantize_int8, save_int8
 
-_PLAIN = """model = AutoModelForSeq2SeqLM.from_pretrained(here, dtype=torch.float32)
+_QUANTIZATION_IMPORT = """from torch.ao.quantization import (
+    float_qparams_weight_only_qconfig,
+    per_channel_dynamic_qconfig,
+    quantize_dynamic,
+)
 """
-_INT8 = """model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(here)).eval()
-kinds = {torch.nn.Linear: per_channel_dynamic_qconfig, "shared": float_qparams_weight_only_qconfig}
-quantize_dynamic(model, kinds, dtype=torch.qint8, inplace=True)
-model.encoder.embed_tokens = model.decoder.embed_tokens = None  # the same as shared, which the file has
+_T5_FLOAT32 = """model = AutoModelForSeq2SeqLM.from_pretrained(here, dtype=torch.float32)
+"""
+_T5_INT8 = """model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(here)).eval()
+configurations = {
+    torch.nn.Linear: per_channel_dynamic_qconfig,
+    "shared": float_qparams_weight_only_qconfig,
+}
+quantize_dynamic(model, configurations, dtype=torch.qint8, inplace=True)
+# The embeddings of both stacks are the shared ones, which the file has.
+model.encoder.embed_tokens = model.decoder.embed_tokens = None
 model.load_state_dict(torch.load(here / "model-int8.pt", weights_only=True))
 model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
 """
-_SCRIPT = '''"""Prints what the student writes to each line of stdin."""
+_T5_SCRIPT = '''"""Print the student's output for each line of stdin."""
 import sys
 from pathlib import Path
 
@@ -30,88 +39,104 @@ import torch
 here = Path(__file__).resolve().parent
 tokenizer = T5Tokenizer.from_pretrained(here)
 {model}for line in sys.stdin:
-    inputs = tokenizer({prefix} + line.strip(), truncation=True, max_length={longest}, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens={most}, decoder_start_token_id={start}, num_beams=1, do_sample=False)
+    text = {prefix} + line.strip()
+    inputs = tokenizer(text, truncation=True, max_length={max_input_tokens}, return_tensors="pt")
+    ids = model.generate(
+        **inputs,
+        max_new_tokens={max_tokens},
+        decoder_start_token_id={start_id},
+        num_beams=1,
+        do_sample=False,
+    )
     print(tokenizer.decode(ids[0], skip_special_tokens=True).strip(), flush=True)
 '''
-_CAUSAL_PLAIN = "model = AutoModelForCausalLM.from_pretrained(here, dtype=torch.float32)"
-_CAUSAL_INT8 = """model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(here)).eval()
-kinds = {torch.nn.Linear: per_channel_dynamic_qconfig, EMBEDDINGS: float_qparams_weight_only_qconfig}
-quantize_dynamic(model, kinds, dtype=torch.qint8, inplace=True)
+_DECODER_FLOAT32 = "model = AutoModelForCausalLM.from_pretrained(here, dtype=torch.float32)"
+_DECODER_INT8 = """model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(here)).eval()
+configurations = {
+    torch.nn.Linear: per_channel_dynamic_qconfig,
+    EMBEDDINGS: float_qparams_weight_only_qconfig,
+}
+quantize_dynamic(model, configurations, dtype=torch.qint8, inplace=True)
 model.load_state_dict(torch.load(here / "model-int8.pt", weights_only=True))"""
-_CAUSAL_WRITE = """    found = model.generate(
-        input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=MOST,
-        do_sample=False, num_beams=1, eos_token_id=wording["stops"], pad_token_id=wording["stops"][0],
+_DECODER_WRITE = """    output = model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=MAX_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=prompt_format["stops"],
+        pad_token_id=prompt_format["stops"][0],
     )
-    print(whole.decode(found[0, len(ids) :].tolist()).strip(), flush=True)"""
-_AO = "from torch.ao.quantization import float_qparams_weight_only_qconfig, per_channel_dynamic_qconfig, quantize_dynamic\n"
+    print(tokenizer.decode(output[0, len(ids) :].tolist()).strip(), flush=True)"""
 
 
 class TorchFormat:
     """Needs torch and transformers where it runs."""
 
     kinds = ("seq2seq", "causal")
-    quantizations = (PLAIN, "int8")
+    quantizations = (FLOAT32, "int8")
     packages = ("torch", "transformers")
 
     def check(self, student: Student, quantize: str) -> str | None:
-        model = student.engine.model
+        model = student.backend.model
         if student.card.kind == "causal":
-            if quantize == "int8" and not _has_matrices(model):
+            if quantize == "int8" and not _has_linear_layers(model):
                 raise UserError(
-                    f"{student.card.name} is a {model.config.model_type}, whose matrices torch does not quantise",
-                    hint="leave --quantize out, or give --format ct2",
+                    f"{student.card.name} is a {model.config.model_type}, whose matrices PyTorch "
+                    "does not quantise",
+                    hint="remove --quantize, or give --format ct2",
                 )
             return None
-        if quantize == "int8" and not all(
-            hasattr(model, part) for part in ("shared", "encoder", "decoder")
-        ):
+        has_t5_parts = all(hasattr(model, part) for part in ("shared", "encoder", "decoder"))
+        if quantize == "int8" and not has_t5_parts:
             raise UserError(
-                f"{student.card.name} is no T5: its embeddings are not where int8 needs them",
-                hint="leave --quantize out",
+                f"{student.card.name} is not a T5: int8 does not find its embeddings",
+                hint="remove --quantize",
             )
         if getattr(model.config, "low_rank", None):
-            return "its low-rank matrices are loaded by dsbs alone: predict.py beside it does not know them"
+            return "only dsbs can load its low-rank matrices: the export's predict.py cannot"
         return None
 
     def write(self, student: Student, folder: Path, quantize: str) -> None:
-        student.engine.tokenizer.save_pretrained(folder)
+        student.backend.tokenizer.save_pretrained(folder)
         if student.card.kind == "causal":
-            write_wording(student, folder)
-        if quantize == PLAIN:
-            student.engine.model.save_pretrained(folder)
+            write_prompt_format(student, folder)
+        if quantize == FLOAT32:
+            student.backend.model.save_pretrained(folder)
             return
-        student.engine.model.config.save_pretrained(folder)
-        save_quantized(quantized(student.engine.model), folder)
+        student.backend.model.config.save_pretrained(folder)
+        save_int8(quantize_int8(student.backend.model), folder)
 
     def script(self, student: Student, quantize: str) -> str:
-        plain = quantize == PLAIN
+        is_float32 = quantize == FLOAT32
+        quantization_import = "" if is_float32 else _QUANTIZATION_IMPORT
+        config_name = "" if is_float32 else "AutoConfig, "
         if student.card.kind == "causal":
-            return causal_script(
+            load = _DECODER_FLOAT32
+            if not is_float32:
+                embeddings = repr(embeddings_name(student.backend.model))
+                load = _DECODER_INT8.replace("EMBEDDINGS", embeddings)
+            return decoder_script(
                 student,
-                imports=f"import tokenizers\nimport torch\n{'' if plain else _AO}"
-                f"from transformers import {'' if plain else 'AutoConfig, '}AutoModelForCausalLM",
-                load=(
-                    _CAUSAL_PLAIN
-                    if plain
-                    else _CAUSAL_INT8.replace("EMBEDDINGS", repr(embeddings(student.engine.model)))
-                ),
-                write=_CAUSAL_WRITE,
+                imports=f"import tokenizers\nimport torch\n{quantization_import}"
+                f"from transformers import {config_name}AutoModelForCausalLM",
+                load=load,
+                write=_DECODER_WRITE,
             )
-        first = first_task(student)
-        return _SCRIPT.format(
-            imports="" if plain else _AO,
-            names=f"{'' if plain else 'AutoConfig, '}AutoModelForSeq2SeqLM, T5Tokenizer",
-            model=_PLAIN if plain else _INT8,
-            prefix=repr(first.prefix),
-            start=first.start,
-            longest=student.card.max_input_tokens,
-            most=first.most,
+        view = label_view(student)
+        return _T5_SCRIPT.format(
+            imports=quantization_import,
+            names=f"{config_name}AutoModelForSeq2SeqLM, T5Tokenizer",
+            model=_T5_FLOAT32 if is_float32 else _T5_INT8,
+            prefix=repr(view.prefix),
+            start_id=view.start_id,
+            max_input_tokens=student.card.max_input_tokens,
+            max_tokens=view.max_tokens,
         )
 
 
-def _has_matrices(model: Any) -> bool:
-    """Whether there is a Linear besides the head: GPT-2's matrices are of a kind of transformers' own."""
+def _has_linear_layers(model: Any) -> bool:
+    """Whether there is a Linear besides the head: GPT-2 uses a class of transformers instead."""
     from torch.nn import Linear
 
     return any(isinstance(module, Linear) for module in model.base_model.modules())

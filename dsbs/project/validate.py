@@ -13,7 +13,7 @@ from dsbs.project.lint import lint
 from dsbs.prompting import PromptRenderer, load_prompt
 from dsbs.records.rows import Example
 from dsbs.students import InputFormat, check_student, new_input_format, new_tokenizer
-from dsbs.students.vocabulary import lost_in
+from dsbs.students.tokenizer import vocabulary_warnings
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.data import load, survey
@@ -58,7 +58,7 @@ def validate(recipe: Recipe) -> Validation:
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
     wording = new_input_format(recipe.student, tokenizer, recipe.train.init)
     labels = [row.label for rows in parts.values() for row in rows if row.label is not None]
-    warnings[:0] = lost_in(
+    warnings[:0] = vocabulary_warnings(
         recipe.student, tokenizer, [*labels, *(task.labels or ())], {}
     )  # nothing outweighs these
     splits = {
@@ -117,7 +117,10 @@ def _look(
         "inputs": [task.text(row.input) for row in rows],
         "rationales": [row.rationale for row in rows if row.rationale],
     }
-    warnings += [f"{split}: {warning}" for warning in lost_in(recipe.student, tokenizer, [], said)]
+    warnings += [
+        f"{split}: {warning}"
+        for warning in vocabulary_warnings(recipe.student, tokenizer, [], said)
+    ]
     if recipe.eval.split == split and len(with_gold) < len(rows):
         warnings.append(
             f"{split}: {len(rows) - len(with_gold)} rows have no gold label and are left out of the comparison"

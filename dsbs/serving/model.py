@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dsbs.errors import UserError
 from dsbs.serving.bodies import MAX_ROW_VALUES, count_values
 from dsbs.serving.settings import DEFAULT_ANCHOR, DEFAULT_LABEL_TOKENS, ApiError, Settings
-from dsbs.students import Answer, Student, ids_of
+from dsbs.students import Answer, Student, token_ids_of
 
 # A tokenizer's time grows with the whole text, including what is cut off afterwards.
 _MAX_CHARACTERS_PER_TOKEN = 64
@@ -150,12 +150,12 @@ class Model:
         ]
 
     def _completion(self, item: Item, answer: Answer) -> Completion:
-        tokenizer = self.student.engine.tokenizer
+        tokenizer = self.student.backend.tokenizer
         label = answer.raw if answer.label is None else answer.label
         text = f"{self._anchor} {label}".strip()
         if self._replies_with_rationale and answer.rationale:
             text = f"{answer.rationale}\n{text}"
-        all_token_ids = ids_of(tokenizer, text)
+        all_token_ids = token_ids_of(tokenizer, text)
         token_ids = all_token_ids[: item.max_tokens]
         is_cut = len(token_ids) < len(all_token_ids)
         if is_cut:
@@ -169,7 +169,7 @@ class Model:
         return Completion(
             text=text,
             finish_reason="length" if is_unfinished else "stop",
-            prompt_tokens=len(ids_of(tokenizer, prompt, special=True)),
+            prompt_tokens=len(token_ids_of(tokenizer, prompt, special=True)),
             completion_tokens=len(token_ids),
         )
 

@@ -1,56 +1,61 @@
-"""The student: sole owner of its model and its tokenizer. Nothing here imports torch before a model is needed."""
+"""Students: small models that predict labels and rationales. Importing this loads no torch."""
 
-from dsbs.students.architecture import check_student, kind_of
-from dsbs.students.backends import Engine, GeneratedText, Searcher, load_engine, make_engine
-from dsbs.students.card import CARD, Format, Kind, StudentCard, Template, read_card
-from dsbs.students.formats import ChatFormat, InputFormat, PlainFormat, new_input_format
-from dsbs.students.instructions import WORDING
-from dsbs.students.student import Answer, Student, Written
-from dsbs.students.targets import Start, Target, compose, start_token, take_apart
+from dsbs.students.architecture import architecture_of, check_student
+from dsbs.students.backends import Backend, BeamSearchBackend, GeneratedText
+from dsbs.students.card import CARD, Architecture, Format, Start, StudentCard, Target, read_card
+from dsbs.students.formats import (
+    InputFormat,
+    compose_target,
+    new_input_format,
+    split_target,
+    start_token,
+)
+from dsbs.students.student import Answer, Student
 from dsbs.students.tokenizer import (
-    ids_of,
     learn_vocabulary,
     load_tokenizer,
     new_tokenizer,
+    token_ids_of,
     tokenizer_hash,
+    vocabulary_warnings,
 )
-from dsbs.students.weights import SIZES, load_model, megabytes, new_model, start_hash
+from dsbs.students.weights import (
+    SIZES,
+    load_model,
+    new_model,
+    weights_fingerprint,
+    weights_megabytes,
+)
 
 __all__ = [
     "CARD",
     "SIZES",
-    "WORDING",
     "Answer",
-    "ChatFormat",
-    "Engine",
+    "Architecture",
+    "Backend",
+    "BeamSearchBackend",
     "Format",
     "GeneratedText",
     "InputFormat",
-    "Kind",
-    "PlainFormat",
-    "Searcher",
     "Start",
     "Student",
     "StudentCard",
     "Target",
-    "Template",
-    "Written",
+    "architecture_of",
     "check_student",
-    "compose",
-    "ids_of",
-    "kind_of",
+    "compose_target",
     "learn_vocabulary",
-    "load_engine",
     "load_model",
     "load_tokenizer",
-    "make_engine",
-    "megabytes",
     "new_input_format",
     "new_model",
     "new_tokenizer",
     "read_card",
-    "start_hash",
+    "split_target",
     "start_token",
-    "take_apart",
+    "token_ids_of",
     "tokenizer_hash",
+    "vocabulary_warnings",
+    "weights_fingerprint",
+    "weights_megabytes",
 ]

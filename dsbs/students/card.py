@@ -1,4 +1,4 @@
-"""``student.json``: a student's card, read without its model."""
+"""Student card: ``student.json``, which describes a student and is read without its model."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
-from dsbs.students.targets import Start, Target
 
 CARD = "student.json"
-Kind = Literal[
-    "seq2seq", "causal"
-]  # an encoder-decoder (T5), or a decoder alone (Llama, Qwen, SmolLM)
-Template = Literal[
-    "plain", "chat"
-]  # a causal student's prompt: text and line break, or the tokenizer's chat template
-# Of the weights in the folder: transformers' own, or what `dsbs export` made of them.
+Architecture = Literal["seq2seq", "causal"]  # encoder-decoder (T5), or decoder-only (Llama, Qwen)
+Template = Literal["plain", "chat"]  # text and line break, or the tokenizer's chat template
 Format = Literal["transformers", "ct2", "onnx", "torch", "gguf"]
+Target = Literal["label", "rationale", "rationale-then-label", "label-then-rationale"]
+# The decoder's first token: T5's padding token, or its end token, which every vocabulary has and no
+# other input starts with.
+Start = Literal["pad", "eos"]
 
 
 class StudentCard(BaseModel):
-    """``student.json``: what a student needs to know about itself to predict."""
+    """What a student needs to know about itself in order to predict."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     schema_version: str = "dsbs.student/1"
     name: str
     method: str
-    labels: str  # whose labels it learned: gold or teacher
+    labels: str
+    """Source of the labels that it learned: gold or teacher."""
     seed: int
     task: TaskSection
-    prefixes: dict[Target, str] = Field(
-        min_length=1
-    )  # of each task it learned; the first one holds the label
-    starts: dict[Target, Start] = {}  # what the decoder begins each with; none given: pad
+    prefixes: dict[Target, str] = Field(min_length=1)
+    """Input prefix of each target that it learned. The first target contains the label."""
+    starts: dict[Target, Start] = {}
+    """First token of the decoder, by target; pad where there is no entry."""
     max_input_tokens: int = Field(gt=0)
     max_target_tokens: int = Field(gt=0)
-    kind: Kind = "seq2seq"
+    kind: Architecture = "seq2seq"
     format: Format = "transformers"
-    template: Template | None = None  # how a causal one's prompts are written; None: it is none
+    """Format of the weights in the folder: transformers' own, or an export's."""
+    template: Template | None = None
+    """How the prompts of a decoder-only student are written. None: it is not decoder-only."""
 
     @property
     def explains(self) -> bool:
@@ -50,18 +51,18 @@ class StudentCard(BaseModel):
 
     @property
     def reasons_first(self) -> bool:
-        """Whether it writes the label after its rationale, and with it in view."""
+        """Whether it writes the label after its rationale, in one sequence."""
         return "rationale-then-label" in self.prefixes
 
 
 def read_card(path: str | Path) -> StudentCard:
-    """A student folder's card, without its model. Raises UserError where there is none."""
+    """Read the card in a student's folder. Raises UserError where there is none."""
     file = Path(path) / CARD
     try:
         return StudentCard.model_validate_json(file.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(
-            f"{path} holds no student (no {CARD})",
+            f"{path} does not contain a student (no {CARD})",
             hint="give a folder such as runs/demo/train/step-by-step-gold-s0",
         ) from None
     except ValueError as error:

@@ -1,72 +1,137 @@
-"""How a student's inputs and targets become token ids: as they are for a T5, in a template for a decoder alone."""
+"""Input and target formats: how texts become token ids, and how targets are composed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
 
 from dsbs.config import StudentSection
 from dsbs.errors import UserError
 from dsbs.files import digest
-from dsbs.students.architecture import kind_of
-from dsbs.students.card import Kind, Template
-from dsbs.students.instructions import PromptFormat, Prompts
+from dsbs.students.architecture import architecture_of
+from dsbs.students.card import Architecture, Start, Target, Template
 
-_MARK = "\ue000text\ue000"  # stands for a text while a template is rendered; from Unicode's private use area
-# Templates that write the day's date would make another student of the same rows tomorrow.
-DATE = "01 January 2025"
-_SAME_DAY = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
+PROMPT_FORMAT_FILE = "wording.json"  # in the folder of an exported decoder
+# Templates that write today's date would make another student of the same rows tomorrow.
+TEMPLATE_DATE = "01 January 2025"
+_FIXED_DATE = "{% macro strftime_now(format) %}" + TEMPLATE_DATE + "{% endmacro %}"
+_PLACEHOLDER = "\ue000text\ue000"  # for a text in a template; from Unicode's private use area
+_LABEL_MARKER = " Answer: "
+_RATIONALE_MARKER = " Because: "
+Tokenize = Callable[[Sequence[str], bool], list[list[int]]]
+"""Texts to token ids. True: read special tokens in a text as ordinary characters."""
+
+
+# --- targets
+
+
+def compose_target(target: Target, label: str | None, rationale: str | None) -> str | None:
+    """The text that a student learns to write; None where the row lacks a part that is needed.
+
+    In one sequence, a label without a rationale is written alone.
+    """
+    if target == "label":
+        return label
+    if target == "rationale":
+        return rationale
+    if label is None:
+        return None
+    if target == "rationale-then-label":
+        return f"{rationale or ''}{_LABEL_MARKER}{label}".strip()
+    return f"{label}{_RATIONALE_MARKER}{rationale}" if rationale else label
+
+
+def split_target(target: Target, text: str) -> tuple[str, str | None]:
+    """Split a student's text into label and rationale.
+
+    The label is empty where a sequence ended before it.
+    """
+    if target == "rationale-then-label":
+        rationale, marker, label = text.rpartition(_LABEL_MARKER.strip())
+        if not marker:
+            return "", text.strip() or None
+        return label.strip(), rationale.strip() or None
+    if target == "label-then-rationale":
+        label, _, rationale = text.partition(_RATIONALE_MARKER.strip())
+        return label.strip(), rationale.strip() or None
+    return text, None
+
+
+def has_label_part(target: Target, text: str) -> bool:
+    """Whether a text of one sequence got as far as its second part's marker."""
+    marker = _LABEL_MARKER if target == "rationale-then-label" else _RATIONALE_MARKER
+    return marker.strip() in text
+
+
+def start_token(config: Any, start: Start) -> int:
+    """The id of the decoder's first token, from a model's configuration."""
+    return int(config.decoder_start_token_id if start == "pad" else config.eos_token_id)
+
+
+# --- inputs
 
 
 class InputFormat(Protocol):
-    """What a student reads and writes, as ids."""
+    """Turns texts into the ids that a student reads and writes."""
 
-    kind: Kind
+    kind: Architecture
     template: Template | None
 
     def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """Inputs, prefixes included, as at most ``limit`` ids each (None: uncut); what goes over is cut from the text's end."""
+        """Inputs, prefixes included, as at most ``limit`` ids each; None: no limit.
+
+        An input that is too long is cut at the end of its text.
+        """
         ...
 
     def write(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """Targets as at most ``limit`` ids each, the end token among them: it stays where a text is cut."""
+        """Targets as at most ``limit`` ids each. The end token is kept where a text is cut."""
         ...
 
     def identity(self, *, target: bool) -> tuple[str, ...]:
-        """What decides the ids of inputs, or of targets, besides texts and tokenizer."""
+        """What determines the ids of inputs, or of targets, besides text and tokenizer."""
         ...
 
 
 def new_input_format(
     section: StudentSection, tokenizer: Any, init: str | None = None
 ) -> InputFormat:
-    """The wording that a student is trained with. Raises UserError for a template that its tokenizer does not have."""
-    if kind_of(init or section.source) == "seq2seq":
+    """The format that a student is trained with.
+
+    Raises UserError for a chat template that its tokenizer does not have.
+    """
+    if architecture_of(init or section.source) == "seq2seq":
         return PlainFormat(tokenizer)
-    has_one = bool(tokenizer.chat_template)
-    if section.template == "chat" and not has_one:
+    has_chat_template = bool(tokenizer.chat_template)
+    if section.template == "chat" and not has_chat_template:
         raise UserError(
-            f"student.template: chat, and the tokenizer of {init or section.model} has no chat template",
+            f"student.template: chat, but the tokenizer of {init or section.model} has no chat "
+            "template",
             hint="use student.template: plain, or a model that was tuned to chat",
         )
-    return ChatFormat(tokenizer, "chat" if has_one and section.template != "plain" else "plain")
+    if has_chat_template and section.template != "plain":
+        return ChatFormat(tokenizer, "chat")
+    return ChatFormat(tokenizer, "plain")
 
 
 class PlainFormat:
-    """A text is its tokens and the end token: T5's way."""
+    """A text is its tokens and the end token, as T5 has it."""
 
-    kind: Kind = "seq2seq"
+    kind: Architecture = "seq2seq"
     template: Template | None = None
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        cut = {} if limit is None else {"truncation": True, "max_length": limit}
-        ids: list[list[int]] = self._tokenizer(list(texts), return_attention_mask=False, **cut)[
-            "input_ids"
-        ]
-        return ids
+        truncation = {} if limit is None else {"truncation": True, "max_length": limit}
+        encoded = self._tokenizer(list(texts), return_attention_mask=False, **truncation)
+        token_ids: list[list[int]] = encoded["input_ids"]
+        return token_ids
 
     write = read
 
@@ -74,63 +139,151 @@ class PlainFormat:
         return ()
 
 
-class ChatFormat:
-    """A decoder's prompt: ``head``, a text, ``tail``; then its target and an end token.
+class PromptFormat(BaseModel):
+    """What surrounds the text of a decoder's prompt and ends its answer (``wording.json``)."""
 
-    ``plain``: the token that texts of this tokenizer begin with, if any, the text and a line break; it ends with the
-    tokenizer's end token. ``chat``: the user's turn of the tokenizer's chat template and the header of the answer's; it ends
-    with what ends a turn there. Special tokens are the template's alone: in a text they are read as their characters.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    template: str
+    """Name of the template: plain or chat."""
+    head: str
+    tail: str
+    special: list[str]
+    """Tokens that are read as ordinary characters in a text."""
+    stops: list[int]
+    """Ids that end an answer."""
+
+
+class Prompts:
+    """Turns texts into the token ids of their prompts."""
+
+    def __init__(self, prompt_format: PromptFormat, tokenize: Tokenize) -> None:
+        self._format = prompt_format
+        self._tokenize = tokenize
+        self._head, self._tail = tokenize([prompt_format.head, prompt_format.tail], False)
+        self._special = re.compile("|".join(map(re.escape, prompt_format.special)))
+
+    def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        """See ``InputFormat``. Raises UserError where the template alone reaches ``limit``."""
+        template_tokens = len(self._head) + len(self._tail)
+        text_limit = None if limit is None else limit - template_tokens
+        if text_limit is not None and text_limit <= 0:
+            raise UserError(
+                f"student.max_input_tokens: {limit} leaves no tokens for the text, as the "
+                f"{self._format.template} template alone takes {template_tokens}",
+                hint="raise student.max_input_tokens, or use student.template: plain",
+            )
+        # A prompt is tokenised whole, as other tools do. Head, text and tail are tokenised apart
+        # only where the text is cut, or has special tokens that must stay text.
+        prompts = [self._format.head + text + self._format.tail for text in texts]
+        rows = self._tokenize(prompts, False)
+        in_parts = [
+            index
+            for index, (text, token_ids) in enumerate(zip(texts, rows, strict=True))
+            if (limit is not None and len(token_ids) > limit) or self._special.search(text)
+        ]
+        text_rows = self._tokenize([texts[index] for index in in_parts], True)
+        for index, text_ids in zip(in_parts, text_rows, strict=True):
+            rows[index] = [*self._head, *text_ids[:text_limit], *self._tail]
+        return rows
+
+
+class ChatFormat:
+    """A decoder's prompt is ``head``, the text and ``tail``; its target follows, with an end token.
+
+    ``plain``: the token that the tokenizer puts before a text, if any; the text; a line break. The
+    target ends with the tokenizer's end token. ``chat``: the user's turn of the chat template and
+    the header of the answer's turn; the target ends with the token that ends a turn. Special tokens
+    belong to the template alone: within a text they are read as ordinary characters.
     """
 
-    kind: Kind = "causal"
+    kind: Architecture = "causal"
 
     def __init__(self, tokenizer: Any, template: Template) -> None:
         self.template: Template | None = template
         self._tokenizer = tokenizer
         if template == "chat":
-            self.head, self.tail, self.end = _chat(tokenizer)
+            self.head, self.tail, self.end = _chat_parts(tokenizer)
         else:
-            begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-            self.head, self.tail, self.end = (
-                tokenizer.bos_token if begins else "",
-                "\n",
-                _end_token(tokenizer),
-            )
-        # `all_special_tokens` has those with a role alone, and not Llama 3's headers of turns
-        added = {one.content for one in tokenizer.added_tokens_decoder.values() if one.special}
-        special = {*tokenizer.all_special_tokens, *added, tokenizer.convert_ids_to_tokens(self.end)}
-        self.around = PromptFormat(
-            template=template, head=self.head, tail=self.tail, special=sorted(special),
+            has_start = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+            self.head = tokenizer.bos_token if has_start else ""
+            self.tail = "\n"
+            self.end = _end_token(tokenizer)
+        # `all_special_tokens` lacks special tokens without a role, such as Llama 3's turn headers.
+        added_tokens = tokenizer.added_tokens_decoder.values()
+        special = {
+            *tokenizer.all_special_tokens,
+            *(token.content for token in added_tokens if token.special),
+            tokenizer.convert_ids_to_tokens(self.end),
+        }
+        self.prompt_format = PromptFormat(
+            template=template,
+            head=self.head,
+            tail=self.tail,
+            special=sorted(special),
             stops=sorted({self.end, _end_token(tokenizer)}),
-        )  # fmt: skip
-        self._prompts = Prompts(self.around, self._ids)
+        )
+        self._prompts = Prompts(self.prompt_format, self._tokenize)
 
     @property
     def stops(self) -> list[int]:
-        """The ids that end an answer."""
-        return self.around.stops
+        """Ids that end an answer."""
+        return self.prompt_format.stops
 
     def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         return self._prompts.read(texts, limit)
 
     def write(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        room = None if limit is None else limit - 1
-        return [[*ids[:room], self.end] for ids in self._ids(texts, True)]
+        text_limit = None if limit is None else limit - 1
+        return [[*token_ids[:text_limit], self.end] for token_ids in self._tokenize(texts, True)]
 
     def identity(self, *, target: bool) -> tuple[str, ...]:
-        return ("target", str(self.end)) if target else ("prompt", digest(self.head, self.tail))
+        if target:
+            return ("target", str(self.end))
+        return ("prompt", digest(self.head, self.tail))
 
-    def _ids(self, texts: Sequence[str], are_text: bool) -> list[list[int]]:
-        """``are_text``: no special token is seen in them."""
+    def _tokenize(self, texts: Sequence[str], special_as_text: bool) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self._tokenizer(
+        token_ids: list[list[int]] = self._tokenizer(
             list(texts),
             add_special_tokens=False,
-            split_special_tokens=are_text,
+            split_special_tokens=special_as_text,
             return_attention_mask=False,
         )["input_ids"]
-        return ids
+        return token_ids
+
+
+class ExportedPrompts(Prompts):
+    """Prompts of an export, from ``wording.json`` and ``tokenizer.json``; needs no transformers.
+
+    Files that cannot be read raise pydantic's or tokenizers' own errors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        text = (folder / PROMPT_FORMAT_FILE).read_text(encoding="utf-8")
+        prompt_format = PromptFormat.model_validate_json(text)
+        self.stops = prompt_format.stops
+        file = str(folder / "tokenizer.json")
+        tokenizer = Tokenizer.from_file(file)
+        text_tokenizer = Tokenizer.from_file(file)
+        text_tokenizer.encode_special_tokens = True
+
+        def tokenize(texts: Sequence[str], special_as_text: bool) -> list[list[int]]:
+            chosen = text_tokenizer if special_as_text else tokenizer
+            encodings = chosen.encode_batch(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+
+        super().__init__(prompt_format, tokenize)
+        self.tokenizer: Any = tokenizer
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of answers' ids, with or without their end tokens."""
+        answer_rows = [[index for index in row if index not in self.stops] for row in rows]
+        texts = self.tokenizer.decode_batch(answer_rows, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
 
 def _end_token(tokenizer: Any) -> int:
@@ -142,26 +295,33 @@ def _end_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _chat(tokenizer: Any) -> tuple[str, str, int]:
-    """What a chat template writes before and after a user's text, and the id that ends the answer's turn."""
-    user, answer = {"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}
-    # a student says its label at once: models that think first (Qwen3) leave that out where their template is told to
-    keys: dict[str, Any] = {"tokenize": False, "enable_thinking": False, "date_string": DATE}
+def _chat_parts(tokenizer: Any) -> tuple[str, str, int]:
+    """Head and tail of a chat template's prompt, and the id that ends the answer's turn."""
+    user = {"role": "user", "content": _PLACEHOLDER}
+    answer = {"role": "assistant", "content": _PLACEHOLDER}
+    # A student answers at once: templates of reasoning models (Qwen3) can leave thinking out.
+    options: dict[str, Any] = {
+        "tokenize": False,
+        "enable_thinking": False,
+        "date_string": TEMPLATE_DATE,
+    }
     try:
-        keys["chat_template"] = _SAME_DAY + tokenizer.get_chat_template()
-        head, _, tail = tokenizer.apply_chat_template(
-            [user], add_generation_prompt=True, **keys
-        ).partition(_MARK)
-        _, found, after = tokenizer.apply_chat_template([user, answer], **keys).rpartition(_MARK)
-    except Exception as error:  # jinja's, or what a template raises itself
+        options["chat_template"] = _FIXED_DATE + tokenizer.get_chat_template()
+        prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)
+        dialogue = tokenizer.apply_chat_template([user, answer], **options)
+    except Exception as error:  # jinja's errors, or those that a template raises itself
+        problem = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the student's chat template cannot be used ({' '.join(str(error).split())[:200]})",
+            f"the student's chat template cannot be used ({problem})",
             hint="use student.template: plain",
         ) from None
-    if not tail or not found:
+    head, _, tail = prompt.partition(_PLACEHOLDER)
+    _, placeholder, after_answer = dialogue.rpartition(_PLACEHOLDER)
+    if not tail or not placeholder:
         raise UserError(
             "the student's chat template leaves the message out", hint="use student.template: plain"
         )
-    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
-    added = tokenizer.added_tokens_decoder
-    return head, tail, int(ids[0]) if ids and ids[0] in added else _end_token(tokenizer)
+    end_ids = tokenizer(after_answer.lstrip(), add_special_tokens=False)["input_ids"]
+    if end_ids and end_ids[0] in tokenizer.added_tokens_decoder:
+        return head, tail, int(end_ids[0])
+    return head, tail, _end_token(tokenizer)

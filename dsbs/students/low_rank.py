@@ -1,6 +1,7 @@
-"""Matrices as products of two thin ones, and models that have them: what `dsbs compress --method low-rank` makes.
+"""Low-rank layers: matrices as products of two thin ones, from `dsbs compress`.
 
-A model's ``config.low_rank`` maps a module's name to its rank; every other key is a plain T5's. Imported late, as torch is.
+A model's ``config.low_rank`` maps a module's name to its rank; every other key is a plain T5's.
+This module imports torch, so it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -24,39 +25,42 @@ class LowRank(nn.Module):
         self.up = nn.Linear(rank, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.up(self.down(x))
-        return made
+        y: Tensor = self.up(self.down(x))
+        return y
 
     @property
     def weight(self) -> Tensor:
-        """T5's feed-forward layer asks its second matrix for its dtype."""
+        """T5's feed-forward layer reads the dtype of its second matrix from here."""
         return self.up.weight
 
 
 def ranks_of(source: str) -> dict[str, int]:
-    """Of the model in a local folder, by module; {} for a plain one, or a Hub id."""
+    """Ranks of the model in a local folder, by module; {} for a plain model or a Hub id."""
     try:
-        said = json.loads((Path(source) / "config.json").read_text(encoding="utf-8")).get(KEY)
+        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        ranks = config.get(KEY)
     except (OSError, ValueError, AttributeError):
         return {}
-    return {str(name): int(rank) for name, rank in said.items()} if isinstance(said, dict) else {}
+    if not isinstance(ranks, dict):
+        return {}
+    return {str(name): int(rank) for name, rank in ranks.items()}
 
 
 def replace(model: Any, ranks: Mapping[str, int]) -> None:
-    """Put a pair with weights yet to be loaded in the place of each named matrix."""
+    """Replace each named matrix by a pair whose weights are loaded later."""
     for name, rank in ranks.items():
-        parent, _, last = name.rpartition(".")
-        there = model.get_submodule(name)
-        pair = LowRank(there.in_features, there.out_features, rank).to(
-            there.weight.device, there.weight.dtype
-        )
-        setattr(model.get_submodule(parent), last, pair)
+        parent, _, attribute = name.rpartition(".")
+        matrix = model.get_submodule(name)
+        pair = LowRank(matrix.in_features, matrix.out_features, rank)
+        pair = pair.to(matrix.weight.device, matrix.weight.dtype)
+        setattr(model.get_submodule(parent), attribute, pair)
 
 
 def with_low_rank(base: type[Any]) -> type[Any]:
-    """A model class that has the pairs its configuration names from the beginning, so that loading finds them.
+    """A subclass whose models have their configuration's low-rank pairs from the start.
 
-    It bears its base's name, by which training knows a T5 and a saved configuration its class.
+    Loading then finds them. The class keeps its base's name, by which training recognises a T5, and
+    a saved configuration its class.
     """
 
     def init(self: Any, config: Any) -> None:

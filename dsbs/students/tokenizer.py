@@ -1,84 +1,99 @@
-"""A student's tokenizer: a model's own, or a SentencePiece vocabulary learned from the training text."""
+"""Tokenizer: a model's own, or a SentencePiece vocabulary learned from the training text."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsbs.config import StudentSection
 from dsbs.errors import DsbsError, UserError
 from dsbs.files import digest
-from dsbs.students.architecture import kind_of
+from dsbs.formatting import percent
+from dsbs.students.architecture import architecture_of
 from dsbs.students.gguf import gguf_file, is_gguf
-from dsbs.students.weights import located, not_loaded, quiet
+from dsbs.students.weights import loading_error, pretrained_arguments, silence_transformers
 
 _MAX_VOCABULARY_LINES = 200_000
+_MIN_PIECES = 32  # a tokenizer with fewer was not loaded properly
+_RARE = 0.001  # lost characters in a smaller share of the texts are not reported
+_MAX_SHOWN = 8  # characters in one message
 
 
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a Hub id, a local folder or a GGUF file. A T5's needs no torch.
 
-    Where a decoder-only model's has no padding token, its end token stands in: padding is masked wherever it is.
+    A decoder-only model without a padding token gets its end token: padding is always masked.
+    Raises DsbsError where it cannot be loaded.
     """
-    quiet()
-    kind, place = kind_of(source), located(source)
+    silence_transformers()
+    architecture = architecture_of(source)
+    arguments = pretrained_arguments(source)
     try:
-        if kind == "seq2seq":
+        if architecture == "seq2seq":
             from transformers import T5Tokenizer
 
-            tokenizer: Any = T5Tokenizer.from_pretrained(**place)
+            tokenizer: Any = T5Tokenizer.from_pretrained(**arguments)
         else:
-            from transformers import AutoTokenizer
-
-            beside = gguf_file(source).parent if is_gguf(source) else None
-            if (
-                beside and (beside / "tokenizer_config.json").is_file()
-            ):  # an export's, which is whole
-                place = {"pretrained_model_name_or_path": str(beside)}
-            tokenizer = AutoTokenizer.from_pretrained(**place)
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
-    except Exception as error:  # hub, network and file errors share no root
-        raise not_loaded("tokenizer", source, error) from None
+            tokenizer = _load_decoder_tokenizer(source, arguments)
+    except Exception as error:  # Hub, network and file errors share no root
+        raise loading_error("tokenizer", source, error) from None
     pieces = sum(not token.startswith("<") for token in tokenizer.get_vocab())
-    if (
-        pieces < 32
-    ):  # files that are missing or not understood silently yield the special tokens alone
+    if pieces < _MIN_PIECES:  # missing or unknown files silently give the special tokens alone
         raise DsbsError(
             f"the tokenizer of student {source!r} has only {pieces} pieces of text",
-            hint="check the name and the network, or that the local folder has tokenizer.json or spiece.model",
+            hint="check the name and the network, or that the local folder has tokenizer.json or "
+            "spiece.model",
         )
     return tokenizer
 
 
-def read_pieces(folder: Path, most: int) -> Any:
-    """The tokenizer of an export's ``tokenizer.json``, which cuts after ``most`` tokens. Needs no transformers."""
+def _load_decoder_tokenizer(source: str, arguments: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    if is_gguf(source):
+        folder = gguf_file(source).parent
+        if (folder / "tokenizer_config.json").is_file():  # an export has its complete tokenizer
+            arguments = {"pretrained_model_name_or_path": str(folder)}
+    tokenizer = AutoTokenizer.from_pretrained(**arguments)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_export_tokenizer(folder: Path, max_tokens: int) -> Any:
+    """An export's ``tokenizer.json``, which truncates at ``max_tokens``. Needs no transformers."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(most)
+    tokenizer.enable_truncation(max_tokens)
     tokenizer.no_padding()
     return tokenizer
 
 
 def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | None = None) -> Any:
-    """The tokenizer that training starts from: the model's own, or a SentencePiece vocabulary learned from ``texts``."""
+    """The tokenizer that training starts from: the model's own, or a vocabulary of ``texts``."""
     if init is not None and not Path(init).expanduser().is_dir():
         raise UserError(
-            f"train.init: there is no folder {init}",
+            f"train.init: {init} is not a directory",
             hint="give the folder of a student or of a pretrained model",
         )
     start = init or section.source
-    return (
-        load_tokenizer(start) if start is not None else learn_vocabulary(texts, section.vocab_size)
-    )
+    if start is None:
+        return learn_vocabulary(texts, section.vocab_size)
+    return load_tokenizer(start)
 
 
 def learn_vocabulary(texts: Iterable[str], size: int) -> Any:
-    """A T5 tokenizer over a unigram SentencePiece vocabulary (Kudo, 2018) of at most ``size`` pieces; deterministic."""
+    """A T5 tokenizer with a unigram SentencePiece vocabulary (Kudo, 2018) of up to ``size`` pieces.
+
+    Deterministic. Raises UserError where there is too little text.
+    """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
     from transformers import T5Tokenizer
@@ -104,8 +119,9 @@ def learn_vocabulary(texts: Iterable[str], size: int) -> Any:
         )
     except RuntimeError as error:
         raise UserError(
-            f"no vocabulary can be learned from the training text ({error})",
-            hint="a scratch student needs a few dozen rows of text; or name a pretrained student.model",
+            f"cannot learn a vocabulary from the training text ({error})",
+            hint="a scratch student needs a few dozen rows of text; or name a pretrained "
+            "student.model",
         ) from None
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model.getvalue())
@@ -127,18 +143,134 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return digest(json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False))
 
 
-def ids_of(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    """All of a text's token ids, by an engine's tokenizer: transformers', or that of the package tokenizers. ``special``: with
-    those that end a text. Not for two threads at once.
+def token_ids_of(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    """All token ids of a text, never truncated. ``special``: with the tokens that end a text.
+
+    ``tokenizer`` is transformers' or one of the package tokenizers. Not thread-safe.
     """
-    if hasattr(tokenizer, "encode_batch"):
-        cut = (
-            tokenizer.truncation
-        )  # an export's tokenizer cuts inputs, and what is counted here may be longer
-        tokenizer.no_truncation()
-        try:
-            return list(tokenizer.encode(text, add_special_tokens=special).ids)
-        finally:
-            if cut is not None:
-                tokenizer.enable_truncation(**cut)
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    if not hasattr(tokenizer, "encode_batch"):
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    truncation = tokenizer.truncation  # an export's tokenizer truncates inputs
+    tokenizer.no_truncation()
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=special).ids)
+    finally:
+        if truncation is not None:
+            tokenizer.enable_truncation(**truncation)
+
+
+# --- characters that a vocabulary lacks
+
+
+def vocabulary_warnings(
+    section: StudentSection,
+    tokenizer: Any,
+    labels: Iterable[str],
+    texts: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Warnings about labels that a student can never write, and about characters that it loses.
+
+    T5's own vocabulary lacks braces, ``<``, ``~`` and more, and reads a line break as a space.
+    ``texts`` maps the name of a group of texts ("inputs") to them.
+    """
+    if section.is_scratch:
+        remedy = "note that a scratch vocabulary has the characters of the train rows alone"
+    else:
+        remedy = (
+            "use student: {init: scratch}, whose vocabulary is learned from your text, or a "
+            "student.model with more characters, such as google/mt5-small"
+        )
+    warnings = _lost_labels(tokenizer, sorted(set(labels)), remedy)
+    for group, group_texts in texts.items():
+        unknown, blank = _lost_characters(tokenizer, group_texts)
+        if unknown.share > _RARE:
+            warnings.append(
+                f"{percent(unknown.share)} of the {group} have characters that the student's "
+                f"tokenizer does not know: {unknown.listing()}; keep them out by task.input or the "
+                f"teacher's prompt, or {remedy}"
+            )
+        if blank.share > _RARE:
+            warnings.append(
+                f"{percent(blank.share)} of the {group} have characters that the student reads as "
+                f"a space or as nothing: {blank.listing()}"
+            )
+    return warnings
+
+
+def _lost_labels(tokenizer: Any, labels: list[str], remedy: str) -> list[str]:
+    if not labels:
+        return []
+    written = tokenizer.batch_decode(tokenizer(labels)["input_ids"], skip_special_tokens=True)
+    lost = [
+        (label, text)
+        for label, text in zip(labels, written, strict=True)
+        if _normalized(label) != _normalized(text)
+    ]
+    if not lost:
+        return []
+    label, text = lost[0]
+    return [
+        f"the student can never write {len(lost)} of {len(labels)} labels, as its vocabulary lacks "
+        f"some characters: {label!r} becomes {text!r}. It will be wrong on those rows: rename the "
+        f"labels, or {remedy}"
+    ]
+
+
+class _LostCharacters:
+    """Characters of one kind, the number of texts that contain each, and the share of the texts."""
+
+    def __init__(self, characters: set[str]) -> None:
+        self.characters = characters
+        self.counts: Counter[str] = Counter()
+        self.rows = 0
+        self.share = 0.0
+
+    def add(self, lost: set[str]) -> None:
+        self.counts.update(lost & self.characters)
+        self.rows += bool(lost & self.characters)
+
+    def listing(self) -> str:
+        shown = ", ".join(
+            f"{character!r} in {count}" for character, count in self.counts.most_common(_MAX_SHOWN)
+        )
+        if len(self.counts) > _MAX_SHOWN:
+            shown += f" and {len(self.counts) - _MAX_SHOWN} more"
+        return shown
+
+
+def _lost_characters(
+    tokenizer: Any, texts: Sequence[str]
+) -> tuple[_LostCharacters, _LostCharacters]:
+    """The characters without a token, and those that are read as blank."""
+    # The tokenizer normalises texts in the same way.
+    normalized = [text if text.isascii() else unicodedata.normalize("NFKC", text) for text in texts]
+    characters = sorted(set[str]().union(*normalized) - {" "})
+    unknown = _LostCharacters(set())
+    blank = _LostCharacters(set())
+    if not characters:
+        return unknown, blank
+    rows = tokenizer(characters)["input_ids"]
+    decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    for character, token_ids, text in zip(characters, rows, decoded, strict=True):
+        if tokenizer.unk_token_id in token_ids:
+            unknown.characters.add(character)
+        elif text != character and not text.strip():
+            blank.characters.add(character)
+    lost = unknown.characters | blank.characters
+    if not lost:
+        return unknown, blank
+    any_lost = re.compile("[" + "".join(map(re.escape, sorted(lost))) + "]")
+    # </s> between two sentences is one token.
+    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    for text in normalized:
+        if any_lost.search(text):
+            lost_here = set(any_lost.findall(special.sub("", text)))
+            unknown.add(lost_here)
+            blank.add(lost_here)
+    unknown.share = unknown.rows / len(texts)
+    blank.share = blank.rows / len(texts)
+    return unknown, blank
+
+
+def _normalized(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).split())

@@ -148,12 +148,12 @@ def _repeated_id(recipe: Recipe, task: Task, source: str, where: str, row_id: st
     """The error for an id's second row. The file is read again to find the first, as only hashes
     are held.
     """
-    places = (
-        place
-        for place, row in _rows(source, recipe.folder)
-        if _example(task, row, place).id == row_id
+    locations = (
+        location
+        for location, row in _rows(source, recipe.folder)
+        if _example(task, row, location).id == row_id
     )
-    first_line = next(places).rpartition(":")[2]
+    first_line = next(locations).rpartition(":")[2]
     return UserError(
         f"{where}: id {row_id!r} occurs twice (first in line {first_line})",
         hint="ids must be unique; without an id column they are made from each row's content",

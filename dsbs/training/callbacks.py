@@ -19,11 +19,12 @@ from transformers import TrainerCallback
 
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.files import device_name, write_jsonl
+from dsbs.files import write_jsonl
 from dsbs.formatting import markdown_table, one_line, percent
 from dsbs.progress import Progress
 from dsbs.records.rows import TrainingCost
 from dsbs.students import Student
+from dsbs.students.weights import device_name
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import ResampledRows
 from dsbs.training.rows import Data

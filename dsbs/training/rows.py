@@ -13,7 +13,7 @@ from dsbs.errors import UserError
 from dsbs.prompting import source_fingerprint
 from dsbs.records.rows import Annotation, Example
 from dsbs.run_folder import RunFolder
-from dsbs.students import Target, compose
+from dsbs.students import Target, compose_target
 from dsbs.tasks.base import Task
 from dsbs.tasks.data import is_held_out, load, position
 from dsbs.training.distillation.labels import vote_distribution
@@ -45,7 +45,7 @@ class Row:
         rationales: tuple[str | None, ...] = (None,)
         if target != "label":
             rationales = self.usable(source) or (None,)
-        texts = [compose(target, self.label(source), rationale) for rationale in rationales]
+        texts = [compose_target(target, self.label(source), rationale) for rationale in rationales]
         return [text for text in texts if text]
 
     def usable(self, source: LabelSource) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.records.rows import TrainedStudent
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students import check_student, new_input_format, new_tokenizer
-from dsbs.students.vocabulary import lost_in
+from dsbs.students.tokenizer import vocabulary_warnings
 from dsbs.tasks import make_task
 from dsbs.tasks.base import Task
 from dsbs.tasks.data import stream, survey
@@ -121,7 +121,9 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     texts = {"inputs": [row.text for row in data.train]}
     if any(method_of(spec.method).needs_rationales for spec in specs):
         texts["rationales"] = [rationale for row in data.train for rationale in row.rationales]
-    warnings = lost_in(recipe.student, tokenizer, labels.union(task.labels or ()), texts)
+    warnings = vocabulary_warnings(
+        recipe.student, tokenizer, labels.union(task.labels or ()), texts
+    )
     encoder = Encoder(tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens)
     rows = data.subset(max(recipe.train.subset))
     systems = dict.fromkeys((spec.method, spec.labels) for spec in specs)

@@ -15,7 +15,14 @@ from dsbs.files import canonical_json, digest, full_disk_as_partial, now, versio
 from dsbs.progress import Progress, running
 from dsbs.prompting import learned_source
 from dsbs.records.rows import TrainedStudent
-from dsbs.students import Student, StudentCard, load_model, new_model, start_hash, tokenizer_hash
+from dsbs.students import (
+    Student,
+    StudentCard,
+    load_model,
+    new_model,
+    tokenizer_hash,
+    weights_fingerprint,
+)
 from dsbs.tasks import make_task
 from dsbs.training.distillation.base import terms_of
 from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
@@ -96,7 +103,7 @@ class StudentRun:
             tokenizer_hash(self.tokenizer),
             encoded_hash(self.rows),
             encoded_hash(self.valid),
-            *start_hash(self.recipe.train.init or self.recipe.student.source),
+            *weights_fingerprint(self.recipe.train.init or self.recipe.student.source),
         ]
         if self.teachers:
             parts.append(teachers_fingerprint(self.teachers))
@@ -238,9 +245,9 @@ class StudentRun:
             rows = ResampledRows(self.rows, self.spec.seed)
             callbacks.append(ResampleRationales(rows))
         if self.spec.keep_zeros:
-            callbacks.append(KeepZeros(student.engine.model))
+            callbacks.append(KeepZeros(student.backend.model))
         trainer = StepTrainer(
-            model=student.engine.model,
+            model=student.backend.model,
             args=training_arguments(
                 section,
                 self.folder.checkpoints,
@@ -375,7 +382,7 @@ class StudentRun:
         log = state.log_history
         accuracies = {row["step"]: row["eval_accuracy"] for row in log if "eval_accuracy" in row}
         examples = max((row["examples"] for row in log if "examples" in row), default=0)
-        trainable = count_trainable(student.engine.model)
+        trainable = count_trainable(student.backend.model)
         model = self._load_checkpoint(self.folder.checkpoints / f"checkpoint-{best}")
         student = Student.of(model, self.tokenizer, student.card)
         student.save(self.folder.path)
@@ -388,7 +395,7 @@ class StudentRun:
             steps=int(state.global_step),
             examples_per_s=round(examples / max(metrics.elapsed_s, 1e-9), 2),
             wall_s=round(metrics.elapsed_s, 2),
-            parameters=int(student.engine.parameters or 0),
+            parameters=int(student.backend.parameters or 0),
             trainable_parameters=trainable,
             fingerprint=self.folder.fingerprint,
             **self._origin(),

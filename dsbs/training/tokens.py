@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbs.files import digest, versions
+from dsbs.errors import DsbsError
+from dsbs.files import atomic_write, digest, versions
 from dsbs.progress import NoProgress, Progress, running
-from dsbs.students import InputFormat, PlainFormat
+from dsbs.students import InputFormat
+from dsbs.students.formats import PlainFormat
 from dsbs.training.distributed import is_main_process
 
 Ids = Sequence[int] | NDArray[np.int32]
@@ -146,17 +147,9 @@ def _read(path: Path, count: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]
 
 
 def _write(path: Path, lengths: NDArray[np.int64], ids: NDArray[np.int32]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with contextlib.suppress(OSError):  # on a full disk, training needs the space more
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, lengths=_narrow(lengths), ids=_narrow(ids))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    # On a full disk, training needs the space more.
+    with contextlib.suppress(OSError, DsbsError), atomic_write(path, binary=True) as file:
+        np.savez(file, lengths=_narrow(lengths), ids=_narrow(ids))
 
 
 def _narrow(numbers: NDArray[Any]) -> NDArray[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dsbs.config import Recipe, ResolvedTrainSection
 from dsbs.records.rows import Unread
-from dsbs.students import Student, start_token, take_apart
+from dsbs.students import Student, split_target, start_token
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
 from dsbs.training.rows import Data
@@ -76,7 +76,7 @@ def _accuracy(student: Student, recipe: Recipe, data: Data, view: View) -> float
     generations = student.generate(inputs, max_new_tokens(recipe, view), recipe.eval.batch_size)
     correct = 0
     for generation, row in zip(generations, data.valid, strict=True):
-        label = task.read_label(take_apart(view.target, generation.text)[0], data.fields[row.id])
+        label = task.read_label(split_target(view.target, generation.text)[0], data.fields[row.id])
         if not isinstance(label, Unread):
             correct += task.correct(label, str(row.label(data.valid_labels)))
     return correct / len(data.valid)
@@ -89,7 +89,7 @@ def _label_loss(student: Student, batch_size: int, rows: Sequence[Encoded], view
     from dsbs.training.losses import summed_nll
     from dsbs.training.packed.decoder import is_decoder_only, summed_losses
 
-    model = student.engine.model
+    model = student.backend.model
     total = 0.0
     tokens = 0
     ordered = sorted(rows, key=lambda row: len(row[view.target][0][0]))

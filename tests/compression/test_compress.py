@@ -103,7 +103,7 @@ def test_each_step_of_a_chain_is_a_student_with_its_record(run: Path) -> None:
         assert folder == run / "compress" / NAME / record.name
         student = Student.load(folder)
         assert student.card.name == f"{NAME}+{record.name}"
-        assert record.compressed.parameters == student.engine.parameters
+        assert record.compressed.parameters == student.backend.parameters
         assert record.n == len(valid_texts(run))
         said = [answer.label for answer in student.predict(valid_texts(run), max_label_tokens=8)]
         theirs = [answer.label for answer in original.predict(valid_texts(run), max_label_tokens=8)]
@@ -303,7 +303,7 @@ def test_a_low_rank_student_is_quantised_by_torch_alone(run: Path) -> None:
         compress(folder, ["quantize=int16"])
     from dsbs import export
 
-    with pytest.raises(UserError, match="low-rank matrices, which CTranslate2 does not know"):
+    with pytest.raises(UserError, match="low-rank matrices, which CTranslate2 does not support"):
         export(folder, "ct2")
     (record,) = compress(folder, ["quantize=int8"], max_drop=1).steps
     student = Student.load(run / "compress" / NAME / record.name)
@@ -343,7 +343,7 @@ def test_a_student_outside_of_a_run_is_refused(run: Path) -> None:
     lone = shutil.copytree(run / "train" / NAME, run.parent / "lone")
     with pytest.raises(UserError, match="not part of a run"):
         compress(lone, ["prune-ff=0.5"])
-    with pytest.raises(UserError, match="holds no student"):
+    with pytest.raises(UserError, match="does not contain a student"):
         compress(run, ["prune-ff=0.5"])
 
 

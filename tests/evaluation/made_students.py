@@ -1,4 +1,4 @@
-"""Students that never learned anything, where training leaves its own: enough to see what is done with what they write."""
+"""Untrained students, saved where training saves its own, to test what is done with outputs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,31 @@ def make_student(
     name = f"{method}-gold-s0"
     tokenizer = learn_vocabulary((row["text"] for row in toy_rows(80)), 200)
     card = StudentCard(
-        name=name, method=method, labels="gold", seed=0, task=recipe.task, prefixes=PREFIXES[method],
-        max_input_tokens=recipe.student.max_input_tokens, max_target_tokens=recipe.student.max_target_tokens,
-    )  # fmt: skip
+        name=name,
+        method=method,
+        labels="gold",
+        seed=0,
+        task=recipe.task,
+        prefixes=PREFIXES[method],
+        max_input_tokens=recipe.student.max_input_tokens,
+        max_target_tokens=recipe.student.max_target_tokens,
+    )
     folder = run / "train" / name
     Student.of(new_model(recipe.student, tokenizer, 0), tokenizer, card).save(folder)
     trained = TrainedStudent(
-        name=name, method=method, labels="gold", seed=0, path=str(folder), valid_accuracy=0.5, best_step=1, steps=1,
-        examples_per_s=1.0, wall_s=1.0, parameters=1, fingerprint=fingerprint,
-    )  # fmt: skip
+        name=name,
+        method=method,
+        labels="gold",
+        seed=0,
+        path=str(folder),
+        valid_accuracy=0.5,
+        best_step=1,
+        steps=1,
+        examples_per_s=1.0,
+        wall_s=1.0,
+        parameters=1,
+        fingerprint=fingerprint,
+    )
     (folder / "train.json").write_text(
         json.dumps({"student": trained.model_dump(mode="json")}), encoding="utf-8"
     )

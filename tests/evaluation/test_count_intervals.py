@@ -96,14 +96,14 @@ def test_clusters_of_equal_rows_widen_the_interval() -> None:
 
 
 def test_a_kind_that_no_row_has_still_has_its_column() -> None:
-    seen = []
+    widths = []
 
     def watch(counts: Floats) -> Floats:
-        seen.append(counts.shape[1])
+        widths.append(counts.shape[1])
         return counts[:, 0] / counts.sum(axis=1)
 
     counts_interval(np.array([0, 2, 0, 2]), watch, num_kinds=5)
-    assert set(seen) == {5}
+    assert set(widths) == {5}
 
 
 def test_many_kinds_in_small_clusters_agree_with_few() -> None:

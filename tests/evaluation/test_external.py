@@ -1,4 +1,4 @@
-"""Predictions that other systems made: files as people write them, and every mistake in them."""
+"""External predictions: files as users write them, and every mistake in them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GOLD = ["billing", "shipping"] * 5
 def take(
     toy: Callable[..., Path], tmp_path: Path
 ) -> Callable[..., dict[str, dict[str, Prediction]]]:
-    """Takes the files of that name for the toy task's 10 test rows, r1000 to r1009, into the run ``run``."""
+    """Add files as external predictions of the 10 test rows, r1000 to r1009, to ``run``."""
 
     def taken(**predictions: str) -> dict[str, dict[str, Prediction]]:
         recipe = load_recipe(toy(test=10, eval={"predictions": predictions}))
@@ -47,7 +47,9 @@ def take(
 
 def lines(*changes: dict[str, Any], predictions: list[Any] = GOLD) -> list[dict[str, Any]]:
     """A file's ten objects, the first ones changed."""
-    rows = [{"id": f"r{1000 + i}", "prediction": said} for i, said in enumerate(predictions)]
+    rows = [
+        {"id": f"r{1000 + i}", "prediction": prediction} for i, prediction in enumerate(predictions)
+    ]
     return [row | (changes[i] if i < len(changes) else {}) for i, row in enumerate(rows)]
 
 
@@ -83,21 +85,29 @@ def test_three_files_made_by_hand_become_prediction_files(
     )
     backwards = [*lines()[::-1], {"id": "of another split", "prediction": "billing"}]
     write_jsonl(tmp_path / "backwards.jsonl", backwards)
-    found = take(
+    predictions = take(
         rules=str(plain), packed="packed.jsonl.gz", **{"an-api.v2": "backwards.jsonl"}
     )  # beside the recipe
 
-    first = found["rules"]["r1000"]
+    first = predictions["rules"]["r1000"]
     assert first == Prediction(
-        id="r1000", input={"text": "My invoice number 1000 is wrong."}, gold="billing", raw="Billing.", prediction="billing",
-        correct=True, probability=0.25, rationale="An invoice.", latency_ms=12.0,
+        id="r1000",
+        input={"text": "My invoice number 1000 is wrong."},
+        gold="billing",
+        raw="Billing.",
+        prediction="billing",
+        correct=True,
+        probability=0.25,
+        rationale="An invoice.",
+        latency_ms=12.0,
         made_by="outside:" + hashlib.sha256(plain.read_bytes()).hexdigest(),
-    )  # fmt: skip
-    assert all(
-        one.correct and one.schema_ == "dsbs.prediction/2" for one in found["rules"].values()
     )
-    packed = list(found["packed"].values())
-    assert [one.raw for one in packed] == [
+    assert all(
+        prediction.correct and prediction.schema_ == "dsbs.prediction/2"
+        for prediction in predictions["rules"].values()
+    )
+    packed = list(predictions["packed"].values())
+    assert [prediction.raw for prediction in packed] == [
         "shipping",
         "",
         "",
@@ -109,7 +119,7 @@ def test_three_files_made_by_hand_become_prediction_files(
         "billing",
         "shipping",
     ]
-    assert [one.prediction for one in packed] == [
+    assert [prediction.prediction for prediction in packed] == [
         "shipping",
         None,
         None,
@@ -121,8 +131,8 @@ def test_three_files_made_by_hand_become_prediction_files(
         "billing",
         "shipping",
     ]
-    assert [one.correct for one in packed] == [False] * 6 + [True] * 4
-    assert list(found["an-api.v2"]) == [f"r{i}" for i in range(1000, 1010)], (
+    assert [prediction.correct for prediction in packed] == [False] * 6 + [True] * 4
+    assert list(predictions["an-api.v2"]) == [f"r{i}" for i in range(1000, 1010)], (
         "in the split's order, and nothing else"
     )
 
@@ -133,14 +143,22 @@ def test_numbers_are_ids_and_answers_too(toy: Callable[..., Path], tmp_path: Pat
             tmp_path / f"{name}.jsonl",
             [{"id": i, "question": f"{i} and 1?", "answer": i + 1} for i in range(10)],
         )
-    task = {"name": "generation", "numeric": True, "input": "{{ question }}", "labels": None, "columns": {"label": "answer"},
-            "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}}  # fmt: skip
+    task = {
+        "name": "generation",
+        "numeric": True,
+        "input": "{{ question }}",
+        "labels": None,
+        "columns": {"label": "answer"},
+        "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")},
+    }
     write_jsonl(tmp_path / "sums.jsonl", [{"id": i, "prediction": i + 1.0} for i in range(10)])
     recipe = load_recipe(toy(task=task, eval={"predictions": {"sums": "sums.jsonl"}}))
     add_external(recipe, make_task(recipe.task), rows_of(recipe), RunFolder(tmp_path / "run"))
     found = read_predictions(RunFolder(tmp_path / "run").predictions("sums"))
     assert (
-        len(found) == 10 and all(one.correct for one in found.values()) and found["3"].raw == "4.0"
+        len(found) == 10
+        and all(prediction.correct for prediction in found.values())
+        and found["3"].raw == "4.0"
     )
 
 
@@ -182,7 +200,7 @@ def test_a_file_is_read_anew_every_time(
         ({"id": "r1001"}, r":2: id 'r1001' is already in line 1"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_file_line_and_key(
+def test_a_wrong_value_is_reported_with_file_line_and_key(
     take: Callable[..., dict[str, dict[str, Prediction]]],
     tmp_path: Path,
     change: dict[str, Any],
@@ -221,7 +239,7 @@ def test_a_wrong_value_is_told_with_its_file_line_and_key(
         ),
     ],
 )
-def test_a_file_that_is_none_is_told(
+def test_a_file_without_predictions_is_an_error(
     take: Callable[..., dict[str, dict[str, Prediction]]],
     tmp_path: Path,
     content: str,
@@ -240,7 +258,7 @@ def test_a_missing_file_a_directory_and_a_damaged_archive_are_reported(
     with pytest.raises(UserError, match=r"eval\.predictions\.a: the file .* is a directory"):
         take(a=str(tmp_path))
     (tmp_path / "a.jsonl.gz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="not a whole gzip file"):
+    with pytest.raises(UserError, match="not a complete gzip file"):
         take(a="a.jsonl.gz")
     (tmp_path / "latin.jsonl").write_bytes(
         '{"id": "r1000", "prediction": "Größe"}'.encode("latin-1")

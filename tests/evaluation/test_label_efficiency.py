@@ -1,4 +1,4 @@
-"""How many training rows a method needs, on curves made by hand."""
+"""Label efficiency: the training rows that a method needs, on curves made by hand."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def test_one_point_is_reached_or_not() -> None:
 
 
 def test_curve_and_target_are_drawn_together() -> None:
-    """Systems that are right on nested rows differ by a fixed sign: drawn apart, their accuracies would overlap."""
+    """Systems that are right on nested rows always differ in one direction; resampled separately,
+    their accuracies would overlap."""
     apart = label_efficiency([(100, scores(500)), (1000, scores(505))], np.roll(scores(503), 500))[
         1
     ]
@@ -92,8 +93,12 @@ def test_the_interval_is_that_of_drawing_rows() -> None:
     result = []
     for _ in range(4_000):
         rows = rng.integers(0, 500, 500)
-        low, high, wanted = curve[0][1][rows].mean(), curve[1][1][rows].mean(), target[rows].mean()
-        share = (wanted - low) / (high - low)
+        low, high, mean_target = (
+            curve[0][1][rows].mean(),
+            curve[1][1][rows].mean(),
+            target[rows].mean(),
+        )
+        share = (mean_target - low) / (high - low)
         result.append(math.inf if share > 1 else math.log(100) + max(0.0, share) * math.log(10))
     expected = np.exp(np.quantile(result, (0.025, 0.975), method="inverted_cdf"))
     ends = label_efficiency(curve, target)[1]
@@ -132,7 +137,7 @@ def test_one_row_or_one_cluster_leaves_all_open() -> None:
     assert label_efficiency(rows, scores(600), np.zeros(1000, dtype=np.int64)) == (317, (100, None))
 
 
-def test_what_is_no_curve_is_refused() -> None:
+def test_an_invalid_curve_is_refused() -> None:
     with pytest.raises(ValueError, match="one point or more"):
         label_efficiency([], scores(500))
     with pytest.raises(ValueError, match="at least one training row"):

@@ -68,13 +68,13 @@ def test_predicting_with_something_else_is_an_error(
 ) -> None:
     (tmp_path / "messages.txt").write_text("hello\n", encoding="utf-8")
     result = run_dsbs("predict", "messages.txt", cwd=tmp_path)
-    assert result.returncode == 2 and "holds no student" in result.stderr
+    assert result.returncode == 2 and "does not contain a student" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("teacher.api_key_env=sk-proj-SECRET123", "no name of an environment variable"),
+        ("teacher.api_key_env=sk-proj-SECRET123", "not a valid environment variable name"),
         ("teacher.base_url=https://a.example/v1?key=SECRET123", "query"),
         ("teacher.extra_body={api_key: SECRET123}", "credentials"),
         ("teacher.extra_body={headers: {X-Auth: SECRET123}}", "credentials"),

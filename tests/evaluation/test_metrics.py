@@ -40,13 +40,13 @@ def scored(
     task: Task, gold: Sequence[str], raw: Sequence[str], probability: Sequence[float | None] = ()
 ) -> Scored:
     rows = [Example(id=str(i), input={"text": "t"}, label=label) for i, label in enumerate(gold)]
-    given = {
+    predictions = {
         str(i): Prediction(
             id=str(i), raw=text, probability=probability[i] if probability else None, made_by="test"
         )
         for i, text in enumerate(raw)
     }
-    return score(task, rows, given, "system")
+    return score(task, rows, predictions, "system")
 
 
 def measured(task: Task, files: Sequence[Scored], clusters: Clusters = None) -> Measures:
@@ -58,7 +58,7 @@ def measured(task: Task, files: Sequence[Scored], clusters: Clusters = None) -> 
 
 def test_labels_are_read_anew_in_the_raw_text_whatever_the_file_says_of_them() -> None:
     rows = [Example(id="a", input={}, label="neutral"), Example(id="b", input={}, label="neutral")]
-    given = {
+    predictions = {
         "b": Prediction(
             id="b", raw="Neutral.", prediction=None, correct=False, made_by="old reader"
         ),
@@ -67,9 +67,9 @@ def test_labels_are_read_anew_in_the_raw_text_whatever_the_file_says_of_them() -
         ),
         "other": Prediction(id="other", raw="neutral", made_by="x"),
     }
-    found = score(NLI, rows, given, "system")
-    assert found.labels == [None, "neutral"] and found.correct.tolist() == [False, True]
-    assert [prediction.id for prediction in found.predictions] == ["a", "b"]
+    result = score(NLI, rows, predictions, "system")
+    assert result.labels == [None, "neutral"] and result.correct.tolist() == [False, True]
+    assert [prediction.id for prediction in result.predictions] == ["a", "b"]
 
 
 def test_the_same_text_is_read_by_its_own_rows_fields() -> None:
@@ -77,15 +77,15 @@ def test_the_same_text_is_read_by_its_own_rows_fields() -> None:
         Example(id="a", input={"question": "q", "choices": ["bank", "river"]}, label="bank"),
         Example(id="b", input={"question": "q", "choices": ["tree", "lake"]}, label="lake"),
     ]
-    found = score(
+    result = score(
         CQA, rows, {key: Prediction(id=key, raw="(b)", made_by="x") for key in "ab"}, "system"
     )
-    assert found.labels == ["river", "lake"] and found.correct.tolist() == [False, True]
+    assert result.labels == ["river", "lake"] and result.correct.tolist() == [False, True]
 
 
 def test_an_equation_is_correct_by_its_value_within_a_tolerance() -> None:
-    found = scored(SVAMP, ["( 84.0 / 2.0 )"] * 4, ["21 * 2", "42.00009", "42.0002", "about forty"])
-    assert found.correct.tolist() == [True, True, False, False]
+    result = scored(SVAMP, ["( 84.0 / 2.0 )"] * 4, ["21 * 2", "42.00009", "42.0002", "about forty"])
+    assert result.correct.tolist() == [True, True, False, False]
 
 
 def test_rows_that_a_file_lacks_are_counted_and_the_first_is_named() -> None:
@@ -100,20 +100,21 @@ def test_rows_that_a_file_lacks_are_counted_and_the_first_is_named() -> None:
 
 
 def test_exact_match_of_the_raw_text_is_stricter_than_of_the_label() -> None:
-    found = measured(
+    metrics = measured(
         NLI, [scored(NLI, ["neutral"] * 4, [" neutral ", "Neutral.", "contradiction", "?"])]
     ).metrics
-    assert found["exact_match_raw"].value == 1 / 4 and found["exact_match"].value == 2 / 4
-    assert "equation_value" not in found and "ece" not in found
+    assert metrics["exact_match_raw"].value == 1 / 4 and metrics["exact_match"].value == 2 / 4
+    assert "equation_value" not in metrics and "ece" not in metrics
 
 
 def test_an_equation_has_four_ways_to_be_right_and_one_to_be_unreadable() -> None:
     gold = ["( 8.0 - 2.0 )"] * 5
     raw = ["( 8.0 - 2.0 )", "(8.0 - 2.0)", "8 - 2", "3 * 2", "six"]
-    found = {
-        name: one.value for name, one in measured(SVAMP, [scored(SVAMP, gold, raw)]).metrics.items()
+    metrics = {
+        name: measure_.value
+        for name, measure_ in measured(SVAMP, [scored(SVAMP, gold, raw)]).metrics.items()
     }
-    assert found == {
+    assert metrics == {
         "exact_match_raw": 1 / 5,
         "exact_match": 3 / 5,  # SVAMP's spelling of what was read
         "equation_string": 2 / 5,
@@ -123,20 +124,20 @@ def test_an_equation_has_four_ways_to_be_right_and_one_to_be_unreadable() -> Non
 
 
 def test_free_text_has_no_classes() -> None:
-    found = measured(FREE, [scored(FREE, ["a cat", "a dog"], ["a cat", "the dog"])])
-    assert list(found.metrics) == ["exact_match_raw", "exact_match"] and found.recall == {}
+    measures = measured(FREE, [scored(FREE, ["a cat", "a dog"], ["a cat", "the dog"])])
+    assert list(measures.metrics) == ["exact_match_raw", "exact_match"] and measures.recall == {}
 
 
 def test_seeds_are_averaged_within_a_row_and_add_no_rows() -> None:
     gold = ["neutral", "entailment"] * 20
-    one = scored(NLI, gold, ["neutral"] * 40)
-    alone, thrice = measured(NLI, [one]), measured(NLI, [one, one, one])
+    first = scored(NLI, gold, ["neutral"] * 40)
+    alone, thrice = measured(NLI, [first]), measured(NLI, [first, first, first])
     for name, once in (alone.metrics | alone.recall).items():
         again = (thrice.metrics | thrice.recall)[name]
         assert (again.value, again.n) == (pytest.approx(once.value), once.n)
         assert again.ci95 == pytest.approx(once.ci95)
     other = scored(NLI, gold, ["entailment"] * 40)
-    both = measured(NLI, [one, other])
+    both = measured(NLI, [first, other])
     assert both.metrics["exact_match"].value == 0.5 and both.metrics["exact_match"].n == 40
     assert both.recall["neutral"].value == 0.5 and both.recall["neutral"].n == 20
 
@@ -183,24 +184,27 @@ def test_macro_f1_of_counts_is_scikit_learns_of_rows(rows: list[tuple[int, int, 
     assert macro_f1(truth, np.array(reads), 4).value == pytest.approx(expected, abs=1e-12)
 
 
-def test_recall_is_scikit_learns_and_told_for_the_classes_that_occur() -> None:
+def test_recall_is_scikit_learns_for_the_classes_that_occur() -> None:
     gold = ["neutral"] * 6 + ["entailment"] * 4
     raw = ["neutral"] * 3 + ["entailment"] * 2 + ["?"] + ["entailment"] * 3 + ["contradiction"]
-    found = measured(NLI, [scored(NLI, gold, raw)]).recall
+    recalls = measured(NLI, [scored(NLI, gold, raw)]).recall
     classes = ["entailment", "neutral"]
-    assert list(found) == classes
-    assert [found[name].value for name in classes] == pytest.approx(
+    assert list(recalls) == classes
+    assert [recalls[name].value for name in classes] == pytest.approx(
         recall_score(gold, raw, labels=classes, average=None)
     )
-    assert [found[name].n for name in classes] == [4, 6]
-    for one in found.values():
-        assert one.ci95 is not None and one.ci95[0] < one.value < one.ci95[1]
+    assert [recalls[name].n for name in classes] == [4, 6]
+    for measured_recall in recalls.values():
+        assert (
+            measured_recall.ci95 is not None
+            and measured_recall.ci95[0] < measured_recall.value < measured_recall.ci95[1]
+        )
 
 
 def test_twenty_rows_without_a_mistake_do_not_prove_perfection() -> None:
     gold = ["neutral", "entailment"] * 10
-    found = measured(NLI, [scored(NLI, gold, gold)]).metrics["macro_f1"]
-    assert found.value == 1.0 and found.ci95 is not None and found.ci95[0] < 0.95
+    f1 = measured(NLI, [scored(NLI, gold, gold)]).metrics["macro_f1"]
+    assert f1.value == 1.0 and f1.ci95 is not None and f1.ci95[0] < 0.95
 
 
 # --- calibration
@@ -211,12 +215,12 @@ def test_calibration_error_by_hand() -> None:
     bins = binned(
         np.array([0.95, 0.85, 0.9, 0.35, 0.35]), np.array([True, True, False, False, True])
     )
-    assert [(one.low, one.high, one.n) for one in bins] == [
+    assert [(bin_.low, bin_.high, bin_.n) for bin_ in bins] == [
         (0.3, 0.4, 2),
         (0.8, 0.9, 2),
         (0.9, 1.0, 1),
     ]
-    assert [one.accuracy for one in bins] == [0.5, 0.5, 1.0]
+    assert [bin_.accuracy for bin_ in bins] == [0.5, 0.5, 1.0]
     assert calibration_error(bins) == pytest.approx((2 * 0.15 + 2 * 0.375 + 1 * 0.05) / 5)
 
 
@@ -227,8 +231,8 @@ def test_calibration_error_by_hand() -> None:
 def test_a_bin_holds_its_upper_edge_and_the_first_one_zero_as_well(
     probability: float, low: float
 ) -> None:
-    (one,) = binned(np.array([probability]), np.array([True]))
-    assert one.low == low
+    (bin_,) = binned(np.array([probability]), np.array([True]))
+    assert bin_.low == low
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60))
@@ -236,21 +240,21 @@ def test_bins_hold_every_prediction_once_and_their_confidence_lies_in_them(
     pairs: list[tuple[float, bool]],
 ) -> None:
     bins = binned(np.array([p for p, _ in pairs]), np.array([right for _, right in pairs]))
-    assert sum(one.n for one in bins) == len(pairs)
-    assert sum(one.n * one.accuracy for one in bins) == pytest.approx(
+    assert sum(bin_.n for bin_ in bins) == len(pairs)
+    assert sum(bin_.n * bin_.accuracy for bin_ in bins) == pytest.approx(
         sum(right for _, right in pairs)
     )
-    for one in bins:
-        assert one.low - 1e-12 <= one.confidence <= one.high + 1e-12
+    for bin_ in bins:
+        assert bin_.low - 1e-12 <= bin_.confidence <= bin_.high + 1e-12
     assert all(left.high <= right.low for left, right in pairwise(bins))
     assert 0 <= calibration_error(bins) <= 1
 
 
-def test_seeds_are_pooled_and_one_unknown_probability_leaves_calibration_untold() -> None:
+def test_seeds_are_pooled_and_one_unknown_probability_leaves_calibration_undefined() -> None:
     gold = ["neutral"] * 4
-    one, other = (scored(NLI, gold, gold, [p] * 4) for p in (0.95, 0.75))
-    found = measured(NLI, [one, other])
-    assert sum(bin_.n for bin_ in found.calibration) == 8
-    assert found.metrics["ece"].value == pytest.approx(0.15) and found.metrics["ece"].n == 4
+    first, other = (scored(NLI, gold, gold, [p] * 4) for p in (0.95, 0.75))
+    measures = measured(NLI, [first, other])
+    assert sum(bin_.n for bin_ in measures.calibration) == 8
+    assert measures.metrics["ece"].value == pytest.approx(0.15) and measures.metrics["ece"].n == 4
     unknown = scored(NLI, gold, gold, [0.9, 0.9, 0.9, None])
-    assert measured(NLI, [one, unknown]).calibration == []
+    assert measured(NLI, [first, unknown]).calibration == []

@@ -1,4 +1,4 @@
-"""Prediction files: what a row says, what is kept, what is made anew."""
+"""Prediction files: their rows, when they are kept, and when they are made again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def asking(recipe: Recipe, **changes: Any) -> Recipe:
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update=changes)})
 
 
-def made(recipe: Recipe, student: TrainedStudent, run: Path) -> list[dict[str, Any]]:
+def predicted(recipe: Recipe, student: TrainedStudent, run: Path) -> list[dict[str, Any]]:
     path = predict_student(recipe, student, rows_of(recipe), RunFolder(run), NoProgress())
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
@@ -57,11 +57,9 @@ def as_first_version(path: Path) -> None:
     )
 
 
-def test_a_row_says_what_was_asked_what_was_said_how_surely_and_by_whom(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_row_has_input_output_probability_and_model(recipe: Recipe, tmp_path: Path) -> None:
     student, rows = make_student(recipe, tmp_path), rows_of(recipe)
-    lines = made(recipe, student, tmp_path)
+    lines = predicted(recipe, student, tmp_path)
     answers = Student.load(student.path).predict(
         [row.input for row in rows], max_label_tokens=8, canonical=True
     )
@@ -87,22 +85,25 @@ def test_predictions_are_kept_until_what_they_depend_on_changes_and_then_set_asi
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     student = make_student(recipe, tmp_path, "step-by-step")
-    before = made(recipe, student, tmp_path)
-    other = made(asking(recipe, **change), student, tmp_path)
+    before = predicted(recipe, student, tmp_path)
+    other = predicted(asking(recipe, **change), student, tmp_path)
     assert other[0]["made_by"] != before[0]["made_by"]
     assert len(list((tmp_path / "eval" / "predictions" / "aside").iterdir())) == 1
     monkeypatch.setattr(Student, "load", no_loading)
-    assert made(recipe, student, tmp_path) == before, "taken back from aside"
-    assert made(recipe, student, tmp_path) == before
-    assert made(asking(recipe, **change), student, tmp_path) == other
+    assert predicted(recipe, student, tmp_path) == before, "taken back from aside"
+    assert predicted(recipe, student, tmp_path) == before
+    assert predicted(asking(recipe, **change), student, tmp_path) == other
 
 
 def test_rationales_are_decoded_where_they_are_asked_for_and_the_student_has_them(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    silent, asked = recipe, asking(recipe, rationales=True)
+    without_rationales, with_rationales = recipe, asking(recipe, rationales=True)
     student = make_student(recipe, tmp_path, "step-by-step")
-    without, with_them = made(silent, student, tmp_path), made(asked, student, tmp_path)
+    without, with_them = (
+        predicted(without_rationales, student, tmp_path),
+        predicted(with_rationales, student, tmp_path),
+    )
     assert all(
         line["rationale"] is None and line["rationale_truncated"] is None for line in without
     )
@@ -124,8 +125,8 @@ def test_asking_for_rationales_makes_predictions_anew_only_where_it_changes_them
     recipe: Recipe, tmp_path: Path, method: str, anew: bool
 ) -> None:
     student = make_student(recipe, tmp_path, method)
-    before = made(recipe, student, tmp_path)
-    after = made(asking(recipe, rationales=True), student, tmp_path)
+    before = predicted(recipe, student, tmp_path)
+    after = predicted(asking(recipe, rationales=True), student, tmp_path)
     assert (after[0]["made_by"] != before[0]["made_by"]) is anew
     if method != "finetune":
         assert all(
@@ -144,14 +145,14 @@ def test_a_file_of_the_first_version_is_read_and_kept_where_it_fits(
         patch.setattr(Student, "load", no_loading)
         predict_student(recipe, student, rows, RunFolder(tmp_path), NoProgress())
     assert path.read_bytes() == before
-    found = student_predictions(RunFolder(tmp_path), student)
-    assert list(found) == [row.id for row in rows]
+    loaded_predictions = student_predictions(RunFolder(tmp_path), student)
+    assert list(loaded_predictions) == [row.id for row in rows]
     assert all(
-        one.probability is None and one.truncated is None and one.model is None
-        for one in found.values()
+        prediction.probability is None and prediction.truncated is None and prediction.model is None
+        for prediction in loaded_predictions.values()
     )
 
-    lines = made(asking(recipe, max_label_tokens=3), student, tmp_path)
+    lines = predicted(asking(recipe, max_label_tokens=3), student, tmp_path)
     assert all(
         line["schema"] == "dsbs.prediction/2" and line["probability"] is not None for line in lines
     )
@@ -166,7 +167,7 @@ def test_the_hash_of_the_first_versions_files_is_still_the_same(
 
     student = make_student(recipe, tmp_path)
     data = canonical_json([[row.id, row.input] for row in rows_of(recipe)])
-    assert made(recipe, student, tmp_path)[0]["made_by"] == digest("made", data, "8"), (
+    assert predicted(recipe, student, tmp_path)[0]["made_by"] == digest("made", data, "8"), (
         "else hours of predictions are lost"
     )
 
@@ -175,7 +176,7 @@ def test_an_interrupted_prediction_leaves_no_half_file_and_loses_nothing(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = make_student(recipe, tmp_path)
-    before, folder = made(recipe, student, tmp_path), tmp_path / "eval" / "predictions"
+    before, folder = predicted(recipe, student, tmp_path), tmp_path / "eval" / "predictions"
     later = student.model_copy(update={"fingerprint": "another"})
     correct, calls = predictions.is_correct, iter(range(100))
 
@@ -186,14 +187,14 @@ def test_an_interrupted_prediction_leaves_no_half_file_and_loses_nothing(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(predictions, "is_correct", fails)
-        made(recipe, later, tmp_path)
+        predicted(recipe, later, tmp_path)
     assert [path.name for path in folder.iterdir()] == ["aside"], (
         "neither half a file nor its beginnings"
     )
     assert [
         json.loads(line) for line in next((folder / "aside").iterdir()).open(encoding="utf-8")
     ] == before
-    assert made(recipe, later, tmp_path)[0]["model"] == "another"
+    assert predicted(recipe, later, tmp_path)[0]["model"] == "another"
 
 
 def test_a_student_is_loaded_when_it_is_needed_and_then_once(
@@ -215,7 +216,7 @@ def test_rescoring_says_which_predictions_are_missing_or_of_another_student(
     with pytest.raises(UserError, match=r"finetune-gold-s0.jsonl does not exist") as missing:
         student_predictions(RunFolder(tmp_path), student)
     assert missing.value.hint == "run dsbs eval without --score-only"
-    made(recipe, student, tmp_path)
+    predicted(recipe, student, tmp_path)
     assert len(student_predictions(RunFolder(tmp_path), student)) == 12
     with pytest.raises(UserError, match="earlier student of that name") as other:
         student_predictions(
@@ -224,31 +225,31 @@ def test_rescoring_says_which_predictions_are_missing_or_of_another_student(
     assert other.value.hint == "run dsbs eval without --score-only"
 
 
-def test_a_damaged_prediction_file_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_damaged_prediction_file_is_reported_with_its_line(tmp_path: Path) -> None:
     good = {"schema": "dsbs.prediction/2", "id": "a", "raw": "x", "made_by": "y"}
-    for bad, told in (
+    for bad, message in (
         ({"id": "b"}, "not a prediction"),
         (good, "occurs twice"),
         (good | {"schema": "no/9"}, "not a prediction"),
     ):
         path = write_jsonl(tmp_path / "p.jsonl", [good, bad])
-        with pytest.raises(UserError, match=rf"p\.jsonl:2: .*{told}"):
+        with pytest.raises(UserError, match=rf"p\.jsonl:2: .*{message}"):
             read_predictions(path)
 
 
 def annotated(recipe: Recipe, run: Path, *rows: dict[str, Any], prompt: bool = True) -> None:
-    """What annotation leaves behind: these rows for the first of the split, and the others without any sample."""
+    """Write annotations of the split: ``rows`` for the first, without samples for the others."""
     task = make_task(recipe.task)
     lines = []
     for i, row in enumerate(rows_of(recipe)):
-        given = {
+        fields = {
             "teacher": TeacherName(kind="openai", model="m"),
             "id": row.id,
             "input": row.input,
             "gold": row.label,
         }
         lines.append(
-            Annotation(**given | (rows[i] if i < len(rows) else {})).model_dump(
+            Annotation(**fields | (rows[i] if i < len(rows) else {})).model_dump(
                 mode="json", by_alias=True
             )
         )
@@ -269,8 +270,8 @@ def teacher_file(recipe: Recipe, run: Path) -> Path:
 def samples(
     *labels: str | None, hinted: str | None = None, logprob: float | None = None
 ) -> list[Sample]:
-    own = [Sample(text="t", label=label, label_logprob=logprob) for label in labels]
-    return own + [Sample(text="t", label=hinted, hinted=True, label_logprob=-0.01)] * (
+    unhinted = [Sample(text="t", label=label, label_logprob=logprob) for label in labels]
+    return unhinted + [Sample(text="t", label=hinted, hinted=True, label_logprob=-0.01)] * (
         hinted is not None
     )
 
@@ -292,37 +293,58 @@ def test_the_teachers_row_has_its_own_labels_probability_and_whether_it_was_cut(
     hinted["label_logprob"] = -0.01
     cases: list[tuple[dict[str, Any], float | None, bool | None]] = [
         # its annotation, its probability, whether it was cut
-        (mine | {"samples": samples("billing"), "label_logprob": math.log(0.7), "vote_share": 1.0}, 0.7, False),
-        (mine | {"samples": samples("billing"), "label_logprob": 1e-7, "vote_share": 1.0}, 1.0, False),
+        (
+            mine
+            | {"samples": samples("billing"), "label_logprob": math.log(0.7), "vote_share": 1.0},
+            0.7,
+            False,
+        ),
+        (
+            mine | {"samples": samples("billing"), "label_logprob": 1e-7, "vote_share": 1.0},
+            1.0,
+            False,
+        ),
         (mine | {"samples": samples("billing"), "vote_share": 1.0}, None, False),
-        (mine | {"samples": samples("billing", "shipping", "billing"), "vote_share": 2 / 3}, 2 / 3, False),
+        (
+            mine | {"samples": samples("billing", "shipping", "billing"), "vote_share": 2 / 3},
+            2 / 3,
+            False,
+        ),
         (mine | {"samples": [cut, *samples("billing", "billing")], "vote_share": 1.0}, 1.0, False),
         ({"samples": [cut], "reject_reason": "truncated"}, None, True),
         ({"samples": [spent], "reject_reason": "spent-on-reasoning"}, None, True),
         ({"samples": [unread], "reject_reason": "unparsed"}, None, False),
         ({}, None, None),
         # the answer given away, nothing of which is the teacher's own
-        (hinted | {"samples": samples("billing", hinted="shipping", logprob=math.log(0.4))}, 0.4, False),
-        (hinted | {"samples": samples("billing", "billing", "shipping", hinted="shipping")}, 2 / 3, False),
+        (
+            hinted | {"samples": samples("billing", hinted="shipping", logprob=math.log(0.4))},
+            0.4,
+            False,
+        ),
+        (
+            hinted | {"samples": samples("billing", "billing", "shipping", hinted="shipping")},
+            2 / 3,
+            False,
+        ),
         (hinted | {"own_label": None, "samples": [cut, *samples(hinted="shipping")]}, None, True),
-    ]  # fmt: skip
+    ]
     annotated(recipe, tmp_path, *(row for row, _, _ in cases))
     task = make_task(recipe.task)
     rows = rows_of(recipe)
-    found = read_predictions(teacher_file(recipe, tmp_path))
+    by_id = read_predictions(teacher_file(recipe, tmp_path))
     for row, (annotation, probability, truncated) in zip(rows, cases, strict=True):
-        one = found[row.id]
-        assert one.probability == (None if probability is None else pytest.approx(probability)), (
-            annotation
-        )
-        assert one.truncated is truncated, annotation
-        assert one.prediction == annotation.get("own_label") and one.rationale is None
+        prediction = by_id[row.id]
+        assert prediction.probability == (
+            None if probability is None else pytest.approx(probability)
+        ), annotation
+        assert prediction.truncated is truncated, annotation
+        assert prediction.prediction == annotation.get("own_label") and prediction.rationale is None
         assert (
-            one.schema_ == "dsbs.prediction/2"
-            and one.input == row.input
-            and one.model == "openai:m"
+            prediction.schema_ == "dsbs.prediction/2"
+            and prediction.input == row.input
+            and prediction.model == "openai:m"
         )
-        assert one.prompt == load_prompt(recipe, task).hash
+        assert prediction.prompt == load_prompt(recipe, task).hash
 
 
 def test_an_ensembles_probability_is_the_weighted_share_of_those_that_voted_for_its_label(
@@ -348,11 +370,11 @@ def test_a_teacher_without_a_prompt_or_a_models_name_has_none_in_its_rows(
 ) -> None:
     annotated(recipe, tmp_path, *[{"teacher": TeacherName(kind="recorded")}] * 12, prompt=False)
     path = teacher_file(recipe, tmp_path)
-    one = next(iter(read_predictions(path).values()))
-    assert (one.model, one.prompt) == ("recorded", None)
+    prediction = next(iter(read_predictions(path).values()))
+    assert (prediction.model, prediction.prompt) == ("recorded", None)
 
 
-def test_the_command_tells_how_sure_the_student_is(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_command_prints_the_students_probability(recipe: Recipe, tmp_path: Path) -> None:
     student = make_student(recipe, tmp_path)
     done = run_dsbs(
         "predict",

@@ -64,7 +64,7 @@ def explained(
 
 
 def test_rouge_l_on_lins_example() -> None:
-    """Lin (2004), section 3.1: against "police killed the gunman", S2 has an LCS of 3 of 4 words, S3 one of 2."""
+    """Lin (2004), section 3.1: the LCS with the reference has 3 words in S2, and 2 in S3."""
     reference = ["police", "killed", "the", "gunman"]
     assert rouge_l(["police", "kill", "the", "gunman"], reference) == 0.75
     assert rouge_l(["the", "gunman", "kill", "police"], reference) == 0.5
@@ -87,10 +87,10 @@ def test_words_of_every_script_count() -> None:
     assert rouge_l(words("Кошка спит."), words("кошка ест")) == 0.5
 
 
-def test_rouge_l_is_told_of_the_rows_that_the_teacher_explained() -> None:
+def test_rouge_l_covers_the_rows_that_the_teacher_explained() -> None:
     file = explained(["it is so", None, "it was so", "x"])
-    found = measured(NLI, [file], {"0": "it is so", "1": "it is so", "2": None, "9": "it is so"})
-    assert (found["rouge_l"].value, found["rouge_l"].n) == (
+    metrics = measured(NLI, [file], {"0": "it is so", "1": "it is so", "2": None, "9": "it is so"})
+    assert (metrics["rouge_l"].value, metrics["rouge_l"].n) == (
         0.5,
         2,
     )  # the same words, and none at all
@@ -116,20 +116,20 @@ def test_files_without_a_rationale_have_no_such_metrics() -> None:
 
 
 def test_a_seed_that_was_predicted_without_rationales_is_left_out() -> None:
-    found = measured(NLI, [explained(["why", ""]), explained([None, None])], {})
-    assert found["rationale_empty"].value == 0.5
+    metrics = measured(NLI, [explained(["why", ""]), explained([None, None])], {})
+    assert metrics["rationale_empty"].value == 0.5
 
 
 def test_empty_and_truncated_rationales_are_counted() -> None:
-    found = measured(
+    metrics = measured(
         NLI, [explained(["why", " ", None, "so"], truncated=[True, None, None, False])], {}
     )
-    assert (found["rationale_empty"].value, found["rationale_empty"].n) == (0.5, 4)
-    assert (found["rationale_truncated"].value, found["rationale_truncated"].n) == (0.5, 2)
+    assert (metrics["rationale_empty"].value, metrics["rationale_empty"].n) == (0.5, 4)
+    assert (metrics["rationale_truncated"].value, metrics["rationale_truncated"].n) == (0.5, 2)
     assert "rationale_truncated" not in measured(NLI, [explained(["why"])], {})
 
 
-def test_consistency_is_told_of_the_rationales_that_state_a_conclusion() -> None:
+def test_consistency_covers_the_rationales_that_state_a_conclusion() -> None:
     rationales = [
         "A man sleeps. So the answer is neutral.",
         "A man sleeps. So the answer is entailment.",
@@ -138,11 +138,11 @@ def test_consistency_is_told_of_the_rationales_that_state_a_conclusion() -> None
         "Therefore the answer is neutral",
     ]
     labels = ["neutral", "neutral", "neutral", "contradiction", "no label at all"]
-    found = measured(NLI, [explained(rationales, labels)], {})["consistency"]
-    assert (found.value, found.n) == (2 / 4, 4)
+    consistency = measured(NLI, [explained(rationales, labels)], {})["consistency"]
+    assert (consistency.value, consistency.n) == (2 / 4, 4)
 
 
-def test_consistency_goes_by_an_equations_value_and_is_not_told_of_free_text() -> None:
+def test_consistency_goes_by_an_equations_value_and_is_undefined_for_free_text() -> None:
     gold = "( 3.0 + 4.0 )"
     file = explained(["He has both. The answer is 7.", "The answer is 8."], task=SVAMP, gold=gold)
     assert measured(SVAMP, [file], {})["consistency"].value == 0.5
@@ -150,13 +150,15 @@ def test_consistency_goes_by_an_equations_value_and_is_not_told_of_free_text() -
     assert "consistency" not in measured(FREE, [free], {})
 
 
-def test_seeds_are_averaged_within_the_rows_that_they_speak_of() -> None:
+def test_seeds_are_averaged_within_the_rows_for_which_they_have_a_value() -> None:
     agrees, differs, silent = "The answer is neutral.", "The answer is entailment.", "Hm."
     files = [explained([agrees, agrees, silent]), explained([differs, silent, silent])]
-    found = measured(NLI, files, {}, np.array([0, 1, 1]))["consistency"]
-    assert (found.value, found.n) == ((0.5 + 1) / 2, 2)
+    consistency = measured(NLI, files, {}, np.array([0, 1, 1]))["consistency"]
+    assert (consistency.value, consistency.n) == ((0.5 + 1) / 2, 2)
 
 
 def test_names_come_in_the_described_order() -> None:
-    found = measured(NLI, [explained(["The answer is neutral."], truncated=[False])], {"0": "why"})
-    assert list(found) == NAMES
+    metrics = measured(
+        NLI, [explained(["The answer is neutral."], truncated=[False])], {"0": "why"}
+    )
+    assert list(metrics) == NAMES

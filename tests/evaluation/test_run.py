@@ -40,7 +40,7 @@ def trained(toy: Callable[..., Path], tmp_path: Path) -> Recipe:
         "eval.latency_calls=0",
     ]
     with LoopbackServer(good_answer) as server:
-        recipe = load_recipe(toy(train=24, test=10), [*overrides, f"teacher.base_url={server.url}"])
+        recipe = load_recipe(toy(test=10), [*overrides, f"teacher.base_url={server.url}"])
         annotate(recipe, out=tmp_path / "run")
     train(recipe, out=tmp_path / "run")
     return recipe
@@ -102,7 +102,7 @@ def test_a_student_predicts_alike_from_python_and_the_command_line(
     overrides = ["train.max_steps=2", "eval.latency_calls=0"]
     with LoopbackServer(good_answer) as server:
         recipe = load_recipe(
-            toy(train=24),
+            toy(),
             [
                 *overrides,
                 "train.methods=[step-by-step, finetune]",

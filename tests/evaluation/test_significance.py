@@ -31,7 +31,7 @@ def seed_means(rows: int, share: float, seed: int, seeds: int = 3) -> Floats:
 
 
 def pairs(both: int, first: int, second: int, neither: int) -> tuple[Floats, Floats]:
-    """Scores of two systems with so many rows right in both, in the first alone, in the second alone, in neither."""
+    """Scores of two systems: rows right in both, only in the first, only in the second, in none."""
     counts = (both, first, second, neither)
     return np.repeat([1.0, 1.0, 0.0, 0.0], counts), np.repeat([1.0, 0.0, 1.0, 0.0], counts)
 
@@ -57,8 +57,8 @@ def test_wilson_on_newcombes_examples(correct: int, n: int, low: float, high: fl
 
 
 def test_mcnemar_on_agrestis_approval_ratings() -> None:
-    """Agresti, 1990, Categorical Data Analysis, p. 350: 1,600 people asked twice, 150 and 86 changed their mind; the difference
-    is 0.04 with the 95 % interval (0.02, 0.06)."""
+    """Agresti, 1990, Categorical Data Analysis, p. 350: 1,600 people answered twice, 150 and 86
+    changed their mind; the difference is 0.04 with the 95% interval (0.02, 0.06)."""
     result = paired_difference(*pairs(794, 150, 86, 570))
     exact = (
         2 * sum(comb(236, k) for k in range(87)) / 2**236
@@ -71,8 +71,8 @@ def test_mcnemar_on_agrestis_approval_ratings() -> None:
 
 
 def test_sign_flips_on_fishers_test_of_darwins_plants() -> None:
-    """Fisher, 1935, The Design of Experiments, section 21: of the 2^15 sums of Darwin's 15 differences (eighths of an inch),
-    863 are 314 or more and as many are -314 or less."""
+    """Fisher, 1935, The Design of Experiments, section 21: of the 2^15 sums of Darwin's 15
+    differences (eighths of an inch), 863 are 314 or more and as many are -314 or less."""
     eighths = np.array([49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48], dtype=float)
     result = paired_difference(eighths, np.zeros(15))
     assert result.test == "sign-flip permutation"
@@ -94,7 +94,7 @@ def test_wilson_agrees_with_statsmodels() -> None:
         assert rate.ci95 == pytest.approx(proportion_confint(correct, n, method="wilson"), abs=1e-9)
 
 
-def test_wilson_of_nothing_is_nothing_and_shows_a_dash() -> None:
+def test_wilson_of_no_trials_is_none_and_shows_a_dash() -> None:
     assert wilson(0, 0) is None
     assert rate(None) == "–"
 
@@ -212,12 +212,14 @@ def test_the_detectable_difference_is_found_for_any_number_of_rows(rows: int) ->
 
 
 def test_seeds_do_not_multiply_the_rows() -> None:
-    one = right_or_wrong(100, 0.6, 2)
-    assert accuracy(one, 1).interval == "wilson"
-    several = accuracy(one, 5)  # five identical seeds know no more than one
+    scores = right_or_wrong(100, 0.6, 2)
+    assert accuracy(scores, 1).interval == "wilson"
+    several = accuracy(scores, 5)  # five identical seeds know no more than one
     assert several.interval == "bootstrap over rows"
     width = several.ci95[1] - several.ci95[0]
-    assert width == pytest.approx(accuracy(one, 1).ci95[1] - accuracy(one, 1).ci95[0], rel=0.1)
+    assert width == pytest.approx(
+        accuracy(scores, 1).ci95[1] - accuracy(scores, 1).ci95[0], rel=0.1
+    )
 
 
 def test_a_graded_score_of_one_seed_is_no_count_of_successes() -> None:
@@ -307,16 +309,16 @@ def test_one_row_of_difference_is_no_evidence_and_no_crash() -> None:
     assert (result.delta, result.p, result.losses) == (-0.125, 1.0, 1)
 
 
-def test_one_row_or_one_cluster_tells_next_to_nothing() -> None:
+def test_one_row_or_one_cluster_is_next_to_no_evidence() -> None:
     result = paired_difference(np.array([0.5]), np.array([1.0]))
     assert (result.p, result.minimum_detectable_effect) == (1.0, None)
     assert result.ci95[0] < -0.95 and result.ci95[1] > 0.9
     rows, same = right_or_wrong(50, 0.5, 20), np.zeros(50, dtype=np.int64)
     low, high = accuracy(rows, 1, same).ci95
     assert low < 0.05 and high > 0.95
-    one = paired_difference(rows, 1 - rows, same)
-    assert (one.p, one.minimum_detectable_effect) == (1.0, None)
-    assert one.ci95[1] - one.ci95[0] > 1.9
+    single = paired_difference(rows, 1 - rows, same)
+    assert (single.p, single.minimum_detectable_effect) == (1.0, None)
+    assert single.ci95[1] - single.ci95[0] > 1.9
 
 
 def test_rows_too_few_to_show_any_difference_name_none() -> None:
@@ -338,7 +340,7 @@ def test_rows_without_a_spread_claim_no_certainty() -> None:
     assert same.ci95[0] == pytest.approx(-same.ci95[1]) and same.ci95[1] > 0.1
 
 
-def test_clusters_without_a_spread_leave_the_room_of_as_many_rows() -> None:
+def test_clusters_without_a_spread_have_the_interval_of_as_many_rows() -> None:
     assert mean_interval(np.ones(60), np.arange(60) // 3) == pytest.approx(
         mean_interval(np.ones(20))
     )
@@ -361,7 +363,7 @@ def test_rows_must_be_the_same() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_no_number_is_refused_by_its_row(bad: float) -> None:
+def test_a_value_that_is_not_finite_is_refused_with_its_row(bad: float) -> None:
     losses = np.array([1.0, bad, 0.0])
     for attempt in (
         lambda: accuracy(losses, 1),
@@ -373,7 +375,7 @@ def test_what_is_no_number_is_refused_by_its_row(bad: float) -> None:
             attempt()
 
 
-def test_no_row_is_refused() -> None:
+def test_an_empty_test_set_is_refused() -> None:
     for attempt in (
         lambda: accuracy(np.array([]), 1),
         lambda: paired_difference(np.array([]), np.array([])),

@@ -1,4 +1,4 @@
-"""Prediction files made by hand, compared without any model; pairs, clusters, curves and bills."""
+"""Systems: comparisons without a model; pairs, clusters, learning curves and costs."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def test_three_files_made_by_hand_are_compared_without_a_model(tmp_path: Path) -
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    systems = {system["name"]: system for system in found["systems"]}
+    results = json.loads(done.stdout)
+    systems = {system["name"]: system for system in results["systems"]}
     assert {name: system["accuracy"] for name, system in systems.items()} == {
         "old": 0.4,
         "new": 1.0,
         "odd": 0.9,
     }
-    assert found["baseline"] == "old" and found["headline"] == "new"
+    assert results["baseline"] == "old" and results["headline"] == "new"
     assert systems["odd"]["unreadable"] == pytest.approx(0.1)
     gap = systems["new"]["versus"]["old"]
     # exact McNemar with 12 wins and no losses: 2 / 2^12
@@ -97,20 +97,20 @@ def test_three_files_made_by_hand_are_compared_without_a_model(tmp_path: Path) -
     )
 
 
-def test_the_baseline_may_be_a_file_from_outside(tmp_path: Path) -> None:
+def test_the_baseline_may_be_an_external_file(tmp_path: Path) -> None:
     recipe = load_recipe(hand_made(tmp_path, {"old": FLIPPED, "new": GOLD}, baseline=["new"]))
-    found = evaluate(recipe, out=tmp_path / "run", score_only=True)
-    assert found.baseline == "new" and found.system("old") is not None
-    assert found.system("old").versus["new"].delta == -1.0  # type: ignore[union-attr]
+    results = evaluate(recipe, out=tmp_path / "run", score_only=True)
+    assert results.baseline == "new" and results.system("old") is not None
+    assert results.system("old").versus["new"].delta == -1.0  # type: ignore[union-attr]
 
 
 def test_rows_of_a_cluster_are_resampled_together(tmp_path: Path) -> None:
     recipe = load_recipe(
         hand_made(tmp_path, {"old": FLIPPED[:10] + GOLD[10:], "new": GOLD}, cluster="text")
     )
-    found = evaluate(recipe, out=tmp_path / "run", score_only=True)
-    assert (found.cluster, found.clusters) == ("text", 20)
-    assert "cluster" in found.systems[0].interval
+    results = evaluate(recipe, out=tmp_path / "run", score_only=True)
+    assert (results.cluster, results.clusters) == ("text", 20)
+    assert "cluster" in results.systems[0].interval
     with pytest.raises(UserError, match=r"eval.cluster.*no field 'premise'.*fields: text"):
         evaluate(
             recipe.model_copy(
@@ -129,25 +129,43 @@ def test_clusters_are_numbered_by_equal_values() -> None:
 def student(method: str, subset: float = 1.0, source: str | None = "s") -> TrainedStudent:
     name = method + ("" if subset == 1.0 else f"-n{subset:g}") + "-s0"
     return TrainedStudent(
-        name=name, method=method, labels="gold", seed=0, path="x", valid_accuracy=0.5, best_step=1, steps=1, examples_per_s=1,
-        wall_s=1, parameters=1, fingerprint="f", subset=subset, source=source,
-    )  # fmt: skip
+        name=name,
+        method=method,
+        labels="gold",
+        seed=0,
+        path="x",
+        valid_accuracy=0.5,
+        best_step=1,
+        steps=1,
+        examples_per_s=1,
+        wall_s=1,
+        parameters=1,
+        fingerprint="f",
+        subset=subset,
+        source=source,
+    )
 
 
 def system(
     method: str, subset: float = 1.0, right: float = 0.5, rows: int = 100, source: str | None = "s"
 ) -> System:
-    one = student(method, subset, source)
+    trained = student(method, subset, source)
     correct = np.arange(100) < 100 * right
-    return System(one.system, "student", [Scored([], [], [], correct)], [one], training_rows=rows)
+    return System(
+        trained.system, "student", [Scored([], [], [], correct)], [trained], training_rows=rows
+    )
 
 
-def test_students_meet_the_baselines_of_their_own_share_and_nobody_meets_twice() -> None:
+def test_students_meet_the_baselines_of_their_own_share_and_no_pair_twice() -> None:
     systems = [
         System("teacher", "teacher", [Scored([], [], [], np.ones(100, dtype=bool))]),
-        system("finetune"), system("finetune", 0.5), system("distill"), system("distill", 0.5), system("step-by-step"),
+        system("finetune"),
+        system("finetune", 0.5),
+        system("distill"),
+        system("distill", 0.5),
+        system("step-by-step"),
         system("step-by-step", 0.5),
-    ]  # fmt: skip
+    ]
     met = [(a.name, b.name) for a, b in pairs(systems, EvalSection())]
     assert ("step-by-step", "finetune") in met and ("step-by-step-n0.5", "finetune-n0.5") in met
     assert ("step-by-step-n0.5", "distill-n0.5") in met and ("teacher", "finetune") in met
@@ -159,17 +177,23 @@ def test_students_meet_the_baselines_of_their_own_share_and_nobody_meets_twice()
 
 def test_a_student_with_terms_meets_its_own_method_without_them() -> None:
     systems = [
-        system("finetune"), system("step-by-step"), system("step-by-step", 0.5), system("step-by-step+response"),
-        system("finetune+response"), system("step-by-step+response", 0.25),
-    ]  # fmt: skip
+        system("finetune"),
+        system("step-by-step"),
+        system("step-by-step", 0.5),
+        system("step-by-step+response"),
+        system("finetune+response"),
+        system("step-by-step+response", 0.25),
+    ]
     chosen = pairs(systems, EvalSection())
     met = [(a.name, b.name) for a, b in chosen]
     assert met == [
-        ("step-by-step", "finetune"), ("step-by-step+response", "finetune"), ("finetune+response", "finetune"),
+        ("step-by-step", "finetune"),
+        ("step-by-step+response", "finetune"),
+        ("finetune+response", "finetune"),
         ("step-by-step+response", "step-by-step"),
-    ]  # fmt: skip
-    taught = systems[3].students[0].model_copy(update={"labels": "teacher"})
-    systems[3].students = [taught]
+    ]
+    from_teacher = systems[3].students[0].model_copy(update={"labels": "teacher"})
+    systems[3].students = [from_teacher]
     assert ("step-by-step+response", "step-by-step") not in [
         (a.name, b.name) for a, b in pairs(systems, EvalSection())
     ]
@@ -181,13 +205,13 @@ def test_the_comparison_with_the_method_without_terms_is_among_those_corrected()
         system("step-by-step", right=0.6),
         system("step-by-step+response", right=0.75),
     ]
-    found = compare(pairs(systems, EvalSection()), None)
-    assert list(found["step-by-step+response"]) == [
+    comparisons = compare(pairs(systems, EvalSection()), None)
+    assert list(comparisons["step-by-step+response"]) == [
         "finetune",
         "step-by-step",
     ]  # the first is what a headline speaks of
-    one = found["step-by-step+response"]["finetune"]
-    assert one.p_holm == pytest.approx(min(1.0, 3 * one.p))
+    comparison = comparisons["step-by-step+response"]["finetune"]
+    assert comparison.p_holm == pytest.approx(min(1.0, 3 * comparison.p))
 
 
 def test_adjusted_p_values_are_over_all_comparisons() -> None:
@@ -196,22 +220,25 @@ def test_adjusted_p_values_are_over_all_comparisons() -> None:
         system("distill", right=0.6),
         system("step-by-step", right=0.75),
     ]
-    found = compare(pairs(systems, EvalSection()), None)
-    one = found["step-by-step"]["finetune"]
-    assert one.delta == pytest.approx(0.25) and (one.wins, one.losses) == (25, 0)
-    assert one.p_holm == pytest.approx(min(1.0, 3 * one.p))  # the smallest of three
+    comparisons = compare(pairs(systems, EvalSection()), None)
+    comparison = comparisons["step-by-step"]["finetune"]
+    assert comparison.delta == pytest.approx(0.25) and (comparison.wins, comparison.losses) == (
+        25,
+        0,
+    )
+    assert comparison.p_holm == pytest.approx(min(1.0, 3 * comparison.p))  # the smallest of three
 
 
-def test_labels_needed_are_read_off_the_curve() -> None:
+def test_label_efficiency_is_read_off_the_curve() -> None:
     curve = [
         system("step-by-step", 0.25, 0.4, 100),
         system("step-by-step", 0.5, 0.5, 200),
         system("step-by-step", 1.0, 0.6, 400),
     ]
-    (found,) = label_efficiencies(
+    (efficiency,) = label_efficiencies(
         [*curve, system("finetune", 1.0, 0.5, 400)], [system("finetune", 1.0, 0.5, 400)], None
     )
-    assert (found.method, found.system, found.rows, found.largest) == (
+    assert (efficiency.method, efficiency.system, efficiency.rows, efficiency.largest) == (
         "step-by-step",
         "finetune",
         200,
@@ -240,8 +267,12 @@ def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:
         and teacher_bill({}, "test") == (None, None)
     )
     learned, gold = system("step-by-step", 0.5), system("finetune", source=None)
-    (one,) = break_evens([learned, gold], 1.0, 0.002)
-    assert (one.system, one.spent_usd, one.predictions) == ("step-by-step-n0.5", 0.5, 250)
+    (break_even,) = break_evens([learned, gold], 1.0, 0.002)
+    assert (break_even.system, break_even.spent_usd, break_even.predictions) == (
+        "step-by-step-n0.5",
+        0.5,
+        250,
+    )
     assert list(break_evens([learned], None, 0.002)) == [] == list(break_evens([learned], 1.0, 0.0))
 
 
@@ -271,24 +302,28 @@ def test_a_metric_that_grades_rows_is_compared_where_both_have_it() -> None:
     base = draw.uniform(0, 0.5, (2, 100))
     systems[0].row_values["rouge_l"], systems[2].row_values["rouge_l"] = base, base + 0.25
     systems[2].row_values["rouge_l"][:, :10] = np.nan
-    found = compare(pairs(systems, EvalSection()), None)
-    graded = found["step-by-step"]["finetune"].graded["rouge_l"]
+    comparisons = compare(pairs(systems, EvalSection()), None)
+    graded = comparisons["step-by-step"]["finetune"].graded["rouge_l"]
     assert graded.delta == pytest.approx(0.25) and graded.n == 90 and graded.p_holm < 0.001
-    assert found["step-by-step"]["distill"].graded == {} == found["distill"]["finetune"].graded
+    assert (
+        comparisons["step-by-step"]["distill"].graded
+        == {}
+        == comparisons["distill"]["finetune"].graded
+    )
 
 
 def test_corrected_gold_labels_reach_the_prediction_file(tmp_path: Path) -> None:
     path = hand_made(tmp_path, {"old": FLIPPED, "new": GOLD})
     first = evaluate(load_recipe(path), out=tmp_path / "run", score_only=True)
-    made = tmp_path / "run" / "eval" / "predictions" / "old.jsonl"
-    rows = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
+    prediction_file = tmp_path / "run" / "eval" / "predictions" / "old.jsonl"
+    rows = [json.loads(line) for line in prediction_file.read_text(encoding="utf-8").splitlines()]
     task = make_task(load_recipe(path).task)
-    predictions = read_predictions(made)
+    predictions = read_predictions(prediction_file)
     corrected = [Example(row["id"], row["input"], label=row["prediction"]) for row in rows]
     update_marks(
         RunFolder(tmp_path / "run"), "old", score(task, corrected, predictions, "old"), task
     )
-    marked = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()]
+    marked = [json.loads(line) for line in prediction_file.read_text(encoding="utf-8").splitlines()]
     assert all(row["correct"] and row["gold"] == row["prediction"] for row in marked)
     assert [row["raw"] for row in marked] == [row["raw"] for row in rows] and first.system(
         "old"

@@ -17,11 +17,11 @@ from tiny_t5 import V1_0, V1_1, make_student, texts
 
 from dsbs.errors import DsbsError, UserError
 from dsbs.exporting import ct2
-from dsbs.exporting.exported import Equivalence, Exported, read_exported
-from dsbs.exporting.golden import check_float
+from dsbs.exporting.formats import Equivalence, Exported, read_exported
+from dsbs.exporting.golden import check_float32
 from dsbs.exporting.run import export
 from dsbs.students import Student
-from dsbs.students.backends.ctranslate2 import Ct2
+from dsbs.students.backends.ctranslate2 import CTranslate2Backend
 
 ROWS = texts(20)
 BOTH = pytest.mark.parametrize("shape", [V1_0, V1_1], ids=["v1.0", "v1.1"])
@@ -65,7 +65,7 @@ def test_the_converters_own_scale_would_be_found_out(
 
     student = make_student(tmp_path, V1_1)
     monkeypatch.setattr(ct2, "_loader", T5Loader)
-    monkeypatch.setattr(Ct2, "_decode", _with_its_own_start)
+    monkeypatch.setattr(CTranslate2Backend, "_decode", _with_its_own_start)
     with pytest.raises(DsbsError, match="log-probabilities differ"):
         export(student, "ct2", quantize="float32", examples=ROWS)
     assert not (student / "export" / "ct2").exists()
@@ -133,7 +133,7 @@ def test_an_int8_export_is_smaller_and_says_how_often_it_agrees(tmp_path: Path, 
     assert 0.0 < small.equivalence.greedy_agreement <= 1.0
     # random weights sharpen every difference, token after token: their first tokens are compared
     first, same = (
-        [said.text for said in Student.load(path).engine.write(ROWS, 1)]
+        [said.text for said in Student.load(path).backend.generate(ROWS, 1)]
         for path in (small.path, student)
     )
     assert sum(one == other for one, other in zip(first, same, strict=True)) / len(ROWS) > 0.6
@@ -142,10 +142,10 @@ def test_an_int8_export_is_smaller_and_says_how_often_it_agrees(tmp_path: Path, 
 def test_an_int8_torch_export_counts_every_parameter_once(tmp_path: Path) -> None:
     student = make_student(tmp_path)
     done = export(student, "torch", quantize="int8", examples=ROWS)
-    model = Student.load(student).engine.model
+    model = Student.load(student).backend.model
     head = model.lm_head.weight.numel()  # tied in the student, a matrix of its own where quantised
     assert (
-        Student.load(done.path).engine.parameters
+        Student.load(done.path).backend.parameters
         == sum(p.numel() for p in model.parameters()) + head
     )
 
@@ -237,7 +237,7 @@ def test_an_export_that_another_process_finished_meanwhile_is_left_alone(
         return load(path)
 
     monkeypatch.setattr(Student, "load", slow)
-    with pytest.raises(DsbsError, match="written meanwhile"):
+    with pytest.raises(DsbsError, match="another process has written"):
         export(student, "ct2", examples=ROWS)
     assert read_exported(student / "export" / "ct2-int8") == others[1]
 
@@ -282,8 +282,8 @@ def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--format", "tflite"], "there is no export format 'tflite'"),
-        (["--format", "gguf"], "a seq2seq model, which the format gguf does not carry"),
+        (["--format", "tflite"], "unknown export format 'tflite'"),
+        (["--format", "gguf"], "a seq2seq model, which the format gguf does not support"),
         (["--quantize", "int4"], "has no quantisation 'int4'"),
         (["--examples", "nothing.txt"], "examples nothing.txt does not exist"),
     ],
@@ -296,10 +296,10 @@ def test_a_wrong_option_is_one_message(tmp_path: Path, arguments: list[str], wor
 
 
 def test_a_folder_without_a_student_and_an_export_itself_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no student"):
+    with pytest.raises(UserError, match="does not contain a student"):
         export(tmp_path, "ct2")
     done = export(make_student(tmp_path), "ct2", examples=ROWS)
-    with pytest.raises(UserError, match="is an export itself"):
+    with pytest.raises(UserError, match="is already an export"):
         export(done.path, "onnx")
 
 
@@ -359,12 +359,12 @@ def test_a_float_export_that_disagrees_is_an_error() -> None:
         "beam_agreement": 1.0,
         "score_difference": 1e-5,
     }
-    check_float(Equivalence.model_validate(good), "s")
+    check_float32(Equivalence.model_validate(good), "s")
     for wrong in ({"greedy_agreement": 0.9}, {"beam_agreement": 0.9}, {"score_difference": 0.01}):
         with pytest.raises(DsbsError, match="does not do what the student does"):
-            check_float(Equivalence.model_validate(good | wrong), "s")
+            check_float32(Equivalence.model_validate(good | wrong), "s")
     with pytest.raises(DsbsError, match=r"allowed are 0\.005"):
-        check_float(Equivalence.model_validate(good | {"score_difference": 0.006}), "s", "causal")
+        check_float32(Equivalence.model_validate(good | {"score_difference": 0.006}), "s", "causal")
 
 
 def test_a_record_that_cannot_be_read_is_none(tmp_path: Path) -> None:

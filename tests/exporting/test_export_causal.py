@@ -94,7 +94,7 @@ def test_a_quantised_export_is_smaller_and_near(
     done = export(student, form, quantize=quantize, examples=ROWS)
     assert done.megabytes < done.student_megabytes
     mine, theirs = (
-        [one.text for one in Student.load(path).engine.write(ROWS, 1)]
+        [one.text for one in Student.load(path).backend.generate(ROWS, 1)]
         for path in (done.path, student)
     )
     assert sum(one == other for one, other in zip(mine, theirs, strict=True)) / len(ROWS) > 0.6
@@ -133,9 +133,9 @@ def test_the_script_writes_what_transformers_wrote_without_the_rest(
 
 def test_the_int8_script_of_torch_writes_what_the_engine_writes(tmp_path: Path, make: Make) -> None:
     done = export(make(tmp_path), "torch", quantize="int8", examples=ROWS)
-    engine = Student.load(done.path).engine
+    engine = Student.load(done.path).backend
     written = [
-        engine.write(["predict: " + row.strip()], 16)[0].text for row in ROWS
+        engine.generate(["predict: " + row.strip()], 16)[0].text for row in ROWS
     ]  # one by one: its scales are a batch's
     assert (
         said(
@@ -154,7 +154,7 @@ def test_an_engine_saves_what_it_loads(tmp_path: Path, make: Make, form: str) ->
     (tmp_path / "copy").mkdir()
     first.save(tmp_path / "copy")
     written = [
-        [one.text for one in student.engine.write(ROWS, 8)]
+        [one.text for one in student.backend.generate(ROWS, 8)]
         for student in (first, Student.load(tmp_path / "copy"))
     ]
     assert written[0] == written[1]
@@ -188,8 +188,10 @@ def test_llama_cpps_chat_asks_a_gguf_student_as_it_was_trained(tmp_path: Path, m
     student = make(tmp_path)
     served: Any = Student.load(
         export(student, "gguf", quantize="float32", examples=ROWS).path
-    ).engine
-    for text, one in zip(ROWS[:5], Student.load(student).engine.write(ROWS[:5], 16), strict=True):
+    ).backend
+    for text, one in zip(
+        ROWS[:5], Student.load(student).backend.generate(ROWS[:5], 16), strict=True
+    ):
         wanted = {
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
@@ -205,7 +207,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_found_out(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = make(tmp_path)
-    monkeypatch.setattr(gguf, "_split", lambda student: "smollm")  # which parts digits
+    monkeypatch.setattr(gguf, "_pre_tokenizer", lambda student: "smollm")  # which parts digits
     with pytest.raises(DsbsError, match="would not read s's prompts"):
         export(student, "gguf", examples=ROWS)
     assert not (student / "export" / "gguf-float16").exists()
@@ -221,7 +223,14 @@ def altered(student: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("form", "quantize", "kind", "changes", "words", "hint"),
     [
-        ("onnx", None, "llama", {}, "a causal model, which the format onnx does not carry", "ct2"),
+        (
+            "onnx",
+            None,
+            "llama",
+            {},
+            "a causal model, which the format onnx does not support",
+            "ct2",
+        ),
         ("gguf", None, "gpt2", {}, "llama, qwen2, qwen3 here, not gpt2", "ct2"),
         ("gguf", None, "llama", {"hidden_act": "gelu"}, "the activation gelu", "ct2"),
         ("ct2", None, "llama", {"hidden_act": "gelu"}, "the activation gelu", "torch"),
@@ -254,7 +263,7 @@ def test_what_a_format_does_not_carry_is_refused_with_another_one(
 
 def test_a_t5_goes_into_no_gguf_file(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="a seq2seq model, which the format gguf does not carry"
+        UserError, match="a seq2seq model, which the format gguf does not support"
     ) as caught:
         export(make_t5(tmp_path), "gguf")
     assert "ct2" in caught.value.hint

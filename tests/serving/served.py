@@ -88,7 +88,7 @@ def taught() -> Path:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     student = made(BOTH)
-    model, tokenizer = student.engine.model, student.engine.tokenizer
+    model, tokenizer = student.backend.model, student.backend.tokenizer
     rows = toy_rows(16)
     texts = [f"predict: {row['text']}" for row in rows] + [
         f"explain: {row['text']}" for row in rows

@@ -64,7 +64,7 @@ def test_the_openai_client_gets_the_students_rationale_and_label(
             and made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
         )
         assert made.usage.completion_tokens == len(
-            student.engine.tokenizer(expected, add_special_tokens=False)["input_ids"]
+            student.backend.tokenizer(expected, add_special_tokens=False)["input_ids"]
         )
         assert [one.id for one in asked.models.list()] == ["toy-student"]
 

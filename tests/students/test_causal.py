@@ -32,16 +32,16 @@ def taught(request: pytest.FixtureRequest) -> Student:
 
 def forced(student: Student, text: str, most: int) -> tuple[str, float, bool]:
     """Text, probability, and whether it ended, by one forward pass for each token, without batch, padding and cache."""
-    engine: Any = student.engine
-    (ids,) = engine.wording.read([text], student.card.max_input_tokens)
+    engine: Any = student.backend
+    (ids,) = engine.input_format.read([text], student.card.max_input_tokens)
     own: list[int] = []
     total = 0.0
     with torch.inference_mode():
-        while len(own) < most and (not own or own[-1] not in engine.wording.stops):
+        while len(own) < most and (not own or own[-1] not in engine.input_format.stops):
             logits = engine.model(input_ids=torch.tensor([[*ids, *own]])).logits[0, -1]
             own.append(int(logits.argmax()))
             total += float(torch.log_softmax(logits.double(), -1)[own[-1]])
-    ended = own[-1] in engine.wording.stops
+    ended = own[-1] in engine.input_format.stops
     return (
         engine.tokenizer.decode(own[: len(own) - ended], skip_special_tokens=True).strip(),
         math.exp(total),
@@ -70,7 +70,7 @@ def test_a_models_own_ways_of_sampling_do_not_reach_its_answers(
     taught: Student, tmp_path: Path
 ) -> None:
     taught.save(tmp_path)
-    taught.engine.model.generation_config.save_pretrained(tmp_path)
+    taught.backend.model.generation_config.save_pretrained(tmp_path)
     config = (tmp_path / "generation_config.json").read_text(encoding="utf-8")
     hot = config.replace(
         "{", '{"do_sample": true, "temperature": 9.0, "repetition_penalty": 5.0,', 1
@@ -87,8 +87,8 @@ def test_a_saved_student_loads_with_the_same_weights_and_answers_the_same(
 ) -> None:
     taught.save(tmp_path)
     loaded = Student.load(tmp_path)
-    assert loaded.card == taught.card and loaded.engine.parameters == taught.engine.parameters
-    assert tokenizer_hash(loaded.engine.tokenizer) == tokenizer_hash(taught.engine.tokenizer)
+    assert loaded.card == taught.card and loaded.backend.parameters == taught.backend.parameters
+    assert tokenizer_hash(loaded.backend.tokenizer) == tokenizer_hash(taught.backend.tokenizer)
     for a, b in zip(loaded.predict(TEXTS), taught.predict(TEXTS), strict=True):
         assert (a.raw, a.label, a.probability, a.truncated) == (
             b.raw,
@@ -108,7 +108,7 @@ def test_what_is_saved_stops_where_the_student_does_in_transformers_alone(
         AutoModelForCausalLM.from_pretrained(tmp_path),
         AutoTokenizer.from_pretrained(tmp_path),
     )
-    ids = taught.engine.wording.read(TEXTS[:1])  # type: ignore[attr-defined]
+    ids = taught.backend.input_format.read(TEXTS[:1])  # type: ignore[attr-defined]
     made = model.generate(
         torch.tensor(ids), attention_mask=torch.ones(1, len(ids[0])), max_new_tokens=16
     )[0, len(ids[0]) :]
@@ -118,20 +118,20 @@ def test_what_is_saved_stops_where_the_student_does_in_transformers_alone(
 
 def test_inputs_are_cut_at_the_cards_limit(taught: Student) -> None:
     long = TEXTS[2] * 20
-    engine: Any = taught.engine
-    (kept,) = engine.wording.read([long], 48)
+    engine: Any = taught.backend
+    (kept,) = engine.input_format.read([long], 48)
     assert len(kept) == 48
     assert [one.text for one in taught.generate([long], 8, 1)] == [forced(taught, long, 8)[0]]
 
 
 def test_a_byte_level_vocabulary_loses_nothing(tmp_path: Path) -> None:
     from dsbs.config import StudentSection
-    from dsbs.students.vocabulary import lost_in
+    from dsbs.students.tokenizer import vocabulary_warnings
 
     folder = causal_models.save(tmp_path / "model")
     texts = {"inputs": ["two\nlines\tand 駅 {x} <y> ~ é"] * 9}
     assert (
-        lost_in(
+        vocabulary_warnings(
             StudentSection(model=folder), load_tokenizer(folder), ["rücksendung", "a\nb"], texts
         )
         == []

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsbs.files import device_name
 from dsbs.progress import NoProgress
 from dsbs.records.rows import TrainingCost
+from dsbs.students.weights import device_name
 from dsbs.training.callbacks import MetricsLogger, peak_memory
 
 

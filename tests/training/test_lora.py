@@ -146,7 +146,7 @@ def test_only_what_is_targeted_has_moved_in_the_finished_student(
     wide, rank = before["encoder.block.0.layer.0.SelfAttention.q.weight"].shape, 4
     assert said["trainable_parameters"] == len(moved) * rank * sum(wide)
     assert said["parameters"] == sum(
-        p.numel() for p in Student.load(folder).engine.model.parameters()
+        p.numel() for p in Student.load(folder).backend.model.parameters()
     )
     assert not list(folder.rglob("adapter*"))
 

@@ -12,7 +12,7 @@ from loopback import LoopbackServer
 
 from dsbs import Student, annotate, evaluate, load_recipe, train
 from dsbs.config import Recipe
-from dsbs.students import compose, take_apart
+from dsbs.students import compose_target, split_target
 from dsbs.tasks import make_task
 from dsbs.training.grid import grid
 from dsbs.training.rows import gather
@@ -21,18 +21,21 @@ from dsbs.training.rows import gather
 @pytest.mark.parametrize("target", ["label", "rationale-then-label", "label-then-rationale"])
 @pytest.mark.parametrize("rationale", ["Because: it is so. Answer: no", "It is a box.", None])
 def test_what_is_put_together_comes_apart_again(target: str, rationale: str | None) -> None:
-    text = compose(target, "shipping", rationale)  # type: ignore[arg-type]
+    text = compose_target(target, "shipping", rationale)  # type: ignore[arg-type]
     assert text is not None
-    label, why = take_apart(target, text)  # type: ignore[arg-type]
+    label, why = split_target(target, text)  # type: ignore[arg-type]
     assert label == "shipping"
     assert why == (None if target == "label" else rationale)
 
 
 def test_a_sequence_that_never_came_to_its_label_has_none() -> None:
-    assert take_apart("rationale-then-label", "It is a box that is") == ("", "It is a box that is")
+    assert split_target("rationale-then-label", "It is a box that is") == (
+        "",
+        "It is a box that is",
+    )
     assert (
-        compose("rationale-then-label", None, "why") is None
-        and compose("label-then-rationale", None, "why") is None
+        compose_target("rationale-then-label", None, "why") is None
+        and compose_target("label-then-rationale", None, "why") is None
     )
 
 
@@ -152,7 +155,7 @@ def test_another_recipes_students_are_not_scored_as_this_ones(
     assert not evaluate(
         annotated("train.methods=finetune", "train.max_steps=2"), out=tmp_path / "run"
     ).reportable
-    with pytest.raises(UserError, match="trained by other settings"):
+    with pytest.raises(UserError, match="trained with other settings"):
         evaluate(annotated("train.methods=finetune", "train.max_steps=3"), out=tmp_path / "run")
 
 

@@ -34,7 +34,7 @@ folder, options = Path(sys.argv[4]), dict(pair.split("=") for pair in sys.argv[5
 model = test_trainer.tiny_model(layers=2)
 if options.get("checkpointing") == "yes":
     model.activation_checkpointing_enable()
-test_trainer.train(model, folder, micro=2, steps=4, world=2, padding=options["padding"])
+test_trainer.train(model, folder, micro=2, steps=4, world_size=2, padding=options["padding"])
 assert hasattr(model.decoder.block[1], "unshard") and not hasattr(model.decoder.block[0], "unshard")
 weights = gather_weights(model)
 if torch.distributed.get_rank() == 0:
@@ -49,7 +49,7 @@ def test_a_divided_model_takes_the_steps_of_a_whole_one(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
-    paths = (str(TESTS / "train"), str(TESTS), str(TESTS.parent))
+    paths = (str(TESTS / "training"), str(TESTS), str(TESTS.parent))
     command = [*launcher(), str(tmp_path / "worker.py"), *paths, str(tmp_path), *options]
     done = subprocess.run(
         command,

@@ -150,7 +150,7 @@ def test_the_plan_counts_the_trials_once(annotated: Callable[..., Recipe], tmp_p
     [
         ("{learning_rate: []}", "at least one value"),
         ("{}", "names no setting"),
-        ("{learning_rate: [0.1, 0.1]}", "each once"),
+        ("{learning_rate: [0.1, 0.1]}", "each value once"),
         ("{rationale_weight: [1, 2]}", "rationale_weight"),
         ("{batch_size: [4, 6]}", "multiple of train.micro_batch_size"),
     ],

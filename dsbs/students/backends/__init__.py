@@ -1,4 +1,4 @@
-"""What decodes: transformers' own model, or what an export made of it. A registry, so that a student loads what it has."""
+"""Backends: the runtimes that decode with a student's weights, by architecture and format."""
 
 from __future__ import annotations
 
@@ -8,76 +8,91 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dsbs.config.registry import BACKENDS, entry
-from dsbs.errors import UserError
-from dsbs.students.card import StudentCard
-from dsbs.students.targets import Start
+from dsbs.errors import DsbsError, UserError
+from dsbs.students.card import Start, StudentCard
 
 
 class GeneratedText(NamedTuple):
-    """What a model wrote to one input."""
+    """A model's output for one input."""
 
     text: str
-    truncated: bool  # the token budget ended it, not its end token
+    truncated: bool  # whether the token limit ended it, not its end token
     probability: (
         float | None
-    )  # of its tokens together, the end token included, in [0, 1]; None: not asked for
+    )  # of all its tokens with the end token, in [0, 1]; None: not asked for
+    latency_ms: float = 0.0  # wall time of its batch divided by the rows; backends leave it at 0
 
 
-class Engine(Protocol):
-    """A model that writes, and its tokenizer."""
+class Backend(Protocol):
+    """A model that generates text, and its tokenizer."""
 
-    model: Any  # transformers', or the runtime's own
+    model: Any  # transformers' own, or the runtime's
     tokenizer: Any
 
-    def write(
-        self, texts: Sequence[str], most: int, start: Start = "pad", *, probabilities: bool = False
+    def generate(
+        self,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        start: Start = "pad",
+        *,
+        probabilities: bool = False,
     ) -> list[GeneratedText]:
-        """Greedy decoding of one batch of inputs, prefixes included: at most ``most`` tokens each, in the inputs' order."""
+        """Greedy decoding of one batch of inputs, prefixes included, in order.
+
+        ``start`` is the decoder's first token; decoder-only models ignore it.
+        """
         ...
 
     def save(self, folder: Path) -> None:
-        """Put model and tokenizer into a folder."""
+        """Write model and tokenizer into a folder."""
         ...
 
     @property
     def parameters(self) -> int | None:
-        """None where the format does not tell."""
+        """Number of parameters; None: unknown for this format."""
         ...
 
 
 @runtime_checkable
-class Searcher(Protocol):
-    """An engine that has a beam search too."""
+class BeamSearchBackend(Protocol):
+    """A backend with beam search."""
 
-    def search(
-        self, texts: Sequence[str], most: int, start: Start, beams: int
+    def beam_search(
+        self, texts: Sequence[str], max_new_tokens: int, start: Start, beams: int
     ) -> list[GeneratedText]:
-        """The likeliest text that a beam search without length penalty finds for each input, with its probability."""
+        """The likeliest text of a beam search without length penalty, with its probability."""
         ...
 
 
-def load_engine(path: Path, card: StudentCard) -> Engine:
-    """The engine of a student folder. Raises UserError for a format that nothing here reads."""
-    engine: Engine = _class(card).load(path, card)
-    return engine
+def load_backend(path: Path, card: StudentCard) -> Backend:
+    """Load the backend of a student's folder. Raises UserError for an unsupported format."""
+    backend: Backend = _backend_class(card).load(path, card)
+    return backend
 
 
-def make_engine(model: Any, tokenizer: Any, card: StudentCard) -> Engine:
-    """The engine of a transformers' model in memory."""
-    engine: Engine = _class(card)(model, tokenizer, card)
-    return engine
+def make_backend(model: Any, tokenizer: Any, card: StudentCard) -> Backend:
+    """The backend of a transformers model in memory."""
+    backend: Backend = _backend_class(card)(model, tokenizer, card)
+    return backend
 
 
-def threads() -> int:
-    """OMP_NUM_THREADS, for a runtime that does not read it itself; of a list (``4,2``) the outermost level. 0: not said."""
-    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(said) if said.isdecimal() else 0
+def export_error(path: Path, error: Exception) -> DsbsError:
+    return DsbsError(f"cannot load the export in {path} ({error})", hint="export the student again")
 
 
-def _class(card: StudentCard) -> Any:
+def omp_threads() -> int:
+    """OMP_NUM_THREADS, for a runtime that does not read it itself; 0: not set.
+
+    Of a list such as ``4,2``, the outermost level counts.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
+def _backend_class(card: StudentCard) -> Any:
     if (card.kind, card.format) not in BACKENDS:
         raise UserError(
-            f"{card.name} is a {card.kind} model in the format {card.format}, which dsbs does not load",
+            f"{card.name} is a {card.kind} model in {card.format} format, which dsbs cannot load",
             hint="use the student that it was exported from",
         )
     return entry(BACKENDS, (card.kind, card.format))

@@ -1,4 +1,4 @@
-"""A decoder alone in llama.cpp's server inside this process, which needs neither torch nor transformers."""
+"""llama.cpp backend: its HTTP server in this process, for GGUF students and local teachers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.students.backends import GeneratedText, threads
-from dsbs.students.card import StudentCard
-from dsbs.students.instructions import WORDING, StoredPrompts
-from dsbs.students.targets import Start
+from dsbs.students.backends import GeneratedText, export_error, omp_threads
+from dsbs.students.card import Start, StudentCard
+from dsbs.students.formats import PROMPT_FORMAT_FILE, ExportedPrompts
 
 MODEL = "model.gguf"
 SLOTS = 4  # requests decoded side by side; more made two cores slower
-_ANSWER = 256  # tokens that an answer has room for at least
+_MIN_ANSWER_TOKENS = 256
 
 
 def xllamacpp(what: str) -> Any:
-    """The package, for ``what`` needs it. Raises UserError where it is missing."""
+    """The package, which ``what`` needs. Raises UserError where it is not installed."""
     try:
         import xllamacpp as runtime
     except ImportError:
@@ -75,88 +74,98 @@ def start_server(
         raise DsbsError(f"llama.cpp cannot serve {model} ({error})", hint=hint) from None
 
 
-class LlamaCpp:
-    """Prompts go there as ids, so that special tokens in a text stay its characters; longer ones are cut in their text."""
+class LlamaServerBackend:
+    """A decoder-only student in a GGUF file.
+
+    Prompts are sent as ids, so that special tokens in a text stay text. Those over the card's
+    ``max_input_tokens`` are truncated in their text.
+    """
 
     def __init__(
-        self, server: Any, prompts: StoredPrompts, folder: Path, card: StudentCard
+        self, server: Any, prompts: ExportedPrompts, folder: Path, card: StudentCard
     ) -> None:
-        self.model, self.tokenizer, self._folder = server, prompts.tokenizer, folder
-        self._prompts, self._max_input = prompts, card.max_input_tokens
+        self.model = server
+        self.tokenizer = prompts.tokenizer
+        self._folder = folder
+        self._prompts = prompts
+        self._max_input_tokens = card.max_input_tokens
 
     @classmethod
-    def load(cls, path: Path, card: StudentCard) -> LlamaCpp:
-        answer_tokens = max(card.max_target_tokens, _ANSWER)
+    def load(cls, path: Path, card: StudentCard) -> LlamaServerBackend:
+        answer_tokens = max(card.max_target_tokens, _MIN_ANSWER_TOKENS)
         server = start_server(
             path / MODEL,
             context_tokens=card.max_input_tokens + answer_tokens,
             slots=SLOTS,
             needed_by="the format gguf",
             hint="export the student again",
-            cores=threads() or None,
-            full_precision=True,  # half precision would move the scores
+            cores=omp_threads() or None,
+            full_precision=True,  # half precision would change the scores
         )
         try:
-            return cls(server, StoredPrompts(path), path, card)
+            return cls(server, ExportedPrompts(path), path, card)
         except Exception as error:  # tokenizers raises bare Exception
-            raise DsbsError(
-                f"the export in {path} cannot be loaded ({error})", hint="export the student again"
-            ) from None
+            raise export_error(path, error) from None
 
     def save(self, folder: Path) -> None:
-        for name in (MODEL, "tokenizer.json", WORDING):
+        for name in (MODEL, "tokenizer.json", PROMPT_FORMAT_FILE):
             shutil.copyfile(self._folder / name, folder / name)
 
-    def write(
-        self, texts: Sequence[str], most: int, start: Start = "pad", *, probabilities: bool = False
+    def generate(
+        self,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        _start: Start = "pad",
+        *,
+        probabilities: bool = False,
     ) -> list[GeneratedText]:
-        """See ``Engine``; ``start`` is of encoder-decoders, and means nothing here.
-
-        Raises DsbsError where the server refuses.
-        """
-        found = self.model.handle_completions(
+        """See ``Backend``. Raises DsbsError where the server refuses."""
+        response = self.model.handle_completions(
             {
-                "prompt": self._prompts.read(texts, self._max_input),
-                "max_tokens": most,
+                "prompt": self._prompts.read(texts, self._max_input_tokens),
+                "max_tokens": max_new_tokens,
                 "temperature": 0,
-                "samplers": [
-                    "temperature"
-                ],  # 0: the likeliest token; and nothing that holds back what was said before
-                "logprobs": 1,  # for the ids, which are decoded as in every other engine
-                "cache_prompt": False,  # else the numbers depend on what was asked before
+                "samplers": ["temperature"],  # greedy, without a repetition penalty
+                "logprobs": 1,  # for the token ids, which are decoded as in every other backend
+                "cache_prompt": False,  # otherwise scores depend on earlier requests
             }
         )
-        if "choices" not in found:
+        if "choices" not in response:
+            message = response.get("error", {}).get("message", response)
             raise DsbsError(
-                f"llama.cpp refuses ({found.get('error', {}).get('message', found)})",
-                hint="export the student again",
+                f"llama.cpp refused the request ({message})", hint="export the student again"
             )
-        said = sorted(found["choices"], key=lambda choice: choice["index"])
-        rows = [(choice.get("logprobs") or {}).get("content", []) for choice in said]
-        decoded = self._prompts.decode([[token["id"] for token in row] for row in rows])
+        choices = sorted(response["choices"], key=lambda choice: choice["index"])
+        rows = [(choice.get("logprobs") or {}).get("content", []) for choice in choices]
+        texts_out = self._prompts.decode([[token["id"] for token in row] for row in rows])
         return [
             GeneratedText(
                 text,
                 choice["finish_reason"] == "length",
-                min(1.0, math.exp(sum(token["logprob"] for token in row)))
-                if probabilities
-                else None,
+                _probability(row) if probabilities else None,
             )
-            for text, choice, row in zip(decoded, said, rows, strict=True)
+            for text, choice, row in zip(texts_out, choices, rows, strict=True)
         ]
 
-    def pieces(self, text: str) -> list[int]:
-        """A text's ids by the tokenizer in the GGUF file, whose special tokens it sees. One request on loopback."""
+    def tokenize(self, text: str) -> list[int]:
+        """A text's ids by the tokenizer in the GGUF file, which recognises special tokens.
+
+        Sends one request to the server, on loopback.
+        """
         request = urllib.request.Request(
             f"{self.model.listening_address}/tokenize",
             json.dumps({"content": text, "add_special": False, "parse_special": True}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
-            found: Mapping[str, list[int]] = json.loads(answer.read())
-        return found["tokens"]
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:
+            body: Mapping[str, list[int]] = json.loads(response.read())
+        return body["tokens"]
 
     @property
     def parameters(self) -> None:
-        """The format does not tell."""
+        """Unknown for this format."""
         return None
+
+
+def _probability(tokens: Sequence[Mapping[str, float]]) -> float:
+    return min(1.0, math.exp(sum(token["logprob"] for token in tokens)))

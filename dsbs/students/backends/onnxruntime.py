@@ -1,4 +1,4 @@
-"""A T5 in onnxruntime: an encoder, and a decoder that takes one step over what it has kept. Needs no torch."""
+"""ONNX Runtime backend: a T5 encoder and a decoder step with a cache, without torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsbs.errors import DsbsError, UserError
-from dsbs.students.backends import GeneratedText, threads
-from dsbs.students.card import StudentCard
-from dsbs.students.targets import Start
-from dsbs.students.tokenizer import read_pieces
+from dsbs.errors import UserError
+from dsbs.students.backends import GeneratedText, export_error, omp_threads
+from dsbs.students.card import Start, StudentCard
+from dsbs.students.tokenizer import load_export_tokenizer
 
-ENCODER, DECODER, CONFIG = "encoder.onnx", "decoder.onnx", "config.json"
+ENCODER = "encoder.onnx"
+DECODER = "decoder.onnx"
+CONFIG = "config.json"
+_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def onnxruntime() -> Any:
-    """The package. Raises UserError where it is missing."""
+    """The package. Raises UserError where it is not installed."""
     try:
         import onnxruntime as runtime
     except ImportError:
@@ -29,96 +31,109 @@ def onnxruntime() -> Any:
     return runtime
 
 
-class Onnx:
-    """Inputs longer than the card's ``max_input_tokens`` are cut."""
+class OnnxBackend:
+    """A T5. Inputs over the card's ``max_input_tokens`` are truncated."""
 
     def __init__(self, encoder: Any, decoder: Any, tokenizer: Any, folder: Path) -> None:
-        self.model, self._encoder, self.tokenizer, self._folder = (
-            decoder,
-            encoder,
-            tokenizer,
-            folder,
-        )
+        self.model = decoder
+        self.tokenizer = tokenizer
+        self._encoder = encoder
+        self._folder = folder
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        self._end, self._pad = int(config["eos_token_id"]), int(config["pad_token_id"])
-        self._starts: dict[Start, int] = {
+        self._end_id = int(config["eos_token_id"])
+        self._pad_id = int(config["pad_token_id"])
+        self._start_ids: dict[Start, int] = {
             "pad": int(config["decoder_start_token_id"]),
-            "eos": self._end,
+            "eos": self._end_id,
         }
-        self._past = {
-            one.name: one.shape for one in decoder.get_inputs() if one.name.startswith("past")
+        self._cache_shapes = {
+            tensor.name: tensor.shape
+            for tensor in decoder.get_inputs()
+            if tensor.name.startswith("past")
         }
 
     @classmethod
-    def load(cls, path: Path, card: StudentCard) -> Onnx:
+    def load(cls, path: Path, card: StudentCard) -> OnnxBackend:
         runtime = onnxruntime()
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads()
+        options.intra_op_num_threads = omp_threads()
         options.log_severity_level = 3
-        wanted = [
-            one
-            for one in ("CUDAExecutionProvider", "CPUExecutionProvider")
-            if one in runtime.get_available_providers()
-        ]
+        available = runtime.get_available_providers()
+        providers = [provider for provider in _PROVIDERS if provider in available]
         try:
             encoder, decoder = (
-                runtime.InferenceSession(str(path / name), options, providers=wanted)
+                runtime.InferenceSession(str(path / name), options, providers=providers)
                 for name in (ENCODER, DECODER)
             )
-            return cls(encoder, decoder, read_pieces(path, card.max_input_tokens), path)
-        except Exception as error:  # both packages raise what their compiled parts say
-            raise DsbsError(
-                f"the export in {path} cannot be loaded ({error})", hint="export the student again"
-            ) from None
+            return cls(encoder, decoder, load_export_tokenizer(path, card.max_input_tokens), path)
+        except Exception as error:  # both packages raise errors of their compiled parts
+            raise export_error(path, error) from None
 
     def save(self, folder: Path) -> None:
         for name in (ENCODER, DECODER, CONFIG, "tokenizer.json"):
             shutil.copyfile(self._folder / name, folder / name)
 
-    def write(
-        self, texts: Sequence[str], most: int, start: Start = "pad", *, probabilities: bool = False
+    def generate(
+        self,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        start: Start = "pad",
+        *,
+        probabilities: bool = False,
     ) -> list[GeneratedText]:
-        """See ``Engine``."""
+        """See ``Backend``."""
         import numpy as np
 
-        inputs = [one.ids for one in self.tokenizer.encode_batch(list(texts))]
-        ids = np.full((len(inputs), max(map(len, inputs))), self._pad, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, found in enumerate(inputs):
-            ids[row, : len(found)], mask[row, : len(found)] = found, 1
-        names = [one.name for one in self._encoder.get_outputs()]
-        feed = dict(
-            zip(names, self._encoder.run(None, {"ids": ids, "mask": mask}), strict=True)
-        ) | {"mask": mask}
-        for name, (_, heads, _, size) in self._past.items():
-            feed[name] = np.zeros((len(inputs), heads, 0, size), dtype=np.float32)
-        feed["token"] = np.full((len(inputs), 1), self._starts[start], dtype=np.int64)
-        written: list[list[int]] = [[] for _ in inputs]
-        open_, likely = np.ones(len(inputs), dtype=bool), np.zeros(len(inputs))
-        for _ in range(most):
-            scores, *kept = self.model.run(
-                None, feed
-            )  # (B, V), then (B, H, T, D) for each layer's keys and values
-            feed |= dict(zip(self._past, kept, strict=True))
+        feed = self._encode(texts, start)
+        rows: list[list[int]] = [[] for _ in texts]
+        is_open = np.ones(len(rows), dtype=bool)
+        log_probabilities = np.zeros(len(rows))
+        for _ in range(max_new_tokens):
+            # scores (B, V), then keys and values (B, H, T, D) of each layer
+            scores, *cache = self.model.run(None, feed)
+            feed |= dict(zip(self._cache_shapes, cache, strict=True))
             best = scores.argmax(-1)
             if probabilities:
                 top = scores.max(-1)
-                likely -= np.where(
-                    open_, np.log(np.exp(scores - top[:, None], dtype=np.float64).sum(-1)), 0.0
-                )
-            for row in np.flatnonzero(open_).tolist():
-                written[row].append(int(best[row]))
-            open_ &= best != self._end
-            if not open_.any():
+                normalizer = np.exp(scores - top[:, None], dtype=np.float64).sum(-1)
+                log_probabilities -= np.where(is_open, np.log(normalizer), 0.0)
+            for row in np.flatnonzero(is_open).tolist():
+                rows[row].append(int(best[row]))
+            is_open &= best != self._end_id
+            if not is_open.any():
                 break
-            feed["token"] = np.where(open_, best, self._pad)[:, None]
-        decoded = self.tokenizer.decode_batch(written)
+            feed["token"] = np.where(is_open, best, self._pad_id)[:, None]
+        decoded = self.tokenizer.decode_batch(rows)
         return [
-            GeneratedText(text.strip(), bool(still), math.exp(one) if probabilities else None)
-            for text, still, one in zip(decoded, open_, likely, strict=True)
+            GeneratedText(
+                text.strip(),
+                bool(truncated),
+                math.exp(log_probability) if probabilities else None,
+            )
+            for text, truncated, log_probability in zip(
+                decoded, is_open, log_probabilities, strict=True
+            )
         ]
+
+    def _encode(self, texts: Sequence[str], start: Start) -> dict[str, Any]:
+        """The decoder's inputs for its first step."""
+        import numpy as np
+
+        inputs = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        token_ids = np.full((len(inputs), max(map(len, inputs))), self._pad_id, dtype=np.int64)
+        mask = np.zeros_like(token_ids)
+        for row, row_ids in enumerate(inputs):
+            token_ids[row, : len(row_ids)] = row_ids
+            mask[row, : len(row_ids)] = 1
+        names = [tensor.name for tensor in self._encoder.get_outputs()]
+        states = self._encoder.run(None, {"ids": token_ids, "mask": mask})
+        feed = dict(zip(names, states, strict=True)) | {"mask": mask}
+        for name, (_, heads, _, size) in self._cache_shapes.items():
+            feed[name] = np.zeros((len(inputs), heads, 0, size), dtype=np.float32)
+        feed["token"] = np.full((len(inputs), 1), self._start_ids[start], dtype=np.int64)
+        return feed
 
     @property
     def parameters(self) -> None:
-        """The format does not tell."""
+        """Unknown for this format."""
         return None

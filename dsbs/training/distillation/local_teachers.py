@@ -23,7 +23,7 @@ from dsbs.config import (
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records.rows import TrainedStudent
-from dsbs.students import load_model, load_tokenizer, read_card, start_hash, tokenizer_hash
+from dsbs.students import load_model, load_tokenizer, read_card, tokenizer_hash, weights_fingerprint
 from dsbs.training.distillation.base import terms_of
 from dsbs.training.distributed import free_memory
 from dsbs.training.grid import StudentSpec
@@ -192,7 +192,7 @@ class LocalTeachers:
         key = (number, folder)
         if key not in self._teachers:
             self._check_vocabulary(str(folder), f"train.teachers: {model}")
-            weights = digest(*start_hash(str(folder)))
+            weights = digest(*weights_fingerprint(str(folder)))
             self._teachers[key] = LocalTeacher(card.name, folder, section.weight, weights)
         return self._teachers[key]
 

@@ -128,7 +128,7 @@ def test_an_interrupted_training_with_a_term_resumes_to_the_same_weights(
     (student,) = train(recipe, out=tmp_path / "interrupted").students
     assert weights_hash(folder) == weights_hash(Path(expected.path))
     assert student.fingerprint == expected.fingerprint
-    parameters = Student.load(folder).engine.parameters
+    parameters = Student.load(folder).backend.parameters
     assert parameters == student.parameters == student.trainable_parameters, "no projection is left"
 
 
@@ -409,7 +409,7 @@ def test_relation_refuses_smaller_micro_batches_when_memory_runs_out(
 
     monkeypatch.setattr(StepTrainer, "compute_loss", small_memory)
     overrides = ("train.methods=finetune+relation", "train.terms=[{kind: relation}]", TEACHERS)
-    with pytest.raises(DsbsError, match="relation would mean something else"):
+    with pytest.raises(DsbsError, match="smaller micro-batch would change relation"):
         train(recipe_with(*overrides), out=tmp_path)
     teacher = tmp_path / "train/teachers/1-nano-finetune-gold/train.json"
     assert teacher.is_file(), "its teacher was trained with smaller ones"

@@ -16,7 +16,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from dsbs import DsbsError, Student, UserError, load_recipe, train
 from dsbs.config import LoraSection, Recipe, TrainSection
-from dsbs.students import ChatFormat
+from dsbs.students.formats import ChatFormat
 from dsbs.training.encode import Encoded, Encoder, PackedBatch, collate
 from dsbs.training.lora import add_adapters, count_trainable, merge_adapters
 from dsbs.training.methods import View
@@ -294,7 +294,7 @@ def test_a_student_learns_its_task_and_is_a_plain_model(
     answers = student.predict(["My invoice number 99 is wrong.", "My parcel number 98 is wrong."])
     assert [answer.label for answer in answers] == ["billing", "shipping"]
     assert record.valid_accuracy == 1.0
-    parameters = student.engine.model.parameters()
+    parameters = student.backend.model.parameters()
     assert sum(parameter.numel() for parameter in parameters) == record.parameters
     assert (Path(record.path) / "generation_config.json").is_file()
     assert train(recipe, out=tmp_path / "run").students[0] == record, "a finished student is kept"
@@ -332,7 +332,7 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(
             ("student.max_input_tokens=200", "eval.max_label_tokens=100"),
             r"eval\.max_label_tokens \(100\)",
         ),
-        (("student.max_input_tokens=8",), "leaves no room"),
+        (("student.max_input_tokens=8",), "leaves no tokens"),
     ],
     ids=["task token", "terms", "positions", "label tokens", "template"],
 )
@@ -355,7 +355,7 @@ def test_a_chat_template_needs_a_decoder_that_has_one(
     with pytest.raises(UserError, match="no chat template"):
         train(recipe_for(folder, "student.template=chat"), out=tmp_path / "run")
     scratch = load_recipe(toy(), ["student.template=chat", "train.methods=finetune"])
-    with pytest.raises(UserError, match=r"student\.template: chat belongs to decoder-only"):
+    with pytest.raises(UserError, match=r"student\.template: chat is for decoder-only"):
         train(scratch, out=tmp_path / "run")
 
 

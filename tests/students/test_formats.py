@@ -1,4 +1,4 @@
-"""Templates of decoder-only students: a model sees what others would make of the same prompt, whatever the text says."""
+"""Prompt formats of decoder-only students: the same ids as other tools make of the same prompt."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from transformers import AddedToken
 from dsbs import UserError
 from dsbs.config import StudentSection
 from dsbs.students import (
-    ChatFormat,
-    PlainFormat,
-    kind_of,
+    architecture_of,
     learn_vocabulary,
     load_tokenizer,
     new_input_format,
 )
+from dsbs.students.formats import ChatFormat, PlainFormat
 
 TEXT = "My parcel number 7 is wrong."
 
@@ -61,7 +60,7 @@ def test_a_limit_without_room_for_a_text_is_told() -> None:
     wording = ChatFormat(causal_models.tokenizer(), "chat")
     around = len(wording.read([""])[0])
     assert len(wording.read([TEXT], around + 1)[0]) == around + 1
-    with pytest.raises(UserError, match=f"leaves no room for a text.*takes {around} tokens"):
+    with pytest.raises(UserError, match=f"leaves no tokens for the text.*takes {around} tokens"):
         wording.read([TEXT], around)
 
 
@@ -128,7 +127,7 @@ def test_a_chat_template_that_cannot_be_used_says_what_to_do(template: str) -> N
 
 def test_the_kind_is_the_configurations(tmp_path: Path) -> None:
     folder = causal_models.save(tmp_path / "model")
-    assert kind_of(folder) == "causal" and kind_of(None) == "seq2seq"
+    assert architecture_of(folder) == "causal" and architecture_of(None) == "seq2seq"
     section, tokenizer = StudentSection(model=folder), load_tokenizer(folder)
     assert tokenizer.pad_token == tokenizer.eos_token, "where there is no padding token"
     for template, expected in (("auto", "chat"), ("chat", "chat"), ("plain", "plain")):

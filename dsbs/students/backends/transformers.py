@@ -1,0 +1,351 @@
+"""Transformers backends: T5 and decoder-only students in PyTorch, in float32 or dynamic int8."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from dsbs.files import full_disk_as_partial
+from dsbs.students.backends import GeneratedText, export_error
+from dsbs.students.card import Start, StudentCard
+from dsbs.students.formats import ChatFormat, start_token
+from dsbs.students.tokenizer import load_tokenizer
+from dsbs.students.weights import load_model, silence_transformers
+
+INT8_WEIGHTS = "model-int8.pt"
+
+
+class TransformersBackend:
+    """What T5 and decoder-only backends share. Inputs over ``max_input_tokens`` are truncated."""
+
+    def __init__(self, model: Any, tokenizer: Any, card: StudentCard) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._max_input_tokens = card.max_input_tokens
+
+    @classmethod
+    def load(cls, path: Path, card: StudentCard) -> TransformersBackend:
+        import torch
+
+        model = load_model(str(path))
+        if torch.cuda.is_available():
+            model = model.to("cuda")
+        return cls(model, load_tokenizer(str(path)), card)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+class GreedyLogProbabilities:
+    """Logits processor that records the log-probability of each greedy token.
+
+    Keeping all scores would take batch × tokens × vocabulary floats; scoring afterwards, a second
+    forward pass.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Any] = []
+
+    def __call__(self, _ids: Any, scores: Any) -> Any:
+        """``scores`` (B, V) in nats up to a constant, returned unchanged; records (B,) values."""
+        self._steps.append(scores.amax(-1) - scores.logsumexp(-1))
+        return scores
+
+    def probabilities(self, is_output: Any) -> list[float]:
+        """Joint probability of each row's tokens, in [0, 1]. ``is_output`` (B, T) marks them."""
+        import torch
+
+        # On some devices decoding takes one step too many.
+        log_probabilities = torch.stack(self._steps[: is_output.shape[1]], 1).double()
+        total = torch.where(is_output, log_probabilities, 0.0).sum(1).clamp(max=0.0)
+        return [float(probability) for probability in total.exp()]
+
+
+class EncoderDecoderBackend(TransformersBackend):
+    """A T5. See ``Backend`` and ``BeamSearchBackend``."""
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        start: Start = "pad",
+        *,
+        probabilities: bool = False,
+    ) -> list[GeneratedText]:
+        """See ``Backend``. Probabilities add about a hundredth of the decoding time."""
+        import torch
+
+        self.model.eval()
+        batch = self._encode(texts)
+        recorder = GreedyLogProbabilities()
+        with torch.inference_mode():
+            token_ids = self.model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                decoder_start_token_id=start_token(self.model.config, start),
+                num_beams=1,
+                do_sample=False,
+                logits_processor=[recorder] if probabilities else None,
+            )
+            # (B, T), without the start token
+            is_end = (token_ids[:, 1:] == self.model.config.eos_token_id).long()
+            has_end = is_end.any(1).tolist()
+            row_probabilities: Sequence[float | None] = [None] * len(texts)
+            if probabilities:
+                row_probabilities = recorder.probabilities(is_end.cumsum(1) - is_end == 0)
+        decoded = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        return _generated(decoded, has_end, row_probabilities)
+
+    def beam_search(
+        self, texts: Sequence[str], max_new_tokens: int, start: Start, beams: int
+    ) -> list[GeneratedText]:
+        """See ``BeamSearchBackend``."""
+        import torch
+
+        self.model.eval()
+        batch = self._encode(texts)
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                decoder_start_token_id=start_token(self.model.config, start),
+                num_beams=beams,
+                do_sample=False,
+                length_penalty=0.0,  # otherwise the score is a mean over the tokens
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        token_ids = output.sequences
+        has_end = (token_ids[:, 1:] == self.model.config.eos_token_id).any(1).tolist()
+        row_probabilities = output.sequences_scores.double().clamp(max=0.0).exp().tolist()
+        decoded = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        return _generated(decoded, has_end, row_probabilities)
+
+    def _encode(self, texts: Sequence[str]) -> Any:
+        """input_ids and attention_mask, (B, T) each."""
+        return self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self._max_input_tokens,
+            return_tensors="pt",
+        ).to(self.model.device)
+
+
+class DecoderBackend(TransformersBackend):
+    """A decoder-only student such as Llama, Qwen or SmolLM.
+
+    Prompts over ``max_input_tokens`` are truncated in their text; the template stays complete.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, card: StudentCard) -> None:
+        from transformers import GenerationConfig
+
+        super().__init__(model, tokenizer, card)
+        self.input_format = ChatFormat(tokenizer, card.template or "plain")
+        model.config.pad_token_id = tokenizer.pad_token_id
+        # The model's own configuration may set a temperature or a repetition penalty.
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=self.input_format.stops,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        _start: Start = "pad",
+        *,
+        probabilities: bool = False,
+    ) -> list[GeneratedText]:
+        """See ``Backend``."""
+        import torch
+
+        self.model.eval()
+        device = self.model.device
+        rows = self.input_format.read(texts, self._max_input_tokens)
+        length = max(map(len, rows))
+        # Padding is on the left, so that all answers begin at the same position. It is masked, and
+        # positions count from the first real token.
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        recorder = GreedyLogProbabilities()
+        with torch.inference_mode():
+            token_ids = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                generation_config=self.model.generation_config,
+                num_beams=1,
+                do_sample=False,
+                logits_processor=[recorder] if probabilities else None,
+            )[:, length:]
+            stops = torch.tensor(self.input_format.stops, device=token_ids.device)
+            is_end = torch.isin(token_ids, stops).long()  # (B, T)
+            is_output = is_end.cumsum(1) - is_end == 0  # up to the first end token, inclusive
+            row_probabilities: Sequence[float | None] = [None] * len(texts)
+            if probabilities:
+                row_probabilities = recorder.probabilities(is_output)
+        answers = [
+            row[keep] for row, keep in zip(token_ids, is_output & (is_end == 0), strict=True)
+        ]
+        decoded = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return _generated(decoded, is_end.any(1).tolist(), row_probabilities)
+
+
+def _generated(
+    texts: Sequence[str], has_end: Sequence[bool], probabilities: Sequence[float | None]
+) -> list[GeneratedText]:
+    return [
+        GeneratedText(text.strip(), not ended, probability)
+        for text, ended, probability in zip(texts, has_end, probabilities, strict=True)
+    ]
+
+
+# --- dynamic int8: activations are quantised as they come
+
+
+class _Int8Backend(TransformersBackend):
+    """Runs on the CPU, the only device with these matrix products in PyTorch.
+
+    A folder without int8 weights is loaded by ``float_backend``.
+    """
+
+    float_backend: type[TransformersBackend]
+
+    @classmethod
+    def load(cls, path: Path, card: StudentCard) -> TransformersBackend:
+        if not (path / INT8_WEIGHTS).is_file():
+            return cls.float_backend.load(path, card)
+        return cls(_load_int8(path), load_tokenizer(str(path)), card)
+
+    def save(self, folder: Path) -> None:
+        self.model.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_int8(self.model, folder)
+
+    @property
+    def parameters(self) -> int:
+        return _count_parameters(self.model)
+
+
+class Int8EncoderDecoderBackend(_Int8Backend, EncoderDecoderBackend):
+    float_backend = EncoderDecoderBackend
+
+
+class Int8DecoderBackend(_Int8Backend, DecoderBackend):
+    float_backend = DecoderBackend
+
+
+def _load_int8(path: Path) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from dsbs.students.low_rank import ranks_of, replace
+
+    silence_transformers()
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model_class: Any = AutoModelForCausalLM
+        if config.is_encoder_decoder:
+            model_class = AutoModelForSeq2SeqLM
+        float_model = model_class.from_config(config)
+        replace(float_model, ranks_of(str(path)))
+        model = quantize_int8(float_model)
+        with _ignore_warnings(), _untied(model):
+            model.load_state_dict(torch.load(path / INT8_WEIGHTS, weights_only=True))
+    except Exception as error:  # the errors of torch and transformers share no root
+        raise export_error(path, error) from None
+    return model
+
+
+def _count_parameters(model: Any) -> int:
+    from dsbs.students.low_rank import LowRank
+
+    total = 0
+    for module in model.modules():
+        if isinstance(module, LowRank):  # its two matrices are modules of their own
+            continue
+        for name in ("weight", "bias"):
+            parameter = getattr(module, name, None)
+            if callable(parameter):  # a method of a quantised module
+                parameter = parameter()
+            if parameter is not None:
+                total += parameter.numel()
+    return total
+
+
+def quantize_int8(model: Any) -> Any:
+    """A copy on the CPU with int8 matrices and embeddings, scaled by row."""
+    import torch
+    from torch.ao.quantization import (
+        float_qparams_weight_only_qconfig,
+        per_channel_dynamic_qconfig,
+        quantize_dynamic,
+    )
+
+    configurations = {
+        torch.nn.Linear: per_channel_dynamic_qconfig,
+        embeddings_name(model): float_qparams_weight_only_qconfig,
+    }
+    with _ignore_warnings():
+        quantized: Any = quantize_dynamic(
+            deepcopy(model).to("cpu").eval(), configurations, dtype=torch.qint8, inplace=True
+        )
+    _tie(quantized)
+    return quantized
+
+
+def embeddings_name(model: Any) -> str:
+    """The name of a model's input embeddings: ``shared`` in a T5."""
+    embeddings = model.get_input_embeddings()
+    return next(str(name) for name, module in model.named_modules() if module is embeddings)
+
+
+def save_int8(model: Any, folder: Path) -> None:
+    import torch
+
+    with (
+        _ignore_warnings(),
+        _untied(model),
+        full_disk_as_partial(folder, hint="free some space, then run the same command"),
+    ):
+        torch.save(model.state_dict(), folder / INT8_WEIGHTS)
+
+
+def _tie(model: Any) -> None:
+    """Give both stacks of a T5 its embeddings."""
+    if hasattr(model, "shared"):
+        model.encoder.embed_tokens = model.shared
+        model.decoder.embed_tokens = model.shared
+
+
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """Detach a T5's embeddings from both stacks while its weights are saved or loaded."""
+    if hasattr(model, "shared"):
+        model.encoder.embed_tokens = None
+        model.decoder.embed_tokens = None
+    yield
+    _tie(model)
+
+
+@contextmanager
+def _ignore_warnings() -> Iterator[None]:
+    """Ignore torch's notes that torchao replaces this module: torchao is slower on a CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
