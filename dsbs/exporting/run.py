@@ -86,10 +86,10 @@ def export(
     fingerprint = student_fingerprint(folder)
     examples_digest = None if examples is None else digest(*examples)
     existing = read_exported(target)
-    _check_target(target, existing, out)
     request = (fingerprint, format, quantize)
     if existing is not None and _fits(existing, request, examples_digest):
         return existing
+    _check_target(target, existing, out)
     loaded = Student.load(folder)
     remark = chosen.check(loaded, quantize)
     if remark:
