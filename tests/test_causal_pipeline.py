@@ -80,16 +80,14 @@ def test_doctor_looks_for_the_gguf_file_and_its_package(
 
     monkeypatch.setattr(machine, "accelerators", lambda needs_bf16: iter(()))
     monkeypatch.setattr(machine, "has_extra", lambda extra: False)
-    missing = [
-        one
-        for one in examine(str(toy()), ["student={model: nowhere.gguf}"])
-        if one.status == "problem"
-    ]
-    said = {one.name: f"{one.said} {one.hint}" for one in missing}
-    assert "dsbs[gguf]" in said["extra gguf"] and "nowhere.gguf" in said["student"]
+    checks = examine(str(toy()), ["student={model: nowhere.gguf}"])
+    problems = {
+        check.name: f"{check.message} {check.hint}" for check in checks if check.status == "problem"
+    }
+    assert "dsbs[gguf]" in problems["extra gguf"] and "nowhere.gguf" in problems["student"]
     (tmp_path / "mine.gguf").write_bytes(b"GGUF")
-    there = examine(str(toy()), [f"student={{model: {tmp_path / 'mine.gguf'}}}"])
-    assert [one.said for one in there if one.name == "student.model"] == [
+    checks = examine(str(toy()), [f"student={{model: {tmp_path / 'mine.gguf'}}}"])
+    assert [check.message for check in checks if check.name == "student.model"] == [
         str(tmp_path / "mine.gguf")
     ]
 

@@ -455,7 +455,7 @@ def test_a_kind_that_is_registered_is_valid_in_a_recipe(
     written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(registry.METHODS, "toy", "dsbs.training.methods:FINETUNE")
-    monkeypatch.setitem(registry.TEACHERS, "toy", "dsbs.annotation.backends.human:HumanTeacher")
+    monkeypatch.setitem(registry.TEACHERS, "toy", "dsbs.annotation.backends.recorded:HumanTeacher")
     monkeypatch.setitem(registry.TERMS, "toy", f"{__name__}:ToyTerm")
     monkeypatch.setitem(registry.TASKS, "toy", "dsbs.tasks.svamp:Svamp")
     recipe = load_recipe(

@@ -39,7 +39,7 @@ def doctor(
         width = max(len(check.name) for check in checks)
         margin = " " * (width + 11)
         for check in checks:
-            message = check.said.replace("\n", "\n" + margin)
+            message = check.message.replace("\n", "\n" + margin)
             print(f"{check.status:<7}  {check.name:<{width}}  {message}")
             if check.hint is not None:
                 print(f"{margin}try: {check.hint}")

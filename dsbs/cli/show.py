@@ -9,9 +9,10 @@ import typer
 
 from dsbs.cli.common import Json, SetKeys, print_json, print_table
 from dsbs.errors import UserError
+from dsbs.formatting import ABSENT
 
 if TYPE_CHECKING:
-    from dsbs.project.show import Resolved
+    from dsbs.project.runs import ResolvedRecipe
 
 
 def show(
@@ -33,9 +34,9 @@ def show(
 
     ``--set`` overrides keys of the first recipe.
     """
-    from dsbs.project.show import resolve
+    from dsbs.project.runs import resolve_recipe
 
-    first = resolve(source, overrides)
+    first = resolve_recipe(source, overrides)
     if other is not None:
         _print_difference(first, other, as_json)
     elif as_json:
@@ -44,18 +45,19 @@ def show(
         print(first.as_yaml())
 
 
-def _print_difference(first: Resolved, other: str, as_json: bool) -> None:
-    from dsbs.project.show import ABSENT, differences, plain, resolve
+def _print_difference(first: ResolvedRecipe, other: str, as_json: bool) -> None:
+    from dsbs.config.diff import MISSING, differences, inline_yaml
+    from dsbs.project.runs import resolve_recipe
 
     if "=" in other and not Path(other).exists():
         raise UserError(
             f"{other} is neither a recipe nor a run", hint=f"override keys with --set {other}"
         )
-    second = resolve(other)
-    changes = differences(first.recipe, second.recipe)
+    second = resolve_recipe(other)
+    changes = differences([first.recipe, second.recipe])
     if as_json:
         differs = {
-            key: {"a": None if a is ABSENT else a, "b": None if b is ABSENT else b}
+            key: {"a": None if a is MISSING else a, "b": None if b is MISSING else b}
             for key, (a, b) in changes.items()
         }
         print_json({"a": first.source, "b": second.source, "differs": differs})
@@ -64,7 +66,7 @@ def _print_difference(first: Resolved, other: str, as_json: bool) -> None:
         print(f"{first.source} and {second.source} are the same recipe")
         return
     rows = [
-        [key, *("–" if value is ABSENT else plain(value) for value in pair)]
+        [key, *(ABSENT if value is MISSING else inline_yaml(value) for value in pair)]
         for key, pair in changes.items()
     ]
     print_table(("key", first.source, second.source), rows)

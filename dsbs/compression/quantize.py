@@ -65,7 +65,7 @@ def _is_supported(source: Path) -> bool:
     """Whether CTranslate2 supports the student's architecture."""
     from transformers import AutoConfig
 
-    from dsbs.exporting.ct2 import DECODER_LOADERS
+    from dsbs.students.backends.ctranslate2 import DECODER_LOADERS
     from dsbs.students.weights import pretrained_arguments
 
     if read_card(source).kind == "seq2seq":

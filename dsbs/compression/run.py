@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.compression.evaluator import Evaluator
-from dsbs.compression.healing import FineTuneData
-from dsbs.compression.source import WORK, SourceStudent, find_source, fingerprint_of
+from dsbs.compression.source import (
+    WORK,
+    FineTuneData,
+    SourceStudent,
+    find_source,
+    fingerprint_of,
+)
 from dsbs.compression.steps import Step, read_step
 from dsbs.errors import GateError, UserError
 from dsbs.files import canonical_json, digest, full_disk_as_partial, write_json

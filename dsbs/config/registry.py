@@ -28,7 +28,7 @@ TEACHERS = {
     "llamacpp": "dsbs.annotation.backends.llamacpp:LlamaCppTeacher",
     "transformers": "dsbs.annotation.backends.transformers:TransformersTeacher",
     "recorded": "dsbs.annotation.backends.recorded:RecordedTeacher",
-    "human": "dsbs.annotation.backends.human:HumanTeacher",
+    "human": "dsbs.annotation.backends.recorded:HumanTeacher",
     "ensemble": "dsbs.annotation.backends.ensemble:EnsembleTeacher",
 }
 

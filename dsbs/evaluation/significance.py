@@ -81,9 +81,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted p values, in the given order."""
     if not p_values:
         return []
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+    order = np.argsort(p_values)
+    stepwise = np.asarray(p_values, dtype=float)[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(stepwise), 1.0)
+    return [float(p) for p in adjusted]
 
 
 def _mcnemar(wins: int, losses: int) -> float:
@@ -180,7 +182,8 @@ def minimum_detectable_effect(sums: Floats, sizes: Floats) -> float | None:
     Returns a fraction; None where units do not vary or even a difference of 1 is not detectable.
     """
     from scipy.optimize import brentq
-    from statsmodels.stats.power import TTestPower
+    from scipy.special import nctdtr
+    from scipy.stats import t
 
     units = len(sums)
     if units < 2:
@@ -188,12 +191,15 @@ def minimum_detectable_effect(sums: Floats, sizes: Floats) -> float | None:
     deviation = float(np.std(sums - sizes * (sums.sum() / sizes.sum()), ddof=1))
     if math.isclose(deviation, 0.0, abs_tol=1e-12):
         return None
-    power = TTestPower().power
-    # One tail at .025: the other adds less than a millionth, and is NaN for some numbers of units,
-    # where statsmodels' own solver returns the negative root. 20 / sqrt(units) has 80% power even
-    # with two units.
+    critical = t.isf(0.025, units - 1)
+
+    def power(effect: float) -> float:
+        """The power of the upper tail at .025; the lower one adds less than a millionth."""
+        return float(1 - nctdtr(units - 1, effect * math.sqrt(units), critical))
+
+    # 20 / sqrt(units) has 80% power even with two units.
     effect = brentq(
-        lambda x: float(power(x, units, 0.025, alternative="larger")) - 0.8,
+        lambda x: power(x) - 0.8,
         0.0,
         20 / math.sqrt(units),
         xtol=1e-12,

@@ -10,7 +10,7 @@ from typing import Any
 from dsbs.errors import DsbsError, UserError
 from dsbs.exporting.formats import FLOAT32, decoder_script, label_view, write_prompt_format
 from dsbs.students import Student
-from dsbs.students.backends.ctranslate2 import ctranslate2
+from dsbs.students.backends.ctranslate2 import DECODER_LOADERS, ctranslate2
 
 _SCRIPT = '''"""Print the student's output for each line of stdin."""
 import sys
@@ -44,13 +44,6 @@ _WRITE = """    results = model.generate_batch(
         end_token=prompt_format["stops"],
     )
     print(tokenizer.decode(results[0].sequences_ids[0]).strip(), flush=True)"""
-# The converter's loader by a configuration's model_type; tests compare each with transformers.
-DECODER_LOADERS = {
-    "gpt2": "GPT2Loader",
-    "llama": "LlamaLoader",
-    "qwen2": "Qwen2Loader",
-    "qwen3": "Qwen3Loader",
-}
 
 
 class Ct2Format:

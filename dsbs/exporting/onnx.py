@@ -118,8 +118,10 @@ def _write_graphs(model: Any, folder: Path, untied: bool) -> None:
     from dsbs.exporting.t5_graphs import CrossStates, DecoderStep
 
     layers = range(len(model.decoder.block))
-    state_names = [f"{part}_{layer}" for layer in layers for part in ("cross_key", "cross_value")]
-    cache_names = [f"past_{part}_{layer}" for layer in layers for part in ("key", "value")]
+    state_names = [
+        f"{tensor}_{layer}" for layer in layers for tensor in ("cross_key", "cross_value")
+    ]
+    cache_names = [f"past_{tensor}_{layer}" for layer in layers for tensor in ("key", "value")]
     rows = Dim("rows")
     length = Dim("length")
     past = Dim("before")

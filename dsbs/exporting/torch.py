@@ -87,7 +87,7 @@ class TorchFormat:
                     hint="remove --quantize, or give --format ct2",
                 )
             return None
-        has_t5_parts = all(hasattr(model, part) for part in ("shared", "encoder", "decoder"))
+        has_t5_parts = all(hasattr(model, name) for name in ("shared", "encoder", "decoder"))
         if quantize == "int8" and not has_t5_parts:
             raise UserError(
                 f"{student.card.name} is not a T5: int8 does not find its embeddings",

@@ -1,1 +1,1 @@
-"""What stands around the stages: a new project, the runs there are, a recipe looked at, the machine, the editor's schema."""
+"""Around the stages: new projects, validation, the state of runs, checks of the machine."""

@@ -1,6 +1,6 @@
-"""Choosing a teacher: several of them on the same rows, with what each gets right, how they agree, and what a rationale costs.
+"""Comparison of teachers on the same rows: accuracy, agreement, and the price of a rationale.
 
-It stands above the stages because it needs both: annotation asks, evaluation's paired tests compare.
+It is above the stages because it needs two of them: annotation asks, evaluation compares.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.records.results import Rate, wilson
+from dsbs.records.rows import Example
 from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.tasks.base import Task
 
@@ -30,7 +31,8 @@ class Contender:
     name: str
     summary: SplitSummary
     labels: dict[str, str | None]
-    rationales: int  # accepted ones
+    rationales: int
+    """Accepted rationales."""
     seconds_a_reply: float | None
 
     @property
@@ -39,45 +41,50 @@ class Contender:
 
     @property
     def usd_a_rationale(self) -> float | None:
-        """What one accepted rationale cost, its rejected neighbours included; None where the price is not known."""
+        """The cost of an accepted rationale, rejected ones included; None: the price is unknown."""
         if self.summary.usd is None or not self.rationales:
             return None
         return self.summary.usd / self.rationales
 
+    def as_json(self) -> dict[str, Any]:
+        summary = {key: value for key, value in self.summary.as_json().items() if key != "rows"}
+        rate = self.parse_rate
+        return {
+            "name": self.name,
+            **summary,
+            "parse_rate": None if rate is None else round(rate.value, 4),
+            "rationales": self.rationales,
+            "usd_a_rationale": self.usd_a_rationale,
+            "seconds_a_reply": self.seconds_a_reply,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherComparison:
-    """Teachers on the same rows; ``versus`` compares each with the first: points, p by exact McNemar, p after Holm."""
+    """Teachers on the same rows."""
 
     rows: int
     with_gold: int
     contenders: list[Contender]
     versus: dict[str, dict[str, float]]
-    agreement: dict[
-        str, dict[str, float]
-    ]  # share of rows on which two teachers' labels say the same
+    """Each teacher against the first: the difference in accuracy, p by exact McNemar and Holm."""
+    agreement: dict[str, dict[str, float]]
+    """The share of rows on which two teachers' labels are equal."""
     path: Path
 
     def as_json(self) -> dict[str, Any]:
+        teachers = []
+        for contender in self.contenders:
+            comparison = {
+                "versus_first": self.versus.get(contender.name),
+                "agreement": self.agreement[contender.name],
+            }
+            teachers.append(contender.as_json() | comparison)
         return {
             "rows": self.rows,
             "with_gold": self.with_gold,
             "path": str(self.path),
-            "teachers": [
-                {
-                    "name": one.name,
-                    **{k: v for k, v in one.summary.as_json().items() if k != "rows"},
-                    "parse_rate": None
-                    if one.parse_rate is None
-                    else round(one.parse_rate.value, 4),
-                    "rationales": one.rationales,
-                    "usd_a_rationale": one.usd_a_rationale,
-                    "seconds_a_reply": one.seconds_a_reply,
-                    "versus_first": self.versus.get(one.name),
-                    "agreement": self.agreement[one.name],
-                }
-                for one in self.contenders
-            ],
+            "teachers": teachers,
         }
 
 
@@ -88,51 +95,61 @@ def compare_teachers(
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TeacherComparison:
-    """Annotate the same stratified sample of the first split with each recipe's teacher, through the run's store.
+    """Annotate one stratified sample of the first split with each recipe's teacher.
 
-    ``recipes`` differ in their teachers; what is bought here a later run with that teacher finds bought. Raises UserError, and
-    PartialError where a limit ended one of them.
+    ``recipes`` differ in their teachers. Replies are stored in the run, so a later run with that
+    teacher does not buy them again. Raises UserError, and PartialError where a limit ended one.
     """
     if len(recipes) < 2:
         raise UserError(
             "one teacher cannot be compared",
             hint="name two or more: recipes/teachers/vllm.yaml model=gpt-4.1",
         )
-    progress = progress or NoProgress()
-    works = {name: Annotator(recipe) for name, recipe in recipes.items()}
-    first = next(iter(works.values()))
+    annotators = {name: Annotator(recipe) for name, recipe in recipes.items()}
+    first = next(iter(annotators.values()))
+    task = first.task
     run = RunFolder.of(first.recipe, out)
-    sample, _ = stratified(
-        first.examples(first.recipe.annotate.splits[0]), rows, closed=first.task.labels is not None
-    )
-    contenders = []
-    for name, work in works.items():
-        path = run.stage("annotate/teachers") / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.jsonl"
-        summary, seconds = annotate_sample(work, sample, run, path, progress)
-        annotations = list(read_annotations(path))
-        contenders.append(
-            Contender(
-                name=name,
-                summary=summary,
-                labels={row.id: row.own_label for row in annotations},
-                rationales=sum(row.accepted and row.rationale is not None for row in annotations),
-                seconds_a_reply=seconds,
-            )
-        )
+    examples = first.examples(first.recipe.annotate.splits[0])
+    sample, _ = stratified(examples, rows, closed=task.labels is not None)
+    contenders = [
+        _contender(name, annotator, sample, run, progress or NoProgress())
+        for name, annotator in annotators.items()
+    ]
     gold = {example.id: example.label for example in sample if example.label is not None}
+    agreement = {
+        first.name: {
+            second.name: _agreement(first, second, task)
+            for second in contenders
+            if second is not first
+        }
+        for first in contenders
+    }
     result = TeacherComparison(
         rows=len(sample),
         with_gold=len(gold),
         contenders=contenders,
-        versus=_versus(contenders, gold, first.task),
-        agreement={
-            a.name: {b.name: _agreement(a, b, first.task) for b in contenders if b is not a}
-            for a in contenders
-        },
+        versus=_versus(contenders, gold, task),
+        agreement=agreement,
         path=run.stage("annotate") / "teachers.json",
     )
     write_json(result.path, result.as_json())
     return result
+
+
+def _contender(
+    name: str, annotator: Annotator, sample: list[Example], run: RunFolder, progress: Progress
+) -> Contender:
+    file_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    path = run.stage("annotate/teachers") / f"{file_name}.jsonl"
+    summary, seconds = annotate_sample(annotator, sample, run, path, progress)
+    annotations = list(read_annotations(path))
+    return Contender(
+        name=name,
+        summary=summary,
+        labels={row.id: row.own_label for row in annotations},
+        rationales=sum(row.accepted and row.rationale is not None for row in annotations),
+        seconds_a_reply=seconds,
+    )
 
 
 def _versus(
@@ -144,35 +161,38 @@ def _versus(
 
     from dsbs.evaluation.significance import holm, paired_difference
 
-    def scores(one: Contender) -> Any:
-        return np.array(
-            [
-                float((label := one.labels[i]) is not None and task.correct(label, right))
-                for i, right in gold.items()
-            ]
+    scores = {
+        contender.name: np.array(
+            [_is_correct(contender.labels[row_id], label, task) for row_id, label in gold.items()],
+            dtype=float,
         )
-
-    baseline, *others = contenders
-    found = {one.name: paired_difference(scores(one), scores(baseline)) for one in others}
-    adjusted = holm([one.p for one in found.values()])
+        for contender in contenders
+    }
+    baseline = scores.pop(contenders[0].name)
+    differences = {name: paired_difference(values, baseline) for name, values in scores.items()}
+    adjusted = holm([difference.p for difference in differences.values()])
     return {
         name: {
-            "delta": round(one.delta, 4),
-            "ci95_low": round(one.ci95[0], 4),
-            "ci95_high": round(one.ci95[1], 4),
-            "p": one.p,
-            "p_holm": p,
+            "delta": round(difference.delta, 4),
+            "ci95_low": round(difference.ci95[0], 4),
+            "ci95_high": round(difference.ci95[1], 4),
+            "p": difference.p,
+            "p_holm": p_holm,
         }
-        for (name, one), p in zip(found.items(), adjusted, strict=True)
+        for (name, difference), p_holm in zip(differences.items(), adjusted, strict=True)
     }
 
 
-def _agreement(a: Contender, b: Contender, task: Task) -> float:
-    """Unreadable answers agree with nothing."""
-    same = sum(
-        (mine := a.labels[i]) is not None
-        and (theirs := b.labels[i]) is not None
-        and task.correct(mine, theirs)
-        for i in a.labels
-    )
-    return round(same / len(a.labels), 4) if a.labels else 0.0
+def _agreement(first: Contender, second: Contender, task: Task) -> float:
+    """The share of rows with equal labels; an unreadable answer agrees with nothing."""
+    if not first.labels:
+        return 0.0
+    equal = 0
+    for row_id, label in first.labels.items():
+        other = second.labels[row_id]
+        equal += other is not None and _is_correct(label, other, task)
+    return round(equal / len(first.labels), 4)
+
+
+def _is_correct(label: str | None, gold: str, task: Task) -> bool:
+    return label is not None and task.correct(label, gold)

@@ -1,4 +1,4 @@
-"""``dsbs init``: a folder with a recipe, a prompt and sample rows, to be changed into one's own."""
+"""New projects: a folder with a recipe, a prompt and sample rows, to be adapted."""
 
 from __future__ import annotations
 
@@ -18,42 +18,50 @@ from dsbs.files import find_file
 
 Kind = Literal["classification", "generation", "nli", "math"]
 SCHEMA = "recipe.schema.json"
-_HEAD = (
-    f"# yaml-language-server: $schema={SCHEMA}\n"  # where editors look for it: beside the recipe
-)
+# Editors look for the schema beside the recipe.
+_HEAD = f"# yaml-language-server: $schema={SCHEMA}\n"
 
 
 def init(name: str, kind: Kind = "classification", parent: Path | None = None) -> Path:
-    """Make the folder ``name`` in ``parent`` (None: here) from a shipped template, and return it.
+    """Create the folder ``name`` in ``parent`` (None: here) from a shipped template; return it.
 
-    It appears whole or not at all. Raises UserError for a name that a recipe cannot have, and where something is there.
+    It appears complete or not at all. Raises UserError for a name that a recipe cannot have, and
+    where the folder exists.
     """
     pattern = str(Recipe.model_json_schema()["properties"]["name"]["pattern"])
     if not re.fullmatch(pattern.strip("^$"), name):
         raise UserError(
-            f"{name!r} is no name for a recipe and its runs",
-            hint="begin with a letter or digit, then letters, digits, '.', '_' and '-'; go to the folder that it shall lie in",
+            f"{name!r} is not a valid name for a recipe and its runs",
+            hint="use a letter or digit, then letters, digits, '.', '_' and '-'; "
+            "to create it in another folder, go there first",
         )
     folder = (parent or Path()) / name
-    partial = folder.with_name(f".{name}.partial")  # what a kill leaves behind is made anew
+    partial = folder.with_name(f".{name}.partial")  # a killed command may leave it
     try:
-        if folder.is_symlink() or (
-            folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-        ):
+        if not _is_free(folder):
             raise UserError(
-                f"{folder} is there already", hint="give another name; nothing is overwritten"
+                f"{folder} exists already", hint="give another name; nothing is overwritten"
             )
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _fill(partial, name, kind)
-        partial.rename(folder)  # an empty folder gives way, any other refuses
+        partial.rename(folder)  # replaces an empty folder; fails on any other
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"the folder {folder} cannot be made ({error.strerror})",
-            hint="go to a folder that can be written to",
+            f"the folder {folder} cannot be created ({error.strerror})",
+            hint="go to a writable folder",
         ) from None
     return folder
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing, or an empty folder, has this name."""
+    if folder.is_symlink():
+        return False
+    if folder.is_dir():
+        return not any(folder.iterdir())
+    return not folder.exists()
 
 
 def _fill(folder: Path, name: str, kind: Kind) -> None:
@@ -62,9 +70,8 @@ def _fill(folder: Path, name: str, kind: Kind) -> None:
     for file in sorted(source.iterdir()):
         text = file.read_text(encoding="utf-8")
         if file.name == "recipe.yaml":
-            text = (
-                _HEAD + yaml.safe_dump({"name": name}) + text
-            )  # quoted where YAML would read a number
+            # safe_dump quotes a name that YAML would read as a number
+            text = _HEAD + yaml.safe_dump({"name": name}) + text
         elif file.name == "README.md":
             text = Template(text).substitute(name=name)
         (folder / file.name).write_text(text, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""What a machine offers: packages, cores, memory, GPUs, disk, folders that can be written. Imports nothing heavy itself."""
+"""Checks of a machine: packages, cores, memory, GPUs, disk, writable folders."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dsbs.errors import DsbsError
 from dsbs.files import versions
-from dsbs.project.checks import Check, Status
 
-# What pyproject.toml calls optional: the modules that come with it, and what it is for. A test holds this to that file.
+# The optional dependencies of pyproject.toml: modules, and what needs them. A test compares them.
 EXTRAS = {
     "local": (("xllamacpp",), "teacher.kind: llamacpp, dsbs export --format gguf"),
     "lora": (("peft",), "train.lora"),
@@ -33,156 +34,190 @@ EXTRAS = {
 }
 _CGROUP = Path("/sys/fs/cgroup")
 _GB = 1e9
-_LITTLE_MEMORY, _LITTLE_DISK, _NO_DISK = 2 * _GB, 5 * _GB, 0.2 * _GB  # bytes
-_TORCH_S = 120  # seconds for torch to be imported: a cold disk, a GPU that wakes up
+_LOW_MEMORY = 2 * _GB
+_LOW_DISK = 5 * _GB
+_FULL_DISK = 0.2 * _GB
+_TORCH_TIMEOUT_S = 120  # to import torch: a cold disk, a GPU that wakes up
 
-# In a process of its own: an import of torch may end in an illegal instruction, or find a driver that hangs.
-_ASK_TORCH = """
+# Runs in its own process: importing torch may hit an illegal instruction or hang in a driver.
+_PROBE_TORCH = """
 import json, torch
 gpus = []
 if torch.cuda.is_available():
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
         gpus.append({"name": torch.cuda.get_device_name(i), "free": free, "total": total})
-print(json.dumps({"gpus": gpus, "bf16": bool(gpus) and torch.cuda.is_bf16_supported(), "cuda": torch.version.cuda}))
+bf16 = bool(gpus) and torch.cuda.is_bf16_supported()
+print(json.dumps({"gpus": gpus, "bf16": bf16, "cuda": torch.version.cuda}))
 """
+
+Status = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The result of one check: what was checked, what was observed, what to do (None: nothing)."""
+
+    name: str
+    status: Status
+    message: str
+    hint: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "status": self.status,
+            "said": self.message,
+            "hint": self.hint,
+        }
+
+
+def run_check(name: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
+    """The results of a check. An error in the check itself is a result as well."""
+    results: list[Check] = []
+    try:
+        results.extend(check())
+    except DsbsError as error:
+        results.append(Check(name, "problem", error.problem, error.hint))
+    except Exception as error:
+        message = f"this check failed itself ({type(error).__name__}: {str(error)[:300]})"
+        results.append(Check(name, "problem", message, f"check by hand whether {name} works"))
+    return results
 
 
 def packages() -> Iterator[Check]:
-    """Versions, and whether everything that dsbs needs is there in a version that it works with."""
+    """Python, and whether all required packages are installed in a suitable version."""
     from packaging.requirements import Requirement
 
     yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
+    requirements: list[Requirement] = []
     try:
-        needed = [Requirement(text) for text in metadata.requires("dsbs") or ()]
+        requirements = [Requirement(text) for text in metadata.requires("dsbs") or ()]
     except metadata.PackageNotFoundError:
-        yield Check(
-            "packages",
-            "warning",
-            "dsbs runs from a folder and is not installed",
-            "pip install -e . in that folder",
-        )
-        needed = []
-    wrong = []
-    for requirement in needed:
+        message = "dsbs runs from a folder and is not installed"
+        yield Check("packages", "warning", message, "pip install -e . in that folder")
+    problems = []
+    to_install = []
+    for requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            wrong.append((requirement, "is missing"))
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append((requirement, f"is {version}"))
-    if wrong:
-        said = ", ".join(f"{requirement.name} {state}" for requirement, state in wrong)
-        wanted = " ".join(
-            f"'{requirement.name}{requirement.specifier}'" for requirement, _ in wrong
-        )
-        yield Check("packages", "problem", said, f"{sys.executable} -m pip install {wanted}")
-    found = {name: version for name, version in versions().items() if name != "python"}
-    yield Check("versions", "ok", ", ".join(f"{name} {version}" for name, version in found.items()))
+        problem = _requirement_problem(requirement.name, requirement.specifier)
+        if problem is not None:
+            problems.append(f"{requirement.name} {problem}")
+            to_install.append(f"'{requirement.name}{requirement.specifier}'")
+    if problems:
+        hint = f"{sys.executable} -m pip install {' '.join(to_install)}"
+        yield Check("packages", "problem", ", ".join(problems), hint)
+    installed = [f"{name} {version}" for name, version in versions().items() if name != "python"]
+    yield Check("versions", "ok", ", ".join(installed))
+
+
+def _requirement_problem(name: str, specifier: Any) -> str | None:
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "is missing"
+    if not specifier.contains(version, prereleases=True):
+        return f"is {version}"
+    return None
 
 
 def extras() -> Iterator[Check]:
     for extra, (_, use) in EXTRAS.items():
-        yield Check(
-            f"extra {extra}", "ok", f"{'there' if has_extra(extra) else 'not installed'}, for {use}"
-        )
+        state = "installed" if has_extra(extra) else "not installed"
+        yield Check(f"extra {extra}", "ok", f"{state}, for {use}")
 
 
 def has_extra(extra: str) -> bool:
-    return all(importlib.util.find_spec(module) is not None for module in EXTRAS[extra][0])
+    modules, _ = EXTRAS[extra]
+    return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
 def processor() -> Iterator[Check]:
-    """Cores and memory that this process may use: a container's limits count, not the host's size."""
-    cores, host = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    quota = _quota()
-    if quota is not None:
-        cores = max(1, min(cores, math.ceil(quota)))
-    yield Check("cores", "ok", f"{cores} of {host}, {platform.machine()}")
+    """Cores and memory that this process may use; a container's limits count, not the host's."""
     import psutil
 
+    cores = len(os.sched_getaffinity(0))
+    quota = _cpu_quota()
+    if quota is not None:
+        cores = max(1, min(cores, math.ceil(quota)))
+    yield Check("cores", "ok", f"{cores} of {os.cpu_count() or 1}, {platform.machine()}")
     memory = psutil.virtual_memory()
-    total = min(memory.total, _number(_CGROUP / "memory.max") or memory.total)
+    total = min(memory.total, _read_number(_CGROUP / "memory.max") or memory.total)
     free = min(memory.available, total)
-    said = f"{free / _GB:.1f} of {total / _GB:.1f} GB free"
-    if free < _LITTLE_MEMORY:
+    message = f"{free / _GB:.1f} of {total / _GB:.1f} GB free"
+    if free < _LOW_MEMORY:
         hint = (
-            "close something, or lower train.micro_batch_size and use train.gradient_checkpointing"
+            "close other programs, or lower train.micro_batch_size and set "
+            "train.gradient_checkpointing"
         )
-        yield Check("memory", "warning", said, hint)
+        yield Check("memory", "warning", message, hint)
     else:
-        yield Check("memory", "ok", said)
+        yield Check("memory", "ok", message)
 
 
 def accelerators(needs_bf16: bool = False) -> Iterator[Check]:
-    """GPUs as torch sees them; ``needs_bf16`` says that a recipe asks for what some do not have."""
+    """GPUs as torch sees them. ``needs_bf16``: the recipe asks for bf16, which some lack."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _ASK_TORCH],
+        probe = subprocess.run(
+            [sys.executable, "-c", _PROBE_TORCH],
             capture_output=True,
             text=True,
             check=False,
-            timeout=_TORCH_S,
+            timeout=_TORCH_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
-        yield Check(
-            "GPU",
-            "problem",
-            f"torch was not imported within {_TORCH_S} s",
-            "see whether the GPU's driver hangs",
-        )
+        message = f"importing torch took more than {_TORCH_TIMEOUT_S} s"
+        yield Check("GPU", "problem", message, "check whether the GPU's driver hangs")
         return
-    if done.returncode:
-        yield Check(
-            "torch",
-            "problem",
-            _last_words(done),
-            "install torch again for this machine: https://pytorch.org",
-        )
+    if probe.returncode:
+        hint = "reinstall torch for this machine: https://pytorch.org"
+        yield Check("torch", "problem", _torch_error(probe), hint)
         return
-    yield from describe_gpus(json.loads(done.stdout.splitlines()[-1]), needs_bf16)
+    yield from describe_gpus(json.loads(probe.stdout.splitlines()[-1]), needs_bf16)
 
 
-def describe_gpus(found: dict[str, Any], needs_bf16: bool) -> Iterator[Check]:
-    """``found``: "gpus" (name, and bytes "free" and "total", of each), "bf16" and torch's "cuda" version or None."""
-    gpus = found["gpus"]
+def describe_gpus(probe: dict[str, Any], needs_bf16: bool) -> Iterator[Check]:
+    """``probe``: "gpus" (each its name, and bytes "free" and "total"), "bf16", "cuda" (or None)."""
+    gpus = probe["gpus"]
+    bf16 = "with bf16" if probe["bf16"] else "without bf16"
     for gpu in gpus:
-        said = f"{gpu['name']}, {gpu['free'] / _GB:.1f} of {gpu['total'] / _GB:.1f} GB free, CUDA {found['cuda']}"
-        yield Check("GPU", "ok", f"{said}, {'with' if found['bf16'] else 'without'} bf16")
-    if not gpus and found["cuda"] and Path("/dev/nvidiactl").exists():
-        hint = f"see whether the driver fits CUDA {found['cuda']} (nvidia-smi), or install torch for the driver's"
+        memory = f"{gpu['free'] / _GB:.1f} of {gpu['total'] / _GB:.1f} GB free"
+        yield Check("GPU", "ok", f"{gpu['name']}, {memory}, CUDA {probe['cuda']}, {bf16}")
+    if not gpus and probe["cuda"] and Path("/dev/nvidiactl").exists():
+        hint = (
+            f"check that the driver supports CUDA {probe['cuda']} (nvidia-smi), "
+            "or install torch for the driver's version"
+        )
         yield Check("GPU", "warning", "there is an NVIDIA device, but torch cannot use it", hint)
     elif not gpus:
         yield Check("GPU", "ok", "none: students train on the CPU, in fp32")
-    if needs_bf16 and not found["bf16"]:
-        yield Check(
-            "train.precision",
-            "problem",
-            "bf16 needs a GPU that has it",
-            "set train.precision: auto",
-        )
+    if needs_bf16 and not probe["bf16"]:
+        message = "bf16 needs a GPU that supports it"
+        yield Check("train.precision", "problem", message, "set train.precision: auto")
 
 
 def disk(run: Path) -> Iterator[Check]:
-    """Room where a run is written."""
-    home = _existing(run)
+    """Free space where a run is written."""
     if not is_writable(run):
-        yield Check(
-            "disk", "problem", f"{run} cannot be written to", "give another run folder with --out"
-        )
+        yield Check("disk", "problem", f"{run} is not writable", "choose a run folder with --out")
         return
-    free = shutil.disk_usage(home).free
-    said = f"{free / _GB:.1f} GB free where {run} lies"
-    hint = "free some space, or give a folder on another disk with --out: a T5-base student takes 1 GB, its training 4"
-    status: Status = "problem" if free < _NO_DISK else "warning" if free < _LITTLE_DISK else "ok"
-    yield Check("disk", status, said, None if status == "ok" else hint)
+    free = shutil.disk_usage(_nearest_existing(run)).free
+    message = f"{free / _GB:.1f} GB free for {run}"
+    hint = (
+        "free some space, or choose a folder on another disk with --out: "
+        "a T5-base student takes 1 GB, its training 4"
+    )
+    if free < _FULL_DISK:
+        yield Check("disk", "problem", message, hint)
+    elif free < _LOW_DISK:
+        yield Check("disk", "warning", message, hint)
+    else:
+        yield Check("disk", "ok", message)
 
 
 def caches() -> Iterator[Check]:
-    """Folders that libraries write to behind one's back."""
+    """Folders that libraries write to."""
     from huggingface_hub import constants
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -193,30 +228,26 @@ def caches() -> Iterator[Check]:
     }
     for variable, folder in folders.items():
         if is_writable(folder):
-            yield Check("cache", "ok", f"{folder} can be written to")
+            yield Check("cache", "ok", f"{folder} is writable")
         else:
-            yield Check(
-                "cache",
-                "warning",
-                f"{folder} cannot be written to",
-                f"export {variable}=<a folder that can>",
-            )
+            hint = f"export {variable}=<a writable folder>"
+            yield Check("cache", "warning", f"{folder} is not writable", hint)
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a folder could be made, or written to where it is there."""
-    found = _existing(folder)
-    return found.is_dir() and os.access(found, os.W_OK | os.X_OK)
+    """Whether a folder is writable, or could be created."""
+    existing = _nearest_existing(folder)
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
-def _existing(path: Path) -> Path:
-    """The path itself, or the nearest of its parents that is there."""
+def _nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest of its parents that exists."""
     path = path.expanduser().absolute()
-    return next(one for one in (path, *path.parents) if one.exists())
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _quota() -> float | None:
-    """Cores that a container may keep busy (cgroup v2, ``cpu.max``); None: no limit, or none that is told."""
+def _cpu_quota() -> float | None:
+    """Cores that a container may use (cgroup v2, ``cpu.max``); None: no known limit."""
     try:
         quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
         return None if quota == "max" else int(quota) / int(period)
@@ -224,18 +255,19 @@ def _quota() -> float | None:
         return None
 
 
-def _number(path: Path) -> int | None:
+def _read_number(path: Path) -> int | None:
     try:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
 
 
-def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """How a Python process ended, in a line."""
-    if done.returncode < 0:
-        return f"importing torch ended the process by {signal.Signals(-done.returncode).name}"
-    lines = done.stderr.strip().splitlines()
-    return (
-        f"torch cannot be imported ({lines[-1][:300] if lines else f'exit code {done.returncode}'})"
-    )
+def _torch_error(probe: subprocess.CompletedProcess[str]) -> str:
+    """How the process that imported torch ended."""
+    if probe.returncode < 0:
+        return f"importing torch ended the process with {signal.Signals(-probe.returncode).name}"
+    reason = f"exit code {probe.returncode}"
+    lines = probe.stderr.strip().splitlines()
+    if lines:
+        reason = lines[-1][:300]
+    return f"torch cannot be imported ({reason})"

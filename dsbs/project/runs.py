@@ -1,4 +1,4 @@
-"""``dsbs ls``: the runs in a folder, how far each stage came, and what came of it. A broken file is told, never fatal."""
+"""Runs and recipes on disk: the state of every run, and the recipe that a run was made with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dsbs.config.load import read_recorded
+from dsbs.config.diff import differences, entries
+from dsbs.config.load import load_recipe, read_recorded, recorded, resolved_values
 from dsbs.errors import UserError
 from dsbs.records.results import Comparison, Interval
 from dsbs.run_folder import MANIFEST, STAGES, TRAINING_RECORD, RunFolder, training_record
@@ -16,9 +17,12 @@ from dsbs.training.grid import grid
 Status = Literal["done", "partial", "running", "interrupted", "failed", "broken"]
 
 
+# --- the state of runs (dsbs ls)
+
+
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """The system that a run is about; ``versus`` is its comparison with ``baseline``, the first there is."""
+    """The headline system of an evaluation; ``versus`` compares it with its first ``baseline``."""
 
     system: str
     accuracy: float
@@ -38,27 +42,30 @@ class Headline:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """One run folder. A stage's status is None where it has not begun; ``planned`` is None where its recipe is not readable.
-
-    ``beside`` counts what stands beside the grid's students: local teachers, compressed and exported students, where there are.
-    ``when`` is the newest start or end of a stage (ISO 8601); ``problems`` are sentences about files that cannot be read.
-    """
+    """The state of a run folder."""
 
     name: str
     path: Path
     stages: dict[str, Status | None]
+    """None: the stage has not begun."""
     finished: int
+    """Finished students of the last training's recipe."""
     planned: int | None
+    """Students of that recipe; None where it cannot be read."""
     beside: dict[str, int]
+    """Other models, if any: local teachers, compressed and exported students."""
     when: str | None
+    """The latest start or end of a stage (ISO 8601)."""
     headline: Headline | None
-    reportable: bool | None  # None: not evaluated
+    reportable: bool | None
+    """None: not evaluated."""
     problems: list[str]
+    """Messages about files that cannot be read."""
 
     def as_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "path": _shown(str(self.path)),
+            "path": _printable(str(self.path)),
             "stages": self.stages,
             "students": {"finished": self.finished, "planned": self.planned},
             "beside": self.beside,
@@ -70,55 +77,47 @@ class RunState:
 
 
 def list_runs(folder: Path) -> list[RunState]:
-    """The runs in a folder by name, or the folder itself where it is one. Raises UserError where there is no such folder."""
+    """The runs in a folder by name, or the folder itself if it is a run.
+
+    Raises UserError where the folder does not exist. Unreadable files are reported in the states.
+    """
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is no folder",
-            hint="give the folder that holds runs; dsbs writes them into runs/",
+            f"{folder} is not a directory",
+            hint="give the folder that contains the runs; dsbs writes them to runs/",
         )
     if _is_run(folder):
-        return [look(folder)]
-    return [look(path) for path in sorted(folder.iterdir()) if path.is_dir() and _is_run(path)]
+        return [run_state(folder)]
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    return [run_state(path) for path in folders if _is_run(path)]
 
 
-def look(path: Path) -> RunState:
-    """The state of one run folder, from its files."""
+def run_state(path: Path) -> RunState:
+    """The state of a run folder, read from its files."""
     run = RunFolder(path)
     problems: list[str] = []
-    records = {stage: _manifest(run, stage, problems) for stage in STAGES}
-    stages = {stage: _status(run, stage, record) for stage, record in records.items()}
-    finished, planned = _students(run, records["train"] or {}, stages["train"])
+    manifests = {stage: _manifest(run, stage, problems) for stage in STAGES}
+    stages = {stage: _status(run, stage, manifest) for stage, manifest in manifests.items()}
+    finished, planned = _students(run, manifests["train"] or {}, stages["train"])
+    headline, reportable = _evaluation(run, problems)
     times = [
-        record[key]
-        for record in records.values()
-        if record
+        manifest[key]
+        for manifest in manifests.values()
+        if manifest
         for key in ("started", "ended")
-        if _is_time(record.get(key))
+        if _is_time(manifest.get(key))
     ]
-    headline, reportable = None, None
-    if run.results.exists():
-        try:
-            results = run.read_results()
-            reportable = results.reportable
-            system = results.system(results.headline)
-            if system is not None:
-                baseline, versus = next(iter(system.versus.items()), (None, None))
-                headline = Headline(
-                    _shown(system.name), system.accuracy, system.ci95, baseline, versus
-                )
-        except (UserError, OSError) as error:
-            problems.append(error.problem if isinstance(error, UserError) else str(error))
     return RunState(
-        name=_shown(path.resolve().name),
+        name=_printable(path.resolve().name),
         path=path,
         stages=stages,
         finished=finished,
         planned=planned,
-        beside=_beside(run),
+        beside=_other_models(run),
         when=max(times, key=datetime.fromisoformat, default=None),
         headline=headline,
         reportable=reportable,
-        problems=[_shown(problem) for problem in problems],
+        problems=[_printable(problem) for problem in problems],
     )
 
 
@@ -130,7 +129,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _manifest(run: RunFolder, stage: str, problems: list[str]) -> dict[str, Any] | None:
-    """A stage's manifest; None where there is none, {} (and a problem) where it cannot be read."""
+    """A stage's manifest; None if it has none, {} (and a problem) if it cannot be read."""
     manifest = run.manifest(stage)
     if manifest:
         return manifest
@@ -150,7 +149,27 @@ def _status(run: RunFolder, stage: str, manifest: dict[str, Any] | None) -> Stat
     if status == "running":
         return "running" if run.is_locked(stage) else "interrupted"
     ended: tuple[Status, ...] = ("done", "partial", "interrupted", "failed")
-    return next((known for known in ended if known == status), "broken")
+    return next((name for name in ended if name == status), "broken")
+
+
+def _evaluation(run: RunFolder, problems: list[str]) -> tuple[Headline | None, bool | None]:
+    """The headline of the results, and whether they are reportable."""
+    if not run.results.exists():
+        return None, None
+    try:
+        results = run.read_results()
+    except UserError as error:
+        problems.append(error.problem)
+        return None, None
+    except OSError as error:
+        problems.append(str(error))
+        return None, None
+    system = results.system(results.headline)
+    if system is None:
+        return None, results.reportable
+    baseline, versus = next(iter(system.versus.items()), (None, None))
+    name = _printable(system.name)
+    return Headline(name, system.accuracy, system.ci95, baseline, versus), results.reportable
 
 
 def _students(
@@ -174,8 +193,8 @@ def _students(
     return sum(finished), len(specs)
 
 
-def _beside(run: RunFolder) -> dict[str, int]:
-    """Finished models beside the grid's students. Those set aside do not count."""
+def _other_models(run: RunFolder) -> dict[str, int]:
+    """The numbers of finished models that are not the recipe's students."""
     counts = {
         "local teachers": len(run.local_teachers()),
         "compressed": len(run.compressed_students()),
@@ -185,7 +204,7 @@ def _beside(run: RunFolder) -> dict[str, int]:
 
 
 def _settings(student: Path) -> str | None:
-    """The hash of the settings that a finished student was trained with; None where it cannot be read."""
+    """The hash of a finished student's settings; None where it cannot be read."""
     try:
         return str(training_record(student)["student"]["settings"])
     except (UserError, KeyError, TypeError):
@@ -199,6 +218,75 @@ def _is_time(value: object) -> bool:
         return False
 
 
-def _shown(text: str) -> str:
-    """A name from disk or from a file, without what a terminal would obey or an encoder refuse."""
+def _printable(text: str) -> str:
+    """Text from a file without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() else "�" for c in text)
+
+
+# --- recipes in files and runs (dsbs show)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRecipe:
+    """A recipe with all its keys, and where it comes from.
+
+    ``remarks`` name stages of the same run that were given another recipe.
+    """
+
+    source: str
+    recipe: dict[str, Any]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The default values of the dotted keys that do not have their default."""
+        return {entry.key: entry.default for entry in entries(self.recipe) if entry.is_changed}
+
+    def as_yaml(self) -> str:
+        """The recipe as YAML, with a comment on every line that is not the default."""
+        header = [" ".join(remark.split()) for remark in (self.source, *self.remarks)]
+        lines = [f"# {remark}" for remark in header]
+        return "\n".join([*lines, *(entry.as_yaml() for entry in entries(self.recipe))])
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "remarks": list(self.remarks),
+            "recipe": self.recipe,
+            "not_default": self.changed,
+        }
+
+
+def resolve_recipe(source: str, overrides: list[str] | None = None) -> ResolvedRecipe:
+    """The recipe in a file, or the one that the newest stage of a run folder was given.
+
+    Raises UserError.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return ResolvedRecipe(source, resolved_values(load_recipe(source, overrides or ())))
+    if overrides:
+        raise UserError(
+            f"{source} is a run, and the recipe of a run cannot be changed",
+            hint="leave --set out, or give a recipe's file",
+        )
+    manifests = {stage: RunFolder(path).manifest(stage) for stage in STAGES}
+    manifests = {
+        stage: manifest
+        for stage, manifest in manifests.items()
+        if isinstance(manifest.get("recipe"), dict)
+    }
+    if not manifests:
+        raise UserError(
+            f"{source} is not a run: none of its stages has a readable {MANIFEST}",
+            hint="give runs/<name>",
+        )
+    newest = max(manifests, key=lambda stage: str(manifests[stage].get("started", "")))
+    recipe = recorded(manifests[newest])
+    remarks = []
+    for stage, manifest in manifests.items():
+        keys = differences([recorded(manifest), recipe])
+        if keys:
+            remarks.append(f"{stage} was given another recipe, different in {', '.join(keys)}")
+    started = manifests[newest].get("started")
+    return ResolvedRecipe(f"{path / newest / MANIFEST}, {started}", recipe, tuple(remarks))

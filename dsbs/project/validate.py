@@ -1,31 +1,38 @@
-"""``dsbs validate``: load the data, render the prompt, tokenise and measure. No model, no call, no torch."""
+"""Validation of a recipe against its data: lengths, labels, prompt. No model, request or torch."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dsbs.annotation.backends import make_teacher
+from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
-from dsbs.project.lint import lint
-from dsbs.prompting import PromptRenderer, load_prompt
+from dsbs.formatting import count, percent
+from dsbs.prompting import Prompt, PromptRenderer, load_prompt
 from dsbs.records.rows import Example
 from dsbs.students import InputFormat, check_student, new_input_format, new_tokenizer
 from dsbs.students.tokenizer import vocabulary_warnings
 from dsbs.tasks import make_task
-from dsbs.tasks.base import Task
+from dsbs.tasks.base import Task, fold
 from dsbs.tasks.data import load, survey
 from dsbs.training.distillation.base import check_terms
 from dsbs.training.grid import grid
 
-_SAMPLE = 2000  # rows tokenised of each split
+SAMPLE_SIZE = 2000  # rows of each split that are tokenised
+NGRAM = 8  # an exemplar and a row that share so many words in a row do not do so by chance
+_WORD = re.compile(r"\w+")
+_MAX_IDS = 3  # row ids that a warning names
+
+Splits = Mapping[str, Sequence[Example]]
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What a look at a recipe found: the splits' figures, the first prompt, and what deserves attention."""
+    """The figures of each split, the first prompt, and warnings."""
 
     splits: dict[str, dict[str, Any]]
     first_prompt: str | None
@@ -40,100 +47,79 @@ def validate(recipe: Recipe) -> Validation:
     task = make_task(recipe.task)
     check_terms(recipe.train, task, grid(recipe.train))
     check_student(recipe)
-    parts = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
+    splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
     warnings: list[str] = []
     if recipe.teacher.is_prompted:
         prompt = load_prompt(recipe, task)
-        first_prompt = PromptRenderer(prompt, task).render(parts["train"][0]).text
-        warnings += lint(recipe, prompt, task, parts)
+        first_prompt = PromptRenderer(prompt, task).render(splits["train"][0]).text
+        warnings += check_prompt(recipe, prompt, task, splits)
     if recipe.teacher.kind == "ensemble":
-        warnings += _members(recipe, parts)
+        warnings += _ensemble_warnings(recipe, splits)
     texts = [
-        part
-        for row in parts["train"]
-        for part in (task.text(row.input), row.label, row.rationale)
-        if part
+        text
+        for row in splits["train"]
+        for text in (task.text(row.input), row.label, row.rationale)
+        if text
     ]
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
-    wording = new_input_format(recipe.student, tokenizer, recipe.train.init)
-    labels = [row.label for rows in parts.values() for row in rows if row.label is not None]
-    warnings[:0] = vocabulary_warnings(
-        recipe.student, tokenizer, [*labels, *(task.labels or ())], {}
-    )  # nothing outweighs these
-    splits = {
-        split: _look(recipe, task, tokenizer, wording, split, rows, warnings)
-        for split, rows in parts.items()
-    }
-    warnings += _overlaps(parts)
-    return Validation(splits, first_prompt, warnings)
+    input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
+    labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
+    labels += task.labels or ()
+    # First, for nothing is worse than a label that the student cannot write.
+    warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
+    figures = {}
+    for split, rows in splits.items():
+        figures[split] = _split_figures(recipe, task, tokenizer, input_format, rows)
+        warnings += _split_warnings(recipe, task, tokenizer, split, rows, figures[split])
+    warnings += _overlap_warnings(splits)
+    return Validation(figures, first_prompt, warnings)
 
 
-def _members(recipe: Recipe, parts: dict[str, list[Example]]) -> list[str]:
-    """Puts the members' annotations to the vote and throws the result away: what `dsbs annotate` would stop at is told now."""
+def _ensemble_warnings(recipe: Recipe, splits: Splits) -> list[str]:
+    """Warnings about the members' votes. Raises what `dsbs annotate` would raise."""
     teacher = make_teacher(recipe)
-    lacks = []
+    warnings = []
     for split in recipe.annotate.splits:
-        votes = sum(1 for _ in teacher.annotations(parts[split], split))
-        lacks += teacher.warnings(split, votes)
-    return lacks
+        votes = sum(1 for _ in teacher.annotations(splits[split], split))
+        warnings += teacher.warnings(split, votes)
+    return warnings
 
 
-def _look(
+def _split_figures(
     recipe: Recipe,
     task: Task,
     tokenizer: Any,
-    wording: InputFormat,
-    split: str,
+    input_format: InputFormat,
     rows: Sequence[Example],
-    warnings: list[str],
 ) -> dict[str, Any]:
-    sample = rows[:_SAMPLE]
-    limit, target_limit = recipe.student.max_input_tokens, recipe.student.max_target_tokens
-    read = wording.read(["explain: " + task.text(row.input) for row in sample])
-    written = wording.write([part for row in sample for part in (row.label, row.rationale) if part])
-    inputs, targets = _tokens(tokenizer, read, limit), _tokens(tokenizer, written, target_limit)
-    with_gold = [row.label for row in rows if row.label is not None]
-    found: dict[str, Any] = {
+    """Counts of rows and labels, and lengths in tokens."""
+    sample = rows[:SAMPLE_SIZE]
+    inputs = input_format.read(["explain: " + task.text(row.input) for row in sample])
+    targets = input_format.write(
+        [text for row in sample for text in (row.label, row.rationale) if text]
+    )
+    labels = [row.label for row in rows if row.label is not None]
+    figures: dict[str, Any] = {
         "rows": len(rows),
-        "with_gold": len(with_gold),
+        "with_gold": len(labels),
         "hash": survey(rows).hash,
     }
     if task.labels is not None:
-        found["labels"] = dict(Counter(with_gold).most_common())
-        missing = [label for label in task.labels if with_gold and label not in found["labels"]]
-        if missing:
-            warnings.append(f"{split}: no row is labelled {', '.join(missing)}")
-    found["inputs"], found["targets"] = inputs, targets
-    for what, part, key in (
-        ("inputs", inputs, "max_input_tokens"),
-        ("targets", targets, "max_target_tokens"),
-    ):
-        if part and part["truncated"] > 0:
-            warnings.append(
-                f"{split}: {100 * part['truncated']:.1f} % of {what} are longer than student.{key} and are cut"
-            )
-    said = {
-        "inputs": [task.text(row.input) for row in rows],
-        "rationales": [row.rationale for row in rows if row.rationale],
-    }
-    warnings += [
-        f"{split}: {warning}"
-        for warning in vocabulary_warnings(recipe.student, tokenizer, [], said)
-    ]
-    if recipe.eval.split == split and len(with_gold) < len(rows):
-        warnings.append(
-            f"{split}: {len(rows) - len(with_gold)} rows have no gold label and are left out of the comparison"
-        )
-    return found
+        figures["labels"] = dict(Counter(labels).most_common())
+    figures["inputs"] = _token_figures(tokenizer, inputs, recipe.student.max_input_tokens)
+    figures["targets"] = _token_figures(tokenizer, targets, recipe.student.max_target_tokens)
+    return figures
 
 
-def _tokens(tokenizer: Any, rows: Sequence[list[int]], limit: int) -> dict[str, Any] | None:
+def _token_figures(
+    tokenizer: Any, sequences: Sequence[list[int]], limit: int
+) -> dict[str, Any] | None:
     """Lengths in tokens, the share of texts over ``limit``, and the share of unknown tokens."""
-    if not rows:
+    if not sequences:
         return None
-    lengths = sorted(len(ids) for ids in rows)
-    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in rows)
+    lengths = sorted(len(token_ids) for token_ids in sequences)
+    unknown = sum(token_ids.count(tokenizer.unk_token_id) for token_ids in sequences)
     return {
         "median": lengths[len(lengths) // 2],
         "longest": lengths[-1],
@@ -142,19 +128,175 @@ def _tokens(tokenizer: Any, rows: Sequence[list[int]], limit: int) -> dict[str, 
     }
 
 
-def _overlaps(parts: dict[str, list[Example]]) -> list[str]:
-    """Warnings for inputs that stand in train and in valid or test as well (a held-out valid part is part of train)."""
+def _split_warnings(
+    recipe: Recipe,
+    task: Task,
+    tokenizer: Any,
+    split: str,
+    rows: Sequence[Example],
+    figures: dict[str, Any],
+) -> list[str]:
     warnings = []
-    ids = {split: {row.id for row in rows} for split, rows in parts.items()}
+    with_gold = figures["with_gold"]
+    if task.labels is not None and with_gold:
+        missing = [label for label in task.labels if label not in figures["labels"]]
+        if missing:
+            warnings.append(f"{split}: no row is labelled {', '.join(missing)}")
+    for texts, key in (("inputs", "max_input_tokens"), ("targets", "max_target_tokens")):
+        if figures[texts] and figures[texts]["truncated"] > 0:
+            share = percent(figures[texts]["truncated"])
+            warnings.append(
+                f"{split}: {share} of {texts} are longer than student.{key} and are truncated"
+            )
+    texts_read = {
+        "inputs": [task.text(row.input) for row in rows],
+        "rationales": [row.rationale for row in rows if row.rationale],
+    }
+    warnings += [
+        f"{split}: {warning}"
+        for warning in vocabulary_warnings(recipe.student, tokenizer, [], texts_read)
+    ]
+    if recipe.eval.split == split and with_gold < len(rows):
+        unlabelled = count(len(rows) - with_gold, "row")
+        warnings.append(f"{split}: {unlabelled} without a gold label, left out of the comparison")
+    return warnings
+
+
+def _overlap_warnings(splits: Splits) -> list[str]:
+    """Warnings about inputs that occur both in train and in valid or test."""
+    warnings = []
+    ids = {split: {row.id for row in rows} for split, rows in splits.items()}
     inputs = {
-        split: {str(sorted(row.input.items())) for row in rows} for split, rows in parts.items()
+        split: {str(sorted(row.input.items())) for row in rows} for split, rows in splits.items()
     }
     for split in ("valid", "test"):
         if split == "valid" and ids["valid"] <= ids["train"]:
-            continue
+            continue  # held out of train
         shared = len(inputs["train"] & inputs[split])
         if shared:
             warnings.append(
-                f"{split}: {shared} inputs also stand in train; accuracy there is flattered"
+                f"{split}: {count(shared, 'input')} also in train; accuracy there is too optimistic"
             )
     return warnings
+
+
+# --- the prompt
+
+
+def check_prompt(recipe: Recipe, prompt: Prompt, task: Task, splits: Splits) -> list[str]:
+    """Warnings about exemplars: unreadable, in the data, unbalanced, or too long for the context.
+
+    All of it is visible before a reply is paid for.
+    """
+    renderer = PromptRenderer(prompt, task)
+    rows = (row for rows in splits.values() for row in rows)
+    return [
+        *_parse_warnings(prompt, task, renderer),
+        *_leak_warnings(prompt, task, splits),
+        *_balance_warnings(prompt, task),
+        *_context_warnings(recipe, renderer, rows),
+    ]
+
+
+def _parse_warnings(prompt: Prompt, task: Task, renderer: PromptRenderer) -> list[str]:
+    """The teacher imitates an exemplar, so its answer must be parsed as its own label."""
+    warnings = []
+    for number, exemplar in enumerate(prompt.exemplars, 1):
+        name = f"prompt: exemplar {number}"
+        fields = task.fields(exemplar.input, f"prompt, exemplar {number}")
+        _, answer = renderer.exemplar(exemplar, number)
+        parsed = parse_reply(answer, prompt, task, fields, "stop")
+        gold = task.gold(exemplar.label, fields, f"prompt, exemplar {number}")
+        if parsed.label is None:
+            warnings.append(
+                f"{name} does not parse ({parsed.reason}): replies in its format will be rejected"
+            )
+        elif not task.correct(parsed.label, gold):
+            warnings.append(f"{name} says {exemplar.label!r} but is read as {parsed.label!r}")
+        if not exemplar.rationale.strip():
+            warnings.append(f"{name} has no rationale, so the teacher will give none")
+    return warnings
+
+
+def _leak_warnings(prompt: Prompt, task: Task, splits: Splits) -> list[str]:
+    """Exemplars that share words with rows: in test the teacher looks better than it is."""
+    by_ngram: dict[tuple[str, ...], int] = {}
+    by_text: dict[tuple[str, ...], int] = {}  # of texts too short for an n-gram
+    for number, exemplar in enumerate(prompt.exemplars, 1):
+        words = _words(task.text(task.fields(exemplar.input, f"prompt, exemplar {number}")))
+        if len(words) <= NGRAM:
+            by_text.setdefault(words, number)
+        for ngram in _ngrams(words):
+            by_ngram.setdefault(ngram, number)
+    warnings = []
+    for split, rows in splits.items():
+        ids: dict[int, list[str]] = {}
+        for row in rows:
+            words = _words(task.text(row.input))
+            numbers = {by_ngram[ngram] for ngram in _ngrams(words) if ngram in by_ngram}
+            if words in by_text:
+                numbers.add(by_text[words])
+            for number in numbers:
+                ids.setdefault(number, []).append(row.id)
+        for number, row_ids in sorted(ids.items()):
+            if len(row_ids) > max(10, len(rows) // 2):
+                continue  # a template's words, which every row has
+            more = ""
+            if len(row_ids) > _MAX_IDS:
+                more = f" and {len(row_ids) - _MAX_IDS} more"
+            warnings.append(
+                f"prompt: exemplar {number} shares {NGRAM} consecutive words with {split}: "
+                f"{', '.join(row_ids[:_MAX_IDS])}{more}"
+            )
+    return warnings
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text.casefold()))
+
+
+def _ngrams(words: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
+    return (words[i : i + NGRAM] for i in range(len(words) - NGRAM + 1))
+
+
+def _balance_warnings(prompt: Prompt, task: Task) -> list[str]:
+    if task.labels is None or not prompt.exemplars:
+        return []
+    by_fold = {fold(label): label for label in task.labels}
+    counts = Counter(
+        by_fold.get(fold(exemplar.label), exemplar.label) for exemplar in prompt.exemplars
+    )
+    missing = [label for label in task.labels if not counts[label]]
+    if missing:
+        return [
+            f"prompt: no exemplar is labelled {', '.join(missing)}; "
+            "a teacher seldom gives a label that it was not shown"
+        ]
+    if max(counts.values()) > 2 * min(counts.values()):
+        numbers = ", ".join(f"{label} {number}" for label, number in counts.most_common())
+        return [
+            f"prompt: the exemplars are unbalanced over the labels ({numbers}); "
+            "a teacher prefers the frequent one"
+        ]
+    return []
+
+
+def _context_warnings(
+    recipe: Recipe, renderer: PromptRenderer, rows: Iterable[Example]
+) -> list[str]:
+    """Prompts that exceed the context together with their reply, at four characters a token."""
+    context = recipe.teacher.context_tokens
+    if context is None and recipe.teacher.kind == "llamacpp":
+        context = 2048
+    if context is None:
+        return []
+    budget = context - recipe.annotate.max_tokens
+    lengths = [len(renderer.render(row).text) // 4 for row in rows]
+    too_long = sum(length > budget for length in lengths)
+    if not too_long:
+        return []
+    return [
+        f"prompt: {too_long} of {count(len(lengths), 'prompt')} (the longest has about "
+        f"{max(lengths)} tokens) and annotate.max_tokens {recipe.annotate.max_tokens} "
+        f"do not fit a context of {context} tokens"
+    ]

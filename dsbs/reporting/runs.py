@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dsbs.config.diff import MISSING, differences, inline_yaml
 from dsbs.config.load import recorded
 from dsbs.errors import UserError
 from dsbs.files import read_jsonl
@@ -182,24 +182,15 @@ def full_data_systems(systems: Sequence[SystemResult]) -> list[SystemResult]:
 
 def recipe_differences(runs: Sequence[EvaluatedRun]) -> list[tuple[str, list[str]]]:
     """The dotted recipe keys whose values differ, with each run's value. ``name`` is left out."""
-    flat = [dict(_flatten(recorded({"recipe": run.recipe}), "")) for run in runs]
-    keys = dict.fromkeys(key for recipe in flat for key in recipe if key != "name")
-    values = {key: [recipe.get(key, ABSENT) for recipe in flat] for key in keys}
-    return [(key, texts) for key, texts in values.items() if len(set(texts)) > 1]
+    differing = differences([recorded({"recipe": run.recipe}) for run in runs])
+    differing.pop("name", None)
+    return [
+        (key, [ABSENT if value is MISSING else inline_yaml(value) for value in values])
+        for key, values in differing.items()
+    ]
 
 
 def have_same_rows(runs: Sequence[EvaluatedRun]) -> bool:
     """Whether all runs were evaluated on the same rows, by the data's hash."""
     hashes = {run.results.data.get(run.results.split) for run in runs}
     return len(hashes) == 1 and None not in hashes
-
-
-def _flatten(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """The leaves of nested mappings as text. A list is a leaf: its order is part of its value."""
-    if isinstance(value, dict) and (value or not path):
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, str):
-        yield path, value
-    else:
-        yield path, json.dumps(value, ensure_ascii=False)

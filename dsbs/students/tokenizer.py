@@ -21,7 +21,7 @@ from dsbs.students.weights import loading_error, pretrained_arguments, silence_t
 
 _MAX_VOCABULARY_LINES = 200_000
 _MIN_PIECES = 32  # a tokenizer with fewer was not loaded properly
-_RARE = 0.001  # lost characters in a smaller share of the texts are not reported
+_RARE = 0.001  # missing characters in a smaller share of the texts are not reported
 _MAX_SHOWN = 8  # characters in one message
 
 
@@ -201,18 +201,18 @@ def _lost_labels(tokenizer: Any, labels: list[str], remedy: str) -> list[str]:
     if not labels:
         return []
     written = tokenizer.batch_decode(tokenizer(labels)["input_ids"], skip_special_tokens=True)
-    lost = [
+    missing = [
         (label, text)
         for label, text in zip(labels, written, strict=True)
         if _normalized(label) != _normalized(text)
     ]
-    if not lost:
+    if not missing:
         return []
-    label, text = lost[0]
+    label, text = missing[0]
     return [
-        f"the student can never write {len(lost)} of {len(labels)} labels, as its vocabulary lacks "
-        f"some characters: {label!r} becomes {text!r}. It will be wrong on those rows: rename the "
-        f"labels, or {remedy}"
+        f"the student can never write {len(missing)} of {len(labels)} labels, as its vocabulary "
+        f"lacks some characters: {label!r} becomes {text!r}. It will be wrong on those rows: rename "
+        f"the labels, or {remedy}"
     ]
 
 
@@ -225,9 +225,9 @@ class _LostCharacters:
         self.rows = 0
         self.share = 0.0
 
-    def add(self, lost: set[str]) -> None:
-        self.counts.update(lost & self.characters)
-        self.rows += bool(lost & self.characters)
+    def add(self, missing: set[str]) -> None:
+        self.counts.update(missing & self.characters)
+        self.rows += bool(missing & self.characters)
 
     def listing(self) -> str:
         shown = ", ".join(
@@ -256,15 +256,15 @@ def _lost_characters(
             unknown.characters.add(character)
         elif text != character and not text.strip():
             blank.characters.add(character)
-    lost = unknown.characters | blank.characters
-    if not lost:
+    missing = unknown.characters | blank.characters
+    if not missing:
         return unknown, blank
-    any_lost = re.compile("[" + "".join(map(re.escape, sorted(lost))) + "]")
+    any_missing = re.compile("[" + "".join(map(re.escape, sorted(missing))) + "]")
     # </s> between two sentences is one token.
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     for text in normalized:
-        if any_lost.search(text):
-            lost_here = set(any_lost.findall(special.sub("", text)))
+        if any_missing.search(text):
+            lost_here = set(any_missing.findall(special.sub("", text)))
             unknown.add(lost_here)
             blank.add(lost_here)
     unknown.share = unknown.rows / len(texts)

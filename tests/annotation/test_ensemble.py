@@ -416,7 +416,7 @@ def test_validate_and_doctor_name_what_the_members_have(two: Path) -> None:
     assert "train: runs/qwen has no annotation of 1 of 4 rows: it does not vote there" in warnings
     change(two.parent / "runs" / "qwen", lambda record: record.update(status="partial"))
     first, second = _teacher(load_recipe(two))
-    assert (first.status, first.said) == ("ok", "runs/gpt: gpt-4.1-mini, weight 2, done")
+    assert (first.status, first.message) == ("ok", "runs/gpt: gpt-4.1-mini, weight 2, done")
     assert second.status == "warning" and second.hint and "no vote" in second.hint
 
 

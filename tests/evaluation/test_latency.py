@@ -32,7 +32,7 @@ from dsbs.students import Student, weights_megabytes
 
 @pytest.fixture
 def recipe(toy: Callable[..., Path]) -> Recipe:
-    return load_recipe(toy(), ["eval.latency_calls=4", "eval.max_label_tokens=2"])
+    return load_recipe(toy(), ["eval.latency_calls=2", "eval.max_label_tokens=2"])
 
 
 def with_eval(recipe: Recipe, **changes: Any) -> Recipe:
@@ -188,11 +188,11 @@ def test_single_calls_for_the_label_alone_are_timed_at_one_row_and_at_64(
     student = make_student(recipe, tmp_path, "step-by-step")
     results = measured(with_eval(recipe, rationales=True), student, tmp_path)
     sizes = [size for size, _ in calls]
-    assert sizes.count(1) > 4 and sizes.count(64) > 4, "some calls are warm-up"
+    assert sizes.count(1) > 2 and sizes.count(64) > 2, "some calls are warm-up"
     for size, options in calls:
         assert options["batch_size"] == size and options["max_label_tokens"] == 2
         assert not options.get("rationale")
-    assert [(result["batch_size"], result["calls"]) for result in results] == [(1, 4), (64, 4)]
+    assert [(result["batch_size"], result["calls"]) for result in results] == [(1, 2), (64, 2)]
     for result in results:
         assert 0 < result["p50_ms"] <= result["p95_ms"] and result["device"]
 
@@ -213,8 +213,8 @@ def test_the_rows_are_drawn_in_an_order_of_their_own_that_never_changes(
     assert batches[:half] == batches[half:]
     texts = [row.input["text"] for row in rows_of(recipe)]
     assert set(batches[half - 1]) == set(texts), "64 rows out of 12 repeat them all"
-    first = [batch[0] for batch in batches[:6]]
-    assert first != texts[:6] and len(set(first)) == 6
+    first = [batch[0] for batch in batches[:5]]
+    assert first != texts[:5] and len(set(first)) == 5
 
 
 # --- what is kept
@@ -235,7 +235,7 @@ def test_a_measurement_is_kept_while_it_fits(
     assert not calls and path.read_bytes() == before
 
     others = [
-        (with_eval(recipe, latency_calls=5), student),
+        (with_eval(recipe, latency_calls=3), student),
         (with_eval(recipe, max_label_tokens=3), student),
         (recipe, student.model_copy(update={"fingerprint": "trained anew"})),
     ]

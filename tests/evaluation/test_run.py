@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
+from made_students import make_student
 
 from dsbs import Student, UserError, annotate, evaluate, load_recipe, report, train
 from dsbs.config import Recipe, registry
@@ -99,26 +100,14 @@ def test_all_systems_are_compared_from_their_prediction_files(
 def test_a_student_predicts_alike_from_python_and_the_command_line(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    overrides = ["train.max_steps=2", "eval.latency_calls=0"]
-    with LoopbackServer(good_answer) as server:
-        recipe = load_recipe(
-            toy(),
-            [
-                *overrides,
-                "train.methods=[step-by-step, finetune]",
-                f"teacher.base_url={server.url}",
-            ],
-        )
-        annotate(recipe, out=tmp_path / "run")
-    train(recipe, out=tmp_path / "run")
-    run = RunFolder(tmp_path / "run")
-    student = run.student("step-by-step-gold-s0")
+    recipe = load_recipe(toy())
+    student = make_student(recipe, tmp_path, "step-by-step").path
     (answer,) = Student.load(student).predict(["My invoice number 7 is wrong."], rationale=True)
-    assert answer.label in ("billing", "shipping", None) and answer.rationale is not None
+    assert answer.rationale is not None
     second = {"id": "p", "text": "My parcel number 8 is wrong."}
     done = run_dsbs(
         "predict",
-        str(student),
+        student,
         "--rationale",
         cwd=tmp_path,
         input=f"My invoice number 7 is wrong.\n\n{json.dumps(second)}\n",
@@ -126,9 +115,10 @@ def test_a_student_predicts_alike_from_python_and_the_command_line(
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["id"] for row in rows] == ["1", "p"]
-    assert rows[0]["prediction"] == answer.label and rows[0]["rationale_is_causal"] is False
+    assert (rows[0]["raw"], rows[0]["prediction"]) == (answer.raw, answer.label)
+    assert rows[0]["rationale_is_causal"] is False
     refused = run_dsbs(
-        "predict", str(run.student("finetune-gold-s0")), "--rationale", cwd=tmp_path, input="x\n"
+        "predict", make_student(recipe, tmp_path).path, "--rationale", cwd=tmp_path, input="x\n"
     )
     assert refused.returncode == 2 and "without rationales" in refused.stderr
 

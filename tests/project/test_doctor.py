@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, run_dsbs
 
 from dsbs.project import machine
-from dsbs.project.checks import Check, run
 from dsbs.project.doctor import examine
+from dsbs.project.machine import Check, run_check
 
 KEY = "sk-a-very-secret-key"
 
@@ -90,7 +90,7 @@ def test_a_sound_machine_and_recipe_have_no_problem(
         "prompt",
         "student",
     } <= set(said)
-    assert said["key"] == "THE_KEY is set" and said["teacher.model"] == "loopback is among them"
+    assert said["key"] == "THE_KEY is set" and said["teacher.model"] == "loopback is listed"
     assert got == [f"GET /v1/models Bearer {KEY}"], "one free question"
     assert KEY not in done.stdout + done.stderr
     assert not (tmp_path / "runs").exists()
@@ -143,8 +143,8 @@ def test_an_endpoint_that_answers_otherwise_is_told_for_what_it_is(
     with endpoint(status, body) as (url, _):
         found = examine(str(toy(teacher={"api_key_env": "THE_KEY"})), [f"teacher.base_url={url}"])
     check = about(found, url)
-    assert check.status == expected and said in check.said and check.hint
-    assert not [one for one in found if KEY in f"{one.said} {one.hint}"]
+    assert check.status == expected and said in check.message and check.hint
+    assert not [one for one in found if KEY in f"{one.message} {one.hint}"]
     assert not [one for one in found if one.name == "teacher.model"], (
         "what is not known is not said"
     )
@@ -155,7 +155,7 @@ def test_an_endpoint_that_is_not_there_is_a_problem(toy: Callable[..., Path]) ->
     check = about(examine(str(toy())), "http://127.0.0.1:9/v1")
     assert (
         check.status == "problem"
-        and "cannot reach" in check.said
+        and "cannot reach" in check.message
         and "start the server" in str(check.hint)
     )
 
@@ -204,7 +204,7 @@ def test_a_recipe_that_cannot_be_read_is_a_line_beside_those_of_the_machine(tmp_
     found = examine(str(tmp_path / "bad.yaml"))
     assert (
         about(found, "recipe").status == "problem"
-        and "task.nam: unknown key" in about(found, "recipe").said
+        and "task.nam: unknown key" in about(found, "recipe").message
     )
     assert about(found, "python").status == "ok"
 
@@ -216,7 +216,7 @@ def test_what_a_recipe_needs_beyond_the_base_is_looked_for(
     monkeypatch.setattr(machine, "has_extra", lambda extra: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     changes = [
-        "train.lora={}", "annotate.backend=ray", "report.tensorboard=true", "student.init=null",
+        "train.lora={}", "annotate.engine=ray", "report.tensorboard=true", "student.init=null",
         "student.model=some/model", "teacher.kind=llamacpp", "teacher.model=nowhere.gguf",
         "task.data.valid=hub://owner/name/valid", "eval.predictions.mine=mine.jsonl",
     ]  # fmt: skip
@@ -229,7 +229,7 @@ def test_what_a_recipe_needs_beyond_the_base_is_looked_for(
         ] and f"'dsbs[{extra}]'" in str(checks[1].hint)
     assert (
         about(found, "teacher").status == "problem"
-        and "nowhere.gguf" in about(found, "teacher").said
+        and "nowhere.gguf" in about(found, "teacher").message
     )
     assert (
         about(found, "student.model").status == "problem"
@@ -238,7 +238,7 @@ def test_what_a_recipe_needs_beyond_the_base_is_looked_for(
     assert about(found, "eval.predictions.mine").status == "problem"
     (tmp_path / "model").mkdir()
     local = examine(str(toy()), ["student.init=null", f"student.model={tmp_path / 'model'}"])
-    assert "has no config.json" in about(local, "student.model").said
+    assert "has no config.json" in about(local, "student.model").message
     assert (
         about(examine(str(toy()), [f"train.init={tmp_path / 'gone'}"]), "train.init").status
         == "problem"
@@ -260,7 +260,7 @@ def test_a_file_here_that_hides_the_one_beside_the_recipe_is_a_warning(
     ]
     assert [check.status for check in found] == ["ok", "warning"] and "beside the recipe" in found[
         1
-    ].said
+    ].message
 
 
 def test_torch_that_cannot_be_imported_is_a_problem_and_no_crash(
@@ -271,16 +271,16 @@ def test_torch_that_cannot_be_imported_is_a_problem_and_no_crash(
         "raise ImportError('libcudart.so.12: cannot open shared object file')\n"
     )
     (check,) = machine.accelerators()
-    assert check.status == "problem" and "libcudart.so.12" in check.said
+    assert check.status == "problem" and "libcudart.so.12" in check.message
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
     (check,) = machine.accelerators()
-    assert check.status == "problem" and "SIGILL" in check.said
+    assert check.status == "problem" and "SIGILL" in check.message
 
 
 def test_gpus_are_told_with_their_memory_and_a_recipe_that_wants_bf16_needs_one() -> None:
     one = {"name": "NVIDIA Made-Up", "free": 70e9, "total": 80e9}
     (check,) = machine.describe_gpus({"gpus": [one], "bf16": True, "cuda": "12.8"}, needs_bf16=True)
-    assert check.said == "NVIDIA Made-Up, 70.0 of 80.0 GB free, CUDA 12.8, with bf16"
+    assert check.message == "NVIDIA Made-Up, 70.0 of 80.0 GB free, CUDA 12.8, with bf16"
     _, lacking = machine.describe_gpus(
         {"gpus": [one], "bf16": False, "cuda": "12.8"}, needs_bf16=True
     )
@@ -295,14 +295,14 @@ def test_a_container_s_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "memory.max").write_text("1000000000\n", encoding="ascii")
     cores, memory = machine.processor()
     assert (
-        cores.said.startswith("1 of ")
+        cores.message.startswith("1 of ")
         and memory.status == "warning"
-        and "of 1.0 GB free" in memory.said
+        and "of 1.0 GB free" in memory.message
     )
     for text in ("max 100000\n", "", "?"):
         (tmp_path / "cpu.max").write_text(text, encoding="ascii")
         (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
-        assert "of 1.0 GB" not in list(machine.processor())[1].said
+        assert "of 1.0 GB" not in list(machine.processor())[1].message
 
 
 def test_folders_that_cannot_be_written_are_told(
@@ -310,12 +310,12 @@ def test_folders_that_cannot_be_written_are_told(
 ) -> None:
     (tmp_path / "file").touch()
     (check,) = machine.disk(tmp_path / "file" / "run")
-    assert check.status == "problem" and "cannot be written to" in check.said
+    assert check.status == "problem" and "is not writable" in check.message
     (check,) = machine.disk(tmp_path / "not" / "yet" / "there")
     assert check.status in ("ok", "warning") and not (tmp_path / "not").exists()
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file" / "hf"))
     checks = {check.hint: check for check in machine.caches()}
-    assert checks["export HF_HOME=<a folder that can>"].status == "warning"
+    assert checks["export HF_HOME=<a writable folder>"].status == "warning"
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,10 +336,11 @@ def test_packages_that_are_missing_or_too_old_are_named_with_the_command(
     )
     found = {check.name: check for check in machine.packages()}
     assert (
-        found["packages"].status == "problem" and "not-there is missing" in found["packages"].said
+        found["packages"].status == "problem"
+        and "not-there is missing" in found["packages"].message
     )
     assert str(found["packages"].hint).endswith("-m pip install 'numpy>=999' 'not-there>=1'")
-    assert "torch" in found["versions"].said
+    assert "torch" in found["versions"].message
 
 
 def test_a_check_that_breaks_is_a_line() -> None:
@@ -347,9 +348,11 @@ def test_a_check_that_breaks_is_a_line() -> None:
         yield Check("first", "ok", "fine")
         raise RuntimeError("the driver has gone")
 
-    first, second = run("second", broken)
+    first, second = run_check("second", broken)
     assert (
-        first.status == "ok" and second.status == "problem" and "the driver has gone" in second.said
+        first.status == "ok"
+        and second.status == "problem"
+        and "the driver has gone" in second.message
     )
 
 

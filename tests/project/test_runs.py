@@ -14,7 +14,7 @@ from reporting.sample_run import make_run
 from dsbs.config.load import load_recipe
 from dsbs.errors import UserError
 from dsbs.files import lock_folder
-from dsbs.project.runs import list_runs, look
+from dsbs.project.runs import list_runs, run_state
 
 
 def manifest(stage: Path, status: str, **more: Any) -> None:
@@ -49,10 +49,14 @@ def test_a_finished_run_shows_its_stages_students_and_headline(tmp_path: Path) -
 
 def test_a_stage_that_says_running_is_running_only_while_its_lock_is_held(tmp_path: Path) -> None:
     manifest(tmp_path / "a" / "train", "running")
-    assert look(tmp_path / "a").stages == {"annotate": None, "train": "interrupted", "eval": None}
+    assert run_state(tmp_path / "a").stages == {
+        "annotate": None,
+        "train": "interrupted",
+        "eval": None,
+    }
     with lock_folder(tmp_path / "a" / "train"):
-        assert look(tmp_path / "a").stages["train"] == "running"
-    assert look(tmp_path / "a").stages["train"] == "interrupted"
+        assert run_state(tmp_path / "a").stages["train"] == "running"
+    assert run_state(tmp_path / "a").stages["train"] == "interrupted"
     with lock_folder(tmp_path / "a" / "train"):  # to have asked leaves nothing behind
         pass
 
@@ -60,7 +64,7 @@ def test_a_stage_that_says_running_is_running_only_while_its_lock_is_held(tmp_pa
 @pytest.mark.parametrize("status", ["done", "partial", "interrupted", "failed"])
 def test_other_words_of_a_manifest_are_told_as_they_are(status: str, tmp_path: Path) -> None:
     manifest(tmp_path / "a" / "annotate", status)
-    assert look(tmp_path / "a").stages["annotate"] == status
+    assert run_state(tmp_path / "a").stages["annotate"] == status
 
 
 def test_students_are_counted_against_the_grid_and_by_their_settings(tmp_path: Path) -> None:
@@ -69,15 +73,15 @@ def test_students_are_counted_against_the_grid_and_by_their_settings(tmp_path: P
     manifest(run / "train", "interrupted", recipe=recipe.model_dump(mode="json"))
     student(run, "step-by-step-gold-s0", recipe.training)
     student(run, "finetune-gold-s0", "of another recipe")
-    assert (look(run).finished, look(run).planned) == (1, 4)
+    assert (run_state(run).finished, run_state(run).planned) == (1, 4)
     manifest(
         run / "train",
         "done",
         students=["step-by-step-gold-s0", "finetune-gold-s0", "moved-away-s0"],
     )
-    assert (look(run).finished, look(run).planned) == (2, 3)
+    assert (run_state(run).finished, run_state(run).planned) == (2, 3)
     manifest(run / "train", "failed", recipe={"of": "another version"})
-    assert (look(run).finished, look(run).planned) == (2, None)
+    assert (run_state(run).finished, run_state(run).planned) == (2, None)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
     run = make_run(tmp_path / "runs" / "made", subsets=(1.0,), seeds=(0,))
     make_run(tmp_path / "runs" / "plain", name="plain", subsets=(1.0,), seeds=(0,))
     alone = run_dsbs("ls", str(tmp_path / "runs" / "plain"), cwd=tmp_path)
-    assert look(run).beside == {} and "other models" not in alone.stdout, "no column of dashes"
+    assert run_state(run).beside == {} and "other models" not in alone.stdout, "no column of dashes"
     for record in (
         "train/teachers/mini-s0/train.json", "train/trials/a/b/train.json", "train/finetune-gold-s0/export/ct2/export.json",
         "train/finetune-gold-s0/export/.onnx.partial/export.json", "train/finetune-gold-s0/export/aside/ct2-1/export.json",
@@ -151,7 +155,7 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
     ):  # fmt: skip
         (run / record).parent.mkdir(parents=True, exist_ok=True)
         (run / record).write_text("{}", encoding="utf-8")
-    assert look(run).beside == {"local teachers": 1, "compressed": 1, "exported": 2}
+    assert run_state(run).beside == {"local teachers": 1, "compressed": 1, "exported": 2}
     done = run_dsbs("ls", cwd=tmp_path)
     assert done.returncode == 0 and {
         "other",

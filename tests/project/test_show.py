@@ -11,9 +11,10 @@ import yaml
 from conftest import ROOT, run_dsbs
 
 from dsbs.config import Recipe
+from dsbs.config.diff import MISSING, differences
 from dsbs.config.load import load_recipe, resolved_values
 from dsbs.errors import UserError
-from dsbs.project.show import ABSENT, differences, resolve
+from dsbs.project.runs import resolve_recipe
 
 SHIPPED = sorted(
     str(path.relative_to(ROOT))
@@ -51,7 +52,7 @@ def a_run(folder: Path, started: dict[str, str], **changes: dict[str, Any]) -> P
 
 @pytest.mark.parametrize("path", SHIPPED)
 def test_what_is_shown_is_the_same_recipe_again(path: str, tmp_path: Path) -> None:
-    (tmp_path / "again.yaml").write_text(resolve(path).as_yaml(), encoding="utf-8")
+    (tmp_path / "again.yaml").write_text(resolve_recipe(path).as_yaml(), encoding="utf-8")
     assert resolved_values(load_recipe(tmp_path / "again.yaml")) == resolved_values(
         load_recipe(path)
     )
@@ -70,7 +71,7 @@ def test_awkward_values_stay_on_their_line_and_are_read_again(tmp_path: Path) ->
         },
         student={"model": "google/t5-v1_1-base"}, train={"lora": {"rank": 4}, "tune": {"learning_rate": [1e-4, 3e-4]}},
     )  # fmt: skip
-    text = resolve(path).as_yaml()
+    text = resolve_recipe(path).as_yaml()
     assert len(text.splitlines()) == text.count("\n") + 1
     (tmp_path / "again.yaml").write_text(text, encoding="utf-8")
     assert resolved_values(load_recipe(tmp_path / "again.yaml")) == resolved_values(
@@ -79,7 +80,7 @@ def test_awkward_values_stay_on_their_line_and_are_read_again(tmp_path: Path) ->
 
 
 def test_what_is_not_the_default_is_marked_and_nothing_else(tmp_path: Path) -> None:
-    shown = resolve(
+    shown = resolve_recipe(
         recipe(
             tmp_path, train={"batch_size": 8, "patience": None}, annotate={"batch": {"poll_s": 5}}
         )
@@ -90,7 +91,7 @@ def test_what_is_not_the_default_is_marked_and_nothing_else(tmp_path: Path) -> N
     lines = shown.as_yaml().splitlines()
     assert "  batch_size: 8  # default: 64" in lines and "    poll_s: 5.0  # default: 30.0" in lines
     assert "  max_steps: 1000" in lines, "a scratch student's own default is no change"
-    pretrained = resolve(
+    pretrained = resolve_recipe(
         recipe(tmp_path, student={"model": "t5-small"}, train={"max_steps": 1000, "lora": {}})
     )
     assert pretrained.changed["train.max_steps"] == 10_000
@@ -101,18 +102,18 @@ def test_what_is_not_the_default_is_marked_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_two_recipes_differ_in_their_keys_alone(tmp_path: Path) -> None:
-    one = resolve(recipe(tmp_path), ["train.seeds=[0, 1]"]).recipe
-    other = resolve(
+    one = resolve_recipe(recipe(tmp_path), ["train.seeds=[0, 1]"]).recipe
+    other = resolve_recipe(
         recipe(tmp_path), ["student.model=t5-small", "train.lora.rank=8", "task.columns.label=team"]
     ).recipe
-    found = differences(one, other)
-    assert found["train.seeds"] == ([0, 1], [0]) and found["student.model"] == (None, "t5-small")
-    assert found["task.columns"] == ({}, {"label": "team"})
-    assert found["train.lora.rank"] == (ABSENT, 8) and "train.lora" not in found
-    assert found["train.learning_rate"] == (0.001, 5e-05), (
+    found = differences([one, other])
+    assert found["train.seeds"] == [[0, 1], [0]] and found["student.model"] == [None, "t5-small"]
+    assert found["task.columns"] == [{}, {"label": "team"}]
+    assert found["train.lora.rank"] == [MISSING, 8] and "train.lora" not in found
+    assert found["train.learning_rate"] == [0.001, 5e-05], (
         "what follows from the change is told as well"
     )
-    assert not differences(one, one)
+    assert not differences([one, one])
 
 
 def test_a_run_shows_what_its_newest_stage_was_given_and_says_where_others_differ(
@@ -126,7 +127,7 @@ def test_a_run_shows_what_its_newest_stage_was_given_and_says_where_others_diffe
     run = a_run(
         tmp_path / "run", times, eval={"train.max_steps": 60}, train={"train.max_steps": 50}
     )
-    shown = resolve(str(run))
+    shown = resolve_recipe(str(run))
     assert shown.recipe["train"]["max_steps"] == 50 and "train/manifest.json" in shown.source
     assert shown.remarks == (
         "annotate was given another recipe, different in train.max_steps",
@@ -153,18 +154,18 @@ def test_a_run_of_another_version_is_shown_as_it_is(tmp_path: Path) -> None:
     record["recipe"]["train"]["warp"] = 9
     record["recipe"]["bridge"] = {"deck": [1]}
     path.write_text(json.dumps(record), encoding="utf-8")
-    text = resolve(str(run)).as_yaml()
+    text = resolve_recipe(str(run)).as_yaml()
     assert "  warp: 9  # unknown to this version" in text.splitlines()
     assert yaml.safe_load(text) == record["recipe"]
 
 
 def test_what_is_neither_a_recipe_nor_a_run_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no run"):
-        resolve(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="is not a run"):
+        resolve_recipe(str(tmp_path / "empty"))
     run = a_run(tmp_path / "run", {"train": "2026-01-01T00:00:00+00:00"})
     with pytest.raises(UserError, match="is a run"):
-        resolve(str(run), ["train.max_steps=3"])
+        resolve_recipe(str(run), ["train.max_steps=3"])
     done = run_dsbs("show", "recipes/demo.yaml", "train.max_steps=3", cwd=tmp_path)
     assert done.returncode == 2 and "--set train.max_steps=3" in done.stderr
 

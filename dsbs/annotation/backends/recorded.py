@@ -1,4 +1,4 @@
-"""Recorded teacher: completions on disk, parsed as if they had just been received."""
+"""Teachers on disk: recorded completions, and the rationales that people wrote."""
 
 from __future__ import annotations
 
@@ -79,4 +79,25 @@ class RecordedTeacher(Teacher):
         where = "teacher.completion in the rows, or the file teacher.completions"
         return UserError(
             f"the data has no {where} for any row", hint="check teacher.kind and task.columns"
+        )
+
+
+class HumanTeacher(RecordedTeacher):
+    """The rationales that a data set comes with, beside its gold labels."""
+
+    title = "human"
+    provenance = "human"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._annotator = Annotator(recipe)
+
+    def reply(self, example: Example) -> Reply | None:
+        if example.rationale is None:
+            return None
+        return Reply(text=example.rationale)
+
+    def no_annotations(self) -> UserError:
+        return UserError(
+            "the data has no rationale column for any row",
+            hint="check teacher.kind and task.columns",
         )

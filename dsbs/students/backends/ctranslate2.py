@@ -19,6 +19,14 @@ from dsbs.students.tokenizer import load_export_tokenizer
 # batches of 16.
 _CPU_BATCH_SIZE = 16
 
+# The converter's loader by a configuration's model_type; tests compare each with transformers.
+DECODER_LOADERS = {
+    "gpt2": "GPT2Loader",
+    "llama": "LlamaLoader",
+    "qwen2": "Qwen2Loader",
+    "qwen3": "Qwen3Loader",
+}
+
 
 def ctranslate2() -> Any:
     """The package. Raises UserError where it is not installed."""

@@ -40,10 +40,10 @@ def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
         load_recipe(path, [f"student={{model: {folder}}}", "student.max_input_tokens=64"])
     )
     told = "\n".join(found.warnings)
-    assert "test: 25.0 % of inputs are longer than student.max_input_tokens" in told
+    assert "test: 25.0% of inputs are longer than student.max_input_tokens" in told
     assert "that the student's tokenizer does not know" in told and "駅" in told
     assert "test: no row is labelled billing" in told
-    assert "test: 3 inputs also stand in train" in told
+    assert "test: 3 inputs also in train" in told
 
 
 def test_what_training_would_refuse_is_refused_here(toy: Callable[..., Path]) -> None:

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from dsbs.config import Recipe
 from dsbs.config.load import load_recipe
-from dsbs.project.lint import lint
+from dsbs.project.validate import check_prompt
 from dsbs.prompting import Prompt, load_prompt
 from dsbs.records.rows import Example
 from dsbs.tasks import make_task
@@ -45,7 +45,7 @@ def warnings(
         "train": [Example("t0", {"text": "something else"})],
         "test": [Example(f"r{i}", {"text": t}) for i, t in enumerate(rows)],
     }
-    return lint(recipe, prompt, make_task(recipe.task), parts)
+    return check_prompt(recipe, prompt, make_task(recipe.task), parts)
 
 
 GOOD = [
@@ -62,7 +62,7 @@ def test_a_sound_prompt_is_passed_in_silence() -> None:
 def test_the_shipped_prompts_are_sound(name: str) -> None:
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     task = make_task(recipe.task)
-    assert lint(recipe, load_prompt(recipe, task), task, {}) == []
+    assert check_prompt(recipe, load_prompt(recipe, task), task, {}) == []
 
 
 def test_an_exemplar_that_cannot_be_read_is_named() -> None:
