@@ -222,7 +222,7 @@ def test_the_fields_of_a_file_are_told_and_no_others(heading: str, row: Any) -> 
 
 
 def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
-    text = (DOCS / "files.md").read_text(encoding="utf-8").partition("### Its parts")[2]
+    text = (DOCS / "files.md").read_text(encoding="utf-8").partition("### Nested records")[2]
     told: dict[str, list[str]] = {}
     part = ""
     for line in text.splitlines():
@@ -242,7 +242,7 @@ def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
 def test_every_reason_of_rejection_is_told() -> None:
     from dsbs.records.rows import Reason
 
-    assert sorted(fields_in_kebab("### Reasons of rejection")) == sorted(get_args(Reason))
+    assert sorted(fields_in_kebab("### Rejection reasons")) == sorted(get_args(Reason))
 
 
 def fields_in_kebab(heading: str) -> list[str]:

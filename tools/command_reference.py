@@ -35,20 +35,26 @@ An interrupted command goes on when it is run again; what is finished is not don
 | 130 | interrupted by Ctrl-C (training: SIGTERM as well); the same command goes on |
 
 """
-MORE = {  # where a page says more than the help does
-    "init": "[Tutorial](tutorial.md)",
-    "validate": "[Tutorial](tutorial.md), [Choosing a teacher](teachers.md#the-prompt-before-a-reply-is-paid-for)",
-    "run": "[Tutorial](tutorial.md)",
-    "annotate": "[Choosing a teacher](teachers.md)",
-    "merge": "[Choosing a teacher](teachers.md#at-scale)",
+MORE = {  # pages that say more than the help does
+    "init": "[Managing runs and recipes](projects.md)",
+    "doctor": "[Managing runs and recipes](projects.md)",
+    "validate": "[Tutorial](tutorial.md), "
+    "[Choosing a teacher](teachers.md#the-prompt-before-a-reply-is-paid-for)",
+    "run": "[Tutorial](tutorial.md), [Training](training.md#run-all-stages)",
+    "annotate": "[Annotation](annotation.md), [Choosing a teacher](teachers.md)",
+    "merge": "[Annotation](annotation.md#scale-shards-and-ray)",
     "compare-teachers": "[Choosing a teacher](teachers.md#several-teachers-on-the-same-rows)",
-    "train": "[Choosing λ](choosing-lambda.md), [Training on several GPUs](training-on-many.md)",
-    "eval": "[Reading a report](reading-a-report.md)",
+    "train": "[Training](training.md), [Choosing λ](choosing-lambda.md), "
+    "[Distributed training](training-on-many.md)",
+    "eval": "[Evaluation](evaluation.md)",
     "report": "[Reading a report](reading-a-report.md)",
-    "predict": "[From Python](python.md)",
-    "serve": "[Serving a student](serving.md)",
+    "predict": "[Python API](python.md)",
     "compress": "[Compressing a student](compress.md)",
-    "schema": "[The recipe, key by key](recipe-reference.md)",
+    "export": "[Exporting a student](deploy.md)",
+    "serve": "[Serving a student](serving.md)",
+    "ls": "[Managing runs and recipes](projects.md)",
+    "show": "[Managing runs and recipes](projects.md)",
+    "schema": "[Recipe reference](recipe-reference.md)",
 }
 
 

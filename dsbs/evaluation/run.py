@@ -9,7 +9,6 @@ from dsbs.config import Recipe, base_of
 from dsbs.config.registry import METHODS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters
-from dsbs.evaluation.external import add_external
 from dsbs.evaluation.latency import measure_latency, read_latency
 from dsbs.evaluation.metrics import score
 from dsbs.evaluation.predictions import (
@@ -19,6 +18,7 @@ from dsbs.evaluation.predictions import (
     student_predictions,
     update_marks,
 )
+from dsbs.evaluation.recorded import TEACHER, add_external, predict_teacher
 from dsbs.evaluation.systems import (
     System,
     break_evens,
@@ -29,7 +29,6 @@ from dsbs.evaluation.systems import (
     score_system,
     teacher_bill,
 )
-from dsbs.evaluation.teacher import TEACHER, predict_teacher
 from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source

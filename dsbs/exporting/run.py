@@ -86,19 +86,10 @@ def export(
     fingerprint = student_fingerprint(folder)
     examples_digest = None if examples is None else digest(*examples)
     existing = read_exported(target)
-    if existing is not None:
-        request = (fingerprint, format, quantize)
-        fits = (existing.fingerprint, existing.format, existing.quantize) == request
-        if fits and examples_digest in (None, existing.examples) and _is_complete(existing):
-            return existing
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(
-            f"{target} exists and is not an export", hint="give another folder with --out"
-        )
-    if not target.name or target.is_symlink():
-        raise UserError(
-            f"--out {out}: an export cannot be moved there", hint="name a folder to be created"
-        )
+    request = (fingerprint, format, quantize)
+    if existing is not None and _fits(existing, request, examples_digest):
+        return existing
+    _check_target(target, existing, out)
     loaded = Student.load(folder)
     remark = chosen.check(loaded, quantize)
     if remark:
@@ -175,6 +166,24 @@ def _target(folder: Path, format: str, quantize: str, out: str | Path | None) ->
     if quantize == FLOAT32:
         return folder / "export" / format
     return folder / "export" / f"{format}-{quantize}"
+
+
+def _check_target(target: Path, existing: Exported | None, out: str | Path | None) -> None:
+    """Raises UserError where an export cannot be moved to ``target``."""
+    if existing is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(
+            f"{target} exists and is not an export", hint="give another folder with --out"
+        )
+    if not target.name or target.is_symlink():
+        raise UserError(
+            f"--out {out}: an export cannot be moved there", hint="name a folder to be created"
+        )
+
+
+def _fits(existing: Exported, request: tuple[str, str, str], examples_digest: str | None) -> bool:
+    if (existing.fingerprint, existing.format, existing.quantize) != request:
+        return False
+    return examples_digest in (None, existing.examples) and _is_complete(existing)
 
 
 def _compare(

@@ -17,8 +17,8 @@ from made_students import make_student, rows_of
 
 from dsbs import UserError, load_recipe
 from dsbs.config import Recipe
-from dsbs.evaluation.external import add_external
 from dsbs.evaluation.predictions import read_predictions
+from dsbs.evaluation.recorded import add_external
 from dsbs.records.rows import Prediction
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
@@ -296,7 +296,7 @@ def test_taking_files_in_needs_no_torch(toy: Callable[..., Path], tmp_path: Path
     path = toy(test=10, eval={"predictions": {"a": "a.jsonl"}})
     code = (
         "import sys; from dsbs import load_recipe; from dsbs.run_folder import RunFolder; "
-        "from dsbs.evaluation.external import add_external; "
+        "from dsbs.evaluation.recorded import add_external; "
         "from dsbs.tasks import make_task; from dsbs.tasks.data import load; "
         f"r = load_recipe({str(path)!r}); t = make_task(r.task); "
         "add_external(r, t, list(load(r, t, 'test')), RunFolder('run')); "

@@ -21,7 +21,7 @@ from dsbs.evaluation.predictions import (
     read_predictions,
     student_predictions,
 )
-from dsbs.evaluation.teacher import predict_teacher
+from dsbs.evaluation.recorded import predict_teacher
 from dsbs.progress import NoProgress
 from dsbs.prompting import load_prompt, source_fingerprint
 from dsbs.records.rows import Annotation, Sample, TeacherName, TrainedStudent

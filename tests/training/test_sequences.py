@@ -84,7 +84,7 @@ def test_a_student_with_decoder_task_tokens_labels_and_explains(
     recipe = annotated(
         "train.methods=step-by-step",
         "train.task_token=decoder",
-        "train.max_steps=120",
+        "train.max_steps=180",
         "train.eval_every=60",
         "train.learning_rate=0.003",
         "student.dropout=0",
