@@ -33,7 +33,7 @@ def rows(folder: Path, split: str) -> list[dict[str, str]]:
 
 
 def test_the_command_offers_the_templates_that_ship() -> None:
-    assert [one.value for one in Template] == list(KINDS)
+    assert [template.value for template in Template] == list(KINDS)
     assert sorted(path.name for path in (ROOT / "data" / "templates").iterdir()) == sorted(KINDS)
 
 
@@ -79,7 +79,7 @@ def test_a_new_project_is_valid_for_dsbs_and_for_an_editor(kind: Kind, tmp_path:
         valid = run_dsbs("validate", path, "--json", cwd=where)
         assert valid.returncode == 0, valid.stderr
         warnings = json.loads(valid.stdout)["warnings"]
-        assert not [one for one in warnings if "'\\n'" not in one], (
+        assert not [warning for warning in warnings if "'\\n'" not in warning], (
             "SVAMP's input has a line break of its own"
         )
     readme = (folder / "README.md").read_text(encoding="utf-8")
@@ -96,15 +96,15 @@ def test_a_new_project_goes_through_all_stages(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     label = LABEL.get(kind, "label")
-    known = {
+    labels = {
         tuple(value for column, value in row.items() if column != label): row[label]
         for row in rows(folder, "train")
     }
-    known |= {
+    labels |= {
         tuple(value for column, value in row.items() if column != label): row[label]
         for row in rows(folder, "test")
     }
-    said = (
+    template = (
         "It is plain to see. The answer is ({})."
         if kind == "math"
         else "It is plain to see.\nAnswer: {}"
@@ -112,8 +112,10 @@ def test_a_new_project_goes_through_all_stages(
 
     def answer(body: dict[str, Any], number: int) -> str:
         question = body["messages"][-1]["content"]
-        (gold,) = {gold for parts, gold in known.items() if all(part in question for part in parts)}
-        return said.format(gold)
+        (gold,) = {
+            gold for words, gold in labels.items() if all(word in question for word in words)
+        }
+        return template.format(gold)
 
     with LoopbackServer(answer) as server:
         changes = [
@@ -124,16 +126,16 @@ def test_a_new_project_goes_through_all_stages(
         ]
         recipe = dsbs.load_recipe("recipe.yaml", changes)
         annotated = dsbs.annotate(recipe)
-        assert server.requests == len(known) and set(server.keys) == {"Bearer a-key"}
+        assert server.requests == len(labels) and set(server.keys) == {"Bearer a-key"}
     assert all(
         split.label_accuracy is not None and split.label_accuracy.value == 1.0
         for split in annotated.splits.values()
     )
     assert all(split.accepted == split.rows for split in annotated.splits.values())
     dsbs.train(recipe)
-    found = dsbs.evaluate(recipe)
-    assert found.n == len(rows(folder, "test"))
-    assert {system.name for system in found.systems} == {
+    results = dsbs.evaluate(recipe)
+    assert results.n == len(rows(folder, "test"))
+    assert {system.name for system in results.systems} == {
         "teacher",
         "step-by-step-gold",
         "finetune-gold",
