@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a line now and then elsewhere, nothing for a program. Always on stderr."""
+"""Progress on stderr: a bar on a terminal, occasional lines elsewhere, nothing for a program."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python tools/command_reference.py
 
-A test holds that the committed page is what this writes.
+A test checks that the committed page is up to date.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
 HEAD = """\
 # Commands
 
-Written by `tools/command_reference.py` from the commands' own `--help`; do not edit it here.
+Written by `tools/command_reference.py` from the commands' `--help`; do not edit it by hand.
 
-Results go to stdout, progress and messages to stderr. `--json` prints one JSON object on stdout and nothing else there.
-An interrupted command goes on when it is run again; what is finished is not done, and not bought, a second time.
+Results go to stdout, progress and messages to stderr. `--json` prints one JSON object on stdout
+and nothing else.
+An interrupted command continues when it is run again: finished work is kept, and no reply is bought
+twice.
 
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | failed by the world: an endpoint that cannot be reached, a model that is not there; what was done is kept |
-| 2 | a mistake in usage, recipe or data; the message says what, where, and what to do |
-| 3 | partial: a money cap, a full disk, rows without a reply; the same command goes on |
-| 4 | all is done and written, and the outcome misses `--min-accuracy`, `--min-delta` or `--max-drop` |
-| 130 | interrupted by Ctrl-C (training: SIGTERM as well); the same command goes on |
+| 1 | a failure outside dsbs: an unreachable endpoint, a missing model; finished work is kept |
+| 2 | a mistake in usage, recipe or data; the message says what is wrong, where, and what to do |
+| 3 | partial: a spending limit, a full disk, rows without a reply; the same command continues |
+| 4 | finished and written, but the outcome misses `--min-accuracy`, `--min-delta` or `--max-drop` |
+| 130 | interrupted by Ctrl-C (training: also SIGTERM); the same command continues |
 
 """
 MORE = {  # pages that say more than the help does
@@ -59,7 +61,7 @@ MORE = {  # pages that say more than the help does
 
 
 def page() -> str:
-    """The whole page, as it is to be committed."""
+    """The whole page."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     listed = "".join(
         f"- [`dsbs {name}`](#dsbs-{name}): {first_sentence(one.help)}\n"

@@ -186,8 +186,8 @@ def vocabulary_warnings(
         if unknown.share > _RARE:
             warnings.append(
                 f"{percent(unknown.share)} of the {group} have characters that the student's "
-                f"tokenizer does not know: {unknown.listing()}; keep them out by task.input or the "
-                f"teacher's prompt, or {remedy}"
+                f"tokenizer does not know: {unknown.listing()}; keep them out with task.input or "
+                f"the teacher's prompt, or {remedy}"
             )
         if blank.share > _RARE:
             warnings.append(
@@ -211,8 +211,8 @@ def _lost_labels(tokenizer: Any, labels: list[str], remedy: str) -> list[str]:
     label, text = missing[0]
     return [
         f"the student can never write {len(missing)} of {len(labels)} labels, as its vocabulary "
-        f"lacks some characters: {label!r} becomes {text!r}. It will be wrong on those rows: rename "
-        f"the labels, or {remedy}"
+        f"lacks some characters: {label!r} becomes {text!r}. It will be wrong on those rows: "
+        f"rename the labels, or {remedy}"
     ]
 
 

@@ -1,1 +1,1 @@
-"""Training: baselines as data, exact losses, a loop on Seq2SeqTrainer that can be killed at any moment."""
+"""Training: methods, exact losses, and a loop on Seq2SeqTrainer that resumes after any stop."""
