@@ -1,4 +1,4 @@
-"""Tasks: inputs and labels, how labels are parsed from text, and when two labels are equal.
+"""Tasks: inputs and labels, how labels are parsed from text, and when two labels are equal."""
 
 from __future__ import annotations
 
