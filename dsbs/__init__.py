@@ -1,4 +1,4 @@
-"""Distilling Step-by-Step: train a small student from a large teacher's labels and rationales.
+"""Distilling Step-by-Step: train a small student from a large teacher, and compare it fairly.
 
     recipe = dsbs.load_recipe("recipes/demo.yaml", ["train.max_steps=100"])
     dsbs.annotate(recipe)
@@ -8,7 +8,7 @@
     student = dsbs.Student.load("runs/demo/train/step-by-step-gold-s0")
     print(student.predict(["My parcel never came."])[0].label)
 
-Every name is imported on first use: ``import dsbs`` loads no heavy package.
+Every name is imported when it is first used: ``import dsbs`` loads nothing heavy.
 """
 
 from __future__ import annotations

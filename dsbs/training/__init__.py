@@ -1,1 +1,1 @@
-"""Training: methods, exact losses, and a loop on Seq2SeqTrainer that resumes after any stop."""
+"""Training: methods as records, exact losses, and a resumable loop on Seq2SeqTrainer."""
