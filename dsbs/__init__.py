@@ -1,4 +1,4 @@
-"""Distilling Step-by-Step: from examples and a teacher's URL to a compared, deployable small student.
+"""Distilling Step-by-Step: train a small student from a large teacher, and compare it fairly.
 
     recipe = dsbs.load_recipe("recipes/demo.yaml", ["train.max_steps=100"])
     dsbs.annotate(recipe)

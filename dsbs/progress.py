@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a line now and then elsewhere, nothing for a program. Always on stderr."""
+"""Progress on stderr: a bar on a terminal, a line every few seconds elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 15.0
 
-
-Worth = tuple[
-    int, str
-]  # what one unit of progress is worth in the rate that is shown: (64, "examples"); (1, ""): itself
-_ITSELF: Worth = (1, "")
+RateUnit = tuple[int, str]
+"""What a step counts for in the displayed rate: (64, "examples") shows examples per second."""
+_STEPS: RateUnit = (1, "")
 
 
 class Progress(Protocol):
-    """What a stage tells of its progress."""
+    """The interface through which a stage reports its progress."""
 
     def start(
-        self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF
+        self, title: str, total: int | None, done: int = 0, rate_unit: RateUnit = _STEPS
     ) -> None: ...
     def update(self, done: int, note: str = "") -> None: ...
     def finish(self) -> None: ...
@@ -34,7 +32,7 @@ class NoProgress:
     """No progress: for programs and tests."""
 
     def start(
-        self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF
+        self, title: str, total: int | None, done: int = 0, rate_unit: RateUnit = _STEPS
     ) -> None: ...
     def update(self, done: int, note: str = "") -> None: ...
     def finish(self) -> None: ...
@@ -47,9 +45,12 @@ class Bar:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: rich_progress.Progress | None = None
-        self._started, self._worth = (0.0, 0), _ITSELF
+        self._started = (0.0, 0)
+        self._rate_unit = _STEPS
 
-    def start(self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None:
+    def start(
+        self, title: str, total: int | None, done: int = 0, rate_unit: RateUnit = _STEPS
+    ) -> None:
         self.finish()
         self._progress = rich_progress.Progress(
             rich_progress.TextColumn("{task.description}"),
@@ -62,13 +63,14 @@ class Bar:
             console=self._console,
             transient=True,
         )
-        self._started, self._worth = (time.monotonic(), done), worth
+        self._started = (time.monotonic(), done)
+        self._rate_unit = rate_unit
         self._progress.start()
         self._progress.add_task(title, total=total, completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:
         if self._progress is not None:
-            note = f"{rate(done, self._started, self._worth)} {note}"
+            note = f"{rate(done, self._started, self._rate_unit)} {note}"
             self._progress.update(self._progress.task_ids[0], completed=done, note=note)
 
     def finish(self) -> None:
@@ -84,12 +86,18 @@ class Lines:
     """A line every few seconds, for logs and pipes."""
 
     def __init__(self) -> None:
-        self._title, self._started, self._last = "", (0.0, 0), 0.0
-        self._worth = _ITSELF
+        self._title = ""
+        self._started = (0.0, 0)
+        self._last = 0.0
+        self._rate_unit = _STEPS
         self._total: int | None = None
 
-    def start(self, title: str, total: int | None, done: int = 0, worth: Worth = _ITSELF) -> None:
-        self._title, self._total, self._worth = title, total, worth
+    def start(
+        self, title: str, total: int | None, done: int = 0, rate_unit: RateUnit = _STEPS
+    ) -> None:
+        self._title = title
+        self._total = total
+        self._rate_unit = rate_unit
         self._started = (time.monotonic(), done)
         self._last = time.monotonic()
 
@@ -98,12 +106,15 @@ class Lines:
         if now - self._last < SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        elapsed, first = now - self._started[0], self._started[1]
+        start_time, first = self._started
+        elapsed = now - start_time
         of = f"/{self._total}" if self._total else ""
         left = ""
         if self._total and done > first:
             left = f", about {(self._total - done) * elapsed / (done - first):.0f} s left"
-        self.say(f"{self._title} {done}{of} {rate(done, self._started, self._worth)} {note}{left}")
+        self.say(
+            f"{self._title} {done}{of} {rate(done, self._started, self._rate_unit)} {note}{left}"
+        )
 
     def finish(self) -> None: ...
 
@@ -111,24 +122,25 @@ class Lines:
         print(text, file=sys.stderr, flush=True)
 
 
-def rate(done: int, started: tuple[float, int], worth: Worth = _ITSELF) -> str:
-    elapsed = time.monotonic() - started[0]
-    each, unit = worth
-    return (
-        f"{each * (done - started[1]) / elapsed:.1f}{' ' * bool(unit)}{unit}/s"
-        if elapsed > 0.5
-        else ""
-    )
+def rate(done: int, started: tuple[float, int], rate_unit: RateUnit = _STEPS) -> str:
+    """Units per second since ``started`` (time, steps); empty in the first half second."""
+    start_time, first = started
+    elapsed = time.monotonic() - start_time
+    if elapsed <= 0.5:
+        return ""
+    size, unit = rate_unit
+    separator = " " if unit else ""
+    return f"{size * (done - first) / elapsed:.1f}{separator}{unit}/s"
 
 
 def make_progress() -> Progress:
-    """The meter that fits stderr."""
+    """A bar if stderr is a terminal, else lines."""
     console = Console(stderr=True)
     return Bar(console) if console.is_terminal else Lines()
 
 
-class running:  # noqa: N801 - reads as a phrase: `with running(meter, "train", 100):`
-    """Start a meter's title and finish it whatever happens."""
+class running:  # noqa: N801 - reads as a phrase: `with running(progress, "train", 100):`
+    """Start a title and finish it even after an error."""
 
     def __init__(
         self,
@@ -136,9 +148,10 @@ class running:  # noqa: N801 - reads as a phrase: `with running(meter, "train", 
         title: str,
         total: int | None,
         done: int = 0,
-        worth: Worth = _ITSELF,
+        rate_unit: RateUnit = _STEPS,
     ) -> None:
-        self._progress, self._begin = progress, (title, total, done, worth)
+        self._progress = progress
+        self._begin = (title, total, done, rate_unit)
 
     def __enter__(self) -> Self:
         self._progress.start(*self._begin)

@@ -34,10 +34,10 @@ def test_a_decoder_only_student_goes_through_all_stages(
         recipe = load_recipe(
             path, [student, f"teacher.base_url={server.url}", "train.lora={rank: 2}", *KEYS]
         )
-        found = validate(recipe)
+        validation = validate(recipe)
         assert (
-            found.splits["train"]["inputs"]["longest"] > 20
-            and found.splits["train"]["inputs"]["unknown"] == 0
+            validation.splits["train"]["inputs"]["longest"] > 20
+            and validation.splits["train"]["inputs"]["unknown"] == 0
         )
         annotate(recipe, out=tmp_path / "run")
         (trained,) = train(recipe, out=tmp_path / "run").students

@@ -1,4 +1,4 @@
-"""The command line: twelve ways to be wrong, each with one message, the right exit code, and nothing lost."""
+"""The command line: mistakes give one message and the right exit code, and lose nothing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from loopback import LoopbackServer
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock and the manifest, which say who came last."""
-    kept = (
+    """All files but lock and manifest, which each command rewrites."""
+    files = (
         p
         for p in folder.rglob("*")
         if p.is_file() and p.name not in (".lock", "manifest.json", "replies.sqlite-shm")
     )
-    return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def jsonl(tmp_path: Path, *lines: str) -> str:
@@ -34,17 +34,31 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
     "wrong type": (lambda p: ["train.max_steps=many"], 2, "train.max_steps"),
     "missing file": (lambda p: ["task.data.train=nowhere.csv"], 2, "nowhere.csv does not exist"),
     "empty file": (lambda p: [jsonl(p)], 2, "is empty"),
-    "broken JSON on line 7": (lambda p: [jsonl(p, *[GOOD] * 6, '{"text": "x",')], 2, "bad.jsonl:7: not valid JSON"),
-    "duplicate ids": (
-        lambda p: [jsonl(p, *['{"id": "a", "text": "x", "team": "billing"}'] * 2)], 2, "id 'a' occurs twice",
+    "broken JSON on line 7": (
+        lambda p: [jsonl(p, *[GOOD] * 6, '{"text": "x",')],
+        2,
+        "bad.jsonl:7: not valid JSON",
     ),
-    "label outside the set": (lambda p: [jsonl(p, '{"text": "x", "team": "sales"}')], 2, "'sales' is not one of billing"),
+    "duplicate ids": (
+        lambda p: [jsonl(p, *['{"id": "a", "text": "x", "team": "billing"}'] * 2)],
+        2,
+        "id 'a' occurs twice",
+    ),
+    "label outside the set": (
+        lambda p: [jsonl(p, '{"text": "x", "team": "sales"}')],
+        2,
+        "'sales' is not one of billing",
+    ),
     "missing column": (lambda p: ["task.columns={label: squad}"], 2, "no column 'squad'"),
     "no key": (lambda p: ["teacher.api_key_env=NO_SUCH_KEY"], 2, "NO_SUCH_KEY is not set"),
     "401": (lambda p: [], 2, "HTTP 401"),
-    "unreachable host": (lambda p: ["teacher.base_url=http://127.0.0.1:9/v1", "teacher.max_attempts=1"], 1, "does not answer"),
+    "unreachable host": (
+        lambda p: ["teacher.base_url=http://127.0.0.1:9/v1", "teacher.max_attempts=1"],
+        1,
+        "does not answer",
+    ),
     "unknown method": (lambda p: ["train.methods=[stepbystep]"], 2, "did you mean 'step-by-step'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -52,7 +66,7 @@ def test_a_mistake_is_one_message_and_nothing_is_lost(
     case: str, toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = toy(train=6, test=4)
-    make, code, told = WRONG[case]
+    make, code, message = WRONG[case]
     with LoopbackServer(good_answer) as server:
         assert (
             run_dsbs(
@@ -72,7 +86,7 @@ def test_a_mistake_is_one_message_and_nothing_is_lost(
         overrides = [f"teacher.base_url={server.url}", "teacher.model=another", *make(tmp_path)]
         result = run_dsbs("annotate", str(path), *overrides, "--out", "run", cwd=tmp_path)
     assert result.returncode == code, result.stderr
-    assert told in result.stderr and "Traceback" not in result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
     assert result.stderr.count("dsbs: ") == 1 and "  try: " in result.stderr
     assert result.stdout == ""
     assert snapshot(tmp_path / "run") == before
@@ -146,9 +160,14 @@ def test_a_dry_run_shows_the_prompt_and_sends_nothing(
 def test_a_reader_that_leaves_early_is_no_crash(toy: Callable[..., Path], tmp_path: Path) -> None:
     write_csv(tmp_path / "more.csv", toy_rows(30))
     done = subprocess.run(
-        f"{sys.executable} -m dsbs validate {toy()} | head -c 5", shell=True, cwd=tmp_path, capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
+        f"{sys.executable} -m dsbs validate {toy()} | head -c 5",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""The documentation: what it names exists, what is generated is up to date, and the site asks nothing of the network."""
+"""Documentation: names that exist, generated pages up to date, a site without outside files."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
             r"(?:^|[\s$|(])(?:dsbs|-m dsbs) ([a-z][a-z-]*)((?:(?! dsbs | \| |#|\)|;|&).)*)", line
         ):
             assert name in COMMANDS, f"{page.name}: dsbs {name}"
-            options = {option for one in COMMANDS[name].params for option in one.opts}
+            options = {option for param in COMMANDS[name].params for option in param.opts}
             for option in re.findall(r"(?<=\s)--[a-z-]+", rest):
                 assert option in options, f"{page.name}: dsbs {name} {option}"
 
@@ -148,7 +148,7 @@ def test_the_terms_and_local_teachers_that_pages_show_are_valid() -> None:
                 entry(TERMS, term["kind"]).model_validate(term) for term in train.get("terms", ())
             ]
             teachers = [
-                LocalTeacherSection.model_validate(one) for one in train.get("teachers", ())
+                LocalTeacherSection.model_validate(item) for item in train.get("teachers", ())
             ]
             assert bool(teachers) == any(term.needs_teacher for term in terms), (
                 f"{page.name}: {train}"
@@ -171,7 +171,7 @@ def leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def unknown_in(path: list[str] | tuple[str, ...], inner: str) -> str | None:
-    """The first key of a dotted path, and of the mapping after it, that the recipe does not have."""
+    """The first key of a path, and of the mapping after it, that the recipe does not have."""
     section = SECTIONS[path[0]]
     for i, key in enumerate(path[1:], 2):
         if ".".join(path[:i]) in SECTIONS:  # also a kind of term: train.terms.response
@@ -180,11 +180,12 @@ def unknown_in(path: list[str] | tuple[str, ...], inner: str) -> str | None:
         if key not in section.model_fields:
             return ".".join(path[:i])
         annotation = section.model_fields[key].annotation
-        found = section_of(annotation)
-        if found is None:
-            free = any(get_origin(part) is dict for part in (annotation, *union_of(annotation)))
+        nested = section_of(annotation)
+        if nested is None:
+            choices = (annotation, *union_of(annotation))
+            free = any(get_origin(choice) is dict for choice in choices)
             return None if i == len(path) or free else ".".join(path[: i + 1])
-        section = found
+        section = nested
     for key in yaml.safe_load(inner) if inner.startswith("{") else ():
         if key not in section.model_fields:
             return f"{'.'.join(path)}.{key}"
@@ -195,13 +196,13 @@ def union_of(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
 
 
-def fields_told(heading: str) -> list[str]:
+def documented_fields(heading: str) -> list[str]:
     """The names in the first column of the table below a heading of files.md."""
     text = (DOCS / "files.md").read_text(encoding="utf-8")
-    part = text.partition(f"\n{heading}\n")[2].partition("\n#")[0]
+    chapter = text.partition(f"\n{heading}\n")[2].partition("\n#")[0]
     return [
         name
-        for line in part.splitlines()
+        for line in chapter.splitlines()
         if line.startswith("| `")
         for name in re.findall(r"`(\w+)`", line.split("|")[1])
     ]
@@ -218,23 +219,23 @@ def fields_told(heading: str) -> list[str]:
 )
 def test_the_fields_of_a_file_are_told_and_no_others(heading: str, row: Any) -> None:
     fields = [field.alias or name for name, field in row.model_fields.items()]
-    assert sorted(fields_told(heading)) == sorted(fields)
+    assert sorted(documented_fields(heading)) == sorted(fields)
 
 
 def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
     text = (DOCS / "files.md").read_text(encoding="utf-8").partition("### Nested records")[2]
-    told: dict[str, list[str]] = {}
-    part = ""
+    documented: dict[str, list[str]] = {}
+    chapter = ""
     for line in text.splitlines():
         cells = line.split("|")
         if len(cells) > 3 and "`" in cells[2]:
-            part = cells[1].strip() or part
-            told.setdefault(part, []).extend(re.findall(r"`(\w+)`", cells[2]))
+            chapter = cells[1].strip() or chapter
+            documented.setdefault(chapter, []).extend(re.findall(r"`(\w+)`", cells[2]))
     expected = {
-        one.__name__: list(one.model_fields)
-        for one in (Measure, Comparison, Bin, Latency, LabelEfficiency, BreakEven)
+        record.__name__: list(record.model_fields)
+        for record in (Measure, Comparison, Bin, Latency, LabelEfficiency, BreakEven)
     }
-    assert {name: sorted(fields) for name, fields in told.items()} == {
+    assert {name: sorted(fields) for name, fields in documented.items()} == {
         name: sorted(f) for name, f in expected.items()
     }
 
@@ -259,13 +260,13 @@ def test_every_exit_code_is_told() -> None:
         .partition("| exit code |")[2]
         .partition("\n\n")[0]
     )
-    told = set(re.findall(r"^\| (\d+) \|", table, re.MULTILINE))
+    documented = set(re.findall(r"^\| (\d+) \|", table, re.MULTILINE))
     kinds = [
-        one
-        for one in vars(errors).values()
-        if isinstance(one, type) and issubclass(one, errors.DsbsError)
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.DsbsError)
     ]
-    assert told == {"0", "130", *(str(kind.exit_code) for kind in kinds)}
+    assert documented == {"0", "130", *(str(kind.exit_code) for kind in kinds)}
 
 
 # --- the built site
@@ -282,13 +283,13 @@ class _Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        self.ids |= {given[name] for name in ("id", "name") if name in given}
-        if tag == "a" and "href" in given:
-            self.links.append(given["href"])
-        if tag in ("script", "img", "iframe", "source", "embed") and "src" in given:
-            self.fetched.append(given["src"])
-        if tag == "link" and given.get("rel") in (
+        attributes = {name: value or "" for name, value in attrs}
+        self.ids |= {attributes[name] for name in ("id", "name") if name in attributes}
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        if tag in ("script", "img", "iframe", "source", "embed") and "src" in attributes:
+            self.fetched.append(attributes["src"])
+        if tag == "link" and attributes.get("rel") in (
             "stylesheet",
             "icon",
             "preconnect",
@@ -296,7 +297,7 @@ class _Page(HTMLParser):
             "prefetch",
             "dns-prefetch",
         ):
-            self.fetched.append(given["href"])
+            self.fetched.append(attributes["href"])
 
 
 @pytest.fixture(scope="module")

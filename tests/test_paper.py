@@ -1,4 +1,4 @@
-"""The paper's recipes: the published settings, `make paper`, the published rows, and the whole way in small."""
+"""The paper's recipes: published settings, `make paper`, published rows, a small full run."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_make_paper_takes_the_base_model_where_no_size_is_given() -> None:
 
 @needs_make
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "TASK='' is not one of the paper's tasks"),
         (["TASK=mnli"], "TASK='mnli' is not one of the paper's tasks"),
@@ -126,12 +126,12 @@ def test_make_paper_takes_the_base_model_where_no_size_is_given() -> None:
     ],
 )
 def test_make_paper_names_what_there_is_before_it_installs_anything(
-    arguments: list[str], said: str
+    arguments: list[str], message: str
 ) -> None:
     done = make("paper", *arguments)
     assert done.returncode == 2 and done.stdout == ""
-    assert said in done.stderr and "try: make paper TASK=" in done.stderr
-    choices = "small base large xl xxl" if "SIZE" in said else " ".join(TASKS)
+    assert message in done.stderr and "try: make paper TASK=" in done.stderr
+    choices = "small base large xl xxl" if "SIZE" in message else " ".join(TASKS)
     assert f"({choices})" in done.stderr
 
 
@@ -184,37 +184,45 @@ def test_the_published_rows_are_the_papers_parts_with_their_completions(
 ) -> None:
     done = published()
     assert done.returncode == 0, done.stderr
-    given = [
+    arguments = [
         f"task.data.{split}={tmp_path}/rows/{split}.jsonl" for split in ("train", "valid", "test")
     ]
     recipe = load_recipe(
-        ROOT / "recipes" / "paper" / "svamp.yaml", [*given, "teacher.kind=recorded"]
+        ROOT / "recipes" / "paper" / "svamp.yaml", [*arguments, "teacher.kind=recorded"]
     )
     task = make_task(recipe.task)
     real = {split: real_rows(shared_data, split) for split in ("train", "test")}
     held_out = json.loads((shared_data / "splits.json").read_text(encoding="utf-8"))["svamp"][
         "paper_valid_rows_of_train"
     ]
-    wanted = {
+    expected = {
         "train": [row for i, row in enumerate(real["train"]) if i not in set(held_out)],
         "valid": [real["train"][i] for i in sorted(held_out)],
         "test": real["test"],
     }
-    for split, rows in wanted.items():
-        found = load(recipe, task, split)
-        assert [(row.input, row.completion) for row in found] == [
+    for split, rows in expected.items():
+        examples = load(recipe, task, split)
+        assert [(row.input, row.completion) for row in examples] == [
             (row["input"], row["teacher"]["completion"]) for row in rows
         ]
         assert all(
             task.correct(str(row.label), real_row["label"])
-            for row, real_row in zip(found, rows, strict=True)
+            for row, real_row in zip(examples, rows, strict=True)
         )
-    looked = run_dsbs(
-        "validate", str(ROOT / "recipes" / "paper" / "svamp.yaml"), "--json", *given, "teacher.kind=recorded",
-        "student.model=null", "student.init=scratch", cwd=tmp_path,
-    )  # fmt: skip
-    assert looked.returncode == 0, looked.stderr
-    assert {name: part["rows"] for name, part in json.loads(looked.stdout)["splits"].items()} == {
+    validated = run_dsbs(
+        "validate",
+        str(ROOT / "recipes" / "paper" / "svamp.yaml"),
+        "--json",
+        *arguments,
+        "teacher.kind=recorded",
+        "student.model=null",
+        "student.init=scratch",
+        cwd=tmp_path,
+    )
+    assert validated.returncode == 0, validated.stderr
+    assert {
+        name: split["rows"] for name, split in json.loads(validated.stdout)["splits"].items()
+    } == {
         "train": 720,
         "valid": 80,
         "test": 200,
@@ -243,16 +251,28 @@ def test_make_paper_goes_from_recorded_completions_to_a_report(
     ready = tmp_path / ".ready"
     ready.touch()
     small = [
-        "student.model=null", "student.init=scratch", "student.vocab_size=300", "train.seeds=0", "train.batch_size=8",
-        "train.max_steps=2", "train.eval_every=2", "eval.max_label_tokens=4", "eval.latency_calls=2", "task.limit=40",
+        "student.model=null",
+        "student.init=scratch",
+        "student.vocab_size=300",
+        "train.seeds=0",
+        "train.batch_size=8",
+        "train.max_steps=2",
+        "train.eval_every=2",
+        "eval.max_label_tokens=4",
+        "eval.latency_calls=2",
+        "task.limit=40",
         "teacher.kind=recorded",
         *(f"task.data.{split}={shared_data}/svamp/{split}.jsonl.gz" for split in ("train", "test")),
-    ]  # fmt: skip
+    ]
     run = tmp_path / "run"
     done = make(
-        "paper", "TASK=svamp", f"BIN={Path(sys.executable).parent}", f"READY={ready}", f"SET=--out {run} {' '.join(small)}",
+        "paper",
+        "TASK=svamp",
+        f"BIN={Path(sys.executable).parent}",
+        f"READY={ready}",
+        f"SET=--out {run} {' '.join(small)}",
         timeout=300,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))
     names = {system["name"] for system in results["systems"]}

@@ -1,4 +1,4 @@
-"""A user's own CSV and three lines of recipe, through every command."""
+"""A CSV and three lines of recipe, through every command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def test_a_csv_and_three_lines_of_recipe_go_through_all_stages(tmp_path: Path) -
     )
     with LoopbackServer(good_answer) as server:
         (tmp_path / "mine.yaml").write_text(
-            "task: {name: classification, labels: [billing, shipping], columns: {label: team}, data: {train: mine.csv}}\n"
+            "task: {name: classification, labels: [billing, shipping], columns: {label: team},"
+            " data: {train: mine.csv}}\n"
             f"teacher: {{model: some-model, base_url: {server.url}}}\n"
             "train: {max_steps: 40, batch_size: 16, eval_every: 20}\neval: {latency_calls: 2}\n",
             encoding="utf-8",
@@ -52,8 +53,8 @@ def test_a_limited_run_is_stamped_everywhere(tmp_path: Path) -> None:
     )
     with LoopbackServer(good_answer) as server:
         (tmp_path / "mine.yaml").write_text(
-            "task: {name: classification, labels: [billing, shipping], columns: {label: team}, data: {train: mine.csv},"
-            " limit: 30}\n"
+            "task: {name: classification, labels: [billing, shipping], columns: {label: team},"
+            " data: {train: mine.csv}, limit: 30}\n"
             f"teacher: {{model: some-model, base_url: {server.url}}}\n"
             "train: {max_steps: 4, batch_size: 8, methods: finetune}\neval: {latency_calls: 2}\n",
             encoding="utf-8",

@@ -19,8 +19,9 @@ def test_a_line_has_the_rate_in_what_people_count_and_the_time_left(
     progress = Lines()
     with running(progress, "train step-by-step-gold-s0", 120, 20, (64, "examples")):
         progress.update(70, "loss: label 0.301, rationale 1.250; best valid 85.0 %")
-    said = capsys.readouterr().err
-    assert said.startswith(
-        "train step-by-step-gold-s0 70/120 320.0 examples/s loss: label 0.301, rationale 1.250; best valid"
+    line = capsys.readouterr().err
+    assert line.startswith(
+        "train step-by-step-gold-s0 70/120 320.0 examples/s "
+        "loss: label 0.301, rationale 1.250; best valid"
     )
-    assert "about 10 s left" in said
+    assert "about 10 s left" in line

@@ -1,8 +1,8 @@
-"""docs/commands.md from the commands themselves.
+"""Command reference: writes docs/commands.md from the commands' own help.
 
     python tools/command_reference.py
 
-A test holds that the committed page is what this writes.
+A test compares the committed page with what this writes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ HEAD = """\
 
 Written by `tools/command_reference.py` from the commands' own `--help`; do not edit it here.
 
-Results go to stdout, progress and messages to stderr. `--json` prints one JSON object on stdout and nothing else there.
-An interrupted command goes on when it is run again; what is finished is not done, and not bought, a second time.
+Results go to stdout, progress and messages to stderr. `--json` prints one JSON object on stdout and
+nothing else there. An interrupted command continues when it is run again: finished work is not
+repeated, and replies are not bought twice.
 
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | failed by the world: an endpoint that cannot be reached, a model that is not there; what was done is kept |
-| 2 | a mistake in usage, recipe or data; the message says what, where, and what to do |
-| 3 | partial: a money cap, a full disk, rows without a reply; the same command goes on |
-| 4 | all is done and written, and the outcome misses `--min-accuracy`, `--min-delta` or `--max-drop` |
-| 130 | interrupted by Ctrl-C (training: SIGTERM as well); the same command goes on |
+| 1 | failed: an unreachable endpoint, a missing model; finished work is kept |
+| 2 | a mistake in usage, recipe or data; the message says what to fix |
+| 3 | partial: a spending limit, a full disk, rows without a reply; run the command again |
+| 4 | finished, but below `--min-accuracy`, `--min-delta` or `--max-drop` |
+| 130 | interrupted by Ctrl-C (training: or SIGTERM); run the command again |
 
 """
 MORE = {  # pages that say more than the help does
@@ -59,20 +60,21 @@ MORE = {  # pages that say more than the help does
 
 
 def page() -> str:
-    """The whole page, as it is to be committed."""
+    """The complete page."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     listed = "".join(
-        f"- [`dsbs {name}`](#dsbs-{name}): {first_sentence(one.help)}\n"
-        for name, one in commands.items()
+        f"- [`dsbs {name}`](#dsbs-{name}): {first_sentence(command.help)}\n"
+        for name, command in commands.items()
     )
-    return HEAD + listed + "".join(f"\n{section(name, one)}" for name, one in commands.items())
+    sections = [f"\n{section(name, command)}" for name, command in commands.items()]
+    return HEAD + listed + "".join(sections)
 
 
 def section(name: str, command: Any) -> str:
-    arguments = [one for one in command.params if one.param_type_name == "argument"]
-    options = [one for one in command.params if one.param_type_name == "option"]
+    arguments = [item for item in command.params if item.param_type_name == "argument"]
+    options = [item for item in command.params if item.param_type_name == "option"]
     usage = " ".join(
-        ["dsbs", name, *(one.metavar for one in arguments), "[OPTIONS]" if options else ""]
+        ["dsbs", name, *(item.metavar for item in arguments), "[OPTIONS]" if options else ""]
     ).strip()
     lines = [
         f"## `dsbs {name}` {{ #dsbs-{name} }}",
@@ -83,8 +85,8 @@ def section(name: str, command: Any) -> str:
         "",
     ]
     lines += ["| | meaning |", "| --- | --- |"]
-    lines += [f"| `{one.metavar}` | {cell(one.help)} |" for one in arguments]
-    lines += [f"| `{spelled(one)}` | {cell(one.help)}{default(one)} |" for one in options]
+    lines += [f"| `{item.metavar}` | {cell(item.help)} |" for item in arguments]
+    lines += [f"| `{spelled(item)}` | {cell(item.help)}{default(item)} |" for item in options]
     if name in MORE:
         lines += ["", f"More: {MORE[name]}."]
     return "\n".join(lines) + "\n"

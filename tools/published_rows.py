@@ -1,11 +1,11 @@
-"""Convert the paper's rows, splits and PaLM-540B completions to files that a recipe reads.
+"""Published data of the paper, as JSONL: rows, splits and PaLM-540B completions.
 
     python tools/published_rows.py svamp|cqa|anli1|esnli datasets out
 
-`datasets` is the folder of that name in datasets.zip of google-research/distilling-step-by-step
-(Apache-2.0). Writes out/train.jsonl, valid.jsonl and test.jsonl, each row with its completion.
-svamp and cqa have no validation file: like the published code, this holds out a tenth of train with
-the `datasets` package and seed 0.
+`datasets` is that folder of datasets.zip in google-research/distilling-step-by-step (Apache-2.0).
+Writes out/train.jsonl, valid.jsonl and test.jsonl, each row with its completion. svamp and cqa have
+no valid file: like the published code, this holds out a tenth of train with the `datasets` package
+and seed 0.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Row = dict[str, Any]
 
 
 def read(folder: Path, name: str, split: str) -> list[Row]:
-    """Read one split's rows with their completions, which the repository pairs by position."""
+    """Rows of one split with their completions, which the repository pairs by position."""
     with (folder / f"{name}_{split}.json").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     texts: list[str] = []
     for i in count():
-        file_path = folder / "llm" / f"{split}_CoT_{i}.json"
-        if not file_path.is_file():
+        path = folder / "llm" / f"{split}_CoT_{i}.json"
+        if not path.is_file():
             break
-        texts += json.loads(file_path.read_text(encoding="utf-8"))
+        texts += json.loads(path.read_text(encoding="utf-8"))
     if len(rows) != len(texts):
         sys.exit(
             f"{folder}: {len(rows)} {split} rows but {len(texts)} completions; "
@@ -46,21 +46,27 @@ def main(name: str, source: str, out: str) -> None:
     folder = Path(source, name)
     if not (folder / f"{name}_train.json").is_file():
         sys.exit(
-            f"{folder / name}_train.json does not exist; pass a task (svamp, cqa, anli1, esnli) "
+            f"no {name}_train.json in {folder}; give a task (svamp, cqa, anli1, esnli) "
             "and the unpacked datasets folder"
         )
-    splits = {split: read(folder, name, split) for split in ("train", "test")}
+    rows_by_split = {split: read(folder, name, split) for split in ("train", "test")}
     if (folder / f"{name}_valid.json").is_file():
-        splits["valid"] = read(folder, name, "valid")
+        rows_by_split["valid"] = read(folder, name, "valid")
     else:
         from datasets import Dataset
 
-        indices = Dataset.from_dict({"index": range(len(splits["train"]))})
-        held_out = set(indices.train_test_split(test_size=0.1, seed=0)["test"]["index"])
-        splits["valid"] = [row for i, row in enumerate(splits["train"]) if i in held_out]
-        splits["train"] = [row for i, row in enumerate(splits["train"]) if i not in held_out]
+        split_rows = Dataset.from_dict(
+            {"place": range(len(rows_by_split["train"]))}
+        ).train_test_split(test_size=0.1, seed=0)
+        held_out = set(split_rows["test"]["place"])
+        rows_by_split["valid"] = [
+            row for i, row in enumerate(rows_by_split["train"]) if i in held_out
+        ]
+        rows_by_split["train"] = [
+            row for i, row in enumerate(rows_by_split["train"]) if i not in held_out
+        ]
     Path(out).mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
+    for split, rows in rows_by_split.items():
         with Path(out, f"{split}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

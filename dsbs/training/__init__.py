@@ -1,1 +1,1 @@
-"""Training: baselines as data, exact losses, a loop on Seq2SeqTrainer that can be killed at any moment."""
+"""Training: methods as records, exact losses, and a resumable loop on Seq2SeqTrainer."""

@@ -1,4 +1,4 @@
-"""The doctor: what is wrong is a line that says what to do; nothing is bought, no key is shown, nothing ends in a traceback."""
+"""dsbs doctor: every problem has a hint; no paid request, no key in the output, no traceback."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def models(*names: str) -> dict[str, Any]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the question to torch, which other tests ask."""
+    """Skips the probe of torch, which other tests cover."""
     monkeypatch.setattr(machine, "accelerators", lambda needs_bf16: iter(()))
 
 
-def about(found: list[Check], name: str) -> Check:
-    (check,) = [check for check in found if check.name == name]
+def about(checks: list[Check], name: str) -> Check:
+    (check,) = [check for check in checks if check.name == name]
     return check
 
 
@@ -77,9 +77,9 @@ def test_a_sound_machine_and_recipe_have_no_problem(
             env={"THE_KEY": KEY},
         )
     assert done.returncode == 0, done.stdout
-    told = json.loads(done.stdout)
-    assert told["problems"] == 0
-    said = {check["name"]: check["said"] for check in told["checks"]}
+    report = json.loads(done.stdout)
+    assert report["problems"] == 0
+    messages = {check["name"]: check["said"] for check in report["checks"]}
     assert {
         "python",
         "versions",
@@ -89,8 +89,8 @@ def test_a_sound_machine_and_recipe_have_no_problem(
         "task.data.train",
         "prompt",
         "student",
-    } <= set(said)
-    assert said["key"] == "THE_KEY is set" and said["teacher.model"] == "loopback is listed"
+    } <= set(messages)
+    assert messages["key"] == "THE_KEY is set" and messages["teacher.model"] == "loopback is listed"
     assert got == [f"GET /v1/models Bearer {KEY}"], "one free question"
     assert KEY not in done.stdout + done.stderr
     assert not (tmp_path / "runs").exists()
@@ -112,7 +112,7 @@ def test_problems_exit_1_with_a_line_and_a_way_out_each(
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "expected", "said"),
+    ("status", "body", "expected", "message"),
     [
         (
             401,
@@ -122,8 +122,8 @@ def test_problems_exit_1_with_a_line_and_a_way_out_each(
         ),
         (403, {}, "problem", "refuses access"),
         (301, b"", "problem", "redirects to"),
-        (200, b"<html>Welcome</html>", "problem", "is no list of models"),
-        (200, {"data": [{"name": "x"}]}, "problem", "is no list of models"),
+        (200, b"<html>Welcome</html>", "problem", "is not a list of models"),
+        (200, {"data": [{"name": "x"}]}, "problem", "is not a list of models"),
         (404, b"not found", "warning", "has no list at"),
         (503, b"later", "warning", "HTTP 503"),
         (429, {"error": {"message": "slow down"}}, "warning", "HTTP 429"),
@@ -135,17 +135,17 @@ def test_an_endpoint_that_answers_otherwise_is_told_for_what_it_is(
     status: int,
     body: Any,
     expected: str,
-    said: str,
+    message: str,
     toy: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("THE_KEY", KEY)
     with endpoint(status, body) as (url, _):
-        found = examine(str(toy(teacher={"api_key_env": "THE_KEY"})), [f"teacher.base_url={url}"])
-    check = about(found, url)
-    assert check.status == expected and said in check.message and check.hint
-    assert not [one for one in found if KEY in f"{one.message} {one.hint}"]
-    assert not [one for one in found if one.name == "teacher.model"], (
+        checks = examine(str(toy(teacher={"api_key_env": "THE_KEY"})), [f"teacher.base_url={url}"])
+    check = about(checks, url)
+    assert check.status == expected and message in check.message and check.hint
+    assert not [check for check in checks if KEY in f"{check.message} {check.hint}"]
+    assert not [check for check in checks if check.name == "teacher.model"], (
         "what is not known is not said"
     )
 
@@ -175,8 +175,8 @@ def test_the_model_is_looked_for_among_those_listed(
     model: str, listed: list[str], status: str, toy: Callable[..., Path]
 ) -> None:
     with endpoint(200, models(*listed)) as (url, _):
-        found = examine(str(toy()), [f"teacher.base_url={url}", f"teacher.model={model}"])
-    check = about(found, "teacher.model")
+        checks = examine(str(toy()), [f"teacher.base_url={url}", f"teacher.model={model}"])
+    check = about(checks, "teacher.model")
     assert check.status == status
     assert status == "ok" or not listed or listed[0] in str(check.hint)
 
@@ -186,14 +186,14 @@ def test_of_several_endpoints_each_is_asked(toy: Callable[..., Path]) -> None:
     path = toy()
     recipe = json.loads(path.read_text(encoding="utf-8"))
     del recipe["teacher"]["base_url"]
-    with endpoint(200, models("loopback")) as (one, _), endpoint(404, b"") as (other, _):
+    with endpoint(200, models("loopback")) as (first, _), endpoint(404, b"") as (second, _):
         recipe["teacher"] |= {
-            "endpoints": [{"base_url": one}, {"base_url": other}],
+            "endpoints": [{"base_url": first}, {"base_url": second}],
             "api_key_env": None,
         }
         path.write_text(json.dumps(recipe), encoding="utf-8")
-        found = examine(str(path))
-    assert (about(found, one).status, about(found, other).status) == ("ok", "warning")
+        checks = examine(str(path))
+    assert (about(checks, first).status, about(checks, second).status) == ("ok", "warning")
 
 
 @pytest.mark.usefixtures("quick")
@@ -201,12 +201,12 @@ def test_a_recipe_that_cannot_be_read_is_a_line_beside_those_of_the_machine(tmp_
     (tmp_path / "bad.yaml").write_text(
         "task: {nam: x}\nteacher: {kind: oracle}\n", encoding="utf-8"
     )
-    found = examine(str(tmp_path / "bad.yaml"))
+    checks = examine(str(tmp_path / "bad.yaml"))
     assert (
-        about(found, "recipe").status == "problem"
-        and "task.nam: unknown key" in about(found, "recipe").message
+        about(checks, "recipe").status == "problem"
+        and "task.nam: unknown key" in about(checks, "recipe").message
     )
-    assert about(found, "python").status == "ok"
+    assert about(checks, "python").status == "ok"
 
 
 @pytest.mark.usefixtures("quick")
@@ -220,22 +220,22 @@ def test_what_a_recipe_needs_beyond_the_base_is_looked_for(
         "student.model=some/model", "teacher.kind=llamacpp", "teacher.model=nowhere.gguf",
         "task.data.valid=hub://owner/name/valid", "eval.predictions.mine=mine.jsonl",
     ]  # fmt: skip
-    found = examine(str(toy()), changes)
+    checks = examine(str(toy()), changes)
     for extra in ("local", "lora", "ray", "tensorboard"):
-        checks = [check for check in found if check.name == f"extra {extra}"]
-        assert [check.status for check in checks] == [
+        lines = [check for check in checks if check.name == f"extra {extra}"]
+        assert [check.status for check in lines] == [
             "ok",
             "problem",
-        ] and f"'dsbs[{extra}]'" in str(checks[1].hint)
+        ] and f"'dsbs[{extra}]'" in str(lines[1].hint)
     assert (
-        about(found, "teacher").status == "problem"
-        and "nowhere.gguf" in about(found, "teacher").message
+        about(checks, "teacher").status == "problem"
+        and "nowhere.gguf" in about(checks, "teacher").message
     )
     assert (
-        about(found, "student.model").status == "problem"
-        and about(found, "task.data.valid").status == "warning"
+        about(checks, "student.model").status == "problem"
+        and about(checks, "task.data.valid").status == "warning"
     )
-    assert about(found, "eval.predictions.mine").status == "problem"
+    assert about(checks, "eval.predictions.mine").status == "problem"
     (tmp_path / "model").mkdir()
     local = examine(str(toy()), ["student.init=null", f"student.model={tmp_path / 'model'}"])
     assert "has no config.json" in about(local, "student.model").message
@@ -253,14 +253,15 @@ def test_a_file_here_that_hides_the_one_beside_the_recipe_is_a_warning(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "train.csv").write_text("text,team\nx,billing\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    found = [
+    checks = [
         check
         for check in examine(str(path), ["task.data.train=train.csv"])
         if check.name == "task.data.train"
     ]
-    assert [check.status for check in found] == ["ok", "warning"] and "beside the recipe" in found[
-        1
-    ].message
+    assert [check.status for check in checks] == [
+        "ok",
+        "warning",
+    ] and "beside the recipe" in checks[1].message
 
 
 def test_torch_that_cannot_be_imported_is_a_problem_and_no_crash(
@@ -278,11 +279,11 @@ def test_torch_that_cannot_be_imported_is_a_problem_and_no_crash(
 
 
 def test_gpus_are_told_with_their_memory_and_a_recipe_that_wants_bf16_needs_one() -> None:
-    one = {"name": "NVIDIA Made-Up", "free": 70e9, "total": 80e9}
-    (check,) = machine.describe_gpus({"gpus": [one], "bf16": True, "cuda": "12.8"}, needs_bf16=True)
+    gpu = {"name": "NVIDIA Made-Up", "free": 70e9, "total": 80e9}
+    (check,) = machine.describe_gpus({"gpus": [gpu], "bf16": True, "cuda": "12.8"}, needs_bf16=True)
     assert check.message == "NVIDIA Made-Up, 70.0 of 80.0 GB free, CUDA 12.8, with bf16"
     _, lacking = machine.describe_gpus(
-        {"gpus": [one], "bf16": False, "cuda": "12.8"}, needs_bf16=True
+        {"gpus": [gpu], "bf16": False, "cuda": "12.8"}, needs_bf16=True
     )
     assert lacking.status == "problem" and lacking.name == "train.precision"
     none = list(machine.describe_gpus({"gpus": [], "bf16": False, "cuda": None}, needs_bf16=False))
@@ -334,13 +335,13 @@ def test_packages_that_are_missing_or_too_old_are_named_with_the_command(
         "requires",
         lambda name: ["numpy>=999", "not-there>=1", "x; extra == 'dev'", "rich"],
     )
-    found = {check.name: check for check in machine.packages()}
+    checks = {check.name: check for check in machine.packages()}
     assert (
-        found["packages"].status == "problem"
-        and "not-there is missing" in found["packages"].message
+        checks["packages"].status == "problem"
+        and "not-there is missing" in checks["packages"].message
     )
-    assert str(found["packages"].hint).endswith("-m pip install 'numpy>=999' 'not-there>=1'")
-    assert "torch" in found["versions"].message
+    assert str(checks["packages"].hint).endswith("-m pip install 'numpy>=999' 'not-there>=1'")
+    assert "torch" in checks["versions"].message
 
 
 def test_a_check_that_breaks_is_a_line() -> None:

@@ -33,7 +33,7 @@ def rows(folder: Path, split: str) -> list[dict[str, str]]:
 
 
 def test_the_command_offers_the_templates_that_ship() -> None:
-    assert [one.value for one in Template] == list(KINDS)
+    assert [template.value for template in Template] == list(KINDS)
     assert sorted(path.name for path in (ROOT / "data" / "templates").iterdir()) == sorted(KINDS)
 
 
@@ -79,7 +79,7 @@ def test_a_new_project_is_valid_for_dsbs_and_for_an_editor(kind: Kind, tmp_path:
         valid = run_dsbs("validate", path, "--json", cwd=where)
         assert valid.returncode == 0, valid.stderr
         warnings = json.loads(valid.stdout)["warnings"]
-        assert not [one for one in warnings if "'\\n'" not in one], (
+        assert not [warning for warning in warnings if "'\\n'" not in warning], (
             "SVAMP's input has a line break of its own"
         )
     readme = (folder / "README.md").read_text(encoding="utf-8")
@@ -96,15 +96,15 @@ def test_a_new_project_goes_through_all_stages(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     label = LABEL.get(kind, "label")
-    known = {
+    labels = {
         tuple(value for column, value in row.items() if column != label): row[label]
         for row in rows(folder, "train")
     }
-    known |= {
+    labels |= {
         tuple(value for column, value in row.items() if column != label): row[label]
         for row in rows(folder, "test")
     }
-    said = (
+    template = (
         "It is plain to see. The answer is ({})."
         if kind == "math"
         else "It is plain to see.\nAnswer: {}"
@@ -112,8 +112,10 @@ def test_a_new_project_goes_through_all_stages(
 
     def answer(body: dict[str, Any], number: int) -> str:
         question = body["messages"][-1]["content"]
-        (gold,) = {gold for parts, gold in known.items() if all(part in question for part in parts)}
-        return said.format(gold)
+        (gold,) = {
+            gold for words, gold in labels.items() if all(word in question for word in words)
+        }
+        return template.format(gold)
 
     with LoopbackServer(answer) as server:
         changes = [
@@ -124,16 +126,16 @@ def test_a_new_project_goes_through_all_stages(
         ]
         recipe = dsbs.load_recipe("recipe.yaml", changes)
         annotated = dsbs.annotate(recipe)
-        assert server.requests == len(known) and set(server.keys) == {"Bearer a-key"}
+        assert server.requests == len(labels) and set(server.keys) == {"Bearer a-key"}
     assert all(
         split.label_accuracy is not None and split.label_accuracy.value == 1.0
         for split in annotated.splits.values()
     )
     assert all(split.accepted == split.rows for split in annotated.splits.values())
     dsbs.train(recipe)
-    found = dsbs.evaluate(recipe)
-    assert found.n == len(rows(folder, "test"))
-    assert {system.name for system in found.systems} == {
+    results = dsbs.evaluate(recipe)
+    assert results.n == len(rows(folder, "test"))
+    assert {system.name for system in results.systems} == {
         "teacher",
         "step-by-step-gold",
         "finetune-gold",
@@ -147,7 +149,7 @@ def test_a_new_project_goes_through_all_stages(
 def test_a_name_that_no_recipe_can_have_is_refused_with_what_it_may_be(
     name: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="begin with a letter or digit"):
+    with pytest.raises(UserError, match="is not a valid name"):
         init(name, parent=tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -167,7 +169,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("full", "file", "link"):
         done = run_dsbs("init", name, cwd=tmp_path)
-        assert done.returncode == 2 and f"{name} is there already" in done.stderr
+        assert done.returncode == 2 and f"{name} exists already" in done.stderr
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine" and not (
         tmp_path / "nowhere"
@@ -196,7 +198,7 @@ def test_killed_in_the_middle_it_leaves_no_folder_of_that_name_and_can_be_run_ag
 
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         init("mine", parent=tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         init("a" * 300, parent=tmp_path)

@@ -1,4 +1,4 @@
-"""The prompt linter: what a person would rather hear before the bill."""
+"""Warnings about a prompt before a reply is paid for."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def test_the_shipped_prompts_are_sound(name: str) -> None:
 
 
 def test_an_exemplar_that_cannot_be_read_is_named() -> None:
-    (found,) = warnings(GOOD, answer="{{ rationale }} So: {{ label }}")[:1]
-    assert "exemplar 1 does not parse (unparsed)" in found
+    (message,) = warnings(GOOD, answer="{{ rationale }} So: {{ label }}")[:1]
+    assert "exemplar 1 does not parse (unparsed)" in message
     assert any("exemplar 1 does not parse" in w for w in warnings(GOOD, stop=["It is"]))
-    said = warnings([*GOOD, ("a", "b", "shipping")], answer="{{ rationale }}\nAnswer: billing")
-    assert any("exemplar 3 says 'shipping' and is read as 'billing'" in w for w in said)
+    messages = warnings([*GOOD, ("a", "b", "shipping")], answer="{{ rationale }}\nAnswer: billing")
+    assert any("exemplar 3 says 'shipping' but is read as 'billing'" in w for w in messages)
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_an_exemplar_that_cannot_be_read_is_named() -> None:
     ],
 )
 def test_words_shared_with_the_data_are_a_leak(exemplar: str, row: str, leaks: bool) -> None:
-    found = [
+    messages = [
         w
         for w in warnings([(exemplar, "It is a box.", "shipping"), GOOD[1]], [row])
         if "shares" in w
     ]
-    assert bool(found) is leaks
+    assert bool(messages) is leaks
     if leaks:
-        assert "exemplar 1" in found[0] and "test: r0" in found[0]
+        assert "exemplar 1" in messages[0] and "test: r0" in messages[0]
 
 
 def test_labels_that_are_missing_or_rare_are_told() -> None:
@@ -103,6 +103,6 @@ def test_labels_that_are_missing_or_rare_are_told() -> None:
 
 
 def test_prompts_beyond_the_context_are_counted() -> None:
-    found = warnings(GOOD, ["word " * 400, "word"], teacher={"context_tokens": 400})
-    assert any("1 of 3 prompts" in w and "context of 400" in w for w in found)
+    messages = warnings(GOOD, ["word " * 400, "word"], teacher={"context_tokens": 400})
+    assert any("1 of 3 prompts" in w and "context of 400" in w for w in messages)
     assert warnings(GOOD, ["word " * 400]) == [], "an endpoint's context is not known"

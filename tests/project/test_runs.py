@@ -1,4 +1,4 @@
-"""The list of runs: what each stage's files say, and what is there when one of them is broken or its process was killed."""
+"""dsbs ls: the state of runs, also with broken files or killed processes."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def test_names_from_disk_and_files_cannot_steer_a_terminal(tmp_path: Path) -> No
     done = run_dsbs("ls", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout and "[bold]x" in done.stdout and "caf�" in done.stdout
-    told = json.loads(run_dsbs("ls", "--json", cwd=tmp_path).stdout)["runs"]
-    assert len(told) == 3 and all(run["when"] is None for run in told)
+    runs = json.loads(run_dsbs("ls", "--json", cwd=tmp_path).stdout)["runs"]
+    assert len(runs) == 3 and all(run["when"] is None for run in runs)
 
 
 def test_where_no_runs_are_that_is_said(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_where_no_runs_are_that_is_said(tmp_path: Path) -> None:
     assert fresh.returncode == 0 and "no runs in runs/" in fresh.stdout
     assert json.loads(run_dsbs("ls", "--json", cwd=tmp_path).stdout) == {"runs": []}
     named = run_dsbs("ls", "elsewhere", cwd=tmp_path)
-    assert named.returncode == 2 and "elsewhere is no folder" in named.stderr
+    assert named.returncode == 2 and "elsewhere is not a directory" in named.stderr
     (tmp_path / "some" / "folder").mkdir(parents=True)
     assert list_runs(tmp_path / "some") == []
     with pytest.raises(UserError):
@@ -148,11 +148,15 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
     alone = run_dsbs("ls", str(tmp_path / "runs" / "plain"), cwd=tmp_path)
     assert run_state(run).beside == {} and "other models" not in alone.stdout, "no column of dashes"
     for record in (
-        "train/teachers/mini-s0/train.json", "train/trials/a/b/train.json", "train/finetune-gold-s0/export/ct2/export.json",
-        "train/finetune-gold-s0/export/.onnx.partial/export.json", "train/finetune-gold-s0/export/aside/ct2-1/export.json",
-        "compress/finetune-gold-s0/quantize=int8/compress.json", "compress/finetune-gold-s0/aside/x-1/compress.json",
+        "train/teachers/mini-s0/train.json",
+        "train/trials/a/b/train.json",
+        "train/finetune-gold-s0/export/ct2/export.json",
+        "train/finetune-gold-s0/export/.onnx.partial/export.json",
+        "train/finetune-gold-s0/export/aside/ct2-1/export.json",
+        "compress/finetune-gold-s0/quantize=int8/compress.json",
+        "compress/finetune-gold-s0/aside/x-1/compress.json",
         "compress/finetune-gold-s0/quantize=int8/export/onnx/export.json",
-    ):  # fmt: skip
+    ):
         (run / record).parent.mkdir(parents=True, exist_ok=True)
         (run / record).write_text("{}", encoding="utf-8")
     assert run_state(run).beside == {"local teachers": 1, "compressed": 1, "exported": 2}
@@ -171,13 +175,13 @@ def test_teachers_and_trials_are_no_students_of_the_grid(tmp_path: Path) -> None
 
     run = make_run(tmp_path / "made", subsets=(1.0,), seeds=(0,))
     names = [student.name for student in RunFolder(run).students()]
-    for place in (
+    for key in (
         "teachers/mini-s0",
         "trials/finetune-gold/learning_rate=0.001",
         "aside/finetune-gold-s0-1",
     ):
-        (run / "train" / place).mkdir(parents=True)
-        (run / "train" / place / "train.json").write_text(
+        (run / "train" / key).mkdir(parents=True)
+        (run / "train" / key / "train.json").write_text(
             "{}", encoding="utf-8"
         )  # no record of a student
     assert [student.name for student in RunFolder(run).students()] == names and len(names) == 3

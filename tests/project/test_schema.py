@@ -1,4 +1,4 @@
-"""The recipe's JSON schema: what editors accept is what dsbs accepts, and every key says what it means."""
+"""The recipe's JSON schema: editors accept what dsbs accepts, and every key is described."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SHIPPED = sorted(
 
 @pytest.fixture(scope="module")
 def schema() -> Any:
-    found = recipe_schema()
-    Draft202012Validator.check_schema(found)
-    return Draft202012Validator(found)
+    schema = recipe_schema()
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
 
 
 def minimal(**sections: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A recipe with nothing left out, and what differs between two."""
+"""dsbs show: a recipe with all its keys, and the differences between two."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ SHIPPED = sorted(
 
 
 def recipe(tmp_path: Path, **sections: Any) -> str:
-    said: dict[str, Any] = {
+    values: dict[str, Any] = {
         "name": "one",
         "task": {"name": "classification", "labels": ["yes", "1"], "data": {"train": "x.csv"}},
         "teacher": {"model": "m"},
     }
     path = tmp_path / "one.yaml"
-    path.write_text(json.dumps(said | sections), encoding="utf-8")
+    path.write_text(json.dumps(values | sections), encoding="utf-8")
     return str(path)
 
 
 def a_run(folder: Path, started: dict[str, str], **changes: dict[str, Any]) -> Path:
     """A run folder whose stages were given the demo's recipe, some of them with changes."""
     for stage, when in started.items():
-        said = load_recipe(
+        stage_recipe = load_recipe(
             "recipes/demo.yaml", [f"{key}={value}" for key, value in changes.get(stage, {}).items()]
         )
         (folder / stage).mkdir(parents=True)
@@ -44,7 +44,7 @@ def a_run(folder: Path, started: dict[str, str], **changes: dict[str, Any]) -> P
             "status": "done",
             "started": when,
             "ended": when,
-            "recipe": said.model_dump(mode="json"),
+            "recipe": stage_recipe.model_dump(mode="json"),
         }
         (folder / stage / "manifest.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
@@ -62,15 +62,23 @@ def test_awkward_values_stay_on_their_line_and_are_read_again(tmp_path: Path) ->
     path = recipe(
         tmp_path,
         task={
-            "name": "classification", "labels": ["yes", "1", "null", "a: b # c"], "data": {"train": "x.csv"},
-            "input": "{{ a }}\n---\n{{ b }}", "description": "«ж» \u2028 \\ '\"" + " long" * 60,
+            "name": "classification",
+            "labels": ["yes", "1", "null", "a: b # c"],
+            "data": {"train": "x.csv"},
+            "input": "{{ a }}\n---\n{{ b }}",
+            "description": "«ж» \u2028 \\ '\"" + " long" * 60,
         },
         teacher={
-            "model": "1.0", "extra_body": {"stop": ["\n"], "seed": 3, "logit_bias": None},
-            "endpoints": [{"base_url": "http://127.0.0.1:1/v1", "weight": 2}, {"base_url": "http://127.0.0.1:2/v1"}],
+            "model": "1.0",
+            "extra_body": {"stop": ["\n"], "seed": 3, "logit_bias": None},
+            "endpoints": [
+                {"base_url": "http://127.0.0.1:1/v1", "weight": 2},
+                {"base_url": "http://127.0.0.1:2/v1"},
+            ],
         },
-        student={"model": "google/t5-v1_1-base"}, train={"lora": {"rank": 4}, "tune": {"learning_rate": [1e-4, 3e-4]}},
-    )  # fmt: skip
+        student={"model": "google/t5-v1_1-base"},
+        train={"lora": {"rank": 4}, "tune": {"learning_rate": [1e-4, 3e-4]}},
+    )
     text = resolve_recipe(path).as_yaml()
     assert len(text.splitlines()) == text.count("\n") + 1
     (tmp_path / "again.yaml").write_text(text, encoding="utf-8")
@@ -86,8 +94,11 @@ def test_what_is_not_the_default_is_marked_and_nothing_else(tmp_path: Path) -> N
         )
     )
     assert shown.changed == {
-        "task.labels": None, "teacher.model": None, "train.batch_size": 64, "annotate.batch.poll_s": 30.0,
-    }  # fmt: skip
+        "task.labels": None,
+        "teacher.model": None,
+        "train.batch_size": 64,
+        "annotate.batch.poll_s": 30.0,
+    }
     lines = shown.as_yaml().splitlines()
     assert "  batch_size: 8  # default: 64" in lines and "    poll_s: 5.0  # default: 30.0" in lines
     assert "  max_steps: 1000" in lines, "a scratch student's own default is no change"
@@ -102,18 +113,21 @@ def test_what_is_not_the_default_is_marked_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_two_recipes_differ_in_their_keys_alone(tmp_path: Path) -> None:
-    one = resolve_recipe(recipe(tmp_path), ["train.seeds=[0, 1]"]).recipe
+    first = resolve_recipe(recipe(tmp_path), ["train.seeds=[0, 1]"]).recipe
     other = resolve_recipe(
         recipe(tmp_path), ["student.model=t5-small", "train.lora.rank=8", "task.columns.label=team"]
     ).recipe
-    found = differences([one, other])
-    assert found["train.seeds"] == [[0, 1], [0]] and found["student.model"] == [None, "t5-small"]
-    assert found["task.columns"] == [{}, {"label": "team"}]
-    assert found["train.lora.rank"] == [MISSING, 8] and "train.lora" not in found
-    assert found["train.learning_rate"] == [0.001, 5e-05], (
+    changes = differences([first, other])
+    assert changes["train.seeds"] == [[0, 1], [0]] and changes["student.model"] == [
+        None,
+        "t5-small",
+    ]
+    assert changes["task.columns"] == [{}, {"label": "team"}]
+    assert changes["train.lora.rank"] == [MISSING, 8] and "train.lora" not in changes
+    assert changes["train.learning_rate"] == [0.001, 5e-05], (
         "what follows from the change is told as well"
     )
-    assert not differences([one, one])
+    assert not differences([first, first])
 
 
 def test_a_run_shows_what_its_newest_stage_was_given_and_says_where_others_differ(
@@ -137,10 +151,10 @@ def test_a_run_shows_what_its_newest_stage_was_given_and_says_where_others_diffe
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if "train.max_steps" in line]
     assert "140" in line and "50" in line
-    told = json.loads(
+    result = json.loads(
         run_dsbs("show", "recipes/demo.yaml", str(run), "--json", cwd=tmp_path).stdout
     )
-    assert told["differs"] == {"train.max_steps": {"a": 140, "b": 50}}
+    assert result["differs"] == {"train.max_steps": {"a": 140, "b": 50}}
     same = run_dsbs(
         "show", "recipes/demo.yaml", str(run), "--set", "train.max_steps=50", cwd=tmp_path
     )

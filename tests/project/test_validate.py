@@ -13,14 +13,14 @@ from dsbs import UserError, load_recipe, validate
 
 
 def test_a_sound_recipe_has_figures_and_no_warnings(toy: Callable[..., Path]) -> None:
-    found = validate(load_recipe(toy(), ["task.data.valid_fraction=0.3"]))
-    assert found.warnings == []
-    assert found.splits["train"]["rows"] == 40 and found.splits["train"]["labels"] == {
+    result = validate(load_recipe(toy(), ["task.data.valid_fraction=0.3"]))
+    assert result.warnings == []
+    assert result.splits["train"]["rows"] == 40 and result.splits["train"]["labels"] == {
         "billing": 20,
         "shipping": 20,
     }
-    assert found.splits["test"]["inputs"]["truncated"] == 0.0
-    assert found.first_prompt is not None and "invoice number 0" in found.first_prompt
+    assert result.splits["test"]["inputs"]["truncated"] == 0.0
+    assert result.first_prompt is not None and "invoice number 0" in result.first_prompt
 
 
 def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
@@ -36,14 +36,14 @@ def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
     write_csv(
         tmp_path / "test.csv", [row | {"id": f"t-{row['id']}", "team": "shipping"} for row in rows]
     )
-    found = validate(
+    result = validate(
         load_recipe(path, [f"student={{model: {folder}}}", "student.max_input_tokens=64"])
     )
-    told = "\n".join(found.warnings)
-    assert "test: 25.0% of inputs are longer than student.max_input_tokens" in told
-    assert "that the student's tokenizer does not know" in told and "駅" in told
-    assert "test: no row is labelled billing" in told
-    assert "test: 3 inputs also in train" in told
+    messages = "\n".join(result.warnings)
+    assert "test: 25.0% of inputs are longer than student.max_input_tokens" in messages
+    assert "that the student's tokenizer does not know" in messages and "駅" in messages
+    assert "test: no row is labelled billing" in messages
+    assert "test: 3 inputs also in train" in messages
 
 
 def test_what_training_would_refuse_is_refused_here(toy: Callable[..., Path]) -> None:
@@ -58,6 +58,6 @@ def test_tokens_are_counted_by_the_start_that_training_has(
     make_student().save(
         tmp_path / "start"
     )  # of other texts: characters of the rows are unknown to it
-    own = validate(load_recipe(toy()))
+    fresh = validate(load_recipe(toy()))
     started = validate(load_recipe(toy(), [f"train.init={tmp_path / 'start'}"]))
-    assert started.splits["test"]["inputs"]["longest"] > own.splits["test"]["inputs"]["longest"]
+    assert started.splits["test"]["inputs"]["longest"] > fresh.splits["test"]["inputs"]["longest"]
