@@ -1,4 +1,4 @@
-"""What tests share: small recipes and data on disk, the commands as a user calls them, real data where it lies beside."""
+"""Shared by the tests: small recipes and data on disk, and the commands as a user runs them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-# The models here are tiny: threads would only wait for one another, and for those of whatever else runs on the machine.
+# The models are tiny: several threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +115,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a toy classification recipe with its data and returns the recipe's path; sections may be replaced."""
+    """Writes a toy classification recipe with its data and returns the recipe's path."""
 
     def make(train: int = 40, test: int = 12, **sections: Any) -> Path:
         write_csv(tmp_path / "train.csv", toy_rows(train))

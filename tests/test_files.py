@@ -1,4 +1,4 @@
-"""Files: whole or not at all, lines by \\n alone, folders held by one process, manifests that tell the end."""
+"""Files: atomic writes, lines that end in \\n alone, folders locked by one process."""
 
 from __future__ import annotations
 

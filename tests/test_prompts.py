@@ -354,7 +354,8 @@ def test_a_prompt_file_lies_beside_its_recipe(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("template: 'Q: {{ text }}'\nanchor: 'So:'\n")
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "task: {name: generation, data: {train: t.csv}}\nteacher: {model: m}\nannotate: {prompt: own.yaml}\n"
+        "task: {name: generation, data: {train: t.csv}}\n"
+        "teacher: {model: m}\nannotate: {prompt: own.yaml}\n"
     )
     prompt = load_prompt(load_recipe(path), TEXT)
     assert (prompt.template, prompt.anchor) == ("Q: {{ text }}", ("So:",))

@@ -243,7 +243,8 @@ def test_a_data_file_named_beside_data_is_told_to_go_into_it(written: Written) -
 
 def test_unquoted_yes_and_no_as_labels_are_told_to_be_quoted(written: Written) -> None:
     path = written(
-        "task:\n  name: classification\n  labels: [yes, no]\n  data: {train: train.csv}\nteacher: {model: m}\n",
+        "task:\n  name: classification\n  labels: [yes, no]\n  data: {train: train.csv}\n"
+        "teacher: {model: m}\n",
     )
     (found,) = mistakes(path)
     assert found.startswith("plain.yaml:3: task.labels:")
@@ -261,7 +262,8 @@ def test_numbers_as_labels_are_text(written: Written) -> None:
 @pytest.mark.parametrize("labels", ["[a]", "[]", "[a, A]", "[a, ' a']", "[a, '']", "[a, null]"])
 def test_labels_that_cannot_be_told_apart_are_refused(written: Written, labels: str) -> None:
     path = written(
-        f"task: {{name: classification, labels: {labels}, data: {{train: t.csv}}}}\nteacher: {{model: m}}\n",
+        f"task: {{name: classification, labels: {labels}, data: {{train: t.csv}}}}\n"
+        "teacher: {model: m}\n",
     )
     (found,) = mistakes(path)
     assert "task.labels" in found

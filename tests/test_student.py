@@ -104,7 +104,7 @@ LABELS = ["a man", "dogs", "Premise"]
 
 @pytest.fixture(scope="module")
 def taught() -> Student:
-    """Taught three short targets, so that its texts end by themselves and it is not sure of them."""
+    """A student trained on three short targets: its texts end, and it is not certain of them."""
     import torch
 
     student = make_student()
@@ -124,7 +124,7 @@ def taught() -> Student:
 
 
 def forced(student: Student, text: str, max_new_tokens: int, start: int) -> tuple[float, bool]:
-    """Probability of a text's greedy tokens by one forward pass for each token, and whether the end token came."""
+    """Probability of a text's greedy tokens, one forward pass per token, and whether it ended."""
     import torch
 
     source = student.backend.tokenizer(
@@ -204,16 +204,31 @@ def written_by(student: Student, monkeypatch: pytest.MonkeyPatch, *texts: tuple[
     [
         # raw, probability, truncated, rationale, rationale_truncated
         ("label", False, [("a", True)], ("a", 0.5, True, None, None)),
-        ("rationale-then-label", False, [("So it is. Answer: a", False)], ("a", None, False, "So it is.", False)),
-        ("rationale-then-label", True, [("So it is. Answer: a", True)], ("a", None, True, "So it is.", False)),
+        (
+            "rationale-then-label",
+            False,
+            [("So it is. Answer: a", False)],
+            ("a", None, False, "So it is.", False),
+        ),
+        (
+            "rationale-then-label",
+            True,
+            [("So it is. Answer: a", True)],
+            ("a", None, True, "So it is.", False),
+        ),
         ("rationale-then-label", True, [("So it", True)], ("", None, True, "So it", True)),
         ("rationale-then-label", True, [("Answer: a", False)], ("a", None, False, "", False)),
         ("label-then-rationale", False, [("a Because: so", True)], ("a", None, False, "so", True)),
         ("label-then-rationale", False, [("a Beca", True)], ("a Beca", None, True, "", True)),
-        ("label-then-rationale", True, [("a Because: b", True), ("a Because: b c", False)], ("a", None, False, "b c", False)),
+        (
+            "label-then-rationale",
+            True,
+            [("a Because: b", True), ("a Because: b c", False)],
+            ("a", None, False, "b c", False),
+        ),
         ("label-then-rationale", True, [("a", False), ("a", False)], ("a", None, False, "", False)),
     ],
-)  # fmt: skip
+)
 def test_what_is_cut_and_what_a_probability_is_of_goes_by_the_sequence(
     target: Target,
     rationale: bool,
@@ -332,7 +347,8 @@ def test_a_configuration_that_is_no_object_is_told(tmp_path: Path) -> None:
 def test_tokenizing_needs_no_torch() -> None:
     code = (
         "import sys; from dsbs.students import learn_vocabulary; "
-        "learn_vocabulary([f'line {i} of text' for i in range(99)], 80)(['x']); assert 'torch' not in sys.modules"
+        "learn_vocabulary([f'line {i} of text' for i in range(99)], 80)(['x']); "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

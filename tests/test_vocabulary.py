@@ -100,9 +100,15 @@ class Told(NoProgress):
 
 def pretrained(folder: Path, tokenizer: Any, recipe: Any) -> Path:
     card = StudentCard(
-        name="s", method="finetune", labels="gold", seed=0, task=recipe.task, prefixes={"label": ""}, max_input_tokens=64,
+        name="s",
+        method="finetune",
+        labels="gold",
+        seed=0,
+        task=recipe.task,
+        prefixes={"label": ""},
+        max_input_tokens=64,
         max_target_tokens=32,
-    )  # fmt: skip
+    )
     Student.of(new_model(StudentSection(vocab_size=200), tokenizer, 0), tokenizer, card).save(
         folder
     )

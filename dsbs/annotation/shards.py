@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from dsbs.annotation.summary import AnnotateResult, SplitSummary
 from dsbs.config import Recipe
-from dsbs.errors import DsbsError, PartialError, UserError
+from dsbs.errors import DsbsError, PartialError, UserError, needs_extra
 from dsbs.progress import Progress
 from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import position
@@ -90,12 +90,8 @@ def annotate_on_ray(
     is restarted and continues from its store. Returns what ``combine_results`` returns; raises what
     ``annotate`` raises.
     """
-    try:
+    with needs_extra("ray", "annotate.engine ray"):
         import ray
-    except ImportError:
-        raise UserError(
-            "annotate.engine ray needs the package ray", hint="pip install 'dsbs[ray]'"
-        ) from None
     section = recipe.annotate.ray
     starts_cluster = not ray.is_initialized()
     if starts_cluster:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsbs.errors import DsbsError, UserError
+from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.exporting.formats import decoder_script, save_tokenizer, write_prompt_format
 from dsbs.students import Student
 from dsbs.students.backends.llama_server import MODEL, LlamaServerBackend, xllamacpp
@@ -59,12 +59,8 @@ class GgufFormat:
     packages = ("xllamacpp", "tokenizers")
 
     def check(self, student: Student, quantize: str) -> str | None:
-        try:
+        with needs_extra("gguf", "the format gguf"):
             import gguf  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "the format gguf needs the package gguf", hint="pip install 'dsbs[gguf]'"
-            ) from None
         xllamacpp("comparing the format gguf in llama.cpp")
         config = student.backend.model.config
         if config.model_type not in _ARCHITECTURES:

@@ -211,8 +211,8 @@ def _lost_labels(tokenizer: Any, labels: list[str], remedy: str) -> list[str]:
     label, text = missing[0]
     return [
         f"the student can never write {len(missing)} of {len(labels)} labels, as its vocabulary "
-        f"lacks some characters: {label!r} becomes {text!r}. It will be wrong on those rows: rename "
-        f"the labels, or {remedy}"
+        f"lacks some characters: {label!r} becomes {text!r}. It will be wrong on those rows: "
+        f"rename the labels, or {remedy}"
     ]
 
 

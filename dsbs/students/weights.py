@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.config import StudentSection
-from dsbs.errors import DsbsError, UserError
+from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.students.gguf import fingerprint, gguf_file, is_gguf
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -145,12 +145,8 @@ def pretrained_arguments(source: str) -> dict[str, Any]:
             "pretrained_model_name_or_path": expand_local(source),
             "trust_remote_code": False,
         }
-    try:
+    with needs_extra("gguf", "a student from a GGUF file"):
         import gguf  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "a student from a GGUF file needs the package gguf", hint="pip install 'dsbs[gguf]'"
-        ) from None
     file = gguf_file(source)
     return {
         "pretrained_model_name_or_path": str(file.parent),

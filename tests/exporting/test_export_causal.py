@@ -1,4 +1,4 @@
-"""Exports of decoder-only students do what the students do, special tokens and long texts included."""
+"""Exports of decoder-only students, special tokens and long texts included."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A folder with a student, taught once for each kind and template; nothing but exports is written beside it."""
+    """A student, trained once per kind and template; only exports are written beside it."""
     there: dict[tuple[str, str], Path] = {}
 
     def made(into: Path, kind: str = "llama", template: str = "chat") -> Path:
@@ -58,11 +58,18 @@ def _llama_cpp(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize(
     ("form", "kind", "template"),
     [
-        ("ct2", "llama", "chat"), ("ct2", "llama", "plain"), ("ct2", "qwen2", "plain"), ("ct2", "qwen3", "chat"),
-        ("ct2", "gpt2", "chat"), ("gguf", "llama", "chat"), ("gguf", "llama", "plain"), ("gguf", "qwen2", "chat"),
-        ("gguf", "qwen3", "plain"), ("torch", "llama", "chat"),
+        ("ct2", "llama", "chat"),
+        ("ct2", "llama", "plain"),
+        ("ct2", "qwen2", "plain"),
+        ("ct2", "qwen3", "chat"),
+        ("ct2", "gpt2", "chat"),
+        ("gguf", "llama", "chat"),
+        ("gguf", "llama", "plain"),
+        ("gguf", "qwen2", "chat"),
+        ("gguf", "qwen3", "plain"),
+        ("torch", "llama", "chat"),
     ],
-)  # fmt: skip
+)
 def test_a_float_export_writes_and_scores_as_transformers_does(
     tmp_path: Path, make: Make, form: str, kind: str, template: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Tiny students of both T5 layouts, with sharp random weights: flat ones would write texts that hang on a rounding."""
+"""Tiny students of both T5 layouts, with sharp random weights, which no rounding can change."""
 
 from __future__ import annotations
 
@@ -39,19 +39,35 @@ def make_student(
     tokenizer = learn_vocabulary((row["text"] for row in toy_rows(80)), 120)
     torch.manual_seed(3)
     config = T5Config(
-        vocab_size=len(tokenizer) + 8, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, num_decoder_layers=2,
-        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **shape,
-    )  # fmt: skip
+        vocab_size=len(tokenizer) + 8,
+        d_model=32,
+        d_kv=8,
+        num_heads=4,
+        d_ff=64,
+        num_layers=2,
+        num_decoder_layers=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        **shape,
+    )
     model = T5ForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.25)
     card = StudentCard(
-        name="tiny", method="made", labels="gold", seed=0,
-        task=TaskSection.model_validate({"name": "classification", "labels": list(TEAMS), "data": {"train": "none.csv"}}),
-        prefixes=prefixes or {"label": "predict: ", "rationale": "explain: "}, starts=starts or {},
-        max_input_tokens=24, max_target_tokens=12,
-    )  # fmt: skip
+        name="tiny",
+        method="made",
+        labels="gold",
+        seed=0,
+        task=TaskSection.model_validate(
+            {"name": "classification", "labels": list(TEAMS), "data": {"train": "none.csv"}}
+        ),
+        prefixes=prefixes or {"label": "predict: ", "rationale": "explain: "},
+        starts=starts or {},
+        max_input_tokens=24,
+        max_target_tokens=12,
+    )
     Student.of(model, tokenizer, card).save(folder / "student")
     return folder / "student"

@@ -1,4 +1,4 @@
-"""What a decoder-only student writes: greedy, the same in every batch, to its end token and no further."""
+"""Decoder-only students write greedily, the same in every batch, up to their end token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def taught(request: pytest.FixtureRequest) -> Student:
 
 
 def forced(student: Student, text: str, most: int) -> tuple[str, float, bool]:
-    """Text, probability, and whether it ended, by one forward pass for each token, without batch, padding and cache."""
+    """Text, probability and whether it ended, with one forward pass per token and no cache."""
     engine: Any = student.backend
     (ids,) = engine.input_format.read([text], student.card.max_input_tokens)
     own: list[int] = []

@@ -101,13 +101,13 @@ def test_targets_end_with_what_ends_a_turn_and_keep_it_when_they_are_cut() -> No
         assert cut == [*whole[:2], wording.end]
 
 
-def test_a_template_that_thinks_first_is_told_not_to_and_one_with_the_date_writes_the_same_every_day() -> (
-    None
-):
+def test_templates_neither_think_first_nor_write_the_date_of_the_day() -> None:
     tokenizer = causal_models.tokenizer()
     tokenizer.chat_template = (
-        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] + '<|over|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'So:' if enable_thinking is false else 'Hm:' }}{% endif %}"
+        "{{ strftime_now('%d %b %Y') }}"
+        "{% for m in messages %}{{ m['content'] + '<|over|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ 'So:' if enable_thinking is false else 'Hm:' }}{% endif %}"
     )
     wording = ChatFormat(tokenizer, "chat")
     assert (wording.head, wording.tail) == ("01 January 2025", "<|over|>So:")

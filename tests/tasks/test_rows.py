@@ -167,7 +167,8 @@ def test_paths_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
     write_csv(tmp_path / "rows.csv", ROWS)
     path = tmp_path / "r.yaml"
     path.write_text(
-        "task: {name: classification, labels: [billing, shipping], data: {train: rows.csv}}\nteacher: {model: m}\n"
+        "task: {name: classification, labels: [billing, shipping], data: {train: rows.csv}}\n"
+        "teacher: {model: m}\n"
     )
     made = load_recipe(path, ["task.data.test=rows.csv", "task.data.valid=rows.csv"])
     assert [row.id for row in rows_of(made)] == ["a", "b", "c"]
