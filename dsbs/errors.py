@@ -5,10 +5,13 @@ Anything else that escapes is a bug.
 DsbsError            1  something outside failed: an unreachable teacher, a full disk
 ├── UserError        2  wrong usage, recipe or data
 ├── PartialError     3  stopped before the end; the same command continues
-└── GateError        4  finished, but the outcome is below what was asked for
+└── GateError        4  finished, but the outcome is below a requested threshold
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class DsbsError(Exception):
@@ -44,3 +47,18 @@ class GateError(DsbsError):
     """
 
     exit_code = 4
+
+
+@contextmanager
+def needs_extra(extra: str, feature: str) -> Iterator[None]:
+    """Imports in the body need an optional dependency: ``with needs_extra("lora", "train.lora"):``.
+
+    Raises UserError with the ``pip install`` command where a package is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = error.name or str(error)
+        raise UserError(
+            f"{feature} needs the package {package}", hint=f"pip install 'dsbs[{extra}]'"
+        ) from None

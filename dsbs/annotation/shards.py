@@ -1,4 +1,4 @@
-"""Shards: a run in parts, on several machines (`--shard`, then `merge`) or on a Ray cluster."""
+"""Shards: a run split over several machines (`--shard`, then `merge`) or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from dsbs.annotation.summary import AnnotateResult, SplitSummary
 from dsbs.config import Recipe
-from dsbs.errors import DsbsError, PartialError, UserError
+from dsbs.errors import DsbsError, PartialError, UserError, needs_extra
 from dsbs.progress import Progress
 from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import position
@@ -32,7 +32,7 @@ class Shard:
         number, _, count = text.partition("/")
         if not (number.isdigit() and count.isdigit()) or not 1 <= int(number) <= int(count):
             raise UserError(
-                f"--shard {text}: not a part of the rows",
+                f"--shard {text}: not a shard",
                 hint="write the number and the count of the parts: 1/4, 2/4, 3/4, 4/4",
             )
         return cls(int(number), int(count))
@@ -90,12 +90,8 @@ def annotate_on_ray(
     is restarted and continues from its store. Returns what ``combine_results`` returns; raises what
     ``annotate`` raises.
     """
-    try:
+    with needs_extra("ray", "annotate.engine ray"):
         import ray
-    except ImportError:
-        raise UserError(
-            "annotate.engine ray needs the package ray", hint="pip install 'dsbs[ray]'"
-        ) from None
     section = recipe.annotate.ray
     starts_cluster = not ray.is_initialized()
     if starts_cluster:

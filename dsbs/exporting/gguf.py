@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsbs.errors import DsbsError, UserError
+from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.exporting.formats import decoder_script, save_tokenizer, write_prompt_format
 from dsbs.students import Student
 from dsbs.students.backends.llama_server import MODEL, LlamaServerBackend, xllamacpp
@@ -59,31 +59,27 @@ class GgufFormat:
     packages = ("xllamacpp", "tokenizers")
 
     def check(self, student: Student, quantize: str) -> str | None:
-        try:
+        with needs_extra("gguf", "the format gguf"):
             import gguf  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "the format gguf needs the package gguf", hint="pip install 'dsbs[gguf]'"
-            ) from None
         xllamacpp("comparing the format gguf in llama.cpp")
         config = student.backend.model.config
         if config.model_type not in _ARCHITECTURES:
             raise UserError(
                 f"the format gguf supports {', '.join(_ARCHITECTURES)}, not {config.model_type}",
-                hint="give --format ct2",
+                hint="use --format ct2",
             )
         unsupported = _unsupported_features(config)
         if unsupported:
             raise UserError(
                 f"{student.card.name} has {' and '.join(unsupported)}, which the format gguf does "
                 "not support here",
-                hint="give --format ct2",
+                hint="use --format ct2",
             )
         if _pre_tokenizer(student) is None:
             raise UserError(
                 f"the format gguf does not support the tokenizer of {student.card.name}: it needs "
                 "a byte-level BPE that splits text like GPT-2, SmolLM, Qwen2 or Llama 3",
-                hint="give --format ct2",
+                hint="use --format ct2",
             )
         return None
 
@@ -201,7 +197,7 @@ def _check_tokenizer(student: Student, folder: Path) -> None:
     if exported.tokenize(prompt) != token_ids:
         raise DsbsError(
             f"llama.cpp tokenises the prompts of {student.card.name} differently, e.g. {prompt!r}",
-            hint="give --format ct2",
+            hint="use --format ct2",
         )
 
 
@@ -223,7 +219,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise DsbsError(
-                f"llama.cpp does not support the weights {name}", hint="give --format ct2"
+                f"llama.cpp does not support the weights {name}", hint="use --format ct2"
             )
         yield gguf_name, array
 

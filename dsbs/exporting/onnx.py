@@ -14,7 +14,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from dsbs.errors import DsbsError, UserError
+from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.exporting.formats import FLOAT32, label_view
 from dsbs.students import Student
 from dsbs.students.backends.onnxruntime import DECODER, ENCODER, onnxruntime
@@ -60,13 +60,9 @@ class OnnxFormat:
 
     def check(self, student: Student, quantize: str) -> str | None:
         onnxruntime()
-        try:
+        with needs_extra("onnx", "the format onnx"):
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                f"the format onnx needs the package {error.name}", hint="pip install 'dsbs[onnx]'"
-            ) from None
         model_type = student.backend.model.config.model_type
         if model_type not in ("t5", "mt5"):
             raise UserError(

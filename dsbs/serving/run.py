@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsbs.errors import UserError
+from dsbs.errors import UserError, needs_extra
 from dsbs.serving.model import Model
 from dsbs.serving.settings import Settings
 from dsbs.students import Student
@@ -44,13 +44,9 @@ def serve(
     threads of the model; None: OMP_NUM_THREADS, or one per core. Raises UserError, and
     KeyboardInterrupt after a SIGINT.
     """
-    try:
+    with needs_extra("serve", "dsbs serve"):
         from dsbs.serving.app import Service, make_app
         from dsbs.serving.http import HttpServer
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"dsbs serve needs {error.name}", hint="pip install 'dsbs[serve]'"
-        ) from None
     token = None if token_env is None else _read_token(token_env)
     listener = _bind(host, port)
     try:
@@ -96,7 +92,8 @@ def _read_token(variable: str) -> str:
         )
     if not token.isascii() or any(character.isspace() for character in token):
         raise UserError(
-            f"the token in {variable} has a space or a character that a header cannot hold",
+            f"the token in {variable} contains a space or a character that is not allowed in a "
+            "header",
             hint="use letters and digits",
         )
     return token

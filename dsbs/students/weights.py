@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.config import StudentSection
-from dsbs.errors import DsbsError, UserError
+from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.files import find_file
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -149,12 +149,8 @@ def pretrained_arguments(source: str) -> dict[str, Any]:
             "pretrained_model_name_or_path": expand_local(source),
             "trust_remote_code": False,
         }
-    try:
+    with needs_extra("gguf", "a student from a GGUF file"):
         import gguf  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "a student from a GGUF file needs the package gguf", hint="pip install 'dsbs[gguf]'"
-        ) from None
     file = gguf_file(source)
     return {
         "pretrained_model_name_or_path": str(file.parent),
@@ -233,7 +229,8 @@ def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | No
             raise UserError(
                 f"{start} has {model.config.vocab_size} embeddings, but its tokenizer has "
                 f"{len(tokenizer)} pieces",
-                hint="weights and tokenizer belong to two models: save both of one into the folder",
+                hint="weights and tokenizer are from different models: save those of one model "
+                "into the folder",
             )
         return model
     silence_transformers()

@@ -18,7 +18,7 @@ import yaml
 from transformers import TrainerCallback
 
 from dsbs.config import Recipe
-from dsbs.errors import UserError
+from dsbs.errors import needs_extra
 from dsbs.files import write_jsonl
 from dsbs.formatting import markdown_table, one_line, percent
 from dsbs.progress import Progress
@@ -254,13 +254,8 @@ class TensorBoardLogger(TrainerCallback):
         data: Data,
         new_model: Callable[[], Any],
     ) -> None:
-        try:
+        with needs_extra("tensorboard", "report.tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "report.tensorboard needs the package tensorboard",
-                hint="pip install 'dsbs[tensorboard]'",
-            ) from None
         self._metrics = metrics
         self._student = student
         self._data = data

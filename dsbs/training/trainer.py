@@ -349,12 +349,8 @@ def add_adapters(model: Any, section: LoraSection) -> Any:
     B begins at 0, so the model computes the same before training. Raises UserError for targets that
     no block has.
     """
-    try:
+    with needs_extra("lora", "train.lora"):
         from peft import LoraConfig, TaskType, get_peft_model
-    except ImportError:
-        raise UserError(
-            "train.lora needs the package peft", hint="pip install 'dsbs[lora]'"
-        ) from None
     targets = _target_modules(model, section.targets)
     model.name_or_path = ""  # peft would look the name up on the hub at every checkpoint
     task_type = TaskType.CAUSAL_LM

@@ -31,7 +31,9 @@ def test_two_models_of_one_name_and_size_have_two_fingerprints(tmp_path: Path) -
     for folder, content in (("a", b"1"), ("b", b"2")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "m.gguf").write_bytes(content * 5000)
-    assert gguf_fingerprint(tmp_path / "a" / "m.gguf") != fingerprint(tmp_path / "b" / "m.gguf")
+    assert gguf_fingerprint(tmp_path / "a" / "m.gguf") != gguf_fingerprint(
+        tmp_path / "b" / "m.gguf"
+    )
     assert gguf_fingerprint(tmp_path / "a" / "m.gguf").startswith("m.gguf:5000:")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsbs.errors import UserError
+from dsbs.errors import needs_extra
 from dsbs.students.backends import GeneratedText, export_error
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import PROMPT_FORMAT_FILE, ExportedPrompts
@@ -30,12 +30,8 @@ DECODER_LOADERS = {
 
 def ctranslate2() -> Any:
     """The package. Raises UserError where it is not installed."""
-    try:
+    with needs_extra("ct2", "the format ct2"):
         import ctranslate2 as runtime
-    except ImportError:
-        raise UserError(
-            "the format ct2 needs the package ctranslate2", hint="pip install 'dsbs[ct2]'"
-        ) from None
     return runtime
 
 

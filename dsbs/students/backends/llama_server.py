@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsbs.errors import DsbsError, UserError
+from dsbs.errors import DsbsError, needs_extra
 from dsbs.students.backends import GeneratedText, export_error, omp_threads
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import PROMPT_FORMAT_FILE, ExportedPrompts
@@ -21,14 +21,10 @@ SLOTS = 4  # requests decoded side by side; more made two cores slower
 _MIN_ANSWER_TOKENS = 256
 
 
-def xllamacpp(what: str) -> Any:
-    """The package, which ``what`` needs. Raises UserError where it is not installed."""
-    try:
+def xllamacpp(feature: str) -> Any:
+    """The package, which ``feature`` needs. Raises UserError where it is not installed."""
+    with needs_extra("local", feature):
         import xllamacpp as runtime
-    except ImportError:
-        raise UserError(
-            f"{what} needs the package xllamacpp", hint="pip install 'dsbs[local]'"
-        ) from None
     return runtime
 
 

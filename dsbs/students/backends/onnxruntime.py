@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsbs.errors import UserError
+from dsbs.errors import needs_extra
 from dsbs.students.backends import GeneratedText, export_error, omp_threads
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.tokenizer import load_export_tokenizer
@@ -22,12 +22,8 @@ _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 def onnxruntime() -> Any:
     """The package. Raises UserError where it is not installed."""
-    try:
+    with needs_extra("onnx", "the format onnx"):
         import onnxruntime as runtime
-    except ImportError:
-        raise UserError(
-            "the format onnx needs the package onnxruntime", hint="pip install 'dsbs[onnx]'"
-        ) from None
     return runtime
 
 
