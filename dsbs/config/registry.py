@@ -1,7 +1,7 @@
 """Registries: every kind of thing that a recipe or a command can name, as a "module:name" string.
 
 To add a kind, write its module and add one line here. A module is imported only when its kind is
-asked for, so that a recipe is validated, and ``--help`` printed, without torch.
+used, so that validating a recipe and printing ``--help`` need no torch.
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ def vocabulary_warnings(
         if unknown.share > _RARE:
             warnings.append(
                 f"{percent(unknown.share)} of the {group} have characters that the student's "
-                f"tokenizer does not know: {unknown.listing()}; keep them out by task.input or the "
-                f"teacher's prompt, or {remedy}"
+                f"tokenizer does not know: {unknown.listing()}; keep them out with task.input or "
+                f"the teacher's prompt, or {remedy}"
             )
         if blank.share > _RARE:
             warnings.append(

@@ -225,7 +225,8 @@ def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | No
             raise UserError(
                 f"{start} has {model.config.vocab_size} embeddings, but its tokenizer has "
                 f"{len(tokenizer)} pieces",
-                hint="weights and tokenizer belong to two models: save both of one into the folder",
+                hint="weights and tokenizer are from different models: save those of one model "
+                "into the folder",
             )
         return model
     silence_transformers()

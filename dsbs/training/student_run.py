@@ -149,7 +149,7 @@ class StudentRun:
         wait()
         if self.folder.is_finished():
             return self.folder.student()
-        hint = "free some space, then run the same command: it goes on from the last checkpoint"
+        hint = "free some space, then run the same command: it continues from the last checkpoint"
         try:
             with full_disk_as_partial(self.folder.path, hint):
                 return self._train(progress)
@@ -164,7 +164,7 @@ class StudentRun:
             smaller = self._smaller(micro)
             progress.say(
                 f"{self.spec.name}: out of memory with {micro} examples at a time; "
-                f"going on with {smaller}"
+                f"continuing with {smaller}"
             )
             free_memory()
             micro = smaller
@@ -323,7 +323,7 @@ class StudentRun:
         if not sizes:
             raise DsbsError(
                 problem,
-                hint="set train.gradient_checkpointing: true, or take a smaller student; the last "
+                hint="set train.gradient_checkpointing: true, or use a smaller student; the last "
                 "checkpoint is kept",
             )
         fixed = [term.title for term in self.terms if term.is_of_one_pass]
@@ -332,7 +332,7 @@ class StudentRun:
         if fixed:
             raise DsbsError(
                 f"{problem}, and a smaller micro-batch would change {' and '.join(fixed)}",
-                hint="set train.gradient_checkpointing: true, which goes on from the last "
+                hint="set train.gradient_checkpointing: true, which continues from the last "
                 "checkpoint; or a smaller train.micro_batch_size, which trains another student",
             )
         return max(size for size in sizes if size <= max(1, micro // 2))

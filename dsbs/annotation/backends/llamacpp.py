@@ -1,4 +1,4 @@
-"""llama.cpp teacher: a GGUF file, served in this process, asked through the OpenAI client."""
+"""llama.cpp teacher: a GGUF file served in this process and called by the OpenAI client."""
 
 from __future__ import annotations
 
