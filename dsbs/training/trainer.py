@@ -18,7 +18,7 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from dsbs.config import LoraSection, ResolvedTrainSection, unknown
-from dsbs.errors import DsbsError, UserError
+from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.training.distillation.base import StepTotals
 from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss
 from dsbs.training.distributed import save_sharded_model, shard_model, world_size
