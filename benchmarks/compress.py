@@ -23,10 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsbs.compression.feed_forward import keep_units
-from dsbs.compression.heads import keep_heads
-from dsbs.compression.layers import drop_layers
 from dsbs.compression.low_rank import LowRankStep, factorize
+from dsbs.compression.pruning import drop_layers, keep_heads, keep_units
 from dsbs.compression.steps import attentions, feed_forwards
 from dsbs.records.results import BATCH_SIZES
 from dsbs.students import SIZES, weights_megabytes

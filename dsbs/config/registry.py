@@ -69,10 +69,10 @@ METRICS = {
 # wrong one.
 COMPRESSION_STEPS = {
     "quantize": "dsbs.compression.quantize:Quantize",
-    "prune-heads": "dsbs.compression.heads:PruneHeads",
-    "prune-ff": "dsbs.compression.feed_forward:PruneFeedForward",
-    "magnitude": "dsbs.compression.magnitude:Magnitude",
-    "drop-layers": "dsbs.compression.layers:DropLayers",
+    "prune-heads": "dsbs.compression.pruning:PruneHeads",
+    "prune-ff": "dsbs.compression.pruning:PruneFeedForward",
+    "magnitude": "dsbs.compression.pruning:Magnitude",
+    "drop-layers": "dsbs.compression.pruning:DropLayers",
     "low-rank": "dsbs.compression.low_rank:LowRankStep",
 }
 

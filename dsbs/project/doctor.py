@@ -21,7 +21,7 @@ from dsbs.project.machine import Check, run_check
 from dsbs.prompting import load_prompt
 from dsbs.run_folder import RunFolder
 from dsbs.students.card import CARD
-from dsbs.students.gguf import gguf_file, is_gguf
+from dsbs.students.weights import gguf_file, is_gguf
 from dsbs.tasks import make_task
 from dsbs.tasks.data import HUB
 

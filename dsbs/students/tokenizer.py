@@ -16,8 +16,13 @@ from dsbs.errors import DsbsError, UserError
 from dsbs.files import digest
 from dsbs.formatting import percent
 from dsbs.students.architecture import architecture_of
-from dsbs.students.gguf import gguf_file, is_gguf
-from dsbs.students.weights import loading_error, pretrained_arguments, silence_transformers
+from dsbs.students.weights import (
+    gguf_file,
+    is_gguf,
+    loading_error,
+    pretrained_arguments,
+    silence_transformers,
+)
 
 _MAX_VOCABULARY_LINES = 200_000
 _MIN_PIECES = 32  # a tokenizer with fewer was not loaded properly

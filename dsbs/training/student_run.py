@@ -43,11 +43,11 @@ from dsbs.training.encode import (
     soft_labels_hash,
 )
 from dsbs.training.grid import StudentSpec, Trial
-from dsbs.training.lora import add_adapters, count_trainable, merge_adapters
 from dsbs.training.methods import View, method_of
 from dsbs.training.rows import Data, count_rationales
 from dsbs.training.student_folder import StudentFolder
 from dsbs.training.tokens import Tokens
+from dsbs.training.trainer import add_adapters, count_trainable, merge_adapters
 from dsbs.training.validation import max_new_tokens, validate, validation_interval
 
 if TYPE_CHECKING:
