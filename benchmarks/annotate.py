@@ -1,13 +1,15 @@
-"""What asking costs: wall time against the ideal, CPU time and memory a row, beside other annotation tools under the same load.
+"""Cost of annotation: wall time against the ideal, CPU time per row and memory.
 
-    python benchmarks/annotate.py                                        # dsbs alone: 2 latencies x 3 concurrencies, 2000 rows
-    python benchmarks/annotate.py --peer <venv>/bin/python:benchmarks/peers/curator_peer.py --peer …
+    python benchmarks/annotate.py      # 2 latency distributions x 3 concurrencies, 2,000 rows
+    python benchmarks/annotate.py --peer <venv>/bin/python:benchmarks/peers/curator_peer.py
 
-A loopback server in a process of its own answers every chat request after a latency that is the same for all tools: fixed, or
-log-normal with the same mean. The ideal wall time is what a scheduler without any cost of its own would take for the very
-latencies that were drawn, in the order of the rows. CPU time is that of the asking process alone (user and system), the
-server's is not in it; the request window runs from the first request to arrive at the server to the last reply it has sent. The
-aiohttp line is the floor: the same requests and nothing else.
+Other annotation tools (--peer) get the same load. A loopback server in its own process answers
+every chat request after a latency that is the same for all tools: fixed, or log-normal with the
+same mean. The ideal wall time is that of a scheduler without overhead for the latencies that were
+drawn, in the order of the rows. Wall time is measured at the server, from the first request to the
+last reply. CPU time (user and system) is that of the client process. The line "aiohttp alone" is
+the lower bound: the same requests without any annotation tool. Median (range) of all runs. Exit
+code 1 if dsbs takes more than 1.1 times the ideal plus 1 s.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import multiprocessing
 import os
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,15 +36,15 @@ SIGMA = 0.5  # of the log-normal latency's logarithm
 
 
 def latencies(kind: str, mean_s: float, rows: int) -> list[float]:
-    """Seconds for each request in order of arrival; seeded, so that every tool meets the same ones."""
+    """Seconds for each request in order of arrival; seeded, so that all tools get the same."""
     if kind == "fixed":
         return [mean_s] * rows
-    dice = random.Random(20230503)
-    return [dice.lognormvariate(math.log(mean_s) - SIGMA**2 / 2, SIGMA) for _ in range(rows)]
+    generator = random.Random(20230503)
+    return [generator.lognormvariate(math.log(mean_s) - SIGMA**2 / 2, SIGMA) for _ in range(rows)]
 
 
 def ideal_wall(waits: list[float], concurrency: int) -> float:
-    """Seconds that list scheduling without overhead takes: each slot takes the next request when it is free."""
+    """Seconds of list scheduling without overhead: a free slot takes the next request."""
     slots = [0.0] * min(concurrency, len(waits))
     for wait in waits:
         heapq.heapreplace(slots, slots[0] + wait)
@@ -49,7 +52,7 @@ def ideal_wall(waits: list[float], concurrency: int) -> float:
 
 
 def serve(waits: list[float], port: Any, report: Any) -> None:
-    """A chat endpoint: a bare asyncio protocol, so that it is never what holds a tool up."""
+    """A chat endpoint; a bare asyncio protocol, so that it never is the bottleneck."""
     message = {"role": "assistant", "content": "The message is about a parcel.\nAnswer: shipping"}
     usage = {"prompt_tokens": 90, "completion_tokens": 12, "total_tokens": 102}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
@@ -60,11 +63,13 @@ def serve(waits: list[float], port: Any, report: Any) -> None:
         % len(body)
         + body
     )
-    state = {"received": 0, "in_flight": 0, "most": 0, "first": 0.0, "last": 0.0}
+    state: dict[str, Any] = {"received": 0, "in_flight": 0, "max_in_flight": 0}
+    state |= {"first": 0.0, "last": 0.0}
 
     class Chat(asyncio.Protocol):
         def connection_made(self, transport: Any) -> None:
-            self.transport, self.buffer = transport, b""
+            self.transport = transport
+            self.buffer = b""
 
         def data_received(self, data: bytes) -> None:
             self.buffer += data
@@ -81,16 +86,15 @@ def serve(waits: list[float], port: Any, report: Any) -> None:
                     self.transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}")
                     continue
                 if b'"messages": []' in rest[:length] or b'"messages":[]' in rest[:length]:
-                    self.transport.write(
-                        reply
-                    )  # a look at the endpoint's limits, no part of the load
+                    # A probe of the endpoint's limits is not part of the load.
+                    self.transport.write(reply)
                     continue
                 now = time.monotonic()
                 state["first"] = state["first"] or now
                 wait = waits[state["received"] % len(waits)]
                 state["received"] += 1
                 state["in_flight"] += 1
-                state["most"] = max(state["most"], state["in_flight"])
+                state["max_in_flight"] = max(state["max_in_flight"], state["in_flight"])
                 asyncio.get_running_loop().call_later(wait, self.answer)
 
         def answer(self) -> None:
@@ -111,7 +115,7 @@ def serve(waits: list[float], port: Any, report: Any) -> None:
 
 
 class Endpoint:
-    """The server in its own process."""
+    """The server, in its own process."""
 
     def __init__(self, waits: list[float]) -> None:
         queue: Any = multiprocessing.Queue()
@@ -138,32 +142,35 @@ def rows_file(folder: Path, rows: int) -> Path:
         )
     recipe = {
         "name": "bench",
-        "task": {"name": "classification", "labels": ["billing", "shipping"], "columns": {"label": "team"},
-                 "data": {"train": str(folder / "rows.csv"), "test": str(folder / "rows.csv")}},
+        "task": {
+            "name": "classification",
+            "labels": ["billing", "shipping"],
+            "columns": {"label": "team"},
+            "data": {"train": str(folder / "rows.csv"), "test": str(folder / "rows.csv")},
+        },
         "teacher": {"model": "loopback", "api_key_env": None},
         "annotate": {"splits": ["train"]},
-    }  # fmt: skip
+    }
     (folder / "bench.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     return folder / "bench.yaml"
 
 
-def measured(command: list[str], cwd: Path) -> tuple[str, float, float, float]:
-    """Standard output, wall seconds, CPU seconds and peak MB of a whole process."""
-    began = time.monotonic()
+def measured(command: list[str], cwd: Path) -> tuple[str, float, float]:
+    """Run a process; return its standard output, CPU seconds and peak memory in MB."""
     process = subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return said, time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return output, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def dsbs(folder: Path, url: str, rows: int, concurrency: int) -> dict[str, float]:
-    """A whole `dsbs annotate`; asking is that less the same command with all replies there (start, files)."""
+    """Run `dsbs annotate`; the cost of asking excludes that of a second run without requests."""
     out = str(folder / f"run-{time.monotonic_ns()}")
     changes = [f"teacher.base_url={url}", f"annotate.concurrency={concurrency}"]
     command = [
@@ -177,14 +184,18 @@ def dsbs(folder: Path, url: str, rows: int, concurrency: int) -> dict[str, float
         out,
         "--json",
     ]
-    said, _, cpu, peak = measured(command, folder)
-    assert json.loads(said)["splits"]["train"]["accepted"] == rows
-    _, _, again, _ = measured(command, folder)
-    return {"cpu_ms": 1000 * cpu / rows, "asking_ms": 1000 * (cpu - again) / rows, "peak_mb": peak}
+    output, cpu, peak = measured(command, folder)
+    assert json.loads(output)["splits"]["train"]["accepted"] == rows
+    _, resumed_cpu, _ = measured(command, folder)
+    return {
+        "cpu_ms": 1000 * cpu / rows,
+        "asking_ms": 1000 * (cpu - resumed_cpu) / rows,
+        "peak_mb": peak,
+    }
 
 
 def floor(url: str, rows: int, concurrency: int) -> dict[str, float]:
-    """The same requests through aiohttp and nothing else."""
+    """Send the same requests with aiohttp alone."""
     import aiohttp
 
     async def main() -> None:
@@ -195,11 +206,11 @@ def floor(url: str, rows: int, concurrency: int) -> dict[str, float]:
                 "max_tokens": 256,
             }
         ).encode()
-        todo = iter(range(rows))
+        requests = iter(range(rows))
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
             async def worker() -> None:
-                for _ in todo:
+                for _ in requests:
                     async with session.post(f"{url}/chat/completions", data=body) as response:
                         json.loads(await response.read())
 
@@ -217,7 +228,7 @@ def floor(url: str, rows: int, concurrency: int) -> dict[str, float]:
 
 
 def peer(command: str, url: str, rows: int, concurrency: int) -> tuple[str, dict[str, float]]:
-    """Another tool by its script in `benchmarks/peers/`, run by its own environment's Python."""
+    """Run another tool by its script in benchmarks/peers, with its own environment's Python."""
     python, _, script = command.partition(":")
     arguments = [
         python,
@@ -230,13 +241,39 @@ def peer(command: str, url: str, rows: int, concurrency: int) -> tuple[str, dict
         str(concurrency),
     ]
     with tempfile.TemporaryDirectory() as folder:
-        said = json.loads(measured(arguments, Path(folder))[0].strip().rpartition("\n")[2])
-    cpu = 1000 * said["cpu_s"] / rows
-    return f"{said['tool']} ({said['rows_ok']} of {rows})", {
+        output, _, _ = measured(arguments, Path(folder))
+    result = json.loads(output.strip().rpartition("\n")[2])
+    cpu = 1000 * result["cpu_s"] / rows
+    return f"{result['tool']} ({result['rows_ok']} of {rows})", {
         "cpu_ms": cpu,
         "asking_ms": cpu,
-        "peak_mb": said["peak_mb"],
+        "peak_mb": result["peak_mb"],
     }
+
+
+def measure(
+    tool: str, waits: list[float], folder: Path, concurrency: int
+) -> tuple[str, dict[str, float]]:
+    """Run one tool against a fresh server; return its label and its figures."""
+    rows = len(waits)
+    endpoint = Endpoint(waits)
+    if tool == "dsbs":
+        label, figures = tool, dsbs(folder, endpoint.url, rows, concurrency)
+    elif tool == "aiohttp alone":
+        label, figures = tool, floor(endpoint.url, rows, concurrency)
+    else:
+        label, figures = peer(tool, endpoint.url, rows, concurrency)
+    state = endpoint.close()
+    figures["wall_s"] = state["last"] - state["first"]
+    figures["in_flight"] = state["max_in_flight"]
+    return label, figures
+
+
+def summary(runs: list[dict[str, float]], name: str, digits: int) -> str:
+    """Median and range of one figure, e.g. ``4.31 (4.28–4.40)``."""
+    values = [figures[name] for figures in runs]
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 def main() -> None:
@@ -249,16 +286,15 @@ def main() -> None:
         "--latency", choices=["fixed", "log-normal"], nargs="+", default=["fixed", "log-normal"]
     )
     parser.add_argument("--mean", type=float, default=0.5, help="mean latency in seconds")
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer", action="append", default=[], metavar="PYTHON:SCRIPT")
     options = parser.parse_args()
+    print(f"{options.rows} rows, mean latency {options.mean:g} s, {options.runs} runs")
     print(
-        f"{options.rows} rows, mean latency {options.mean:g} s; wall <= 1.1 x ideal + 1 s is the aim"
+        f"{'latency':11}{'C':>5}  {'tool':38}{'ideal s':>9}{'wall s':>24}{'in flight':>11}"
+        f"{'CPU ms/row':>24}{'of it asking':>24}{'peak MB':>9}"
     )
-    headings = ("wall s", "ideal s", "in flight", "CPU ms/row", "asking", "peak MB")
-    print(
-        f"{'latency':11}{'C':>5}  {'tool':38}" + "".join(f"{heading:>12}" for heading in headings)
-    )
-    missed = 0
+    late_runs = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows_file(folder, options.rows)
@@ -267,23 +303,23 @@ def main() -> None:
             for concurrency in options.concurrency:
                 ideal = ideal_wall(waits, concurrency)
                 for tool in ["dsbs", *options.peer, "aiohttp alone"]:
-                    endpoint = Endpoint(waits)
-                    if tool == "dsbs":
-                        label, found = tool, dsbs(folder, endpoint.url, options.rows, concurrency)
-                    elif tool == "aiohttp alone":
-                        label, found = tool, floor(endpoint.url, options.rows, concurrency)
-                    else:
-                        label, found = peer(tool, endpoint.url, options.rows, concurrency)
-                    seen = endpoint.close()
-                    wall = seen["last"] - seen["first"]
+                    runs: list[dict[str, float]] = []
+                    for _ in range(options.runs):
+                        label, figures = measure(tool, waits, folder, concurrency)
+                        runs.append(figures)
+                    wall = statistics.median(figures["wall_s"] for figures in runs)
                     late = tool == "dsbs" and wall > 1.1 * ideal + 1
-                    missed += late
-                    figures = f"{wall:12.2f}{ideal:12.2f}{int(seen['most']):12}{found['cpu_ms']:12.2f}{found['asking_ms']:12.2f}"
+                    late_runs += late
                     print(
-                        f"{kind:11}{concurrency:5}  {label:38}{figures}{found['peak_mb']:12.0f}{'  LATE' if late else ''}",
+                        f"{kind:11}{concurrency:5}  {label:38}{ideal:9.2f}"
+                        f"{summary(runs, 'wall_s', 2):>24}"
+                        f"{max(figures['in_flight'] for figures in runs):11.0f}"
+                        f"{summary(runs, 'cpu_ms', 2):>24}{summary(runs, 'asking_ms', 2):>24}"
+                        f"{max(figures['peak_mb'] for figures in runs):9.0f}"
+                        f"{'  LATE' if late else ''}",
                         flush=True,
                     )
-    sys.exit(1 if missed else 0)
+    sys.exit(1 if late_runs else 0)
 
 
 if __name__ == "__main__":

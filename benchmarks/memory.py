@@ -75,7 +75,7 @@ def measure(shape: str, optimizer: str, *, checkpointing: bool, padding: str) ->
         model.activation_checkpointing_enable()
     section = TrainSection.model_validate(
         {"padding": padding, "gradient_checkpointing": checkpointing}
-    )
+    ).resolved(is_scratch=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = StepTrainer(
             model=model,

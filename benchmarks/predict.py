@@ -14,6 +14,7 @@ similar length at batch 64. Target for ct2 int8: 98% agreement, 3 times faster a
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import statistics
 import sys
@@ -22,6 +23,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -30,25 +32,25 @@ parser.add_argument("--student", type=Path, help="the folder of a trained studen
 parser.add_argument(
     "--random",
     choices=["t5-small"],
-    help="a shape with random weights in its place: sizes and times alone",
+    help="random weights of this shape instead of a student: sizes and times only",
 )
 parser.add_argument(
     "--variants", nargs="+", default=["ct2-int8", "ct2", "onnx", "onnx-int8", "torch-int8"]
 )
 parser.add_argument("--rows", type=int, default=1000)
 parser.add_argument("--rounds", type=int, default=5)
-parser.add_argument("--tokens", type=int, default=8, help="of a label, at most")
+parser.add_argument("--tokens", type=int, default=8, help="maximum of a label (default: 8)")
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument(
     "--clock",
     choices=["wall", "cpu"],
     default="wall",
-    help="cpu: of all threads, where others use the machine",
+    help="cpu: CPU time of all threads, for a machine that others use",
 )
 args = parser.parse_args()
-os.environ["OMP_NUM_THREADS"] = str(
-    args.threads
-)  # read by torch, CTranslate2 and dsbs's onnx engine alike
+# Read by torch, CTranslate2 and the ONNX backend.
+os.environ["OMP_NUM_THREADS"] = str(args.threads)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402 - after the number of threads is set
 
@@ -59,6 +61,16 @@ from dsbs.tasks.data import stream  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "esnli"
 CALLS = 60  # at batch 1, in a round
+T5_SMALL: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "num_heads": 8,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "decoder_start_token_id": 0,
+    "initializer_factor": 0.5,
+}
 
 
 def texts_of_test(count: int) -> list[str]:
@@ -77,16 +89,7 @@ def random_student(folder: Path, texts: Sequence[str]) -> Path:
     recipe = load_recipe("recipes/esnli.yaml", ["teacher.kind=recorded"])
     tokenizer = learn_vocabulary(texts, 4000)
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=32128,
-        d_model=512,
-        d_kv=64,
-        num_heads=8,
-        d_ff=2048,
-        num_layers=6,
-        decoder_start_token_id=0,
-        initializer_factor=0.5,
-    )
+    config = T5Config(**T5_SMALL)
     card = StudentCard(
         name="random-t5-small",
         method="finetune",
@@ -102,17 +105,17 @@ def random_student(folder: Path, texts: Sequence[str]) -> Path:
     return folder
 
 
-def milliseconds(engine: Backend, batches: Sequence[Sequence[str]]) -> float:
-    """Of a call, the mean over the batches."""
+def milliseconds(backend: Backend, batches: Sequence[Sequence[str]]) -> float:
+    """Mean time of a call over the batches."""
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     began = clock()
     for batch in batches:
-        engine.generate(batch, args.tokens)
+        backend.generate(batch, args.tokens)
     return 1000 * (clock() - began) / len(batches)
 
 
-def written(engine: Backend, batches: Sequence[Sequence[str]]) -> list[str]:
-    return [said.text for batch in batches for said in engine.generate(batch, args.tokens)]
+def decode(backend: Backend, batches: Sequence[Sequence[str]]) -> list[str]:
+    return [output.text for batch in batches for output in backend.generate(batch, args.tokens)]
 
 
 def main() -> None:
@@ -124,8 +127,8 @@ def main() -> None:
         sys.exit(f"nothing to measure: e-SNLI is not in {DATA}")
     torch.set_num_threads(args.threads)
     texts = texts_of_test(args.rows)
-    with tempfile.TemporaryDirectory() as made:
-        folder = args.student or random_student(Path(made) / "student", texts)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.student or random_student(Path(temporary) / "student", texts)
         reference = Student.load(folder)
         prefix = next(iter(reference.card.prefixes.values()))
         texts = sorted((prefix + text for text in texts), key=lambda text: -len(text))
@@ -133,15 +136,15 @@ def main() -> None:
         step = max(1, len(texts) // CALLS)
         single = [[text] for text in texts[::step][:CALLS]]
         few = wide[:: max(1, len(wide) // 6)][:6]
-        gold = written(reference.backend, wide)
+        expected = decode(reference.backend, wide)
         print(
             f"{reference.card.name}: {len(texts)} rows, at most {args.tokens} tokens, "
             f"{args.threads} thread(s)"
         )
         times = [
-            part
+            heading
             for size in (1, 64)
-            for part in (f"{args.clock} ms at {size} (theirs)", f"faster at {size}")
+            for heading in (f"{args.clock} ms at {size} (theirs)", f"faster at {size}")
         ]
         print(f"| variant | MB | smaller | agreement | {' | '.join(times)} |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -151,30 +154,31 @@ def main() -> None:
                 folder,
                 form,
                 quantize=quantize or "float32",
-                out=Path(made) / variant,
+                out=Path(temporary) / variant,
                 examples=[text.removeprefix(prefix) for text in texts[:8]],
             )
-            engine = Student.load(done.path).backend
-            agreed = sum(a == b for a, b in zip(gold, written(engine, wide), strict=True)) / len(
-                gold
-            )
+            backend = Student.load(done.path).backend
+            outputs = decode(backend, wide)
+            agreed = sum(map(operator.eq, expected, outputs)) / len(expected)
             cells = []
             for batches in (single, few):
-                for one in (reference.backend, engine):
-                    milliseconds(one, batches[:3])  # the first calls pay for start-up
-                ours, theirs, ratios = [], [milliseconds(reference.backend, batches)], []
+                for warmed in (reference.backend, backend):
+                    milliseconds(warmed, batches[:3])  # the first calls pay for start-up
+                theirs = [milliseconds(reference.backend, batches)]
+                ours: list[float] = []
+                ratios: list[float] = []
                 for _ in range(args.rounds):
-                    ours.append(milliseconds(engine, batches))
+                    ours.append(milliseconds(backend, batches))
                     theirs.append(milliseconds(reference.backend, batches))
                     ratios.append((theirs[-2] + theirs[-1]) / 2 / ours[-1])
                 cells += [
                     f"{statistics.median(ours):.2f} ({statistics.median(theirs):.2f})",
-                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
                 ]
             print(
                 f"| {variant} | {done.megabytes:.2f} of {done.student_megabytes:.2f} "
-                f"| {done.smaller:.2f} | "
-                f"{100 * agreed:.1f} % | {' | '.join(cells)} |",
+                f"| {done.times_smaller:.2f} | "
+                f"{100 * agreed:.1f}% | {' | '.join(cells)} |",
                 flush=True,
             )
 

@@ -1,7 +1,9 @@
-"""A million rows through the recorded teacher: rows a second and peak memory, which must stay flat.
+"""Annotating a million rows with the recorded teacher: rows per second and peak memory.
 
-python benchmarks/scale.py                  # 1,000,000 synthetic rows; exit status 1 above 700 MB
-python benchmarks/scale.py --rows 10000 100000 1000000 --file
+    python benchmarks/scale.py                  # 1,000,000 synthetic rows
+    python benchmarks/scale.py --rows 10000 100000 1000000 --file
+
+Peak memory must not grow with the number of rows. Exit code 1 if it exceeds 700 MB.
 """
 
 from __future__ import annotations
@@ -14,34 +16,43 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-MOST_MB = 700
+MAX_MB = 700
 
 
-def write(folder: Path, rows: int, *, apart: bool) -> Path:
-    """A recipe and its rows, with the completions in the rows or in a file apart."""
+def write_inputs(folder: Path, rows: int, *, separate: bool) -> Path:
+    """Write the rows and a recipe, with the completions in the rows or in a separate file."""
     teams = ("billing", "shipping", "technical", "account")
     with (
         (folder / "rows.jsonl").open("w", encoding="utf-8") as file,
-        (folder / "said.jsonl").open("w", encoding="utf-8") as said,
+        (folder / "completions.jsonl").open("w", encoding="utf-8") as completions,
     ):
         for i in range(rows):
             team = teams[i % 4]
-            text = f"Customer {i} writes about order {i * 7919 % 1_000_003}: something with it is wrong, and it is about {team}."
-            completion = f"The message speaks of order {i} and of {team}, so that team should look at it.\nAnswer: {team}"
-            row = {"id": f"row-{i:07d}-of-a-long-name", "text": text, "label": team}
-            if apart:
-                said.write(json.dumps({"id": row["id"], "completion": completion}) + "\n")
+            order = i * 7919 % 1_000_003
+            text = f"Customer {i} writes that something is wrong with order {order}: it is {team}."
+            completion = f"The message is about order {i} and {team}.\nAnswer: {team}"
+            row: dict[str, Any] = {"id": f"row-{i:07d}-of-a-long-name", "text": text, "label": team}
+            if separate:
+                completions.write(json.dumps({"id": row["id"], "completion": completion}) + "\n")
             else:
                 row["teacher"] = {"model": "synthetic", "completion": completion}
             file.write(json.dumps(row) + "\n")
+    data = str(folder / "rows.jsonl")
+    teacher = {"kind": "recorded"}
+    if separate:
+        teacher["completions"] = str(folder / "completions.jsonl")
     recipe = {
         "name": "scale",
-        "task": {"name": "classification", "labels": list(teams),
-                 "data": {"train": str(folder / "rows.jsonl"), "test": str(folder / "rows.jsonl")}},
-        "teacher": {"kind": "recorded"} | ({"completions": str(folder / "said.jsonl")} if apart else {}),
+        "task": {
+            "name": "classification",
+            "labels": list(teams),
+            "data": {"train": data, "test": data},
+        },
+        "teacher": teacher,
         "annotate": {"splits": ["train"]},
-    }  # fmt: skip
+    }
     (folder / "scale.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     return folder / "scale.yaml"
 
@@ -52,14 +63,14 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
     parser.add_argument(
-        "--file", action="store_true", help="completions in a file apart, joined by id"
+        "--file", action="store_true", help="completions in a separate file, joined by id"
     )
     options = parser.parse_args()
     highest = 0.0
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            recipe = write(folder, rows, apart=options.file)
+            recipe = write_inputs(folder, rows, separate=options.file)
             command = [
                 sys.executable,
                 "-m",
@@ -75,18 +86,19 @@ def main() -> None:
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
             assert process.stdout is not None
-            said = process.stdout.read()
-            _, status, used = os.wait4(process.pid, 0)
-            wall, peak = time.monotonic() - began, used.ru_maxrss / 1024
+            output = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            wall = time.monotonic() - began
+            peak = usage.ru_maxrss / 1024
             if os.waitstatus_to_exitcode(status):
                 sys.exit("dsbs annotate failed")
-            assert json.loads(said)["splits"]["train"]["accepted"] == rows
+            assert json.loads(output)["splits"]["train"]["accepted"] == rows
             print(
                 f"{rows:,} rows: {rows / wall:,.0f} rows/s, {wall:.1f} s, peak {peak:.0f} MB",
                 flush=True,
             )
             highest = max(highest, peak)
-    sys.exit(1 if highest > MOST_MB else 0)
+    sys.exit(1 if highest > MAX_MB else 0)
 
 
 if __name__ == "__main__":

@@ -35,16 +35,18 @@ class Memory(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self._process, self.seen, self.done = psutil.Process(pid), [], threading.Event()
+        self._process = psutil.Process(pid)
+        self.sizes: list[float] = []
+        self.done = threading.Event()
         self.start()
 
     def run(self) -> None:
         while not self.done.wait(0.5):
-            self.seen.append(self._process.memory_info().rss / 2**20)
+            self.sizes.append(self._process.memory_info().rss / 2**20)
 
 
 async def load(url: str, rows: list[Any], clients: int, seconds: float, pid: int) -> dict[str, Any]:
-    """Ask for so long, then send the SIGTERM."""
+    """Send requests for ``seconds``, then SIGTERM; return counts, latencies and throughput."""
     latencies: list[float] = []
     statuses: Counter[str] = Counter()
     draining: Counter[str] = Counter()
@@ -127,41 +129,43 @@ def measured(options: argparse.Namespace, rows: list[Any], *more: str) -> dict[s
     line = process.stdout.readline()
     if not line:
         raise SystemExit(process.communicate()[1])
-    told = json.loads(line)
-    memory = Memory(told["pid"])
-    before = psutil.Process(told["pid"]).memory_info().rss / 2**20
+    server = json.loads(line)
+    memory = Memory(server["pid"])
+    before = psutil.Process(server["pid"]).memory_info().rss / 2**20
     try:
-        found = asyncio.run(load(told["url"], rows, options.clients, options.seconds, told["pid"]))
+        result = asyncio.run(
+            load(server["url"], rows, options.clients, options.seconds, server["pid"])
+        )
         process.wait(60)
     finally:
         memory.done.set()
         process.kill()
-    said = process.communicate()[1]
-    half = memory.seen[len(memory.seen) // 2 :]  # by then every client has been answered many times
+    stderr = process.communicate()[1]
+    middle = len(memory.sizes) // 2  # by then every client has been answered many times
     sizes = {
         "before": before,
-        "half-way": half[0],
-        "peak": max(memory.seen),
-        "after": memory.seen[-1],
+        "half-way": memory.sizes[middle],
+        "peak": max(memory.sizes),
+        "after": memory.sizes[-1],
     }
-    found["memory MB"] = {name: round(size) for name, size in sizes.items()}
-    return found | {"exit": process.returncode, "stderr": said}
+    result["memory MB"] = {name: round(size) for name, size in sizes.items()}
+    return result | {"exit": process.returncode, "stderr": stderr}
 
 
-def problems(found: dict[str, Any]) -> list[str]:
-    """What must not be."""
-    memory = found["memory MB"]
+def problems(result: dict[str, Any]) -> list[str]:
+    """Reasons why the load test failed."""
+    memory = result["memory MB"]
     refused = [
         status
-        for status in found["while stopping"]
+        for status in result["while stopping"]
         if status.isdigit() and status not in ("200", "503")
     ]
-    told = {
-        "requests failed": bool(found["failed"] or refused),
+    failures = {
+        "requests failed": bool(result["failed"] or refused),
         "memory still grew in the second half": memory["peak"] > 1.1 * memory["half-way"],
-        "no clean end": found["exit"] != 0,
+        "the shutdown was not clean": result["exit"] != 0,
     }
-    return [problem for problem, is_so in told.items() if is_so]
+    return [problem for problem, failed in failures.items() if failed]
 
 
 def main() -> None:
@@ -182,16 +186,16 @@ def main() -> None:
     print(
         f"{options.clients} clients, {options.seconds:g} s, {len(rows)} different rows", flush=True
     )
-    found = {}
+    results = {}
     missed = []
     for name, more in {
         "batched": (),
         "one at a time": ("--batch-size", "1", "--max-wait-ms", "0"),
     }.items():
-        one = found[name] = measured(options, rows, *more)
-        print(f"{name}: {json.dumps(one)}", flush=True)
-        missed += [f"{name}: {problem}" for problem in problems(one)]
-    batched, single = (found[name]["requests/s"] for name in found)
+        results[name] = measured(options, rows, *more)
+        print(f"{name}: {json.dumps(results[name])}", flush=True)
+        missed += [f"{name}: {problem}" for problem in problems(results[name])]
+    batched, single = (result["requests/s"] for result in results.values())
     print(f"batching: {batched / single:.2f} times the requests per second")
     print("\n".join(missed) or "no request failed, memory levelled off, SIGTERM drained")
     sys.exit(1 if missed else 0)

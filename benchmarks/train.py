@@ -62,7 +62,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "t5-small": {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 6},
 }
 WARM_UP = 2
-SECTIONS = {"exact": TrainSection(), "decoder": TrainSection(task_token="decoder")}
+SECTIONS = {
+    "exact": TrainSection().resolved(is_scratch=True),
+    "decoder": TrainSection(task_token="decoder").resolved(is_scratch=True),
+}
 
 
 def read_texts(count: int) -> Iterator[tuple[str, str, str]]:

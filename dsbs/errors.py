@@ -5,7 +5,7 @@ Anything else that escapes is a bug.
 DsbsError            1  something outside failed: an unreachable teacher, a full disk
 ├── UserError        2  wrong usage, recipe or data
 ├── PartialError     3  stopped before the end; the same command continues
-└── GateError        4  finished, but the outcome is below what was asked for
+└── GateError        4  finished, but the outcome is below a requested threshold
 """
 
 from __future__ import annotations

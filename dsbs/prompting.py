@@ -178,7 +178,7 @@ def read_prompt(path: str, beside: Path | None) -> Prompt:
         )
     if not prompt.anchor or not all(mark.strip() for mark in (*prompt.anchor, *prompt.stop)):
         raise UserError(
-            f"{path}: an empty text in anchor or stop",
+            f"{path}: an empty string in anchor or stop",
             hint="give the words that precede the label, e.g. 'Answer:'",
         )
     return prompt

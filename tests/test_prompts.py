@@ -338,7 +338,7 @@ def test_the_hash_changes_with_any_part_of_an_exemplar_and_with_their_order() ->
             "template: x\nexemplars:\n  - {input: {text: t}, label: a}\n",
             r"own\.yaml:3: exemplars\[0\]\.rationale",
         ),
-        ("template: x\nanchor: ''\n", "an empty text in anchor"),
+        ("template: x\nanchor: ''\n", "an empty string in anchor"),
         ("template: [x\n", "not valid YAML"),
         ("", "own.yaml"),
         ("- x\n", "own.yaml"),

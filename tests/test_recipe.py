@@ -81,6 +81,13 @@ def test_an_overrides_value_is_read_as_yaml(written: Written) -> None:
     assert recipe.annotate.splits == ("valid",)
 
 
+def test_a_wrong_override_is_shown_instead_of_the_files_value(written: Written) -> None:
+    path = written(PLAIN + "train: {max_steps: 30}\n")
+    (message,) = mistakes(path, ["train.max_steps=many"])
+    assert message.startswith("command line: train.max_steps: ")
+    assert message.endswith("(given: 'many')")
+
+
 def test_a_lone_value_stands_for_a_list_of_one(written: Written) -> None:
     recipe = load_recipe(
         written(PLAIN), ["train.methods=distill", "train.seeds=7", "train.labels=teacher"]

@@ -20,10 +20,10 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
 HEAD = """\
 # Commands
 
-Written by `tools/command_reference.py` from the commands' own `--help`; do not edit it here.
+Written by `tools/command_reference.py` from the commands' `--help`; do not edit it by hand.
 
 Results go to stdout, progress and messages to stderr. `--json` prints one JSON object on stdout and
-nothing else there. An interrupted command continues when it is run again: finished work is not
+nothing else. An interrupted command continues when it is run again: finished work is not
 repeated, and replies are not bought twice.
 
 | exit code | meaning |

@@ -1,11 +1,13 @@
-"""The load of `benchmarks/annotate.py` through bespokelabs-curator.
+"""The load of benchmarks/annotate.py with bespokelabs-curator.
 
     python -m venv curator && curator/bin/pip install bespokelabs-curator==0.1.31
-    curator/bin/python benchmarks/peers/curator_peer.py --base-url http://127.0.0.1:8000/v1 --rows 2000 --concurrency 64
+    curator/bin/python benchmarks/peers/curator_peer.py \\
+        --base-url http://127.0.0.1:8000/v1 --rows 2000 --concurrency 64
 
-Its limits on requests and tokens a minute are raised out of the way: an endpoint whose limits it does not know it treats as
-slow. Its cache lies in a fresh folder, telemetry is off. The table that it counts tokens by is the one that litellm brings
-along, so that none is downloaded. Before the load it sends one request without messages, to read the endpoint's limits.
+Its limits on requests and tokens per minute are raised, since it treats an endpoint with unknown
+limits as slow. Its cache is a fresh folder; telemetry is off. It counts tokens with the table that
+litellm contains, so nothing is downloaded. Before the load it sends one request without messages to
+read the endpoint's limits.
 """
 
 from __future__ import annotations
@@ -20,9 +22,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-litellm = importlib.util.find_spec(
-    "litellm"
-)  # found, not imported: the settings below must be there before
+# Located, not imported: the settings below must precede the import.
+litellm = importlib.util.find_spec("litellm")
 assert litellm is not None and litellm.origin is not None
 os.environ |= {
     "TELEMETRY_ENABLED": "False",
@@ -34,10 +35,10 @@ os.environ |= {
 }
 
 
-def used() -> float:
+def cpu_seconds() -> float:
     return sum(
-        one.ru_utime + one.ru_stime
-        for one in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     )
 
 
@@ -63,9 +64,11 @@ def main() -> None:
         generation_params={"temperature": 0.0, "max_tokens": 256},
     )
     prompts = [f"My parcel number {i} is wrong." for i in range(options.rows)]
-    cpu, began = used(), time.monotonic()
+    cpu_before = cpu_seconds()
+    began = time.monotonic()
     answers = llm(prompts)
-    wall, cpu = time.monotonic() - began, used() - cpu
+    wall = time.monotonic() - began
+    cpu = cpu_seconds() - cpu_before
     rows = getattr(answers, "dataset", answers)
     print(
         json.dumps(

@@ -1,10 +1,12 @@
-"""The load of `benchmarks/annotate.py` through NVIDIA NeMo Data Designer.
+"""The load of benchmarks/annotate.py with NVIDIA NeMo Data Designer.
 
     python -m venv designer && designer/bin/pip install data-designer==0.9.6
-    designer/bin/python benchmarks/peers/data_designer_peer.py --base-url http://127.0.0.1:8000/v1 --rows 2000 --concurrency 64
+    designer/bin/python benchmarks/peers/data_designer_peer.py \\
+        --base-url http://127.0.0.1:8000/v1 --rows 2000 --concurrency 64
 
-The rows are a seed data set, the replies one text column; `max_parallel_requests` is the concurrency, row groups and tasks
-in flight are raised out of its way. The health check of the model is off.
+The rows are a seed data set, the replies one text column. `max_parallel_requests` is the
+concurrency; row groups and tasks in flight are raised so that they do not limit it. The model's
+health check is off.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from pathlib import Path
 os.environ |= {"NEMO_TELEMETRY_ENABLED": "false", "HOME": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1"}
 
 
-def used() -> float:
+def cpu_seconds() -> float:
     return sum(
-        one.ru_utime + one.ru_stime
-        for one in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     )
 
 
@@ -70,9 +72,11 @@ def main() -> None:
         builder.add_column(
             dd.LLMTextColumnConfig(name="answer", prompt="{{ text }}", model_alias="teacher")
         )
-        cpu, began = used(), time.monotonic()
+        cpu_before = cpu_seconds()
+        began = time.monotonic()
         result = designer.create(builder, num_records=options.rows)
-        wall, cpu = time.monotonic() - began, used() - cpu
+        wall = time.monotonic() - began
+        cpu = cpu_seconds() - cpu_before
         rows_ok = len(result.load_dataset())
     print(
         json.dumps(

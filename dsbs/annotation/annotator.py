@@ -1,4 +1,4 @@
-"""Annotator: what to request next for a row, and the annotation that its replies make.
+"""Annotator: decides what to request next for a row, and turns its replies into an annotation.
 
 Everything here is a pure function of the recipe, the row and the replies; nothing is sent.
 """

@@ -1,6 +1,6 @@
-"""Batch lane: requests uploaded to an endpoint with the OpenAI Batch API, and waited for.
+"""Batch lane: submits requests with the OpenAI Batch API and collects their replies.
 
-A kill at any moment loses no reply and submits nothing twice.
+If the process is killed, no reply is lost and nothing is submitted twice.
 """
 
 from __future__ import annotations

@@ -316,4 +316,4 @@ def import_output(store: ReplyStore, run: RunFolder, path: Path) -> int:
 def check_teacher(annotator: Annotator) -> None:
     kind = annotator.recipe.teacher.kind
     if not teacher_class(kind).takes_batches:
-        raise UserError(f"a {kind} teacher takes no batches", hint="run without --batch")
+        raise UserError(f"a {kind} teacher does not support batches", hint="run without --batch")

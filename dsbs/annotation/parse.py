@@ -1,4 +1,4 @@
-"""Parsing: raw replies into labels, rationales and reasons of rejection.
+"""Parsing: raw replies to labels, rationales and rejection reasons.
 
 Parsing is pure and costs nothing to repeat, since raw replies are stored. A rationale's flaws are
 decided from the text alone, never from the gold label.

@@ -1,4 +1,4 @@
-"""Requester: buys the replies that rows still need, a bounded number at a time.
+"""Requester: requests the replies that rows still need, a bounded number at a time.
 
 It stops when no request can succeed, when a limit of the recipe is reached, and on Ctrl-C.
 """

@@ -1,4 +1,4 @@
-"""Shards: a run in parts, on several machines (`--shard`, then `merge`) or on a Ray cluster."""
+"""Shards: a run split over several machines (`--shard`, then `merge`) or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shard:
         number, _, count = text.partition("/")
         if not (number.isdigit() and count.isdigit()) or not 1 <= int(number) <= int(count):
             raise UserError(
-                f"--shard {text}: not a part of the rows",
+                f"--shard {text}: not a shard",
                 hint="write the number and the count of the parts: 1/4, 2/4, 3/4, 4/4",
             )
         return cls(int(number), int(count))

@@ -1,4 +1,4 @@
-"""Summaries: the closing figures of an annotation run, and warnings about its rejected rows."""
+"""Summaries: the totals of an annotation run, and warnings about its rejected rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Votes: several samples of one row become one answer (self-consistency, Wang et al., 2023)."""
+"""Votes: one answer from several samples of a row (self-consistency, Wang et al., 2023)."""
 
 from __future__ import annotations
 

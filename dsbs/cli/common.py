@@ -40,7 +40,7 @@ Out = Annotated[
     typer.Option("--out", help="Run folder. Default: runs/<recipe name>.", show_default=False),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what the command would do, without doing it.")

@@ -50,7 +50,7 @@ def compare_teachers(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Ask several teachers for the same rows; compare accuracy, agreement, price and speed."""
+    """Annotate a sample with several teachers; compare accuracy, agreement, price and speed."""
     from dsbs.project.compare_teachers import compare_teachers as run
 
     recipes = _recipes(recipe, teachers, overrides or [])

@@ -19,7 +19,7 @@ def compress(
         str,
         typer.Argument(
             metavar="STUDENT",
-            help="Folder of a run's student, or of a compressed one, whose chain continues.",
+            help="Folder of a run's student, or a compressed student, whose chain is continued.",
         ),
     ],
     methods: Annotated[

@@ -8,6 +8,7 @@ import typer
 
 from dsbs.cli.common import Json, Out, Overrides, print_json
 from dsbs.errors import DsbsError
+from dsbs.formatting import count
 
 
 def doctor(
@@ -46,6 +47,6 @@ def doctor(
     if problems:
         names = ", ".join(dict.fromkeys(check.name for check in problems))
         raise DsbsError(
-            f"{len(problems)} problems: {names}",
+            f"{count(len(problems), 'problem')}: {names}",
             hint="follow the hints above, then run the same command",
         )

@@ -61,8 +61,7 @@ def evaluate(
 ) -> None:
     """Predict with every student, score all systems in the same way, compare them with baselines.
 
-    Predictions from elsewhere take part with eval.predictions.NAME=FILE: JSON lines of id and
-    prediction.
+    eval.predictions.NAME=FILE adds external predictions: JSON lines with id and prediction.
     """
     from dsbs.evaluation.run import evaluate as run
     from dsbs.records.summary import gate_failures

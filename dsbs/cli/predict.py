@@ -23,7 +23,7 @@ def predict(
         str,
         typer.Argument(
             metavar="STUDENT",
-            help="A student's folder; or a recipe: its run's student that is best on valid.",
+            help="A student's folder; or a recipe: the student of its run that is best on valid.",
         ),
     ],
     file: Annotated[
@@ -39,7 +39,7 @@ def predict(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 64,
     max_label_tokens: Annotated[
-        int, typer.Option(min=1, help="At most so many tokens for a label.")
+        int, typer.Option(min=1, help="Maximum number of tokens of a label.")
     ] = 64,
     overrides: SetKeys = None,
     out: Out = None,

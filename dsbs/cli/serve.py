@@ -38,7 +38,9 @@ MaxWait = Annotated[
         min=0, max=1000, help="Milliseconds that an idle model waits for more rows to batch."
     ),
 ]
-Queue = Annotated[int, typer.Option(min=1, help="Rows that may wait; further ones get a 429.")]
+Queue = Annotated[
+    int, typer.Option(min=1, help="Rows that may wait; any more are refused with status 429.")
+]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, help="Threads of the model. Default: one per core.", show_default=False),
@@ -54,7 +56,8 @@ Anchor = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help="Text before the label there. Default: none for label, 'Answer:' for step-by-step.",
+        help="Text before the label in a reply. Default: none for label, 'Answer:' for "
+        "step-by-step.",
         show_default=False,
     ),
 ]
@@ -85,7 +88,7 @@ def serve(
     """Serve a student: POST /predict, OpenAI's completions and chat, /health and /metrics.
 
     Rows of all clients are batched. SIGTERM and Ctrl-C stop the server once open requests are
-    answered. With --json, the line on stdout says that it is ready, and where.
+    answered. With --json, one line on stdout reports that the server is ready.
     """
     from dsbs.serving.run import serve as run
     from dsbs.serving.settings import Settings
@@ -110,7 +113,7 @@ def serve(
 def _announce(server: ServerInfo, as_json: bool) -> None:
     if server.is_exposed:
         print(
-            "warning: serving beyond this machine without authentication; pass --token-env",
+            "warning: other machines can reach the server without authentication; pass --token-env",
             file=sys.stderr,
         )
     if as_json:

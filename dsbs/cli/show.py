@@ -32,7 +32,7 @@ def show(
 ) -> None:
     """Show a recipe with all its keys, those that differ from the default marked; or compare two.
 
-    ``--set`` overrides keys of the first recipe.
+    --set overrides keys of the first recipe.
     """
     from dsbs.project.runs import resolve_recipe
 

@@ -1,1 +1,1 @@
-"""Compression: smaller students, made of a trained one step by step."""
+"""Compression: smaller students, made from a trained one step by step."""

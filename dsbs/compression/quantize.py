@@ -52,7 +52,8 @@ class Quantize:
             return "torch"
         if ranks:
             raise UserError(
-                f"quantize={self.value} needs CTranslate2, which has no low-rank matrices",
+                f"quantize={self.value} needs CTranslate2, which does not support low-rank "
+                "matrices",
                 hint="quantize=int8 (by PyTorch), or pruning instead of low-rank",
             )
         raise UserError(

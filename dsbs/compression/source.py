@@ -64,8 +64,8 @@ def find_source(student: str | Path) -> SourceStudent:
         trained = read_student(run.student(record.student))
         if trained.fingerprint != record.fingerprint:
             raise UserError(
-                f"{student} was made of an earlier student named {record.student}",
-                hint=f"compress {trained.path} itself: its chains are made anew",
+                f"{student} was made from an earlier version of student {record.student}",
+                hint=f"compress {trained.path} itself: its chains are then made again",
             )
         fingerprint = fingerprint_of(folder) or ""
         return SourceStudent(run, _read_recipe(run), trained, folder, record.chain, fingerprint)

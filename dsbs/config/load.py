@@ -230,7 +230,9 @@ def _describe(issue: Any, file: str, located: Located, overridden: set[KeyPath])
         if not name or message.startswith(name.split(".")[0] + "."):
             return f"{location}: {message}"
         return f"{location}: {name}: {message}"
-    value = located.spelling.get(path, issue.get("input"))
+    value = issue.get("input")
+    if location != "command line":
+        value = located.spelling.get(path, value)
     shown = ""
     if isinstance(value, str | int | float | bool):
         shown = f" (given: {str(value)[:60]!r})"

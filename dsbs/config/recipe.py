@@ -217,7 +217,9 @@ class EvalSection(Section):
     def _names_are_file_names(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not re.fullmatch(_NAME, name):
-                raise ValueError(f"{name!r}: a name has letters, digits, '.', '_' and '-' only")
+                raise ValueError(
+                    f"{name!r}: a name may contain only letters, digits, '.', '_' and '-'"
+                )
             if name == "teacher":
                 raise ValueError("teacher: this name is the recipe's own teacher")
         return value

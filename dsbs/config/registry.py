@@ -1,7 +1,7 @@
 """Registries: every kind of thing that a recipe or a command can name, as a "module:name" string.
 
 To add a kind, write its module and add one line here. A module is imported only when its kind is
-asked for, so that a recipe is validated, and ``--help`` printed, without torch.
+used, so that validating a recipe and printing ``--help`` need no torch.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ METRICS = {
 # wrong one.
 COMPRESSION_STEPS = {
     "quantize": "dsbs.compression.quantize:Quantize",
-    "prune-heads": "dsbs.compression.heads:PruneHeads",
-    "prune-ff": "dsbs.compression.feed_forward:PruneFeedForward",
-    "magnitude": "dsbs.compression.magnitude:Magnitude",
-    "drop-layers": "dsbs.compression.layers:DropLayers",
+    "prune-heads": "dsbs.compression.pruning:PruneHeads",
+    "prune-ff": "dsbs.compression.pruning:PruneFeedForward",
+    "magnitude": "dsbs.compression.pruning:Magnitude",
+    "drop-layers": "dsbs.compression.pruning:DropLayers",
     "low-rank": "dsbs.compression.low_rank:LowRankStep",
 }
 

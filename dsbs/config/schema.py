@@ -1,4 +1,4 @@
-"""JSON schema of the recipe, for editors (``dsbs schema``), and the sections that it is made of."""
+"""JSON schema of the recipe, for editors (``dsbs schema``), and the sections that make it up."""
 
 from __future__ import annotations
 

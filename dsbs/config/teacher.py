@@ -1,4 +1,4 @@
-"""Teacher and annotate sections: the model that is asked, and how."""
+"""Teacher and annotate sections: the model that annotates, and how it is called."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def _http_url(value: str) -> str:
     # Credentials first: the last message shows the value.
     if "@" in value:
         raise ValueError(
-            "a URL must not carry a name or password; name an environment variable in "
+            "a URL must not contain a user name or password; name an environment variable in "
             "teacher.api_key_env"
         )
     if "?" in value or "#" in value:
         raise ValueError(
-            "a URL must not carry a query, which may hold a key; name an environment variable in "
+            "a URL must not contain a query, which may hold a key; name an environment variable in "
             "teacher.api_key_env"
         )
     parts = urlsplit(value)

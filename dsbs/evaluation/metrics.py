@@ -75,7 +75,7 @@ def score(
         raise UserError(
             f"the predictions of {system} were made for other inputs in {len(changed)} of "
             f"{len(rows)} rows (first: {changed[0]!r})",
-            hint="the data changed since: run `dsbs eval` without --score-only",
+            hint="the data has changed since: run `dsbs eval` without --score-only",
         )
     labels = _read_labels(task, rows, joined)
     correct = [

@@ -43,7 +43,7 @@ def predict_teacher(
     if missing:
         raise UserError(
             f"{count(len(missing), f'{split} row')} without an annotation (first: {missing[0]})",
-            hint="the data changed since: run `dsbs annotate` again",
+            hint="the data has changed since: run `dsbs annotate` again",
         )
     prompt = run.manifest("annotate").get("prompt")
     prompt_hash = None

@@ -66,20 +66,20 @@ class GgufFormat:
         if config.model_type not in _ARCHITECTURES:
             raise UserError(
                 f"the format gguf supports {', '.join(_ARCHITECTURES)}, not {config.model_type}",
-                hint="give --format ct2",
+                hint="use --format ct2",
             )
         unsupported = _unsupported_features(config)
         if unsupported:
             raise UserError(
                 f"{student.card.name} has {' and '.join(unsupported)}, which the format gguf does "
                 "not support here",
-                hint="give --format ct2",
+                hint="use --format ct2",
             )
         if _pre_tokenizer(student) is None:
             raise UserError(
                 f"the format gguf does not support the tokenizer of {student.card.name}: it needs "
                 "a byte-level BPE that splits text like GPT-2, SmolLM, Qwen2 or Llama 3",
-                hint="give --format ct2",
+                hint="use --format ct2",
             )
         return None
 
@@ -197,7 +197,7 @@ def _check_tokenizer(student: Student, folder: Path) -> None:
     if exported.tokenize(prompt) != token_ids:
         raise DsbsError(
             f"llama.cpp tokenises the prompts of {student.card.name} differently, e.g. {prompt!r}",
-            hint="give --format ct2",
+            hint="use --format ct2",
         )
 
 
@@ -219,7 +219,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise DsbsError(
-                f"llama.cpp does not support the weights {name}", hint="give --format ct2"
+                f"llama.cpp does not support the weights {name}", hint="use --format ct2"
             )
         yield gguf_name, array
 

@@ -201,7 +201,7 @@ def _by_settings(rows: Sequence[GoldenRow]) -> dict[tuple[Start, int], list[Gold
 def check_float32(
     equivalence: Equivalence, student: str, architecture: Architecture = "seq2seq"
 ) -> None:
-    """Raises DsbsError where a float32 export does not do what the student does."""
+    """Raises DsbsError where a float32 export differs from the student."""
     tolerance = _DECODER_TOLERANCE if architecture == "causal" else SCORE_TOLERANCE
     problems = []
     if equivalence.greedy_agreement < _MIN_AGREEMENT:
@@ -218,7 +218,7 @@ def check_float32(
         )
     if problems:
         raise DsbsError(
-            f"the export of {student} does not do what the student does: {'; '.join(problems)}",
+            f"the export of {student} differs from the student: {'; '.join(problems)}",
             hint="the format may not support this model's shape: try --format torch",
         )
 

@@ -144,12 +144,12 @@ def _check_request(
     if card.format != "transformers":
         raise UserError(
             f"{folder} is already an export ({card.format})",
-            hint="export the student that it was made from",
+            hint="export the original student",
         )
     if card.kind not in chosen.kinds:
         raise UserError(
             f"{card.name} is a {card.kind} model, which the format {format} does not support",
-            hint="give --format ct2",
+            hint="use --format ct2",
         )
     quantize = quantize or chosen.quantizations[0]
     if quantize not in chosen.quantizations:

@@ -84,7 +84,7 @@ class TorchFormat:
                 raise UserError(
                     f"{student.card.name} is a {model.config.model_type}, whose matrices PyTorch "
                     "does not quantise",
-                    hint="remove --quantize, or give --format ct2",
+                    hint="remove --quantize, or use --format ct2",
                 )
             return None
         has_t5_parts = all(hasattr(model, name) for name in ("shared", "encoder", "decoder"))

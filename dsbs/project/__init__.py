@@ -1,1 +1,1 @@
-"""Around the stages: new projects, validation, the state of runs, checks of the machine."""
+"""Projects: new project folders, validation, the state of runs, machine checks."""

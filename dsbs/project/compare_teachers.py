@@ -1,6 +1,6 @@
 """Comparison of teachers on the same rows: accuracy, agreement, and the price of a rationale.
 
-It is above the stages because it needs two of them: annotation asks, evaluation compares.
+It ranks above the stages because it uses two of them, annotation and evaluation.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from dsbs.project.machine import Check, run_check
 from dsbs.prompting import load_prompt
 from dsbs.run_folder import RunFolder
 from dsbs.students.card import CARD
-from dsbs.students.gguf import gguf_file, is_gguf
+from dsbs.students.weights import gguf_file, is_gguf
 from dsbs.tasks import make_task
 from dsbs.tasks.data import HUB
 
@@ -137,7 +137,7 @@ def _members(recipe: Recipe) -> Iterator[Check]:
         if member.status == "done":
             yield Check("teacher", "ok", message)
         else:
-            hint = f"rows without a reply have no vote; run `dsbs annotate` for {member.run} again"
+            hint = f"rows without a reply do not vote; run `dsbs annotate` for {member.run} again"
             yield Check("teacher", "warning", message, hint)
 
 
@@ -147,7 +147,7 @@ def _endpoint(recipe: Recipe, endpoint: EndpointSection) -> Iterator[Check]:
 
     url = endpoint.base_url
     key = api_key(recipe.teacher, endpoint)
-    yield Check("key", "ok", f"{endpoint.api_key_env} is set" if key else "none is sent")
+    yield Check("key", "ok", f"{endpoint.api_key_env} is set" if key else "no key is sent")
     client = OpenAIEndpoint(recipe.teacher, endpoint, key, url)
     check_url = "check teacher.base_url and the network, or start the server"
     try:

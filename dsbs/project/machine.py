@@ -80,7 +80,7 @@ def run_check(name: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
     except DsbsError as error:
         results.append(Check(name, "problem", error.problem, error.hint))
     except Exception as error:
-        message = f"this check failed itself ({type(error).__name__}: {str(error)[:300]})"
+        message = f"the check itself failed ({type(error).__name__}: {str(error)[:300]})"
         results.append(Check(name, "problem", message, f"check by hand whether {name} works"))
     return results
 

@@ -270,7 +270,7 @@ def _balance_warnings(prompt: Prompt, task: Task) -> list[str]:
     if missing:
         return [
             f"prompt: no exemplar is labelled {', '.join(missing)}; "
-            "a teacher seldom gives a label that it was not shown"
+            "a teacher rarely gives a label that it was not shown"
         ]
     if max(counts.values()) > 2 * min(counts.values()):
         numbers = ", ".join(f"{label} {number}" for label, number in counts.most_common())

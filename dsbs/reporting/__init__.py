@@ -1,1 +1,1 @@
-"""Pages for people, made from a run's files alone: no model, no teacher, no network."""
+"""Reporting: HTML pages made from a run's files alone, without model, teacher or network."""

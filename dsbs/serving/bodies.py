@@ -76,7 +76,7 @@ class BodyReader:
         """Parse and validate a JSON object. Raises ApiError (400, 413)."""
         if count_values(body) > self._max_values:
             raise ApiError(
-                413, f"the body holds more than {self._max_values} values", "body_too_large"
+                413, f"the body contains more than {self._max_values} values", "body_too_large"
             )
         try:
             content = json.loads(body, parse_constant=_reject_constant)
@@ -139,5 +139,5 @@ def _check_surrogates(content: dict[str, Any]) -> None:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ApiError(
-            400, "the body holds half of a surrogate pair (\\ud800 to \\udfff)", "invalid_json"
+            400, "the body contains half of a surrogate pair (\\ud800 to \\udfff)", "invalid_json"
         ) from None

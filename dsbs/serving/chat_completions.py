@@ -53,7 +53,7 @@ class _Form(BaseModel, frozen=True, extra="ignore"):
                 'the format is the one learned in training; send {"type": "text"} or leave it out',
             )
         if any(not stop for stop in self.stops):
-            raise ApiError(400, "stop: an empty text", "invalid_value")
+            raise ApiError(400, "stop: an empty string", "invalid_value")
 
     @property
     def stops(self) -> list[str]:

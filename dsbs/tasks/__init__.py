@@ -1,6 +1,4 @@
-"""Tasks: what an input is, what a label is, how text is read as a label, when two labels are the
-same.
-"""
+"""Tasks: inputs and labels, how labels are parsed from text, and when two labels are equal."""
 
 from __future__ import annotations
 

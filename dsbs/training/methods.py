@@ -1,6 +1,6 @@
-"""Training methods: one record for each, with its views, its needs, its description and its colour.
+"""Training methods: one record each, with views, needs, description and colour.
 
-Every method is a set of views that one weighted loss serves. The prefixes are those of the
+Every method is a set of views trained with one weighted loss. The prefixes are those of the
 published code (google-research/distilling-step-by-step): ``predict: `` and ``explain: `` where two
 tasks share a student, none where there is one task.
 """

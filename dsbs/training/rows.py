@@ -112,7 +112,7 @@ def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) 
         raise UserError(
             f"{len(missing)} of {len(examples)} train rows have no annotation "
             f"(first: {missing[0]})",
-            hint="the data changed: run `dsbs annotate` again, it asks for the new rows only",
+            hint="the data changed: run `dsbs annotate` again, it requests only the new rows",
         )
     matched = [annotations[example.id] for example in examples if example.id in annotations]
     section = recipe.train.select

@@ -43,11 +43,11 @@ from dsbs.training.encode import (
     soft_labels_hash,
 )
 from dsbs.training.grid import StudentSpec, Trial
-from dsbs.training.lora import add_adapters, count_trainable, merge_adapters
 from dsbs.training.methods import View, method_of
 from dsbs.training.rows import Data, count_rationales
 from dsbs.training.student_folder import StudentFolder
 from dsbs.training.tokens import Tokens
+from dsbs.training.trainer import add_adapters, count_trainable, merge_adapters
 from dsbs.training.validation import max_new_tokens, validate, validation_interval
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class StudentRun:
         wait()
         if self.folder.is_finished():
             return self.folder.student()
-        hint = "free some space, then run the same command: it goes on from the last checkpoint"
+        hint = "free some space, then run the same command: it continues from the last checkpoint"
         try:
             with full_disk_as_partial(self.folder.path, hint):
                 return self._train(progress)
@@ -164,7 +164,7 @@ class StudentRun:
             smaller = self._smaller(micro)
             progress.say(
                 f"{self.spec.name}: out of memory with {micro} examples at a time; "
-                f"going on with {smaller}"
+                f"continuing with {smaller}"
             )
             free_memory()
             micro = smaller
@@ -323,7 +323,7 @@ class StudentRun:
         if not sizes:
             raise DsbsError(
                 problem,
-                hint="set train.gradient_checkpointing: true, or take a smaller student; the last "
+                hint="set train.gradient_checkpointing: true, or use a smaller student; the last "
                 "checkpoint is kept",
             )
         fixed = [term.title for term in self.terms if term.is_of_one_pass]
@@ -332,7 +332,7 @@ class StudentRun:
         if fixed:
             raise DsbsError(
                 f"{problem}, and a smaller micro-batch would change {' and '.join(fixed)}",
-                hint="set train.gradient_checkpointing: true, which goes on from the last "
+                hint="set train.gradient_checkpointing: true, which continues from the last "
                 "checkpoint; or a smaller train.micro_batch_size, which trains another student",
             )
         return max(size for size in sizes if size <= max(1, micro // 2))

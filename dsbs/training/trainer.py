@@ -17,10 +17,10 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from dsbs.config import ResolvedTrainSection
-from dsbs.errors import DsbsError, UserError
+from dsbs.config import LoraSection, ResolvedTrainSection, unknown
+from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.training.distillation.base import StepTotals
-from dsbs.training.distillation.objective import DistillationLoss
+from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss
 from dsbs.training.distributed import save_sharded_model, shard_model, world_size
 from dsbs.training.encode import PackedBatch, PaddedDataset
 from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
@@ -338,3 +338,76 @@ def patch_forward(
         return sums | (terms.losses(output, batch, step) if terms and step else {})
 
     model.forward = packed_forward
+
+
+# --- LoRA (Hu et al., 2021, arXiv:2106.09685) through peft; the finished student is a plain model
+
+
+def add_adapters(model: Any, section: LoraSection) -> Any:
+    """Freeze a model's weights and give each target matrix an adapter B·A of rank ``rank``.
+
+    B begins at 0, so the model computes the same before training. Raises UserError for targets that
+    no block has.
+    """
+    with needs_extra("lora", "train.lora"):
+        from peft import LoraConfig, TaskType, get_peft_model
+    targets = _target_modules(model, section.targets)
+    model.name_or_path = ""  # peft would look the name up on the hub at every checkpoint
+    task_type = TaskType.CAUSAL_LM
+    if model.config.is_encoder_decoder:
+        task_type = TaskType.SEQ_2_SEQ_LM
+    config = LoraConfig(
+        task_type=task_type,
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=targets,
+    )
+    return get_peft_model(model, config)
+
+
+def merge_adapters(model: Any, checkpoint: Path) -> Any:
+    """``model``, as the training began with it, plus the adapters of a checkpoint."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload()
+
+
+def count_trainable(model: Any) -> int:
+    """The number of trainable parameters, without the projections that only serve training."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith(f"{PROJECTIONS}.")
+    )
+
+
+def _target_modules(model: Any, targets: tuple[str, ...]) -> list[str]:
+    """The target matrices' names; q means q_proj where a model has no q, as in most decoders.
+
+    Checked here, since peft ignores a name that fits no module as long as another does.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's matrices
+
+    stacks = [model.get_decoder()]
+    if model.config.is_encoder_decoder:
+        stacks.append(model.get_encoder())
+    modules = {
+        name.rpartition(".")[2]
+        for stack in stacks
+        for name, module in stack.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    }
+    names = []
+    for target in targets:
+        name = target
+        if target not in modules and f"{target}_proj" in modules:
+            name = f"{target}_proj"
+        if name not in modules:
+            raise UserError(
+                f"train.lora.targets: {unknown('matrix', target, sorted(modules))}",
+                hint="q and v are usual, in a T5 and where they are called q_proj and v_proj",
+            )
+        names.append(name)
+    return names

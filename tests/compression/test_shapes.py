@@ -9,12 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from dsbs.compression.feed_forward import keep_units
-from dsbs.compression.heads import keep_heads, most_important_heads
-from dsbs.compression.importance import importance, largest
-from dsbs.compression.layers import drop_layers, evenly_spaced, keep_layers
 from dsbs.compression.low_rank import LowRankStep, factorize, factors
-from dsbs.compression.magnitude import zero_smallest
+from dsbs.compression.pruning import (
+    drop_layers,
+    evenly_spaced,
+    importance,
+    keep_heads,
+    keep_layers,
+    keep_units,
+    largest,
+    most_important_heads,
+    zero_smallest,
+)
 from dsbs.compression.steps import attentions, feed_forwards
 from dsbs.students import load_model
 from dsbs.training.encode import collate, pad

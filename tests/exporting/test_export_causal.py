@@ -21,7 +21,7 @@ from dsbs.errors import DsbsError, UserError
 from dsbs.exporting import gguf
 from dsbs.exporting.run import export
 from dsbs.students import Student, StudentCard, load_model, load_tokenizer
-from dsbs.students.gguf import gguf_file
+from dsbs.students.weights import gguf_file
 
 # One is as long as nothing the template leaves room for, one has the template's own token in it.
 ROWS = [

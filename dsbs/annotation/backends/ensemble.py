@@ -130,7 +130,7 @@ def _check_task(recipe: Recipe, run: str, theirs: dict[str, Any]) -> None:
     ]
     if differences:
         raise UserError(
-            f"teacher.members: {run} is of another task ({', '.join(differences)})",
+            f"teacher.members: {run} was annotated for another task ({', '.join(differences)})",
             hint="an ensemble votes on one task",
         )
 

@@ -1,4 +1,4 @@
-"""llama.cpp teacher: a GGUF file, served in this process, asked through the OpenAI client."""
+"""llama.cpp teacher: a GGUF file served in this process and called by the OpenAI client."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dsbs.annotation.backends import Teacher
 from dsbs.annotation.backends.openai import OpenAIEndpoint
 from dsbs.config import EndpointSection, Recipe
 from dsbs.students.backends.llama_server import SLOTS, start_server
-from dsbs.students.gguf import fingerprint, gguf_file
+from dsbs.students.weights import gguf_file, gguf_fingerprint
 
 
 class LlamaCppTeacher(Teacher):
@@ -43,5 +43,5 @@ class LlamaCppTeacher(Teacher):
     @classmethod
     def identities(cls, recipe: Recipe) -> list[str]:
         """Identify the weights: the port differs from run to run."""
-        weights = fingerprint(gguf_file(str(recipe.teacher.model), recipe.folder))
+        weights = gguf_fingerprint(gguf_file(str(recipe.teacher.model), recipe.folder))
         return [f"llamacpp:{weights}#{recipe.teacher.endpoint}"]

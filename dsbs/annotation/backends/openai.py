@@ -258,7 +258,7 @@ def api_key(teacher: TeacherSection, endpoint: EndpointSection) -> str | None:
     if key:
         if not key.isascii() or any(character.isspace() for character in key):
             raise UserError(
-                f"the key in {variable} has a space or a character that no key has",
+                f"the key in {variable} contains a space or another invalid character",
                 hint=f"export {variable}=<key> again, without quotes inside",
             )
         return key

@@ -1,7 +1,7 @@
 """Teacher log-probabilities on disk: for each target token, the K likeliest tokens.
 
 Each file holds some rows, each under the hash of its input and target. Every student that learns
-the same row from the same teachers finds it there, and a kill loses the last file at most.
+the same row from the same teachers finds it there; a killed process loses at most one file.
 
 Shapes: M target tokens of a packed batch, T of one row, K cached vocabulary entries.
 """

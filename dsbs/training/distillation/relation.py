@@ -1,7 +1,7 @@
 """Relation term: distances and angles between a batch's examples, as in a local teacher's space.
 
 Source: Park et al. 2019, arXiv:1904.05068, equations 3 to 6. A space's scale, rotation and width do
-not matter, and no projection is learned. Without unit.
+not matter, and no projection is learned. The term has no unit.
 
 Shapes: B examples, D and D' dimensions of the student's and the teacher's space.
 """

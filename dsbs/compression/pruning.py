@@ -1,0 +1,288 @@
+"""Pruning steps: remove attention heads, feed-forward units or layers, or zero small weights.
+
+Heads and units are removed by importance (Michel et al., 2019, arXiv:1905.10650, section 4.1).
+Each unit gets a gate ξ = 1. Its importance is the mean over examples of |∂L(x)/∂ξ|. That equals
+|a·∂L/∂a| for the unit's output a: the linear term of the change of the loss when the output
+becomes 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dsbs.compression.steps import (
+    Examples,
+    WeightStep,
+    attentions,
+    feed_forwards,
+    rebuild,
+    remaining,
+    select,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK = re.compile(r"^(encoder|decoder)\.block\.(\d+)\.(.*)$")
+
+
+# --- heads
+
+
+class PruneHeads(WeightStep):
+    """``prune-heads=SHARE``: removes attention heads.
+
+    A T5 configuration has one number of heads for all attention layers, and the layers of a stack
+    share one relative position bias with a column for each head. Each layer therefore loses the
+    same number of heads. A self-attention head is removed from all layers of its stack, by its
+    importance summed over them. Cross-attention has no bias and loses different heads per layer.
+    """
+
+    name = "prune-heads"
+    learns_from_rows = True
+
+    def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
+        count = remaining(self.name, self.share, model.config.num_heads, "heads")
+        heads = most_important_heads(model, count, examples.batches(model, tokenizer))
+        return keep_heads(model, heads)
+
+
+def most_important_heads(
+    model: Any, count: int, batches: Iterable[Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """Indices (count,) of the heads to keep, by attention layer.
+
+    The self-attention layers of a stack keep the same heads.
+    """
+    import torch
+
+    gated = {name: (module.o, module.n_heads) for name, module in attentions(model)}
+    head_importance = importance(model, gated, batches)
+    heads = {}
+    for name in gated:
+        stack = name.partition(".")[0]
+        layers = [name]
+        if name.endswith("SelfAttention"):
+            layers = [
+                layer
+                for layer in gated
+                if layer.startswith(f"{stack}.") and layer.endswith("SelfAttention")
+            ]
+        total = torch.stack([head_importance[layer] for layer in layers]).sum(0)
+        heads[name] = largest(total, count)
+    return heads
+
+
+def keep_heads(model: Any, heads: dict[str, Tensor]) -> Any:
+    """A model with these heads only. ``heads``: equally many indices (K,) per layer, in order."""
+    import torch
+
+    weights = dict(model.state_dict())
+    width = model.config.d_kv
+    for name, kept_heads in heads.items():
+        columns = (kept_heads[:, None] * width + torch.arange(width)).flatten()
+        for projection in ("q", "k", "v"):
+            select(weights, f"{name}.{projection}", columns, "outputs")
+        select(weights, f"{name}.o", columns, "inputs")
+        if f"{name}.relative_attention_bias.weight" in weights:
+            select(weights, f"{name}.relative_attention_bias", kept_heads, "inputs")
+    return rebuild(model, weights, num_heads=len(next(iter(heads.values()))))
+
+
+# --- feed-forward units
+
+
+class PruneFeedForward(WeightStep):
+    """``prune-ff=SHARE``: removes equally many feed-forward units from every layer."""
+
+    name = "prune-ff"
+    learns_from_rows = True
+
+    def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
+        count = remaining(self.name, self.share, model.config.d_ff, "units")
+        gated = {name: (module.wo, model.config.d_ff) for name, module in feed_forwards(model)}
+        unit_importance = importance(model, gated, examples.batches(model, tokenizer))
+        units = {name: largest(values, count) for name, values in unit_importance.items()}
+        return keep_units(model, units)
+
+
+def keep_units(model: Any, units: dict[str, Tensor]) -> Any:
+    """A model with these units only. ``units``: equally many indices (K,) per layer, in order."""
+    weights = dict(model.state_dict())
+    inner = ("wi_0", "wi_1") if model.config.is_gated_act else ("wi",)
+    for name, kept_units in units.items():
+        for matrix in inner:
+            select(weights, f"{name}.{matrix}", kept_units, "outputs")
+        select(weights, f"{name}.wo", kept_units, "inputs")
+    return rebuild(model, weights, d_ff=len(next(iter(units.values()))))
+
+
+# --- layers
+
+
+class DropLayers(WeightStep):
+    """``drop-layers=SHARE``: keeps evenly spaced layers of encoder and decoder.
+
+    Shleifer and Rush, 2020, arXiv:2010.13002, initialise students in this way. The result can also
+    be named in ``train.init``.
+    """
+
+    name = "drop-layers"
+
+    def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
+        return drop_layers(model, self.share)
+
+
+def drop_layers(model: Any, removed_share: float) -> Any:
+    """A model with fewer layers, at least one per stack.
+
+    Raises UserError where the encoder would lose none.
+    """
+    encoder_layers = model.config.num_layers
+    decoder_layers = model.config.num_decoder_layers
+    encoder_count = remaining(DropLayers.name, removed_share, encoder_layers, "encoder layers")
+    decoder_count = max(1, decoder_layers - round(removed_share * decoder_layers))
+    return keep_layers(
+        model,
+        evenly_spaced(encoder_layers, encoder_count),
+        evenly_spaced(decoder_layers, decoder_count),
+    )
+
+
+def evenly_spaced(layers: int, count: int) -> list[int]:
+    """``count`` layer indices from 0, with the first, and the last where there are two or more."""
+    return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def keep_layers(model: Any, encoder: list[int], decoder: list[int]) -> Any:
+    """A model with these layers, in order.
+
+    Each list starts with 0: the first layer of a stack has the relative position bias.
+    """
+    layers = {"encoder": encoder, "decoder": decoder}
+
+    def new_name(name: str) -> str | None:
+        """The name in the new model; None for a layer that is dropped."""
+        match = _BLOCK.match(name)
+        if match is None:
+            return name
+        stack, layer, rest = match.groups()
+        if int(layer) not in layers[stack]:
+            return None
+        return f"{stack}.block.{layers[stack].index(int(layer))}.{rest}"
+
+    weights = {new: value for name, value in model.state_dict().items() if (new := new_name(name))}
+    shape: dict[str, Any] = {"num_layers": len(encoder), "num_decoder_layers": len(decoder)}
+    if ranks := getattr(model.config, "low_rank", None):
+        shape["low_rank"] = {new: rank for name, rank in ranks.items() if (new := new_name(name))}
+    return rebuild(model, weights, **shape)
+
+
+# --- weights
+
+
+class Magnitude(WeightStep):
+    """``magnitude=SHARE``: sets the smallest weights to zero (Han et al., 2015, arXiv:1506.02626).
+
+    Attention and feed-forward matrices are ranked together. Neither the file nor the latency
+    shrinks, as zeros are stored and multiplied like other numbers. The step shows how much of a
+    student is needed, and the file compresses better.
+    """
+
+    name = "magnitude"
+    sparse = True
+
+    def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
+        zero_smallest(model, self.share)
+        return model
+
+
+def zero_smallest(model: Any, share: float) -> None:
+    """Zero a share of the attention and feed-forward weights, over all matrices together."""
+    import torch
+
+    matrices = [
+        parameter
+        for _, layer in (*attentions(model), *feed_forwards(model))
+        for name, parameter in layer.named_parameters()
+        if "relative_attention_bias" not in name
+    ]
+    with torch.no_grad():
+        magnitudes = torch.cat([matrix.abs().flatten() for matrix in matrices])
+        smallest = torch.sort(magnitudes, stable=True).indices[: round(share * len(magnitudes))]
+        keep = torch.ones(len(magnitudes), dtype=torch.bool)
+        keep[smallest] = False
+        masks = torch.split(keep, [matrix.numel() for matrix in matrices])
+        for matrix, mask in zip(matrices, masks, strict=True):
+            matrix.mul_(mask.view(matrix.shape))
+
+
+# --- importance
+
+
+def importance(
+    model: Any, gated: Mapping[str, tuple[Any, int]], batches: Iterable[Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """Importance (G,) in nats of the G equal parts of each module's input.
+
+    ``gated`` maps a name to (module, G). ``batches`` have input_ids and attention_mask (B, S),
+    decoder_input_ids and labels (B, T). The loss of an example is its mean token cross-entropy.
+    Every example has gates of its own, so that one batch gives the derivative of each example.
+    """
+    import torch
+
+    gates: dict[str, Tensor] = {}
+    hooks = []
+
+    def gate(name: str, count: int) -> Any:
+        def multiply(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            (x,) = inputs  # (B, T, W)
+            gates[name] = torch.ones(
+                x.shape[0], 1, count, 1, dtype=x.dtype, device=x.device, requires_grad=True
+            )
+            return ((x.unflatten(-1, (count, -1)) * gates[name]).flatten(-2),)
+
+        return multiply
+
+    totals = {name: torch.zeros(count) for name, (_, count) in gated.items()}
+    rows = 0
+    model.eval()
+    try:
+        hooks = [
+            module.register_forward_pre_hook(gate(name, count))
+            for name, (module, count) in gated.items()
+        ]
+        for batch in batches:
+            loss = _example_losses(model, batch).sum()
+            gradients = torch.autograd.grad(loss, [gates[name] for name in gated])
+            for name, gradient in zip(gated, gradients, strict=True):
+                totals[name] += gradient.flatten(1).abs().sum(0).cpu().float()
+            rows += len(batch["labels"])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / rows for name, total in totals.items()}
+
+
+def _example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Mean token cross-entropy (B,) of each example, in nats."""
+    import torch
+
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    labels = inputs.pop("labels")
+    logits = model(**inputs, use_cache=False).logits.float()
+    is_target = labels != -100
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"
+    )
+    means: Tensor = nll.sum(1) / is_target.sum(1)
+    return means
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Indices (count,) of the largest of ``values`` (G,), ascending; the first of equal values."""
+    import torch
+
+    return torch.sort(torch.sort(values, descending=True, stable=True).indices[:count]).values
