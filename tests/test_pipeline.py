@@ -18,7 +18,7 @@ def test_a_csv_and_three_lines_of_recipe_go_through_all_stages(tmp_path: Path) -
             "task: {name: classification, labels: [billing, shipping], columns: {label: team},"
             " data: {train: mine.csv}}\n"
             f"teacher: {{model: some-model, base_url: {server.url}}}\n"
-            "train: {max_steps: 40, batch_size: 16, eval_every: 20}\neval: {latency_calls: 2}\n",
+            "train: {max_steps: 8, batch_size: 8, eval_every: 8}\neval: {latency_calls: 2}\n",
             encoding="utf-8",
         )
         done = {}

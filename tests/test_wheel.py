@@ -73,7 +73,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_dsbs_works_from_the_wheel_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     where = subprocess.run(
-        [installed, "-c", "import dsbs; print(dsbs.__file__)"],
+        [installed, "-E", "-c", "import dsbs; print(dsbs.__file__)"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -82,7 +82,7 @@ def test_dsbs_works_from_the_wheel_outside_the_checkout(installed: Path, tmp_pat
     )
     assert str(ROOT) not in where.stdout, "the wheel's own package is what runs"
     done = subprocess.run(
-        [installed, "-m", "dsbs", "validate", "recipes/demo.yaml", "--json"],
+        [installed, "-E", "-m", "dsbs", "validate", "recipes/demo.yaml", "--json"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -100,7 +100,7 @@ def test_a_new_project_is_made_from_the_wheel(installed: Path, tmp_path: Path) -
         ["show", "mine/recipe.yaml"],
     ):
         done = subprocess.run(
-            [installed, "-m", "dsbs", *command],
+            [installed, "-E", "-m", "dsbs", *command],
             cwd=tmp_path,
             capture_output=True,
             text=True,
