@@ -82,10 +82,10 @@ def test_rows_without_a_reply_stop_the_run_before_training(
 
 def test_a_killed_run_continues(toy: Callable[..., Path], tmp_path: Path) -> None:
     path = _recipe(toy, tmp_path)
-    steps = "train.max_steps=400"
+    steps = "train.max_steps=80"
     with LoopbackServer(good_answer) as server:
         url = f"teacher.base_url={server.url}"
-        command = [sys.executable, "-m", "dsbs", "run", path, url, steps, "train.eval_every=10"]
+        command = [sys.executable, "-m", "dsbs", "run", path, url, steps, "train.eval_every=40"]
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
         train = tmp_path / "runs" / "toy" / "train"
         deadline = time.monotonic() + 120
@@ -95,7 +95,7 @@ def test_a_killed_run_continues(toy: Callable[..., Path], tmp_path: Path) -> Non
         process.wait()
         assert not list(train.glob("*/train.json")), "killed in the middle of training"
         requests = server.requests
-        again = run_dsbs("run", path, url, steps, "train.eval_every=10", cwd=tmp_path)
+        again = run_dsbs("run", path, url, steps, "train.eval_every=40", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         assert server.requests == requests == 46
     assert len(list(train.glob("*/train.json"))) == 2
