@@ -59,7 +59,7 @@ def find_file(path: str | Path, *, what: str, hint: str, beside: Path | None = N
             return candidate
     if expanded.is_dir():
         raise UserError(f"{what} {path} is a directory", hint=hint)
-    raise UserError(f"{what} {path} does not exist (looked from {Path.cwd()})", hint=hint)
+    raise UserError(f"{what} {path} does not exist (working directory: {Path.cwd()})", hint=hint)
 
 
 def _has_shipped_files(root: Path) -> bool:

@@ -262,7 +262,7 @@ def test_only_what_ships_is_found_in_the_projects_folder(
     monkeypatch.chdir(tmp_path)
     assert find_file("data/support/train.csv", what="data file", hint="-").is_file()
     with pytest.raises(
-        UserError, match=r"data file data/support/absent\.csv does not exist \(looked from "
+        UserError, match=r"data file data/support/absent\.csv does not exist \(working directory: "
     ):
         find_file("data/support/absent.csv", what="data file", hint="-")
 

@@ -74,7 +74,7 @@ def section(name: str, command: Any) -> str:
     arguments = [item for item in command.params if item.param_type_name == "argument"]
     options = [item for item in command.params if item.param_type_name == "option"]
     usage = " ".join(
-        ["dsbs", name, *(item.metavar for item in arguments), "[OPTIONS]" if options else ""]
+        ["dsbs", name, *(placeholder(item) for item in arguments), "[OPTIONS]" if options else ""]
     ).strip()
     lines = [
         f"## `dsbs {name}` {{ #dsbs-{name} }}",
@@ -85,11 +85,21 @@ def section(name: str, command: Any) -> str:
         "",
     ]
     lines += ["| | meaning |", "| --- | --- |"]
-    lines += [f"| `{item.metavar}` | {cell(item.help)} |" for item in arguments]
+    lines += [f"| `{cell(item.metavar)}` | {cell(item.help)} |" for item in arguments]
     lines += [f"| `{spelled(item)}` | {cell(item.help)}{default(item)} |" for item in options]
     if name in MORE:
         lines += ["", f"More: {MORE[name]}."]
     return "\n".join(lines) + "\n"
+
+
+def placeholder(argument: Any) -> str:
+    """``FILE``, ``[FILE]`` if it may be left out, ``FILE…`` if there may be several."""
+    text: str = argument.metavar
+    if not argument.required:
+        text = f"[{text}]"
+    if argument.nargs == -1:
+        text += "…"
+    return text
 
 
 def spelled(option: Any) -> str:

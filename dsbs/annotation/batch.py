@@ -91,7 +91,7 @@ def _open_batches(folder: Path, client: BatchClient, progress: Progress) -> list
             continue
         if batch.record["base_url"] != client.base_url:
             progress.say(
-                f"{batch.folder} waits at {batch.record['base_url']}, not at the recipe's "
+                f"{batch.folder} is waiting at {batch.record['base_url']}, not at the recipe's "
                 "endpoint: skipped"
             )
             continue

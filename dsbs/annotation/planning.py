@@ -72,7 +72,7 @@ def plan(
     annotator = Annotator(recipe, shard)
     if not teacher_class(recipe.teacher.kind).is_asked:
         raise UserError(
-            f"a teacher of kind {recipe.teacher.kind} sends nothing",
+            f"no requests are sent to a teacher of kind {recipe.teacher.kind}",
             hint="run without --dry-run: it costs nothing",
         )
     assert annotator.renderer is not None

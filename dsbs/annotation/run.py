@@ -236,7 +236,7 @@ def export_batch(recipe: Recipe, path: Path, *, out: str | Path | None = None) -
     """
     if not teacher_class(recipe.teacher.kind).is_asked:
         raise UserError(
-            f"a teacher of kind {recipe.teacher.kind} receives no requests",
+            f"no requests are sent to a teacher of kind {recipe.teacher.kind}",
             hint="run without --batch-export",
         )
     annotator = Annotator(recipe)

@@ -111,7 +111,7 @@ def merge(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[SHARD]…", help="The shards' run folders. Default: all in <run>/shards."
+            metavar="SHARD", help="The shards' run folders. Default: all in <run>/shards."
         ),
     ] = None,
     overrides: SetKeys = None,

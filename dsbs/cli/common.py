@@ -26,7 +26,7 @@ RecipePath = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]…",
+        metavar="KEY=VALUE",
         help="Override recipe keys, e.g. train.max_steps=200.",
         show_default=False,
     ),

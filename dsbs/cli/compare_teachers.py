@@ -40,7 +40,7 @@ def compare_teachers(
     teachers: Annotated[
         list[str],
         typer.Argument(
-            metavar="TEACHER…",
+            metavar="TEACHER",
             help="Files with a `teacher:` section, or changes to the recipe's own: "
             "model=a,base_url=b.",
         ),

@@ -27,7 +27,7 @@ def predict(
         ),
     ],
     file: Annotated[
-        str, typer.Argument(metavar="[FILE]", help="Text or JSONL, one row per line; - is stdin.")
+        str, typer.Argument(metavar="FILE", help="Text or JSONL, one row per line; - is stdin.")
     ] = "-",
     rationale: Annotated[
         bool,

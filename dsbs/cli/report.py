@@ -15,7 +15,7 @@ def report(
     runs: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN… [KEY=VALUE]…",
+            metavar="RUN|KEY=VALUE",
             help="Run folders, or recipes with overrides (their run folders are used), "
             "e.g. runs/small runs/base.",
             show_default=False,

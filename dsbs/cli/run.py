@@ -104,7 +104,7 @@ def _print_plan(recipe: Recipe, out: str | None, as_json: bool) -> None:
         return
     _print_heading("1/4 annotate")
     if annotation is None:
-        print(f"a teacher of kind {recipe.teacher.kind} sends no requests")
+        print(f"no requests are sent to a teacher of kind {recipe.teacher.kind}")
     else:
         print_annotate_plan(annotation)
     _print_heading("2/4 train")

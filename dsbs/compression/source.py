@@ -119,7 +119,7 @@ class FineTuneData:
         card = read_card(student.path)
         if {view.target: view.prefix for view in self.views} != card.prefixes:
             raise UserError(
-                f"{student.name} learned other views than the recipe in "
+                f"{student.name} was trained on other views than the recipe in "
                 f"{source.run.path}/train/manifest.json has",
                 hint="run `dsbs train` with the recipe that trained it",
             )

@@ -30,7 +30,8 @@ def _folder_in(context: Any) -> Path | None:
 class DataSection(Section):
     """The files with the rows.
 
-    Each is a path (.jsonl, .jsonl.gz, .csv, .parquet) or ``hub://<repository>[:<config>]/<split>``.
+    Each is a path (.jsonl, .jsonl.gz, .csv, .tsv, .parquet) or
+    ``hub://<repository>[:<config>]/<split>``.
     """
 
     train: str
@@ -270,9 +271,9 @@ class Recipe(Section):
     task: TaskSection
     """The task to learn, and its data."""
     teacher: TeacherSection
-    """The large model to ask, or the name of a file with this section."""
+    """The large model that annotates, or the name of a file with this section."""
     annotate: AnnotateSection = AnnotateSection()
-    """How the teacher is asked."""
+    """How the teacher is called."""
     student: StudentSection = StudentSection()
     """The small model before training."""
     train: TrainSection = TrainSection()

@@ -101,7 +101,7 @@ class MemberSection(Section):
 
 
 class TeacherSection(Section):
-    """The large model to ask."""
+    """The large model that annotates."""
 
     kind: str = "openai"
     """openai: any OpenAI-compatible endpoint; llamacpp, transformers: a model on this machine;
@@ -228,7 +228,7 @@ class BatchSection(Section):
     max_requests: int = Field(50_000, gt=0)
     """Maximum requests per batch file; more make several batches."""
     completion_window: str = "24h"
-    """The completion window that the provider is asked for."""
+    """The completion window requested from the provider."""
     poll_s: float = Field(30.0, gt=0)
     """Seconds between status requests."""
     price_factor: float = Field(0.5, ge=0)
@@ -250,7 +250,7 @@ class RaySection(Section):
 
 
 class AnnotateSection(Section):
-    """How the teacher is asked."""
+    """How the teacher is called."""
 
     prompt: str | None = None
     """A prompt file. None: prompts/<task>.yaml, or a zero-shot prompt for your own data."""

@@ -97,7 +97,7 @@ class LocalTeacherSection(Section):
     model: str | None = None
     """A trained student's folder. None: this recipe trains the teacher first (see size, start)."""
     start: str | None = None
-    """The pretrained model (Hub id or folder) that its training starts from. None: random ones."""
+    """The pretrained model (Hub id or folder) that it starts from. None: random weights."""
     size: Literal["nano", "mini", "small"] = "mini"
     """The size of a teacher with random weights."""
     weight: float = Field(1.0, gt=0)

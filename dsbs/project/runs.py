@@ -287,6 +287,6 @@ def resolve_recipe(source: str, overrides: list[str] | None = None) -> ResolvedR
     for stage, manifest in manifests.items():
         keys = differences([recorded(manifest), recipe])
         if keys:
-            remarks.append(f"{stage} was given another recipe, different in {', '.join(keys)}")
+            remarks.append(f"{stage} used another recipe, different in {', '.join(keys)}")
     started = manifests[newest].get("started")
     return ResolvedRecipe(f"{path / newest / MANIFEST}, {started}", recipe, tuple(remarks))

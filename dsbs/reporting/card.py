@@ -65,7 +65,8 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     recipe = read_recorded({"recipe": run.recipe})
     if recipe is None:
         raise UserError(
-            f"{run.folder.path}: recipe of another version", hint="run `dsbs eval` again"
+            f"{run.folder.path}: its recipe is from another version of dsbs",
+            hint="run `dsbs eval` again",
         )
     student = read_student(folder)
     card = read_card(folder)

@@ -319,7 +319,7 @@ def _chat_parts(tokenizer: Any) -> tuple[str, str, int]:
     _, placeholder, after_answer = dialogue.rpartition(_PLACEHOLDER)
     if not tail or not placeholder:
         raise UserError(
-            "the student's chat template leaves the message out", hint="use student.template: plain"
+            "the student's chat template omits the message", hint="use student.template: plain"
         )
     end_ids = tokenizer(after_answer.lstrip(), add_special_tokens=False)["input_ids"]
     if end_ids and end_ids[0] in tokenizer.added_tokens_decoder:

@@ -132,7 +132,9 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
     if problems:
         raise _all_problems(problems)
     if is_empty:
-        raise UserError(f"{source} is empty", hint=f"task.data.{split} needs rows")
+        raise UserError(
+            f"{source} is empty", hint=f"add rows, or name another file in task.data.{split}"
+        )
 
 
 def _all_problems(errors: list[UserError]) -> UserError:

@@ -128,7 +128,7 @@ class Encoder:
         for name, (sources, targets) in rows.lengths().items():
             end = ""
             if name == "rationale-then-label":
-                end = ", and with their end the label"
+                end = ", and so is the label at their end"
             yield from _truncated("inputs", sources, self._max_input, "max_input_tokens")
             yield from _truncated(
                 f"{name} targets", targets, self._max_target, "max_target_tokens", end

@@ -192,7 +192,7 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
         raise UserError(
             f"{spec.method} learns how sure the teacher was of its labels, and no {kind} has a "
             "vote",
-            hint=f"{check} and provenance (a hinted answer is no vote), and train.select",
+            hint=f"{check} and provenance (a hinted answer does not vote), and train.select",
         )
 
 

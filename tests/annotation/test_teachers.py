@@ -100,7 +100,7 @@ def test_a_registered_teacher_on_disk_is_validated_and_read(
     result = annotate(recipe, out=tmp_path / "run")
     assert result.splits["train"].accepted == 40 and not result.can_continue
     assert read_rows(tmp_path / "run")[0]["provenance"] == "recorded"
-    with pytest.raises(UserError, match="kind toy sends nothing"):
+    with pytest.raises(UserError, match="no requests are sent to a teacher of kind toy"):
         plan(recipe, tmp_path / "run")
 
 

@@ -144,8 +144,8 @@ def test_a_run_shows_what_its_newest_stage_was_given_and_says_where_others_diffe
     shown = resolve_recipe(str(run))
     assert shown.recipe["train"]["max_steps"] == 50 and "train/manifest.json" in shown.source
     assert shown.remarks == (
-        "annotate was given another recipe, different in train.max_steps",
-        "eval was given another recipe, different in train.max_steps",
+        "annotate used another recipe, different in train.max_steps",
+        "eval used another recipe, different in train.max_steps",
     )
     done = run_dsbs("show", "recipes/demo.yaml", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -181,11 +181,11 @@ class LocalTeachers:
             start = card.starts.get(view.target, "pad")
             if (prefix, start) != (view.prefix, view.start):
                 learned = ", ".join(
-                    f"{target} after {prefix!r}" for target, prefix in card.prefixes.items()
+                    f"{target} with prefix {prefix!r}" for target, prefix in card.prefixes.items()
                 )
                 raise UserError(
-                    f"train.teachers: {model} never learned the {view.target} after "
-                    f"{view.prefix!r} (it learned {learned})",
+                    f"train.teachers: {model} was not trained on the {view.target} with prefix "
+                    f"{view.prefix!r} (it was trained on {learned})",
                     hint="use a teacher trained with the same base method as its student "
                     f"(this one: {card.method}), or leave model out to train one by this recipe",
                 )
@@ -199,7 +199,7 @@ class LocalTeachers:
     def _check_vocabulary(self, source: str, setting: str) -> None:
         if tokenizer_hash(load_tokenizer(source)) != tokenizer_hash(self._tokenizer):
             raise UserError(
-                f"{setting} has another vocabulary than the student",
+                f"{setting} has a different vocabulary from the student's",
                 hint="start both from the same family of models, train both from scratch on the "
                 "same data, or leave model and start out: then a teacher with the student's "
                 "vocabulary is trained",
