@@ -299,9 +299,7 @@ def test_a_model_that_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
 def test_a_format_that_nothing_here_reads_is_told(tmp_path: Path, kind: Any, format: Any) -> None:
     card = make_student().card.model_copy(update={"kind": kind, "format": format})
     (tmp_path / CARD).write_text(card.model_dump_json(), encoding="utf-8")
-    with pytest.raises(
-        UserError, match=f"{kind} model in {format} format, which dsbs cannot load"
-    ):
+    with pytest.raises(UserError, match=f"{kind} model in {format} format, which dsbs cannot load"):
         Student.load(tmp_path)
 
 
