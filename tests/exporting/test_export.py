@@ -64,7 +64,7 @@ def test_the_converters_own_scale_would_be_found_out(
     from ctranslate2.converters.transformers import T5Loader
 
     student = make_student(tmp_path, V1_1)
-    monkeypatch.setattr(ct2, "_loader", T5Loader)
+    monkeypatch.setattr(ct2, "_t5_loader", T5Loader)
     monkeypatch.setattr(CTranslate2Backend, "_decode", _with_its_own_start)
     with pytest.raises(DsbsError, match="log-probabilities differ"):
         export(student, "ct2", quantize="float32", examples=ROWS)
@@ -285,7 +285,7 @@ def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path
         (["--format", "tflite"], "unknown export format 'tflite'"),
         (["--format", "gguf"], "a seq2seq model, which the format gguf does not support"),
         (["--quantize", "int4"], "has no quantisation 'int4'"),
-        (["--examples", "nothing.txt"], "examples nothing.txt does not exist"),
+        (["--examples", "nothing.txt"], "nothing.txt does not exist"),
     ],
 )
 def test_a_wrong_option_is_one_message(tmp_path: Path, arguments: list[str], words: str) -> None:
