@@ -219,7 +219,7 @@ def test_a_folder_that_is_no_export_is_left_alone(tmp_path: Path) -> None:
     student = make_student(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="is no export"):
+    with pytest.raises(UserError, match="is not an export"):
         export(student, "ct2", out=tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
@@ -363,7 +363,7 @@ def test_a_float_export_that_disagrees_is_an_error() -> None:
     for wrong in ({"greedy_agreement": 0.9}, {"beam_agreement": 0.9}, {"score_difference": 0.01}):
         with pytest.raises(DsbsError, match="differs from the student"):
             check_float32(Equivalence.model_validate(good | wrong), "s")
-    with pytest.raises(DsbsError, match=r"allowed are 0\.005"):
+    with pytest.raises(DsbsError, match=r"allowed: 0\.005"):
         check_float32(Equivalence.model_validate(good | {"score_difference": 0.006}), "s", "causal")
 
 

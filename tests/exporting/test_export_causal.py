@@ -215,7 +215,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_found_out(
 ) -> None:
     student = make(tmp_path)
     monkeypatch.setattr(gguf, "_pre_tokenizer", lambda student: "smollm")  # which parts digits
-    with pytest.raises(DsbsError, match="would not read s's prompts"):
+    with pytest.raises(DsbsError, match="tokenises the prompts of s differently"):
         export(student, "gguf", examples=ROWS)
     assert not (student / "export" / "gguf-float16").exists()
 
@@ -238,7 +238,7 @@ def altered(student: Path, **changes: Any) -> Path:
             "a causal model, which the format onnx does not support",
             "ct2",
         ),
-        ("gguf", None, "gpt2", {}, "llama, qwen2, qwen3 here, not gpt2", "ct2"),
+        ("gguf", None, "gpt2", {}, "llama, qwen2, qwen3, not gpt2", "ct2"),
         ("gguf", None, "llama", {"hidden_act": "gelu"}, "the activation gelu", "ct2"),
         ("ct2", None, "llama", {"hidden_act": "gelu"}, "the activation gelu", "torch"),
         (
@@ -246,10 +246,10 @@ def altered(student: Path, **changes: Any) -> Path:
             None,
             "gpt2",
             {"scale_attn_by_inverse_layer_idx": True},
-            "scaled in a way of its own",
+            "a scaling of attention of its own",
             "torch",
         ),
-        ("torch", "int8", "gpt2", {}, "torch does not quantise", "ct2"),
+        ("torch", "int8", "gpt2", {}, "whose matrices PyTorch does not quantise", "ct2"),
     ],
 )
 def test_what_a_format_does_not_carry_is_refused_with_another_one(
