@@ -236,7 +236,7 @@ def test_published_rows_without_their_completions_or_of_no_known_task_are_refuse
     assert unknown.returncode == 1 and "no mnli_train.json in datasets/mnli" in unknown.stderr
     (tmp_path / "datasets" / "svamp" / "llm" / "train_CoT_1.json").unlink()
     short = published()
-    assert short.returncode == 1 and "800 train rows and 500 completions" in short.stderr
+    assert short.returncode == 1 and "800 train rows but 500 completions" in short.stderr
     assert not (tmp_path / "rows").exists()
 
 
