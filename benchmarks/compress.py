@@ -23,11 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsbs.compression import attentions, feed_forwards
 from dsbs.compression.low_rank import LowRankStep, factorize
 from dsbs.compression.pruning import drop_layers, keep_heads, keep_units
-from dsbs.compression.steps import attentions, feed_forwards
 from dsbs.records.results import BATCH_SIZES
-from dsbs.students import SIZES, weights_megabytes
+from dsbs.students.weights import SIZES, weights_megabytes
 
 VOCABULARY = {"nano": 4000, "mini": 4000, "t5-small": 32128}
 SHAPES: dict[str, dict[str, Any]] = {name: SIZES[name] for name in ("nano", "mini")} | {

@@ -55,7 +55,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch  # noqa: E402 - after the number of threads is set
 
 from dsbs import Student, export, load_recipe  # noqa: E402
-from dsbs.students import Backend, StudentCard, learn_vocabulary  # noqa: E402
+from dsbs.students.backends import Backend  # noqa: E402
+from dsbs.students.card import StudentCard  # noqa: E402
+from dsbs.students.tokenizer import learn_vocabulary  # noqa: E402
 from dsbs.tasks import make_task  # noqa: E402
 from dsbs.tasks.data import stream  # noqa: E402
 

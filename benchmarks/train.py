@@ -42,7 +42,8 @@ from dsbs import load_recipe
 from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import make_teacher
 from dsbs.config import StudentSection, TrainSection
-from dsbs.students import learn_vocabulary, new_model
+from dsbs.students.tokenizer import learn_vocabulary
+from dsbs.students.weights import new_model
 from dsbs.tasks.data import stream
 from dsbs.training.encode import Encoded, collate, pad
 from dsbs.training.losses import summed_nll, weighted_loss

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dsbs.exporting.run import export
     from dsbs.project.validate import validate
     from dsbs.reporting.run import report, report_runs
-    from dsbs.students import Student
+    from dsbs.students.student import Student
     from dsbs.training.run import train
 
 __version__ = "0.1.0"
@@ -47,7 +47,7 @@ __all__ = [
 _MODULES = {
     "DsbsError": "dsbs.errors",
     "PartialError": "dsbs.errors",
-    "Student": "dsbs.students",
+    "Student": "dsbs.students.student",
     "UserError": "dsbs.errors",
     "annotate": "dsbs.annotation.run",
     "compress": "dsbs.compression.run",

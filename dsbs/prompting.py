@@ -18,9 +18,9 @@ from dsbs.config import Recipe
 from dsbs.config.load import dotted, load_located
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest, find_file
-from dsbs.records.rows import Example
+from dsbs.records import Example
 from dsbs.run_folder import RunFolder
-from dsbs.tasks.base import Task
+from dsbs.tasks import Task
 from dsbs.tasks.templates import render
 
 

@@ -22,10 +22,14 @@ from pydantic import ValidationError
 from dsbs.config import MemberSection, Recipe
 from dsbs.errors import PartialError, UserError
 from dsbs.files import is_locked, lock_folder, make_folder, now, read_jsonl, versions, write_json
-from dsbs.records.compression import RECORD as COMPRESSION_RECORD
-from dsbs.records.compression import Compressed, read_record
-from dsbs.records.results import Results, read_results
-from dsbs.records.rows import Annotation, TrainedStudent
+from dsbs.records import Annotation, TrainedStudent
+from dsbs.records.results import (
+    COMPRESSION_RECORD,
+    Compressed,
+    Results,
+    read_compression_record,
+    read_results,
+)
 
 STAGES = ("annotate", "train", "eval")
 MANIFEST = "manifest.json"
@@ -142,7 +146,7 @@ class RunFolder:
         """Every compressed student, by student and chain. Raises UserError for a record that cannot
         be read.
         """
-        return [read_record(folder) for folder in self.compressed_students()]
+        return [read_compression_record(folder) for folder in self.compressed_students()]
 
     def compressed_students(self) -> list[Path]:
         """The folders of the finished compressed students, by student and chain."""

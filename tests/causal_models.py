@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from dsbs.config import DataSection, TaskSection
-from dsbs.students import Student, StudentCard, Target
+from dsbs.students.card import StudentCard, Target
+from dsbs.students.student import Student
 from dsbs.training.encode import collate
-from dsbs.training.packed.decoder import summed_losses
+from dsbs.training.packed import summed_losses
 
 CHAT = (
     "{% for m in messages %}"

@@ -12,7 +12,10 @@ import pytest
 from conftest import ROOT, SHARED, TEAMS, toy_rows, write_jsonl
 
 from dsbs.config import DataSection, StudentSection, TaskSection
-from dsbs.students import Student, StudentCard, learn_vocabulary, new_model
+from dsbs.students.card import StudentCard
+from dsbs.students.student import Student
+from dsbs.students.tokenizer import learn_vocabulary
+from dsbs.students.weights import new_model
 
 PEERS = ROOT / "benchmarks" / "peers"
 HAS_DATA = (SHARED / "esnli").is_dir()

@@ -23,7 +23,8 @@ from dsbs.cli import app
 from dsbs.config import LocalTeacherSection
 from dsbs.config.registry import TERMS, entry
 from dsbs.config.schema import section_of, sections
-from dsbs.config.terms import TermSettings
+from dsbs.config.train import TermSettings
+from dsbs.records import Annotation, Prediction
 from dsbs.records.results import (
     Bin,
     BreakEven,
@@ -34,7 +35,6 @@ from dsbs.records.results import (
     Results,
     SystemResult,
 )
-from dsbs.records.rows import Annotation, Prediction
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -241,7 +241,7 @@ def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
 
 
 def test_every_reason_of_rejection_is_told() -> None:
-    from dsbs.records.rows import Reason
+    from dsbs.records import Reason
 
     assert sorted(fields_in_kebab("### Rejection reasons")) == sorted(get_args(Reason))
 

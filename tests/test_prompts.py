@@ -18,9 +18,8 @@ from dsbs.config import Recipe, TaskSection
 from dsbs.config.load import load_recipe
 from dsbs.errors import UserError
 from dsbs.prompting import Exemplar, Prompt, PromptRenderer, load_prompt, read_prompt
-from dsbs.records.rows import Example
-from dsbs.tasks import make_task
-from dsbs.tasks.base import Task
+from dsbs.records import Example
+from dsbs.tasks import Task, make_task
 
 FILES = sorted(path.stem for path in (ROOT / "prompts").glob("*.yaml"))
 TEAMS = load_recipe("recipes/demo.yaml").task.labels

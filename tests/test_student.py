@@ -15,20 +15,10 @@ from transformers import BertConfig, BertLMHeadModel
 
 from dsbs import DsbsError, Student, UserError
 from dsbs.config import DataSection, StudentSection, TaskSection
-from dsbs.students import (
-    CARD,
-    GeneratedText,
-    Start,
-    StudentCard,
-    Target,
-    architecture_of,
-    learn_vocabulary,
-    load_model,
-    load_tokenizer,
-    new_model,
-    tokenizer_hash,
-)
-from dsbs.students.backends import omp_threads
+from dsbs.students.backends import GeneratedText, omp_threads
+from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of
+from dsbs.students.tokenizer import learn_vocabulary, load_tokenizer, tokenizer_hash
+from dsbs.students.weights import load_model, new_model
 
 TEXTS = [f"Premise {i}: a man with {i} dogs walks. ( {i}.0 * 2.0 ) {{x}}" for i in range(200)]
 
@@ -344,7 +334,7 @@ def test_a_configuration_that_is_no_object_is_told(tmp_path: Path) -> None:
 
 def test_tokenizing_needs_no_torch() -> None:
     code = (
-        "import sys; from dsbs.students import learn_vocabulary; "
+        "import sys; from dsbs.students.tokenizer import learn_vocabulary; "
         "learn_vocabulary([f'line {i} of text' for i in range(99)], 80)(['x']); "
         "assert 'torch' not in sys.modules"
     )
@@ -352,8 +342,7 @@ def test_tokenizing_needs_no_torch() -> None:
 
 
 def test_a_runtimes_tokenizer_counts_as_transformers_own_does(tmp_path: Path) -> None:
-    from dsbs.students import token_ids_of
-    from dsbs.students.tokenizer import load_export_tokenizer
+    from dsbs.students.tokenizer import load_export_tokenizer, token_ids_of
 
     tokenizer = make_student().backend.tokenizer
     tokenizer.save_pretrained(tmp_path)

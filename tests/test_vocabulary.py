@@ -12,8 +12,10 @@ from conftest import toy_rows, write_csv
 from dsbs import load_recipe, train, validate
 from dsbs.config import StudentSection
 from dsbs.progress import NoProgress
-from dsbs.students import Student, StudentCard, learn_vocabulary, new_model
-from dsbs.students.tokenizer import vocabulary_warnings
+from dsbs.students.card import StudentCard
+from dsbs.students.student import Student
+from dsbs.students.tokenizer import learn_vocabulary, vocabulary_warnings
+from dsbs.students.weights import new_model
 
 PRETRAINED, SCRATCH = StudentSection(model="some/t5"), StudentSection()
 # letters, digits and plain punctuation, as a T5's vocabulary has them; no braces, no < and no ~

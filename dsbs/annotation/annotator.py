@@ -18,9 +18,8 @@ from dsbs.annotation.vote import majority, samples_needed
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
-from dsbs.records.rows import Annotation, Example, Reason, Sample, TeacherName, Usage
-from dsbs.tasks import make_task
-from dsbs.tasks.base import Task
+from dsbs.records import Annotation, Example, Reason, Sample, TeacherName, Usage
+from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream
 
 _MAX_STOPS = 4  # that the API accepts; the parser cuts at all of them

@@ -22,7 +22,7 @@ from dsbs.annotation.store import ReplyStore, token_budget
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import atomic_write, canonical_json, open_text, read_jsonl, write_json
 from dsbs.formatting import dollars
-from dsbs.records.rows import Example
+from dsbs.records import Example
 from dsbs.run_folder import RunFolder
 
 _FILE_BYTES = 180 << 20  # of one batch file; providers accept 200 MB

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from dsbs.prompting import Prompt
-from dsbs.records.rows import Reason, Sample, Unread
-from dsbs.tasks.base import Fields, Task, concluded_label
+from dsbs.records import Reason, Sample, Unread
+from dsbs.tasks import Fields, Task, concluded_label
 
 RationaleFrom = Literal["visible", "reasoning"]
 

@@ -18,8 +18,8 @@ from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json
 from dsbs.progress import NoProgress, Progress
+from dsbs.records import Example
 from dsbs.records.results import Rate, wilson
-from dsbs.records.rows import Example
 from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import position
 

@@ -30,7 +30,7 @@ from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import canonical_json
 from dsbs.formatting import count, dollars, percent
 from dsbs.progress import Progress, running
-from dsbs.records.rows import Example, Reason
+from dsbs.records import Example, Reason
 
 # Failures in a row after which the teacher is considered down.
 FAILURES_BEFORE_STOP = 16

@@ -12,10 +12,10 @@ from dsbs.errors import DsbsError, PartialError
 from dsbs.files import write_jsonl
 from dsbs.formatting import count, listing, one_line
 from dsbs.progress import Progress
+from dsbs.records import Annotation, Reason
 from dsbs.records.results import Rate, wilson
-from dsbs.records.rows import Annotation, Reason
 from dsbs.run_folder import RunFolder
-from dsbs.tasks.base import Task
+from dsbs.tasks import Task
 
 NOTABLE_SHARE = 0.2  # a rejection reason with a larger share of the rows is reported
 _SHOWN_CHARACTERS = 200  # of an example reply

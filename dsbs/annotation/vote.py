@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsbs.records.rows import Reason, Sample
-from dsbs.tasks.base import Task
+from dsbs.records import Reason, Sample
+from dsbs.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,19 +15,20 @@ from dsbs.cli.common import (
     Overrides,
     RecipePath,
     SetKeys,
-    indent,
     load,
+    print_annotate_plan,
+    print_annotate_result,
     print_json,
-    print_smoke_warning,
+    print_split,
     progress,
 )
 from dsbs.errors import UserError
-from dsbs.formatting import count, dollars, duration, listing, rate
+from dsbs.formatting import count, dollars, duration, rate
 
 if TYPE_CHECKING:
     from dsbs.annotation.planning import PilotResult, Plan
     from dsbs.annotation.run import Buying
-    from dsbs.annotation.summary import AnnotateResult, SplitSummary
+    from dsbs.annotation.summary import AnnotateResult
 
 
 def annotate(
@@ -145,31 +146,11 @@ def _print_export(requests: int, file: Path, as_json: bool) -> None:
         print(f"{count(requests, 'request')}: {file}")
 
 
-def print_annotate_plan(plan: Plan) -> None:
-    source = "assumed; a pilot measures it"
-    if plan.is_timed:
-        source = "the mean of earlier replies"
-    cost = dollars(plan.usd)
-    if plan.usd is not None:
-        cost = f"at most {cost}"
-    print(f"The first prompt:\n{indent(plan.first_prompt)}\n")
-    requests = count(plan.requests, "request")
-    print(f"{count(plan.rows, 'row')}: at most {requests} to send, {plan.cached:,} replies cached")
-    print(
-        f"about {plan.prompt_tokens:,} prompt tokens (at four characters each) and at most "
-        f"{plan.max_completion_tokens:,} completion tokens; {cost}"
-    )
-    print(
-        f"about {duration(plan.seconds)} at {plan.seconds_a_reply:.1f} s per reply ({source}); "
-        "nothing was sent"
-    )
-
-
 def _print_pilot(result: PilotResult, as_json: bool) -> None:
     if as_json:
         print_json(result.as_json())
         return
-    _print_split("pilot", result.summary)
+    print_split("pilot", result.summary)
     print(f"  parse rate {rate(result.parse_rate)}")
     print(f"annotations: {result.path}")
     cost = dollars(result.projected_usd)
@@ -187,33 +168,3 @@ def _print_result(result: AnnotateResult, as_json: bool) -> None:
     error = result.error()
     if error is not None:
         raise error
-
-
-def print_annotate_result(result: AnnotateResult) -> None:
-    print_smoke_warning(result.reportable)
-    for split, summary in result.splits.items():
-        _print_split(split, summary)
-    print(f"annotations: {result.run / 'annotate'}")
-
-
-def _print_split(name: str, summary: SplitSummary) -> None:
-    rejected = listing(summary.rejected) or "none"
-    print(
-        f"{name}: {count(summary.rows, 'row')}, {summary.accepted:,} accepted; rejected: {rejected}"
-    )
-    overall = rate(summary.label_accuracy)
-    accepted = rate(summary.label_accuracy_accepted)
-    print(f"  label accuracy {overall}, of accepted rows {accepted}")
-    if summary.hinted:
-        print(f"  with a hint: {listing(summary.hinted)}")
-    requests = count(summary.requests, "request")
-    if summary.wasted:
-        requests += f", {sum(summary.wasted.values())} of them wasted ({listing(summary.wasted)})"
-    prompt = f"{summary.prompt_tokens:,} prompt"
-    if summary.cached_tokens:
-        prompt += f" ({summary.cached_tokens:,} from the provider's cache)"
-    print(
-        f"  {requests}, {summary.cached:,} cached; {prompt} and "
-        f"{summary.completion_tokens:,} completion tokens, {dollars(summary.usd)}; "
-        f"{duration(summary.wall_s)}"
-    )

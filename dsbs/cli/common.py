@@ -1,4 +1,6 @@
-"""Shared by the commands: common options, tables, JSON output, and rows read from text or JSONL."""
+"""Shared by the commands: options, tables, JSON output, input rows, and the stages' plans and
+results in text.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,21 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsbs.errors import UserError
+from dsbs.formatting import count, dollars, duration, listing, percent, rate
 
 if TYPE_CHECKING:
+    from dsbs.annotation.planning import Plan
+    from dsbs.annotation.summary import AnnotateResult, SplitSummary
     from dsbs.config import Recipe
     from dsbs.progress import Progress
+    from dsbs.records.results import Results
+    from dsbs.training.run import TrainResult
 
 RecipePath = Annotated[
     str,
@@ -126,3 +134,90 @@ def indent(text: str) -> str:
 def print_smoke_warning(reportable: bool) -> None:
     if not reportable:
         print("smoke: not reportable (task.limit is set)")
+
+
+def print_annotate_plan(plan: Plan) -> None:
+    source = "assumed; a pilot measures it"
+    if plan.is_timed:
+        source = "the mean of earlier replies"
+    cost = dollars(plan.usd)
+    if plan.usd is not None:
+        cost = f"at most {cost}"
+    print(f"The first prompt:\n{indent(plan.first_prompt)}\n")
+    requests = count(plan.requests, "request")
+    print(f"{count(plan.rows, 'row')}: at most {requests} to send, {plan.cached:,} replies cached")
+    print(
+        f"about {plan.prompt_tokens:,} prompt tokens (at four characters each) and at most "
+        f"{plan.max_completion_tokens:,} completion tokens; {cost}"
+    )
+    print(
+        f"about {duration(plan.seconds)} at {plan.seconds_a_reply:.1f} s per reply ({source}); "
+        "nothing was sent"
+    )
+
+
+def print_annotate_result(result: AnnotateResult) -> None:
+    print_smoke_warning(result.reportable)
+    for split, summary in result.splits.items():
+        print_split(split, summary)
+    print(f"annotations: {result.run / 'annotate'}")
+
+
+def print_split(name: str, summary: SplitSummary) -> None:
+    rejected = listing(summary.rejected) or "none"
+    print(
+        f"{name}: {count(summary.rows, 'row')}, {summary.accepted:,} accepted; rejected: {rejected}"
+    )
+    overall = rate(summary.label_accuracy)
+    accepted = rate(summary.label_accuracy_accepted)
+    print(f"  label accuracy {overall}, of accepted rows {accepted}")
+    if summary.hinted:
+        print(f"  with a hint: {listing(summary.hinted)}")
+    requests = count(summary.requests, "request")
+    if summary.wasted:
+        requests += f", {sum(summary.wasted.values())} of them wasted ({listing(summary.wasted)})"
+    prompt = f"{summary.prompt_tokens:,} prompt"
+    if summary.cached_tokens:
+        prompt += f" ({summary.cached_tokens:,} from the provider's cache)"
+    print(
+        f"  {requests}, {summary.cached:,} cached; {prompt} and "
+        f"{summary.completion_tokens:,} completion tokens, {dollars(summary.usd)}; "
+        f"{duration(summary.wall_s)}"
+    )
+
+
+def print_train_plan(lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        state = count(line["steps"], "step")
+        if line["done"]:
+            state = "already trained"
+        elif line["trials"]:
+            state += f", chosen among {line['trials']} trials"
+        rows = count(line["rows"], "row")
+        if line["valid"] is None:
+            rows = f"at most {rows}"
+        else:
+            rows += f", {line['rationales']} with a rationale, {line['valid']} valid"
+        print(f"{line['name']}: {rows}; {state}")
+
+
+def print_train_result(result: TrainResult) -> None:
+    print_smoke_warning(result.reportable)
+    for student in result.students:
+        print(
+            f"{student.name}: valid accuracy {percent(student.valid_accuracy)} "
+            f"at step {student.best_step} of {student.steps}; "
+            f"{student.examples_per_s:.0f} examples/s, {duration(student.wall_s)}; {student.path}"
+        )
+        for name, value in student.tuned.items():
+            print(f"  {name} {value:g}, chosen on valid")
+
+
+def print_results(results: Results) -> None:
+    from dsbs.records.summary import headline, headline_details, results_table
+
+    print_smoke_warning(results.reportable)
+    headings, rows = results_table(results)
+    print_table(headings, rows, title=f"{results.split}, {count(results.n, 'row')}", numeric=True)
+    print(" ".join([headline(results), *headline_details(results)]))
+    print(f"results: {Path(results.run) / 'eval' / 'results.json'}")

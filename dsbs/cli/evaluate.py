@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,15 +13,13 @@ from dsbs.cli.common import (
     RecipePath,
     load,
     print_json,
-    print_smoke_warning,
-    print_table,
+    print_results,
     progress,
 )
 from dsbs.errors import GateError
-from dsbs.formatting import count
 
 if TYPE_CHECKING:
-    from dsbs.records.results import Results
+    pass
 
 MinAccuracy = Annotated[
     float | None,
@@ -77,13 +74,3 @@ def evaluate(
             "\n  ".join(failures),
             hint="compare the systems' predictions; all results were written",
         )
-
-
-def print_results(results: Results) -> None:
-    from dsbs.records.summary import headline, headline_details, results_table
-
-    print_smoke_warning(results.reportable)
-    headings, rows = results_table(results)
-    print_table(headings, rows, title=f"{results.split}, {count(results.n, 'row')}", numeric=True)
-    print(" ".join([headline(results), *headline_details(results)]))
-    print(f"results: {Path(results.run) / 'eval' / 'results.json'}")

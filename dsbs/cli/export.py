@@ -10,7 +10,7 @@ from dsbs.cli.common import Json, print_json, progress, read_rows
 from dsbs.formatting import count, megabytes, percent
 
 if TYPE_CHECKING:
-    from dsbs.exporting.formats import Exported
+    from dsbs.exporting import Exported
 
 
 def export(
@@ -76,7 +76,7 @@ def _print_export(exported: Exported) -> None:
 
 def _texts(student: str, file: str) -> list[str]:
     """Inputs without prefix, from lines of text or JSON rows with the student's columns."""
-    from dsbs.students import read_card
+    from dsbs.students.card import read_card
     from dsbs.tasks import make_task
 
     task = make_task(read_card(student).task)

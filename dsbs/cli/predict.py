@@ -13,7 +13,7 @@ import typer
 from dsbs.cli.common import Out, SetKeys, load, read_rows
 
 if TYPE_CHECKING:
-    from dsbs.students import Student
+    from dsbs.students.student import Student
 
 Line = tuple[int, str | dict[str, Any]]
 
@@ -45,7 +45,7 @@ def predict(
     out: Out = None,
 ) -> None:
     """Label rows: text or JSONL in, JSONL out."""
-    from dsbs.students import Student
+    from dsbs.students.student import Student
 
     if student.endswith((".yaml", ".yml")):
         from dsbs.evaluation.predictions import best_student

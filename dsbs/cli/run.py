@@ -7,10 +7,21 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dsbs.cli.annotate import print_annotate_plan, print_annotate_result
-from dsbs.cli.common import DryRun, Json, Out, Overrides, RecipePath, load, print_json, progress
-from dsbs.cli.evaluate import print_results
-from dsbs.cli.train import print_train_plan, print_train_result
+from dsbs.cli.common import (
+    DryRun,
+    Json,
+    Out,
+    Overrides,
+    RecipePath,
+    load,
+    print_annotate_plan,
+    print_annotate_result,
+    print_json,
+    print_results,
+    print_train_plan,
+    print_train_result,
+    progress,
+)
 from dsbs.errors import UserError
 
 if TYPE_CHECKING:

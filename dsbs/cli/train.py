@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsbs.cli.common import (
     DryRun,
@@ -13,13 +13,13 @@ from dsbs.cli.common import (
     RecipePath,
     load,
     print_json,
-    print_smoke_warning,
+    print_train_plan,
+    print_train_result,
     progress,
 )
-from dsbs.formatting import count, duration, percent
 
 if TYPE_CHECKING:
-    from dsbs.training.run import TrainResult
+    pass
 
 
 def train(
@@ -50,30 +50,3 @@ def train(
         print_json(result.as_json())
     else:
         print_train_result(result)
-
-
-def print_train_plan(lines: list[dict[str, Any]]) -> None:
-    for line in lines:
-        state = count(line["steps"], "step")
-        if line["done"]:
-            state = "already trained"
-        elif line["trials"]:
-            state += f", chosen among {line['trials']} trials"
-        rows = count(line["rows"], "row")
-        if line["valid"] is None:
-            rows = f"at most {rows}"
-        else:
-            rows += f", {line['rationales']} with a rationale, {line['valid']} valid"
-        print(f"{line['name']}: {rows}; {state}")
-
-
-def print_train_result(result: TrainResult) -> None:
-    print_smoke_warning(result.reportable)
-    for student in result.students:
-        print(
-            f"{student.name}: valid accuracy {percent(student.valid_accuracy)} "
-            f"at step {student.best_step} of {student.steps}; "
-            f"{student.examples_per_s:.0f} examples/s, {duration(student.wall_s)}; {student.path}"
-        )
-        for name, value in student.tuned.items():
-            print(f"  {name} {value:g}, chosen on valid")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from dsbs.compression.steps import Examples, WeightStep, attentions, feed_forwards, parse_share
+from dsbs.compression import Examples, WeightStep, attentions, feed_forwards, parse_share
 from dsbs.errors import UserError
 
 if TYPE_CHECKING:

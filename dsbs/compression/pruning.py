@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dsbs.compression.steps import (
+from dsbs.compression import (
     Examples,
     WeightStep,
     attentions,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from dsbs.compression.steps import Examples
+from dsbs.compression import Examples
 from dsbs.errors import UserError
-from dsbs.students import read_card
+from dsbs.students.card import read_card
 
 _NUMBER_FORMATS = ("int8", "int16", "float16")
 

@@ -15,15 +15,15 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from dsbs.compression.evaluator import Evaluator
+from dsbs.compression import Step, read_step
 from dsbs.compression.source import (
     WORK,
+    Evaluator,
     FineTuneData,
     SourceStudent,
     find_source,
     fingerprint_of,
 )
-from dsbs.compression.steps import Step, read_step
 from dsbs.errors import GateError, UserError
 from dsbs.files import canonical_json, digest, full_disk_as_partial, write_json
 from dsbs.formatting import (
@@ -34,10 +34,15 @@ from dsbs.formatting import (
     points_number,
 )
 from dsbs.progress import NoProgress, Progress
-from dsbs.records.compression import RECORD, Compressed, Measurement, read_record
-from dsbs.records.results import BATCH_SIZES
+from dsbs.records.results import (
+    BATCH_SIZES,
+    COMPRESSION_RECORD,
+    Compressed,
+    Measurement,
+    read_compression_record,
+)
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students import CARD, read_card
+from dsbs.students.card import CARD, read_card
 
 MAX_DROP = 0.02
 _HEALING_STEPS_DIVISOR = 10  # healing takes a tenth of the original's steps
@@ -161,7 +166,8 @@ class PlannedStep:
 
     @property
     def done(self) -> bool:
-        return fingerprint_of(self.folder) == self.fingerprint and (self.folder / RECORD).is_file()
+        is_complete = (self.folder / COMPRESSION_RECORD).is_file()
+        return is_complete and fingerprint_of(self.folder) == self.fingerprint
 
 
 def plan(
@@ -357,7 +363,7 @@ def _make(
     )
     write_json(complete / CARD, card.model_dump(mode="json"))
     write_json(complete / WORK, {"fingerprint": step.fingerprint})
-    write_json(complete / RECORD, record.model_dump(mode="json", by_alias=True))
+    write_json(complete / COMPRESSION_RECORD, record.model_dump(mode="json", by_alias=True))
     complete.rename(step.folder)
     return record
 
@@ -370,11 +376,11 @@ def _empty(folder: Path) -> Path:
 
 def _apply_max_drop(folder: Path, max_drop: float) -> Compressed:
     """The record of a finished step, judged by this command's ``max_drop``."""
-    record = read_record(folder)
+    record = read_compression_record(folder)
     accepted = _is_within(max_drop, record.original, record.compressed)
     updated = record.model_copy(update={"max_drop": max_drop, "accepted": accepted})
     if updated != record:
-        write_json(folder / RECORD, updated.model_dump(mode="json", by_alias=True))
+        write_json(folder / COMPRESSION_RECORD, updated.model_dump(mode="json", by_alias=True))
     return updated
 
 

@@ -23,8 +23,15 @@ from dsbs.config.teacher import (
     PriceSection,
     TeacherSection,
 )
-from dsbs.config.terms import LocalTeacherSection, TermSettings, base_of
-from dsbs.config.train import LoraSection, ResolvedTrainSection, SelectSection, TrainSection
+from dsbs.config.train import (
+    LocalTeacherSection,
+    LoraSection,
+    ResolvedTrainSection,
+    SelectSection,
+    TermSettings,
+    TrainSection,
+    base_of,
+)
 
 __all__ = [
     "AnnotateSection",

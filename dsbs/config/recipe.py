@@ -11,8 +11,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from dsbs.config.registry import METHODS, TASKS
 from dsbs.config.sections import Section, as_tuple, scalar_text, unknown
 from dsbs.config.teacher import AnnotateSection, TeacherSection
-from dsbs.config.terms import base_of
-from dsbs.config.train import ResolvedTrainSection, TrainSection
+from dsbs.config.train import ResolvedTrainSection, TrainSection, base_of
 from dsbs.files import canonical_json, digest
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"

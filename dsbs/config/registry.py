@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 Key = TypeVar("Key")
 
-# `task.name`: a subclass of dsbs.tasks.base.Task.
+# `task.name`: a subclass of dsbs.tasks.Task.
 TASKS = {
     "classification": "dsbs.tasks.classification:Classification",
     "generation": "dsbs.tasks.generation:Generation",
@@ -41,7 +41,7 @@ METHODS = {
     "label-then-rationale": "dsbs.training.methods:LABEL_THEN_RATIONALE",
 }
 
-# `kind` of an entry in `train.terms`: a subclass of dsbs.training.distillation.base.Term.
+# `kind` of an entry in `train.terms`: a subclass of dsbs.training.distillation.Term.
 TERMS = {
     "response": "dsbs.training.distillation.response:ResponseTerm",
     "labels": "dsbs.training.distillation.labels:LabelsTerm",
@@ -76,7 +76,7 @@ COMPRESSION_STEPS = {
     "low-rank": "dsbs.compression.low_rank:LowRankStep",
 }
 
-# `dsbs export --format`: a class without arguments, dsbs.exporting.formats.ExportFormat.
+# `dsbs export --format`: a class without arguments, dsbs.exporting.ExportFormat.
 EXPORT_FORMATS = {
     "ct2": "dsbs.exporting.ct2:Ct2Format",
     "gguf": "dsbs.exporting.gguf:GgufFormat",

@@ -19,10 +19,10 @@ from dsbs.errors import UserError
 from dsbs.evaluation.predictions import StudentLoader, read_predictions
 from dsbs.files import write_json
 from dsbs.progress import Progress, running
+from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import BATCH_SIZES, Latency
-from dsbs.records.rows import Example, TrainedStudent
 from dsbs.run_folder import RunFolder
-from dsbs.students import Student
+from dsbs.students.student import Student
 from dsbs.students.weights import device_name
 
 MIN_CALLS = 2  # of each batch size, whatever the budget

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Floats, counts_interval, mean_interval
+from dsbs.records import Example, Prediction, Unread
 from dsbs.records.results import Bin, Measure
-from dsbs.records.rows import Example, Prediction, Unread
-from dsbs.tasks.base import Task
+from dsbs.tasks import Task
 
 NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
 RowValues = NDArray[np.float64]  # (seeds, rows); NaN where a metric is undefined for a row

@@ -18,10 +18,11 @@ from dsbs.errors import UserError
 from dsbs.evaluation.metrics import Scored
 from dsbs.files import canonical_json, digest, read_jsonl, write_jsonl
 from dsbs.progress import Progress
-from dsbs.records.rows import Example, Prediction, TrainedStudent
+from dsbs.records import Example, Prediction, TrainedStudent
 from dsbs.run_folder import RunFolder
-from dsbs.students import Student, read_card
-from dsbs.tasks.base import Task
+from dsbs.students.card import read_card
+from dsbs.students.student import Student
+from dsbs.tasks import Task
 
 _WARM_UP_ROWS = 8
 

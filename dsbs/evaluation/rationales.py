@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
-from dsbs.tasks.base import concluded_label
+from dsbs.tasks import concluded_label
 
 _UNDEFINED = float("nan")
 # In ASCII text the words of the rouge-score package, which ignores all other letters.

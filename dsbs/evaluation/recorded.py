@@ -15,9 +15,9 @@ from dsbs.evaluation.predictions import is_correct, made_by
 from dsbs.files import canonical_json, digest, find_file, read_jsonl, write_jsonl
 from dsbs.formatting import count
 from dsbs.prompting import source_fingerprint
-from dsbs.records.rows import Annotation, Example, Prediction, Sample, Unread
+from dsbs.records import Annotation, Example, Prediction, Sample, Unread
 from dsbs.run_folder import RunFolder
-from dsbs.tasks.base import Task
+from dsbs.tasks import Task
 
 TEACHER = "teacher"  # the system's name
 _MAX_MS = 1e12  # JSON integers can be too large for a float

@@ -32,13 +32,12 @@ from dsbs.evaluation.systems import (
 from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source
+from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import Latency, Results
-from dsbs.records.rows import Example, TrainedStudent
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
-from dsbs.students import weights_megabytes
-from dsbs.tasks import make_task
-from dsbs.tasks.base import Task
+from dsbs.students.weights import weights_megabytes
+from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import load, survey
 
 

@@ -16,6 +16,7 @@ from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Scores, accuracy, label_efficiency
 from dsbs.evaluation.metrics import RowValues, Scored, SystemPredictions, measure
 from dsbs.evaluation.significance import Difference, holm, paired_difference
+from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import (
     BreakEven,
     Comparison,
@@ -25,8 +26,7 @@ from dsbs.records.results import (
     SystemKind,
     SystemResult,
 )
-from dsbs.records.rows import Example, TrainedStudent
-from dsbs.tasks.base import Task
+from dsbs.tasks import Task
 
 
 @dataclass(slots=True)

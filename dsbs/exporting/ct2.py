@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.exporting.formats import FLOAT32, decoder_script, label_view, write_prompt_format
-from dsbs.students import Student
+from dsbs.exporting import FLOAT32, decoder_script, label_view, write_prompt_format
 from dsbs.students.backends.ctranslate2 import DECODER_LOADERS, ctranslate2
+from dsbs.students.student import Student
 
 _SCRIPT = '''"""Print the student's output for each line of stdin."""
 import sys

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import DsbsError, UserError, needs_extra
-from dsbs.exporting.formats import decoder_script, save_tokenizer, write_prompt_format
-from dsbs.students import Student
+from dsbs.exporting import decoder_script, save_tokenizer, write_prompt_format
 from dsbs.students.backends.llama_server import MODEL, LlamaServerBackend, xllamacpp
+from dsbs.students.student import Student
 
 _LOAD = """params = xllamacpp.CommonParams()
 params.model.path = str(here / "model.gguf")

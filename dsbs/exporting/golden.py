@@ -12,18 +12,12 @@ from typing import Literal
 
 from dsbs.config.load import read_recorded
 from dsbs.errors import DsbsError, UserError
-from dsbs.exporting.formats import Equivalence
+from dsbs.exporting import Equivalence
 from dsbs.formatting import percent
 from dsbs.run_folder import RunFolder
-from dsbs.students import (
-    Architecture,
-    Backend,
-    BeamSearchBackend,
-    GeneratedText,
-    Start,
-    Student,
-    Target,
-)
+from dsbs.students.backends import Backend, BeamSearchBackend, GeneratedText
+from dsbs.students.card import Architecture, Start, Target
+from dsbs.students.student import Student
 from dsbs.tasks.data import load
 
 GOLDEN = "golden.jsonl"

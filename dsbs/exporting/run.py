@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.exporting.formats import (
+from dsbs.exporting import (
     FLOAT32,
     RECORD,
     Equivalence,
@@ -40,14 +40,10 @@ from dsbs.files import (
 from dsbs.formatting import escape_markdown, markdown_table, percent
 from dsbs.progress import NoProgress, Progress
 from dsbs.run_folder import RunFolder
-from dsbs.students import (
-    CARD,
-    BeamSearchBackend,
-    Student,
-    StudentCard,
-    read_card,
-    weights_megabytes,
-)
+from dsbs.students.backends import BeamSearchBackend
+from dsbs.students.card import CARD, StudentCard, read_card
+from dsbs.students.student import Student
+from dsbs.students.weights import weights_megabytes
 
 # Suffixes of the files that decide what a student writes.
 _STUDENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.exporting.formats import FLOAT32, decoder_script, label_view, write_prompt_format
-from dsbs.students import Student
+from dsbs.exporting import FLOAT32, decoder_script, label_view, write_prompt_format
 from dsbs.students.backends.transformers import embeddings_name, quantize_int8, save_int8
+from dsbs.students.student import Student
 
 _QUANTIZATION_IMPORT = """from torch.ao.quantization import (
     float_qparams_weight_only_qconfig,

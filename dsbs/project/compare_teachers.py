@@ -18,10 +18,10 @@ from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.progress import NoProgress, Progress
+from dsbs.records import Example
 from dsbs.records.results import Rate, wilson
-from dsbs.records.rows import Example
 from dsbs.run_folder import RunFolder, read_annotations
-from dsbs.tasks.base import Task
+from dsbs.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.formatting import count, percent
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
-from dsbs.records.rows import Example
-from dsbs.students import InputFormat, check_student, new_input_format, new_tokenizer
-from dsbs.students.tokenizer import vocabulary_warnings
-from dsbs.tasks import make_task
-from dsbs.tasks.base import Task, fold
+from dsbs.records import Example
+from dsbs.students.card import check_student
+from dsbs.students.formats import InputFormat, new_input_format
+from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
+from dsbs.tasks import Task, fold, make_task
 from dsbs.tasks.data import load, survey
-from dsbs.training.distillation.base import check_terms
+from dsbs.training.distillation import check_terms
 from dsbs.training.grid import grid
 
 SAMPLE_SIZE = 2000  # rows of each split that are tokenised

@@ -1,1 +1,218 @@
-"""Records: the rows and results that stages hand on through files."""
+"""Records: the rows and student records that stages exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Reason = Literal[
+    "unparsed",  # the answer anchor is missing, or what follows it cannot be read
+    "empty",  # no text, no rationale, or nothing after the anchor
+    "truncated",  # the token budget ended before the answer did
+    "spent-on-reasoning",  # the token budget ended in hidden reasoning text, before any answer
+    "label-outside-set",  # a readable answer that is not one of the task's labels or choices
+    "several-answers",  # two or more different answers
+    "refused",  # the endpoint rejected the request, or the model declined
+    "contradicts-rationale",  # the rationale concludes with another answer than the one given
+    "copies-exemplar",  # the rationale is an exemplar's, word for word
+    "too-short",  # the rationale has fewer words than annotate.min_rationale_words
+    "hint-leaked",  # a rationale written with the answer as a hint mentions the hint
+    "no-reply",  # every attempt failed; the next run tries again
+]
+Provenance = Literal["own", "hinted", "recorded", "human", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Text in which no label can be read, and why. Never an empty answer in disguise."""
+
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One input row."""
+
+    id: str
+    input: dict[str, Any]
+    """The task's canonical fields."""
+    label: str | None = None
+    """The gold label. None: unlabelled."""
+    rationale: str | None = None
+    """A rationale in the data set."""
+    completion: str | None = None
+    """A teacher's raw text recorded with the row."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Usage(_Record):
+    """Token counts as the endpoint reports them. None: not reported."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Prompt tokens served from the provider's prompt cache."""
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class Sample(_Record):
+    """One parsed reply: raw text, and the label and rationale in it, or why it is not used.
+
+    A readable label is kept even if the rationale is rejected (``reason``). ``run`` and ``weight``
+    are those of an ensemble, and left out of the file elsewhere.
+    """
+
+    text: str
+    label: str | None = None
+    rationale: str | None = None
+    reason: Reason | None = None
+    finish_reason: str | None = None
+    hinted: bool = False
+    """Whether the request gave the answer away."""
+    label_logprob: float | None = None
+    """The log-probability of the label's tokens, in nats."""
+    run: str | None = Field(None, exclude_if=_is_none)
+    """The ensemble's member that the sample is from, as the recipe names it."""
+    weight: float | None = Field(None, exclude_if=_is_none)
+    """The weight of its vote: the member's, divided among its readable samples of the row."""
+
+    @property
+    def vote(self) -> float:
+        """The weight of its vote; 1 outside an ensemble."""
+        return 1.0 if self.weight is None else self.weight
+
+
+class TeacherName(_Record):
+    """The teacher's kind and model."""
+
+    kind: str
+    model: str | None = None
+
+
+class Annotation(_Record):
+    """One line of ``annotate/<split>.jsonl``: one for every input row, accepted or not."""
+
+    schema_: Literal["dsbs.annotation/1"] = Field("dsbs.annotation/1", alias="schema")
+    id: str
+    input: dict[str, Any]
+    gold: str | None = None
+    label: str | None = None
+    """The label of the rationale. None: the row is rejected. Gold if the provenance is hinted."""
+    own_label: str | None = None
+    """The teacher's answer without a hint, rejected or not; its accuracy is measured on it."""
+    rationale: str | None = None
+    provenance: Provenance = "none"
+    samples: list[Sample] = []
+    vote_share: float | None = None
+    """The majority label's share of the readable samples, in [0, 1]."""
+    label_logprob: float | None = None
+    """The mean over the winning samples, in nats."""
+    accepted: bool = False
+    reject_reason: Reason | None = None
+    usage: Usage = Usage()
+    usd: float | None = None
+    """US dollars. None: the price is unknown."""
+    teacher: TeacherName
+    request_key: str | None = None
+
+
+class Prediction(_Record):
+    """One line of ``eval/predictions/<system>.jsonl``. None: unknown."""
+
+    schema_: Literal["dsbs.prediction/1", "dsbs.prediction/2"] = Field(
+        "dsbs.prediction/2", alias="schema"
+    )
+    id: str
+    input: dict[str, Any] | None = None
+    gold: str | None = None
+    raw: str
+    """The text as generated."""
+    prediction: str | None = None
+    """The label that the task reads in ``raw``. None: unreadable."""
+    correct: bool | None = None
+    probability: float | None = None
+    """The system's probability of ``raw``, in [0, 1]."""
+    truncated: bool | None = None
+    """Whether the token budget ended the text."""
+    rationale: str | None = None
+    rationale_truncated: bool | None = None
+    latency_ms: float | None = None
+    """The batch's wall time, divided by its rows."""
+    made_by: str
+    """Hash of the model, the rows and the decoding; the teacher's name."""
+    model: str | None = None
+    """Hash of the student; the teacher's kind and name."""
+    prompt: str | None = None
+    """Hash of the teacher's prompt, or of the student's prefixes."""
+
+
+class TrainingCost(_Record):
+    """Training cost: time, tokens and memory, summed over interruptions.
+
+    Steps that a kill lost and that were repeated count once. ``tokens`` are the input and target
+    tokens of every view in all steps, without padding. ``peak_memory_of``: the process's resident
+    set, or PyTorch's tensors on the first GPU.
+    """
+
+    device: str
+    processes: int
+    wall_s: float
+    tokens: int
+    tokens_per_s: float
+    peak_memory_mb: float
+    peak_memory_of: Literal["process", "gpu"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_energy(cls, data: Any) -> Any:
+        """Records of earlier versions have energy counters, which were removed."""
+        if isinstance(data, dict):
+            return {name: value for name, value in data.items() if not name.startswith("energy_")}
+        return data
+
+
+class TrainedStudent(_Record):
+    """A finished student, as ``train/<name>/train.json`` records it."""
+
+    name: str
+    method: str
+    labels: str
+    seed: int
+    path: str
+    valid_accuracy: float
+    """Validation accuracy at the saved step, in [0, 1]."""
+    best_step: int
+    steps: int
+    examples_per_s: float
+    wall_s: float
+    parameters: int
+    trainable_parameters: int | None = None
+    """The trained parameters: LoRA's adapters, or all. None: not recorded."""
+    fingerprint: str
+    """Hash of everything that decides the weights."""
+    subset: float = 1.0
+    """The share of the train rows."""
+    settings: str = ""
+    """Hash of the recipe's settings: ``Recipe.training_of``."""
+    tuned: dict[str, Any] = {}
+    """The settings that train.tune chose."""
+    source: str | None = None
+    """Hash of the source of its annotations. None: it needs none."""
+    reportable: bool = True
+    """False: trained on limited data."""
+    cost: TrainingCost | None = None
+    """None: trained before costs were recorded."""
+
+    @property
+    def system(self) -> str:
+        """The name without the seed, which the students of all seeds share."""
+        return self.name.rpartition("-s")[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsbs.config import Recipe, registry
 from dsbs.config.load import read_recorded
-from dsbs.config.terms import base_of
+from dsbs.config.train import base_of
 from dsbs.errors import UserError
 from dsbs.files import atomic_write
 from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent
@@ -19,7 +19,7 @@ from dsbs.records.results import SystemResult
 from dsbs.records.summary import system_sentences
 from dsbs.reporting.runs import EvaluatedRun
 from dsbs.run_folder import read_student
-from dsbs.students import read_card
+from dsbs.students.card import read_card
 from dsbs.tasks import make_task
 from dsbs.tasks.templates import fields_of
 

@@ -12,8 +12,7 @@ from dsbs.formatting import (
     percent_number,
     points_number,
 )
-from dsbs.records.compression import Compressed, Measurement
-from dsbs.records.results import BATCH_SIZES, wilson
+from dsbs.records.results import BATCH_SIZES, Compressed, Measurement, wilson
 from dsbs.reporting.runs import EvaluatedRun, prefixed
 from dsbs.reporting.tables import Column, RowGroup, Table, TableRow, optional
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.files import atomic_write
-from dsbs.records.compression import Measurement
-from dsbs.records.results import Interval, Latency, Measure, SystemResult
+from dsbs.records.results import Interval, Latency, Measure, Measurement, SystemResult
 from dsbs.records.summary import is_reliable
 from dsbs.reporting.compression import by_original
 from dsbs.reporting.runs import EvaluatedRun, run_titles

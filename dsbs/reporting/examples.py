@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsbs.records.rows import Prediction
+from dsbs.records import Prediction
 from dsbs.reporting.runs import EvaluatedRun, name_among
 
 # Maximum length of a text in characters, tried in this order until the examples fit; None: no cut.

@@ -15,9 +15,8 @@ from dsbs.config.load import recorded
 from dsbs.errors import UserError
 from dsbs.files import read_jsonl
 from dsbs.formatting import ABSENT
-from dsbs.records.compression import Compressed
-from dsbs.records.results import Results, SystemResult
-from dsbs.records.rows import Prediction
+from dsbs.records import Prediction
+from dsbs.records.results import Compressed, Results, SystemResult
 from dsbs.run_folder import (
     TRAINING_RECORD,
     RunFolder,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from dsbs.serving.metrics import Metrics
+from dsbs.serving.middleware import Metrics
 from dsbs.serving.settings import ApiError, busy
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsbs.errors import UserError
-from dsbs.serving.bodies import MAX_ROW_VALUES, count_values
+from dsbs.serving.middleware import MAX_ROW_VALUES, count_values
 from dsbs.serving.settings import DEFAULT_ANCHOR, DEFAULT_LABEL_TOKENS, ApiError, Settings
-from dsbs.students import Answer, Student, token_ids_of
+from dsbs.students.student import Answer, Student
+from dsbs.students.tokenizer import token_ids_of
 
 # A tokenizer's time grows with the whole text, including what is cut off afterwards.
 _MAX_CHARACTERS_PER_TOKEN = 64

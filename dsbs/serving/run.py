@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dsbs.errors import UserError, needs_extra
 from dsbs.serving.model import Model
 from dsbs.serving.settings import Settings
-from dsbs.students import Student
+from dsbs.students.student import Student
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,7 @@ def serve(
     KeyboardInterrupt after a SIGINT.
     """
     with needs_extra("serve", "dsbs serve"):
-        from dsbs.serving.app import Service, make_app
-        from dsbs.serving.http import HttpServer
+        from dsbs.serving.app import HttpServer, Service, make_app
     token = None if token_env is None else _read_token(token_env)
     listener = _bind(host, port)
     try:

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from dsbs.config import StudentSection
 from dsbs.errors import UserError
 from dsbs.files import digest
-from dsbs.students.architecture import architecture_of
-from dsbs.students.card import Architecture, Start, Target, Template
+from dsbs.students.card import Architecture, Start, Target, Template, architecture_of
 
 PROMPT_FORMAT_FILE = "wording.json"  # in the folder of an exported decoder
 # Templates that write today's date would make another student of the same rows tomorrow.

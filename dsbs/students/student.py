@@ -10,10 +10,9 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.files import write_json
-from dsbs.records.rows import Unread
-from dsbs.students.architecture import architecture_of
+from dsbs.records import Unread
 from dsbs.students.backends import Backend, GeneratedText, load_backend, make_backend
-from dsbs.students.card import CARD, Start, StudentCard, Target, read_card
+from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
 from dsbs.tasks import make_task
 

@@ -15,7 +15,7 @@ from dsbs.config import StudentSection
 from dsbs.errors import DsbsError, UserError
 from dsbs.files import digest
 from dsbs.formatting import percent
-from dsbs.students.architecture import architecture_of
+from dsbs.students.card import architecture_of
 from dsbs.students.weights import (
     gguf_file,
     is_gguf,

@@ -1,11 +1,308 @@
-"""Tasks: inputs and labels, how labels are parsed from text, and when two labels are equal."""
+"""Tasks: inputs and labels, how labels are parsed from text, and when two labels are equal.
+
+A task is pure: it reads rows and text, and uses no file and no model.
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry
 from dsbs.errors import UserError
-from dsbs.tasks.base import Task
+from dsbs.records import Unread
+from dsbs.tasks.templates import fields_of, render
+
+Fields = Mapping[str, Any]
+
+# Columns that are never a row's input.
+RESERVED = ("id", "label", "rationale", "teacher", "meta", "input")
+_WRAPPING = " \t\r\n*_`\"'“”‘’"
+_NEGATION = re.compile(
+    r"(\bnot|\bneither|\bnor|n't|\bnever|\brather than|\binstead of)\s+(an?\s+|the\s+)?$"
+)
+
+
+class Task:
+    """One kind of task. Subclasses set the class attributes and override what differs."""
+
+    inputs: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Canonical input field -> other names that data sets give it."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Canonical input fields that may be missing."""
+    id_columns: ClassVar[tuple[str, ...]] = ("id",)
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)
+    rationale_columns: ClassVar[tuple[str, ...]] = ("rationale",)
+    needs_fields: ClassVar[bool] = False
+    """Whether reading a label needs its row's fields, so that plain text is not a valid input."""
+    no_label: ClassVar[tuple[str, ...]] = ("",)
+    """Values of the label column in unlabelled rows."""
+
+    def __init__(self, section: TaskSection) -> None:
+        self.section = section
+        self.name = section.name
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The closed set of labels; None where answers are free text or differ between rows."""
+        return None
+
+    @property
+    def is_free_text(self) -> bool:
+        """Whether any text is an answer, so that two different texts may mean the same."""
+        return False
+
+    @property
+    def is_equation(self) -> bool:
+        """Whether an answer is an equation, whose value may be right although its text differs."""
+        return False
+
+    def fields(self, row: Fields, where: str) -> dict[str, Any]:
+        """The canonical input fields of a raw row. Raises UserError naming a missing column."""
+        fields = {}
+        for field, aliases in self.inputs.items():
+            names = (field, *aliases)
+            if field in self.section.columns:
+                names = (self.section.columns[field],)
+            column = column_of(row, names)
+            if column is not None:
+                fields[field] = row[column]
+            elif field not in self.optional:
+                raise missing_column(where, field, row)
+        return self.check_fields(fields, row, where)
+
+    def check_fields(self, fields: dict[str, Any], row: Fields, where: str) -> dict[str, Any]:
+        """Check and complete the input fields. Raises UserError for an empty one."""
+        for field, value in fields.items():
+            if value is None or (isinstance(value, str) and not value.strip()):
+                raise UserError(f"{where}: {field} is empty", hint="fill it in or remove the row")
+            if not isinstance(value, str):
+                fields[field] = str(value)
+        return fields
+
+    def gold(self, value: Any, fields: Fields, where: str) -> str:
+        """A row's own label in canonical form. Raises UserError for a value that is not a label of
+        the task.
+        """
+        return str(value).strip()
+
+    def text(self, fields: Fields) -> str:
+        """The student's input, without any task prefix."""
+        raise NotImplementedError
+
+    def view(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
+        """The variables of a prompt's templates: an example's fields and, for an exemplar, its
+        label.
+        """
+        variables = dict(fields)
+        if label is not None:
+            variables["label"] = label
+        return variables
+
+    def read_label(self, text: str, fields: Fields) -> str | Unread:
+        """The label that ``text`` states, in canonical form, or why there is none. Never uses the
+        gold label.
+
+        ``text`` is what follows the answer anchor in a teacher's reply, or a student's whole
+        output.
+        """
+        raise NotImplementedError
+
+    def correct(self, predicted: str, gold: str) -> bool:
+        """Whether two canonical labels mean the same."""
+        return predicted == gold
+
+
+def column_of(row: Fields, names: Sequence[str]) -> str | None:
+    """The row's column with one of ``names``; exact matches before case-insensitive ones, earlier
+    names first.
+    """
+    folded = {str(column).casefold(): column for column in row}
+    for name in names:
+        if name in row:
+            return name
+        if name.casefold() in folded:
+            return str(folded[name.casefold()])
+    return None
+
+
+def missing_column(where: str, field: str, row: Fields) -> UserError:
+    """The error for a row without a field's column."""
+    columns = [str(column) for column in row if column not in ("teacher", "meta")]
+    return UserError(
+        f"{where}: no column {field!r} (columns: {', '.join(columns) or 'none'})",
+        hint=f"rename the column, or map it: task.columns: {{{field}: <column>}}",
+    )
+
+
+def tidy(text: str) -> str:
+    """An answer without the wrapping that models add: spaces, quotes, Markdown emphasis, a final
+    full stop.
+    """
+    text = text.strip(_WRAPPING)
+    return text.rstrip(".!;,:").strip(_WRAPPING)
+
+
+def first_line(text: str) -> str:
+    """The first line with more than spaces and Markdown marks."""
+    return next((line for line in text.split("\n") if line.strip(_WRAPPING)), "")
+
+
+def fold(text: str) -> str:
+    """Text for comparison: case and runs of white space do not matter."""
+    return " ".join(text.split()).casefold()
+
+
+# --- closed sets of labels
+
+
+def read_closed(text: str, labels: Sequence[str]) -> str | Unread:
+    """The label of a closed set that an answer states.
+
+    The first line is the label, or names exactly one label as a whole word that is not negated. A
+    line that begins a label at the end of the text was truncated.
+    """
+    line = first_line(text)
+    answer = tidy(line)
+    by_fold = {fold(label): label for label in labels}
+    for candidate in (line.strip(_WRAPPING), answer):  # punctuation may belong to a label ("U.S.")
+        if fold(candidate) in by_fold:
+            return by_fold[fold(candidate)]
+    if not answer:
+        return Unread("empty")
+    named = _named_labels(answer, by_fold)
+    if len(named) == 1:
+        return named.pop()
+    if named:
+        return Unread("several-answers", answer)
+    is_last_line = text.rstrip(" *_`\"'").endswith(line.rstrip(" *_`\"'"))
+    if is_last_line and any(label.startswith(fold(answer)) for label in by_fold):
+        return Unread("truncated", answer)
+    return Unread("label-outside-set", answer)
+
+
+def _named_labels(answer: str, by_fold: Mapping[str, str]) -> set[str]:
+    """The labels that an answer names without negating them."""
+    named = set()
+    rest = fold(answer).replace("’", "'")
+    # Longest first, so that "card" is not read in "card fraud".
+    for label in sorted(by_fold, key=len, reverse=True):
+        pattern = re.compile(rf"(?<![\w-]){re.escape(label)}(?!\w)")
+        for match in pattern.finditer(rest):
+            if not _NEGATION.search(rest[: match.start()]):
+                named.add(by_fold[label])
+        rest = pattern.sub(lambda match: "\0" * len(match.group()), rest)
+    return named
+
+
+# --- the label that a rationale concludes with
+
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+_ANSWER_IS = re.compile(
+    r"\b(?:the|my) (?:final |correct |right )?(?:answer|label|category|class|choice|option)"
+    r" (?:is|must be|should be|would be|has to be):? *(.+)$",
+    re.IGNORECASE,
+)
+_SO = re.compile(r"\b(?:so|therefore|thus|hence),? ", re.IGNORECASE)
+_IT_IS = re.compile(
+    r"(?:it|this|that|the \w+) (?:is|must be|belongs to|goes to) (?:an? |the )?(.+)", re.IGNORECASE
+)
+
+
+def concluded_label(rationale: str, task: Task, fields: Fields) -> str | None:
+    """The canonical label that a rationale's last sentence concludes with; None where it states
+    none.
+
+    Only a stated conclusion counts: "the answer is …" for any task with distinct answers; for a
+    closed set of labels also "so it is …" and a label after a final colon.
+    """
+    if task.is_free_text:
+        return None
+    sentence = _SENTENCE.split(rationale.strip())[-1].strip().rstrip(".!?\"'”’) ")
+    answer = _ANSWER_IS.search(sentence)
+    if answer:
+        label = task.read_label(answer.group(1), fields)
+        return label if isinstance(label, str) else None
+    if task.labels is None:
+        return None
+    by_fold = {fold(label): label for label in task.labels}
+    claims = [fold(tidy(claim)) for claim in _claims(sentence)]
+    labels = {by_fold[claim] for claim in claims if claim in by_fold}
+    return labels.pop() if len(labels) == 1 else None
+
+
+def _claims(sentence: str) -> Iterable[str]:
+    """The parts of a sentence that may state a label."""
+    it_is = _IT_IS.fullmatch(_SO.split(sentence)[-1])
+    if it_is:
+        yield it_is.group(1)
+    if ":" in sentence:
+        yield sentence.rpartition(":")[2]
+
+
+class OwnDataTask(Task):
+    """Base of the tasks whose input comes from ``task.input`` and ``task.columns``."""
+
+    def __init__(self, section: TaskSection) -> None:
+        super().__init__(section)
+        self._template_fields: list[str] | None = None
+        if section.input:
+            self._template_fields = sorted(fields_of(section.input, where="task.input"))
+
+    def fields(self, row: Fields, where: str) -> dict[str, Any]:
+        if self._template_fields is None:
+            return {"text": self._only_text(row, where)}
+        fields = {}
+        for field in self._template_fields:
+            column = column_of(row, (self.section.columns.get(field, field),))
+            if column is None:
+                raise missing_column(where, field, row)
+            fields[field] = row[column]
+        if all(value is None or not str(value).strip() for value in fields.values()):
+            raise UserError(
+                f"{where}: {', '.join(fields)}: empty", hint="fill it in or remove the row"
+            )
+        return {field: _as_json(value) for field, value in fields.items()}
+
+    def text(self, fields: Fields) -> str:
+        if self.section.input is None:
+            return str(fields["text"])
+        return render(self.section.input, fields, where="task.input").strip()
+
+    def view(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
+        """The fields, and ``text``: the student's input."""
+        return super().view(fields, label) | {"text": self.text(fields)}
+
+    def _only_text(self, row: Fields, where: str) -> str:
+        mapped = self.section.columns.get("text")
+        column = column_of(row, (mapped or "text",))
+        if column is None:
+            free = self._unassigned_columns(row)
+            if mapped or len(free) != 1:
+                raise missing_column(where, mapped or "text", row)
+            column = free[0]
+        if row[column] is None or not str(row[column]).strip():
+            raise UserError(f"{where}: {column} is empty", hint="fill it in or remove the row")
+        return str(row[column])
+
+    def _unassigned_columns(self, row: Fields) -> list[str]:
+        """The columns that are not reserved, and not mapped to anything but the text."""
+        assigned = {name.casefold() for name in RESERVED}
+        for field, column in self.section.columns.items():
+            if field != "text":
+                assigned.add(column.casefold())
+        return [name for name in row if str(name).casefold() not in assigned]
+
+
+def _as_json(value: Any) -> Any:
+    """A value that JSON can hold: dates, decimals and the like of a parquet file become text."""
+    if value is None:
+        return ""
+    if isinstance(value, str | int | float | bool | list | dict):
+        return value
+    return str(value)
 
 
 def make_task(section: TaskSection) -> Task:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records.rows import Unread
-from dsbs.tasks.base import Fields, fold, read_closed
-from dsbs.tasks.own_data import OwnDataTask
+from dsbs.records import Unread
+from dsbs.tasks import Fields, OwnDataTask, fold, read_closed
 
 
 class Classification(OwnDataTask):

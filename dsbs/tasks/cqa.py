@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records.rows import Unread
-from dsbs.tasks.base import Fields, Task, column_of, first_line, fold, missing_column, tidy
+from dsbs.records import Unread
+from dsbs.tasks import Fields, Task, column_of, first_line, fold, missing_column, tidy
 
 LETTERS = "abcdefghij"
 _LETTER = re.compile(r"\(\s*([a-z])\s*\)", re.IGNORECASE)

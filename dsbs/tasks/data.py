@@ -16,8 +16,8 @@ from typing import Any
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.files import canonical_json, digest, find_file, open_text, read_jsonl
-from dsbs.records.rows import Example
-from dsbs.tasks.base import Task, column_of
+from dsbs.records import Example
+from dsbs.tasks import Task, column_of
 
 HUB = "hub://"
 _MAX_PROBLEMS = 5  # in one message

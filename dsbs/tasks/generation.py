@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import re
 
-from dsbs.records.rows import Unread
-from dsbs.tasks.base import Fields, fold, tidy
-from dsbs.tasks.own_data import OwnDataTask
+from dsbs.records import Unread
+from dsbs.tasks import Fields, OwnDataTask, fold, tidy
 
 _CURRENCY = re.compile(r"(-?)\s*[$€£¥]\s*")
 _NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|-?\d+(?:\.\d+)?|-?\.\d+")

@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records.rows import Unread
-from dsbs.tasks.base import Fields, Task, fold, read_closed
+from dsbs.records import Unread
+from dsbs.tasks import Fields, Task, fold, read_closed
 
 # In the order of the data sets' class numbers 0, 1, 2.
 LABELS = ("entailment", "neutral", "contradiction")

@@ -22,8 +22,8 @@ from dsbs.errors import needs_extra
 from dsbs.files import write_jsonl
 from dsbs.formatting import markdown_table, one_line, percent
 from dsbs.progress import Progress
-from dsbs.records.rows import TrainingCost
-from dsbs.students import Student
+from dsbs.records import TrainingCost
+from dsbs.students.student import Student
 from dsbs.students.weights import device_name
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import ResampledRows

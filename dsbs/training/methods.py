@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dsbs.config import LabelSource, TrainSection, base_of
 from dsbs.config.registry import METHODS, entry
-from dsbs.students import Start, Target
+from dsbs.students.card import Start, Target
 
 BOTH = ("label", "rationale")  # the targets of a method that trains them as separate tasks
 PAPER = "Distilling Step-by-Step (Hsieh et al., 2023, arXiv:2305.02301)"

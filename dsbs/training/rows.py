@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from typing import Any
 from dsbs.config import LabelSource, Recipe, SelectSection
 from dsbs.errors import UserError
 from dsbs.prompting import source_fingerprint
-from dsbs.records.rows import Annotation, Example
+from dsbs.records import Annotation, Example, Sample
 from dsbs.run_folder import RunFolder
-from dsbs.students import Target, compose_target
-from dsbs.tasks.base import Task
+from dsbs.students.card import Target
+from dsbs.students.formats import compose_target
+from dsbs.tasks import Task
 from dsbs.tasks.data import is_held_out, load, position
-from dsbs.training.distillation.labels import vote_distribution
 from dsbs.training.grid import StudentSpec
 from dsbs.training.methods import method_of
 
@@ -308,3 +309,53 @@ def vocabulary_text(data: Data) -> Iterator[str]:
             yield row.gold
         # Spread over the rows: learning may stop halfway.
         yield from texts[i * len(texts) // count : (i + 1) * len(texts) // count]
+
+
+def vote_distribution(
+    annotation: Annotation, labels: Sequence[str], task: Task
+) -> list[float] | None:
+    """An annotation's distribution over ``labels``; None if no sample has one without a hint.
+
+    Several samples of one annotator: each label's share of the readable, unhinted ones. A single
+    sample: its label's probability if the endpoint returned one (otherwise 1), the rest evenly
+    spread over the other labels. An ensemble: the mean of its members' distributions, by weight.
+    """
+    members: dict[str | None, list[tuple[int, Sample]]] = {}
+    for sample in annotation.samples:
+        index = _label_index(sample.label, labels, task)
+        if not sample.hinted and index is not None:
+            members.setdefault(sample.run, []).append((index, sample))
+    if not members:
+        return None
+    if len(members) == 1:
+        return _member_distribution(next(iter(members.values())), len(labels))
+    weights = [math.fsum(sample.vote for _, sample in votes) for votes in members.values()]
+    weighted = [
+        [weight * share for share in _member_distribution(votes, len(labels))]
+        for weight, votes in zip(weights, members.values(), strict=True)
+    ]
+    return [math.fsum(column) / math.fsum(weights) for column in zip(*weighted, strict=True)]
+
+
+def _member_distribution(votes: Sequence[tuple[int, Sample]], labels: int) -> list[float]:
+    """One annotator's distribution over ``labels`` labels from its (label index, sample) votes."""
+    if len(votes) > 1 or labels == 1:
+        total = math.fsum(sample.vote for _, sample in votes)
+        return [
+            math.fsum(sample.vote for voted, sample in votes if voted == label) / total
+            for label in range(labels)
+        ]
+    [(voted, sample)] = votes
+    confidence = 1.0
+    if sample.label_logprob is not None:
+        confidence = min(1.0, math.exp(sample.label_logprob))
+    distribution = [(1 - confidence) / (labels - 1)] * labels
+    distribution[voted] = confidence
+    return distribution
+
+
+def _label_index(text: str | None, labels: Sequence[str], task: Task) -> int | None:
+    """The index of the first of ``labels`` that the task takes to be the same as ``text``."""
+    if text is None:
+        return None
+    return next((index for index, label in enumerate(labels) if task.correct(text, label)), None)

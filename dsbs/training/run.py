@@ -11,14 +11,14 @@ from typing import Any
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.progress import NoProgress, Progress
-from dsbs.records.rows import TrainedStudent
+from dsbs.records import TrainedStudent
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students import check_student, new_input_format, new_tokenizer
-from dsbs.students.tokenizer import vocabulary_warnings
-from dsbs.tasks import make_task
-from dsbs.tasks.base import Task
+from dsbs.students.card import check_student
+from dsbs.students.formats import new_input_format
+from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
+from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream, survey
-from dsbs.training.distillation.base import check_terms
+from dsbs.training.distillation import check_terms
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder

@@ -14,20 +14,16 @@ from dsbs.errors import DsbsError, PartialError
 from dsbs.files import canonical_json, digest, full_disk_as_partial, now, versions
 from dsbs.progress import Progress, running
 from dsbs.prompting import learned_source
-from dsbs.records.rows import TrainedStudent
-from dsbs.students import (
-    Student,
-    StudentCard,
-    load_model,
-    new_model,
-    tokenizer_hash,
-    weights_fingerprint,
-)
+from dsbs.records import TrainedStudent
+from dsbs.students.card import StudentCard
+from dsbs.students.student import Student
+from dsbs.students.tokenizer import tokenizer_hash
+from dsbs.students.weights import load_model, new_model, weights_fingerprint
 from dsbs.tasks import make_task
-from dsbs.training.distillation.base import terms_of
+from dsbs.training.distillation import terms_of
 from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
-from dsbs.training.distillation.logprobs import cache_logprobs
 from dsbs.training.distillation.objective import DistillationLoss
+from dsbs.training.distillation.response import cache_logprobs
 from dsbs.training.distributed import (
     free_memory,
     is_main_process,
@@ -42,10 +38,9 @@ from dsbs.training.encode import (
     encoded_hash,
     soft_labels_hash,
 )
-from dsbs.training.grid import StudentSpec, Trial
+from dsbs.training.grid import StudentFolder, StudentSpec, Trial
 from dsbs.training.methods import View, method_of
 from dsbs.training.rows import Data, count_rationales
-from dsbs.training.student_folder import StudentFolder
 from dsbs.training.tokens import Tokens
 from dsbs.training.trainer import add_adapters, count_trainable, merge_adapters
 from dsbs.training.validation import max_new_tokens, validate, validation_interval

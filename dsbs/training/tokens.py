@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from dsbs.errors import DsbsError
 from dsbs.files import atomic_write, digest, versions
 from dsbs.progress import NoProgress, Progress, running
-from dsbs.students import InputFormat
-from dsbs.students.formats import PlainFormat
+from dsbs.students.formats import InputFormat, PlainFormat
 from dsbs.training.distributed import is_main_process
 
 Ids = Sequence[int] | NDArray[np.int32]

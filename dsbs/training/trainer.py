@@ -19,14 +19,13 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from dsbs.config import LoraSection, ResolvedTrainSection, unknown
 from dsbs.errors import DsbsError, UserError, needs_extra
-from dsbs.training.distillation.base import StepTotals
+from dsbs.training.distillation import StepTotals
 from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss
 from dsbs.training.distributed import save_sharded_model, shard_model, world_size
 from dsbs.training.encode import PackedBatch, PaddedDataset
 from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
 from dsbs.training.methods import View
-from dsbs.training.packed import decoder
-from dsbs.training.packed.forward import ForwardRunner
+from dsbs.training.packed import ForwardRunner, is_decoder_only, summed_losses
 from dsbs.training.packed.t5 import is_t5
 
 Batch = Mapping[str, PackedBatch]
@@ -104,7 +103,7 @@ class StepTrainer(Seq2SeqTrainer):
         self._last_logged_step: int | None = None
         # In all steps and processes, an interrupted run's included.
         self._totals = {"tokens": 0, "examples": 0}
-        packs = is_t5(self.model) or decoder.is_decoder_only(self.model)
+        packs = is_t5(self.model) or is_decoder_only(self.model)
         without_padding = section.padding == "none" and packs
         if self.is_fsdp_enabled:
             if terms is not None:
@@ -307,7 +306,7 @@ def patch_forward(
     forward. Without ``batch`` it computes what it did before.
     """
     forward = model.forward
-    if decoder.is_decoder_only(model):
+    if is_decoder_only(model):
         if terms is not None:
             raise UserError(
                 "loss terms are supported for T5 students only",
@@ -332,7 +331,7 @@ def patch_forward(
         if batch is None:
             return forward(*args, **kwargs)
         if runner is None:
-            return decoder.summed_losses(model, batch, without_padding=without_padding)
+            return summed_losses(model, batch, without_padding=without_padding)
         output = runner(batch)
         sums = {name: summed_nll(output.logits[name], rows.target) for name, rows in batch.items()}
         return sums | (terms.losses(output, batch, step) if terms and step else {})

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from dsbs.config import Recipe, ResolvedTrainSection
-from dsbs.records.rows import Unread
-from dsbs.students import Student, split_target, start_token
+from dsbs.records import Unread
+from dsbs.students.formats import split_target, start_token
+from dsbs.students.student import Student
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
 from dsbs.training.rows import Data
@@ -87,7 +88,7 @@ def _label_loss(student: Student, batch_size: int, rows: Sequence[Encoded], view
     import torch
 
     from dsbs.training.losses import summed_nll
-    from dsbs.training.packed.decoder import is_decoder_only, summed_losses
+    from dsbs.training.packed import is_decoder_only, summed_losses
 
     model = student.backend.model
     total = 0.0

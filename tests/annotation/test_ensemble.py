@@ -17,10 +17,10 @@ from dsbs.annotation.vote import weighted_majority
 from dsbs.config import Recipe, TaskSection
 from dsbs.project.doctor import _teacher
 from dsbs.prompting import learned_source, source_fingerprint
-from dsbs.records.rows import Annotation, Sample, TeacherName, Usage
+from dsbs.records import Annotation, Sample, TeacherName, Usage
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
-from dsbs.training.distillation.labels import vote_distribution
+from dsbs.training.rows import vote_distribution
 
 Toy = Callable[..., Path]
 ESNLI = TaskSection.model_validate({"name": "esnli", "data": {"train": "-"}})

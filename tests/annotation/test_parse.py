@@ -15,7 +15,7 @@ from conftest import write_jsonl
 from dsbs.annotation.parse import first_turn, parse_reply
 from dsbs.config import Recipe, TaskSection
 from dsbs.prompting import Prompt, read_prompt
-from dsbs.records.rows import Sample
+from dsbs.records import Sample
 from dsbs.tasks import make_task
 from dsbs.tasks.data import load
 

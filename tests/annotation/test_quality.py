@@ -18,7 +18,7 @@ from dsbs.annotation.parse import (
 from dsbs.annotation.vote import majority, samples_needed
 from dsbs.config import TaskSection
 from dsbs.prompting import Prompt
-from dsbs.records.rows import Sample
+from dsbs.records import Sample
 from dsbs.tasks import make_task
 
 ROUTING = make_task(

@@ -17,7 +17,7 @@ from dsbs import PartialError, UserError, annotate, load_recipe
 from dsbs.annotation.planning import pilot, plan, stratified
 from dsbs.annotation.run import merge
 from dsbs.annotation.shards import Shard
-from dsbs.records.rows import Example
+from dsbs.records import Example
 
 
 def always_billing(body: dict[str, Any], number: int) -> str:

@@ -16,7 +16,7 @@ from dsbs.annotation.backends import LocalTeacher, Reply, Request, teacher_class
 from dsbs.annotation.backends.recorded import RecordedTeacher
 from dsbs.annotation.planning import plan
 from dsbs.config.registry import TEACHERS
-from dsbs.records.rows import Example
+from dsbs.records import Example
 from dsbs.students.weights import gguf_file, gguf_fingerprint
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from dsbs.annotation.vote import majority
 from dsbs.config import TaskSection
-from dsbs.records.rows import Reason, Sample
+from dsbs.records import Reason, Sample
 from dsbs.tasks import make_task
 
 SVAMP = make_task(TaskSection(name="svamp", data={"train": "-"}))

@@ -14,12 +14,13 @@ from conftest import TEAMS, run_dsbs, toy_rows, write_csv
 from safetensors.torch import load_file
 
 from dsbs import UserError, compress, load_recipe, train
+from dsbs.compression import WeightStep, read_step
 from dsbs.compression.run import TABLE_HEADINGS
-from dsbs.compression.steps import WeightStep, read_step
 from dsbs.config import registry
 from dsbs.errors import GateError
 from dsbs.run_folder import RunFolder
-from dsbs.students import Student, load_model
+from dsbs.students.student import Student
+from dsbs.students.weights import load_model
 
 NAME = "finetune-gold-s0"
 
@@ -215,7 +216,7 @@ def test_a_chain_goes_on_from_a_compressed_student(run: Path) -> None:
 def test_a_killed_step_continues_to_the_student_of_an_undisturbed_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    from dsbs.compression.evaluator import Evaluator
+    from dsbs.compression.source import Evaluator
     from dsbs.training.callbacks import MetricsLogger
 
     shutil.copytree(run, tmp_path / "other")

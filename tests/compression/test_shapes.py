@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
+from dsbs.compression import attentions, feed_forwards
 from dsbs.compression.low_rank import LowRankStep, factorize, factors
 from dsbs.compression.pruning import (
     drop_layers,
@@ -21,8 +22,7 @@ from dsbs.compression.pruning import (
     most_important_heads,
     zero_smallest,
 )
-from dsbs.compression.steps import attentions, feed_forwards
-from dsbs.students import load_model
+from dsbs.students.weights import load_model
 from dsbs.training.encode import collate, pad
 from dsbs.training.packed.t5 import TargetBlock, is_t5, packed_logits
 

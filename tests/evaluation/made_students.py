@@ -8,8 +8,11 @@ from pathlib import Path
 from conftest import toy_rows
 
 from dsbs.config import Recipe
-from dsbs.records.rows import Example, TrainedStudent
-from dsbs.students import Student, StudentCard, Target, learn_vocabulary, new_model
+from dsbs.records import Example, TrainedStudent
+from dsbs.students.card import StudentCard, Target
+from dsbs.students.student import Student
+from dsbs.students.tokenizer import learn_vocabulary
+from dsbs.students.weights import new_model
 from dsbs.tasks import make_task
 from dsbs.tasks.data import load
 

@@ -19,7 +19,7 @@ from dsbs import UserError, load_recipe
 from dsbs.config import Recipe
 from dsbs.evaluation.predictions import read_predictions
 from dsbs.evaluation.recorded import add_external
-from dsbs.records.rows import Prediction
+from dsbs.records import Prediction
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
 

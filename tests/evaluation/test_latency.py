@@ -24,10 +24,11 @@ from dsbs.evaluation.latency import (
 )
 from dsbs.evaluation.predictions import loader, predict_student
 from dsbs.progress import NoProgress
+from dsbs.records import Prediction, TrainedStudent
 from dsbs.records.results import Latency
-from dsbs.records.rows import Prediction, TrainedStudent
 from dsbs.run_folder import RunFolder
-from dsbs.students import Student, weights_megabytes
+from dsbs.students.student import Student
+from dsbs.students.weights import weights_megabytes
 
 
 @pytest.fixture

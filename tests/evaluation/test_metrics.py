@@ -26,9 +26,8 @@ from dsbs.evaluation.metrics import (
     measure,
     score,
 )
-from dsbs.records.rows import Example, Prediction
-from dsbs.tasks import make_task
-from dsbs.tasks.base import Task
+from dsbs.records import Example, Prediction
+from dsbs.tasks import Task, make_task
 
 NLI = make_task(TaskSection(name="esnli", data={"train": "-"}))
 SVAMP = make_task(TaskSection(name="svamp", data={"train": "-"}))

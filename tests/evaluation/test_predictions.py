@@ -24,9 +24,9 @@ from dsbs.evaluation.predictions import (
 from dsbs.evaluation.recorded import predict_teacher
 from dsbs.progress import NoProgress
 from dsbs.prompting import load_prompt, source_fingerprint
-from dsbs.records.rows import Annotation, Sample, TeacherName, TrainedStudent
+from dsbs.records import Annotation, Sample, TeacherName, TrainedStudent
 from dsbs.run_folder import RunFolder
-from dsbs.students import Student
+from dsbs.students.student import Student
 from dsbs.tasks import make_task
 
 

@@ -15,10 +15,9 @@ from dsbs.config.registry import METRICS, entry
 from dsbs.evaluation.bootstrap import Clusters
 from dsbs.evaluation.metrics import Scored, SystemPredictions, measure, score
 from dsbs.evaluation.rationales import ROUGE_L, rouge_l, words
+from dsbs.records import Example, Prediction
 from dsbs.records.results import Measure
-from dsbs.records.rows import Example, Prediction
-from dsbs.tasks import make_task
-from dsbs.tasks.base import Task
+from dsbs.tasks import Task, make_task
 
 NLI = make_task(TaskSection(name="esnli", data={"train": "-"}))
 SVAMP = make_task(TaskSection(name="svamp", data={"train": "-"}))

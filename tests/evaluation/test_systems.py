@@ -24,7 +24,7 @@ from dsbs.evaluation.systems import (
     pairs,
     teacher_bill,
 )
-from dsbs.records.rows import Example, Prediction, TrainedStudent
+from dsbs.records import Example, Prediction, TrainedStudent
 from dsbs.records.summary import label_efficiency_sentence
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task

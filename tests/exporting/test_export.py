@@ -16,12 +16,11 @@ from conftest import ROOT, run_dsbs, toy_rows
 from tiny_t5 import V1_0, V1_1, make_student, texts
 
 from dsbs.errors import DsbsError, UserError
-from dsbs.exporting import ct2
-from dsbs.exporting.formats import Equivalence, Exported, read_exported
+from dsbs.exporting import Equivalence, Exported, ct2, read_exported
 from dsbs.exporting.golden import check_float32
 from dsbs.exporting.run import export
-from dsbs.students import Student
 from dsbs.students.backends.ctranslate2 import CTranslate2Backend
+from dsbs.students.student import Student
 
 ROWS = texts(20)
 BOTH = pytest.mark.parametrize("shape", [V1_0, V1_1], ids=["v1.0", "v1.1"])
@@ -77,7 +76,7 @@ def _with_its_own_start(
     """As the engine decodes, by a model whose converter has written the start token down."""
     import math
 
-    from dsbs.students import GeneratedText
+    from dsbs.students.backends import GeneratedText
 
     pieces = [
         [engine._pieces[index] for index in one.ids]

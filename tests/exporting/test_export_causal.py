@@ -20,8 +20,10 @@ from dsbs.compression.quantize import Quantize
 from dsbs.errors import DsbsError, UserError
 from dsbs.exporting import gguf
 from dsbs.exporting.run import export
-from dsbs.students import Student, StudentCard, load_model, load_tokenizer
-from dsbs.students.weights import gguf_file
+from dsbs.students.card import StudentCard
+from dsbs.students.student import Student
+from dsbs.students.tokenizer import load_tokenizer
+from dsbs.students.weights import gguf_file, load_model
 
 # One is as long as nothing the template leaves room for, one has the template's own token in it.
 ROWS = [

@@ -78,7 +78,7 @@ def test_the_script_writes_what_transformers_wrote_without_the_rest(
 
 
 def test_the_int8_script_of_torch_writes_what_the_engine_writes(tmp_path: Path) -> None:
-    from dsbs.students import Student
+    from dsbs.students.student import Student
 
     done = export(make_student(tmp_path), "torch", quantize="int8", examples=ROWS)
     answers = [

@@ -11,7 +11,9 @@ from conftest import TEAMS, toy_rows
 from transformers import T5Config, T5ForConditionalGeneration
 
 from dsbs.config import TaskSection
-from dsbs.students import Start, Student, StudentCard, Target, learn_vocabulary
+from dsbs.students.card import Start, StudentCard, Target
+from dsbs.students.student import Student
+from dsbs.students.tokenizer import learn_vocabulary
 
 _WORDS = " ".join(row["text"] for row in toy_rows(40)).split()
 

@@ -11,7 +11,7 @@ from dsbs.config import Recipe
 from dsbs.config.load import load_recipe
 from dsbs.project.validate import check_prompt
 from dsbs.prompting import Prompt, load_prompt
-from dsbs.records.rows import Example
+from dsbs.records import Example
 from dsbs.tasks import make_task
 
 TEXT = "the parcel that I ordered two weeks ago has still not come to my door"

@@ -11,18 +11,19 @@ from typing import Any
 from conftest import write_jsonl
 
 from dsbs.config import Recipe
-from dsbs.records.compression import Compressed, Measurement
+from dsbs.records import Annotation, Prediction, TeacherName
 from dsbs.records.results import (
     Bin,
     BreakEven,
     Comparison,
+    Compressed,
     LabelEfficiency,
     Latency,
     Measure,
+    Measurement,
     Results,
     SystemResult,
 )
-from dsbs.records.rows import Annotation, Prediction, TeacherName
 from dsbs.reporting.runs import EvaluatedRun, load_run
 
 LABELS = ("entailment", "neutral", "contradiction")

@@ -18,10 +18,12 @@ from sample_run import change_record, change_results, make_run
 
 from dsbs import Student, UserError
 from dsbs.config import StudentSection, TaskSection, registry
-from dsbs.config.terms import TermSettings
+from dsbs.config.train import TermSettings
 from dsbs.reporting.card import fenced, is_own_card, write_cards
 from dsbs.reporting.runs import load_run
-from dsbs.students import StudentCard, learn_vocabulary, new_model
+from dsbs.students.card import StudentCard
+from dsbs.students.tokenizer import learn_vocabulary
+from dsbs.students.weights import new_model
 from dsbs.training.methods import FINETUNE
 
 TOY_METHOD = replace(

@@ -11,7 +11,7 @@ import pytest
 from sample_run import compress, make_run
 
 from dsbs.errors import UserError
-from dsbs.records.compression import Measurement
+from dsbs.records.results import Measurement
 from dsbs.reporting.compression import (
     compression_table,
     healing_sentences,

@@ -22,11 +22,12 @@ from urllib.parse import urlsplit
 from conftest import TEAMS, toy_rows
 
 from dsbs.config import DataSection, TaskSection
-from dsbs.serving.app import Service, make_app
-from dsbs.serving.http import HttpServer
+from dsbs.serving.app import HttpServer, Service, make_app
 from dsbs.serving.model import Model
 from dsbs.serving.settings import Settings
-from dsbs.students import Student, StudentCard, Target, learn_vocabulary
+from dsbs.students.card import StudentCard, Target
+from dsbs.students.student import Student
+from dsbs.students.tokenizer import learn_vocabulary
 
 RATIONALES = {
     "billing": "The message is about an invoice.",

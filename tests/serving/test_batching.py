@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dsbs.serving.batching import Batcher
-from dsbs.serving.metrics import Metrics
+from dsbs.serving.middleware import Metrics
 from dsbs.serving.settings import ApiError
 
 

@@ -17,7 +17,7 @@ import pytest
 from served import Here, here, made
 
 from dsbs.serving.model import GenerationOptions, Item, Outcome
-from dsbs.students import Student
+from dsbs.students.student import Student
 
 GIGABYTE = 1 << 30
 PLACES = ["/predict", "/v1/completions", "/v1/chat/completions"]

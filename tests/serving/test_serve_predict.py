@@ -16,7 +16,7 @@ from served import BOTH, CQA, here, made, taught
 from dsbs import UserError
 from dsbs.serving.model import Model
 from dsbs.serving.settings import Settings
-from dsbs.students import Student
+from dsbs.students.student import Student
 
 
 @pytest.fixture(scope="module")

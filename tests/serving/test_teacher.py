@@ -20,8 +20,8 @@ from served import BOTH, CQA, RATIONALES, here, in_process, made, stopped, taugh
 from dsbs import annotate, load_recipe
 from dsbs.config import DataSection, TaskSection
 from dsbs.prompting import Prompt, PromptRenderer
-from dsbs.records.rows import Example
-from dsbs.students import Student
+from dsbs.records import Example
+from dsbs.students.student import Student
 from dsbs.tasks import make_task
 
 TEXT = toy_rows(1, start=300)[0]["text"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsbs import Student
-from dsbs.students import load_tokenizer, tokenizer_hash
+from dsbs.students.tokenizer import load_tokenizer, tokenizer_hash
 
 TEXTS = [
     "My parcel number 3 is wrong.",

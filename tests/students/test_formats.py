@@ -11,13 +11,9 @@ from transformers import AddedToken
 
 from dsbs import UserError
 from dsbs.config import StudentSection
-from dsbs.students import (
-    architecture_of,
-    learn_vocabulary,
-    load_tokenizer,
-    new_input_format,
-)
-from dsbs.students.formats import ChatFormat, PlainFormat
+from dsbs.students.card import architecture_of
+from dsbs.students.formats import ChatFormat, PlainFormat, new_input_format
+from dsbs.students.tokenizer import learn_vocabulary, load_tokenizer
 
 TEXT = "My parcel number 7 is wrong."
 

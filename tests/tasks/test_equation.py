@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbs.tasks.equation import (
+from dsbs.tasks.svamp import (
     MAX_CHARACTERS,
     MAX_DEPTH,
     MAX_OPERATORS,
     Equation,
-    parse,
+    parse_equation,
     same_value,
 )
 
@@ -54,14 +54,14 @@ from dsbs.tasks.equation import (
 def test_an_expression_has_an_exact_value_and_one_spelling(
     text: str, value: Fraction, canonical: str
 ) -> None:
-    assert parse(text) == Equation(Fraction(value), canonical)
+    assert parse_equation(text) == Equation(Fraction(value), canonical)
 
 
 @pytest.mark.parametrize(
     "text", ["1 / 0", "(3 + 4) / (2 - 2)", "5 - 1 / 0", "-(1 / 0)", "1 / (1 / 0)"]
 )
 def test_division_by_zero_is_readable_and_has_no_value(text: str) -> None:
-    equation = parse(text)
+    equation = parse_equation(text)
     assert equation is not None
     assert equation.value is None
     assert not same_value(text, text)
@@ -112,12 +112,12 @@ def test_division_by_zero_is_readable_and_has_no_value(text: str) -> None:
     ],
 )
 def test_anything_else_is_refused(text: str) -> None:
-    assert parse(text) is None
+    assert parse_equation(text) is None
 
 
 def test_a_python_payload_is_not_run(tmp_path: Path) -> None:
     target = tmp_path / "made"
-    assert parse(f"__import__('pathlib').Path({str(target)!r}).touch()") is None
+    assert parse_equation(f"__import__('pathlib').Path({str(target)!r}).touch()") is None
     assert not target.exists()
 
 
@@ -136,7 +136,7 @@ def test_a_python_payload_is_not_run(tmp_path: Path) -> None:
     ids=["long", "digits", "tokens", "parentheses", "minuses", "open", "only minuses", "huge"],
 )
 def test_size_and_depth_are_limited(text: str) -> None:
-    assert parse(text) is None
+    assert parse_equation(text) is None
 
 
 @pytest.mark.parametrize(
@@ -184,18 +184,18 @@ def by_python(text: str) -> Fraction | None:
 @settings(max_examples=300, deadline=None)
 @given(expressions)
 def test_values_are_those_of_python(text: str) -> None:
-    equation = parse(text)
+    equation = parse_equation(text)
     assert equation is not None, text
     assert equation.value == by_python(text)
     assert by_python(equation.text) == equation.value  # the canonical spelling says the same
-    again = parse(equation.text)
+    again = parse_equation(equation.text)
     assert again == equation  # and is its own canonical spelling
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="0123456789.,+-*/()[]×÷x =$", max_size=40) | st.text(max_size=40))
 def test_no_text_makes_it_fail(text: str) -> None:
-    equation = parse(text)
+    equation = parse_equation(text)
     assert equation is None or equation.text
 
 
@@ -206,9 +206,9 @@ def test_no_text_makes_it_fail(text: str) -> None:
 )
 def test_what_is_readable_has_a_spelling_that_is_readable_too(text: str) -> None:
     """Labels are kept in canonical spelling, which must be readable again."""
-    equation = parse(text)
+    equation = parse_equation(text)
     if equation is not None:
-        again = parse(equation.text)
+        again = parse_equation(equation.text)
         assert again is not None
         assert again.value == equation.value
         assert same_value(equation.text, text)
@@ -230,10 +230,10 @@ def test_the_spelling_is_svamps_own_on_every_row(shared_data: Path, split: str) 
             gold.replace(".0 ", " ").replace("( ", "(").replace(" )", ")").replace("*", "×")
         )
         for text in (row["label"], as_people_write):
-            equation = parse(text)
+            equation = parse_equation(text)
             assert equation is not None, row["id"]
             assert equation.text == gold, row["id"]
         if row["meta"]["source_id"] != "chal-680":  # its equation and its answer disagree
-            assert float(parse(gold).value) == pytest.approx(row["meta"]["answer"], abs=1e-2), row[
-                "id"
-            ]
+            assert float(parse_equation(gold).value) == pytest.approx(
+                row["meta"]["answer"], abs=1e-2
+            ), row["id"]

@@ -8,9 +8,8 @@ import pytest
 
 from dsbs.config import TaskSection
 from dsbs.config.registry import TASKS
-from dsbs.records.rows import Unread
-from dsbs.tasks import make_task
-from dsbs.tasks.base import Task
+from dsbs.records import Unread
+from dsbs.tasks import Task, make_task
 
 
 def task(name: str, **settings: Any) -> Task:

@@ -15,7 +15,7 @@ from conftest import write_csv, write_jsonl
 
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
-from dsbs.records.rows import Example
+from dsbs.records import Example
 from dsbs.tasks import make_task
 from dsbs.tasks.data import is_held_out, load, position, survey
 

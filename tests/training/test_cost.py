@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsbs.progress import NoProgress
-from dsbs.records.rows import TrainingCost
+from dsbs.records import TrainingCost
 from dsbs.students.weights import device_name
 from dsbs.training.callbacks import MetricsLogger, peak_memory
 

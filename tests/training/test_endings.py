@@ -18,7 +18,7 @@ from test_loop import lines, weights
 
 from dsbs import DsbsError, PartialError, load_recipe, train
 from dsbs.training.callbacks import MetricsLogger
-from dsbs.training.student_folder import last_checkpoint
+from dsbs.training.grid import last_checkpoint
 from dsbs.training.trainer import StepTrainer
 
 NAME = "finetune-gold-s0"

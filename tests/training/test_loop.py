@@ -20,9 +20,8 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, load_recipe, train
 from dsbs.config import Recipe
-from dsbs.training.grid import grid
+from dsbs.training.grid import grid, last_checkpoint
 from dsbs.training.rows import gather
-from dsbs.training.student_folder import last_checkpoint
 
 
 @pytest.fixture
@@ -200,12 +199,12 @@ def test_the_last_step_is_validated_whatever_eval_every_is(
 def test_a_kill_between_the_last_step_and_the_saved_student_costs_no_step(
     annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dsbs.training import student_folder
+    from dsbs.training import grid
 
     recipe = annotated("train.methods=finetune")
     folder = tmp_path / "run" / "train" / "finetune-gold-s0"
     with monkeypatch.context() as patch:
-        patch.setattr(student_folder.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(grid.shutil, "rmtree", lambda *args, **kwargs: None)
         train(recipe, out=tmp_path / "run")
     first, steps = weights(folder), lines(folder / "metrics.jsonl")
     (folder / "train.json").unlink()

@@ -21,9 +21,9 @@ from small_t5 import ROWS, t5
 from dsbs import Student, UserError, load_recipe, train
 from dsbs.config import LoraSection, TrainSection
 from dsbs.training.encode import collate, pad
+from dsbs.training.grid import last_checkpoint
 from dsbs.training.methods import method_of
 from dsbs.training.packed.t5 import TargetBlock, is_t5, packed_logits
-from dsbs.training.student_folder import last_checkpoint
 from dsbs.training.trainer import add_adapters, count_trainable, merge_adapters, patch_forward
 
 pytest.importorskip("peft")

@@ -12,7 +12,7 @@ from loopback import LoopbackServer
 from dsbs import annotate, evaluate, load_recipe, report, train, validate
 from dsbs.config import TrainSection
 from dsbs.config.registry import METHODS
-from dsbs.students import Student
+from dsbs.students.student import Student
 from dsbs.training.grid import grid
 from dsbs.training.methods import Method, View, method_of
 

@@ -14,7 +14,7 @@ from loopback import LoopbackServer
 from transformers import T5Config, T5ForConditionalGeneration
 
 from dsbs import annotate, load_recipe, train
-from dsbs.students import learn_vocabulary, load_tokenizer
+from dsbs.students.tokenizer import learn_vocabulary, load_tokenizer
 
 STEPS, BATCH, RATE = 30, 8, 2e-3
 

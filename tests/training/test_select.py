@@ -12,7 +12,7 @@ from loopback import LoopbackServer
 
 from dsbs import annotate, load_recipe
 from dsbs.config import DataSection, SelectSection, TaskSection
-from dsbs.records.rows import Annotation, TeacherName
+from dsbs.records import Annotation, TeacherName
 from dsbs.tasks import make_task
 from dsbs.tasks.data import position
 from dsbs.training.grid import grid

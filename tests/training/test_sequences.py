@@ -12,7 +12,7 @@ from loopback import LoopbackServer
 
 from dsbs import Student, annotate, evaluate, load_recipe, train
 from dsbs.config import Recipe
-from dsbs.students import compose_target, split_target
+from dsbs.students.formats import compose_target, split_target
 from dsbs.tasks import make_task
 from dsbs.training.grid import grid
 from dsbs.training.rows import gather

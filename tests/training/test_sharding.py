@@ -17,7 +17,7 @@ from loopback import LoopbackServer
 from test_trainer import independent_weights
 
 from dsbs import Student, annotate, load_recipe
-from dsbs.training.student_folder import last_checkpoint
+from dsbs.training.grid import last_checkpoint
 
 TESTS = Path(__file__).resolve().parents[1]
 

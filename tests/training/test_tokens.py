@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_student import TEXTS
 
-from dsbs.students import learn_vocabulary
+from dsbs.students.tokenizer import learn_vocabulary
 from dsbs.training import tokens
 from dsbs.training.encode import Encoder, collate, encoded_hash
 from dsbs.training.methods import View

@@ -11,7 +11,7 @@ import pytest
 
 from dsbs import load_recipe, train
 from dsbs.config import TrainSection
-from dsbs.students import learn_vocabulary
+from dsbs.students.tokenizer import learn_vocabulary
 from dsbs.training.encode import EncodedRows, Encoder
 from dsbs.training.methods import STEP_BY_STEP
 from dsbs.training.rows import Row

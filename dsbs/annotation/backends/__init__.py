@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast
 from dsbs.config import Recipe, TeacherSection
 from dsbs.config.registry import TEACHERS, entry
 from dsbs.errors import UserError
-from dsbs.records.rows import Annotation, Example, Provenance
+from dsbs.records import Annotation, Example, Provenance
 
 Lane = Literal["online", "batch"]
 Failure = Literal["throttled", "server error", "connection", "timeout", "unreadable"]

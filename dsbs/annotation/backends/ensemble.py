@@ -21,7 +21,7 @@ from dsbs.annotation.vote import Vote, weighted_majority
 from dsbs.config import MemberSection, Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json
-from dsbs.records.rows import Annotation, Example, Provenance, Sample, TeacherName
+from dsbs.records import Annotation, Example, Provenance, Sample, TeacherName
 from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.tasks import make_task
 

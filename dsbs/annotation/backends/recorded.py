@@ -11,7 +11,7 @@ from dsbs.annotation.backends import Reply, Teacher
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import find_file, read_jsonl
-from dsbs.records.rows import Annotation, Example, Provenance
+from dsbs.records import Annotation, Example, Provenance
 
 
 class RecordedTeacher(Teacher):

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsbs.formatting import milliseconds, percent, sentence_list
-from dsbs.records.compression import Compressed, Measurement
-from dsbs.records.results import Latency, SystemResult
+from dsbs.records.results import Compressed, Latency, Measurement, SystemResult
 from dsbs.reporting.compression import UNCHANGED, by_original
 from dsbs.reporting.figures.canvas import INK, MUTE, Canvas, Figure, open_canvas, shorten
 from dsbs.reporting.figures.style import (

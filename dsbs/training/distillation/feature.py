@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from dsbs.config.sections import as_tuple
 from dsbs.errors import UserError
-from dsbs.training.distillation.base import Projection, Term, TermInputs, as_float
+from dsbs.training.distillation import Projection, Term, TermInputs, as_float
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
 
@@ -75,7 +75,7 @@ class FeatureTerm(Term):
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Input tokens that a supervised row reads, each input once."""
-        from dsbs.training.packed.forward import distinct_inputs
+        from dsbs.training.packed import distinct_inputs
 
         inputs = distinct_inputs(batch, views)
         pairs = zip(inputs.lengths, inputs.is_supervised, strict=True)
@@ -106,7 +106,7 @@ def _token_masks(inputs: TermInputs) -> tuple[Tensor, Tensor]:
     """Which of the N input and M target tokens belong to supervised rows: (N,) and (M,)."""
     import torch
 
-    from dsbs.training.packed.forward import distinct_inputs
+    from dsbs.training.packed import distinct_inputs
 
     distinct = distinct_inputs(inputs.batch, inputs.views)
     targets = torch.cat([packed.target for packed in inputs.batch.values()])

@@ -9,15 +9,13 @@ Shapes: B rows, L labels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dsbs.records.rows import Annotation, Sample
-from dsbs.tasks.base import Task
-from dsbs.training.distillation.base import Term, TermInputs, as_float
+from dsbs.tasks import Task
+from dsbs.training.distillation import Term, TermInputs, as_float
 from dsbs.training.methods import View
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ class LabelsTerm(Term):
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Rows with a target distribution."""
-        from dsbs.training.packed.forward import supervised_rows
+        from dsbs.training.packed import supervised_rows
 
         packed = batch.get(views[0].target)
         if packed is None:
@@ -71,7 +69,7 @@ class LabelsTerm(Term):
     def loss(self, inputs: TermInputs) -> Tensor | float:
         import torch
 
-        from dsbs.training.packed.forward import supervised_rows
+        from dsbs.training.packed import supervised_rows
 
         packed = inputs.first_view
         student = inputs.student.label_scores
@@ -106,53 +104,3 @@ def label_distribution_loss(scores: Tensor, target: Tensor, *, temperature: floa
     p = (target[has_target].log() / temperature).softmax(dim=-1)
     q = (as_float(scores)[has_target] / temperature).log_softmax(dim=-1)
     return temperature**2 * kl_div(q, p, reduction="sum")
-
-
-def vote_distribution(
-    annotation: Annotation, labels: Sequence[str], task: Task
-) -> list[float] | None:
-    """An annotation's distribution over ``labels``; None if no sample has one without a hint.
-
-    Several samples of one annotator: each label's share of the readable, unhinted ones. A single
-    sample: its label's probability if the endpoint returned one (otherwise 1), the rest evenly
-    spread over the other labels. An ensemble: the mean of its members' distributions, by weight.
-    """
-    members: dict[str | None, list[tuple[int, Sample]]] = {}
-    for sample in annotation.samples:
-        index = _label_index(sample.label, labels, task)
-        if not sample.hinted and index is not None:
-            members.setdefault(sample.run, []).append((index, sample))
-    if not members:
-        return None
-    if len(members) == 1:
-        return _member_distribution(next(iter(members.values())), len(labels))
-    weights = [math.fsum(sample.vote for _, sample in votes) for votes in members.values()]
-    weighted = [
-        [weight * share for share in _member_distribution(votes, len(labels))]
-        for weight, votes in zip(weights, members.values(), strict=True)
-    ]
-    return [math.fsum(column) / math.fsum(weights) for column in zip(*weighted, strict=True)]
-
-
-def _member_distribution(votes: Sequence[tuple[int, Sample]], labels: int) -> list[float]:
-    """One annotator's distribution over ``labels`` labels from its (label index, sample) votes."""
-    if len(votes) > 1 or labels == 1:
-        total = math.fsum(sample.vote for _, sample in votes)
-        return [
-            math.fsum(sample.vote for voted, sample in votes if voted == label) / total
-            for label in range(labels)
-        ]
-    [(voted, sample)] = votes
-    confidence = 1.0
-    if sample.label_logprob is not None:
-        confidence = min(1.0, math.exp(sample.label_logprob))
-    distribution = [(1 - confidence) / (labels - 1)] * labels
-    distribution[voted] = confidence
-    return distribution
-
-
-def _label_index(text: str | None, labels: Sequence[str], task: Task) -> int | None:
-    """The index of the first of ``labels`` that the task takes to be the same as ``text``."""
-    if text is None:
-        return None
-    return next((index for index, label in enumerate(labels) if task.correct(text, label)), None)

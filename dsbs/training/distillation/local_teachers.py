@@ -22,15 +22,17 @@ from dsbs.config import (
 )
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
-from dsbs.records.rows import TrainedStudent
-from dsbs.students import load_model, load_tokenizer, read_card, tokenizer_hash, weights_fingerprint
-from dsbs.training.distillation.base import terms_of
+from dsbs.records import TrainedStudent
+from dsbs.students.card import read_card
+from dsbs.students.tokenizer import load_tokenizer, tokenizer_hash
+from dsbs.students.weights import load_model, weights_fingerprint
+from dsbs.training.distillation import terms_of
 from dsbs.training.distributed import free_memory
 from dsbs.training.grid import StudentSpec
 from dsbs.training.methods import View, method_of
 
 if TYPE_CHECKING:
-    from dsbs.training.packed.forward import ForwardRunner
+    from dsbs.training.packed import ForwardRunner
 
 TrainTeacher = Callable[[Recipe, StudentSpec], TrainedStudent]
 
@@ -81,7 +83,7 @@ def teacher_runners(
     label_ids: Sequence[Sequence[int]] = (),
 ) -> list[ForwardRunner]:
     """A forward runner for each teacher, on ``device``."""
-    from dsbs.training.packed.forward import ForwardRunner
+    from dsbs.training.packed import ForwardRunner
     from dsbs.training.packed.t5 import is_t5
 
     runners: list[ForwardRunner] = []

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbs.config import TrainSection
-from dsbs.training.distillation.base import Projection, StepTotals, Term, TermInputs
+from dsbs.training.distillation import Projection, StepTotals, Term, TermInputs
 from dsbs.training.distillation.local_teachers import LocalTeacher, teacher_runners
 from dsbs.training.encode import Encoded, PackedBatch, collate, rows_of
 from dsbs.training.losses import IGNORED
@@ -22,8 +22,8 @@ from dsbs.training.methods import View
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsbs.training.distillation.logprobs import TeacherLogprobs
-    from dsbs.training.packed.forward import ForwardOutput, ForwardRunner
+    from dsbs.training.distillation.response import TeacherLogprobs
+    from dsbs.training.packed import ForwardOutput, ForwardRunner
 
 PROJECTIONS = "projections"  # the student's attribute with the projections, while it trains
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
-from dsbs.training.distillation.base import Term, TermInputs, as_float
+from dsbs.training.distillation import Term, TermInputs, as_float
 from dsbs.training.methods import View
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class RelationTerm(Term):
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Examples of the first view, each once however many targets it has."""
-        from dsbs.training.packed.forward import supervised_rows
+        from dsbs.training.packed import supervised_rows
 
         packed = batch.get(views[0].target)
         if packed is None:
@@ -62,7 +62,7 @@ class RelationTerm(Term):
         The term relates the examples of one forward pass; a step averages its passes by their
         examples.
         """
-        from dsbs.training.packed.forward import distinct_inputs, row_means, supervised_rows
+        from dsbs.training.packed import distinct_inputs, row_means, supervised_rows
 
         packed = inputs.first_view
         if packed is None:

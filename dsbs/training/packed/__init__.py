@@ -1,1 +1,348 @@
-"""Packed batches: forward passes over the tokens of a batch without padding."""
+"""Packed batches: per-view logits, losses, hidden states and label scores, with little or no
+padding.
+
+Student and local teachers share a vocabulary, so that token m is the same token in every model's
+output, with padding or without.
+
+A decoder-only student's row is its prompt followed by its target, and rows of similar length go
+through the model together.
+
+Shapes: N tokens of all distinct inputs, M_v target tokens of view v, M of all views in the batch's
+order, V vocabulary entries, D = d_model, B rows of the first view, L labels of the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dsbs.students.formats import start_token
+from dsbs.training.encode import PackedBatch, pad
+from dsbs.training.losses import IGNORED, summed_nll
+from dsbs.training.methods import View
+from dsbs.training.packed.t5 import TargetBlock, group_by_length, packed_logits, without_wrapper
+
+Batch = Mapping[str, PackedBatch]  # by view
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """A model's output for one batch."""
+
+    logits: dict[str, Tensor]
+    """By view, (M_v, V)."""
+    encoder_states: list[Tensor]
+    """(N, D) after each layer, the first one first; empty unless requested."""
+    decoder_states: list[Tensor]
+    """(M, D) after each layer, the first one first; empty unless requested."""
+    label_scores: Tensor | None
+    """(B, L) log-probability of each label's text in nats; None unless requested, and without a row
+    of the first view."""
+
+    def states(self, stack: Literal["encoder", "decoder"]) -> list[Tensor]:
+        return self.encoder_states if stack == "encoder" else self.decoder_states
+
+
+@dataclass(frozen=True, slots=True)
+class DistinctInputs:
+    """The inputs of a batch, each once, although several target rows may read one."""
+
+    ids: list[Tensor]
+    is_supervised: list[bool]
+    """Whether a row that is not a filler reads the input."""
+    indices: dict[str, list[int]]
+    """By view, the index among ``ids`` of each row's input."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
+
+
+def distinct_inputs(batch: Batch, views: Sequence[View]) -> DistinctInputs:
+    """The distinct inputs of a batch: rows of one example with the same prefix share theirs."""
+    prefixes: dict[str, str] = {view.target: view.prefix for view in views}
+    index_of: dict[tuple[str, int], int] = {}
+    ids: list[Tensor] = []
+    is_supervised: list[bool] = []
+    indices: dict[str, list[int]] = {}
+    for view, packed in batch.items():
+        indices[view] = []
+        sources = torch.split(packed.source, packed.source_lengths.tolist())
+        supervised = supervised_rows(packed).tolist()
+        rows = zip(packed.rows.tolist(), sources, supervised, strict=True)
+        for row, source, row_is_supervised in rows:
+            index = index_of.setdefault((prefixes[view], row), len(ids))
+            if index == len(ids):
+                ids.append(source)
+                is_supervised.append(False)
+            is_supervised[index] |= row_is_supervised
+            indices[view].append(index)
+    return DistinctInputs(ids, is_supervised, indices)
+
+
+def supervised_rows(packed: PackedBatch) -> Tensor:
+    """(B,): False for the empty rows that give all processes equally many batches."""
+    last_tokens = packed.target[packed.target_lengths.cumsum(0) - 1]
+    supervised: Tensor = last_tokens != IGNORED
+    return supervised
+
+
+class ForwardRunner:
+    """Runs one model on batches of ``views``: packed in one pass, or padded view by view.
+
+    ``labels`` are the token ids of the label texts to score, after the first view's inputs and
+    decoder start.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        views: Sequence[View],
+        *,
+        without_padding: bool,
+        hidden_states: bool = False,
+        labels: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self._model = without_wrapper(model)
+        self._forward: Callable[..., Any] = model.forward  # before the trainer replaces it
+        self._starts: dict[str, int] = {
+            view.target: start_token(model.config, view.start) for view in views
+        }
+        self._views = views
+        self._first = views[0].target
+        self._without_padding = without_padding
+        self._hidden_states = hidden_states
+        self._labels = [torch.as_tensor(ids, dtype=torch.long) for ids in labels]
+
+    def __call__(self, batch: Batch) -> ForwardOutput:
+        inputs = distinct_inputs(batch, self._views)
+        if self._without_padding:
+            return self._packed(batch, inputs)
+        return self._padded(batch, inputs)
+
+    # --- packed
+
+    def _packed(self, batch: Batch, inputs: DistinctInputs) -> ForwardOutput:
+        """All views in one pass; an input is encoded once for all targets that read it."""
+        targets = [packed.target for packed in batch.values()]
+        tokens = sum(len(target) for target in targets)
+        lengths = [n for packed in batch.values() for n in packed.target_lengths.tolist()]
+        blocks: list[TargetBlock] = []
+        for view, packed in batch.items():
+            blocks += self._blocks(view, packed, inputs)
+        scored_inputs = inputs.indices.get(self._first, []) if self._labels else []
+        if scored_inputs:
+            for label in self._labels:
+                targets.append(label.to(targets[0].device).repeat(len(scored_inputs)))
+                lengths += [len(label)] * len(scored_inputs)
+                blocks.append(TargetBlock(scored_inputs, self._starts[self._first]))
+        encoder_states: list[Tensor] = []
+        decoder_states: list[Tensor] = []
+        all_logits = packed_logits(
+            self._model,
+            torch.cat(inputs.ids),
+            inputs.lengths,
+            torch.cat(targets),
+            lengths,
+            blocks,
+            (encoder_states, decoder_states) if self._hidden_states else None,
+        )
+        logits = torch.split(all_logits, [len(target) for target in targets])
+        label_scores = None
+        if scored_inputs:
+            label_scores = self._label_scores(logits[len(batch) :], len(scored_inputs))
+        return ForwardOutput(
+            dict(zip(batch, logits, strict=False)),
+            encoder_states,
+            [layer[:tokens] for layer in decoder_states],
+            label_scores,
+        )
+
+    def _blocks(self, view: str, packed: PackedBatch, inputs: DistinctInputs) -> list[TargetBlock]:
+        """A view's rows in blocks in which no two share an input."""
+        blocks: list[list[int]] = [[]]
+        previous_row = -1
+        for row, index in zip(packed.rows.tolist(), inputs.indices[view], strict=True):
+            if row <= previous_row:  # the rows' second targets follow all first ones
+                blocks.append([])
+            previous_row = row
+            blocks[-1].append(index)
+        return [TargetBlock(block, self._starts[view]) for block in blocks]
+
+    # --- padded
+
+    def _padded(self, batch: Batch, inputs: DistinctInputs) -> ForwardOutput:
+        logits: dict[str, Tensor] = {}
+        encoder_states: list[list[Tensor]] = []
+        decoder_states: list[list[Tensor]] = []
+        label_scores = None
+        seen_inputs = 0
+        for view, packed in batch.items():
+            padded = pad(packed, self._model.config.pad_token_id, self._starts[view])
+            padded.pop("labels")
+            extra = {"output_hidden_states": True} if self._hidden_states else {}
+            output = self._forward(**padded, **extra)
+            target_mask = _length_mask(packed.target_lengths)
+            logits[view] = output.logits[target_mask]
+            if self._hidden_states:
+                indices = inputs.indices[view]
+                new_rows = [
+                    row
+                    for row, index in enumerate(indices)
+                    if index >= seen_inputs and index not in indices[:row]
+                ]
+                source_mask = _length_mask(packed.source_lengths)[new_rows]
+                encoder_states.append(
+                    [layer[new_rows][source_mask] for layer in output.encoder_hidden_states[1:]]
+                )
+                decoder_states.append(
+                    [layer[target_mask] for layer in output.decoder_hidden_states[1:]]
+                )
+                seen_inputs = max(seen_inputs, *(index + 1 for index in indices))
+            if view == self._first and self._labels:
+                label_scores = self._padded_label_scores(
+                    output.encoder_last_hidden_state, padded["attention_mask"]
+                )
+        return ForwardOutput(
+            logits,
+            [torch.cat(layers) for layers in zip(*encoder_states, strict=True)],
+            [torch.cat(layers) for layers in zip(*decoder_states, strict=True)],
+            label_scores,
+        )
+
+    def _padded_label_scores(self, memory: Tensor, mask: Tensor) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        rows = len(memory)
+        logits: list[Tensor] = []
+        for label in self._labels:
+            start = self._starts[self._first]
+            decoder_input = torch.tensor([start, *label[:-1].tolist()], device=memory.device)
+            output = self._forward(
+                encoder_outputs=BaseModelOutput(last_hidden_state=memory),
+                attention_mask=mask,
+                decoder_input_ids=decoder_input.expand(rows, -1),
+                use_cache=False,
+            )
+            logits.append(output.logits.flatten(0, 1))
+        return self._label_scores(logits, rows)
+
+    def _label_scores(self, logits: Sequence[Tensor], rows: int) -> Tensor:
+        """By label, the logits (B · T, V) of its T tokens after each row -> (B, L)."""
+        scores: list[Tensor] = []
+        for label, label_logits in zip(self._labels, logits, strict=True):
+            target = label.to(label_logits.device).repeat(rows)
+            nll = torch.nn.functional.cross_entropy(label_logits.float(), target, reduction="none")
+            scores.append(-nll.view(rows, -1).sum(1))
+        return torch.stack(scores, dim=1)
+
+
+def _length_mask(lengths: Tensor) -> Tensor:
+    """lengths (B,) -> (B, S): False at padding."""
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+def row_means(states: Tensor, lengths: Sequence[int]) -> Tensor:
+    """states (N, D) of packed rows of ``lengths`` -> (B, D): each row's mean over its tokens."""
+    rows = pad_sequence(list(torch.split(states, list(lengths))), batch_first=True)
+    return rows.sum(1) / torch.as_tensor(lengths, device=states.device)[:, None]
+
+
+Row = tuple[Tensor, Tensor]  # ids of prompt and target
+
+
+def is_decoder_only(model: Any) -> bool:
+    """Whether a model, or the one inside LoRA's wrapper, has no encoder."""
+    return not model.config.is_encoder_decoder
+
+
+def target_logits(model: Any, batch: PackedBatch, *, without_padding: bool) -> Tensor:
+    """One view's N prompt and M target tokens -> logits (M, V), teacher-forced, in their order."""
+    rows = _rows(batch)
+    logits: list[Tensor] = [batch.target] * len(rows)
+    for group in _groups(rows, without_padding):
+        group_logits = _group_logits(model, [rows[i] for i in group])
+        lengths = [len(rows[i][1]) for i in group]
+        for i, row_logits in zip(group, torch.split(group_logits, lengths), strict=True):
+            logits[i] = row_logits
+    return torch.cat(logits)
+
+
+def summed_losses(
+    model: Any, batch: Mapping[str, PackedBatch], *, without_padding: bool
+) -> dict[str, Tensor]:
+    """By view, the summed cross-entropy () in nats of its target tokens, end tokens included.
+
+    ``without_padding`` groups the rows of all views by length, which leaves almost no padding;
+    otherwise each view is one padded batch.
+    """
+    rows = [(view, row) for view, packed in batch.items() for row in _rows(packed)]
+    if without_padding:
+        passes = [rows]
+    else:
+        passes = [[row for row in rows if row[0] == view] for view in batch]
+    losses: dict[str, Tensor] = {}
+    for pass_rows in passes:
+        for group in _groups([row for _, row in pass_rows], without_padding):
+            group_rows = [pass_rows[i] for i in group]
+            logits = _group_logits(model, [row for _, row in group_rows])
+            first = 0
+            # a group keeps the order of its rows, so that those of one view are neighbours
+            for view in dict.fromkeys(view for view, _ in group_rows):
+                target = torch.cat([row[1] for row_view, row in group_rows if row_view == view])
+                nll = summed_nll(logits[first : first + len(target)], target)
+                losses[view] = losses[view] + nll if view in losses else nll
+                first += len(target)
+    return losses
+
+
+def _rows(batch: PackedBatch) -> list[Row]:
+    sources = torch.split(batch.source, batch.source_lengths.tolist())
+    targets = torch.split(batch.target, batch.target_lengths.tolist())
+    return list(zip(sources, targets, strict=True))
+
+
+def _groups(rows: Sequence[Row], without_padding: bool) -> Iterator[list[int]]:
+    """Indices of the rows that go through the model together, each group in ascending order."""
+    if not without_padding:
+        yield list(range(len(rows)))
+        return
+    lengths = [len(source) + len(target) for source, target in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    for bound in group_by_length([lengths[i] for i in order]):
+        yield sorted(order[bound])
+
+
+def _group_logits(model: Any, rows: Sequence[Row]) -> Tensor:
+    """Rows padded on the right -> logits (M, V) of their target tokens.
+
+    No attention mask is needed: padding comes last, where no real token attends.
+    """
+    ids = pad_sequence(
+        [torch.cat([source, target[:-1]]) for source, target in rows], batch_first=True
+    )
+    predicts_target = torch.zeros_like(ids, dtype=torch.bool)
+    for row_mask, (source, target) in zip(predicts_target, rows, strict=True):
+        row_mask[len(source) - 1 : len(source) + len(target) - 1] = True
+    with _head_on(predicts_target, without_wrapper(model).get_output_embeddings()):
+        logits: Tensor = model(input_ids=ids.masked_fill(ids == IGNORED, 0), use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _head_on(selected: Tensor, head: Any) -> Iterator[None]:
+    """Apply a model's head to the ``selected`` (B, L) hidden states of (B, L, D) only.
+
+    The logits of prompts would take most of a step's memory, and nothing uses them.
+    """
+    hook = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0][selected],))
+    try:
+        yield
+    finally:
+        hook.remove()

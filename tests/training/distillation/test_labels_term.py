@@ -11,9 +11,10 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
 from dsbs.config import TaskSection
-from dsbs.records.rows import Annotation, Sample, TeacherName
+from dsbs.records import Annotation, Sample, TeacherName
 from dsbs.tasks import make_task
-from dsbs.training.distillation.labels import label_distribution_loss, vote_distribution
+from dsbs.training.distillation.labels import label_distribution_loss
+from dsbs.training.rows import vote_distribution
 
 LABELS = ("entailment", "neutral", "contradiction")
 ESNLI = make_task(TaskSection.model_validate({"name": "esnli", "data": {"train": "-"}}))

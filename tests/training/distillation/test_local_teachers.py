@@ -16,11 +16,11 @@ from tiny_training import loss_lines, weights_hash
 
 from dsbs import DsbsError, Student, UserError, annotate, load_recipe, train
 from dsbs.config import Recipe, TrainSection
-from dsbs.students import learn_vocabulary
+from dsbs.students.tokenizer import learn_vocabulary
 from dsbs.training.distillation import local_teachers
 from dsbs.training.distillation.local_teachers import planned_teachers
 from dsbs.training.grid import grid
-from dsbs.training.packed.forward import ForwardRunner
+from dsbs.training.packed import ForwardRunner
 from dsbs.training.run import planned
 from dsbs.training.student_run import StudentRun
 from dsbs.training.trainer import StepTrainer

@@ -22,13 +22,13 @@ from tiny_training import (
 
 from dsbs.config import TrainSection
 from dsbs.errors import UserError
-from dsbs.training.distillation.base import StepTotals
+from dsbs.training.distillation import StepTotals
 from dsbs.training.distillation.feature import FeatureTerm
 from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss
 from dsbs.training.distillation.relation import RelationTerm
 from dsbs.training.encode import Encoded, collate
 from dsbs.training.methods import View
-from dsbs.training.packed.forward import ForwardRunner
+from dsbs.training.packed import ForwardRunner
 from dsbs.training.trainer import patch_forward
 
 EXACT = [title for title in ENTRIES if title != "relation"]  # it relates one forward pass's rows

@@ -12,7 +12,7 @@ from tiny_training import loss_lines
 
 from dsbs import UserError, evaluate, load_recipe, report, train, validate
 from dsbs.config.registry import TERMS
-from dsbs.training.distillation.base import Term, TermInputs
+from dsbs.training.distillation import Term, TermInputs
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr, softmax
 from torch import Tensor
 
-from dsbs.training.distillation.base import ensemble_logprobs
+from dsbs.training.distillation import ensemble_logprobs
 from dsbs.training.distillation.response import Divergence, response_loss, top_k_response_loss
 
 DIVERGENCES: tuple[Divergence, ...] = ("kl", "reverse", "js")

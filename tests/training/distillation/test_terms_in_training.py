@@ -21,7 +21,7 @@ from tiny_training import distillation_loss, loss_lines, tiny_t5, train_steps, w
 
 from dsbs import annotate, load_recipe, train
 from dsbs.config import LoraSection
-from dsbs.training.student_folder import last_checkpoint
+from dsbs.training.grid import last_checkpoint
 from dsbs.training.trainer import add_adapters, merge_adapters
 
 TEACHERS = "train.teachers=[{size: nano, max_steps: 2}]"

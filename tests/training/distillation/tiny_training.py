@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGen
 
 from dsbs.config import TrainSection
 from dsbs.config.registry import METHODS, TERMS, entry
-from dsbs.training.distillation.base import StepTotals, Term
+from dsbs.training.distillation import StepTotals, Term
 from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.distillation.objective import DistillationLoss
 from dsbs.training.encode import Encoded, PackedBatch, collate
