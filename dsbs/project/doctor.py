@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from dsbs.annotation.backends import RejectedError, TransientError
+from dsbs.annotation.backends import RejectedError, TransientError, teacher_class
 from dsbs.config import EndpointSection, Recipe
 from dsbs.config.load import load_recipe
 from dsbs.errors import DsbsError
@@ -103,12 +103,14 @@ def _prompt(recipe: Recipe) -> Iterator[Check]:
 def _needed_extras(recipe: Recipe) -> Iterator[Check]:
     model = recipe.student.model
     needs = {
-        "local": recipe.teacher.kind == "llamacpp",
         "lora": recipe.train.lora is not None,
         "gguf": model is not None and not recipe.train.init and is_gguf(model),
         "ray": recipe.annotate.engine == "ray",
         "tensorboard": recipe.report.tensorboard,
     }
+    teacher_extra = teacher_class(recipe.teacher.kind).extra
+    if teacher_extra is not None:
+        needs[teacher_extra] = True
     for extra, is_needed in needs.items():
         if is_needed and not machine.has_extra(extra):
             _, use = machine.EXTRAS[extra]

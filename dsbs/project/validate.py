@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsbs.annotation.backends import make_teacher
+from dsbs.annotation.backends import make_teacher, teacher_class
 from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.formatting import count, percent
@@ -286,8 +286,8 @@ def _context_warnings(
 ) -> list[str]:
     """Prompts that exceed the context together with their reply, at four characters a token."""
     context = recipe.teacher.context_tokens
-    if context is None and recipe.teacher.kind == "llamacpp":
-        context = 2048
+    if context is None:
+        context = teacher_class(recipe.teacher.kind).default_context_tokens
     if context is None:
         return []
     budget = context - recipe.annotate.max_tokens
