@@ -119,7 +119,7 @@ def _not_json(path: Path, number: int, reason: str) -> UserError:
 
 
 def write_jsonl(path: Path, rows: Iterable[str]) -> int:
-    """Write serialised ``rows`` atomically. Returns the number of rows."""
+    """Write serialized ``rows`` atomically. Returns the number of rows."""
     count = 0
     with atomic_write(path) as file:
         for row in rows:

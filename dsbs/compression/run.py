@@ -179,7 +179,7 @@ def plan(
 ) -> list[PlannedStep]:
     """The steps of the chain. ``valid`` is a hash of the valid rows.
 
-    Raises UserError for an unknown step, or for one after quantisation.
+    Raises UserError for an unknown step, or for one after quantization.
     """
     if not methods:
         raise UserError(

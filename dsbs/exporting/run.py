@@ -136,7 +136,7 @@ def export(
 def _check_request(
     folder: Path, card: StudentCard, chosen: ExportFormat, format: str, quantize: str | None
 ) -> str:
-    """The quantisation to use. Raises UserError for a request that cannot be met."""
+    """The quantization to use. Raises UserError for a request that cannot be met."""
     if card.format != "transformers":
         raise UserError(
             f"{folder} is already an export ({card.format})",
@@ -150,7 +150,7 @@ def _check_request(
     quantize = quantize or chosen.quantizations[0]
     if quantize not in chosen.quantizations:
         raise UserError(
-            f"the format {format} has no quantisation {quantize!r}",
+            f"the format {format} has no quantization {quantize!r}",
             hint=f"give --quantize {', '.join(chosen.quantizations)}",
         )
     return quantize
@@ -230,7 +230,7 @@ def _readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:
     equivalence = exported.equivalence
     quantization = exported.quantize
     if quantization == FLOAT32:
-        quantization = "not quantised"
+        quantization = "not quantized"
     rows = [["greedy decoding: equal texts", percent(equivalence.greedy_agreement)]]
     if equivalence.beam_agreement is not None:
         rows.append(["beam search of 4: equal texts or ties", percent(equivalence.beam_agreement)])

@@ -22,7 +22,7 @@ from dsbs.tasks.data import load, survey
 from dsbs.training.distillation import check_terms
 from dsbs.training.grid import grid
 
-SAMPLE_SIZE = 2000  # rows of each split that are tokenised
+SAMPLE_SIZE = 2000  # rows of each split that are tokenized
 NGRAM = 8  # an exemplar and a row that share so many words in a row do not do so by chance
 _WORD = re.compile(r"\w+")
 _MAX_IDS = 3  # row ids that a warning names
@@ -141,7 +141,7 @@ def _split_warnings(
     if task.labels is not None and with_gold:
         missing = [label for label in task.labels if label not in figures["labels"]]
         if missing:
-            warnings.append(f"{split}: no row is labelled {', '.join(missing)}")
+            warnings.append(f"{split}: no row is labeled {', '.join(missing)}")
     for texts, key in (("inputs", "max_input_tokens"), ("targets", "max_target_tokens")):
         if figures[texts] and figures[texts]["truncated"] > 0:
             share = percent(figures[texts]["truncated"])
@@ -157,8 +157,8 @@ def _split_warnings(
         for warning in vocabulary_warnings(recipe.student, tokenizer, [], texts_read)
     ]
     if recipe.eval.split == split and with_gold < len(rows):
-        unlabelled = count(len(rows) - with_gold, "row")
-        warnings.append(f"{split}: {unlabelled} without a gold label, left out of the comparison")
+        unlabeled = count(len(rows) - with_gold, "row")
+        warnings.append(f"{split}: {unlabeled} without a gold label, left out of the comparison")
     return warnings
 
 
@@ -175,7 +175,7 @@ def _overlap_warnings(splits: Splits) -> list[str]:
         shared = len(inputs["train"] & inputs[split])
         if shared:
             warnings.append(
-                f"{split}: {count(shared, 'input')} also in train; accuracy there is too optimistic"
+                f"{split}: {count(shared, 'input')} also in train; accuracy there is too optimiztic"
             )
     return warnings
 
@@ -269,7 +269,7 @@ def _balance_warnings(prompt: Prompt, task: Task) -> list[str]:
     missing = [label for label in task.labels if not counts[label]]
     if missing:
         return [
-            f"prompt: no exemplar is labelled {', '.join(missing)}; "
+            f"prompt: no exemplar is labeled {', '.join(missing)}; "
             "a teacher rarely gives a label that it was not shown"
         ]
     if max(counts.values()) > 2 * min(counts.values()):

@@ -40,7 +40,7 @@ class Example:
     input: dict[str, Any]
     """The task's canonical fields."""
     label: str | None = None
-    """The gold label. None: unlabelled."""
+    """The gold label. None: unlabeled."""
     rationale: str | None = None
     """A rationale in the data set."""
     completion: str | None = None

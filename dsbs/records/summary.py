@@ -50,7 +50,7 @@ HEADINGS = (
 TEST_NAMES = {  # as results.json has them -> for people
     "mcnemar-exact": "exact McNemar test",
     "sign-flip permutation": "exact sign-flip permutation test",
-    "approximate randomisation": "approximate randomization test",
+    "approximate randomization": "approximate randomization test",
 }
 
 

@@ -134,7 +134,7 @@ def _without_quantization(model: Any) -> Any:
     with no_init_weights():
         plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
-    plain.tie_weights()  # not done where nothing is initialised
+    plain.tie_weights()  # not done where nothing is initialized
     return plain
 
 

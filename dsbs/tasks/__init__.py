@@ -38,7 +38,7 @@ class Task:
     needs_fields: ClassVar[bool] = False
     """Whether reading a label needs its row's fields, so that plain text is not a valid input."""
     no_label: ClassVar[tuple[str, ...]] = ("",)
-    """Values of the label column in unlabelled rows."""
+    """Values of the label column in unlabeled rows."""
 
     def __init__(self, section: TaskSection) -> None:
         self.section = section

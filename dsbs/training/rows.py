@@ -159,14 +159,14 @@ def _valid(
         fingerprint = source_fingerprint(recipe, task)
         annotations = annotations | RunFolder(run).load_annotations("valid", fingerprint)
     rows = [_row(task, example, annotations.get(example.id)) for example in examples]
-    labelled = [row for row in rows if row.label(source)]
-    labelled.sort(key=lambda row: position(row.id, "valid-limit"))
-    if not labelled:
+    labeled = [row for row in rows if row.label(source)]
+    labeled.sort(key=lambda row: position(row.id, "valid-limit"))
+    if not labeled:
         raise UserError(
             "no validation row has a label", hint="give task.data.valid, or annotate more rows"
         )
     fields = {example.id: example.input for example in examples}
-    return labelled[: recipe.train.valid_limit], source, fields
+    return labeled[: recipe.train.valid_limit], source, fields
 
 
 def _check_targets(data: Data, spec: StudentSpec) -> None:

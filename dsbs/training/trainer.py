@@ -1,7 +1,7 @@
 """Trainer: Seq2SeqTrainer with the exact objective, validation by accuracy and separate losses.
 
 The stock trainer mis-scales T5 under gradient accumulation: T5's forward takes ``**kwargs``, so the
-trainer believes that the loss is already normalised. Here each view's summed cross-entropy is
+trainer believes that the loss is already normalized. Here each view's summed cross-entropy is
 divided by its target tokens in the whole step.
 """
 

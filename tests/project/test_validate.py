@@ -42,7 +42,7 @@ def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
     messages = "\n".join(result.warnings)
     assert "test: 25.0% of inputs are longer than student.max_input_tokens" in messages
     assert "that the student's tokenizer does not know" in messages and "駅" in messages
-    assert "test: no row is labelled billing" in messages
+    assert "test: no row is labeled billing" in messages
     assert "test: 3 inputs also in train" in messages
 
 

@@ -148,7 +148,7 @@ def test_an_input_template_takes_several_columns(tmp_path: Path) -> None:
     assert make_task(made.task).text(found.input) == "T: B"
 
 
-def test_rows_without_a_label_are_unlabelled_not_refused(tmp_path: Path) -> None:
+def test_rows_without_a_label_are_unlabeled_not_refused(tmp_path: Path) -> None:
     rows = [
         {"id": "1", "text": "a", "label": None},
         {"id": "2", "text": "b"},
@@ -276,7 +276,7 @@ def test_two_text_columns_are_not_guessed_between(tmp_path: Path) -> None:
     assert "body" in message
 
 
-def test_a_label_column_that_is_not_there_is_a_mistake_not_unlabelled_rows(tmp_path: Path) -> None:
+def test_a_label_column_that_is_not_there_is_a_mistake_not_unlabeled_rows(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [{"text": "t", "team": "billing"}])
     message = problem(path, columns={"label": "taem", "text": "text"}).problem
     assert "no column 'taem' (columns: text, team)" in message
@@ -521,7 +521,7 @@ NLI_ROWS = [
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_nli_takes_class_numbers_and_leaves_minus_one_unlabelled(tmp_path: Path, kind: str) -> None:
+def test_nli_takes_class_numbers_and_leaves_minus_one_unlabeled(tmp_path: Path, kind: str) -> None:
     write = write_jsonl if kind == "jsonl" else write_csv
     found = read(write(tmp_path / f"a.{kind}", NLI_ROWS), "anli")
     assert [(row.id, row.label) for row in found] == [
@@ -545,7 +545,7 @@ def test_esnli_takes_the_published_column_names(tmp_path: Path) -> None:
     assert found == [Example("x#1", {"premise": "p", "hypothesis": "h"}, "neutral", "e")]
 
 
-def test_snlis_dash_for_no_majority_is_unlabelled(tmp_path: Path) -> None:
+def test_snlis_dash_for_no_majority_is_unlabeled(tmp_path: Path) -> None:
     (found,) = read(write_jsonl(tmp_path / "a.jsonl", [NLI_ROWS[0] | {"label": "-"}]), "esnli")
     assert found.label is None
 

@@ -144,7 +144,7 @@ class LlamaServerBackend:
         ]
 
     def tokenize(self, text: str) -> list[int]:
-        """A text's ids by the tokenizer in the GGUF file, which recognises special tokens.
+        """A text's ids by the tokenizer in the GGUF file, which recognizes special tokens.
 
         Sends one request to the server, on loopback.
         """

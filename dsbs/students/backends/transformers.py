@@ -215,7 +215,7 @@ def _generated(
     ]
 
 
-# --- dynamic int8: activations are quantised as they come
+# --- dynamic int8: activations are quantized as they come
 
 
 class _Int8Backend(TransformersBackend):
@@ -281,7 +281,7 @@ def _count_parameters(model: Any) -> int:
             continue
         for name in ("weight", "bias"):
             parameter = getattr(module, name, None)
-            if callable(parameter):  # a method of a quantised module
+            if callable(parameter):  # a method of a quantized module
                 parameter = parameter()
             if parameter is not None:
                 total += parameter.numel()

@@ -1,7 +1,7 @@
 """Response term: the student's token distributions against its local teachers'.
 
 Sources: Hinton et al. 2015, arXiv:1503.02531, section 2 (temperature, T²); Agarwal et al. 2024,
-arXiv:2306.13649, equation of D_JSD(β) (reverse and generalised Jensen-Shannon divergence).
+arXiv:2306.13649, equation of D_JSD(β) (reverse and generalized Jensen-Shannon divergence).
 
 A teacher's log-probabilities may be cached on disk: for each target token, the K likeliest tokens.
 Each file holds some rows, each under the hash of its input and target. Every student that learns
@@ -154,7 +154,7 @@ def top_k_response_loss(
     """``response_loss`` over K tokens and one bucket for all others: student (M, V) logits -> ().
 
     ``ids`` and ``logprobs`` (M, K) are the teacher's K tokens for each target token and their
-    log-probabilities at T, normalised over all V. The bucket has the rest of 1 on each side:
+    log-probabilities at T, normalized over all V. The bucket has the rest of 1 on each side:
     KL is at most the full one (data-processing inequality), and the student learns how much
     probability the other tokens have, but not which. K = V is the full term.
     """
