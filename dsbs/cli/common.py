@@ -173,6 +173,8 @@ def print_split(name: str, summary: SplitSummary) -> None:
     print(f"  label accuracy {overall}, of accepted rows {accepted}")
     if summary.hinted:
         print(f"  with a hint: {listing(summary.hinted)}")
+    if not summary.requests and not summary.cached:  # a teacher on disk
+        return
     requests = count(summary.requests, "request")
     if summary.wasted:
         requests += f", {sum(summary.wasted.values())} of them wasted ({listing(summary.wasted)})"

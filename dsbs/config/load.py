@@ -259,15 +259,12 @@ def _unknown_key(path: KeyPath) -> str:
     section = _section_at(parent)
     if section is not None:
         keys = list(section.model_fields)
-    near = [
-        f"did you mean {match!r}?"
-        for match in difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    ]
     homes = [home for home in _sections_with(key, Recipe, ()) if home != dotted(parent)]
     if homes:
-        near.append(f"it belongs to {' or '.join(homes)}")
-    if near:
-        return f"{name}: unknown key; {', '.join(near)}"
+        return f"{name}: unknown key; it belongs to {' or '.join(homes)}"
+    match = _nearest_key(key, keys)
+    if match is not None:
+        return f"{name}: unknown key; did you mean {match!r}?"
     if keys:
         return f"{name}: unknown key (known here: {', '.join(keys)})"
     return f"{name}: unknown key"
@@ -283,6 +280,24 @@ def _section_at(path: KeyPath) -> type[Section] | None:
     if section is not None and "kind" in section.model_fields and path[:2] == ("train", "terms"):
         return None
     return section
+
+
+def _nearest_key(key: str, keys: Sequence[str]) -> str | None:
+    """The key most like a misspelled one: of its section or, where clearly nearer, of another."""
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    elsewhere = dict(_keys(Recipe, ()))
+    far = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.85)
+    if far and difflib.get_close_matches(key, [*near, *far], n=1)[0] not in near:
+        return elsewhere[far[0]]
+    return near[0] if near else None
+
+
+def _keys(section: type[Section], path: KeyPath) -> Iterator[tuple[str, str]]:
+    """Every key below ``path``, with its dotted path."""
+    for name, info in section.model_fields.items():
+        yield name, dotted((*path, name))
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from _keys(info.annotation, (*path, name))
 
 
 def _sections_with(key: str, section: type[Section], path: KeyPath) -> Iterator[str]:

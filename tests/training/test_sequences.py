@@ -155,7 +155,7 @@ def test_another_recipes_students_are_not_scored_as_this_ones(
     assert not evaluate(
         annotated("train.methods=finetune", "train.max_steps=2"), out=tmp_path / "run"
     ).reportable
-    with pytest.raises(UserError, match="trained with other settings"):
+    with pytest.raises(UserError, match="have changed since the training of"):
         evaluate(annotated("train.methods=finetune", "train.max_steps=3"), out=tmp_path / "run")
 
 
