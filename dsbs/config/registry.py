@@ -84,10 +84,12 @@ EXPORT_FORMATS = {
     "torch": "dsbs.exporting.torch:TorchFormat",
 }
 
-# (kind, format) of a student's card: a class with `load(path, card)`, dsbs.students.backends.
+# (kind, format) of a student's card, or ("labels", format) for a label head: a class with
+# `load(path, card)`, dsbs.students.backends.
 BACKENDS = {
     ("seq2seq", "transformers"): "dsbs.students.backends.transformers:EncoderDecoderBackend",
     ("causal", "transformers"): "dsbs.students.backends.transformers:DecoderBackend",
+    ("labels", "transformers"): "dsbs.students.backends.label_head:LabelHeadBackend",
     ("seq2seq", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2Backend",
     ("causal", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2DecoderBackend",
     ("causal", "gguf"): "dsbs.students.backends.llama_server:LlamaServerBackend",
