@@ -223,7 +223,7 @@ def load_label_head(source: str, labels: int) -> LabelHeadModel:
             from transformers import BertGenerationDecoder
 
             decoder = BertGenerationDecoder.from_pretrained(folder / RATIONALE_FOLDER)
-            model.rationale_decoder = _share_embeddings(decoder, body)
+            model.rationale_decoder = share_embeddings(decoder, body)
     except Exception as error:  # the errors of safetensors and transformers share no root
         raise loading_error("label head", source, error) from None
     return model
@@ -267,10 +267,10 @@ def _new_rationale_decoder(body: Any, section: StudentSection, tokenizer: Any) -
         add_cross_attention=True,
         tie_word_embeddings=True,
     )
-    return _share_embeddings(BertGenerationDecoder(config), body)
+    return share_embeddings(BertGenerationDecoder(config), body)
 
 
-def _share_embeddings(decoder: Any, body: Any) -> Any:
+def share_embeddings(decoder: Any, body: Any) -> Any:
     """Read and write with the encoder's token embeddings, where their width is the states'."""
     embeddings = body.get_input_embeddings()
     if embeddings.embedding_dim == _hidden_size(body.config):
