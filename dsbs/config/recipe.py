@@ -358,6 +358,8 @@ class Recipe(Section):
             exclude |= {name for name, values in self.train.tune if values is not None}
         if self.train.loss_mean == "micro":
             exclude.remove("micro_batch_size")
+        if self.train.head_learning_rate is None:  # follows from the learning rate
+            exclude.add("head_learning_rate")
         return digest(
             canonical_json(self.resolved_train.model_dump(mode="json", exclude=exclude)),
             canonical_json(self.student.settings),

@@ -27,7 +27,7 @@ from dsbs.training.encode import PackedBatch, PaddedDataset
 from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
 from dsbs.training.methods import View
 from dsbs.training.packed import ForwardRunner, is_decoder_only, summed_losses
-from dsbs.training.packed.label_head import has_label_head, patch_label_head
+from dsbs.training.packed.label_head import has_label_head, patch_label_head, split_new_layers
 from dsbs.training.packed.t5 import is_t5
 
 Batch = Mapping[str, PackedBatch]
@@ -200,6 +200,13 @@ class StepTrainer(Seq2SeqTrainer):
         counts |= self._terms.counts(batch) if self._terms else {}
         batches = self.current_gradient_accumulation_steps
         return {name: max(1, count) * batches for name, count in counts.items()}
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The stock optimizer, with ``train.head_learning_rate`` for a label head's new layers."""
+        optimizer = super().create_optimizer(model)
+        if has_label_head(self.model):
+            split_new_layers(optimizer, self.model, self._section.head_learning_rate)
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not isinstance(self.model, LabelHeadModel):

@@ -146,6 +146,19 @@ def patch_label_head(model: Any, views: Sequence[View], *, without_padding: bool
     model.forward = packed_forward
 
 
+def split_new_layers(optimizer: Any, model: Any, learning_rate: float) -> None:
+    """Move the parameters of head and rationale decoder to groups with their own learning rate."""
+    head: LabelHeadModel = without_wrapper(model)
+    pretrained = {id(parameter) for parameter in head.body.parameters()}
+    for group in list(optimizer.param_groups):
+        new = [parameter for parameter in group["params"] if id(parameter) not in pretrained]
+        if not new:
+            continue
+        group["params"] = [p for p in group["params"] if id(p) in pretrained]
+        settings = {key: value for key, value in group.items() if key not in ("params", "lr")}
+        optimizer.add_param_group({**settings, "params": new, "lr": learning_rate})
+
+
 def _targets(packed: PackedBatch, rows: Sequence[int]) -> list[Tensor]:
     """The targets of some rows of a view."""
     targets = torch.split(packed.target, packed.target_lengths.tolist())

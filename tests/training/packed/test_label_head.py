@@ -22,7 +22,7 @@ from dsbs.config import TrainSection
 from dsbs.students.heads import LabelHeadModel, share_embeddings
 from dsbs.training.encode import Encoded, collate
 from dsbs.training.methods import views_of
-from dsbs.training.packed.label_head import LabelHeadRunner
+from dsbs.training.packed.label_head import LabelHeadRunner, split_new_layers
 from dsbs.training.trainer import StepTrainer
 
 LABELS = 3
@@ -182,6 +182,16 @@ def train(model: LabelHeadModel, folder: Path, micro_batch: int, **changes: Any)
         optimizers=(torch.optim.SGD(model.parameters(), lr=3e-2), None),
     )
     trainer.train()
+
+
+def test_new_layers_have_their_own_learning_rate() -> None:
+    model = label_head("encoder")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    split_new_layers(optimizer, model, 1e-3)
+    pretrained, new = optimizer.param_groups
+    assert (pretrained["lr"], new["lr"]) == (1e-4, 1e-3)
+    assert {id(p) for p in pretrained["params"]} == {id(p) for p in model.body.parameters()}
+    assert len(pretrained["params"]) + len(new["params"]) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("architecture", BACKBONES)
