@@ -152,7 +152,9 @@ def test_steps_equal_an_independent_loop(
 def train(model: LabelHeadModel, folder: Path, micro_batch: int, **changes: Any) -> None:
     """Train with plain gradient descent."""
     method = changes.pop("method", "step-by-step")
-    section = TrainSection(batch_size=8, max_steps=STEPS, learning_rate=3e-2, **changes)
+    section = TrainSection(
+        batch_size=8, max_steps=STEPS, learning_rate=3e-2, head_learning_rate=3e-2, **changes
+    )
     views = views_of(method, section, "labels")
     supervised = {view.target for view in views if view.supervised}
     dataset = [{name: pairs for name, pairs in row.items() if name in supervised} for row in rows()]
