@@ -88,4 +88,6 @@ def main() -> None:
     # A model that is missing is reported once by dsbs; the Hub client would warn dozens of times.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # What Apple GPUs lack runs on the CPU; torch reads this when it is imported.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     sys.exit(_exit_code())

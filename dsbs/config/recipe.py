@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +11,8 @@ from dsbs.config.registry import METHODS, TASKS
 from dsbs.config.sections import Section, as_tuple, scalar_text, unknown
 from dsbs.config.teacher import AnnotateSection, TeacherSection
 from dsbs.config.train import ResolvedTrainSection, TrainSection, base_of
-from dsbs.files import canonical_json, digest
+from dsbs.files import FILE_NAME, canonical_json, check_file_name, digest
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _OWN_DATA_TASKS = ("classification", "generation")
 
 
@@ -216,10 +214,7 @@ class EvalSection(Section):
     @classmethod
     def _names_are_file_names(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if not re.fullmatch(_NAME, name):
-                raise ValueError(
-                    f"{name!r}: a name may contain only letters, digits, '.', '_' and '-'"
-                )
+            check_file_name(name)
             if name == "teacher":
                 raise ValueError("teacher: this name is the recipe's own teacher")
         return value
@@ -265,7 +260,7 @@ _TRAIN_KEYS_WITHOUT_EFFECT = {
 class Recipe(Section):
     """One experiment: one YAML file, of which every command reads its own sections."""
 
-    name: str = Field(pattern=f"^{_NAME}$")
+    name: str = Field(pattern=f"^{FILE_NAME}$")
     """The name of the run folder. Default: the file's name."""
     task: TaskSection
     """The task to learn, and its data."""
@@ -286,6 +281,12 @@ class Recipe(Section):
 
     def model_post_init(self, context: Any) -> None:
         self._folder = _folder_in(context)
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, value: str) -> str:
+        check_file_name(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod
