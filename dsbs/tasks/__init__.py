@@ -5,10 +5,19 @@ A task is pure: it reads rows and text, and uses no file and no model.
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import math
 import re
+<<<<<<< HEAD
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+=======
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+>>>>>>> main
 
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry
@@ -23,6 +32,13 @@ Fields = Mapping[str, Any]
 
 # Columns that are never a row's input.
 RESERVED = ("id", "label", "rationale", "teacher", "meta", "input")
+# Names of a data frame's index in files that pandas wrote.
+_INDEX_COLUMN = re.compile(r"|index|Unnamed: \d+|__index_level_\d+__")
+# How pandas spells a missing cell where it was turned into text.
+MISSING_WORDS = frozenset({"nan", "NaN", "NaT", "<NA>"})
+_SCALARS = (
+    int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, uuid.UUID
+)  # fmt: skip
 _WRAPPING = " \t\r\n*_`\"'“”‘’"
 EMPHASIS = "*_`\"'"
 BRACKETS = {
@@ -89,12 +105,7 @@ class Task:
 
     def check_fields(self, fields: dict[str, Any], row: Fields, where: str) -> dict[str, Any]:
         """Check and complete the input fields. Raises UserError for an empty one."""
-        for field, value in fields.items():
-            if value is None or (isinstance(value, str) and not value.strip()):
-                raise UserError(f"{where}: {field} is empty", hint="fill it in or remove the row")
-            if not isinstance(value, str):
-                fields[field] = str(value)
-        return fields
+        return {field: input_text(value, field, where) for field, value in fields.items()}
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         """A row's own label in canonical form. Raises UserError for a value that is not a label of
@@ -133,7 +144,7 @@ def column_of(row: Fields, names: Sequence[str]) -> str | None:
     """The row's column with one of ``names``; exact matches before case-insensitive ones, earlier
     names first.
     """
-    folded = {str(column).casefold(): column for column in row}
+    folded = {str(column).strip().casefold(): column for column in row}
     for name in names:
         if name in row:
             return name
@@ -149,6 +160,47 @@ def missing_column(where: str, field: str, row: Fields) -> UserError:
         f"{where}: no column {field!r} (columns: {', '.join(columns) or 'none'})",
         hint=f"rename the column, or map it: task.columns: {{{field}: <column>}}",
     )
+
+
+def cell_text(value: Any, name: str, where: str) -> str | None:
+    """A cell's value as text; None where it is missing (null, NaN).
+
+    Raises UserError for a value that is no text: a list, an object, bytes that are not UTF-8.
+    """
+    if value is None or (isinstance(value, float | decimal.Decimal) and math.isnan(value)):
+        return None
+    hint = f"write {name} as text, or remove the row"
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{where}: {name} has bytes that are not UTF-8 text ({value[:20]!r})",
+                hint=f"{hint}; decode the column before writing the file",
+            ) from None
+    if isinstance(value, str):
+        if "\0" in value:
+            raise UserError(f"{where}: {name} has a NUL character", hint="remove the character")
+        return value
+    if isinstance(value, float) and math.isinf(value):
+        raise UserError(f"{where}: {name} is an infinite number", hint=hint)
+    if not isinstance(value, _SCALARS):
+        kind = type(value).__name__
+        raise UserError(f"{where}: {name} is a {kind}, not text ({value!r:.60})", hint=hint)
+    return str(value)
+
+
+def input_text(value: Any, name: str, where: str) -> str:
+    """The text of a cell of the input. Raises UserError for an empty one as well."""
+    text = cell_text(value, name, where)
+    if text in MISSING_WORDS:
+        raise UserError(
+            f"{where}: {name} is {text!r}, which is how pandas writes an empty cell",
+            hint="fill it in or remove the row",
+        )
+    if text is None or not text.strip():
+        raise UserError(f"{where}: {name} is empty", hint="fill it in or remove the row")
+    return text
 
 
 def tidy(text: str) -> str:
@@ -277,11 +329,17 @@ class OwnDataTask(Task):
             if column is None:
                 raise missing_column(where, field, row)
             fields[field] = row[column]
-        if all(value is None or not str(value).strip() for value in fields.values()):
+        plain = {field: _as_json(value, field, where) for field, value in fields.items()}
+        if all(not str(value).strip() for value in plain.values()):
             raise UserError(
-                f"{where}: {', '.join(fields)}: empty", hint="fill it in or remove the row"
+                f"{where}: {', '.join(plain)}: empty", hint="fill it in or remove the row"
             )
-        return {field: _as_json(value) for field, value in fields.items()}
+        if any(isinstance(value, list | dict) for value in plain.values()):
+            try:
+                self.text(plain)
+            except UserError as error:
+                raise UserError(f"{where}: {error.problem}", hint=error.hint) from None
+        return plain
 
     def text(self, fields: Fields) -> str:
         if self.section.input is None:
@@ -300,9 +358,7 @@ class OwnDataTask(Task):
             if mapped or len(free) != 1:
                 raise missing_column(where, mapped or "text", row)
             column = free[0]
-        if row[column] is None or not str(row[column]).strip():
-            raise UserError(f"{where}: {column} is empty", hint="fill it in or remove the row")
-        return str(row[column])
+        return input_text(row[column], column, where)
 
     def _unassigned_columns(self, row: Fields) -> list[str]:
         """The columns that are not reserved, and not mapped to anything but the text."""
@@ -310,16 +366,23 @@ class OwnDataTask(Task):
         for field, column in self.section.columns.items():
             if field != "text":
                 assigned.add(column.casefold())
-        return [name for name in row if str(name).casefold() not in assigned]
+        return [
+            name
+            for name in row
+            if name.strip().casefold() not in assigned and not _INDEX_COLUMN.fullmatch(name)
+        ]
 
 
-def _as_json(value: Any) -> Any:
-    """A value that JSON can hold: dates, decimals and the like of a parquet file become text."""
-    if value is None:
+def _as_json(value: Any, name: str, where: str) -> Any:
+    """A value that JSON can hold: dates, decimals and the like become text, a missing cell ""."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(item, name, where) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item, name, where) for item in value]
+    text = cell_text(value, name, where)
+    if text is None or text in MISSING_WORDS:
         return ""
-    if isinstance(value, str | int | float | bool | list | dict):
-        return value
-    return str(value)
+    return value if isinstance(value, int | float) else text
 
 
 def make_task(section: TaskSection) -> Task:

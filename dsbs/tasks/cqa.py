@@ -12,7 +12,17 @@ from typing import Any
 from dsbs.config.sections import label_key
 from dsbs.errors import UserError
 from dsbs.records import Unread
-from dsbs.tasks import Fields, Task, column_of, first_line, fold, missing_column, tidy, unwrapped
+from dsbs.tasks import (
+    Fields,
+    Task,
+    cell_text,
+    column_of,
+    first_line,
+    fold,
+    missing_column,
+    tidy,
+    unwrapped,
+)
 from dsbs.tasks.label_set import LabelSet
 
 LETTERS = "abcdefghij"
@@ -122,7 +132,7 @@ def _choices(row: Fields, column: str, where: str) -> list[str]:
         numbered = [row[f"c_{i}"] for i in range(len(LETTERS)) if f"c_{i}" in row]
         if not numbered:
             raise missing_column(where, "choices", row)
-        return [str(choice).strip() for choice in numbered]
+        return [_choice(choice, where) for choice in numbered]
     value = row[name]
     if isinstance(value, str):
         lettered = _LETTERED.findall(value)
@@ -140,4 +150,8 @@ def _choices(row: Fields, column: str, where: str) -> list[str]:
     if value is None or isinstance(value, str) or not hasattr(value, "__iter__"):
         raise UserError(f"{where}: choices is not a list", hint='write ["bank", "river", …]')
     texts = [choice["text"] if isinstance(choice, dict) else choice for choice in value]
-    return [str(text).strip() for text in texts]
+    return [_choice(text, where) for text in texts]
+
+
+def _choice(value: Any, where: str) -> str:
+    return (cell_text(value, "a choice", where) or "").strip()
