@@ -9,15 +9,10 @@ import datetime
 import decimal
 import math
 import re
-<<<<<<< HEAD
 import unicodedata
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
-=======
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
->>>>>>> main
 
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry

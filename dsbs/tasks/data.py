@@ -222,14 +222,15 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     )
 
 
-def _label(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> str | None:
-    """The text of a row's label; None: the row is unlabeled."""
-    label = cell_text(_cell(task, "label", task.label_columns, row, inner, where), "label", where)
+def _label(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> Any:
+    """A row's label, as text or a number; None: the row is unlabeled."""
+    value = _cell(task, "label", task.label_columns, row, inner, where)
+    label = cell_text(value, "label", where)
     if label is None or label.strip() in task.no_label:
         return None
     if label in MISSING_WORDS and label not in (task.labels or ()):
         return None
-    return label
+    return value if isinstance(value, int | float) else label
 
 
 def _row_id(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> str | None:

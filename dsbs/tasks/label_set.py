@@ -379,8 +379,8 @@ def _is_function_word(tokens: Sequence[Token], mention: _Mention) -> bool:
 _CUES = _words_in(
     "not no non nor neither never none nothing cannot cant dont doesnt isnt wasnt hardly barely "
     "scarcely rarely seldom without lacks lacking lack absence absent less least except "
-    "excluding excludes excluded avoids unlikely un anti zero nowhere nobody fails devoid opposite ≠ ¬ "
-    "nicht kein keine keinen keinem keiner keines weder ohne kaum nie niemals "
+    "excluding excludes excluded avoids unlikely un anti zero nowhere nobody fails devoid opposite "
+    "≠ ¬ nicht kein keine keinen keinem keiner keines weder ohne kaum nie niemals "
     "pas aucun aucune jamais sans ni ne sin nunca ningún ninguno ninguna tampoco "
     "niet geen nooit zonder não sem nem nenhum nenhuma non senza né "
     "inte ej ingen inga ikke ikkje не нет ни без bez değil"

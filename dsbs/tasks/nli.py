@@ -27,7 +27,7 @@ class Nli(Task):
         return _LABEL_SET
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
-        text = str(value).strip()
+        text = str(value).strip().removesuffix(".0")  # as data frames with empty cells write 1
         if text in ("0", "1", "2"):
             return LABELS[int(text)]
         label = _LABEL_SET.spelled(text)
