@@ -5,6 +5,7 @@ Operating systems differ in how files are locked, replaced and allocated; that i
 
 from __future__ import annotations
 
+import codecs
 import errno
 import gzip
 import hashlib
@@ -85,18 +86,41 @@ def _has_shipped_files(root: Path) -> bool:
 # --- JSON lines
 
 
+# Encodings by their byte order mark; UTF-32's begins with that of UTF-16.
+_ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_HEAD_BYTES = 64 * 1024  # of a file, by which its line ends are recognized
+
+
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open UTF-8 text, gzipped or not. Only ``\\n`` ends a line: data hold other Unicode line
+    """Open text, gzipped or not: UTF-8, or UTF-16 with a byte order mark.
+
+    Only ``\\n`` ends a line (in a file without any, ``\\r``): data hold other Unicode line
     separators.
     """
-    opener: Any = gzip.open if path.suffix == ".gz" else open
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    encoding = "utf-8-sig"
+    newline = "\n"
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        with opener(path, "rb") as file:
+            head = file.read(_HEAD_BYTES)
+        for mark, name in _ENCODINGS:
+            if head.startswith(mark):
+                encoding = name
+                break
+        if b"\r" in head and b"\n" not in head:
+            newline = "\r"
+        with opener(path, "rt", encoding=encoding, newline=newline) as file:
             yield file
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text ({error.reason})", hint="save it as UTF-8"
+            f"{path} is not {encoding.removesuffix('-sig').upper()} text ({error.reason})",
+            hint=f"save it as UTF-8, e.g. iconv -f WINDOWS-1252 -t UTF-8 {path.name}",
         ) from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(
@@ -118,20 +142,36 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if "\\ud" in line.lower():
                     json.dumps(row, ensure_ascii=False).encode()
             except RecursionError:
-                raise _not_json(path, number, "nested too deeply") from None
+                raise _not_json(path, number, line, "nested too deeply") from None
             except ValueError as error:
                 reason = getattr(error, "msg", None) or str(error)
-                raise _not_json(path, number, reason) from None
+                raise _not_json(path, number, line, reason) from None
             if not isinstance(row, dict):
+                hint = 'each line must be an object such as {"id": "1", "text": "…"}'
+                if isinstance(row, list):
+                    hint = _array_hint(path)
                 raise UserError(
-                    f"{path}:{number}: a JSON {type(row).__name__}, not an object",
-                    hint='each line must be an object such as {"id": "1", "text": "…"}',
+                    f"{path}:{number}: a JSON {type(row).__name__}, not an object", hint=hint
                 )
             yield number, row
 
 
-def _not_json(path: Path, number: int, reason: str) -> UserError:
-    return UserError(f"{path}:{number}: not valid JSON ({reason})", hint="fix or remove the line")
+def _not_json(path: Path, number: int, line: str, reason: str) -> UserError:
+    problem = f"{path}:{number}: not valid JSON ({reason})"
+    hint = "fix or remove the line"
+    if number == 1 and line.lstrip().startswith("["):
+        hint = _array_hint(path)
+    elif "\0" in line:
+        problem += "; the line has NUL characters"
+        hint = "remove the line; a file in UTF-16 must be saved as UTF-8"
+    elif not line.endswith(("\n", "\r")):
+        problem += "; the file ends in the middle of this line"
+        hint = "remove the line, or write the file again: its writer was interrupted"
+    return UserError(problem, hint=hint)
+
+
+def _array_hint(path: Path) -> str:
+    return f"write one object per line instead of an array: jq -c '.[]' {path.name}"
 
 
 def write_jsonl(path: Path, rows: Iterable[str]) -> int:

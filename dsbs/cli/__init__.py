@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -82,6 +83,10 @@ def main() -> None:
     Exit codes: 0 done, 1 failed, 2 bad usage, recipe or data, 3 partial and resumable, 4 below a
     gate (``eval``, ``compress``), 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal or a log that is not UTF-8 shows "?" for characters that it lacks.
+            stream.reconfigure(errors="replace")
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )

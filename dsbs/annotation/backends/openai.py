@@ -26,6 +26,7 @@ from dsbs.annotation.backends import (
     Teacher,
     TransientError,
 )
+from dsbs.annotation.thoughts import read_message
 from dsbs.config import EndpointSection, Recipe, TeacherSection
 from dsbs.errors import PartialError, UserError
 
@@ -284,12 +285,13 @@ def read_reply(
         choice = body["choices"][0]
         message = choice["message"] if "message" in choice else {"content": choice["text"]}
         usage = body.get("usage") or {}
+        text, reasoning = read_message(message)
         return Reply(
-            text=_encodable(_content(message)),
+            text=text,
             finish_reason=_finish_reason(choice, message),
             prompt_tokens=_count(usage.get("prompt_tokens")),
             completion_tokens=_count(usage.get("completion_tokens")),
-            reasoning=_reasoning(message),
+            reasoning=reasoning,
             cached_tokens=_cached_tokens(usage),
             lane=lane,
             seconds=seconds,
@@ -297,15 +299,6 @@ def read_reply(
         )
     except (AssertionError, KeyError, IndexError, TypeError, AttributeError):
         raise TransientError("a reply without a choice in it", "unreadable") from None
-
-
-def _content(message: dict[str, Any]) -> str:
-    text = message.get("content")
-    if text is None:
-        text = message.get("refusal") or ""
-    if isinstance(text, str):
-        return text
-    return "".join(piece.get("text", "") for piece in text)  # a list of content parts
 
 
 def _finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> str | None:
@@ -329,22 +322,6 @@ def _count(value: object) -> int | None:
     if isinstance(value, int) and value >= 0:
         return value
     return None
-
-
-def _reasoning(message: dict[str, Any]) -> str | None:
-    """A reasoning model's separate text.
-
-    The field is ``reasoning_content`` (DeepSeek, vLLM, llama.cpp) or ``reasoning``.
-    """
-    for name in ("reasoning_content", "reasoning"):
-        if isinstance(message.get(name), str) and message[name].strip():
-            return _encodable(message[name])
-    return None
-
-
-def _encodable(text: str) -> str:
-    """``text`` without lone surrogates, which a token budget may leave and no file can hold."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def error_message(body: bytes | str) -> tuple[str, str]:
