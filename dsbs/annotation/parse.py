@@ -14,7 +14,8 @@ from typing import Any, Literal
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.prompting import Prompt
 from dsbs.records import Reason, Sample, Unread
-from dsbs.tasks import Fields, Task, concluded_label
+from dsbs.tasks import EMPHASIS, Fields, Task, concluded_label, unwrapped
+from dsbs.tasks.label_set import LabelSet
 
 RationaleFrom = Literal["visible", "reasoning"]
 
@@ -70,7 +71,7 @@ def parse_reply(
         if not out_of_tokens:
             return sample(None, None, "empty")
         return sample(None, None, "spent-on-reasoning" if reasoning else "truncated")
-    start, anchor = find_anchor(turn, prompt.anchor)
+    start, anchor = find_anchor(turn, prompt.anchor, task.label_set)
     if start < 0:
         if _DECLINES.match(turn.replace("’", "'")):
             return sample(None, None, "refused")
@@ -81,7 +82,7 @@ def parse_reply(
     rationale = _DANGLING.sub("", turn[:start].strip(_MARKUP)).strip(_MARKUP)
     if rationale_from == "reasoning":
         rationale = (reasoning or "").strip()
-    answer = turn[start + len(anchor) :]
+    answer = _without_anchor_marks(turn[:start], turn[start + len(anchor) :])
     label = task.read_label(answer, fields)
     may_be_cut = out_of_tokens and not ran_on
     if isinstance(label, Unread):
@@ -128,16 +129,36 @@ def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return text.rstrip(), False
 
 
-def find_anchor(turn: str, anchors: tuple[str, ...]) -> tuple[int, str]:
+def find_anchor(
+    turn: str, anchors: tuple[str, ...], labels: LabelSet | None = None
+) -> tuple[int, str]:
     """The last occurrence of the first anchor that occurs, and its text; -1 without one.
 
-    The last one, because a rationale may mention "the answer" before it is given.
+    The last one, because a rationale may mention "the answer" before it is given. An earlier one,
+    if all that follows it is a label, which then contains the anchor itself.
     """
     for anchor in anchors:
         matches = list(re.finditer(re.escape(anchor), turn, re.IGNORECASE))
+        for match in matches[:-1]:
+            layers = unwrapped(turn[match.end() :])
+            if labels is not None and any(labels.spelled(layer) for layer in layers):
+                return match.start(), match.group()
         if matches:
             return matches[-1].start(), matches[-1].group()
     return -1, ""
+
+
+def _without_anchor_marks(before: str, answer: str) -> str:
+    """The answer without the mark that closes emphasis begun before the anchor: "**Answer:** A" or
+    "*Answer: A*".
+    """
+    mark = before[len(before.rstrip(EMPHASIS)) :]
+    line, line_break, rest = answer.partition("\n")
+    if not mark:
+        return answer
+    if line.startswith(mark):
+        return answer[len(mark) :]
+    return line.rstrip().removesuffix(mark) + line_break + rest
 
 
 # --- flaws of a rationale
