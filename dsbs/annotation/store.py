@@ -172,14 +172,14 @@ class ReplyStore:
 
     def keys(self, request: Request, identities: Sequence[str]) -> RequestKeys:
         """The keys of a request's replies at the endpoints."""
-        now = []
+        current = []
         earlier = []
         for identity in identities:
             adaptation = self.adaptation(identity, request.body.get("model"))
-            last, *others = adaptation.forms(request.body)
-            now.append(request_key(last, identity, request.sample))
-            earlier += [request_key(form, identity, request.sample) for form in others]
-        return RequestKeys(now, earlier)
+            present, *past = adaptation.forms(request.body)
+            current.append(request_key(present, identity, request.sample))
+            earlier += [request_key(form, identity, request.sample) for form in past]
+        return RequestKeys(current, earlier)
 
     def adaptation(self, endpoint: str, model: str | None) -> Adaptation:
         """How an endpoint's requests for a model are adapted: one object, which may still learn."""

@@ -131,12 +131,15 @@ class Adaptation:
         if status not in _STATUSES:
             return False
         for change in refused(status, error, sent):
-            back = Change(str(change.replacement), change.name)
-            new = Change(change.name) if back in self.changes else change  # neither name is known
-            if new not in self.changes:
-                self.changes += (new,)
-                self.on_change(new)
+            self._add(change)
         return self.apply(body) != sent
+
+    def _add(self, change: Change) -> None:
+        if Change(str(change.replacement), change.name) in self.changes:
+            change = Change(change.name)  # the endpoint knows neither name
+        if change not in self.changes:
+            self.changes += (change,)
+            self.on_change(change)
 
 
 def refused(status: int, error: bytes, sent: Mapping[str, Any]) -> list[Change]:
@@ -173,17 +176,17 @@ def _is_too_large(limit: str, text: str, parameters: list[str]) -> bool:
 def _changes(name: str, text: str, sent: Mapping[str, Any]) -> list[Change]:
     """The changes for a parameter that an error names."""
     if name in _LIMITS:
-        other = _LIMITS[1 - _LIMITS.index(name)]
-        if _TOO_LARGE.search(text) and other not in text:
+        new_name = _LIMITS[1 - _LIMITS.index(name)]
+        if _TOO_LARGE.search(text) and new_name not in text:
             return []  # the recipe's own limit
-        return [Change(name, other)]
+        return [Change(name, new_name)]
     if name == "response_format":
         is_schema = sent[name].get("type") == "json_schema"
         return [Change(name, "json_object" if is_schema else None)]
     if name in ("reasoning_effort", "reasoning", "thinking") and _WRONG_VALUE.search(text):
         return []
     if name == "logprobs":
-        return [Change(other) for other in ("logprobs", "top_logprobs") if other in sent]
+        return [Change(field) for field in ("logprobs", "top_logprobs") if field in sent]
     return [Change(name)]
 
 
