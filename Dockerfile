@@ -27,8 +27,8 @@ RUN pip install --no-cache-dir \
       'typer>=0.15' \
       'uvicorn>=0.34' \
     && pip install --no-cache-dir --no-deps /wheels/*.whl \
-    && useradd --create-home dsbs
-USER dsbs
+    && useradd --uid 1000 --create-home dsbs
+USER 1000
 EXPOSE 8000
 ENTRYPOINT ["dsbs", "serve", "/student", "--host", "0.0.0.0"]
 
@@ -41,8 +41,8 @@ RUN pip install --no-cache-dir --constraint /wheels/constraints.txt --index-url 
     && set -- /wheels/*.whl \
     && pip install --no-cache-dir --constraint /wheels/constraints.txt \
       "$1[ct2,gguf,local,lora,onnx,serve,tensorboard]" \
-    && useradd --create-home dsbs
+    && useradd --uid 1000 --create-home dsbs
 ENV HOME=/home/dsbs
-USER dsbs
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["dsbs"]

@@ -98,9 +98,8 @@ def plan_upload(student: str | Path) -> Upload:
     records = (TRAINING_RECORD, COMPRESSION_RECORD)
     if (folder / "work.json").exists() and not any((folder / name).exists() for name in records):
         raise UserError(f"{folder} is not finished", hint="run the command that makes it again")
-    names = sorted(
-        path.name for path in folder.iterdir() if path.is_file() and _is_uploaded(path.name)
-    )
+    files = [path.name for path in folder.iterdir() if path.is_file()]
+    names = sorted(name for name in files if _is_uploaded(name))
     if not any(_matches(name, WEIGHT_FILES) for name in names):
         raise UserError(f"{folder} has no weights", hint="run the command that makes it again")
     contents = {CARD: _public_card(card)}

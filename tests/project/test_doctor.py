@@ -217,7 +217,8 @@ def test_what_a_recipe_needs_beyond_the_base_is_looked_for(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     changes = [
         "train.lora={}", "annotate.engine=ray", "report.trackers=[tensorboard, wandb]",
-        "student.init=null", "student.model=some/model", "teacher.kind=llamacpp", "teacher.model=nowhere.gguf",
+        "student.init=null", "student.model=some/model", "teacher.kind=llamacpp",
+        "teacher.model=nowhere.gguf",
         "task.data.valid=hub://owner/name/valid", "eval.predictions.mine=mine.jsonl",
     ]  # fmt: skip
     checks = examine(str(toy()), changes)
