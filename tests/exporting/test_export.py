@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run_dsbs, toy_rows
+from conftest import run_dsbs, start_dsbs, toy_rows
 from tiny_t5 import V1_0, V1_1, make_student, texts
 
 from dsbs.errors import DsbsError, UserError
@@ -256,11 +255,8 @@ def test_a_place_that_nothing_can_be_moved_to_is_told(
 
 def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path: Path) -> None:
     student = make_student(tmp_path)
-    command = [sys.executable, "-m", "dsbs", "export", str(student), "--format", "ct2"]
     partial = student / "export" / ".ct2-int8.partial"
-    child = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    child = start_dsbs("export", str(student), "--format", "ct2")
     deadline = time.monotonic() + 200
     while (
         not (partial / "model.bin").exists()

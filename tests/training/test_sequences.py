@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import good_answer, on_two_processes
+from conftest import good_answer, launcher
 from loopback import LoopbackServer
 
 from dsbs import Student, annotate, evaluate, load_recipe, train
@@ -231,8 +232,9 @@ def test_two_processes_train_the_grid_together(
         (tmp_path / run / "annotate").symlink_to(tmp_path / "run" / "annotate")
     train(recipe, out=tmp_path / "one")
     changes.append(f"teacher.base_url={recipe.teacher.base_url}")
-    command = ["-m", "dsbs", "train", str(tmp_path / "toy.yaml"), *changes]
-    result = on_two_processes(*command, "--out", str(tmp_path / "two"), "--json")
+    command = [*launcher(), "-m", "dsbs", "train", str(tmp_path / "toy.yaml"), *changes]
+    command += ["--out", str(tmp_path / "two"), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
     students = json.loads(result.stdout)["students"]
     names = ["step-by-step-gold-s0", "finetune-gold-s0"]
