@@ -67,12 +67,12 @@ def test_a_killed_run_continues_and_a_finished_one_is_kept(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     with LoopbackServer(good_answer) as server:
-        arguments = ["run", _recipe(toy), f"teacher.base_url={server.url}", "train.max_steps=150"]
+        arguments = ["run", _recipe(toy), f"teacher.base_url={server.url}", "train.max_steps=40"]
         process = start_dsbs(*arguments, cwd=tmp_path)
         student = tmp_path / "runs" / "toy" / "train" / "finetune-gold-s0"
         deadline = time.monotonic() + 120
         while not (student / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (student / "train.json").exists(), "killed in the middle of training"

@@ -95,7 +95,7 @@ def test_a_signal_ends_training_with_one_line_and_the_same_command_goes_on(
         "train",
         str(toy()),
         ONLY,
-        "train.max_steps=60",
+        "train.max_steps=20",
         "train.eval_every=5",
         "--out",
         str(tmp_path / "run"),
@@ -118,7 +118,7 @@ def test_a_signal_ends_training_with_one_line_and_the_same_command_goes_on(
     )
     assert run_dsbs(*command, cwd=tmp_path).returncode == 0
     assert [row["step"] for row in lines(folder / "metrics.jsonl") if "loss" in row] == list(
-        range(1, 61)
+        range(1, 21)
     )
 
 
