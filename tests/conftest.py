@@ -123,7 +123,7 @@ def launcher() -> list[str]:
 
 def on_two_processes(
     *command: str, env: dict[str, str] | None = None, timeout: float = 120
-) -> None:
+) -> list[subprocess.CompletedProcess[str]]:
     """Run a script, or `DSBS …`, on two processes that know of each other as by a launcher.
 
     Either both end well, or this fails with what they wrote.
@@ -133,6 +133,7 @@ def on_two_processes(
     both = [Forked(command, env=user_environment(shared | rank | (env or {}))) for rank in ranks]
     ended = [process.completed(timeout) for process in both]
     assert not any(one.returncode for one in ended), [one.stderr[-2000:] for one in ended]
+    return ended
 
 
 @contextmanager
