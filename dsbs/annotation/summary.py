@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsbs.annotation.vote import majority
 from dsbs.errors import DsbsError, PartialError
 from dsbs.files import write_jsonl
-from dsbs.formatting import count, listing, one_line
+from dsbs.formatting import count, dollars, listing, one_line, percent
 from dsbs.progress import Progress
-from dsbs.records import Annotation, Reason
+from dsbs.records import Annotation, Example, Reason, Sample
 from dsbs.records.results import Rate, wilson
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
@@ -229,3 +230,31 @@ def write_annotations(
             yield annotation.model_dump_json(by_alias=True)
 
     write_jsonl(path, lines())
+
+
+class ProgressFigures:
+    """Figures for the progress line."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.rows = 0
+        self._counts: Counter[str] = Counter()
+
+    def add(self, example: Example, samples: Sequence[Sample]) -> None:
+        self.rows += 1
+        vote = majority(samples, self._task)
+        self._counts["accepted"] += vote.reason is None
+        if example.label is not None:
+            self._counts["gold"] += 1
+            self._counts["correct"] += vote.label is not None and self._task.correct(
+                vote.label, example.label
+            )
+
+    def note(self, usd: float) -> str:
+        counts = self._counts
+        note = f"accepted {percent(counts['accepted'] / self.rows)}"
+        if counts["gold"]:
+            note += f", label accuracy {percent(counts['correct'] / counts['gold'])}"
+        if usd:
+            note += f", {dollars(usd)}"
+        return note

@@ -10,18 +10,27 @@ one line in ``dsbs.config.registry.TEACHERS``. ``is_asked`` separates two famili
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
 
+from dsbs.annotation.backends.faults import Blame, plain_ending
 from dsbs.config import Recipe, TeacherSection
 from dsbs.config.registry import TEACHERS, entry
-from dsbs.errors import UserError
+from dsbs.errors import DsbsError, UserError
 from dsbs.records import Annotation, Example, Provenance
 
 Lane = Literal["online", "batch"]
-Failure = Literal["throttled", "server error", "connection", "timeout", "unreadable"]
+Failure = Literal[
+    "throttled",
+    "server error",
+    "connection",
+    "timeout",
+    "unreadable",
+    "broken off",  # a reply that ended in the middle
+    "empty",  # a reply without a choice, or without a text
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,8 @@ class Reply:
     """One reply: the visible text and the tokens as the endpoint counted them.
 
     ``reasoning`` is a reasoning model's separate text. ``raw`` is the reply as received, JSON text.
-    ``seconds`` runs from sending to receiving (None: from a batch or from disk).
+    ``seconds`` runs from sending to receiving (None: from a batch or from disk). ``failure`` is why
+    a reply that is billed holds no answer: its tokens count, its text does not.
     """
 
     text: str
@@ -53,6 +63,12 @@ class Reply:
     lane: Lane = "online"
     seconds: float | None = None
     raw: str = "{}"
+    failure: Exception | None = None
+
+    @property
+    def is_billed(self) -> bool:
+        """Whether the endpoint counted any token."""
+        return bool(self.prompt_tokens or self.completion_tokens)
 
 
 class TransientError(Exception):
@@ -69,7 +85,25 @@ class TransientError(Exception):
 
 
 class RejectedError(Exception):
-    """The endpoint will never answer this request; other rows may be fine."""
+    """The endpoint will never answer this request; other rows may be fine.
+
+    ``blame`` is "row" or "content" where it is certainly about the row, "parameter" where it names
+    one of the request's parameters (``parameter``, if it is known). ``stop`` is the error that
+    ends the run instead, if the endpoint has never answered anything.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        blame: Blame = "unclear",
+        *,
+        parameter: str | None = None,
+        stop: DsbsError | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.blame = blame
+        self.parameter = parameter
+        self.stop = stop
 
 
 class Endpoint(Protocol):
@@ -86,7 +120,7 @@ class Endpoint(Protocol):
     tpm: float | None
 
     async def complete(self, request: Request) -> Reply:
-        """Answer one request.
+        """Answer one request. A reply that is billed and holds no answer has a ``failure``.
 
         Raises TransientError, RejectedError, PartialError where this endpoint will answer nothing
         more today, or another DsbsError where no request can succeed.
@@ -126,8 +160,8 @@ class Teacher(Protocol):
 
     @classmethod
     def list_price(cls, _teacher: TeacherSection) -> Price | None:
-        """The public price; None: not known. A teacher on this machine or on disk is free."""
-        return Price(0.0, 0.0, 0.0)
+        """The public price. None: not known. A teacher on this machine is free."""
+        return Price(0.0, 0.0, 0.0) if cls.is_asked else None
 
     async def close(self) -> None:
         """Release connections and models."""
@@ -183,6 +217,100 @@ def make_teacher(recipe: Recipe) -> Teacher:
     return teacher_class(recipe.teacher.kind)(recipe)
 
 
+# --- completions in the OpenAI API's format
+
+
+def completion(
+    value: object, raw: str, seconds: float | None = None, lane: Lane = "online"
+) -> Reply:
+    """The reply in a body of the OpenAI API, as far as there is one.
+
+    Its tokens count even without a text.
+    """
+    body = _object(value)
+    choices = body.get("choices")
+    choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
+    message = _object(choice.get("message")) or {"content": choice.get("text")}
+    usage = _object(body.get("usage"))
+    return Reply(
+        text=_encodable(_content(message)),
+        finish_reason=_finish_reason(choice, message),
+        prompt_tokens=_count(usage.get("prompt_tokens", usage.get("input_tokens"))),
+        completion_tokens=_completion_tokens(usage),
+        reasoning=_reasoning(message),
+        cached_tokens=_cached_tokens(usage),
+        lane=lane,
+        seconds=seconds,
+        raw=raw,
+    )
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _content(message: dict[str, Any]) -> str:
+    text = message.get("content")
+    if text is None:
+        text = message.get("refusal") or ""
+    if isinstance(text, list):  # content parts
+        return "".join(str(_object(part).get("text") or "") for part in text)
+    return text if isinstance(text, str) else ""
+
+
+def _finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> str | None:
+    """The finish reason: "length" for all that were cut, "content_filter" for all filtered ones."""
+    reason = choice.get("finish_reason")
+    if not isinstance(reason, str) or not reason:
+        reason = None
+    if message.get("refusal"):
+        return "content_filter"
+    return plain_ending(reason)
+
+
+def _completion_tokens(usage: Mapping[str, Any]) -> int | None:
+    """Billed completion tokens. Some providers count those of reasoning beside the others."""
+    counted = _count(usage.get("completion_tokens", usage.get("output_tokens")))
+    details = _object(usage.get("completion_tokens_details"))
+    reasoning = _count(details.get("reasoning_tokens"))
+    prompt = _count(usage.get("prompt_tokens"))
+    if counted is None or prompt is None or not reasoning:
+        return counted
+    if usage.get("total_tokens") == prompt + counted + reasoning:
+        return counted + reasoning
+    return counted
+
+
+def _cached_tokens(usage: Mapping[str, Any]) -> int | None:
+    """Prompt tokens from the provider's cache: OpenAI's and vLLM's field, or DeepSeek's."""
+    details = usage.get("prompt_tokens_details")
+    if isinstance(details, dict):
+        return _count(details.get("cached_tokens"))
+    return _count(usage.get("prompt_cache_hit_tokens"))
+
+
+def _count(value: object) -> int | None:
+    if isinstance(value, int | float) and value >= 0:
+        return int(value)
+    return None
+
+
+def _reasoning(message: dict[str, Any]) -> str | None:
+    """A reasoning model's separate text.
+
+    The field is ``reasoning_content`` (DeepSeek, vLLM, llama.cpp) or ``reasoning``.
+    """
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(message.get(name), str) and message[name].strip():
+            return _encodable(message[name])
+    return None
+
+
+def _encodable(text: str) -> str:
+    """``text`` without lone surrogates, which a token budget may leave and no file can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
 # --- prices
 
 
@@ -198,13 +326,18 @@ class Price:
     cached: float
     batch: float = 1.0
 
-    def usd(self, reply: Reply) -> float:
-        """Cost of one reply; tokens that the endpoint did not count cost nothing here."""
+    @property
+    def is_free(self) -> bool:
+        return not (self.input or self.output or self.cached)
+
+    def usd(self, reply: Reply) -> float | None:
+        """Cost of one reply. None: the endpoint did not count its tokens."""
+        if self.is_free:
+            return 0.0
+        if reply.prompt_tokens is None or reply.completion_tokens is None:
+            return None
         return self.of(
-            reply.prompt_tokens or 0,
-            reply.completion_tokens or 0,
-            reply.cached_tokens or 0,
-            reply.lane,
+            reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens or 0, reply.lane
         )
 
     def of(
