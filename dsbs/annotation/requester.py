@@ -222,8 +222,8 @@ class Requester:
             self.stop_signal.stop()
 
         try:
-            loop.add_signal_handler(signal.SIGINT, interrupt)
-        except (NotImplementedError, RuntimeError, ValueError):
+            previous = signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(interrupt))
+        except ValueError:
             yield  # not the main thread: a notebook's kernel, a server
             return
         try:
@@ -231,7 +231,7 @@ class Requester:
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
 
     async def _request(self, request: Request, summary: SplitSummary) -> Outcome:
         """A request's reply, stored or bought, or the reason why there is none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sqlite3
 import sys
@@ -14,7 +13,7 @@ from typing import Any, Self
 from dsbs.annotation.backends import RejectedError, Reply, Request
 from dsbs.annotation.backends.faults import ending, is_final, plain_ending
 from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.files import canonical_json, digest, now
+from dsbs.files import allocate, canonical_json, digest, now
 from dsbs.run_folder import RunFolder
 
 _SCHEMA = """
@@ -241,8 +240,7 @@ class ReplyStore:
         self._holds_reserve = True
         size = max(_MIN_RESERVE, in_flight * _RESERVE_PER_REPLY)
         try:
-            with self._reserve.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+            allocate(self._reserve, size)
         except OSError as error:
             self._reserve.unlink(missing_ok=True)
             raise PartialError(

@@ -23,7 +23,7 @@ from dsbs.run_folder import RunFolder
 from dsbs.students.card import CARD
 from dsbs.students.weights import gguf_file, is_gguf
 from dsbs.tasks import make_task
-from dsbs.tasks.data import HUB
+from dsbs.tasks.tables import HUB
 
 LIST_TIMEOUT_S = 5.0  # for an endpoint to list its models
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -45,6 +45,10 @@ class Example:
     """A rationale in the data set."""
     completion: str | None = None
     """A teacher's raw text recorded with the row."""
+    line: int | None = field(default=None, compare=False)
+    """Where it is in its file: the line, or the number of the row. None: unknown."""
+    copy_of: str | None = field(default=None, compare=False)
+    """The id of the file's first row with the same input, if that is another row."""
 
 
 class _Record(BaseModel):

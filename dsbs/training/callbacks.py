@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import resource
 import sys
 import time
 import warnings
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 import yaml
 from transformers import TrainerCallback
@@ -24,7 +24,7 @@ from dsbs.formatting import markdown_table, one_line, percent
 from dsbs.progress import Progress
 from dsbs.records import TrainingCost
 from dsbs.students.student import Student
-from dsbs.students.weights import device_name
+from dsbs.students.weights import device, device_name
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import ResampledRows
 from dsbs.training.rows import Data
@@ -119,7 +119,8 @@ class MetricsLogger(TrainerCallback):
 
     @property
     def peak_memory_mb(self) -> float:
-        return max(self._earlier_mb, peak_memory()[0])
+        self._earlier_mb = max(self._earlier_mb, peak_memory()[0])
+        return self._earlier_mb
 
     def _remember(self, row: dict[str, Any]) -> None:
         if "eval_accuracy" in row:
@@ -150,7 +151,7 @@ class MetricsLogger(TrainerCallback):
             if losses:
                 self._note = "loss: " + ", ".join(losses)
         if is_main_process():
-            with self._path.open("a", encoding="utf-8") as file:
+            with self._path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(row) + "\n")
         self._remember(row)
         self.row = row
@@ -187,10 +188,23 @@ class MetricsLogger(TrainerCallback):
 
 def peak_memory() -> tuple[float, MemoryOf]:
     """Peak megabytes, and of what: PyTorch's GPU tensors, or this process since it started."""
-    if torch.cuda.is_available():
+    kind = device()
+    if kind == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6, "gpu"
+    if kind == "mps":  # what the driver holds; it seldom gives any back
+        return torch.mps.driver_allocated_memory() / 1e6, "gpu"
+    return _peak_process_memory() / 1e6, "process"
+
+
+def _peak_process_memory() -> int:
+    """Bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kibibytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, "process"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class EarlyStopping(TrainerCallback):

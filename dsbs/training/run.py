@@ -16,6 +16,7 @@ from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students.card import check_student
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
+from dsbs.students.weights import supports_bf16
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream, survey
 from dsbs.training.distillation import check_terms
@@ -205,12 +206,9 @@ def _check_processes(recipe: Recipe) -> None:
 
 
 def _check_precision(recipe: Recipe) -> None:
-    if recipe.train.precision == "bf16":
-        import torch
-
-        if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
-            raise UserError(
-                "train.precision: bf16 needs a GPU that supports it; on some CPUs it ends in an "
-                "illegal instruction",
-                hint="use train.precision: auto",
-            )
+    if recipe.train.precision == "bf16" and not supports_bf16():
+        raise UserError(
+            "train.precision: bf16 needs an NVIDIA GPU that supports it; on some CPUs it ends in "
+            "an illegal instruction",
+            hint="use train.precision: auto",
+        )

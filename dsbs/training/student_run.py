@@ -18,7 +18,7 @@ from dsbs.records import TrainedStudent
 from dsbs.students.card import StudentCard
 from dsbs.students.student import Student
 from dsbs.students.tokenizer import tokenizer_hash
-from dsbs.students.weights import load_model, new_model, weights_fingerprint
+from dsbs.students.weights import device, load_model, new_model, weights_fingerprint
 from dsbs.tasks import make_task
 from dsbs.training.distillation import terms_of
 from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
@@ -182,7 +182,7 @@ class StudentRun:
             self.folder.last_checkpoint()  # removes a half-written one before the others look
         wait()
         resume = self.folder.last_checkpoint()
-        if torch.cuda.is_available():
+        if device() == "cuda":
             torch.cuda.reset_peak_memory_stats()  # it would hold an earlier student's peak
         metrics = MetricsLogger(
             self.folder.path / "metrics.jsonl", progress, len(self.data.valid), resume

@@ -10,12 +10,14 @@ one line in ``dsbs.config.registry.TEACHERS``. ``is_asked`` separates two famili
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 from dsbs.annotation.backends.faults import Blame, plain_ending
+from dsbs.annotation.thoughts import read_message
 from dsbs.config import Recipe, TeacherSection
 from dsbs.config.registry import TEACHERS, entry
 from dsbs.errors import DsbsError, UserError
@@ -220,6 +222,45 @@ def make_teacher(recipe: Recipe) -> Teacher:
 # --- completions in the OpenAI API's format
 
 
+def parsed_body(text: str) -> object:
+    """The JSON of a body; that of an event stream, which nobody asked for, is put together.
+
+    Raises ValueError.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        lines = (line.strip() for line in text.splitlines())
+        events = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
+        if not events:
+            raise
+    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    return _assembled(chunks, is_complete="[DONE]" in events)
+
+
+def _assembled(chunks: list[Any], *, is_complete: bool) -> object:
+    """The body that a stream's chunks make (OpenAI API reference, chat streaming)."""
+    message: dict[str, str] = {}
+    body: dict[str, Any] = {"choices": []}
+    finish_reason = None
+    for chunk in filter(lambda chunk: isinstance(chunk, dict), chunks):
+        if chunk.get("error"):
+            body["error"] = chunk["error"]
+        body["usage"] = chunk.get("usage") or body.get("usage")
+        for choice in filter(None, map(_object, (chunk.get("choices") or [])[:1])):
+            delta = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+            for name, piece in _object(delta).items():
+                if isinstance(piece, str) and name != "role":
+                    message[name] = message.get(name, "") + piece
+            finish_reason = choice.get("finish_reason") or finish_reason
+            body["choices"] = [{"message": message}]
+    if finish_reason is None and not is_complete:
+        finish_reason = "abort"  # the stream ended in the middle
+    for choice in body["choices"]:
+        choice["finish_reason"] = finish_reason
+    return body
+
+
 def completion(
     value: object, raw: str, seconds: float | None = None, lane: Lane = "online"
 ) -> Reply:
@@ -232,12 +273,13 @@ def completion(
     choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
     message = _object(choice.get("message")) or {"content": choice.get("text")}
     usage = _object(body.get("usage"))
+    text, reasoning = read_message(message)
     return Reply(
-        text=_encodable(_content(message)),
+        text=text,
         finish_reason=_finish_reason(choice, message),
         prompt_tokens=_count(usage.get("prompt_tokens", usage.get("input_tokens"))),
         completion_tokens=_completion_tokens(usage),
-        reasoning=_reasoning(message),
+        reasoning=reasoning,
         cached_tokens=_cached_tokens(usage),
         lane=lane,
         seconds=seconds,
@@ -247,15 +289,6 @@ def completion(
 
 def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _content(message: dict[str, Any]) -> str:
-    text = message.get("content")
-    if text is None:
-        text = message.get("refusal") or ""
-    if isinstance(text, list):  # content parts
-        return "".join(str(_object(part).get("text") or "") for part in text)
-    return text if isinstance(text, str) else ""
 
 
 def _finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> str | None:
@@ -293,22 +326,6 @@ def _count(value: object) -> int | None:
     if isinstance(value, int | float) and value >= 0:
         return int(value)
     return None
-
-
-def _reasoning(message: dict[str, Any]) -> str | None:
-    """A reasoning model's separate text.
-
-    The field is ``reasoning_content`` (DeepSeek, vLLM, llama.cpp) or ``reasoning``.
-    """
-    for name in ("reasoning_content", "reasoning"):
-        if isinstance(message.get(name), str) and message[name].strip():
-            return _encodable(message[name])
-    return None
-
-
-def _encodable(text: str) -> str:
-    """``text`` without lone surrogates, which a token budget may leave and no file can hold."""
-    return text.encode("utf-8", "replace").decode()
 
 
 # --- prices

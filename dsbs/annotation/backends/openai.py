@@ -27,6 +27,7 @@ from dsbs.annotation.backends import (
     Teacher,
     TransientError,
     completion,
+    parsed_body,
 )
 from dsbs.annotation.backends.faults import (
     ErrorBody,
@@ -143,7 +144,7 @@ class OpenAIEndpoint:
         """Read the body of a 200, which may hold an error. Raises what ``complete`` raises."""
         try:
             text = body if isinstance(body, str) else body.decode()
-            value = _parsed(text)
+            value = parsed_body(text)
         except ValueError:
             shown = self.redact(error_body(body).message)
             raise TransientError(f"a reply that is not JSON: {shown}", "unreadable") from None
@@ -342,45 +343,6 @@ def api_key(teacher: TeacherSection, endpoint: EndpointSection) -> str | None:
 
 
 # --- reading responses
-
-
-def _parsed(text: str) -> object:
-    """The JSON of a body; that of an event stream, which nobody asked for, is put together.
-
-    Raises ValueError.
-    """
-    try:
-        return json.loads(text)
-    except ValueError:
-        lines = (line.strip() for line in text.splitlines())
-        events = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
-        if not events:
-            raise
-    chunks = [json.loads(event) for event in events if event != "[DONE]"]
-    return _assembled(chunks, is_complete="[DONE]" in events)
-
-
-def _assembled(chunks: list[Any], *, is_complete: bool) -> object:
-    """The body that a stream's chunks make (https://platform.openai.com/docs/api-reference/chat-streaming)."""
-    message: dict[str, str] = {}
-    body: dict[str, Any] = {"choices": []}
-    finish_reason = None
-    for chunk in filter(lambda chunk: isinstance(chunk, dict), chunks):
-        if chunk.get("error"):
-            body["error"] = chunk["error"]
-        body["usage"] = chunk.get("usage") or body.get("usage")
-        for choice in (chunk.get("choices") or [])[:1]:
-            delta = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
-            for name, piece in delta.items():
-                if isinstance(piece, str) and name != "role":
-                    message[name] = message.get(name, "") + piece
-            finish_reason = choice.get("finish_reason") or finish_reason
-            body["choices"] = [{"message": message}]
-    if finish_reason is None and not is_complete:
-        finish_reason = "abort"  # the stream ended in the middle
-    for choice in body["choices"]:
-        choice["finish_reason"] = finish_reason
-    return body
 
 
 def _has_text(body: dict[str, Any]) -> bool:

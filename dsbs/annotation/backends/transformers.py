@@ -12,6 +12,7 @@ from dsbs.annotation.backends import LocalTeacher, RejectedError, Reply, Request
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.files import digest
+from dsbs.students.weights import device, supports_bf16
 
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty")  # what extra_body may set
 _BATCHES_WAITING = 4  # so many batches of requests wait, to be sorted by length
@@ -54,12 +55,8 @@ class TransformersTeacher(LocalTeacher):
             AutoTokenizer,
         )
 
-        dtype = torch.float32
-        device_map = None
-        if torch.cuda.is_available():
-            device_map = "auto"
-            if torch.cuda.is_bf16_supported():
-                dtype = torch.bfloat16
+        dtype = torch.bfloat16 if supports_bf16() else torch.float32
+        device_map = {"cuda": "auto", "mps": "mps", "cpu": None}[device()]
         # without an explicit False, transformers asks on stdin whether to run the model's own code
         source: dict[str, Any] = {"pretrained_model_name_or_path": name, "trust_remote_code": False}
         try:
