@@ -240,6 +240,8 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
             votes.append([member.weight, manifest.get("source")])
         return digest("ensemble", canonical_json(votes))
     teacher = recipe.teacher.model_dump(mode="json", exclude=_TEACHER_KEYS_WITHOUT_EFFECT)
+    if teacher["reasoning_effort"] is None:
+        del teacher["reasoning_effort"]  # earlier runs, which did not have it, are the same
     for endpoint in teacher["endpoints"]:
         for name in _ENDPOINT_KEYS_WITHOUT_EFFECT:
             del endpoint[name]

@@ -10,10 +10,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dsbs.annotation.backends import Price, Reply, Request, price_of, teacher_class
+from dsbs.annotation.backends import (
+    Price,
+    Reply,
+    Request,
+    price_of,
+    reply_tokens,
+    teacher_class,
+)
+from dsbs.annotation.backends.adaptation import reasoning_fields
 from dsbs.annotation.parse import label_logprob, read_sample
 from dsbs.annotation.shards import Shard
-from dsbs.annotation.store import ReplyStore, Stored, request_keys, token_budget
+from dsbs.annotation.store import ReplyStore, Stored, request_key, token_budget
 from dsbs.annotation.vote import majority, samples_needed
 from dsbs.config import Recipe
 from dsbs.errors import PartialError, UserError
@@ -138,14 +146,17 @@ class Annotator:
         body: dict[str, Any] = {
             "model": teacher.model,
             **self.renderer.render(example, hint=hint).body(teacher.endpoint),
-            "max_tokens": annotate.max_tokens,
+            "max_tokens": reply_tokens(self.recipe),
             "temperature": annotate.temperature,
         }
         if teacher.endpoint == "completions" and self.prompt.stop:
             body["stop"] = list(self.prompt.stop[:_MAX_STOPS])
         if annotate.logprobs:
             body["logprobs"] = {"chat": True, "completions": 1}[teacher.endpoint]
+        body |= reasoning_fields(teacher.reasoning_effort, teacher.served_by[0].base_url)
         body |= teacher.extra_body
+        if annotate.max_tokens is None and "max_completion_tokens" in teacher.extra_body:
+            body["max_tokens"] = None
         return {name: value for name, value in body.items() if value is not None}
 
     # --- replies
@@ -252,9 +263,9 @@ class Annotator:
 
     def look_up(self, store: ReplyStore | None, request: Request) -> Outcome:
         """A request's stored reply, or the reason why there is none."""
-        keys = request_keys(request, self.identities)
         if store is None:
-            return Outcome(keys[0])
+            return Outcome(request_key(request.body, self.identities[0], request.sample))
+        keys = store.keys(request, self.identities)
         return self.outcome(store.look_up(keys, token_budget(request.body), raw=self.reads_raw))
 
     @property

@@ -29,7 +29,7 @@ from dsbs.annotation.backends import (
 )
 from dsbs.annotation.backends.faults import error_body
 from dsbs.annotation.backends.openai import OpenAIEndpoint
-from dsbs.annotation.store import ReplyStore, token_budget
+from dsbs.annotation.store import ReplyStore, RequestKeys, token_budget
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import atomic_write, canonical_json, open_text, read_jsonl, write_json
 from dsbs.formatting import dollars
@@ -175,7 +175,7 @@ class Batch:
         if isinstance(outcome, Reply) and outcome.failure is not None:
             failure = outcome.failure
             is_empty = isinstance(failure, TransientError) and failure.kind == "empty"
-            if is_empty and store.look_up([key], row["max_tokens"]).wasted:
+            if is_empty and store.look_up(RequestKeys([key], []), row["max_tokens"]).wasted:
                 outcome = replace(outcome, failure=None)  # for the second time: that is the answer
             else:
                 store.waste(key, str(failure), outcome)

@@ -387,6 +387,13 @@ class Budget:
         self._released = asyncio.Event()
         stop_signal.on_stop(self._released.set)
 
+    @property
+    def balance(self) -> str:
+        """What became of the money, for an error's hint."""
+        if self.has_bought:
+            return "what was billed is stored and counted"
+        return "nothing was bought or lost"
+
     async def reserve(self, prompt_tokens: int, tokens: int) -> float:
         """Wait until the most that one more reply may cost fits the limit; returns that cost.
 

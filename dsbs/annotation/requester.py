@@ -31,8 +31,8 @@ from dsbs.annotation.endpoint_pool import (
     StopSignal,
     backoff,
 )
-from dsbs.annotation.store import Refusals, ReplyStore, Stored, request_keys, token_budget
-from dsbs.annotation.summary import ProgressFigures, SplitSummary
+from dsbs.annotation.store import ReplyStore, Stored, token_budget
+from dsbs.annotation.summary import ProgressFigures, Refusals, SplitSummary
 from dsbs.errors import DsbsError, PartialError
 from dsbs.progress import Progress, running
 from dsbs.records import Example
@@ -111,6 +111,8 @@ class Requester:
         self.retry_refused = retry_refused
         self.max_in_flight = min(teacher.max_in_flight(recipe), recipe.annotate.concurrency)
         self.identities = [endpoint.identity for endpoint in teacher.endpoints]
+        for endpoint in teacher.endpoints:
+            store.adapt(endpoint, recipe.teacher.model, progress.say)
         self.stop_signal = StopSignal()
         self.pool = EndpointPool(
             teacher.endpoints, self.max_in_flight, self.stop_signal, progress.say
@@ -235,9 +237,8 @@ class Requester:
 
     async def _request(self, request: Request, summary: SplitSummary) -> Outcome:
         """A request's reply, stored or bought, or the reason why there is none."""
-        keys = request_keys(request, self.identities)
-        tokens = token_budget(request.body)
-        stored = self.store.look_up(keys, tokens, raw=self.annotator.reads_raw)
+        keys = self.store.keys(request, self.identities)
+        stored = self.store.look_up(keys, token_budget(request.body), raw=self.annotator.reads_raw)
         if stored.reply is not None:
             self.answered = self.answered or request
             if stored.key in self.probed_keys:
@@ -246,22 +247,23 @@ class Requester:
                 summary.cached += 1
                 self.budget.count_stored([stored.reply, *stored.wasted])
             return self.annotator.outcome(stored)
-        if keys[0] in self.refusals.messages:
-            return Outcome(keys[0], None, "refused", self.refusals.messages[keys[0]])
+        key = stored.key
+        if key in self.refusals.messages:
+            return Outcome(key, None, "refused", self.refusals.messages[key])
         if stored.refusal is not None and not self.retry_refused:
             return self.annotator.outcome(stored)
-        if keys[0] in self.pending_keys:  # another row makes the very same request
-            await self.pending_keys[keys[0]].wait()
+        if key in self.pending_keys:  # another row makes the very same request
+            await self.pending_keys[key].wait()
             if self.stop_signal.is_set:
                 raise StoppedError
             return await self._request(request, summary)
-        self.pending_keys[keys[0]] = asyncio.Event()
+        self.pending_keys[key] = asyncio.Event()
         try:
-            return await self._buy(request, keys, tokens, stored)
+            return await self._buy(request, stored)
         finally:
-            self.pending_keys.pop(keys[0]).set()
+            self.pending_keys.pop(key).set()
 
-    async def _buy(self, request: Request, keys: list[str], tokens: int, stored: Stored) -> Outcome:
+    async def _buy(self, request: Request, stored: Stored) -> Outcome:
         """Buy one reply and commit it, or return the reason why there is none.
 
         A reply that is billed and holds no answer is requested once more. The second one without a
@@ -270,12 +272,12 @@ class Requester:
         wasted: list[Reply] = []
         while True:
             try:
-                state, started, reply = await self._deliver(request, tokens)
+                state, started, reply = await self._deliver(request)
             except RejectedError as error:
-                return await self._refuse(keys[0], error, wasted)
+                return await self._refuse(stored.key, error, wasted)
             except ExhaustedError as error:
-                return await self._fail(keys[0], error, wasted)
-            key = request_keys(request, [state.endpoint.identity])[0]
+                return await self._fail(stored.key, error, wasted)
+            key = self._key(request, state)
             failure = reply.failure
             is_empty = isinstance(failure, TransientError) and failure.kind == "empty"
             if failure is None or (is_empty and (wasted or stored.wasted)):
@@ -285,25 +287,30 @@ class Requester:
             self.store.waste(key, str(failure), reply)
             wasted.append(reply)
             if isinstance(failure, RejectedError):
-                return await self._refuse(keys[0], failure, wasted)
+                return await self._refuse(stored.key, failure, wasted)
             if isinstance(failure, DsbsError) and not isinstance(failure, PartialError):
                 raise failure
             if isinstance(failure, TransientError) and len(wasted) >= BILLED_TRIES:
-                return await self._fail(keys[0], ExhaustedError(str(failure), failure.kind), wasted)
+                return await self._fail(
+                    stored.key, ExhaustedError(str(failure), failure.kind), wasted
+                )
             if not is_empty:
                 await self.stop_signal.sleep(backoff(len(wasted)))
 
-    async def _deliver(self, request: Request, tokens: int) -> tuple[EndpointState, int, Reply]:
+    async def _deliver(self, request: Request) -> tuple[EndpointState, int, Reply]:
         """Send a request within the limits: the endpoint, the last attempt's number, the reply."""
         started = 0
+        max_requests = self.annotator.recipe.annotate.max_requests
 
         def count_attempt() -> None:
             nonlocal started
-            self._check_max_requests()
+            if max_requests is not None and self.sent >= max_requests:
+                raise max_requests_reached(self.sent)
             self.sent += 1
             started = self.sent
             self.rows.summary.requests += 1
 
+        tokens = token_budget(request.body)
         prompt_tokens = estimated_tokens(request.body)
         reserved = await self.budget.reserve(prompt_tokens, tokens)
         try:
@@ -318,15 +325,18 @@ class Requester:
         self.budget.count_bought(reply, prompt_tokens, reserved)
         return state, started, reply
 
+    def _key(self, request: Request, state: EndpointState) -> str:
+        """The key of the reply that an endpoint has sent: by now it may take another form."""
+        return self.store.keys(request, [state.endpoint.identity]).now[0]
+
     def _keep(
         self, request: Request, state: EndpointState, reply: Reply, started: int, *, is_empty: bool
     ) -> None:
         """Commit an answer. Raises PartialError where one answer after the other is empty."""
-        identity = state.endpoint.identity
         self.store.put(
-            request_keys(request, [identity])[0],
+            self._key(request, state),
             token_budget(request.body),
-            identity,
+            state.endpoint.identity,
             self.annotator.recipe.teacher.model,
             request.sample,
             reply,
@@ -355,7 +365,7 @@ class Requester:
                 names = ", ".join(endpoint.name for endpoint in self.teacher.endpoints)
                 raise DsbsError(
                     f"the teacher at {names} does not answer: {message}",
-                    hint=f"check teacher.base_url and that the server runs; {self._balance()}",
+                    hint=f"check teacher.base_url and that the server runs; {self.budget.balance}",
                 )
         elif self.failures_in_a_row >= FAILURES_BEFORE_STOP and self.has_answered:
             raise PartialError(
@@ -363,11 +373,6 @@ class Requester:
                 hint="run the same command when it is back: the replies so far are stored",
             )
         return Outcome(key, None, "no-reply", message, tuple(wasted))
-
-    def _balance(self) -> str:
-        if self.budget.has_bought:
-            return "what was billed is stored and counted"
-        return "nothing was bought or lost"
 
     async def _refuse(self, key: str, error: RejectedError, wasted: list[Reply]) -> Outcome:
         """Record a refusal. Raises DsbsError where it is not about the row."""
@@ -417,10 +422,10 @@ class Requester:
                 return await self._is_served_elsewhere()
             request = self.answered
             try:
-                state, _, reply = await self._deliver(request, token_budget(request.body))
+                state, _, reply = await self._deliver(request)
             except (RejectedError, ExhaustedError):
                 return False
-            key = request_keys(request, [state.endpoint.identity])[0]
+            key = self._key(request, state)
             self.store.waste(key, "asked again, to learn whether rows or all are refused", reply)
             return reply.failure is None
         finally:
@@ -433,7 +438,7 @@ class Requester:
             if number == 0 or number % step:
                 continue
             for request in self.annotator.next_requests(example, RowReplies())[:1]:
-                key = request_keys(request, self.identities)[0]
+                key = self.store.keys(request, self.identities).now[0]
                 if key in self.refusals.messages or key in self.pending_keys:
                     continue
                 outcome = await self._request(request, self.rows.summary)
@@ -441,9 +446,3 @@ class Requester:
                     self.probed_keys.add(outcome.key)
                     return True
         return self.has_answered
-
-    def _check_max_requests(self) -> None:
-        """Raises PartialError where annotate.max_requests allows no further attempt."""
-        limit = self.annotator.recipe.annotate.max_requests
-        if limit is not None and self.sent >= limit:
-            raise max_requests_reached(self.sent)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from dsbs.annotation.backends import RejectedError, Reply, Request
+from dsbs.annotation.backends import Endpoint, Reply, Request
+from dsbs.annotation.backends.adaptation import Adaptation, Change
 from dsbs.annotation.backends.faults import ending, is_final, plain_ending
-from dsbs.errors import DsbsError, PartialError, UserError
+from dsbs.errors import PartialError, UserError
 from dsbs.files import allocate, canonical_json, digest, now
 from dsbs.run_folder import RunFolder
 
@@ -34,6 +33,14 @@ CREATE TABLE IF NOT EXISTS replies (
     lane TEXT NOT NULL DEFAULT 'online',  -- or 'batch'
     seconds REAL,                    -- from sending to receiving
     PRIMARY KEY (key, max_tokens)
+);
+CREATE TABLE IF NOT EXISTS adaptations (
+    endpoint TEXT NOT NULL,
+    model TEXT NOT NULL,
+    name TEXT NOT NULL,              -- of a parameter that the endpoint refuses for the model
+    replacement TEXT NOT NULL,       -- its name or value instead; empty: it is left out
+    created TEXT NOT NULL,
+    PRIMARY KEY (endpoint, model, name, replacement)
 );
 CREATE TABLE IF NOT EXISTS refusals (
     key TEXT PRIMARY KEY,
@@ -70,7 +77,6 @@ _REPLY = (
 )
 _COLUMNS = f"key, max_tokens, sample, endpoint, model, {_REPLY}, raw, created"
 _BUDGET_FIELDS = ("max_tokens", "max_completion_tokens")
-REFUSALS_IN_A_ROW = 16  # of one message; then it is found out whether all are refused
 _RESERVE_PER_REPLY = 32 << 10  # bytes for each reply in flight when the disk fills up
 _MIN_RESERVE = 1 << 20
 
@@ -91,15 +97,30 @@ class Stored:
     failure: str | None = None
 
 
-def request_keys(request: Request, identities: Sequence[str]) -> list[str]:
-    """The key of a request's reply at each endpoint.
+def request_key(body: Mapping[str, Any], identity: str, sample: int) -> str:
+    """The key of the reply to a request at an endpoint.
 
-    It covers the whole body except the token budget, the endpoint, and the sample's index.
+    It covers the whole body as it is sent, except the token budget; the endpoint; and the sample's
+    index.
     """
-    body = canonical_json(
-        {name: value for name, value in request.body.items() if name not in _BUDGET_FIELDS}
-    )
-    return [digest(body, identity, str(request.sample)) for identity in identities]
+    keyed = {name: value for name, value in body.items() if name not in _BUDGET_FIELDS}
+    return digest(canonical_json(keyed), identity, str(sample))
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKeys:
+    """The keys of a request's replies.
+
+    ``now``: at each endpoint, in the form in which it would be sent to it. ``earlier``: in the
+    forms before something in them was refused.
+    """
+
+    now: list[str]
+    earlier: list[str]
+
+    @property
+    def all(self) -> list[str]:
+        return self.now + self.earlier
 
 
 def token_budget(body: Mapping[str, Any]) -> int:
@@ -129,6 +150,7 @@ class ReplyStore:
         self.path = path
         self._reserve = path.with_name(f".{path.name}.reserve")
         self._holds_reserve = False
+        self._adaptations: dict[tuple[str, str], Adaptation] = {}
         self._fallback: sqlite3.Connection | None = None
         try:
             # one thread at a time uses it, not always the one that opened it
@@ -163,7 +185,7 @@ class ReplyStore:
 
     # --- reading
 
-    def look_up(self, keys: Sequence[str], max_tokens: int, *, raw: bool = False) -> Stored:
+    def look_up(self, keys: RequestKeys, max_tokens: int, *, raw: bool = False) -> Stored:
         """What there is for a request. A reply that broke off, or that a smaller budget cut, is no
         answer.
 
@@ -174,7 +196,7 @@ class ReplyStore:
         answer: tuple[str, Reply] | None = None
         wasted: list[Reply] = []
         for db in self._readable():
-            for key in keys:
+            for key in keys.all:
                 for budget, *row in db.execute(query, (key,)):
                     reply = Reply(*row)
                     if answer is None and _is_answer(reply, budget, max_tokens):
@@ -192,9 +214,34 @@ class ReplyStore:
                 )
         if answer is not None:
             return Stored(*answer, tuple(wasted))
-        return Stored(
-            keys[0], None, tuple(wasted), self.refusal(keys), self._said("failures", keys)
-        )
+        failure = self._said("failures", keys.now)
+        return Stored(keys.now[0], None, tuple(wasted), self.refusal(keys.now), failure)
+
+    def keys(self, request: Request, identities: Sequence[str]) -> RequestKeys:
+        """The keys of a request's replies at the endpoints."""
+        current = []
+        earlier = []
+        for identity in identities:
+            adaptation = self.adaptation(identity, request.body.get("model"))
+            present, *past = adaptation.forms(request.body)
+            current.append(request_key(present, identity, request.sample))
+            earlier += [request_key(form, identity, request.sample) for form in past]
+        return RequestKeys(current, earlier)
+
+    def adaptation(self, endpoint: str, model: str | None) -> Adaptation:
+        """How an endpoint's requests for a model are adapted: one object, which may still learn."""
+        key = (endpoint, str(model))
+        if key not in self._adaptations:
+            changes: dict[Change, None] = {}
+            for db in self._readable():
+                for name, replacement in db.execute(
+                    "SELECT name, replacement FROM adaptations WHERE endpoint = ? AND model = ?"
+                    " ORDER BY rowid",
+                    key,
+                ):
+                    changes[Change(name, replacement or None)] = None
+            self._adaptations[key] = Adaptation(tuple(changes))
+        return self._adaptations[key]
 
     def refusal(self, keys: Sequence[str]) -> str | None:
         """The message with which an endpoint refused one of ``keys`` for good; None: none did."""
@@ -214,6 +261,16 @@ class ReplyStore:
         marks = ", ".join("?" * len(endpoints))
         query = f"SELECT 1 FROM replies WHERE model IS ? AND endpoint IN ({marks}) LIMIT 1"
         return any(db.execute(query, (model, *endpoints)).fetchone() for db in self._readable())
+
+    def mean_completion_tokens(self, endpoints: Sequence[str], model: str | None) -> float | None:
+        """Mean completion tokens of these endpoints' replies for this model; None: not counted."""
+        marks = ", ".join("?" * len(endpoints))
+        mean: float | None = self._db.execute(
+            "SELECT avg(completion_tokens) FROM replies"
+            f" WHERE model IS ? AND endpoint IN ({marks})",
+            (model, *endpoints),
+        ).fetchone()[0]
+        return mean
 
     def mean_seconds(self, endpoints: Sequence[str], model: str | None) -> float | None:
         """Mean seconds of an online reply of these endpoints and this model; None: none yet."""
@@ -267,6 +324,21 @@ class ReplyStore:
             f"INSERT OR REPLACE INTO replies ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row
         )
 
+    def adapt(self, endpoint: Endpoint, model: str | None, say: Callable[[str], None]) -> None:
+        """Let an endpoint begin with the form that it accepted before; keep what it learns."""
+        endpoint.adaptation = self.adaptation(endpoint.identity, model)
+        for change in endpoint.adaptation.changes:
+            say(f"{endpoint.name}: {change}, as in an earlier command")
+
+        def keep(change: Change) -> None:
+            self._commit(
+                "INSERT OR IGNORE INTO adaptations VALUES (?, ?, ?, ?, ?)",
+                (endpoint.identity, str(model), change.name, change.replacement or "", now()),
+            )
+            say(f"{endpoint.name} does not take {change.name}: {change} from now on")
+
+        endpoint.adaptation.on_change = keep
+
     def refuse(self, key: str, message: str) -> None:
         """Record that an endpoint will never answer this request: no later run asks again."""
         self._commit("INSERT OR REPLACE INTO refusals VALUES (?, ?, ?)", (key, message, now()))
@@ -299,6 +371,11 @@ class ReplyStore:
             copied = self._db.total_changes - before
             for table in ("refusals", "failures", "wasted"):
                 self._commit(f"INSERT OR IGNORE INTO {table} SELECT * FROM other.{table}", ())
+            self._commit(
+                "INSERT OR IGNORE INTO adaptations SELECT * FROM other.adaptations ORDER BY rowid",
+                (),
+            )
+            self._adaptations.clear()
         finally:
             self._db.execute("DETACH other")
         return copied
@@ -336,67 +413,6 @@ class ReplyStore:
         if self._holds_reserve:
             self._holds_reserve = False
             self._reserve.unlink(missing_ok=True)
-
-
-class Refusals:
-    """Refused requests of a run.
-
-    A refusal that the table of faults does not know may be the row's fault or everybody's. It is
-    ``pending``, and stored once the endpoint has answered a request that was sent later.
-    """
-
-    def __init__(self, store: ReplyStore) -> None:
-        self._store = store
-        self.messages: dict[str, str] = {}  # by the request's key
-        self.pending: dict[str, int] = {}  # the number of requests sent when it came
-        self.last = ""
-        self.number = 0  # without those of a content filter
-        self.flagged = 0
-        self.in_a_row = 0  # of one message, and pending
-        self.limit = REFUSALS_IN_A_ROW
-        self._form = ""
-
-    def add(self, key: str, error: RejectedError, sent: int) -> None:
-        self.last = str(error)
-        self.messages[key] = self.last
-        if error.blame == "content":
-            self.flagged += 1
-        else:
-            self.number += 1
-        if error.blame in ("content", "row") or self._store.refusal([key]) is not None:
-            self._store.refuse(key, self.last)
-            return
-        self.pending[key] = sent
-        form = re.sub(r"\d+", "0", self.last)
-        self.in_a_row = self.in_a_row + 1 if form == self._form else 1
-        self._form = form
-
-    def confirm(self, started: int) -> None:
-        """The endpoint has answered the request with this number."""
-        self.in_a_row = 0
-        for key in [key for key, sent in self.pending.items() if sent < started]:
-            self._store.refuse(key, self.messages[key])
-            del self.pending[key]
-
-    def confirm_all(self) -> None:
-        self.confirm(sys.maxsize)
-
-    def error(self, *, has_answered: bool) -> DsbsError:
-        """The error for an endpoint that refuses every request; none is kept as refused."""
-        for key in self.pending:
-            self._store.fail(key, self.messages[key])
-        if has_answered:
-            return PartialError(
-                "the teacher refuses one request after the other, for no fault of the rows: "
-                f"{self.last}",
-                hint="run the same command again when that is settled: these rows were not kept as "
-                "refused",
-            )
-        return UserError(
-            f"the teacher refuses every request: {self.last}",
-            hint="check teacher.model and annotate.max_tokens; teacher.extra_body adds, changes or "
-            "(null) drops fields",
-        )
 
 
 def _is_answer(reply: Reply, budget: int, max_tokens: int) -> bool:

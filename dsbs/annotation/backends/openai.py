@@ -29,6 +29,7 @@ from dsbs.annotation.backends import (
     completion,
     parsed_body,
 )
+from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS, Adaptation
 from dsbs.annotation.backends.faults import (
     ErrorBody,
     classify,
@@ -51,6 +52,7 @@ class OpenAITeacher(Teacher):
 
     title = "OpenAI-compatible"
     takes_batches = True
+    default_reply_tokens = DEFAULT_REPLY_TOKENS
 
     def __init__(self, recipe: Recipe) -> None:
         teacher = recipe.teacher
@@ -101,6 +103,7 @@ class OpenAIEndpoint:
         self, teacher: TeacherSection, endpoint: EndpointSection, key: str | None, identity: str
     ) -> None:
         self.identity = identity
+        self.adaptation = Adaptation()
         self.name = endpoint.base_url
         self.weight = endpoint.weight
         self.rpm = endpoint.rpm
@@ -122,13 +125,17 @@ class OpenAIEndpoint:
         timeout_s = self._teacher.timeout_s
         if self._session is None:
             self._session = _session(timeout_s, self._secret, self._url)
-        started = time.monotonic()
-        status, body, headers = await self._exchange(
-            self._session.post,
-            self._url,
-            timeout_s,
-            data=json.dumps(request.body, ensure_ascii=False).encode(),
-        )
+        while True:
+            started = time.monotonic()
+            sent = self.adaptation.apply(request.body)
+            status, body, headers = await self._exchange(
+                self._session.post,
+                self._url,
+                timeout_s,
+                data=json.dumps(sent, ensure_ascii=False).encode(),
+            )
+            if not self.adaptation.learn(status, body, sent, request.body):
+                break
         if not 200 <= status < 300:
             raise self.status_error(status, body, headers)
         return self.read_reply(body, headers, seconds=time.monotonic() - started)
