@@ -19,6 +19,7 @@ from dsbs.annotation.backends import (
     teacher_class,
 )
 from dsbs.annotation.backends.adaptation import reasoning_fields
+from dsbs.annotation.json_answer import response_format
 from dsbs.annotation.parse import label_logprob, read_sample
 from dsbs.annotation.shards import Shard
 from dsbs.annotation.store import ReplyStore, Stored, request_key, token_budget
@@ -151,6 +152,8 @@ class Annotator:
         }
         if teacher.endpoint == "completions" and self.prompt.stop:
             body["stop"] = list(self.prompt.stop[:_MAX_STOPS])
+        if annotate.format == "json" and teacher.endpoint == "chat":
+            body["response_format"] = response_format(self.task)
         if annotate.logprobs:
             body["logprobs"] = {"chat": True, "completions": 1}[teacher.endpoint]
         body |= reasoning_fields(teacher.reasoning_effort, teacher.served_by[0].base_url)
