@@ -102,8 +102,8 @@ def ending(reason: str | None) -> Ending | None:
     """How a reply with this finish reason ended. None: there is no reason, or it is not known."""
     if reason is None:
         return None
-    known = FINISH_REASONS.get(plain_reason(reason))
-    return None if known is None else known[0]
+    name = plain_reason(reason)
+    return FINISH_REASONS[name][0] if name in FINISH_REASONS else None
 
 
 def plain_ending(reason: str | None) -> str | None:
