@@ -76,10 +76,11 @@ def test_an_override_is_split_on_its_first_equals_sign(written: Written) -> None
 
 def test_an_overrides_value_is_read_as_yaml(written: Written) -> None:
     recipe = load_recipe(
-        written(PLAIN), ["task.limit=null", "report.tensorboard=true", "annotate.splits=[valid]"]
+        written(PLAIN),
+        ["task.limit=null", "report.trackers=[tensorboard]", "annotate.splits=[valid]"],
     )
     assert recipe.task.limit is None
-    assert recipe.report.tensorboard is True
+    assert recipe.report.trackers == ("tensorboard",)
     assert recipe.annotate.splits == ("valid",)
 
 

@@ -10,10 +10,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dsbs.annotation.backends import Price, Reply, Request, price_of, teacher_class
+from dsbs.annotation.backends import (
+    Price,
+    Reply,
+    Request,
+    price_of,
+    reply_tokens,
+    teacher_class,
+)
+from dsbs.annotation.backends.adaptation import reasoning_fields
+from dsbs.annotation.json_answer import response_format
 from dsbs.annotation.parse import label_logprob, read_sample
 from dsbs.annotation.shards import Shard
-from dsbs.annotation.store import ReplyStore, request_keys, token_budget
+from dsbs.annotation.store import ReplyStore, request_key, token_budget
 from dsbs.annotation.vote import majority, samples_needed
 from dsbs.config import Recipe
 from dsbs.errors import UserError
@@ -117,14 +126,19 @@ class Annotator:
         body: dict[str, Any] = {
             "model": teacher.model,
             **self.renderer.render(example, hint=hint).body(teacher.endpoint),
-            "max_tokens": annotate.max_tokens,
+            "max_tokens": reply_tokens(self.recipe),
             "temperature": annotate.temperature,
         }
         if teacher.endpoint == "completions" and self.prompt.stop:
             body["stop"] = list(self.prompt.stop[:_MAX_STOPS])
+        if annotate.format == "json" and teacher.endpoint == "chat":
+            body["response_format"] = response_format(self.task)
         if annotate.logprobs:
             body["logprobs"] = {"chat": True, "completions": 1}[teacher.endpoint]
+        body |= reasoning_fields(teacher.reasoning_effort, teacher.served_by[0].base_url)
         body |= teacher.extra_body
+        if annotate.max_tokens is None and "max_completion_tokens" in teacher.extra_body:
+            body["max_tokens"] = None
         return {name: value for name, value in body.items() if value is not None}
 
     # --- replies
@@ -230,13 +244,14 @@ class Annotator:
 
     def look_up(self, store: ReplyStore | None, request: Request) -> tuple[str, Reply | Reason]:
         """A request's key with its stored reply, or the reason why there is none."""
-        keys = request_keys(request, self.identities)
         if store is None:
-            return keys[0], "no-reply"
-        stored = store.find(keys, token_budget(request.body), raw=self.recipe.annotate.logprobs)
+            return request_key(request.body, self.identities[0], request.sample), "no-reply"
+        keys = store.keys(request, self.identities)
+        tokens = token_budget(request.body)
+        stored = store.find(keys.all, tokens, raw=self.recipe.annotate.logprobs)
         if stored is not None:
             return stored
-        return keys[0], "refused" if store.is_refused(keys) else "no-reply"
+        return keys.now[0], "refused" if store.is_refused(keys.now) else "no-reply"
 
     def stored_replies(self, store: ReplyStore, example: Example) -> RowReplies:
         """A row's stored replies, gone through in the order in which they were requested."""

@@ -23,7 +23,7 @@ from dsbs.annotation.endpoint_pool import (
     StoppedError,
     StopSignal,
 )
-from dsbs.annotation.store import ReplyStore, request_keys, token_budget
+from dsbs.annotation.store import ReplyStore, RequestKeys, token_budget
 from dsbs.annotation.summary import SplitSummary
 from dsbs.annotation.vote import majority
 from dsbs.errors import DsbsError, PartialError, UserError
@@ -104,6 +104,8 @@ class Requester:
         self.retry_refused = retry_refused
         self.max_in_flight = min(teacher.max_in_flight(recipe), recipe.annotate.concurrency)
         self.identities = [endpoint.identity for endpoint in teacher.endpoints]
+        for endpoint in teacher.endpoints:
+            store.adapt(endpoint, recipe.teacher.model, progress.say)
         self.stop_signal = StopSignal()
         self.pool = EndpointPool(
             teacher.endpoints, self.max_in_flight, self.stop_signal, progress.say
@@ -223,16 +225,16 @@ class Requester:
 
     async def _request(self, request: Request, summary: SplitSummary) -> tuple[str, Reply | Reason]:
         """A request's key with its reply, stored or bought, or the reason why there is none."""
-        keys = request_keys(request, self.identities)
+        keys = self.store.keys(request, self.identities)
         tokens = token_budget(request.body)
-        stored = self.store.find(keys, tokens, raw=self.annotator.recipe.annotate.logprobs)
+        stored = self.store.find(keys.all, tokens, raw=self.annotator.recipe.annotate.logprobs)
         if stored is not None:
             summary.cached += 1
             self.budget.count_stored(stored[1])
             return stored
-        first_key = keys[0]
+        first_key = keys.now[0]
         if first_key in self.unconfirmed_refusals or (
-            not self.retry_refused and self.store.is_refused(keys)
+            not self.retry_refused and self.store.is_refused(keys.now)
         ):
             return first_key, "refused"
         if first_key in self.pending_keys:  # another row makes the very same request
@@ -247,7 +249,7 @@ class Requester:
             self.pending_keys.pop(first_key).set()
 
     async def _buy(
-        self, request: Request, keys: list[str], tokens: int, summary: SplitSummary
+        self, request: Request, keys: RequestKeys, tokens: int, summary: SplitSummary
     ) -> tuple[str, Reply | Reason]:
         """Buy one reply and commit it, or return the reason why there is none."""
 
@@ -268,16 +270,17 @@ class Requester:
             )
         except RejectedError as error:
             self.last_failure = str(error)
-            self._record_refusal(keys[0], str(error))
-            return keys[0], "refused"
+            self._record_refusal(keys.now[0], str(error))
+            return keys.now[0], "refused"
         except ExhaustedError as error:
             self.last_failure = str(error)
             self.failures_in_a_row += 1
             self._stop_if_down(error)
-            return keys[0], "no-reply"
+            return keys.now[0], "no-reply"
         finally:
             self.budget.release(reserved)
-        key = keys[self.pool.states.index(state)]
+        keys = self.store.keys(request, self.identities)  # its form may have been adapted
+        key = keys.now[self.pool.states.index(state)]
         self.store.put(key, tokens, state.endpoint.identity, teacher.model, request.sample, reply)
         self.failures_in_a_row = 0
         self.has_answered = True

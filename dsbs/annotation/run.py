@@ -106,6 +106,7 @@ def annotate(
                 elif buying == "batch":
                     stopped = buy_batches(annotator, store, run, summaries, progress)
                 _derive(annotator, store, run, summaries)
+                record["adaptations"] = _adaptations(annotator, store)
         record["splits"] = {split: summary.as_json() for split, summary in summaries.items()}
         if stopped is not None:
             raise stopped
@@ -129,6 +130,15 @@ def _manifest_entries(annotator: Annotator, teacher: Teacher | None) -> dict[str
         entries |= teacher.manifest_entries()
     entries["shard"] = None if annotator.shard is None else str(annotator.shard)
     return entries
+
+
+def _adaptations(annotator: Annotator, store: ReplyStore) -> dict[str, list[str]]:
+    """How each endpoint's requests differ from the recipe's, because it refused something."""
+    model = annotator.recipe.teacher.model
+    return {
+        identity: [str(change) for change in store.adaptation(identity, model).changes]
+        for identity in annotator.identities
+    }
 
 
 def _derive(

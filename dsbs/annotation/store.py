@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from dsbs.annotation.backends import Reply, Request
+from dsbs.annotation.backends import Endpoint, Reply, Request
+from dsbs.annotation.backends.adaptation import Adaptation, Change
 from dsbs.errors import PartialError, UserError
 from dsbs.files import allocate, canonical_json, digest, now
 from dsbs.run_folder import RunFolder
@@ -31,6 +33,14 @@ CREATE TABLE IF NOT EXISTS replies (
     seconds REAL,                    -- from sending to receiving
     PRIMARY KEY (key, max_tokens)
 );
+CREATE TABLE IF NOT EXISTS adaptations (
+    endpoint TEXT NOT NULL,
+    model TEXT NOT NULL,
+    name TEXT NOT NULL,              -- of a parameter that the endpoint refuses for the model
+    replacement TEXT NOT NULL,       -- its name or value instead; empty: it is left out
+    created TEXT NOT NULL,
+    PRIMARY KEY (endpoint, model, name, replacement)
+);
 CREATE TABLE IF NOT EXISTS refusals (
     key TEXT PRIMARY KEY,
     said TEXT NOT NULL,              -- the endpoint's message
@@ -52,15 +62,30 @@ _RESERVE_PER_REPLY = 32 << 10  # bytes for each reply in flight when the disk fi
 _MIN_RESERVE = 1 << 20
 
 
-def request_keys(request: Request, identities: Sequence[str]) -> list[str]:
-    """The key of a request's reply at each endpoint.
+def request_key(body: Mapping[str, Any], identity: str, sample: int) -> str:
+    """The key of the reply to a request at an endpoint.
 
-    It covers the whole body except the token budget, the endpoint, and the sample's index.
+    It covers the whole body as it is sent, except the token budget; the endpoint; and the sample's
+    index.
     """
-    body = canonical_json(
-        {name: value for name, value in request.body.items() if name not in _BUDGET_FIELDS}
-    )
-    return [digest(body, identity, str(request.sample)) for identity in identities]
+    keyed = {name: value for name, value in body.items() if name not in _BUDGET_FIELDS}
+    return digest(canonical_json(keyed), identity, str(sample))
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKeys:
+    """The keys of a request's replies.
+
+    ``now``: at each endpoint, in the form in which it would be sent to it. ``earlier``: in the
+    forms before something in them was refused.
+    """
+
+    now: list[str]
+    earlier: list[str]
+
+    @property
+    def all(self) -> list[str]:
+        return self.now + self.earlier
 
 
 def token_budget(body: Mapping[str, Any]) -> int:
@@ -90,6 +115,7 @@ class ReplyStore:
         self.path = path
         self._reserve = path.with_name(f".{path.name}.reserve")
         self._holds_reserve = False
+        self._adaptations: dict[tuple[str, str], Adaptation] = {}
         self._fallback: sqlite3.Connection | None = None
         try:
             # one thread at a time uses it, not always the one that opened it
@@ -144,6 +170,32 @@ class ReplyStore:
                     return key, Reply(*row)
         return None
 
+    def keys(self, request: Request, identities: Sequence[str]) -> RequestKeys:
+        """The keys of a request's replies at the endpoints."""
+        current = []
+        earlier = []
+        for identity in identities:
+            adaptation = self.adaptation(identity, request.body.get("model"))
+            present, *past = adaptation.forms(request.body)
+            current.append(request_key(present, identity, request.sample))
+            earlier += [request_key(form, identity, request.sample) for form in past]
+        return RequestKeys(current, earlier)
+
+    def adaptation(self, endpoint: str, model: str | None) -> Adaptation:
+        """How an endpoint's requests for a model are adapted: one object, which may still learn."""
+        key = (endpoint, str(model))
+        if key not in self._adaptations:
+            changes: dict[Change, None] = {}
+            for db in self._readable():
+                for name, replacement in db.execute(
+                    "SELECT name, replacement FROM adaptations WHERE endpoint = ? AND model = ?"
+                    " ORDER BY rowid",
+                    key,
+                ):
+                    changes[Change(name, replacement or None)] = None
+            self._adaptations[key] = Adaptation(tuple(changes))
+        return self._adaptations[key]
+
     def is_refused(self, keys: Sequence[str]) -> bool:
         """Whether an endpoint has refused one of ``keys`` for good."""
         return any(
@@ -157,6 +209,16 @@ class ReplyStore:
         marks = ", ".join("?" * len(endpoints))
         query = f"SELECT 1 FROM replies WHERE model IS ? AND endpoint IN ({marks}) LIMIT 1"
         return any(db.execute(query, (model, *endpoints)).fetchone() for db in self._readable())
+
+    def mean_completion_tokens(self, endpoints: Sequence[str], model: str | None) -> float | None:
+        """Mean completion tokens of these endpoints' replies for this model; None: not counted."""
+        marks = ", ".join("?" * len(endpoints))
+        mean: float | None = self._db.execute(
+            "SELECT avg(completion_tokens) FROM replies"
+            f" WHERE model IS ? AND endpoint IN ({marks})",
+            (model, *endpoints),
+        ).fetchone()[0]
+        return mean
 
     def mean_seconds(self, endpoints: Sequence[str], model: str | None) -> float | None:
         """Mean seconds of an online reply of these endpoints and this model; None: none yet."""
@@ -204,6 +266,21 @@ class ReplyStore:
             f"INSERT OR REPLACE INTO replies ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row
         )
 
+    def adapt(self, endpoint: Endpoint, model: str | None, say: Callable[[str], None]) -> None:
+        """Let an endpoint begin with the form that it accepted before; keep what it learns."""
+        endpoint.adaptation = self.adaptation(endpoint.identity, model)
+        for change in endpoint.adaptation.changes:
+            say(f"{endpoint.name}: {change}, as in an earlier command")
+
+        def keep(change: Change) -> None:
+            self._commit(
+                "INSERT OR IGNORE INTO adaptations VALUES (?, ?, ?, ?, ?)",
+                (endpoint.identity, str(model), change.name, change.replacement or "", now()),
+            )
+            say(f"{endpoint.name} does not take {change.name}: {change} from now on")
+
+        endpoint.adaptation.on_change = keep
+
     def refuse(self, key: str, message: str) -> None:
         """Record that an endpoint will never answer this request: no later run asks again."""
         self._commit("INSERT OR REPLACE INTO refusals VALUES (?, ?, ?)", (key, message, now()))
@@ -220,6 +297,11 @@ class ReplyStore:
             )
             copied = self._db.total_changes - before
             self._commit("INSERT OR IGNORE INTO refusals SELECT * FROM other.refusals", ())
+            self._commit(
+                "INSERT OR IGNORE INTO adaptations SELECT * FROM other.adaptations ORDER BY rowid",
+                (),
+            )
+            self._adaptations.clear()
         finally:
             self._db.execute("DETACH other")
         return copied

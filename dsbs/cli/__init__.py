@@ -28,6 +28,7 @@ COMMANDS = {
     "predict": "dsbs.cli.predict:predict",
     "compress": "dsbs.cli.compress:compress",
     "export": "dsbs.cli.export:export",
+    "push": "dsbs.cli.push:push",
     "serve": "dsbs.cli.serve:serve",
     "ls": "dsbs.cli.ls:ls",
     "show": "dsbs.cli.show:show",

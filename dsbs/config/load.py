@@ -27,6 +27,7 @@ KeyPath = tuple[str | int, ...]
 REMOVED_KEYS = {
     "eval.simulator": "the simulator was removed; leave it out: eval.rationales: true measures "
     "rationales by ROUGE-L and by their agreement with the label",
+    "report.tensorboard": "replaced by report.trackers: [tensorboard]",
 }
 
 
@@ -367,7 +368,8 @@ def _current(recipe: Mapping[str, Any]) -> dict[str, Any]:
     versions.
     """
     values: dict[str, Any] = dict(recipe)
-    for name in ("teacher", "eval", "train"):
+    values.setdefault("report", {})
+    for name in ("teacher", "eval", "train", "report"):
         if isinstance(values.get(name), dict):
             values[name] = dict(values[name])
         else:
@@ -376,7 +378,9 @@ def _current(recipe: Mapping[str, Any]) -> dict[str, Any]:
         values["teacher"].pop("base_url", None)
     for removed in REMOVED_KEYS:
         section, _, key = removed.partition(".")
-        values[section].pop(key, None)
+        removed_value = values[section].pop(key, None)
+        if key == "tensorboard" and removed_value:
+            values[section]["trackers"] = ["tensorboard"]
     values["train"]["terms"] = [_current_term(term) for term in values["train"].get("terms", ())]
     return values
 

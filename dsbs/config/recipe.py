@@ -13,6 +13,7 @@ from dsbs.config.teacher import AnnotateSection, TeacherSection
 from dsbs.config.train import ResolvedTrainSection, TrainSection, base_of
 from dsbs.files import FILE_NAME, canonical_json, check_file_name, digest
 
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 _OWN_DATA_TASKS = ("classification", "generation")
 
 
@@ -228,8 +229,10 @@ class EvalSection(Section):
 class ReportSection(Section):
     """Additional outputs."""
 
-    tensorboard: bool = False
-    """Also write TensorBoard event files beside every student."""
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(as_tuple)] = ()
+    """Where training curves go besides metrics.jsonl. tensorboard writes event files beside every
+    student. mlflow, wandb and trackio get one run per student from transformers, and are set up by
+    their own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE, …). Each needs its package."""
     tensorboard_samples: int = Field(4, ge=0)
     """Validation rows whose predictions TensorBoard shows at every validation. 0: none."""
     tensorboard_graph: bool = False
@@ -237,9 +240,10 @@ class ReportSection(Section):
 
     @model_validator(mode="after")
     def _graph_needs_tensorboard(self) -> ReportSection:
-        if self.tensorboard_graph and not self.tensorboard:
+        if self.tensorboard_graph and "tensorboard" not in self.trackers:
             raise ValueError(
-                "report.tensorboard_graph is for TensorBoard; set report.tensorboard: true as well"
+                "report.tensorboard_graph is for TensorBoard; set report.trackers: [tensorboard] "
+                "as well"
             )
         return self
 

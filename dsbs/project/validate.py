@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsbs.annotation.backends import make_teacher, teacher_class
+from dsbs.annotation.backends import make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
@@ -388,13 +388,14 @@ def _context_warnings(
         context = teacher_class(recipe.teacher.kind).default_context_tokens
     if context is None:
         return []
-    budget = context - recipe.annotate.max_tokens
+    tokens = reply_tokens(recipe)
+    budget = context - tokens
     lengths = [len(renderer.render(row).text) // 4 for row in rows]
     too_long = sum(length > budget for length in lengths)
     if not too_long:
         return []
     return [
         f"prompt: {too_long} of {count(len(lengths), 'prompt')} (the longest has about "
-        f"{max(lengths)} tokens) and annotate.max_tokens {recipe.annotate.max_tokens} "
+        f"{max(lengths)} tokens) and annotate.max_tokens {tokens} "
         f"do not fit a context of {context} tokens"
     ]

@@ -54,7 +54,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 # Files of transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and llama.cpp.
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     "model*.safetensors",
     "pytorch_model*.bin",
     "model*.bin",
@@ -69,10 +69,10 @@ _WEIGHT_FILES = (
 
 def weights_megabytes(student_path: str | Path) -> float:
     """Size of a student's weight files in units of 10^6 bytes. Raises UserError where none is."""
-    files = {file for pattern in _WEIGHT_FILES for file in Path(student_path).glob(pattern)}
+    files = {file for pattern in WEIGHT_FILES for file in Path(student_path).glob(pattern)}
     if not files:
         raise UserError(
-            f"{student_path} has no weights ({' or '.join(_WEIGHT_FILES)})",
+            f"{student_path} has no weights ({' or '.join(WEIGHT_FILES)})",
             hint="train that student again",
         )
     return sum(file.stat().st_size for file in files) / 1e6

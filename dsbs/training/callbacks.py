@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -249,6 +252,54 @@ class KeepZeros(TrainerCallback):
             parameter.data.masked_fill_(mask.to(parameter.device), 0.0)
 
 
+def check_trackers(recipe: Recipe) -> None:
+    """Raises UserError where a tracker's package is missing."""
+    for tracker in recipe.report.trackers:
+        module = "torch.utils.tensorboard" if tracker == "tensorboard" else tracker
+        with needs_extra(tracker, f"report.trackers: [{tracker}]"):
+            import_module(module)
+
+
+def remote_trackers(recipe: Recipe) -> list[str]:
+    """The trackers that transformers logs to; TensorBoard has a logger of its own."""
+    return [tracker for tracker in recipe.report.trackers if tracker != "tensorboard"]
+
+
+@contextmanager
+def tracked(recipe: Recipe) -> Iterator[None]:
+    """One training, which is one run of each tracker: named after the recipe, and ended even if the
+    training fails. A run that the caller has started goes on.
+
+    transformers sends the training's arguments and the model's configuration, never the recipe.
+    """
+    names = {
+        variable: recipe.name
+        for variable in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME")
+        if variable not in os.environ
+    }
+    runs = {name: _tracker_run(name) for name in remote_trackers(recipe)}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for variable in names:
+            del os.environ[variable]
+        for name, run_before in runs.items():
+            if run_before is None and _tracker_run(name) is not None:
+                module: Any = import_module(name)
+                module.end_run() if name == "mlflow" else module.finish()
+
+
+def _tracker_run(name: str) -> Any:
+    """A tracker's active run, or None."""
+    module: Any = import_module(name)
+    if name == "mlflow":
+        return module.active_run()
+    if name == "trackio":
+        return module.context_vars.current_run.get()
+    return module.run
+
+
 class TensorBoardLogger(TrainerCallback):
     """Writes TensorBoard events: metrics, sample predictions, the recipe, the graph on request.
 
@@ -268,7 +319,7 @@ class TensorBoardLogger(TrainerCallback):
         data: Data,
         new_model: Callable[[], Any],
     ) -> None:
-        with needs_extra("tensorboard", "report.tensorboard"):
+        with needs_extra("tensorboard", "report.trackers: [tensorboard]"):
             from torch.utils.tensorboard import SummaryWriter
         self._metrics = metrics
         self._student = student

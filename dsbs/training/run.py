@@ -65,6 +65,10 @@ def train(
     specs = grid(recipe.train)
     check_terms(recipe.train, task, specs)
     data = gather(recipe, task, run, specs)
+    if recipe.report.trackers:
+        from dsbs.training.callbacks import check_trackers
+
+        check_trackers(recipe)
     _check_precision(recipe)
     _check_processes(recipe)
     check_student(recipe)

@@ -33,9 +33,18 @@ Batch = Mapping[str, PackedBatch]
 
 
 def training_arguments(
-    section: ResolvedTrainSection, folder: Path, seed: int, *, batch_size: int, eval_steps: int
+    section: ResolvedTrainSection,
+    folder: Path,
+    seed: int,
+    *,
+    batch_size: int,
+    eval_steps: int,
+    tracking: Mapping[str, Any] | None = None,
 ) -> Seq2SeqTrainingArguments:
-    """The stock trainer's arguments; ``batch_size`` is of one process's forward pass."""
+    """The stock trainer's arguments; ``batch_size`` is of one process's forward pass.
+
+    ``tracking`` names the trackers (``report_to``), project and run. None: no tracker.
+    """
     schedule: str = section.schedule
     if schedule == "constant":
         schedule = "constant_with_warmup"  # the plain constant one ignores warm-up
@@ -63,7 +72,7 @@ def training_arguments(
         bf16=section.precision != "fp32" and supports_bf16(),
         seed=seed,
         data_seed=seed,
-        report_to=[],
+        **({"report_to": []} if tracking is None else tracking),
         disable_tqdm=True,
         use_cpu=device() == "cpu",
     )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dsbs import UserError
-from dsbs.annotation.backends import Reply, Request
-from dsbs.annotation.store import ReplyStore, request_keys, token_budget
+from dsbs.annotation.backends import Reply
+from dsbs.annotation.store import ReplyStore, request_key, token_budget
 
 BODY: dict[str, Any] = {
     "model": "m",
@@ -21,7 +21,7 @@ BODY: dict[str, Any] = {
 
 
 def key(sample: int = 0, identity: str = "http://a#chat", **changes: Any) -> str:
-    return request_keys(Request(BODY | changes, sample), [identity])[0]
+    return request_key(BODY | changes, identity, sample)
 
 
 def test_a_key_covers_everything_sent_except_the_token_budget() -> None:

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
 
+from dsbs.annotation.backends.adaptation import Adaptation
 from dsbs.config import Recipe, TeacherSection
 from dsbs.config.registry import TEACHERS, entry
 from dsbs.errors import UserError
 from dsbs.records import Annotation, Example, Provenance
 
 Lane = Literal["online", "batch"]
+COMPLETION_TOKENS = 256  # of a model that continues a text: it does not think
 Failure = Literal["throttled", "server error", "connection", "timeout", "unreadable"]
 
 
@@ -77,6 +79,7 @@ class Endpoint(Protocol):
 
     ``identity`` identifies it in the replies' keys, ``name`` in messages. ``weight`` is its share
     of the requests. ``rpm`` and ``tpm`` cap requests and tokens per minute (None: no cap).
+    ``adaptation`` is the form of the requests that it accepts, as far as it is known.
     """
 
     identity: str
@@ -84,6 +87,7 @@ class Endpoint(Protocol):
     weight: float
     rpm: float | None
     tpm: float | None
+    adaptation: Adaptation
 
     async def complete(self, request: Request) -> Reply:
         """Answer one request.
@@ -105,6 +109,7 @@ class Teacher(Protocol):
     is_asked: ClassVar[bool] = True  # False: its annotations are read from disk
     provenance: ClassVar[Provenance] = "own"  # of its rationales
     default_context_tokens: ClassVar[int | None] = None  # of one request; None: not known
+    default_reply_tokens: ClassVar[int] = 256  # of a chat reply, where the recipe does not say
     takes_batches: ClassVar[bool] = False  # whether its endpoint may have the OpenAI Batch API
 
     endpoints: Sequence[Endpoint] = ()
@@ -167,6 +172,7 @@ class LocalTeacher(Teacher):
     def __init__(self, recipe: Recipe) -> None:
         self.identity = self.identities(recipe)[0]
         self.name = str(recipe.teacher.model)
+        self.adaptation = Adaptation()
         self.endpoints = (self,)
 
     async def complete(self, request: Request) -> Reply:
@@ -181,6 +187,24 @@ def teacher_class(kind: str) -> type[Teacher]:
 def make_teacher(recipe: Recipe) -> Teacher:
     """The recipe's teacher, ready to be asked or read. Raises UserError."""
     return teacher_class(recipe.teacher.kind)(recipe)
+
+
+def reply_tokens(recipe: Recipe) -> int:
+    """``annotate.max_tokens``, else a limit that reasoning does not use up.
+
+    It is 256 where the model continues a text (``endpoint: completions``), and at most a quarter of
+    the context where that is known.
+    """
+    if recipe.annotate.max_tokens is not None:
+        return recipe.annotate.max_tokens
+    teacher = recipe.teacher
+    kind = teacher_class(teacher.kind)
+    if teacher.endpoint == "completions":
+        return COMPLETION_TOKENS
+    context = teacher.context_tokens or kind.default_context_tokens
+    if context is None:
+        return kind.default_reply_tokens
+    return min(kind.default_reply_tokens, max(1, context // 4))
 
 
 # --- prices

@@ -26,6 +26,7 @@ from dsbs.annotation.backends import (
     Teacher,
     TransientError,
 )
+from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS, Adaptation
 from dsbs.annotation.thoughts import read_message
 from dsbs.config import EndpointSection, Recipe, TeacherSection
 from dsbs.errors import PartialError, UserError
@@ -42,6 +43,7 @@ class OpenAITeacher(Teacher):
 
     title = "OpenAI-compatible"
     takes_batches = True
+    default_reply_tokens = DEFAULT_REPLY_TOKENS
 
     def __init__(self, recipe: Recipe) -> None:
         teacher = recipe.teacher
@@ -92,6 +94,7 @@ class OpenAIEndpoint:
         self, teacher: TeacherSection, endpoint: EndpointSection, key: str | None, identity: str
     ) -> None:
         self.identity = identity
+        self.adaptation = Adaptation()
         self.name = endpoint.base_url
         self.weight = endpoint.weight
         self.rpm = endpoint.rpm
@@ -113,13 +116,17 @@ class OpenAIEndpoint:
         timeout_s = self._teacher.timeout_s
         if self._session is None:
             self._session = _session(timeout_s, self._secret, self._url)
-        started = time.monotonic()
-        status, body, headers = await self._exchange(
-            self._session.post,
-            self._url,
-            timeout_s,
-            data=json.dumps(request.body, ensure_ascii=False).encode(),
-        )
+        while True:
+            started = time.monotonic()
+            sent = self.adaptation.apply(request.body)
+            status, body, headers = await self._exchange(
+                self._session.post,
+                self._url,
+                timeout_s,
+                data=json.dumps(sent, ensure_ascii=False).encode(),
+            )
+            if not self.adaptation.learn(status, body, sent, request.body):
+                break
         if status != 200:
             raise self.status_error(status, body, headers)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class TransformersTeacher(LocalTeacher):
     """One endpoint that gathers requests into batches. Raises UserError for a missing model."""
 
     title = "transformers"
+    default_reply_tokens = 1024
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -43,6 +44,9 @@ class TransformersTeacher(LocalTeacher):
             )
         self._batch_size = teacher.batch_size
         self._load(self.name, teacher.context_tokens, chat=teacher.endpoint == "chat")
+        self._max_reply_tokens: int | None = None
+        if recipe.annotate.max_tokens is None and self._limit:
+            self._max_reply_tokens = max(1, self._limit // 4)
         self._waiting: list[_WaitingRequest] = []
         self._runner: asyncio.Task[None] | None = None
 
@@ -112,6 +116,9 @@ class TransformersTeacher(LocalTeacher):
 
     async def complete(self, request: Request) -> Reply:
         """See ``Endpoint``."""
+        if self._max_reply_tokens is not None:
+            tokens = min(self._max_reply_tokens, int(request.body["max_tokens"]))
+            request = replace(request, body=request.body | {"max_tokens": tokens})
         text = self._text(request.body)
         prompt_tokens = len(self._tokenizer(text, add_special_tokens=not self._chat)["input_ids"])
         context_tokens = prompt_tokens
