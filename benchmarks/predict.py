@@ -4,7 +4,7 @@
     python benchmarks/predict.py --random t5-small --variants ct2-int8 ct2 --rows 200
 
 All variants run in one process on the same rows with the same number of threads. Agreement is the
-share of equal texts on rows of e-SNLI's test split (../shared/data). A call includes tokenisation.
+share of equal texts on rows of e-SNLI's test split (../shared/data). A call includes tokenization.
 Each round of a variant is between two rounds of transformers; a ratio is the mean of those two over
 the variant's. The median of the rounds is printed. A call has one row at batch 1, and 64 rows of
 similar length at batch 64. Target for ct2 int8: 98% agreement, 3 times faster at both batch sizes,

@@ -96,7 +96,7 @@ def test_exemplars_are_balanced_over_the_labels(name: str) -> None:
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_exemplars_of_cqa_favour_no_letter() -> None:
+def test_exemplars_of_cqa_favor_no_letter() -> None:
     places = [
         exemplar.input["choices"].index(exemplar.label) for exemplar in shipped("cqa").exemplars
     ]

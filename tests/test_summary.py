@@ -89,11 +89,11 @@ def test_a_reliable_difference_is_the_headline() -> None:
         "rows (95% CI [+5.0, +15.0])."
     )
     assert headline_details(both) == [
-        "p = .004 (exact McNemar test, Holm-corrected for all comparisons in this run)."
+        "The exact McNemar test gives p = .004, Holm-corrected for all comparisons in this run."
     ]
     worse = against_base(delta=-0.1, p_holm=0.0004)
     assert "10.0 points less accurate than finetune-gold" in headline(worse)
-    assert headline_details(worse)[0].startswith("p < .001 (")
+    assert headline_details(worse)[0].startswith("The exact McNemar test gives p < .001,")
 
 
 def test_a_headline_without_a_difference_says_how_many_rows_would_show_one() -> None:
@@ -113,7 +113,7 @@ def test_a_headline_without_a_difference_says_how_many_rows_would_show_one() -> 
 def test_the_details_have_the_p_value_and_what_would_go_unnoticed() -> None:
     details = headline_details(against_base(delta=0.02, p_holm=0.3))
     assert details == [
-        "p = .30 (exact McNemar test, Holm-corrected for all comparisons in this run).",
+        "The exact McNemar test gives p = .30, Holm-corrected for all comparisons in this run.",
         "With this test set, a difference below 8.1 points would usually go unnoticed (80% power).",
         "Finding no difference does not show that there is none.",
     ]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 HEADINGS = (
     "teacher",
     "label accuracy",
-    "to the first (Holm)",
+    "vs. the first",
     "parse rate",
     "price/rationale",
     "s/reply",

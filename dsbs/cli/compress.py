@@ -60,7 +60,7 @@ def compress(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Prune, factorise or quantise a student; fine-tune after each step and compare on valid."""
+    """Prune, factorize or quantize a student; fine-tune after each step and compare on valid."""
     from dsbs.compression import run as stage
 
     if dry_run:

@@ -46,7 +46,7 @@ def ls(
 def _print_runs(runs: list[RunState]) -> None:
     with_others = any(run.beside for run in runs)
     headings = ["run", "annotate", "train", "students", "eval", "last change"]
-    headings += ["headline", "accuracy", "to its baseline"]
+    headings += ["headline", "accuracy", "vs. its baseline"]
     if with_others:
         headings.insert(4, "other models")
     rows = []

@@ -7,7 +7,7 @@ from dsbs.formatting import count, percent
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Load the data, render the first prompt and tokenise; report truncation and unknown tokens.
+    """Load the data, render the first prompt and tokenize; report truncation and unknown tokens.
 
     Loads no model and sends no request.
     """

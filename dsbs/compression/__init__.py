@@ -36,7 +36,7 @@ class Examples(Protocol):
 class Step(Protocol):
     """One step of a chain."""
 
-    value: str  # the text after the name, normalised
+    value: str  # the text after the name, normalized
     heals: bool  # whether the result can be fine-tuned
     sparse: bool  # whether weights that are zero must stay zero from now on
     learns_from_rows: bool  # whether the step uses train rows

@@ -1,4 +1,4 @@
-"""Low-rank factorisation (``low-rank=SHARE``, ``low-rank=energy:SHARE``) of weight matrices.
+"""Low-rank factorization (``low-rank=SHARE``, ``low-rank=energy:SHARE``) of weight matrices.
 
 Truncated singular value decomposition gives the best approximation of a rank (Eckart and Young,
 1936). A matrix W (m, n) of rank r becomes the product (m, r)·(r, n), which has fewer weights only

@@ -125,7 +125,7 @@ def keep_units(model: Any, units: dict[str, Tensor]) -> Any:
 class DropLayers(WeightStep):
     """``drop-layers=SHARE``: keeps evenly spaced layers of encoder and decoder.
 
-    Shleifer and Rush, 2020, arXiv:2010.13002, initialise students in this way. The result can also
+    Shleifer and Rush, 2020, arXiv:2010.13002, initialize students in this way. The result can also
     be named in ``train.init``.
     """
 

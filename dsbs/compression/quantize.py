@@ -1,4 +1,4 @@
-"""Quantisation (``quantize=int8``, ``int16``, ``float16``): the last step of a chain, by an export.
+"""Quantization (``quantize=int8``, ``int16``, ``float16``): the last step of a chain, by an export.
 
 CTranslate2 where it is installed and supports the model. Otherwise PyTorch's dynamic int8, which
 keeps embeddings in float32.

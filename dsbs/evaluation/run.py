@@ -297,8 +297,8 @@ def _students_of_recipe(recipe: Recipe, task: Task, run: RunFolder) -> list[Trai
     ]
     if outdated:
         raise UserError(
-            f"{', '.join(outdated)}: trained with other settings, or on another teacher's "
-            "annotations, than this recipe's",
+            f"this recipe's settings or annotations have changed since the training of "
+            f"{', '.join(outdated)}",
             hint="run `dsbs train` with this recipe: students that fit are kept, others set aside",
         )
     return students

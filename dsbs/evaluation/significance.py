@@ -25,7 +25,7 @@ from dsbs.evaluation.bootstrap import (
     validated,
 )
 
-_MAX_DENOMINATOR = 12  # means over up to this many seeds are recognised as fractions
+_MAX_DENOMINATOR = 12  # means over up to this many seeds are recognized as fractions
 _MAX_MULTIPLICATIONS = 200_000_000  # for an exact p value: a tenth of a second
 _BATCH = 1_000_000  # signs in memory at once
 
@@ -63,7 +63,7 @@ def paired_difference(a: Scores, b: Scores, clusters: Clusters = None) -> Differ
         test = "mcnemar-exact"
     else:
         p, is_exact = permutation_test(units[:, 0])
-        test = "sign-flip permutation" if is_exact else "approximate randomisation"
+        test = "sign-flip permutation" if is_exact else "approximate randomization"
         if clusters is not None:
             test += " over clusters"
     return Difference(
@@ -105,7 +105,7 @@ def permutation_test(differences: Floats) -> tuple[float, bool]:
     The sign-flip test: if the systems were equal, each difference could as well have the opposite
     sign. Exact (Fisher, 1935, section 21) for few units, and where the differences are multiples
     of 1/k for some k up to 12, as means of right and wrong over k seeds are. Otherwise approximate
-    randomisation (Noreen, 1989) with 9,999 seeded draws of all signs, the observed one counted
+    randomization (Noreen, 1989) with 9,999 seeded draws of all signs, the observed one counted
     with them. For differences of 0 and 1 this is McNemar's exact test.
     """
     sizes = np.sort(np.abs(differences))  # sorted: the draws do not depend on the order of units

@@ -54,7 +54,7 @@ class Exported(BaseModel):
     """Fingerprint of the student's files."""
     format: Format
     quantize: str
-    """float32: not quantised."""
+    """float32: not quantized."""
     megabytes: float
     """Size of the weight files."""
     student_megabytes: float

@@ -1,4 +1,4 @@
-"""CTranslate2 format: for a compiled runtime on CPU or GPU, in float32 or quantised."""
+"""CTranslate2 format: for a compiled runtime on CPU or GPU, in float32 or quantized."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Ct2Format:
             loader = _decoder_loader(student.backend.model.config.model_type)
         else:
             loader = _t5_loader()
-        # The converter scales and quantises in the model's own memory.
+        # The converter scales and quantizes in the model's own memory.
         model = deepcopy(student.backend.model).to("cpu")
 
         class StudentConverter(Converter):  # type: ignore[misc]

@@ -189,14 +189,14 @@ def _pre_tokenizer(student: Student) -> str | None:
 
 
 def _check_tokenizer(student: Student, folder: Path) -> None:
-    """Raises DsbsError where llama.cpp tokenises a prompt differently from the student."""
+    """Raises DsbsError where llama.cpp tokenizes a prompt differently from the student."""
     exported = LlamaServerBackend.load(folder, student.card)
     input_format = student.backend.input_format  # type: ignore[attr-defined]
     prompt = input_format.head + _SAMPLE + input_format.tail
     (token_ids,) = input_format.read([_SAMPLE])
     if exported.tokenize(prompt) != token_ids:
         raise DsbsError(
-            f"llama.cpp tokenises the prompts of {student.card.name} differently, e.g. {prompt!r}",
+            f"llama.cpp tokenizes the prompts of {student.card.name} differently, e.g. {prompt!r}",
             hint="use --format ct2",
         )
 
@@ -227,7 +227,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
 def _interleave_halves(array: Any, heads: int) -> Any:
     """Interleave the two halves of each head's rows: (H·D, …) -> (H·D, …).
 
-    llama.cpp rotates neighbouring values, transformers a value of each half (Su et al., 2021,
+    llama.cpp rotates neighboring values, transformers a value of each half (Su et al., 2021,
     arXiv:2104.09864, eq. 34).
     """
     return (

@@ -83,7 +83,7 @@ class OnnxFormat:
         model.config.save_pretrained(folder)
         try:
             with _quiet_exporter():
-                # The quantiser transposes the head's matrix in place, so it needs a copy.
+                # The quantizer transposes the head's matrix in place, so it needs a copy.
                 _write_graphs(model, folder, untied=quantize != FLOAT32)
                 if quantize == "int8":
                     _quantize(folder)
@@ -110,7 +110,7 @@ def _quantize(folder: Path) -> None:
 
     for name in (ENCODER, DECODER):
         graph = onnx.load(folder / name)
-        del graph.graph.value_info[:]  # shapes that are wrong after quantisation
+        del graph.graph.value_info[:]  # shapes that are wrong after quantization
         quantize_dynamic(graph, folder / name, weight_type=QuantType.QInt8, per_channel=True)
 
 

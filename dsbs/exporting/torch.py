@@ -83,7 +83,7 @@ class TorchFormat:
             if quantize == "int8" and not _has_linear_layers(model):
                 raise UserError(
                     f"{student.card.name} is a {model.config.model_type}, whose matrices PyTorch "
-                    "does not quantise",
+                    "does not quantize",
                     hint="remove --quantize, or use --format ct2",
                 )
             return None

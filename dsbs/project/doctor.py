@@ -23,7 +23,7 @@ from dsbs.run_folder import RunFolder
 from dsbs.students.card import CARD
 from dsbs.students.weights import gguf_file, is_gguf
 from dsbs.tasks import make_task
-from dsbs.tasks.data import HUB
+from dsbs.tasks.tables import HUB
 
 LIST_TIMEOUT_S = 5.0  # for an endpoint to list its models
 
@@ -106,8 +106,8 @@ def _needed_extras(recipe: Recipe) -> Iterator[Check]:
         "lora": recipe.train.lora is not None,
         "gguf": model is not None and not recipe.train.init and is_gguf(model),
         "ray": recipe.annotate.engine == "ray",
-        "tensorboard": recipe.report.tensorboard,
     }
+    needs |= dict.fromkeys(recipe.report.trackers, True)
     teacher_extra = teacher_class(recipe.teacher.kind).extra
     if teacher_extra is not None:
         needs[teacher_extra] = True

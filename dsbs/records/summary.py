@@ -50,7 +50,7 @@ HEADINGS = (
 TEST_NAMES = {  # as results.json has them -> for people
     "mcnemar-exact": "exact McNemar test",
     "sign-flip permutation": "exact sign-flip permutation test",
-    "approximate randomisation": "approximate randomization test",
+    "approximate randomization": "approximate randomization test",
 }
 
 
@@ -149,7 +149,8 @@ def headline_details(results: Results) -> list[str]:
     comparison = system.versus[baseline]
     test = TEST_NAMES.get(comparison.test, comparison.test)
     details = [
-        f"{p_value(comparison.p_holm)} ({test}, Holm-corrected for all comparisons in this run)."
+        f"The {test} gives {p_value(comparison.p_holm)}, Holm-corrected for all comparisons in "
+        "this run."
     ]
     if is_reliable(comparison):
         return details

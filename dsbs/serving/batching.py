@@ -87,7 +87,7 @@ class Batcher(Generic[Item, Options, Answer]):
         self._to_model.put(None)
 
     async def ask(self, items: Sequence[Item], options: Options) -> list[Answer]:
-        """The answers to ``items``, in order. Cancelling takes the rows that wait out of the queue.
+        """The answers to ``items``, in order. Canceling takes the rows that wait out of the queue.
 
         Raises ApiError where too many rows wait (429) or the model fails on a row (500).
         """

@@ -172,7 +172,7 @@ class Prompts:
                 f"{self._format.template} template alone takes {template_tokens}",
                 hint="raise student.max_input_tokens, or use student.template: plain",
             )
-        # A prompt is tokenised whole, as other tools do. Head, text and tail are tokenised apart
+        # A prompt is tokenized whole, as other tools do. Head, text and tail are tokenized apart
         # only where the text is cut, or has special tokens that must stay text.
         prompts = [self._format.head + text + self._format.tail for text in texts]
         rows = self._tokenize(prompts, False)

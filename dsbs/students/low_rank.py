@@ -59,7 +59,7 @@ def replace(model: Any, ranks: Mapping[str, int]) -> None:
 def with_low_rank(base: type[Any]) -> type[Any]:
     """A subclass whose models have their configuration's low-rank pairs from the start.
 
-    Loading then finds them. The class keeps its base's name, by which training recognises a T5, and
+    Loading then finds them. The class keeps its base's name, by which training recognizes a T5, and
     a saved configuration its class.
     """
 

@@ -247,7 +247,7 @@ def _lost_characters(
     tokenizer: Any, texts: Sequence[str]
 ) -> tuple[_LostCharacters, _LostCharacters]:
     """The characters without a token, and those that are read as blank."""
-    # The tokenizer normalises texts in the same way.
+    # The tokenizer normalizes texts in the same way.
     normalized = [text if text.isascii() else unicodedata.normalize("NFKC", text) for text in texts]
     characters = sorted(set[str]().union(*normalized) - {" "})
     unknown = _LostCharacters(set())

@@ -1,4 +1,4 @@
-"""Training methods: one record each, with views, needs, description and colour.
+"""Training methods: one record each, with views, needs, description and color.
 
 Every method is a set of views trained with one weighted loss. The prefixes are those of the
 published code (google-research/distilling-step-by-step): ``predict: `` and ``explain: `` where two
@@ -46,8 +46,8 @@ class Method:
     limitation: str | None = None
     """One sentence for the model card on how to read its rationales. None: it writes none."""
     citation: str = PAPER
-    colour: str
-    """Of its series in figures (Okabe and Ito, 2008: distinct for colour-blind readers)."""
+    color: str
+    """Of its series in figures (Okabe and Ito, 2008: distinct for color-blind readers)."""
 
 
 def _single_view(target: Target) -> Callable[[TrainSection], tuple[View, ...]]:
@@ -81,7 +81,7 @@ STEP_BY_STEP = Method(
         "Label and rationale are decoded separately: the rationale is not the reason for the "
         "label, however it reads."
     ),
-    colour="#D55E00",
+    color="#D55E00",
 )
 FINETUNE = Method(
     name="finetune",
@@ -89,7 +89,7 @@ FINETUNE = Method(
     views=_single_view("label"),
     labels=("gold",),
     description=f"It learned labels alone: standard fine-tuning, a baseline of {PAPER}.",
-    colour="#0072B2",
+    color="#0072B2",
 )
 DISTILL = Method(
     name="distill",
@@ -99,7 +99,7 @@ DISTILL = Method(
     description=(
         f"It learned the teacher's labels alone: standard distillation, a baseline of {PAPER}."
     ),
-    colour="#009E73",
+    color="#009E73",
 )
 # Label and rationale in one sequence: the paper's single-task ablation (section 4.4), both orders.
 RATIONALE_THEN_LABEL = Method(
@@ -115,7 +115,7 @@ RATIONALE_THEN_LABEL = Method(
         "The label is written after the rationale and depends on it; that does not make the "
         "rationale its cause."
     ),
-    colour="#CC79A7",
+    color="#CC79A7",
 )
 LABEL_THEN_RATIONALE = Method(
     name="label-then-rationale",
@@ -127,7 +127,7 @@ LABEL_THEN_RATIONALE = Method(
         f"{PAPER}."
     ),
     limitation="The rationale is written after the label, which did not depend on it.",
-    colour="#E69F00",
+    color="#E69F00",
 )
 
 

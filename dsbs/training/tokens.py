@@ -1,4 +1,4 @@
-"""Tokens: texts as ids, tokenised once for all students of a run and cached on disk.
+"""Tokens: texts as ids, tokenized once for all students of a run and cached on disk.
 
 Half a million examples are some 60 million ids: 240 MB as one array, 5 GB as Python lists.
 """
@@ -24,11 +24,11 @@ from dsbs.training.distributed import is_main_process
 Ids = Sequence[int] | NDArray[np.int32]
 
 _BATCH = 8192  # texts in one call: the tokenizer's objects for all of them would not fit
-_MIN_CACHED = 2000  # texts: fewer are tokenised faster than they are looked up
+_MIN_CACHED = 2000  # texts: fewer are tokenized faster than they are looked up
 
 
 class Tokens:
-    """All texts tokenised so far, each under an index: ``tokens[index]`` are its ids.
+    """All texts tokenized so far, each under an index: ``tokens[index]`` are its ids.
 
     ``folder`` caches them for later runs (None: no cache). A file there is named by a hash of all
     that decides its ids; a damaged one is replaced, and one that cannot be written is skipped.
@@ -63,7 +63,7 @@ class Tokens:
     def indices(
         self, prefix: str, texts: Sequence[str], limit: int, *, target: bool = False
     ) -> NDArray[np.int32]:
-        """The indices of ``prefix + text``, cut at ``limit`` ids, tokenised where they are new.
+        """The indices of ``prefix + text``, cut at ``limit`` ids, tokenized where they are new.
 
         ``target``: whether the texts are targets, not inputs.
         """
@@ -90,7 +90,7 @@ class Tokens:
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The lengths and ids of texts, from the cache where they are in it."""
         if self._folder is None or len(texts) < _MIN_CACHED:
-            return self._tokenise(prefix, texts, limit, target)
+            return self._tokenize(prefix, texts, limit, target)
         key = digest(
             self._tokenizer_identity(),
             *self.input_format.identity(target=target),
@@ -103,18 +103,18 @@ class Tokens:
         cached = _read(path, len(texts))
         if cached is not None:
             return cached
-        lengths, ids = self._tokenise(prefix, texts, limit, target)
+        lengths, ids = self._tokenize(prefix, texts, limit, target)
         if is_main_process():
             _write(path, lengths, ids)
         return lengths, ids
 
-    def _tokenise(
+    def _tokenize(
         self, prefix: str, texts: list[str], limit: int, target: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         lengths: list[int] = []
         ids = []
         encode = self.input_format.write if target else self.input_format.read
-        with running(self._progress, "tokenise", len(texts)):
+        with running(self._progress, "tokenize", len(texts)):
             for start in range(0, len(texts), _BATCH):
                 batch = [prefix + text for text in texts[start : start + _BATCH]]
                 rows = encode(batch, limit)
@@ -124,7 +124,7 @@ class Tokens:
         return np.array(lengths, np.int64), np.concatenate(ids)
 
     def _tokenizer_identity(self) -> str:
-        """A hash of all that decides a text's ids: pieces, scores, normalisation, versions."""
+        """A hash of all that decides a text's ids: pieces, scores, normalization, versions."""
         if self._identity is None:
             state = json.loads(self._tokenizer.backend_tokenizer.to_str())
             for key in ("truncation", "padding"):  # left over from the last call

@@ -74,7 +74,7 @@ def test_only_a_stated_other_conclusion_contradicts(
         ("A parcel that is late is a delivery matter.", "Where is my parcel?", False),
     ],
 )
-def test_a_rationale_that_copies_an_exemplars_is_recognised(
+def test_a_rationale_that_copies_an_exemplars_is_recognized(
     rationale: str, question: str, expected: bool
 ) -> None:
     assert (

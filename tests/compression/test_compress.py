@@ -285,7 +285,7 @@ def test_healing_brings_back_what_was_lost_by_its_own_learning_rate(run: Path) -
     assert 0.0006 < max(rates) <= 0.002 / 3
 
 
-def test_a_quantised_student_is_the_last_of_its_chain_and_four_times_smaller(run: Path) -> None:
+def test_a_quantized_student_is_the_last_of_its_chain_and_four_times_smaller(run: Path) -> None:
     pytest.importorskip("ctranslate2")
     (record,) = compress(run / "train" / NAME, ["quantize=int8"], max_drop=1).steps
     assert record.before_healing is None and record.healing_steps == 0
@@ -298,7 +298,7 @@ def test_a_quantised_student_is_the_last_of_its_chain_and_four_times_smaller(run
         compress(folder, ["prune-ff=0.5"])
 
 
-def test_a_low_rank_student_is_quantised_by_torch_alone(run: Path) -> None:
+def test_a_low_rank_student_is_quantized_by_torch_alone(run: Path) -> None:
     (folder,) = compress(run / "train" / NAME, ["low-rank=0.25"], max_drop=1, heal_steps=0).folders
     with pytest.raises(UserError, match=r"low-rank"):
         compress(folder, ["quantize=int16"])
@@ -376,7 +376,7 @@ def test_a_dry_run_tells_the_chain_and_makes_nothing(run: Path) -> None:
     assert not (run / "compress").exists()
 
 
-def test_the_value_of_a_step_is_normalised() -> None:
+def test_the_value_of_a_step_is_normalized() -> None:
     texts = ("prune-ff=0.50", "low-rank=energy:.9", "quantize=int8")
     assert [read_step(text).value for text in texts] == ["0.5", "energy:0.9", "int8"]
 

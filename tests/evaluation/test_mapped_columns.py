@@ -1,4 +1,4 @@
-"""Rows as users have them: other column names, an unlabelled row; and mistakes in a recipe."""
+"""Rows as users have them: other column names, an unlabeled row; and mistakes in a recipe."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_mapped_column_works_in_every_stage(toy: Callable[..., Path], tmp_path
     assert result.returncode == 0 and "raw" in json.loads(result.stdout)
 
 
-def test_one_unlabelled_validation_row_costs_that_row_alone(
+def test_one_unlabeled_validation_row_costs_that_row_alone(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = [

@@ -141,7 +141,7 @@ def test_means_over_seeds_have_an_exact_p_value_where_patterns_are_too_many_to_l
     assert result.p == pytest.approx((np.abs(sums) >= abs(gaps.sum()) - 1e-9).mean(), abs=1e-12)
 
 
-def test_graded_scores_are_compared_by_approximate_randomisation() -> None:
+def test_graded_scores_are_compared_by_approximate_randomization() -> None:
     rng = np.random.default_rng(8)
     a = rng.random(400)
     b = np.clip(a + rng.normal(0.015, 0.2, 400), 0, 1)
@@ -155,7 +155,7 @@ def test_graded_scores_are_compared_by_approximate_randomisation() -> None:
         vectorized=True,
     )
     result = paired_difference(a, b)
-    assert result.test == "approximate randomisation"
+    assert result.test == "approximate randomization"
     assert result.p == pytest.approx(drawn.pvalue, abs=0.015)  # three standard errors of both draws
     assert 0.02 < result.p < 0.9
 

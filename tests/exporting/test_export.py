@@ -142,7 +142,7 @@ def test_an_int8_torch_export_counts_every_parameter_once(tmp_path: Path) -> Non
     student = make_student(tmp_path)
     done = export(student, "torch", quantize="int8", examples=ROWS)
     model = Student.load(student).backend.model
-    head = model.lm_head.weight.numel()  # tied in the student, a matrix of its own where quantised
+    head = model.lm_head.weight.numel()  # tied in the student, a matrix of its own where quantized
     assert (
         Student.load(done.path).backend.parameters
         == sum(p.numel() for p in model.parameters()) + head
@@ -259,7 +259,7 @@ def test_a_place_that_nothing_can_be_moved_to_is_told(
 
 def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path: Path) -> None:
     student = make_student(tmp_path)
-    partial = student / "export" / ".ct2-int8.partial"
+    partial = student / "export" / ".ct2-int8.partial" / "export"
     child = start_dsbs("export", str(student), "--format", "ct2")
     deadline = time.monotonic() + 200
     while (
@@ -283,7 +283,7 @@ def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path
     [
         (["--format", "tflite"], "unknown export format 'tflite'"),
         (["--format", "gguf"], "a seq2seq model, which the format gguf does not support"),
-        (["--quantize", "int4"], "has no quantisation 'int4'"),
+        (["--quantize", "int4"], "has no quantization 'int4'"),
         (["--examples", "nothing.txt"], "nothing.txt does not exist"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_float_export_writes_and_scores_as_transformers_does(
     ("form", "quantize"),
     [("ct2", "int8"), ("torch", "int8"), ("gguf", "q8_0"), ("gguf", "float16")],
 )
-def test_a_quantised_export_is_smaller_and_near(
+def test_a_quantized_export_is_smaller_and_near(
     tmp_path: Path, make: Make, form: str, quantize: str
 ) -> None:
     student = make(tmp_path)
@@ -210,7 +210,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_found_out(
 ) -> None:
     student = make(tmp_path)
     monkeypatch.setattr(gguf, "_pre_tokenizer", lambda student: "smollm")  # which parts digits
-    with pytest.raises(DsbsError, match="tokenises the prompts of s differently"):
+    with pytest.raises(DsbsError, match="tokenizes the prompts of s differently"):
         export(student, "gguf", examples=ROWS)
     assert not (student / "export" / "gguf-float16").exists()
 
@@ -244,7 +244,7 @@ def altered(student: Path, **changes: Any) -> Path:
             "a scaling of attention of its own",
             "torch",
         ),
-        ("torch", "int8", "gpt2", {}, "whose matrices PyTorch does not quantise", "ct2"),
+        ("torch", "int8", "gpt2", {}, "whose matrices PyTorch does not quantize", "ct2"),
     ],
 )
 def test_what_a_format_does_not_carry_is_refused_with_another_one(
@@ -285,7 +285,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
 
 
 @pytest.mark.parametrize(("kind", "form"), [("llama", "ct2"), ("gpt2", "ct2")])
-def test_compress_quantises_a_decoder_by_ctranslate2(
+def test_compress_quantizes_a_decoder_by_ctranslate2(
     tmp_path: Path, make: Make, kind: str, form: str
 ) -> None:
     assert Quantize("int8").export_format(make(tmp_path, kind)) == form

@@ -95,7 +95,7 @@ def test_words_shared_with_the_data_are_a_leak(exemplar: str, row: str, leaks: b
 
 
 def test_labels_that_are_missing_or_rare_are_told() -> None:
-    assert any("no exemplar is labelled billing" in w for w in warnings(GOOD[:1]))
+    assert any("no exemplar is labeled billing" in w for w in warnings(GOOD[:1]))
     assert any(
         "unbalanced" in w
         for w in warnings([*GOOD, *[(f"box {i}", "It is a box.", "shipping") for i in range(2)]])

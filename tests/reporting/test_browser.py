@@ -133,7 +133,7 @@ def test_text_from_data_is_shown_as_text(browser: Browser, report: Path) -> None
         first_box = first.bounding_box()
         second_box = second.bounding_box()
         assert first_box and second_box
-        assert first_box["x"] < second_box["x"], "a text does not turn its neighbours"
+        assert first_box["x"] < second_box["x"], "a text does not turn its neighbors"
 
 
 def test_filters_and_search_choose_rows(browser: Browser, report: Path) -> None:

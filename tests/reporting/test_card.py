@@ -74,7 +74,7 @@ def test_a_card_describes_the_training_and_the_results(folder: Path) -> None:
         "Data: train.jsonl, 800 training rows.",
         "learning rate 0.001",
         "It learned rationales from a-teacher (openai).",
-        "The terms of use and licences of these models,",
+        "The terms of use and licenses of these models,",
         "The mean over 2 seeds is 62.0% (95% CI \\[54.0, 70.0\\]).",
         "- step-by-step-gold: 7.0 points more accurate than finetune-gold "
         "(95% CI \\[+1.0, +13.0\\], p = .036).",
@@ -255,7 +255,7 @@ def test_a_card_names_additional_loss_terms_and_local_teachers(folder: Path) -> 
     assert "loss term soft: response, weight 0.5; loss term labels: labels, weight 1.0" in card
     assert "It learned label distributions from a-teacher (openai)." in card
     assert "compared it with local models: big." in card
-    assert "The terms of use and licences of these models," in card
+    assert "The terms of use and licenses of these models," in card
     assert "/secret" not in card
     tags = ModelCard.load(folder / "train" / "finetune-gold-s0" / "README.md").data.tags
     assert {"finetune", "soft", "labels"} <= set(tags)

@@ -358,11 +358,11 @@ def test_a_series_has_one_style_in_all_reports_and_no_two_are_alike(
     for title, style in few.items():
         assert many[title] == style
     assert len(many) == 11
-    assert len({style.marker for style in many.values()}) == 11, "distinct without colours"
+    assert len({style.marker for style in many.values()}) == 11, "distinct without colors"
     assert len({(style.color, str(style.line)) for style in many.values()}) == 11
 
 
-def test_a_method_with_terms_has_its_bases_colour_and_its_own_marker(tmp_path: Path) -> None:
+def test_a_method_with_terms_has_its_bases_color_and_its_own_marker(tmp_path: Path) -> None:
     names = [
         "finetune",
         "finetune+response",
@@ -382,15 +382,15 @@ def test_a_method_with_terms_has_its_bases_colour_and_its_own_marker(tmp_path: P
     assert others["finetune+response"] == styles["finetune+response"], "one style in all reports"
 
 
-def test_a_new_method_brings_its_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_method_brings_its_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.METHODS, "toy", "test_figures:TOY")
-    assert rename_methods(["toy", "finetune"], tmp_path)["toy"].color == TOY.colour
+    assert rename_methods(["toy", "finetune"], tmp_path)["toy"].color == TOY.color
 
 
 class TOY:
     """A method's record, as far as figures ask for it."""
 
-    colour = "#123456"
+    color = "#123456"
 
 
 def test_a_crowded_figure_keeps_the_headline_its_baseline_and_the_teacher(

@@ -41,11 +41,11 @@ def test_single_task_methods_have_no_prefix_and_step_by_step_has_the_published_o
         ]
 
 
-def test_every_method_is_registered_under_its_name_and_has_its_own_colour() -> None:
+def test_every_method_is_registered_under_its_name_and_has_its_own_color() -> None:
     methods = {name: method_of(name) for name in METHODS}
     assert all(method.name == name for name, method in methods.items())
     assert all(method.description and method.citation for method in methods.values())
-    assert len({method.colour for method in methods.values()}) == len(methods)
+    assert len({method.color for method in methods.values()}) == len(methods)
 
 
 SHOUTED = Method(
@@ -53,7 +53,7 @@ SHOUTED = Method(
     title="shouted",
     views=lambda _train: (View("label", "SHOUT: ", 1.0),),
     description="It learned labels after a prefix in capitals.",
-    colour="#112233",
+    color="#112233",
 )
 
 

@@ -1,4 +1,4 @@
-"""Texts are tokenised once: within a run for every student, and across runs from a cache."""
+"""Texts are tokenized once: within a run for every student, and across runs from a cache."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rows(count: int = 20) -> list[Row]:
     ]
 
 
-def test_ids_are_the_tokenizers_own_and_each_text_is_tokenised_once_whatever_asks_for_it(
+def test_ids_are_the_tokenizers_own_and_each_text_is_tokenized_once_whatever_asks_for_it(
     tmp_path: Path,
 ) -> None:
     tokenizer = Counting()
@@ -121,7 +121,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, harm: str) -> None:
     assert not third.texts, "and kept again"
 
 
-def test_another_limit_another_vocabulary_or_another_text_is_tokenised_anew(tmp_path: Path) -> None:
+def test_another_limit_another_vocabulary_or_another_text_is_tokenized_anew(tmp_path: Path) -> None:
     Tokens(Counting(), tmp_path).indices("", ["a man", "dogs"], 8)
     for tokenizer, texts, limit in (
         (Counting(), ["a man", "dogs"], 9),

@@ -1,8 +1,8 @@
 """Canvas: a matplotlib figure while it is drawn, and its export as an SVG for a page or a file.
 
-The colours of ink, grid and paper are CSS variables of the page (``--ink``, ``--mute``,
+The colors of ink, grid and paper are CSS variables of the page (``--ink``, ``--mute``,
 ``--line``, ``--paper``), so that a figure is readable in light and dark. Renderers without CSS
-variables use the light colours.
+variables use the light colors.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _text_element(tag: str, text: str, **attributes: str) -> ElementTree.Element
 
 
 def _set_style(element: ElementTree.Element) -> None:
-    """The page's colours as variables, with a plain attribute as fallback, and the page's font."""
+    """The page's colors as variables, with a plain attribute as fallback, and the page's font."""
     if "style" not in element.attrib:
         return
     declarations = []

@@ -356,7 +356,7 @@ def _is_drawable(key: str, value: Any) -> bool:
 
 
 def _thin(line: Line) -> Line:
-    """At most ``_MAX_POINTS`` points, each the mean of its neighbours."""
+    """At most ``_MAX_POINTS`` points, each the mean of its neighbors."""
     steps, values = line
     width = -(-len(steps) // _MAX_POINTS) or 1
     starts = range(0, len(steps), width)

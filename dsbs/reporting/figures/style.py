@@ -1,4 +1,4 @@
-"""Style: each series' colour, marker and line, and the axes and points that figures share."""
+"""Style: each series' color, marker and line, and the axes and points that figures share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_SYSTEMS = 6  # in one panel
-# Distinct for colour-blind readers (Okabe and Ito, 2008), each with its own marker for greyscale.
+# Distinct for color-blind readers (Okabe and Ito, 2008), each with its own marker for grayscale.
 _PALETTE = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "<", ">", "p", "h", "d")
 # Markers of methods with additional loss terms, in the order of the registry: (corners, 1, angle).
@@ -47,7 +47,7 @@ GREY = Style("", MUTE, "o")
 def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
     """A style for the title of every series, in the order of legends.
 
-    A registered method has the colour of its record. With additional loss terms it keeps the colour
+    A registered method has the color of its record. With additional loss terms it keeps the color
     and gets a star as marker. A method's second source of labels, and external systems, get what is
     left of the palette.
     """
@@ -61,7 +61,7 @@ def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
     order = sorted(
         methods, key=lambda title: (title in teachers, *_legend_key(methods[title]), title)
     )
-    colors = {name: registry.entry(registry.METHODS, name).colour for name in registry.METHODS}
+    colors = {name: registry.entry(registry.METHODS, name).color for name in registry.METHODS}
     free = _free_styles(set(colors.values()))
     stars: dict[str, list[int]] = {}  # by base method
     styled: set[str] = set()
@@ -91,7 +91,7 @@ def _legend_key(method: str) -> tuple[int, int]:
 
 
 def _free_styles(used_colors: set[str]) -> Iterator[Style]:
-    """Styles with colours and markers that no registered method has, then dashed ones."""
+    """Styles with colors and markers that no registered method has, then dashed ones."""
     colors = [color for color in _PALETTE if color not in used_colors]
     for number in count():
         marker = _MARKERS[(len(registry.METHODS) + number) % len(_MARKERS)]

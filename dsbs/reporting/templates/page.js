@@ -111,7 +111,7 @@
     return [...counts].sort((a, b) => b[1] - a[1]);
   }
 
-  // Right or wrong as a sign and a word, not by colour alone; for several seeds, how many were right.
+  // Right or wrong as a sign and a word, not by color alone; for several seeds, how many were right.
   function mark(system, row) {
     const share = score(system, row);
     if (share === null) return element("span", null, "–");

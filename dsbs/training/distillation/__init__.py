@@ -83,7 +83,7 @@ class TermInputs:
 
     @property
     def teacher_shares(self) -> list[float]:
-        """The teachers' weights, normalised to sum 1."""
+        """The teachers' weights, normalized to sum 1."""
         total = sum(self.teacher_weights)
         return [weight / total for weight in self.teacher_weights]
 
@@ -164,7 +164,7 @@ def ensemble_logprobs(
 ) -> Tensor:
     """Several teachers' logits (M, V) and relative weights -> (M, V) log-probabilities at T.
 
-    logprobs: the weighted mean of log-probabilities, renormalised. It is a geometric mean, so that
+    logprobs: the weighted mean of log-probabilities, renormalized. It is a geometric mean, so that
     a token needs all teachers' consent. probabilities: the logarithm of the weighted mean of
     probabilities, for which one teacher suffices.
     """

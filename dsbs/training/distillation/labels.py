@@ -94,7 +94,7 @@ def label_distribution_loss(scores: Tensor, target: Tensor, *, temperature: floa
     """scores (B, L), target (B, L) probabilities -> (): T² · Σ_b KL(p_b ‖ softmax(scores_b / T)).
 
     In nats. ``scores`` are the log-probabilities that the student gives each label's text. p is the
-    target softened alike: target^(1/T), normalised; what is 0 stays 0. A row of zeros has no target
+    target softened alike: target^(1/T), normalized; what is 0 stays 0. A row of zeros has no target
     and adds nothing.
     """
     from torch.nn.functional import kl_div

@@ -65,7 +65,7 @@ class DistillationLoss:
         self._projections: dict[str, list[tuple[Projection, Any]]] = {}
 
     def attach_projections(self, model: Any, seed: int) -> None:
-        """Give the student the projections that train with it, initialised from ``seed``.
+        """Give the student the projections that train with it, initialized from ``seed``.
 
         Checkpoints hold them, a finished student does not. torch's global generator, from which
         dropout is drawn, stays as it was. Raises UserError for a layer that a model does not have.

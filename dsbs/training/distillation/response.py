@@ -1,7 +1,7 @@
 """Response term: the student's token distributions against its local teachers'.
 
 Sources: Hinton et al. 2015, arXiv:1503.02531, section 2 (temperature, T²); Agarwal et al. 2024,
-arXiv:2306.13649, equation of D_JSD(β) (reverse and generalised Jensen-Shannon divergence).
+arXiv:2306.13649, equation of D_JSD(β) (reverse and generalized Jensen-Shannon divergence).
 
 A teacher's log-probabilities may be cached on disk: for each target token, the K likeliest tokens.
 Each file holds some rows, each under the hash of its input and target. Every student that learns
@@ -27,6 +27,7 @@ from dsbs.config import TrainSection
 from dsbs.config.sections import as_tuple
 from dsbs.files import atomic_write, canonical_json, digest
 from dsbs.progress import Progress, running
+from dsbs.students.weights import device
 from dsbs.tasks import Task
 from dsbs.training.distillation import Term, TermInputs, as_float, ensemble_logprobs
 from dsbs.training.distillation.local_teachers import (
@@ -154,7 +155,7 @@ def top_k_response_loss(
     """``response_loss`` over K tokens and one bucket for all others: student (M, V) logits -> ().
 
     ``ids`` and ``logprobs`` (M, K) are the teacher's K tokens for each target token and their
-    log-probabilities at T, normalised over all V. The bucket has the rest of 1 on each side:
+    log-probabilities at T, normalized over all V. The bucket has the rest of 1 on each side:
     KL is at most the full one (data-processing inequality), and the student learns how much
     probability the other tokens have, but not which. K = V is the full term.
     """
@@ -340,13 +341,15 @@ def _top_k_asker(
     """A function that runs the teachers on a batch and returns their ``top_k`` likeliest tokens."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runners = teacher_runners(teachers, views, section, device)
+    target_device = torch.device(device())
+    runners = teacher_runners(teachers, views, section, target_device)
     weights = [teacher.weight for teacher in teachers]
 
     def ask_teachers(batch: Mapping[str, PackedBatch]) -> dict[str, tuple[Tensor, Tensor]]:
         inputs: dict[str, PackedBatch] = {
-            view.target: batch[view.target].to(device) for view in views if view.target in batch
+            view.target: batch[view.target].to(target_device)
+            for view in views
+            if view.target in batch
         }
         answers: dict[str, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode():

@@ -293,7 +293,7 @@ def summed_losses(
             group_rows = [pass_rows[i] for i in group]
             logits = _group_logits(model, [row for _, row in group_rows])
             first = 0
-            # a group keeps the order of its rows, so that those of one view are neighbours
+            # a group keeps the order of its rows, so that those of one view are neighbors
             for view in dict.fromkeys(view for view, _ in group_rows):
                 target = torch.cat([row[1] for row_view, row in group_rows if row_view == view])
                 nll = summed_nll(logits[first : first + len(target)], target)

@@ -59,7 +59,7 @@ def test_a_certain_target_gives_the_cross_entropy_over_the_labels(temperature: f
     assert float(loss) == pytest.approx(float(expected))
 
 
-def test_the_scores_need_not_be_normalised() -> None:
+def test_the_scores_need_not_be_normalized() -> None:
     """The probability of texts that are no label is left out."""
     scores, target = scores_and_target()
     shifted = scores - torch.tensor([[0.0], [1.0], [7.0], [30.0]])
@@ -94,15 +94,15 @@ def test_a_temperature_near_one_is_the_loss_without_temperature() -> None:
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_high_temperature_has_the_gradient_of_matching_centred_logarithms() -> None:
+def test_a_high_temperature_has_the_gradient_of_matching_centered_logarithms() -> None:
     scores, target = scores_and_target()
     logarithms = target.log()
-    centred_scores = scores - scores.mean(-1, keepdim=True)
-    centred = centred_scores - (logarithms - logarithms.mean(-1, keepdim=True))
+    centered_scores = scores - scores.mean(-1, keepdim=True)
+    centered = centered_scores - (logarithms - logarithms.mean(-1, keepdim=True))
     scores.requires_grad_()
     label_distribution_loss(scores, target, temperature=1e4).backward()
     assert scores.grad is not None
-    np.testing.assert_allclose(scores.grad.numpy(), centred.detach().numpy() / 3, atol=1e-3)
+    np.testing.assert_allclose(scores.grad.numpy(), centered.detach().numpy() / 3, atol=1e-3)
 
 
 # --- distributions of annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ConfidenceTerm(Term):
-    """Penalise confident token predictions (Pereyra et al., 2017)."""
+    """Penalize confident token predictions (Pereyra et al., 2017)."""
 
     exponent: float = Field(1.0, gt=0)
     """Of the token's highest probability."""

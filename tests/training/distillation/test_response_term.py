@@ -142,7 +142,7 @@ def test_a_temperature_near_one_is_the_loss_without_temperature(divergence: Dive
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_high_temperature_has_the_gradient_of_matching_centred_logits() -> None:
+def test_a_high_temperature_has_the_gradient_of_matching_centered_logits() -> None:
     """Hinton et al. 2015, section 2.1: T² times equation 4, (z − v) / N for zero-mean logits."""
     student, teacher = (logits - logits.mean(dim=-1, keepdim=True) for logits in logits_pair())
     expected = (student - teacher) / VOCABULARY
@@ -309,7 +309,7 @@ def test_log_probabilities_rounded_to_16_bits_leave_the_bucket_finite(
     assert 0 <= float(loss.detach()) < 1e4
 
 
-def test_log_probabilities_that_rounding_left_below_one_are_normalised() -> None:
+def test_log_probabilities_that_rounding_left_below_one_are_normalized() -> None:
     student, teacher = logits_pair()
     logprobs, ids = teacher.log_softmax(-1).topk(VOCABULARY)
     loss = top_k_response_loss(
@@ -321,7 +321,7 @@ def test_log_probabilities_that_rounding_left_below_one_are_normalised() -> None
 # --- several teachers
 
 
-def test_an_ensemble_of_logprobs_is_the_renormalised_geometric_mean() -> None:
+def test_an_ensemble_of_logprobs_is_the_renormalized_geometric_mean() -> None:
     first, second = logits_pair()
     p, q = (softmax(logits.numpy() / 2.0, axis=-1) for logits in (first, second))
     geometric = p**0.25 * q**0.75

@@ -157,7 +157,7 @@ def test_dropout_has_the_right_share_and_mean(p: float) -> None:
     survives = output.detach() != 0
     assert float(survives.float().mean()) == pytest.approx(1 - p, abs=0.003)
     assert float(output.detach().mean()) == pytest.approx(1.0, abs=0.005)
-    # four neighbours are drawn from one random number and must still be independent
+    # four neighbors are drawn from one random number and must still be independent
     both_survive = (survives[:, :-1] & survives[:, 1:]).float().mean()
     assert float(both_survive) == pytest.approx((1 - p) ** 2, abs=0.004)
     output.sum().backward()
