@@ -8,6 +8,8 @@ it.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +25,8 @@ from dsbs.records import Example
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 from dsbs.tasks.templates import render
+
+_AMBIGUOUS_IN_LIST = re.compile(r"[,;\n\r]|^\s|[\s.:]$")
 
 
 def _as_list(value: Any) -> Any:
@@ -212,7 +216,7 @@ def zero_shot(recipe: Recipe, task: Task) -> Prompt:
     """A chain-of-thought prompt without exemplars, for tasks without a prompt file."""
     if task.labels is not None:
         goal = recipe.task.description or "Decide which label fits the text."
-        choice = f"The label is exactly one of: {', '.join(task.labels)}."
+        choice = _label_listing(task.labels)
         last = "Answer: <label>"
     else:
         goal = recipe.task.description or "Answer the question or do what the text asks."
@@ -226,6 +230,14 @@ def zero_shot(recipe: Recipe, task: Task) -> Prompt:
     if recipe.annotate.format == "text":
         instruction += f"Then write the answer on a last line of its own, in this form:\n{last}"
     return Prompt(instruction=instruction, template="Text: {{ text }}", stop=("\nText:",))
+
+
+def _label_listing(labels: Sequence[str]) -> str:
+    """The sentence that lists the labels; one per line where a list with commas is ambiguous."""
+    if not any(_AMBIGUOUS_IN_LIST.search(label) for label in labels):
+        return f"The label is exactly one of: {', '.join(labels)}."
+    lines = "\n".join(f"- {' '.join(label.split())}" for label in labels)
+    return f"The label is exactly one of these, each on a line of its own:\n{lines}"
 
 
 # Keys that do not change what the annotation of a row is. Every other key does.
