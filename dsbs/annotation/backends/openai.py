@@ -181,8 +181,10 @@ class OpenAIEndpoint:
             return None
         return TransientError("a reply without a text", "empty")
 
-    async def models(self, timeout_s: float) -> list[str] | None:
+    async def models(self, timeout_s: float) -> list[dict[str, Any]] | None:
         """The models that the endpoint lists (``GET {base_url}/models``, free); None: no list.
+
+        Each has an ``id``; other fields differ between providers.
 
         Raises what ``complete`` raises.
         """
@@ -198,7 +200,7 @@ class OpenAIEndpoint:
             models = json.loads(body)
             if isinstance(models, dict):  # some providers send a bare list
                 models = models["data"]
-            return [str(model["id"]) for model in models]
+            return [{**model, "id": str(model["id"])} for model in models]
         except (ValueError, KeyError, TypeError):
             raise TransientError(f"{url} is not a list of models", "unreadable") from None
 
