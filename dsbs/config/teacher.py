@@ -287,6 +287,9 @@ class AnnotateSection(Section):
     """
     min_rationale_words: int = Field(2, ge=0)
     """Minimum words of a rationale; shorter ones are rejected as too-short."""
+    format: Literal["text", "json"] = "text"
+    """The form of the replies. json: an object with rationale and label, constrained by a JSON
+    schema where the endpoint takes one."""
     rationale_from: Literal["visible", "reasoning"] = "visible"
     """Where the rationale is read. reasoning: the reasoning text that some models return beside the
     reply."""

@@ -41,7 +41,8 @@ BRACKETS = {
     "『": "』", "【": "】", "（": "）",
 }  # fmt: skip
 _FINAL = ".!;,:。！；，：、"
-_BULLET = re.compile(r"[-–—•>#:=]+\s+(?=\D)")
+# "- A", and "** A" of "**Answer:** A"
+_BULLET = re.compile(r"[-–—•>#:=]+\s+(?=\D)|[*_]+\s+")
 _LATEX = re.compile(r"\$*\\(?:boxed|text|textbf|mathrm)\{(.*)\}\$*")
 
 
@@ -232,13 +233,17 @@ def unwrapped(text: str, *, free: bool = False) -> Iterator[str]:
 
 
 def _without_layer(text: str, free: bool) -> str:
-    """The text without its outermost pair of marks, else its final stop, else a mark at one end.
+    """The text without its bullet, else its outermost pair of marks, else its final stop, else a
+    mark at one end.
 
     Empty where there is nothing to remove.
     """
     latex = _LATEX.fullmatch(text)
     if latex:
         return latex.group(1)
+    bullet = _BULLET.match(text)
+    if bullet:
+        return text[bullet.end() :]
     first = text[0]
     last = text[-1]
     leading = len(text) - len(text.lstrip(first))
@@ -250,10 +255,7 @@ def _without_layer(text: str, free: bool) -> str:
         return text[1:-1]
     if last in _FINAL:
         return text[:-1]
-    bullet = _BULLET.match(text)
-    if bullet:
-        return text[bullet.end() :]
-    # "**Answer:** A*" leaves "** A*", and "**Answer: A***" leaves "A***"
+    # "**Answer: A***" leaves "A***"
     if first in EMPHASIS and (leading > 1 or not free):
         return text[min(leading, 2) :]
     if last in EMPHASIS and (trailing > 1 or not free):

@@ -213,7 +213,7 @@ class _Mentions:
 
     def __init__(self, labels: Sequence[str]) -> None:
         spellings = [(tuple(_words(label)), label) for label in labels]
-        self._by_words = dict(spellings)
+        self._by_words = _unambiguous(spellings)
         aliases = [(alias, label) for words, label in spellings for alias in _aliases(words)]
         for alias, label in _unambiguous(aliases).items():
             self._by_words.setdefault(alias, label)

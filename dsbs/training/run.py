@@ -80,7 +80,8 @@ def train(
         if is_main_process():
             stack.enter_context(run_folder.lock("train"))
             record = stack.enter_context(run_folder.record("train", recipe, hashes))
-        tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
+        vocabulary = vocabulary_text(data, task.labels or ())
+        tokenizer = new_tokenizer(recipe.student, vocabulary, recipe.train.init)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
         tokens = Tokens(tokenizer, folder / "tokens", progress, input_format)
         if is_main_process():
