@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import toy_rows, write_csv
 
-from dsbs import load_recipe, train, validate
+from dsbs import UserError, load_recipe, train, validate
 from dsbs.config import StudentSection
 from dsbs.progress import NoProgress
 from dsbs.students.card import StudentCard
@@ -148,12 +148,8 @@ def test_train_and_validate_warn_before_anything_else(
         "warning: 100.0% of the label targets reach student.max_target_tokens (2)"
     )
     assert len(told.lines) == 3
-    found = validate(load_recipe(path, changes)).warnings
-    assert "can never write" in found[0]
-    assert any(
-        warning.startswith("train: 100.0% of the inputs have characters that the student")
-        for warning in found
-    )
+    with pytest.raises(UserError, match="'~shipping' is written"):
+        validate(load_recipe(path, changes))
 
 
 def test_a_scratch_student_of_plain_data_is_trained_without_a_warning(

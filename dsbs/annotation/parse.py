@@ -11,9 +11,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from dsbs.annotation.json_answer import Answer, read_json_answer
+from dsbs.annotation.thoughts import split_thoughts
 from dsbs.prompting import Prompt
 from dsbs.records import Reason, Sample, Unread
-from dsbs.tasks import Fields, Task, concluded_label
+from dsbs.tasks import EMPHASIS, Fields, Task, concluded_label, unwrapped
+from dsbs.tasks.label_set import LabelSet
 
 RationaleFrom = Literal["visible", "reasoning"]
 
@@ -25,10 +28,13 @@ _DECLINES = re.compile(
     r"|i (?:can't|cannot|won't|will not|must decline)|as an ai\b)",
     re.IGNORECASE,
 )
-_MARKUP = " \t\r\n*_#>"
-_THINKING = re.compile(
-    r"\s*<(think|thinking|reasoning)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE
+_DOUBTS = re.compile(
+    r"\W*(?:wait|hmm+|but|however|alternatively|actually|hold on|let me|let's|no[,.]|or\b"
+    r"|ok(?:ay)?\b|maybe|perhaps|i (?:should|need|think|must|will))",
+    re.IGNORECASE,
 )
+_WORDS_AROUND_LABEL = 3  # "(b) revolving door.", "84 / 2 = 42"
+_MARKUP = " \t\r\n*_#>"
 
 
 def parse_reply(
@@ -66,26 +72,38 @@ def parse_reply(
         if not out_of_tokens:
             return sample(None, None, "empty")
         return sample(None, None, "spent-on-reasoning" if reasoning else "truncated")
-    start, anchor = find_anchor(turn, prompt.anchor)
-    if start < 0:
-        if _DECLINES.match(turn.replace("’", "'")):
-            return sample(None, None, "refused")
-        looks_cut = finish_reason is None and turn[-1] not in ".!?)\"'"
-        if not ran_on and (out_of_tokens or looks_cut):
-            return sample(None, None, "truncated")
-        return sample(None, None, "unparsed")
-    rationale = _DANGLING.sub("", turn[:start].strip(_MARKUP)).strip(_MARKUP)
+    may_be_cut = out_of_tokens and not ran_on
+    ends_openly = finish_reason is None and not ran_on
+    if prompt.format == "json" and "{" in turn:
+        answer = read_json_answer(turn, may_be_cut=may_be_cut or ends_openly)
+        may_be_cut = False  # a whole object is not cut
+    else:
+        looks_cut = ends_openly and turn[-1] not in ".!?)\"'"
+        answer = _read_text_answer(turn, prompt, task, may_be_cut=may_be_cut or looks_cut)
+    if answer.reason is not None:
+        return sample(None, None, answer.reason)
+    rationale = answer.rationale
     if rationale_from == "reasoning":
         rationale = (reasoning or "").strip()
-    label = task.read_label(turn[start + len(anchor) :], fields)
-    may_be_cut = out_of_tokens and not ran_on
+    label = task.read_label(answer.label, fields)
     if isinstance(label, Unread):
         if may_be_cut and label.reason in ("empty", "unparsed", "label-outside-set"):
             return sample(None, rationale, "truncated")
         return sample(None, rationale, label.reason)
-    if may_be_cut and _begins_another_label(label, task):
+    if may_be_cut and (_begins_another_label(label, task) or _is_draft(answer.label, label)):
         return sample(None, rationale, "truncated")
     return sample(label, rationale, None)  # a label without a rationale is used too
+
+
+def _read_text_answer(turn: str, prompt: Prompt, task: Task, *, may_be_cut: bool) -> Answer:
+    """What stands before and after the answer anchor."""
+    start, anchor = find_anchor(turn, prompt.anchor, task.label_set)
+    if start < 0:
+        if _DECLINES.match(turn.replace("’", "'")):
+            return Answer(reason="refused")
+        return Answer(reason="truncated" if may_be_cut else "unparsed")
+    rationale = _DANGLING.sub("", turn[:start].strip(_MARKUP)).strip(_MARKUP)
+    return Answer(rationale, _without_anchor_marks(turn[:start], turn[start + len(anchor) :]))
 
 
 def _begins_another_label(label: str, task: Task) -> bool:
@@ -93,12 +111,14 @@ def _begins_another_label(label: str, task: Task) -> bool:
     return any(other != label and other.startswith(label) for other in task.labels or ())
 
 
-def split_thoughts(text: str) -> tuple[str, str | None]:
-    """The visible part of a reply, and the tagged reasoning that some servers leave before it."""
-    match = _THINKING.match(text)
-    if match is None:
-        return text, None
-    return text[match.end() :], match.group(2).strip() or None
+def _is_draft(answer: str, label: str) -> bool:
+    """Whether a cut reply goes on after its answer as a thought does.
+
+    The thoughts of a model whose template writes the opening tag have no mark until they end.
+    """
+    line, _, rest = answer.strip().partition("\n")
+    goes_on = len(line.split()) > len(label.split()) + _WORDS_AROUND_LABEL
+    return goes_on or _DOUBTS.match(rest) is not None
 
 
 def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
@@ -121,16 +141,36 @@ def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return text.rstrip(), False
 
 
-def find_anchor(turn: str, anchors: tuple[str, ...]) -> tuple[int, str]:
+def find_anchor(
+    turn: str, anchors: tuple[str, ...], labels: LabelSet | None = None
+) -> tuple[int, str]:
     """The last occurrence of the first anchor that occurs, and its text; -1 without one.
 
-    The last one, because a rationale may mention "the answer" before it is given.
+    The last one, because a rationale may mention "the answer" before it is given. An earlier one,
+    if all that follows it is a label, which then contains the anchor itself.
     """
     for anchor in anchors:
         matches = list(re.finditer(re.escape(anchor), turn, re.IGNORECASE))
+        for match in matches[:-1]:
+            layers = unwrapped(turn[match.end() :])
+            if labels is not None and any(labels.spelled(layer) for layer in layers):
+                return match.start(), match.group()
         if matches:
             return matches[-1].start(), matches[-1].group()
     return -1, ""
+
+
+def _without_anchor_marks(before: str, answer: str) -> str:
+    """The answer without the mark that closes emphasis begun before the anchor: "**Answer:** A" or
+    "*Answer: A*".
+    """
+    mark = before[len(before.rstrip(EMPHASIS)) :]
+    line, line_break, rest = answer.partition("\n")
+    if not mark:
+        return answer
+    if line.startswith(mark):
+        return answer[len(mark) :]
+    return line.rstrip().removesuffix(mark) + line_break + rest
 
 
 # --- flaws of a rationale
@@ -278,6 +318,8 @@ def _words(text: str) -> list[str]:
 
 # --- the label's log-probability
 
+_CONTEXT_CHARACTERS = 80  # before a label, by which it is found behind thoughts
+
 
 def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
     """Sum of the log-probabilities, in nats, of the tokens of the answer's line after the anchor.
@@ -291,23 +333,14 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
         return None
     visible, _ = split_thoughts(text)
     turn, _ = first_turn(visible, prompt.stop)
-    start, anchor = find_anchor(turn, prompt.anchor)
-    if start < 0:
-        return None
-    answer = turn[start + len(anchor) :].lstrip()
-    line = answer.split("\n", 1)[0].rstrip()
+    before, line = _answer_line(turn, prompt)
     if not line:
         return None
-    # in bytes, because a token may hold part of a character; the turn is searched for behind a
-    # reasoning model's thoughts
+    # in bytes, because a token may hold part of a character
     all_bytes = b"".join(token for token, _ in tokens)
-    text_start = all_bytes.find(text.encode())
-    thoughts_bytes = len(text.encode()) - len(visible.encode())
-    search_from = text_start + thoughts_bytes if text_start >= 0 else 0
-    turn_start = all_bytes.find(turn.encode(), search_from)
-    if turn_start < 0:
+    line_start = _answer_position(all_bytes, text, visible, before, line)
+    if line_start < 0:
         return None
-    line_start = turn_start + len(turn[: len(turn) - len(answer)].encode())
     line_end = line_start + len(line.encode())
     total = 0.0
     has_tokens = False
@@ -321,6 +354,31 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
     if not has_tokens:
         return None
     return round(total, 6)
+
+
+def _answer_line(turn: str, prompt: Prompt) -> tuple[str, str]:
+    """The text before the answer, and the answer's line or JSON value; empty without one."""
+    if prompt.format == "json" and "{" in turn:
+        start, end = read_json_answer(turn, may_be_cut=False).label_span
+        return turn[:start], turn[start:end]
+    start, anchor = find_anchor(turn, prompt.anchor)
+    if start < 0:
+        return turn, ""
+    answer = turn[start + len(anchor) :].lstrip()
+    return turn[: len(turn) - len(answer)], answer.split("\n", 1)[0].rstrip()
+
+
+def _answer_position(tokens: bytes, text: str, visible: str, before: str, line: str) -> int:
+    """Where the answer's line begins among the tokens; -1: nowhere. It follows any thoughts."""
+    context = before
+    if visible == text:
+        start = tokens.find((context + line).encode(), max(0, tokens.find(text.encode())))
+    else:
+        context = before[-_CONTEXT_CHARACTERS:]
+        start = tokens.rfind((context + line).encode())
+    if start < 0:
+        return -1
+    return start + len(context.encode())
 
 
 def _token_logprobs(raw: str) -> list[tuple[bytes, float]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -27,6 +28,7 @@ COMMANDS = {
     "predict": "dsbs.cli.predict:predict",
     "compress": "dsbs.cli.compress:compress",
     "export": "dsbs.cli.export:export",
+    "push": "dsbs.cli.push:push",
     "serve": "dsbs.cli.serve:serve",
     "ls": "dsbs.cli.ls:ls",
     "show": "dsbs.cli.show:show",
@@ -82,10 +84,16 @@ def main() -> None:
     Exit codes: 0 done, 1 failed, 2 bad usage, recipe or data, 3 partial and resumable, 4 below a
     gate (``eval``, ``compress``), 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal or a log that is not UTF-8 shows "?" for characters that it lacks.
+            stream.reconfigure(errors="replace")
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     # A model that is missing is reported once by dsbs; the Hub client would warn dozens of times.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # What Apple GPUs lack runs on the CPU; torch reads this when it is imported.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     sys.exit(_exit_code())

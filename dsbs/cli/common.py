@@ -4,10 +4,11 @@ results in text.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dsbs.config import Recipe
     from dsbs.progress import Progress
     from dsbs.records.results import Results
+    from dsbs.tasks import Task
     from dsbs.training.run import TrainResult
 
 RecipePath = Annotated[
@@ -69,7 +71,9 @@ def progress() -> Progress:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=list))
+    """Print one line of JSON, with escapes where stdout cannot encode every character."""
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    print(json.dumps(value, ensure_ascii=not is_unicode, default=list))
 
 
 def print_table(
@@ -96,25 +100,66 @@ def print_table(
     Console(width=width, highlight=False, markup=False).print(table)
 
 
-def read_rows(file: str) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    """Line number and row of each non-empty line in a file or, for ``-``, on stdin.
+def read_rows(file: str, task: Task) -> Iterator[tuple[str, str | dict[str, Any]]]:
+    """The id and the input of each row in a file or, for ``-``, on stdin: a text or its fields.
 
-    A line that begins with ``{`` is a JSON object, any other is text. Raises UserError.
+    A file of rows (.csv, .tsv, .jsonl, .parquet) is read like a recipe's data. Of any other, each
+    line that is not empty is a row: a JSON object if it begins with ``{``, else a text. A row
+    without an id gets the number of its line. Raises UserError with the line of a mistake.
     """
     from dsbs.files import find_file, open_text
+    from dsbs.tasks.tables import format_of, read_table
 
-    hint = "give a text or JSONL file, or - for stdin"
     if file == "-":
-        source: Any = nullcontext(sys.stdin)
-    else:
-        source = open_text(find_file(file, what="input file", hint=hint))
-    with source as lines:
-        for number, line in enumerate(lines, 1):
-            text = line.strip()
-            if text.startswith("{"):
-                yield number, _parse_object(text, f"{file}:{number}")
-            elif text:
-                yield number, text
+        with _utf8_stdin() as lines:
+            yield from _read_lines(lines, "stdin", task)
+        return
+    hint = "give a file of rows (.csv, .tsv, .jsonl, .parquet), a text file, or - for stdin"
+    path = find_file(file, what="input file", hint=hint)
+    if format_of(path) is None:
+        with open_text(path) as lines:
+            yield from _read_lines(lines, file, task)
+        return
+    for where, row in read_table(path):
+        yield _identified(task, row, where)
+
+
+@contextmanager
+def _utf8_stdin() -> Iterator[Iterable[str]]:
+    """Standard input as UTF-8, which the locale may not be."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+    try:
+        yield sys.stdin
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"stdin is not UTF-8 text ({error.reason})",
+            hint="convert it, e.g. iconv -f WINDOWS-1252 -t UTF-8",
+        ) from None
+
+
+def _read_lines(
+    lines: Iterable[str], name: str, task: Task
+) -> Iterator[tuple[str, str | dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        where = f"{name}:{number}"
+        text = line.strip()
+        if text.startswith("{"):
+            yield _identified(task, _parse_object(text, where), where)
+        elif text and task.needs_fields:
+            raise UserError(
+                f"{where}: plain text, but {task.name} needs the fields of a row",
+                hint="give JSON lines or a file with the columns of the training data",
+            )
+        elif text:
+            yield str(number), text
+
+
+def _identified(task: Task, row: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    from dsbs.tasks.data import input_of
+
+    row_id, fields = input_of(task, row, where)
+    return row_id or where.rpartition(":")[2], fields
 
 
 def _parse_object(text: str, where: str) -> dict[str, Any]:
@@ -143,6 +188,11 @@ def print_annotate_plan(plan: Plan) -> None:
     cost = dollars(plan.usd)
     if plan.usd is not None:
         cost = f"at most {cost}"
+    if plan.likely_usd is not None and plan.likely_usd != plan.usd:
+        cost = (
+            f"about {dollars(plan.likely_usd)} at {plan.tokens_a_reply:,} completion tokens per "
+            f"reply, {cost}"
+        )
     print(f"The first prompt:\n{indent(plan.first_prompt)}\n")
     requests = count(plan.requests, "request")
     print(f"{count(plan.rows, 'row')}: at most {requests} to send, {plan.cached:,} replies cached")

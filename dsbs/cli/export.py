@@ -80,12 +80,4 @@ def _texts(student: str, file: str) -> list[str]:
     from dsbs.tasks import make_task
 
     task = make_task(read_card(student).task)
-    texts = []
-    for _, row in read_rows(file):
-        if isinstance(row, str):
-            texts.append(row)
-        else:
-            nested = row.get("input")
-            fields = nested if isinstance(nested, dict) else row
-            texts.append(task.text(task.fields(fields, "input")))
-    return texts
+    return [row if isinstance(row, str) else task.text(row) for _, row in read_rows(file, task)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsbs.cli.common import Out, SetKeys, load, read_rows
+from dsbs.cli.common import Out, SetKeys, load, print_json, read_rows
 
 if TYPE_CHECKING:
     from dsbs.students.student import Student
 
-Line = tuple[int, str | dict[str, Any]]
+Row = tuple[str, str | dict[str, Any]]  # its id, and a text or the task's fields
 
 
 def predict(
@@ -27,7 +26,11 @@ def predict(
         ),
     ],
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Text or JSONL, one row per line; - is stdin.")
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Rows (.csv, .tsv, .jsonl, .parquet), or text, one row per line; - is stdin.",
+        ),
     ] = "-",
     rationale: Annotated[
         bool,
@@ -44,7 +47,7 @@ def predict(
     overrides: SetKeys = None,
     out: Out = None,
 ) -> None:
-    """Label rows: text or JSONL in, JSONL out."""
+    """Label rows: a file of rows or lines of text in, JSONL out."""
     from dsbs.students.student import Student
 
     if student.endswith((".yaml", ".yml")):
@@ -53,31 +56,29 @@ def predict(
         student = best_student(load(student, overrides), out, needs_rationales=rationale)
         print(f"student: {student}", file=sys.stderr)
     loaded = Student.load(student)
-    for batch in _batches(read_rows(file), batch_size):
+    for batch in _batches(read_rows(file, loaded.task), batch_size):
         for row in _answers(loaded, batch, rationale, max_label_tokens):
-            print(json.dumps(row, ensure_ascii=False))
+            print_json(row)
         sys.stdout.flush()
 
 
-def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
-    iterator = iter(lines)
+def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def _answers(
-    student: Student, batch: list[Line], rationale: bool, max_label_tokens: int
+    student: Student, batch: list[Row], rationale: bool, max_label_tokens: int
 ) -> Iterator[dict[str, Any]]:
     answers = student.predict(
-        [_input(item) for _, item in batch],
+        [item for _, item in batch],
         rationale=rationale,
         batch_size=len(batch),
         max_label_tokens=max_label_tokens,
+        canonical=True,
     )
-    for (number, item), answer in zip(batch, answers, strict=True):
-        row_id: Any = str(number)
-        if isinstance(item, dict) and "id" in item:
-            row_id = item["id"]
+    for (row_id, _), answer in zip(batch, answers, strict=True):
         row: dict[str, Any] = {
             "id": row_id,
             "prediction": answer.label,
@@ -89,11 +90,3 @@ def _answers(
             row["rationale"] = answer.rationale
             row["rationale_is_causal"] = student.card.reasons_first
         yield row
-
-
-def _input(item: str | dict[str, Any]) -> str | dict[str, Any]:
-    """A row's fields: those under ``input`` where it has such an object, else the whole row."""
-    if isinstance(item, dict) and isinstance(item.get("input"), dict):
-        fields: dict[str, Any] = item["input"]
-        return fields
-    return item

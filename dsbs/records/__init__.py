@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -45,6 +45,10 @@ class Example:
     """A rationale in the data set."""
     completion: str | None = None
     """A teacher's raw text recorded with the row."""
+    line: int | None = field(default=None, compare=False)
+    """Where it is in its file: the line, or the number of the row. None: unknown."""
+    copy_of: str | None = field(default=None, compare=False)
+    """The id of the file's first row with the same input, if that is another row."""
 
 
 class _Record(BaseModel):
@@ -118,9 +122,11 @@ class Annotation(_Record):
     """The mean over the winning samples, in nats."""
     accepted: bool = False
     reject_reason: Reason | None = None
+    reject_detail: str | None = Field(None, exclude_if=_is_none)
+    """Why there is no reply, in the endpoint's words."""
     usage: Usage = Usage()
     usd: float | None = None
-    """US dollars. None: the price is unknown."""
+    """US dollars for the row's replies. None: the price or a number of tokens is unknown."""
     teacher: TeacherName
     request_key: str | None = None
 

@@ -5,9 +5,14 @@ A task is pure: it reads rows and text, and uses no file and no model.
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+import unicodedata
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry
@@ -15,14 +20,30 @@ from dsbs.errors import UserError
 from dsbs.records import Unread
 from dsbs.tasks.templates import fields_of, render
 
+if TYPE_CHECKING:
+    from dsbs.tasks.label_set import LabelSet
+
 Fields = Mapping[str, Any]
 
 # Columns that are never a row's input.
 RESERVED = ("id", "label", "rationale", "teacher", "meta", "input")
+# Names of a data frame's index in files that pandas wrote.
+_INDEX_COLUMN = re.compile(r"|index|Unnamed: \d+|__index_level_\d+__")
+# How pandas spells a missing cell where it was turned into text.
+MISSING_WORDS = frozenset({"nan", "NaN", "NaT", "<NA>"})
+_SCALARS = (
+    int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, uuid.UUID
+)  # fmt: skip
 _WRAPPING = " \t\r\n*_`\"'“”‘’"
-_NEGATION = re.compile(
-    r"(\bnot|\bneither|\bnor|n't|\bnever|\brather than|\binstead of)\s+(an?\s+|the\s+)?$"
-)
+EMPHASIS = "*_`\"'"
+BRACKETS = {
+    "(": ")", "[": "]", "{": "}", "<": ">", "“": "”", "‘": "’", "„": "“”", "«": "»", "「": "」",
+    "『": "』", "【": "】", "（": "）",
+}  # fmt: skip
+_FINAL = ".!;,:。！；，：、"
+# "- A", and "** A" of "**Answer:** A"
+_BULLET = re.compile(r"[-–—•>#:=]+\s+(?=\D)|[*_]+\s+")
+_LATEX = re.compile(r"\$*\\(?:boxed|text|textbf|mathrm)\{(.*)\}\$*")
 
 
 class Task:
@@ -45,9 +66,14 @@ class Task:
         self.name = section.name
 
     @property
-    def labels(self) -> tuple[str, ...] | None:
+    def label_set(self) -> LabelSet | None:
         """The closed set of labels; None where answers are free text or differ between rows."""
         return None
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The labels of the closed set, if there is one."""
+        return None if self.label_set is None else self.label_set.labels
 
     @property
     def is_free_text(self) -> bool:
@@ -75,12 +101,7 @@ class Task:
 
     def check_fields(self, fields: dict[str, Any], row: Fields, where: str) -> dict[str, Any]:
         """Check and complete the input fields. Raises UserError for an empty one."""
-        for field, value in fields.items():
-            if value is None or (isinstance(value, str) and not value.strip()):
-                raise UserError(f"{where}: {field} is empty", hint="fill it in or remove the row")
-            if not isinstance(value, str):
-                fields[field] = str(value)
-        return fields
+        return {field: input_text(value, field, where) for field, value in fields.items()}
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         """A row's own label in canonical form. Raises UserError for a value that is not a label of
@@ -119,7 +140,7 @@ def column_of(row: Fields, names: Sequence[str]) -> str | None:
     """The row's column with one of ``names``; exact matches before case-insensitive ones, earlier
     names first.
     """
-    folded = {str(column).casefold(): column for column in row}
+    folded = {str(column).strip().casefold(): column for column in row}
     for name in names:
         if name in row:
             return name
@@ -137,6 +158,47 @@ def missing_column(where: str, field: str, row: Fields) -> UserError:
     )
 
 
+def cell_text(value: Any, name: str, where: str) -> str | None:
+    """A cell's value as text; None where it is missing (null, NaN).
+
+    Raises UserError for a value that is no text: a list, an object, bytes that are not UTF-8.
+    """
+    if value is None or (isinstance(value, float | decimal.Decimal) and math.isnan(value)):
+        return None
+    hint = f"write {name} as text, or remove the row"
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{where}: {name} has bytes that are not UTF-8 text ({value[:20]!r})",
+                hint=f"{hint}; decode the column before writing the file",
+            ) from None
+    if isinstance(value, str):
+        if "\0" in value:
+            raise UserError(f"{where}: {name} has a NUL character", hint="remove the character")
+        return value
+    if isinstance(value, float) and math.isinf(value):
+        raise UserError(f"{where}: {name} is an infinite number", hint=hint)
+    if not isinstance(value, _SCALARS):
+        kind = type(value).__name__
+        raise UserError(f"{where}: {name} is a {kind}, not text ({value!r:.60})", hint=hint)
+    return str(value)
+
+
+def input_text(value: Any, name: str, where: str) -> str:
+    """The text of a cell of the input. Raises UserError for an empty one as well."""
+    text = cell_text(value, name, where)
+    if text in MISSING_WORDS:
+        raise UserError(
+            f"{where}: {name} is {text!r}, which is how pandas writes an empty cell",
+            hint="fill it in or remove the row",
+        )
+    if text is None or not text.strip():
+        raise UserError(f"{where}: {name} is empty", hint="fill it in or remove the row")
+    return text
+
+
 def tidy(text: str) -> str:
     """An answer without the wrapping that models add: spaces, quotes, Markdown emphasis, a final
     full stop.
@@ -151,50 +213,54 @@ def first_line(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Text for comparison: case and runs of white space do not matter."""
+    """Text for comparison: case, white space and composed or decomposed characters do not
+    matter.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
     return " ".join(text.split()).casefold()
 
 
-# --- closed sets of labels
+def unwrapped(text: str, *, free: bool = False) -> Iterator[str]:
+    """The text with less and less wrapping around it, one layer at a time.
 
-
-def read_closed(text: str, labels: Sequence[str]) -> str | Unread:
-    """The label of a closed set that an answer states.
-
-    The first line is the label, or names exactly one label as a whole word that is not negated. A
-    line that begins a label at the end of the text was truncated.
+    ``free``: an answer in free text, whose brackets and single marks may be its own.
     """
-    line = first_line(text)
-    answer = tidy(line)
-    by_fold = {fold(label): label for label in labels}
-    for candidate in (line.strip(_WRAPPING), answer):  # punctuation may belong to a label ("U.S.")
-        if fold(candidate) in by_fold:
-            return by_fold[fold(candidate)]
-    if not answer:
-        return Unread("empty")
-    named = _named_labels(answer, by_fold)
-    if len(named) == 1:
-        return named.pop()
-    if named:
-        return Unread("several-answers", answer)
-    is_last_line = text.rstrip(" *_`\"'").endswith(line.rstrip(" *_`\"'"))
-    if is_last_line and any(label.startswith(fold(answer)) for label in by_fold):
-        return Unread("truncated", answer)
-    return Unread("label-outside-set", answer)
+    text = text.strip()
+    while text:
+        yield text
+        text = _without_layer(text, free).strip()
 
 
-def _named_labels(answer: str, by_fold: Mapping[str, str]) -> set[str]:
-    """The labels that an answer names without negating them."""
-    named = set()
-    rest = fold(answer).replace("’", "'")
-    # Longest first, so that "card" is not read in "card fraud".
-    for label in sorted(by_fold, key=len, reverse=True):
-        pattern = re.compile(rf"(?<![\w-]){re.escape(label)}(?!\w)")
-        for match in pattern.finditer(rest):
-            if not _NEGATION.search(rest[: match.start()]):
-                named.add(by_fold[label])
-        rest = pattern.sub(lambda match: "\0" * len(match.group()), rest)
-    return named
+def _without_layer(text: str, free: bool) -> str:
+    """The text without its bullet, else its outermost pair of marks, else its final stop, else a
+    mark at one end.
+
+    Empty where there is nothing to remove.
+    """
+    latex = _LATEX.fullmatch(text)
+    if latex:
+        return latex.group(1)
+    bullet = _BULLET.match(text)
+    if bullet:
+        return text[bullet.end() :]
+    first = text[0]
+    last = text[-1]
+    leading = len(text) - len(text.lstrip(first))
+    trailing = len(text) - len(text.rstrip(last))
+    if first == last and first in EMPHASIS:
+        layer = min(leading, trailing)
+        return text[layer:-layer]
+    if not free and last in BRACKETS.get(first, "") and last not in text[1:-1]:
+        return text[1:-1]
+    if last in _FINAL:
+        return text[:-1]
+    # "**Answer: A***" leaves "A***"
+    if first in EMPHASIS and (leading > 1 or not free):
+        return text[min(leading, 2) :]
+    if last in EMPHASIS and (trailing > 1 or not free):
+        return text[: -min(trailing, 2)]
+    return ""
 
 
 # --- the label that a rationale concludes with
@@ -220,16 +286,16 @@ def concluded_label(rationale: str, task: Task, fields: Fields) -> str | None:
     """
     if task.is_free_text:
         return None
-    sentence = _SENTENCE.split(rationale.strip())[-1].strip().rstrip(".!?\"'”’) ")
+    sentence = _SENTENCE.split(rationale.strip())[-1].strip().rstrip("\"'”’ ")
+    if "(" not in sentence:
+        sentence = sentence.rstrip(")")
     answer = _ANSWER_IS.search(sentence)
     if answer:
         label = task.read_label(answer.group(1), fields)
         return label if isinstance(label, str) else None
-    if task.labels is None:
+    if task.label_set is None:
         return None
-    by_fold = {fold(label): label for label in task.labels}
-    claims = [fold(tidy(claim)) for claim in _claims(sentence)]
-    labels = {by_fold[claim] for claim in claims if claim in by_fold}
+    labels = {task.label_set.concluded(claim) for claim in _claims(sentence)} - {None}
     return labels.pop() if len(labels) == 1 else None
 
 
@@ -260,11 +326,17 @@ class OwnDataTask(Task):
             if column is None:
                 raise missing_column(where, field, row)
             fields[field] = row[column]
-        if all(value is None or not str(value).strip() for value in fields.values()):
+        plain = {field: _as_json(value, field, where) for field, value in fields.items()}
+        if all(not str(value).strip() for value in plain.values()):
             raise UserError(
-                f"{where}: {', '.join(fields)}: empty", hint="fill it in or remove the row"
+                f"{where}: {', '.join(plain)}: empty", hint="fill it in or remove the row"
             )
-        return {field: _as_json(value) for field, value in fields.items()}
+        if any(isinstance(value, list | dict) for value in plain.values()):
+            try:
+                self.text(plain)
+            except UserError as error:
+                raise UserError(f"{where}: {error.problem}", hint=error.hint) from None
+        return plain
 
     def text(self, fields: Fields) -> str:
         if self.section.input is None:
@@ -283,9 +355,7 @@ class OwnDataTask(Task):
             if mapped or len(free) != 1:
                 raise missing_column(where, mapped or "text", row)
             column = free[0]
-        if row[column] is None or not str(row[column]).strip():
-            raise UserError(f"{where}: {column} is empty", hint="fill it in or remove the row")
-        return str(row[column])
+        return input_text(row[column], column, where)
 
     def _unassigned_columns(self, row: Fields) -> list[str]:
         """The columns that are not reserved, and not mapped to anything but the text."""
@@ -293,16 +363,23 @@ class OwnDataTask(Task):
         for field, column in self.section.columns.items():
             if field != "text":
                 assigned.add(column.casefold())
-        return [name for name in row if str(name).casefold() not in assigned]
+        return [
+            name
+            for name in row
+            if name.strip().casefold() not in assigned and not _INDEX_COLUMN.fullmatch(name)
+        ]
 
 
-def _as_json(value: Any) -> Any:
-    """A value that JSON can hold: dates, decimals and the like of a parquet file become text."""
-    if value is None:
+def _as_json(value: Any, name: str, where: str) -> Any:
+    """A value that JSON can hold: dates, decimals and the like become text, a missing cell ""."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(item, name, where) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item, name, where) for item in value]
+    text = cell_text(value, name, where)
+    if text is None or text in MISSING_WORDS:
         return ""
-    if isinstance(value, str | int | float | bool | list | dict):
-        return value
-    return str(value)
+    return value if isinstance(value, int | float) else text
 
 
 def make_task(section: TaskSection) -> Task:

@@ -4,26 +4,23 @@ streamed.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from dsbs.config import Recipe
-from dsbs.errors import DsbsError, UserError
-from dsbs.files import canonical_json, digest, find_file, open_text, read_jsonl
+from dsbs.errors import UserError
+from dsbs.files import canonical_json, digest
 from dsbs.records import Example
-from dsbs.tasks import Task, column_of
+from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of, fold
+from dsbs.tasks.tables import source_rows
 
-HUB = "hub://"
 _MAX_PROBLEMS = 5  # in one message
 _CONTENT_ID = re.compile(r"row-[0-9a-f]{16}")  # made from a row's content
-
-Row = tuple[str, dict[str, Any]]  # its place ("train.csv:7") and its columns
 
 
 def split_source(recipe: Recipe, split: str) -> str:
@@ -48,9 +45,9 @@ def stream(recipe: Recipe, task: Task, split: str) -> Iterator[Example]:
     rows = _examples(recipe, task, split_source(recipe, split), split)
     is_from_train = split == "train" or (split == "valid" and data.valid is None)
     if is_from_train and data.test is None:
-        rows = (row for row in rows if position(row.id, "test") >= data.test_fraction)
+        rows = (row for row in rows if _side(row, "test") >= data.test_fraction)
     if split == "test" and data.test is None:
-        rows = (row for row in rows if position(row.id, "test") < data.test_fraction)
+        rows = (row for row in rows if _side(row, "test") < data.test_fraction)
     if split == "valid" and data.valid is None:
         rows = (row for row in rows if is_held_out(recipe, row))
     return itertools.islice(rows, recipe.task.limit)
@@ -70,7 +67,12 @@ def load(recipe: Recipe, task: Task, split: str) -> list[Example]:
 def is_held_out(recipe: Recipe, row: Example) -> bool:
     """Whether a train row is held out for validation, because the data has no validation split."""
     data = recipe.task.data
-    return data.valid is None and position(row.id, "valid") < data.valid_fraction
+    return data.valid is None and _side(row, "valid") < data.valid_fraction
+
+
+def _side(row: Example, purpose: str) -> float:
+    """The position that decides a row's split: of a copy, the position of the row it repeats."""
+    return position(row.copy_of or row.id, purpose)
 
 
 def position(row_id: str, purpose: str) -> float:
@@ -104,18 +106,33 @@ def survey(rows: Iterable[Example]) -> Survey:
     return Survey(count, state.hexdigest())
 
 
+def comparable(fields: Fields) -> tuple[str, ...]:
+    """The input's fields without differences in case, white space and Unicode's variants."""
+    values = (
+        value if isinstance(value, str) else canonical_json(value)
+        for _, value in sorted(fields.items())
+    )
+    return tuple(
+        fold(value if value.isascii() else unicodedata.normalize("NFKC", value)) for value in values
+    )
+
+
 def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[Example]:
-    # 64-bit hashes in place of ids, so that a million rows need little memory.
+    # 64-bit hashes in place of ids and inputs, so that a million rows need little memory.
     counts: dict[int, int] = {}
+    first_ids: dict[int, str] = {}
+    data = recipe.task.data
+    # Copies of a row must not be on both sides of a split that is held out.
+    finds_copies = source == data.train and (data.valid is None or data.test is None)
     problems: list[UserError] = []
     is_empty = True
-    rows = _rows(source, recipe.folder)
+    rows = source_rows(source, recipe.folder)
     while len(problems) < _MAX_PROBLEMS:
         try:
             where, row = next(rows)
             is_empty = False
             example = _example(task, row, where)
-            key = int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest())
+            key = _short_hash(example.id)
             counts[key] = counts.get(key, 0) + 1
             if counts[key] > 1:
                 if not _CONTENT_ID.fullmatch(example.id):
@@ -127,6 +144,10 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
             # A row that cannot be read ends the generator; one that cannot be used does not.
             problems.append(error)
             continue
+        if finds_copies:
+            first_id = first_ids.setdefault(_short_hash(*comparable(example.input)), example.id)
+            if first_id != example.id:
+                example = replace(example, copy_of=first_id)
         if not problems:
             yield example
     if problems:
@@ -135,6 +156,11 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
         raise UserError(
             f"{source} is empty", hint=f"add rows, or name another file in task.data.{split}"
         )
+
+
+def _short_hash(*texts: str) -> int:
+    state = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(state.digest())
 
 
 def _all_problems(errors: list[UserError]) -> UserError:
@@ -152,7 +178,7 @@ def _repeated_id(recipe: Recipe, task: Task, source: str, where: str, row_id: st
     """
     locations = (
         location
-        for location, row in _rows(source, recipe.folder)
+        for location, row in source_rows(source, recipe.folder)
         if _example(task, row, location).id == row_id
     )
     first_line = next(locations).rpartition(":")[2]
@@ -162,30 +188,59 @@ def _repeated_id(recipe: Recipe, task: Task, source: str, where: str, row_id: st
     )
 
 
-def _example(task: Task, row: dict[str, Any], where: str) -> Example:
+def input_of(task: Task, row: dict[str, Any], where: str) -> tuple[str | None, dict[str, Any]]:
+    """A row's id (None: it has none) and its canonical fields. Raises UserError."""
+    inner = _inner(row)
+    return _row_id(task, row, inner, where), task.fields(inner, where)
+
+
+def _inner(row: dict[str, Any]) -> dict[str, Any]:
     nested = row.get("input")
-    inner = nested if isinstance(nested, dict) else row
-    fields = task.fields(inner, where)
-    label = _cell(task, "label", task.label_columns, row, inner, where)
-    if label is not None and str(label).strip() in task.no_label:
-        label = None
+    return nested if isinstance(nested, dict) else row
+
+
+def _example(task: Task, row: dict[str, Any], where: str) -> Example:
+    row_id, fields = input_of(task, row, where)
+    inner = _inner(row)
+    label = _label(task, row, inner, where)
     if label is not None:
         label = task.gold(label, fields, where)
-    rationale = _cell(task, "rationale", task.rationale_columns, row, inner, where)
-    if rationale is not None:
-        rationale = str(rationale).strip() or None
+    rationale = cell_text(
+        _cell(task, "rationale", task.rationale_columns, row, inner, where), "rationale", where
+    )
+    if rationale in MISSING_WORDS:
+        rationale = None
     teacher = row.get("teacher")
     completion = teacher.get("completion") if isinstance(teacher, dict) else None
-    row_id = _cell(task, "id", task.id_columns, row, inner, where)
-    if row_id is None or not str(row_id).strip():
-        row_id = f"row-{digest(canonical_json([fields, label]))[:16]}"
     return Example(
-        id=str(row_id).strip(),
+        id=row_id or f"row-{digest(canonical_json([fields, label]))[:16]}",
         input=fields,
         label=label,
-        rationale=rationale,
+        rationale=(rationale or "").strip() or None,
         completion=completion if isinstance(completion, str) else None,
+        line=int(where.rpartition(":")[2]),
     )
+
+
+def _label(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> Any:
+    """A row's label, as text or a number; None: the row is unlabeled."""
+    value = _cell(task, "label", task.label_columns, row, inner, where)
+    label = cell_text(value, "label", where)
+    if label is None or label.strip() in task.no_label:
+        return None
+    if label in MISSING_WORDS and label not in (task.labels or ()):
+        return None
+    return value if isinstance(value, int | float) else label
+
+
+def _row_id(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> str | None:
+    value = _cell(task, "id", task.id_columns, row, inner, where)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # how data frames hold integers beside a missing cell
+    text = cell_text(value, "id", where)
+    if text is None or text in MISSING_WORDS:
+        return None
+    return text.strip() or None
 
 
 def _cell(
@@ -213,106 +268,3 @@ def _cell(
             hint=f"task.columns.{name} must name a column of the file",
         )
     return None
-
-
-def _rows(source: str, folder: Path | None) -> Iterator[Row]:
-    if source.startswith(HUB):
-        yield from _hub_rows(source)
-        return
-    path = find_file(
-        source,
-        what="data file",
-        hint="check task.data; paths are relative to the working directory or to the recipe",
-        beside=folder,
-    )
-    name = path.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".ndjson")):
-        for number, row in read_jsonl(path):
-            yield f"{path}:{number}", row
-    elif name.endswith((".csv", ".tsv")):
-        yield from _csv_rows(path, "\t" if name.endswith(".tsv") else ",")
-    elif name.endswith(".parquet"):
-        yield from _parquet_rows(path)
-    else:
-        raise UserError(
-            f"{path}: unknown file format", hint="use .jsonl, .jsonl.gz, .csv, .tsv or .parquet"
-        )
-
-
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(64 * 1024 * 1024)
-    with open_text(path) as file:
-        reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
-        try:
-            names = reader.fieldnames or []
-            _check_header(path, names)
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if "" in row and row[""] is not None and "" not in names:
-                    raise UserError(
-                        f"{where}: more cells than columns", hint="quote cells with commas"
-                    )
-                if None in row.values():
-                    raise UserError(f"{where}: fewer cells than columns", hint="fix the row")
-                yield where, dict(row)
-        except csv.Error as error:
-            raise UserError(
-                f"{path}:{reader.line_num + 1}: not valid CSV ({error})", hint="check the quotes"
-            ) from None
-
-
-def _check_header(path: Path, names: Iterable[str]) -> None:
-    names = list(names)
-    if len(names) == 1 and ";" in names[0]:
-        raise UserError(
-            f"{path}:1: columns are separated by ';'", hint="save it with commas, or as .tsv"
-        )
-    for name in sorted(names):
-        if names.count(name) > 1:
-            raise UserError(f"{path}:1: two columns are called {name!r}", hint="rename one of them")
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{path} is not a readable parquet file ({error})", hint="write it again"
-        ) from None
-
-
-def _hub_rows(source: str) -> Iterator[Row]:
-    """Rows of ``hub://<repository>[:<config>]/<split>``; the repository may be a local folder."""
-    repository, _, split = source.removeprefix(HUB).rpartition("/")
-    repository, _, config = repository.partition(":")
-    if not repository or not split:
-        raise UserError(
-            f"{source} is not of the form hub://owner/name/split",
-            hint="e.g. hub://ChilleD/SVAMP/train",
-        )
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(repository, config or None, split=split)
-    except ValueError as error:
-        raise UserError(
-            f"{source}: {error}", hint="check the repository's splits and configurations"
-        ) from None
-    except (
-        Exception
-    ) as error:  # the library has many unrelated errors for a missing or unreachable repository
-        raise DsbsError(
-            f"{source} cannot be loaded ({type(error).__name__}: {str(error)[:300]})",
-            hint="check the name and the network, or download the rows and set task.data",
-        ) from None
-    for number, row in enumerate(rows, 1):
-        yield f"{source}:{number}", dict(row)

@@ -13,8 +13,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsbs.errors import UserError
 
+
+def _printable(value: Any) -> Any:
+    """Refuse to print a list or an object, which would come out in Python's spelling."""
+    if isinstance(value, list | tuple | dict):
+        kind = "an object" if isinstance(value, dict) else "a list"
+        raise UserError(
+            f"the template prints {kind} ({value!r:.60})",
+            hint="write its parts, e.g. {{ field | join(', ') }} or {{ field | tojson }}",
+        )
+    return value
+
+
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
-    undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True
+    undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_printable
 )
 
 
@@ -34,6 +46,8 @@ def render(source: str, fields: Mapping[str, Any], *, where: str) -> str:
     """
     try:
         return _compiled(source, where).render(fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error.problem}", hint=error.hint) from None
     except UndefinedError as error:
         raise UserError(
             f"{where}: {error.message}",

@@ -40,7 +40,7 @@ def endpoint(status: int, body: Any) -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *args: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1", got
     finally:
@@ -181,6 +181,32 @@ def test_the_model_is_looked_for_among_those_listed(
     assert status == "ok" or not listed or listed[0] in str(check.hint)
 
 
+@pytest.mark.parametrize(
+    ("entry", "end"),
+    [
+        # https://developers.openai.com/api/docs/deprecations
+        ({"shutdown_date": "2027-01-14"}, "2027-01-14"),
+        ({"shutdown_date": None}, None),
+        # https://docs.mistral.ai/api/, models: deprecation and its replacement
+        ({"deprecation": "2027-02-28T12:00:00Z", "deprecation_replacement_model": "next"}, "next"),
+        # https://openrouter.ai/docs/api/api-reference/models/get-models
+        ({"expiration_date": "2026-12-31"}, "2026-12-31"),
+        # https://learn.microsoft.com/rest/api/azureopenai/models/list
+        ({"deprecation": {"fine_tune": 1, "inference": 1798761600}}, "2027-01-01"),
+        ({"deprecated": False, "created": 1798761600}, None),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_a_model_that_ends_is_a_warning(
+    entry: dict[str, Any], end: str | None, toy: Callable[..., Path]
+) -> None:
+    with endpoint(200, {"data": [{"id": "m", "object": "model", **entry}]}) as (url, _):
+        checks = examine(str(toy()), [f"teacher.base_url={url}", "teacher.model=m"])
+    check = about(checks, "teacher.model")
+    assert check.status == ("ok" if end is None else "warning")
+    assert end is None or end in f"{check.message} {check.hint}"
+
+
 @pytest.mark.usefixtures("quick")
 def test_of_several_endpoints_each_is_asked(toy: Callable[..., Path]) -> None:
     path = toy()
@@ -216,12 +242,13 @@ def test_what_a_recipe_needs_beyond_the_base_is_looked_for(
     monkeypatch.setattr(machine, "has_extra", lambda extra: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     changes = [
-        "train.lora={}", "annotate.engine=ray", "report.tensorboard=true", "student.init=null",
-        "student.model=some/model", "teacher.kind=llamacpp", "teacher.model=nowhere.gguf",
+        "train.lora={}", "annotate.engine=ray", "report.trackers=[tensorboard, wandb]",
+        "student.init=null", "student.model=some/model", "teacher.kind=llamacpp",
+        "teacher.model=nowhere.gguf",
         "task.data.valid=hub://owner/name/valid", "eval.predictions.mine=mine.jsonl",
     ]  # fmt: skip
     checks = examine(str(toy()), changes)
-    for extra in ("local", "lora", "ray", "tensorboard"):
+    for extra in ("local", "lora", "ray", "tensorboard", "wandb"):
         lines = [check for check in checks if check.name == f"extra {extra}"]
         assert [check.status for check in lines] == [
             "ok",

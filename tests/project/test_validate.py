@@ -28,7 +28,7 @@ def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
 ) -> None:
     path = toy()
     folder = tmp_path / "pretrained"
-    make_student().save(folder)
+    make_student(words=["billing", "shipping"]).save(folder)
     rows = [
         *toy_rows(3),
         {"id": "t1", "text": "My parcel 駅 駅 駅 is late " * 30, "team": "shipping"},
@@ -55,9 +55,8 @@ def test_what_training_would_refuse_is_refused_here(toy: Callable[..., Path]) ->
 def test_tokens_are_counted_by_the_start_that_training_has(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    make_student().save(
-        tmp_path / "start"
-    )  # of other texts: characters of the rows are unknown to it
+    # Of other texts: characters of the rows are unknown to it.
+    make_student(words=["billing", "shipping"]).save(tmp_path / "start")
     fresh = validate(load_recipe(toy()))
     started = validate(load_recipe(toy(), [f"train.init={tmp_path / 'start'}"]))
     assert started.splits["test"]["inputs"]["longest"] > fresh.splits["test"]["inputs"]["longest"]

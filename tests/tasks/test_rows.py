@@ -6,18 +6,24 @@ import csv
 import datetime
 import gzip
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import write_csv, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.records import Example
 from dsbs.tasks import make_task
 from dsbs.tasks.data import is_held_out, load, position, survey
+from dsbs.tasks.tables import read_table
+
+LABELS = ["billing", "shipping"]
 
 ROWS = [
     {"id": "a", "text": 'He said "no", twice', "label": "billing", "rationale": "It is said."},
@@ -210,6 +216,27 @@ def test_copies_without_ids_stay_apart_and_on_one_side_of_a_hold_out(tmp_path: P
     assert not held & {row.input["text"] for row in train if not is_held_out(made, row)}
 
 
+def test_copies_are_on_one_side_whatever_their_ids_and_labels(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"r{i}", "text": f"Text\u00a0{i}" if i < 60 else f" text  {i % 60}", "label": label}
+        for i, label in enumerate(LABELS * 90)
+    ]
+    made = recipe(write_jsonl(tmp_path / "a.jsonl", rows), data={"test": None, "valid": None})
+    train, test = rows_of(made, "train"), rows_of(made, "test")
+    assert len(train) + len(test) == 180
+
+    def numbers(part: list[Example]) -> Counter[int]:
+        return Counter(int(row.id[1:]) % 60 for row in part)
+
+    held = numbers([row for row in train if is_held_out(made, row)])
+    learned = numbers([row for row in train if not is_held_out(made, row)])
+    assert set(held.values()) == set(learned.values()) == set(numbers(test).values()) == {3}
+    # Rows without a copy are where their own ids put them.
+    assert {row.id for row in test if int(row.id[1:]) < 60} == {
+        f"r{i}" for i in range(60) if position(f"r{i}", "test") < 0.2
+    }
+
+
 def test_ids_of_your_own_are_held_out_one_by_one_whatever_they_are_made_of(tmp_path: Path) -> None:
     rows = [{"id": f"corpus~{i}", "text": f"text {i}", "label": "billing"} for i in range(200)]
     made = recipe(write_jsonl(tmp_path / "a.jsonl", rows), data={"test": None, "valid": None})
@@ -228,6 +255,179 @@ def test_an_id_that_occurs_twice_is_named_with_both_lines(tmp_path: Path) -> Non
 def test_numbers_as_ids_are_text(tmp_path: Path) -> None:
     rows = [{"id": 0, "text": "a", "label": "billing"}, {"id": 1, "text": "b", "label": "billing"}]
     assert [row.id for row in read(write_jsonl(tmp_path / "a.jsonl", rows))] == ["0", "1"]
+
+
+# --- what pandas and other writers leave behind
+
+
+def test_nan_is_an_empty_cell_and_never_the_word(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"id": "1", "text": "t", "label": NaN}\n{"id": "2", "text": "u", "label": "nan"}\n'
+        '{"id": 3.0, "text": "v", "label": "billing", "rationale": NaN}\n'
+    )
+    found = read(tmp_path / "a.jsonl")
+    assert [(row.id, row.label, row.rationale) for row in found] == [
+        ("1", None, None),
+        ("2", None, None),
+        ("3", "billing", None),
+    ]
+
+
+@pytest.mark.parametrize("label", ["nan", "NaN"])
+def test_nan_is_a_label_where_the_recipe_says_so(tmp_path: Path, label: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "text": "t", "label": label}])
+    assert [row.label for row in read(path, labels=[label, "eng"])] == [label]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("text", "NaN", "text is empty"),
+        ("text", '"nan"', "text is 'nan'"),
+        ("text", "null", "text is empty"),
+        ("text", "Infinity", "text is an infinite number"),
+        ("text", '["a", "b"]', "text is a list"),
+        ("text", '{"a": 1}', "text is a dict"),
+        ("text", '"a\\u0000b"', "text has a NUL character"),
+        ("label", '["billing"]', "label is a list"),
+        ("label", '{"name": "billing"}', "label is a dict"),
+        ("label", "-Infinity", "label is an infinite number"),
+        ("id", "[1]", "id is a list"),
+        ("rationale", "[]", "rationale is a list"),
+    ],
+)
+def test_a_cell_that_is_no_text_is_refused_by_its_line(
+    tmp_path: Path, name: str, value: str, told: str
+) -> None:
+    cells = {"id": '"1"', "text": '"t"', "label": '"billing"'} | {name: value}
+    line = "{" + ", ".join(f'"{key}": {cell}' for key, cell in cells.items()) + "}"
+    (tmp_path / "a.jsonl").write_text('{"id": "0", "text": "t"}\n' + line + "\n")
+    assert f"a.jsonl:2: {told}" in problem(tmp_path / "a.jsonl").problem
+
+
+def test_a_template_reads_lists_but_never_prints_them_as_python_does(tmp_path: Path) -> None:
+    row = {"id": "1", "words": ["a", "b"], "note": float("nan"), "label": "billing"}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    made = recipe(path, input="{{ words | join(' ') }}{{ note }}")
+    (found,) = rows_of(made)
+    assert make_task(made.task).text(found.input) == "a b"
+    error = problem(path, input="{{ words }}")
+    assert "a.jsonl:1: task.input: the template prints a list" in error.problem
+    assert "join" in error.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",text,label\n0,hello,billing\n1,there,shipping\n",
+        "Unnamed: 0,text,label\n0,hello,billing\n1,there,shipping\n",
+        " text , label \nhello,billing\nthere,shipping\n",
+        "text,label,,\nhello,billing,,\nthere,shipping\n,,,\n\n",
+        "text,label\nhello,billing\n,\nthere,shipping,\n",
+        "text,label\rhello,billing\rthere,shipping\r",
+        "\ufefftext,label\r\nhello,billing\r\nthere,shipping\r\n",
+        "index,message,label\n0,hello,billing\n1,there,shipping\n",
+    ],
+    ids=["index", "read again", "spaces", "columns", "rows", "CR", "BOM and CRLF", "reset_index"],
+)
+def test_a_table_is_read_without_what_its_writer_added(tmp_path: Path, text: str) -> None:
+    (tmp_path / "TABLE.CSV").write_bytes(text.encode())
+    (tmp_path / "utf16.csv").write_bytes(text.encode("utf-16"))
+    for name in ("TABLE.CSV", "utf16.csv"):
+        found = read(tmp_path / name)
+        assert [(*row.input.values(), row.label) for row in found] == [
+            ("hello", "billing"),
+            ("there", "shipping"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.csv", "text,label,\na,billing,odd\n", r"a\.csv:2: more cells than columns \(3 and 2"),
+        ("a.csv", "text,,label\na,odd,billing\n", r"a\.csv:2: 'odd' is in a column without a name"),
+        ("a.csv", "text, text\na,b\n", r"a\.csv:1: two columns are called 'text'"),
+        ("a.csv", "text\tlabel\na\tbilling\n", r"a\.csv:1: columns are separated by '\\t'"),
+        ("a.csv", "text,label\na\0b,billing\n", r"a\.csv:2: text has a NUL character"),
+        ("a.csv", 'text,label\nx,billing\n"a\nb,billing\n', r"a\.csv:3: not valid CSV"),
+        ("a.tsv", "text,label\na,billing\n", r"a\.tsv:1: columns are separated by ','"),
+        ("a.tsv", 'text\tlabel\n"a\tbilling\nb"\n', r"a\.tsv:3: fewer cells than columns"),
+        ("a.tsv", 'text\n"a\nb"\nc\n', r"unclear whether quotes enclose cells here: it has 4 l"),
+        ("a.tsv", 'text\tlabel\n"a\tb\tx\nc"\tbilling\n', r"unclear whether quotes enclose cells"),
+        ("a.json", '[\n{"text": "a"}\n]\n', r"a\.json:1: not valid JSON .*\n.*jq -c"),
+        ("a.jsonl", '[{"text": "a"}]\n', r"a\.jsonl:1: a JSON list, not an object\n.*jq -c"),
+        ("a.jsonl", '{"text": "a"}\n{"te', r"a\.jsonl:2: .*ends in the middle of this line"),
+        ("a.jsonl", '{"text": "a"}\n\0\0\0\0', r"a\.jsonl:2: .*the line has NUL characters"),
+    ],
+)
+def test_a_file_that_cannot_be_right_is_refused_by_line(
+    tmp_path: Path, name: str, text: str, told: str
+) -> None:
+    (tmp_path / name).write_text(text, newline="")
+    with pytest.raises(UserError, match=told):
+        read(tmp_path / name)
+
+
+def test_another_encoding_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("text,label\ncafé,billing\n".encode("latin-1"))
+    error = problem(tmp_path / "a.csv")
+    assert "is not UTF-8 text" in error.problem
+    assert "iconv" in error.hint
+
+
+# --- quotes in TSV
+
+
+def test_a_quote_in_tsv_is_a_character_and_every_line_a_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = ['"I was billed', 'Where is it "', '"No"', 'say "no', "it's"]
+    (tmp_path / "a.tsv").write_text(
+        "text\tlabel\n" + "".join(f"{line}\tbilling\n" for line in lines)
+    )
+    assert [row.input["text"] for row in read(tmp_path / "a.tsv")] == lines
+    (tmp_path / "b.tsv").write_text(
+        "text\tlabel\n" + "".join(f"{line}\tbilling\n" for line in lines[:2])
+    )
+    assert [row.input["text"] for row in read(tmp_path / "b.tsv")] == lines[:2]
+    assert "quotes are read as characters" in caplog.text  # a CSV reader makes one row of both
+
+
+CELLS = st.text(st.sampled_from("ab \"',.é"), min_size=1, max_size=6).filter(str.strip)
+TABLES = st.integers(2, 3).flatmap(
+    lambda width: st.lists(st.lists(CELLS, min_size=width, max_size=width), min_size=1, max_size=5)
+)
+
+
+@given(TABLES)
+def test_a_tsv_that_was_written_without_quoting_keeps_its_rows(table: list[list[str]]) -> None:
+    names = ["a", "b", "c"][: len(table[0])]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.tsv"
+        path.write_text("".join("\t".join(cells) + "\n" for cells in [names, *table]))
+        found = [list(row.values()) for _, row in read_table(path)]
+    assert len(found) == len(table)
+    for cells, texts in zip(table, found, strict=True):
+        assert all(
+            text in (cell, cell[1:-1].replace('""', '"'))
+            for cell, text in zip(cells, texts, strict=True)
+        )
+
+
+@given(TABLES, st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), st.booleans())
+def test_a_tsv_that_a_csv_library_wrote_keeps_its_cells(
+    table: list[list[str]], quoting: Any, with_breaks: bool
+) -> None:
+    if with_breaks:
+        table = [[cell.replace(",", "\n") for cell in cells] for cells in table]
+    table = [cells for cells in table if any(map(str.strip, cells))] or [["a", "b"]]
+    names = ["a", "b", "c"][: len(table[0])]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.tsv"
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t", quoting=quoting).writerows([names, *table])
+        found = [list(row.values()) for _, row in read_table(path)]
+    assert found == table
 
 
 # --- bad rows
@@ -315,6 +515,53 @@ def test_other_kinds_of_file_are_refused_with_those_that_are_known(tmp_path: Pat
     error = problem(tmp_path / "a.xlsx")
     assert "unknown file format" in error.problem
     assert ".parquet" in error.hint
+
+
+def test_parquet_text_without_its_mark_is_read_and_other_bytes_are_refused(tmp_path: Path) -> None:
+    rows = [{"id": b"1", "text": "é".encode(), "label": b"billing"}]
+    assert read(write_parquet(tmp_path / "a.parquet", rows)) == [
+        Example("1", {"text": "é"}, "billing")
+    ]
+    rows.append({"id": b"2", "text": b"\xff\xfe", "label": b"billing"})
+    told = problem(write_parquet(tmp_path / "b.parquet", rows)).problem
+    assert "b.parquet:2: text has bytes that are not UTF-8 text" in told
+
+
+def test_invalid_utf8_in_a_parquet_text_column_is_refused_by_its_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.array([b"good", b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    assert "a.parquet:2: the row cannot be read" in problem(tmp_path / "a.parquet").problem
+
+
+def test_class_numbers_are_read_by_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=LABELS)}
+    )
+    columns = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.to_parquet(tmp_path / "a.parquet")
+    assert [row.label for row in read(tmp_path / "a.parquet")] == ["shipping", "billing", None]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: table)
+    assert [row.label for row in read("hub://a/train")] == ["shipping", "billing", None]
+
+
+def test_a_category_of_pandas_is_its_text(tmp_path: Path) -> None:
+    import pandas
+
+    frame = pandas.DataFrame({"text": ["a", "b"], "label": ["billing", None]}, index=[5, 7])
+    frame["label"] = frame["label"].astype("category")
+    frame.rename(columns={"text": "message"}).to_parquet(tmp_path / "a.parquet")
+    assert [(row.input, row.label) for row in read(tmp_path / "a.parquet")] == [
+        ({"text": "a"}, "billing"),
+        ({"text": "b"}, None),
+    ]
 
 
 def test_a_broken_parquet_file_is_told(tmp_path: Path) -> None:
