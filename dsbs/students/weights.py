@@ -79,12 +79,17 @@ def weights_megabytes(student_path: str | Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def load_model(source: str, dropout: float | None = None) -> Any:
+def load_model(source: str, dropout: float | None = None, *, labels: int = 0) -> Any:
     """Load a model in float32, whatever it was saved in, into main memory.
 
     ``source`` is a Hub id, a local folder or a GGUF file. ``dropout`` replaces the model's own
-    rate; for a decoder-only model, that of its attention.
+    rate; for a decoder-only model, that of its attention. ``labels`` is the number of labels of a
+    saved label head; 0: the student writes its labels.
     """
+    if labels:
+        from dsbs.students.heads import load_label_head
+
+        return load_label_head(source, labels)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -234,12 +239,26 @@ def _file_hash(path: Path, _changed_ns: int, _size: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | None = None) -> Any:
+def new_model(
+    section: StudentSection,
+    tokenizer: Any,
+    seed: int,
+    init: str | None = None,
+    *,
+    labels: int = 0,
+    explains: bool = False,
+) -> Any:
     """The model that training starts from.
 
     Weights come from ``init``, from the pretrained student, or are random and depend on ``seed``
-    alone. Raises UserError where the tokenizer is not the model's.
+    alone. ``labels`` is the number of labels of a label head (0: the student writes its labels),
+    and ``explains`` says whether it has a rationale decoder. Raises UserError where the tokenizer
+    is not the model's.
     """
+    if labels:
+        from dsbs.students.heads import new_label_head
+
+        return new_label_head(section, tokenizer, labels, seed, init, explains=explains)
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 

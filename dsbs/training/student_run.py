@@ -229,16 +229,13 @@ class StudentRun:
 
     def _start_model(self) -> Any:
         """The model before training, without adapters."""
-        student = self.recipe.student
-        seed = self.spec.seed
-        init = self.recipe.train.init
-        if self.head == "text":
-            return new_model(student, self.tokenizer, seed, init)
-        from dsbs.students.heads import new_label_head
-
-        explains = len(self.views) > 1
-        return new_label_head(
-            student, self.tokenizer, len(self.classes), seed, init, explains=explains
+        return new_model(
+            self.recipe.student,
+            self.tokenizer,
+            self.spec.seed,
+            self.recipe.train.init,
+            labels=len(self.classes),
+            explains=len(self.views) > 1,
         )
 
     def _trainer(
@@ -396,11 +393,7 @@ class StudentRun:
         section = self.recipe.resolved_train
         if section.lora is not None:
             return merge_adapters(self._start_model(), checkpoint)
-        if self.head == "text":
-            return load_model(str(checkpoint))
-        from dsbs.students.heads import load_label_head
-
-        return load_label_head(str(checkpoint), len(self.classes))
+        return load_model(str(checkpoint), labels=len(self.classes))
 
     def _save(self, student: Student, state: Any, metrics: MetricsLogger) -> None:
         if state.best_global_step is None:

@@ -15,6 +15,7 @@ from dsbs.students.backends.transformers import (
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import input_format_of
 from dsbs.students.tokenizer import load_tokenizer
+from dsbs.students.weights import device, load_model
 
 
 class LabelHeadBackend(TransformersBackend):
@@ -27,13 +28,7 @@ class LabelHeadBackend(TransformersBackend):
 
     @classmethod
     def load(cls, path: Path, card: StudentCard) -> LabelHeadBackend:
-        import torch
-
-        from dsbs.students.heads import load_label_head
-
-        model = load_label_head(str(path), len(card.classes))
-        if torch.cuda.is_available():
-            model = model.to("cuda")
+        model = load_model(str(path), labels=len(card.classes)).to(device())
         return cls(model, load_tokenizer(str(path)), card)
 
     def generate(
@@ -87,12 +82,12 @@ class LabelHeadBackend(TransformersBackend):
         rows = self.input_format.read(texts, self._max_input_tokens)
         length = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
-        device = self.model.device
+        target = self.model.device
         return {
             "input_ids": torch.tensor(
-                [row + [pad] * (length - len(row)) for row in rows], device=device
+                [row + [pad] * (length - len(row)) for row in rows], device=target
             ),
             "attention_mask": torch.tensor(
-                [[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device
+                [[1] * len(row) + [0] * (length - len(row)) for row in rows], device=target
             ),
         }
