@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotation.annotator import Annotator, RowReplies
-from dsbs.annotation.backends import Lane, Reply, make_teacher, reply_tokens, teacher_class
+from dsbs.annotation.annotator import CHARACTERS_PER_TOKEN, Annotator, RowReplies
+from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
-from dsbs.annotation.requester import CHARACTERS_PER_TOKEN, RowsToRequest, buy_online
+from dsbs.annotation.requester import RowsToRequest, buy_online
 from dsbs.annotation.shards import Shard
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import SplitSummary, rounded_interval, write_annotations
@@ -98,12 +98,12 @@ def plan(
             replies = RowReplies()
             while wave := annotator.next_requests(example, replies):
                 for request in wave:
-                    key, reply = annotator.look_up(store, request)
-                    cached += isinstance(reply, Reply)
-                    if reply == "no-reply":
+                    outcome = annotator.look_up(store, request)
+                    cached += outcome.reply is not None
+                    if outcome.reply is None and outcome.reason == "no-reply":
                         requests += 1
                         characters += len(canonical_json(request.body))
-                    annotator.add_reply(example, replies, request, key, reply)
+                    annotator.add_reply(example, replies, request, outcome)
     mean_seconds = None
     mean_tokens = None
     if store is not None:
@@ -265,7 +265,7 @@ def annotate_sample(
         write_annotations(path, annotations, annotator.task, summary)
         return summary, None
     with run.lock("annotate"), open_store(run) as store:
-        rows = RowsToRequest(path.stem, sample, len(sample), summary)
+        rows = RowsToRequest(path.stem, lambda: sample, len(sample), summary)
         stopped = buy_online(annotator, teacher, store, [rows], progress)
         write_annotations(path, annotator.derive(store, sample), annotator.task, summary)
         mean_seconds = store.mean_seconds(annotator.identities, recipe.teacher.model)

@@ -106,7 +106,7 @@ class TransformersTeacher(LocalTeacher):
                 if file.suffix in (".safetensors", ".bin")
             )
             config = folder / "config.json"
-            config_text = config.read_text() if config.is_file() else ""
+            config_text = config.read_text(encoding="utf-8") if config.is_file() else ""
             weights = f":{digest(str(files), config_text)[:16]}"
         return [f"transformers:{name}{weights}#{recipe.teacher.endpoint}"]
 
@@ -127,7 +127,8 @@ class TransformersTeacher(LocalTeacher):
         if self._limit and context_tokens > self._limit:
             raise RejectedError(
                 f"{prompt_tokens} prompt tokens and max_tokens do not fit the context of "
-                f"{self._limit}"
+                f"{self._limit}",
+                "row",
             )
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append(_WaitingRequest(request, text, prompt_tokens, future))
@@ -170,7 +171,7 @@ class TransformersTeacher(LocalTeacher):
                 )
             except MemoryError:
                 if self._batch_size == 1:
-                    _fail(batch, RejectedError("not enough memory for this prompt alone"))
+                    _fail(batch, RejectedError("not enough memory for this prompt alone", "row"))
                 else:
                     self._batch_size = max(1, self._batch_size // 2)
                     self._waiting += batch
