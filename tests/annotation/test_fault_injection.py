@@ -62,7 +62,7 @@ class _Server:
             if self.dice.random() < 0.06:
                 self.lasting[row] = self.dice.choice(tuple(LASTING))
             elif self.dice.random() < 0.25:
-                plan = self.dice.choices(PASSING, k=2) + [self.dice.choice(BILLED)]
+                plan = [*self.dice.choices(PASSING, k=2), self.dice.choice(BILLED)]
                 self.plans[row] = self.dice.sample(plan, k=self.dice.choice((1, 2)))
         self.outages = sorted(self.dice.sample(range(rows // 4, rows), 3), reverse=True)
         self.outage: tuple[int, str, str] | None = None
