@@ -1,33 +1,49 @@
-"""Files: JSON lines, atomic writes, folder locks, hashes, and the files that ship with dsbs."""
+"""Files: JSON lines, atomic writes, folder locks, hashes, and the files that ship with dsbs.
+
+Operating systems differ in how files are locked, replaced and allocated; that is settled here.
+"""
 
 from __future__ import annotations
 
 import codecs
 import errno
-import fcntl
 import gzip
 import hashlib
 import json
 import os
 import platform
+import re
+import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TextIO
+
+from filelock import FileLock, Timeout
 
 from dsbs.errors import DsbsError, PartialError, UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # How libraries report a full disk; the last three are torch.save's, which hides the reason.
 _DISK_FULL_MESSAGES = (
-    *(os.strerror(number) for number in _DISK_FULL),
+    os.strerror(errno.ENOSPC),
+    "Disk quota exceeded",
+    "There is not enough space on the disk",  # Windows
     "PytorchStreamWriter failed writing",
     "iostream error",
     "unexpected pos",
 )
+_LOCK = ".lock"
+_HOLDER = ".lock-holder"  # a file of its own: Windows lets nobody read a locked one
+_LOCK_WAIT_S = 0.2  # `is_locked` takes a free lock for a moment
+_IS_WINDOWS = os.name == "nt"
+_MOVE_WAIT_S = 3.0
+_NO_ALLOCATION = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of some file systems
+FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_DEVICE_NAME = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"
 _PACKAGE = Path(__file__).resolve().parent
 # Packages whose versions decide results.
 _VERSIONED = (
@@ -190,7 +206,7 @@ def atomic_write(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        move(partial, path)
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
@@ -265,39 +281,105 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process. The kernel releases it if the process is killed.
+def lock_folder(folder: Path, *, remove: bool = False) -> Iterator[None]:
+    """Hold ``folder`` for this process. The system releases it if the process is killed.
 
-    Raises DsbsError naming the process that holds it already.
+    ``remove``: remove the folder at the end if nothing but the lock is left in it. Raises DsbsError
+    naming the process that holds it already.
     """
     make_folder(folder)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise DsbsError(
-                f"{folder} is in use by {holder}",
-                hint="wait for it to end, then run the same command",
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {now()}")
-        file.flush()
+    lock = FileLock(folder / _LOCK, thread_local=False)
+    holder = folder / _HOLDER
+    try:
+        lock.acquire(timeout=_LOCK_WAIT_S)
+    except Timeout:
+        raise DsbsError(
+            f"{folder} is in use by {_read_holder(holder) or 'another process'}",
+            hint="wait for it to end, then run the same command",
+        ) from None
+    try:
+        text = f"process {os.getpid()} on {platform.node()} since {now()}"
+        holder.write_text(text, encoding="utf-8")
         yield
+    finally:
+        with suppress(OSError):  # a full disk, or a folder that was moved away
+            holder.unlink(missing_ok=True)
+            if remove:
+                (folder / _LOCK).unlink(missing_ok=True)  # Windows does it on release
+        lock.release()
+        if remove:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process holds ``folder``; False where its lock cannot be read."""
+    path = folder / _LOCK
     try:
-        with (folder / ".lock").open() as file:
+        if not path.is_file():
+            return False
+        with FileLock(path, thread_local=False).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # somebody else's folder, which may be read only
+        return _read_holder(folder / _HOLDER) is not None
+
+
+def _read_holder(path: Path) -> str | None:
+    """The process that holds a folder, as it describes itself. None: it says nothing."""
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def check_file_name(name: str) -> None:
+    """Raises ValueError for a name that is no file's on every operating system."""
+    if not re.fullmatch(FILE_NAME, name):
+        raise ValueError(f"{name!r}: a name may contain only letters, digits, '.', '_' and '-'")
+    if name.endswith(".") or re.fullmatch(_DEVICE_NAME, name.lower()):
+        raise ValueError(f"{name!r}: Windows has no file of this name")
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a folder; replaces a file or an empty folder.
+
+    Windows refuses while another program has either open: a virus scanner for a moment, an editor
+    for longer. Raises UserError for the latter.
+    """
+    deadline = time.monotonic() + _MOVE_WAIT_S
+    while True:
+        try:
+            if source.is_dir() and target.is_dir():
+                target.rmdir()  # Windows replaces no folder, not even an empty one
+            source.replace(target)
+            return
+        except PermissionError:
+            if not _IS_WINDOWS:
+                raise
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"{target} cannot be replaced: another program has it open",
+                    hint="close it there, then run the same command",
+                ) from None
+        time.sleep(0.02)
+
+
+def allocate(path: Path, size: int) -> None:
+    """Create a file that takes ``size`` bytes of disk space. Raises OSError for a full disk."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
-            except BlockingIOError:
-                return True
-    except OSError:
-        pass
-    return False
+                os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError as error:
+                if error.errno not in _NO_ALLOCATION:
+                    raise
+        for start in range(0, size, 1 << 20):
+            file.write(bytes(min(1 << 20, size - start)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # --- what a manifest records

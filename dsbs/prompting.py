@@ -7,6 +7,9 @@ it.
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,9 +26,17 @@ from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 from dsbs.tasks.templates import render
 
+_AMBIGUOUS_IN_LIST = re.compile(r"[,;\n\r]|^\s|[\s.:]$")
+
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+JSON_INSTRUCTION = (
+    "Write the reply as one JSON object and nothing else, in place of any other form: "
+    '{"rationale": "<your reasoning>", "label": "<the answer>"}'
+)
 
 
 class Exemplar(BaseModel):
@@ -60,11 +71,16 @@ class Prompt(BaseModel):
     """Jinja template of the text before the question that gives the gold label away
     (annotate.hint)."""
     exemplars: tuple[Exemplar, ...] = Field((), max_length=64)
+    format: Literal["text", "json"] = "text"
+    """How replies are written and read: annotate.format of the recipe, not a key of the file."""
 
     @property
     def hash(self) -> str:
         """Hash of everything that is sent or decides how replies are read."""
-        return digest(canonical_json(self.model_dump(mode="json")))
+        values = self.model_dump(mode="json")
+        if self.format == "text":
+            del values["format"]  # earlier runs, which did not have it, are the same
+        return digest(canonical_json(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,8 @@ class PromptRenderer:
         messages: list[dict[str, str]] = []
         blocks: list[str] = []
         instruction = prompt.instruction.strip()
+        if prompt.format == "json":
+            instruction = f"{instruction}\n\n{JSON_INSTRUCTION}".strip()
         if instruction:
             messages.append({"role": "system", "content": instruction})
             blocks.append(instruction)
@@ -113,6 +131,9 @@ class PromptRenderer:
         view = self.task.view(fields, self.task.gold(exemplar.label, fields, where))
         view["label"] = exemplar.label  # as the author spells it, not in canonical form
         question = render(self.prompt.template, view, where=f"{where}: template").rstrip()
+        if self.prompt.format == "json":
+            texts = {"rationale": exemplar.rationale.strip(), "label": exemplar.label}
+            return question, json.dumps(texts, ensure_ascii=False)
         answer = render(
             self.prompt.answer,
             view | {"rationale": exemplar.rationale.strip()},
@@ -143,10 +164,12 @@ def load_prompt(recipe: Recipe, task: Task) -> Prompt:
     UserError.
     """
     if recipe.annotate.prompt is not None:
-        return read_prompt(recipe.annotate.prompt, recipe.folder)
-    if task.name in ("classification", "generation"):
-        return zero_shot(recipe, task)
-    return read_prompt(f"prompts/{task.name}.yaml", None)
+        prompt = read_prompt(recipe.annotate.prompt, recipe.folder)
+    elif task.name in ("classification", "generation"):
+        prompt = zero_shot(recipe, task)
+    else:
+        prompt = read_prompt(f"prompts/{task.name}.yaml", None)
+    return prompt.model_copy(update={"format": recipe.annotate.format})
 
 
 def read_prompt(path: str, beside: Path | None) -> Prompt:
@@ -176,6 +199,11 @@ def read_prompt(path: str, beside: Path | None) -> Prompt:
             "\n  ".join(f"{path}:{line}: {problem}" for line, problem in located.problems),
             hint="keep one of the two",
         )
+    if "format" in prompt.model_fields_set:
+        raise UserError(
+            f"{path}:{located.line(('format',)) or 1}: format is not a key of a prompt file",
+            hint="set annotate.format in the recipe",
+        )
     if not prompt.anchor or not all(mark.strip() for mark in (*prompt.anchor, *prompt.stop)):
         raise UserError(
             f"{path}: an empty string in anchor or stop",
@@ -188,7 +216,7 @@ def zero_shot(recipe: Recipe, task: Task) -> Prompt:
     """A chain-of-thought prompt without exemplars, for tasks without a prompt file."""
     if task.labels is not None:
         goal = recipe.task.description or "Decide which label fits the text."
-        choice = f"The label is exactly one of: {', '.join(task.labels)}."
+        choice = _label_listing(task.labels)
         last = "Answer: <label>"
     else:
         goal = recipe.task.description or "Answer the question or do what the text asks."
@@ -198,9 +226,18 @@ def zero_shot(recipe: Recipe, task: Task) -> Prompt:
     instruction = (
         f"{goal}\n{choice}\n"
         "First explain your reasoning in one to three sentences that rest on the text. "
-        f"Then write the answer on a last line of its own, in this form:\n{last}"
     )
+    if recipe.annotate.format == "text":
+        instruction += f"Then write the answer on a last line of its own, in this form:\n{last}"
     return Prompt(instruction=instruction, template="Text: {{ text }}", stop=("\nText:",))
+
+
+def _label_listing(labels: Sequence[str]) -> str:
+    """The sentence that lists the labels; one per line where a list with commas is ambiguous."""
+    if not any(_AMBIGUOUS_IN_LIST.search(label) for label in labels):
+        return f"The label is exactly one of: {', '.join(labels)}."
+    lines = "\n".join(f"- {' '.join(label.split())}" for label in labels)
+    return f"The label is exactly one of these, each on a line of its own:\n{lines}"
 
 
 # Keys that do not change what the annotation of a row is. Every other key does.
@@ -240,11 +277,15 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
             votes.append([member.weight, manifest.get("source")])
         return digest("ensemble", canonical_json(votes))
     teacher = recipe.teacher.model_dump(mode="json", exclude=_TEACHER_KEYS_WITHOUT_EFFECT)
+    if teacher["reasoning_effort"] is None:
+        del teacher["reasoning_effort"]  # earlier runs, which did not have it, are the same
     for endpoint in teacher["endpoints"]:
         for name in _ENDPOINT_KEYS_WITHOUT_EFFECT:
             del endpoint[name]
     prompt_hash = load_prompt(recipe, task).hash if recipe.teacher.is_prompted else ""
     sampling = recipe.annotate.model_dump(mode="json", exclude=_ANNOTATE_KEYS_WITHOUT_EFFECT)
+    if sampling["format"] == "text":
+        del sampling["format"]
     return digest(canonical_json(teacher), prompt_hash, canonical_json(sampling))
 
 

@@ -21,7 +21,16 @@ from pydantic import ValidationError
 
 from dsbs.config import MemberSection, Recipe
 from dsbs.errors import PartialError, UserError
-from dsbs.files import is_locked, lock_folder, make_folder, now, read_jsonl, versions, write_json
+from dsbs.files import (
+    is_locked,
+    lock_folder,
+    make_folder,
+    move,
+    now,
+    read_jsonl,
+    versions,
+    write_json,
+)
 from dsbs.records import Annotation, TrainedStudent
 from dsbs.records.results import (
     COMPRESSION_RECORD,
@@ -259,7 +268,7 @@ class RunFolder:
         names = _aside_names(path, mark or "unknown")
         target = next(name for name in names if not name.exists())
         make_folder(target.parent)
-        path.rename(target)
+        move(path, target)
 
     @staticmethod
     def take_back(path: Path, mark: str, mark_of: Callable[[Path], str | None]) -> bool:
@@ -272,7 +281,7 @@ class RunFolder:
             if not candidate.exists():
                 return False
             if mark_of(candidate) == mark:
-                candidate.rename(path)
+                move(candidate, path)
                 return True
         return False
 

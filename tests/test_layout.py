@@ -19,7 +19,8 @@ STAGES = {"annotation", "training", "evaluation", "reporting", "exporting", "ser
 HEAVY = {
     "accelerate", "aiohttp", "ctranslate2", "datasets", "datasketch", "evaluate", "fastapi", "gguf",
     "matplotlib", "onnx", "onnxruntime", "onnxscript", "openai", "peft", "pyarrow", "rapidfuzz",
-    "ray", "scipy", "sentencepiece", "sklearn", "statsmodels", "torch", "transformers", "uvicorn", "xllamacpp",
+    "ray", "scipy", "sentencepiece", "sklearn", "statsmodels", "torch", "transformers", "uvicorn",
+    "xllamacpp",
 }  # fmt: skip
 # Names that do not say what a variable holds.
 PLACEHOLDERS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,10 +76,11 @@ def test_an_override_is_split_on_its_first_equals_sign(written: Written) -> None
 
 def test_an_overrides_value_is_read_as_yaml(written: Written) -> None:
     recipe = load_recipe(
-        written(PLAIN), ["task.limit=null", "report.tensorboard=true", "annotate.splits=[valid]"]
+        written(PLAIN),
+        ["task.limit=null", "report.trackers=[tensorboard]", "annotate.splits=[valid]"],
     )
     assert recipe.task.limit is None
-    assert recipe.report.tensorboard is True
+    assert recipe.report.trackers == ("tensorboard",)
     assert recipe.annotate.splits == ("valid",)
 
 
@@ -248,25 +251,37 @@ def test_a_data_file_named_beside_data_is_told_to_go_into_it(written: Written) -
     assert "belongs" in found or "did you mean" in found
 
 
-def test_unquoted_yes_and_no_as_labels_are_told_to_be_quoted(written: Written) -> None:
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        *("007 010", "yes no", "on off True", "1.0 1.00 1e3 +1", "2024-01-01 2024-01-02"),
+        *("1_000 0x1F 1:30", "< =", ".inf .nan", "'a b' \"c\""),
+    ],
+)
+def test_labels_are_read_as_they_are_spelled(written: Written, spelled: str) -> None:
+    listing = ", ".join(re.findall("'.*'|\\S+", spelled))
+    labels = tuple(label.strip("'\"") for label in re.findall("'.*'|\\S+", spelled))
     path = written(
-        "task:\n  name: classification\n  labels: [yes, no]\n  data: {train: train.csv}\n"
-        "teacher: {model: m}\n",
+        f"task: {{name: classification, labels: [{listing}], data: {{train: t.csv}}}}\n"
+        "teacher: {model: m}\n"
     )
-    (found,) = mistakes(path)
-    assert found.startswith("plain.yaml:3: task.labels:")
-    assert "quote" in found
-    assert '["yes", "no"]' in found
+    assert load_recipe(path).task.labels == labels
+    assert load_recipe(path, [f"task.labels=[z, {listing}]"]).task.labels == ("z", *labels)
 
 
-def test_numbers_as_labels_are_text(written: Written) -> None:
-    path = written(
-        "task: {name: classification, labels: [1, 2], data: {train: t.csv}}\nteacher: {model: m}\n"
-    )
-    assert load_recipe(path).task.labels == ("1", "2")
+def test_an_emoji_that_json_writes_as_two_escapes_is_one_character(written: Written) -> None:
+    task = {"name": "classification", "labels": ["👍", "👎"], "data": {"train": "t.csv"}}
+    path = written(json.dumps({"task": task, "teacher": {"model": "m"}}))
+    assert load_recipe(path).task.labels == ("👍", "👎")
 
 
-@pytest.mark.parametrize("labels", ["[a]", "[]", "[a, A]", "[a, ' a']", "[a, '']", "[a, null]"])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        *("[a]", "[]", "[a, A]", "[a, ' a']", "[a, '']", "[a, null]", "[a, ~]", "[a, b, b]"),
+        *("[Rückgabe, Ru\u0308ckgabe]", "[CO2, CO₂]", "[(a), （a）]", "[a-b, a‑b]"),
+    ],
+)
 def test_labels_that_cannot_be_told_apart_are_refused(written: Written, labels: str) -> None:
     path = written(
         f"task: {{name: classification, labels: {labels}, data: {{train: t.csv}}}}\n"

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from dsbs.students.weights import load_model, new_model
 TEXTS = [f"Premise {i}: a man with {i} dogs walks. ( {i}.0 * 2.0 ) {{x}}" for i in range(200)]
 
 
-def make_student(seed: int = 0, prefixes: dict[Target, str] | None = None) -> Student:
-    tokenizer = learn_vocabulary(TEXTS, 300)
+def make_student(
+    seed: int = 0, prefixes: dict[Target, str] | None = None, *, words: Sequence[str] = ()
+) -> Student:
+    """A small student. ``words``: texts that its vocabulary has besides ``TEXTS``."""
+    tokenizer = learn_vocabulary([*TEXTS, *words], 300)
     task = TaskSection(name="classification", labels=("a", "b"), data=DataSection(train="x.csv"))
     card = StudentCard(
         name="s",

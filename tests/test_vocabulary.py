@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import toy_rows, write_csv
 
-from dsbs import load_recipe, train, validate
+from dsbs import UserError, load_recipe, train, validate
 from dsbs.config import StudentSection
 from dsbs.progress import NoProgress
 from dsbs.students.card import StudentCard
@@ -28,6 +28,12 @@ PLAIN = [
 @pytest.fixture(scope="module")
 def t5_like() -> Any:
     return learn_vocabulary(PLAIN, 200)
+
+
+@pytest.mark.parametrize("text", ["a" * 3_000_000, "Zx " * 1_000_000], ids=["word", "line"])
+def test_a_vocabulary_is_learned_from_a_text_of_megabytes(text: str) -> None:
+    tokenizer = learn_vocabulary([*PLAIN, text], 200)
+    assert tokenizer.unk_token_id not in tokenizer("invoice 42 Zx aaaa")["input_ids"]
 
 
 def test_text_within_the_vocabulary_gives_no_warning(t5_like: Any) -> None:
@@ -148,12 +154,8 @@ def test_train_and_validate_warn_before_anything_else(
         "warning: 100.0% of the label targets reach student.max_target_tokens (2)"
     )
     assert len(told.lines) == 3
-    found = validate(load_recipe(path, changes)).warnings
-    assert "can never write" in found[0]
-    assert any(
-        warning.startswith("train: 100.0% of the inputs have characters that the student")
-        for warning in found
-    )
+    with pytest.raises(UserError, match="'~shipping' is written"):
+        validate(load_recipe(path, changes))
 
 
 def test_a_scratch_student_of_plain_data_is_trained_without_a_warning(

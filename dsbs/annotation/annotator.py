@@ -10,30 +10,59 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dsbs.annotation.backends import Price, Reply, Request, price_of, teacher_class
+from dsbs.annotation.backends import (
+    Price,
+    Reply,
+    Request,
+    price_of,
+    reply_tokens,
+    teacher_class,
+)
+from dsbs.annotation.backends.adaptation import reasoning_fields
+from dsbs.annotation.json_answer import response_format
 from dsbs.annotation.parse import label_logprob, read_sample
 from dsbs.annotation.shards import Shard
-from dsbs.annotation.store import ReplyStore, request_keys, token_budget
+from dsbs.annotation.store import ReplyStore, Stored, request_key, token_budget
 from dsbs.annotation.vote import majority, samples_needed
 from dsbs.config import Recipe
-from dsbs.errors import UserError
+from dsbs.errors import PartialError, UserError
+from dsbs.files import canonical_json
+from dsbs.formatting import count
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
 from dsbs.records import Annotation, Example, Reason, Sample, TeacherName, Usage
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream
 
+CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted
 _MAX_STOPS = 4  # that the API accepts; the parser cuts at all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The outcome of a request: its reply, or the reason why there is none.
+
+    ``detail`` is the endpoint's message, ``wasted`` what was billed for it without an answer.
+    """
+
+    key: str
+    reply: Reply | None = None
+    reason: Reason = "no-reply"
+    detail: str | None = None
+    wasted: tuple[Reply, ...] = ()
 
 
 @dataclass(slots=True)
 class RowReplies:
     """A row's replies and what was read in them, in the order of the requests; the hinted one last.
 
-    ``key`` is that of the first reply.
+    ``key`` is that of the first reply. ``wasted`` are billed replies that hold no answer;
+    ``details`` are the endpoint's messages about requests without a reply.
     """
 
     samples: list[Sample] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
+    wasted: list[Reply] = field(default_factory=list)
+    details: dict[Reason, str] = field(default_factory=dict)
     key: str | None = None
 
     @property
@@ -63,7 +92,8 @@ class Annotator:
             self.prompt = load_prompt(recipe, self.task)
             self.renderer = PromptRenderer(self.prompt, self.task)
         self.price: Price | None = price_of(recipe.teacher, recipe.annotate.batch.price_factor)
-        if recipe.annotate.max_usd is not None and self.price is None:
+        is_asked = teacher_class(recipe.teacher.kind).is_asked
+        if is_asked and recipe.annotate.max_usd is not None and self.price is None:
             raise UserError(
                 f"annotate.max_usd is set, and the price of {recipe.teacher.model} is not known",
                 hint="set teacher.price: {input: …, output: …} in US dollars per million tokens",
@@ -117,14 +147,19 @@ class Annotator:
         body: dict[str, Any] = {
             "model": teacher.model,
             **self.renderer.render(example, hint=hint).body(teacher.endpoint),
-            "max_tokens": annotate.max_tokens,
+            "max_tokens": reply_tokens(self.recipe),
             "temperature": annotate.temperature,
         }
         if teacher.endpoint == "completions" and self.prompt.stop:
             body["stop"] = list(self.prompt.stop[:_MAX_STOPS])
+        if annotate.format == "json" and teacher.endpoint == "chat":
+            body["response_format"] = response_format(self.task)
         if annotate.logprobs:
             body["logprobs"] = {"chat": True, "completions": 1}[teacher.endpoint]
+        body |= reasoning_fields(teacher.reasoning_effort, teacher.served_by[0].base_url)
         body |= teacher.extra_body
+        if annotate.max_tokens is None and "max_completion_tokens" in teacher.extra_body:
+            body["max_tokens"] = None
         return {name: value for name, value in body.items() if value is not None}
 
     # --- replies
@@ -134,27 +169,29 @@ class Annotator:
         example: Example,
         replies: RowReplies,
         request: Request,
-        key: str,
-        reply: Reply | Reason,
+        outcome: Outcome,
     ) -> None:
         """Read a reply, or the reason why there is none, into ``replies``."""
-        replies.key = replies.key or key
-        self._add(example, replies, reply, hinted=request.hinted)
+        replies.key = replies.key or outcome.key
+        self._add(example, replies, outcome, hinted=request.hinted)
 
     def annotate_reply(self, example: Example, reply: Reply | None) -> Annotation:
         """The annotation of a row whose single reply is on disk (None: there is none)."""
         replies = RowReplies()
-        self._add(example, replies, "no-reply" if reply is None else reply, hinted=False)
+        self._add(example, replies, Outcome("", reply), hinted=False)
         return self.annotation(example, replies)
 
     def _add(
-        self, example: Example, replies: RowReplies, reply: Reply | Reason, *, hinted: bool
+        self, example: Example, replies: RowReplies, outcome: Outcome, *, hinted: bool
     ) -> None:
-        if isinstance(reply, Reply):
-            replies.replies.append(reply)
-            replies.samples.append(self._sample(example, reply, hinted=hinted))
-        else:
-            replies.samples.append(Sample(text="", reason=reply, hinted=hinted))
+        replies.wasted += outcome.wasted
+        if outcome.reply is not None:
+            replies.replies.append(outcome.reply)
+            replies.samples.append(self._sample(example, outcome.reply, hinted=hinted))
+            return
+        replies.samples.append(Sample(text="", reason=outcome.reason, hinted=hinted))
+        if outcome.detail is not None:
+            replies.details.setdefault(outcome.reason, outcome.detail)
 
     def _sample(self, example: Example, reply: Reply, *, hinted: bool) -> Sample:
         if self.prompt is None:  # people's rationales: the gold label is their answer
@@ -203,9 +240,7 @@ class Annotator:
                 logprob = hinted.label_logprob
             elif reason is not None and hinted.reason is not None:
                 reason = hinted.reason
-        usd = None
-        if self.price is not None:
-            usd = sum(self.price.usd(reply) for reply in replies.replies)
+        billed = [*replies.replies, *replies.wasted]
         accepted = reason is None
         return Annotation(
             id=example.id,
@@ -220,31 +255,39 @@ class Annotator:
             label_logprob=logprob,
             accepted=accepted,
             reject_reason=reason,
-            usage=total_usage(replies.replies),
-            usd=usd,
+            reject_detail=None if reason is None else replies.details.get(reason),
+            usage=total_usage(billed),
+            usd=total_usd(self.price, billed),
             teacher=TeacherName(kind=teacher.kind, model=teacher.model),
             request_key=replies.key,
         )
 
     # --- replies that are stored
 
-    def look_up(self, store: ReplyStore | None, request: Request) -> tuple[str, Reply | Reason]:
-        """A request's key with its stored reply, or the reason why there is none."""
-        keys = request_keys(request, self.identities)
+    def look_up(self, store: ReplyStore | None, request: Request) -> Outcome:
+        """A request's stored reply, or the reason why there is none."""
         if store is None:
-            return keys[0], "no-reply"
-        stored = store.find(keys, token_budget(request.body), raw=self.recipe.annotate.logprobs)
-        if stored is not None:
-            return stored
-        return keys[0], "refused" if store.is_refused(keys) else "no-reply"
+            return Outcome(request_key(request.body, self.identities[0], request.sample))
+        keys = store.keys(request, self.identities)
+        return self.outcome(store.look_up(keys, token_budget(request.body), raw=self.reads_raw))
+
+    @property
+    def reads_raw(self) -> bool:
+        """Whether a reply's raw body is read, beside its text."""
+        return self.recipe.annotate.logprobs
+
+    def outcome(self, stored: Stored) -> Outcome:
+        """What is stored for a request, as its outcome."""
+        reason: Reason = "no-reply" if stored.refusal is None else "refused"
+        detail = stored.refusal or stored.failure
+        return Outcome(stored.key, stored.reply, reason, detail, stored.wasted)
 
     def stored_replies(self, store: ReplyStore, example: Example) -> RowReplies:
         """A row's stored replies, gone through in the order in which they were requested."""
         replies = RowReplies()
         while requests := self.next_requests(example, replies):
             for request in requests:
-                key, reply = self.look_up(store, request)
-                self.add_reply(example, replies, request, key, reply)
+                self.add_reply(example, replies, request, self.look_up(store, request))
         return replies
 
     def derive(self, store: ReplyStore, examples: Iterable[Example]) -> Iterator[Annotation]:
@@ -253,15 +296,24 @@ class Annotator:
             yield self.annotation(example, self.stored_replies(store, example))
 
     def usd_spent(self, store: ReplyStore) -> float:
-        """US dollars that the stored replies to the recipe's rows cost."""
+        """US dollars that the stored replies to the recipe's rows cost, as far as it is known."""
         if self.price is None:
             return 0.0
-        return sum(
-            self.price.usd(reply)
-            for split in self.recipe.annotate.splits
-            for example in self.examples(split)
-            for reply in self.stored_replies(store, example).replies
-        )
+        spent = 0.0
+        for split in self.recipe.annotate.splits:
+            for example in self.examples(split):
+                replies = self.stored_replies(store, example)
+                for reply in [*replies.replies, *replies.wasted]:
+                    spent += self.price.usd(reply) or 0.0
+        return spent
+
+
+def total_usd(price: Price | None, replies: Sequence[Reply]) -> float | None:
+    """US dollars for several replies. None: the price or a number of tokens is unknown."""
+    if price is None:
+        return None
+    costs = [price.usd(reply) for reply in replies]
+    return None if None in costs else sum(cost for cost in costs if cost is not None)
 
 
 def total_usage(usages: Sequence[Reply | Usage]) -> Usage:
@@ -278,3 +330,17 @@ def _total(counts: Iterable[int | None]) -> int | None:
     if not counted:
         return None
     return sum(counted)
+
+
+def estimated_tokens(body: dict[str, Any]) -> int:
+    """A rough count of a request's prompt tokens."""
+    return len(canonical_json(body)) // CHARACTERS_PER_TOKEN
+
+
+def max_requests_reached(sent: int) -> PartialError:
+    """The error for a run that annotate.max_requests ends."""
+    return PartialError(
+        f"annotate.max_requests: the limit of {count(sent, 'request')} is reached",
+        hint="run the same command for as many more, or raise the limit: the replies so far are "
+        "stored",
+    )

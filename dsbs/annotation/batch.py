@@ -12,9 +12,11 @@ from pathlib import Path
 
 from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import TransientError
+from dsbs.annotation.backends.faults import error_body
 from dsbs.annotation.backends.openai import OpenAIEndpoint, api_key
 from dsbs.annotation.batch_files import (
     Batch,
+    Output,
     PendingRequests,
     batch_folders,
     batches_folder,
@@ -42,12 +44,12 @@ def buy_batches(
     run: RunFolder,
     summaries: Mapping[str, SplitSummary],
     progress: Progress,
-) -> PartialError | None:
+) -> DsbsError | None:
     """Submit what the rows need, wait, and store the replies; repeat while replies call for more.
 
     Batches that an earlier command submitted are waited for first. What failed or expired is left
-    to the next command, with ``--batch`` or without. Returns the reason where something is left.
-    Raises DsbsError.
+    to the next command, with ``--batch`` or without. Returns the reason where something is left, a
+    batch that failed among them: what the others brought is stored. Raises DsbsError.
     """
     check_teacher(annotator)
     folder = batches_folder(run)
@@ -57,19 +59,22 @@ def buy_batches(
     tried: set[str] = set()
     pending = PendingRequests(annotator, store, tried)
     batches = _open_batches(folder, client, progress) or write_batches(annotator, pending, folder)
-    while batches:
-        for batch in batches:
-            if batch.state == "prepared":
-                client.submit(batch)
-        for batch in batches:
+    error: DsbsError | None = None
+    while batches and error is None:
+        submitted, error = _submit(batches, client)
+        for batch in submitted:
             summary.requests += batch.record["requests"]
             tried.update(row["key"] for row in batch.rows())
-            client.wait(batch)
-            failures = client.collect(batch, store)
-            if failures:
-                summary.wasted["batch"] += failures
-        batches = write_batches(annotator, pending, folder)
+            failure = client.wait(batch)
+            output = client.collect(batch, store)
+            if output.failures:
+                summary.wasted["batch"] += output.failures
+            error = error or failure or output.error
+        if error is None:
+            batches = write_batches(annotator, pending, folder)
     summary.wall_s += time.monotonic() - started
+    if error is not None:
+        return error
     if pending.left_over and pending.stopped is None:
         return PartialError(
             f"{count(pending.left_over, 'request')} came back from the batch without a reply "
@@ -78,6 +83,21 @@ def buy_batches(
             "online",
         )
     return pending.stopped
+
+
+def _submit(batches: list[Batch], client: BatchClient) -> tuple[list[Batch], DsbsError | None]:
+    """The batches that are at the endpoint now, and why the others are not."""
+    submitted: list[Batch] = []
+    for batch in batches:
+        if batch.state == "prepared":
+            try:
+                client.submit(batch)
+            except DsbsError as error:
+                if not submitted:
+                    raise
+                return submitted, error
+        submitted.append(batch)
+    return submitted, None
 
 
 def _open_batches(folder: Path, client: BatchClient, progress: Progress) -> list[Batch]:
@@ -158,8 +178,8 @@ class BatchClient:
                     return str(candidate.id)
         return None
 
-    def wait(self, batch: Batch) -> None:
-        """Wait until the batch has ended. Raises UserError where the endpoint refuses all of it."""
+    def wait(self, batch: Batch) -> DsbsError | None:
+        """Wait until the batch has ended. Returns the error for one that failed as a whole."""
         batch_id = batch.record["batch_id"]
         with running(self._progress, f"batch {batch_id}", batch.record["requests"]):
             while batch.state == "submitted":
@@ -168,7 +188,10 @@ class BatchClient:
                 if status.status in _ENDED:
                     errors = []
                     if status.errors is not None:
-                        errors = [str(error.message) for error in status.errors.data or []]
+                        errors = [
+                            {"code": error.code, "message": str(error.message)}
+                            for error in status.errors.data or []
+                        ]
                     batch.update(
                         state="failed" if status.status == "failed" else "ended",
                         status=status.status,
@@ -180,21 +203,26 @@ class BatchClient:
                 completed = status.request_counts.completed if status.request_counts else 0
                 self._progress.update(completed, str(status.status))
                 time.sleep(self._section.poll_s)
-        if batch.state == "failed":
-            errors = batch.record["errors"][:_SHOWN_ERRORS] or ["without a reason"]
-            raise UserError(
-                f"{self.base_url} refuses the batch: {'; '.join(errors)}",
-                hint="fix the recipe and run again, or run without --batch; the requests are in "
-                f"{batch.folder}",
-            )
+        if batch.state != "failed":
+            return None
+        errors = batch.record["errors"][:_SHOWN_ERRORS]
+        for error in errors:
+            cause = self._endpoint.error(None, error_body({"error": error}), {})
+            if isinstance(cause, PartialError):  # the account's queue or credit
+                return cause
+        messages = [error["message"] for error in errors] or ["without a reason"]
+        return UserError(
+            f"{self.base_url} refuses the batch: {'; '.join(messages)}",
+            hint="fix the recipe and run again, or run without --batch; the requests are in "
+            f"{batch.folder}",
+        )
 
-    def collect(self, batch: Batch, store: ReplyStore) -> int:
-        """Download and commit the replies, of a partial batch too. Returns the failed requests."""
+    def collect(self, batch: Batch, store: ReplyStore) -> Output:
+        """Download and commit the replies, of a partial batch too."""
+        total = Output()
         if batch.state != "ended":
-            return 0
+            return total
         record = batch.record
-        replies = 0
-        failures = 0
         for name, file_id in (
             ("output", record["output_file_id"]),
             ("errors", record["error_file_id"]),
@@ -208,17 +236,18 @@ class BatchClient:
                 text += "\n"
             with atomic_write(path) as file:
                 file.write(text)
-            file_replies, file_failures = batch.store_replies(path, store)
-            replies += file_replies
-            failures += file_failures
-        batch.update(state="collected", taken=replies)
+            output = batch.store_replies(path, store, self._endpoint)
+            total.replies += output.replies
+            total.failures += output.failures
+            total.error = total.error or output.error
+        batch.update(state="collected", taken=total.replies)
         self._progress.say(
-            f"batch {record['batch_id']} {record['status']}: {replies} of {record['requests']} "
-            "replies"
+            f"batch {record['batch_id']} {record['status']}: {total.replies} of "
+            f"{record['requests']} replies"
         )
         if record["status"] != "completed":
-            return int(record["requests"]) - replies
-        return failures
+            total.failures = int(record["requests"]) - total.replies
+        return total
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -244,6 +273,7 @@ class BatchClient:
 
     def _final(self, error: Exception) -> DsbsError:
         """The error that ends the command: the package has retried already."""
+        error = getattr(error, "stop", None) or error
         if isinstance(error, DsbsError):
             return error
         if isinstance(error, TransientError):

@@ -10,15 +10,26 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dsbs.annotation.annotator import Annotator, RowReplies
-from dsbs.annotation.backends import Request, TransientError, teacher_class
-from dsbs.annotation.backends.openai import error_message, read_reply
-from dsbs.annotation.requester import estimated_tokens, max_requests_reached
-from dsbs.annotation.store import ReplyStore, token_budget
+from dsbs.annotation.annotator import (
+    Annotator,
+    RowReplies,
+    estimated_tokens,
+    max_requests_reached,
+)
+from dsbs.annotation.backends import (
+    RejectedError,
+    Reply,
+    Request,
+    TransientError,
+    teacher_class,
+)
+from dsbs.annotation.backends.faults import error_body
+from dsbs.annotation.backends.openai import OpenAIEndpoint
+from dsbs.annotation.store import ReplyStore, RequestKeys, token_budget
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import atomic_write, canonical_json, open_text, read_jsonl, write_json
 from dsbs.formatting import dollars
@@ -26,7 +37,7 @@ from dsbs.records import Example
 from dsbs.run_folder import RunFolder
 
 _FILE_BYTES = 180 << 20  # of one batch file; providers accept 200 MB
-_REFUSED = (400, 413, 422)  # final for one request; other failures may not recur
+_REFUSED_ALIKE = 16  # unclear refusals of one output, after which they are not taken as the rows'
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +107,28 @@ class PendingRequests:
         while requests := self.annotator.next_requests(example, replies):
             is_complete = True
             for request in requests:
-                key, reply = self.annotator.look_up(self.store, request)
-                if reply == "no-reply":
+                outcome = self.annotator.look_up(self.store, request)
+                if outcome.reply is None and outcome.reason == "no-reply":
                     is_complete = False
-                    yield Pending(key, request)
+                    yield Pending(outcome.key, request)
                 else:
-                    self.annotator.add_reply(example, replies, request, key, reply)
+                    self.annotator.add_reply(example, replies, request, outcome)
             if not is_complete:
                 return
+
+
+@dataclass(slots=True)
+class Output:
+    """What an output file brought: replies, failures that may not recur, and refusals.
+
+    ``unclear`` are refusals that may be about all requests, by key. ``error`` is the first one that
+    is about the account or the recipe.
+    """
+
+    replies: int = 0
+    failures: int = 0
+    unclear: dict[str, str] = field(default_factory=dict)
+    error: DsbsError | None = None
 
 
 class Batch:
@@ -127,54 +152,88 @@ class Batch:
         """What each line requests."""
         return [row for _, row in read_jsonl(self.folder / "keys.jsonl")]
 
-    def store_replies(self, path: Path, store: ReplyStore) -> tuple[int, int]:
-        """Commit the replies in an output file.
-
-        Returns the numbers of replies and of lines that failed in a way that may not recur.
-        """
+    def store_replies(self, path: Path, store: ReplyStore, endpoint: OpenAIEndpoint) -> Output:
+        """Commit what is in an output file."""
         rows = self.rows()
-        replies = 0
-        failures = 0
+        output = Output()
         for line in _output_lines(path):
             if line is None:
-                failures += 1
+                output.failures += 1
                 continue
             token, _, number = str(line.get("custom_id", "")).rpartition("-")
             if token != self.record["token"] or not number.isdigit() or int(number) >= len(rows):
                 continue  # of another batch: a server may write all outputs into one file
-            outcome = self._store_line(line, rows[int(number)], store)
-            replies += outcome == "reply"
-            failures += outcome == "failure"
-        return replies, failures
+            self._store_outcome(_outcome(line, endpoint), rows[int(number)], store, output)
+        self._settle(output, store, rows[0]["model"] if rows else None)
+        return output
 
-    def _store_line(
-        self, line: dict[str, Any], row: dict[str, Any], store: ReplyStore
-    ) -> Literal["reply", "refusal", "failure"]:
-        """Commit a line's reply or refusal."""
-        response = line.get("response") or {}
-        body = response.get("body", response)  # older servers do not wrap the body
-        status = response.get("status_code")
-        if not isinstance(body, dict):
-            return "failure"  # without a body, it was the server's own
-        if status in (None, 200, 0) and "choices" in body:
-            try:
-                reply = read_reply(body, json.dumps(body), lane="batch")
-            except TransientError:
-                return "failure"
+    def _store_outcome(
+        self, outcome: Reply | Exception, row: dict[str, Any], store: ReplyStore, output: Output
+    ) -> None:
+        """Commit a line's reply, refusal or failure, and count it in ``output``."""
+        key = row["key"]
+        if isinstance(outcome, Reply) and outcome.failure is not None:
+            failure = outcome.failure
+            is_empty = isinstance(failure, TransientError) and failure.kind == "empty"
+            if is_empty and store.look_up(RequestKeys([key], []), row["max_tokens"]).wasted:
+                outcome = replace(outcome, failure=None)  # for the second time: that is the answer
+            else:
+                store.waste(key, str(failure), outcome)
+                outcome = failure
+        if isinstance(outcome, Reply):
+            output.replies += 1
             store.put(
-                row["key"],
+                key,
                 row["max_tokens"],
                 self.record["identity"],
                 row["model"],
                 row["sample"],
-                reply,
+                outcome,
             )
-            return "reply"
-        if status in _REFUSED:
-            message, _ = error_message(json.dumps(body))
-            store.refuse(row["key"], f"HTTP {status}: {message}"[:300])
-            return "refusal"
-        return "failure"
+        elif isinstance(outcome, RejectedError):
+            if outcome.blame in ("row", "content"):
+                store.refuse(key, str(outcome))
+            else:
+                output.unclear[key] = str(outcome)
+        else:
+            output.failures += 1
+            store.fail(key, str(outcome))
+            if isinstance(outcome, DsbsError):
+                output.error = output.error or outcome
+
+    def _settle(self, output: Output, store: ReplyStore, model: str | None) -> None:
+        """Keep the unclear refusals as the rows' if they are few, and others were answered."""
+        messages = list(output.unclear.values())
+        has_answers = output.replies > 0 or store.has_replies([self.record["identity"]], model)
+        if has_answers and len(messages) < _REFUSED_ALIKE:
+            for key, message in output.unclear.items():
+                store.refuse(key, message)
+            return
+        output.failures += len(messages)
+        for key, message in output.unclear.items():
+            store.fail(key, message)
+        if messages and output.error is None:
+            output.error = PartialError(
+                f"{len(messages)} requests of the batch were refused: {messages[-1]}",
+                hint="they were not kept as refused: run the same command again when that is "
+                "settled, or without --batch to learn which rows are at fault",
+            )
+
+
+def _outcome(line: dict[str, Any], endpoint: OpenAIEndpoint) -> Reply | Exception:
+    """A line's reply, or the error that it stands for."""
+    response = line.get("response") or {}
+    body = response.get("body", response)  # older servers do not wrap the body
+    status = response.get("status_code")
+    if not body:
+        return endpoint.error(status or None, error_body(line.get("error")), {})
+    text = body if isinstance(body, str) else json.dumps(body)
+    if isinstance(status, int) and status >= 300:
+        return endpoint.status_error(status, text, {})
+    try:
+        return endpoint.read_reply(text, {}, lane="batch")
+    except (TransientError, RejectedError, DsbsError) as error:
+        return error
 
 
 def _output_lines(path: Path) -> Iterator[dict[str, Any] | None]:
@@ -295,22 +354,29 @@ def export(annotator: Annotator, store: ReplyStore, run: RunFolder, path: Path) 
     return sum(batch.record["requests"] for batch in batches)
 
 
-def import_output(store: ReplyStore, run: RunFolder, path: Path) -> int:
+def import_output(annotator: Annotator, store: ReplyStore, run: RunFolder, path: Path) -> Output:
     """Commit the replies in an output file to the requests exported before.
 
-    Returns their number. Raises UserError, and DsbsError where there is none.
+    Raises UserError, and DsbsError where there is none.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist", hint="give the output file of `vllm run-batch`")
     batches = map(Batch, batch_folders(batches_folder(run)))
     exported = [batch for batch in batches if batch.state == "exported"]
-    replies = sum(batch.store_replies(path, store)[0] for batch in exported)
-    if not replies:
-        raise DsbsError(
+    teacher = annotator.recipe.teacher
+    endpoint = OpenAIEndpoint(teacher, teacher.served_by[0], None, annotator.identities[0])
+    total = Output()
+    for batch in exported:
+        output = batch.store_replies(path, store, endpoint)
+        total.replies += output.replies
+        total.failures += output.failures
+        total.error = total.error or output.error
+    if not total.replies:
+        raise total.error or DsbsError(
             f"{path} has no reply to a request that was exported from this run",
             hint="give the output file of `vllm run-batch` for the file that --batch-export wrote",
         )
-    return replies
+    return total
 
 
 def check_teacher(annotator: Annotator) -> None:

@@ -13,8 +13,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from dsbs.annotation.backends import Endpoint, RejectedError, Reply, Request, TransientError
+from dsbs.annotation.backends import (
+    Endpoint,
+    Failure,
+    Price,
+    RejectedError,
+    Reply,
+    Request,
+    TransientError,
+)
 from dsbs.errors import PartialError
+from dsbs.formatting import dollars, duration
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
@@ -22,10 +31,16 @@ LONGEST_RETRY_AFTER_S = 600.0
 THROTTLED_PER_ATTEMPT = 10
 LIMIT_CUT = 0.75  # a burst of 429s leaves this share of an endpoint's limit
 PAUSE_AFTER_FAILURES = 4  # in a row, where another endpoint can take over
+NOTICE_AFTER_S = 30.0  # with nothing but 429s
+NOTICE_AGAIN_AFTER_S = 600.0
 
 
 class ExhaustedError(Exception):
-    """Every attempt of one request failed."""
+    """Every attempt of one request failed; ``kind`` is that of the last failure."""
+
+    def __init__(self, message: str, kind: Failure) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class StoppedError(Exception):
@@ -135,8 +150,8 @@ class EndpointState:
                 self.bursts += 1
                 self._throttles += 1
                 self.limit = max(1.0, self.limit * LIMIT_CUT)
-            if wait is None:
-                wait = backoff(self._throttles)
+            # 0 or a date in the past must not switch the backoff off
+            wait = max(wait or 0.0, backoff(self._throttles))
         else:
             self._failures += 1
             if wait is None and not alone and self._failures >= PAUSE_AFTER_FAILURES:
@@ -169,6 +184,8 @@ class EndpointPool:
         self.stop_signal = stop_signal
         self.wasted: Counter[str] = Counter()  # attempts that brought no reply, by kind
         self._say = say
+        self._throttled_since: float | None = None  # without a reply in between
+        self._notice_at = 0.0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._has_timer = False
         stop_signal.on_stop(lambda: self._wake(len(self._waiters)))
@@ -183,7 +200,8 @@ class EndpointPool:
     ) -> tuple[EndpointState, Reply]:
         """Send a request until a reply comes, to whichever endpoint is next.
 
-        ``tokens`` is the most that the request may use; ``before_attempt`` may raise.
+        The reply may be billed and hold no answer (``Reply.failure``). ``tokens`` is the most that
+        the request may use; ``before_attempt`` may raise.
 
         Raises ExhaustedError after ``attempts`` failures, StoppedError where the run ends first,
         PartialError where no endpoint will answer for long, and the endpoint's RejectedError or
@@ -210,7 +228,7 @@ class EndpointPool:
             else:
                 failures += 1
             if failures >= attempts or throttles >= THROTTLED_PER_ATTEMPT * attempts:
-                raise ExhaustedError(str(outcome))
+                raise ExhaustedError(str(outcome), outcome.kind)
             last = state
             if not outcome.throttled and not self._can_go_elsewhere(state):
                 await self.stop_signal.sleep(backoff(failures))
@@ -230,16 +248,39 @@ class EndpointPool:
         try:
             reply = await state.endpoint.complete(request)
         except TransientError as error:
-            self.wasted[error.kind] += 1
-            state.record_failure(error, bursts, alone=len(self.states) == 1)
+            self._record_failure(state, error, bursts)
             return error
         except PartialError as error:
             return error
         except RejectedError:
             state.record_answer()
             raise
-        state.record_reply(reply, tokens)
+        if isinstance(reply.failure, TransientError):
+            self._record_failure(state, reply.failure, bursts)
+        else:
+            state.record_reply(reply, tokens)
+            self._throttled_since = None
+        if isinstance(reply.failure, PartialError):
+            self._close(state, reply.failure)
         return reply
+
+    def _record_failure(self, state: EndpointState, error: TransientError, bursts: int) -> None:
+        self.wasted[error.kind] += 1
+        state.record_failure(error, bursts, alone=len(self.states) == 1)
+        if not error.throttled:
+            self._throttled_since = None
+            return
+        now = time.monotonic()
+        if self._throttled_since is None:
+            self._throttled_since = now
+            self._notice_at = now + NOTICE_AFTER_S
+        if now >= self._notice_at:
+            self._notice_at = now + NOTICE_AGAIN_AFTER_S
+            self._say(
+                f"waiting for {state.endpoint.name}: nothing but refusals to serve for "
+                f"{duration(now - self._throttled_since)} ({error}); Ctrl-C stops, and the replies "
+                "so far are stored"
+            )
 
     def _close(self, state: EndpointState, error: PartialError) -> None:
         """Take an endpoint without credit out of the pool; the others continue."""
@@ -323,3 +364,78 @@ class EndpointPool:
             if not waiter.done():
                 waiter.set_result(None)
                 count -= 1
+
+
+class Budget:
+    """US dollars for a recipe's replies, held below ``limit`` (annotate.max_usd).
+
+    ``spent`` is the cost of the stored replies; without a limit, those are counted as the rows come
+    by.
+    """
+
+    def __init__(
+        self, price: Price | None, limit: float | None, spent: float, stop_signal: StopSignal
+    ) -> None:
+        self._price = price
+        self._limit = limit
+        self.spent = spent
+        self.has_bought = False
+        self._reserved = 0.0  # at most, for requests in flight
+        self._in_flight = 0
+        self._prompt_token_ratio = 1.0  # highest ratio of counted to estimated prompt tokens
+        self._stop_signal = stop_signal
+        self._released = asyncio.Event()
+        stop_signal.on_stop(self._released.set)
+
+    @property
+    def balance(self) -> str:
+        """What became of the money, for an error's hint."""
+        if self.has_bought:
+            return "what was billed is stored and counted"
+        return "nothing was bought or lost"
+
+    async def reserve(self, prompt_tokens: int, tokens: int) -> float:
+        """Wait until the most that one more reply may cost fits the limit; returns that cost.
+
+        Raises PartialError where it never will, StoppedError at the end of the run.
+        """
+        cost = 0.0
+        if self._price is not None:
+            cost = self._price.of(int(prompt_tokens * self._prompt_token_ratio) + 1, tokens)
+        limit = self._limit
+        while limit is not None and self.spent + self._reserved + cost > limit + 1e-9:
+            if self._in_flight == 0:
+                raise PartialError(
+                    f"annotate.max_usd: {dollars(self.spent)} spent on replies; one more might "
+                    f"pass the limit of {dollars(limit)}",
+                    hint="raise the limit and run again: the replies so far are stored",
+                )
+            self._released.clear()
+            await self._released.wait()  # replies in flight may turn out cheaper
+            if self._stop_signal.is_set:
+                raise StoppedError
+        self._in_flight += 1
+        self._reserved += cost
+        return cost
+
+    def release(self, reserved: float) -> None:
+        self._in_flight -= 1
+        self._reserved -= reserved
+        self._released.set()
+
+    def count_stored(self, replies: Sequence[Reply]) -> None:
+        if self._price is not None and self._limit is None:
+            self.spent += sum(self._price.usd(reply) or 0.0 for reply in replies)
+
+    def count_bought(self, reply: Reply, prompt_tokens: int, reserved: float) -> None:
+        """Count a reply, whether it holds an answer or not."""
+        self.has_bought = True
+        if reply.prompt_tokens is not None and prompt_tokens:
+            ratio = reply.prompt_tokens / prompt_tokens
+            self._prompt_token_ratio = max(self._prompt_token_ratio, ratio)
+        if self._price is None:
+            return
+        usd = self._price.usd(reply)
+        if usd is None:  # not counted by the endpoint: assume the most where there is a limit
+            usd = 0.0 if self._limit is None else reserved
+        self.spent += usd

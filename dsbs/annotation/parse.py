@@ -11,10 +11,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from dsbs.annotation.json_answer import Answer, read_json_answer
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.prompting import Prompt
 from dsbs.records import Reason, Sample, Unread
-from dsbs.tasks import Fields, Task, concluded_label
+from dsbs.tasks import EMPHASIS, Fields, Task, concluded_label, unwrapped
+from dsbs.tasks.label_set import LabelSet
 
 RationaleFrom = Literal["visible", "reasoning"]
 
@@ -70,27 +72,38 @@ def parse_reply(
         if not out_of_tokens:
             return sample(None, None, "empty")
         return sample(None, None, "spent-on-reasoning" if reasoning else "truncated")
-    start, anchor = find_anchor(turn, prompt.anchor)
-    if start < 0:
-        if _DECLINES.match(turn.replace("’", "'")):
-            return sample(None, None, "refused")
-        looks_cut = finish_reason is None and turn[-1] not in ".!?)\"'"
-        if not ran_on and (out_of_tokens or looks_cut):
-            return sample(None, None, "truncated")
-        return sample(None, None, "unparsed")
-    rationale = _DANGLING.sub("", turn[:start].strip(_MARKUP)).strip(_MARKUP)
+    may_be_cut = out_of_tokens and not ran_on
+    ends_openly = finish_reason is None and not ran_on
+    if prompt.format == "json" and "{" in turn:
+        answer = read_json_answer(turn, may_be_cut=may_be_cut or ends_openly)
+        may_be_cut = False  # a whole object is not cut
+    else:
+        looks_cut = ends_openly and turn[-1] not in ".!?)\"'"
+        answer = _read_text_answer(turn, prompt, task, may_be_cut=may_be_cut or looks_cut)
+    if answer.reason is not None:
+        return sample(None, None, answer.reason)
+    rationale = answer.rationale
     if rationale_from == "reasoning":
         rationale = (reasoning or "").strip()
-    answer = turn[start + len(anchor) :]
-    label = task.read_label(answer, fields)
-    may_be_cut = out_of_tokens and not ran_on
+    label = task.read_label(answer.label, fields)
     if isinstance(label, Unread):
         if may_be_cut and label.reason in ("empty", "unparsed", "label-outside-set"):
             return sample(None, rationale, "truncated")
         return sample(None, rationale, label.reason)
-    if may_be_cut and (_begins_another_label(label, task) or _is_draft(answer, label)):
+    if may_be_cut and (_begins_another_label(label, task) or _is_draft(answer.label, label)):
         return sample(None, rationale, "truncated")
     return sample(label, rationale, None)  # a label without a rationale is used too
+
+
+def _read_text_answer(turn: str, prompt: Prompt, task: Task, *, may_be_cut: bool) -> Answer:
+    """What stands before and after the answer anchor."""
+    start, anchor = find_anchor(turn, prompt.anchor, task.label_set)
+    if start < 0:
+        if _DECLINES.match(turn.replace("’", "'")):
+            return Answer(reason="refused")
+        return Answer(reason="truncated" if may_be_cut else "unparsed")
+    rationale = _DANGLING.sub("", turn[:start].strip(_MARKUP)).strip(_MARKUP)
+    return Answer(rationale, _without_anchor_marks(turn[:start], turn[start + len(anchor) :]))
 
 
 def _begins_another_label(label: str, task: Task) -> bool:
@@ -128,16 +141,36 @@ def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return text.rstrip(), False
 
 
-def find_anchor(turn: str, anchors: tuple[str, ...]) -> tuple[int, str]:
+def find_anchor(
+    turn: str, anchors: tuple[str, ...], labels: LabelSet | None = None
+) -> tuple[int, str]:
     """The last occurrence of the first anchor that occurs, and its text; -1 without one.
 
-    The last one, because a rationale may mention "the answer" before it is given.
+    The last one, because a rationale may mention "the answer" before it is given. An earlier one,
+    if all that follows it is a label, which then contains the anchor itself.
     """
     for anchor in anchors:
         matches = list(re.finditer(re.escape(anchor), turn, re.IGNORECASE))
+        for match in matches[:-1]:
+            layers = unwrapped(turn[match.end() :])
+            if labels is not None and any(labels.spelled(layer) for layer in layers):
+                return match.start(), match.group()
         if matches:
             return matches[-1].start(), matches[-1].group()
     return -1, ""
+
+
+def _without_anchor_marks(before: str, answer: str) -> str:
+    """The answer without the mark that closes emphasis begun before the anchor: "**Answer:** A" or
+    "*Answer: A*".
+    """
+    mark = before[len(before.rstrip(EMPHASIS)) :]
+    line, line_break, rest = answer.partition("\n")
+    if not mark:
+        return answer
+    if line.startswith(mark):
+        return answer[len(mark) :]
+    return line.rstrip().removesuffix(mark) + line_break + rest
 
 
 # --- flaws of a rationale
@@ -300,16 +333,12 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
         return None
     visible, _ = split_thoughts(text)
     turn, _ = first_turn(visible, prompt.stop)
-    start, anchor = find_anchor(turn, prompt.anchor)
-    if start < 0:
-        return None
-    answer = turn[start + len(anchor) :].lstrip()
-    line = answer.split("\n", 1)[0].rstrip()
+    before, line = _answer_line(turn, prompt)
     if not line:
         return None
     # in bytes, because a token may hold part of a character
     all_bytes = b"".join(token for token, _ in tokens)
-    line_start = _answer_position(all_bytes, text, visible, turn[: len(turn) - len(answer)], line)
+    line_start = _answer_position(all_bytes, text, visible, before, line)
     if line_start < 0:
         return None
     line_end = line_start + len(line.encode())
@@ -325,6 +354,18 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
     if not has_tokens:
         return None
     return round(total, 6)
+
+
+def _answer_line(turn: str, prompt: Prompt) -> tuple[str, str]:
+    """The text before the answer, and the answer's line or JSON value; empty without one."""
+    if prompt.format == "json" and "{" in turn:
+        start, end = read_json_answer(turn, may_be_cut=False).label_span
+        return turn[:start], turn[start:end]
+    start, anchor = find_anchor(turn, prompt.anchor)
+    if start < 0:
+        return turn, ""
+    answer = turn[start + len(anchor) :].lstrip()
+    return turn[: len(turn) - len(answer)], answer.split("\n", 1)[0].rstrip()
 
 
 def _answer_position(tokens: bytes, text: str, visible: str, before: str, line: str) -> int:

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotation.annotator import Annotator, RowReplies
-from dsbs.annotation.backends import Lane, Reply, make_teacher, teacher_class
-from dsbs.annotation.requester import CHARACTERS_PER_TOKEN, RowsToRequest, buy_online
+from dsbs.annotation.annotator import CHARACTERS_PER_TOKEN, Annotator, RowReplies
+from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_class
+from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
+from dsbs.annotation.requester import RowsToRequest, buy_online
 from dsbs.annotation.shards import Shard
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import SplitSummary, rounded_interval, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json
+from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress
 from dsbs.records import Example
 from dsbs.records.results import Rate, wilson
@@ -24,15 +26,18 @@ from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import position
 
 ASSUMED_SECONDS = 3.0  # of a reply, until one has been timed
+ASSUMED_TOKENS = 800  # of a reply with its reasoning, until one has been counted
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a run would send at most, with a rough token count (four characters to a token).
 
-    ``usd`` is the most that the tokens may cost (None: the price is not known), ``seconds`` the
-    time at the recipe's and the teacher's concurrency and rate caps. ``seconds_a_reply`` is the
-    mean of earlier replies where ``is_timed``, else an assumption.
+    ``usd`` is the most that the tokens may cost (None: the price is not known), ``likely_usd`` the
+    cost at ``tokens_a_reply``: the mean of earlier replies, else the recipe's limit or, where it
+    sets none, an assumption. ``seconds`` is the time at the recipe's and the teacher's concurrency
+    and rate caps. ``seconds_a_reply`` is the mean of earlier replies where ``is_timed``, else an
+    assumption.
     """
 
     first_prompt: str
@@ -42,6 +47,8 @@ class Plan:
     prompt_tokens: int
     max_completion_tokens: int
     usd: float | None
+    tokens_a_reply: int
+    likely_usd: float | None
     seconds: float
     seconds_a_reply: float
     is_timed: bool
@@ -54,6 +61,8 @@ class Plan:
             "prompt_tokens": self.prompt_tokens,
             "max_completion_tokens": self.max_completion_tokens,
             "max_usd": self.usd,
+            "tokens_a_reply": self.tokens_a_reply,
+            "likely_usd": self.likely_usd,
             "seconds": round(self.seconds, 1),
             "seconds_a_reply": round(self.seconds_a_reply, 3),
             "is_timed": self.is_timed,
@@ -89,22 +98,32 @@ def plan(
             replies = RowReplies()
             while wave := annotator.next_requests(example, replies):
                 for request in wave:
-                    key, reply = annotator.look_up(store, request)
-                    cached += isinstance(reply, Reply)
-                    if reply == "no-reply":
+                    outcome = annotator.look_up(store, request)
+                    cached += outcome.reply is not None
+                    if outcome.reply is None and outcome.reason == "no-reply":
                         requests += 1
                         characters += len(canonical_json(request.body))
-                    annotator.add_reply(example, replies, request, key, reply)
+                    annotator.add_reply(example, replies, request, outcome)
     mean_seconds = None
+    mean_tokens = None
     if store is not None:
+        mean_tokens = store.mean_completion_tokens(annotator.identities, recipe.teacher.model)
         mean_seconds = store.mean_seconds(annotator.identities, recipe.teacher.model)
         store.close()
     prompt_tokens = characters // CHARACTERS_PER_TOKEN
-    completion_tokens = requests * recipe.annotate.max_tokens
+    limit = reply_tokens(recipe)
+    completion_tokens = requests * limit
+    tokens_a_reply = limit
+    if mean_tokens is not None:
+        tokens_a_reply = min(limit, round(mean_tokens))
+    elif recipe.annotate.max_tokens is None:
+        tokens_a_reply = min(limit, ASSUMED_TOKENS)
     usd = None
+    likely_usd = None
     if annotator.price is not None:
         lane: Lane = "batch" if batch else "online"
         usd = annotator.price.of(prompt_tokens, completion_tokens, lane=lane)
+        likely_usd = annotator.price.of(prompt_tokens, requests * tokens_a_reply, lane=lane)
     seconds_a_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
     return Plan(
         first_prompt=first_prompt,
@@ -114,7 +133,11 @@ def plan(
         prompt_tokens=prompt_tokens,
         max_completion_tokens=completion_tokens,
         usd=usd,
-        seconds=_seconds(recipe, requests, prompt_tokens + completion_tokens, seconds_a_reply),
+        tokens_a_reply=tokens_a_reply,
+        likely_usd=likely_usd,
+        seconds=_seconds(
+            recipe, requests, prompt_tokens + requests * tokens_a_reply, seconds_a_reply
+        ),
         seconds_a_reply=seconds_a_reply,
         is_timed=mean_seconds is not None,
     )
@@ -198,7 +221,7 @@ def pilot(
     run = RunFolder.of(recipe, out)
     path = run.annotations("pilot")
     summary, mean_seconds = annotate_sample(annotator, sample, run, path, progress)
-    for warning in summary.warnings("pilot"):
+    for warning in [*summary.warnings("pilot"), *_reasoning_advice(recipe, summary)]:
         progress.say(f"warning: {warning}")
     usd = None
     if summary.usd is not None and summary.rows:
@@ -208,6 +231,22 @@ def pilot(
     seconds_a_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
     seconds = _seconds(recipe, requests, tokens, seconds_a_reply)
     return PilotResult(summary, path, total, usd, seconds)
+
+
+def _reasoning_advice(recipe: Recipe, summary: SplitSummary) -> list[str]:
+    """What to set where replies ended in their reasoning."""
+    spent = summary.rejected["spent-on-reasoning"]
+    if not spent:
+        return []
+    limit = reply_tokens(recipe)
+    advice = f"annotate.max_tokens: {4 * limit}"
+    if recipe.annotate.max_tokens is not None and limit < DEFAULT_REPLY_TOKENS:
+        advice = "annotate.max_tokens: null"
+    return [
+        f"{spent} of {count(summary.rows, 'row')} spent all {limit:,} tokens of the reply on "
+        f"reasoning: set {advice}, or teacher.reasoning_effort: low (none, where the model can "
+        "answer without reasoning); only these rows are requested again"
+    ]
 
 
 def annotate_sample(
@@ -226,7 +265,7 @@ def annotate_sample(
         write_annotations(path, annotations, annotator.task, summary)
         return summary, None
     with run.lock("annotate"), open_store(run) as store:
-        rows = RowsToRequest(path.stem, sample, len(sample), summary)
+        rows = RowsToRequest(path.stem, lambda: sample, len(sample), summary)
         stopped = buy_online(annotator, teacher, store, [rows], progress)
         write_annotations(path, annotator.derive(store, sample), annotator.task, summary)
         mean_seconds = store.mean_seconds(annotator.identities, recipe.teacher.model)

@@ -8,35 +8,42 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dsbs.annotation.annotator import Annotator, RowReplies
-from dsbs.annotation.backends import RejectedError, Reply, Request, Teacher
+from dsbs.annotation.annotator import (
+    Annotator,
+    Outcome,
+    RowReplies,
+    estimated_tokens,
+    max_requests_reached,
+)
+from dsbs.annotation.backends import RejectedError, Reply, Request, Teacher, TransientError
 from dsbs.annotation.endpoint_pool import (
+    Budget,
     EndpointPool,
+    EndpointState,
     ExhaustedError,
     StoppedError,
     StopSignal,
+    backoff,
 )
-from dsbs.annotation.store import ReplyStore, request_keys, token_budget
-from dsbs.annotation.summary import SplitSummary
-from dsbs.annotation.vote import majority
-from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.files import canonical_json
-from dsbs.formatting import count, dollars, percent
+from dsbs.annotation.store import ReplyStore, Stored, token_budget
+from dsbs.annotation.summary import ProgressFigures, Refusals, SplitSummary
+from dsbs.errors import DsbsError, PartialError
 from dsbs.progress import Progress, running
-from dsbs.records import Example, Reason
+from dsbs.records import Example
 
-# Failures in a row after which the teacher is considered down.
+# Failures or equal refusals in a row after which the teacher is considered down.
 FAILURES_BEFORE_STOP = 16
-# Refusals before any success after which the requests' form is considered wrong, not the row.
+# Refusals before any answer after which rows from elsewhere in the file are asked.
 REFUSALS_BEFORE_STOP = 5
-CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted
+FLAGGED_BEFORE_STOP = 100  # of rows that a content filter flagged
+ROWS_ELSEWHERE = 3
+BILLED_TRIES = 2  # of a request whose replies cost and hold no answer
 _ROWS_PER_YIELD = 256
 
 
@@ -45,7 +52,7 @@ class RowsToRequest:
     """Rows whose replies are to be bought, their number, and the summary to count in."""
 
     title: str
-    examples: Iterable[Example]
+    examples: Callable[[], Iterable[Example]]
     total: int
     summary: SplitSummary
 
@@ -69,7 +76,7 @@ def buy_online(
             requester = Requester(annotator, teacher, store, progress, retry_refused=retry_refused)
             store.hold_reserve(requester.max_in_flight)
             for split in rows:
-                await requester.request_rows(split)
+                await requester.request_rows(split, is_last=split is rows[-1])
         except PartialError as error:
             return error
         finally:
@@ -104,6 +111,8 @@ class Requester:
         self.retry_refused = retry_refused
         self.max_in_flight = min(teacher.max_in_flight(recipe), recipe.annotate.concurrency)
         self.identities = [endpoint.identity for endpoint in teacher.endpoints]
+        for endpoint in teacher.endpoints:
+            store.adapt(endpoint, recipe.teacher.model, progress.say)
         self.stop_signal = StopSignal()
         self.pool = EndpointPool(
             teacher.endpoints, self.max_in_flight, self.stop_signal, progress.say
@@ -112,41 +121,48 @@ class Requester:
         self.failures_in_a_row = 0
         # an endpoint that has answered before is not wrong because the few rows left fail
         self.has_answered = store.has_replies(self.identities, recipe.teacher.model)
-        self.last_failure = ""
         self.pending_keys: dict[str, asyncio.Event] = {}
-        # refusals before the first success, by key: they may be about the requests' form
-        self.unconfirmed_refusals: dict[str, str] = {}
+        self.refusals = Refusals(store)
+        self.answered: Request | None = None  # one that the endpoint has answered
+        self.is_probing = False
+        self.probed_keys: set[str] = set()
+        self.go_on = asyncio.Event()  # cleared while it is found out whether the endpoint answers
+        self.go_on.set()
         self.sent = 0
-        self.budget = _Budget(annotator, store, self.stop_signal)
+        limit = recipe.annotate.max_usd
+        spent = 0.0 if limit is None else annotator.usd_spent(store)
+        self.budget = Budget(annotator.price, limit, spent, self.stop_signal)
+        self.rows: RowsToRequest
 
-    async def request_rows(self, rows: RowsToRequest) -> None:
+    async def request_rows(self, rows: RowsToRequest, *, is_last: bool = True) -> None:
         """Buy what the rows need. Raises DsbsError, or KeyboardInterrupt on Ctrl-C."""
+        self.rows = rows
         summary = rows.summary
         started = time.monotonic()
         wasted_before = self.pool.wasted.copy()
-        figures = _ProgressFigures(self.annotator)
-        examples = iter(rows.examples)  # shared: each row goes to one worker
+        figures = ProgressFigures(self.annotator.task)
+        examples = iter(rows.examples())  # shared: each row goes to one worker
         with running(self.progress, f"annotate {rows.title}", rows.total), self._interruptible():
             workers = [
                 asyncio.create_task(self._work(examples, figures, summary))
                 for _ in range(min(self.max_in_flight, max(1, rows.total)))
             ]
             await self._drain(workers)
+            if self.failure is None and not self.stop_signal.is_set:
+                await self._settle_refusals(is_last=is_last)
         summary.wasted = self.pool.wasted - wasted_before
         summary.wall_s += time.monotonic() - started
         if self.failure is not None:
             raise self.failure
         if self.stop_signal.is_set:
             raise KeyboardInterrupt
-        if self.unconfirmed_refusals:
-            self._stop_if_all_refused(final=True)
-        self._confirm_refusals()
 
     async def _work(
-        self, examples: Iterator[Example], figures: _ProgressFigures, summary: SplitSummary
+        self, examples: Iterator[Example], figures: ProgressFigures, summary: SplitSummary
     ) -> None:
         for example in examples:
             try:
+                await self.go_on.wait()
                 replies = await self._request_row(example, summary)
             except StoppedError:
                 return
@@ -154,7 +170,7 @@ class Requester:
                 self.failure = self.failure or error
                 self.stop_signal.stop()
                 return
-            figures.add(example, replies)
+            figures.add(example, replies.unhinted)
             self.progress.update(figures.rows, figures.note(self.budget.spent))
             if self.stop_signal.is_set:
                 return
@@ -165,13 +181,11 @@ class Requester:
         replies = RowReplies()
         while requests := self.annotator.next_requests(example, replies):
             outcomes = await self._request_all(requests, summary)
-            for request, (key, reply) in zip(requests, outcomes, strict=True):
-                self.annotator.add_reply(example, replies, request, key, reply)
+            for request, outcome in zip(requests, outcomes, strict=True):
+                self.annotator.add_reply(example, replies, request, outcome)
         return replies
 
-    async def _request_all(
-        self, requests: list[Request], summary: SplitSummary
-    ) -> list[tuple[str, Reply | Reason]]:
+    async def _request_all(self, requests: list[Request], summary: SplitSummary) -> list[Outcome]:
         if len(requests) == 1:
             return [await self._request(requests[0], summary)]
         results = await asyncio.gather(
@@ -210,8 +224,8 @@ class Requester:
             self.stop_signal.stop()
 
         try:
-            loop.add_signal_handler(signal.SIGINT, interrupt)
-        except (NotImplementedError, RuntimeError, ValueError):
+            previous = signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(interrupt))
+        except ValueError:
             yield  # not the main thread: a notebook's kernel, a server
             return
         try:
@@ -219,217 +233,216 @@ class Requester:
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
 
-    async def _request(self, request: Request, summary: SplitSummary) -> tuple[str, Reply | Reason]:
-        """A request's key with its reply, stored or bought, or the reason why there is none."""
-        keys = request_keys(request, self.identities)
-        tokens = token_budget(request.body)
-        stored = self.store.find(keys, tokens, raw=self.annotator.recipe.annotate.logprobs)
-        if stored is not None:
-            summary.cached += 1
-            self.budget.count_stored(stored[1])
-            return stored
-        first_key = keys[0]
-        if first_key in self.unconfirmed_refusals or (
-            not self.retry_refused and self.store.is_refused(keys)
-        ):
-            return first_key, "refused"
-        if first_key in self.pending_keys:  # another row makes the very same request
-            await self.pending_keys[first_key].wait()
+    async def _request(self, request: Request, summary: SplitSummary) -> Outcome:
+        """A request's reply, stored or bought, or the reason why there is none."""
+        keys = self.store.keys(request, self.identities)
+        stored = self.store.look_up(keys, token_budget(request.body), raw=self.annotator.reads_raw)
+        if stored.reply is not None:
+            self.answered = self.answered or request
+            if stored.key in self.probed_keys:
+                self.probed_keys.discard(stored.key)
+            else:
+                summary.cached += 1
+                self.budget.count_stored([stored.reply, *stored.wasted])
+            return self.annotator.outcome(stored)
+        key = stored.key
+        if key in self.refusals.messages:
+            return Outcome(key, None, "refused", self.refusals.messages[key])
+        if stored.refusal is not None and not self.retry_refused:
+            return self.annotator.outcome(stored)
+        if key in self.pending_keys:  # another row makes the very same request
+            await self.pending_keys[key].wait()
             if self.stop_signal.is_set:
                 raise StoppedError
             return await self._request(request, summary)
-        self.pending_keys[first_key] = asyncio.Event()
+        self.pending_keys[key] = asyncio.Event()
         try:
-            return await self._buy(request, keys, tokens, summary)
+            return await self._buy(request, stored)
         finally:
-            self.pending_keys.pop(first_key).set()
+            self.pending_keys.pop(key).set()
 
-    async def _buy(
-        self, request: Request, keys: list[str], tokens: int, summary: SplitSummary
-    ) -> tuple[str, Reply | Reason]:
-        """Buy one reply and commit it, or return the reason why there is none."""
+    async def _buy(self, request: Request, stored: Stored) -> Outcome:
+        """Buy one reply and commit it, or return the reason why there is none.
+
+        A reply that is billed and holds no answer is requested once more. The second one without a
+        text is the answer: an empty one.
+        """
+        wasted: list[Reply] = []
+        while True:
+            try:
+                state, started, reply = await self._deliver(request)
+            except RejectedError as error:
+                return await self._refuse(stored.key, error, wasted)
+            except ExhaustedError as error:
+                return await self._fail(stored.key, error, wasted)
+            key = self._key(request, state)
+            failure = reply.failure
+            is_empty = isinstance(failure, TransientError) and failure.kind == "empty"
+            if failure is None or (is_empty and (wasted or stored.wasted)):
+                reply = replace(reply, failure=None)
+                self._keep(request, state, reply, started, is_empty=is_empty)
+                return Outcome(key, reply, wasted=tuple(wasted))
+            self.store.waste(key, str(failure), reply)
+            wasted.append(reply)
+            if isinstance(failure, RejectedError):
+                return await self._refuse(stored.key, failure, wasted)
+            if isinstance(failure, DsbsError) and not isinstance(failure, PartialError):
+                raise failure
+            if isinstance(failure, TransientError) and len(wasted) >= BILLED_TRIES:
+                return await self._fail(
+                    stored.key, ExhaustedError(str(failure), failure.kind), wasted
+                )
+            if not is_empty:
+                await self.stop_signal.sleep(backoff(len(wasted)))
+
+    async def _deliver(self, request: Request) -> tuple[EndpointState, int, Reply]:
+        """Send a request within the limits: the endpoint, the last attempt's number, the reply."""
+        started = 0
+        max_requests = self.annotator.recipe.annotate.max_requests
 
         def count_attempt() -> None:
-            self._check_max_requests()
+            nonlocal started
+            if max_requests is not None and self.sent >= max_requests:
+                raise max_requests_reached(self.sent)
             self.sent += 1
-            summary.requests += 1
+            started = self.sent
+            self.rows.summary.requests += 1
 
-        teacher = self.annotator.recipe.teacher
+        tokens = token_budget(request.body)
         prompt_tokens = estimated_tokens(request.body)
         reserved = await self.budget.reserve(prompt_tokens, tokens)
         try:
             state, reply = await self.pool.deliver(
                 request,
                 prompt_tokens + tokens,
-                attempts=teacher.max_attempts,
+                attempts=self.annotator.recipe.teacher.max_attempts,
                 before_attempt=count_attempt,
             )
-        except RejectedError as error:
-            self.last_failure = str(error)
-            self._record_refusal(keys[0], str(error))
-            return keys[0], "refused"
-        except ExhaustedError as error:
-            self.last_failure = str(error)
-            self.failures_in_a_row += 1
-            self._stop_if_down(error)
-            return keys[0], "no-reply"
         finally:
             self.budget.release(reserved)
-        key = keys[self.pool.states.index(state)]
-        self.store.put(key, tokens, state.endpoint.identity, teacher.model, request.sample, reply)
-        self.failures_in_a_row = 0
-        self.has_answered = True
-        self._confirm_refusals()
         self.budget.count_bought(reply, prompt_tokens, reserved)
-        return key, reply
+        return state, started, reply
 
-    def _stop_if_down(self, error: ExhaustedError) -> None:
-        if not self.has_answered:
-            names = ", ".join(endpoint.name for endpoint in self.teacher.endpoints)
-            raise DsbsError(
-                f"the teacher at {names} does not answer: {error}",
-                hint="check teacher.base_url and that the server runs; nothing was bought or lost",
-            ) from None
+    def _key(self, request: Request, state: EndpointState) -> str:
+        """The key of the reply that an endpoint has sent: by now it may take another form."""
+        return self.store.keys(request, [state.endpoint.identity]).now[0]
+
+    def _keep(
+        self, request: Request, state: EndpointState, reply: Reply, started: int, *, is_empty: bool
+    ) -> None:
+        """Commit an answer. Raises PartialError where one answer after the other is empty."""
+        self.store.put(
+            self._key(request, state),
+            token_budget(request.body),
+            state.endpoint.identity,
+            self.annotator.recipe.teacher.model,
+            request.sample,
+            reply,
+        )
+        self.has_answered = True
+        self.answered = request
+        self.refusals.confirm(started)
+        self.failures_in_a_row = self.failures_in_a_row + 1 if is_empty else 0
         if self.failures_in_a_row >= FAILURES_BEFORE_STOP:
             raise PartialError(
-                f"the teacher stopped answering: {error}",
-                hint="run the same command when it is back: the replies so far are stored",
-            ) from None
-
-    def _confirm_refusals(self) -> None:
-        """Store refusals: the endpoint answers other requests, so they concern single rows."""
-        for key, message in self.unconfirmed_refusals.items():
-            self.store.refuse(key, message)
-        self.unconfirmed_refusals.clear()
-
-    def _record_refusal(self, key: str, message: str) -> None:
-        if self.has_answered:
-            self.store.refuse(key, message)
-        else:
-            self.unconfirmed_refusals[key] = message
-            self._stop_if_all_refused(final=False)
-
-    def _stop_if_all_refused(self, *, final: bool) -> None:
-        """One bad row must not end a run; but if the first few are refused, the form is wrong."""
-        if self.has_answered:
-            return
-        if final or len(self.unconfirmed_refusals) >= REFUSALS_BEFORE_STOP:
-            raise UserError(
-                f"the teacher refuses every request: {self.last_failure}",
-                hint="check teacher.model and annotate.max_tokens; teacher.extra_body adds, "
-                "changes or (null) drops fields",
+                f"the last {self.failures_in_a_row} replies were empty, and they are on the bill",
+                hint="look at their finish reasons and tokens in annotate/replies.sqlite; for a "
+                "model that reasons, raise annotate.max_tokens",
             )
 
-    def _check_max_requests(self) -> None:
-        """Raises PartialError where annotate.max_requests allows no further attempt."""
-        limit = self.annotator.recipe.annotate.max_requests
-        if limit is not None and self.sent >= limit:
-            raise max_requests_reached(self.sent)
+    # --- requests without a reply
 
-
-def estimated_tokens(body: dict[str, Any]) -> int:
-    """A rough count of a request's prompt tokens."""
-    return len(canonical_json(body)) // CHARACTERS_PER_TOKEN
-
-
-def max_requests_reached(sent: int) -> PartialError:
-    """The error for a run that annotate.max_requests ends."""
-    return PartialError(
-        f"annotate.max_requests: the limit of {count(sent, 'request')} is reached",
-        hint="run the same command for as many more, or raise the limit: the replies so far are "
-        "stored",
-    )
-
-
-class _Budget:
-    """US dollars for this recipe's replies, held below annotate.max_usd.
-
-    Without that limit ``spent`` counts replies, stored ones too, as the rows come by.
-    """
-
-    def __init__(self, annotator: Annotator, store: ReplyStore, stop_signal: StopSignal) -> None:
-        self._price = annotator.price
-        self._limit = annotator.recipe.annotate.max_usd
-        self.spent = 0.0
-        if self._limit is not None:
-            self.spent = annotator.usd_spent(store)
-        self._reserved = 0.0  # at most, for requests in flight
-        self._in_flight = 0
-        self._prompt_token_ratio = 1.0  # highest ratio of counted to estimated prompt tokens
-        self._stop_signal = stop_signal
-        self._released = asyncio.Event()
-        stop_signal.on_stop(self._released.set)
-
-    async def reserve(self, prompt_tokens: int, tokens: int) -> float:
-        """Wait until the most that one more reply may cost fits the limit; returns that cost.
-
-        Raises PartialError where it never will, StoppedError at the end of the run.
-        """
-        cost = 0.0
-        if self._price is not None:
-            cost = self._price.of(int(prompt_tokens * self._prompt_token_ratio) + 1, tokens)
-        limit = self._limit
-        while limit is not None and self.spent + self._reserved + cost > limit + 1e-9:
-            if self._in_flight == 0:
-                raise PartialError(
-                    f"annotate.max_usd: {dollars(self.spent)} spent on replies; one more might "
-                    f"pass the limit of {dollars(limit)}",
-                    hint="raise the limit and run again: the replies so far are stored",
+    async def _fail(self, key: str, error: ExhaustedError, wasted: list[Reply]) -> Outcome:
+        """Record a request whose attempts failed. Raises DsbsError where the teacher is down."""
+        message = str(error)
+        self.store.fail(key, message)
+        self.failures_in_a_row += 1
+        is_reached = error.kind not in ("connection", "timeout")
+        if not self.has_answered and not self.is_probing:
+            if not (is_reached and await self._is_served()):
+                names = ", ".join(endpoint.name for endpoint in self.teacher.endpoints)
+                raise DsbsError(
+                    f"the teacher at {names} does not answer: {message}",
+                    hint=f"check teacher.base_url and that the server runs; {self.budget.balance}",
                 )
-            self._released.clear()
-            await self._released.wait()  # replies in flight may turn out cheaper
-            if self._stop_signal.is_set:
-                raise StoppedError
-        self._in_flight += 1
-        self._reserved += cost
-        return cost
-
-    def release(self, reserved: float) -> None:
-        self._in_flight -= 1
-        self._reserved -= reserved
-        self._released.set()
-
-    def count_stored(self, reply: Reply) -> None:
-        if self._price is not None and self._limit is None:
-            self.spent += self._price.usd(reply)
-
-    def count_bought(self, reply: Reply, prompt_tokens: int, reserved: float) -> None:
-        if reply.prompt_tokens is not None and prompt_tokens:
-            ratio = reply.prompt_tokens / prompt_tokens
-            self._prompt_token_ratio = max(self._prompt_token_ratio, ratio)
-        if self._price is None:
-            return
-        if reply.prompt_tokens is None and self._limit is not None:
-            self.spent += reserved  # not counted by the endpoint: assume the most
-        else:
-            self.spent += self._price.usd(reply)
-
-
-class _ProgressFigures:
-    """Figures for the progress line."""
-
-    def __init__(self, annotator: Annotator) -> None:
-        self._task = annotator.task
-        self.rows = 0
-        self._counts: Counter[str] = Counter()
-
-    def add(self, example: Example, replies: RowReplies) -> None:
-        self.rows += 1
-        vote = majority(replies.unhinted, self._task)
-        self._counts["accepted"] += vote.reason is None
-        if example.label is not None:
-            self._counts["gold"] += 1
-            self._counts["correct"] += vote.label is not None and self._task.correct(
-                vote.label, example.label
+        elif self.failures_in_a_row >= FAILURES_BEFORE_STOP and self.has_answered:
+            raise PartialError(
+                f"the teacher stopped answering: {message}",
+                hint="run the same command when it is back: the replies so far are stored",
             )
+        return Outcome(key, None, "no-reply", message, tuple(wasted))
 
-    def note(self, usd: float) -> str:
-        counts = self._counts
-        note = f"accepted {percent(counts['accepted'] / self.rows)}"
-        if counts["gold"]:
-            note += f", label accuracy {percent(counts['correct'] / counts['gold'])}"
-        if usd:
-            note += f", {dollars(usd)}"
-        return note
+    async def _refuse(self, key: str, error: RejectedError, wasted: list[Reply]) -> Outcome:
+        """Record a refusal. Raises DsbsError where it is not about the row."""
+        if error.stop is not None and not self.has_answered:
+            raise error.stop
+        self.refusals.add(key, error, self.sent)
+        if not self.is_probing:
+            await self._check_refusals()
+        return Outcome(key, None, "refused", str(error), tuple(wasted))
+
+    async def _check_refusals(self) -> None:
+        """Find out whether rows are refused or everything is. Raises DsbsError for the latter."""
+        refusals = self.refusals
+        if self.has_answered:
+            if refusals.in_a_row < refusals.limit:
+                return
+            if not await self._is_served():
+                raise refusals.error(has_answered=self.has_answered)
+            refusals.confirm_all()
+            refusals.limit *= 2
+            return
+        are_many = (
+            refusals.number >= REFUSALS_BEFORE_STOP or refusals.flagged >= FLAGGED_BEFORE_STOP
+        )
+        if are_many and not await self._is_served():
+            raise refusals.error(has_answered=self.has_answered)
+
+    async def _settle_refusals(self, *, is_last: bool) -> None:
+        """Confirm what is left when every row has been requested. Raises DsbsError."""
+        refusals = self.refusals
+        if not self.has_answered and refusals.number:
+            raise refusals.error(has_answered=False)
+        if is_last and refusals.pending:
+            if not await self._is_served():
+                raise refusals.error(has_answered=True)
+            refusals.confirm_all()
+
+    async def _is_served(self) -> bool:
+        """Whether the endpoint answers a request that is known to be good.
+
+        It is one that was answered before; where there is none, rows from elsewhere in the file.
+        """
+        self.is_probing = True
+        self.go_on.clear()
+        try:
+            if self.answered is None:
+                return await self._is_served_elsewhere()
+            request = self.answered
+            try:
+                state, _, reply = await self._deliver(request)
+            except (RejectedError, ExhaustedError):
+                return False
+            key = self._key(request, state)
+            self.store.waste(key, "asked again, to learn whether rows or all are refused", reply)
+            return reply.failure is None
+        finally:
+            self.is_probing = False
+            self.go_on.set()
+
+    async def _is_served_elsewhere(self) -> bool:
+        step = max(1, self.rows.total // (ROWS_ELSEWHERE + 1))
+        for number, example in enumerate(self.rows.examples()):
+            if number == 0 or number % step:
+                continue
+            for request in self.annotator.next_requests(example, RowReplies())[:1]:
+                key = self.store.keys(request, self.identities).now[0]
+                if key in self.refusals.messages or key in self.pending_keys:
+                    continue
+                outcome = await self._request(request, self.rows.summary)
+                if outcome.reply is not None:
+                    self.probed_keys.add(outcome.key)
+                    return True
+        return self.has_answered

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from dsbs.annotation.shards import Shard, annotate_on_ray
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import AnnotateResult, SplitSummary, write_annotations
 from dsbs.config import Recipe
-from dsbs.errors import PartialError, UserError
+from dsbs.errors import DsbsError, UserError
 from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
@@ -86,17 +87,20 @@ def annotate(
         ) as record,
     ):
         record.update(_manifest_entries(annotator, teacher))
-        stopped: PartialError | None = None
+        stopped: DsbsError | None = None
         if not kind.is_asked:
             assert teacher is not None
             _read(annotator, teacher, run, summaries, progress)
         else:
             with open_store(run, None if shard is None else parent_run) as store:
-                _import(store, run, stores, outputs, progress)
+                stopped = _import(annotator, store, run, stores, outputs, progress)
                 if teacher is not None:
                     rows = [
                         RowsToRequest(
-                            split, annotator.examples(split), surveys[split].rows, summary
+                            split,
+                            partial(annotator.examples, split),
+                            surveys[split].rows,
+                            summary,
                         )
                         for split, summary in summaries.items()
                     ]
@@ -106,6 +110,7 @@ def annotate(
                 elif buying == "batch":
                     stopped = buy_batches(annotator, store, run, summaries, progress)
                 _derive(annotator, store, run, summaries)
+                record["adaptations"] = _adaptations(annotator, store)
         record["splits"] = {split: summary.as_json() for split, summary in summaries.items()}
         if stopped is not None:
             raise stopped
@@ -129,6 +134,15 @@ def _manifest_entries(annotator: Annotator, teacher: Teacher | None) -> dict[str
         entries |= teacher.manifest_entries()
     entries["shard"] = None if annotator.shard is None else str(annotator.shard)
     return entries
+
+
+def _adaptations(annotator: Annotator, store: ReplyStore) -> dict[str, list[str]]:
+    """How each endpoint's requests differ from the recipe's, because it refused something."""
+    model = annotator.recipe.teacher.model
+    return {
+        identity: [str(change) for change in store.adaptation(identity, model).changes]
+        for identity in annotator.identities
+    }
 
 
 def _derive(
@@ -162,18 +176,25 @@ def _read(
 
 
 def _import(
+    annotator: Annotator,
     store: ReplyStore,
     run: RunFolder,
     stores: Sequence[Path],
     outputs: Sequence[Path],
     progress: Progress,
-) -> None:
-    """Copy the replies of other stores and of exported batches' outputs into the store."""
+) -> DsbsError | None:
+    """Copy the replies of other stores and of exported batches' outputs into the store.
+
+    Returns the error that an output holds.
+    """
+    error: DsbsError | None = None
     for path in stores:
         progress.say(f"{count(store.merge(path), 'reply', 'replies')} taken from {path}")
     for path in outputs:
-        replies = count(import_output(store, run, path), "reply", "replies")
-        progress.say(f"{replies} taken from {path}")
+        output = import_output(annotator, store, run, path)
+        progress.say(f"{count(output.replies, 'reply', 'replies')} taken from {path}")
+        error = error or output.error
+    return error
 
 
 def _annotate_on_ray(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsbs.errors import DsbsError, PartialError
+from dsbs.annotation.backends import RejectedError
+from dsbs.annotation.store import ReplyStore
+from dsbs.annotation.vote import majority
+from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import write_jsonl
-from dsbs.formatting import count, listing, one_line
+from dsbs.formatting import count, dollars, listing, one_line, percent
 from dsbs.progress import Progress
-from dsbs.records import Annotation, Reason
+from dsbs.records import Annotation, Example, Reason, Sample
 from dsbs.records.results import Rate, wilson
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 
 NOTABLE_SHARE = 0.2  # a rejection reason with a larger share of the rows is reported
+REFUSALS_IN_A_ROW = 16  # of one message; then it is found out whether all are refused
 _SHOWN_CHARACTERS = 200  # of an example reply
 
 REASONS: dict[Reason, str] = {
@@ -229,3 +235,92 @@ def write_annotations(
             yield annotation.model_dump_json(by_alias=True)
 
     write_jsonl(path, lines())
+
+
+class ProgressFigures:
+    """Figures for the progress line."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.rows = 0
+        self._counts: Counter[str] = Counter()
+
+    def add(self, example: Example, samples: Sequence[Sample]) -> None:
+        self.rows += 1
+        vote = majority(samples, self._task)
+        self._counts["accepted"] += vote.reason is None
+        if example.label is not None:
+            self._counts["gold"] += 1
+            self._counts["correct"] += vote.label is not None and self._task.correct(
+                vote.label, example.label
+            )
+
+    def note(self, usd: float) -> str:
+        counts = self._counts
+        note = f"accepted {percent(counts['accepted'] / self.rows)}"
+        if counts["gold"]:
+            note += f", label accuracy {percent(counts['correct'] / counts['gold'])}"
+        if usd:
+            note += f", {dollars(usd)}"
+        return note
+
+
+class Refusals:
+    """Refused requests of a run.
+
+    A refusal that the table of faults does not know may be the row's fault or everybody's. It is
+    ``pending``, and stored once the endpoint has answered a request that was sent later.
+    """
+
+    def __init__(self, store: ReplyStore) -> None:
+        self._store = store
+        self.messages: dict[str, str] = {}  # by the request's key
+        self.pending: dict[str, int] = {}  # the number of requests sent when it came
+        self.last = ""
+        self.number = 0  # without those of a content filter
+        self.flagged = 0
+        self.in_a_row = 0  # of one message, and pending
+        self.limit = REFUSALS_IN_A_ROW
+        self._form = ""
+
+    def add(self, key: str, error: RejectedError, sent: int) -> None:
+        self.last = str(error)
+        self.messages[key] = self.last
+        if error.blame == "content":
+            self.flagged += 1
+        else:
+            self.number += 1
+        if error.blame in ("content", "row") or self._store.refusal([key]) is not None:
+            self._store.refuse(key, self.last)
+            return
+        self.pending[key] = sent
+        form = re.sub(r"\d+", "0", self.last)
+        self.in_a_row = self.in_a_row + 1 if form == self._form else 1
+        self._form = form
+
+    def confirm(self, started: int) -> None:
+        """The endpoint has answered the request with this number."""
+        self.in_a_row = 0
+        for key in [key for key, sent in self.pending.items() if sent < started]:
+            self._store.refuse(key, self.messages[key])
+            del self.pending[key]
+
+    def confirm_all(self) -> None:
+        self.confirm(sys.maxsize)
+
+    def error(self, *, has_answered: bool) -> DsbsError:
+        """The error for an endpoint that refuses every request; none is kept as refused."""
+        for key in self.pending:
+            self._store.fail(key, self.messages[key])
+        if has_answered:
+            return PartialError(
+                "the teacher refuses one request after the other, for no fault of the rows: "
+                f"{self.last}",
+                hint="run the same command again when that is settled: these rows were not kept as "
+                "refused",
+            )
+        return UserError(
+            f"the teacher refuses every request: {self.last}",
+            hint="check teacher.model and annotate.max_tokens; teacher.extra_body adds, changes or "
+            "(null) drops fields",
+        )

@@ -28,6 +28,7 @@ COMMANDS = {
     "predict": "dsbs.cli.predict:predict",
     "compress": "dsbs.cli.compress:compress",
     "export": "dsbs.cli.export:export",
+    "push": "dsbs.cli.push:push",
     "serve": "dsbs.cli.serve:serve",
     "ls": "dsbs.cli.ls:ls",
     "show": "dsbs.cli.show:show",
@@ -77,20 +78,26 @@ def _exit_code() -> int:
     return 0
 
 
+def replace_unencodable() -> None:
+    """Print "?" for characters that a terminal or a log lacks because it is not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Entry point of ``dsbs``.
 
     Exit codes: 0 done, 1 failed, 2 bad usage, recipe or data, 3 partial and resumable, 4 below a
     gate (``eval``, ``compress``), 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal or a log that is not UTF-8 shows "?" for characters that it lacks.
-            stream.reconfigure(errors="replace")
+    replace_unencodable()
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     # A model that is missing is reported once by dsbs; the Hub client would warn dozens of times.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # What Apple GPUs lack runs on the CPU; torch reads this when it is imported.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     sys.exit(_exit_code())

@@ -188,6 +188,11 @@ def print_annotate_plan(plan: Plan) -> None:
     cost = dollars(plan.usd)
     if plan.usd is not None:
         cost = f"at most {cost}"
+    if plan.likely_usd is not None and plan.likely_usd != plan.usd:
+        cost = (
+            f"about {dollars(plan.likely_usd)} at {plan.tokens_a_reply:,} completion tokens per "
+            f"reply, {cost}"
+        )
     print(f"The first prompt:\n{indent(plan.first_prompt)}\n")
     requests = count(plan.requests, "request")
     print(f"{count(plan.rows, 'row')}: at most {requests} to send, {plan.cached:,} replies cached")

@@ -25,7 +25,7 @@ from dsbs.compression.source import (
     fingerprint_of,
 )
 from dsbs.errors import GateError, UserError
-from dsbs.files import canonical_json, digest, full_disk_as_partial, write_json
+from dsbs.files import canonical_json, digest, full_disk_as_partial, move, write_json
 from dsbs.formatting import (
     count,
     milliseconds_number,
@@ -319,7 +319,7 @@ def _make(
         progress.say(f"{step.name}: compress {step.source.name}")
         partial = _empty(step.work / "partial")
         step.step.make(step.source, partial, data)
-        partial.rename(start)
+        move(partial, start)
     best = start
     before_healing = None
     if step.healing_steps:
@@ -364,7 +364,7 @@ def _make(
     write_json(complete / CARD, card.model_dump(mode="json"))
     write_json(complete / WORK, {"fingerprint": step.fingerprint})
     write_json(complete / COMPRESSION_RECORD, record.model_dump(mode="json", by_alias=True))
-    complete.rename(step.folder)
+    move(complete, step.folder)
     return record
 
 

@@ -27,6 +27,7 @@ KeyPath = tuple[str | int, ...]
 REMOVED_KEYS = {
     "eval.simulator": "the simulator was removed; leave it out: eval.rationales: true measures "
     "rationales by ROUGE-L and by their agreement with the label",
+    "report.tensorboard": "replaced by report.trackers: [tensorboard]",
 }
 
 
@@ -53,14 +54,18 @@ class Located:
         return self.lines.get(path)
 
 
-def load_located(text: str) -> Located:
-    """Parse one YAML document. Raises ``yaml.YAMLError`` where the text is not YAML."""
+def load_located(text: str, at: KeyPath = ()) -> Located:
+    """Parse one YAML document, which is the value at the path ``at`` of a file. Labels are text as
+    they are spelled, whatever YAML reads in 007, no, 1.0 or 2024-01-01.
+
+    Raises ``yaml.YAMLError`` where the text is not YAML.
+    """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         located = Located(data=None)
         if node is not None:
-            _locate(node, (), located, ())
+            _locate(node, at, located, ())
             located.data = loader.construct_document(node)
     finally:
         loader.dispose()
@@ -91,7 +96,24 @@ def _locate(
         for index, item in enumerate(node.value):
             _locate(item, (*path, index), located, ancestors)
     elif isinstance(node, yaml.ScalarNode):
+        # JSON writes an emoji as two escapes, which YAML leaves apart
+        node.value = _SURROGATES.sub(_joined, node.value)
         located.spelling[path] = node.value
+        if _is_label(path) and node.tag != "tag:yaml.org,2002:null":
+            node.tag = "tag:yaml.org,2002:str"
+
+
+def _is_label(path: KeyPath) -> bool:
+    """Whether a value is one of a recipe's labels, or the label of a prompt's exemplar."""
+    keys = tuple(key for key in path if key != "<<")
+    return keys[:2] == ("task", "labels") or (keys[:1] == ("exemplars",) and keys[-1] == "label")
+
+
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+def _joined(pair: re.Match[str]) -> str:
+    return pair.group().encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def dotted(path: KeyPath) -> str:
@@ -198,7 +220,7 @@ def _override(data: dict[Any, Any], text: str, overridden: set[KeyPath]) -> str 
     if not equals or not all(path):
         return "not of the form key=value, e.g. train.max_steps=200"
     try:
-        parsed = yaml.safe_load(value)
+        parsed = load_located(value, path).data
     except yaml.YAMLError as error:
         return f"the value is not valid YAML ({getattr(error, 'problem', error)})"
     target = data
@@ -346,7 +368,8 @@ def _current(recipe: Mapping[str, Any]) -> dict[str, Any]:
     versions.
     """
     values: dict[str, Any] = dict(recipe)
-    for name in ("teacher", "eval", "train"):
+    values.setdefault("report", {})
+    for name in ("teacher", "eval", "train", "report"):
         if isinstance(values.get(name), dict):
             values[name] = dict(values[name])
         else:
@@ -355,7 +378,9 @@ def _current(recipe: Mapping[str, Any]) -> dict[str, Any]:
         values["teacher"].pop("base_url", None)
     for removed in REMOVED_KEYS:
         section, _, key = removed.partition(".")
-        values[section].pop(key, None)
+        removed_value = values[section].pop(key, None)
+        if key == "tensorboard" and removed_value:
+            values[section]["trackers"] = ["tensorboard"]
     values["train"]["terms"] = [_current_term(term) for term in values["train"].get("terms", ())]
     return values
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from dsbs.config.registry import METHODS, TASKS
-from dsbs.config.sections import Section, as_tuple, scalar_text, unknown
+from dsbs.config.sections import Section, as_tuple, plain_text, unknown
 from dsbs.config.teacher import AnnotateSection, TeacherSection
 from dsbs.config.train import ResolvedTrainSection, TrainSection, base_of
-from dsbs.files import canonical_json, digest
+from dsbs.files import FILE_NAME, canonical_json, check_file_name, digest
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 _OWN_DATA_TASKS = ("classification", "generation")
 
 
@@ -29,7 +28,7 @@ def _folder_in(context: Any) -> Path | None:
 class DataSection(Section):
     """The files with the rows.
 
-    Each is a path (.jsonl, .jsonl.gz, .csv, .tsv, .parquet) or
+    Each is a path (.jsonl, .csv, .tsv, each also with .gz; .parquet) or
     ``hub://<repository>[:<config>]/<split>``.
     """
 
@@ -57,8 +56,8 @@ class TaskSection(Section):
     """Maximum number of rows per split. None: all rows. Results of a limited run are not
     reportable."""
     labels: tuple[str, ...] | None = None
-    """classification: the closed set of labels, two or more. None: the task fixes them, or they are
-    free text."""
+    """classification: the closed set of labels, two or more, as they are spelled (007, no and 1.0
+    need no quotes). None: the task fixes them, or they are free text."""
     input: str | None = None
     """Jinja template of the student's input over the row's fields. None: the only text column."""
     columns: dict[str, str] = {}
@@ -81,13 +80,11 @@ class TaskSection(Section):
         if not isinstance(value, list | tuple):
             return value
         for number, label in enumerate(value, 1):
-            if isinstance(label, bool):
+            if not isinstance(label, str | int) or isinstance(label, bool):
                 raise ValueError(
-                    f"entry {number} reads as the YAML boolean {str(label).lower()}: yes, no, on, "
-                    "off, true and false are booleans in YAML; quote them, as in labels: "
-                    '["yes", "no"]'
+                    f'entry {number} is {label!r}, not text: quote it, as in labels: ["yes", "1.0"]'
                 )
-        return [scalar_text(label) for label in value]
+        return [str(label) for label in value]
 
     @field_validator("labels")
     @classmethod
@@ -96,12 +93,19 @@ class TaskSection(Section):
             return None
         if len(value) < 2:
             raise ValueError("at least two labels are needed")
-        folded = [label.strip().casefold() for label in value]
-        if "" in folded:
-            raise ValueError("a label must not be empty")
-        repeated = sorted({label for label in value if folded.count(label.strip().casefold()) > 1})
-        if repeated:
-            raise ValueError(f"labels that differ only in case or spaces: {', '.join(repeated)}")
+        labels: dict[str, str] = {}
+        for label in value:
+            key = " ".join(plain_text(label).lower().split())
+            if not key:
+                raise ValueError("a label must not be empty")
+            if labels.setdefault(key, label) != label:
+                raise ValueError(
+                    f"{labels[key]!r} and {label!r} cannot be told apart: labels must differ in "
+                    "more than case, spaces, and the Unicode form of their characters"
+                )
+        if len(labels) < len(value):
+            repeated = next(label for label in value if value.count(label) > 1)
+            raise ValueError(f"the label {repeated!r} is given twice")
         return value
 
     @model_validator(mode="after")
@@ -210,16 +214,14 @@ class EvalSection(Section):
     """Maximum timed calls at batch size 1 and at 64, for each system's first student. 0: no timing.
     """
     predictions: dict[str, str] = {}
-    """External systems: a name for each .jsonl or .jsonl.gz file of {id, prediction}."""
+    """External systems: a name for each file of id and prediction (.jsonl, .csv, .tsv,
+    .parquet)."""
 
     @field_validator("predictions")
     @classmethod
     def _names_are_file_names(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if not re.fullmatch(_NAME, name):
-                raise ValueError(
-                    f"{name!r}: a name may contain only letters, digits, '.', '_' and '-'"
-                )
+            check_file_name(name)
             if name == "teacher":
                 raise ValueError("teacher: this name is the recipe's own teacher")
         return value
@@ -228,8 +230,10 @@ class EvalSection(Section):
 class ReportSection(Section):
     """Additional outputs."""
 
-    tensorboard: bool = False
-    """Also write TensorBoard event files beside every student."""
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(as_tuple)] = ()
+    """Where training curves go besides metrics.jsonl. tensorboard writes event files beside every
+    student. mlflow, wandb and trackio get one run per student from transformers, and are set up by
+    their own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE, …). Each needs its package."""
     tensorboard_samples: int = Field(4, ge=0)
     """Validation rows whose predictions TensorBoard shows at every validation. 0: none."""
     tensorboard_graph: bool = False
@@ -237,9 +241,10 @@ class ReportSection(Section):
 
     @model_validator(mode="after")
     def _graph_needs_tensorboard(self) -> ReportSection:
-        if self.tensorboard_graph and not self.tensorboard:
+        if self.tensorboard_graph and "tensorboard" not in self.trackers:
             raise ValueError(
-                "report.tensorboard_graph is for TensorBoard; set report.tensorboard: true as well"
+                "report.tensorboard_graph is for TensorBoard; set report.trackers: [tensorboard] "
+                "as well"
             )
         return self
 
@@ -265,7 +270,7 @@ _TRAIN_KEYS_WITHOUT_EFFECT = {
 class Recipe(Section):
     """One experiment: one YAML file, of which every command reads its own sections."""
 
-    name: str = Field(pattern=f"^{_NAME}$")
+    name: str = Field(pattern=f"^{FILE_NAME}$")
     """The name of the run folder. Default: the file's name."""
     task: TaskSection
     """The task to learn, and its data."""
@@ -286,6 +291,12 @@ class Recipe(Section):
 
     def model_post_init(self, context: Any) -> None:
         self._folder = _folder_in(context)
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, value: str) -> str:
+        check_file_name(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod

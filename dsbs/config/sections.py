@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -28,11 +30,24 @@ def as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | int | float) else value
 
 
-def scalar_text(value: Any) -> Any:
-    """A label that YAML reads as a number, as text."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return value
+# Zero-width characters, direction marks and variation selectors.
+_INVISIBLE = re.compile("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff]")
+_PUNCTUATION = str.maketrans(
+    dict.fromkeys("‐‑‒–—―−", "-") | dict.fromkeys("‘’ʼ", "'") | dict.fromkeys("“”", '"')
+)
+
+
+def plain_text(text: str) -> str:
+    """Text in Unicode's form NFKC with ASCII hyphens and quotes, without invisible characters."""
+    if text.isascii():
+        return text
+    text = _INVISIBLE.sub("", text.translate(_PUNCTUATION))
+    return unicodedata.normalize("NFKC", text).translate(_PUNCTUATION)
+
+
+def label_key(text: str) -> str:
+    """Text for comparing labels: ``plain_text`` without differences in case or white space."""
+    return " ".join(plain_text(text).casefold().split())
 
 
 def unknown(kind: str, name: str, names: Iterable[str]) -> str:

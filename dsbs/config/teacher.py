@@ -123,6 +123,11 @@ class TeacherSection(Section):
     """Maximum requests per minute to each endpoint. None: no maximum."""
     tpm: float | None = Field(None, gt=0)
     """Maximum tokens per minute (prompt and completion) at each endpoint. None: no maximum."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    """How much a reasoning model thinks, in the form that the provider of ``base_url`` takes; which
+    levels a model has is in its documentation. None: the model's default."""
     extra_body: dict[str, Any] = {}
     """Merged into every request body; a null removes the key."""
     timeout_s: float = Field(120.0, gt=0)
@@ -165,7 +170,17 @@ class TeacherSection(Section):
     @model_validator(mode="after")
     def _model_is_named(self) -> TeacherSection:
         if self.kind in ("openai", "llamacpp", "transformers") and not self.model:
-            raise ValueError(f"teacher.model is needed for kind {self.kind}, e.g. gpt-4.1-mini")
+            raise ValueError(f"teacher.model is needed for kind {self.kind}, e.g. gpt-6-luna")
+        return self
+
+    @model_validator(mode="after")
+    def _reasons(self) -> TeacherSection:
+        if self.reasoning_effort is not None and (
+            self.kind not in ("openai", "llamacpp") or self.endpoint != "chat"
+        ):
+            raise ValueError(
+                "teacher.reasoning_effort belongs to a chat endpoint of kind openai or llamacpp"
+            )
         return self
 
     @model_validator(mode="after")
@@ -272,11 +287,16 @@ class AnnotateSection(Section):
     """
     min_rationale_words: int = Field(2, ge=0)
     """Minimum words of a rationale; shorter ones are rejected as too-short."""
+    format: Literal["text", "json"] = "text"
+    """The form of the replies. json: an object with rationale and label, constrained by a JSON
+    schema where the endpoint takes one."""
     rationale_from: Literal["visible", "reasoning"] = "visible"
     """Where the rationale is read. reasoning: the reasoning text that some models return beside the
     reply."""
-    max_tokens: int = Field(256, gt=0)
-    """Maximum tokens of a reply."""
+    max_tokens: int | None = Field(None, gt=0)
+    """Maximum tokens of a reply, reasoning included. None: a limit that reasoning does not use up:
+    16,384 for a chat endpoint (left to the endpoint where it allows fewer), 1,024 for transformers,
+    256 for ``endpoint: completions``; at most a quarter of a known context."""
     concurrency: int = Field(64, ge=1)
     """Maximum requests in flight."""
     max_usd: float | None = Field(None, gt=0)

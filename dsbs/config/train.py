@@ -185,8 +185,8 @@ class TrainSection(Section):
     tune: TuneSection | None = None
     """Settings to choose by validation accuracy with the first seed. None: no tuning."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format. auto: bf16 on GPUs that support it, else fp32; fp16 is missing because T5
-    overflows in it."""
+    """Number format. auto: bf16 on NVIDIA GPUs that support it, else fp32; fp16 is missing
+    because T5 overflows in it."""
     gradient_checkpointing: bool = False
     """Recompute activations instead of storing them: slower, less memory."""
 

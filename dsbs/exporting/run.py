@@ -33,6 +33,7 @@ from dsbs.files import (
     full_disk_as_partial,
     lock_folder,
     make_folder,
+    move,
     versions,
     write_json,
     write_jsonl,
@@ -90,19 +91,19 @@ def export(
     remark = chosen.check(loaded, quantize)
     if remark:
         progress.say(f"{format}: {remark}")
-    partial = target.with_name(f".{target.name}.partial")
-    make_folder(target.parent)
+    work = target.with_name(f".{target.name}.partial")
+    partial = work / "export"  # not the locked folder, which Windows would not move
     with (
-        lock_folder(partial),
+        lock_folder(work, remove=True),
         full_disk_as_partial(partial, hint="free some space, then run the same command"),
     ):
         if read_exported(target) != existing:  # a second process ended while this one loaded
-            shutil.rmtree(partial)
             raise DsbsError(
                 f"another process has written {target}",
                 hint="run the same command: an export that fits is kept",
             )
-        _empty(partial)
+        shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted export
+        make_folder(partial)
         chosen.write(loaded, partial, quantize)
         exported_card = card.model_copy(update={"format": format})
         write_json(partial / CARD, exported_card.model_dump(mode="json"))
@@ -123,13 +124,16 @@ def export(
         )
         if quantize == FLOAT32:
             check_float32(exported.equivalence, card.name, card.kind)
-        (partial / "predict.py").write_text(chosen.script(loaded, quantize), encoding="utf-8")
-        (partial / "README.md").write_text(_readme(folder, exported, chosen), encoding="utf-8")
+        texts = {
+            "predict.py": chosen.script(loaded, quantize),
+            "README.md": _readme(folder, exported, chosen),
+        }
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
         write_json(partial / RECORD, exported.model_dump(mode="json", by_alias=True))
         if existing is not None:
             RunFolder.set_aside(target, existing.fingerprint)
-        (partial / ".lock").unlink()
-        partial.rename(target)  # replaces nothing, or an empty folder
+        move(partial, target)  # replaces nothing, or an empty folder
     return exported
 
 
@@ -208,15 +212,6 @@ def _is_complete(exported: Exported) -> bool:
         return weights_megabytes(exported.path) == exported.megabytes
     except UserError:
         return False
-
-
-def _empty(folder: Path) -> None:
-    """Remove what an interrupted export left, except the lock."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
 
 
 def _readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:

@@ -106,8 +106,8 @@ def _needed_extras(recipe: Recipe) -> Iterator[Check]:
         "lora": recipe.train.lora is not None,
         "gguf": model is not None and not recipe.train.init and is_gguf(model),
         "ray": recipe.annotate.engine == "ray",
-        "tensorboard": recipe.report.tensorboard,
     }
+    needs |= dict.fromkeys(recipe.report.trackers, True)
     teacher_extra = teacher_class(recipe.teacher.kind).extra
     if teacher_extra is not None:
         needs[teacher_extra] = True

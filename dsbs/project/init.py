@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from string import Template
@@ -11,10 +10,9 @@ from typing import Literal
 
 import yaml
 
-from dsbs.config import Recipe
 from dsbs.config.schema import recipe_schema
 from dsbs.errors import UserError
-from dsbs.files import find_file
+from dsbs.files import check_file_name, find_file, move
 
 Kind = Literal["classification", "generation", "nli", "math"]
 SCHEMA = "recipe.schema.json"
@@ -28,13 +26,14 @@ def init(name: str, kind: Kind = "classification", parent: Path | None = None) -
     It appears complete or not at all. Raises UserError for a name that a recipe cannot have, and
     where the folder exists.
     """
-    pattern = str(Recipe.model_json_schema()["properties"]["name"]["pattern"])
-    if not re.fullmatch(pattern.strip("^$"), name):
+    try:
+        check_file_name(name)
+    except ValueError:
         raise UserError(
             f"{name!r} is not a valid name for a recipe and its runs",
             hint="use a letter or digit, then letters, digits, '.', '_' and '-'; "
             "to create it in another folder, go there first",
-        )
+        ) from None
     folder = (parent or Path()) / name
     partial = folder.with_name(f".{name}.partial")  # a killed command may leave it
     try:
@@ -45,7 +44,7 @@ def init(name: str, kind: Kind = "classification", parent: Path | None = None) -
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _fill(partial, name, kind)
-        partial.rename(folder)  # replaces an empty folder; fails on any other
+        move(partial, folder)  # replaces an empty folder; fails on any other
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(

@@ -20,13 +20,17 @@ from typing import Any, Literal
 
 from dsbs.errors import DsbsError
 from dsbs.files import versions
+from dsbs.students.weights import usable_cores
 
 # The optional dependencies of pyproject.toml: modules, and what needs them. A test compares them.
 EXTRAS = {
     "local": (("xllamacpp",), "teacher.kind: llamacpp, dsbs export --format gguf"),
     "lora": (("peft",), "train.lora"),
     "ray": (("ray",), "annotate.engine: ray"),
-    "tensorboard": (("tensorboard",), "report.tensorboard"),
+    "tensorboard": (("tensorboard",), "report.trackers: [tensorboard]"),
+    "mlflow": (("mlflow",), "report.trackers: [mlflow]"),
+    "wandb": (("wandb",), "report.trackers: [wandb]"),
+    "trackio": (("trackio",), "report.trackers: [trackio]"),
     "ct2": (("ctranslate2",), "dsbs export --format ct2, and int8 students"),
     "onnx": (("onnxruntime",), "dsbs export --format onnx"),
     "gguf": (("gguf",), "students from GGUF files, dsbs export --format gguf"),
@@ -47,7 +51,11 @@ if torch.cuda.is_available():
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
         gpus.append({"name": torch.cuda.get_device_name(i), "free": free, "total": total})
-bf16 = bool(gpus) and torch.cuda.is_bf16_supported()
+elif torch.backends.mps.is_available():
+    total = torch.mps.recommended_max_memory()
+    free = total - torch.mps.driver_allocated_memory()
+    gpus.append({"name": "Apple GPU", "free": free, "total": total})
+bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 print(json.dumps({"gpus": gpus, "bf16": bf16, "cuda": torch.version.cuda}))
 """
 
@@ -137,7 +145,7 @@ def processor() -> Iterator[Check]:
     """Cores and memory that this process may use; a container's limits count, not the host's."""
     import psutil
 
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     quota = _cpu_quota()
     if quota is not None:
         cores = max(1, min(cores, math.ceil(quota)))
@@ -183,7 +191,8 @@ def describe_gpus(probe: dict[str, Any], needs_bf16: bool) -> Iterator[Check]:
     bf16 = "with bf16" if probe["bf16"] else "without bf16"
     for gpu in gpus:
         memory = f"{gpu['free'] / _GB:.1f} of {gpu['total'] / _GB:.1f} GB free"
-        yield Check("GPU", "ok", f"{gpu['name']}, {memory}, CUDA {probe['cuda']}, {bf16}")
+        runtime = f"CUDA {probe['cuda']}" if probe["cuda"] else "Metal"
+        yield Check("GPU", "ok", f"{gpu['name']}, {memory}, {runtime}, {bf16}")
     if not gpus and probe["cuda"] and Path("/dev/nvidiactl").exists():
         hint = (
             f"check that the driver supports CUDA {probe['cuda']} (nvidia-smi), "

@@ -8,25 +8,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsbs.annotation.backends import make_teacher, teacher_class
+from dsbs.annotation.backends import make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
+from dsbs.errors import UserError
 from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
-from dsbs.records import Example
+from dsbs.records import Example, Unread
 from dsbs.students.card import check_student
-from dsbs.students.formats import InputFormat, new_input_format
+from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.tasks import Task, fold, make_task
 from dsbs.tasks.data import is_held_out, load, survey
+from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.templates import render
 from dsbs.training.distillation import check_terms
 from dsbs.training.grid import grid
+from dsbs.training.methods import method_of
 
 SAMPLE_SIZE = 2000  # rows of each split that are tokenized
 NGRAM = 8  # an exemplar and a row that share so many words in a row do not do so by chance
 _WORD = re.compile(r"\w+")
+_LIST_COMMA = r"[\w)], *"
 _MAX_IDS = 3  # row ids that a warning names
+_RATIONALE = "The text says so."
+_MAX_LABELS = 5  # labels that an error names
 
 Splits = Mapping[str, Sequence[Example]]
 
@@ -61,6 +68,7 @@ def validate(recipe: Recipe) -> Validation:
         prompt = load_prompt(recipe, task)
         first_prompt = PromptRenderer(prompt, task).render(splits["train"][0]).text
         warnings += check_prompt(recipe, prompt, task, splits)
+        check_written_labels(task, prompt, splits["train"][0])
     if recipe.teacher.kind == "ensemble":
         warnings += _ensemble_warnings(recipe, splits)
     texts = [
@@ -69,12 +77,15 @@ def validate(recipe: Recipe) -> Validation:
         for text in (task.text(row.input), row.label, row.rationale)
         if text
     ]
+    texts += sorted({*(task.labels or ())} - {row.label for row in splits["train"]})
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
     input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
-    labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
-    labels += task.labels or ()
-    # First, for nothing is worse than a label that the student cannot write.
-    warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
+    if task.label_set is None:
+        labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
+        # First, for nothing is worse than a label that the student cannot write.
+        warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
+    else:
+        check_student_labels(recipe, task.label_set, tokenizer, input_format)
     figures = {}
     for split, rows in splits.items():
         figures[split] = _split_figures(recipe, task, tokenizer, input_format, rows)
@@ -176,6 +187,76 @@ def _distinct_splits(recipe: Recipe, splits: Splits) -> Splits:
     return {**splits, "train": train}
 
 
+# --- labels that are read back
+
+
+def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
+    """Raise UserError where a label that the teacher writes in the prompt's form reads as another
+    one, or as none.
+    """
+    template = prompt.answer
+    if not prompt.exemplars:  # which alone show the teacher that template
+        template = f"{{{{ rationale }}}}\n{prompt.anchor[0]} {{{{ label }}}}"
+    unreadable: list[tuple[str, str, str | None]] = []
+    for label in task.labels or ():
+        view = task.view(example.input, label) | {"rationale": _RATIONALE}
+        answer = render(template, view, where="prompt: answer")
+        sample = parse_reply(answer, prompt, task, example.input, "stop")
+        if sample.label != label:
+            unreadable.append((label, answer, sample.label or sample.reason))
+    if unreadable:
+        raise _unreadable(
+            "the teacher's answer", unreadable, "rename it, or change the prompt's anchor and stop"
+        )
+
+
+def check_student_labels(
+    recipe: Recipe, label_set: LabelSet, tokenizer: Any, input_format: InputFormat
+) -> None:
+    """Raise UserError where a label that the student writes with its tokenizer reads as another
+    one, or as none.
+    """
+    methods = dict.fromkeys(spec.method for spec in grid(recipe.train))
+    views = [view for method in methods for view in method_of(method).views(recipe.train)]
+    unreadable: list[tuple[str, str, str | None]] = []
+    for target in {view.target: None for view in views if view.target != "rationale"}:
+        limit = recipe.student.max_target_tokens
+        if target == "label":
+            limit = min(limit, recipe.eval.max_label_tokens + 1)  # and the end token
+        texts = [compose_target(target, label, _RATIONALE) or "" for label in label_set.labels]
+        decoded = tokenizer.batch_decode(input_format.write(texts, limit), skip_special_tokens=True)
+        for label, text in zip(label_set.labels, decoded, strict=True):
+            reading = label_set.read(split_target(target, text.strip())[0])
+            if isinstance(reading, Unread):
+                unreadable.append((label, text, reading.reason))
+            elif reading != label:
+                unreadable.append((label, text, reading))
+    if unreadable:
+        raise _unreadable(
+            "the student's tokenizer",
+            unreadable,
+            "rename it, raise student.max_target_tokens and eval.max_label_tokens where it is cut, "
+            "or use a student.model with more characters",
+        )
+
+
+def _unreadable(
+    writer: str, unreadable: Sequence[tuple[str, str, str | None]], hint: str
+) -> UserError:
+    """The error for labels that are not read back: (label, text as written, what it reads as)."""
+    lines = [
+        f"{label!r} is written {text.strip()!r:.120}, which reads as {reading!r}"
+        for label, text, reading in unreadable[:_MAX_LABELS]
+    ]
+    if len(unreadable) > _MAX_LABELS:
+        lines.append(f"and {len(unreadable) - _MAX_LABELS} more")
+    return UserError(
+        f"{writer}: {count(len(unreadable), 'label')} would not be read back\n  "
+        + "\n  ".join(lines),
+        hint=hint,
+    )
+
+
 # --- the prompt
 
 
@@ -188,6 +269,7 @@ def check_prompt(recipe: Recipe, prompt: Prompt, task: Task, splits: Splits) -> 
     rows = (row for rows in splits.values() for row in rows)
     return [
         *_parse_warnings(prompt, task, renderer),
+        *_listing_warnings(recipe, prompt, task),
         *_leak_warnings(prompt, task, splits),
         *_balance_warnings(prompt, task),
         *_context_warnings(recipe, renderer, rows),
@@ -212,6 +294,22 @@ def _parse_warnings(prompt: Prompt, task: Task, renderer: PromptRenderer) -> lis
         if not exemplar.rationale.strip():
             warnings.append(f"{name} has no rationale, so the teacher will give none")
     return warnings
+
+
+def _listing_warnings(recipe: Recipe, prompt: Prompt, task: Task) -> list[str]:
+    """A prompt file that lists labels with commas, where a label has commas of its own."""
+    if recipe.annotate.prompt is None:
+        return []
+    for label in task.labels or ():
+        if "," not in label:
+            continue
+        pattern = rf"{_LIST_COMMA}{re.escape(label)}(?!\w)|(?<!\w){re.escape(label)}, *\w"
+        if re.search(pattern, prompt.instruction + "\n" + prompt.template):
+            return [
+                f"prompt: labels are listed with commas, but {label!r} has a comma itself; "
+                "write each label on a line of its own, or in quotes"
+            ]
+    return []
 
 
 def _leak_warnings(prompt: Prompt, task: Task, splits: Splits) -> list[str]:
@@ -286,13 +384,14 @@ def _context_warnings(
         context = teacher_class(recipe.teacher.kind).default_context_tokens
     if context is None:
         return []
-    budget = context - recipe.annotate.max_tokens
+    tokens = reply_tokens(recipe)
+    budget = context - tokens
     lengths = [len(renderer.render(row).text) // 4 for row in rows]
     too_long = sum(length > budget for length in lengths)
     if not too_long:
         return []
     return [
         f"prompt: {too_long} of {count(len(lengths), 'prompt')} (the longest has about "
-        f"{max(lengths)} tokens) and annotate.max_tokens {recipe.annotate.max_tokens} "
+        f"{max(lengths)} tokens) and annotate.max_tokens {tokens} "
         f"do not fit a context of {context} tokens"
     ]

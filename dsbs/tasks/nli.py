@@ -8,10 +8,12 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.records import Unread
-from dsbs.tasks import Fields, Task, fold, read_closed
+from dsbs.tasks import Fields, Task
+from dsbs.tasks.label_set import LabelSet
 
 # In the order of the data sets' class numbers 0, 1, 2.
 LABELS = ("entailment", "neutral", "contradiction")
+_LABEL_SET = LabelSet(LABELS)
 
 
 class Nli(Task):
@@ -21,15 +23,16 @@ class Nli(Task):
     no_label = ("", "-", "-1")  # SNLI's rows without a majority
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        return LABELS
+    def label_set(self) -> LabelSet:
+        return _LABEL_SET
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
-        text = str(value).strip()
+        text = str(value).strip().removesuffix(".0")  # as data frames with empty cells write 1
         if text in ("0", "1", "2"):
             return LABELS[int(text)]
-        if fold(text) in LABELS:
-            return fold(text)
+        label = _LABEL_SET.spelled(text)
+        if label is not None:
+            return label
         raise UserError(
             f"{where}: label {text[:60]!r} is not one of {', '.join(LABELS)} (or 0, 1, 2)",
             hint="fix the row",
@@ -40,7 +43,7 @@ class Nli(Task):
         return f"{fields['premise']}</s>{fields['hypothesis']}"
 
     def read_label(self, text: str, fields: Fields) -> str | Unread:
-        return read_closed(text, LABELS)
+        return _LABEL_SET.read(text)
 
 
 class Anli(Nli):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import resource
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 import yaml
 from transformers import TrainerCallback
@@ -24,7 +27,7 @@ from dsbs.formatting import markdown_table, one_line, percent
 from dsbs.progress import Progress
 from dsbs.records import TrainingCost
 from dsbs.students.student import Student
-from dsbs.students.weights import device_name
+from dsbs.students.weights import device, device_name
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import ResampledRows
 from dsbs.training.rows import Data
@@ -119,7 +122,8 @@ class MetricsLogger(TrainerCallback):
 
     @property
     def peak_memory_mb(self) -> float:
-        return max(self._earlier_mb, peak_memory()[0])
+        self._earlier_mb = max(self._earlier_mb, peak_memory()[0])
+        return self._earlier_mb
 
     def _remember(self, row: dict[str, Any]) -> None:
         if "eval_accuracy" in row:
@@ -150,7 +154,7 @@ class MetricsLogger(TrainerCallback):
             if losses:
                 self._note = "loss: " + ", ".join(losses)
         if is_main_process():
-            with self._path.open("a", encoding="utf-8") as file:
+            with self._path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(row) + "\n")
         self._remember(row)
         self.row = row
@@ -187,10 +191,23 @@ class MetricsLogger(TrainerCallback):
 
 def peak_memory() -> tuple[float, MemoryOf]:
     """Peak megabytes, and of what: PyTorch's GPU tensors, or this process since it started."""
-    if torch.cuda.is_available():
+    kind = device()
+    if kind == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6, "gpu"
+    if kind == "mps":  # what the driver holds; it seldom gives any back
+        return torch.mps.driver_allocated_memory() / 1e6, "gpu"
+    return _peak_process_memory() / 1e6, "process"
+
+
+def _peak_process_memory() -> int:
+    """Bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kibibytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, "process"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class EarlyStopping(TrainerCallback):
@@ -235,6 +252,54 @@ class KeepZeros(TrainerCallback):
             parameter.data.masked_fill_(mask.to(parameter.device), 0.0)
 
 
+def check_trackers(recipe: Recipe) -> None:
+    """Raises UserError where a tracker's package is missing."""
+    for tracker in recipe.report.trackers:
+        module = "torch.utils.tensorboard" if tracker == "tensorboard" else tracker
+        with needs_extra(tracker, f"report.trackers: [{tracker}]"):
+            import_module(module)
+
+
+def remote_trackers(recipe: Recipe) -> list[str]:
+    """The trackers that transformers logs to; TensorBoard has a logger of its own."""
+    return [tracker for tracker in recipe.report.trackers if tracker != "tensorboard"]
+
+
+@contextmanager
+def tracked(recipe: Recipe) -> Iterator[None]:
+    """One training, which is one run of each tracker: named after the recipe, and ended even if the
+    training fails. A run that the caller has started goes on.
+
+    transformers sends the training's arguments and the model's configuration, never the recipe.
+    """
+    names = {
+        variable: recipe.name
+        for variable in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME")
+        if variable not in os.environ
+    }
+    runs = {name: _tracker_run(name) for name in remote_trackers(recipe)}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for variable in names:
+            del os.environ[variable]
+        for name, run_before in runs.items():
+            if run_before is None and _tracker_run(name) is not None:
+                module: Any = import_module(name)
+                module.end_run() if name == "mlflow" else module.finish()
+
+
+def _tracker_run(name: str) -> Any:
+    """A tracker's active run, or None."""
+    module: Any = import_module(name)
+    if name == "mlflow":
+        return module.active_run()
+    if name == "trackio":
+        return module.context_vars.current_run.get()
+    return module.run
+
+
 class TensorBoardLogger(TrainerCallback):
     """Writes TensorBoard events: metrics, sample predictions, the recipe, the graph on request.
 
@@ -254,7 +319,7 @@ class TensorBoardLogger(TrainerCallback):
         data: Data,
         new_model: Callable[[], Any],
     ) -> None:
-        with needs_extra("tensorboard", "report.tensorboard"):
+        with needs_extra("tensorboard", "report.trackers: [tensorboard]"):
             from torch.utils.tensorboard import SummaryWriter
         self._metrics = metrics
         self._student = student

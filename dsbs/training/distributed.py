@@ -14,6 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from dsbs.errors import UserError
+from dsbs.students.weights import device
+
+# PyTorch has no class for these errors.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "MPS backend out of memory")
 
 
 def world_size() -> int:
@@ -38,10 +42,9 @@ def destroy_process_group() -> None:
 def wait() -> None:
     """Wait until all processes are here: files that the main one wrote are then visible to all."""
     if world_size() > 1:
-        import torch
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+        PartialState(cpu=device() != "cuda").wait_for_everyone()
 
 
 def per_device_batch_size(batch_size: int, micro_batch_size: int) -> int:
@@ -61,7 +64,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "DefaultCPUAllocator: can't allocate" in str(error)  # PyTorch has no class for it
+    return any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
 def free_memory() -> None:
@@ -70,6 +73,8 @@ def free_memory() -> None:
 
     gc.collect()
     torch.cuda.empty_cache()
+    if device() == "mps":
+        torch.mps.empty_cache()
 
 
 def shard_model(model: Any, accelerator: Any) -> None:

@@ -296,8 +296,9 @@ def _rationales(annotation: Annotation, task: Task) -> list[str]:
     return list(rationales)
 
 
-def vocabulary_text(data: Data) -> Iterator[str]:
-    """The text that a scratch vocabulary is learned from: train rows and the teacher's texts.
+def vocabulary_text(data: Data, labels: Sequence[str] = ()) -> Iterator[str]:
+    """The text that a scratch vocabulary is learned from: train rows, the teacher's texts and those
+    of the task's ``labels`` that neither has.
 
     The same for every method, label source and selection, so that none changes another's student.
     """
@@ -309,6 +310,7 @@ def vocabulary_text(data: Data) -> Iterator[str]:
             yield row.gold
         # Spread over the rows: learning may stop halfway.
         yield from texts[i * len(texts) // count : (i + 1) * len(texts) // count]
+    yield from sorted({*labels} - {*texts} - {row.gold for row in data.train})
 
 
 def vote_distribution(

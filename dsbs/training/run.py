@@ -16,6 +16,7 @@ from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students.card import check_student
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
+from dsbs.students.weights import supports_bf16
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream, survey
 from dsbs.training.distillation import check_terms
@@ -64,6 +65,10 @@ def train(
     specs = grid(recipe.train)
     check_terms(recipe.train, task, specs)
     data = gather(recipe, task, run, specs)
+    if recipe.report.trackers:
+        from dsbs.training.callbacks import check_trackers
+
+        check_trackers(recipe)
     _check_precision(recipe)
     _check_processes(recipe)
     check_student(recipe)
@@ -75,7 +80,8 @@ def train(
         if is_main_process():
             stack.enter_context(run_folder.lock("train"))
             record = stack.enter_context(run_folder.record("train", recipe, hashes))
-        tokenizer = new_tokenizer(recipe.student, vocabulary_text(data), recipe.train.init)
+        vocabulary = vocabulary_text(data, task.labels or ())
+        tokenizer = new_tokenizer(recipe.student, vocabulary, recipe.train.init)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
         tokens = Tokens(tokenizer, folder / "tokens", progress, input_format)
         if is_main_process():
@@ -205,12 +211,9 @@ def _check_processes(recipe: Recipe) -> None:
 
 
 def _check_precision(recipe: Recipe) -> None:
-    if recipe.train.precision == "bf16":
-        import torch
-
-        if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
-            raise UserError(
-                "train.precision: bf16 needs a GPU that supports it; on some CPUs it ends in an "
-                "illegal instruction",
-                hint="use train.precision: auto",
-            )
+    if recipe.train.precision == "bf16" and not supports_bf16():
+        raise UserError(
+            "train.precision: bf16 needs an NVIDIA GPU that supports it; on some CPUs it ends in "
+            "an illegal instruction",
+            hint="use train.precision: auto",
+        )

@@ -18,7 +18,7 @@ from dsbs.records import TrainedStudent
 from dsbs.students.card import StudentCard
 from dsbs.students.student import Student
 from dsbs.students.tokenizer import tokenizer_hash
-from dsbs.students.weights import load_model, new_model, weights_fingerprint
+from dsbs.students.weights import device, load_model, new_model, weights_fingerprint
 from dsbs.tasks import make_task
 from dsbs.training.distillation import terms_of
 from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
@@ -170,7 +170,7 @@ class StudentRun:
         import torch
         from transformers import TrainerState, set_seed
 
-        from dsbs.training.callbacks import MetricsLogger, is_exhausted
+        from dsbs.training.callbacks import MetricsLogger, is_exhausted, tracked
 
         section = self.recipe.resolved_train
         batch_size = per_device_batch_size(section.batch_size, micro)
@@ -182,7 +182,7 @@ class StudentRun:
             self.folder.last_checkpoint()  # removes a half-written one before the others look
         wait()
         resume = self.folder.last_checkpoint()
-        if torch.cuda.is_available():
+        if device() == "cuda":
             torch.cuda.reset_peak_memory_stats()  # it would hold an earlier student's peak
         metrics = MetricsLogger(
             self.folder.path / "metrics.jsonl", progress, len(self.data.valid), resume
@@ -201,7 +201,8 @@ class StudentRun:
             (section.batch_size, "examples"),
         )
         with bar, ExitStack() as stack:
-            if self.recipe.report.tensorboard:
+            stack.enter_context(tracked(self.recipe))
+            if "tensorboard" in self.recipe.report.trackers:
                 board = stack.enter_context(closing(self._tensorboard(student, metrics)))
                 trainer.add_callback(board)
             try:
@@ -230,7 +231,12 @@ class StudentRun:
     ) -> StepTrainer:
         from transformers import PrinterCallback
 
-        from dsbs.training.callbacks import EarlyStopping, KeepZeros, ResampleRationales
+        from dsbs.training.callbacks import (
+            EarlyStopping,
+            KeepZeros,
+            ResampleRationales,
+            remote_trackers,
+        )
         from dsbs.training.trainer import StepTrainer, training_arguments
 
         section = self.recipe.resolved_train
@@ -249,6 +255,11 @@ class StudentRun:
                 self.spec.seed,
                 batch_size=batch_size,
                 eval_steps=self.eval_every,
+                tracking={
+                    "report_to": remote_trackers(self.recipe),
+                    "project": self.recipe.name,
+                    "run_name": self.spec.title,
+                },
             ),
             train_dataset=rows,
             eval_dataset=self.valid,

@@ -19,6 +19,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from dsbs.config import LoraSection, ResolvedTrainSection, unknown
 from dsbs.errors import DsbsError, UserError, needs_extra
+from dsbs.students.weights import device, supports_bf16
 from dsbs.training.distillation import StepTotals
 from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss
 from dsbs.training.distributed import save_sharded_model, shard_model, world_size
@@ -32,10 +33,18 @@ Batch = Mapping[str, PackedBatch]
 
 
 def training_arguments(
-    section: ResolvedTrainSection, folder: Path, seed: int, *, batch_size: int, eval_steps: int
+    section: ResolvedTrainSection,
+    folder: Path,
+    seed: int,
+    *,
+    batch_size: int,
+    eval_steps: int,
+    tracking: Mapping[str, Any] | None = None,
 ) -> Seq2SeqTrainingArguments:
-    """The stock trainer's arguments; ``batch_size`` is of one process's forward pass."""
-    on_gpu = torch.cuda.is_available()
+    """The stock trainer's arguments; ``batch_size`` is of one process's forward pass.
+
+    ``tracking`` names the trackers (``report_to``), project and run. None: no tracker.
+    """
     schedule: str = section.schedule
     if schedule == "constant":
         schedule = "constant_with_warmup"  # the plain constant one ignores warm-up
@@ -60,12 +69,12 @@ def training_arguments(
         metric_for_best_model="selection",
         greater_is_better=True,
         remove_unused_columns=False,
-        bf16=section.precision != "fp32" and on_gpu and torch.cuda.is_bf16_supported(),
+        bf16=section.precision != "fp32" and supports_bf16(),
         seed=seed,
         data_seed=seed,
-        report_to=[],
+        **({"report_to": []} if tracking is None else tracking),
         disable_tqdm=True,
-        use_cpu=not on_gpu,
+        use_cpu=device() == "cpu",
     )
     # The stock trainer would multiply the batch by the number of visible GPUs.
     arguments._n_gpu = min(1, arguments.n_gpu)

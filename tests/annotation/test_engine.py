@@ -105,7 +105,7 @@ def test_raising_max_tokens_asks_again_for_the_cut_rows_only(
     path = toy(train=8, test=4)
     with LoopbackServer(long_winded) as server:
         url = f"teacher.base_url={server.url}"
-        annotate(load_recipe(path, [url]), out=tmp_path / "run")
+        annotate(load_recipe(path, [url, "annotate.max_tokens=256"]), out=tmp_path / "run")
         assert [row["reject_reason"] for row in read_rows(tmp_path / "run")][3] == "truncated"
         annotate(load_recipe(path, [url, "annotate.max_tokens=300"]), out=tmp_path / "run")
         assert server.requests == 13
@@ -285,12 +285,15 @@ def test_a_reasoning_models_text_is_kept_and_may_be_the_rationale(
     path = toy(train=4, test=2)
     with LoopbackServer(thinking) as server:
         url = f"teacher.base_url={server.url}"
-        annotate(load_recipe(path, [url]), out=tmp_path / "run")
+        annotate(load_recipe(path, [url, "annotate.max_tokens=256"]), out=tmp_path / "run")
         rows = read_rows(tmp_path / "run")
         assert [row["reject_reason"] for row in rows] == [None, "spent-on-reasoning", None, None]
         assert rows[0]["rationale"] == "The message is about an invoice."
         annotate(
-            load_recipe(path, [url, "annotate.rationale_from=reasoning"]), out=tmp_path / "run"
+            load_recipe(
+                path, [url, "annotate.rationale_from=reasoning", "annotate.max_tokens=256"]
+            ),
+            out=tmp_path / "run",
         )
         assert read_rows(tmp_path / "run")[0]["rationale"] == "Let me think about it."
         assert server.requests == 6, "the same replies, read another way"

@@ -29,7 +29,8 @@ def test_the_recipes_price_precedes_the_public_list_and_unknown_is_not_free() ->
         price_of(TeacherSection(model="gpt-4.1-mini", base_url="http://127.0.0.1:8000/v1"), 0.5)
         is None
     )
-    assert price_of(TeacherSection(kind="recorded"), 0.5) == Price(0, 0, 0, 0.5)
+    assert price_of(TeacherSection(kind="recorded"), 0.5) is None
+    assert price_of(TeacherSection(kind="llamacpp", model="a"), 0.5) == Price(0, 0, 0, 0.5)
 
 
 def test_cached_tokens_and_batches_are_cheaper() -> None:
@@ -37,7 +38,8 @@ def test_cached_tokens_and_batches_are_cheaper() -> None:
     online = Reply("", prompt_tokens=1_000_000, completion_tokens=500_000, cached_tokens=800_000)
     assert price.usd(online) == pytest.approx(0.2 * 1.0 + 0.8 * 0.25 + 0.5 * 4.0)
     assert price.usd(replace(online, lane="batch")) == pytest.approx(price.usd(online) / 2)
-    assert price.usd(Reply("", completion_tokens=None)) == 0
+    assert price.usd(Reply("", completion_tokens=None)) is None
+    assert Price(input=0, output=0, cached=0).usd(Reply("")) == 0
 
 
 def test_stored_replies_keep_their_cost_in_later_runs(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from dsbs import UserError
-from dsbs.annotation.backends import Reply, Request
-from dsbs.annotation.store import ReplyStore, request_keys, token_budget
+from dsbs.annotation.backends import Reply
+from dsbs.annotation.store import ReplyStore, RequestKeys, Stored, request_key, token_budget
 
+KEYS = RequestKeys(["k"], [])
 BODY: dict[str, Any] = {
     "model": "m",
     "messages": [{"role": "user", "content": "q"}],
@@ -21,7 +22,7 @@ BODY: dict[str, Any] = {
 
 
 def key(sample: int = 0, identity: str = "http://a#chat", **changes: Any) -> str:
-    return request_keys(Request(BODY | changes, sample), [identity])[0]
+    return request_key(BODY | changes, identity, sample)
 
 
 def test_a_key_covers_everything_sent_except_the_token_budget() -> None:
@@ -40,9 +41,8 @@ def test_a_stored_reply_is_visible_after_reopening_and_to_a_second_reader(tmp_pa
     reader = sqlite3.connect(tmp_path / "replies.sqlite")
     assert reader.execute("SELECT text, raw FROM replies").fetchall() == [("text", '{"id": "x"}')]
     store.close()
-    assert ReplyStore(tmp_path / "replies.sqlite").find(["k"], 10) == (
-        "k",
-        Reply("text", "stop", 3, 4, "why"),
+    assert ReplyStore(tmp_path / "replies.sqlite").look_up(KEYS, 10) == Stored(
+        "k", Reply("text", "stop", 3, 4, "why")
     )
 
 
@@ -51,13 +51,14 @@ def test_a_cut_reply_does_not_answer_a_larger_budget(
 ) -> None:
     store = ReplyStore(tmp_path / "replies.sqlite")
     store.put("k", 10, "e", "m", 0, Reply("cut", "length"))
-    assert store.find(["k"], 20) is None
-    stored = store.find(["k"], 10)
-    assert stored is not None and stored[1].text == "cut"
+    assert store.look_up(KEYS, 20).reply is None
+    reply = store.look_up(KEYS, 10).reply
+    assert reply is not None and reply.text == "cut"
     store.put("k", 20, "e", "m", 0, Reply("whole", "stop"))
     for tokens in (10, 20, 50):
-        stored = store.find(["k"], tokens)
-        assert stored is not None and stored[1].text == "whole"
+        stored = store.look_up(KEYS, tokens)
+        assert stored.reply is not None and stored.reply.text == "whole"
+        assert [reply.text for reply in stored.wasted] == ["cut"], "it is on the bill too"
     rows = (
         sqlite3.connect(tmp_path / "replies.sqlite")
         .execute("SELECT count(*) FROM replies")

@@ -257,7 +257,7 @@ def test_a_place_that_nothing_can_be_moved_to_is_told(
 def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path: Path) -> None:
     student = make_student(tmp_path)
     command = [sys.executable, "-m", "dsbs", "export", str(student), "--format", "ct2"]
-    partial = student / "export" / ".ct2-int8.partial"
+    partial = student / "export" / ".ct2-int8.partial" / "export"
     child = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -216,12 +216,13 @@ def test_what_a_recipe_needs_beyond_the_base_is_looked_for(
     monkeypatch.setattr(machine, "has_extra", lambda extra: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     changes = [
-        "train.lora={}", "annotate.engine=ray", "report.tensorboard=true", "student.init=null",
-        "student.model=some/model", "teacher.kind=llamacpp", "teacher.model=nowhere.gguf",
+        "train.lora={}", "annotate.engine=ray", "report.trackers=[tensorboard, wandb]",
+        "student.init=null", "student.model=some/model", "teacher.kind=llamacpp",
+        "teacher.model=nowhere.gguf",
         "task.data.valid=hub://owner/name/valid", "eval.predictions.mine=mine.jsonl",
     ]  # fmt: skip
     checks = examine(str(toy()), changes)
-    for extra in ("local", "lora", "ray", "tensorboard"):
+    for extra in ("local", "lora", "ray", "tensorboard", "wandb"):
         lines = [check for check in checks if check.name == f"extra {extra}"]
         assert [check.status for check in lines] == [
             "ok",

@@ -14,7 +14,8 @@ from dsbs import UserError, load_recipe, validate
 
 def test_a_sound_recipe_has_figures_and_no_warnings(toy: Callable[..., Path]) -> None:
     result = validate(load_recipe(toy(), ["task.data.valid_fraction=0.3"]))
-    assert result.warnings == []
+    # The toy's rows differ in a number alone.
+    assert all("nearly the same" in warning for warning in result.warnings)
     assert result.splits["train"]["rows"] == 40 and result.splits["train"]["labels"] == {
         "billing": 20,
         "shipping": 20,
@@ -28,7 +29,7 @@ def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
 ) -> None:
     path = toy()
     folder = tmp_path / "pretrained"
-    make_student().save(folder)
+    make_student(words=["billing", "shipping"]).save(folder)
     rows = [
         *toy_rows(3),
         {"id": "t1", "text": "My parcel 駅 駅 駅 is late " * 30, "team": "shipping"},
@@ -43,7 +44,7 @@ def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
     assert "test: 25.0% of inputs are longer than student.max_input_tokens" in messages
     assert "that the student's tokenizer does not know" in messages and "駅" in messages
     assert "test: no row is labeled billing" in messages
-    assert "test: 3 inputs also in train" in messages
+    assert "test: 3 of 4 rows also in train" in messages
 
 
 def test_what_training_would_refuse_is_refused_here(toy: Callable[..., Path]) -> None:
@@ -55,9 +56,8 @@ def test_what_training_would_refuse_is_refused_here(toy: Callable[..., Path]) ->
 def test_tokens_are_counted_by_the_start_that_training_has(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    make_student().save(
-        tmp_path / "start"
-    )  # of other texts: characters of the rows are unknown to it
+    # Of other texts: characters of the rows are unknown to it.
+    make_student(words=["billing", "shipping"]).save(tmp_path / "start")
     fresh = validate(load_recipe(toy()))
     started = validate(load_recipe(toy(), [f"train.init={tmp_path / 'start'}"]))
     assert started.splits["test"]["inputs"]["longest"] > fresh.splits["test"]["inputs"]["longest"]

@@ -31,7 +31,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.plugin_util import markdown_to_safe_html
 
 HOSTILE = "<script>alert(1)</script> *not* [a](http://b.c) | ~x~ $y$ `z` &amp; _u_"
-ONLY = ("train.methods=step-by-step", "report.tensorboard=true")
+ONLY = ("train.methods=step-by-step", "report.trackers=[tensorboard]")
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_killed_training_goes_on_in_the_same_curves_to_the_weights_of_one_with
         str(tmp_path / "toy.yaml"),
         f"teacher.base_url={recipe.teacher.base_url}",
         *small,
-        "report.tensorboard=true",
+        "report.trackers=[tensorboard]",
         "report.tensorboard_graph=true",
         "--out",
         str(other),

@@ -224,7 +224,7 @@ def test_two_processes_train_the_grid_together(
     The epoch's last step has seven of 39 rows, so that one process gets an empty one.
     """
     changes = ["train.methods=[step-by-step, finetune]", "train.max_steps=6", "student.dropout=0"]
-    changes += ["train.rationale_weight=0.5", "report.tensorboard=true"]
+    changes += ["train.rationale_weight=0.5", "report.trackers=[tensorboard]"]
     recipe = annotated(*changes)
     for run in ("one", "two"):
         (tmp_path / run).mkdir()

@@ -10,18 +10,31 @@ one line in ``dsbs.config.registry.TEACHERS``. ``is_asked`` separates two famili
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
 
+from dsbs.annotation.backends.adaptation import Adaptation
+from dsbs.annotation.backends.faults import Blame, plain_ending
+from dsbs.annotation.thoughts import read_message
 from dsbs.config import Recipe, TeacherSection
 from dsbs.config.registry import TEACHERS, entry
-from dsbs.errors import UserError
+from dsbs.errors import DsbsError, UserError
 from dsbs.records import Annotation, Example, Provenance
 
 Lane = Literal["online", "batch"]
-Failure = Literal["throttled", "server error", "connection", "timeout", "unreadable"]
+COMPLETION_TOKENS = 256  # of a model that continues a text: it does not think
+Failure = Literal[
+    "throttled",
+    "server error",
+    "connection",
+    "timeout",
+    "unreadable",
+    "broken off",  # a reply that ended in the middle
+    "empty",  # a reply without a choice, or without a text
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +54,8 @@ class Reply:
     """One reply: the visible text and the tokens as the endpoint counted them.
 
     ``reasoning`` is a reasoning model's separate text. ``raw`` is the reply as received, JSON text.
-    ``seconds`` runs from sending to receiving (None: from a batch or from disk).
+    ``seconds`` runs from sending to receiving (None: from a batch or from disk). ``failure`` is why
+    a reply that is billed holds no answer: its tokens count, its text does not.
     """
 
     text: str
@@ -53,6 +67,12 @@ class Reply:
     lane: Lane = "online"
     seconds: float | None = None
     raw: str = "{}"
+    failure: Exception | None = None
+
+    @property
+    def is_billed(self) -> bool:
+        """Whether the endpoint counted any token."""
+        return bool(self.prompt_tokens or self.completion_tokens)
 
 
 class TransientError(Exception):
@@ -69,7 +89,25 @@ class TransientError(Exception):
 
 
 class RejectedError(Exception):
-    """The endpoint will never answer this request; other rows may be fine."""
+    """The endpoint will never answer this request; other rows may be fine.
+
+    ``blame`` is "row" or "content" where it is certainly about the row, "parameter" where it names
+    one of the request's parameters (``parameter``, if it is known). ``stop`` is the error that
+    ends the run instead, if the endpoint has never answered anything.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        blame: Blame = "unclear",
+        *,
+        parameter: str | None = None,
+        stop: DsbsError | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.blame = blame
+        self.parameter = parameter
+        self.stop = stop
 
 
 class Endpoint(Protocol):
@@ -77,6 +115,7 @@ class Endpoint(Protocol):
 
     ``identity`` identifies it in the replies' keys, ``name`` in messages. ``weight`` is its share
     of the requests. ``rpm`` and ``tpm`` cap requests and tokens per minute (None: no cap).
+    ``adaptation`` is the form of the requests that it accepts, as far as it is known.
     """
 
     identity: str
@@ -84,9 +123,10 @@ class Endpoint(Protocol):
     weight: float
     rpm: float | None
     tpm: float | None
+    adaptation: Adaptation
 
     async def complete(self, request: Request) -> Reply:
-        """Answer one request.
+        """Answer one request. A reply that is billed and holds no answer has a ``failure``.
 
         Raises TransientError, RejectedError, PartialError where this endpoint will answer nothing
         more today, or another DsbsError where no request can succeed.
@@ -105,6 +145,7 @@ class Teacher(Protocol):
     is_asked: ClassVar[bool] = True  # False: its annotations are read from disk
     provenance: ClassVar[Provenance] = "own"  # of its rationales
     default_context_tokens: ClassVar[int | None] = None  # of one request; None: not known
+    default_reply_tokens: ClassVar[int] = 256  # of a chat reply, where the recipe does not say
     takes_batches: ClassVar[bool] = False  # whether its endpoint may have the OpenAI Batch API
 
     endpoints: Sequence[Endpoint] = ()
@@ -126,8 +167,8 @@ class Teacher(Protocol):
 
     @classmethod
     def list_price(cls, _teacher: TeacherSection) -> Price | None:
-        """The public price; None: not known. A teacher on this machine or on disk is free."""
-        return Price(0.0, 0.0, 0.0)
+        """The public price. None: not known. A teacher on this machine is free."""
+        return Price(0.0, 0.0, 0.0) if cls.is_asked else None
 
     async def close(self) -> None:
         """Release connections and models."""
@@ -167,6 +208,7 @@ class LocalTeacher(Teacher):
     def __init__(self, recipe: Recipe) -> None:
         self.identity = self.identities(recipe)[0]
         self.name = str(recipe.teacher.model)
+        self.adaptation = Adaptation()
         self.endpoints = (self,)
 
     async def complete(self, request: Request) -> Reply:
@@ -181,6 +223,133 @@ def teacher_class(kind: str) -> type[Teacher]:
 def make_teacher(recipe: Recipe) -> Teacher:
     """The recipe's teacher, ready to be asked or read. Raises UserError."""
     return teacher_class(recipe.teacher.kind)(recipe)
+
+
+def reply_tokens(recipe: Recipe) -> int:
+    """``annotate.max_tokens``, else a limit that reasoning does not use up.
+
+    It is 256 where the model continues a text (``endpoint: completions``), and at most a quarter of
+    the context where that is known.
+    """
+    if recipe.annotate.max_tokens is not None:
+        return recipe.annotate.max_tokens
+    teacher = recipe.teacher
+    kind = teacher_class(teacher.kind)
+    if teacher.endpoint == "completions":
+        return COMPLETION_TOKENS
+    context = teacher.context_tokens or kind.default_context_tokens
+    if context is None:
+        return kind.default_reply_tokens
+    return min(kind.default_reply_tokens, max(1, context // 4))
+
+
+# --- completions in the OpenAI API's format
+
+
+def parsed_body(text: str) -> object:
+    """The JSON of a body; that of an event stream, which nobody asked for, is put together.
+
+    Raises ValueError.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        lines = (line.strip() for line in text.splitlines())
+        events = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
+        if not events:
+            raise
+    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    return _assembled(chunks, is_complete="[DONE]" in events)
+
+
+def _assembled(chunks: list[Any], *, is_complete: bool) -> object:
+    """The body that a stream's chunks make (OpenAI API reference, chat streaming)."""
+    message: dict[str, str] = {}
+    body: dict[str, Any] = {"choices": []}
+    finish_reason = None
+    for chunk in filter(lambda chunk: isinstance(chunk, dict), chunks):
+        if chunk.get("error"):
+            body["error"] = chunk["error"]
+        body["usage"] = chunk.get("usage") or body.get("usage")
+        for choice in filter(None, map(_object, (chunk.get("choices") or [])[:1])):
+            delta = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+            for name, piece in _object(delta).items():
+                if isinstance(piece, str) and name != "role":
+                    message[name] = message.get(name, "") + piece
+            finish_reason = choice.get("finish_reason") or finish_reason
+            body["choices"] = [{"message": message}]
+    if finish_reason is None and not is_complete:
+        finish_reason = "abort"  # the stream ended in the middle
+    for choice in body["choices"]:
+        choice["finish_reason"] = finish_reason
+    return body
+
+
+def completion(
+    value: object, raw: str, seconds: float | None = None, lane: Lane = "online"
+) -> Reply:
+    """The reply in a body of the OpenAI API, as far as there is one.
+
+    Its tokens count even without a text.
+    """
+    body = _object(value)
+    choices = body.get("choices")
+    choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
+    message = _object(choice.get("message")) or {"content": choice.get("text")}
+    usage = _object(body.get("usage"))
+    text, reasoning = read_message(message)
+    return Reply(
+        text=text,
+        finish_reason=_finish_reason(choice, message),
+        prompt_tokens=_count(usage.get("prompt_tokens", usage.get("input_tokens"))),
+        completion_tokens=_completion_tokens(usage),
+        reasoning=reasoning,
+        cached_tokens=_cached_tokens(usage),
+        lane=lane,
+        seconds=seconds,
+        raw=raw,
+    )
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> str | None:
+    """The finish reason: "length" for all that were cut, "content_filter" for all filtered ones."""
+    reason = choice.get("finish_reason")
+    if not isinstance(reason, str) or not reason:
+        reason = None
+    if message.get("refusal"):
+        return "content_filter"
+    return plain_ending(reason)
+
+
+def _completion_tokens(usage: Mapping[str, Any]) -> int | None:
+    """Billed completion tokens. Some providers count those of reasoning beside the others."""
+    counted = _count(usage.get("completion_tokens", usage.get("output_tokens")))
+    details = _object(usage.get("completion_tokens_details"))
+    reasoning = _count(details.get("reasoning_tokens"))
+    prompt = _count(usage.get("prompt_tokens"))
+    if counted is None or prompt is None or not reasoning:
+        return counted
+    if usage.get("total_tokens") == prompt + counted + reasoning:
+        return counted + reasoning
+    return counted
+
+
+def _cached_tokens(usage: Mapping[str, Any]) -> int | None:
+    """Prompt tokens from the provider's cache: OpenAI's and vLLM's field, or DeepSeek's."""
+    details = usage.get("prompt_tokens_details")
+    if isinstance(details, dict):
+        return _count(details.get("cached_tokens"))
+    return _count(usage.get("prompt_cache_hit_tokens"))
+
+
+def _count(value: object) -> int | None:
+    if isinstance(value, int | float) and value >= 0:
+        return int(value)
+    return None
 
 
 # --- prices
@@ -198,13 +367,18 @@ class Price:
     cached: float
     batch: float = 1.0
 
-    def usd(self, reply: Reply) -> float:
-        """Cost of one reply; tokens that the endpoint did not count cost nothing here."""
+    @property
+    def is_free(self) -> bool:
+        return not (self.input or self.output or self.cached)
+
+    def usd(self, reply: Reply) -> float | None:
+        """Cost of one reply. None: the endpoint did not count its tokens."""
+        if self.is_free:
+            return 0.0
+        if reply.prompt_tokens is None or reply.completion_tokens is None:
+            return None
         return self.of(
-            reply.prompt_tokens or 0,
-            reply.completion_tokens or 0,
-            reply.cached_tokens or 0,
-            reply.lane,
+            reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens or 0, reply.lane
         )
 
     def of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsbs.annotation.backends import Teacher
+from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
 from dsbs.annotation.backends.openai import OpenAIEndpoint
 from dsbs.config import EndpointSection, Recipe
 from dsbs.students.backends.llama_server import SLOTS, start_server
@@ -17,6 +18,7 @@ class LlamaCppTeacher(Teacher):
     title = "llama.cpp"
     extra = "local"
     default_context_tokens = 2048
+    default_reply_tokens = DEFAULT_REPLY_TOKENS
 
     def __init__(self, recipe: Recipe) -> None:
         self._server: Any = start_server(

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,17 @@ from dsbs.annotation.backends import (
     Request,
     Teacher,
     TransientError,
+    completion,
+    parsed_body,
 )
-from dsbs.annotation.thoughts import read_message
+from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS, Adaptation
+from dsbs.annotation.backends.faults import (
+    ErrorBody,
+    classify,
+    ending,
+    error_body,
+    error_inside,
+)
 from dsbs.config import EndpointSection, Recipe, TeacherSection
 from dsbs.errors import PartialError, UserError
 
@@ -42,6 +52,7 @@ class OpenAITeacher(Teacher):
 
     title = "OpenAI-compatible"
     takes_batches = True
+    default_reply_tokens = DEFAULT_REPLY_TOKENS
 
     def __init__(self, recipe: Recipe) -> None:
         teacher = recipe.teacher
@@ -92,6 +103,7 @@ class OpenAIEndpoint:
         self, teacher: TeacherSection, endpoint: EndpointSection, key: str | None, identity: str
     ) -> None:
         self.identity = identity
+        self.adaptation = Adaptation()
         self.name = endpoint.base_url
         self.weight = endpoint.weight
         self.rpm = endpoint.rpm
@@ -113,20 +125,61 @@ class OpenAIEndpoint:
         timeout_s = self._teacher.timeout_s
         if self._session is None:
             self._session = _session(timeout_s, self._secret, self._url)
-        started = time.monotonic()
-        status, body, headers = await self._exchange(
-            self._session.post,
-            self._url,
-            timeout_s,
-            data=json.dumps(request.body, ensure_ascii=False).encode(),
-        )
-        if status != 200:
+        while True:
+            started = time.monotonic()
+            sent = self.adaptation.apply(request.body)
+            status, body, headers = await self._exchange(
+                self._session.post,
+                self._url,
+                timeout_s,
+                data=json.dumps(sent, ensure_ascii=False).encode(),
+            )
+            if not self.adaptation.learn(status, body, sent, request.body):
+                break
+        if not 200 <= status < 300:
             raise self.status_error(status, body, headers)
+        return self.read_reply(body, headers, seconds=time.monotonic() - started)
+
+    def read_reply(
+        self,
+        body: bytes | str,
+        headers: Mapping[str, str],
+        *,
+        seconds: float | None = None,
+        lane: Lane = "online",
+    ) -> Reply:
+        """Read the body of a 200, which may hold an error. Raises what ``complete`` raises."""
         try:
-            text = body.decode()
-            return read_reply(json.loads(text), text, seconds=time.monotonic() - started)
+            text = body if isinstance(body, str) else body.decode()
+            value = parsed_body(text)
         except ValueError:
-            raise TransientError("a reply that is not JSON", "unreadable") from None
+            shown = self.redact(error_body(body).message)
+            raise TransientError(f"a reply that is not JSON: {shown}", "unreadable") from None
+        reply = completion(value, text, seconds, lane)
+        failure = self._failure(value, reply, headers)
+        if failure is None:
+            return reply
+        is_uncounted = reply.completion_tokens is None and _is_empty(failure)
+        if reply.is_billed or is_uncounted:
+            return replace(reply, failure=failure)
+        raise failure
+
+    def _failure(self, value: object, reply: Reply, headers: Mapping[str, str]) -> Exception | None:
+        """Why the body of a 200 holds no answer; None: it does."""
+        error = error_inside(value)
+        if error is not None:
+            return self.error(error.status, error, headers)
+        if not isinstance(value, dict) or not isinstance(value.get("choices"), list):
+            return TransientError("a reply without choices", "unreadable")
+        if not value["choices"]:
+            return TransientError("a reply whose list of choices is empty", "empty")
+        how = ending(reply.finish_reason)
+        if how == "broken off":
+            message = f"the reply broke off (finish_reason {reply.finish_reason})"
+            return TransientError(message, "broken off")
+        if reply.text or how in ("cut", "filtered") or (reply.is_billed and _has_text(value)):
+            return None
+        return TransientError("a reply without a text", "empty")
 
     async def models(self, timeout_s: float) -> list[str] | None:
         """The models that the endpoint lists (``GET {base_url}/models``, free); None: no list.
@@ -139,7 +192,8 @@ class OpenAIEndpoint:
         if status in (404, 405, 501):
             return None
         if status != 200:
-            raise self.status_error(status, body, headers)
+            error = self.status_error(status, body, headers)
+            raise getattr(error, "stop", None) or error
         try:
             models = json.loads(body)
             if isinstance(models, dict):  # some providers send a bare list
@@ -167,50 +221,72 @@ class OpenAIEndpoint:
         reason = self.redact(str(error) or type(error).__name__)
         return TransientError(f"cannot reach {self.name} ({reason})", "connection")
 
-    def status_error(self, status: int, body: bytes, headers: Mapping[str, str]) -> Exception:
+    def status_error(self, status: int, body: bytes | str, headers: Mapping[str, str]) -> Exception:
         """The error for an HTTP status: a DsbsError, TransientError or RejectedError."""
-        raw_message, code = error_message(body)
-        message = self.redact(raw_message)
+        return self.error(status, error_body(body), headers)
+
+    def error(self, status: int | None, error: ErrorBody, headers: Mapping[str, str]) -> Exception:
+        """The error for what an endpoint says; ``status`` None: it names none, inside a 200."""
+        blame = classify(status, error)
+        if blame in ("unclear", "parameter") and _names_model(error.message, self._teacher.model):
+            blame = "recipe"
+        shown = f"HTTP {status or 200}: {self.redact(error.message)}"
+        if blame == "throttled":
+            return TransientError(shown, "throttled", retry_after(headers))
+        if blame == "endpoint":
+            return TransientError(shown, "server error", retry_after(headers))
+        if blame == "account":
+            return self._account_error(shown, error)
+        if blame == "recipe":
+            stop = self._recipe_error(status, shown, headers)
+            if status == 403:  # a filter that is not in the table, or the key
+                return RejectedError(shown, "unclear", stop=stop)
+            return stop
+        return RejectedError(shown, blame, parameter=error.parameter)
+
+    def _account_error(self, shown: str, error: ErrorBody) -> PartialError:
+        if "enqueued" in shown.lower() or "token_limit_exceeded" in error.codes:
+            return PartialError(
+                f"{self.name}: the queue of batches is full ({shown})",
+                hint="run the same command again when some of them have completed: what was "
+                "submitted is not submitted twice",
+            )
+        return PartialError(
+            f"{self.name}: the account has no credit left, or is blocked ({shown})",
+            hint="add credit or raise its limit, then run the same command: the replies so far are "
+            "stored",
+        )
+
+    def _recipe_error(
+        self, status: int | None, shown: str, headers: Mapping[str, str]
+    ) -> UserError:
         model = self._teacher.model
-        if status in (301, 302, 303, 307, 308):
+        if status is not None and 300 <= status < 400:
             location = self.redact(headers.get("location", "another URL"))
             return UserError(
                 f"{self.name} redirects to {location} (HTTP {status})",
                 hint="set teacher.base_url to that URL",
             )
-        if status == 401:
+        if status == 401 or "api key" in shown.lower():
             hint = f"check the key in {self._key_variable}"
             if not self._secret:
                 hint = f"put a key into {self._key_variable or 'teacher.api_key_env'}"
-            return UserError(
-                f"{self.name} does not accept the key (HTTP 401: {message})", hint=hint
-            )
+            return UserError(f"{self.name} does not accept the key ({shown})", hint=hint)
         if status == 403:
             return UserError(
-                f"{self.name} refuses access (HTTP 403: {message})",
+                f"{self.name} refuses access ({shown})",
                 hint=f"the key in {self._key_variable} may lack permission for model {model}",
             )
-        if status == 404:
+        if status in (404, 405):
             return UserError(
-                f"{self.name} has no such path or no model {model!r} (HTTP 404: {message})",
+                f"{self.name} has no such path or no model {model!r} ({shown})",
                 hint="check teacher.model, and that teacher.base_url ends where /chat/completions "
                 "begins (often /v1)",
             )
-        if status == 402 or (status == 429 and code == "insufficient_quota"):
-            return PartialError(
-                f"{self.name}: the account has no credit left (HTTP {status}: {message})",
-                hint="add credit, then run the same command: the replies so far are stored",
-            )
-        if status == 429:
-            return TransientError(f"HTTP 429: {message}", "throttled", retry_after(headers))
-        if status in (408, 409, 425) or status >= 500:
-            return TransientError(f"HTTP {status}: {message}", "server error", retry_after(headers))
-        if status == 400 and _names_model(raw_message, code, model):
-            return UserError(
-                f"{self.name} does not know model {model!r} (HTTP 400: {message})",
-                hint="check teacher.model",
-            )
-        return RejectedError(f"HTTP {status}: {message}")
+        return UserError(
+            f"{self.name} does not serve model {model!r} this way ({shown})",
+            hint="check teacher.model and teacher.base_url",
+        )
 
     def redact(self, text: str) -> str:
         """``text`` on one line, shortened, without the key or a proxy's credentials."""
@@ -276,72 +352,21 @@ def api_key(teacher: TeacherSection, endpoint: EndpointSection) -> str | None:
 # --- reading responses
 
 
-def read_reply(
-    body: object, raw: str, *, seconds: float | None = None, lane: Lane = "online"
-) -> Reply:
-    """Read a completion body. Raises TransientError for anything else: the endpoint may recover."""
-    try:
-        assert isinstance(body, dict)
-        choice = body["choices"][0]
-        message = choice["message"] if "message" in choice else {"content": choice["text"]}
-        usage = body.get("usage") or {}
-        text, reasoning = read_message(message)
-        return Reply(
-            text=text,
-            finish_reason=_finish_reason(choice, message),
-            prompt_tokens=_count(usage.get("prompt_tokens")),
-            completion_tokens=_count(usage.get("completion_tokens")),
-            reasoning=reasoning,
-            cached_tokens=_cached_tokens(usage),
-            lane=lane,
-            seconds=seconds,
-            raw=raw,
-        )
-    except (AssertionError, KeyError, IndexError, TypeError, AttributeError):
-        raise TransientError("a reply without a choice in it", "unreadable") from None
+def _has_text(body: dict[str, Any]) -> bool:
+    """Whether the first choice has a text, if only an empty one: null is none."""
+    choice = body["choices"][0]
+    if not isinstance(choice, dict):
+        return False
+    message = choice.get("message") or {"content": choice.get("text")}
+    return isinstance(message, dict) and isinstance(message.get("content"), str)
 
 
-def _finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> str | None:
-    if message.get("refusal"):
-        return "content_filter"
-    reason = choice.get("finish_reason")
-    if isinstance(reason, str):
-        return reason
-    return None
+def _is_empty(failure: Exception) -> bool:
+    return isinstance(failure, TransientError) and failure.kind == "empty"
 
 
-def _cached_tokens(usage: Mapping[str, Any]) -> int | None:
-    """Prompt tokens from the provider's cache: OpenAI's and vLLM's field, or DeepSeek's."""
-    details = usage.get("prompt_tokens_details")
-    if isinstance(details, dict):
-        return _count(details.get("cached_tokens"))
-    return _count(usage.get("prompt_cache_hit_tokens"))
-
-
-def _count(value: object) -> int | None:
-    if isinstance(value, int) and value >= 0:
-        return value
-    return None
-
-
-def error_message(body: bytes | str) -> tuple[str, str]:
-    """Message and code of an error's body, whatever form it has."""
-    text = body.decode(errors="replace") if isinstance(body, bytes) else body
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text, ""
-    if isinstance(value, dict):
-        value = value.get("error", value)
-    if not isinstance(value, dict):
-        return str(value), ""
-    return str(value.get("message", value)), str(value.get("code") or "")
-
-
-def _names_model(message: str, code: str, model: str | None) -> bool:
+def _names_model(message: str, model: str | None) -> bool:
     """Whether an error is about the model's name."""
-    if "model_not_found" in code:
-        return True
     text = message.lower()
     phrases = ("not exist", "not found", "unknown", "invalid model")
     return bool(model) and str(model).lower() in text and any(words in text for words in phrases)

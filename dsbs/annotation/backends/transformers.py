@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dsbs.annotation.backends import LocalTeacher, RejectedError, Reply, Request
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.files import digest
+from dsbs.students.weights import device, supports_bf16
 
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty")  # what extra_body may set
 _BATCHES_WAITING = 4  # so many batches of requests wait, to be sorted by length
@@ -30,6 +31,7 @@ class TransformersTeacher(LocalTeacher):
     """One endpoint that gathers requests into batches. Raises UserError for a missing model."""
 
     title = "transformers"
+    default_reply_tokens = 1024
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -42,6 +44,9 @@ class TransformersTeacher(LocalTeacher):
             )
         self._batch_size = teacher.batch_size
         self._load(self.name, teacher.context_tokens, chat=teacher.endpoint == "chat")
+        self._max_reply_tokens: int | None = None
+        if recipe.annotate.max_tokens is None and self._limit:
+            self._max_reply_tokens = max(1, self._limit // 4)
         self._waiting: list[_WaitingRequest] = []
         self._runner: asyncio.Task[None] | None = None
 
@@ -54,12 +59,8 @@ class TransformersTeacher(LocalTeacher):
             AutoTokenizer,
         )
 
-        dtype = torch.float32
-        device_map = None
-        if torch.cuda.is_available():
-            device_map = "auto"
-            if torch.cuda.is_bf16_supported():
-                dtype = torch.bfloat16
+        dtype = torch.bfloat16 if supports_bf16() else torch.float32
+        device_map = {"cuda": "auto", "mps": "mps", "cpu": None}[device()]
         # without an explicit False, transformers asks on stdin whether to run the model's own code
         source: dict[str, Any] = {"pretrained_model_name_or_path": name, "trust_remote_code": False}
         try:
@@ -115,6 +116,9 @@ class TransformersTeacher(LocalTeacher):
 
     async def complete(self, request: Request) -> Reply:
         """See ``Endpoint``."""
+        if self._max_reply_tokens is not None:
+            tokens = min(self._max_reply_tokens, int(request.body["max_tokens"]))
+            request = replace(request, body=request.body | {"max_tokens": tokens})
         text = self._text(request.body)
         prompt_tokens = len(self._tokenizer(text, add_special_tokens=not self._chat)["input_ids"])
         context_tokens = prompt_tokens
@@ -123,7 +127,8 @@ class TransformersTeacher(LocalTeacher):
         if self._limit and context_tokens > self._limit:
             raise RejectedError(
                 f"{prompt_tokens} prompt tokens and max_tokens do not fit the context of "
-                f"{self._limit}"
+                f"{self._limit}",
+                "row",
             )
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append(_WaitingRequest(request, text, prompt_tokens, future))
@@ -166,7 +171,7 @@ class TransformersTeacher(LocalTeacher):
                 )
             except MemoryError:
                 if self._batch_size == 1:
-                    _fail(batch, RejectedError("not enough memory for this prompt alone"))
+                    _fail(batch, RejectedError("not enough memory for this prompt alone", "row"))
                 else:
                     self._batch_size = max(1, self._batch_size // 2)
                     self._waiting += batch

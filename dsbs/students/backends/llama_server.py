@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from dsbs.errors import DsbsError, needs_extra
 from dsbs.students.backends import GeneratedText, export_error, omp_threads
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import PROMPT_FORMAT_FILE, ExportedPrompts
+from dsbs.students.weights import usable_cores
 
 MODEL = "model.gguf"
 SLOTS = 4  # requests decoded side by side; more made two cores slower
@@ -53,7 +53,7 @@ def start_server(
     params.port = 0
     params.n_parallel = slots
     params.n_ctx = context_tokens * slots
-    params.cpuparams.n_threads = cores or len(os.sched_getaffinity(0))
+    params.cpuparams.n_threads = cores or usable_cores()
     params.cpuparams_batch.n_threads = params.cpuparams.n_threads
     params.cpuparams.poll = 0  # spinning threads starve whatever else the machine runs
     params.cpuparams_batch.poll = 0

@@ -14,7 +14,7 @@ from dsbs.students.backends import GeneratedText, export_error
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import ChatFormat, start_token
 from dsbs.students.tokenizer import load_tokenizer
-from dsbs.students.weights import load_model, silence_transformers
+from dsbs.students.weights import device, load_model, silence_transformers
 
 INT8_WEIGHTS = "model-int8.pt"
 
@@ -29,11 +29,7 @@ class TransformersBackend:
 
     @classmethod
     def load(cls, path: Path, card: StudentCard) -> TransformersBackend:
-        import torch
-
-        model = load_model(str(path))
-        if torch.cuda.is_available():
-            model = model.to("cuda")
+        model = load_model(str(path)).to(device())
         return cls(model, load_tokenizer(str(path)), card)
 
     def save(self, folder: Path) -> None:
@@ -65,8 +61,9 @@ class GreedyLogProbabilities:
         import torch
 
         # On some devices decoding takes one step too many.
-        log_probabilities = torch.stack(self._steps[: is_output.shape[1]], 1).double()
-        total = torch.where(is_output, log_probabilities, 0.0).sum(1).clamp(max=0.0)
+        # On the CPU, since Apple GPUs have no float64.
+        log_probabilities = torch.stack(self._steps[: is_output.shape[1]], 1).cpu().double()
+        total = torch.where(is_output.cpu(), log_probabilities, 0.0).sum(1).clamp(max=0.0)
         return [float(probability) for probability in total.exp()]
 
 

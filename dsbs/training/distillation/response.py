@@ -27,6 +27,7 @@ from dsbs.config import TrainSection
 from dsbs.config.sections import as_tuple
 from dsbs.files import atomic_write, canonical_json, digest
 from dsbs.progress import Progress, running
+from dsbs.students.weights import device
 from dsbs.tasks import Task
 from dsbs.training.distillation import Term, TermInputs, as_float, ensemble_logprobs
 from dsbs.training.distillation.local_teachers import (
@@ -340,13 +341,15 @@ def _top_k_asker(
     """A function that runs the teachers on a batch and returns their ``top_k`` likeliest tokens."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runners = teacher_runners(teachers, views, section, device)
+    target_device = torch.device(device())
+    runners = teacher_runners(teachers, views, section, target_device)
     weights = [teacher.weight for teacher in teachers]
 
     def ask_teachers(batch: Mapping[str, PackedBatch]) -> dict[str, tuple[Tensor, Tensor]]:
         inputs: dict[str, PackedBatch] = {
-            view.target: batch[view.target].to(device) for view in views if view.target in batch
+            view.target: batch[view.target].to(target_device)
+            for view in views
+            if view.target in batch
         }
         answers: dict[str, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode():

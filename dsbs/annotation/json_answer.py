@@ -1,0 +1,132 @@
+"""JSON answers (``annotate.format: json``): the schema that constrains them, and how they are read.
+
+They are read as strictly as text: an answer that is cut, repeated with another label or not JSON
+gives no label. Text and code fences around the object are ignored, because endpoints without
+schemas add them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dsbs.records import Reason
+from dsbs.tasks import Task
+
+
+def response_format(task: Task) -> dict[str, Any]:
+    """The ``response_format`` of a request: rationale first, the label from the closed set.
+
+    Source: https://platform.openai.com/docs/guides/structured-outputs.
+    """
+    label: dict[str, Any] = {"type": "string"}
+    if task.labels is not None:
+        label["enum"] = list(task.labels)
+    schema = {
+        "type": "object",
+        "properties": {"rationale": {"type": "string"}, "label": label},
+        "required": ["rationale", "label"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": schema},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The texts of an answer, or why there is none.
+
+    ``label_span`` is where the label stands in a JSON answer, without quotes.
+    """
+
+    rationale: str = ""
+    label: str = ""
+    label_span: tuple[int, int] = (0, 0)
+    reason: Reason | None = None
+
+
+def read_json_answer(text: str, *, may_be_cut: bool) -> Answer:
+    """The answer in a reply's first turn, which has a ``{``.
+
+    ``may_be_cut``: the token budget ended the reply, or it is not known what did.
+    """
+    objects = list(_objects(text))
+    answers = [(value, start) for value, start in objects if "label" in value]
+    if not answers:
+        is_open = text.count("{") > text.count("}") or not objects
+        return Answer(reason="truncated" if may_be_cut and is_open else "unparsed")
+    value, start = answers[-1]
+    rationale = value.get("rationale") or ""
+    label = value["label"]
+    if isinstance(label, list) and len(label) == 1:
+        label = label[0]
+    if isinstance(label, list) or any(other["label"] != value["label"] for other, _ in answers):
+        return Answer(reason="several-answers")
+    if label is None:
+        return Answer(reason="empty")
+    if isinstance(label, bool):
+        label = json.dumps(label)
+    if not isinstance(label, str):
+        return Answer(reason="unparsed")
+    if isinstance(rationale, list) and all(isinstance(sentence, str) for sentence in rationale):
+        rationale = " ".join(rationale)
+    if not isinstance(rationale, str):
+        rationale = ""
+    return Answer(rationale.strip(), label, _label_span(text, start))
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; the label is a list where it is given twice."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name == "label" and values.get(name, value) != value:
+            values[name] = [values[name], value]
+        else:
+            values[name] = value
+    return values
+
+
+# numbers keep their spelling: 007 is no JSON, but 1.0 is
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_pairs, parse_int=str, parse_float=str, parse_constant=str, strict=False
+)
+
+
+def _objects(text: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """The JSON objects in a text and where they begin; those inside one without a label too."""
+    start = text.find("{")
+    while start >= 0:
+        next_search = start + 1
+        try:
+            value, end = _DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            pass
+        else:
+            yield value, start
+            if "label" in value:
+                next_search = end
+        start = text.find("{", next_search)
+
+
+def _label_span(text: str, start: int) -> tuple[int, int]:
+    """Where the label of the object that begins at ``start`` stands; an empty span: not found."""
+    key = text.find('"label"', start)
+    while key >= 0:
+        position = key + len('"label"')
+        colon = text[position:].lstrip()
+        if colon.startswith(":"):
+            value = colon[1:].lstrip()
+            begin = len(text) - len(value)
+            try:
+                _, length = _DECODER.raw_decode(value)
+            except ValueError:
+                break
+            if value.startswith('"'):
+                return begin + 1, begin + length - 1
+            return begin, begin + length
+        key = text.find('"label"', position)
+    return 0, 0
