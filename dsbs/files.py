@@ -39,6 +39,7 @@ _DISK_FULL_MESSAGES = (
 _LOCK = ".lock"
 _HOLDER = ".lock-holder"  # a file of its own: Windows lets nobody read a locked one
 _LOCK_WAIT_S = 0.2  # `is_locked` takes a free lock for a moment
+_LOOK_S = 0.04
 _IS_WINDOWS = os.name == "nt"
 _MOVE_WAIT_S = 3.0
 _NO_ALLOCATION = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of some file systems
@@ -285,7 +286,7 @@ def lock_folder(folder: Path, *, remove: bool = False) -> Iterator[None]:
     """Hold ``folder`` for this process. The system releases it if the process is killed.
 
     ``remove``: remove the folder at the end if nothing but the lock is left in it. Raises DsbsError
-    naming the process that holds it already.
+    naming the process that holds it already, and UserError where nothing can be written.
     """
     make_folder(folder)
     lock = FileLock(folder / _LOCK, thread_local=False)
@@ -296,6 +297,13 @@ def lock_folder(folder: Path, *, remove: bool = False) -> Iterator[None]:
         raise DsbsError(
             f"{folder} is in use by {_read_holder(holder) or 'another process'}",
             hint="wait for it to end, then run the same command",
+        ) from None
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
+        raise UserError(
+            f"cannot write to the directory {folder} ({error.strerror})",
+            hint="use another one with --out",
         ) from None
     try:
         text = f"process {os.getpid()} on {platform.node()} since {now()}"
@@ -318,7 +326,8 @@ def is_locked(folder: Path) -> bool:
     try:
         if not path.is_file():
             return False
-        with FileLock(path, thread_local=False).acquire(blocking=False):
+        lock = FileLock(path, thread_local=False)
+        with lock.acquire(timeout=_LOOK_S, poll_interval=_LOOK_S / 4):
             return False
     except Timeout:
         return True

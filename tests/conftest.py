@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 import socket
@@ -16,8 +17,17 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from forked import DSBS, Forked
+
 # The models are tiny: several threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Take the imported modules out of all later garbage collections: each would look at them."""
+    gc.collect()
+    gc.freeze()
+
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -53,28 +63,54 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
+def user_environment(env: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without the user's key, and with ``env``."""
+    return {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"} | (env or {})
+
+
+def start_dsbs(
+    *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> Forked:
+    """`dsbs …` in a process of its own, not waited for."""
+    return Forked([DSBS, *arguments], cwd=cwd, env=user_environment(env))
+
+
 def run_dsbs(
-    *arguments: str, cwd: Path, env: dict[str, str] | None = None, **kwargs: Any
+    *arguments: str,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    input: str = "",
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m dsbs …` as a user runs it, with captured output."""
-    environment = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"} | (env or {})
+    """`dsbs …` in a process of its own (see forked.py), with captured output."""
+    command = Forked([DSBS, *arguments], cwd=cwd, env=user_environment(env), input=input)
+    return command.completed(timeout)
+
+
+def run_python(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """`python …` as a user runs it, which imports everything itself: `python -m dsbs …`."""
     return subprocess.run(
-        [sys.executable, "-m", "dsbs", *arguments],
+        [sys.executable, *arguments],
         cwd=cwd,
-        env=environment,
+        env=user_environment(env),
         capture_output=True,
         text=True,
         check=False,
-        timeout=kwargs.pop("timeout", 300),
-        **kwargs,
+        timeout=timeout,
     )
 
 
-def launcher() -> list[str]:
-    """The beginning of a command on two processes of this machine."""
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+    return port
+
+
+def launcher() -> list[str]:
+    """The beginning of a command that torch's launcher runs on two processes of this machine."""
     command = [
         sys.executable,
         "-m",
@@ -82,14 +118,22 @@ def launcher() -> list[str]:
         "--nproc_per_node=2",
         "--master_addr=127.0.0.1",
     ]
-    return [*command, f"--master_port={port}"]
+    return [*command, f"--master_port={_free_port()}"]
 
 
-def on_two_processes(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run a script, or `-m module`, by torch's launcher on two processes of this machine."""
-    return subprocess.run(
-        [*launcher(), *arguments], capture_output=True, text=True, check=False, timeout=timeout
-    )
+def on_two_processes(
+    *command: str, env: dict[str, str] | None = None, timeout: float = 120
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a script, or `DSBS …`, on two processes that know of each other as by a launcher.
+
+    Either both end well, or this fails with what they wrote.
+    """
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    both = [Forked(command, env=user_environment(shared | rank | (env or {}))) for rank in ranks]
+    ended = [process.completed(timeout) for process in both]
+    assert not any(one.returncode for one in ended), [one.stderr[-2000:] for one in ended]
+    return ended
 
 
 @contextmanager

@@ -226,6 +226,21 @@ def test_another_process_that_holds_is_named_and_its_death_frees_the_folder(tmp_
         pass
 
 
+def test_a_folder_without_permission_to_write_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    with pytest.raises(UserError, match="cannot write to the directory"), lock_folder(tmp_path):
+        pass
+    (tmp_path / ".lock").touch()
+    assert not files.is_locked(tmp_path)
+    (tmp_path / ".lock-holder").write_text("process 7 on another machine")
+    assert files.is_locked(tmp_path)
+
+
 def test_different_folders_are_held_side_by_side(tmp_path: Path) -> None:
     with lock_folder(tmp_path / "a"), lock_folder(tmp_path / "b"):
         assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}

@@ -18,7 +18,8 @@ def test_a_csv_and_three_lines_of_recipe_go_through_all_stages(tmp_path: Path) -
             "task: {name: classification, labels: [billing, shipping], columns: {label: team},"
             " data: {train: mine.csv}}\n"
             f"teacher: {{model: some-model, base_url: {server.url}}}\n"
-            "train: {max_steps: 8, batch_size: 8, eval_every: 8}\neval: {latency_calls: 2}\n",
+            "train: {max_steps: 8, batch_size: 8, eval_every: 8}\n"
+            "eval: {latency_calls: 1, max_label_tokens: 8}\n",
             encoding="utf-8",
         )
         done = {}
@@ -56,7 +57,8 @@ def test_a_limited_run_is_stamped_everywhere(tmp_path: Path) -> None:
             "task: {name: classification, labels: [billing, shipping], columns: {label: team},"
             " data: {train: mine.csv}, limit: 30}\n"
             f"teacher: {{model: some-model, base_url: {server.url}}}\n"
-            "train: {max_steps: 4, batch_size: 8, methods: finetune}\neval: {latency_calls: 2}\n",
+            "train: {max_steps: 4, batch_size: 8, methods: finetune}\n"
+            "eval: {latency_calls: 1, max_label_tokens: 8}\n",
             encoding="utf-8",
         )
         for command in ("annotate", "train", "eval"):

@@ -113,6 +113,19 @@ def test_modules_that_only_posix_has_are_never_imported_at_the_top() -> None:
 # --- files
 
 
+def test_text_is_utf_8_whatever_the_system_s_encoding_is() -> None:
+    for path in sorted((ROOT / "dsbs").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            keywords = {keyword.arg for keyword in node.keywords}
+            is_text = node.func.attr in ("read_text", "write_text")
+            if node.func.attr == "open" and len(node.args) < 2:
+                mode = node.args[0] if node.args else ast.Constant("r")
+                is_text = isinstance(mode, ast.Constant) and "b" not in str(mode.value)
+            assert not is_text or keywords & {"encoding", None}, f"{path}:{node.lineno}"
+
+
 def test_a_file_that_another_program_has_open_is_replaced_when_that_lets_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

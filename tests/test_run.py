@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import good_answer, run_dsbs
+from conftest import good_answer, run_dsbs, run_python, start_dsbs
 from loopback import LoopbackServer
 
 
 def test_run_goes_through_all_stages(toy: Callable[..., Path], tmp_path: Path) -> None:
     with LoopbackServer(good_answer) as server:
         url = f"teacher.base_url={server.url}"
-        done = run_dsbs("run", _recipe(toy), url, "--json", cwd=tmp_path)
+        done = run_python("-m", "dsbs", "run", _recipe(toy), url, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summaries = json.loads(done.stdout)
     assert list(summaries) == ["annotate", "train", "eval", "report"]
@@ -69,13 +67,12 @@ def test_a_killed_run_continues_and_a_finished_one_is_kept(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     with LoopbackServer(good_answer) as server:
-        arguments = ["run", _recipe(toy), f"teacher.base_url={server.url}", "train.max_steps=150"]
-        command = [sys.executable, "-m", "dsbs", *arguments]
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        arguments = ["run", _recipe(toy), f"teacher.base_url={server.url}", "train.max_steps=40"]
+        process = start_dsbs(*arguments, cwd=tmp_path)
         student = tmp_path / "runs" / "toy" / "train" / "finetune-gold-s0"
         deadline = time.monotonic() + 120
         while not (student / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (student / "train.json").exists(), "killed in the middle of training"

@@ -64,7 +64,7 @@ def parse_reply(
 
     visible, thoughts = split_thoughts(text)
     reasoning = reasoning or thoughts
-    turn, ran_on = first_turn(visible, prompt.stop)
+    turn, ran_on = first_turn(visible, prompt.stop, prompt.anchor)
     out_of_tokens = finish_reason == "length"
     if finish_reason == "content_filter":
         return sample(None, None, "refused")
@@ -121,11 +121,12 @@ def _is_draft(answer: str, label: str) -> bool:
     return goes_on or _DOUBTS.match(rest) is not None
 
 
-def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+def first_turn(text: str, stop: tuple[str, ...], anchors: tuple[str, ...] = ()) -> tuple[str, bool]:
     """The reply up to where the model begins an example of its own, and whether it began one.
 
     Models that complete text go on with invented examples, whose answers must not be read as this
-    one's. A stop string's beginning at the very end counts too: the token budget cut it.
+    one's. The beginning of a stop string in the last line counts too: the token budget cut it. It
+    does not right after an anchor, where "T" is an answer and not the beginning of "Text:".
     """
     if text.startswith("\n"):
         text = "\n" + text.lstrip("\n")  # the reply may begin with a stop that begins a line
@@ -136,9 +137,18 @@ def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     for mark in stop:
         leading_space = len(mark) - len(mark.lstrip())
         for length in range(len(mark) - 1, leading_space, -1):
-            if text.endswith(mark[:length]):
-                return text[:-length].rstrip(), True
+            before = text[:-length]
+            if text.endswith(mark[:length]) and _ends_a_line(before, mark, anchors):
+                return before.rstrip(), True
     return text.rstrip(), False
+
+
+def _ends_a_line(before: str, mark: str, anchors: tuple[str, ...]) -> bool:
+    """Whether a stop string can begin after a text."""
+    begins_line = mark.startswith("\n") or not before or before.endswith("\n")
+    return begins_line and not before.rstrip(_MARKUP).lower().endswith(
+        tuple(anchor.lower() for anchor in anchors)
+    )
 
 
 def find_anchor(
@@ -332,7 +342,7 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
     if tokens is None:
         return None
     visible, _ = split_thoughts(text)
-    turn, _ = first_turn(visible, prompt.stop)
+    turn, _ = first_turn(visible, prompt.stop, prompt.anchor)
     before, line = _answer_line(turn, prompt)
     if not line:
         return None

@@ -191,7 +191,7 @@ def _import(
     for path in stores:
         progress.say(f"{count(store.merge(path), 'reply', 'replies')} taken from {path}")
     for path in outputs:
-        output = import_output(annotator, store, run, path)
+        output = import_output(annotator, store, run, path, progress)
         progress.say(f"{count(output.replies, 'reply', 'replies')} taken from {path}")
         error = error or output.error
     return error

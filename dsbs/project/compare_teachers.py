@@ -103,7 +103,7 @@ def compare_teachers(
     if len(recipes) < 2:
         raise UserError(
             "one teacher cannot be compared",
-            hint="name two or more: recipes/teachers/vllm.yaml model=gpt-4.1",
+            hint="name two or more: recipes/teachers/vllm.yaml model=gpt-6.1-sol",
         )
     annotators = {name: Annotator(recipe) for name, recipe in recipes.items()}
     first = next(iter(annotators.values()))

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import re
 from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dsbs.annotation.backends import RejectedError, TransientError, teacher_class
 from dsbs.config import EndpointSection, Recipe
@@ -25,6 +28,7 @@ from dsbs.students.weights import gguf_file, is_gguf
 from dsbs.tasks import make_task
 from dsbs.tasks.tables import HUB
 
+_FIRST_TIMESTAMP = 10**9  # smaller numbers are no dates in seconds
 LIST_TIMEOUT_S = 5.0  # for an endpoint to list its models
 
 
@@ -153,7 +157,7 @@ def _endpoint(recipe: Recipe, endpoint: EndpointSection) -> Iterator[Check]:
     client = OpenAIEndpoint(recipe.teacher, endpoint, key, url)
     check_url = "check teacher.base_url and the network, or start the server"
     try:
-        names = asyncio.run(client.models(LIST_TIMEOUT_S))
+        models = asyncio.run(client.models(LIST_TIMEOUT_S))
     except TransientError as error:
         if error.kind in ("throttled", "server error"):
             yield Check(url, "warning", str(error), "try again later")
@@ -163,19 +167,22 @@ def _endpoint(recipe: Recipe, endpoint: EndpointSection) -> Iterator[Check]:
     except RejectedError as error:
         yield Check(url, "warning", f"answers, but lists no models ({error})", check_url)
         return
-    if names is None:
+    if models is None:
         hint = "check that teacher.base_url ends before /chat/completions (often with /v1)"
         yield Check(url, "warning", f"answers, but has no list at {url}/models", hint)
         return
-    yield Check(url, "ok", f"answers, and lists {len(names)} models")
-    yield _listed(str(recipe.teacher.model), names, url, check_url)
+    yield Check(url, "ok", f"answers, and lists {len(models)} models")
+    yield _listed(str(recipe.teacher.model), models, url, check_url)
 
 
-def _listed(model: str, names: Sequence[str], url: str, check_url: str) -> Check:
-    """Whether an endpoint's list has the model: servers add a tag or a folder to names."""
-    for name in names:
+def _listed(model: str, models: Sequence[dict[str, Any]], url: str, check_url: str) -> Check:
+    """Whether an endpoint's list has the model, and until when: servers add a tag or a folder to
+    names.
+    """
+    names = [str(entry["id"]) for entry in models]
+    for name, entry in zip(names, models, strict=True):
         if name in (model, f"{model}:latest") or name.endswith(f"/{model}"):
-            return Check("teacher.model", "ok", f"{model} is listed")
+            return _lifetime(model, entry)
     hint = check_url
     nearest = difflib.get_close_matches(model, names, n=3, cutoff=0.4) or names[:3]
     if nearest:
@@ -184,6 +191,43 @@ def _listed(model: str, names: Sequence[str], url: str, check_url: str) -> Check
             "a deployment with its own name is often not listed"
         )
     return Check("teacher.model", "warning", f"{url} does not list {model}", hint)
+
+
+def _lifetime(model: str, entry: dict[str, Any]) -> Check:
+    """A warning where a model's entry has a date of its end."""
+    end = shutdown_date(entry)
+    if end is None:
+        return Check("teacher.model", "ok", f"{model} is listed")
+    verb = "ends" if end >= datetime.now(UTC).date() else "ended"
+    successor = entry.get("deprecation_replacement_model")
+    hint = "choose its successor before you annotate: a new teacher is asked for all rows again"
+    if isinstance(successor, str) and successor:
+        hint = f"its successor is {successor}; a new teacher is asked for all rows again"
+    message = f"{model} {verb} on {end:%Y-%m-%d}, as its endpoint says"
+    return Check("teacher.model", "warning", message, hint)
+
+
+_END = re.compile(r"shut_?down|deprecat|retire|expir|sunset|end_of_life|eol", re.IGNORECASE)
+
+
+def shutdown_date(entry: dict[str, Any]) -> date | None:
+    """The date in a model's entry on which it ends; None: there is none.
+
+    OpenAI has ``shutdown_date`` (https://developers.openai.com/api/docs/deprecations), Mistral
+    ``deprecation``, OpenRouter ``expiration_date``, Azure ``deprecation.inference``.
+    """
+    for name, value in entry.items():
+        if not _END.search(name):
+            continue
+        end = value.get("inference") if isinstance(value, dict) else value
+        try:
+            if isinstance(end, str):
+                return date.fromisoformat(end[:10])
+            if isinstance(end, int) and end > _FIRST_TIMESTAMP:
+                return datetime.fromtimestamp(end, UTC).date()
+        except (ValueError, OverflowError, OSError):
+            continue
+    return None
 
 
 def _student(recipe: Recipe) -> Iterator[Check]:

@@ -170,7 +170,8 @@ def accelerators(needs_bf16: bool = False) -> Iterator[Check]:
         probe = subprocess.run(
             [sys.executable, "-c", _PROBE_TORCH],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
             timeout=_TORCH_TIMEOUT_S,
         )

@@ -7,7 +7,6 @@ import random
 import shutil
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import good_answer, run_dsbs, small_disk_at
+from conftest import good_answer, run_dsbs, small_disk_at, start_dsbs
 from loopback import LoopbackServer, completion, read_rows
 
 from dsbs import PartialError, UserError, annotate, load_recipe
@@ -264,19 +263,8 @@ def test_the_store_is_consistent_for_a_reader_during_a_run(
     shell = shutil.which("sqlite3")
     path = toy(train=200, test=4)
     with LoopbackServer(good_answer, latency_s=0.02) as server:
-        command = [
-            sys.executable,
-            "-m",
-            "dsbs",
-            "annotate",
-            str(path),
-            f"teacher.base_url={server.url}",
-            "--out",
-            "run",
-        ]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        url = f"teacher.base_url={server.url}"
+        process = start_dsbs("annotate", str(path), url, "--out", "run", cwd=tmp_path)
         store = tmp_path / "run" / "annotate" / "replies.sqlite"
         observations = []
         while process.poll() is None:

@@ -6,35 +6,23 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from conftest import good_answer
+from conftest import good_answer, run_dsbs, start_dsbs
+from forked import Forked
 from loopback import LoopbackServer
 
 CONCURRENCY = 8
 KILLS = 6
 
 
-def start(path: Path, url: str, out: Path) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "dsbs",
-        "annotate",
-        str(path),
-        f"teacher.base_url={url}",
-        "--out",
-        str(out),
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(path: Path, url: str, out: Path) -> Forked:
+    return start_dsbs("annotate", str(path), f"teacher.base_url={url}", "--out", str(out))
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Forked) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
@@ -90,11 +78,9 @@ def test_the_first_interrupt_lets_paid_replies_arrive(
 
 
 def test_an_empty_key_variable_is_an_error_before_anything_is_written(
-    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "")
     path = toy(teacher={"api_key_env": "OPENAI_API_KEY"})
-    process = start(path, "http://127.0.0.1:9/v1", tmp_path / "run")
-    _, output = process.communicate(timeout=60)
-    assert process.returncode == 2 and "OPENAI_API_KEY is not set" in output
-    assert not (tmp_path / "run").exists()
+    done = run_dsbs("annotate", str(path), cwd=tmp_path, env={"OPENAI_API_KEY": ""})
+    assert done.returncode == 2 and "OPENAI_API_KEY is not set" in done.stderr
+    assert not (tmp_path / "runs").exists()

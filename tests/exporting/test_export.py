@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run_dsbs, toy_rows
-from tiny_t5 import V1_0, V1_1, make_student, texts
+from conftest import run_dsbs, start_dsbs, toy_rows
+from tiny_t5 import SHALLOW, V1_0, V1_1, make_student, texts
 
 from dsbs.errors import DsbsError, UserError
 from dsbs.exporting import Equivalence, Exported, ct2, read_exported
@@ -23,7 +22,7 @@ from dsbs.students.backends.ctranslate2 import CTranslate2Backend
 from dsbs.students.student import Student
 
 ROWS = texts(20)
-BOTH = pytest.mark.parametrize("shape", [V1_0, V1_1], ids=["v1.0", "v1.1"])
+BOTH = pytest.mark.parametrize("shape", [V1_0, V1_1 | SHALLOW], ids=["v1.0", "v1.1"])
 
 
 def golden(folder: Path) -> list[dict[str, Any]]:
@@ -55,6 +54,7 @@ def test_a_float_export_writes_and_scores_as_transformers_does(
             other.raw, other.rationale, other.truncated, other.rationale_truncated,
         )  # fmt: skip
         assert one.probability == pytest.approx(other.probability, rel=1e-3)
+    assert_saves_what_it_loads(Student.load(done.path), tmp_path / "copy")
 
 
 def test_the_converters_own_scale_would_be_found_out(
@@ -106,7 +106,7 @@ def test_a_decoder_that_begins_with_its_end_token_does_so_in_every_format(
     tmp_path: Path, form: str
 ) -> None:
     student = make_student(
-        tmp_path, prefixes={"label": "", "rationale": ""}, starts={"rationale": "eos"}
+        tmp_path, SHALLOW, prefixes={"label": "", "rationale": ""}, starts={"rationale": "eos"}
     )
     done = export(student, form, quantize="float32", examples=ROWS)
     assert done.equivalence.greedy_agreement == 1.0
@@ -149,15 +149,18 @@ def test_an_int8_torch_export_counts_every_parameter_once(tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("form", ["ct2-int8", "onnx", "torch", "torch-int8"])
+@pytest.mark.parametrize("form", ["ct2", "torch"])
 def test_an_engine_saves_what_it_loads(tmp_path: Path, form: str) -> None:
-    name, _, quantize = form.partition("-")
-    done = export(make_student(tmp_path), name, quantize=quantize or "float32", examples=ROWS)
-    first = Student.load(done.path)
-    (tmp_path / "copy").mkdir()
-    first.save(tmp_path / "copy")
-    answers = Student.load(tmp_path / "copy").predict(ROWS)
-    assert [one.raw for one in answers] == [one.raw for one in first.predict(ROWS)]
+    """In int8; for float32, see test_a_float_export_writes_and_scores_as_transformers_does."""
+    done = export(make_student(tmp_path), form, quantize="int8", examples=ROWS)
+    assert_saves_what_it_loads(Student.load(done.path), tmp_path / "copy")
+
+
+def assert_saves_what_it_loads(student: Student, copy: Path) -> None:
+    copy.mkdir()
+    student.save(copy)
+    answers = Student.load(copy).predict(ROWS)
+    assert [one.raw for one in answers] == [one.raw for one in student.predict(ROWS)]
 
 
 def test_rows_come_from_the_runs_valid_split_and_else_from_the_vocabulary(tmp_path: Path) -> None:
@@ -256,11 +259,8 @@ def test_a_place_that_nothing_can_be_moved_to_is_told(
 
 def test_an_export_killed_while_it_writes_leaves_nothing_and_runs_again(tmp_path: Path) -> None:
     student = make_student(tmp_path)
-    command = [sys.executable, "-m", "dsbs", "export", str(student), "--format", "ct2"]
     partial = student / "export" / ".ct2-int8.partial" / "export"
-    child = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    child = start_dsbs("export", str(student), "--format", "ct2")
     deadline = time.monotonic() + 200
     while (
         not (partial / "model.bin").exists()

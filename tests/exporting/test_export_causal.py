@@ -12,7 +12,7 @@ from typing import Any
 import causal_models
 import pytest
 import torch
-from test_script import BLOCK, NOT_NEEDED, said
+from test_script import BLOCK, NOT_NEEDED, said, said_by_fork
 from tiny_t5 import make_student as make_t5
 from tiny_t5 import texts
 
@@ -146,14 +146,7 @@ def test_the_int8_script_of_torch_writes_what_the_engine_writes(tmp_path: Path, 
     written = [
         engine.generate(["predict: " + row.strip()], 16)[0].text for row in ROWS
     ]  # one by one: its scales are a batch's
-    assert (
-        said(
-            [sys.executable, "-I", str(done.path / "predict.py")],
-            [(row, "") for row in ROWS],
-            tmp_path,
-        )
-        == written
-    )
+    assert said_by_fork(done.path / "predict.py", ROWS, tmp_path) == written
 
 
 @pytest.mark.parametrize("form", ["ct2-int8", "gguf-q8_0", "torch-int8"])

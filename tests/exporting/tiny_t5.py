@@ -29,6 +29,7 @@ V1_1: dict[str, Any] = {
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
 }  # whose outputs are not scaled
+SHALLOW: dict[str, Any] = {"num_layers": 1, "num_decoder_layers": 1}
 
 
 def make_student(
@@ -40,18 +41,17 @@ def make_student(
     """A student in ``folder/student``."""
     tokenizer = learn_vocabulary((row["text"] for row in toy_rows(80)), 120)
     torch.manual_seed(3)
+    depth = {"num_layers": 2, "num_decoder_layers": 2}
     config = T5Config(
         vocab_size=len(tokenizer) + 8,
         d_model=32,
         d_kv=8,
         num_heads=4,
         d_ff=64,
-        num_layers=2,
-        num_decoder_layers=2,
         pad_token_id=0,
         eos_token_id=1,
         decoder_start_token_id=0,
-        **shape,
+        **(depth | shape),
     )
     model = T5ForConditionalGeneration(config)
     with torch.no_grad():

@@ -40,7 +40,7 @@ def endpoint(status: int, body: Any) -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *args: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1", got
     finally:
@@ -179,6 +179,32 @@ def test_the_model_is_looked_for_among_those_listed(
     check = about(checks, "teacher.model")
     assert check.status == status
     assert status == "ok" or not listed or listed[0] in str(check.hint)
+
+
+@pytest.mark.parametrize(
+    ("entry", "end"),
+    [
+        # https://developers.openai.com/api/docs/deprecations
+        ({"shutdown_date": "2027-01-14"}, "2027-01-14"),
+        ({"shutdown_date": None}, None),
+        # https://docs.mistral.ai/api/, models: deprecation and its replacement
+        ({"deprecation": "2027-02-28T12:00:00Z", "deprecation_replacement_model": "next"}, "next"),
+        # https://openrouter.ai/docs/api/api-reference/models/get-models
+        ({"expiration_date": "2026-12-31"}, "2026-12-31"),
+        # https://learn.microsoft.com/rest/api/azureopenai/models/list
+        ({"deprecation": {"fine_tune": 1, "inference": 1798761600}}, "2027-01-01"),
+        ({"deprecated": False, "created": 1798761600}, None),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_a_model_that_ends_is_a_warning(
+    entry: dict[str, Any], end: str | None, toy: Callable[..., Path]
+) -> None:
+    with endpoint(200, {"data": [{"id": "m", "object": "model", **entry}]}) as (url, _):
+        checks = examine(str(toy()), [f"teacher.base_url={url}", "teacher.model=m"])
+    check = about(checks, "teacher.model")
+    assert check.status == ("ok" if end is None else "warning")
+    assert end is None or end in f"{check.message} {check.hint}"
 
 
 @pytest.mark.usefixtures("quick")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,6 +228,74 @@ def test_a_folder_that_is_no_finished_student_is_refused(
 def test_a_repository_is_an_owner_and_a_name(tmp_path: Path, repository: str) -> None:
     with pytest.raises(UserError, match="give OWNER/NAME"):
         push(plan_upload(make_student(tmp_path)), repository)
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """The Hub's answers to the requests of huggingface_hub, one repository in memory."""
+
+    files: dict[str, bytes]
+    requests: list[tuple[str, Any, str | None]]
+
+    def do_GET(self) -> None:
+        self.requests.append((self.path, None, self.headers["Authorization"]))
+        self.reply(404, {"error": "Repository not found"}, "RepoNotFound")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        lines = [json.loads(line) for line in body.splitlines()]
+        self.requests.append((self.path, lines[0], self.headers["Authorization"]))
+        url = f"http://{self.headers['Host']}/me/tickets"
+        answer: dict[str, Any] = {"url": url, "commitUrl": f"{url}/commit/abc", "commitOid": "abc"}
+        if self.path.endswith("/validate-yaml"):
+            answer = {"errors": [], "warnings": []}
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in lines[0]["files"]]
+            answer = {
+                "files": [
+                    {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
+                ]
+            }
+        elif "/commit/" in self.path:
+            for line in lines[1:]:
+                content = base64.b64decode(line["value"]["content"])
+                self.files[line["value"]["path"]] = content
+        self.reply(200, answer)
+
+    def reply(self, status: int, answer: dict[str, Any], code: str = "") -> None:
+        payload = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_the_hub_s_own_client_understands_the_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HubHandler, "files", {}, raising=False)
+    monkeypatch.setattr(HubHandler, "requests", [], raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    try:
+        pushed = push(plan_upload(make_student(tmp_path)), "me/tickets")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert pushed.url == f"{url}/me/tickets" and pushed.commit == "abc"
+    bodies = {path: body for path, body, _ in HubHandler.requests}
+    assert bodies["/api/repos/create"]["visibility"] == "private"
+    assert HubHandler.requests[-1][2] == f"Bearer {TOKEN}"
+    assert HubHandler.files["model.safetensors"] == bytes(3000)
+    assert not {*LOCAL_FILES} & set(HubHandler.files)
 
 
 def test_errors_of_the_hub_say_what_to_do_and_never_show_a_token(

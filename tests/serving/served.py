@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cache
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from conftest import TEAMS, toy_rows
+from conftest import TEAMS, start_dsbs, toy_rows
+from forked import Forked
 
 from dsbs.config import DataSection, TaskSection
 from dsbs.serving.app import HttpServer, Service, make_app
@@ -116,41 +115,22 @@ def taught() -> Path:
 @contextmanager
 def in_process(
     student: Path, *options: str, env: dict[str, str] | None = None
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`dsbs serve` as a user runs it: its URL and its process, killed at the end."""
-    command = [
-        sys.executable,
-        "-m",
-        "dsbs",
-        "serve",
-        str(student),
-        "--port",
-        "0",
-        "--json",
-        *options,
-    ]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | (env or {}),
-    )
+) -> Iterator[tuple[str, Forked]]:
+    """`dsbs serve`: its URL and its process, killed at the end."""
+    process = start_dsbs("serve", str(student), "--port", "0", "--json", *options, env=env)
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        told = json.loads(line)
+        while "\n" not in process.stdout:
+            assert process.poll() is None, process.stderr
+            time.sleep(0.01)
+        told = json.loads(process.stdout)
         assert told["pid"] == process.pid
         yield told["url"], process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
-def stopped(
-    process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM
-) -> tuple[int, str]:
+def stopped(process: Forked, number: signal.Signals = signal.SIGTERM) -> tuple[int | None, str]:
     """Exit code and stderr of a server that is told to stop."""
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]

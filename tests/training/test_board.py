@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import good_answer
+from conftest import good_answer, run_dsbs, start_dsbs
 from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, load_recipe, train
@@ -184,9 +181,6 @@ def test_a_killed_training_goes_on_in_the_same_curves_to_the_weights_of_one_with
     other.mkdir()
     (tmp_path / "run" / "annotate").rename(other / "annotate")
     arguments = [
-        sys.executable,
-        "-m",
-        "dsbs",
         "train",
         str(tmp_path / "toy.yaml"),
         f"teacher.base_url={recipe.teacher.base_url}",
@@ -197,18 +191,18 @@ def test_a_killed_training_goes_on_in_the_same_curves_to_the_weights_of_one_with
         str(other),
     ]
     folder = other / "train" / "step-by-step-gold-s0"
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_dsbs(*arguments)
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (folder / "train.json").exists(), "killed before its end"
     for path in (folder / "tensorboard").iterdir():  # and in the middle of a record
         with path.open("ab") as file:
             file.write(path.read_bytes()[:9])
-    again = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+    again = run_dsbs(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert weights(folder) == weights(plain)
     found = events(folder)

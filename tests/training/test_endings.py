@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_dsbs, small_disk_at
+from conftest import run_dsbs, small_disk_at, start_dsbs
 from test_loop import lines, weights
 
 from dsbs import DsbsError, PartialError, load_recipe, train
@@ -96,18 +95,13 @@ def test_a_signal_ends_training_with_one_line_and_the_same_command_goes_on(
         "train",
         str(toy()),
         ONLY,
-        "train.max_steps=60",
+        "train.max_steps=20",
         "train.eval_every=5",
         "--out",
         str(tmp_path / "run"),
     ]
     folder = tmp_path / "run" / "train" / NAME
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dsbs", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_dsbs(*command)
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
@@ -124,7 +118,7 @@ def test_a_signal_ends_training_with_one_line_and_the_same_command_goes_on(
     )
     assert run_dsbs(*command, cwd=tmp_path).returncode == 0
     assert [row["step"] for row in lines(folder / "metrics.jsonl") if "loss" in row] == list(
-        range(1, 61)
+        range(1, 21)
     )
 
 

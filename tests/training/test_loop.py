@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import good_answer, run_dsbs
+from conftest import good_answer, run_dsbs, start_dsbs
 from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, load_recipe, train
@@ -130,7 +126,7 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
 ) -> None:
     recipe = annotated(
         "train.methods=step-by-step",
-        "train.max_steps=40",
+        "train.max_steps=20",
         "train.eval_every=5",
         "train.batch_size=4",
     )
@@ -140,38 +136,35 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     other.mkdir()
     (tmp_path / "run" / "annotate").rename(other / "annotate")
     arguments = [
-        sys.executable,
-        "-m",
-        "dsbs",
         "train",
         str(tmp_path / "toy.yaml"),
         f"teacher.base_url={recipe.teacher.base_url}",
         "train.methods=step-by-step",
-        "train.max_steps=40",
+        "train.max_steps=20",
         "train.eval_every=5",
         "train.batch_size=4",
         "--out",
         str(other),
     ]
     folder = other / "train" / "step-by-step-gold-s0"
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_dsbs(*arguments)
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (folder / "train.json").exists(), "killed before its end"
     resumed_from = last_checkpoint(folder / "checkpoints")
     assert resumed_from is not None
-    again = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+    again = run_dsbs(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert weights(folder) == weights(undisturbed)
     rows = [
         [row for row in lines(path / "metrics.jsonl") if "loss" in row]
         for path in (folder, undisturbed)
     ]
-    assert [row["step"] for row in rows[0]] == list(range(1, 41)), (
+    assert [row["step"] for row in rows[0]] == list(range(1, 21)), (
         "no step is missing or logged twice"
     )
     assert [(row["tokens"], row["examples"]) for row in rows[0]] == [

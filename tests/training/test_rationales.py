@@ -126,8 +126,8 @@ def test_a_sample_is_one_of_the_rows_rationales_and_depends_on_seed_and_epoch_al
 def test_a_resumed_training_samples_as_an_uninterrupted_one(
     annotated: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """40 rows, 10 held out at most: an epoch has about five steps, so 30 steps draw six times."""
-    overrides = ["train.rationales=drawn", "train.max_steps=30", "train.eval_every=7"]
+    """40 rows, 10 held out at most: an epoch has about five steps, so 15 steps draw three times."""
+    overrides = ["train.rationales=drawn", "train.max_steps=15", "train.eval_every=4"]
     for name in ("whole", "broken"):
         shutil.copytree(tmp_path / "run", tmp_path / name)
     student = "train/step-by-step-gold-s0/model.safetensors"
@@ -155,7 +155,7 @@ def test_a_resumed_training_samples_as_an_uninterrupted_one(
     }
     assert len(hashes) == 1
     shutil.copytree(tmp_path / "run", tmp_path / "chosen")
-    train(annotated("train.max_steps=30", "train.eval_every=7"), out=tmp_path / "chosen")
+    train(annotated("train.max_steps=15", "train.eval_every=4"), out=tmp_path / "chosen")
     assert hashlib.sha256((tmp_path / "chosen" / student).read_bytes()).hexdigest() not in hashes, (
         "drawing changes something"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import good_answer, launcher
+from conftest import good_answer, launcher, on_two_processes
 from fsdp_on_cpu import ENVIRONMENT
 from loopback import LoopbackServer
 from test_trainer import independent_weights
@@ -50,16 +50,8 @@ def test_a_divided_model_takes_the_steps_of_a_whole_one(
 ) -> None:
     (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
     paths = (str(TESTS / "training"), str(TESTS), str(TESTS.parent))
-    command = [*launcher(), str(tmp_path / "worker.py"), *paths, str(tmp_path), *options]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=dict(os.environ) | ENVIRONMENT,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = [str(tmp_path / "worker.py"), *paths, str(tmp_path), *options]
+    on_two_processes(*command, env=ENVIRONMENT)
     theirs = independent_weights(steps=4, layers=2)
     found = torch.load(tmp_path / "weights.pt")
     assert set(found) == set(theirs)

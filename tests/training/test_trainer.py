@@ -171,8 +171,7 @@ def test_two_processes_take_the_short_last_step_of_an_epoch_as_one_does(
 def on_two(folder: Path, micro: int, count: int, order: str) -> dict[str, torch.Tensor]:
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
     arguments = (str(Path(__file__).parent), str(folder), str(micro), str(count), order)
-    result = on_two_processes(str(folder / "worker.py"), *arguments)
-    assert result.returncode == 0, result.stderr[-2000:]
+    on_two_processes(str(folder / "worker.py"), *arguments)
     weights: dict[str, torch.Tensor] = torch.load(folder / "weights.pt")
     return weights
 

@@ -40,7 +40,7 @@ def weights(folder: Path) -> str:
 def test_every_system_tries_every_setting_and_its_seeds_take_the_best(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    recipe = annotated(GRID, "train.seeds=[3, 4]", "train.max_steps=20", "train.eval_every=10")
+    recipe = annotated(GRID, "train.seeds=[3, 4]", "train.max_steps=4", "train.eval_every=2")
     result = train(recipe, out=tmp_path / "run")
     folder = tmp_path / "run" / "train"
     for system in ("step-by-step-gold", "finetune-gold"):

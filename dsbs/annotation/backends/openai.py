@@ -134,11 +134,17 @@ class OpenAIEndpoint:
                 timeout_s,
                 data=json.dumps(sent, ensure_ascii=False).encode(),
             )
-            if not self.adaptation.learn(status, body, sent, request.body):
-                break
-        if not 200 <= status < 300:
-            raise self.status_error(status, body, headers)
-        return self.read_reply(body, headers, seconds=time.monotonic() - started)
+            seconds = time.monotonic() - started
+            try:
+                if not 200 <= status < 300:
+                    raise self.status_error(status, body, headers)
+                return self.read_reply(body, headers, seconds=seconds)
+            except Exception as error:
+                refused = status
+                if 200 <= status < 300 and isinstance(error, RejectedError):
+                    refused = 400  # an error inside a 200
+                if not self.adaptation.learn(refused, body, sent, request.body):
+                    raise
 
     def read_reply(
         self,
@@ -181,8 +187,10 @@ class OpenAIEndpoint:
             return None
         return TransientError("a reply without a text", "empty")
 
-    async def models(self, timeout_s: float) -> list[str] | None:
+    async def models(self, timeout_s: float) -> list[dict[str, Any]] | None:
         """The models that the endpoint lists (``GET {base_url}/models``, free); None: no list.
+
+        Each has an ``id``; other fields differ between providers.
 
         Raises what ``complete`` raises.
         """
@@ -198,7 +206,7 @@ class OpenAIEndpoint:
             models = json.loads(body)
             if isinstance(models, dict):  # some providers send a bare list
                 models = models["data"]
-            return [str(model["id"]) for model in models]
+            return [{**model, "id": str(model["id"])} for model in models]
         except (ValueError, KeyError, TypeError):
             raise TransientError(f"{url} is not a list of models", "unreadable") from None
 

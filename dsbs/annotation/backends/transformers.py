@@ -106,7 +106,7 @@ class TransformersTeacher(LocalTeacher):
                 if file.suffix in (".safetensors", ".bin")
             )
             config = folder / "config.json"
-            config_text = config.read_text() if config.is_file() else ""
+            config_text = config.read_text(encoding="utf-8") if config.is_file() else ""
             weights = f":{digest(str(files), config_text)[:16]}"
         return [f"transformers:{name}{weights}#{recipe.teacher.endpoint}"]
 

@@ -125,7 +125,7 @@ class EncoderDecoderBackend(TransformersBackend):
             )
         token_ids = output.sequences
         has_end = (token_ids[:, 1:] == self.model.config.eos_token_id).any(1).tolist()
-        row_probabilities = output.sequences_scores.double().clamp(max=0.0).exp().tolist()
+        row_probabilities = output.sequences_scores.cpu().double().clamp(max=0.0).exp().tolist()
         decoded = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return _generated(decoded, has_end, row_probabilities)
 
