@@ -34,6 +34,7 @@ from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream
 
 CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted
+ASSUMED_TOKENS = 800  # of a reply with its reasoning, where the recipe sets no limit
 _MAX_STOPS = 4  # that the API accepts; the parser cuts at all of them
 
 
@@ -330,6 +331,16 @@ def _total(counts: Iterable[int | None]) -> int | None:
     if not counted:
         return None
     return sum(counted)
+
+
+def expected_tokens(request: Request, recipe: Recipe) -> int:
+    """What a request is expected to use, for rate limits: its prompt and its reply's limit, or an
+    assumption where the recipe sets none.
+    """
+    tokens = token_budget(request.body)
+    if recipe.annotate.max_tokens is None:
+        tokens = min(tokens, ASSUMED_TOKENS)
+    return estimated_tokens(request.body) + tokens
 
 
 def estimated_tokens(body: dict[str, Any]) -> int:
