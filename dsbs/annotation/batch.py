@@ -54,6 +54,7 @@ def buy_batches(
     check_teacher(annotator)
     folder = batches_folder(run)
     client = BatchClient(annotator, progress)
+    store.adapt(client.endpoint, annotator.recipe.teacher.model, progress.say)
     summary = next(iter(summaries.values()))
     started = time.monotonic()
     tried: set[str] = set()
@@ -66,7 +67,10 @@ def buy_batches(
             summary.requests += batch.record["requests"]
             tried.update(row["key"] for row in batch.rows())
             failure = client.wait(batch)
+            form = client.endpoint.adaptation.changes
             output = client.collect(batch, store)
+            if client.endpoint.adaptation.changes != form:  # ask again, in the form it takes
+                tried.difference_update(row["key"] for row in batch.rows())
             if output.failures:
                 summary.wasted["batch"] += output.failures
             error = error or failure or output.error
@@ -135,7 +139,7 @@ class BatchClient:
         self._url_path = url_path(annotator)
         self._progress = progress
         self.base_url = section.base_url
-        self._endpoint = OpenAIEndpoint(teacher, section, key, annotator.identities[0])
+        self.endpoint = OpenAIEndpoint(teacher, section, key, annotator.identities[0])
         self._openai = openai.OpenAI(
             base_url=self.base_url, api_key=key or "none", max_retries=5, timeout=120.0
         )
@@ -207,7 +211,7 @@ class BatchClient:
             return None
         errors = batch.record["errors"][:_SHOWN_ERRORS]
         for error in errors:
-            cause = self._endpoint.error(None, error_body({"error": error}), {})
+            cause = self.endpoint.error(None, error_body({"error": error}), {})
             if isinstance(cause, PartialError):  # the account's queue or credit
                 return cause
         messages = [error["message"] for error in errors] or ["without a reason"]
@@ -236,7 +240,7 @@ class BatchClient:
                 text += "\n"
             with atomic_write(path) as file:
                 file.write(text)
-            output = batch.store_replies(path, store, self._endpoint)
+            output = batch.store_replies(path, store, self.endpoint)
             total.replies += output.replies
             total.failures += output.failures
             total.error = total.error or output.error
@@ -264,12 +268,12 @@ class BatchClient:
             ) from None
         except openai.APIStatusError as error:
             response = error.response
-            translated = self._endpoint.status_error(
+            translated = self.endpoint.status_error(
                 response.status_code, response.content, response.headers
             )
             raise self._final(translated) from None
         except openai.APIConnectionError as error:
-            raise self._final(self._endpoint.connection_error(error.__cause__ or error)) from None
+            raise self._final(self.endpoint.connection_error(error.__cause__ or error)) from None
 
     def _final(self, error: Exception) -> DsbsError:
         """The error that ends the command: the package has retried already."""

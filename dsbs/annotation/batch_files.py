@@ -33,6 +33,7 @@ from dsbs.annotation.store import ReplyStore, RequestKeys, token_budget
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import atomic_write, canonical_json, open_text, read_jsonl, write_json
 from dsbs.formatting import dollars
+from dsbs.progress import Progress
 from dsbs.records import Example
 from dsbs.run_folder import RunFolder
 
@@ -42,10 +43,13 @@ _REFUSED_ALIKE = 16  # unclear refusals of one output, after which they are not 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A request without a stored reply, and the key of its reply."""
+    """A request without a stored reply, the key of its reply, and the body in the form in which the
+    endpoint takes it.
+    """
 
     key: str
     request: Request
+    body: dict[str, Any]
 
 
 class PendingRequests:
@@ -104,13 +108,15 @@ class PendingRequests:
     def _of_row(self, example: Example) -> Iterator[Pending]:
         """The missing requests of a row's next wave; later waves depend on its replies."""
         replies = RowReplies()
+        model = self.annotator.recipe.teacher.model
+        adaptation = self.store.adaptation(self.annotator.identities[0], model)
         while requests := self.annotator.next_requests(example, replies):
             is_complete = True
             for request in requests:
                 outcome = self.annotator.look_up(self.store, request)
                 if outcome.reply is None and outcome.reason == "no-reply":
                     is_complete = False
-                    yield Pending(outcome.key, request)
+                    yield Pending(outcome.key, request, adaptation.apply(request.body))
                 else:
                     self.annotator.add_reply(example, replies, request, outcome)
             if not is_complete:
@@ -152,10 +158,16 @@ class Batch:
         """What each line requests."""
         return [row for _, row in read_jsonl(self.folder / "keys.jsonl")]
 
+    def _first_body(self) -> dict[str, Any]:
+        with (self.folder / "requests.jsonl").open(encoding="utf-8") as lines:
+            body: dict[str, Any] = json.loads(next(lines, '{"body": {}}'))["body"]
+        return body
+
     def store_replies(self, path: Path, store: ReplyStore, endpoint: OpenAIEndpoint) -> Output:
         """Commit what is in an output file."""
         rows = self.rows()
         output = Output()
+        sent = self._first_body()
         for line in _output_lines(path):
             if line is None:
                 output.failures += 1
@@ -163,7 +175,7 @@ class Batch:
             token, _, number = str(line.get("custom_id", "")).rpartition("-")
             if token != self.record["token"] or not number.isdigit() or int(number) >= len(rows):
                 continue  # of another batch: a server may write all outputs into one file
-            self._store_outcome(_outcome(line, endpoint), rows[int(number)], store, output)
+            self._store_outcome(_outcome(line, endpoint, sent), rows[int(number)], store, output)
         self._settle(output, store, rows[0]["model"] if rows else None)
         return output
 
@@ -220,8 +232,10 @@ class Batch:
             )
 
 
-def _outcome(line: dict[str, Any], endpoint: OpenAIEndpoint) -> Reply | Exception:
-    """A line's reply, or the error that it stands for."""
+def _outcome(
+    line: dict[str, Any], endpoint: OpenAIEndpoint, sent: dict[str, Any]
+) -> Reply | Exception:
+    """A line's reply, or the error that it stands for; ``sent`` has the parameters of all lines."""
     response = line.get("response") or {}
     body = response.get("body", response)  # older servers do not wrap the body
     status = response.get("status_code")
@@ -229,6 +243,8 @@ def _outcome(line: dict[str, Any], endpoint: OpenAIEndpoint) -> Reply | Exceptio
         return endpoint.error(status or None, error_body(line.get("error")), {})
     text = body if isinstance(body, str) else json.dumps(body)
     if isinstance(status, int) and status >= 300:
+        if endpoint.adaptation.learn(status, text.encode(), sent, sent):
+            return TransientError("a parameter was refused and is adapted", "server error")
         return endpoint.status_error(status, text, {})
     try:
         return endpoint.read_reply(text, {}, lane="batch")
@@ -282,21 +298,20 @@ def _write_batch(
         while pending is not None:
             if lines >= annotator.recipe.annotate.batch.max_requests or size >= _FILE_BYTES:
                 break
-            body = pending.request.body
             text = canonical_json(
                 {
                     "custom_id": f"{token}-{lines}",
                     "method": "POST",
                     "url": url_path(annotator),
-                    "body": body,
+                    "body": pending.body,
                 }
             )
             requests.write(text + "\n")
             row = {
                 "key": pending.key,
                 "sample": pending.request.sample,
-                "max_tokens": token_budget(body),
-                "model": body.get("model"),
+                "max_tokens": token_budget(pending.request.body),
+                "model": pending.request.body.get("model"),
             }
             keys.write(canonical_json(row) + "\n")
             size += len(text.encode()) + 1
@@ -354,7 +369,9 @@ def export(annotator: Annotator, store: ReplyStore, run: RunFolder, path: Path) 
     return sum(batch.record["requests"] for batch in batches)
 
 
-def import_output(annotator: Annotator, store: ReplyStore, run: RunFolder, path: Path) -> Output:
+def import_output(
+    annotator: Annotator, store: ReplyStore, run: RunFolder, path: Path, progress: Progress
+) -> Output:
     """Commit the replies in an output file to the requests exported before.
 
     Raises UserError, and DsbsError where there is none.
@@ -365,6 +382,7 @@ def import_output(annotator: Annotator, store: ReplyStore, run: RunFolder, path:
     exported = [batch for batch in batches if batch.state == "exported"]
     teacher = annotator.recipe.teacher
     endpoint = OpenAIEndpoint(teacher, teacher.served_by[0], None, annotator.identities[0])
+    store.adapt(endpoint, teacher.model, progress.say)
     total = Output()
     for batch in exported:
         output = batch.store_replies(path, store, endpoint)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from batch_server import BatchServer
 from conftest import good_answer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -454,3 +455,42 @@ def test_a_plan_without_a_limit_estimates_the_likely_cost(
         second = plan(load_recipe(path, settings), tmp_path / "run")
         assert (second.requests, second.tokens_a_reply) == (2, 7)
         assert question(server.bodies[0])
+
+
+def test_a_refusal_inside_a_200_is_taken_at_its_word(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    def answer(body: dict[str, Any], number: int) -> str | Scripted:
+        if "temperature" in body:
+            refusal = error("`temperature` is deprecated for this model.", code=400)
+            return 200, {}, json.dumps(refusal).encode()
+        return good_answer(body, number)
+
+    with LoopbackServer(answer) as server:
+        path = toy(train=3, test=1, annotate={"concurrency": 1})
+        result = annotate(
+            load_recipe(path, [f"teacher.base_url={server.url}"]), out=tmp_path / "run"
+        )
+        assert (result.splits["train"].accepted, server.requests) == (3, 5)
+
+
+def test_a_batch_whose_parameters_are_refused_is_sent_again_in_another_form(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    def answer(body: dict[str, Any]) -> Any:
+        for name, source in (
+            ("max_tokens", "https://github.com/griptape-ai/ComfyUI-Griptape/issues/312"),
+            ("temperature", "https://github.com/johny-b/llmcomp/issues/69"),
+        ):
+            if name in body:
+                return REFUSALS[source][0], REFUSALS[source][1]
+        return good_answer(body, 0)
+
+    path = toy(train=6, test=2, annotate={"batch": {"poll_s": 0.01}})
+    with BatchServer(answer) as server:
+        recipe = load_recipe(path, [f"teacher.base_url={server.url}"])
+        result = annotate(recipe, out=tmp_path / "run", buying="batch")
+        assert result.splits["train"].accepted == 6
+        assert server.requests == 3 * 8
+        annotate(recipe, out=tmp_path / "run", buying="batch")
+        assert server.requests == 3 * 8

@@ -134,11 +134,17 @@ class OpenAIEndpoint:
                 timeout_s,
                 data=json.dumps(sent, ensure_ascii=False).encode(),
             )
-            if not self.adaptation.learn(status, body, sent, request.body):
-                break
-        if not 200 <= status < 300:
-            raise self.status_error(status, body, headers)
-        return self.read_reply(body, headers, seconds=time.monotonic() - started)
+            seconds = time.monotonic() - started
+            try:
+                if not 200 <= status < 300:
+                    raise self.status_error(status, body, headers)
+                return self.read_reply(body, headers, seconds=seconds)
+            except Exception as error:
+                refused = status
+                if 200 <= status < 300 and isinstance(error, RejectedError):
+                    refused = 400  # an error inside a 200
+                if not self.adaptation.learn(refused, body, sent, request.body):
+                    raise
 
     def read_reply(
         self,
