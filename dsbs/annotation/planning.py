@@ -226,7 +226,9 @@ def pilot(
     if summary.usd is not None and summary.rows:
         usd = summary.usd / summary.rows * total
     requests = total * recipe.annotate.samples
-    tokens = (summary.prompt_tokens + summary.completion_tokens) * total // max(1, summary.rows)
+    usage = summary.usage
+    tokens = (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
+    tokens = tokens * total // max(1, summary.rows)
     seconds_a_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
     seconds = _seconds(recipe, requests, tokens, seconds_a_reply)
     return PilotResult(summary, path, total, usd, seconds)

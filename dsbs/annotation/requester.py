@@ -172,6 +172,8 @@ class Requester:
                 self.stop_signal.stop()
                 return
             figures.add(example, replies.unhinted)
+            if warning := self.annotator.context_check.warning():
+                self.progress.say(f"warning: {warning}")
             self.progress.update(figures.rows, figures.note(self.budget.spent))
             if self.stop_signal.is_set:
                 return
