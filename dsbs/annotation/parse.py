@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from dsbs.annotation.backends.faults import is_unknown_reason
 from dsbs.annotation.json_answer import Answer, read_json_answer
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.prompting import Prompt
@@ -90,7 +91,10 @@ def parse_reply(
         if may_be_cut and label.reason in ("empty", "unparsed", "label-outside-set"):
             return sample(None, rationale, "truncated")
         return sample(None, rationale, label.reason)
-    if may_be_cut and (_begins_another_label(label, task) or _is_draft(answer.label, label)):
+    is_open = is_unknown_reason(finish_reason) and not ran_on
+    if (may_be_cut or is_open) and (
+        _begins_another_label(label, answer.label, task) or _is_draft(answer.label, label)
+    ):
         return sample(None, rationale, "truncated")
     return sample(label, rationale, None)  # a label without a rationale is used too
 
@@ -106,9 +110,14 @@ def _read_text_answer(turn: str, prompt: Prompt, task: Task, *, may_be_cut: bool
     return Answer(rationale, _without_anchor_marks(turn[:start], turn[start + len(anchor) :]))
 
 
-def _begins_another_label(label: str, task: Task) -> bool:
-    """Whether a cut label may have been a longer one: "card" the beginning of "card fraud"."""
-    return any(other != label and other.startswith(label) for other in task.labels or ())
+def _begins_another_label(label: str, answer: str, task: Task) -> bool:
+    """Whether a cut label may have been a longer one: "card" the beginning of "card fraud".
+
+    Without a closed set, any text at the reply's end may have gone on.
+    """
+    if task.labels is None:
+        return "\n" not in answer.strip() and not answer.rstrip().endswith("}")
+    return any(other != label and other.startswith(label) for other in task.labels)
 
 
 def _is_draft(answer: str, label: str) -> bool:
