@@ -76,8 +76,10 @@ class LabelSet:
         """The label that a data file's cell holds. Numbers may have lost their spelling: 7, 7.0 and
         "7" are the label "007", where no other label is that number.
         """
+        if isinstance(value, float):
+            return self._by_value.get(value)
         label = self.spelled(str(value))
-        if label is None and isinstance(value, int | float) and not isinstance(value, bool):
+        if label is None and isinstance(value, int) and not isinstance(value, bool):
             return self._by_value.get(float(value))
         return label or self._by_number.get(_number_key(str(value).strip()) or "")
 
