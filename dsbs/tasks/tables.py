@@ -64,7 +64,7 @@ def read_table(path: Path) -> Iterator[Row]:
     else:
         raise UserError(
             f"{path}: unknown file format",
-            hint="use .jsonl, .csv or .tsv (each also with .gz), or .parquet; unpack other archives",
+            hint="use .jsonl, .csv or .tsv (each also with .gz), or .parquet; unpack others",
         )
 
 

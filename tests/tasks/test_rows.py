@@ -359,7 +359,7 @@ def test_a_table_is_read_without_what_its_writer_added(tmp_path: Path, text: str
         (
             "a.json",
             '{\n"text": "a"\n}\n',
-            r"a\.json:1: not valid JSON .*\n.*each object on one line",
+            r"a\.json:1: not valid JSON .*\n.*on one line",
         ),
         ("a.jsonl", '[{"text": "a"}]\n', r"a\.jsonl:1: a JSON list, not an object\n.*jq -c"),
         ("a.jsonl", '{"text": "a"}\n{"te', r"a\.jsonl:2: .*ends in the middle of this line"),
