@@ -303,9 +303,8 @@ class Requester:
             started = self.sent
             self.rows.summary.requests += 1
 
-        tokens = token_budget(request.body)
         prompt_tokens = estimated_tokens(request.body)
-        reserved = await self.budget.reserve(prompt_tokens, tokens)
+        reserved = await self.budget.reserve(prompt_tokens, token_budget(request.body))
         try:
             state, reply = await self.pool.deliver(
                 request,
