@@ -292,8 +292,8 @@ def _aliases(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Other ways to write a label's words: "non-toxic" as "non toxic", "card_fraud" as "card
     fraud".
     """
-    parts = tuple(part for word in words for part in re.split("[_-]+", word))
-    if len(parts) < 2 or not all(part.isalnum() for part in parts):
+    parts = tuple(piece for word in words for piece in re.split("[_-]+", word))
+    if len(parts) < 2 or not all(piece.isalnum() for piece in parts):
         return
     yield parts
     yield ("-".join(parts),)
