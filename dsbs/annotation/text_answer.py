@@ -27,8 +27,8 @@ _DECLINES = re.compile(
     re.IGNORECASE,
 )
 _CORRECTION = re.compile(
-    r"\W*(?:wait|hmm+|but|however|alternatively|actually|hold on|no[,.]|not\b|or\b|and\b|maybe"
-    r"|perhaps|rather|on second thought|correction)\b",
+    r"\W*(?:no[,.:]|(?:wait|hmm+|but|however|alternatively|actually|hold on|or|and|maybe|perhaps"
+    r"|rather|on second thought|correction)\b)",
     re.IGNORECASE,
 )
 # what a model writes over its explanation: "Reasoning:", "**Explanation:**"
@@ -225,9 +225,10 @@ def gives_another_label(answer: Answer, label: str, labels: LabelSet) -> bool:
     other = labels.lookup(line)
     if other is not None and other != label:
         return True
-    if not _CORRECTION.match(answer.rationale):
-        return False
-    return not labels.not_negated(answer.rationale) <= {label}
+    text = answer.rationale
+    while match := _CORRECTION.match(text):
+        text = text[match.end() :]
+    return text != answer.rationale and not labels.not_negated(text) <= {label}
 
 
 # --- a pattern
