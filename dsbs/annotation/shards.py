@@ -199,7 +199,7 @@ def run_shard(
 
 
 def check_resources(available: dict[str, float], recipe: Recipe) -> None:
-    """Raises UserError where the cluster can never start a shard: Ray would wait without a word."""
+    """Raises UserError where the cluster can never start a shard: Ray would wait silently."""
     section = recipe.annotate.ray
     for resource, key, needed in (
         ("CPU", "cpus_per_shard", section.cpus_per_shard),

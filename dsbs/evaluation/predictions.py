@@ -131,7 +131,7 @@ def rounded(distribution: Mapping[str, float] | None) -> dict[str, float] | None
 
 
 def _take_back(path: Path, fingerprint: str) -> bool:
-    """Set aside a prediction file that does not fit; take back one that does, if any."""
+    """Set aside a prediction file that does not fit; restore one that does, if any."""
     if path.is_file():
         RunFolder.set_aside(path, made_by(path))
     return RunFolder.take_back(path, fingerprint, made_by)

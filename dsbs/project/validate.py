@@ -82,7 +82,7 @@ def validate(recipe: Recipe) -> Validation:
     input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
     if task.label_set is None:
         labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
-        # First, for nothing is worse than a label that the student cannot write.
+        # First: a label that the student cannot write is the worst problem.
         warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
     else:
         check_student_labels(recipe, task.label_set, tokenizer, input_format)
@@ -115,9 +115,8 @@ def _split_figures(
     """Counts of rows and labels, and lengths in tokens."""
     sample = rows[:SAMPLE_SIZE]
     inputs = input_format.read(["explain: " + task.text(row.input) for row in sample])
-    targets = input_format.write(
-        [text for row in sample for text in (row.label, row.rationale) if text]
-    )
+    target_texts = [text for row in sample for text in (row.label, row.rationale) if text]
+    targets = input_format.write(target_texts) if target_texts else []
     labels = [row.label for row in rows if row.label is not None]
     figures: dict[str, Any] = {
         "rows": len(rows),
@@ -157,6 +156,11 @@ def _split_warnings(
 ) -> list[str]:
     warnings = []
     with_gold = figures["with_gold"]
+    if split == "train" and not with_gold and recipe.train.labels != ("teacher",):
+        warnings.append(
+            "train: no row has a label; if a column holds it, set task.columns: {label: <column>}; "
+            "to learn the teacher's labels, set train.labels: teacher"
+        )
     if task.labels is not None and with_gold:
         missing = [label for label in task.labels if label not in figures["labels"]]
         if missing:

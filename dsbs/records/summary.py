@@ -140,7 +140,7 @@ def _two_digits(number: int) -> int:
 
 
 def headline_details(results: Results) -> list[str]:
-    """Sentences to follow the headline: its p value, and why it may not be the last word."""
+    """Sentences to follow the headline: its p value, and its caveats."""
     system, baseline = headline_comparison(results)
     if results.baseline is None:
         return ["To compare students with fine-tuning, add finetune to train.methods."]
