@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from dsbs.config.schema import descriptions, section_of, sections
 from dsbs.config.sections import Section, as_tuple
-from dsbs.config.train import TermSettings
+from dsbs.config.terms import TermSettings
 from dsbs.files import atomic_write
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe-reference.md"

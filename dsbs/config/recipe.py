@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from dsbs.config.registry import METHODS, TASKS
 from dsbs.config.sections import Section, as_tuple, plain_text, unknown
 from dsbs.config.teacher import AnnotateSection, TeacherSection
-from dsbs.config.train import ResolvedTrainSection, TrainSection, base_of
+from dsbs.config.terms import base_of
+from dsbs.config.train import ResolvedTrainSection, TrainSection
 from dsbs.files import FILE_NAME, canonical_json, check_file_name, digest
 
 Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
@@ -368,8 +369,11 @@ class Recipe(Section):
             exclude |= {name for name, values in self.train.tune if values is not None}
         if self.train.loss_mean == "micro":
             exclude.remove("micro_batch_size")
-        if self.train.head_learning_rate is None:  # follows from the learning rate
-            exclude.add("head_learning_rate")
+        # None follows from other keys, or is what students had before the key existed.
+        new = ("head_learning_rate", "class_weights", "max_epochs")
+        exclude |= {name for name in new if getattr(self.train, name) is None}
+        if self.train.max_epochs is not None:
+            exclude.add("max_steps")
         return digest(
             canonical_json(self.resolved_train.model_dump(mode="json", exclude=exclude)),
             canonical_json(self.student.settings),

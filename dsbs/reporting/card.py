@@ -11,7 +11,7 @@ from typing import Any
 
 from dsbs.config import Recipe, registry
 from dsbs.config.load import read_recorded
-from dsbs.config.train import base_of
+from dsbs.config.terms import base_of
 from dsbs.errors import UserError
 from dsbs.files import atomic_write
 from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,8 +70,46 @@ def has_label_part(target: Target, text: str) -> bool:
 
 
 def start_token(config: Any, start: Start) -> int:
-    """The id of the decoder's first token, from a model's configuration."""
-    return int(config.decoder_start_token_id if start == "pad" else config.eos_token_id)
+    """The id of the decoder's first token, from a model's configuration.
+
+    T5Gemma begins with its decoder's bos token, T5 with its padding token.
+    """
+    if start == "eos":
+        return end_tokens(config)[0]
+    first = getattr(config, "decoder_start_token_id", None)
+    return int(config.decoder.bos_token_id if first is None else first)
+
+
+def end_tokens(config: Any) -> list[int]:
+    """The ids that end an encoder-decoder's text."""
+    ends = config.eos_token_id
+    return list(map(int, ends)) if isinstance(ends, list | tuple) else [int(ends)]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """The ids that begin, end and pad texts, whatever a tokenizer calls them.
+
+    BERT begins with cls and ends with sep; others have bos and eos, or one end token alone.
+    """
+
+    start: int
+    end: int
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> SpecialTokens:
+        """Raises UserError where a tokenizer has no token that ends a text."""
+        ids = {
+            name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "bos", "sep", "eos")
+        }
+        known = {name: token_id for name, token_id in ids.items() if token_id is not None}
+        end = known.get("sep", known.get("eos"))
+        if end is None:
+            raise _no_end_token()
+        start = known.get("cls", known.get("bos", end))
+        pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return cls(int(start), int(end), int(pad))
 
 
 # --- inputs
@@ -132,13 +171,18 @@ def input_format_of(
 
 
 class PlainFormat:
-    """A text is its tokens and the end token, as T5 has it."""
+    """A text is what an encoder-decoder's tokenizer makes of it; a target has an end token.
+
+    T5's tokenizer ends every text so. T5Gemma's begins inputs with bos and ends none.
+    """
 
     kind: Architecture = "seq2seq"
     template: Template | None = None
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._end = SpecialTokens.of(tokenizer).end
+        self._adds_end = tokenizer("a")["input_ids"][-1:] == [self._end]
 
     def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         truncation = {} if limit is None else {"truncation": True, "max_length": limit}
@@ -146,7 +190,14 @@ class PlainFormat:
         token_ids: list[list[int]] = encoded["input_ids"]
         return token_ids
 
-    write = read
+    def write(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        if self._adds_end or not texts:
+            return self.read(texts, limit)
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False
+        )
+        text_limit = None if limit is None else limit - 1
+        return [[*token_ids[:text_limit], self._end] for token_ids in encoded["input_ids"]]
 
     def identity(self, *, target: bool) -> tuple[str, ...]:
         return ()
@@ -164,7 +215,7 @@ class EncoderFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.end = int(tokenizer.sep_token_id)
+        self.end = SpecialTokens.of(tokenizer).end
 
     def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """See ``InputFormat``. A text with PAIR_SEPARATOR is a pair, whose longer part is cut."""
@@ -354,11 +405,15 @@ class ExportedPrompts(Prompts):
 
 def _end_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the student's tokenizer has no end token",
-            hint="set eos_token in its tokenizer_config.json",
-        )
+        raise _no_end_token()
     return int(tokenizer.eos_token_id)
+
+
+def _no_end_token() -> UserError:
+    return UserError(
+        "the student's tokenizer has no end token",
+        hint="set eos_token in its tokenizer_config.json",
+    )
 
 
 def _chat_parts(tokenizer: Any) -> tuple[str, str, int]:

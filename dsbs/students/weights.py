@@ -265,13 +265,7 @@ def new_model(
     start = init or section.source
     if start is not None:
         model = load_model(start, section.dropout)
-        if len(tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"{start} has {model.config.vocab_size} embeddings, but its tokenizer has "
-                f"{len(tokenizer)} pieces",
-                hint="weights and tokenizer are from different models: save those of one model "
-                "into the folder",
-            )
+        check_vocabulary(model, tokenizer, start)
         return model
     silence_transformers()
     settings: dict[str, Any] = {
@@ -284,6 +278,17 @@ def new_model(
     config = T5Config(**settings | SIZES[section.size])
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(config)
+
+
+def check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
+    """Raises UserError where a tokenizer has more pieces than its model has embeddings."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"{source} has {embeddings} embeddings, but its tokenizer has {len(tokenizer)} pieces",
+            hint="weights and tokenizer are from different models: save those of one model "
+            "into the folder",
+        )
 
 
 def silence_transformers() -> None:

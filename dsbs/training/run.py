@@ -71,7 +71,7 @@ def train(
         check_trackers(recipe)
     _check_precision(recipe)
     _check_processes(recipe)
-    check_student(recipe, task.labels)
+    check_student(recipe, task)
     hashes: dict[str, str] = {
         split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")
     }
@@ -155,7 +155,7 @@ def planned(
     specs = grid(recipe.train)
     task = make_task(recipe.task)
     check_terms(recipe.train, task, specs)
-    check_student(recipe, task.labels)
+    check_student(recipe, task)
     data: Data | int = count_trainable(recipe, task)
     if annotated:
         data = gather(recipe, task, run_folder.path, specs)

@@ -13,9 +13,10 @@ from dsbs.students.backends.transformers import (
     TransformersBackend,
 )
 from dsbs.students.card import Start, StudentCard
-from dsbs.students.formats import input_format_of
+from dsbs.students.formats import PAIR_SEPARATOR, SpecialTokens, input_format_of
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import device, load_model
+from dsbs.tasks import CHOICE_SEPARATOR
 
 
 class LabelHeadBackend(TransformersBackend):
@@ -28,7 +29,7 @@ class LabelHeadBackend(TransformersBackend):
 
     @classmethod
     def load(cls, path: Path, card: StudentCard) -> LabelHeadBackend:
-        model = load_model(str(path), labels=len(card.classes)).to(device())
+        model = load_model(str(path), labels=card.outputs).to(device())
         return cls(model, load_tokenizer(str(path)), card)
 
     def generate(
@@ -45,17 +46,25 @@ class LabelHeadBackend(TransformersBackend):
         if start == "eos":
             return self._write(texts, max_new_tokens)
         self.model.eval()
+        choices = [text.split(CHOICE_SEPARATOR) for text in texts]
         with torch.inference_mode():
-            distributions = self.model(**self._encode(texts)).float().softmax(-1)
-        chosen = distributions.argmax(-1).tolist()
+            logits = self.model(**self._encode([text for row in choices for text in row])).float()
+        if self._card.scores_choices:
+            scores = logits[:, 0].split(list(map(len, choices)))
+            distributions = [row.softmax(-1).tolist() for row in scores]
+            names = [[text.partition(PAIR_SEPARATOR)[2] for text in row] for row in choices]
+        else:
+            distributions = logits.softmax(-1).tolist()
+            names = [list(self._card.classes)] * len(texts)
+        chosen = [distribution.index(max(distribution)) for distribution in distributions]
         return [
             GeneratedText(
-                text=self._card.classes[index],
+                text=row_names[index],
                 truncated=False,
                 probability=distribution[index],
                 distribution=tuple(distribution),
             )
-            for index, distribution in zip(chosen, distributions.tolist(), strict=True)
+            for index, distribution, row_names in zip(chosen, distributions, names, strict=True)
         ]
 
     def _write(self, texts: Sequence[str], max_new_tokens: int) -> list[GeneratedText]:
@@ -81,7 +90,7 @@ class LabelHeadBackend(TransformersBackend):
 
         rows = self.input_format.read(texts, self._max_input_tokens)
         length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
+        pad = SpecialTokens.of(self.tokenizer).pad
         target = self.model.device
         return {
             "input_ids": torch.tensor(

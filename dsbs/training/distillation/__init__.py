@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dsbs.config import TrainSection
-from dsbs.config.train import TermSettings
+from dsbs.config.terms import TermSettings
 from dsbs.errors import UserError
 from dsbs.tasks import Task
 from dsbs.training.grid import StudentSpec

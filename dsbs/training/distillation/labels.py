@@ -56,7 +56,7 @@ class LabelsTerm(Term):
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Rows with a target distribution."""
-        from dsbs.training.packed import supervised_rows
+        from dsbs.training.encode import supervised_rows
 
         packed = batch.get(views[0].target)
         if packed is None:
@@ -69,7 +69,7 @@ class LabelsTerm(Term):
     def loss(self, inputs: TermInputs) -> Tensor | float:
         import torch
 
-        from dsbs.training.packed import supervised_rows
+        from dsbs.training.encode import supervised_rows
 
         packed = inputs.first_view
         student = inputs.student.label_scores

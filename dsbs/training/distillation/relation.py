@@ -49,7 +49,7 @@ class RelationTerm(Term):
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Examples of the first view, each once however many targets it has."""
-        from dsbs.training.packed import supervised_rows
+        from dsbs.training.encode import supervised_rows
 
         packed = batch.get(views[0].target)
         if packed is None:
@@ -62,7 +62,8 @@ class RelationTerm(Term):
         The term relates the examples of one forward pass; a step averages its passes by their
         examples.
         """
-        from dsbs.training.packed import distinct_inputs, row_means, supervised_rows
+        from dsbs.training.encode import supervised_rows
+        from dsbs.training.packed import distinct_inputs, row_means
 
         packed = inputs.first_view
         if packed is None:
