@@ -40,7 +40,8 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _read_weight(value: Any) -> float | BalanceSection:
+def read_weight(value: Any) -> float | BalanceSection:
+    """λ as a recipe or a record has it. Raises ValueError."""
     if isinstance(value, BalanceSection):
         return value
     if value == "balanced":
@@ -65,12 +66,14 @@ def _read_weight(value: Any) -> float | BalanceSection:
 def _read_weights(value: Any) -> tuple[float | BalanceSection, ...] | None:
     if value is None:
         return None
-    return tuple(map(_read_weight, value if isinstance(value, list | tuple) else [value]))
+    return tuple(map(read_weight, value if isinstance(value, list | tuple) else [value]))
 
 
 def _read_class_weights(value: Any) -> Literal["balanced"] | dict[str, float] | None:
-    if value is None or value == "balanced":
-        return value
+    if value is None:
+        return None
+    if value == "balanced":
+        return "balanced"
     if not isinstance(value, Mapping) or not value:
         raise ValueError("give balanced, or a mapping such as {spam: 5}")
     weights: dict[str, float] = {}
@@ -86,13 +89,13 @@ def _read_class_weights(value: Any) -> Literal["balanced"] | dict[str, float] | 
 
 _WrittenWeight = Annotated[float, Field(ge=0)] | Literal["balanced"] | BalanceSection
 RationaleWeight = Annotated[
-    float | BalanceSection, BeforeValidator(_read_weight, json_schema_input_type=_WrittenWeight)
+    float | BalanceSection, BeforeValidator(read_weight, json_schema_input_type=_WrittenWeight)
 ]
 RationaleWeights = Annotated[
     tuple[float | BalanceSection, ...],
     BeforeValidator(
         _read_weights,
-        json_schema_input_type=list[_WrittenWeight] | _WrittenWeight,  # type: ignore[valid-type]
+        json_schema_input_type=list[_WrittenWeight] | _WrittenWeight,
     ),
 ]
 _WrittenClasses = Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]]

@@ -21,6 +21,7 @@ from dsbs.config.terms import (
     TermSettings,
     base_of,
     names_of_terms,
+    read_weight,
 )
 from dsbs.records import Provenance
 
@@ -90,8 +91,9 @@ class TuneSection(Section):
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """Every combination, in the order of the recipe's values."""
-        values = {name: tried for name, tried in self if tried is not None}
+        """Every combination as JSON values, in the order of the recipe's values."""
+        dumped = self.model_dump(mode="json")
+        values = {name: tried for name, tried in dumped.items() if tried is not None}
         combinations = itertools.product(*values.values())
         return [dict(zip(values, combination, strict=True)) for combination in combinations]
 
@@ -340,7 +342,10 @@ class TrainSection(Section):
 
     def tuned(self, setting: Mapping[str, Any]) -> Self:
         """The section with one of ``tune``'s combinations."""
-        return self.model_copy(update={**setting, "tune": None})
+        values = dict(setting)
+        if "rationale_weight" in values:
+            values["rationale_weight"] = read_weight(values["rationale_weight"])
+        return self.model_copy(update={**values, "tune": None})
 
     def steps(self, rows: int, *, is_scratch: bool) -> int:
         """Optimizer steps of a student with ``rows`` train rows."""

@@ -56,7 +56,7 @@ class LabelHeadModel(nn.Module):
         self.body = body
         self.architecture = architecture
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(_hidden_size(body.config), labels)
+        self.classifier = nn.Linear(hidden_size(body.config), labels)
         self.rationale_decoder = rationale_decoder
 
     @property
@@ -288,7 +288,7 @@ def _new_rationale_decoder(
     from transformers import BertGenerationConfig, BertGenerationDecoder
 
     special = SpecialTokens.of(tokenizer)
-    size = _hidden_size(body.config)
+    size = hidden_size(body.config)
     heads = int(body.config.num_attention_heads)
     config = BertGenerationConfig(
         vocab_size=body.get_input_embeddings().num_embeddings,
@@ -312,13 +312,13 @@ def _new_rationale_decoder(
 def share_embeddings(decoder: Any, body: Any) -> Any:
     """Read and write with the encoder's token embeddings, where their width is the states'."""
     embeddings = body.get_input_embeddings()
-    if embeddings.embedding_dim == _hidden_size(body.config):
+    if embeddings.embedding_dim == hidden_size(body.config):
         decoder.set_input_embeddings(embeddings)
         decoder.tie_weights()
     return decoder
 
 
-def _hidden_size(config: Any) -> int:
+def hidden_size(config: Any) -> int:
     """The width of the states that a head reads: an encoder-decoder's encoder may be nested."""
     encoder = getattr(config, "encoder", None)
     nested = getattr(encoder, "text_config", None)

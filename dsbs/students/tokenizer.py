@@ -184,6 +184,8 @@ def vocabulary_warnings(
     """
     if section.is_scratch:
         remedy = "note that a scratch vocabulary has the characters of the train rows alone"
+    elif tokenizer.cls_token is not None:  # an encoder's
+        remedy = "use a student.model with more characters, such as FacebookAI/xlm-roberta-base"
     else:
         remedy = (
             "use student: {init: scratch}, whose vocabulary is learned from your text, or a "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
+from dsbs.students.card import Head
 from dsbs.training.distillation import Term, TermInputs, as_float
 from dsbs.training.methods import View
 
@@ -32,6 +33,7 @@ class RelationTerm(Term):
 
     is_of_one_pass: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
+    heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = (
         "It also learned how a local teacher relates examples to each other."
     )
