@@ -98,13 +98,18 @@ def load_model(source: str, dropout: float | None = None, *, labels: int = 0) ->
     from_gguf = is_gguf(source)
     try:
         # Reading the configuration of a GGUF file takes seconds; it is always a decoder's.
-        is_seq2seq = not from_gguf and AutoConfig.from_pretrained(**arguments).is_encoder_decoder
+        config: Any = None if from_gguf else AutoConfig.from_pretrained(**arguments)
+        is_seq2seq = config is not None and config.is_encoder_decoder
         model_class: Any = AutoModelForCausalLM
         dropout_key = "attention_dropout"
         if is_seq2seq:
             model_class = low_rank_class(expand_local(source)) or AutoModelForSeq2SeqLM
             dropout_key = "dropout_rate"
-        changes = {} if dropout is None else {dropout_key: dropout}
+        changes: dict[str, Any] = {} if dropout is None else {dropout_key: dropout}
+        if is_seq2seq and config.model_type.startswith("t5gemma"):
+            # PyTorch's own attention leaves out the soft cap of the scores, and gives NaN where a
+            # sliding window has padding alone.
+            changes["attn_implementation"] = "eager"
         # The progress bar of a GGUF file ignores the settings of transformers.
         with redirect_stderr(io.StringIO()) if from_gguf else nullcontext():
             model = model_class.from_pretrained(**arguments, dtype=torch.float32, **changes)

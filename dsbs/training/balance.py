@@ -49,13 +49,11 @@ class RationaleBalance:
     ) -> None:
         """Set λ from one optimizer step.
 
-        ``losses`` has each micro-batch's share of the step's L_label and L_rationale. λ stays as it
-        is where one of the gradients is 0.
+        ``losses`` has each micro-batch's share of the step's L_label and L_rationale. The weights
+        that they share are the parameters in which both have a gradient. λ stays as it is where
+        there is none.
         """
-        gradients = {
-            task: [torch.zeros_like(parameter) for parameter in parameters] for task in _TASKS
-        }
-        used = {task: torch.zeros(len(parameters), device=parameters[0].device) for task in _TASKS}
+        gradients = {task: [torch.zeros_like(weights) for weights in parameters] for task in _TASKS}
         for shares in losses:
             for task in _TASKS:
                 if task not in shares:
@@ -63,19 +61,19 @@ class RationaleBalance:
                 found = torch.autograd.grad(
                     shares[task], parameters, retain_graph=task == "label", allow_unused=True
                 )
-                for index, gradient in enumerate(found):
+                for total, gradient in zip(gradients[task], found, strict=True):
                     if gradient is not None:
-                        gradients[task][index] += gradient
-                        used[task][index] = 1
-        flags = {task: sum_over_processes(used[task]) > 0 for task in _TASKS}
-        shared = (flags["label"] & flags["rationale"]).nonzero().flatten().tolist()
-        norms: dict[str, float] = {}
-        for task in _TASKS:
-            squares = [
-                float(sum_over_processes(gradients[task][index]).double().square().sum())
-                for index in shared
-            ]
-            norms[task] = math.sqrt(math.fsum(squares))
+                        total += gradient
+        squares = {
+            task: [float(sum_over_processes(total).double().square().sum()) for total in totals]
+            for task, totals in gradients.items()
+        }
+        pairs = zip(squares["label"], squares["rationale"], strict=True)
+        shared = [(label, rationale) for label, rationale in pairs if label > 0 and rationale > 0]
+        norms = {
+            task: math.sqrt(math.fsum(pair[index] for pair in shared))
+            for index, task in enumerate(_TASKS)
+        }
         if all(math.isfinite(norm) and norm > 0 for norm in norms.values()):
             self.weight = self._section.share * norms["label"] / norms["rationale"]
             self.figures = {

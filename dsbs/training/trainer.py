@@ -194,8 +194,8 @@ class StepTrainer(Seq2SeqTrainer):
         values = [*targets.values(), *terms.values(), *totals.values()]
         reduced = self._sum_over_processes(values, device)
         self._counts = dict(zip([*targets, *terms], reduced[: -len(totals)], strict=True))
-        for name, number in zip(totals, reduced[-len(totals) :], strict=True):
-            self._totals[name] += int(number)
+        for name, total in zip(totals, reduced[-len(totals) :], strict=True):
+            self._totals[name] += int(total)
         if self._balance and batches and self._balance.is_due(self.state.global_step):
             self._measure_balance(self._balance, batches)
         return batches, None
@@ -210,14 +210,15 @@ class StepTrainer(Seq2SeqTrainer):
         """Measure the gradients of the step that ``batches`` are the micro-batches of."""
         if not self._counts.get("rationale"):
             return
+        model: Any = self.model
 
         def losses() -> Iterator[dict[str, torch.Tensor]]:
             for inputs in batches:
                 counts = self._counts
                 if self._section.loss_mean == "micro":
-                    counts = {name: max(1, self._count(name, inputs[name])) for name in inputs}
+                    counts = {name: self._count(name, inputs[name]) or 1 for name in inputs}
                 with self.compute_loss_context_manager():
-                    sums = self.model(batch=self._prepare_inputs(inputs))
+                    sums = model(batch=self._prepare_inputs(dict(inputs)))
                 yield {name: sums[name] / counts[name] for name in inputs}
 
         def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
@@ -226,8 +227,8 @@ class StepTrainer(Seq2SeqTrainer):
             summed: torch.Tensor = self.accelerator.reduce(tensor, reduction="sum")
             return summed
 
-        self.model.train()
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        model.train()
+        parameters = [weights for weights in model.parameters() if weights.requires_grad]
         with torch.random.fork_rng():  # the step itself draws the same dropout
             balance.measure(parameters, losses(), sum_over_processes)
 

@@ -125,7 +125,7 @@ def _token_masks(inputs: TermInputs) -> tuple[Tensor, Tensor]:
 
 
 def _depth(config: Any, stack: str) -> int:
-    names = ("num_decoder_layers",)
+    names: tuple[str, ...] = ("num_decoder_layers",)
     if stack == "encoder":
         names = ("num_layers", "num_hidden_layers")
     encoder = getattr(config, "encoder", None)
