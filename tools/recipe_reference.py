@@ -87,6 +87,10 @@ def type_of(field: FieldInfo, inner: type[Section] | None, key: str) -> str:
     if inner is None:
         return type_name(field.annotation, field.metadata)
     text = f"[section](#{anchor(key)})"
+    if "rationale_weight" in key:
+        text = f"number ≥ 0 or `balanced` or {text}"
+    if key.startswith("train.tune."):
+        text += ", or a list"
     if get_origin(field.annotation) is tuple:
         text += " (a list)"
     if NoneType in get_args(field.annotation):

@@ -77,12 +77,12 @@ def _read_class_weights(value: Any) -> Literal["balanced"] | dict[str, float] | 
     if not isinstance(value, Mapping) or not value:
         raise ValueError("give balanced, or a mapping such as {spam: 5}")
     weights: dict[str, float] = {}
-    for label, given in value.items():
+    for label, written in value.items():
         if not isinstance(label, str | int) or isinstance(label, bool):
             raise ValueError(f'the label {label!r} is not text: quote it, as in {{"yes": 2}}')
-        weight = _number(given)
+        weight = _number(written)
         if weight is None or weight <= 0:
-            raise ValueError(f"{label}: {given!r} is not a number above 0")
+            raise ValueError(f"{label}: {written!r} is not a number above 0")
         weights[str(label)] = weight
     return weights
 

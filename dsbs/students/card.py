@@ -99,7 +99,8 @@ def read_card(path: str | Path) -> StudentCard:
         ) from None
 
 
-_T5_TYPES = ("t5", "mt5", "t5gemma", "t5gemma2")  # Flan-T5 is a t5
+_T5_TYPES = ("t5", "mt5")  # Flan-T5 is a t5
+_GEMMA_TYPES = ("t5gemma", "t5gemma2")
 # Models in which each token attends to later ones, so that they cannot write text.
 _ENCODER_TYPES = (
     "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra",
@@ -112,36 +113,50 @@ def architecture_of(source: str | None) -> Architecture:
     """The architecture of a Hub id, a local folder or a GGUF file; None: a T5 from scratch.
 
     Needs no torch. Raises DsbsError where the configuration cannot be loaded, and UserError for an
-    encoder-decoder other than T5.
+    encoder-decoder other than T5 and T5Gemma.
     """
     if source is None:
         return "seq2seq"
     if is_gguf(source):
         gguf_file(source)  # raises UserError for a missing file
         return "causal"
-    from transformers.utils.hub import cached_file
-
-    folder = Path(expand_local(source))
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    config = _config_values(source)
+    if config is None:
         return "seq2seq"  # a tokenizer alone; loading a model from it fails with a clear message
-    silence_transformers()
-    try:
-        file = cached_file(expand_local(source), "config.json")
-        config = dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
-    except Exception as error:  # Hub, network and file errors share no root
-        raise loading_error("configuration", source, error) from None
-    # Every encoder-decoder's file sets this: the default of transformers is False.
-    if not config.get("is_encoder_decoder"):
-        is_encoder = config.get("model_type") in _ENCODER_TYPES and not config.get("is_decoder")
+    # Every encoder-decoder's file sets this, T5Gemma's aside: the default of transformers is False.
+    model_type = config.get("model_type", "t5")
+    if not config.get("is_encoder_decoder") and model_type not in _GEMMA_TYPES:
+        is_encoder = model_type in _ENCODER_TYPES and not config.get("is_decoder")
         return "encoder" if is_encoder else "causal"
-    if config.get("model_type", "t5") not in _T5_TYPES:
+    if model_type not in (*_T5_TYPES, *_GEMMA_TYPES):
         raise UserError(
-            f"{source} is an encoder-decoder of type {config['model_type']}; a student is a T5, a "
-            "T5Gemma, an encoder or a decoder",
+            f"{source} is an encoder-decoder of type {model_type}; a student is a T5, a T5Gemma, "
+            "an encoder or a decoder",
             hint="name a T5 (google/t5-v1_1-base, google/flan-t5-base, google/mt5-small) or a "
             "decoder such as Qwen/Qwen3-0.6B",
         )
     return "seq2seq"
+
+
+def has_t5_tokenizer(source: str) -> bool:
+    """Whether an encoder-decoder has T5's tokenizer, and not Gemma's."""
+    config = _config_values(source)
+    return config is None or config.get("model_type") not in _GEMMA_TYPES
+
+
+def _config_values(source: str) -> dict[str, Any] | None:
+    """The values of a model's config.json; None: a folder without one. Raises DsbsError."""
+    from transformers.utils.hub import cached_file
+
+    folder = Path(expand_local(source))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return None
+    silence_transformers()
+    try:
+        file = cached_file(expand_local(source), "config.json")
+        return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
+    except Exception as error:  # Hub, network and file errors share no root
+        raise loading_error("configuration", source, error) from None
 
 
 # Types whose first position is the padding token's id + 1.
@@ -240,8 +255,8 @@ def _check_decoder(recipe: Recipe, source: str, head: Head) -> None:
     kinds = {term.kind for term in recipe.train.terms}
     if kinds and (head == "text" or kinds != {"labels"}):
         raise UserError(
-            f"train.terms: {source} is decoder-only, and such a student learns no further loss "
-            "term but labels, with student.head: labels",
+            "train.terms: only T5 students learn loss terms of other kinds than labels, and "
+            f"{source} is decoder-only; labels needs student.head: labels",
             hint="remove train.terms, and their names from train.methods",
         )
     limit = max_positions(source)

@@ -100,14 +100,11 @@ class SpecialTokens:
     @classmethod
     def of(cls, tokenizer: Any) -> SpecialTokens:
         """Raises UserError where a tokenizer has no token that ends a text."""
-        ids = {
-            name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "bos", "sep", "eos")
-        }
-        known = {name: token_id for name, token_id in ids.items() if token_id is not None}
-        end = known.get("sep", known.get("eos"))
+        end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
         if end is None:
             raise _no_end_token()
-        start = known.get("cls", known.get("bos", end))
+        starts = (tokenizer.cls_token_id, tokenizer.bos_token_id, end)
+        start = next(token_id for token_id in starts if token_id is not None)
         pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(int(start), int(end), int(pad))
 
@@ -181,8 +178,6 @@ class PlainFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._end = SpecialTokens.of(tokenizer).end
-        self._adds_end = tokenizer("a")["input_ids"][-1:] == [self._end]
 
     def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         truncation = {} if limit is None else {"truncation": True, "max_length": limit}
@@ -191,13 +186,15 @@ class PlainFormat:
         return token_ids
 
     def write(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        if self._adds_end or not texts:
-            return self.read(texts, limit)
+        rows = self.read(texts, limit)
+        end = self._tokenizer.eos_token_id
+        if all(row[-1:] == [end] for row in rows):
+            return rows
         encoded = self._tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False
         )
         text_limit = None if limit is None else limit - 1
-        return [[*token_ids[:text_limit], self._end] for token_ids in encoded["input_ids"]]
+        return [[*token_ids[:text_limit], end] for token_ids in encoded["input_ids"]]
 
     def identity(self, *, target: bool) -> tuple[str, ...]:
         return ()

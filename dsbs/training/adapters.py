@@ -90,8 +90,8 @@ def _target_modules(model: Any, targets: tuple[str, ...]) -> list[str]:
     }
     names = []
     for target in targets:
-        others = (target, f"{target}_proj", *_OTHER_NAMES.get(target, ()))
-        name = next((name for name in others if name in modules), None)
+        candidates = (target, f"{target}_proj", *_OTHER_NAMES.get(target, ()))
+        name = next((name for name in candidates if name in modules), None)
         if name is None:
             raise UserError(
                 f"train.lora.targets: {unknown('matrix', target, sorted(modules))}",

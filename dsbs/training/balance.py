@@ -15,16 +15,16 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dsbs.config import BalanceSection
 from dsbs.files import write_json
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _FILE = "rationale_weight.json"  # in a checkpoint
 _TASKS = ("label", "rationale")
-Losses = Mapping[str, Tensor]
 
 
 class RationaleBalance:
@@ -44,7 +44,7 @@ class RationaleBalance:
     def measure(
         self,
         parameters: Sequence[Tensor],
-        losses: Iterable[Losses],
+        losses: Iterable[Mapping[str, Tensor]],
         sum_over_processes: Callable[[Tensor], Tensor],
     ) -> None:
         """Set λ from one optimizer step.
@@ -53,17 +53,19 @@ class RationaleBalance:
         that they share are the parameters in which both have a gradient. λ stays as it is where
         there is none.
         """
+        import torch
+
         gradients = {task: [torch.zeros_like(weights) for weights in parameters] for task in _TASKS}
         for shares in losses:
             for task in _TASKS:
                 if task not in shares:
                     continue
-                found = torch.autograd.grad(
+                task_gradients = torch.autograd.grad(
                     shares[task], parameters, retain_graph=task == "label", allow_unused=True
                 )
-                for total, gradient in zip(gradients[task], found, strict=True):
+                for total, gradient in zip(gradients[task], task_gradients, strict=True):
                     if gradient is not None:
-                        total += gradient
+                        total.add_(gradient)
         squares = {
             task: [float(sum_over_processes(total).double().square().sum()) for total in totals]
             for task, totals in gradients.items()

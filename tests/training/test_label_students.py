@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import causal_models
 import pytest
 import torch
 from conftest import good_answer, on_two_processes, write_jsonl
@@ -15,6 +15,7 @@ from forked import DSBS
 from label_heads import save_encoder, seq2seq_model
 from loopback import LoopbackServer
 from safetensors.torch import load_file
+from transformers import GemmaTokenizer
 
 from dsbs import Student, UserError, annotate, load_recipe, train
 from dsbs.config import Recipe
@@ -163,6 +164,18 @@ def test_two_processes_train_the_student_of_one(
             assert torch.allclose(ours[key], value, atol=1e-5), (name, key)
 
 
+@pytest.mark.slow
+def test_without_weight_two_processes_train_the_finetuned_student(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    settings = recipe("train.methods=[step-by-step, finetune]", "train.rationale_weight=0")
+    path = tmp_path / "both.yaml"
+    path.write_text(json.dumps(settings.model_dump(mode="json")), encoding="utf-8")
+    on_two_processes(DSBS, "train", str(path), "--out", str(tmp_path / "run"))
+    folder = tmp_path / "run" / "train"
+    assert_equal(weights(folder / "step-by-step-gold-s0"), weights(folder / "finetune-gold-s0"))
+
+
 def test_tuning_tries_rationale_weights_where_there_are_rationales(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -262,10 +275,11 @@ def test_choices_of_a_row_are_scored(toy: Callable[..., Path], tmp_path: Path) -
 def test_t5gemma_is_a_student(
     toy: Callable[..., Path], tmp_path: Path, family: str, head: str
 ) -> None:
-    tokenizer = causal_models.tokenizer(chat=False, bos=True)
-    tokenizer.pad_token = "<|turn|>"
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *string.printable]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[])
     tokenizer.save_pretrained(tmp_path / "gemma")
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    special = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     body = seq2seq_model(family, vocab_size=len(tokenizer) + 2, **special)
     body.save_pretrained(tmp_path / "gemma")
     path = toy(student={"init": None, "model": str(tmp_path / "gemma"), "head": head})

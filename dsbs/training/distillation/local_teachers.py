@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from dsbs.config import (
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records import TrainedStudent
-from dsbs.students.card import architecture_of, head_of, read_card
+from dsbs.students.card import Architecture, Head, architecture_of, head_of, read_card
 from dsbs.students.tokenizer import load_tokenizer, tokenizer_hash
 from dsbs.students.weights import load_model, weights_fingerprint
 from dsbs.tasks import make_task
@@ -121,13 +122,19 @@ class LocalTeachers:
 
     def __init__(self, recipe: Recipe, run: Path, tokenizer: Any, train: TrainTeacher) -> None:
         self._recipe = recipe
-        self._head = head_of(recipe.student, recipe.train.init)
-        self._kind = architecture_of(recipe.train.init or recipe.student.source)
         self._train_folder = run / "train"
         self._tokenizer = tokenizer
         self._train = train
         self._teachers: dict[tuple[int, Path], LocalTeacher] = {}
         self.trained: list[TrainedStudent] = []
+
+    @cached_property
+    def _head(self) -> Head:
+        return head_of(self._recipe.student, self._recipe.train.init)
+
+    @cached_property
+    def _kind(self) -> Architecture:
+        return architecture_of(self._recipe.train.init or self._recipe.student.source)
 
     def for_student(self, spec: StudentSpec) -> tuple[LocalTeacher, ...]:
         """A student's teachers, trained if need be. Raises UserError for one that does not fit."""
@@ -271,8 +278,6 @@ def teacher_spec(
         }
     )
     values = {"model": section.start, "init": None, "size": section.size}
-    if section.start is None or head_of(recipe.student, recipe.train.init) == "labels":
-        values["head"] = head_of(recipe.student, recipe.train.init)
     student = StudentSection(**recipe.student.model_dump() | values)
     teacher_recipe = recipe.model_copy(update={"train": train, "student": student})
     origin = Path(section.start).name if section.start else section.size
