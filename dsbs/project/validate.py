@@ -13,13 +13,14 @@ from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.formatting import count, percent
+from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
 from dsbs.records import Example, Unread
 from dsbs.students.card import check_student, head_of, input_limit
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
-from dsbs.tasks import Task, fold, make_task
-from dsbs.tasks.data import load, survey
+from dsbs.tasks import Task, make_task
+from dsbs.tasks.data import is_held_out, load, survey
 from dsbs.tasks.label_set import LabelSet
 from dsbs.tasks.templates import render
 from dsbs.training.distillation import check_terms
@@ -40,14 +41,20 @@ Splits = Mapping[str, Sequence[Example]]
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The figures of each split, the first prompt, and warnings."""
+    """The figures of each split, the first prompt, warnings, and rows that repeat others."""
 
     splits: dict[str, dict[str, Any]]
     first_prompt: str | None
     warnings: list[str]
+    overlaps: list[Overlap]
 
     def as_json(self) -> dict[str, Any]:
-        return {"splits": self.splits, "first_prompt": self.first_prompt, "warnings": self.warnings}
+        return {
+            "splits": self.splits,
+            "first_prompt": self.first_prompt,
+            "warnings": self.warnings,
+            "overlaps": [overlap.as_json() for overlap in self.overlaps],
+        }
 
 
 def validate(recipe: Recipe) -> Validation:
@@ -88,8 +95,9 @@ def validate(recipe: Recipe) -> Validation:
     for split, rows in splits.items():
         figures[split] = _split_figures(recipe, task, tokenizer, input_format, rows)
         warnings += _split_warnings(recipe, task, tokenizer, split, rows, figures[split])
-    warnings += _overlap_warnings(splits)
-    return Validation(figures, first_prompt, warnings)
+    overlaps = find_overlaps(_distinct_splits(recipe, splits), task)
+    warnings += [overlap.warning() for overlap in overlaps]
+    return Validation(figures, first_prompt, warnings, overlaps)
 
 
 def _ensemble_warnings(recipe: Recipe, splits: Splits) -> list[str]:
@@ -183,22 +191,10 @@ def _split_warnings(
     return warnings
 
 
-def _overlap_warnings(splits: Splits) -> list[str]:
-    """Warnings about inputs that occur both in train and in valid or test."""
-    warnings = []
-    ids = {split: {row.id for row in rows} for split, rows in splits.items()}
-    inputs = {
-        split: {str(sorted(row.input.items())) for row in rows} for split, rows in splits.items()
-    }
-    for split in ("valid", "test"):
-        if split == "valid" and ids["valid"] <= ids["train"]:
-            continue  # held out of train
-        shared = len(inputs["train"] & inputs[split])
-        if shared:
-            warnings.append(
-                f"{split}: {count(shared, 'input')} also in train; accuracy there is too optimiztic"
-            )
-    return warnings
+def _distinct_splits(recipe: Recipe, splits: Splits) -> Splits:
+    """The splits without the validation rows in train, from which they are held out."""
+    train = [row for row in splits["train"] if not is_held_out(recipe, row)]
+    return {**splits, "train": train}
 
 
 # --- labels that are read back
@@ -209,7 +205,9 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
     one, or as none.
     """
     template = prompt.answer
-    if not prompt.exemplars:  # which alone show the teacher that template
+    if prompt.format == "json":
+        template = '{"rationale": {{ rationale | tojson }}, "label": {{ label | tojson }}}'
+    elif not prompt.exemplars:  # which alone show the teacher that template
         template = f"{{{{ rationale }}}}\n{prompt.anchor[0]} {{{{ label }}}}"
     unreadable: list[tuple[str, str, str | None]] = []
     for label in task.labels or ():
@@ -370,9 +368,8 @@ def _ngrams(words: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
 def _balance_warnings(prompt: Prompt, task: Task) -> list[str]:
     if task.labels is None or not prompt.exemplars:
         return []
-    by_fold = {fold(label): label for label in task.labels}
     counts = Counter(
-        by_fold.get(fold(exemplar.label), exemplar.label) for exemplar in prompt.exemplars
+        task.gold(exemplar.label, exemplar.input, "prompt") for exemplar in prompt.exemplars
     )
     missing = [label for label in task.labels if not counts[label]]
     if missing:

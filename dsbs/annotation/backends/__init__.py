@@ -22,7 +22,7 @@ from dsbs.annotation.thoughts import read_message
 from dsbs.config import Recipe, TeacherSection
 from dsbs.config.registry import TEACHERS, entry
 from dsbs.errors import DsbsError, UserError
-from dsbs.records import Annotation, Example, Provenance
+from dsbs.records import Annotation, Example, Provenance, Usage
 
 Lane = Literal["online", "batch"]
 COMPLETION_TOKENS = 256  # of a model that continues a text: it does not think
@@ -225,11 +225,14 @@ def make_teacher(recipe: Recipe) -> Teacher:
     return teacher_class(recipe.teacher.kind)(recipe)
 
 
-def reply_tokens(recipe: Recipe) -> int:
+_SHARE_OF_BUDGET = 0.1  # of annotate.max_usd, for one reply
+
+
+def reply_tokens(recipe: Recipe, price: Price | None = None) -> int:
     """``annotate.max_tokens``, else a limit that reasoning does not use up.
 
-    It is 256 where the model continues a text (``endpoint: completions``), and at most a quarter of
-    the context where that is known.
+    It is 256 where the model continues a text (``endpoint: completions``), at most a quarter of the
+    context where that is known, and at most what a tenth of ``annotate.max_usd`` pays for.
     """
     if recipe.annotate.max_tokens is not None:
         return recipe.annotate.max_tokens
@@ -238,9 +241,14 @@ def reply_tokens(recipe: Recipe) -> int:
     if teacher.endpoint == "completions":
         return COMPLETION_TOKENS
     context = teacher.context_tokens or kind.default_context_tokens
-    if context is None:
-        return kind.default_reply_tokens
-    return min(kind.default_reply_tokens, max(1, context // 4))
+    limit = kind.default_reply_tokens
+    if context is not None:
+        limit = min(limit, max(1, context // 4))
+    max_usd = recipe.annotate.max_usd
+    if max_usd is not None and price is not None and price.output > 0:
+        # A reply reserves the most that it may cost: a larger limit would allow no request at all.
+        limit = min(limit, max(1, int(_SHARE_OF_BUDGET * max_usd / price.output * 1e6)))
+    return limit
 
 
 # --- completions in the OpenAI API's format
@@ -410,3 +418,19 @@ def price_of(teacher: TeacherSection, batch: float) -> Price | None:
     if cached is None:
         cached = section.input
     return Price(section.input, section.output, cached, batch)
+
+
+def total_usage(usages: Sequence[Reply | Usage]) -> Usage:
+    """The tokens of several replies or rows; None where none of them was counted."""
+    return Usage(
+        prompt_tokens=_total(usage.prompt_tokens for usage in usages),
+        completion_tokens=_total(usage.completion_tokens for usage in usages),
+        cached_tokens=_total(usage.cached_tokens for usage in usages),
+    )
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    counted = [count for count in counts if count is not None]
+    if not counted:
+        return None
+    return sum(counted)
