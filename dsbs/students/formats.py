@@ -219,6 +219,8 @@ class EncoderFormat:
         truncation: dict[str, Any] = {}
         if limit is not None:
             truncation = {"truncation": "longest_first", "max_length": limit}
+        if self._tokenizer.sep_token_id is None:  # it would join a pair without a mark
+            texts = [text.replace(PAIR_SEPARATOR, self._tokenizer.eos_token) for text in texts]
         parts = [text.partition(PAIR_SEPARATOR) for text in texts]
         rows: list[list[int]] = [[] for _ in texts]
         for is_pair in (False, True):
