@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                  # 1,000,000 synthetic rows
     python benchmarks/scale.py --rows 10000 100000 1000000 --file
+    python benchmarks/scale.py --rows 10000 --labels 1000
 
 Peak memory must not grow with the number of rows. Exit code 1 if it exceeds 700 MB.
 """
@@ -21,18 +22,22 @@ from typing import Any
 MAX_MB = 700
 
 
-def write_inputs(folder: Path, rows: int, *, separate: bool) -> Path:
-    """Write the rows and a recipe, with the completions in the rows or in a separate file."""
-    teams = ("billing", "shipping", "technical", "account")
+def write_inputs(folder: Path, rows: int, *, labels: int, separate: bool) -> Path:
+    """Write the rows and a recipe, with the completions in the rows or in a separate file.
+
+    Half of the completions name their label within a sentence.
+    """
+    teams = [f"team {number:04d} of the shop" for number in range(labels)]
     with (
         (folder / "rows.jsonl").open("w", encoding="utf-8") as file,
         (folder / "completions.jsonl").open("w", encoding="utf-8") as completions,
     ):
         for i in range(rows):
-            team = teams[i % 4]
+            team = teams[i % labels]
             order = i * 7919 % 1_000_003
             text = f"Customer {i} writes that something is wrong with order {order}: it is {team}."
-            completion = f"The message is about order {i} and {team}.\nAnswer: {team}"
+            completion = f"The message is about order {i} and {team}.\nAnswer: "
+            completion += team if i % 2 else f"It is {team}, I think."
             row: dict[str, Any] = {"id": f"row-{i:07d}-of-a-long-name", "text": text, "label": team}
             if separate:
                 completions.write(json.dumps({"id": row["id"], "completion": completion}) + "\n")
@@ -47,7 +52,7 @@ def write_inputs(folder: Path, rows: int, *, separate: bool) -> Path:
         "name": "scale",
         "task": {
             "name": "classification",
-            "labels": list(teams),
+            "labels": teams,
             "data": {"train": data, "test": data},
         },
         "teacher": teacher,
@@ -65,12 +70,13 @@ def main() -> None:
     parser.add_argument(
         "--file", action="store_true", help="completions in a separate file, joined by id"
     )
+    parser.add_argument("--labels", type=int, default=4, help="number of labels")
     options = parser.parse_args()
     highest = 0.0
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            recipe = write_inputs(folder, rows, separate=options.file)
+            recipe = write_inputs(folder, rows, labels=options.labels, separate=options.file)
             command = [
                 sys.executable,
                 "-m",
@@ -94,7 +100,8 @@ def main() -> None:
                 sys.exit("dsbs annotate failed")
             assert json.loads(output)["splits"]["train"]["accepted"] == rows
             print(
-                f"{rows:,} rows: {rows / wall:,.0f} rows/s, {wall:.1f} s, peak {peak:.0f} MB",
+                f"{rows:,} rows: {rows / wall:,.0f} rows/s with {options.labels:,} labels, "
+                f"{wall:.1f} s, peak {peak:.0f} MB",
                 flush=True,
             )
             highest = max(highest, peak)

@@ -74,6 +74,11 @@ def test_a_generated_page_is_what_its_tool_writes(name: str, page: str) -> None:
     assert committed == tool(name).page(), f"run: python tools/{name}.py"
 
 
+def test_the_table_of_errors_is_that_of_the_code() -> None:
+    text = (DOCS / "teachers.md").read_text(encoding="utf-8")
+    assert tool("error_table").page(text) == text, "run python tools/error_table.py"
+
+
 def test_the_recipe_reference_has_every_key_with_its_meaning() -> None:
     text = (DOCS / "recipe-reference.md").read_text(encoding="utf-8")
     rows = {

@@ -5,7 +5,7 @@ Everything here is a pure function of the recipe, the row and the replies; nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from dsbs.annotation.backends import (
     price_of,
     reply_tokens,
     teacher_class,
+    total_usage,
 )
 from dsbs.annotation.backends.adaptation import reasoning_fields
 from dsbs.annotation.json_answer import response_format
@@ -29,11 +30,14 @@ from dsbs.errors import PartialError, UserError
 from dsbs.files import canonical_json
 from dsbs.formatting import count
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
-from dsbs.records import Annotation, Example, Reason, Sample, TeacherName, Usage
+from dsbs.records import Annotation, Example, Reason, Sample, TeacherName
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream
 
 CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted
+ASSUMED_TOKENS = 800  # of a reply with its reasoning, where the recipe sets no limit
+_CHARACTERS_PER_TOKEN_AT_MOST = 9  # of a prompt that was read as a whole
+_CHECKED_CHARACTERS = 4000  # of a shorter prompt nothing is concluded
 _MAX_STOPS = 4  # that the API accepts; the parser cuts at all of them
 
 
@@ -91,6 +95,7 @@ class Annotator:
         if recipe.teacher.is_prompted:
             self.prompt = load_prompt(recipe, self.task)
             self.renderer = PromptRenderer(self.prompt, self.task)
+        self.context_check = ContextCheck()
         self.price: Price | None = price_of(recipe.teacher, recipe.annotate.batch.price_factor)
         is_asked = teacher_class(recipe.teacher.kind).is_asked
         if is_asked and recipe.annotate.max_usd is not None and self.price is None:
@@ -173,6 +178,8 @@ class Annotator:
     ) -> None:
         """Read a reply, or the reason why there is none, into ``replies``."""
         replies.key = replies.key or outcome.key
+        if outcome.reply is not None:
+            self.context_check.add(request.body, outcome.reply)
         self._add(example, replies, outcome, hinted=request.hinted)
 
     def annotate_reply(self, example: Example, reply: Reply | None) -> Annotation:
@@ -300,12 +307,73 @@ class Annotator:
         if self.price is None:
             return 0.0
         spent = 0.0
+        keys: set[str | None] = set()  # rows with the same request share its replies
         for split in self.recipe.annotate.splits:
             for example in self.examples(split):
                 replies = self.stored_replies(store, example)
+                if replies.key in keys and replies.hinted is None:
+                    continue
+                keys.add(replies.key)
                 for reply in [*replies.replies, *replies.wasted]:
                     spent += self.price.usd(reply) or 0.0
         return spent
+
+
+class ContextCheck:
+    """Finds servers that cut prompts to their context window without an error, as Ollama does.
+
+    The only trace is the number of prompt tokens
+    (https://github.com/ollama/ollama/issues/3839): far below what was sent, or the same for prompts
+    of very different length.
+    """
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, list[int]] = {}  # characters of prompts, by their counted tokens
+        self._shortest_count: tuple[int, int] | None = None  # characters and counted tokens
+        self._has_warned = False
+
+    def add(self, body: Mapping[str, Any], reply: Reply) -> None:
+        if not reply.prompt_tokens:
+            return
+        messages = body.get("messages") or [{"content": body.get("prompt")}]
+        characters = sum(len(str(message["content"])) for message in messages)
+        counted = reply.prompt_tokens
+        if (reply.cached_tokens or 0) > counted:
+            counted += reply.cached_tokens or 0  # some servers count them beside the others
+        lengths = self._lengths.setdefault(counted, [])
+        lengths[:] = [
+            min([*lengths, characters]),
+            max([*lengths, characters]),
+            sum(lengths[2:]) + 1,
+        ]
+        if characters > max(_CHECKED_CHARACTERS, _CHARACTERS_PER_TOKEN_AT_MOST * counted):
+            self._shortest_count = characters, counted
+
+    def warning(self) -> str | None:
+        """What to say, once; None: nothing, or it has been said."""
+        if self._has_warned or not self._lengths:
+            return None
+        largest = max(self._lengths)
+        shortest, longest, prompts = self._lengths[largest]
+        is_ceiling = prompts >= 3 and longest > max(_CHECKED_CHARACTERS, 1.3 * shortest)
+        if self._shortest_count is not None:
+            characters, counted = self._shortest_count
+            trace = (
+                f"{counted:,} prompt tokens were counted for a prompt of {characters:,} characters"
+            )
+        elif is_ceiling:
+            trace = (
+                f"{largest:,} prompt tokens were counted for each of {prompts} prompts of "
+                f"{shortest:,} to {longest:,} characters"
+            )
+        else:
+            return None
+        self._has_warned = True
+        return (
+            f"{trace}: the server seems to cut what does not fit its context window. Enlarge the "
+            "window (Ollama: OLLAMA_CONTEXT_LENGTH or num_ctx), or shorten the rows; set "
+            "teacher.context_tokens to check prompts before they are sent"
+        )
 
 
 def total_usd(price: Price | None, replies: Sequence[Reply]) -> float | None:
@@ -316,20 +384,14 @@ def total_usd(price: Price | None, replies: Sequence[Reply]) -> float | None:
     return None if None in costs else sum(cost for cost in costs if cost is not None)
 
 
-def total_usage(usages: Sequence[Reply | Usage]) -> Usage:
-    """The tokens of several replies or rows; None where none of them was counted."""
-    return Usage(
-        prompt_tokens=_total(usage.prompt_tokens for usage in usages),
-        completion_tokens=_total(usage.completion_tokens for usage in usages),
-        cached_tokens=_total(usage.cached_tokens for usage in usages),
-    )
-
-
-def _total(counts: Iterable[int | None]) -> int | None:
-    counted = [count for count in counts if count is not None]
-    if not counted:
-        return None
-    return sum(counted)
+def expected_tokens(request: Request, recipe: Recipe) -> int:
+    """What a request is expected to use, for rate limits: its prompt and its reply's limit, or an
+    assumption where the recipe sets none.
+    """
+    tokens = token_budget(request.body)
+    if recipe.annotate.max_tokens is None:
+        tokens = min(tokens, ASSUMED_TOKENS)
+    return estimated_tokens(request.body) + tokens
 
 
 def estimated_tokens(body: dict[str, Any]) -> int:

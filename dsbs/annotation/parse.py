@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from dsbs.annotation.backends.faults import is_unknown_reason
 from dsbs.annotation.json_answer import Answer, read_json_answer
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.prompting import Prompt
@@ -64,7 +65,7 @@ def parse_reply(
 
     visible, thoughts = split_thoughts(text)
     reasoning = reasoning or thoughts
-    turn, ran_on = first_turn(visible, prompt.stop)
+    turn, ran_on = first_turn(visible, prompt.stop, prompt.anchor)
     out_of_tokens = finish_reason == "length"
     if finish_reason == "content_filter":
         return sample(None, None, "refused")
@@ -90,7 +91,10 @@ def parse_reply(
         if may_be_cut and label.reason in ("empty", "unparsed", "label-outside-set"):
             return sample(None, rationale, "truncated")
         return sample(None, rationale, label.reason)
-    if may_be_cut and (_begins_another_label(label, task) or _is_draft(answer.label, label)):
+    is_open = is_unknown_reason(finish_reason) and not ran_on
+    if (may_be_cut or is_open) and (
+        _begins_another_label(label, answer.label, task) or _is_draft(answer.label, label)
+    ):
         return sample(None, rationale, "truncated")
     return sample(label, rationale, None)  # a label without a rationale is used too
 
@@ -106,9 +110,14 @@ def _read_text_answer(turn: str, prompt: Prompt, task: Task, *, may_be_cut: bool
     return Answer(rationale, _without_anchor_marks(turn[:start], turn[start + len(anchor) :]))
 
 
-def _begins_another_label(label: str, task: Task) -> bool:
-    """Whether a cut label may have been a longer one: "card" the beginning of "card fraud"."""
-    return any(other != label and other.startswith(label) for other in task.labels or ())
+def _begins_another_label(label: str, answer: str, task: Task) -> bool:
+    """Whether a cut label may have been a longer one: "card" the beginning of "card fraud".
+
+    Without a closed set, any text at the reply's end may have gone on.
+    """
+    if task.labels is None:
+        return "\n" not in answer.strip() and not answer.rstrip().endswith("}")
+    return any(other != label and other.startswith(label) for other in task.labels)
 
 
 def _is_draft(answer: str, label: str) -> bool:
@@ -121,11 +130,12 @@ def _is_draft(answer: str, label: str) -> bool:
     return goes_on or _DOUBTS.match(rest) is not None
 
 
-def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+def first_turn(text: str, stop: tuple[str, ...], anchors: tuple[str, ...] = ()) -> tuple[str, bool]:
     """The reply up to where the model begins an example of its own, and whether it began one.
 
     Models that complete text go on with invented examples, whose answers must not be read as this
-    one's. A stop string's beginning at the very end counts too: the token budget cut it.
+    one's. The beginning of a stop string in the last line counts too: the token budget cut it. It
+    does not right after an anchor, where "T" is an answer and not the beginning of "Text:".
     """
     if text.startswith("\n"):
         text = "\n" + text.lstrip("\n")  # the reply may begin with a stop that begins a line
@@ -136,9 +146,18 @@ def first_turn(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     for mark in stop:
         leading_space = len(mark) - len(mark.lstrip())
         for length in range(len(mark) - 1, leading_space, -1):
-            if text.endswith(mark[:length]):
-                return text[:-length].rstrip(), True
+            before = text[:-length]
+            if text.endswith(mark[:length]) and _ends_a_line(before, mark, anchors):
+                return before.rstrip(), True
     return text.rstrip(), False
+
+
+def _ends_a_line(before: str, mark: str, anchors: tuple[str, ...]) -> bool:
+    """Whether a stop string can begin after a text."""
+    begins_line = mark.startswith("\n") or not before or before.endswith("\n")
+    return begins_line and not before.rstrip(_MARKUP).lower().endswith(
+        tuple(anchor.lower() for anchor in anchors)
+    )
 
 
 def find_anchor(
@@ -332,7 +351,7 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
     if tokens is None:
         return None
     visible, _ = split_thoughts(text)
-    turn, _ = first_turn(visible, prompt.stop)
+    turn, _ = first_turn(visible, prompt.stop, prompt.anchor)
     before, line = _answer_line(turn, prompt)
     if not line:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotation.annotator import CHARACTERS_PER_TOKEN, Annotator, RowReplies
+from dsbs.annotation.annotator import ASSUMED_TOKENS, CHARACTERS_PER_TOKEN, Annotator, RowReplies
 from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
 from dsbs.annotation.requester import RowsToRequest, buy_online
@@ -26,7 +26,6 @@ from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import position
 
 ASSUMED_SECONDS = 3.0  # of a reply, until one has been timed
-ASSUMED_TOKENS = 800  # of a reply with its reasoning, until one has been counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +226,9 @@ def pilot(
     if summary.usd is not None and summary.rows:
         usd = summary.usd / summary.rows * total
     requests = total * recipe.annotate.samples
-    tokens = (summary.prompt_tokens + summary.completion_tokens) * total // max(1, summary.rows)
+    usage = summary.usage
+    tokens = (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
+    tokens = tokens * total // max(1, summary.rows)
     seconds_a_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
     seconds = _seconds(recipe, requests, tokens, seconds_a_reply)
     return PilotResult(summary, path, total, usd, seconds)

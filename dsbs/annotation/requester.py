@@ -19,6 +19,7 @@ from dsbs.annotation.annotator import (
     Outcome,
     RowReplies,
     estimated_tokens,
+    expected_tokens,
     max_requests_reached,
 )
 from dsbs.annotation.backends import RejectedError, Reply, Request, Teacher, TransientError
@@ -171,6 +172,8 @@ class Requester:
                 self.stop_signal.stop()
                 return
             figures.add(example, replies.unhinted)
+            if warning := self.annotator.context_check.warning():
+                self.progress.say(f"warning: {warning}")
             self.progress.update(figures.rows, figures.note(self.budget.spent))
             if self.stop_signal.is_set:
                 return
@@ -316,7 +319,7 @@ class Requester:
         try:
             state, reply = await self.pool.deliver(
                 request,
-                prompt_tokens + tokens,
+                expected_tokens(request, self.annotator.recipe),
                 attempts=self.annotator.recipe.teacher.max_attempts,
                 before_attempt=count_attempt,
             )

@@ -19,6 +19,7 @@ A teacher on disk (recorded, human, ensemble) has no first step: ``Teacher.annot
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import AnnotateResult, SplitSummary, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
-from dsbs.formatting import count
+from dsbs.formatting import count, listing
 from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
 from dsbs.run_folder import RunFolder
@@ -112,13 +113,11 @@ def annotate(
                 _derive(annotator, store, run, summaries)
                 record["adaptations"] = _adaptations(annotator, store)
         record["splits"] = {split: summary.as_json() for split, summary in summaries.items()}
+        _say_warnings(annotator, summaries, progress)
         if stopped is not None:
             raise stopped
         if any(summary.rejected["no-reply"] for summary in summaries.values()):
             record["status"] = "partial"
-    for split, summary in summaries.items():
-        for warning in summary.warnings(split):
-            progress.say(f"warning: {warning}")
     return AnnotateResult(
         run.path, summaries, reportable=recipe.task.limit is None, can_continue=kind.is_asked
     )
@@ -143,6 +142,26 @@ def _adaptations(annotator: Annotator, store: ReplyStore) -> dict[str, list[str]
         identity: [str(change) for change in store.adaptation(identity, model).changes]
         for identity in annotator.identities
     }
+
+
+def _say_warnings(
+    annotator: Annotator, summaries: dict[str, SplitSummary], progress: Progress
+) -> None:
+    unknown: Counter[str] = Counter()
+    warnings = []
+    for split, summary in summaries.items():
+        warnings += summary.warnings(split)
+        unknown += summary.unknown_finish_reasons
+    if unknown:
+        warnings.append(
+            f"finish reasons that are not known ({listing(unknown)}): these replies were read as "
+            "if they might be cut; look whether they are whole"
+        )
+    context = annotator.context_check.warning()
+    if context is not None:
+        warnings.append(context)
+    for warning in warnings:
+        progress.say(f"warning: {warning}")
 
 
 def _derive(

@@ -10,20 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotation.backends import RejectedError
+from dsbs.annotation.backends import RejectedError, total_usage
+from dsbs.annotation.backends.faults import is_unknown_reason
 from dsbs.annotation.store import ReplyStore
 from dsbs.annotation.vote import majority
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import write_jsonl
 from dsbs.formatting import count, dollars, listing, one_line, percent
 from dsbs.progress import Progress
-from dsbs.records import Annotation, Example, Reason, Sample
+from dsbs.records import Annotation, Example, Reason, Sample, Usage
 from dsbs.records.results import Rate, wilson
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 
 NOTABLE_SHARE = 0.2  # a rejection reason with a larger share of the rows is reported
 REFUSALS_IN_A_ROW = 16  # of one message; then it is found out whether all are refused
+_SHOWN_DETAILS = 5  # messages about rows without a reply
+_KEPT_DETAILS = 20
 _SHOWN_CHARACTERS = 200  # of an example reply
 
 REASONS: dict[Reason, str] = {
@@ -41,6 +44,11 @@ REASONS: dict[Reason, str] = {
     "no-reply": "there is no reply",
 }
 
+_ADVICE = {
+    "refused": "not asked again; `--retry-refused` does, once the cause is settled",
+    "no-reply": "the same command asks again",
+}
+
 
 @dataclass(slots=True)
 class SplitSummary:
@@ -49,8 +57,10 @@ class SplitSummary:
     ``requests`` counts attempts sent by this command, ``wasted`` those of them that brought no
     reply, by kind; ``cached`` counts replies that were stored before. ``hinted`` counts the
     outcomes of the rows that were requested again with a hint. ``usd`` is the cost of all replies
-    in the rows, whenever they were bought (None: the price is not known). ``first_rejected`` is the
-    first rejected row per reason.
+    in the rows, whenever they were bought (None: not known). Rows with the same request share its
+    replies, which count once. ``first_rejected`` is the first rejected row per reason.
+    ``details`` counts why rows have no reply, by reason and message; ``unknown_finish_reasons``
+    counts replies with a finish reason that no provider documents.
     """
 
     rows: int = 0
@@ -65,12 +75,14 @@ class SplitSummary:
     requests: int = 0
     wasted: Counter[str] = field(default_factory=Counter)
     cached: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
+    usage: Usage = field(default_factory=Usage)
     usd: float | None = 0.0
     wall_s: float = 0.0
     first_rejected: dict[Reason, Annotation] = field(default_factory=dict)
+    details: Counter[tuple[Reason, str]] = field(default_factory=Counter)
+    unknown_finish_reasons: Counter[str] = field(default_factory=Counter)
+    _keys: set[int] = field(default_factory=set)
+    _messages: dict[str, str] = field(default_factory=dict)  # the first one of each form
 
     def add(self, annotation: Annotation, task: Task) -> None:
         """Count one row."""
@@ -85,11 +97,10 @@ class SplitSummary:
             if annotation.provenance == "hinted":
                 outcome = "accepted"
             self.hinted[outcome] += 1
-        self.prompt_tokens += annotation.usage.prompt_tokens or 0
-        self.cached_tokens += annotation.usage.cached_tokens or 0
-        self.completion_tokens += annotation.usage.completion_tokens or 0
-        if self.usd is not None:
-            self.usd = None if annotation.usd is None else self.usd + annotation.usd
+        self._add_cost(annotation)
+        for sample in annotation.samples:
+            if is_unknown_reason(sample.finish_reason):
+                self.unknown_finish_reasons[str(sample.finish_reason)] += 1
         if annotation.accepted:
             self.accepted += 1
             if annotation.provenance != "hinted":
@@ -99,6 +110,20 @@ class SplitSummary:
         elif annotation.reject_reason is not None:
             self.rejected[annotation.reject_reason] += 1
             self.first_rejected.setdefault(annotation.reject_reason, annotation)
+            if annotation.reject_detail is not None:
+                form = message_form(annotation.reject_detail)
+                message = self._messages.setdefault(form, annotation.reject_detail)
+                self.details[annotation.reject_reason, message] += 1
+
+    def _add_cost(self, annotation: Annotation) -> None:
+        if annotation.request_key and not annotation.samples[-1].hinted:
+            key = int(annotation.request_key[:15], 16)
+            if key in self._keys:
+                return
+            self._keys.add(key)
+        self.usage = total_usage([self.usage, annotation.usage])
+        if self.usd is not None:
+            self.usd = None if annotation.usd is None else self.usd + annotation.usd
 
     def add_requests(self, shard: SplitSummary) -> None:
         """Add what a shard requested: its rows are counted in the merged file.
@@ -121,11 +146,15 @@ class SplitSummary:
         return wilson(self.correct_accepted, self.accepted_with_gold)
 
     def warnings(self, split: str) -> list[str]:
-        """One warning per reason that rejects more than a fifth of the rows, with an example."""
-        warnings = []
+        """Why rows are rejected or have no rationale: what is frequent, and what to do."""
+        warnings = [
+            f"{split}: {count(number, 'row')} {reason}: {message} ({_ADVICE[reason]})"
+            for (reason, message), number in self.details.most_common(_SHOWN_DETAILS)
+        ]
+        explained = {reason for reason, _ in self.details}
         for reason, example in self.first_rejected.items():
             rejected = self.rejected[reason]
-            if rejected <= NOTABLE_SHARE * self.rows:
+            if rejected <= NOTABLE_SHARE * self.rows or reason in explained:
                 continue
             rows = count(self.rows, "row")
             warning = f"{split}: {rejected:,} of {rows} rejected ({reason}): {REASONS[reason]}"
@@ -133,6 +162,14 @@ class SplitSummary:
             if text is not None:
                 warning += f". The reply to row {example.id}: {text}"
             warnings.append(warning)
+        if self.without_rationale > NOTABLE_SHARE * self.accepted:
+            warnings.append(
+                f"{split}: {self.without_rationale:,} of {count(self.accepted, 'accepted row')} "
+                "without a rationale, because nothing stands before the answer: step-by-step "
+                "learns nothing from them. Ask for the reasons first and the answer last "
+                "(annotate.prompt); of a model that reasons, the reasoning can be the rationale "
+                "(annotate.rationale_from: reasoning)"
+            )
         return warnings
 
     def as_json(self) -> dict[str, Any]:
@@ -150,14 +187,20 @@ class SplitSummary:
             "requests": self.requests,
             "wasted": dict(sorted(self.wasted.items())),
             "cached": self.cached,
-            "usage": {
-                "prompt_tokens": self.prompt_tokens,
-                "cached_tokens": self.cached_tokens,
-                "completion_tokens": self.completion_tokens,
-            },
+            "reject_details": [
+                {"reason": reason, "detail": message, "rows": number}
+                for (reason, message), number in self.details.most_common(_KEPT_DETAILS)
+            ],
+            "unknown_finish_reasons": dict(sorted(self.unknown_finish_reasons.items())),
+            "usage": self.usage.model_dump(),
             "usd": None if self.usd is None else round(self.usd, 6),
             "wall_s": round(self.wall_s, 3),
         }
+
+
+def message_form(message: str) -> str:
+    """A message without its numbers and ids: equal for errors of one cause."""
+    return re.sub(r"[0-9a-f-]*\d[0-9a-f-]*", "0", message.lower())
 
 
 def rounded_interval(rate: Rate | None) -> list[float] | None:
@@ -294,7 +337,7 @@ class Refusals:
             self._store.refuse(key, self.last)
             return
         self.pending[key] = sent
-        form = re.sub(r"\d+", "0", self.last)
+        form = message_form(self.last)
         self.in_a_row = self.in_a_row + 1 if form == self._form else 1
         self._form = form
 

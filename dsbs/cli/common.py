@@ -228,12 +228,15 @@ def print_split(name: str, summary: SplitSummary) -> None:
     requests = count(summary.requests, "request")
     if summary.wasted:
         requests += f", {sum(summary.wasted.values())} of them wasted ({listing(summary.wasted)})"
-    prompt = f"{summary.prompt_tokens:,} prompt"
-    if summary.cached_tokens:
-        prompt += f" ({summary.cached_tokens:,} from the provider's cache)"
+    usage = summary.usage
+    tokens = "tokens not counted"
+    if usage.prompt_tokens is not None:
+        tokens = f"{usage.prompt_tokens:,} prompt"
+        if usage.cached_tokens:
+            tokens += f" ({usage.cached_tokens:,} from the provider's cache)"
+        tokens += f" and {usage.completion_tokens or 0:,} completion tokens"
     print(
-        f"  {requests}, {summary.cached:,} cached; {prompt} and "
-        f"{summary.completion_tokens:,} completion tokens, {dollars(summary.usd)}; "
+        f"  {requests}, {summary.cached:,} cached; {tokens}, {dollars(summary.usd)}; "
         f"{duration(summary.wall_s)}"
     )
 

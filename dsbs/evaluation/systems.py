@@ -332,10 +332,15 @@ def break_evens(
 def teacher_bill(
     annotate_manifest: Mapping[str, Any], split: str
 ) -> tuple[float | None, float | None]:
-    """Dollars that annotating a split cost, in total and per row; None: unknown."""
+    """Dollars that annotating a split cost, in total and per row; None: unknown.
+
+    Earlier versions wrote 0.0 for recorded replies, whose tokens nobody counted.
+    """
     summary = annotate_manifest.get("splits", {}).get(split, {})
     usd = summary.get("usd")
     rows = summary.get("rows")
+    if usd == 0 and not any((summary.get("usage") or {}).values()):
+        usd = None
     if usd is None or not rows:
         return usd, None
     return usd, usd / rows

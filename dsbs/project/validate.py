@@ -18,7 +18,7 @@ from dsbs.records import Example, Unread
 from dsbs.students.card import check_student
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
-from dsbs.tasks import Task, fold, make_task
+from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import load, survey
 from dsbs.tasks.label_set import LabelSet
 from dsbs.tasks.templates import render
@@ -199,7 +199,9 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
     one, or as none.
     """
     template = prompt.answer
-    if not prompt.exemplars:  # which alone show the teacher that template
+    if prompt.format == "json":
+        template = '{"rationale": {{ rationale | tojson }}, "label": {{ label | tojson }}}'
+    elif not prompt.exemplars:  # which alone show the teacher that template
         template = f"{{{{ rationale }}}}\n{prompt.anchor[0]} {{{{ label }}}}"
     unreadable: list[tuple[str, str, str | None]] = []
     for label in task.labels or ():
@@ -360,9 +362,8 @@ def _ngrams(words: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
 def _balance_warnings(prompt: Prompt, task: Task) -> list[str]:
     if task.labels is None or not prompt.exemplars:
         return []
-    by_fold = {fold(label): label for label in task.labels}
     counts = Counter(
-        by_fold.get(fold(exemplar.label), exemplar.label) for exemplar in prompt.exemplars
+        task.gold(exemplar.label, exemplar.input, "prompt") for exemplar in prompt.exemplars
     )
     missing = [label for label in task.labels if not counts[label]]
     if missing:

@@ -12,6 +12,7 @@ from dsbs.formatting import (
     ABSENT,
     dollars,
     duration,
+    integer,
     interval,
     listing,
     milliseconds_number,
@@ -394,8 +395,8 @@ def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
             "of accepted rows,\u00a0%",
             lambda split: optional(percent_number, split["label_accuracy_accepted"]),
         ),
-        Column("prompt tokens", lambda split: f"{split['usage']['prompt_tokens']:,}"),
-        Column("completion tokens", lambda split: f"{split['usage']['completion_tokens']:,}"),
+        Column("prompt tokens", lambda split: integer(split["usage"]["prompt_tokens"])),
+        Column("completion tokens", lambda split: integer(split["usage"]["completion_tokens"])),
         Column(
             "cost",
             lambda split: optional(dollars, split["usd"]),

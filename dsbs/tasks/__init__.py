@@ -254,7 +254,7 @@ def _without_layer(text: str, free: bool) -> str:
     if not free and last in BRACKETS.get(first, "") and last not in text[1:-1]:
         return text[1:-1]
     if last in _FINAL:
-        return text[:-1]
+        return text[: -trailing if free else -1]
     # "**Answer: A***" leaves "A***"
     if first in EMPHASIS and (leading > 1 or not free):
         return text[min(leading, 2) :]

@@ -9,7 +9,6 @@ import re
 from itertools import takewhile
 from typing import Any
 
-from dsbs.config.sections import label_key
 from dsbs.errors import UserError
 from dsbs.records import Unread
 from dsbs.tasks import (
@@ -86,7 +85,7 @@ class Cqa(Task):
         else by exactly one choice's words.
         """
         choices: list[str] = fields["choices"]
-        labels = LabelSet({label_key(choice): choice for choice in reversed(choices)}.values())
+        labels = LabelSet({fold(choice): choice for choice in reversed(choices)}.values())
         line = first_line(text)
         without_brackets = takewhile(lambda layer: layer[0] != "(", unwrapped(line))
         for candidate in (text, *without_brackets):

@@ -57,6 +57,8 @@ class LabelSet:
         )
         self._sorted_keys = sorted(self._by_key)
         self._mentions = _Mentions(self.labels)
+        # No longer line is a label, with all wrapping and in any Unicode form.
+        self._max_length = 4 * max(map(len, self.labels), default=0) + 100
         self._line_counts = sorted(
             {len(label.splitlines()) for label in self.labels} - {0, 1}, reverse=True
         )
@@ -81,7 +83,10 @@ class LabelSet:
 
     def lookup(self, text: str) -> str | None:
         """The label that a text is, in steps 1 to 4; None where it says more or something else."""
-        candidates = [text, *self._first_lines(text), *unwrapped(first_line(text))]
+        candidates = [text, *self._first_lines(text)]
+        line = first_line(text)
+        if len(line) <= self._max_length:
+            candidates += unwrapped(line)
         for candidate in candidates:
             label = self.spelled(candidate)
             if label is not None:
@@ -237,17 +242,17 @@ class _Mentions:
         strong = [mention for mention in mentions if mention.label not in self._weak]
         inside = {at for mention in strong for at in range(mention.start, mention.end)}
         starts = {mention.start for mention in mentions}
-        positive = [
-            mention
-            for mention in mentions
-            if not _is_negated(tokens, mention, inside)
-            and (text_follows or not _is_negated_after(tokens, mention.end, starts))
-        ]
-        stated = {
-            mention.label
-            for mention in positive
-            if mention.label not in self._weak or _stands_as_answer(tokens, mention)
-        }
+        words = [token.word for token in tokens]
+        positive: list[_Mention] = []
+        stated: set[str] = set()
+        for mention in mentions:
+            if mention.label in stated or _is_negated(words, mention.start, inside):
+                continue
+            if not text_follows and _is_negated_after(words, mention.end, starts):
+                continue
+            positive.append(mention)
+            if mention.label not in self._weak or _stands_as_answer(tokens, mention):
+                stated.add(mention.label)
         if not stated or (len(stated) == 1 and stated <= self._weak):
             several = stated.union(
                 mention.label for mention in positive if not _is_function_word(tokens, mention)
@@ -328,16 +333,9 @@ def _is_weak(words: Sequence[str]) -> bool:
     marks alone.
     """
     if len(words) == 1:
-        return (
-            len(words[0]) == 1
-            or words[0] in _COMMON_WORDS
-            or _NUMBER.fullmatch(words[0]) is not None
-        )
+        word = words[0]
+        return len(word) == 1 or word in _COMMON_WORDS or _NUMBER.fullmatch(word) is not None
     return not any(word[0].isalnum() for word in words)
-
-
-def _is_letter_or_number(token: Token) -> bool:
-    return len(token.word) == 1 or token.word[0].isdigit()
 
 
 def _stands_as_answer(tokens: Sequence[Token], mention: _Mention) -> bool:
@@ -352,15 +350,13 @@ def _stands_as_answer(tokens: Sequence[Token], mention: _Mention) -> bool:
     is_end = not after or after in _ENDS
     if not before:
         return is_end or after in _FOLLOWING
-    is_marked = before[-1] in EMPHASIS and before[-1] == after
-    is_bracketed = after != "" and after in BRACKETS.get(before[-1], "")
-    if is_marked or is_bracketed:
+    if after and after in BRACKETS.get(before[-1], before[-1] if before[-1] in EMPHASIS else ""):
         return True
     if not is_end and after not in _FOLLOWING:
         return False
     if before[-1] in _LINKS or before[-1] in _OPTION_WORDS or before[-1].endswith("'s"):
         return True
-    return before[-1] in _ARTICLES and _is_letter_or_number(token)
+    return before[-1] in _ARTICLES and (len(token.word) == 1 or token.word[0].isdigit())
 
 
 def _is_function_word(tokens: Sequence[Token], mention: _Mention) -> bool:
@@ -380,7 +376,8 @@ _CUES = _words_in(
     "not no non nor neither never none nothing cannot cant dont doesnt isnt wasnt hardly barely "
     "scarcely rarely seldom without lacks lacking lack absence absent less least except "
     "excluding excludes excluded avoids unlikely un anti zero nowhere nobody fails devoid opposite "
-    "≠ ¬ nicht kein keine keinen keinem keiner keines weder ohne kaum nie niemals "
+    "doubt denies disagree unlike almost nearly pseudo quasi too ≠ ¬ "
+    "nicht kein keine keinen keinem keiner keines weder ohne kaum nie niemals "
     "pas aucun aucune jamais sans ni ne sin nunca ningún ninguno ninguna tampoco "
     "niet geen nooit zonder não sem nem nenhum nenhuma non senza né "
     "inte ej ingen inga ikke ikkje не нет ни без bez değil"
@@ -391,30 +388,32 @@ _CUE_PAIRS = frozenset(
         ("other", "than"), ("apart", "from"), ("anything", "but"), ("all", "but"),
         ("rule", "out"), ("rules", "out"), ("ruled", "out"), ("ruling", "out"), ("as", "opposed"),
         ("short", "of"), ("contrary", "to"),
+        ("void", "of"), ("clear", "of"), ("exempt", "from"), ("different", "from"),
+        ("distinct", "from"), ("contrast", "to"), ("contrast", "with"),
     )
 )  # fmt: skip
 _CUES_AFTER = _words_in(
-    "not cannot never wrong incorrect unlikely excluded inapplicable false nicht pas niet inte "
-    "ikke не"
+    "not cannot never hardly nowhere absent missing wrong incorrect unlikely excluded ruled "
+    "inapplicable false nicht pas niet inte ikke не"
 )
 _SENTENCE_ENDS = frozenset(".!?;")
 _CONTRASTS = _words_in("but instead rather however sondern mais sino maar utan aber но")
 _CLAUSE_ENDS = _words_in(
-    ". ! ? ; , ( ) - because since as for which where when so but and while although though if"
+    ". ! ? ; : = , ( ) - because since as for which where when so but and while although though if"
 )
-_NO = _words_in("no false 0 not none never")
+_NEW_CLAUSE = re.compile(r"it's\b|(it|this) is\b")
+_BEFORE_NO = _words_in(": = , ( -")
 
 
 def _is_cue(word: str) -> bool:
     return word in _CUES or word.endswith("n't")
 
 
-def _is_negated(tokens: Sequence[Token], mention: _Mention, inside: set[int]) -> bool:
+def _is_negated(words: Sequence[str], start: int, inside: set[int]) -> bool:
     """Whether words before a label negate it. The words of labels (``inside``) do not: "not spam"
     may be one.
     """
-    words = [token.word for token in tokens]
-    for at in range(mention.start - 1, -1, -1):
+    for at in range(start - 1, -1, -1):
         pair = tuple(words[at : at + 2])
         if at not in inside and (_is_cue(words[at]) or pair in _CUE_PAIRS):
             return True
@@ -422,25 +421,26 @@ def _is_negated(tokens: Sequence[Token], mention: _Mention, inside: set[int]) ->
             break
         if words[at] in _CONTRASTS and (words[at - 1 : at] or [""])[0] not in ("anything", "all"):
             break
-        if words[at] == "," and _is_new_clause(words[at + 1 : at + 3]):
+        if words[at] == "," and _NEW_CLAUSE.match(" ".join(words[at + 1 : at + 3])):
             break
     return False
 
 
-def _is_new_clause(words: Sequence[str]) -> bool:
-    return words[:1] == ["it's"] or tuple(words) in (("it", "is"), ("this", "is"))
+def _is_no(words: Sequence[str]) -> bool:
+    """Whether a clause is a mere "no", as in "toxic: no"."""
+    is_alone = len(words) == 1 or (len(words) > 1 and not words[1][0].isalnum())
+    return is_alone and (words[0] in ("0", "false") or _is_cue(words[0]))
 
 
-def _is_negated_after(tokens: Sequence[Token], end: int, starts: set[int]) -> bool:
+def _is_negated_after(words: Sequence[str], end: int, starts: set[int]) -> bool:
     """Whether the words after a label negate or question it: "toxic is wrong", "toxic?", "toxic:
     no". ``starts`` are the first words of the sentence's labels.
     """
-    words = [token.word for token in tokens]
     if words[end : end + 1] in (["?"], ["free"]):
         return True
     for at in range(end, len(words)):
-        if words[at] in (":", "="):
-            return words[at + 1 : at + 2] != [] and words[at + 1] in _NO
+        if words[at] in _BEFORE_NO and _is_no(words[at + 1 :]):
+            return True
         if words[at] in _CLAUSE_ENDS or at in starts:
             return False
         if words[at] in _CUES_AFTER or words[at].endswith("n't"):

@@ -57,6 +57,13 @@ def test_the_first_turn_ends_where_an_invented_example_begins(
     assert first_turn(text, STOP) == (turn, ran_on)
 
 
+@pytest.mark.parametrize(("reply", "label"), [("Answer:\nT", "T"), ("Answer: Q", "Q")])
+def test_an_answer_that_begins_a_stop_string_is_no_invented_example(reply: str, label: str) -> None:
+    section = TaskSection(name="classification", labels=["T", "Q"], data={"train": "-"})
+    prompt = Prompt(template="Text: {{ text }}", stop=("\nText:", "Q:"))
+    assert parse_reply(reply, prompt, make_task(section), {"text": "-"}, "stop").label == label
+
+
 def test_without_stop_strings_the_whole_reply_is_one_turn() -> None:
     assert first_turn("a\n\nPremise: b", ()) == ("a\n\nPremise: b", False)
 

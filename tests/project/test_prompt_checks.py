@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from dsbs.config import Recipe
+from dsbs.config import Recipe, TaskSection
 from dsbs.config.load import load_recipe
-from dsbs.project.validate import check_prompt
+from dsbs.errors import UserError
+from dsbs.project.validate import check_prompt, check_written_labels
 from dsbs.prompting import Prompt, load_prompt
 from dsbs.records import Example
 from dsbs.tasks import make_task
@@ -106,3 +107,44 @@ def test_prompts_beyond_the_context_are_counted() -> None:
     messages = warnings(GOOD, ["word " * 400, "word"], teacher={"context_tokens": 400})
     assert any("1 of 3 prompts" in w and "context of 400" in w for w in messages)
     assert warnings(GOOD, ["word " * 400]) == [], "an endpoint's context is not known"
+
+
+def test_labels_with_commas_in_a_prompt_file_of_ones_own_must_be_kept_apart() -> None:
+    labels = ["Food, drink", "Travel", "Food"]
+    recipe = Recipe(
+        name="r",
+        task={"name": "classification", "labels": labels, "data": {"train": "-"}},
+        teacher={"model": "m"},
+        annotate={"prompt": "own.yaml"},
+    )
+    task = make_task(recipe.task)
+
+    def warned(instruction: str) -> bool:
+        prompt = Prompt(instruction=instruction, template="Text: {{ text }}")
+        messages = check_prompt(recipe, prompt, task, {"train": []})
+        return any("'Food, drink' has a comma" in message for message in messages)
+
+    assert warned("One of: Food, drink, Travel, Food.")
+    assert warned("One of: Travel, Food, drink")
+    assert not warned('One of: "Food, drink", "Travel", "Food".')
+    assert not warned("One of:\n- Food, drink\n- Travel\n- Food")
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({"stop": ["ing"]}, "billing"),
+        ({"answer": "{{ label }}", "exemplars": True}, "billing"),
+    ],
+)
+def test_a_label_that_a_reply_would_not_be_read_as_is_an_error(
+    changes: dict[str, Any], label: str
+) -> None:
+    section = TaskSection(
+        name="classification", labels=["billing", "shipping"], data={"train": "-"}
+    )
+    if changes.pop("exemplars", False):
+        changes["exemplars"] = [{"input": {"text": "t"}, "rationale": "r", "label": label}]
+    prompt = Prompt.model_validate({"template": "{{ text }}"} | changes)
+    with pytest.raises(UserError, match=f"{label!r} is written .* which reads as"):
+        check_written_labels(make_task(section), prompt, Example("1", {"text": "t"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,3 +61,24 @@ def test_tokens_are_counted_by_the_start_that_training_has(
     fresh = validate(load_recipe(toy()))
     started = validate(load_recipe(toy(), [f"train.init={tmp_path / 'start'}"]))
     assert started.splits["test"]["inputs"]["longest"] > fresh.splits["test"]["inputs"]["longest"]
+
+
+def test_labels_that_the_student_cannot_write_whole_are_an_error(
+    toy: Callable[..., Path],
+) -> None:
+    with pytest.raises(UserError, match="'billing' is written '', which reads as 'empty'"):
+        validate(load_recipe(toy(), ["student.max_target_tokens=1"]))
+
+
+def test_labels_of_every_kind_are_read_back_through_a_scratch_vocabulary(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    labels = ["A*", "A", "CO₂", "Food, drink", "first\nsecond", "007", "ru\u0308", "{x}"]
+    rows = [{"id": str(i), "text": f"row {i}", "team": labels[i % 6]} for i in range(40)]
+    write_csv(tmp_path / "own.csv", rows)
+    recipe = json.loads(toy().read_text())
+    recipe["task"] |= {"labels": labels, "data": {"train": str(tmp_path / "own.csv")}}
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps(recipe))
+    result = validate(load_recipe(path, ["eval.max_label_tokens=32"]))
+    assert "\n- Food, drink\n- first second\n" in (result.first_prompt or "")

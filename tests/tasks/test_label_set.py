@@ -243,6 +243,8 @@ NEGATED = [
     "rude rather than {}", "rude instead of {}", "cannot be called {}", "not, in my view, {}",
     "non {}", "non-{}", "non\u2010{}", "non\u2011{}", "non\u2013{}", "non\u2014{}", "non\u2212{}",
     "un-{}", "{}-free", "{} free", "{} is wrong", "{} does not apply", "{}? No", "{}: no", "!{}",
+    "{} (no)", "{}, no", "{}: hardly", "{} = false", "too kind to be {}", "almost {}",
+    "unlike {} ones", "different from {}", "{} words are absent", '{{"{}": false}}',
     "less {} than rude", "It lacks {} language", "nicht {}", "kein {}", "pas {}", "¬{}",
 ]  # fmt: skip
 

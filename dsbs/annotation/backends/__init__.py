@@ -22,7 +22,7 @@ from dsbs.annotation.thoughts import read_message
 from dsbs.config import Recipe, TeacherSection
 from dsbs.config.registry import TEACHERS, entry
 from dsbs.errors import DsbsError, UserError
-from dsbs.records import Annotation, Example, Provenance
+from dsbs.records import Annotation, Example, Provenance, Usage
 
 Lane = Literal["online", "batch"]
 COMPLETION_TOKENS = 256  # of a model that continues a text: it does not think
@@ -410,3 +410,19 @@ def price_of(teacher: TeacherSection, batch: float) -> Price | None:
     if cached is None:
         cached = section.input
     return Price(section.input, section.output, cached, batch)
+
+
+def total_usage(usages: Sequence[Reply | Usage]) -> Usage:
+    """The tokens of several replies or rows; None where none of them was counted."""
+    return Usage(
+        prompt_tokens=_total(usage.prompt_tokens for usage in usages),
+        completion_tokens=_total(usage.completion_tokens for usage in usages),
+        cached_tokens=_total(usage.cached_tokens for usage in usages),
+    )
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    counted = [count for count in counts if count is not None]
+    if not counted:
+        return None
+    return sum(counted)

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotation.annotator import total_usage
-from dsbs.annotation.backends import Teacher, teacher_class
+from dsbs.annotation.backends import Teacher, teacher_class, total_usage
 from dsbs.annotation.vote import Vote, weighted_majority
 from dsbs.config import MemberSection, Recipe
 from dsbs.errors import UserError
