@@ -54,8 +54,11 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 
-# Files of transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and llama.cpp.
+# Files of label heads, transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and
+# llama.cpp.
 WEIGHT_FILES = (
+    "head.safetensors",
+    "head.npz",
     "model*.safetensors",
     "pytorch_model*.bin",
     "model*.bin",
@@ -70,13 +73,18 @@ WEIGHT_FILES = (
 
 def weights_megabytes(student_path: str | Path) -> float:
     """Size of a student's weight files in units of 10^6 bytes. Raises UserError where none is."""
+    return sum(file.stat().st_size for file in weights_files(student_path)) / 1e6
+
+
+def weights_files(student_path: str | Path) -> list[Path]:
+    """A student's weight files, sorted. Raises UserError where there is none."""
     files = {file for pattern in WEIGHT_FILES for file in Path(student_path).glob(pattern)}
     if not files:
         raise UserError(
             f"{student_path} has no weights ({' or '.join(WEIGHT_FILES)})",
             hint="train that student again",
         )
-    return sum(file.stat().st_size for file in files) / 1e6
+    return sorted(files)
 
 
 def load_model(source: str, dropout: float | None = None, *, labels: int = 0) -> Any:
