@@ -13,7 +13,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import chain, islice
@@ -24,6 +24,7 @@ from dsbs.config.teacher import RaySection
 from dsbs.errors import PartialError, UserError
 from dsbs.files import (
     atomic_write,
+    cut_torn_line,
     full_disk_as_partial,
     lock_folder,
     make_folder,
@@ -354,9 +355,10 @@ def _skip_done(
     command that was not interrupted. A last line that was torn by a kill is cut off. Raises
     UserError where the rows are others.
     """
-    last_id = _repair(lines)
-    if last_id is None:
+    last = cut_torn_line(lines)
+    if last is None:
         return 0, []
+    last_id = last.get("id")
     with lines.open("rb") as file:
         done = sum(1 for _ in file)
     in_chunk = done % chunk_size
@@ -369,35 +371,6 @@ def _skip_done(
             hint="give the same input as before, or another --out",
         )
     return done, again
-
-
-def _repair(lines: Path) -> str | None:
-    """Cut off what follows the last complete prediction; returns its id, or None."""
-    with suppress(FileNotFoundError), lines.open("r+b") as file:
-        while (end := file.seek(0, os.SEEK_END)) > 0:
-            start = _last_line_start(file, end)
-            file.seek(start)
-            text = file.read()
-            try:
-                if text.endswith(b"\n"):
-                    return str(json.loads(text)["id"])
-            except (ValueError, KeyError, TypeError):
-                pass
-            file.truncate(start)
-    return None
-
-
-def _last_line_start(file: Any, end: int) -> int:
-    """Where the last line starts, complete or not, in a file of ``end`` bytes."""
-    stop = end - 1  # its own line break
-    while stop > 0:
-        start = max(0, stop - 65536)
-        file.seek(start)
-        position: int = file.read(stop - start).rfind(b"\n")
-        if position >= 0:
-            return start + position + 1
-        stop = start
-    return 0
 
 
 # --- tables

@@ -78,6 +78,7 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
     imported_late = {
         "dsbs/exporting/onnx.py",
         "dsbs/serving/app.py",
+        "dsbs/students/encoder_shapes.py",
         "dsbs/students/heads.py",
         "dsbs/students/low_rank.py",
         "dsbs/training/callbacks.py",

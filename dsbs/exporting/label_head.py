@@ -39,7 +39,7 @@ _CT2_RUN = """\
     states = model.forward_batch(ids.tolist(), token_type_ids=second.tolist()).last_hidden_state
     p = np.exp((z := np.array(states)[0].mean(0) @ head["weight"].T + head["bias"]) - z.max())"""
 # CTranslate2's converter for the encoder of each model type.
-_CT2_LOADERS = {
+CT2_LOADERS = {
     "bert": "BertLoader",
     "camembert": "CamembertLoader",
     "distilbert": "DistilBertLoader",
@@ -97,8 +97,8 @@ def check_ct2(student: Student) -> None:
     """Raises UserError for a label head that CTranslate2 does not run."""
     config = student.backend.model.config
     problem = None
-    if student.card.kind != "encoder" or config.model_type not in _CT2_LOADERS:
-        problem = f"the format ct2 supports label heads on {', '.join(_CT2_LOADERS)}"
+    if student.card.kind != "encoder" or config.model_type not in CT2_LOADERS:
+        problem = f"the format ct2 supports label heads on {', '.join(CT2_LOADERS)}"
     elif getattr(config, "low_rank", None) or getattr(config, "kept_heads", None):
         problem = "CTranslate2 does not support low-rank matrices and removed heads"
     elif getattr(config, "position_embedding_type", None) not in (None, "absolute"):
@@ -116,7 +116,7 @@ def write_ct2(student: Student, folder: Path, quantize: str) -> None:
     model = student.backend.model
     body = deepcopy(model.body).to("cpu")
     module = import_module("ctranslate2.converters.transformers")
-    loader = getattr(module, _CT2_LOADERS[body.config.model_type])
+    loader = getattr(module, CT2_LOADERS[body.config.model_type])
     convert_ct2(student, folder, quantize, lambda: _spec(loader(), body, student))
     separator = -1  # no token
     if getattr(body.config, "type_vocab_size", 0) > 1:

@@ -178,15 +178,26 @@ def pretrained_arguments(source: str) -> dict[str, Any]:
 
 
 def low_rank_class(folder: str) -> Any:
-    """The class of a T5 with low-rank matrices (see ``low_rank``); None for any other model."""
-    from dsbs.students.low_rank import ranks_of, with_low_rank
-
-    if not ranks_of(folder):
+    """The class of a T5 or an encoder that `dsbs compress` has given low-rank matrices or fewer
+    heads (see ``low_rank``); None for any other model.
+    """
+    if not (Path(folder) / "config.json").is_file():
         return None
-    from transformers import AutoConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
+    from dsbs.students.low_rank import is_changed, with_low_rank
 
-    model_type = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-    if model_type == "mt5":
+    if not is_changed(folder):
+        return None
+    from transformers import (
+        MODEL_MAPPING,
+        AutoConfig,
+        MT5ForConditionalGeneration,
+        T5ForConditionalGeneration,
+    )
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not config.is_encoder_decoder:
+        return with_low_rank(MODEL_MAPPING[type(config)])
+    if config.model_type == "mt5":
         return with_low_rank(MT5ForConditionalGeneration)
     return with_low_rank(T5ForConditionalGeneration)
 
