@@ -115,9 +115,10 @@ def write_ct2(student: Student, folder: Path, quantize: str) -> None:
 
     model = student.backend.model
     body = deepcopy(model.body).to("cpu")
-    module = import_module("ctranslate2.converters.transformers")
-    loader = getattr(module, CT2_LOADERS[body.config.model_type])
-    convert_ct2(student, folder, quantize, lambda: _spec(loader(), body, student))
+    if getattr(body.config, "position_embedding_type", None) is None:
+        body.config.position_embedding_type = "absolute"  # which the converter reads
+    loader = _ct2_loader(body.config.model_type)
+    convert_ct2(student, folder, quantize, lambda: loader(body, student.backend.tokenizer))
     separator = -1  # no token
     if getattr(body.config, "type_vocab_size", 0) > 1:
         separator = body.config.sep_token_id
@@ -130,10 +131,19 @@ def write_ct2(student: Student, folder: Path, quantize: str) -> None:
     )
 
 
-def _spec(loader: Any, body: Any, student: Student) -> Any:
-    if getattr(body.config, "position_embedding_type", None) is None:
-        body.config.position_embedding_type = "absolute"  # which the converter reads
-    return loader(body, student.backend.tokenizer)
+def _ct2_loader(model_type: str) -> Any:
+    """The converter's loader, corrected for a RoBERTa whose padding token is 0."""
+    module = import_module("ctranslate2.converters.transformers")
+    base = getattr(module, CT2_LOADERS[model_type])
+
+    class Loader(base):  # type: ignore[misc,valid-type]
+        def set_position_encodings(self, spec: Any, table: Any) -> None:
+            first = 0
+            if model_type in ("camembert", "roberta", "xlm-roberta"):
+                first = table.padding_idx + 1
+            spec.encodings = table.weight[first:]
+
+    return Loader()
 
 
 def label_head_script(student: Student, runtime: str) -> str:

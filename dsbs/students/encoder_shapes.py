@@ -133,11 +133,11 @@ def heads_of(config: Any) -> int:
 def narrow_heads(body: Any) -> None:
     """Give every layer the number of heads that the configuration keeps; weights come later."""
     config = body.config
-    kept = getattr(config, HEADS, None)
-    if not kept:
+    if not getattr(config, HEADS, None):
         return
+    heads = heads_of(config)
     shape = SHAPES[config.model_type]
-    width = kept * head_size(config)
+    width = heads * head_size(config)
     for layer in shape.all_layers(body):
         attention = layer.get_submodule(shape.attention)
         for name in shape.projections_of(layer):
@@ -147,7 +147,7 @@ def narrow_heads(body: Any) -> None:
         new = nn.Linear(width, old.out_features, bias=old.bias is not None)
         _replace(layer, shape.attention_output, new)
         if shape.heads_attribute:
-            setattr(attention, shape.heads_attribute, kept)
+            setattr(attention, shape.heads_attribute, heads)
         if hasattr(attention, "all_head_size"):
             attention.all_head_size = width
 

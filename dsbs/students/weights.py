@@ -196,7 +196,8 @@ def low_rank_class(folder: str) -> Any:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not config.is_encoder_decoder:
-        return with_low_rank(MODEL_MAPPING[type(config)])
+        encoder_class: Any = MODEL_MAPPING[type(config)]
+        return with_low_rank(encoder_class)
     if config.model_type == "mt5":
         return with_low_rank(MT5ForConditionalGeneration)
     return with_low_rank(T5ForConditionalGeneration)
