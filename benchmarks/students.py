@@ -229,7 +229,7 @@ def compare_training(data: Data, folder: str) -> None:
         if args.setfit:
             setfit.append(train_setfit(data, folder, args.steps))
             setfit_ratios.append(speed / setfit[-1])
-    lengths = sorted(len(row["input_ids"]) for row in data.plain)
+    lengths = sorted(len(row["label"][0][0]) for row in data.ours)
     print(
         f"training, batches of {BATCH}; tokens of a row: median {statistics.median(lengths):.0f}, "
         f"longest {lengths[-1]}"

@@ -11,9 +11,9 @@ from typing import Any
 from dsbs.annotation.annotator import ASSUMED_TOKENS, CHARACTERS_PER_TOKEN, Annotator, RowReplies
 from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
-from dsbs.annotation.requester import RowsToRequest, buy_online
+from dsbs.annotation.requester import buy_online
 from dsbs.annotation.store import ReplyStore, open_store
-from dsbs.annotation.summary import SplitSummary, rounded_interval, write_annotations
+from dsbs.annotation.summary import RowsToRequest, SplitSummary, rounded_interval, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,9 +165,10 @@ class SplitSummary:
         if self.without_rationale > NOTABLE_SHARE * self.accepted:
             warnings.append(
                 f"{split}: {self.without_rationale:,} of {count(self.accepted, 'accepted row')} "
-                "without a rationale, because nothing stands before the answer: step-by-step "
-                "learns nothing from them. Ask for the reasons first and the answer last "
-                "(annotate.prompt); of a model that reasons, the reasoning can be the rationale "
+                "without a rationale, because nothing stands before the answer (after it, with "
+                "order: label-first): step-by-step learns nothing from them. Ask for reasons in "
+                "the prompt, or set annotate.order: label-first where the model answers first and "
+                "explains afterwards; of a model that reasons, the reasoning can be the rationale "
                 "(annotate.rationale_from: reasoning)"
             )
         return warnings
@@ -280,6 +281,16 @@ def write_annotations(
     write_jsonl(path, lines())
 
 
+@dataclass(frozen=True, slots=True)
+class RowsToRequest:
+    """Rows whose replies are to be bought, their number, and the summary to count in."""
+
+    title: str
+    examples: Callable[[], Iterable[Example]]
+    total: int
+    summary: SplitSummary
+
+
 class ProgressFigures:
     """Figures for the progress line."""
 
@@ -325,9 +336,11 @@ class Refusals:
         self.in_a_row = 0  # of one message, and pending
         self.limit = REFUSALS_IN_A_ROW
         self._form = ""
+        self._stop: DsbsError | None = None
 
     def add(self, key: str, error: RejectedError, sent: int) -> None:
         self.last = str(error)
+        self._stop = error.stop
         self.messages[key] = self.last
         if error.blame == "content":
             self.flagged += 1
@@ -351,10 +364,12 @@ class Refusals:
     def confirm_all(self) -> None:
         self.confirm(sys.maxsize)
 
-    def error(self, *, has_answered: bool) -> DsbsError:
+    def error(self, has_answered: bool) -> DsbsError:
         """The error for an endpoint that refuses every request; none is kept as refused."""
         for key in self.pending:
             self._store.fail(key, self.messages[key])
+        if self._stop is not None and not has_answered:
+            return self._stop
         if has_answered:
             return PartialError(
                 "the teacher refuses one request after the other, for no fault of the rows: "

@@ -28,7 +28,7 @@ def _folder_in(context: Any) -> Path | None:
 class DataSection(Section):
     """The files with the rows.
 
-    Each is a path (.jsonl, .jsonl.gz, .csv, .tsv, .parquet) or
+    Each is a path (.jsonl, .csv, .tsv, each also with .gz; .parquet) or
     ``hub://<repository>[:<config>]/<split>``.
     """
 
@@ -228,7 +228,8 @@ class EvalSection(Section):
     """Maximum timed calls at batch size 1 and at 64, for each system's first student. 0: no timing.
     """
     predictions: dict[str, str] = {}
-    """External systems: a name for each .jsonl or .jsonl.gz file of {id, prediction}."""
+    """External systems: a name for each file of id and prediction (.jsonl, .csv, .tsv,
+    .parquet)."""
 
     @field_validator("predictions")
     @classmethod

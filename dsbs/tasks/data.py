@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dsbs.config import Recipe
@@ -122,6 +123,7 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
     counts: dict[int, int] = {}
     first_ids: dict[int, str] = {}
     data = recipe.task.data
+    recorded_model = recipe.teacher.model if recipe.teacher.kind == "recorded" else None
     # Copies of a row must not be on both sides of a split that is held out.
     finds_copies = source == data.train and (data.valid is None or data.test is None)
     problems: list[UserError] = []
@@ -131,7 +133,7 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
         try:
             where, row = next(rows)
             is_empty = False
-            example = _example(task, row, where)
+            example = _example(task, row, where, recorded_model)
             key = _short_hash(example.id)
             counts[key] = counts.get(key, 0) + 1
             if counts[key] > 1:
@@ -189,9 +191,12 @@ def _repeated_id(recipe: Recipe, task: Task, source: str, where: str, row_id: st
 
 
 def input_of(task: Task, row: dict[str, Any], where: str) -> tuple[str | None, dict[str, Any]]:
-    """A row's id (None: it has none) and its canonical fields. Raises UserError."""
+    """The id (None: it has none) and the canonical fields of a row to predict. Raises UserError."""
     inner = _inner(row)
-    return _row_id(task, row, inner, where), task.fields(inner, where)
+    names = (task.section.columns.get("id", "id"), *task.id_columns)
+    column = column_of(row, names)
+    row_id = None if column is None else id_text(row[column], where)
+    return row_id, task.fields(inner, where)
 
 
 def _inner(row: dict[str, Any]) -> dict[str, Any]:
@@ -199,9 +204,12 @@ def _inner(row: dict[str, Any]) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else row
 
 
-def _example(task: Task, row: dict[str, Any], where: str) -> Example:
-    row_id, fields = input_of(task, row, where)
+def _example(
+    task: Task, row: dict[str, Any], where: str, recorded_model: str | None = None
+) -> Example:
     inner = _inner(row)
+    fields = task.fields(inner, where)
+    row_id = id_text(_cell(task, "id", task.id_columns, row, inner, where), where)
     label = _label(task, row, inner, where)
     if label is not None:
         label = task.gold(label, fields, where)
@@ -210,16 +218,26 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     )
     if rationale in MISSING_WORDS:
         rationale = None
-    teacher = row.get("teacher")
-    completion = teacher.get("completion") if isinstance(teacher, dict) else None
+    completion = _completion(row, recorded_model)
     return Example(
         id=row_id or f"row-{digest(canonical_json([fields, label]))[:16]}",
         input=fields,
         label=label,
         rationale=(rationale or "").strip() or None,
-        completion=completion if isinstance(completion, str) else None,
+        completion=completion,
         line=int(where.rpartition(":")[2]),
     )
+
+
+def _completion(row: dict[str, Any], model: str | None) -> str | None:
+    """A row's recorded completion: of ``model`` where several teachers' are in ``teachers``."""
+    teacher = row.get("teacher")
+    teachers = row.get("teachers")
+    if model is not None and isinstance(teachers, list):
+        named = (entry for entry in teachers if isinstance(entry, dict))
+        teacher = next((entry for entry in named if entry.get("model") == model), None)
+    completion = teacher.get("completion") if isinstance(teacher, dict) else None
+    return completion if isinstance(completion, str) else None
 
 
 def _label(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> Any:
@@ -228,19 +246,36 @@ def _label(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -
     label = cell_text(value, "label", where)
     if label is None or label.strip() in task.no_label:
         return None
-    if label in MISSING_WORDS and label not in (task.labels or ()):
+    if label.strip() in MISSING_WORDS and label.strip() not in (task.labels or ()):
         return None
     return value if isinstance(value, int | float) else label
 
 
-def _row_id(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> str | None:
-    value = _cell(task, "id", task.id_columns, row, inner, where)
+_NUMBER_ID = re.compile(r"0*(\d+?)(?:\.0+)?")
+
+
+def id_text(value: Any, where: str) -> str | None:
+    """A cell's id as text; None where it is missing. 7.0 is 7: data frames hold integers so."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # how data frames hold integers beside a missing cell
+        value = int(value)
     text = cell_text(value, "id", where)
-    if text is None or text in MISSING_WORDS:
+    if text is None or text.strip() in MISSING_WORDS:
         return None
     return text.strip() or None
+
+
+def numeric_id(row_id: str) -> str:
+    """An id as a program writes it that took it for a number: without "001"'s zeros and ".0"."""
+    number = _NUMBER_ID.fullmatch(row_id)
+    return row_id if number is None else number.group(1)
+
+
+def respelled_ids(path: Path, row_id: str, file_id: str) -> UserError:
+    """The error for a file whose id of a row was read as a number on its way."""
+    return UserError(
+        f"{path} has id {file_id!r} where the data have {row_id!r}: its ids were read as numbers",
+        hint="write the file again with ids as text (pandas: read_csv(…, dtype={'id': str}))",
+    )
 
 
 def _cell(

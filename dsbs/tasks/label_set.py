@@ -59,7 +59,7 @@ class LabelSet:
         self._mentions = _Mentions(self.labels)
         # No longer line is a label, with all wrapping and in any Unicode form.
         self._max_length = 4 * max(map(len, self.labels), default=0) + 100
-        self._line_counts = sorted(
+        self.line_counts = sorted(
             {len(label.splitlines()) for label in self.labels} - {0, 1}, reverse=True
         )
 
@@ -76,8 +76,10 @@ class LabelSet:
         """The label that a data file's cell holds. Numbers may have lost their spelling: 7, 7.0 and
         "7" are the label "007", where no other label is that number.
         """
+        if isinstance(value, float):
+            return self._by_value.get(value)
         label = self.spelled(str(value))
-        if label is None and isinstance(value, int | float) and not isinstance(value, bool):
+        if label is None and isinstance(value, int) and not isinstance(value, bool):
             return self._by_value.get(float(value))
         return label or self._by_number.get(_number_key(str(value).strip()) or "")
 
@@ -135,7 +137,7 @@ class LabelSet:
     def _first_lines(self, text: str) -> Iterator[str]:
         """For labels with line breaks: as many first lines of a text as a label has."""
         lines = text.strip().splitlines()
-        for count in self._line_counts:
+        for count in self.line_counts:
             if count <= len(lines):
                 yield from unwrapped("\n".join(lines[:count]))
 
@@ -290,8 +292,8 @@ def _aliases(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Other ways to write a label's words: "non-toxic" as "non toxic", "card_fraud" as "card
     fraud".
     """
-    parts = tuple(part for word in words for part in re.split("[_-]+", word))
-    if len(parts) < 2 or not all(part.isalnum() for part in parts):
+    parts = tuple(piece for word in words for piece in re.split("[_-]+", word))
+    if len(parts) < 2 or not all(piece.isalnum() for piece in parts):
         return
     yield parts
     yield ("-".join(parts),)
