@@ -206,7 +206,7 @@ def new_label_head(
     ``explains``: an encoder gets a rationale decoder of ``student.rationale_decoder.layers``.
     """
     start = init or section.source
-    if init is not None and (Path(init).expanduser() / HEAD_FILE).is_file():
+    if init is not None and _saved_labels(init) == labels:
         return load_label_head(init, labels, section.dropout)
     architecture = architecture_of(start)
     if architecture == "encoder":
@@ -225,6 +225,12 @@ def new_label_head(
         if explains and architecture == "encoder":
             model.rationale_decoder = _new_rationale_decoder(body, section, tokenizer)
     return model
+
+
+def _saved_labels(folder: str) -> int | None:
+    """The number of labels of the head in a folder; None: there is none."""
+    file = Path(folder).expanduser() / HEAD_FILE
+    return len(load_file(str(file))["bias"]) if file.is_file() else None
 
 
 def load_label_head(source: str, labels: int, dropout: float | None = None) -> LabelHeadModel:
