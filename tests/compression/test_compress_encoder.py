@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from encoder_models import FAMILIES, save_label_head
+from conftest import TEAMS, toy_rows, write_csv
+from encoder_models import FAMILIES, encoder, save_label_head, word_tokenizer
 
+from dsbs import compress, load_recipe, train
 from dsbs.compression import matrices
 from dsbs.compression.encoders import (
     gated_heads,
@@ -147,3 +150,39 @@ def test_a_family_without_a_table_entry_is_refused(tmp_path: Path) -> None:
     model.body.config.model_type = "mpnet"
     with pytest.raises(UserError, match="prune-heads does not support encoders of type mpnet"):
         shape_of(model.body, "prune-heads")
+
+
+def test_a_chain_heals_the_head_and_ends_in_int8(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    encoder("bert", len(tokenizer), num_hidden_layers=2).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    write_csv(tmp_path / "train.csv", toy_rows(60))
+    recipe: dict[str, Any] = {
+        "name": "toy",
+        "task": {
+            "name": "classification",
+            "labels": list(TEAMS),
+            "columns": {"label": "team"},
+            "data": {"train": str(tmp_path / "train.csv"), "valid_fraction": 0.3},
+        },
+        "teacher": {"model": "none", "base_url": "http://127.0.0.1:9/v1"},
+        "student": {"model": str(tmp_path / "bert"), "max_input_tokens": 24},
+        "train": {"methods": "finetune", "batch_size": 16, "max_steps": 3, "eval_every": 3},
+        "eval": {"latency_calls": 0},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    trained = train(load_recipe(tmp_path / "r.yaml"), out=tmp_path / "run").students[0]
+    result = compress(
+        trained.path,
+        ["prune-heads=0.5", "drop-layers=0.5", "quantize=int8"],
+        heal_steps=2,
+        max_drop=1.0,
+    )
+    heads, layers, int8 = (Student.load(folder) for folder in result.folders)
+    assert heads_of(heads.backend.model.body.config) == 2
+    assert len(layers.backend.model.body.encoder.layer) == 1
+    assert int8.card.format == "onnx", "CTranslate2 has no encoders with removed heads"
+    assert [record.healing_steps for record in result.steps] == [2, 2, 0]
+    healed = heads.backend.model.classifier.weight
+    original = Student.load(trained.path).backend.model.classifier.weight
+    assert torch.allclose(healed, original, atol=1e-2), "the head is the trained one, not a new one"
