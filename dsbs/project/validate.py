@@ -16,7 +16,7 @@ from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
 from dsbs.records import Example, Unread
-from dsbs.students.card import check_student
+from dsbs.students.card import check_student, head_of, input_limit
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.tasks import Task, make_task
@@ -26,6 +26,7 @@ from dsbs.tasks.templates import render
 from dsbs.training.distillation import check_terms
 from dsbs.training.grid import grid
 from dsbs.training.methods import method_of
+from dsbs.training.training_set import check_class_weights
 
 SAMPLE_SIZE = 2000  # rows of each split that are tokenized
 NGRAM = 8  # an exemplar and a row that share so many words in a row do not do so by chance
@@ -59,8 +60,10 @@ class Validation:
 def validate(recipe: Recipe) -> Validation:
     """Check a recipe against its data. Raises UserError for what would stop a later command."""
     task = make_task(recipe.task)
-    check_terms(recipe.train, task, grid(recipe.train))
-    check_student(recipe, task.labels)
+    head = head_of(recipe.student, recipe.train.init)
+    check_student(recipe, task)
+    check_terms(recipe.train, task, grid(recipe.train), head)
+    check_class_weights(recipe, task.labels)
     splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
     warnings: list[str] = []
@@ -80,11 +83,12 @@ def validate(recipe: Recipe) -> Validation:
     texts += sorted({*(task.labels or ())} - {row.label for row in splits["train"]})
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
     input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
-    if task.label_set is None:
+    writes_labels = head == "text"  # a label head chooses them
+    if writes_labels and task.label_set is None:
         labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
         # First: a label that the student cannot write is the worst problem.
         warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
-    else:
+    elif writes_labels and task.label_set is not None:
         check_student_labels(recipe, task.label_set, tokenizer, input_format)
     figures = {}
     for split, rows in splits.items():
@@ -114,9 +118,13 @@ def _split_figures(
 ) -> dict[str, Any]:
     """Counts of rows and labels, and lengths in tokens."""
     sample = rows[:SAMPLE_SIZE]
-    inputs = input_format.read(["explain: " + task.text(row.input) for row in sample])
-    target_texts = [text for row in sample for text in (row.label, row.rationale) if text]
-    targets = input_format.write(target_texts) if target_texts else []
+    chooses = head_of(recipe.student, recipe.train.init) == "labels"
+    prefix = "" if chooses else "explain: "
+    inputs = input_format.read([prefix + task.text(row.input) for row in sample])
+    written = [text for row in sample for text in (row.label, row.rationale) if text]
+    if chooses:
+        written = [row.rationale for row in sample if row.rationale]
+    targets = input_format.write(written) if written else []
     labels = [row.label for row in rows if row.label is not None]
     figures: dict[str, Any] = {
         "rows": len(rows),
@@ -125,7 +133,9 @@ def _split_figures(
     }
     if task.labels is not None:
         figures["labels"] = dict(Counter(labels).most_common())
-    figures["inputs"] = _token_figures(tokenizer, inputs, recipe.student.max_input_tokens)
+    figures["inputs"] = _token_figures(
+        tokenizer, inputs, input_limit(recipe.student, recipe.train.init)
+    )
     figures["targets"] = _token_figures(tokenizer, targets, recipe.student.max_target_tokens)
     return figures
 

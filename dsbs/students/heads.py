@@ -12,19 +12,24 @@ This module imports torch, so it is imported where it is used.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from dsbs.config import StudentSection
 from dsbs.students.card import Architecture, architecture_of
-from dsbs.students.formats import start_token
+from dsbs.students.formats import SpecialTokens, start_token
 from dsbs.students.weights import (
+    check_vocabulary,
+    expand_local,
     load_model,
     loading_error,
+    low_rank_class,
     new_model,
     pretrained_arguments,
     silence_transformers,
@@ -54,7 +59,7 @@ class LabelHeadModel(nn.Module):
         self.body = body
         self.architecture = architecture
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(_hidden_size(body.config), labels)
+        self.classifier = nn.Linear(hidden_size(body.config), labels)
         self.rationale_decoder = rationale_decoder
 
     @property
@@ -69,16 +74,23 @@ class LabelHeadModel(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids (B, S), attention_mask (B, S) -> (B, S, D)."""
-        body = self.body
-        if self.architecture == "seq2seq":
-            body = body.get_encoder()
-        elif self.architecture == "causal":
-            body = body.get_decoder()
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if getattr(self.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = self._segments(input_ids)
-        states: Tensor = body(**inputs)[0]
+        states: Tensor = self._read(input_ids, attention_mask)[0]
         return states
+
+    def layer_states(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        """The states after each layer, the first one first: (B, S, D) each."""
+        output = self._read(input_ids, attention_mask, output_hidden_states=True)
+        return [*output.hidden_states[1:-1], output[0]]
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        reader = self.body
+        if self.architecture == "seq2seq":
+            reader = reader.get_encoder()
+        elif self.architecture == "causal":
+            reader = reader.get_decoder()
+        if getattr(self.config, "type_vocab_size", 0) > 1:
+            options["token_type_ids"] = self._segments(input_ids)
+        return reader(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def _segments(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, S) -> (B, S): 0 up to the first separator, then 1."""
@@ -114,7 +126,7 @@ class LabelHeadModel(nn.Module):
             )
         else:
             output = self.body(
-                encoder_outputs=(states,),
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 attention_mask=attention_mask,
                 decoder_input_ids=decoder_input_ids,
                 use_cache=False,
@@ -161,12 +173,30 @@ class LabelHeadModel(nn.Module):
             rows.append(row[:length])
         return rows
 
+    def with_body(self, body: Any) -> LabelHeadModel:
+        """This head on another body, such as a smaller one."""
+        changed = copy.copy(self)
+        changed._modules = dict(self._modules)
+        changed.body = body
+        if self.rationale_decoder is not None:
+            share_embeddings(self.rationale_decoder, body)
+        return changed
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids (B, S), attention_mask (B, S) -> label logits (B, L)."""
         return self.label_logits(self.states(input_ids, attention_mask), attention_mask)
 
+    def activation_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass instead of storing them."""
+        self.body.activation_checkpointing_enable()
+        if self.rationale_decoder is not None:
+            self.rationale_decoder.activation_checkpointing_enable()
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the pretrained model in its own format, and the new layers beside it."""
+        """Write the pretrained model in its own format, and the new layers beside it.
+
+        Of a body with adapters, the adapters alone.
+        """
         folder = Path(folder)
         self.body.save_pretrained(folder)
         weights = {name: value.contiguous() for name, value in self.classifier.state_dict().items()}
@@ -175,9 +205,23 @@ class LabelHeadModel(nn.Module):
             self.rationale_decoder.save_pretrained(folder / RATIONALE_FOLDER)
 
     def load_weights(self, folder: Path) -> None:
-        """Read what ``save_pretrained`` wrote into this model."""
-        saved = load_label_head(str(folder), self.classifier.out_features)
-        self.load_state_dict(saved.state_dict())
+        """Read what ``save_pretrained`` wrote into this model, adapters included."""
+        if hasattr(self.body, "peft_config"):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.body, load_peft_weights(str(folder), device="cpu"))
+        else:
+            self.body.load_state_dict(load_body(str(folder)).state_dict())
+        self.load_new_layers(folder)
+
+    def load_new_layers(self, folder: Path) -> None:
+        """Read the label head and the rationale decoder in a folder."""
+        self.classifier.load_state_dict(load_file(str(folder / HEAD_FILE)))
+        if self.rationale_decoder is not None:
+            from transformers import BertGenerationDecoder
+
+            saved = BertGenerationDecoder.from_pretrained(folder / RATIONALE_FOLDER)
+            self.rationale_decoder.load_state_dict(saved.state_dict())
 
 
 def new_label_head(
@@ -195,12 +239,21 @@ def new_label_head(
     """
     start = init or section.source
     architecture = architecture_of(start)
+    rate = 0.1 if section.dropout is None else section.dropout
+    if init is not None and _saved_labels(init) == labels:
+        model = load_label_head(init, labels, section.dropout)
+        if explains and architecture == "encoder" and model.rationale_decoder is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                decoder = _new_rationale_decoder(model.body, section, tokenizer, rate)
+                model.rationale_decoder = decoder
+        return model
     if architecture == "encoder":
         body = load_body(str(start), section.dropout)
-        body.config.sep_token_id = tokenizer.sep_token_id
+        check_vocabulary(body, tokenizer, str(start))
+        body.config.sep_token_id = SpecialTokens.of(tokenizer).end
     else:
         body = new_model(section, tokenizer, seed, init)
-    rate = 0.1 if section.dropout is None else section.dropout
     # The generator of new layers is not the training's: a student with a rationale decoder draws
     # the same dropout as one without.
     with torch.random.fork_rng():
@@ -209,15 +262,22 @@ def new_label_head(
         nn.init.normal_(model.classifier.weight, std=_INITIAL_DEVIATION)
         nn.init.zeros_(model.classifier.bias)
         if explains and architecture == "encoder":
-            model.rationale_decoder = _new_rationale_decoder(body, section, tokenizer)
+            model.rationale_decoder = _new_rationale_decoder(body, section, tokenizer, rate)
     return model
 
 
-def load_label_head(source: str, labels: int) -> LabelHeadModel:
+def _saved_labels(folder: str) -> int | None:
+    """The number of labels of the head in a folder; None: there is none."""
+    file = Path(folder).expanduser() / HEAD_FILE
+    return len(load_file(str(file))["bias"]) if file.is_file() else None
+
+
+def load_label_head(source: str, labels: int, dropout: float | None = None) -> LabelHeadModel:
     """The model in a student's folder. Raises DsbsError where it cannot be loaded."""
-    folder = Path(source)
-    body = load_body(source)
-    model = LabelHeadModel(body, labels, architecture_of(source))
+    folder = Path(source).expanduser()
+    body = load_body(source, dropout)
+    rate = 0.1 if dropout is None else dropout
+    model = LabelHeadModel(body, labels, architecture_of(source), dropout=rate)
     try:
         model.classifier.load_state_dict(load_file(str(folder / HEAD_FILE)))
         if (folder / RATIONALE_FOLDER).is_dir():
@@ -241,18 +301,22 @@ def load_body(source: str, dropout: float | None = None) -> Any:
     if dropout is not None:
         changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     try:
-        return AutoModel.from_pretrained(
+        model_class = low_rank_class(expand_local(source)) or AutoModel
+        return model_class.from_pretrained(
             **pretrained_arguments(source), dtype=torch.float32, **changes
         )
     except Exception as error:  # Hub, network and file errors share no root
         raise loading_error("model", source, error) from None
 
 
-def _new_rationale_decoder(body: Any, section: StudentSection, tokenizer: Any) -> Any:
+def _new_rationale_decoder(
+    body: Any, section: StudentSection, tokenizer: Any, dropout: float
+) -> Any:
     """A decoder with cross-attention over an encoder's states, which shares its embeddings."""
     from transformers import BertGenerationConfig, BertGenerationDecoder
 
-    size = _hidden_size(body.config)
+    special = SpecialTokens.of(tokenizer)
+    size = hidden_size(body.config)
     heads = int(body.config.num_attention_heads)
     config = BertGenerationConfig(
         vocab_size=body.get_input_embeddings().num_embeddings,
@@ -261,9 +325,11 @@ def _new_rationale_decoder(body: Any, section: StudentSection, tokenizer: Any) -
         num_attention_heads=heads,
         intermediate_size=4 * size,
         max_position_embeddings=section.max_target_tokens + 1,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        bos_token_id=special.start,
+        eos_token_id=special.end,
+        pad_token_id=special.pad,
         is_decoder=True,
         add_cross_attention=True,
         tie_word_embeddings=True,
@@ -274,14 +340,17 @@ def _new_rationale_decoder(body: Any, section: StudentSection, tokenizer: Any) -
 def share_embeddings(decoder: Any, body: Any) -> Any:
     """Read and write with the encoder's token embeddings, where their width is the states'."""
     embeddings = body.get_input_embeddings()
-    if embeddings.embedding_dim == _hidden_size(body.config):
+    if embeddings.embedding_dim == hidden_size(body.config):
         decoder.set_input_embeddings(embeddings)
         decoder.tie_weights()
     return decoder
 
 
-def _hidden_size(config: Any) -> int:
-    for owner in (config, getattr(config, "text_config", None), getattr(config, "encoder", None)):
+def hidden_size(config: Any) -> int:
+    """The width of the states that a head reads: an encoder-decoder's encoder may be nested."""
+    encoder = getattr(config, "encoder", None)
+    nested = getattr(encoder, "text_config", None)
+    for owner in (config, getattr(config, "text_config", None), nested, encoder):
         for name in ("hidden_size", "d_model", "n_embd"):
             size = getattr(owner, name, None)
             if size is not None:

@@ -14,7 +14,7 @@ from dsbs.records import Unread
 from dsbs.students.backends import Backend, GeneratedText, load_backend, make_backend
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
-from dsbs.tasks import make_task
+from dsbs.tasks import CHOICE_SEPARATOR, make_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,11 @@ class Student:
         rationales or an item lacks a field.
         """
         if rationale and not self.card.explains:
+            reason = "was trained without rationales"
+            if self.card.format != "transformers" and self.card.head == "labels":
+                reason = "is the export of a label head, which has no rationales"
             raise UserError(
-                f"{self.card.name} was trained without rationales",
+                f"{self.card.name} {reason}",
                 hint="use a step-by-step student, or leave --rationale out",
             )
         rows = [self._fields(item, canonical) for item in items]
@@ -108,8 +111,11 @@ class Student:
         max_tokens = max_label_tokens
         if self.card.reasons_first:
             max_tokens = self.card.max_target_tokens
+        inputs = texts
+        if self.card.scores_choices:
+            inputs = [CHOICE_SEPARATOR.join(self.task.choice_texts(row).values()) for row in rows]
         generated = self.generate(
-            [prefix + text for text in texts],
+            [prefix + text for text in inputs],
             max_tokens,
             batch_size,
             probabilities=target == "label",
@@ -172,7 +178,8 @@ class Student:
         label = self.task.read_label(raw, fields)
         distribution = None
         if generated.distribution is not None:
-            distribution = dict(zip(self.card.classes, generated.distribution, strict=True))
+            classes = self.card.classes or self.task.choice_texts(fields)
+            distribution = dict(zip(classes, generated.distribution, strict=True))
         return Answer(
             raw=raw,
             label=None if isinstance(label, Unread) else label,
