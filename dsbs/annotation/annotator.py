@@ -30,9 +30,9 @@ from dsbs.files import canonical_json
 from dsbs.formatting import count
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
 from dsbs.records import Annotation, Example, Reason, Sample, TeacherName
-from dsbs.shards import Shard
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream
+from dsbs.tasks.shards import Shard
 
 CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted
 ASSUMED_TOKENS = 800  # of a reply with its reasoning, where the recipe sets no limit

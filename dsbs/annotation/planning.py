@@ -22,8 +22,8 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.records import Example
 from dsbs.records.results import Rate, wilson
 from dsbs.run_folder import RunFolder
-from dsbs.shards import Shard
 from dsbs.tasks.data import position
+from dsbs.tasks.shards import Shard
 
 ASSUMED_SECONDS = 3.0  # of a reply, until one has been timed
 

@@ -39,8 +39,8 @@ from dsbs.formatting import count, listing
 from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
 from dsbs.run_folder import RunFolder
-from dsbs.shards import Shard
 from dsbs.tasks.data import survey
+from dsbs.tasks.shards import Shard
 
 Buying = Literal["online", "batch", "nothing"]  # how missing replies are bought
 

@@ -12,7 +12,7 @@ from dsbs.config import Recipe
 from dsbs.errors import PartialError
 from dsbs.progress import Progress
 from dsbs.run_folder import RunFolder
-from dsbs.shards import Shard, ShardResult, raise_lasting, run_on_ray
+from dsbs.tasks.shards import Shard, ShardResult, raise_lasting, run_on_ray
 
 
 class AnnotateShard(Protocol):

@@ -15,8 +15,8 @@ from dsbs.errors import UserError
 from dsbs.formatting import count
 
 if TYPE_CHECKING:
-    from dsbs.prediction import Options
-    from dsbs.shards import Shard
+    from dsbs.students.prediction import Options
+    from dsbs.tasks.shards import Shard
 
 Row = tuple[str, str | dict[str, Any]]  # its id, and a text or the task's fields
 
@@ -80,8 +80,8 @@ def predict(
     ] = None,
 ) -> None:
     """Label rows: a file of rows or lines of text in, predictions out."""
-    from dsbs.prediction import FORMATS, Options
-    from dsbs.shards import Shard
+    from dsbs.students.prediction import FORMATS, Options
+    from dsbs.tasks.shards import Shard
 
     output = None
     run_folder = None
@@ -125,7 +125,7 @@ def _rows(student: str, file: str) -> Iterator[Row]:
 def _print_predictions(
     student: str, file: str, options: Options, workers: int, shard: Shard | None
 ) -> None:
-    from dsbs.prediction import predict_in_processes, predict_rows
+    from dsbs.students.prediction import predict_in_processes, predict_rows
     from dsbs.students.student import Student
 
     rows: Iterable[Row] = _rows(student, file)
@@ -150,7 +150,7 @@ def _write_predictions(
     shard: Shard | None,
     engine: Literal["local", "ray"],
 ) -> None:
-    from dsbs.prediction import predict_file, predict_on_ray
+    from dsbs.students.prediction import predict_file, predict_on_ray
 
     open_rows = partial(_rows, str(Path(student).absolute()), file)
     if engine == "ray":

@@ -17,7 +17,7 @@ from dsbs import PartialError, UserError, annotate, load_recipe
 from dsbs.annotation.planning import pilot, plan, stratified
 from dsbs.annotation.run import merge
 from dsbs.records import Example
-from dsbs.shards import Shard
+from dsbs.tasks.shards import Shard
 
 
 def always_billing(body: dict[str, Any], number: int) -> str:

@@ -15,7 +15,7 @@ from loopback import LoopbackServer
 from dsbs import PartialError, UserError, annotate, load_recipe
 from dsbs.annotation.shards import annotate_shard, combine_results, shard_recipe
 from dsbs.annotation.summary import SplitSummary
-from dsbs.shards import Shard, ShardResult, check_resources, run_shard
+from dsbs.tasks.shards import Shard, ShardResult, check_resources, run_shard
 
 
 def test_limits_are_split_among_the_shards(toy: Callable[..., Path]) -> None:

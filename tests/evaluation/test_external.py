@@ -321,7 +321,14 @@ def test_a_name_that_is_a_students_is_refused_and_its_predictions_stay(
     theirs.parent.mkdir(parents=True)
     write_jsonl(
         theirs,
-        [{"schema": "dsbs.prediction/1", "id": "r1000", "raw": "billing", "made_by": "3f2a"}],
+        [
+            {
+                "schema": "dsbs.prediction/1",
+                "id": "r1000",
+                "raw": "billing",
+                "made_by": "3f2a",
+            }
+        ],
     )
     before = theirs.read_bytes()
     with pytest.raises(UserError, match=r"distill-teacher-s3\.jsonl is a student's"):

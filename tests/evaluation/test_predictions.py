@@ -53,7 +53,8 @@ def as_first_version(path: Path) -> None:
     old = ("id", "gold", "raw", "prediction", "correct", "rationale", "latency_ms", "made_by")
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     write_jsonl(
-        path, [{"schema": "dsbs.prediction/1"} | {key: row[key] for key in old} for row in rows]
+        path,
+        [{"schema": "dsbs.prediction/1"} | {key: row[key] for key in old} for row in rows],
     )
 
 

@@ -33,9 +33,9 @@ from dsbs.files import (
 )
 from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress, running
-from dsbs.shards import Shard, raise_lasting, run_on_ray, shard_number
 from dsbs.students.student import Answer, Student
 from dsbs.students.weights import usable_cores
+from dsbs.tasks.shards import Shard, raise_lasting, run_on_ray, shard_number
 
 Row = tuple[str, str | dict[str, Any]]  # its id, and a text or the task's fields
 FORMATS = (".jsonl", ".csv", ".parquet")

@@ -16,13 +16,13 @@ from encoder_models import save_label_head, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbs import prediction
 from dsbs.errors import UserError
 from dsbs.files import cut_torn_line
-from dsbs.prediction import Options, predict_file, predict_on_ray
 from dsbs.progress import NoProgress
-from dsbs.shards import Shard, ShardResult
+from dsbs.students import prediction
+from dsbs.students.prediction import Options, predict_file, predict_on_ray
 from dsbs.students.student import Student
+from dsbs.tasks.shards import Shard, ShardResult
 
 ROWS = [(f"r{i}", {"text": text}) for i, text in enumerate(texts(50))]
 OPTIONS = Options(batch_size=2, top=2)  # chunks of 16 rows
