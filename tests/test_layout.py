@@ -11,7 +11,6 @@ from conftest import ROOT
 RANKS = {
     "errors": 0, "files": 1, "progress": 1, "formatting": 1, "records": 2,
     "config": 3, "tasks": 4, "run_folder": 4, "prompting": 5, "students": 5,
-
     "annotation": 7, "training": 7, "evaluation": 7, "reporting": 7, "exporting": 7, "serving": 7,
     "compression": 8, "project": 8,
     "": 9, "cli": 9, "__main__": 10,
