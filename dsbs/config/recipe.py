@@ -129,14 +129,26 @@ class TaskSection(Section):
         return self
 
 
+class RationaleDecoderSection(Section):
+    """A small decoder over an encoder's states."""
+
+    layers: int = Field(2, ge=1)
+    """Number of layers."""
+
+
 class StudentSection(Section):
-    """The small model: a pretrained T5 or decoder-only model (Qwen, Llama, SmolLM), or a T5 with
-    random weights.
+    """The small model: a pretrained encoder (MiniLM, DeBERTa, ModernBERT), T5 or decoder-only model
+    (Qwen, Llama, SmolLM), or a T5 with random weights.
     """
 
     model: str | None = None
-    """A Hub id (google/t5-v1_1-base, Qwen/Qwen3-0.6B), a folder, a .gguf file or
-    ``smollm2-135m-instruct``. None: random weights."""
+    """A Hub id (google/t5-v1_1-base, Qwen/Qwen3-0.6B), a folder, a .gguf file,
+    ``smollm2-135m-instruct`` or ``minilm-l6``. None: random weights."""
+    head: Literal["auto", "text", "labels"] = "auto"
+    """How it gives its label. text: it writes the label; labels: a linear layer chooses among the
+    task's closed set of labels. auto: labels for encoders, text for all others."""
+    rationale_decoder: RationaleDecoderSection = RationaleDecoderSection()
+    """The decoder that writes an encoder's rationales; prediction of labels does not need it."""
     template: Literal["auto", "plain", "chat"] = "auto"
     """The input format of decoder-only models. auto: chat if the tokenizer has a chat template,
     else plain."""
@@ -185,7 +197,9 @@ class StudentSection(Section):
         """The keys that decide a student. ``template: auto`` decides nothing by itself: the token
         ids tell its format.
         """
-        exclude = {"template"} if self.template == "auto" else None
+        exclude = {name for name in ("template", "head") if getattr(self, name) == "auto"}
+        if self.rationale_decoder == RationaleDecoderSection():
+            exclude.add("rationale_decoder")
         return self.model_dump(mode="json", exclude=exclude)
 
     @property
@@ -354,6 +368,8 @@ class Recipe(Section):
             exclude |= {name for name, values in self.train.tune if values is not None}
         if self.train.loss_mean == "micro":
             exclude.remove("micro_batch_size")
+        if self.train.head_learning_rate is None:  # follows from the learning rate
+            exclude.add("head_learning_rate")
         return digest(
             canonical_json(self.resolved_train.model_dump(mode="json", exclude=exclude)),
             canonical_json(self.student.settings),

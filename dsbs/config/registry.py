@@ -58,7 +58,10 @@ METRICS = {
     "equation_value": "dsbs.evaluation.metrics:EQUATION_VALUE",
     "parse_failure": "dsbs.evaluation.metrics:PARSE_FAILURE",
     "macro_f1": "dsbs.evaluation.metrics:MACRO_F1",
-    "ece": "dsbs.evaluation.metrics:ECE",
+    "log_loss": "dsbs.evaluation.calibration:LOG_LOSS",
+    "brier": "dsbs.evaluation.calibration:BRIER",
+    "confidence_auroc": "dsbs.evaluation.calibration:CONFIDENCE_AUROC",
+    "ece": "dsbs.evaluation.calibration:ECE",
     "rouge_l": "dsbs.evaluation.rationales:ROUGE_L",
     "rationale_empty": "dsbs.evaluation.rationales:RATIONALE_EMPTY",
     "rationale_truncated": "dsbs.evaluation.rationales:RATIONALE_TRUNCATED",
@@ -84,10 +87,12 @@ EXPORT_FORMATS = {
     "torch": "dsbs.exporting.torch:TorchFormat",
 }
 
-# (kind, format) of a student's card: a class with `load(path, card)`, dsbs.students.backends.
+# (kind, format) of a student's card, or ("labels", format) for a label head: a class with
+# `load(path, card)`, dsbs.students.backends.
 BACKENDS = {
     ("seq2seq", "transformers"): "dsbs.students.backends.transformers:EncoderDecoderBackend",
     ("causal", "transformers"): "dsbs.students.backends.transformers:DecoderBackend",
+    ("labels", "transformers"): "dsbs.students.backends.label_head:LabelHeadBackend",
     ("seq2seq", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2Backend",
     ("causal", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2DecoderBackend",
     ("causal", "gguf"): "dsbs.students.backends.llama_server:LlamaServerBackend",

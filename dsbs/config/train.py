@@ -155,6 +155,9 @@ class TrainSection(Section):
     """The optimizer; adafactor needs less memory."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate. None: 5e-5 for a pretrained student, 1e-3 for one from scratch."""
+    head_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of a label head's new layers, the rationale decoder included. None: ten
+    times ``learning_rate``."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate decays after warm-up; linear and cosine end at 0 at the last step."""
     warmup_steps: int = Field(0, ge=0)
@@ -285,6 +288,8 @@ class TrainSection(Section):
         }
         values = dict(self)
         values |= {key: value for key, value in defaults.items() if values[key] is None}
+        if values["head_learning_rate"] is None:
+            values["head_learning_rate"] = 10 * values["learning_rate"]
         return ResolvedTrainSection.model_construct(**values)
 
 
@@ -293,6 +298,8 @@ class ResolvedTrainSection(TrainSection):
 
     learning_rate: float = Field(PRETRAINED_LEARNING_RATE, gt=0)
     """Peak learning rate."""
+    head_learning_rate: float = Field(10 * PRETRAINED_LEARNING_RATE, gt=0)
+    """Peak learning rate of a label head's new layers."""
     max_steps: int = Field(PRETRAINED_MAX_STEPS, gt=0)
     """Optimizer steps."""
 

@@ -17,10 +17,9 @@ from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Floats, counts_interval, mean_interval
 from dsbs.records import Example, Prediction, Unread
-from dsbs.records.results import Bin, Measure
+from dsbs.records.results import Measure
 from dsbs.tasks import Task
 
-NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
 RowValues = NDArray[np.float64]  # (seeds, rows); NaN where a metric is undefined for a row
 
 
@@ -150,12 +149,11 @@ class Measures:
     metrics: dict[str, Measure] = field(default_factory=dict)  # in the registry's order
     compared: dict[str, RowValues] = field(default_factory=dict)  # of `Metric.compares_systems`
     recall: dict[str, Measure] = field(default_factory=dict)  # by label that some row has
-    calibration: list[Bin] = field(default_factory=list)  # empty: some probability is unknown
 
 
 def measure(predictions: SystemPredictions) -> Measures:
     """Compute every registered metric that applies."""
-    measures = Measures(recall=recall(predictions), calibration=calibration_bins(predictions))
+    measures = Measures(recall=recall(predictions))
     for name in METRICS:
         metric: Metric = entry(METRICS, name)
         result = None
@@ -364,59 +362,4 @@ MACRO_F1 = Metric(
     source="mean F1 of the classes that are gold or predicted in some row (scikit-learn)",
     higher_is_better=True,
     aggregate=_macro_f1,
-)
-
-
-# --- calibration
-
-
-def calibration_bins(predictions: SystemPredictions) -> list[Bin]:
-    """Bins of the predictions of all seeds; empty where a prediction has no probability."""
-    probabilities: list[float] = []
-    for file in predictions.files:
-        for prediction in file.predictions:
-            if prediction.probability is None:
-                return []
-            probabilities.append(prediction.probability)
-    correct = np.concatenate([file.correct for file in predictions.files])
-    return binned(np.array(probabilities), correct)
-
-
-def binned(probabilities: Floats, correct: NDArray[np.bool_]) -> list[Bin]:
-    """Ten bins (low, high] of equal width, without the empty ones; both inputs (predictions,)."""
-    edges = np.arange(1, NUM_BINS) / NUM_BINS
-    bin_index = np.searchsorted(edges, probabilities, side="left")  # 0 is in the first bin as well
-    bins = []
-    for i in np.unique(bin_index).tolist():
-        in_bin = bin_index == i
-        bins.append(
-            Bin(
-                low=i / NUM_BINS,
-                high=(i + 1) / NUM_BINS,
-                n=int(in_bin.sum()),
-                confidence=float(probabilities[in_bin].mean()),
-                accuracy=float(correct[in_bin].mean()),
-            )
-        )
-    return bins
-
-
-def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: the mean |accuracy - confidence| of a prediction's bin."""
-    weighted = sum(b.n * abs(b.accuracy - b.confidence) for b in bins)
-    return weighted / sum(b.n for b in bins)
-
-
-def _ece(predictions: SystemPredictions) -> Measure | None:
-    bins = calibration_bins(predictions)
-    if not bins:
-        return None
-    return Measure(value=calibration_error(bins), n=len(predictions.files[0].rows))
-
-
-ECE = Metric(
-    title="Expected calibration error",
-    source="Guo et al., 2017, equation 3: 10 bins of equal width",
-    higher_is_better=False,
-    aggregate=_ece,
 )

@@ -6,7 +6,7 @@ aside and made again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -108,6 +108,7 @@ def predict_student(
             prediction=answer.label,
             correct=is_correct(model.task, answer.label, row),
             probability=answer.probability,
+            distribution=rounded(answer.distribution),
             truncated=answer.truncated,
             rationale=answer.rationale,
             rationale_truncated=answer.rationale_truncated,
@@ -120,6 +121,13 @@ def predict_student(
     )
     write_jsonl(path, (prediction.model_dump_json(by_alias=True) for prediction in predictions))
     return path
+
+
+def rounded(distribution: Mapping[str, float] | None) -> dict[str, float] | None:
+    """A distribution as files have it: six decimals tell labels and students apart."""
+    if distribution is None:
+        return None
+    return {label: round(share, 6) for label, share in distribution.items()}
 
 
 def _take_back(path: Path, fingerprint: str) -> bool:

@@ -14,6 +14,7 @@ from dsbs.config import EvalSection, base_of
 from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Scores, accuracy, label_efficiency
+from dsbs.evaluation.calibration import calibration_bins
 from dsbs.evaluation.metrics import RowValues, Scored, SystemPredictions, measure
 from dsbs.evaluation.significance import Difference, holm, paired_difference
 from dsbs.records import Example, TrainedStudent
@@ -98,7 +99,8 @@ def score_system(
 
     ``teacher_rationales`` as in `SystemPredictions`.
     """
-    measures = measure(SystemPredictions(task, system.files, clusters, teacher_rationales))
+    predictions = SystemPredictions(task, system.files, clusters, teacher_rationales)
+    measures = measure(predictions)
     system.row_values = measures.compared
     total = accuracy(system.scores, len(system.files), clusters)
     unreadable = [label is None for file in system.files for label in file.labels]
@@ -113,7 +115,7 @@ def score_system(
         unreadable=statistics.mean(unreadable),
         metrics=measures.metrics,
         recall=measures.recall,
-        calibration=measures.calibration,
+        calibration=calibration_bins(predictions),
         megabytes=system.megabytes,
         ms_per_example=_ms_per_example(system),
         latency=system.latency,

@@ -53,7 +53,7 @@ def validate(recipe: Recipe) -> Validation:
     """Check a recipe against its data. Raises UserError for what would stop a later command."""
     task = make_task(recipe.task)
     check_terms(recipe.train, task, grid(recipe.train))
-    check_student(recipe)
+    check_student(recipe, task.labels)
     splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
     warnings: list[str] = []

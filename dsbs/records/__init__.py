@@ -147,6 +147,8 @@ class Prediction(_Record):
     correct: bool | None = None
     probability: float | None = None
     """The system's probability of ``raw``, in [0, 1]."""
+    distribution: dict[str, float] | None = Field(None, exclude_if=_is_none)
+    """The probability of each label. None: the system has none, as where a label is written."""
     truncated: bool | None = None
     """Whether the token budget ended the text."""
     rationale: str | None = None

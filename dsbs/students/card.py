@@ -5,12 +5,13 @@ architectures that a student can have.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dsbs.config import Recipe, TaskSection
+from dsbs.config import Recipe, StudentSection, TaskSection, base_of
 from dsbs.errors import UserError
 from dsbs.students.weights import (
     expand_local,
@@ -22,7 +23,9 @@ from dsbs.students.weights import (
 )
 
 CARD = "student.json"
-Architecture = Literal["seq2seq", "causal"]  # encoder-decoder (T5), or decoder-only (Llama, Qwen)
+# Encoder-decoder (T5), decoder-only (Llama, Qwen) or encoder (BERT, MiniLM, ModernBERT).
+Architecture = Literal["seq2seq", "causal", "encoder"]
+Head = Literal["text", "labels"]
 Template = Literal["plain", "chat"]  # text and line break, or the tokenizer's chat template
 Format = Literal["transformers", "ct2", "onnx", "torch", "gguf"]
 Target = Literal["label", "rationale", "rationale-then-label", "label-then-rationale"]
@@ -52,6 +55,10 @@ class StudentCard(BaseModel):
     kind: Architecture = "seq2seq"
     format: Format = "transformers"
     """Format of the weights in the folder: transformers' own, or an export's."""
+    head: Head = "text"
+    """Whether it writes its label as text, or chooses it by a linear layer over ``classes``."""
+    classes: tuple[str, ...] = ()
+    """The labels of a label head, in the order of its outputs."""
     template: Template | None = None
     """How the prompts of a decoder-only student are written. None: it is not decoder-only."""
 
@@ -84,6 +91,12 @@ def read_card(path: str | Path) -> StudentCard:
 
 # Encoder-decoders with T5's tokenizer, padding and position biases; Flan-T5 is a t5.
 _T5_TYPES = ("t5", "mt5")
+# Models in which each token attends to later ones, so that they cannot write text.
+_ENCODER_TYPES = (
+    "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra",
+    "ernie", "eurobert", "ibert", "modernbert", "mpnet", "nomic_bert", "nystromformer", "rembert",
+    "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
 
 
 def architecture_of(source: str | None) -> Architecture:
@@ -99,7 +112,7 @@ def architecture_of(source: str | None) -> Architecture:
         return "causal"
     from transformers.utils.hub import cached_file
 
-    folder = Path(source).expanduser()
+    folder = Path(expand_local(source))
     if folder.is_dir() and not (folder / "config.json").is_file():
         return "seq2seq"  # a tokenizer alone; loading a model from it fails with a clear message
     silence_transformers()
@@ -110,7 +123,8 @@ def architecture_of(source: str | None) -> Architecture:
         raise loading_error("configuration", source, error) from None
     # Every encoder-decoder's file sets this: the default of transformers is False.
     if not config.get("is_encoder_decoder"):
-        return "causal"
+        is_encoder = config.get("model_type") in _ENCODER_TYPES and not config.get("is_decoder")
+        return "encoder" if is_encoder else "causal"
     if config.get("model_type", "t5") not in _T5_TYPES:
         raise UserError(
             f"{source} is an encoder-decoder of type {config['model_type']}; a student is a T5 or "
@@ -132,11 +146,29 @@ def max_positions(source: str) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_student(recipe: Recipe) -> None:
-    """Raises UserError for keys that do not apply to the student, and for too many tokens."""
+def head_of(section: StudentSection, init: str | None = None) -> Head:
+    """The head of a recipe's student; ``auto`` is a label head for an encoder, else text."""
+    if section.head != "auto":
+        return section.head
+    return "labels" if architecture_of(init or section.source) == "encoder" else "text"
+
+
+def check_student(recipe: Recipe, labels: Sequence[str] | None) -> None:
+    """Raises UserError for keys that do not apply to the student, and for too many tokens.
+
+    ``labels`` is the task's closed set of labels; None: it has none.
+    """
     section = recipe.student
     source = recipe.train.init or section.source
-    if architecture_of(source) == "causal":
+    architecture = architecture_of(source)
+    if head_of(section, recipe.train.init) == "labels":
+        _check_label_head(recipe, labels)
+    elif architecture == "encoder":
+        raise UserError(
+            f"student.head: text needs a model that writes, and {source} is an encoder",
+            hint="remove student.head, or use a T5 or a decoder such as Qwen/Qwen3-0.6B",
+        )
+    if architecture == "causal":
         _check_decoder(recipe, str(source))
     elif section.template != "auto":
         raise UserError(
@@ -144,6 +176,20 @@ def check_student(recipe: Recipe) -> None:
             f"{source or 'this student'} is a T5",
             hint="remove student.template",
         )
+
+
+def _check_label_head(recipe: Recipe, labels: Sequence[str] | None) -> None:
+    if labels is None:
+        raise UserError(
+            f"student.head: labels needs a closed set of labels, and {recipe.task.name} has none",
+            hint="use student.head: text, with a T5 or a decoder",
+        )
+    for name in recipe.train.methods:
+        if base_of(name) in ("rationale-then-label", "label-then-rationale"):
+            raise UserError(
+                f"train.methods: {name} writes its label as text, and student.head is labels",
+                hint="remove the method, or use student.head: text",
+            )
 
 
 def _check_decoder(recipe: Recipe, source: str) -> None:

@@ -19,6 +19,8 @@ PROMPT_FORMAT_FILE = "wording.json"  # in the folder of an exported decoder
 TEMPLATE_DATE = "01 January 2025"
 _FIXED_DATE = "{% macro strftime_now(format) %}" + TEMPLATE_DATE + "{% endmacro %}"
 _PLACEHOLDER = "\ue000text\ue000"  # for a text in a template; from Unicode's private use area
+# Between premise and hypothesis in the published code: T5's end token. Encoders read a pair there.
+PAIR_SEPARATOR = "</s>"
 _LABEL_MARKER = " Answer: "
 _RATIONALE_MARKER = " Because: "
 Tokenize = Callable[[Sequence[str], bool], list[list[int]]]
@@ -103,8 +105,9 @@ def new_input_format(
 
     Raises UserError for a chat template that its tokenizer does not have.
     """
-    if architecture_of(init or section.source) == "seq2seq":
-        return PlainFormat(tokenizer)
+    architecture = architecture_of(init or section.source)
+    if architecture != "causal":
+        return input_format_of(tokenizer, architecture)
     has_chat_template = bool(tokenizer.chat_template)
     if section.template == "chat" and not has_chat_template:
         raise UserError(
@@ -113,8 +116,19 @@ def new_input_format(
             hint="use student.template: plain, or a model that was tuned to chat",
         )
     if has_chat_template and section.template != "plain":
-        return ChatFormat(tokenizer, "chat")
-    return ChatFormat(tokenizer, "plain")
+        return input_format_of(tokenizer, architecture, "chat")
+    return input_format_of(tokenizer, architecture, "plain")
+
+
+def input_format_of(
+    tokenizer: Any, architecture: Architecture, template: Template | None = None
+) -> InputFormat:
+    """The format of an architecture; decoder-only models have a template."""
+    if architecture == "encoder":
+        return EncoderFormat(tokenizer)
+    if architecture == "seq2seq":
+        return PlainFormat(tokenizer)
+    return ChatFormat(tokenizer, template or "plain")
 
 
 class PlainFormat:
@@ -136,6 +150,59 @@ class PlainFormat:
 
     def identity(self, *, target: bool) -> tuple[str, ...]:
         return ()
+
+
+class EncoderFormat:
+    """A text, or a pair of texts, between the tokenizer's special tokens.
+
+    A target of the rationale decoder ends with the separator, and its first token is the
+    tokenizer's first special token.
+    """
+
+    kind: Architecture = "encoder"
+    template: Template | None = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.end = int(tokenizer.sep_token_id)
+
+    def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        """See ``InputFormat``. A text with PAIR_SEPARATOR is a pair, whose longer part is cut."""
+        truncation: dict[str, Any] = {}
+        if limit is not None:
+            truncation = {"truncation": "longest_first", "max_length": limit}
+        parts = [text.partition(PAIR_SEPARATOR) for text in texts]
+        rows: list[list[int]] = [[] for _ in texts]
+        for is_pair in (False, True):
+            indices = [i for i, part in enumerate(parts) if bool(part[1]) == is_pair]
+            if not indices:
+                continue
+            second = [parts[i][2] for i in indices] if is_pair else None
+            encoded = self._tokenizer(
+                [parts[i][0] for i in indices],
+                second,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                **truncation,
+            )
+            for i, token_ids in zip(indices, encoded["input_ids"], strict=True):
+                rows[i] = token_ids
+        return rows
+
+    def write(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        text_limit = None if limit is None else limit - 1
+        return [[*token_ids[:text_limit], self.end] for token_ids in encoded["input_ids"]]
+
+    def identity(self, *, target: bool) -> tuple[str, ...]:
+        return ("target", str(self.end)) if target else ("pairs", PAIR_SEPARATOR)
 
 
 class PromptFormat(BaseModel):

@@ -38,6 +38,8 @@ class Answer:
     rationale_truncated: bool | None
     latency_ms: float
     """Wall time of the label's batch divided by its rows."""
+    distribution: dict[str, float] | None = None
+    """The probability of each label, in [0, 1]; None: the label was written as text."""
 
 
 class Student:
@@ -168,6 +170,9 @@ class Student:
             rationale = split_target(target, full.text)[1] or ""
             rationale_truncated = full.truncated
         label = self.task.read_label(raw, fields)
+        distribution = None
+        if generated.distribution is not None:
+            distribution = dict(zip(self.card.classes, generated.distribution, strict=True))
         return Answer(
             raw=raw,
             label=None if isinstance(label, Unread) else label,
@@ -176,6 +181,7 @@ class Student:
             rationale=rationale,
             rationale_truncated=rationale_truncated,
             latency_ms=generated.latency_ms,
+            distribution=distribution,
         )
 
     def generate(

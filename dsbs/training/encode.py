@@ -74,10 +74,18 @@ class EncodedRows(Sequence[Encoded]):
 class Encoder:
     """Encodes rows as the inputs and targets of one student's views."""
 
-    def __init__(self, tokens: Tokens, max_input_tokens: int, max_target_tokens: int) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        max_input_tokens: int,
+        max_target_tokens: int,
+        classes: Sequence[str] = (),
+    ) -> None:
+        """``classes``: the labels of a label head, whose targets are their indices."""
         self._tokens = tokens
         self._max_input = max_input_tokens
         self._max_target = max_target_tokens
+        self._class_of = {label: index for index, label in enumerate(classes)}
 
     def rows(self, rows: Sequence[Row], views: Sequence[View], labels: LabelSource) -> EncodedRows:
         """The rows with a target in at least one view; a view without a target is left out."""
@@ -95,13 +103,18 @@ class Encoder:
             inputs = self._tokens.indices(
                 view.prefix, [rows[i].text for i in chosen], self._max_input
             )
-            outputs = self._tokens.indices(
-                "", [text for i in chosen for text in targets[i]], self._max_target, target=True
-            )
+            outputs = self._outputs(view, [text for i in chosen for text in targets[i]])
             pairs = np.stack([np.repeat(inputs, counts[chosen]), outputs], axis=1)
             ends = np.concatenate([[0], np.cumsum(counts)])
             encoded[view.target] = ViewTargets(pairs, ends)
         return EncodedRows(self._tokens, encoded)
+
+    def _outputs(self, view: View, texts: Sequence[str]) -> NDArray[np.int32]:
+        """The indices of a view's targets: token ids, or the class of a label."""
+        if self._class_of and view.target == "label":
+            classes = self._tokens.class_rows(len(self._class_of))
+            return classes[[self._class_of[text] for text in texts]]
+        return self._tokens.indices("", texts, self._max_target, target=True)
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts as targets."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dsbs.config import LabelSource, TrainSection, base_of
 from dsbs.config.registry import METHODS, entry
-from dsbs.students.card import Start, Target
+from dsbs.students.card import Head, Start, Target
 
 BOTH = ("label", "rationale")  # the targets of a method that trains them as separate tasks
 PAPER = "Distilling Step-by-Step (Hsieh et al., 2023, arXiv:2305.02301)"
@@ -129,6 +129,16 @@ LABEL_THEN_RATIONALE = Method(
     limitation="The rationale is written after the label, which did not depend on it.",
     color="#E69F00",
 )
+
+
+def views_of(name: str, train: TrainSection, head: Head) -> tuple[View, ...]:
+    """The views of a method, for a student with ``head``.
+
+    A label head and a rationale share one input without a prefix.
+    """
+    if head == "labels":
+        train = train.model_copy(update={"task_token": "decoder"})
+    return method_of(name).views(train)
 
 
 def method_of(name: str) -> Method:

@@ -13,7 +13,7 @@ from dsbs.errors import UserError
 from dsbs.progress import NoProgress, Progress
 from dsbs.records import TrainedStudent
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students.card import check_student
+from dsbs.students.card import check_student, head_of
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
@@ -24,7 +24,7 @@ from dsbs.training.distillation.local_teachers import LocalTeachers, planned_tea
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
 from dsbs.training.grid import StudentSpec, Trial, Tuner, grid, trial_specs
-from dsbs.training.methods import method_of
+from dsbs.training.methods import method_of, views_of
 from dsbs.training.rows import Data, count_rationales, count_trainable, gather, vocabulary_text
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
@@ -71,7 +71,7 @@ def train(
         check_trackers(recipe)
     _check_precision(recipe)
     _check_processes(recipe)
-    check_student(recipe)
+    check_student(recipe, task.labels)
     hashes: dict[str, str] = {
         split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")
     }
@@ -130,11 +130,15 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     warnings = vocabulary_warnings(
         recipe.student, tokenizer, labels.union(task.labels or ()), texts
     )
-    encoder = Encoder(tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens)
+    head = head_of(recipe.student, recipe.train.init)
+    classes = task.labels or () if head == "labels" else ()
+    encoder = Encoder(
+        tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens, classes
+    )
     rows = data.subset(max(recipe.train.subset))
     systems = dict.fromkeys((spec.method, spec.labels) for spec in specs)
     for method, source in systems:
-        encoded = encoder.rows(rows, method_of(method).views(recipe.train), source)
+        encoded = encoder.rows(rows, views_of(method, recipe.train, head), source)
         warnings += encoder.truncation_warnings(encoded)
     return list(dict.fromkeys(warnings))
 
@@ -151,7 +155,7 @@ def planned(
     specs = grid(recipe.train)
     task = make_task(recipe.task)
     check_terms(recipe.train, task, specs)
-    check_student(recipe)
+    check_student(recipe, task.labels)
     data: Data | int = count_trainable(recipe, task)
     if annotated:
         data = gather(recipe, task, run_folder.path, specs)

@@ -15,7 +15,7 @@ from dsbs.files import canonical_json, digest, full_disk_as_partial, now, versio
 from dsbs.progress import Progress, running
 from dsbs.prompting import learned_source
 from dsbs.records import TrainedStudent
-from dsbs.students.card import StudentCard
+from dsbs.students.card import StudentCard, head_of
 from dsbs.students.student import Student
 from dsbs.students.tokenizer import tokenizer_hash
 from dsbs.students.weights import device, load_model, new_model, weights_fingerprint
@@ -39,7 +39,7 @@ from dsbs.training.encode import (
     soft_labels_hash,
 )
 from dsbs.training.grid import StudentFolder, StudentSpec, Trial
-from dsbs.training.methods import View, method_of
+from dsbs.training.methods import View, views_of
 from dsbs.training.rows import Data, count_rationales
 from dsbs.training.tokens import Tokens
 from dsbs.training.trainer import add_adapters, count_trainable, merge_adapters
@@ -73,10 +73,15 @@ class StudentRun:
         self.tokenizer = tokenizer
         self.input_format = tokens.input_format
         self.teachers = teachers
-        self.views: tuple[View, ...] = method_of(spec.method).views(spec.section)
+        task = make_task(recipe.task)
+        self.head = head_of(recipe.student, recipe.train.init)
+        self.classes: tuple[str, ...] = ()
+        if self.head == "labels":
+            self.classes = task.labels or ()
+        self.views: tuple[View, ...] = views_of(spec.method, spec.section, self.head)
         self.terms = terms_of(spec.section, spec.method)
         student = recipe.student
-        encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens)
+        encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens, self.classes)
         rows = data.subset(spec.subset)
         self.rows = encoder.rows(rows, self.views, spec.labels)
         self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
@@ -85,7 +90,7 @@ class StudentRun:
             self.soft_labels = encoder.soft_labels(rows, self.views[0], spec.labels)
         self.label_ids: list[list[int]] = []
         if any(term.needs_label_scores for term in self.terms):
-            self.label_ids = encoder.texts(make_task(recipe.task).labels or ())
+            self.label_ids = encoder.texts(task.labels or ())
         self._logprobs = train_folder / "logprobs"
         self.folder = StudentFolder(spec.path(train_folder), self._fingerprint(), spec)
 
@@ -215,12 +220,23 @@ class StudentRun:
 
     def _new_model(self) -> Any:
         section = self.recipe.resolved_train
-        model = new_model(self.recipe.student, self.tokenizer, self.spec.seed, section.init)
+        model = self._start_model()
         if section.gradient_checkpointing:
             model.activation_checkpointing_enable()
         if section.lora:
             model = add_adapters(model, section.lora)
         return model
+
+    def _start_model(self) -> Any:
+        """The model before training, without adapters."""
+        return new_model(
+            self.recipe.student,
+            self.tokenizer,
+            self.spec.seed,
+            self.recipe.train.init,
+            labels=len(self.classes),
+            explains=len(self.views) > 1,
+        )
 
     def _trainer(
         self,
@@ -276,7 +292,7 @@ class StudentRun:
     @property
     def eval_every(self) -> int:
         """Optimizer steps between validations."""
-        tokens = max_new_tokens(self.recipe, self.views[0])
+        tokens = 0 if self.head == "labels" else max_new_tokens(self.recipe, self.views[0])
         return validation_interval(self.recipe.resolved_train, self.rows, self.valid, tokens)
 
     def _distillation_loss(
@@ -355,6 +371,8 @@ class StudentRun:
             max_input_tokens=self.recipe.student.max_input_tokens,
             max_target_tokens=self.recipe.student.max_target_tokens,
             kind=self.input_format.kind,
+            head=self.head,
+            classes=self.classes,
             template=self.input_format.template,
         )
 
@@ -373,10 +391,9 @@ class StudentRun:
     def _load_checkpoint(self, checkpoint: Path) -> Any:
         """The plain model of a checkpoint, adapters merged."""
         section = self.recipe.resolved_train
-        if section.lora is None:
-            return load_model(str(checkpoint))
-        start = new_model(self.recipe.student, self.tokenizer, self.spec.seed, section.init)
-        return merge_adapters(start, checkpoint)
+        if section.lora is not None:
+            return merge_adapters(self._start_model(), checkpoint)
+        return load_model(str(checkpoint), labels=len(self.classes))
 
     def _save(self, student: Student, state: Any, metrics: MetricsLogger) -> None:
         if state.best_global_step is None:

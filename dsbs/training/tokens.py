@@ -52,6 +52,7 @@ class Tokens:
         self._indices: dict[tuple[str, int, bool], dict[str, int]] = {}
         self._identity: str | None = None
         self._used: set[str] = set()
+        self._classes: NDArray[np.int32] | None = None
 
     def __getitem__(self, index: int) -> NDArray[np.int32]:
         return self._ids[self._ends[index] : self._ends[index + 1]]
@@ -76,6 +77,15 @@ class Tokens:
             self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(lengths)])
             self._ids = np.concatenate([self._ids, ids])
         return np.fromiter((indices[text] for text in texts), np.int32, len(texts))
+
+    def class_rows(self, count: int) -> NDArray[np.int32]:
+        """The indices of rows of one id each: the classes from 0 to ``count`` - 1."""
+        if self._classes is None or len(self._classes) < count:
+            first = len(self._ends) - 1
+            self._ends = np.concatenate([self._ends, self._ends[-1] + 1 + np.arange(count)])
+            self._ids = np.concatenate([self._ids, np.arange(count, dtype=np.int32)])
+            self._classes = np.arange(first, first + count, dtype=np.int32)
+        return self._classes
 
     def sweep(self) -> None:
         """Remove cache files that this run did not use: of other texts, or of a killed run."""

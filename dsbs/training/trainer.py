@@ -19,6 +19,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from dsbs.config import LoraSection, ResolvedTrainSection, unknown
 from dsbs.errors import DsbsError, UserError, needs_extra
+from dsbs.students.heads import LabelHeadModel
 from dsbs.students.weights import device, supports_bf16
 from dsbs.training.distillation import StepTotals
 from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss
@@ -27,6 +28,7 @@ from dsbs.training.encode import PackedBatch, PaddedDataset
 from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
 from dsbs.training.methods import View
 from dsbs.training.packed import ForwardRunner, is_decoder_only, summed_losses
+from dsbs.training.packed.label_head import has_label_head, patch_label_head, split_new_layers
 from dsbs.training.packed.t5 import is_t5
 
 Batch = Mapping[str, PackedBatch]
@@ -112,7 +114,7 @@ class StepTrainer(Seq2SeqTrainer):
         self._last_logged_step: int | None = None
         # In all steps and processes, an interrupted run's included.
         self._totals = {"tokens": 0, "examples": 0}
-        packs = is_t5(self.model) or is_decoder_only(self.model)
+        packs = has_label_head(self.model) or is_t5(self.model) or is_decoder_only(self.model)
         without_padding = section.padding == "none" and packs
         if self.is_fsdp_enabled:
             if terms is not None:
@@ -207,6 +209,27 @@ class StepTrainer(Seq2SeqTrainer):
         counts |= self._terms.counts(batch) if self._terms else {}
         batches = self.current_gradient_accumulation_steps
         return {name: max(1, count) * batches for name, count in counts.items()}
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The stock optimizer, with ``train.head_learning_rate`` for a label head's new layers."""
+        optimizer = super().create_optimizer(model)
+        if has_label_head(self.model):
+            split_new_layers(optimizer, self.model, self._section.head_learning_rate)
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not isinstance(self.model, LabelHeadModel):
+            super()._save(output_dir, state_dict)
+            return
+        folder = str(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder)
+        torch.save(self.args, Path(folder) / "training_args.bin")
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, LabelHeadModel):
+            self.model.load_weights(Path(checkpoint))
+            return
+        super()._load_from_checkpoint(checkpoint, model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_fsdp_enabled:  # the stock one gathers in one process what all must gather
@@ -315,6 +338,9 @@ def patch_forward(
     forward. Without ``batch`` it computes what it did before.
     """
     forward = model.forward
+    if has_label_head(model):
+        patch_label_head(model, views, without_padding=without_padding)
+        return
     if is_decoder_only(model):
         if terms is not None:
             raise UserError(

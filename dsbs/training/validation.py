@@ -17,6 +17,7 @@ _MAX_SHARE = 0.2  # of a training's time, unless train.eval_every is set
 _MAX_COUNT = 20
 # Cost of a token that is generated, in tokens of a forward pass: measured on CPUs.
 _DECODING = 16
+_SMALLEST = 1e-30  # a probability that counts in a loss
 _BACKWARD = 2  # cost of a backward pass, in forward passes
 
 
@@ -55,13 +56,30 @@ def validate(
     ``rows`` are valid's, encoded for ``view``. ``selection`` orders steps by accuracy and, among
     equals, by lower loss, which counts for less than half a row.
     """
-    accuracy = _accuracy(student, recipe, data, view)
-    loss = _label_loss(student, recipe.eval.batch_size, rows, view)
+    if student.card.head == "labels":
+        accuracy, loss = _choose(student, recipe, data, view)
+    else:
+        accuracy = _accuracy(student, recipe, data, view)
+        loss = _label_loss(student, recipe.eval.batch_size, rows, view)
     return {
         "accuracy": accuracy,
         "label_loss": loss,
         "selection": accuracy + 0.5 / len(data.valid) / (1.0 + loss),
     }
+
+
+def _choose(student: Student, recipe: Recipe, data: Data, view: View) -> tuple[float, float]:
+    """A label head's accuracy and mean cross-entropy of the classes, in nats."""
+    inputs = [view.prefix + row.text for row in data.valid]
+    answers = student.generate(inputs, 0, recipe.eval.batch_size)
+    correct = 0
+    loss = 0.0
+    for answer, row in zip(answers, data.valid, strict=True):
+        label = str(row.label(data.valid_labels))
+        assert answer.distribution is not None  # a label head has one
+        correct += answer.text == label
+        loss -= math.log(max(answer.distribution[student.card.classes.index(label)], _SMALLEST))
+    return correct / len(data.valid), loss / len(data.valid)
 
 
 def max_new_tokens(recipe: Recipe, view: View) -> int:

@@ -15,12 +15,11 @@ from dsbs import UserError
 from dsbs.config import TaskSection
 from dsbs.config.registry import METRICS
 from dsbs.evaluation.bootstrap import Clusters
+from dsbs.evaluation.calibration import binned, calibration_bins, calibration_error
 from dsbs.evaluation.metrics import (
     Measures,
     Scored,
     SystemPredictions,
-    binned,
-    calibration_error,
     macro_f1,
     macro_f1_of_counts,
     measure,
@@ -46,6 +45,24 @@ def scored(
         for i, text in enumerate(raw)
     }
     return score(task, rows, predictions, "system")
+
+
+def with_distributions(gold: list[str], shares: list[list[float]]) -> Scored:
+    """Predictions with a distribution over the labels of NLI; the likeliest is the answer."""
+    labels = NLI.labels or ()
+    rows = [Example(id=str(i), input={"text": "t"}, label=label) for i, label in enumerate(gold)]
+    predictions = {}
+    for row, row_shares in zip(rows, shares, strict=True):
+        distribution = dict(zip(labels, row_shares, strict=True))
+        raw = max(distribution, key=distribution.__getitem__)
+        predictions[row.id] = Prediction(
+            id=row.id,
+            raw=raw,
+            probability=distribution[raw],
+            distribution=distribution,
+            made_by="test",
+        )
+    return score(NLI, rows, predictions, "system")
 
 
 def measured(task: Task, files: Sequence[Scored], clusters: Clusters = None) -> Measures:
@@ -253,7 +270,28 @@ def test_seeds_are_pooled_and_one_unknown_probability_leaves_calibration_undefin
     gold = ["neutral"] * 4
     first, other = (scored(NLI, gold, gold, [p] * 4) for p in (0.95, 0.75))
     measures = measured(NLI, [first, other])
-    assert sum(bin_.n for bin_ in measures.calibration) == 8
+    bins = calibration_bins(SystemPredictions(NLI, [first, other]))
+    assert sum(bin_.n for bin_ in bins) == 8
     assert measures.metrics["ece"].value == pytest.approx(0.15) and measures.metrics["ece"].n == 4
     unknown = scored(NLI, gold, gold, [0.9, 0.9, 0.9, None])
-    assert measured(NLI, [first, unknown]).calibration == []
+    assert calibration_bins(SystemPredictions(NLI, [first, unknown])) == []
+
+
+def test_log_loss_brier_and_auroc_by_hand_and_by_scikit_learn() -> None:
+    from sklearn.metrics import log_loss, roc_auc_score
+
+    gold = ["neutral", "entailment", "contradiction", "neutral"]
+    shares = [[0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.9, 0.05, 0.05]]
+    file = with_distributions(gold, shares)
+    metrics = measured(NLI, [file]).metrics
+    classes = sorted(NLI.labels or ())
+    by_class = [
+        [dict(zip(NLI.labels or (), row, strict=True))[c] for c in classes] for row in shares
+    ]
+    assert metrics["log_loss"].value == pytest.approx(log_loss(gold, by_class, labels=classes))
+    by_hand = [0.14, 0.26, 0.62, 0.81 + 0.9025 + 0.0025]
+    assert metrics["brier"].value == pytest.approx(np.mean(by_hand))
+    confidences = [max(row) for row in shares]
+    expected = roc_auc_score([True, True, False, False], confidences)
+    assert metrics["confidence_auroc"].value == pytest.approx(expected)
+    assert "log_loss" not in measured(NLI, [scored(NLI, gold, gold)]).metrics

@@ -17,10 +17,11 @@ class GeneratedText(NamedTuple):
 
     text: str
     truncated: bool  # whether the token limit ended it, not its end token
-    probability: (
-        float | None
-    )  # of all its tokens with the end token, in [0, 1]; None: not asked for
+    # of all its tokens with the end token, in [0, 1]; None: not asked for
+    probability: float | None
     latency_ms: float = 0.0  # wall time of its batch divided by the rows; backends leave it at 0
+    # of the student's classes, in their order; None: the label was written
+    distribution: tuple[float, ...] | None = None
 
 
 class Backend(Protocol):
@@ -90,9 +91,10 @@ def omp_threads() -> int:
 
 
 def _backend_class(card: StudentCard) -> Any:
-    if (card.kind, card.format) not in BACKENDS:
+    kind = "labels" if card.head == "labels" else card.kind
+    if (kind, card.format) not in BACKENDS:
         raise UserError(
             f"{card.name} is a {card.kind} model in {card.format} format, which dsbs cannot load",
             hint="use the student that it was exported from",
         )
-    return entry(BACKENDS, (card.kind, card.format))
+    return entry(BACKENDS, (kind, card.format))

@@ -1,0 +1,165 @@
+"""Calibration: how well probabilities agree with what is right, and the metrics of it.
+
+A system has a probability for its answer, or a distribution over the task's labels. Metrics that
+need the distribution are defined where every prediction has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsbs.evaluation.bootstrap import Floats
+from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
+from dsbs.records.results import Bin, Measure
+
+NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
+_SMALLEST = 1e-12  # a probability that counts in the log loss
+
+_Score = Callable[[Floats, NDArray[np.int64]], Floats]
+
+
+def calibration_bins(predictions: SystemPredictions) -> list[Bin]:
+    """Bins of the predictions of all seeds; empty where a prediction has no probability."""
+    probabilities: list[float] = []
+    for file in predictions.files:
+        for prediction in file.predictions:
+            if prediction.probability is None:
+                return []
+            probabilities.append(prediction.probability)
+    correct = np.concatenate([file.correct for file in predictions.files])
+    return binned(np.array(probabilities), correct)
+
+
+def binned(probabilities: Floats, correct: NDArray[np.bool_]) -> list[Bin]:
+    """Ten bins (low, high] of equal width, without the empty ones; both inputs (predictions,)."""
+    edges = np.arange(1, NUM_BINS) / NUM_BINS
+    bin_index = np.searchsorted(edges, probabilities, side="left")  # 0 is in the first bin as well
+    bins = []
+    for i in np.unique(bin_index).tolist():
+        in_bin = bin_index == i
+        bins.append(
+            Bin(
+                low=i / NUM_BINS,
+                high=(i + 1) / NUM_BINS,
+                n=int(in_bin.sum()),
+                confidence=float(probabilities[in_bin].mean()),
+                accuracy=float(correct[in_bin].mean()),
+            )
+        )
+    return bins
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Expected calibration error: the mean |accuracy - confidence| of a prediction's bin."""
+    weighted = sum(b.n * abs(b.accuracy - b.confidence) for b in bins)
+    return weighted / sum(b.n for b in bins)
+
+
+def _ece(predictions: SystemPredictions) -> Measure | None:
+    bins = calibration_bins(predictions)
+    if not bins:
+        return None
+    return Measure(value=calibration_error(bins), n=len(predictions.files[0].rows))
+
+
+ECE = Metric(
+    title="Expected calibration error",
+    source="Guo et al., 2017, equation 3: 10 bins of equal width",
+    higher_is_better=False,
+    aggregate=_ece,
+)
+
+
+# --- distributions over the labels
+
+
+def distributions(file: Scored, labels: Sequence[str]) -> Floats | None:
+    """(rows, labels), in [0, 1]; None where a prediction has none."""
+    rows = []
+    for prediction in file.predictions:
+        if prediction.distribution is None:
+            return None
+        rows.append([prediction.distribution.get(label, 0.0) for label in labels])
+    return np.array(rows)
+
+
+def _of_distributions(predictions: SystemPredictions, score: _Score) -> RowValues | None:
+    """(seeds, rows): ``score`` of each file's distributions and its gold labels' indices."""
+    labels = list(predictions.task.labels or ())
+    values = []
+    for file in predictions.files:
+        probabilities = distributions(file, labels)
+        if probabilities is None:
+            return None
+        gold = np.array([labels.index(label) for label in file.gold])
+        values.append(score(probabilities, gold))
+    return np.stack(values)
+
+
+def _log_loss(predictions: SystemPredictions) -> RowValues | None:
+    def score(probabilities: Floats, gold: NDArray[np.int64]) -> Floats:
+        of_gold = probabilities[np.arange(len(gold)), gold]
+        return np.asarray(-np.log(np.maximum(of_gold, _SMALLEST)))
+
+    return _of_distributions(predictions, score)
+
+
+def _brier(predictions: SystemPredictions) -> RowValues | None:
+    def score(probabilities: Floats, gold: NDArray[np.int64]) -> Floats:
+        errors = probabilities.copy()
+        errors[np.arange(len(gold)), gold] -= 1
+        return np.asarray((errors**2).sum(axis=1))
+
+    return _of_distributions(predictions, score)
+
+
+def _confidence_auroc(predictions: SystemPredictions) -> Measure | None:
+    values = []
+    for file in predictions.files:
+        confidences = [prediction.probability for prediction in file.predictions]
+        if None in confidences:
+            return None
+        value = auroc(np.array(confidences, dtype=np.float64), file.correct)
+        if value is not None:
+            values.append(value)
+    if not values:
+        return None
+    return Measure(value=float(np.mean(values)), n=len(predictions.files[0].rows))
+
+
+def auroc(scores: Floats, is_positive: NDArray[np.bool_]) -> float | None:
+    """The chance that a positive's score is above a negative's, ties by half; None without both.
+
+    The Mann-Whitney statistic divided by the number of pairs (Hanley and McNeil, 1982).
+    """
+    from scipy.stats import rankdata
+
+    positives = int(is_positive.sum())
+    negatives = len(is_positive) - positives
+    if positives == 0 or negatives == 0:
+        return None
+    ranks = rankdata(scores)[is_positive].sum()
+    return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+LOG_LOSS = Metric(
+    title="Log loss",
+    source="mean negative log-probability of the gold label, in nats",
+    higher_is_better=False,
+    row_values=_log_loss,
+)
+BRIER = Metric(
+    title="Brier score",
+    source="Brier, 1950: mean squared error of the distribution over the labels, in [0, 2]",
+    higher_is_better=False,
+    row_values=_brier,
+)
+CONFIDENCE_AUROC = Metric(
+    title="AUROC of confidence",
+    source="the chance that a right answer has a higher probability than a wrong one",
+    higher_is_better=True,
+    aggregate=_confidence_auroc,
+)

@@ -1,0 +1,289 @@
+"""Label heads: a linear layer over a closed set of labels, on the states of a pretrained model.
+
+The label is chosen in one pass instead of being written. The rationale is a second task for the
+same states, which is dropped at inference: Dual-Head Reasoning Distillation (Xu et al., 2025,
+arXiv:2509.21487) on the losses of Distilling Step-by-Step. An encoder-decoder writes rationales
+with its own decoder, a decoder-only model with its own output layer, and an encoder with a small
+decoder of its own that reads its states.
+
+Shapes: B rows, S input tokens, T target tokens, D hidden size, L labels, V vocabulary entries.
+This module imports torch, so it is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dsbs.config import StudentSection
+from dsbs.students.card import Architecture, architecture_of
+from dsbs.students.formats import start_token
+from dsbs.students.weights import (
+    load_model,
+    loading_error,
+    new_model,
+    pretrained_arguments,
+    silence_transformers,
+)
+
+HEAD_FILE = "head.safetensors"
+RATIONALE_FOLDER = "rationale_decoder"
+_INITIAL_DEVIATION = 0.02  # of new layers' weights, as BERT's (Devlin et al., 2019)
+
+
+class LabelHeadModel(nn.Module):
+    """``body`` with a linear layer over ``labels`` labels and, for encoders, a rationale decoder.
+
+    The states of an encoder (or of an encoder-decoder's encoder) are averaged over the input's
+    tokens; those of a decoder-only model are its last token's.
+    """
+
+    def __init__(
+        self,
+        body: Any,
+        labels: int,
+        architecture: Architecture,
+        rationale_decoder: Any = None,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.architecture = architecture
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(_hidden_size(body.config), labels)
+        self.rationale_decoder = rationale_decoder
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the pretrained model."""
+        return self.body.config
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.parameters()).device
+        return device
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids (B, S), attention_mask (B, S) -> (B, S, D)."""
+        body = self.body
+        if self.architecture == "seq2seq":
+            body = body.get_encoder()
+        elif self.architecture == "causal":
+            body = body.get_decoder()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if getattr(self.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = self._segments(input_ids)
+        states: Tensor = body(**inputs)[0]
+        return states
+
+    def _segments(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, S) -> (B, S): 0 up to the first separator, then 1."""
+        is_separator = (input_ids == self.config.sep_token_id).long()
+        segments: Tensor = (is_separator.cumsum(1) - is_separator).clamp(max=1)
+        return segments
+
+    def label_logits(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """states (B, S, D), attention_mask (B, S) -> (B, L)."""
+        if self.architecture == "causal":
+            last = attention_mask.sum(1) - 1
+            pooled = states[torch.arange(len(states), device=states.device), last]
+        else:
+            mask = attention_mask[..., None].to(states.dtype)
+            pooled = (states * mask).sum(1) / mask.sum(1)
+        return self.classify(pooled)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """pooled states (B, D) -> (B, L)."""
+        logits: Tensor = self.classifier(self.dropout(pooled))
+        return logits
+
+    def rationale_logits(
+        self, states: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
+    ) -> Tensor:
+        """decoder_input_ids (B, T), after states (B, S, D) -> (B, T, V)."""
+        if self.architecture == "encoder":
+            output = self.rationale_decoder(
+                input_ids=decoder_input_ids,
+                encoder_hidden_states=states,
+                encoder_attention_mask=attention_mask,
+                use_cache=False,
+            )
+        else:
+            output = self.body(
+                encoder_outputs=(states,),
+                attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                use_cache=False,
+            )
+        logits: Tensor = output.logits
+        return logits
+
+    @property
+    def start(self) -> int:
+        """The first token of a rationale."""
+        if self.architecture == "encoder":
+            return int(self.rationale_decoder.config.bos_token_id)
+        return start_token(self.config, "pad")
+
+    @torch.inference_mode()
+    def write_rationales(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
+    ) -> list[list[int]]:
+        """An encoder's rationales by greedy decoding, each up to its end token, inclusive."""
+        decoder = self.rationale_decoder
+        end = int(decoder.config.eos_token_id)
+        states = self.states(input_ids, attention_mask)
+        token_ids = torch.full((len(states), 1), self.start, device=states.device)
+        ended = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+        cache = None
+        limit = min(max_new_tokens, decoder.config.max_position_embeddings - 1)
+        for _ in range(limit):
+            output = decoder(
+                input_ids=token_ids if cache is None else token_ids[:, -1:],
+                encoder_hidden_states=states,
+                encoder_attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            chosen = output.logits[:, -1].argmax(-1).masked_fill(ended, end)
+            token_ids = torch.cat([token_ids, chosen[:, None]], dim=1)
+            ended |= chosen == end
+            if bool(ended.all()):
+                break
+        rows = []
+        for row in token_ids[:, 1:].tolist():
+            length = row.index(end) + 1 if end in row else len(row)
+            rows.append(row[:length])
+        return rows
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids (B, S), attention_mask (B, S) -> label logits (B, L)."""
+        return self.label_logits(self.states(input_ids, attention_mask), attention_mask)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the pretrained model in its own format, and the new layers beside it."""
+        folder = Path(folder)
+        self.body.save_pretrained(folder)
+        weights = {name: value.contiguous() for name, value in self.classifier.state_dict().items()}
+        save_file(weights, str(folder / HEAD_FILE))
+        if self.rationale_decoder is not None:
+            self.rationale_decoder.save_pretrained(folder / RATIONALE_FOLDER)
+
+    def load_weights(self, folder: Path) -> None:
+        """Read what ``save_pretrained`` wrote into this model."""
+        saved = load_label_head(str(folder), self.classifier.out_features)
+        self.load_state_dict(saved.state_dict())
+
+
+def new_label_head(
+    section: StudentSection,
+    tokenizer: Any,
+    labels: int,
+    seed: int,
+    init: str | None = None,
+    *,
+    explains: bool,
+) -> LabelHeadModel:
+    """The model that training starts from: pretrained weights, and new layers by ``seed`` alone.
+
+    ``explains``: an encoder gets a rationale decoder of ``student.rationale_decoder.layers``.
+    """
+    start = init or section.source
+    architecture = architecture_of(start)
+    if architecture == "encoder":
+        body = load_body(str(start), section.dropout)
+        body.config.sep_token_id = tokenizer.sep_token_id
+    else:
+        body = new_model(section, tokenizer, seed, init)
+    rate = 0.1 if section.dropout is None else section.dropout
+    # The generator of new layers is not the training's: a student with a rationale decoder draws
+    # the same dropout as one without.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LabelHeadModel(body, labels, architecture, dropout=rate)
+        nn.init.normal_(model.classifier.weight, std=_INITIAL_DEVIATION)
+        nn.init.zeros_(model.classifier.bias)
+        if explains and architecture == "encoder":
+            model.rationale_decoder = _new_rationale_decoder(body, section, tokenizer)
+    return model
+
+
+def load_label_head(source: str, labels: int) -> LabelHeadModel:
+    """The model in a student's folder. Raises DsbsError where it cannot be loaded."""
+    folder = Path(source)
+    body = load_body(source)
+    model = LabelHeadModel(body, labels, architecture_of(source))
+    try:
+        model.classifier.load_state_dict(load_file(str(folder / HEAD_FILE)))
+        if (folder / RATIONALE_FOLDER).is_dir():
+            from transformers import BertGenerationDecoder
+
+            decoder = BertGenerationDecoder.from_pretrained(folder / RATIONALE_FOLDER)
+            model.rationale_decoder = share_embeddings(decoder, body)
+    except Exception as error:  # the errors of safetensors and transformers share no root
+        raise loading_error("label head", source, error) from None
+    return model
+
+
+def load_body(source: str, dropout: float | None = None) -> Any:
+    """The pretrained model below a head, in float32: an encoder alone, or the whole model."""
+    if architecture_of(source) != "encoder":
+        return load_model(source, dropout)
+    from transformers import AutoModel
+
+    silence_transformers()
+    changes: dict[str, Any] = {}
+    if dropout is not None:
+        changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    try:
+        return AutoModel.from_pretrained(
+            **pretrained_arguments(source), dtype=torch.float32, **changes
+        )
+    except Exception as error:  # Hub, network and file errors share no root
+        raise loading_error("model", source, error) from None
+
+
+def _new_rationale_decoder(body: Any, section: StudentSection, tokenizer: Any) -> Any:
+    """A decoder with cross-attention over an encoder's states, which shares its embeddings."""
+    from transformers import BertGenerationConfig, BertGenerationDecoder
+
+    size = _hidden_size(body.config)
+    heads = int(body.config.num_attention_heads)
+    config = BertGenerationConfig(
+        vocab_size=body.get_input_embeddings().num_embeddings,
+        hidden_size=size,
+        num_hidden_layers=section.rationale_decoder.layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * size,
+        max_position_embeddings=section.max_target_tokens + 1,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        is_decoder=True,
+        add_cross_attention=True,
+        tie_word_embeddings=True,
+    )
+    return share_embeddings(BertGenerationDecoder(config), body)
+
+
+def share_embeddings(decoder: Any, body: Any) -> Any:
+    """Read and write with the encoder's token embeddings, where their width is the states'."""
+    embeddings = body.get_input_embeddings()
+    if embeddings.embedding_dim == _hidden_size(body.config):
+        decoder.set_input_embeddings(embeddings)
+        decoder.tie_weights()
+    return decoder
+
+
+def _hidden_size(config: Any) -> int:
+    for owner in (config, getattr(config, "text_config", None), getattr(config, "encoder", None)):
+        for name in ("hidden_size", "d_model", "n_embd"):
+            size = getattr(owner, name, None)
+            if size is not None:
+                return int(size)
+    raise AttributeError(f"{type(config).__name__} has no hidden size")
