@@ -78,6 +78,9 @@ def predict_student(
     data = canonical_json([[row.id, row.input] for row in rows])
     # A student that reasons first writes its rationale in any case.
     decoding = ["rationales"] if explain and not card.reasons_first else []
+    scores_labels = options.score_labels and card.writes_label_alone
+    if scores_labels:
+        decoding.append("score-labels")
     fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
     if made_by(path) == fingerprint or _take_back(path, fingerprint):
         return path
@@ -97,6 +100,7 @@ def predict_student(
         batch_size=options.batch_size,
         max_label_tokens=options.max_label_tokens,
         canonical=True,
+        score_labels=scores_labels,
     )
     prompt = digest(canonical_json(card.prefixes), canonical_json(card.starts))
     predictions = (

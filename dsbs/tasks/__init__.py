@@ -131,6 +131,18 @@ class Task:
         """
         raise NotImplementedError
 
+    def answer(
+        self, text: str, fields: Fields, distribution: Mapping[str, float] | None
+    ) -> str | Unread:
+        """The label of a student's output: what ``text`` states, else the most likely label.
+
+        ``distribution``: the probability of each label; None: unknown.
+        """
+        label = self.read_label(text, fields)
+        if isinstance(label, Unread) and distribution:
+            return max(distribution, key=distribution.__getitem__)
+        return label
+
     def correct(self, predicted: str, gold: str) -> bool:
         """Whether two canonical labels mean the same."""
         return predicted == gold
