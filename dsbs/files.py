@@ -162,6 +162,8 @@ def _not_json(path: Path, number: int, line: str, reason: str) -> UserError:
     hint = "fix or remove the line"
     if number == 1 and line.lstrip().startswith("["):
         hint = _array_hint(path)
+    elif line.strip() == "{":
+        hint = f"write each object on one line: jq -c . {path.name}"
     elif "\0" in line:
         problem += "; the line has NUL characters"
         hint = "remove the line; a file in UTF-16 must be saved as UTF-8"

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import good_answer, run_dsbs, toy_rows, write_csv
+from conftest import good_answer, run_dsbs, toy_rows, write_csv, write_jsonl
 from loopback import LoopbackServer
+
+from dsbs import UserError
+from dsbs.cli import replace_unencodable
+from dsbs.cli.common import print_json, read_rows
+from dsbs.config import TaskSection
+from dsbs.tasks import make_task
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -174,3 +182,80 @@ def test_a_reader_that_leaves_early_is_no_crash(toy: Callable[..., Path], tmp_pa
 def test_predicting_without_a_student_says_what_to_give(tmp_path: Path) -> None:
     done = run_dsbs("predict", "nowhere", cwd=tmp_path, input="x\n")
     assert done.returncode == 2 and "does not contain a student" in done.stderr
+
+
+# --- rows to predict, and output that is not UTF-8
+
+
+def rows_to_predict(file: str, name: str = "classification") -> list[tuple[str, Any]]:
+    section: dict[str, Any] = {"name": name, "data": {"train": "x"}}
+    if name == "classification":
+        section |= {"labels": ["billing", "shipping"], "columns": {"text": "message", "id": "key"}}
+    return list(read_rows(file, make_task(TaskSection.model_validate(section))))
+
+
+@pytest.mark.parametrize("kind", ["CSV", "tsv", "jsonl", "parquet"])
+def test_a_file_of_rows_is_predicted_as_data_are_read(tmp_path: Path, kind: str) -> None:
+    rows = [{"key": "007", "message": "My parcel"}, {"key": "8", "message": "A bill"}]
+    path = tmp_path / f"in.{kind}"
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    elif kind == "parquet":
+        pytest.importorskip("pandas").DataFrame(rows).to_parquet(path)
+    else:
+        write_csv(path, rows)
+        if kind == "tsv":
+            path.write_text(path.read_text().replace(",", "\t"))
+    expected = [("007", {"text": "My parcel"}), ("8", {"text": "A bill"})]
+    assert rows_to_predict(str(path)) == expected
+
+
+def test_lines_of_text_and_of_json_are_rows_with_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = 'My parcel\n\n  {"message": "A bill"}\n{"key": 7, "message": "é"}\n'
+    (tmp_path / "in.txt").write_bytes(lines.encode())
+    expected = [("1", "My parcel"), ("3", {"text": "A bill"}), ("7", {"text": "é"})]
+    assert rows_to_predict(str(tmp_path / "in.txt")) == expected
+    stdin = io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert rows_to_predict("-") == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é".encode("latin-1"))))
+    with pytest.raises(UserError, match="stdin is not UTF-8"):
+        rows_to_predict("-")
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "text", "told"),
+    [
+        ("in.csv", "classification", "message\nhello\n nan\nnan\n", r"in\.csv:3: message is 'nan'"),
+        ("in.txt", "classification", 'hello\n{"message": ""}\n', r"in\.txt:2: message is empty"),
+        ("in.txt", "classification", 'hello\n{"message"\n', r"in\.txt:2: not valid JSON"),
+        ("in.txt", "cqa", "hello\n", r"in\.txt:1: plain text, but cqa needs the fields of a row"),
+    ],
+)
+def test_a_row_that_cannot_be_predicted_is_named(
+    tmp_path: Path, name: str, task: str, text: str, told: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=told):
+        rows_to_predict(str(tmp_path / name), task)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_json_is_whole_and_text_readable_in_every_encoding(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = {"text": "é – 日本 \ud83d"}
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
+    replace_unencodable()
+    print("é – 日本 \ud83d")
+    if encoding != "utf-8":
+        print_json(value)
+    sys.stdout.flush()
+    first, *rest = output.getvalue().decode(encoding).splitlines()
+    assert first == {"ascii": "? ? ?? ?", "latin-1": "é ? ?? ?", "cp1252": "é – ?? ?"}.get(
+        encoding, "é – 日本 ?"
+    )
+    assert [json.loads(line) for line in rest] == [value] * (encoding != "utf-8")

@@ -17,9 +17,10 @@ RANKS = {
 }  # fmt: skip
 STAGES = {"annotation", "training", "evaluation", "reporting", "exporting", "serving"}
 HEAVY = {
-    "accelerate", "aiohttp", "ctranslate2", "datasets", "evaluate", "fastapi", "gguf", "matplotlib",
-    "onnx", "onnxruntime", "onnxscript", "openai", "peft", "pyarrow", "rapidfuzz", "ray", "scipy",
-    "sentencepiece", "sklearn", "statsmodels", "torch", "transformers", "uvicorn", "xllamacpp",
+    "accelerate", "aiohttp", "ctranslate2", "datasets", "datasketch", "evaluate", "fastapi", "gguf",
+    "matplotlib", "onnx", "onnxruntime", "onnxscript", "openai", "peft", "pyarrow", "rapidfuzz",
+    "ray", "scipy", "sentencepiece", "sklearn", "statsmodels", "torch", "transformers", "uvicorn",
+    "xllamacpp",
 }  # fmt: skip
 # Names that do not say what a variable holds.
 PLACEHOLDERS = {

@@ -30,6 +30,12 @@ def t5_like() -> Any:
     return learn_vocabulary(PLAIN, 200)
 
 
+@pytest.mark.parametrize("text", ["a" * 3_000_000, "Zx " * 1_000_000], ids=["word", "line"])
+def test_a_vocabulary_is_learned_from_a_text_of_megabytes(text: str) -> None:
+    tokenizer = learn_vocabulary([*PLAIN, text], 200)
+    assert tokenizer.unk_token_id not in tokenizer("invoice 42 Zx aaaa")["input_ids"]
+
+
 def test_text_within_the_vocabulary_gives_no_warning(t5_like: Any) -> None:
     texts = [
         "The parcel is wrong.",

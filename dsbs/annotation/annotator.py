@@ -35,6 +35,7 @@ from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream
 
 CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted
+ASSUMED_TOKENS = 800  # of a reply with its reasoning, where the recipe sets no limit
 _CHARACTERS_PER_TOKEN_AT_MOST = 9  # of a prompt that was read as a whole
 _CHECKED_CHARACTERS = 4000  # of a shorter prompt nothing is concluded
 _MAX_STOPS = 4  # that the API accepts; the parser cuts at all of them
@@ -381,6 +382,16 @@ def total_usd(price: Price | None, replies: Sequence[Reply]) -> float | None:
         return None
     costs = [price.usd(reply) for reply in replies]
     return None if None in costs else sum(cost for cost in costs if cost is not None)
+
+
+def expected_tokens(request: Request, recipe: Recipe) -> int:
+    """What a request is expected to use, for rate limits: its prompt and its reply's limit, or an
+    assumption where the recipe sets none.
+    """
+    tokens = token_budget(request.body)
+    if recipe.annotate.max_tokens is None:
+        tokens = min(tokens, ASSUMED_TOKENS)
+    return estimated_tokens(request.body) + tokens
 
 
 def estimated_tokens(body: dict[str, Any]) -> int:

@@ -408,7 +408,8 @@ class Budget:
                 raise PartialError(
                     f"annotate.max_usd: {dollars(self.spent)} spent on replies; one more might "
                     f"pass the limit of {dollars(limit)}",
-                    hint="raise the limit and run again: the replies so far are stored",
+                    hint="raise the limit, or lower annotate.max_tokens (what a reply may cost), "
+                    "and run again: the replies so far are stored",
                 )
             self._released.clear()
             await self._released.wait()  # replies in flight may turn out cheaper

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotation.annotator import CHARACTERS_PER_TOKEN, Annotator, RowReplies
+from dsbs.annotation.annotator import ASSUMED_TOKENS, CHARACTERS_PER_TOKEN, Annotator, RowReplies
 from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
-from dsbs.annotation.requester import RowsToRequest, buy_online
+from dsbs.annotation.requester import buy_online
 from dsbs.annotation.shards import Shard
 from dsbs.annotation.store import ReplyStore, open_store
-from dsbs.annotation.summary import SplitSummary, rounded_interval, write_annotations
+from dsbs.annotation.summary import RowsToRequest, SplitSummary, rounded_interval, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json
@@ -26,7 +26,6 @@ from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import position
 
 ASSUMED_SECONDS = 3.0  # of a reply, until one has been timed
-ASSUMED_TOKENS = 800  # of a reply with its reasoning, until one has been counted
 
 
 @dataclass(frozen=True, slots=True)

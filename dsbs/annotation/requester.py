@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from dsbs.annotation.annotator import (
@@ -19,6 +19,7 @@ from dsbs.annotation.annotator import (
     Outcome,
     RowReplies,
     estimated_tokens,
+    expected_tokens,
     max_requests_reached,
 )
 from dsbs.annotation.backends import RejectedError, Reply, Request, Teacher, TransientError
@@ -32,29 +33,20 @@ from dsbs.annotation.endpoint_pool import (
     backoff,
 )
 from dsbs.annotation.store import ReplyStore, Stored, token_budget
-from dsbs.annotation.summary import ProgressFigures, Refusals, SplitSummary
+from dsbs.annotation.summary import ProgressFigures, Refusals, RowsToRequest, SplitSummary
 from dsbs.errors import DsbsError, PartialError
 from dsbs.progress import Progress, running
 from dsbs.records import Example
 
 # Failures or equal refusals in a row after which the teacher is considered down.
 FAILURES_BEFORE_STOP = 16
+FAILURES_BEFORE_FIRST_ANSWER = 3  # of different rows
 # Refusals before any answer after which rows from elsewhere in the file are asked.
 REFUSALS_BEFORE_STOP = 5
 FLAGGED_BEFORE_STOP = 100  # of rows that a content filter flagged
 ROWS_ELSEWHERE = 3
 BILLED_TRIES = 2  # of a request whose replies cost and hold no answer
 _ROWS_PER_YIELD = 256
-
-
-@dataclass(frozen=True, slots=True)
-class RowsToRequest:
-    """Rows whose replies are to be bought, their number, and the summary to count in."""
-
-    title: str
-    examples: Callable[[], Iterable[Example]]
-    total: int
-    summary: SplitSummary
 
 
 def buy_online(
@@ -123,7 +115,8 @@ class Requester:
         self.has_answered = store.has_replies(self.identities, recipe.teacher.model)
         self.pending_keys: dict[str, asyncio.Event] = {}
         self.refusals = Refusals(store)
-        self.answered: Request | None = None  # one that the endpoint has answered
+        self.answered: Request | None = None  # one of this run that the endpoint has answered
+        self.last_failure = ""
         self.is_probing = False
         self.probed_keys: set[str] = set()
         self.go_on = asyncio.Event()  # cleared while it is found out whether the endpoint answers
@@ -278,7 +271,7 @@ class Requester:
             except RejectedError as error:
                 return await self._refuse(stored.key, error, wasted)
             except ExhaustedError as error:
-                return await self._fail(stored.key, error, wasted)
+                return self._fail(stored.key, error, wasted)
             key = self._key(request, state)
             failure = reply.failure
             is_empty = isinstance(failure, TransientError) and failure.kind == "empty"
@@ -293,9 +286,7 @@ class Requester:
             if isinstance(failure, DsbsError) and not isinstance(failure, PartialError):
                 raise failure
             if isinstance(failure, TransientError) and len(wasted) >= BILLED_TRIES:
-                return await self._fail(
-                    stored.key, ExhaustedError(str(failure), failure.kind), wasted
-                )
+                return self._fail(stored.key, ExhaustedError(str(failure), failure.kind), wasted)
             if not is_empty:
                 await self.stop_signal.sleep(backoff(len(wasted)))
 
@@ -312,13 +303,12 @@ class Requester:
             started = self.sent
             self.rows.summary.requests += 1
 
-        tokens = token_budget(request.body)
         prompt_tokens = estimated_tokens(request.body)
-        reserved = await self.budget.reserve(prompt_tokens, tokens)
+        reserved = await self.budget.reserve(prompt_tokens, token_budget(request.body))
         try:
             state, reply = await self.pool.deliver(
                 request,
-                prompt_tokens + tokens,
+                expected_tokens(request, self.annotator.recipe),
                 attempts=self.annotator.recipe.teacher.max_attempts,
                 before_attempt=count_attempt,
             )
@@ -356,25 +346,28 @@ class Requester:
 
     # --- requests without a reply
 
-    async def _fail(self, key: str, error: ExhaustedError, wasted: list[Reply]) -> Outcome:
+    def _fail(self, key: str, error: ExhaustedError, wasted: list[Reply]) -> Outcome:
         """Record a request whose attempts failed. Raises DsbsError where the teacher is down."""
-        message = str(error)
-        self.store.fail(key, message)
+        self.store.fail(key, str(error))
+        self.last_failure = str(error)
         self.failures_in_a_row += 1
-        is_reached = error.kind not in ("connection", "timeout")
-        if not self.has_answered and not self.is_probing:
-            if not (is_reached and await self._is_served()):
-                names = ", ".join(endpoint.name for endpoint in self.teacher.endpoints)
-                raise DsbsError(
-                    f"the teacher at {names} does not answer: {message}",
-                    hint=f"check teacher.base_url and that the server runs; {self.budget.balance}",
-                )
-        elif self.failures_in_a_row >= FAILURES_BEFORE_STOP and self.has_answered:
+        if not self.has_answered:
+            is_reached = error.kind not in ("connection", "timeout")
+            if not is_reached or self.failures_in_a_row >= FAILURES_BEFORE_FIRST_ANSWER:
+                raise self._down()
+        elif self.failures_in_a_row >= FAILURES_BEFORE_STOP:
             raise PartialError(
-                f"the teacher stopped answering: {message}",
+                f"the teacher stopped answering: {error}",
                 hint="run the same command when it is back: the replies so far are stored",
             )
-        return Outcome(key, None, "no-reply", message, tuple(wasted))
+        return Outcome(key, None, "no-reply", str(error), tuple(wasted))
+
+    def _down(self) -> DsbsError:
+        names = ", ".join(endpoint.name for endpoint in self.teacher.endpoints)
+        return DsbsError(
+            f"the teacher at {names} does not answer: {self.last_failure}",
+            hint=f"check teacher.base_url and that the server runs; {self.budget.balance}",
+        )
 
     async def _refuse(self, key: str, error: RejectedError, wasted: list[Reply]) -> Outcome:
         """Record a refusal. Raises DsbsError where it is not about the row."""
@@ -392,7 +385,7 @@ class Requester:
             if refusals.in_a_row < refusals.limit:
                 return
             if not await self._is_served():
-                raise refusals.error(has_answered=self.has_answered)
+                raise refusals.error(self.answered is not None)
             refusals.confirm_all()
             refusals.limit *= 2
             return
@@ -400,16 +393,18 @@ class Requester:
             refusals.number >= REFUSALS_BEFORE_STOP or refusals.flagged >= FLAGGED_BEFORE_STOP
         )
         if are_many and not await self._is_served():
-            raise refusals.error(has_answered=self.has_answered)
+            raise refusals.error(self.answered is not None)
 
     async def _settle_refusals(self, *, is_last: bool) -> None:
         """Confirm what is left when every row has been requested. Raises DsbsError."""
         refusals = self.refusals
         if not self.has_answered and refusals.number:
-            raise refusals.error(has_answered=False)
+            raise refusals.error(self.answered is not None)
+        if not self.has_answered and self.failures_in_a_row:
+            raise self._down()
         if is_last and refusals.pending:
             if not await self._is_served():
-                raise refusals.error(has_answered=True)
+                raise refusals.error(self.answered is not None)
             refusals.confirm_all()
 
     async def _is_served(self) -> bool:
@@ -447,4 +442,4 @@ class Requester:
                 if outcome.reply is not None:
                     self.probed_keys.add(outcome.key)
                     return True
-        return self.has_answered
+        return self.answered is not None

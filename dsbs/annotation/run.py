@@ -29,10 +29,10 @@ from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import Teacher, make_teacher, teacher_class
 from dsbs.annotation.batch import buy_batches
 from dsbs.annotation.batch_files import export, import_output
-from dsbs.annotation.requester import RowsToRequest, buy_online
+from dsbs.annotation.requester import buy_online
 from dsbs.annotation.shards import Shard, annotate_on_ray
 from dsbs.annotation.store import ReplyStore, open_store
-from dsbs.annotation.summary import AnnotateResult, SplitSummary, write_annotations
+from dsbs.annotation.summary import AnnotateResult, RowsToRequest, SplitSummary, write_annotations
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.formatting import count, listing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -280,6 +280,16 @@ def write_annotations(
     write_jsonl(path, lines())
 
 
+@dataclass(frozen=True, slots=True)
+class RowsToRequest:
+    """Rows whose replies are to be bought, their number, and the summary to count in."""
+
+    title: str
+    examples: Callable[[], Iterable[Example]]
+    total: int
+    summary: SplitSummary
+
+
 class ProgressFigures:
     """Figures for the progress line."""
 
@@ -325,9 +335,11 @@ class Refusals:
         self.in_a_row = 0  # of one message, and pending
         self.limit = REFUSALS_IN_A_ROW
         self._form = ""
+        self._stop: DsbsError | None = None
 
     def add(self, key: str, error: RejectedError, sent: int) -> None:
         self.last = str(error)
+        self._stop = error.stop
         self.messages[key] = self.last
         if error.blame == "content":
             self.flagged += 1
@@ -351,10 +363,12 @@ class Refusals:
     def confirm_all(self) -> None:
         self.confirm(sys.maxsize)
 
-    def error(self, *, has_answered: bool) -> DsbsError:
+    def error(self, has_answered: bool) -> DsbsError:
         """The error for an endpoint that refuses every request; none is kept as refused."""
         for key in self.pending:
             self._store.fail(key, self.messages[key])
+        if self._stop is not None and not has_answered:
+            return self._stop
         if has_answered:
             return PartialError(
                 "the teacher refuses one request after the other, for no fault of the rows: "

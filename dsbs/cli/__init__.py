@@ -78,16 +78,20 @@ def _exit_code() -> int:
     return 0
 
 
+def replace_unencodable() -> None:
+    """Print "?" for characters that a terminal or a log lacks because it is not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Entry point of ``dsbs``.
 
     Exit codes: 0 done, 1 failed, 2 bad usage, recipe or data, 3 partial and resumable, 4 below a
     gate (``eval``, ``compress``), 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal or a log that is not UTF-8 shows "?" for characters that it lacks.
-            stream.reconfigure(errors="replace")
+    replace_unencodable()
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )

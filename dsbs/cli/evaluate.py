@@ -58,7 +58,7 @@ def evaluate(
 ) -> None:
     """Predict with every student, score all systems in the same way, compare them with baselines.
 
-    eval.predictions.NAME=FILE adds external predictions: JSON lines with id and prediction.
+    eval.predictions.NAME=FILE adds external predictions: rows with id and prediction.
     """
     from dsbs.evaluation.run import evaluate as run
     from dsbs.records.summary import gate_failures

@@ -28,7 +28,7 @@ def _folder_in(context: Any) -> Path | None:
 class DataSection(Section):
     """The files with the rows.
 
-    Each is a path (.jsonl, .jsonl.gz, .csv, .tsv, .parquet) or
+    Each is a path (.jsonl, .csv, .tsv, each also with .gz; .parquet) or
     ``hub://<repository>[:<config>]/<split>``.
     """
 
@@ -236,7 +236,8 @@ class EvalSection(Section):
     """Also score every label of a closed set with students that write their label, so that they
     have a distribution over the labels. An unreadable label becomes the most likely one."""
     predictions: dict[str, str] = {}
-    """External systems: a name for each .jsonl or .jsonl.gz file of {id, prediction}."""
+    """External systems: a name for each file of id and prediction (.jsonl, .csv, .tsv,
+    .parquet)."""
 
     @field_validator("predictions")
     @classmethod

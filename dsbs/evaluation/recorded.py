@@ -6,18 +6,21 @@ import hashlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.evaluation.predictions import is_correct, made_by
-from dsbs.files import canonical_json, digest, find_file, read_jsonl, write_jsonl
+from dsbs.files import canonical_json, digest, find_file, write_jsonl
 from dsbs.formatting import count
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation, Example, Prediction, Sample, Unread
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
+from dsbs.tasks.data import id_text, numeric_id, respelled_ids
+from dsbs.tasks.tables import format_of, read_table
 
 TEACHER = "teacher"  # the system's name
 _MAX_MS = 1e12  # JSON integers can be too large for a float
@@ -168,15 +171,16 @@ def read_external(path: Path, task: Task, rows: Sequence[Example]) -> list[Predi
         ) from None
     predictions: dict[str, Prediction] = {}
     line_numbers: dict[str, int] = {}
-    for number, fields in read_jsonl(path):
-        line = _Line(f"{path}:{number}", fields)
+    is_text = format_of(path) in ("csv", "tsv")
+    for where, fields in read_table(path):
+        line = _Line(where, _typed(fields) if is_text else fields)
         row_id = line.id()
         if row_id in line_numbers:
             raise UserError(
                 f"{line.position}: id {row_id!r} is already in line {line_numbers[row_id]}",
                 hint="give each row one prediction",
             )
-        line_numbers[row_id] = number
+        line_numbers[row_id] = int(where.rpartition(":")[2])
         raw = line.prediction()
         probability = line.number("probability", maximum=1.0)
         rationale = line.text("rationale")
@@ -203,6 +207,10 @@ def read_external(path: Path, task: Task, rows: Sequence[Example]) -> list[Predi
         )
     missing = [row_id for row_id in rows_by_id if row_id not in predictions]
     if missing:
+        by_number = {numeric_id(row_id): row_id for row_id in line_numbers}
+        for row_id in missing:
+            if numeric_id(row_id) in by_number:
+                raise respelled_ids(path, row_id, by_number[numeric_id(row_id)])
         raise UserError(
             f"{path} lacks {len(missing)} of the split's {count(len(rows_by_id), 'row')} "
             f"(first: {missing[0]!r})",
@@ -210,6 +218,17 @@ def read_external(path: Path, task: Task, rows: Sequence[Example]) -> list[Predi
             "gave no answer",
         )
     return [predictions[row.id] for row in rows]
+
+
+def _typed(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of text cells with numbers where numbers belong, and None for empty cells."""
+    typed: dict[str, Any] = {}
+    for key, cell in cells.items():
+        typed[key] = cell if cell.strip() or key == "id" else None
+        if key in ("probability", "latency_ms") and typed[key] is not None:
+            with suppress(ValueError):
+                typed[key] = float(cell)
+    return typed
 
 
 def _read_label(task: Task, raw: str | None, row: Example) -> str | None:
@@ -228,10 +247,11 @@ class _Line:
 
     def id(self) -> str:
         value = self._required("id")
-        is_id = isinstance(value, str | int) and not isinstance(value, bool)
-        if not is_id or not str(value).strip():
+        row_id = id_text(value, self.position)  # as ids of the data are read
+        is_fraction = isinstance(value, float) and not value.is_integer()
+        if row_id is None or is_fraction or isinstance(value, bool):
             raise self._wrong("id", "text or an integer")
-        return str(value).strip()  # as ids of the data are read
+        return row_id
 
     def prediction(self) -> str | None:
         value = self._required("prediction")

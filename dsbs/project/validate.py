@@ -13,13 +13,14 @@ from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.formatting import count, percent
+from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
 from dsbs.records import Example, Unread
 from dsbs.students.card import check_student
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.tasks import Task, make_task
-from dsbs.tasks.data import load, survey
+from dsbs.tasks.data import is_held_out, load, survey
 from dsbs.tasks.label_set import LabelSet
 from dsbs.tasks.templates import render
 from dsbs.training.distillation import check_terms
@@ -39,14 +40,20 @@ Splits = Mapping[str, Sequence[Example]]
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The figures of each split, the first prompt, and warnings."""
+    """The figures of each split, the first prompt, warnings, and rows that repeat others."""
 
     splits: dict[str, dict[str, Any]]
     first_prompt: str | None
     warnings: list[str]
+    overlaps: list[Overlap]
 
     def as_json(self) -> dict[str, Any]:
-        return {"splits": self.splits, "first_prompt": self.first_prompt, "warnings": self.warnings}
+        return {
+            "splits": self.splits,
+            "first_prompt": self.first_prompt,
+            "warnings": self.warnings,
+            "overlaps": [overlap.as_json() for overlap in self.overlaps],
+        }
 
 
 def validate(recipe: Recipe) -> Validation:
@@ -83,8 +90,9 @@ def validate(recipe: Recipe) -> Validation:
     for split, rows in splits.items():
         figures[split] = _split_figures(recipe, task, tokenizer, input_format, rows)
         warnings += _split_warnings(recipe, task, tokenizer, split, rows, figures[split])
-    warnings += _overlap_warnings(splits)
-    return Validation(figures, first_prompt, warnings)
+    overlaps = find_overlaps(_distinct_splits(recipe, splits), task)
+    warnings += [overlap.warning() for overlap in overlaps]
+    return Validation(figures, first_prompt, warnings, overlaps)
 
 
 def _ensemble_warnings(recipe: Recipe, splits: Splits) -> list[str]:
@@ -173,22 +181,10 @@ def _split_warnings(
     return warnings
 
 
-def _overlap_warnings(splits: Splits) -> list[str]:
-    """Warnings about inputs that occur both in train and in valid or test."""
-    warnings = []
-    ids = {split: {row.id for row in rows} for split, rows in splits.items()}
-    inputs = {
-        split: {str(sorted(row.input.items())) for row in rows} for split, rows in splits.items()
-    }
-    for split in ("valid", "test"):
-        if split == "valid" and ids["valid"] <= ids["train"]:
-            continue  # held out of train
-        shared = len(inputs["train"] & inputs[split])
-        if shared:
-            warnings.append(
-                f"{split}: {count(shared, 'input')} also in train; accuracy there is too optimiztic"
-            )
-    return warnings
+def _distinct_splits(recipe: Recipe, splits: Splits) -> Splits:
+    """The splits without the validation rows in train, from which they are held out."""
+    train = [row for row in splits["train"] if not is_held_out(recipe, row)]
+    return {**splits, "train": train}
 
 
 # --- labels that are read back

@@ -25,6 +25,10 @@ from dsbs.students.weights import (
 )
 
 _MAX_VOCABULARY_LINES = 200_000
+_MAX_VOCABULARY_TEXT = 1 << 16  # characters of one text: the rest adds time, and little else
+# SentencePiece fails at longer words (a base64 file), and its time grows with the square of a line.
+_LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
+_PART_OF_LINE = re.compile(r".{1,8000}(?:\s|$)", re.DOTALL)
 _MIN_PIECES = 32  # a tokenizer with fewer was not loaded properly
 _RARE = 0.001  # missing characters in a smaller share of the texts are not reported
 _MAX_SHOWN = 8  # characters in one message
@@ -143,9 +147,9 @@ def learn_vocabulary(texts: Iterable[str], size: int) -> Any:
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        for line in text.replace("</s>", "\n").split("\n"):
+        for line in text[:_MAX_VOCABULARY_TEXT].replace("</s>", "\n").split("\n"):
             if line.strip():
-                yield line
+                yield from _PART_OF_LINE.findall(_LONG_WORD.sub(r"\1 ", line))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

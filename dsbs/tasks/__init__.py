@@ -201,9 +201,9 @@ def cell_text(value: Any, name: str, where: str) -> str | None:
 def input_text(value: Any, name: str, where: str) -> str:
     """The text of a cell of the input. Raises UserError for an empty one as well."""
     text = cell_text(value, name, where)
-    if text in MISSING_WORDS:
+    if text is not None and text.strip() in MISSING_WORDS:
         raise UserError(
-            f"{where}: {name} is {text!r}, which is how pandas writes an empty cell",
+            f"{where}: {name} is {text.strip()!r}, which is how pandas writes an empty cell",
             hint="fill it in or remove the row",
         )
     if text is None or not text.strip():
@@ -389,7 +389,7 @@ def _as_json(value: Any, name: str, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(item, name, where) for item in value]
     text = cell_text(value, name, where)
-    if text is None or text in MISSING_WORDS:
+    if text is None or text.strip() in MISSING_WORDS:
         return ""
     return value if isinstance(value, int | float) else text
 

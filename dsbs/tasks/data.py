@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dsbs.config import Recipe
@@ -207,9 +208,12 @@ def _repeated_id(recipe: Recipe, task: Task, source: str, where: str, row_id: st
 
 
 def input_of(task: Task, row: dict[str, Any], where: str) -> tuple[str | None, dict[str, Any]]:
-    """A row's id (None: it has none) and its canonical fields. Raises UserError."""
+    """The id (None: it has none) and the canonical fields of a row to predict. Raises UserError."""
     inner = _inner(row)
-    return _row_id(task, row, inner, where), task.fields(inner, where)
+    names = (task.section.columns.get("id", "id"), *task.id_columns)
+    column = column_of(row, names)
+    row_id = None if column is None else id_text(row[column], where)
+    return row_id, task.fields(inner, where)
 
 
 def _inner(row: dict[str, Any]) -> dict[str, Any]:
@@ -218,8 +222,9 @@ def _inner(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _example(task: Task, row: dict[str, Any], where: str) -> Example:
-    row_id, fields = input_of(task, row, where)
     inner = _inner(row)
+    fields = task.fields(inner, where)
+    row_id = id_text(_cell(task, "id", task.id_columns, row, inner, where), where)
     label = _label(task, row, inner, where)
     if label is not None:
         label = task.gold(label, fields, where)
@@ -246,19 +251,36 @@ def _label(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -
     label = cell_text(value, "label", where)
     if label is None or label.strip() in task.no_label:
         return None
-    if label in MISSING_WORDS and label not in (task.labels or ()):
+    if label.strip() in MISSING_WORDS and label.strip() not in (task.labels or ()):
         return None
     return value if isinstance(value, int | float) else label
 
 
-def _row_id(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> str | None:
-    value = _cell(task, "id", task.id_columns, row, inner, where)
+_NUMBER_ID = re.compile(r"0*(\d+?)(?:\.0+)?")
+
+
+def id_text(value: Any, where: str) -> str | None:
+    """A cell's id as text; None where it is missing. 7.0 is 7: data frames hold integers so."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # how data frames hold integers beside a missing cell
+        value = int(value)
     text = cell_text(value, "id", where)
-    if text is None or text in MISSING_WORDS:
+    if text is None or text.strip() in MISSING_WORDS:
         return None
     return text.strip() or None
+
+
+def numeric_id(row_id: str) -> str:
+    """An id as a program writes it that took it for a number: without "001"'s zeros and ".0"."""
+    number = _NUMBER_ID.fullmatch(row_id)
+    return row_id if number is None else number.group(1)
+
+
+def respelled_ids(path: Path, row_id: str, file_id: str) -> UserError:
+    """The error for a file whose id of a row was read as a number on its way."""
+    return UserError(
+        f"{path} has id {file_id!r} where the data have {row_id!r}: its ids were read as numbers",
+        hint="write the file again with ids as text (pandas: read_csv(…, dtype={'id': str}))",
+    )
 
 
 def _cell(

@@ -64,7 +64,7 @@ def read_table(path: Path) -> Iterator[Row]:
     else:
         raise UserError(
             f"{path}: unknown file format",
-            hint="use .jsonl, .csv or .tsv (each also with .gz), or .parquet",
+            hint="use .jsonl, .csv or .tsv (each also with .gz), or .parquet; unpack others",
         )
 
 
@@ -223,6 +223,11 @@ def _open_quotes(path: Path, reason: str) -> UserError:
 
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
+    if "\0" in "".join(names):
+        raise UserError(
+            f"{path}:1: NUL characters: the file is no text, or UTF-16 without a byte order mark",
+            hint="save it as UTF-8",
+        )
     if len(names) == 1:
         for delimiter in ";", "\t", ",", "|":
             if delimiter in names[0]:

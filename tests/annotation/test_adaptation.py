@@ -274,6 +274,26 @@ def test_a_refusal_names_the_parameter(source: str) -> None:
     assert refused(status, json.dumps(body).encode(), BODY) == changes
 
 
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("stop: Extra inputs are not permitted", Change("stop")),
+        ("invalid temperature: only 1 is allowed for this model", Change("temperature")),
+        ("This model only supports temperature=1", Change("temperature")),
+        ("`temperature` may only be set to 1 when thinking is enabled", Change("temperature")),
+        ("'stop' must not be set for reasoning models", Change("stop")),
+        ("seed is not a valid parameter", Change("seed")),
+        ("This model does not support system messages", FOLDED),
+        ("'system' is not one of ['user', 'assistant']", FOLDED),
+        ("messages: roles must be 'user' or 'assistant'", FOLDED),
+        ("Invalid role: system", FOLDED),
+        ("Unsupported role 'system'. Use 'developer' instead.", Change("system", "developer")),
+    ],
+)
+def test_other_wordings_are_understood(message: str, change: Change) -> None:
+    assert refused(400, json.dumps(error(message)).encode(), BODY) == [change]
+
+
 @pytest.mark.parametrize("source", OTHERS)
 def test_an_error_about_something_else_changes_nothing(source: str) -> None:
     status, body = OTHERS[source]

@@ -96,6 +96,49 @@ def test_a_refused_line_is_final_and_a_failed_one_is_left_over(
     ]
 
 
+def test_lines_of_a_batch_go_through_the_same_table_of_faults(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    is_well = {"on": False}
+
+    def faulty(body: dict[str, Any]) -> Any:
+        if "number 1 " in question(body):
+            return 403, {"error": {"message": "Content violates usage guidelines."}}
+        if not is_well["on"] and "number 2 " in question(body):
+            return 400, {"error": {"message": "Your credit balance is too low"}}
+        if not is_well["on"] and "number 3 " in question(body):
+            return 200, completion("It is.\nAnswer: bil", finish_reason="error")
+        return answer(body)
+
+    path = toy(train=6, test=4)
+    with BatchServer(faulty) as server:
+        with pytest.raises(PartialError, match="credit balance is too low"):
+            annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
+        rows = read_rows(tmp_path / "run")
+        reasons = [row["reject_reason"] for row in rows]
+        assert reasons == [None, "refused", "no-reply", "no-reply", None, None]
+        assert "usage guidelines" in rows[1]["reject_detail"]
+        assert "finish_reason error" in rows[3]["reject_detail"]
+        assert rows[3]["usage"]["completion_tokens"] == 7, "it is on the bill"
+        is_well["on"] = True
+        result = annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
+    assert result.splits["train"].rejected == {"refused": 1} and server.requests == 12
+
+
+def test_a_full_queue_of_batches_is_waited_for_by_running_again(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = "Enqueued token limit reached for m. Limit: 2,000,000 enqueued tokens."
+    path = toy(train=4, test=4)
+    with BatchServer(answer, refuse=words) as server:
+        with pytest.raises(PartialError, match="queue of batches is full"):
+            annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
+        assert {row["reject_reason"] for row in read_rows(tmp_path / "run")} == {"no-reply"}
+        server._refuse = None
+        result = annotate(recipe(path, server.url), out=tmp_path / "run", buying="batch")
+    assert result.splits["train"].accepted == 4
+
+
 def test_a_batch_that_is_refused_as_a_whole_says_why(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:

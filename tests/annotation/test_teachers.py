@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import good_answer, run_dsbs
+from conftest import good_answer, run_dsbs, write_csv
 from loopback import read_rows
 
 from dsbs import UserError, annotate, load_recipe, validate
@@ -48,7 +48,7 @@ def test_the_embedded_model_answers_through_the_same_client(
     path = toy(train=2, test=2, annotate={"max_tokens": 24, "concurrency": 2})
     recipe = load_recipe(path, [f"teacher={json.dumps(teacher)}"])
     first = annotate(recipe, out=tmp_path / "run")
-    assert first.splits["train"].requests == 2 and first.splits["train"].completion_tokens > 0
+    assert first.splits["train"].requests == 2 and first.splits["train"].usage.completion_tokens
     again = annotate(recipe, out=tmp_path / "run")
     assert again.splits["train"].requests == 0, (
         "another port, the same weights: nothing is asked again"
@@ -110,6 +110,33 @@ def test_a_kind_of_teacher_has_facts_without_being_made(kind: str) -> None:
     assert teacher.title
     assert teacher.is_asked is (kind in ("openai", "llamacpp", "transformers"))
     assert teacher.extra == ("local" if kind == "llamacpp" else None)
+
+
+def test_a_table_of_completions_is_read_and_ids_that_lost_their_zeros_are_told(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    ids = [f"{i:03}" for i in range(98, 102)]
+    write_csv(
+        tmp_path / "rows.csv",
+        [{"id": row_id, "text": f"My parcel {row_id}.", "team": "shipping"} for row_id in ids],
+    )
+    recipe = load_recipe(
+        toy(),
+        [
+            f"task.data.train={tmp_path / 'rows.csv'}",
+            f"task.data.valid={tmp_path / 'rows.csv'}",
+            "teacher={kind: recorded, completions: completions.csv}",
+            "annotate.splits=[train]",
+        ],
+    )
+    completion = "It is late.\nAnswer: shipping"
+    for path in (tmp_path / "completions.csv", recipe.folder / "completions.csv"):
+        write_csv(path, [{"id": row_id, "completion": completion} for row_id in ids])
+    assert annotate(recipe, out=tmp_path / "run").splits["train"].accepted == 4
+    for path in (tmp_path / "completions.csv", recipe.folder / "completions.csv"):
+        write_csv(path, [{"id": str(int(row_id)), "completion": completion} for row_id in ids])
+    with pytest.raises(UserError, match="has id '98' where the data have '098'"):
+        annotate(recipe, out=tmp_path / "other")
 
 
 # --- rejected rows

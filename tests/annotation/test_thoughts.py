@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsbs.annotation.backends.openai import read_reply
+from dsbs.annotation.backends import completion
 from dsbs.annotation.parse import parse_reply
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.config import TaskSection
@@ -173,5 +173,5 @@ MESSAGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", MESSAGES)
 def test_separate_reasoning_is_kept_apart(form: str) -> None:
     body = {"choices": [{"message": MESSAGES[form], "finish_reason": "stop"}]}
-    reply = read_reply(body, "{}")
+    reply = completion(body, "{}", None, "online")
     assert (reply.text, reply.reasoning) == (VISIBLE, "Hm.")

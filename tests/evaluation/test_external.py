@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_jsonl
+from conftest import write_csv, write_jsonl
 from made_students import make_student, rows_of
 
 from dsbs import UserError, load_recipe
-from dsbs.config import Recipe
+from dsbs.config import Recipe, TaskSection
 from dsbs.evaluation.predictions import read_predictions
-from dsbs.evaluation.recorded import add_external
-from dsbs.records import Prediction
+from dsbs.evaluation.recorded import add_external, read_external
+from dsbs.records import Example, Prediction
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
 
@@ -248,6 +248,44 @@ def test_a_file_without_predictions_is_an_error(
     (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         take(a="a.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_predictions_of_a_table_are_those_of_json_lines(
+    take: Callable[..., dict[str, dict[str, Prediction]]], tmp_path: Path, kind: str
+) -> None:
+    rows = [
+        {"id": row["id"], "prediction": row["prediction"], "probability": 0.5} for row in lines()
+    ]
+    rows[3] |= {"prediction": None, "probability": None}
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(rows)
+    if kind == "parquet":
+        frame.to_parquet(tmp_path / "a.parquet")
+    else:
+        frame.to_csv(tmp_path / f"a.{kind}", sep="\t" if kind == "tsv" else ",")
+    write_jsonl(tmp_path / "b.jsonl", rows)
+    taken = take(a=f"a.{kind}", b="b.jsonl")
+    for row_id, prediction in taken["b"].items():
+        other = taken["a"][row_id].model_dump(exclude={"made_by", "probability"})
+        assert other == prediction.model_dump(exclude={"made_by", "probability"})
+    assert taken["a"]["r1000"].probability == 0.5
+
+
+def test_ids_that_lost_their_zeros_are_told(tmp_path: Path) -> None:
+    section = {"name": "classification", "labels": ["billing", "shipping"], "data": {"train": "x"}}
+    task = make_task(TaskSection.model_validate(section))
+    rows = [Example(f"{i:03}", {"text": "t"}, "billing") for i in range(90, 110)]
+    frame = [{"id": i, "prediction": "billing"} for i in range(90, 110)]
+    write_jsonl(tmp_path / "a.jsonl", frame)
+    with pytest.raises(UserError, match=r"has id '90' where the data have '090'.*\n.*dtype"):
+        read_external(tmp_path / "a.jsonl", task, rows)
+    write_csv(tmp_path / "a.csv", [row | {"id": f"{row['id']}.0"} for row in frame])
+    with pytest.raises(UserError, match=r"has id '90.0' where the data have '090'"):
+        read_external(tmp_path / "a.csv", task, rows)
+    rows = [Example(str(i), {"text": "t"}, "billing") for i in range(90, 110)]
+    write_jsonl(tmp_path / "b.jsonl", [row | {"id": float(row["id"])} for row in frame])
+    assert len(read_external(tmp_path / "b.jsonl", task, rows)) == 20
 
 
 def test_a_missing_file_a_directory_and_a_damaged_archive_are_reported(

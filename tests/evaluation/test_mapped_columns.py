@@ -35,16 +35,17 @@ def test_a_mapped_column_works_in_every_stage(toy: Callable[..., Path], tmp_path
     recipe = mapped(toy, tmp_path)
     train(recipe, out=tmp_path / "run")
     assert evaluate(recipe, out=tmp_path / "run").n == 12
-    (tmp_path / "in.jsonl").write_text(
-        json.dumps({"message": "My parcel is late."}) + "\n", encoding="utf-8"
-    )
+    rows = [{"id": "01", "message": "My parcel\nis late."}, {"id": "02", "message": "An invoice."}]
+    write_csv(tmp_path / "in.csv", [*rows, {"id": "03", "message": " "}])
     result = run_dsbs(
         "predict",
         str(tmp_path / "run" / "train" / "finetune-gold-s0"),
-        str(tmp_path / "in.jsonl"),
+        "in.csv",
+        "--batch-size=1",
         cwd=tmp_path,
     )
-    assert result.returncode == 0 and "raw" in json.loads(result.stdout)
+    assert [json.loads(line)["id"] for line in result.stdout.splitlines()] == ["01", "02"]
+    assert result.returncode == 2 and "in.csv:5: message is empty" in result.stderr
 
 
 def test_one_unlabeled_validation_row_costs_that_row_alone(

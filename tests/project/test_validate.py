@@ -15,7 +15,8 @@ from dsbs import UserError, load_recipe, validate
 
 def test_a_sound_recipe_has_figures_and_no_warnings(toy: Callable[..., Path]) -> None:
     result = validate(load_recipe(toy(), ["task.data.valid_fraction=0.3"]))
-    assert result.warnings == []
+    # The toy's rows differ in a number alone.
+    assert all("nearly the same" in warning for warning in result.warnings)
     assert result.splits["train"]["rows"] == 40 and result.splits["train"]["labels"] == {
         "billing": 20,
         "shipping": 20,
@@ -44,7 +45,7 @@ def test_cut_inputs_unknown_tokens_missing_labels_and_repeated_rows_are_told(
     assert "test: 25.0% of inputs are longer than student.max_input_tokens" in messages
     assert "that the student's tokenizer does not know" in messages and "駅" in messages
     assert "test: no row is labeled billing" in messages
-    assert "test: 3 inputs also in train" in messages
+    assert "test: 3 of 4 rows also in train" in messages
 
 
 def test_what_training_would_refuse_is_refused_here(toy: Callable[..., Path]) -> None:

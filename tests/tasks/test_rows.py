@@ -355,6 +355,12 @@ def test_a_table_is_read_without_what_its_writer_added(tmp_path: Path, text: str
         ("a.tsv", 'text\n"a\nb"\nc\n', r"unclear whether quotes enclose cells here: it has 4 l"),
         ("a.tsv", 'text\tlabel\n"a\tb\tx\nc"\tbilling\n', r"unclear whether quotes enclose cells"),
         ("a.json", '[\n{"text": "a"}\n]\n', r"a\.json:1: not valid JSON .*\n.*jq -c"),
+        ("a.csv", "te\0xt,label\na,billing\n", r"a\.csv:1: NUL characters"),
+        (
+            "a.json",
+            '{\n"text": "a"\n}\n',
+            r"a\.json:1: not valid JSON .*\n.*on one line",
+        ),
         ("a.jsonl", '[{"text": "a"}]\n', r"a\.jsonl:1: a JSON list, not an object\n.*jq -c"),
         ("a.jsonl", '{"text": "a"}\n{"te', r"a\.jsonl:2: .*ends in the middle of this line"),
         ("a.jsonl", '{"text": "a"}\n\0\0\0\0', r"a\.jsonl:2: .*the line has NUL characters"),

@@ -26,10 +26,12 @@ _STATUSES = (400, 403, 422, 500, 501)
 
 _REFUSES = re.compile(
     r"unsupported|unrecogni|unknown|unexpected|unavailable|incompatible|deprecated|no longer"
-    r"|not (?:an? )?(?:be |currently |yet )?(?:support|allow|permit|recogni|available|enabled)"
-    r"|n't (?:support|allow|recogni|compat)|extra (?:inputs|fields)|extra_forbidden|is disabled"
-    r"|cannot (?:both )?be|can't be|may only be|only (?:the default|1 is|temperature ?= ?1)"
-    r"|must be (?:set to )?1\b|not one of the allowed|cannot find field|invalid schema|remove "
+    r"|not (?:be |currently |yet )?(?:support|accept|allow|permit|recogni|available|enabled)"
+    r"|n't (?:support|accept|allow|recogni|compat)|extra (?:inputs|fields)|extra_forbidden"
+    r"|(?:can|may|must|should)(?: ?not|'t) (?:both )?be|may only be|is disabled|mutually exclusive"
+    r"|only (?:the default|supports?|1 is|temperature ?= ?1)|must be (?:set to )?1\b|remove "
+    r"|not one of the allowed|not an? (?:allowed|accepted|supported|valid) (?:param|arg|field)"
+    r"|cannot find field|invalid schema"
 )
 # a wrong value is the recipe's mistake, not a parameter that the model lacks
 _WRONG_VALUE = re.compile(r"(?:supported|valid|allowed|accepted|possible) (?:values|options)")
@@ -42,6 +44,7 @@ _NO_SYSTEM = re.compile(
     rf"|(?:n't|not) (?:support|accept|allow|have|recogni\w+)\W+(?:an? |the )?'?{_ROLE}\b"
     rf"|role\W{{1,3}}{_ROLE}\W.{{0,20}}(?:n't|not)"
     rf"|(?:unexpected|unsupported|unknown|invalid) (?:chat |message )?role\W+{_ROLE}"
+    rf"|{_ROLE}\W{{0,2}} is not (?:one of|a valid)|roles? must be.{{0,12}}user"
     r"|roles must alternate|only user(?:,| and) (?:assistant|model)"
 )
 
@@ -192,7 +195,7 @@ def _changes(name: str, text: str, sent: Mapping[str, Any]) -> list[Change]:
 
 _OTHER_WORDS = {
     "response_format": r"json_schema|json_object|json mode|structured outputs?|guided.decoding",
-    "reasoning_effort": r"reasoning\.effort|thinking",
+    "reasoning_effort": r"reasoning\.effort",
 }
 
 
@@ -205,7 +208,7 @@ def _names(name: str, text: str, parameters: list[str]) -> bool:
         rf"[`'\"]{word}(?:\.\w+)?[`'\"]",
         rf"(?:parameter|argument|field|property|propertie|key|option)s?\b(?: \w+){{0,5}}\W{{1,4}}"
         rf"{word}\b",
-        rf"^{word}\b",
+        rf"(?:^{word}\b|\s{word}: )",
         rf"\b{word} (?:parameter|argument|field|is |are )",
     ]
     if "_" in name or name in ("temperature", "logprobs"):
