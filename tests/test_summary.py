@@ -7,6 +7,7 @@ import pytest
 from statsmodels.stats.power import TTestPower
 
 from dsbs.evaluation.significance import paired_difference
+from dsbs.records.markdown import results_markdown
 from dsbs.records.results import (
     BreakEven,
     Comparison,
@@ -21,7 +22,6 @@ from dsbs.records.summary import (
     headline,
     headline_details,
     label_efficiency_sentence,
-    results_markdown,
     results_table,
     rows_needed,
     system_sentences,

@@ -72,7 +72,7 @@ METRICS = {
 FLOORS = {
     "majority": "dsbs.evaluation.floors:MAJORITY",
     "tfidf": "dsbs.evaluation.floors:TFIDF",
-    "untrained": "dsbs.evaluation.floors:UNTRAINED",
+    "untrained": "dsbs.evaluation.untrained:UNTRAINED",
 }
 
 # `dsbs compress --method NAME=VALUE`: a class that is made of the value, and raises UserError for a

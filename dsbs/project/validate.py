@@ -12,6 +12,7 @@ from dsbs.annotation.backends import make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
+from dsbs.evaluation.floors import check_floors
 from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
@@ -61,6 +62,7 @@ def validate(recipe: Recipe) -> Validation:
     task = make_task(recipe.task)
     check_terms(recipe.train, task, grid(recipe.train))
     check_student(recipe, task.labels)
+    check_floors(recipe, task)
     splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
     warnings: list[str] = []

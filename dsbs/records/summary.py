@@ -10,16 +10,14 @@ from dsbs.formatting import (
     confidence_interval,
     count,
     dollars,
-    escape_markdown,
     interval,
-    markdown_paragraph,
-    markdown_table,
     p_number,
     p_value,
     parameter_count,
     percent,
     points,
     points_number,
+    sentence_list,
     signed,
     signed_confidence_interval,
     signed_interval,
@@ -27,6 +25,7 @@ from dsbs.formatting import (
 from dsbs.records.results import (
     BreakEven,
     Comparison,
+    FloorComparison,
     GradedComparison,
     LabelEfficiency,
     Results,
@@ -93,11 +92,50 @@ def rows_needed(
 
 
 def headline(results: Results) -> str:
-    """The headline system against its baseline, in plain words."""
-    sentence = _headline(results)
+    """The headline system against its baseline, in plain words.
+
+    Floors that it does not beat come first.
+    """
+    sentence = " ".join([*floor_warnings(results), _headline(results)])
     if results.reportable:
         return sentence
     return f"Smoke run, not reportable: {sentence}"
+
+
+def floor_warnings(results: Results) -> list[str]:
+    """A sentence that names the floors that the headline system does not beat, if any."""
+    system, _ = headline_comparison(results)
+    if system is None:
+        return []
+    missed = [
+        f"{floor} ({_floor_difference(comparison)})"
+        for floor, comparison in system.versus_floors.items()
+        if not comparison.is_beaten
+    ]
+    if not missed:
+        return []
+    noun = "the floor" if len(missed) == 1 else "the floors"
+    return [f"{system.name} does not beat {noun} {sentence_list(missed)}."]
+
+
+def floor_details(system: SystemResult | None) -> list[str]:
+    """A sentence about the floors that a system beats, and how to read all of them."""
+    if system is None or not system.versus_floors:
+        return []
+    beaten = [
+        f"{floor} ({_floor_difference(comparison)})"
+        for floor, comparison in system.versus_floors.items()
+        if comparison.is_beaten
+    ]
+    details = []
+    if beaten:
+        noun = "floor" if len(beaten) == 1 else "floors"
+        details.append(f"It beats the {noun} {sentence_list(beaten)}.")
+    return [*details, "Comparisons with floors are outside Holm's correction."]
+
+
+def _floor_difference(comparison: FloorComparison) -> str:
+    return f"{points(comparison.delta)}, {signed_confidence_interval(comparison.ci95)}"
 
 
 def _headline(results: Results) -> str:
@@ -142,10 +180,11 @@ def _two_digits(number: int) -> int:
 def headline_details(results: Results) -> list[str]:
     """Sentences to follow the headline: its p value, and why it may not be the last word."""
     system, baseline = headline_comparison(results)
+    floors = floor_details(system)
     if results.baseline is None:
-        return ["To compare students with fine-tuning, add finetune to train.methods."]
+        return [*floors, "To compare students with fine-tuning, add finetune to train.methods."]
     if system is None or baseline is None:
-        return []
+        return floors
     comparison = system.versus[baseline]
     test = TEST_NAMES.get(comparison.test, comparison.test)
     details = [
@@ -153,14 +192,19 @@ def headline_details(results: Results) -> list[str]:
         "this run."
     ]
     if is_reliable(comparison):
-        return details
+        return [*details, *floors]
     details += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in _caveats(comparison)]
-    return [*details, "Finding no difference does not show that there is none."]
+    return [*details, "Finding no difference does not show that there is none.", *floors]
 
 
 def system_sentences(system: SystemResult) -> list[str]:
-    """A sentence for each system that this one is compared with."""
-    return [
+    """A sentence for each floor and each system that this one is compared with."""
+    against_floors = []
+    for floor, comparison in system.versus_floors.items():
+        verb = "beats" if comparison.is_beaten else "does not beat"
+        difference = _floor_difference(comparison)
+        against_floors.append(f"{system.name} {verb} the floor {floor} ({difference}).")
+    return against_floors + [
         f"{system.name}: {_comparison_sentence(baseline, comparison)}."
         for baseline, comparison in system.versus.items()
     ]
@@ -314,127 +358,3 @@ def _comparison_cells(system: SystemResult, *, names_baseline: bool) -> list[str
     if names_baseline:
         difference += f" vs {baseline}"
     return [difference, signed_interval(comparison.ci95), p_number(comparison.p_holm)]
-
-
-def results_markdown(results: Results) -> str:
-    """``eval/results.md``."""
-    rows = count(results.n, "row")
-    lines = [f"# {escape_markdown(results.name)}: {results.split}, {rows}", ""]
-    if not results.reportable:
-        lines += ["**smoke: not reportable** (task.limit is set)", ""]
-    lines += [markdown_paragraph(headline(results)), ""]
-    details = " ".join(headline_details(results))
-    if details:
-        lines += [markdown_paragraph(details), ""]
-    lines += ["## Systems", "", *_escaped_table(*results_table(results))]
-    lines += _comparisons_section(results)
-    lines += _graded_section(results)
-    lines += _metrics_section(results)
-    lines += _list_section(
-        "Labels needed", [label_efficiency_sentence(item) for item in results.label_efficiency]
-    )
-    lines += _list_section("Break-even", [break_even_sentence(item) for item in results.break_even])
-    return "\n".join(lines)
-
-
-def _list_section(title: str, sentences: list[str]) -> list[str]:
-    if not sentences:
-        return []
-    return ["", f"## {title}", "", *(f"- {markdown_paragraph(text)}" for text in sentences)]
-
-
-def _comparisons_section(results: Results) -> list[str]:
-    headings = (
-        "system",
-        "against",
-        "points",
-        "95% CI",
-        "p",
-        "p (Holm)",
-        "test",
-        "wins",
-        "losses",
-        "detectable",
-    )
-    rows = []
-    for system in results.systems:
-        for baseline, comparison in system.versus.items():
-            detectable = comparison.minimum_detectable_effect
-            row = [
-                system.name,
-                baseline,
-                points_number(comparison.delta),
-                signed_interval(comparison.ci95),
-                p_number(comparison.p),
-                p_number(comparison.p_holm),
-                TEST_NAMES.get(comparison.test, comparison.test),
-                f"{comparison.wins:,}",
-                f"{comparison.losses:,}",
-                ABSENT if detectable is None else f"{100 * detectable:.1f}",
-            ]
-            rows.append(row)
-    if not rows:
-        return []
-    return [
-        "",
-        "## Comparisons",
-        "",
-        *_escaped_table(headings, rows),
-        "",
-        f"A difference is reliable where p, Holm-corrected for all comparisons, is < {ALPHA:g}.",
-        "Wins are rows that the system gets right and the other wrong; losses are the reverse.",
-        "Detectable: the smallest true difference, in points, that this test set would show in "
-        "one comparison with 80% power.",
-    ]
-
-
-def _graded_section(results: Results) -> list[str]:
-    """The comparisons by metrics that grade rows."""
-    headings = ("system", "against", "metric", "difference", "95% CI", "p", "p (Holm)", "rows")
-    rows = []
-    for system in results.systems:
-        for baseline, comparison in system.versus.items():
-            for metric, graded in comparison.graded.items():
-                low, high = graded.ci95
-                row = [
-                    system.name,
-                    baseline,
-                    metric,
-                    signed(graded.delta, 3),
-                    f"[{signed(low, 3)}, {signed(high, 3)}]",
-                    p_number(graded.p),
-                    p_number(graded.p_holm),
-                    f"{graded.n:,}",
-                ]
-                rows.append(row)
-    if not rows:
-        return []
-    return ["", "## Comparisons by other metrics", "", *_escaped_table(headings, rows)]
-
-
-def _metrics_section(results: Results) -> list[str]:
-    """Every metric that a system has, a column each."""
-    names = list(dict.fromkeys(name for system in results.systems for name in system.metrics))
-    if not names:
-        return []
-    rows = []
-    for system in results.systems:
-        row = [system.name]
-        for name in names:
-            measure = system.metrics.get(name)
-            if measure is None:
-                row.append(ABSENT)
-            elif measure.ci95 is None:
-                row.append(f"{measure.value:.3f}")
-            else:
-                low, high = measure.ci95
-                row.append(f"{measure.value:.3f} [{low:.3f}, {high:.3f}]")
-        rows.append(row)
-    return ["", "## Metrics", "", *_escaped_table(["system", *names], rows)]
-
-
-def _escaped_table(headings: list[str] | tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    return markdown_table(
-        [escape_markdown(heading) for heading in headings],
-        [[escape_markdown(cell) for cell in row] for row in rows],
-    )

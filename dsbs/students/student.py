@@ -37,8 +37,8 @@ class Answer:
     label: str | None
     """None: ``raw`` is not a label of the task."""
     probability: float | None
-    """Of ``label`` where there is a distribution, else of ``raw``, in [0, 1]; None: a rationale is in
-    the same sequence."""
+    """Of ``label`` where there is a distribution, else of ``raw``, in [0, 1]; None: a rationale is
+    in the same sequence."""
     truncated: bool
     """Whether the token limit ended the label."""
     rationale: str | None
@@ -149,9 +149,7 @@ class Student:
         """
         return self.card.writes_label_alone and self.task.labels is not None
 
-    def label_distributions(
-        self, texts: Sequence[str], batch_size: int
-    ) -> list[tuple[float, ...]]:
+    def label_distributions(self, texts: Sequence[str], batch_size: int) -> list[tuple[float, ...]]:
         """The probability of each of the task's labels as the answer to ``texts``, with prefixes.
 
         The probability of a label's text with its end token, normalized over the labels.

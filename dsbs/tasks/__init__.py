@@ -56,6 +56,9 @@ class Task:
     id_columns: ClassVar[tuple[str, ...]] = ("id",)
     label_columns: ClassVar[tuple[str, ...]] = ("label",)
     rationale_columns: ClassVar[tuple[str, ...]] = ("rationale",)
+    goal: ClassVar[str | None] = None
+    """What to decide, in a sentence for a model; ``task.description`` comes first. None: nothing
+    can be said of all tasks of this kind."""
     needs_fields: ClassVar[bool] = False
     """Whether reading a label needs its row's fields, so that plain text is not a valid input."""
     no_label: ClassVar[tuple[str, ...]] = ("",)
