@@ -90,7 +90,7 @@ def test_a_killed_run_continues_and_a_finished_one_is_kept(
 def _recipe(toy: Callable[..., Path]) -> str:
     """A recipe for one small student on 40 train rows."""
     train = {"methods": ["finetune"], "max_steps": 4, "eval_every": 50, "log_every": 1}
-    path = toy(test=6, eval={"latency_calls": 1, "max_label_tokens": 4})
+    path = toy(test=6, eval={"latency_calls": 1, "max_label_tokens": 8})
     recipe = json.loads(path.read_text(encoding="utf-8"))
     recipe["train"] |= train
     path.write_text(json.dumps(recipe), encoding="utf-8")

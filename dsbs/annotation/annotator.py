@@ -152,7 +152,7 @@ class Annotator:
         body: dict[str, Any] = {
             "model": teacher.model,
             **self.renderer.render(example, hint=hint).body(teacher.endpoint),
-            "max_tokens": reply_tokens(self.recipe),
+            "max_tokens": reply_tokens(self.recipe, self.price),
             "temperature": annotate.temperature,
         }
         if teacher.endpoint == "completions" and self.prompt.stop:

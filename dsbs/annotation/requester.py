@@ -348,14 +348,14 @@ class Requester:
 
     def _fail(self, key: str, error: ExhaustedError, wasted: list[Reply]) -> Outcome:
         """Record a request whose attempts failed. Raises DsbsError where the teacher is down."""
-        self.store.fail(key, str(error))
         self.last_failure = str(error)
         self.failures_in_a_row += 1
         if not self.has_answered:
             is_reached = error.kind not in ("connection", "timeout")
             if not is_reached or self.failures_in_a_row >= FAILURES_BEFORE_FIRST_ANSWER:
                 raise self._down()
-        elif self.failures_in_a_row >= FAILURES_BEFORE_STOP:
+        self.store.fail(key, str(error))
+        if self.has_answered and self.failures_in_a_row >= FAILURES_BEFORE_STOP:
             raise PartialError(
                 f"the teacher stopped answering: {error}",
                 hint="run the same command when it is back: the replies so far are stored",

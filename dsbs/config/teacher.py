@@ -296,7 +296,8 @@ class AnnotateSection(Section):
     max_tokens: int | None = Field(None, gt=0)
     """Maximum tokens of a reply, reasoning included. None: a limit that reasoning does not use up:
     16,384 for a chat endpoint (left to the endpoint where it allows fewer), 1,024 for transformers,
-    256 for ``endpoint: completions``; at most a quarter of a known context."""
+    256 for ``endpoint: completions``; at most a quarter of a known context, and at most what a
+    tenth of ``max_usd`` pays for."""
     concurrency: int = Field(64, ge=1)
     """Maximum requests in flight."""
     max_usd: float | None = Field(None, gt=0)

@@ -13,9 +13,9 @@ from typing import Any
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.evaluation.predictions import FLOOR_MARK, is_correct, made_by
-from dsbs.files import canonical_json, digest, find_file, write_jsonl
+from dsbs.files import find_file, write_jsonl
 from dsbs.formatting import count
-from dsbs.prompting import source_fingerprint
+from dsbs.prompting import Prompt, source_fingerprint
 from dsbs.records import Annotation, Example, Prediction, Sample, Unread
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
@@ -51,7 +51,7 @@ def predict_teacher(
     prompt = run.manifest("annotate").get("prompt")
     prompt_hash = None
     if prompt is not None:
-        prompt_hash = digest(canonical_json(prompt))
+        prompt_hash = Prompt.model_validate(prompt).hash
     predictions = (_prediction(annotations[row.id], row, task, prompt_hash) for row in rows)
     write_jsonl(
         run.predictions(TEACHER),

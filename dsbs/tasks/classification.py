@@ -27,6 +27,11 @@ class Classification(OwnDataTask):
         label = self.label_set.of_value(value)
         if label is not None:
             return label
+        if isinstance(value, float):
+            raise UserError(
+                f"{where}: the number {value} is not exactly one of the labels {self._listing()}",
+                hint="write the label as text, in quotes, as task.labels spells it",
+            )
         raise UserError(
             f"{where}: label {str(value)[:60]!r} is not one of {self._listing()}",
             hint="fix the row, or add the label to task.labels",

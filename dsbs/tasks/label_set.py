@@ -76,8 +76,10 @@ class LabelSet:
         """The label that a data file's cell holds. Numbers may have lost their spelling: 7, 7.0 and
         "7" are the label "007", where no other label is that number.
         """
+        if isinstance(value, float):
+            return self._by_value.get(value)
         label = self.spelled(str(value))
-        if label is None and isinstance(value, int | float) and not isinstance(value, bool):
+        if label is None and isinstance(value, int) and not isinstance(value, bool):
             return self._by_value.get(float(value))
         return label or self._by_number.get(_number_key(str(value).strip()) or "")
 
@@ -290,8 +292,8 @@ def _aliases(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Other ways to write a label's words: "non-toxic" as "non toxic", "card_fraud" as "card
     fraud".
     """
-    parts = tuple(part for word in words for part in re.split("[_-]+", word))
-    if len(parts) < 2 or not all(part.isalnum() for part in parts):
+    parts = tuple(piece for word in words for piece in re.split("[_-]+", word))
+    if len(parts) < 2 or not all(piece.isalnum() for piece in parts):
         return
     yield parts
     yield ("-".join(parts),)

@@ -175,3 +175,15 @@ def test_a_proxys_password_and_a_late_key_are_not_shown(
     assert "hunter2" not in endpoint.redact(
         "Cannot connect, url='http://bob:hunter2@127.0.0.1:3128'"
     )
+
+
+def test_a_small_budget_without_max_tokens_still_allows_requests(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    with LoopbackServer(lambda body, n: reply(body, 1)) as server:
+        changes = [PRICE, "annotate.max_tokens=null", "annotate.max_usd=3"]
+        annotate(
+            load_recipe(toy(train=40, test=4), [f"teacher.base_url={server.url}", *changes]),
+            out=tmp_path / "run",
+        )
+    assert {body["max_tokens"] for body in server.bodies} == {30}  # a tenth of the limit, in cents

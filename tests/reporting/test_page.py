@@ -204,7 +204,8 @@ def test_a_reliable_difference_is_stated_with_its_interval(run: EvaluatedRun) ->
         "(95% CI [+1.0, +13.0])."
     )
     assert shown.details.startswith(
-        "step-by-step-gold labels 62.0% of the rows correctly, finetune-gold 55.0%. p = .036"
+        "step-by-step-gold labels 62.0% of the rows correctly, finetune-gold 55.0%. "
+        "The exact sign-flip permutation test gives p = .036,"
     )
     text = ParsedPage(render([run], [])).text
     assert shown.sentence in text

@@ -177,7 +177,7 @@ def test_a_text_that_may_be_something_else_is_no_label(labels: list[str], text: 
         (["1.50", "2.50"], 2.5, "2.50"),
         (["1e3", "1e4"], 1000.0, "1e3"),
         (["true", "false"], True, "true"),
-        (["1", "1.0"], 1.0, "1.0"),
+        (["7", "007"], 7, "7"),
         (["Rückgabe", "Zahlung"], "Ru\u0308ckgabe", "Rückgabe"),
     ],
 )
@@ -190,6 +190,8 @@ def test_a_cell_that_is_a_number_is_the_label_that_is_that_number(
 def test_a_cell_that_could_be_two_labels_is_refused() -> None:
     with pytest.raises(UserError, match="'7' is not one of 007, 07"):
         task(["007", "07"]).gold(7, {}, "row 1")
+    with pytest.raises(UserError, match="is not exactly one of the labels"):
+        task(["1.1", "1.10"]).gold(1.1, {}, "row 1")
 
 
 # --- common words

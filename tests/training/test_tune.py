@@ -133,7 +133,7 @@ def test_students_of_another_grid_are_not_taken_for_this_ones(
         annotated("train.methods=finetune", "train.tune.learning_rate=[0.01, 0.003]"),
         out=tmp_path / "run",
     )
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="settings or annotations have changed"):
         evaluate(
             annotated("train.methods=finetune", "train.tune.learning_rate=[0.01, 0.02]"),
             out=tmp_path / "run",

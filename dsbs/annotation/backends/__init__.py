@@ -225,11 +225,14 @@ def make_teacher(recipe: Recipe) -> Teacher:
     return teacher_class(recipe.teacher.kind)(recipe)
 
 
-def reply_tokens(recipe: Recipe) -> int:
+_SHARE_OF_BUDGET = 0.1  # of annotate.max_usd, for one reply
+
+
+def reply_tokens(recipe: Recipe, price: Price | None = None) -> int:
     """``annotate.max_tokens``, else a limit that reasoning does not use up.
 
-    It is 256 where the model continues a text (``endpoint: completions``), and at most a quarter of
-    the context where that is known.
+    It is 256 where the model continues a text (``endpoint: completions``), at most a quarter of the
+    context where that is known, and at most what a tenth of ``annotate.max_usd`` pays for.
     """
     if recipe.annotate.max_tokens is not None:
         return recipe.annotate.max_tokens
@@ -238,9 +241,14 @@ def reply_tokens(recipe: Recipe) -> int:
     if teacher.endpoint == "completions":
         return COMPLETION_TOKENS
     context = teacher.context_tokens or kind.default_context_tokens
-    if context is None:
-        return kind.default_reply_tokens
-    return min(kind.default_reply_tokens, max(1, context // 4))
+    limit = kind.default_reply_tokens
+    if context is not None:
+        limit = min(limit, max(1, context // 4))
+    max_usd = recipe.annotate.max_usd
+    if max_usd is not None and price is not None and price.output > 0:
+        # A reply reserves the most that it may cost: a larger limit would allow no request at all.
+        limit = min(limit, max(1, int(_SHARE_OF_BUDGET * max_usd / price.output * 1e6)))
+    return limit
 
 
 # --- completions in the OpenAI API's format
