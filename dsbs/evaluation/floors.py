@@ -71,17 +71,17 @@ class FloorInputs:
     train: Sequence[tuple[Example, str]] = ()
     valid: Sequence[tuple[Example, str]] = ()
 
-    def text(self, row: Example) -> str:
-        """A row's text as words; both texts of a pair follow one another."""
+    def texts(self, row: Example) -> list[str]:
+        """The student's input, or both texts of a pair, or the only field to read."""
         if self.only_field is None:
-            return self.task.text(row.input).replace(PAIR_SEPARATOR, " ")
+            return self.task.text(row.input).split(PAIR_SEPARATOR, 1)
         if self.only_field not in row.input:
             raise UserError(
                 f"eval.floors: tfidf-{self.only_field}: row {row.id!r} has no such field "
                 f"(fields: {', '.join(row.input)})",
                 hint="name an input field of the task; task.columns renames columns",
             )
-        return str(row.input[self.only_field])
+        return [str(row.input[self.only_field])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,20 +338,20 @@ def _predict_tfidf(inputs: FloorInputs) -> list[FloorAnswer]:
     labels = [label for _, label in inputs.train]
     if len(set(labels)) < 2:
         return _predict_majority(inputs)
-    features = _tfidf_features()
-    train = features.fit_transform([inputs.text(row) for row, _ in inputs.train])
+    features = _TfidfFeatures(inputs)
+    train = features.fit([row for row, _ in inputs.train])
     strengths = _STRENGTHS if inputs.valid else (_DEFAULT_STRENGTH,)
     models = [_fit(train, labels, strength) for strength in strengths]
     best = models[0]
     if inputs.valid:
-        valid = features.transform([inputs.text(row) for row, _ in inputs.valid])
+        valid = features.of([row for row, _ in inputs.valid])
         gold = [label for _, label in inputs.valid]
         best = max(models, key=lambda model: model.score(valid, gold))
     classes = best.classes_.tolist()
     answers = []
     for first in range(0, len(inputs.rows), _ROWS_TOGETHER):
-        texts = [inputs.text(row) for row in inputs.rows[first : first + _ROWS_TOGETHER]]
-        for shares in best.predict_proba(features.transform(texts)).tolist():
+        rows = inputs.rows[first : first + _ROWS_TOGETHER]
+        for shares in best.predict_proba(features.of(rows)).tolist():
             distribution = dict.fromkeys(inputs.task.labels or (), 0.0)
             distribution |= dict(zip(classes, shares, strict=True))
             answers.append(
@@ -360,15 +360,50 @@ def _predict_tfidf(inputs: FloorInputs) -> list[FloorAnswer]:
     return answers
 
 
-def _tfidf_features() -> Any:
-    """Words and pairs of words, and sequences of two to four characters within words."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.pipeline import make_union
+class _TfidfFeatures:
+    """Words and pairs of words, and sequences of two to four characters within words.
 
-    return make_union(
-        TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True),
-        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True),
-    )
+    The texts of a pair have features of their own: a word of the hypothesis is not that of the
+    premise.
+    """
+
+    def __init__(self, inputs: FloorInputs) -> None:
+        self._inputs = inputs
+        self._is_pair = all(len(inputs.texts(row)) > 1 for row, _ in inputs.train)
+        self._unions: list[Any] = []  # one for each text of a row
+
+    def fit(self, rows: Sequence[Example]) -> Any:
+        """Learn the features of ``rows``, and return them: (rows, features), sparse."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.pipeline import make_union
+
+        self._unions = [
+            make_union(
+                TfidfVectorizer(
+                    token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True
+                ),
+                TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True),
+            ).fit(column)
+            for column in self._columns(rows)
+        ]
+        return self.of(rows)
+
+    def of(self, rows: Sequence[Example]) -> Any:
+        """The features of ``rows``, (rows, features), sparse."""
+        from scipy.sparse import hstack
+
+        columns = self._columns(rows)
+        parts = [
+            union.transform(column) for union, column in zip(self._unions, columns, strict=True)
+        ]
+        return hstack(parts).tocsr()
+
+    def _columns(self, rows: Sequence[Example]) -> list[list[str]]:
+        """The texts of all rows: their first and second ones, or both joined."""
+        texts = [self._inputs.texts(row) for row in rows]
+        if not self._is_pair:
+            return [[" ".join(parts) for parts in texts]]
+        return [[parts[0] for parts in texts], [" ".join(parts[1:]) for parts in texts]]
 
 
 def _fit(features: Any, labels: Sequence[str], strength: float) -> Any:

@@ -67,7 +67,8 @@ def headline_comparison(results: Results) -> tuple[SystemResult | None, str | No
     """The headline system and the baseline it is compared with; None for what there is not."""
     system = results.system(results.headline)
     if system is None:
-        system = next((system for system in results.systems if system.versus), None)
+        compared = (s for s in results.systems if s.versus or s.versus_floors)
+        system = next(compared, None)
     if system is None or not system.versus:
         return system, None
     if results.baseline in system.versus:

@@ -10,6 +10,7 @@ from dsbs.records.results import FloorComparison
 from dsbs.reporting.runs import EvaluatedRun, name_among
 from dsbs.reporting.tables import Column, RowGroup, Table, TableRow, cells, difference_axis
 
+_RESULTS = {True: "beaten", False: "not beaten"}
 _COLUMNS = [
     Column("floor", lambda pair: pair[0], is_text=True),
     Column(
@@ -30,7 +31,6 @@ _COLUMNS = [
         note="rows that the floor gets right and the system wrong",
     ),
 ]
-_RESULTS = {True: "beaten", False: "not beaten"}
 
 
 def floor_table(runs: Sequence[EvaluatedRun]) -> Table | None:
