@@ -227,8 +227,8 @@ def _make_predictions(
 ) -> None:
     """Write a floor's prediction file unless it is there."""
     path = run.predictions(name)
-    asked = canonical_json([[row.id, row.input] for row in inputs.rows])
-    fingerprint = FLOOR_MARK + digest(floor.title, floor.identity(inputs), asked)
+    questions = canonical_json([[row.id, row.input] for row in inputs.rows])
+    fingerprint = FLOOR_MARK + digest(floor.title, floor.identity(inputs), questions)
     if fits_or_take_back(path, fingerprint):
         return
     progress.say(f"predict {inputs.recipe.eval.split}: floor {name}")

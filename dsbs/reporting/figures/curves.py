@@ -95,8 +95,8 @@ def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
             for title, systems in points.items():
                 _draw_curve(canvas, axes, systems, styles[title])
                 handles[title] = legend_handle(styles[title])
-            for title, others in _others(results).items():
-                handles[title] = _draw_other(axes, others, styles[title])
+            for title, systems in _other_series(results).items():
+                handles[title] = _draw_other(axes, systems, styles[title])
             counts = (s.training_rows or 0 for systems in points.values() for s in systems)
             ticks = thin_ticks(counts, width * 0.4, 0.5)
             axes.set_xscale("log")
@@ -116,7 +116,7 @@ def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         return [canvas.finish("Accuracy against training rows", caption)]
 
 
-def _others(results: Results) -> Curve:
+def _other_series(results: Results) -> Curve:
     """The teacher, external systems and floors of each series, by training rows."""
     series: Curve = {}
     for system in results.systems:
