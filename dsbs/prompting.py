@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dsbs.config import Recipe
 from dsbs.config.load import dotted, load_located
-from dsbs.errors import UserError
+from dsbs.errors import UserError, needs_extra
 from dsbs.files import canonical_json, digest, find_file
 from dsbs.records import Example
 from dsbs.run_folder import RunFolder
@@ -33,10 +34,26 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-JSON_INSTRUCTION = (
-    "Write the reply as one JSON object and nothing else, in place of any other form: "
-    '{"rationale": "<your reasoning>", "label": "<the answer>"}'
-)
+Order = Literal["rationale-first", "label-first"]
+
+_JSON_TEXTS = {"rationale": "<your reasoning>", "label": "<the answer>"}
+_MAX_PATTERN = 1000  # characters
+_PATTERN_GROUPS = {"label", "rationale"}
+_VARIABLE = re.compile(r"\{\{-?\s*(label|letter|rationale)\b")
+
+
+def in_order(values: Mapping[str, Any], order: Order) -> dict[str, Any]:
+    """The values of ``rationale`` and ``label`` in the order in which a reply has them."""
+    names = ("label", "rationale") if order == "label-first" else ("rationale", "label")
+    return {name: values[name] for name in names}
+
+
+def _default_answer(values: Mapping[str, Any]) -> str:
+    """The template of an answer in a prompt without one of its own."""
+    if values.get("order") != "label-first":
+        return "{{ rationale }}\nAnswer: {{ label }}"
+    anchor = (values.get("anchor") or ("",))[0].strip()
+    return f"{anchor} {{{{ label }}}}\n{{{{ rationale }}}}".lstrip()
 
 
 class Exemplar(BaseModel):
@@ -58,10 +75,16 @@ class Prompt(BaseModel):
     """The system message, or the beginning of a single text."""
     template: str
     """Jinja template of a question."""
-    answer: str = "{{ rationale }}\nAnswer: {{ label }}"
-    """Jinja template of an exemplar's answer."""
+    order: Order = "rationale-first"
+    """Which of the two a reply gives first."""
     anchor: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("Answer:",)
-    """Texts that precede the label in a reply; the first one found counts."""
+    """Texts that precede the label in a reply; the first one found counts. label-first: empty where
+    a reply begins with the label."""
+    pattern: str | None = Field(None, max_length=_MAX_PATTERN)
+    """A regular expression in RE2's syntax that reads a reply in place of the anchor, with a group
+    ``label`` and, where replies explain it, a group ``rationale``."""
+    answer: str = Field(default_factory=_default_answer)
+    """Jinja template of an exemplar's answer, in the form that is read."""
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     """Texts with which a model begins an example of its own; the reply ends before them."""
     hint: str = (
@@ -80,7 +103,31 @@ class Prompt(BaseModel):
         values = self.model_dump(mode="json")
         if self.format == "text":
             del values["format"]  # earlier runs, which did not have it, are the same
+        if self.order == "rationale-first":
+            del values["order"]
+        if self.pattern is None:
+            del values["pattern"]
         return digest(canonical_json(values))
+
+
+@lru_cache(maxsize=16)
+def compiled(pattern: str) -> Any:
+    """A prompt's pattern, which matches in time linear in the text. Raises ValueError."""
+    with needs_extra("re2", "pattern in a prompt file"):
+        import re2
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        expression = re2.compile(pattern, options)
+    except UnicodeEncodeError:
+        raise ValueError("it has a character that is not valid text") from None
+    except re2.error as error:
+        message = error.args[0].decode("utf-8", "replace")
+        raise ValueError(f"{message}; the syntax is that of RE2, without lookaround") from None
+    groups = set(expression.groupindex)
+    if "label" not in groups or groups - _PATTERN_GROUPS:
+        raise ValueError("its named groups must be label and, if there is one, rationale")
+    return expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +156,7 @@ class PromptRenderer:
         blocks: list[str] = []
         instruction = prompt.instruction.strip()
         if prompt.format == "json":
-            instruction = f"{instruction}\n\n{JSON_INSTRUCTION}".strip()
+            instruction = f"{instruction}\n\n{_json_instruction(prompt.order)}".strip()
         if instruction:
             messages.append({"role": "system", "content": instruction})
             blocks.append(instruction)
@@ -133,7 +180,7 @@ class PromptRenderer:
         question = render(self.prompt.template, view, where=f"{where}: template").rstrip()
         if self.prompt.format == "json":
             texts = {"rationale": exemplar.rationale.strip(), "label": exemplar.label}
-            return question, json.dumps(texts, ensure_ascii=False)
+            return question, json.dumps(in_order(texts, self.prompt.order), ensure_ascii=False)
         answer = render(
             self.prompt.answer,
             view | {"rationale": exemplar.rationale.strip()},
@@ -159,21 +206,31 @@ class PromptRenderer:
         )
 
 
+def _json_instruction(order: Order) -> str:
+    return (
+        "Write the reply as one JSON object and nothing else, in place of any other form: "
+        + json.dumps(in_order(_JSON_TEXTS, order))
+    )
+
+
 def load_prompt(recipe: Recipe, task: Task) -> Prompt:
     """The recipe's prompt file, else the task's shipped one, else a zero-shot prompt. Raises
     UserError.
     """
     if recipe.annotate.prompt is not None:
-        prompt = read_prompt(recipe.annotate.prompt, recipe.folder)
+        prompt = read_prompt(recipe.annotate.prompt, recipe.folder, recipe.annotate.order)
     elif task.name in ("classification", "generation"):
         prompt = zero_shot(recipe, task)
     else:
-        prompt = read_prompt(f"prompts/{task.name}.yaml", None)
+        prompt = read_prompt(f"prompts/{task.name}.yaml", None, recipe.annotate.order)
     return prompt.model_copy(update={"format": recipe.annotate.format})
 
 
-def read_prompt(path: str, beside: Path | None) -> Prompt:
-    """Read a prompt file, which may lie in the folder ``beside``. Raises UserError."""
+def read_prompt(path: str, beside: Path | None, order: Order | None = None) -> Prompt:
+    """Read a prompt file, which may lie in the folder ``beside``; ``order`` replaces the file's.
+
+    Raises UserError.
+    """
     file = find_file(
         path,
         what="prompt file",
@@ -192,7 +249,8 @@ def read_prompt(path: str, beside: Path | None) -> Prompt:
             problems.append(f"{path}:{line}: {dotted(issue['loc'])}: {issue['msg']}")
         raise UserError(
             "\n  ".join(problems),
-            hint="a prompt has instruction, template, answer, anchor, stop, exemplars",
+            hint="a prompt has instruction, template, order, answer, anchor or pattern, stop, "
+            "exemplars",
         ) from None
     if located.problems:
         raise UserError(
@@ -204,25 +262,73 @@ def read_prompt(path: str, beside: Path | None) -> Prompt:
             f"{path}:{located.line(('format',)) or 1}: format is not a key of a prompt file",
             hint="set annotate.format in the recipe",
         )
-    if not prompt.anchor or not all(mark.strip() for mark in (*prompt.anchor, *prompt.stop)):
+    if order is not None:
+        values = prompt.model_dump(exclude_unset=True)
+        prompt = Prompt.model_validate(values | {"order": order})
+    _check_form(prompt, path)
+    return prompt
+
+
+def _check_form(prompt: Prompt, path: str) -> None:
+    """Raise UserError where answers in the prompt's own form could not be read."""
+    needs_anchor = prompt.order == "rationale-first" and prompt.pattern is None
+    if not all(mark.strip() for mark in (*prompt.anchor, *prompt.stop)) or (
+        needs_anchor and not prompt.anchor
+    ):
         raise UserError(
             f"{path}: an empty string in anchor or stop",
-            hint="give the words that precede the label, e.g. 'Answer:'",
+            hint="give the words that precede the label, e.g. 'Answer:'; only with "
+            "order: label-first may anchor be empty ([]), where replies begin with the label",
         )
-    return prompt
+    if prompt.pattern is not None:
+        if "anchor" in prompt.model_fields_set:
+            raise UserError(
+                f"{path}: anchor and pattern are two ways to read a reply", hint="keep one of them"
+            )
+        if "answer" not in prompt.model_fields_set:
+            raise UserError(
+                f"{path}: pattern needs answer, a reply in the form that it reads",
+                hint="e.g. answer: '{{ label }}. {{ rationale }}'; dsbs validate reads each label "
+                "in this form",
+            )
+        try:
+            compiled(prompt.pattern)
+        except ValueError as error:
+            raise UserError(
+                f"{path}: pattern cannot be used: {error}",
+                hint=r"e.g. pattern: '(?s)^(?P<label>[^.]+)\.\s+(?P<rationale>.+)$'",
+            ) from None
+    variables = _VARIABLE.findall(prompt.answer)
+    if "rationale" in variables and len(variables) > 1:
+        order = "rationale-first" if variables[0] == "rationale" else "label-first"
+        if order != prompt.order:
+            raise UserError(
+                f"{path}: answer is {order}, and order is {prompt.order}",
+                hint=f"set order: {order}, or change answer",
+            )
 
 
 def zero_shot(recipe: Recipe, task: Task) -> Prompt:
     """A chain-of-thought prompt without exemplars, for tasks without a prompt file."""
     goal, choice = _goal_and_choice(recipe, task)
-    last = "Answer: <answer>" if task.labels is None else "Answer: <label>"
-    instruction = (
-        f"{goal}\n{choice}\n"
-        "First explain your reasoning in one to three sentences that rest on the text. "
+    form = "Answer: <answer>" if task.labels is None else "Answer: <label>"
+    order = recipe.annotate.order or "rationale-first"
+    is_text = recipe.annotate.format == "text"
+    if order == "label-first":
+        how = "Give the answer first, then explain it in one to three sentences that rest on the "
+        how += "text. "
+        if is_text:
+            how += f"Write the answer on a first line of its own, in this form:\n{form}"
+    else:
+        how = "First explain your reasoning in one to three sentences that rest on the text. "
+        if is_text:
+            how += f"Then write the answer on a last line of its own, in this form:\n{form}"
+    return Prompt(
+        instruction=f"{goal}\n{choice}\n{how}",
+        template="Text: {{ text }}",
+        order=order,
+        stop=("\nText:",),
     )
-    if recipe.annotate.format == "text":
-        instruction += f"Then write the answer on a last line of its own, in this form:\n{last}"
-    return Prompt(instruction=instruction, template="Text: {{ text }}", stop=("\nText:",))
 
 
 def direct_instruction(recipe: Recipe, task: Task) -> str:
@@ -262,7 +368,8 @@ _TEACHER_KEYS_WITHOUT_EFFECT = {
 }
 _ENDPOINT_KEYS_WITHOUT_EFFECT = {"weight", "api_key_env", "rpm", "tpm"}
 _ANNOTATE_KEYS_WITHOUT_EFFECT = {
-    "prompt",  # counts by its content
+    "prompt",  # counts by its content, as does the order
+    "order",
     "splits",
     "concurrency",
     "max_usd",

@@ -158,7 +158,7 @@ class Annotator:
         if teacher.endpoint == "completions" and self.prompt.stop:
             body["stop"] = list(self.prompt.stop[:_MAX_STOPS])
         if annotate.format == "json" and teacher.endpoint == "chat":
-            body["response_format"] = response_format(self.task)
+            body["response_format"] = response_format(self.task, self.prompt.order)
         if annotate.logprobs:
             body["logprobs"] = {"chat": True, "completions": 1}[teacher.endpoint]
         body |= reasoning_fields(teacher.reasoning_effort, teacher.served_by[0].base_url)
@@ -221,7 +221,7 @@ class Annotator:
             rationale_from=section.rationale_from,
         )
         if section.logprobs and sample.label is not None:
-            logprob = label_logprob(reply.raw, reply.text, self.prompt)
+            logprob = label_logprob(reply.raw, reply.text, self.prompt, self.task)
             sample = sample.model_copy(update={"label_logprob": logprob})
         return sample
 

@@ -9,44 +9,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from dsbs.records import Reason
+from dsbs.annotation.text_answer import Answer
+from dsbs.prompting import Order, in_order
 from dsbs.tasks import Task
 
 
-def response_format(task: Task) -> dict[str, Any]:
-    """The ``response_format`` of a request: rationale first, the label from the closed set.
+def response_format(task: Task, order: Order) -> dict[str, Any]:
+    """The ``response_format`` of a request: rationale and label in the prompt's order, the label
+    from the closed set.
 
     Source: https://platform.openai.com/docs/guides/structured-outputs.
     """
     label: dict[str, Any] = {"type": "string"}
     if task.labels is not None:
         label["enum"] = list(task.labels)
+    properties = in_order({"rationale": {"type": "string"}, "label": label}, order)
     schema = {
         "type": "object",
-        "properties": {"rationale": {"type": "string"}, "label": label},
-        "required": ["rationale", "label"],
+        "properties": properties,
+        "required": list(properties),
         "additionalProperties": False,
     }
     return {
         "type": "json_schema",
         "json_schema": {"name": "answer", "strict": True, "schema": schema},
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The texts of an answer, or why there is none.
-
-    ``label_span`` is where the label stands in a JSON answer, without quotes.
-    """
-
-    rationale: str = ""
-    label: str = ""
-    label_span: tuple[int, int] = (0, 0)
-    reason: Reason | None = None
 
 
 def read_json_answer(text: str, *, may_be_cut: bool) -> Answer:

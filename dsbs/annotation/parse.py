@@ -12,30 +12,21 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from dsbs.annotation.backends.faults import is_unknown_reason
-from dsbs.annotation.json_answer import Answer, read_json_answer
+from dsbs.annotation.json_answer import read_json_answer
+from dsbs.annotation.text_answer import MARKUP, Answer, gives_another_label, read_text_answer
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.prompting import Prompt
 from dsbs.records import Reason, Sample, Unread
-from dsbs.tasks import EMPHASIS, Fields, Task, concluded_label, unwrapped
-from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks import Fields, Task, concluded_label
 
 RationaleFrom = Literal["visible", "reasoning"]
 
-_DANGLING = re.compile(
-    r"(?:^|(?<=[.!?,;:\s]))\s*(?:so|therefore|thus|hence|and so|and)\s*,?\s*$", re.IGNORECASE
-)
-_DECLINES = re.compile(
-    r"\W*(?:(?:i'm|i am) (?:very )?(?:sorry|unable)|sorry, "
-    r"|i (?:can't|cannot|won't|will not|must decline)|as an ai\b)",
-    re.IGNORECASE,
-)
 _DOUBTS = re.compile(
     r"\W*(?:wait|hmm+|but|however|alternatively|actually|hold on|let me|let's|no[,.]|or\b"
     r"|ok(?:ay)?\b|maybe|perhaps|i (?:should|need|think|must|will))",
     re.IGNORECASE,
 )
 _WORDS_AROUND_LABEL = 3  # "(b) revolving door.", "84 / 2 = 42"
-_MARKUP = " \t\r\n*_#>"
 
 
 def parse_reply(
@@ -48,7 +39,7 @@ def parse_reply(
     reasoning: str | None = None,
     rationale_from: RationaleFrom = "visible",
 ) -> Sample:
-    """Read a reply's first turn: the rationale precedes the answer anchor, the label follows it.
+    """Read a reply's first turn, in the prompt's form.
 
     ``reasoning`` is a reasoning model's separate text; it is the rationale where ``rationale_from``
     says so.
@@ -69,7 +60,7 @@ def parse_reply(
     out_of_tokens = finish_reason == "length"
     if finish_reason == "content_filter":
         return sample(None, None, "refused")
-    if not turn.strip(_MARKUP):
+    if not turn.strip(MARKUP):
         if not out_of_tokens:
             return sample(None, None, "empty")
         return sample(None, None, "spent-on-reasoning" if reasoning else "truncated")
@@ -80,34 +71,49 @@ def parse_reply(
         may_be_cut = False  # a whole object is not cut
     else:
         looks_cut = ends_openly and turn[-1] not in ".!?)\"'"
-        answer = _read_text_answer(turn, prompt, task, may_be_cut=may_be_cut or looks_cut)
+        answer = read_text_answer(turn, prompt, task, may_be_cut=may_be_cut or looks_cut)
     if answer.reason is not None:
         return sample(None, None, answer.reason)
+    if may_be_cut and prompt.order == "label-first":
+        return sample(None, None, "truncated")  # its rationale is cut
     rationale = answer.rationale
     if rationale_from == "reasoning":
         rationale = (reasoning or "").strip()
     label = task.read_label(answer.label, fields)
     if isinstance(label, Unread):
-        if may_be_cut and label.reason in ("empty", "unparsed", "label-outside-set"):
-            return sample(None, rationale, "truncated")
-        return sample(None, rationale, label.reason)
+        return sample(None, rationale, _unread_reason(label, answer, prompt, may_be_cut))
+    if _gives_several(answer, label, prompt, task, fields):
+        return sample(None, rationale, "several-answers")
     is_open = is_unknown_reason(finish_reason) and not ran_on
-    if (may_be_cut or is_open) and (
-        _begins_another_label(label, answer.label, task) or _is_draft(answer.label, label)
-    ):
+    if (may_be_cut or is_open) and _is_cut(answer, label, prompt, task):
         return sample(None, rationale, "truncated")
     return sample(label, rationale, None)  # a label without a rationale is used too
 
 
-def _read_text_answer(turn: str, prompt: Prompt, task: Task, *, may_be_cut: bool) -> Answer:
-    """What stands before and after the answer anchor."""
-    start, anchor = find_anchor(turn, prompt.anchor, task.label_set)
-    if start < 0:
-        if _DECLINES.match(turn.replace("’", "'")):
-            return Answer(reason="refused")
-        return Answer(reason="truncated" if may_be_cut else "unparsed")
-    rationale = _DANGLING.sub("", turn[:start].strip(_MARKUP)).strip(_MARKUP)
-    return Answer(rationale, _without_anchor_marks(turn[:start], turn[start + len(anchor) :]))
+def _unread_reason(label: Unread, answer: Answer, prompt: Prompt, may_be_cut: bool) -> Reason:
+    if may_be_cut and label.reason in ("empty", "unparsed", "label-outside-set"):
+        return "truncated"
+    if label.reason == "truncated" and prompt.order == "label-first" and answer.rationale:
+        return "label-outside-set"  # a rationale follows it
+    return label.reason
+
+
+def _gives_several(answer: Answer, label: str, prompt: Prompt, task: Task, fields: Fields) -> bool:
+    """Whether the reply gives another label after the one that was read."""
+    for text in answer.repeated:
+        other = task.read_label(text, fields)
+        if isinstance(other, str) and not task.correct(other, label):
+            return True
+    if prompt.order == "rationale-first" or prompt.format == "json" or task.label_set is None:
+        return False
+    return gives_another_label(answer, label, task.label_set)
+
+
+def _is_cut(answer: Answer, label: str, prompt: Prompt, task: Task) -> bool:
+    """Whether the answer of a reply that may be cut may have gone on."""
+    if prompt.order == "label-first" and answer.rationale:
+        return _DOUBTS.match(answer.rationale) is not None
+    return _begins_another_label(label, answer.label, task) or _is_draft(answer.label, label)
 
 
 def _begins_another_label(label: str, answer: str, task: Task) -> bool:
@@ -155,41 +161,9 @@ def first_turn(text: str, stop: tuple[str, ...], anchors: tuple[str, ...] = ()) 
 def _ends_a_line(before: str, mark: str, anchors: tuple[str, ...]) -> bool:
     """Whether a stop string can begin after a text."""
     begins_line = mark.startswith("\n") or not before or before.endswith("\n")
-    return begins_line and not before.rstrip(_MARKUP).lower().endswith(
+    return begins_line and not before.rstrip(MARKUP).lower().endswith(
         tuple(anchor.lower() for anchor in anchors)
     )
-
-
-def find_anchor(
-    turn: str, anchors: tuple[str, ...], labels: LabelSet | None = None
-) -> tuple[int, str]:
-    """The last occurrence of the first anchor that occurs, and its text; -1 without one.
-
-    The last one, because a rationale may mention "the answer" before it is given. An earlier one,
-    if all that follows it is a label, which then contains the anchor itself.
-    """
-    for anchor in anchors:
-        matches = list(re.finditer(re.escape(anchor), turn, re.IGNORECASE))
-        for match in matches[:-1]:
-            layers = unwrapped(turn[match.end() :])
-            if labels is not None and any(labels.spelled(layer) for layer in layers):
-                return match.start(), match.group()
-        if matches:
-            return matches[-1].start(), matches[-1].group()
-    return -1, ""
-
-
-def _without_anchor_marks(before: str, answer: str) -> str:
-    """The answer without the mark that closes emphasis begun before the anchor: "**Answer:** A" or
-    "*Answer: A*".
-    """
-    mark = before[len(before.rstrip(EMPHASIS)) :]
-    line, line_break, rest = answer.partition("\n")
-    if not mark:
-        return answer
-    if line.startswith(mark):
-        return answer[len(mark) :]
-    return line.rstrip().removesuffix(mark) + line_break + rest
 
 
 # --- flaws of a rationale
@@ -340,8 +314,8 @@ def _words(text: str) -> list[str]:
 _CONTEXT_CHARACTERS = 80  # before a label, by which it is found behind thoughts
 
 
-def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
-    """Sum of the log-probabilities, in nats, of the tokens of the answer's line after the anchor.
+def label_logprob(raw: str, text: str, prompt: Prompt, task: Task | None = None) -> float | None:
+    """Sum of the log-probabilities, in nats, of the tokens of the label, or of its line.
 
     ``raw`` is the reply's JSON in one of the OpenAI API's two forms: chat
     (``logprobs.content[].token, .logprob``) or completions (``logprobs.tokens, .token_logprobs``).
@@ -352,7 +326,12 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
         return None
     visible, _ = split_thoughts(text)
     turn, _ = first_turn(visible, prompt.stop, prompt.anchor)
-    before, line = _answer_line(turn, prompt)
+    if prompt.format == "json" and "{" in turn:
+        answer = read_json_answer(turn, may_be_cut=False)
+    else:
+        answer = read_text_answer(turn, prompt, task)
+    before = turn[: answer.label_span[0]]
+    line = turn[slice(*answer.label_span)]
     if not line:
         return None
     # in bytes, because a token may hold part of a character
@@ -373,18 +352,6 @@ def label_logprob(raw: str, text: str, prompt: Prompt) -> float | None:
     if not has_tokens:
         return None
     return round(total, 6)
-
-
-def _answer_line(turn: str, prompt: Prompt) -> tuple[str, str]:
-    """The text before the answer, and the answer's line or JSON value; empty without one."""
-    if prompt.format == "json" and "{" in turn:
-        start, end = read_json_answer(turn, may_be_cut=False).label_span
-        return turn[:start], turn[start:end]
-    start, anchor = find_anchor(turn, prompt.anchor)
-    if start < 0:
-        return turn, ""
-    answer = turn[start + len(anchor) :].lstrip()
-    return turn[: len(turn) - len(answer)], answer.split("\n", 1)[0].rstrip()
 
 
 def _answer_position(tokens: bytes, text: str, visible: str, before: str, line: str) -> int:

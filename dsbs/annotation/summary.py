@@ -165,9 +165,10 @@ class SplitSummary:
         if self.without_rationale > NOTABLE_SHARE * self.accepted:
             warnings.append(
                 f"{split}: {self.without_rationale:,} of {count(self.accepted, 'accepted row')} "
-                "without a rationale, because nothing stands before the answer: step-by-step "
-                "learns nothing from them. Ask for the reasons first and the answer last "
-                "(annotate.prompt); of a model that reasons, the reasoning can be the rationale "
+                "without a rationale, because nothing stands before the answer (after it, with "
+                "order: label-first): step-by-step learns nothing from them. Ask for reasons in "
+                "the prompt, or set annotate.order: label-first where the model answers first and "
+                "explains afterwards; of a model that reasons, the reasoning can be the rationale "
                 "(annotate.rationale_from: reasoning)"
             )
         return warnings

@@ -109,7 +109,9 @@ class TeacherSection(Section):
     vote."""
     model: str | None = None
     """openai: the model's name at the endpoint; llamacpp: a .gguf file or
-    ``smollm2-135m-instruct``; transformers: a Hub id or folder. None: not needed for other kinds.
+    ``smollm2-135m-instruct``; transformers: a Hub id or folder; recorded: the model
+    whose completion is read where rows have several, in a list ``teachers`` of {model, completion}.
+    None: not needed, but for the first three.
     """
     base_url: Annotated[str, AfterValidator(_http_url)] = "https://api.openai.com/v1"
     """The URL of an OpenAI-compatible API, including /v1."""
@@ -290,6 +292,9 @@ class AnnotateSection(Section):
     format: Literal["text", "json"] = "text"
     """The form of the replies. json: an object with rationale and label, constrained by a JSON
     schema where the endpoint takes one."""
+    order: Literal["rationale-first", "label-first"] | None = None
+    """Which of the two a reply gives first. None: the prompt file's ``order``, rationale-first
+    where it names none."""
     rationale_from: Literal["visible", "reasoning"] = "visible"
     """Where the rationale is read. reasoning: the reasoning text that some models return beside the
     reply."""

@@ -14,7 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotation.backends import RejectedError, TransientError, teacher_class
+from dsbs.annotation.backends import (
+    RejectedError,
+    TransientError,
+    make_teacher,
+    teacher_class,
+)
 from dsbs.config import EndpointSection, Recipe
 from dsbs.config.load import load_recipe
 from dsbs.errors import DsbsError
@@ -136,14 +141,13 @@ def _teacher(recipe: Recipe) -> Iterator[Check]:
 
 
 def _members(recipe: Recipe) -> Iterator[Check]:
-    from dsbs.annotation.backends.ensemble import read_members
-
-    for member in read_members(recipe):
-        message = f"{member.run}: {member.model}, weight {member.weight:g}, {member.status}"
-        if member.status == "done":
+    for member in make_teacher(recipe).manifest_entries()["members"]:
+        run = member["run"]
+        message = f"{run}: {member['model']}, weight {member['weight']:g}, {member['status']}"
+        if member["status"] == "done":
             yield Check("teacher", "ok", message)
         else:
-            hint = f"rows without a reply do not vote; run `dsbs annotate` for {member.run} again"
+            hint = f"rows without a reply do not vote; run `dsbs annotate` for {run} again"
             yield Check("teacher", "warning", message, hint)
 
 

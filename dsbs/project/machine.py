@@ -34,6 +34,7 @@ EXTRAS = {
     "ct2": (("ctranslate2",), "dsbs export --format ct2, and int8 students"),
     "onnx": (("onnxruntime",), "dsbs export --format onnx"),
     "gguf": (("gguf",), "students from GGUF files, dsbs export --format gguf"),
+    "re2": (("re2",), "pattern in a prompt file"),
     "serve": (("fastapi", "uvicorn"), "dsbs serve"),
 }
 _CGROUP = Path("/sys/fs/cgroup")

@@ -15,7 +15,7 @@ from dsbs.errors import UserError
 from dsbs.evaluation.floors import check_floors
 from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
-from dsbs.prompting import Prompt, PromptRenderer, load_prompt
+from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
 from dsbs.records import Example, Unread
 from dsbs.students.card import check_student
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
@@ -194,12 +194,15 @@ def _distinct_splits(recipe: Recipe, splits: Splits) -> Splits:
 
 def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
     """Raise UserError where a label that the teacher writes in the prompt's form reads as another
-    one, or as none.
+    one or as none, or its rationale as none.
     """
     template = prompt.answer
+    has_own_form = prompt.exemplars or prompt.pattern is not None or prompt.order == "label-first"
     if prompt.format == "json":
-        template = '{"rationale": {{ rationale | tojson }}, "label": {{ label | tojson }}}'
-    elif not prompt.exemplars:  # which alone show the teacher that template
+        texts = {name: f"{{{{ {name} | tojson }}}}" for name in ("rationale", "label")}
+        pairs = (f'"{name}": {text}' for name, text in in_order(texts, prompt.order).items())
+        template = f"{{{', '.join(pairs)}}}"
+    elif not has_own_form:
         template = f"{{{{ rationale }}}}\n{prompt.anchor[0]} {{{{ label }}}}"
     unreadable: list[tuple[str, str, str | None]] = []
     for label in task.labels or ():
@@ -208,10 +211,14 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
         sample = parse_reply(answer, prompt, task, example.input, "stop")
         if sample.label != label:
             unreadable.append((label, answer, sample.label or sample.reason))
+        elif sample.rationale is None and _RATIONALE in answer:
+            raise UserError(
+                f"the teacher's answer {answer!r:.120} is read without its rationale",
+                hint="change the prompt's answer, anchor or pattern so that they fit each other",
+            )
     if unreadable:
-        raise _unreadable(
-            "the teacher's answer", unreadable, "rename it, or change the prompt's anchor and stop"
-        )
+        hint = "rename it, or change the prompt's anchor, pattern and stop"
+        raise _unreadable("the teacher's answer", unreadable, hint)
 
 
 def check_student_labels(
@@ -297,6 +304,8 @@ def _parse_warnings(prompt: Prompt, task: Task, renderer: PromptRenderer) -> lis
             warnings.append(f"{name} says {exemplar.label!r} but is read as {parsed.label!r}")
         if not exemplar.rationale.strip():
             warnings.append(f"{name} has no rationale, so the teacher will give none")
+        elif parsed.label is not None and parsed.rationale is None:
+            warnings.append(f"{name} is read without its rationale")
     return warnings
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Fields = Mapping[str, Any]
 
 # Columns that are never a row's input.
-RESERVED = ("id", "label", "rationale", "teacher", "meta", "input")
+RESERVED = ("id", "label", "rationale", "teacher", "teachers", "meta", "input")
 # Names of a data frame's index in files that pandas wrote.
 _INDEX_COLUMN = re.compile(r"|index|Unnamed: \d+|__index_level_\d+__")
 # How pandas spells a missing cell where it was turned into text.

@@ -141,6 +141,7 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
     counts: dict[int, int] = {}
     first_ids: dict[int, str] = {}
     data = recipe.task.data
+    recorded_model = recipe.teacher.model if recipe.teacher.kind == "recorded" else None
     # Copies of a row must not be on both sides of a split that is held out.
     finds_copies = source == data.train and (data.valid is None or data.test is None)
     problems: list[UserError] = []
@@ -150,7 +151,7 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
         try:
             where, row = next(rows)
             is_empty = False
-            example = _example(task, row, where)
+            example = _example(task, row, where, recorded_model)
             key = _short_hash(example.id)
             counts[key] = counts.get(key, 0) + 1
             if counts[key] > 1:
@@ -221,7 +222,9 @@ def _inner(row: dict[str, Any]) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else row
 
 
-def _example(task: Task, row: dict[str, Any], where: str) -> Example:
+def _example(
+    task: Task, row: dict[str, Any], where: str, recorded_model: str | None = None
+) -> Example:
     inner = _inner(row)
     fields = task.fields(inner, where)
     row_id = id_text(_cell(task, "id", task.id_columns, row, inner, where), where)
@@ -233,16 +236,26 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     )
     if rationale in MISSING_WORDS:
         rationale = None
-    teacher = row.get("teacher")
-    completion = teacher.get("completion") if isinstance(teacher, dict) else None
+    completion = _completion(row, recorded_model)
     return Example(
         id=row_id or f"row-{digest(canonical_json([fields, label]))[:16]}",
         input=fields,
         label=label,
         rationale=(rationale or "").strip() or None,
-        completion=completion if isinstance(completion, str) else None,
+        completion=completion,
         line=int(where.rpartition(":")[2]),
     )
+
+
+def _completion(row: dict[str, Any], model: str | None) -> str | None:
+    """A row's recorded completion: of ``model`` where several teachers' are in ``teachers``."""
+    teacher = row.get("teacher")
+    teachers = row.get("teachers")
+    if model is not None and isinstance(teachers, list):
+        named = (entry for entry in teachers if isinstance(entry, dict))
+        teacher = next((entry for entry in named if entry.get("model") == model), None)
+    completion = teacher.get("completion") if isinstance(teacher, dict) else None
+    return completion if isinstance(completion, str) else None
 
 
 def _label(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> Any:

@@ -59,7 +59,7 @@ class LabelSet:
         self._mentions = _Mentions(self.labels)
         # No longer line is a label, with all wrapping and in any Unicode form.
         self._max_length = 4 * max(map(len, self.labels), default=0) + 100
-        self._line_counts = sorted(
+        self.line_counts = sorted(
             {len(label.splitlines()) for label in self.labels} - {0, 1}, reverse=True
         )
 
@@ -137,7 +137,7 @@ class LabelSet:
     def _first_lines(self, text: str) -> Iterator[str]:
         """For labels with line breaks: as many first lines of a text as a label has."""
         lines = text.strip().splitlines()
-        for count in self._line_counts:
+        for count in self.line_counts:
             if count <= len(lines):
                 yield from unwrapped("\n".join(lines[:count]))
 

@@ -99,14 +99,14 @@ def test_the_labels_tokens_are_found_in_an_object() -> None:
     assert label_logprob(raw, "".join(token for token, _ in tokens), PROMPT) == pytest.approx(-0.75)
 
 
-def test_the_schema_has_the_rationale_first_and_the_labels_as_an_enum() -> None:
-    schema = response_format(TASK)["json_schema"]["schema"]
-    assert list(schema["properties"]) == ["rationale", "label"]
+def test_the_schema_has_the_prompts_order_and_the_labels_as_an_enum() -> None:
+    schema = response_format(TASK, "rationale-first")["json_schema"]["schema"]
+    assert list(schema["properties"]) == schema["required"] == ["rationale", "label"]
     assert schema["properties"]["label"] == {"type": "string", "enum": list(TASK.labels or ())}
     free = make_task(TaskSection(name="generation", data={"train": "-"}))
-    assert response_format(free)["json_schema"]["schema"]["properties"]["label"] == {
-        "type": "string"
-    }
+    schema = response_format(free, "label-first")["json_schema"]["schema"]
+    assert list(schema["properties"]) == schema["required"] == ["label", "rationale"]
+    assert schema["properties"]["label"] == {"type": "string"}
 
 
 def test_exemplars_are_objects_that_are_read_as_their_labels() -> None:

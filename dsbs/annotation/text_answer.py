@@ -1,0 +1,253 @@
+"""Text answers: where rationale and label stand in a reply, by the prompt's anchor or pattern.
+
+With ``order: rationale-first`` the rationale precedes the answer anchor and the label follows it.
+With ``order: label-first`` the label follows the anchor, or begins the reply, and the rationale
+follows the label. A pattern names both itself.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+from dsbs.prompting import Prompt, compiled
+from dsbs.records import Reason
+from dsbs.tasks import EMPHASIS, Task, unwrapped
+from dsbs.tasks.label_set import LabelSet
+
+MARKUP = " \t\r\n*_#>"
+_DANGLING = re.compile(
+    r"(?:^|(?<=[.!?,;:\s]))\s*(?:so|therefore|thus|hence|and so|and)\s*,?\s*$", re.IGNORECASE
+)
+_DECLINES = re.compile(
+    r"\W*(?:(?:i'm|i am) (?:very )?(?:sorry|unable)|sorry, "
+    r"|i (?:can't|cannot|won't|will not|must decline)|as an ai\b)",
+    re.IGNORECASE,
+)
+_CORRECTION = re.compile(
+    r"\W*(?:no[,.:]|(?:wait|hmm+|but|however|alternatively|actually|hold on|or|and|maybe|perhaps"
+    r"|rather|on second thought|correction)\b)",
+    re.IGNORECASE,
+)
+# what a model writes over its explanation: "Reasoning:", "**Explanation:**"
+_HEADING = re.compile(
+    r"(?:(?:my|the|a|brief|short)\s+)*(?:reason(?:s|ing|ings)?|rationale|explanation|justification)"
+    r"[*_]*\s*[:：][*_]*\s*",
+    re.IGNORECASE,
+)
+# where a label may end within a line: "neutral. The premise …", "neutral, because …"
+_LABEL_END = re.compile(r"[.:]\s+|\s+[-–—]+\s+|[,;]?\s+(?=(?:because|since|as)\b)", re.IGNORECASE)
+_FORM = re.compile(r"\{\{-?\s*label\b[^}]*\}\}([^{}]*)\{\{-?\s*rationale\b")
+_MIN_REST = 3  # words after a label in its line, to be its explanation
+_MAX_LABELS = 16  # places in a reply that are compared
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The texts of an answer, or why there is none.
+
+    ``label_span`` is where the label stands in the reply's turn, without a JSON string's quotes.
+    ``repeated`` are later texts of the reply that should give the same label.
+    """
+
+    rationale: str = ""
+    label: str = ""
+    label_span: tuple[int, int] = (0, 0)
+    reason: Reason | None = None
+    repeated: tuple[str, ...] = ()
+
+
+def read_text_answer(
+    turn: str, prompt: Prompt, task: Task | None, *, may_be_cut: bool = False
+) -> Answer:
+    """The answer in a reply's first turn. ``may_be_cut`` decides why there is none."""
+    if prompt.pattern is not None:
+        answer = _by_pattern(turn, prompt.pattern)
+    elif prompt.order == "label-first":
+        answer = _label_first(turn, prompt, task)
+    else:
+        answer = _rationale_first(turn, prompt, task)
+    if answer is not None:
+        return answer
+    if _DECLINES.match(turn.replace("’", "'")):
+        return Answer(reason="refused")
+    return Answer(reason="truncated" if may_be_cut else "unparsed")
+
+
+def _rationale_first(turn: str, prompt: Prompt, task: Task | None) -> Answer | None:
+    start, anchor = find_anchor(turn, prompt.anchor, None if task is None else task.label_set)
+    if start < 0:
+        return None
+    rationale = _DANGLING.sub("", turn[:start].strip(MARKUP)).strip(MARKUP)
+    end = start + len(anchor)
+    label = _without_anchor_marks(turn[:start], turn[end:])
+    begin = len(turn) - len(turn[end:].lstrip())
+    line = turn[begin:].split("\n", 1)[0].rstrip()
+    return Answer(rationale, label, (begin, begin + len(line)))
+
+
+def find_anchor(
+    turn: str, anchors: tuple[str, ...], labels: LabelSet | None = None
+) -> tuple[int, str]:
+    """The last occurrence of the first anchor that occurs, and its text; -1 without one.
+
+    The last one, because a rationale may mention "the answer" before it is given. An earlier one,
+    if all that follows it is a label, which then contains the anchor itself.
+    """
+    matches = _occurrences(turn, anchors)
+    for match in matches[:-1]:
+        layers = unwrapped(turn[match.end() :])
+        if labels is not None and any(labels.spelled(layer) for layer in layers):
+            return match.start(), match.group()
+    if matches:
+        return matches[-1].start(), matches[-1].group()
+    return -1, ""
+
+
+def _occurrences(turn: str, anchors: tuple[str, ...]) -> list[re.Match[str]]:
+    """The places of the first anchor that occurs."""
+    for anchor in anchors:
+        matches = list(re.finditer(re.escape(anchor), turn, re.IGNORECASE))
+        if matches:
+            return matches
+    return []
+
+
+def _without_anchor_marks(before: str, answer: str) -> str:
+    """The answer without the mark that closes emphasis begun before the anchor: "**Answer:** A" or
+    "*Answer: A*".
+    """
+    mark = before[len(before.rstrip(EMPHASIS)) :]
+    line, line_break, rest = answer.partition("\n")
+    if not mark:
+        return answer
+    if line.startswith(mark):
+        return answer[len(mark) :]
+    return line.rstrip().removesuffix(mark) + line_break + rest
+
+
+# --- the label first
+
+
+def _label_first(turn: str, prompt: Prompt, task: Task | None) -> Answer | None:
+    """The label after the first anchor, or at the beginning without one; then the rationale."""
+    anchors = _occurrences(turn, prompt.anchor)
+    if prompt.anchor and not anchors:
+        return None
+    before = ""
+    begin = 0
+    if anchors:
+        before = turn[: anchors[0].start()]
+        begin = anchors[0].end()
+    labels = None if task is None else task.label_set
+    label_end, rationale_begin = _bounds(turn, begin, prompt, labels)
+    label = _without_anchor_marks(before, turn[begin:label_end])
+    line = turn[begin:label_end].strip()
+    if not anchors and _DECLINES.match(line) and (labels is None or not labels.lookup(line)):
+        return None
+    span_begin = turn.find(line, begin)
+    later = [match for match in anchors[1:_MAX_LABELS] if match.start() >= rationale_begin]
+    in_lines = [match for match in later if _begins_line(turn, match.start())]
+    if task is not None and task.is_free_text:
+        later = in_lines  # within a sentence, an anchor is rather the rationale's own
+    rationale_end = in_lines[0].start() if in_lines else len(turn)
+    return Answer(
+        _explanation(turn[rationale_begin:rationale_end]),
+        label,
+        (span_begin, span_begin + len(line)),
+        repeated=tuple(turn[match.end() :] for match in later),
+    )
+
+
+def _begins_line(turn: str, position: int) -> bool:
+    return not turn[:position].rpartition("\n")[2].strip(MARKUP)
+
+
+def _bounds(turn: str, begin: int, prompt: Prompt, labels: LabelSet | None) -> tuple[int, int]:
+    """Where the label after ``begin`` ends, and where its rationale begins."""
+    heading, separator = _form(prompt.answer)
+    if heading:
+        match = re.compile(rf"(?<!\w){re.escape(heading)}", re.IGNORECASE).search(turn, begin)
+        if match is not None and turn[begin : match.start()].strip(MARKUP):
+            return match.start(), match.end()
+    rest = turn[begin:]
+    begin += len(rest) - len(rest.lstrip(MARKUP))
+    if labels is not None:
+        lines = turn[begin:].split("\n")
+        for count in labels.line_counts:
+            text = "\n".join(lines[:count])
+            if any(labels.spelled(layer) for layer in unwrapped(text)):
+                return begin + len(text), begin + len(text)
+    line = turn[begin:].partition("\n")[0]
+    ends = list(_LABEL_END.finditer(line))
+    if separator:
+        ends += re.finditer(rf"\s*{re.escape(separator)}(?=\s)\s*", line)
+    if labels is None:
+        if separator and ends and line[ends[-1].end() :]:
+            first = next(end for end in ends if separator in end.group())
+            return begin + first.start(), begin + first.end()
+    elif labels.lookup(line) is None:
+        for end in sorted(ends, key=lambda match: -match.end()):
+            explanation = line[end.end() :]
+            is_explained = len(explanation.split()) >= _MIN_REST
+            is_label = labels.lookup(line[: end.start()]) is not None
+            if is_explained and is_label and not _CORRECTION.match(explanation):
+                return begin + end.start(), begin + end.end()
+    return begin + len(line), begin + len(line)
+
+
+@lru_cache(maxsize=16)
+def _form(answer: str) -> tuple[str, str]:
+    """The heading of the rationale in an answer's template ("Reason:"), and what else separates
+    it from a label in the same line ("-").
+    """
+    match = _FORM.search(answer)
+    if match is None:
+        return "", ""
+    before, line_break, last = match.group(1).rpartition("\n")
+    if any(character.isalpha() for character in last):
+        return last.strip(" \t.,;"), ""
+    return "", "" if line_break else (before + last).strip()
+
+
+def _explanation(text: str) -> str:
+    """A rationale that follows its label, without a heading."""
+    return _HEADING.sub("", text.strip(MARKUP), count=1).strip(MARKUP) if text else ""
+
+
+def gives_another_label(answer: Answer, label: str, labels: LabelSet) -> bool:
+    """Whether the text behind a label begins with another one: in a line of its own, or as a
+    correction ("Actually, …").
+    """
+    line = answer.rationale.partition("\n")[0]
+    other = labels.lookup(line)
+    if other is not None and other != label:
+        return True
+    text = answer.rationale
+    while match := _CORRECTION.match(text):
+        text = text[match.end() :]
+    return text != answer.rationale and not labels.not_negated(text) <= {label}
+
+
+# --- a pattern
+
+
+def _by_pattern(turn: str, pattern: str) -> Answer | None:
+    """The groups of the pattern's first match; the labels of later ones are ``repeated``."""
+    expression = compiled(pattern)
+    groups = expression.groupindex
+    # lone surrogates are no text for RE2; a replacement keeps every position
+    text = turn.encode("utf-8", "replace").decode()
+    matches = list(islice(expression.finditer(text), _MAX_LABELS))
+    labels = [match.span(groups["label"]) for match in matches]
+    if not labels or labels[0][0] < 0:
+        return None
+    rationale = ""
+    if "rationale" in groups:
+        start, end = matches[0].span(groups["rationale"])
+        rationale = turn[max(start, 0) : max(end, 0)].strip(MARKUP)
+    start, end = labels[0]
+    repeated = tuple(turn[first:last] for first, last in labels[1:] if first >= 0)
+    return Answer(rationale, turn[start:end], (start, end), repeated=repeated)
