@@ -7,7 +7,6 @@ import pytest
 from statsmodels.stats.power import TTestPower
 
 from dsbs.evaluation.significance import paired_difference
-from dsbs.records.markdown import results_markdown
 from dsbs.records.results import (
     BreakEven,
     Comparison,
@@ -17,11 +16,11 @@ from dsbs.records.results import (
     Results,
     SystemResult,
 )
+from dsbs.records.sentences import break_even_sentence, label_efficiency_sentence
 from dsbs.records.summary import (
-    break_even_sentence,
     headline,
     headline_details,
-    label_efficiency_sentence,
+    results_markdown,
     results_table,
     rows_needed,
     system_sentences,

@@ -35,8 +35,8 @@ from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source
 from dsbs.records import Example, TrainedStudent
-from dsbs.records.markdown import results_markdown
 from dsbs.records.results import Latency, Results
+from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import Task, make_task

@@ -9,27 +9,32 @@ from dsbs.formatting import (
     ABSENT,
     confidence_interval,
     count,
-    dollars,
+    escape_markdown,
     interval,
+    markdown_paragraph,
+    markdown_table,
     p_number,
     p_value,
     parameter_count,
     percent,
     points,
     points_number,
-    sentence_list,
     signed,
     signed_confidence_interval,
     signed_interval,
 )
 from dsbs.records.results import (
-    BreakEven,
     Comparison,
-    FloorComparison,
     GradedComparison,
-    LabelEfficiency,
     Results,
     SystemResult,
+)
+from dsbs.records.sentences import (
+    break_even_sentence,
+    floor_details,
+    floor_sentences,
+    floor_warnings,
+    label_efficiency_sentence,
 )
 
 _ROUNDING = 1e-9  # a mean over seeds may differ from the exact share by less than this
@@ -97,46 +102,10 @@ def headline(results: Results) -> str:
 
     Floors that it does not beat come first.
     """
-    sentence = " ".join([*floor_warnings(results), _headline(results)])
+    sentence = " ".join([*floor_warnings(headline_comparison(results)[0]), _headline(results)])
     if results.reportable:
         return sentence
     return f"Smoke run, not reportable: {sentence}"
-
-
-def floor_warnings(results: Results) -> list[str]:
-    """A sentence that names the floors that the headline system does not beat, if any."""
-    system, _ = headline_comparison(results)
-    if system is None:
-        return []
-    missed = [
-        f"{floor} ({_floor_difference(comparison)})"
-        for floor, comparison in system.versus_floors.items()
-        if not comparison.is_beaten
-    ]
-    if not missed:
-        return []
-    noun = "the floor" if len(missed) == 1 else "the floors"
-    return [f"{system.name} does not beat {noun} {sentence_list(missed)}."]
-
-
-def floor_details(system: SystemResult | None) -> list[str]:
-    """A sentence about the floors that a system beats, and how to read all of them."""
-    if system is None or not system.versus_floors:
-        return []
-    beaten = [
-        f"{floor} ({_floor_difference(comparison)})"
-        for floor, comparison in system.versus_floors.items()
-        if comparison.is_beaten
-    ]
-    details = []
-    if beaten:
-        noun = "floor" if len(beaten) == 1 else "floors"
-        details.append(f"It beats the {noun} {sentence_list(beaten)}.")
-    return [*details, "Comparisons with floors are outside Holm's correction."]
-
-
-def _floor_difference(comparison: FloorComparison) -> str:
-    return f"{points(comparison.delta)}, {signed_confidence_interval(comparison.ci95)}"
 
 
 def _headline(results: Results) -> str:
@@ -200,15 +169,11 @@ def headline_details(results: Results) -> list[str]:
 
 def system_sentences(system: SystemResult) -> list[str]:
     """A sentence for each floor and each system that this one is compared with."""
-    against_floors = []
-    for floor, comparison in system.versus_floors.items():
-        verb = "beats" if comparison.is_beaten else "does not beat"
-        difference = _floor_difference(comparison)
-        against_floors.append(f"{system.name} {verb} the floor {floor} ({difference}).")
-    return against_floors + [
+    against_others = [
         f"{system.name}: {_comparison_sentence(baseline, comparison)}."
         for baseline, comparison in system.versus.items()
     ]
+    return floor_sentences(system) + against_others
 
 
 def _comparison_sentence(baseline: str, comparison: Comparison) -> str:
@@ -288,41 +253,6 @@ def gate_failures(
     return failures
 
 
-def label_efficiency_sentence(efficiency: LabelEfficiency) -> str:
-    """How many labels a method needs to be as accurate as another system."""
-    method = f"{efficiency.method} with {efficiency.labels} labels"
-    target = f"{efficiency.system} ({percent(efficiency.accuracy)})"
-    low, high = efficiency.ci95
-    if efficiency.rows is None:
-        sentence = f"{method} does not match {target} within {efficiency.largest:,} rows"
-        if low is None:
-            return f"{sentence}."
-        return f"{sentence}; the 95% CI begins at {low:,} rows."
-    return (
-        f"{method} needs {_row_limit(efficiency.rows, efficiency)} rows to match {target} "
-        f"(95% CI {_row_limit(low, efficiency)} to {_row_limit(high, efficiency)} rows)."
-    )
-
-
-def _row_limit(rows: int | None, efficiency: LabelEfficiency) -> str:
-    """A number of rows. Outside the curve only a bound is known."""
-    if rows is None:
-        return f"more than {efficiency.largest:,}"
-    if rows <= efficiency.smallest:
-        return f"at most {rows:,}"
-    return f"{rows:,}"
-
-
-def break_even_sentence(break_even: BreakEven) -> str:
-    """After how many predictions the teacher's bill for the training rows is recovered."""
-    price = dollars(1000 * break_even.teacher_usd_per_prediction)
-    return (
-        f"{break_even.system}: annotating its training rows cost {dollars(break_even.spent_usd)}. "
-        f"It recovers that after {count(break_even.predictions, 'prediction')}, "
-        f"since the teacher costs {price} per 1,000 predictions."
-    )
-
-
 # --- tables
 
 
@@ -359,3 +289,160 @@ def _comparison_cells(system: SystemResult, *, names_baseline: bool) -> list[str
     if names_baseline:
         difference += f" vs {baseline}"
     return [difference, signed_interval(comparison.ci95), p_number(comparison.p_holm)]
+
+
+# --- results.md
+
+
+def results_markdown(results: Results) -> str:
+    """``eval/results.md``."""
+    rows = count(results.n, "row")
+    lines = [f"# {escape_markdown(results.name)}: {results.split}, {rows}", ""]
+    if not results.reportable:
+        lines += ["**smoke: not reportable** (task.limit is set)", ""]
+    lines += [markdown_paragraph(headline(results)), ""]
+    details = " ".join(headline_details(results))
+    if details:
+        lines += [markdown_paragraph(details), ""]
+    lines += ["## Systems", "", *_escaped_table(*results_table(results))]
+    lines += _comparisons_section(results)
+    lines += _floors_section(results)
+    lines += _graded_section(results)
+    lines += _metrics_section(results)
+    lines += _list_section(
+        "Labels needed", [label_efficiency_sentence(item) for item in results.label_efficiency]
+    )
+    lines += _list_section("Break-even", [break_even_sentence(item) for item in results.break_even])
+    return "\n".join(lines)
+
+
+def _list_section(title: str, sentences: list[str]) -> list[str]:
+    if not sentences:
+        return []
+    return ["", f"## {title}", "", *(f"- {markdown_paragraph(text)}" for text in sentences)]
+
+
+def _comparisons_section(results: Results) -> list[str]:
+    headings = (
+        "system",
+        "against",
+        "points",
+        "95% CI",
+        "p",
+        "p (Holm)",
+        "test",
+        "wins",
+        "losses",
+        "detectable",
+    )
+    rows = []
+    for system in results.systems:
+        for baseline, comparison in system.versus.items():
+            detectable = comparison.minimum_detectable_effect
+            row = [
+                system.name,
+                baseline,
+                points_number(comparison.delta),
+                signed_interval(comparison.ci95),
+                p_number(comparison.p),
+                p_number(comparison.p_holm),
+                TEST_NAMES.get(comparison.test, comparison.test),
+                f"{comparison.wins:,}",
+                f"{comparison.losses:,}",
+                ABSENT if detectable is None else f"{100 * detectable:.1f}",
+            ]
+            rows.append(row)
+    if not rows:
+        return []
+    return [
+        "",
+        "## Comparisons",
+        "",
+        *_escaped_table(headings, rows),
+        "",
+        f"A difference is reliable where p, Holm-corrected for all comparisons, is < {ALPHA:g}.",
+        "Wins are rows that the system gets right and the other wrong; losses are the reverse.",
+        "Detectable: the smallest true difference, in points, that this test set would show in "
+        "one comparison with 80% power.",
+    ]
+
+
+def _floors_section(results: Results) -> list[str]:
+    headings = ("system", "floor", "points", "95% CI", "p", "wins", "losses", "beaten")
+    rows = [
+        [
+            system.name,
+            floor,
+            points_number(comparison.delta),
+            signed_interval(comparison.ci95),
+            p_number(comparison.p),
+            f"{comparison.wins:,}",
+            f"{comparison.losses:,}",
+            "yes" if comparison.is_beaten else "no",
+        ]
+        for system in results.systems
+        for floor, comparison in system.versus_floors.items()
+    ]
+    if not rows:
+        return []
+    return [
+        "",
+        "## Floors",
+        "",
+        *_escaped_table(headings, rows),
+        "",
+        "A floor is beaten where the whole interval is above 0. These comparisons are outside "
+        "Holm's correction.",
+    ]
+
+
+def _graded_section(results: Results) -> list[str]:
+    """The comparisons by metrics that grade rows."""
+    headings = ("system", "against", "metric", "difference", "95% CI", "p", "p (Holm)", "rows")
+    rows = []
+    for system in results.systems:
+        for baseline, comparison in system.versus.items():
+            for metric, graded in comparison.graded.items():
+                low, high = graded.ci95
+                row = [
+                    system.name,
+                    baseline,
+                    metric,
+                    signed(graded.delta, 3),
+                    f"[{signed(low, 3)}, {signed(high, 3)}]",
+                    p_number(graded.p),
+                    p_number(graded.p_holm),
+                    f"{graded.n:,}",
+                ]
+                rows.append(row)
+    if not rows:
+        return []
+    return ["", "## Comparisons by other metrics", "", *_escaped_table(headings, rows)]
+
+
+def _metrics_section(results: Results) -> list[str]:
+    """Every metric that a system has, a column each."""
+    names = list(dict.fromkeys(name for system in results.systems for name in system.metrics))
+    if not names:
+        return []
+    rows = []
+    for system in results.systems:
+        row = [system.name]
+        for name in names:
+            measure = system.metrics.get(name)
+            if measure is None:
+                row.append(ABSENT)
+            elif measure.ci95 is None:
+                row.append(f"{measure.value:.3f}")
+            else:
+                low, high = measure.ci95
+                row.append(f"{measure.value:.3f} [{low:.3f}, {high:.3f}]")
+        rows.append(row)
+    return ["", "## Metrics", "", *_escaped_table(["system", *names], rows)]
+
+
+def _escaped_table(headings: list[str] | tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    return markdown_table(
+        [escape_markdown(heading) for heading in headings],
+        [[escape_markdown(cell) for cell in row] for row in rows],
+    )

@@ -18,15 +18,17 @@ from dsbs.config import Recipe
 from dsbs.config.load import recorded
 from dsbs.files import atomic_write, digest
 from dsbs.formatting import ABSENT, count, percent
-from dsbs.records.summary import (
+from dsbs.records.sentences import (
     break_even_sentence,
     floor_details,
     floor_warnings,
+    label_efficiency_sentence,
+)
+from dsbs.records.summary import (
     headline,
     headline_comparison,
     headline_details,
     is_reliable,
-    label_efficiency_sentence,
 )
 from dsbs.reporting.card import write_cards
 from dsbs.reporting.compression import (
@@ -256,7 +258,7 @@ def verdict(run: EvaluatedRun) -> Verdict:
         f"{other.name} {percent(other.accuracy)}."
     )
     details = " ".join([details, *headline_details(results)])
-    is_clear = is_reliable(system.versus[baseline]) and not floor_warnings(results)
+    is_clear = is_reliable(system.versus[baseline]) and not floor_warnings(system)
     return Verdict(run.name, sentence, details, is_clear)
 
 

@@ -446,6 +446,4 @@ def optional(form: Callable[[Any], str], value: Any) -> str | None:
 
 
 def _table(columns: list[Column], groups: list[RowGroup]) -> Table | None:
-    if not groups:
-        return None
-    return Table(columns, groups)
+    return Table(columns, groups) if groups else None

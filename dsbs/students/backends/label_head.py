@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.students.backends import GeneratedText
+from dsbs.students.backends.scoring import padded
 from dsbs.students.backends.transformers import (
     DecoderBackend,
     EncoderDecoderBackend,
@@ -77,17 +78,6 @@ class LabelHeadBackend(TransformersBackend):
 
     def _encode(self, texts: Sequence[str]) -> Any:
         """input_ids and attention_mask, (B, S) each, padded on the right."""
-        import torch
-
         rows = self.input_format.read(texts, self._max_input_tokens)
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        target = self.model.device
-        return {
-            "input_ids": torch.tensor(
-                [row + [pad] * (length - len(row)) for row in rows], device=target
-            ),
-            "attention_mask": torch.tensor(
-                [[1] * len(row) + [0] * (length - len(row)) for row in rows], device=target
-            ),
-        }
+        input_ids, is_token = padded(rows, self.model.device, self.tokenizer.pad_token_id)
+        return {"input_ids": input_ids, "attention_mask": is_token.long()}

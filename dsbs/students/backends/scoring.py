@@ -8,12 +8,12 @@ from typing import Any
 _SCORED_TOGETHER = 256  # answers in one pass, so that a thousand labels need little memory
 
 
-def padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Any, Any]:
+def padded(rows: Sequence[Sequence[int]], device: Any, pad: int = 0) -> tuple[Any, Any]:
     """Token ids (rows, T), padded on the right, and which of them are not padding."""
     import torch
 
     length = max(map(len, rows))
-    token_ids = [[*row, *[0] * (length - len(row))] for row in rows]
+    token_ids = [[*row, *[pad] * (length - len(row))] for row in rows]
     is_token = [[True] * len(row) + [False] * (length - len(row)) for row in rows]
     return torch.tensor(token_ids, device=device), torch.tensor(is_token, device=device)
 
