@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 
 class DsbsError(Exception):
@@ -27,6 +29,10 @@ class DsbsError(Exception):
         super().__init__(f"{problem}\n  try: {hint}")
         self.problem = problem
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: by default an exception is made again without its keywords."""
+        return partial(type(self), hint=self.hint), (self.problem,)
 
 
 class UserError(DsbsError):

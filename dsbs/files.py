@@ -94,6 +94,7 @@ _ENCODINGS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_BLOCK = 64 * 1024  # bytes read at once from the end of a file
 _HEAD_BYTES = 64 * 1024  # of a file, by which its line ends are recognized
 
 
@@ -175,6 +176,37 @@ def _not_json(path: Path, number: int, line: str, reason: str) -> UserError:
 
 def _array_hint(path: Path) -> str:
     return f"write one object per line instead of an array: jq -c '.[]' {path.name}"
+
+
+def cut_torn_line(path: Path) -> dict[str, Any] | None:
+    """Cut off what follows the last complete object of a JSON-lines file, such as a line that was
+    half-written by a killed process. Returns that object; None: there is none, or no file.
+    """
+    with suppress(FileNotFoundError), path.open("r+b") as file:
+        while (end := file.seek(0, os.SEEK_END)) > 0:
+            start = _last_line_start(file, end)
+            file.seek(start)
+            line = file.read()
+            row = None
+            with suppress(ValueError):
+                row = json.loads(line)
+            if line.endswith(b"\n") and isinstance(row, dict):
+                return row
+            file.truncate(start)
+    return None
+
+
+def _last_line_start(file: IO[bytes], end: int) -> int:
+    """Where the last line starts, complete or not, in a file of ``end`` bytes."""
+    stop = end - 1  # its own line break
+    while stop > 0:
+        start = max(0, stop - _BLOCK)
+        file.seek(start)
+        position = file.read(stop - start).rfind(b"\n")
+        if position >= 0:
+            return start + position + 1
+        stop = start
+    return 0
 
 
 def write_jsonl(path: Path, rows: Iterable[str]) -> int:

@@ -44,6 +44,13 @@ RUNS = [
         marks=pytest.mark.slow,
     ),
     pytest.param(
+        "students.py",
+        "--tiny --runs 1 --variants ct2-int8",
+        "| ct2-int8 |",
+        id="students",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
         "predict.py",
         "--random t5-small --variants torch-int8 --rows 4 --rounds 1 --tokens 2",
         "torch-int8",
@@ -118,7 +125,9 @@ def test_every_benchmark_has_a_test() -> None:
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == tested
 
 
-@pytest.mark.parametrize("script", ["train.py", "memory.py", "compress.py", "predict.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "memory.py", "compress.py", "predict.py", "students.py"]
+)
 def test_benchmarks_that_start_torch_use_passive_waiting(script: str) -> None:
     text = (ROOT / "benchmarks" / script).read_text(encoding="utf-8")
     setting = text.index('os.environ.setdefault("OMP_WAIT_POLICY", "passive")')

@@ -10,7 +10,8 @@ from conftest import ROOT
 
 RANKS = {
     "errors": 0, "files": 1, "progress": 1, "formatting": 1, "records": 2,
-    "config": 3, "tasks": 4, "run_folder": 4, "prompting": 5, "students": 5,
+    "config": 3, "tasks": 4, "run_folder": 4, "prompting": 5, "students": 5, "shards": 5,
+    "prediction": 6,
     "annotation": 7, "training": 7, "evaluation": 7, "reporting": 7, "exporting": 7, "serving": 7,
     "compression": 8, "project": 8,
     "": 9, "cli": 9, "__main__": 10,
@@ -78,6 +79,7 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
     imported_late = {
         "dsbs/exporting/onnx.py",
         "dsbs/serving/app.py",
+        "dsbs/students/encoder_shapes.py",
         "dsbs/students/heads.py",
         "dsbs/students/low_rank.py",
         "dsbs/training/callbacks.py",

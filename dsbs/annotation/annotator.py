@@ -22,7 +22,6 @@ from dsbs.annotation.backends import (
 from dsbs.annotation.backends.adaptation import reasoning_fields
 from dsbs.annotation.json_answer import response_format
 from dsbs.annotation.parse import label_logprob, read_sample
-from dsbs.annotation.shards import Shard
 from dsbs.annotation.store import ReplyStore, Stored, request_key, token_budget
 from dsbs.annotation.vote import majority, samples_needed
 from dsbs.config import Recipe
@@ -31,6 +30,7 @@ from dsbs.files import canonical_json
 from dsbs.formatting import count
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
 from dsbs.records import Annotation, Example, Reason, Sample, TeacherName
+from dsbs.shards import Shard
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream
 

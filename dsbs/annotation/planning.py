@@ -12,7 +12,6 @@ from dsbs.annotation.annotator import ASSUMED_TOKENS, CHARACTERS_PER_TOKEN, Anno
 from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
 from dsbs.annotation.requester import buy_online
-from dsbs.annotation.shards import Shard
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import RowsToRequest, SplitSummary, rounded_interval, write_annotations
 from dsbs.config import Recipe
@@ -23,6 +22,7 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.records import Example
 from dsbs.records.results import Rate, wilson
 from dsbs.run_folder import RunFolder
+from dsbs.shards import Shard
 from dsbs.tasks.data import position
 
 ASSUMED_SECONDS = 3.0  # of a reply, until one has been timed
@@ -146,7 +146,7 @@ def _existing_store(run: RunFolder, shard: Shard | None) -> ReplyStore | None:
     """The run's or the shard's store; None where there is none, since opening would make one."""
     if shard is None:
         return open_store(run) if run.replies.is_file() else None
-    shard_run = shard.folder(run)
+    shard_run = run.shard(str(shard))
     if shard_run.replies.is_file() or run.replies.is_file():
         return open_store(shard_run, run)
     return None

@@ -30,7 +30,7 @@ from dsbs.annotation.backends import Teacher, make_teacher, teacher_class
 from dsbs.annotation.batch import buy_batches
 from dsbs.annotation.batch_files import export, import_output
 from dsbs.annotation.requester import buy_online
-from dsbs.annotation.shards import Shard, annotate_on_ray
+from dsbs.annotation.shards import annotate_on_ray
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import AnnotateResult, RowsToRequest, SplitSummary, write_annotations
 from dsbs.config import Recipe
@@ -39,6 +39,7 @@ from dsbs.formatting import count, listing
 from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
 from dsbs.run_folder import RunFolder
+from dsbs.shards import Shard
 from dsbs.tasks.data import survey
 
 Buying = Literal["online", "batch", "nothing"]  # how missing replies are bought
@@ -72,7 +73,7 @@ def annotate(
         return _annotate_on_ray(recipe, out, progress, retry_refused=retry_refused)
     annotator = Annotator(recipe, shard)
     parent_run = RunFolder.of(recipe, out)
-    run = parent_run if shard is None else shard.folder(parent_run)
+    run = parent_run if shard is None else parent_run.shard(str(shard))
     surveys = {str(split): survey(annotator.examples(split)) for split in recipe.annotate.splits}
     summaries = {split: SplitSummary() for split in surveys}
     teacher: Teacher | None = None
@@ -224,12 +225,8 @@ def _annotate_on_ray(
     requested, partial = annotate_on_ray(
         recipe, annotate, run, progress=progress, retry_refused=retry_refused
     )
-    shards = [
-        Shard(i, recipe.annotate.ray.shards) for i in range(1, recipe.annotate.ray.shards + 1)
-    ]
-    result = merge(
-        recipe, out=out, progress=progress, folders=[shard.folder(run).path for shard in shards]
-    )
+    folders = [run.shard(str(shard)).path for shard in Shard.all(recipe.annotate.ray.shards)]
+    result = merge(recipe, out=out, progress=progress, folders=folders)
     if partial is not None:
         raise partial
     for split, summary in result.splits.items():

@@ -72,7 +72,7 @@ def annotate(
     """Ask the teacher for a rationale and a label for every row."""
     from dsbs.annotation import planning
     from dsbs.annotation import run as stage
-    from dsbs.annotation.shards import Shard
+    from dsbs.shards import Shard
 
     loaded = load(recipe, overrides)
     parsed_shard = None if shard is None else Shard.parse(shard)

@@ -1,4 +1,4 @@
-"""Compression steps: their protocol, and what the steps that change T5 weights share."""
+"""Compression steps: their protocol, and what the steps that change weights share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ class Step(Protocol):
 
 
 class WeightStep(ABC):
-    """A step that makes a T5 student of another one by changing its weights."""
+    """A step that makes a student of another one by changing its weights: of a T5, or of an encoder
+    with a label head.
+    """
 
     name: ClassVar[str]
     heals = True
@@ -60,30 +62,43 @@ class WeightStep(ABC):
 
     @abstractmethod
     def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
-        """The smaller model. Raises UserError where this step makes ``model`` no smaller."""
+        """The smaller model, or the smaller encoder of a label head's ``model``.
+
+        Raises UserError where this step makes ``model`` no smaller.
+        """
 
     def make(self, source: Path, target: Path, examples: Examples) -> None:
-        """Raises UserError where ``source`` is not a T5 in transformers' own format."""
+        """Raises UserError where ``source`` is neither of them in transformers' own format."""
         card = read_card(source)
-        if card.format != "transformers" or card.kind != "seq2seq":
-            kind = f"a {card.kind} student"
+        is_encoder = card.kind == "encoder" and card.head == "labels"
+        is_t5 = card.kind == "seq2seq" and card.head == "text"
+        if card.format != "transformers" or not (is_encoder or is_t5):
+            kind = f"a {card.kind} student with head {card.head}"
             if card.format != "transformers":
                 kind = f"in {card.format} format"
             raise UserError(
-                f"{source} is {kind}; {self.name} changes the weights of a T5",
+                f"{source} is {kind}; {self.name} changes the weights of a T5 that writes its "
+                "label, or of an encoder",
                 hint="make quantize the last step of a chain",
             )
         tokenizer = load_tokenizer(str(source))
-        model = load_model(str(source))
-        if model.config.model_type not in ("t5", "mt5"):
+        model = load_model(str(source), labels=len(card.classes))
+        if is_t5 and model.config.model_type not in ("t5", "mt5"):
             raise UserError(
                 f"{source} is a {model.config.model_type} model; {self.name} supports T5 only",
                 hint="use quantize",
             )
-        model = self.change(model, tokenizer, examples)
-        model.save_pretrained(target)
+        changed = self.change(model, tokenizer, examples)
+        if is_encoder and changed is not model:
+            changed = model.with_body(changed)
+        changed.save_pretrained(target)
         tokenizer.save_pretrained(target)
         write_json(target / CARD, json.loads(card.model_dump_json()))
+
+
+def is_label_head(model: Any) -> bool:
+    """Whether a model chooses its label; its encoder is then ``model.body``."""
+    return hasattr(model, "label_logits")
 
 
 def read_step(text: str) -> Step:
@@ -131,9 +146,21 @@ def rebuild(model: Any, weights: Mapping[str, Any], **shape: Any) -> Any:
     config = copy.deepcopy(model.config)
     for name, value in shape.items():
         setattr(config, name, value)
-    rebuilt = type(model)(config).to(model.dtype)
+    return make_model(model, config, weights)
+
+
+def make_model(model: Any, config: Any, weights: Mapping[str, Any]) -> Any:
+    """A model of the same class with the shape of ``config``."""
+    from dsbs.students.encoder_shapes import HEADS
+    from dsbs.students.low_rank import KEY, with_low_rank
+
+    model_class = type(model)
+    if getattr(config, KEY, None) or getattr(config, HEADS, None):
+        model_class = with_low_rank(model_class)
+    rebuilt = model_class(config).to(model.dtype)
     rebuilt.load_state_dict(weights, strict=True)
-    rebuilt.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):
+        rebuilt.generation_config = model.generation_config
     return rebuilt.eval()
 
 
@@ -148,18 +175,40 @@ def select(
     if side == "outputs":
         name = dense if dense in weights else f"{module}.up.weight"
         weights[name] = weights[name][indices]
+        bias = f"{name.removesuffix('.weight')}.bias"
+        if bias in weights:
+            weights[bias] = weights[bias][indices]
     else:
         name = dense if dense in weights else f"{module}.down.weight"
         weights[name] = weights[name][:, indices]
 
 
+def matrices(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every attention and feed-forward matrix, or low-rank pair, with its name."""
+    import torch
+
+    from dsbs.students.encoder_shapes import SHAPES
+    from dsbs.students.low_rank import LowRank
+
+    if model.config.model_type in SHAPES:
+        shape = SHAPES[model.config.model_type]
+        for index, layer in enumerate(shape.all_layers(model)):
+            for name in shape.matrices_of(layer):
+                yield f"{shape.layers}.{index}.{name}", layer.get_submodule(name)
+        return
+    for layer_name, layer in (*attentions(model), *feed_forwards(model)):
+        for name, child in layer.named_children():
+            if isinstance(child, torch.nn.Linear | LowRank):
+                yield f"{layer_name}.{name}", child
+
+
 def attentions(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every attention layer with its name."""
+    """Every attention layer of a T5 with its name."""
     yield from _named_modules(model, ".SelfAttention", ".EncDecAttention")
 
 
 def feed_forwards(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every feed-forward layer with its name."""
+    """Every feed-forward layer of a T5 with its name."""
     yield from _named_modules(model, ".DenseReluDense")
 
 

@@ -10,7 +10,15 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from dsbs.compression import Examples, WeightStep, attentions, feed_forwards, parse_share
+from dsbs.compression import (
+    Examples,
+    WeightStep,
+    encoders,
+    is_label_head,
+    make_model,
+    matrices,
+    parse_share,
+)
 from dsbs.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +48,11 @@ class LowRankStep(WeightStep):
         return int((cumulative_share < self.share).sum().item()) + 1
 
     def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
-        changed = factorize(model, self)
+        body = model
+        if is_label_head(model):
+            body = model.body
+            encoders.shape_of(body, self.name)
+        changed = factorize(body, self)
         if changed is None:
             raise UserError(
                 f"low-rank={self.value} makes no matrix smaller: at that rank two factors have "
@@ -65,40 +77,36 @@ def factorize(model: Any, step: LowRankStep) -> Any | None:
     """The model with low-rank pairs where they are smaller; None where none would be."""
     import torch
 
-    from dsbs.students.low_rank import KEY, LowRank, with_low_rank
+    from dsbs.students.low_rank import KEY, LowRank
 
     weights = dict(model.state_dict())
     ranks: dict[str, int] = dict(getattr(model.config, KEY, None) or {})
     is_changed = False
-    for layer_name, layer in (*attentions(model), *feed_forwards(model)):
-        for child_name, child in layer.named_children():
-            if not isinstance(child, torch.nn.Linear | LowRank):
-                continue
-            name = f"{layer_name}.{child_name}"
-            if isinstance(child, LowRank):
-                matrix = (child.up.weight @ child.down.weight).detach()
-            else:
-                matrix = child.weight.detach()
-            decomposition = torch.linalg.svd(matrix.double(), full_matrices=False)
-            rank = step.rank(decomposition[1])
-            current_size = sum(parameter.numel() for parameter in child.parameters())
-            if rank * sum(matrix.shape) >= current_size:
-                continue
-            for key in [key for key in weights if key.startswith(f"{name}.")]:
-                del weights[key]
-            down, up = factors(decomposition, rank)
-            weights[f"{name}.down.weight"] = down.to(matrix.dtype)
-            weights[f"{name}.up.weight"] = up.to(matrix.dtype)
-            ranks[name] = rank
-            is_changed = True
+    for name, child in matrices(model):
+        if isinstance(child, LowRank):
+            bias = child.up.bias
+            matrix = (child.up.weight @ child.down.weight).detach()
+        else:
+            bias = child.bias
+            matrix = child.weight.detach()
+        decomposition = torch.linalg.svd(matrix.double(), full_matrices=False)
+        rank = step.rank(decomposition[1])
+        current_size = sum(
+            parameter.numel() for parameter in child.parameters() if parameter.ndim == 2
+        )
+        if rank * sum(matrix.shape) >= current_size:
+            continue
+        for key in [key for key in weights if key.startswith(f"{name}.")]:
+            del weights[key]
+        down, up = factors(decomposition, rank)
+        weights[f"{name}.down.weight"] = down.to(matrix.dtype)
+        weights[f"{name}.up.weight"] = up.to(matrix.dtype)
+        if bias is not None:
+            weights[f"{name}.up.bias"] = bias.detach()
+        ranks[name] = rank
+        is_changed = True
     if not is_changed:
         return None
     config = copy.deepcopy(model.config)
     setattr(config, KEY, ranks)
-    model_class = type(model)
-    if not getattr(model.config, KEY, None):
-        model_class = with_low_rank(model_class)
-    factorized = model_class(config).to(model.dtype)
-    factorized.load_state_dict(weights, strict=True)
-    factorized.generation_config = model.generation_config
-    return factorized.eval()
+    return make_model(model, config, weights)

@@ -16,7 +16,10 @@ from dsbs.compression import (
     Examples,
     WeightStep,
     attentions,
+    encoders,
     feed_forwards,
+    is_label_head,
+    matrices,
     rebuild,
     remaining,
     select,
@@ -28,22 +31,47 @@ if TYPE_CHECKING:
 _BLOCK = re.compile(r"^(encoder|decoder)\.block\.(\d+)\.(.*)$")
 
 
+class _ByImportance(WeightStep):
+    """A step that removes the least important heads or units."""
+
+    learns_from_rows = True
+
+    def _most_important(
+        self,
+        gated: Mapping[str, tuple[Any, int]],
+        noun: str,
+        model: Any,
+        tokenizer: Any,
+        examples: Examples,
+    ) -> dict[str, Tensor]:
+        """By layer, the indices to keep, equally many."""
+        total = next(iter(gated.values()))[1]
+        count = remaining(self.name, self.share, total, noun)
+        values = importance(model, gated, examples.batches(model, tokenizer))
+        return {name: largest(layer_values, count) for name, layer_values in values.items()}
+
+
 # --- heads
 
 
-class PruneHeads(WeightStep):
+class PruneHeads(_ByImportance):
     """``prune-heads=SHARE``: removes attention heads.
 
     A T5 configuration has one number of heads for all attention layers, and the layers of a stack
     share one relative position bias with a column for each head. Each layer therefore loses the
     same number of heads. A self-attention head is removed from all layers of its stack, by its
-    importance summed over them. Cross-attention has no bias and loses different heads per layer.
+    importance summed over them. Cross-attention has no bias and loses different heads per layer,
+    and so does each layer of an encoder.
     """
 
     name = "prune-heads"
-    learns_from_rows = True
 
     def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
+        if is_label_head(model):
+            shape = encoders.shape_of(model.body, self.name)
+            gated = encoders.gated_heads(model.body, shape)
+            heads = self._most_important(gated, "heads", model, tokenizer, examples)
+            return encoders.keep_encoder_heads(model.body, shape, heads)
         count = remaining(self.name, self.share, model.config.num_heads, "heads")
         heads = most_important_heads(model, count, examples.batches(model, tokenizer))
         return keep_heads(model, heads)
@@ -94,13 +122,17 @@ def keep_heads(model: Any, heads: dict[str, Tensor]) -> Any:
 # --- feed-forward units
 
 
-class PruneFeedForward(WeightStep):
+class PruneFeedForward(_ByImportance):
     """``prune-ff=SHARE``: removes equally many feed-forward units from every layer."""
 
     name = "prune-ff"
-    learns_from_rows = True
 
     def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
+        if is_label_head(model):
+            shape = encoders.shape_of(model.body, self.name)
+            gated = encoders.gated_units(model.body, shape)
+            units = self._most_important(gated, "units", model, tokenizer, examples)
+            return encoders.keep_encoder_units(model.body, shape, units)
         count = remaining(self.name, self.share, model.config.d_ff, "units")
         gated = {name: (module.wo, model.config.d_ff) for name, module in feed_forwards(model)}
         unit_importance = importance(model, gated, examples.batches(model, tokenizer))
@@ -132,6 +164,12 @@ class DropLayers(WeightStep):
     name = "drop-layers"
 
     def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
+        if is_label_head(model):
+            shape = encoders.shape_of(model.body, self.name)
+            layers = len(shape.all_layers(model.body))
+            count = remaining(self.name, self.share, layers, "layers")
+            kept_layers = evenly_spaced(layers, count)
+            return encoders.keep_encoder_layers(model.body, shape, kept_layers)
         return drop_layers(model, self.share)
 
 
@@ -195,7 +233,11 @@ class Magnitude(WeightStep):
     sparse = True
 
     def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
-        zero_smallest(model, self.share)
+        body = model
+        if is_label_head(model):
+            body = model.body
+            encoders.shape_of(body, self.name)
+        zero_smallest(body, self.share)
         return model
 
 
@@ -203,19 +245,19 @@ def zero_smallest(model: Any, share: float) -> None:
     """Zero a share of the attention and feed-forward weights, over all matrices together."""
     import torch
 
-    matrices = [
+    ranked = [
         parameter
-        for _, layer in (*attentions(model), *feed_forwards(model))
-        for name, parameter in layer.named_parameters()
-        if "relative_attention_bias" not in name
+        for _, matrix in matrices(model)
+        for name, parameter in matrix.named_parameters()
+        if name.endswith("weight")
     ]
     with torch.no_grad():
-        magnitudes = torch.cat([matrix.abs().flatten() for matrix in matrices])
+        magnitudes = torch.cat([matrix.abs().flatten() for matrix in ranked])
         smallest = torch.sort(magnitudes, stable=True).indices[: round(share * len(magnitudes))]
         keep = torch.ones(len(magnitudes), dtype=torch.bool)
         keep[smallest] = False
-        masks = torch.split(keep, [matrix.numel() for matrix in matrices])
-        for matrix, mask in zip(matrices, masks, strict=True):
+        masks = torch.split(keep, [matrix.numel() for matrix in ranked])
+        for matrix, mask in zip(ranked, masks, strict=True):
             matrix.mul_(mask.view(matrix.shape))
 
 
@@ -228,7 +270,8 @@ def importance(
     """Importance (G,) in nats of the G equal parts of each module's input.
 
     ``gated`` maps a name to (module, G). ``batches`` have input_ids and attention_mask (B, S),
-    decoder_input_ids and labels (B, T). The loss of an example is its mean token cross-entropy.
+    decoder_input_ids and labels (B, T), or labels (B,) for a label head. The loss of an example is
+    its mean token cross-entropy, or that of its class.
     Every example has gates of its own, so that one batch gives the derivative of each example.
     """
     import torch
@@ -267,11 +310,15 @@ def importance(
 
 
 def _example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Mean token cross-entropy (B,) of each example, in nats."""
+    """Cross-entropy (B,) of each example, in nats: of its class, or the mean over its tokens."""
     import torch
 
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     labels = inputs.pop("labels")
+    if is_label_head(model):
+        logits = model(**inputs).float()
+        losses: Tensor = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses
     logits = model(**inputs, use_cache=False).logits.float()
     is_target = labels != -100
     nll = torch.nn.functional.cross_entropy(

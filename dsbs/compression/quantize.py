@@ -1,7 +1,7 @@
 """Quantization (``quantize=int8``, ``int16``, ``float16``): the last step of a chain, by an export.
 
-CTranslate2 where it is installed and supports the model. Otherwise PyTorch's dynamic int8, which
-keeps embeddings in float32.
+CTranslate2 where it is installed and supports the model. Otherwise int8 by ONNX Runtime for a label
+head, or PyTorch's dynamic int8, which keeps embeddings in float32.
 """
 
 from __future__ import annotations
@@ -42,14 +42,17 @@ class Quantize:
         )
 
     def export_format(self, source: Path) -> str:
-        """``ct2`` or ``torch``. Raises UserError where neither supports the number format."""
+        """``ct2``, or ``onnx`` for a label head, else ``torch``.
+
+        Raises UserError where none supports the number format.
+        """
         from dsbs.students.low_rank import ranks_of
 
         ranks = ranks_of(str(source))
         if find_spec("ctranslate2") and not ranks and _is_supported(source):
             return "ct2"
         if self.value == "int8":
-            return "torch"
+            return "onnx" if read_card(source).head == "labels" else "torch"
         if ranks:
             raise UserError(
                 f"quantize={self.value} needs CTranslate2, which does not support low-rank "
@@ -66,12 +69,16 @@ def _is_supported(source: Path) -> bool:
     """Whether CTranslate2 supports the student's architecture."""
     from transformers import AutoConfig
 
+    from dsbs.exporting.label_head import CT2_LOADERS
     from dsbs.students.backends.ctranslate2 import DECODER_LOADERS
+    from dsbs.students.low_rank import is_changed
     from dsbs.students.weights import pretrained_arguments
 
-    if read_card(source).kind == "seq2seq":
-        return True
-    return (
-        AutoConfig.from_pretrained(**pretrained_arguments(str(source))).model_type
-        in DECODER_LOADERS
-    )
+    card = read_card(source)
+    if card.kind == "seq2seq":
+        return card.head == "text"
+    config = AutoConfig.from_pretrained(**pretrained_arguments(str(source)))
+    if card.head == "labels":
+        is_encoder = card.kind == "encoder" and not is_changed(str(source))
+        return is_encoder and config.model_type in CT2_LOADERS
+    return config.model_type in DECODER_LOADERS

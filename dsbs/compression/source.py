@@ -31,9 +31,9 @@ from dsbs.students.student import Student
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import make_task
-from dsbs.training.encode import Encoder, collate, pad
+from dsbs.training.encode import Encoded, Encoder, collate, pad
 from dsbs.training.grid import StudentSpec
-from dsbs.training.methods import View, method_of
+from dsbs.training.methods import View, views_of
 from dsbs.training.rows import Data, gather
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
@@ -128,8 +128,9 @@ class FineTuneData:
         )
         labels: LabelSource = "teacher" if student.labels == "teacher" else "gold"
         self.spec = StudentSpec(method, labels, student.seed, self.section, student.subset)
-        self.views: tuple[View, ...] = method_of(method).views(self.section)
         card = read_card(student.path)
+        self.views: tuple[View, ...] = views_of(method, self.section, card.head)
+        self._classes = card.classes
         if {view.target: view.prefix for view in self.views} != card.prefixes:
             raise UserError(
                 f"{student.name} was trained on other views than the recipe in "
@@ -156,8 +157,14 @@ class FineTuneData:
         count = min(_IMPORTANCE_ROWS, len(self.data.subset(self.spec.subset)))
         chosen = [self.data.train[i] for i in self.data.order[:count]]
         encoder = Encoder(
-            self._tokens(tokenizer), student.max_input_tokens, student.max_target_tokens
+            self._tokens(tokenizer),
+            student.max_input_tokens,
+            student.max_target_tokens,
+            self._classes,
         )
+        if self._classes:
+            yield from self._class_batches(encoder.rows(chosen, self.views[:1], self.spec.labels))
+            return
         rows = encoder.rows(chosen, self.views, self.spec.labels)
         for first in range(0, len(rows), _BATCH_SIZE):
             packed = collate(rows[first : first + _BATCH_SIZE])
@@ -168,6 +175,18 @@ class FineTuneData:
                         tokenizer.pad_token_id,
                         start_token(model.config, view.start),
                     )
+
+    @staticmethod
+    def _class_batches(rows: Sequence[Encoded]) -> Iterator[Mapping[str, Any]]:
+        """Batches of a label head: input_ids and attention_mask (B, S), labels (B,)."""
+        for first in range(0, len(rows), _BATCH_SIZE):
+            packed = collate(rows[first : first + _BATCH_SIZE])
+            batch = pad(packed["label"], 0, 0)
+            yield {
+                "input_ids": batch["input_ids"],
+                "attention_mask": batch["attention_mask"],
+                "labels": batch["labels"][:, 0],
+            }
 
     def inputs(self) -> list[str]:
         """See ``Examples``."""

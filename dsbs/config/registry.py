@@ -100,6 +100,8 @@ BACKENDS = {
     ("seq2seq", "transformers"): "dsbs.students.backends.transformers:EncoderDecoderBackend",
     ("causal", "transformers"): "dsbs.students.backends.transformers:DecoderBackend",
     ("labels", "transformers"): "dsbs.students.backends.label_head:LabelHeadBackend",
+    ("labels", "ct2"): "dsbs.students.backends.label_head:CTranslate2LabelHeadBackend",
+    ("labels", "onnx"): "dsbs.students.backends.label_head:OnnxLabelHeadBackend",
     ("seq2seq", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2Backend",
     ("causal", "ct2"): "dsbs.students.backends.ctranslate2:CTranslate2DecoderBackend",
     ("causal", "gguf"): "dsbs.students.backends.llama_server:LlamaServerBackend",

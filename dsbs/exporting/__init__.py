@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsbs.config.registry import EXPORT_FORMATS, entry
-from dsbs.errors import UserError
+from dsbs.errors import DsbsError, UserError
 from dsbs.files import write_json
-from dsbs.students.card import Architecture, Format
+from dsbs.students.card import Format, Runtime
 from dsbs.students.formats import PROMPT_FORMAT_FILE, start_token
 from dsbs.students.student import Student
 
@@ -31,11 +31,12 @@ class Equivalence(BaseModel):
     source: Literal["valid", "examples", "made"]
     """The run's valid rows, texts that were given, or texts made from the vocabulary."""
     greedy_agreement: float
-    """Share of equal texts with greedy decoding."""
+    """Share of equal texts with greedy decoding, or of equal labels of a label head."""
     beam_agreement: float | None = None
     """Share of equal texts, or of equal scores, with a beam search of 4. None: no beam search."""
     score_difference: float | None = None
-    """Largest difference of the log-probabilities of equal texts, in nats. None: no scores."""
+    """Largest difference of the log-probabilities of equal texts, in nats; of a label head, of all
+    its labels. None: no scores."""
 
 
 class Exported(BaseModel):
@@ -82,7 +83,7 @@ def read_exported(folder: Path) -> Exported | None:
 class ExportFormat(Protocol):
     """How students are written in one format."""
 
-    kinds: Sequence[Architecture]
+    kinds: Sequence[Runtime]
     quantizations: Sequence[str]  # the first is the default
     packages: Sequence[str]  # whose versions decide what the export does
 
@@ -146,6 +147,33 @@ def save_tokenizer(student: Student, folder: Path) -> None:
         tokenizer.enable_truncation(student.card.max_input_tokens)
     tokenizer.no_padding()
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def convert_ct2(
+    student: Student, folder: Path, quantize: str, load_spec: Callable[[], Any]
+) -> None:
+    """Write what a loader of CTranslate2's converter made of a model."""
+    import torch
+    from ctranslate2.converters.converter import Converter
+
+    class StudentConverter(Converter):  # type: ignore[misc]
+        def _load(self) -> Any:
+            with torch.no_grad():
+                return load_spec()
+
+    converted = folder / "ct2"  # the converter empties the folder that it writes to
+    quantization = None if quantize == FLOAT32 else quantize
+    try:
+        StudentConverter().convert(str(converted), quantization=quantization)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        other = "onnx" if student.card.head == "labels" else "torch"
+        raise DsbsError(
+            f"CTranslate2 cannot convert {student.card.name} ({error})",
+            hint=f"try --format {other} --quantize int8",
+        ) from None
+    for path in converted.iterdir():
+        path.rename(folder / path.name)
+    converted.rmdir()
 
 
 _DECODER_SCRIPT = '''"""Print the student's output for each line of stdin."""

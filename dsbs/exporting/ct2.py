@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dsbs.errors import DsbsError, UserError
-from dsbs.exporting import FLOAT32, decoder_script, label_view, write_prompt_format
+from dsbs.errors import UserError
+from dsbs.exporting import FLOAT32, convert_ct2, decoder_script, label_view, write_prompt_format
+from dsbs.exporting.label_head import check_ct2, label_head_script, write_ct2
 from dsbs.students.backends.ctranslate2 import DECODER_LOADERS, ctranslate2
 from dsbs.students.student import Student
 
@@ -49,14 +50,16 @@ _WRITE = """    results = model.generate_batch(
 class Ct2Format:
     """T5 and decoder-only models, by CTranslate2's converter (runtime: Klein et al., 2020)."""
 
-    kinds = ("seq2seq", "causal")
+    kinds = ("seq2seq", "causal", "labels")
     quantizations = ("int8", FLOAT32, "int8_float32", "int16", "float16")
     packages = ("ctranslate2", "tokenizers")
 
     def check(self, student: Student, quantize: str) -> str | None:
         runtime = ctranslate2()
         config = student.backend.model.config
-        if student.card.kind == "causal":
+        if student.card.head == "labels":
+            check_ct2(student)
+        elif student.card.kind == "causal":
             _check_decoder(student)
         elif config.model_type not in ("t5", "mt5"):
             raise UserError(
@@ -77,9 +80,9 @@ class Ct2Format:
         return None
 
     def write(self, student: Student, folder: Path, quantize: str) -> None:
-        import torch
-        from ctranslate2.converters.converter import Converter
-
+        if student.card.head == "labels":
+            write_ct2(student, folder, quantize)
+            return
         is_decoder = student.card.kind == "causal"
         if is_decoder:
             loader = _decoder_loader(student.backend.model.config.model_type)
@@ -87,28 +90,13 @@ class Ct2Format:
             loader = _t5_loader()
         # The converter scales and quantizes in the model's own memory.
         model = deepcopy(student.backend.model).to("cpu")
-
-        class StudentConverter(Converter):  # type: ignore[misc]
-            def _load(self) -> Any:
-                with torch.no_grad():
-                    return loader(model, student.backend.tokenizer)
-
-        converted = folder / "ct2"  # the converter empties the folder that it writes to
-        quantization = None if quantize == FLOAT32 else quantize
-        try:
-            StudentConverter().convert(str(converted), quantization=quantization)
-        except (ValueError, NotImplementedError, AttributeError) as error:
-            raise DsbsError(
-                f"CTranslate2 cannot convert {student.card.name} ({error})",
-                hint="try --format torch --quantize int8",
-            ) from None
-        for path in converted.iterdir():
-            path.rename(folder / path.name)
-        converted.rmdir()
+        convert_ct2(student, folder, quantize, lambda: loader(model, student.backend.tokenizer))
         if is_decoder:
             write_prompt_format(student, folder)
 
     def script(self, student: Student, quantize: str) -> str:
+        if student.card.head == "labels":
+            return label_head_script(student, "ctranslate2")
         if student.card.kind == "causal":
             return decoder_script(
                 student,

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from dsbs.exporting import Equivalence
 from dsbs.formatting import percent
 from dsbs.run_folder import RunFolder
 from dsbs.students.backends import Backend, BeamSearchBackend, GeneratedText
-from dsbs.students.card import Architecture, Start, Target
+from dsbs.students.card import Architecture, Start, StudentCard, Target
 from dsbs.students.student import Student
 from dsbs.tasks.data import load
 
@@ -29,6 +30,7 @@ _BATCH_SIZE = 16
 SCORE_TOLERANCE = 1e-3  # nats, of a text's joint log-probability in float32
 # The same for decoders: rounding in SmolLM2's 30 layers gave 1.3e-3 over 12 tokens.
 _DECODER_TOLERANCE = 5e-3
+_SMALLEST = 1e-12  # smaller probabilities of a label are compared as this
 _MIN_AGREEMENT = 0.95  # a float32 export may differ where two tokens tie, and nowhere else
 
 Source = Literal["valid", "examples", "made"]
@@ -49,6 +51,7 @@ class GoldenRow:
     greedy_log_probability: float
     beam: str | None  # of a beam search of `BEAMS` without length penalty
     beam_log_probability: float | None
+    distribution: tuple[float, ...] | None = None  # of a label head, in its classes' order
 
 
 def comparison_texts(
@@ -96,12 +99,20 @@ def _made_texts(student: Student) -> list[str]:
     return [" ".join(text.split()) for text in texts]
 
 
+def label_prefixes(card: StudentCard) -> dict[Target, str]:
+    """The prefix of the label alone."""
+    return dict(islice(card.prefixes.items(), 1))
+
+
 def golden_rows(student: Student, texts: Sequence[str], *, beams: bool) -> list[GoldenRow]:
     """The outputs of transformers for ``texts`` with every prefix of the student."""
     rows: list[GoldenRow] = []
     backend = student.backend
     max_tokens = min(student.card.max_target_tokens, _MAX_TOKENS)
-    for number, (target, prefix) in enumerate(student.card.prefixes.items()):
+    prefixes = student.card.prefixes
+    if student.card.head == "labels":
+        prefixes = label_prefixes(student.card)  # an export has no rationales
+    for number, (target, prefix) in enumerate(prefixes.items()):
         start = student.card.starts.get(target, "pad")
         chosen = texts if number == 0 else texts[:_OTHER_ROWS]
         inputs = [prefix + text for text in chosen]
@@ -120,6 +131,7 @@ def golden_rows(student: Student, texts: Sequence[str], *, beams: bool) -> list[
                     greedy_log_probability=_log(greedy.probability),
                     beam=beam.text if beam else None,
                     beam_log_probability=_log(beam.probability) if beam else None,
+                    distribution=greedy.distribution,
                 )
             )
     return rows
@@ -159,10 +171,10 @@ def measure_equivalence(backend: Backend, rows: Sequence[GoldenRow], source: Sou
         inputs = [row.input for row in group]
         outputs = _generate(backend, inputs, max_tokens, start)
         for row, output in zip(group, outputs, strict=True):
-            if output.text != row.greedy:
-                continue
-            equal += 1
-            if output.probability is not None:
+            equal += output.text == row.greedy
+            if row.distribution is not None:
+                differences.append(_largest_difference(row.distribution, output.distribution or ()))
+            elif output.text == row.greedy and output.probability is not None:
                 differences.append(abs(_log(output.probability) - row.greedy_log_probability))
         if not isinstance(backend, BeamSearchBackend):
             continue
@@ -182,6 +194,14 @@ def measure_equivalence(backend: Backend, rows: Sequence[GoldenRow], source: Sou
         greedy_agreement=equal / len(rows),
         beam_agreement=equal_beams / searched if searched else None,
         score_difference=max(differences, default=None),
+    )
+
+
+def _largest_difference(expected: Sequence[float], actual: Sequence[float]) -> float:
+    """The largest difference of two distributions' log-probabilities, in nats."""
+    return max(
+        abs(math.log(max(a, _SMALLEST)) - math.log(max(b, _SMALLEST)))
+        for a, b in zip(expected, actual, strict=True)
     )
 
 

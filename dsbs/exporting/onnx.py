@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.exporting import FLOAT32, label_view
+from dsbs.exporting.label_head import check_onnx, label_head_script, write_onnx_graph
 from dsbs.students.backends.onnxruntime import DECODER, ENCODER, onnxruntime
 from dsbs.students.student import Student
 
@@ -59,9 +60,9 @@ for line in sys.stdin:
 
 
 class OnnxFormat:
-    """T5 in v1.0 and v1.1 shapes."""
+    """T5 in v1.0 and v1.1 shapes, and label heads on encoders and on T5's encoder."""
 
-    kinds = ("seq2seq",)
+    kinds = ("seq2seq", "labels")
     quantizations = (FLOAT32, "int8")
     packages = ("onnxruntime", "tokenizers", "numpy")
 
@@ -70,6 +71,9 @@ class OnnxFormat:
         with needs_extra("onnx", "the format onnx"):
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401
+        if student.card.head == "labels":
+            check_onnx(student)
+            return None
         model_type = student.backend.model.config.model_type
         if model_type not in ("t5", "mt5"):
             raise UserError(
@@ -78,13 +82,12 @@ class OnnxFormat:
         return None
 
     def write(self, student: Student, folder: Path, quantize: str) -> None:
-        model = deepcopy(student.backend.model).to("cpu").eval()
-        model.set_attn_implementation("eager")
-        model.config.save_pretrained(folder)
         try:
             with _quiet_exporter():
-                # The quantizer transposes the head's matrix in place, so it needs a copy.
-                _write_graphs(model, folder, untied=quantize != FLOAT32)
+                if student.card.head == "labels":
+                    write_onnx_graph(student, folder)
+                else:
+                    _write_graphs(student, folder, quantize)
                 if quantize == "int8":
                     _quantize(folder)
         except (RuntimeError, AttributeError) as error:  # of PyTorch's exporter
@@ -95,6 +98,8 @@ class OnnxFormat:
             ) from None
 
     def script(self, student: Student, quantize: str) -> str:
+        if student.card.head == "labels":
+            return label_head_script(student, "onnxruntime")
         view = label_view(student)
         return _SCRIPT.format(
             prefix=repr(view.prefix),
@@ -108,18 +113,18 @@ def _quantize(folder: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    for name in (ENCODER, DECODER):
-        graph = onnx.load(folder / name)
+    for file in folder.glob("*.onnx"):
+        graph = onnx.load(file)
         del graph.graph.value_info[:]  # shapes that are wrong after quantization
-        quantize_dynamic(graph, folder / name, weight_type=QuantType.QInt8, per_channel=True)
+        quantize_dynamic(graph, file, weight_type=QuantType.QInt8, per_channel=True)
 
 
-def _write_graphs(model: Any, folder: Path, untied: bool) -> None:
-    import torch
+def _write_graphs(student: Student, folder: Path, quantize: str) -> None:
     from torch.export import Dim
 
-    from dsbs.exporting.onnx import CrossStates, DecoderStep
-
+    model = deepcopy(student.backend.model).to("cpu").eval()
+    model.set_attn_implementation("eager")
+    model.config.save_pretrained(folder)
     layers = range(len(model.decoder.block))
     state_names = [
         f"{tensor}_{layer}" for layer in layers for tensor in ("cross_key", "cross_value")
@@ -147,7 +152,8 @@ def _write_graphs(model: Any, folder: Path, untied: bool) -> None:
         dynamic_shapes=(text_shape, text_shape),
     )
     torch.onnx.export(
-        DecoderStep(model, untied=untied),
+        # The quantizer transposes the head's matrix in place, so it needs a copy.
+        DecoderStep(model, untied=quantize != FLOAT32),
         (token_ids[:, :1], mask, list(states), cache),
         folder / DECODER,
         dynamo=True,

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from dsbs.errors import DsbsError, UserError
 from dsbs.exporting import (
@@ -26,6 +27,7 @@ from dsbs.exporting.golden import (
     comparison_texts,
     golden_lines,
     golden_rows,
+    label_prefixes,
     measure_equivalence,
 )
 from dsbs.files import (
@@ -105,7 +107,7 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted export
         make_folder(partial)
         chosen.write(loaded, partial, quantize)
-        exported_card = card.model_copy(update={"format": format})
+        exported_card = _exported_card(card, format)
         write_json(partial / CARD, exported_card.model_dump(mode="json"))
         save_tokenizer(loaded, partial)
         writers = {name: version for name, version in versions().items() if name in _WRITERS}
@@ -146,7 +148,12 @@ def _check_request(
             f"{folder} is already an export ({card.format})",
             hint="export the original student",
         )
-    if card.kind not in chosen.kinds:
+    if card.head == "labels" and "labels" not in chosen.kinds:
+        raise UserError(
+            f"{card.name} has a label head, which the format {format} does not support",
+            hint="use --format onnx or ct2",
+        )
+    if card.runtime not in chosen.kinds:
         raise UserError(
             f"{card.name} is a {card.kind} model, which the format {format} does not support",
             hint="use --format ct2",
@@ -158,6 +165,14 @@ def _check_request(
             hint=f"give --quantize {', '.join(chosen.quantizations)}",
         )
     return quantize
+
+
+def _exported_card(card: StudentCard, format: str) -> StudentCard:
+    """The card of an export. A label head's has no rationales: it leaves their decoder out."""
+    changes: dict[str, Any] = {"format": format}
+    if card.head == "labels":
+        changes["prefixes"] = label_prefixes(card)
+    return card.model_copy(update=changes)
 
 
 def _target(folder: Path, format: str, quantize: str, out: str | Path | None) -> Path:
@@ -226,12 +241,17 @@ def _readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:
     quantization = exported.quantize
     if quantization == FLOAT32:
         quantization = "not quantized"
-    rows = [["greedy decoding: equal texts", percent(equivalence.greedy_agreement)]]
+    compared = "greedy decoding: equal texts"
+    scored = "equal texts"
+    if read_card(student).head == "labels":
+        compared = "equal labels"
+        scored = "all labels"
+    rows = [[compared, percent(equivalence.greedy_agreement)]]
     if equivalence.beam_agreement is not None:
         rows.append(["beam search of 4: equal texts or ties", percent(equivalence.beam_agreement)])
     if equivalence.score_difference is not None:
         difference = f"{equivalence.score_difference:.2g} nats"
-        rows.append(["largest difference of the log-probabilities of equal texts", difference])
+        rows.append([f"largest difference of the log-probabilities of {scored}", difference])
     made_with = ", ".join(
         f"{name} {version}" for name, version in sorted(exported.versions.items())
     )

@@ -36,6 +36,10 @@ from dsbs.serving.settings import ApiError, Settings, client_gone, stopping
 OPEN_PATHS = frozenset({"/health"})  # health checks seldom have the token
 
 
+# Rows, their options, texts that end an answer, and how many log-probabilities (None: none).
+_ParsedCompletion = tuple[list[Item], GenerationOptions, list[str], int | None]
+
+
 class PredictForm(BaseModel, frozen=True, extra="forbid"):
     """The body of ``POST /predict``."""
 
@@ -77,15 +81,15 @@ class Service:
 
     async def completions(self, request: Request) -> Response:
         async with self._body(request) as body:
-            items, options, stops = self._parse_completions(body)
+            items, options, stops, top = self._parse_completions(body)
             completions = await self._completions(items, options, request.receive)
-        return JSONResponse(completions_response(self.model.name, completions, stops))
+        return JSONResponse(completions_response(self.model.name, completions, stops, top))
 
     async def chat(self, request: Request) -> Response:
         async with self._body(request) as body:
-            items, options, stops = self._parse_chat(body)
+            items, options, stops, top = self._parse_chat(body)
             completions = await self._completions(items, options, request.receive)
-        return JSONResponse(chat_response(self.model.name, completions[0], stops))
+        return JSONResponse(chat_response(self.model.name, completions[0], stops, top))
 
     async def models(self) -> Response:
         model = {
@@ -128,18 +132,18 @@ class Service:
         )
         return self._items(form.inputs, "inputs"), options
 
-    def _parse_completions(self, body: bytes) -> tuple[list[Item], GenerationOptions, list[str]]:
+    def _parse_completions(self, body: bytes) -> _ParsedCompletion:
         form = self.body_reader.parse(body, CompletionForm)
-        form.check_supported()
+        form.check_supported(has_distribution=self.model.has_distribution)
         items = self._items(form.inputs, "prompt", form.max_tokens)
-        return items, self.model.completion_options, form.stops
+        return items, self.model.completion_options, form.stops, form.top
 
-    def _parse_chat(self, body: bytes) -> tuple[list[Item], GenerationOptions, list[str]]:
+    def _parse_chat(self, body: bytes) -> _ParsedCompletion:
         form = self.body_reader.parse(body, ChatForm)
-        form.check_supported()
+        form.check_supported(has_distribution=self.model.has_distribution)
         max_tokens = form.max_completion_tokens or form.max_tokens
         items = self._items([form.input], "messages", max_tokens)
-        return items, self.model.completion_options, form.stops
+        return items, self.model.completion_options, form.stops, form.top
 
     def _items(
         self, inputs: Sequence[Any], field: str, max_tokens: int | None = None
@@ -189,12 +193,14 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 def _prediction(outcome: Outcome, *, with_rationale: bool, is_causal: bool) -> dict[str, Any]:
     answer = outcome.answer
-    prediction = {
+    prediction: dict[str, Any] = {
         "label": answer.label,
         "raw": answer.raw,
         "probability": answer.probability,
         "truncated": answer.truncated,
     }
+    if answer.distribution is not None:
+        prediction["distribution"] = answer.distribution
     if with_rationale:
         prediction |= {"rationale": answer.rationale, "rationale_is_causal": is_causal}
     return prediction

@@ -7,6 +7,7 @@ nothing (a seed, a user's name, unknown fields) are ignored.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from pydantic import BaseModel, Field
 
 from dsbs.serving.model import Completion
 from dsbs.serving.settings import ApiError
+
+_SMALLEST = 1e-30  # a probability of 0 has no finite logarithm, which JSON cannot hold
 
 
 class _Form(BaseModel, frozen=True, extra="ignore"):
@@ -30,8 +33,18 @@ class _Form(BaseModel, frozen=True, extra="ignore"):
     logit_bias: dict[str, Any] | None = None
     response_format: Any = None
 
-    def check_supported(self) -> None:
-        """Raises ApiError (400) for an option that a student does not support."""
+    @property
+    def top(self) -> int | None:
+        """How many labels to give with their log-probabilities; None: no log-probabilities."""
+        raise NotImplementedError
+
+    def check_supported(self, *, has_distribution: bool) -> None:
+        """Raises ApiError (400) for an option that a student does not support.
+
+        ``has_distribution``: it has a probability for every label.
+        """
+        if self.top is not None and not has_distribution:
+            raise _unsupported("logprobs", "POST /predict returns the label's probability")
         if self.temperature:
             raise _unsupported("temperature", "decoding is greedy; send 0 or leave it out")
         if self.n not in (None, 1):
@@ -68,15 +81,17 @@ class CompletionForm(_Form):
 
     # The student's input as the task renders it; a JSON object where the task needs fields.
     prompt: str | list[str]
-    logprobs: int | None = None
+    logprobs: int | None = Field(None, ge=0)
     best_of: int | None = None
     echo: bool | None = None
     suffix: str | None = None
 
-    def check_supported(self) -> None:
-        super().check_supported()
-        if self.logprobs is not None:
-            raise _unsupported("logprobs", "POST /predict returns the label's probability")
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
+
+    def check_supported(self, *, has_distribution: bool) -> None:
+        super().check_supported(has_distribution=has_distribution)
         if self.best_of not in (None, 1) or self.echo or self.suffix:
             raise _unsupported("best_of, echo, suffix", "leave them out")
 
@@ -107,15 +122,18 @@ class ChatForm(_Form):
     messages: list[_Message]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0)
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
     function_call: Any = None
 
-    def check_supported(self) -> None:
-        super().check_supported()
-        if self.logprobs:
-            raise _unsupported("logprobs", "POST /predict returns the label's probability")
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check_supported(self, *, has_distribution: bool) -> None:
+        super().check_supported(has_distribution=has_distribution)
         choices = {str(choice) for choice in (self.tool_choice, self.function_call)}
         if self.tools or self.functions or choices - {"None", "none"}:
             raise _unsupported("tools, tool_choice, functions, function_call", "leave them out")
@@ -144,26 +162,64 @@ def _unsupported(option: str, advice: str) -> ApiError:
 
 
 def completions_response(
-    student: str, completions: Sequence[Completion], stops: Sequence[str]
+    student: str, completions: Sequence[Completion], stops: Sequence[str], top: int | None = None
 ) -> dict[str, Any]:
-    """The response body of a completion; texts end before the first of ``stops``."""
+    """The response body of a completion; texts end before the first of ``stops``.
+
+    ``top``: as the form's. A label counts as one token.
+    """
     choices = [
-        {"index": index, **_stopped(completion, stops), "logprobs": None}
+        {
+            "index": index,
+            **_stopped(completion, stops),
+            "logprobs": _completion_logprobs(completion, top),
+        }
         for index, completion in enumerate(completions)
     ]
     return _response("cmpl", "text_completion", student, choices, completions)
 
 
-def chat_response(student: str, completion: Completion, stops: Sequence[str]) -> dict[str, Any]:
-    """The response body of a chat completion."""
+def chat_response(
+    student: str, completion: Completion, stops: Sequence[str], top: int | None = None
+) -> dict[str, Any]:
+    """The response body of a chat completion. ``top``: as the form's."""
     stopped = _stopped(completion, stops)
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": stopped["text"], "refusal": None},
         "finish_reason": stopped["finish_reason"],
-        "logprobs": None,
+        "logprobs": _chat_logprobs(completion, top),
     }
     return _response("chatcmpl", "chat.completion", student, [choice], [completion])
+
+
+def _likeliest(distribution: dict[str, float]) -> list[tuple[str, float]]:
+    """Labels with their log-probabilities in nats, the likeliest first."""
+    ordered = sorted(distribution.items(), key=lambda item: -item[1])
+    return [(label, math.log(max(share, _SMALLEST))) for label, share in ordered]
+
+
+def _completion_logprobs(completion: Completion, top: int | None) -> dict[str, Any] | None:
+    if top is None or completion.distribution is None:
+        return None
+    labels = _likeliest(completion.distribution)
+    label, logprob = labels[0]
+    return {
+        "tokens": [label],
+        "token_logprobs": [logprob],
+        "top_logprobs": [dict(labels[:top])],
+        "text_offset": [0],
+    }
+
+
+def _chat_logprobs(completion: Completion, top: int | None) -> dict[str, Any] | None:
+    if top is None or completion.distribution is None:
+        return None
+    entries = [
+        {"token": label, "logprob": logprob, "bytes": list(label.encode())}
+        for label, logprob in _likeliest(completion.distribution)
+    ]
+    return {"content": [entries[0] | {"top_logprobs": entries[:top]}], "refusal": None}
 
 
 def _stopped(completion: Completion, stops: Sequence[str]) -> dict[str, str]:

@@ -42,6 +42,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    distribution: dict[str, float] | None = None  # of a label head's label, the text's last part
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,12 @@ class Model:
             self._anchor = DEFAULT_ANCHOR if self._replies_with_rationale else ""
         # Longer than any target of its training is a waste of time.
         self._max_label_tokens = max(DEFAULT_LABEL_TOKENS, student.card.max_target_tokens)
+
+    @property
+    def has_distribution(self) -> bool:
+        """Whether a completion is a label alone, with the probability of every label."""
+        is_label = not self._replies_with_rationale and not self._anchor
+        return is_label and self.student.card.head == "labels"
 
     def predict_options(
         self, *, rationale: bool, max_label_tokens: int | None
@@ -172,6 +179,7 @@ class Model:
             finish_reason="length" if is_unfinished else "stop",
             prompt_tokens=len(token_ids_of(tokenizer, prompt, special=True)),
             completion_tokens=len(token_ids),
+            distribution=answer.distribution,
         )
 
 

@@ -26,6 +26,7 @@ CARD = "student.json"
 # Encoder-decoder (T5), decoder-only (Llama, Qwen) or encoder (BERT, MiniLM, ModernBERT).
 Architecture = Literal["seq2seq", "causal", "encoder"]
 Head = Literal["text", "labels"]
+Runtime = Architecture | Literal["labels"]  # of a student that writes, or of any label head
 Template = Literal["plain", "chat"]  # text and line break, or the tokenizer's chat template
 Format = Literal["transformers", "ct2", "onnx", "torch", "gguf"]
 Target = Literal["label", "rationale", "rationale-then-label", "label-then-rationale"]
@@ -61,6 +62,11 @@ class StudentCard(BaseModel):
     """The labels of a label head, in the order of its outputs."""
     template: Template | None = None
     """How the prompts of a decoder-only student are written. None: it is not decoder-only."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """What decides the class that loads it, and the formats that it can be exported to."""
+        return "labels" if self.head == "labels" else self.kind
 
     @property
     def explains(self) -> bool:

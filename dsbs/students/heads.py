@@ -12,6 +12,7 @@ This module imports torch, so it is imported where it is used.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from dsbs.config import StudentSection
 from dsbs.students.card import Architecture, architecture_of
 from dsbs.students.formats import start_token
 from dsbs.students.weights import (
+    expand_local,
     load_model,
     loading_error,
+    low_rank_class,
     new_model,
     pretrained_arguments,
     silence_transformers,
@@ -161,6 +164,15 @@ class LabelHeadModel(nn.Module):
             rows.append(row[:length])
         return rows
 
+    def with_body(self, body: Any) -> LabelHeadModel:
+        """This head on another body, such as a smaller one."""
+        changed = copy.copy(self)
+        changed._modules = dict(self._modules)
+        changed.body = body
+        if self.rationale_decoder is not None:
+            share_embeddings(self.rationale_decoder, body)
+        return changed
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids (B, S), attention_mask (B, S) -> label logits (B, L)."""
         return self.label_logits(self.states(input_ids, attention_mask), attention_mask)
@@ -194,6 +206,8 @@ def new_label_head(
     ``explains``: an encoder gets a rationale decoder of ``student.rationale_decoder.layers``.
     """
     start = init or section.source
+    if init is not None and _saved_labels(init) == labels:
+        return load_label_head(init, labels, section.dropout)
     architecture = architecture_of(start)
     if architecture == "encoder":
         body = load_body(str(start), section.dropout)
@@ -213,11 +227,18 @@ def new_label_head(
     return model
 
 
-def load_label_head(source: str, labels: int) -> LabelHeadModel:
+def _saved_labels(folder: str) -> int | None:
+    """The number of labels of the head in a folder; None: there is none."""
+    file = Path(folder).expanduser() / HEAD_FILE
+    return len(load_file(str(file))["bias"]) if file.is_file() else None
+
+
+def load_label_head(source: str, labels: int, dropout: float | None = None) -> LabelHeadModel:
     """The model in a student's folder. Raises DsbsError where it cannot be loaded."""
-    folder = Path(source)
-    body = load_body(source)
-    model = LabelHeadModel(body, labels, architecture_of(source))
+    folder = Path(source).expanduser()
+    body = load_body(source, dropout)
+    rate = 0.1 if dropout is None else dropout
+    model = LabelHeadModel(body, labels, architecture_of(source), dropout=rate)
     try:
         model.classifier.load_state_dict(load_file(str(folder / HEAD_FILE)))
         if (folder / RATIONALE_FOLDER).is_dir():
@@ -241,7 +262,8 @@ def load_body(source: str, dropout: float | None = None) -> Any:
     if dropout is not None:
         changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     try:
-        return AutoModel.from_pretrained(
+        model_class = low_rank_class(expand_local(source)) or AutoModel
+        return model_class.from_pretrained(
             **pretrained_arguments(source), dtype=torch.float32, **changes
         )
     except Exception as error:  # Hub, network and file errors share no root

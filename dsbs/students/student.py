@@ -107,8 +107,11 @@ class Student:
         lacks a field.
         """
         if rationale and not self.card.explains:
+            reason = "was trained without rationales"
+            if self.card.format != "transformers" and self.card.head == "labels":
+                reason = "is the export of a label head, which has no rationales"
             raise UserError(
-                f"{self.card.name} was trained without rationales",
+                f"{self.card.name} {reason}",
                 hint="use a step-by-step student, or leave --rationale out",
             )
         rows = [self._fields(item, canonical) for item in items]

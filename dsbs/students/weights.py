@@ -54,8 +54,11 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 
-# Files of transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and llama.cpp.
+# Files of label heads, transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and
+# llama.cpp.
 WEIGHT_FILES = (
+    "head.safetensors",
+    "head.npz",
     "model*.safetensors",
     "pytorch_model*.bin",
     "model*.bin",
@@ -70,13 +73,18 @@ WEIGHT_FILES = (
 
 def weights_megabytes(student_path: str | Path) -> float:
     """Size of a student's weight files in units of 10^6 bytes. Raises UserError where none is."""
+    return sum(file.stat().st_size for file in weights_files(student_path)) / 1e6
+
+
+def weights_files(student_path: str | Path) -> list[Path]:
+    """A student's weight files, sorted. Raises UserError where there is none."""
     files = {file for pattern in WEIGHT_FILES for file in Path(student_path).glob(pattern)}
     if not files:
         raise UserError(
             f"{student_path} has no weights ({' or '.join(WEIGHT_FILES)})",
             hint="train that student again",
         )
-    return sum(file.stat().st_size for file in files) / 1e6
+    return sorted(files)
 
 
 def load_model(source: str, dropout: float | None = None, *, labels: int = 0) -> Any:
@@ -170,15 +178,27 @@ def pretrained_arguments(source: str) -> dict[str, Any]:
 
 
 def low_rank_class(folder: str) -> Any:
-    """The class of a T5 with low-rank matrices (see ``low_rank``); None for any other model."""
-    from dsbs.students.low_rank import ranks_of, with_low_rank
-
-    if not ranks_of(folder):
+    """The class of a T5 or an encoder that `dsbs compress` has given low-rank matrices or fewer
+    heads (see ``low_rank``); None for any other model.
+    """
+    if not (Path(folder) / "config.json").is_file():
         return None
-    from transformers import AutoConfig, MT5ForConditionalGeneration, T5ForConditionalGeneration
+    from dsbs.students.low_rank import is_changed, with_low_rank
 
-    model_type = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-    if model_type == "mt5":
+    if not is_changed(folder):
+        return None
+    from transformers import (
+        MODEL_MAPPING,
+        AutoConfig,
+        MT5ForConditionalGeneration,
+        T5ForConditionalGeneration,
+    )
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not config.is_encoder_decoder:
+        encoder_class: Any = MODEL_MAPPING[type(config)]
+        return with_low_rank(encoder_class)
+    if config.model_type == "mt5":
         return with_low_rank(MT5ForConditionalGeneration)
     return with_low_rank(T5ForConditionalGeneration)
 

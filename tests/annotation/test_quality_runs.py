@@ -16,8 +16,8 @@ from loopback import LoopbackServer, completion, question, read_rows
 from dsbs import PartialError, UserError, annotate, load_recipe
 from dsbs.annotation.planning import pilot, plan, stratified
 from dsbs.annotation.run import merge
-from dsbs.annotation.shards import Shard
 from dsbs.records import Example
+from dsbs.shards import Shard
 
 
 def always_billing(body: dict[str, Any], number: int) -> str:

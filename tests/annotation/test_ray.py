@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,9 @@ from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
 
 from dsbs import PartialError, UserError, annotate, load_recipe
-from dsbs.annotation.shards import (
-    Shard,
-    ShardResult,
-    check_resources,
-    combine_results,
-    run_shard,
-    shard_recipe,
-)
+from dsbs.annotation.shards import annotate_shard, combine_results, shard_recipe
 from dsbs.annotation.summary import SplitSummary
+from dsbs.shards import Shard, ShardResult, check_resources, run_shard
 
 
 def test_limits_are_split_among_the_shards(toy: Callable[..., Path]) -> None:
@@ -78,7 +73,7 @@ def test_a_run_on_ray_writes_the_same_files(toy: Callable[..., Path], tmp_path: 
 def test_needing_more_than_the_cluster_has_is_an_error_at_once(toy: Callable[..., Path]) -> None:
     recipe = load_recipe(toy(), ["annotate.ray={shards: 1, cpus_per_shard: 640}"])
     with pytest.raises(UserError, match="cpus_per_shard: 640, and the whole cluster has 2 CPU"):
-        check_resources({"CPU": 2.0}, recipe)
+        check_resources({"CPU": 2.0}, recipe.annotate.ray)
 
 
 def test_a_failure_on_a_worker_is_raised_by_the_driver(
@@ -87,18 +82,17 @@ def test_a_failure_on_a_worker_is_raised_by_the_driver(
     monkeypatch.chdir(tmp_path)
     with LoopbackServer(lambda body, number: (401, {}, b"{}")) as server:
         recipe = load_recipe(toy(), [f"teacher.base_url={server.url}"])
-        failed = run_shard(
-            annotate, recipe, str(tmp_path / "run"), str(tmp_path), Shard(1, 2), False
-        )
+        work = partial(annotate_shard, annotate, recipe, str(tmp_path / "run"), retry_refused=False)
+        failed = run_shard(work, str(tmp_path), Shard(1, 2))
     failed = pickle.loads(pickle.dumps(failed))
     with pytest.raises(UserError, match="does not accept the key"):
         combine_results([ShardResult(Shard(2, 2), {}), failed])
 
 
 def test_shards_that_can_be_continued_are_counted_and_their_first_error_returned() -> None:
-    partial = (PartialError.exit_code, "no credit", "pay")
+    no_credit = PartialError("no credit", hint="pay")
     done = ShardResult(Shard(1, 2), {"train": SplitSummary(requests=3, wall_s=2.0)})
-    stopped = ShardResult(Shard(2, 2), {"train": SplitSummary(requests=4, wall_s=1.0)}, partial)
+    stopped = ShardResult(Shard(2, 2), {"train": SplitSummary(requests=4, wall_s=1.0)}, no_credit)
     requested, error = combine_results([done, stopped])
     assert (requested["train"].requests, requested["train"].wall_s) == (7, 2.0)
     assert error is not None and error.problem == "no credit"

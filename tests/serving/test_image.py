@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from encoder_models import save_label_head
 from exporting.tiny_t5 import make_student, texts
 
 from dsbs.exporting.run import export
@@ -60,13 +61,20 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
 
 
+@pytest.mark.parametrize("head", ["text", "labels"])
 @pytest.mark.parametrize("form", ["ct2", "onnx"])
-def test_an_export_is_served_with_the_packages_of_the_image(tmp_path: Path, form: str) -> None:
+def test_an_export_is_served_with_the_packages_of_the_image(
+    tmp_path: Path, form: str, head: str
+) -> None:
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     target = dockerfile.partition("AS serve\n")[2].partition("\nFROM")[0]
     packages = re.findall(r"^ +'([a-z0-9-]+)[^']*' \\$", target, re.MULTILINE)
     assert {"fastapi", "uvicorn", "ctranslate2", "onnxruntime"} < set(packages)
-    exported = export(make_student(tmp_path), form, examples=texts(3))
+    if head == "labels":
+        student = save_label_head(tmp_path, num_hidden_layers=1)
+    else:
+        student = make_student(tmp_path)
+    exported = export(student, form, examples=texts(3))
     ended = subprocess.run(
         [sys.executable, "-c", SERVE, str(exported.path), *packages],
         capture_output=True,

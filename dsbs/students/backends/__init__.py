@@ -103,10 +103,9 @@ def omp_threads() -> int:
 
 
 def _backend_class(card: StudentCard) -> Any:
-    kind = "labels" if card.head == "labels" else card.kind
-    if (kind, card.format) not in BACKENDS:
+    if (card.runtime, card.format) not in BACKENDS:
         raise UserError(
             f"{card.name} is a {card.kind} model in {card.format} format, which dsbs cannot load",
             hint="use the student that it was exported from",
         )
-    return entry(BACKENDS, (kind, card.format))
+    return entry(BACKENDS, (card.runtime, card.format))

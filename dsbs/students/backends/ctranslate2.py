@@ -78,7 +78,7 @@ class CTranslate2Backend(_CTranslate2Backend):
         runtime = ctranslate2()
         try:
             tokenizer = load_export_tokenizer(path, card.max_input_tokens)
-            model = runtime.Translator(str(path), device=_device(runtime))
+            model = runtime.Translator(str(path), device=runtime_device(runtime))
             return cls(model, tokenizer, path)
         except Exception as error:  # both packages raise errors of their compiled parts
             raise export_error(path, error) from None
@@ -156,7 +156,7 @@ class CTranslate2DecoderBackend(_CTranslate2Backend):
     def load(cls, path: Path, card: StudentCard) -> CTranslate2DecoderBackend:
         runtime = ctranslate2()
         try:
-            model = runtime.Generator(str(path), device=_device(runtime))
+            model = runtime.Generator(str(path), device=runtime_device(runtime))
             return cls(model, ExportedPrompts(path), path, card)
         except Exception as error:  # both packages raise errors of their compiled parts
             raise export_error(path, error) from None
@@ -196,7 +196,7 @@ class CTranslate2DecoderBackend(_CTranslate2Backend):
         ]
 
 
-def _device(runtime: Any) -> str:
+def runtime_device(runtime: Any) -> str:
     return "cuda" if runtime.get_cuda_device_count() else "cpu"
 
 

@@ -1,12 +1,19 @@
-"""Label-head backend: chooses a label in one pass, and writes rationales on request."""
+"""Label-head backends: a distribution over the labels in one pass, in PyTorch or from an export.
+
+The PyTorch one writes rationales on request. Those of exports need neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
+import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsbs.students.backends import GeneratedText
+from dsbs.students.backends import GeneratedText, export_error
+from dsbs.students.backends.ctranslate2 import ctranslate2, runtime_device
+from dsbs.students.backends.onnxruntime import load_session, onnxruntime
 from dsbs.students.backends.scoring import padded
 from dsbs.students.backends.transformers import (
     DecoderBackend,
@@ -14,9 +21,18 @@ from dsbs.students.backends.transformers import (
     TransformersBackend,
 )
 from dsbs.students.card import Start, StudentCard
-from dsbs.students.formats import input_format_of
-from dsbs.students.tokenizer import load_tokenizer
+from dsbs.students.formats import PAIR_SEPARATOR, input_format_of
+from dsbs.students.tokenizer import load_export_tokenizer, load_tokenizer
 from dsbs.students.weights import device, load_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+GRAPH = "model.onnx"  # input_ids and attention_mask (B, S) -> probabilities (B, L)
+HEAD = "head.npz"  # of a CTranslate2 export: weight (L, D), bias (L,) and separator ()
+# Rows of similar length that an export reads together: little is padding.
+_GROUP = 16
 
 
 class LabelHeadBackend(TransformersBackend):
@@ -48,16 +64,7 @@ class LabelHeadBackend(TransformersBackend):
         self.model.eval()
         with torch.inference_mode():
             distributions = self.model(**self._encode(texts)).float().softmax(-1)
-        chosen = distributions.argmax(-1).tolist()
-        return [
-            GeneratedText(
-                text=self._card.classes[index],
-                truncated=False,
-                probability=distribution[index],
-                distribution=tuple(distribution),
-            )
-            for index, distribution in zip(chosen, distributions.tolist(), strict=True)
-        ]
+        return _likeliest(distributions.tolist(), self._card.classes)
 
     def _write(self, texts: Sequence[str], max_new_tokens: int) -> list[GeneratedText]:
         """Rationales, by greedy decoding."""
@@ -81,3 +88,155 @@ class LabelHeadBackend(TransformersBackend):
         rows = self.input_format.read(texts, self._max_input_tokens)
         input_ids, is_token = padded(rows, self.model.device, self.tokenizer.pad_token_id)
         return {"input_ids": input_ids, "attention_mask": is_token.long()}
+
+
+def _likeliest(
+    distributions: Sequence[Sequence[float]], classes: Sequence[str]
+) -> list[GeneratedText]:
+    """The likeliest label of each distribution, as text; the first of equally likely ones."""
+    outputs = []
+    for distribution in distributions:
+        probability = max(distribution)
+        label = classes[distribution.index(probability)]
+        outputs.append(GeneratedText(label, False, probability, distribution=tuple(distribution)))
+    return outputs
+
+
+class _ExportedLabelHead(ABC):
+    """An exported label head. Inputs over the card's ``max_input_tokens`` are truncated."""
+
+    files: tuple[str, ...]
+    parameters = None  # unknown for an export
+
+    def __init__(self, model: Any, folder: Path, card: StudentCard) -> None:
+        self.model = model
+        self.tokenizer = load_export_tokenizer(folder, card.max_input_tokens)
+        self._folder = folder
+        self._card = card
+
+    @classmethod
+    def load(cls, path: Path, card: StudentCard) -> _ExportedLabelHead:
+        cls.check_package()
+        try:
+            return cls(cls.load_weights(path), path, card)
+        except Exception as error:  # the packages raise errors of their compiled parts
+            raise export_error(path, error) from None
+
+    @staticmethod
+    @abstractmethod
+    def check_package() -> None:
+        """Raises UserError where the runtime is not installed."""
+
+    @staticmethod
+    @abstractmethod
+    def load_weights(folder: Path) -> Any: ...
+
+    @abstractmethod
+    def distributions(
+        self, token_ids: NDArray[np.int64], mask: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """token_ids and mask (B, S), padded on the right -> probabilities (B, L)."""
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        start: Start = "pad",
+        *,
+        probabilities: bool = False,
+    ) -> list[GeneratedText]:
+        """See ``Backend``: labels alone."""
+        import numpy as np
+
+        rows = self._read(texts)
+        result = np.empty((len(rows), len(self._card.classes)), dtype=np.float32)
+        longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        for first in range(0, len(rows), _GROUP):
+            group = longest_first[first : first + _GROUP]
+            token_ids = np.zeros((len(group), len(rows[group[0]])), dtype=np.int64)
+            mask = np.zeros_like(token_ids)
+            for place, row in enumerate(group):
+                token_ids[place, : len(rows[row])] = rows[row]
+                mask[place, : len(rows[row])] = 1
+            result[group] = self.distributions(token_ids, mask)
+        return _likeliest(result.tolist(), self._card.classes)
+
+    def _read(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, as ``EncoderFormat`` or ``PlainFormat`` reads it."""
+        inputs: list[Any] = list(texts)
+        if self._card.kind == "encoder":
+            for index, text in enumerate(texts):
+                first, separator, second = text.partition(PAIR_SEPARATOR)
+                if separator:
+                    inputs[index] = (first, second)
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(inputs)]
+
+    def save(self, folder: Path) -> None:
+        for name in self.files:
+            shutil.copyfile(self._folder / name, folder / name)
+
+
+class OnnxLabelHeadBackend(_ExportedLabelHead):
+    """One graph, in ONNX Runtime."""
+
+    files = (GRAPH, "tokenizer.json")
+
+    @staticmethod
+    def check_package() -> None:
+        onnxruntime()
+
+    @staticmethod
+    def load_weights(folder: Path) -> Any:
+        return load_session(folder / GRAPH)
+
+    def distributions(
+        self, token_ids: NDArray[np.int64], mask: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        feed = {"input_ids": token_ids, "attention_mask": mask}
+        result: NDArray[np.float32] = self.model.run(None, feed)[0]
+        return result
+
+
+class CTranslate2LabelHeadBackend(_ExportedLabelHead):
+    """An encoder in CTranslate2, and its head in NumPy."""
+
+    files = ("model.bin", "config.json", "vocabulary.json", HEAD, "tokenizer.json")
+
+    def __init__(self, model: Any, folder: Path, card: StudentCard) -> None:
+        import numpy as np
+
+        super().__init__(model, folder, card)
+        with np.load(folder / HEAD, allow_pickle=False) as head:
+            self._weight = head["weight"]
+            self._bias = head["bias"]
+            self._separator = int(head["separator"])
+
+    @staticmethod
+    def check_package() -> None:
+        ctranslate2()
+
+    @staticmethod
+    def load_weights(folder: Path) -> Any:
+        runtime = ctranslate2()
+        return runtime.Encoder(str(folder), device=runtime_device(runtime))
+
+    def distributions(
+        self, token_ids: NDArray[np.int64], mask: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        import numpy as np
+
+        runtime = ctranslate2()
+        is_separator = (token_ids == self._separator).astype(np.int32)
+        segments = np.minimum(is_separator.cumsum(1) - is_separator, 1)
+        output = self.model.forward_batch(
+            runtime.StorageView.from_array(token_ids.astype(np.int32)),
+            runtime.StorageView.from_array(mask.sum(1).astype(np.int32)),
+            token_type_ids=segments.tolist(),
+        )
+        states = np.array(output.last_hidden_state.to_device(runtime.Device.cpu))  # (B, S, D)
+        is_token = mask[..., None].astype(bool)
+        pooled = np.where(is_token, states, 0).sum(1) / mask.sum(1, keepdims=True)
+        logits = pooled @ self._weight.T + self._bias
+        exponentials = np.exp(logits - logits.max(1, keepdims=True))
+        result: NDArray[np.float32] = exponentials / exponentials.sum(1, keepdims=True)
+        return result

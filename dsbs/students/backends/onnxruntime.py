@@ -27,6 +27,17 @@ def onnxruntime() -> Any:
     return runtime
 
 
+def load_session(file: Path) -> Any:
+    """A graph, ready to run. Raises UserError where the package is not installed."""
+    runtime = onnxruntime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = omp_threads()
+    options.log_severity_level = 3
+    available = runtime.get_available_providers()
+    providers = [provider for provider in _PROVIDERS if provider in available]
+    return runtime.InferenceSession(str(file), options, providers=providers)
+
+
 class OnnxBackend:
     """A T5. Inputs over the card's ``max_input_tokens`` are truncated."""
 
@@ -50,17 +61,9 @@ class OnnxBackend:
 
     @classmethod
     def load(cls, path: Path, card: StudentCard) -> OnnxBackend:
-        runtime = onnxruntime()
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = omp_threads()
-        options.log_severity_level = 3
-        available = runtime.get_available_providers()
-        providers = [provider for provider in _PROVIDERS if provider in available]
+        onnxruntime()
         try:
-            encoder, decoder = (
-                runtime.InferenceSession(str(path / name), options, providers=providers)
-                for name in (ENCODER, DECODER)
-            )
+            encoder, decoder = (load_session(path / name) for name in (ENCODER, DECODER))
             return cls(encoder, decoder, load_export_tokenizer(path, card.max_input_tokens), path)
         except Exception as error:  # both packages raise errors of their compiled parts
             raise export_error(path, error) from None

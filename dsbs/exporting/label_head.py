@@ -1,0 +1,162 @@
+"""Label heads in export formats: one ONNX graph, or CTranslate2's encoder with a head in NumPy.
+
+Shapes: B rows, S input tokens, D hidden size, L labels.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dsbs.errors import UserError
+from dsbs.exporting import convert_ct2
+from dsbs.students.backends.label_head import GRAPH, HEAD
+from dsbs.students.student import Student
+
+_SCRIPT = '''"""Print each stdin line's label and the probability of every label, as JSON."""
+import json, pathlib, sys
+import {runtime}, numpy as np, tokenizers
+here = pathlib.Path(__file__).resolve().parent
+labels = json.loads((here / "student.json").read_text(encoding="utf-8"))["classes"]
+tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
+{load}
+for line in sys.stdin:
+    ids = np.array([tokenizer.encode({read}).ids])
+{run}
+    rows = sorted(zip(labels, (p / p.sum()).tolist()), key=lambda row: -row[1])
+    answer = {{"label": rows[0][0], "probability": rows[0][1], "distribution": dict(rows)}}
+    print(json.dumps(answer), flush=True)
+'''
+_ONNX_LOAD = 'session = onnxruntime.InferenceSession(str(here / "model.onnx"))'
+_ONNX_RUN = (
+    """    p = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0]"""
+)
+_CT2_LOAD = """model, head = ctranslate2.Encoder(str(here)), np.load(here / "head.npz")"""
+_CT2_RUN = """\
+    second = (np.cumsum(e := ids == head["separator"], 1) - e > 0).astype(int)
+    states = model.forward_batch(ids.tolist(), token_type_ids=second.tolist()).last_hidden_state
+    p = np.exp((z := np.array(states)[0].mean(0) @ head["weight"].T + head["bias"]) - z.max())"""
+# CTranslate2's converter for the encoder of each model type.
+CT2_LOADERS = {
+    "bert": "BertLoader",
+    "camembert": "CamembertLoader",
+    "distilbert": "DistilBertLoader",
+    "roberta": "RobertaLoader",
+    "xlm-roberta": "RobertaLoader",  # its own reads a classifier of transformers
+}
+
+
+def check_onnx(student: Student) -> None:
+    """Raises UserError for a label head that is not exported to ONNX."""
+    if student.card.kind == "causal":
+        raise UserError(
+            f"{student.card.name} is a decoder with a label head, which no export format supports",
+            hint="serve the student itself, or train an encoder such as minilm-l6",
+        )
+
+
+def write_onnx_graph(student: Student, folder: Path) -> None:
+    import torch
+    from torch import Tensor
+    from torch.export import Dim
+
+    model = deepcopy(student.backend.model).to("cpu").eval()
+    model.rationale_decoder = None
+    # Its graph is smaller than that of fused attention, and ONNX Runtime fuses it again.
+    model.body.set_attn_implementation("eager")
+
+    class Probabilities(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            """input_ids and attention_mask (B, S) -> (B, L)."""
+            logits: Tensor = self.model(input_ids, attention_mask)
+            return logits.softmax(-1)
+
+    token_ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    shape = {0: Dim("rows"), 1: Dim("length")}
+    torch.onnx.export(
+        Probabilities(),
+        (token_ids, mask),
+        folder / GRAPH,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        input_names=["input_ids", "attention_mask"],
+        output_names=["probabilities"],
+        dynamic_shapes=(shape, shape),
+    )
+
+
+def check_ct2(student: Student) -> None:
+    """Raises UserError for a label head that CTranslate2 does not run."""
+    config = student.backend.model.config
+    problem = None
+    if student.card.kind != "encoder" or config.model_type not in CT2_LOADERS:
+        problem = f"the format ct2 supports label heads on {', '.join(CT2_LOADERS)}"
+    elif getattr(config, "low_rank", None) or getattr(config, "kept_heads", None):
+        problem = "CTranslate2 does not support low-rank matrices and removed heads"
+    elif getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        problem = "CTranslate2 does not support relative positions"
+    if problem:
+        raise UserError(
+            f"{student.card.name} ({config.model_type}) cannot be exported: {problem}",
+            hint="use --format onnx",
+        )
+
+
+def write_ct2(student: Student, folder: Path, quantize: str) -> None:
+    import numpy as np
+
+    model = student.backend.model
+    body = deepcopy(model.body).to("cpu")
+    if getattr(body.config, "position_embedding_type", None) is None:
+        body.config.position_embedding_type = "absolute"  # which the converter reads
+    loader = _ct2_loader(body.config.model_type)
+    convert_ct2(student, folder, quantize, lambda: loader(body, student.backend.tokenizer))
+    separator = -1  # no token
+    if getattr(body.config, "type_vocab_size", 0) > 1:
+        separator = body.config.sep_token_id
+    head = model.classifier
+    np.savez(
+        folder / HEAD,
+        weight=head.weight.detach().cpu().numpy(),
+        bias=head.bias.detach().cpu().numpy(),
+        separator=np.array(separator),
+    )
+
+
+def _ct2_loader(model_type: str) -> Any:
+    """The converter's loader, corrected for a RoBERTa whose padding token is 0."""
+    module = import_module("ctranslate2.converters.transformers")
+    base = getattr(module, CT2_LOADERS[model_type])
+
+    class Loader(base):  # type: ignore[misc,valid-type]
+        def set_position_encodings(self, spec: Any, table: Any) -> None:
+            first = 0
+            if model_type in ("camembert", "roberta", "xlm-roberta"):
+                first = table.padding_idx + 1
+            spec.encodings = table.weight[first:]
+
+    return Loader()
+
+
+def label_head_script(student: Student, runtime: str) -> str:
+    """``predict.py``. ``runtime`` is the package: onnxruntime or ctranslate2."""
+    card = student.card
+    prefix = next(iter(card.prefixes.values()))
+    text = f"{prefix!r} + line.strip()" if prefix else "line.strip()"
+    if card.kind == "encoder":
+        text = f'*{text}.split("</s>", 1)' if not prefix else f'*({text}).split("</s>", 1)'
+    is_onnx = runtime == "onnxruntime"
+    return _SCRIPT.format(
+        runtime=runtime,
+        load=_ONNX_LOAD if is_onnx else _CT2_LOAD,
+        run=_ONNX_RUN if is_onnx else _CT2_RUN,
+        read=text,
+    )

@@ -1,0 +1,434 @@
+"""Predictions of a file of rows: streamed, in several processes, continued after a kill.
+
+Rows are read and written in order, some hundred at a time, so that memory does not grow with the
+file. ``predictions.jsonl`` is appended to as it is made. A .csv or .parquet file is made from such
+a file when all rows are done.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from dsbs.config.teacher import RaySection
+from dsbs.errors import PartialError, UserError
+from dsbs.files import (
+    atomic_write,
+    cut_torn_line,
+    full_disk_as_partial,
+    lock_folder,
+    make_folder,
+    read_jsonl,
+    write_json,
+)
+from dsbs.formatting import count
+from dsbs.progress import NoProgress, Progress, running
+from dsbs.shards import Shard, raise_lasting, run_on_ray, shard_number
+from dsbs.students.student import Answer, Student
+from dsbs.students.weights import usable_cores
+
+Row = tuple[str, str | dict[str, Any]]  # its id, and a text or the task's fields
+FORMATS = (".jsonl", ".csv", ".parquet")
+_BATCHES = 8  # that a process answers at once, sorted by length
+_PARQUET_ROWS = 8192  # in a row group
+_HINT = "free some space, then run the same command: it continues"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What decides the content of a prediction."""
+
+    rationale: bool = False
+    batch_size: int = 64
+    max_label_tokens: int = 64
+    top: int = 0
+    """How many of the likeliest labels to add, with their probabilities."""
+
+
+# --- one process
+
+
+def predict_rows(
+    student: Student, rows: Iterable[Row], options: Options, batches: int = 1
+) -> Iterator[list[dict[str, Any]]]:
+    """The predictions of ``rows``, in lists of up to ``batches`` batches.
+
+    Raises UserError where the student has no distribution for ``options.top``, or no rationales.
+    """
+    for chunk in _chunks(rows, batches * options.batch_size):
+        yield _predict(student, chunk, options)
+
+
+def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _predict(student: Student, rows: list[Row], options: Options) -> list[dict[str, Any]]:
+    answers = student.predict(
+        [item for _, item in rows],
+        rationale=options.rationale,
+        batch_size=options.batch_size,
+        max_label_tokens=options.max_label_tokens,
+        canonical=True,
+    )
+    predictions = []
+    for (row_id, _), answer in zip(rows, answers, strict=True):
+        prediction: dict[str, Any] = {
+            "id": row_id,
+            "prediction": answer.label,
+            "label": answer.label,
+            "raw": answer.raw,
+            "probability": answer.probability,
+            "truncated": answer.truncated,
+        }
+        if options.top:
+            prediction["top"] = _top(student, answer, options.top)
+        if options.rationale:
+            prediction["rationale"] = answer.rationale
+            prediction["rationale_is_causal"] = student.card.reasons_first
+        predictions.append(prediction)
+    return predictions
+
+
+def _top(student: Student, answer: Answer, number: int) -> list[dict[str, Any]]:
+    if answer.distribution is None:
+        raise UserError(
+            f"{student.card.name} writes its label as text, so it has no probabilities of others",
+            hint="leave --top out, or train a student with student.head: labels",
+        )
+    likeliest = sorted(answer.distribution.items(), key=lambda item: -item[1])
+    return [{"label": label, "probability": share} for label, share in likeliest[:number]]
+
+
+# --- several processes
+
+
+def predict_in_processes(
+    student: Path, rows: Iterable[Row], options: Options, workers: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Like ``predict_rows``, in ``workers`` processes that share the cores.
+
+    Raises PartialError where a process ends.
+    """
+    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    with _threads(max(1, usable_cores() // workers)):
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
+        pending: deque[Future[list[dict[str, Any]]]] = deque()
+        try:
+            for chunk in _chunks(rows, _BATCHES * options.batch_size):
+                pending.append(pool.submit(_predict_in_worker, student, chunk, options))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise PartialError(
+                "a process of --workers ended, perhaps for lack of memory",
+                hint="run the same command with fewer --workers: it continues",
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Set the threads of the processes to be started, unless OMP_NUM_THREADS sets them."""
+    name = "OMP_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(number)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+def _start_worker() -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A worker whose parent is killed would wait for its next rows forever."""
+    from multiprocessing import parent_process
+
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+_loaded = cache(Student.load)  # in a worker process
+
+
+def _predict_in_worker(student: Path, rows: list[Row], options: Options) -> list[dict[str, Any]]:
+    return _predict(_loaded(student), rows, options)
+
+
+# --- files
+
+
+def check_output(out: Path) -> None:
+    """Raises UserError for a name without a supported suffix."""
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(
+            f"--out {out}: not a file of predictions", hint=f"end its name in {', '.join(FORMATS)}"
+        )
+
+
+def predict_file(
+    student: Path,
+    open_rows: Callable[[], Iterable[Row]],
+    out: Path,
+    options: Options,
+    *,
+    source: str,
+    workers: int = 1,
+    shard: Shard | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write the predictions of all rows, or of a shard's, to ``out``; returns their number.
+
+    What is in ``out`` already is kept, and the rest is added. ``open_rows`` opens the rows of
+    ``source`` from their start. Raises UserError where ``out`` has other predictions.
+    """
+    progress = progress or NoProgress()
+    check_output(out)
+    identity = {
+        "schema": "dsbs.predictions/1",
+        "student": _fingerprint(student),
+        "source": source,
+        "shard": None if shard is None else str(shard),
+        "options": asdict(options),
+    }
+    make_folder(out.parent)
+    lock = lock_folder(out.with_name(f".{out.name}.lock"), remove=True)
+    with lock, full_disk_as_partial(out.parent, _HINT):
+        record = _check_record(out, identity)
+        is_jsonl = out.suffix.lower() == ".jsonl"
+        if not is_jsonl and out.exists():
+            if record.get("rows") is None:
+                raise UserError(
+                    f"{out} exists and is not from `dsbs predict`", hint="give another --out"
+                )
+            return int(record["rows"])
+        lines = out if is_jsonl else out.with_name(f".{out.name}.partial.jsonl")
+        rows = iter(open_rows())
+        if shard is not None:
+            rows = (row for row in rows if shard.has(row[0]))
+        done, again = _skip_done(lines, rows, _BATCHES * options.batch_size, out)
+        rows = chain(again, rows)
+        if done:
+            progress.say(f"{out}: {count(done, 'prediction')} already there")
+        write_json(_record_path(out), identity)
+        if workers > 1:
+            chunks = predict_in_processes(student, rows, options, workers)
+        else:
+            chunks = predict_rows(Student.load(student), rows, options, _BATCHES)
+        bar = running(progress, f"predict {out.name}", None, done, (1, "rows"))
+        with bar, lines.open("a", encoding="utf-8", newline="\n") as file:
+            for chunk in chunks:
+                new = chunk[len(again) :]
+                again = []
+                file.writelines(_line(prediction) for prediction in new)
+                file.flush()
+                done += len(new)
+                progress.update(done)
+        if not is_jsonl:
+            write_table(out, (row for _, row in read_jsonl(lines)), options)
+            lines.unlink()
+        write_json(_record_path(out), identity | {"rows": done})
+    return done
+
+
+def predict_on_ray(
+    student: Path,
+    open_rows: Callable[[], Iterable[Row]],
+    out: Path,
+    options: Options,
+    *,
+    source: str,
+    shards: int,
+    progress: Progress,
+) -> int:
+    """Like ``predict_file``, with ``shards`` Ray tasks, whose predictions are joined in order."""
+    check_output(out)
+    if out.exists():
+        raise UserError(f"{out} exists", hint="give another --out")
+    folder = out.absolute().with_name(f"{out.name}.shards")
+    work = partial(
+        _predict_shard,
+        student=student.absolute(),
+        open_rows=open_rows,
+        folder=folder,
+        options=options,
+        source=source,
+    )
+    section = RaySection(shards=shards)
+    error = raise_lasting(run_on_ray(work, section, user="--engine ray", progress=progress))
+    if error is not None:
+        raise error
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context((folder / f"{shard}.jsonl").open(encoding="utf-8"))
+            for shard in Shard.all(shards)
+        ]
+        number = write_table(out, _joined(open_rows(), files), options)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    return number
+
+
+def _predict_shard(shard: Shard, *, folder: Path, **arguments: Any) -> int:
+    return predict_file(out=folder / f"{shard}.jsonl", shard=shard, **arguments)
+
+
+def _joined(rows: Iterable[Row], shards: list[Any]) -> Iterator[dict[str, Any]]:
+    """The shards' predictions in the order of the rows."""
+    for row_id, _ in rows:
+        prediction: dict[str, Any] = json.loads(next(shards[shard_number(row_id, len(shards)) - 1]))
+        assert prediction["id"] == row_id, "the shards were made from other rows"
+        yield prediction
+
+
+def _line(prediction: dict[str, Any]) -> str:
+    return json.dumps(prediction, ensure_ascii=False, default=list) + "\n"
+
+
+def _record_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.manifest.json")
+
+
+def _fingerprint(student: Path) -> str:
+    """What tells a student from another one of the same path."""
+    from dsbs.students.card import read_card
+    from dsbs.students.weights import weights_files
+
+    sizes = [f"{file.name}:{file.stat().st_size}" for file in weights_files(student)]
+    return f"{read_card(student).name} ({', '.join(sizes)})"
+
+
+def _check_record(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The record beside a file of predictions; {} where there is none.
+
+    Raises UserError where it is of another student, file, shard or other options.
+    """
+    try:
+        record: dict[str, Any] = json.loads(_record_path(out).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    for key, value in identity.items():
+        if record.get(key) != value:
+            raise UserError(
+                f"{out} has predictions with another {key}: {record.get(key)}, not {value}",
+                hint="give another --out, or remove that file and its .manifest.json",
+            )
+    return record
+
+
+def _skip_done(
+    lines: Path, rows: Iterator[Row], chunk_size: int, out: Path
+) -> tuple[int, list[Row]]:
+    """Advance ``rows`` past those that ``lines`` has.
+
+    Returns the number of predictions there, and the last rows of them, which do not fill a chunk:
+    they are predicted again with the rest of their chunk, so that its batches are those of a
+    command that was not interrupted. A last line that was torn by a kill is cut off. Raises
+    UserError where the rows are others.
+    """
+    last = cut_torn_line(lines)
+    if last is None:
+        return 0, []
+    last_id = last.get("id")
+    with lines.open("rb") as file:
+        done = sum(1 for _ in file)
+    in_chunk = done % chunk_size
+    last_rows = list(islice(rows, done - in_chunk - 1, done - in_chunk)) if done > in_chunk else []
+    again = list(islice(rows, in_chunk))
+    last_row = [*last_rows, *again][-1:]
+    if len(again) < in_chunk or [row_id for row_id, _ in last_row] != [last_id]:
+        raise UserError(
+            f"{out}: prediction {done} is of row {last_id!r}, which is not row {done} of the input",
+            hint="give the same input as before, or another --out",
+        )
+    return done, again
+
+
+# --- tables
+
+
+def write_table(out: Path, predictions: Iterable[dict[str, Any]], options: Options) -> int:
+    """Write predictions as the suffix of ``out`` says, complete or not at all; returns how many."""
+    suffix = out.suffix.lower()
+    if suffix == ".jsonl":
+        with atomic_write(out) as file:
+            return _counted(predictions, lambda row: file.write(_line(row)))
+    names = ["id", "prediction", "label", "raw", "probability", "truncated"]
+    if options.top:
+        names.append("top")
+    if options.rationale:
+        names += ["rationale", "rationale_is_causal"]
+    if suffix == ".csv":
+        with atomic_write(out) as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            return _counted(predictions, lambda row: writer.writerow(_cells(row, "top")))
+    with atomic_write(out, binary=True) as file:
+        return _write_parquet(file, predictions, names)
+
+
+def _write_parquet(file: Any, predictions: Iterable[dict[str, Any]], names: list[str]) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    share = pa.struct([("label", pa.string()), ("probability", pa.float64())])
+    types = {
+        "probability": pa.float64(),
+        "truncated": pa.bool_(),
+        "top": pa.list_(share),
+        "rationale_is_causal": pa.bool_(),
+    }
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
+    rows = iter(predictions)
+    number = 0
+    with pq.ParquetWriter(file, schema) as writer:
+        while group := [_cells(row) for row in islice(rows, _PARQUET_ROWS)]:
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            number += len(group)
+    return number
+
+
+def _cells(prediction: dict[str, Any], *as_text: str) -> dict[str, Any]:
+    """A prediction with labels that are not text, and the columns ``as_text``, as JSON."""
+    cells = dict(prediction)
+    for name in ("prediction", "label", *as_text):
+        if not isinstance(cells.get(name), str | None):
+            cells[name] = json.dumps(cells[name], ensure_ascii=False)
+    return cells
+
+
+def _counted(rows: Iterable[dict[str, Any]], write: Callable[[dict[str, Any]], Any]) -> int:
+    number = 0
+    for row in rows:
+        write(row)
+        number += 1
+    return number
