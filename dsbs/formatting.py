@@ -6,7 +6,7 @@ Shares, accuracies and their differences are fractions in [0, 1]; they are shown
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 ABSENT = "–"  # a table cell without a value
@@ -197,3 +197,10 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> li
     """The lines of a table. The cells have to be Markdown already."""
     rule = ["---"] * len(headings)
     return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
+
+
+def setting_text(value: float | Mapping[str, float]) -> str:
+    """A tuned value: a number, or how λ is measured (``balanced-0.5-every-20``)."""
+    if isinstance(value, Mapping):
+        return f"balanced-{value['share']:g}-every-{value['every']:g}"
+    return f"{value:g}"

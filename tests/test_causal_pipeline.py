@@ -51,7 +51,7 @@ def test_a_decoder_only_student_goes_through_all_stages(
     assert len(lines) == 6 and all("probability" in json.loads(line) for line in lines)
     report(recipe, out=tmp_path / "run")
     card = (Path(trained.path) / "README.md").read_text(encoding="utf-8")
-    assert "A causal model with" in card
+    assert "A decoder-only model with" in card
     metrics = [
         json.loads(line)
         for line in (Path(trained.path) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

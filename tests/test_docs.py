@@ -23,7 +23,7 @@ from dsbs.cli import app
 from dsbs.config import LocalTeacherSection
 from dsbs.config.registry import TERMS, entry
 from dsbs.config.schema import section_of, sections
-from dsbs.config.train import TermSettings
+from dsbs.config.terms import TermSettings
 from dsbs.records import Annotation, Prediction
 from dsbs.records.results import (
     Bin,

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from dsbs.config.schema import descriptions, section_of, sections
 from dsbs.config.sections import Section, as_tuple
-from dsbs.config.train import TermSettings
+from dsbs.config.terms import TermSettings
 from dsbs.files import atomic_write
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe-reference.md"
@@ -87,6 +87,10 @@ def type_of(field: FieldInfo, inner: type[Section] | None, key: str) -> str:
     if inner is None:
         return type_name(field.annotation, field.metadata)
     text = f"[section](#{anchor(key)})"
+    if "rationale_weight" in key:
+        text = f"number ≥ 0 or `balanced` or {text}"
+    if key.startswith("train.tune."):
+        text += ", or a list"
     if get_origin(field.annotation) is tuple:
         text += " (a list)"
     if NoneType in get_args(field.annotation):

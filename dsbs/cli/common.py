@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsbs.errors import UserError
-from dsbs.formatting import count, dollars, duration, listing, percent, rate
+from dsbs.formatting import count, dollars, duration, listing, percent, rate, setting_text
 
 if TYPE_CHECKING:
     from dsbs.annotation.planning import Plan
@@ -265,7 +265,7 @@ def print_train_result(result: TrainResult) -> None:
             f"{student.examples_per_s:.0f} examples/s, {duration(student.wall_s)}; {student.path}"
         )
         for name, value in student.tuned.items():
-            print(f"  {name} {value:g}, chosen on valid")
+            print(f"  {name} {setting_text(value)}, chosen on valid")
 
 
 def print_results(results: Results) -> None:

@@ -70,6 +70,12 @@ class WeightStep(ABC):
     def make(self, source: Path, target: Path, examples: Examples) -> None:
         """Raises UserError where ``source`` is neither of them in transformers' own format."""
         card = read_card(source)
+        if card.scores_choices:
+            raise UserError(
+                f"{source} scores the choices of each row, and {self.name} cannot change such a "
+                "student",
+                hint="train a smaller student.model",
+            )
         is_encoder = card.kind == "encoder" and card.head == "labels"
         is_t5 = card.kind == "seq2seq" and card.head == "text"
         if card.format != "transformers" or not (is_encoder or is_t5):

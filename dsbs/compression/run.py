@@ -193,7 +193,10 @@ def plan(
         )
     section = source.recipe.resolved_train.tuned(source.student.tuned)
     if heal_steps is None:
-        heal_steps = max(1, section.max_steps // _HEALING_STEPS_DIVISOR)
+        trained_steps = section.max_steps
+        if section.max_epochs is not None:
+            trained_steps = source.student.steps
+        heal_steps = max(1, trained_steps // _HEALING_STEPS_DIVISOR)
     if heal_learning_rate is None:
         heal_learning_rate = section.learning_rate / _HEALING_RATE_DIVISOR
     chain = source.chain

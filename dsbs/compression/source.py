@@ -210,6 +210,7 @@ class FineTuneData:
             update={
                 "init": str(start),
                 "max_steps": steps,
+                "max_epochs": None,
                 "learning_rate": learning_rate,
                 "warmup_steps": min(self.section.warmup_steps, steps // 10),
                 "eval_every": max(1, steps // _VALIDATIONS),

@@ -23,18 +23,17 @@ from dsbs.config.teacher import (
     PriceSection,
     TeacherSection,
 )
+from dsbs.config.terms import BalanceSection, LocalTeacherSection, TermSettings, base_of
 from dsbs.config.train import (
-    LocalTeacherSection,
     LoraSection,
     ResolvedTrainSection,
     SelectSection,
-    TermSettings,
     TrainSection,
-    base_of,
 )
 
 __all__ = [
     "AnnotateSection",
+    "BalanceSection",
     "DataSection",
     "EndpointSection",
     "EvalSection",

@@ -132,6 +132,11 @@ def _defaults_for(recipe: Mapping[str, Any]) -> dict[str, Any]:
     is_scratch = isinstance(student, dict) and not student.get("model")
     train = TrainSection().resolved(is_scratch=is_scratch)
     defaults["train"] |= {"learning_rate": train.learning_rate, "max_steps": train.max_steps}
+    section = recipe.get("train")
+    rate = section.get("learning_rate") if isinstance(section, dict) else None
+    if isinstance(rate, float):  # a label head's rate follows it
+        train = TrainSection(learning_rate=rate).resolved(is_scratch=is_scratch)
+    defaults["train"]["head_learning_rate"] = train.head_learning_rate
     return defaults
 
 

@@ -340,6 +340,8 @@ def resolved_values(recipe: Recipe) -> dict[str, Any]:
     """
     values = recipe.model_dump(mode="json")
     values["train"] = recipe.resolved_train.model_dump(mode="json")
+    if recipe.train.counts_epochs:  # each student's rows decide its steps
+        values["train"]["max_steps"] = None
     if values["teacher"]["endpoints"]:
         del values["teacher"]["base_url"]
     return values

@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from dsbs.config.registry import FLOORS, METHODS, TASKS
 from dsbs.config.sections import Section, as_tuple, plain_text, unknown
 from dsbs.config.teacher import AnnotateSection, TeacherSection
-from dsbs.config.train import ResolvedTrainSection, TrainSection, base_of
+from dsbs.config.terms import base_of
+from dsbs.config.train import ResolvedTrainSection, TrainSection
 from dsbs.files import FILE_NAME, canonical_json, check_file_name, digest
 
 Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
@@ -309,6 +310,9 @@ _TRAIN_KEYS_WITHOUT_EFFECT = {
 }
 
 
+_NEW_TUNE_KEYS = ("max_epochs", "rationale_weight")  # students from before them have no such keys
+
+
 class Recipe(Section):
     """One experiment: one YAML file, of which every command reads its own sections."""
 
@@ -390,15 +394,20 @@ class Recipe(Section):
         """Hash of everything that decides a student except its data, its method with its terms, and
         its seed.
         """
-        exclude = set(_TRAIN_KEYS_WITHOUT_EFFECT)
-        if self.train.tune is None:
-            exclude.add("tune")
+        exclude: dict[str, Any] = dict.fromkeys(_TRAIN_KEYS_WITHOUT_EFFECT, True)
+        tune = self.train.tune
+        if tune is None:
+            exclude["tune"] = True
         else:  # tuning replaces the recipe's own values
-            exclude |= {name for name, values in self.train.tune if values is not None}
+            exclude |= {name: True for name, values in tune if values is not None}
+            exclude["tune"] = {name for name in _NEW_TUNE_KEYS if getattr(tune, name) is None}
         if self.train.loss_mean == "micro":
-            exclude.remove("micro_batch_size")
-        if self.train.head_learning_rate is None:  # follows from the learning rate
-            exclude.add("head_learning_rate")
+            del exclude["micro_batch_size"]
+        # None follows from other keys, or is what students had before the key existed.
+        new = ("head_learning_rate", "class_weights", "max_epochs")
+        exclude |= {name: True for name in new if getattr(self.train, name) is None}
+        if self.train.counts_epochs:
+            exclude["max_steps"] = True
         return digest(
             canonical_json(self.resolved_train.model_dump(mode="json", exclude=exclude)),
             canonical_json(self.student.settings),

@@ -13,7 +13,7 @@ from pydantic_core import core_schema
 from dsbs.config.recipe import Recipe
 from dsbs.config.registry import METHODS, TASKS, TEACHERS, TERMS, entry
 from dsbs.config.sections import Section, as_tuple
-from dsbs.config.train import TermSettings
+from dsbs.config.terms import TermSettings
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from dsbs.config.registry import METHODS, TERMS, entry
+from dsbs.config.registry import METHODS
 from dsbs.config.sections import LabelSource, Section, as_tuple, unknown
+from dsbs.config.terms import (
+    BalanceSection,
+    ClassWeights,
+    LocalTeacherSection,
+    RationaleWeight,
+    RationaleWeights,
+    TermEntry,
+    TermSettings,
+    base_of,
+    names_of_terms,
+    read_weight,
+)
 from dsbs.records import Provenance
 
 T = TypeVar("T")
@@ -48,6 +61,11 @@ class TuneSection(Section):
     """Values to try. None: train.batch_size."""
     max_steps: Tried[Annotated[int, Field(gt=0)]] | None = None
     """Values to try. None: train.max_steps."""
+    max_epochs: Tried[Annotated[float, Field(gt=0)]] | None = None
+    """Values to try. None: train.max_epochs."""
+    rationale_weight: RationaleWeights | None = None
+    """Values of λ to try, ``balanced`` among them; methods without rationales try none. None:
+    train.rationale_weight."""
     warmup_steps: Tried[Annotated[int, Field(ge=0)]] | None = None
     """Values to try. None: train.warmup_steps."""
     weight_decay: Tried[Annotated[float, Field(ge=0)]] | None = None
@@ -62,6 +80,8 @@ class TuneSection(Section):
 
     @model_validator(mode="after")
     def _names_a_setting(self) -> TuneSection:
+        if self.max_steps and self.max_epochs:
+            raise ValueError("train.tune: max_steps and max_epochs exclude each other")
         if all(values is None for _, values in self):
             raise ValueError(
                 "train.tune names no setting; add one, e.g. learning_rate: [0.0003, 0.001], or "
@@ -71,8 +91,9 @@ class TuneSection(Section):
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """Every combination, in the order of the recipe's values."""
-        values = {name: tried for name, tried in self if tried is not None}
+        """Every combination as JSON values, in the order of the recipe's values."""
+        dumped = self.model_dump(mode="json")
+        values = {name: tried for name, tried in dumped.items() if tried is not None}
         combinations = itertools.product(*values.values())
         return [dict(zip(values, combination, strict=True)) for combination in combinations]
 
@@ -123,8 +144,9 @@ class TrainSection(Section):
     rationales: Literal["chosen", "all", "drawn"] = "chosen"
     """Which of several sampled rationales to learn: the annotation's own, all of them, or a random
     one per epoch."""
-    rationale_weight: float = Field(1.0, ge=0)
-    """λ in (L_label + λ·L_rationale) / (1 + λ)."""
+    rationale_weight: RationaleWeight = 1.0
+    """λ in (L_label + λ·L_rationale) / (1 + λ). ``balanced``: λ follows from the two gradients, as
+    set by ``share`` and ``every``."""
     rationale_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How λ changes to ``rationale_weight_end``."""
     rationale_weight_end: float = Field(0.0, ge=0)
@@ -132,6 +154,11 @@ class TrainSection(Section):
     task_token: Literal["prefix", "decoder"] = "prefix"
     """How step-by-step marks its two tasks: by a prefix of the input, or by the decoder's start
     token."""
+    class_weights: ClassWeights | None = None
+    """Weights of the labels in a label head's loss, Σ weight·loss / Σ weight over the step's rows:
+    a mapping of labels to weights (a label that is not named has weight 1), or balanced: rows /
+    (labels · rows of the label), from the student's own train rows. Validation is not weighted.
+    None: all rows count alike."""
     loss_mean: Literal["global", "micro"] = "global"
     """Token means over the optimizer step. micro: over each micro-batch, as in the published code.
     """
@@ -171,6 +198,9 @@ class TrainSection(Section):
     """Examples per forward pass. None: the whole batch."""
     max_steps: int | None = Field(None, gt=0)
     """Optimizer steps. None: 10,000 for a pretrained student, 1,000 for one from scratch."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Passes over the student's train rows, in place of ``max_steps``; a smaller subset takes fewer
+    steps. None: train by steps."""
     eval_every: int | None = Field(None, gt=0)
     """Steps between validations. None: a twentieth of ``max_steps``, or more where validation would
     take over a fifth of the time."""
@@ -276,12 +306,65 @@ class TrainSection(Section):
             raise ValueError("train.batch_size must be a multiple of train.micro_batch_size")
         return self
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        tune = self.tune
+        by_steps = self.max_steps is not None or bool(tune and tune.max_steps)
+        if by_steps and self.counts_epochs:
+            raise ValueError(
+                "train.max_steps and train.max_epochs exclude each other; a student is trained "
+                "either by steps or by epochs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weight_has_one_rule(self) -> Self:
+        tried = (self.tune and self.tune.rationale_weight) or (self.rationale_weight,)
+        if self.rationale_schedule != "constant" and any(
+            isinstance(weight, BalanceSection) for weight in tried
+        ):
+            raise ValueError(
+                "train.rationale_weight: balanced measures λ, and train.rationale_schedule changes "
+                "it by the step; leave one of them out"
+            )
+        return self
+
+    @property
+    def balance(self) -> BalanceSection | None:
+        """How λ is measured. None: it is a number."""
+        weight = self.rationale_weight
+        return weight if isinstance(weight, BalanceSection) else None
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether students train by epochs, so that their rows decide their steps."""
+        return self.max_epochs is not None or bool(self.tune and self.tune.max_epochs)
+
     def tuned(self, setting: Mapping[str, Any]) -> Self:
         """The section with one of ``tune``'s combinations."""
-        return self.model_copy(update={**setting, "tune": None})
+        values = dict(setting)
+        if "rationale_weight" in values:
+            values["rationale_weight"] = read_weight(values["rationale_weight"])
+        return self.model_copy(update={**values, "tune": None})
+
+    def steps(self, rows: int, *, is_scratch: bool) -> int:
+        """Optimizer steps of a student with ``rows`` train rows."""
+        if self.max_epochs is not None:
+            return max(1, round(self.max_epochs * math.ceil(rows / self.batch_size)))
+        return self.max_steps or (SCRATCH_MAX_STEPS if is_scratch else PRETRAINED_MAX_STEPS)
+
+    def in_steps(self, rows: int) -> Self:
+        """The section of a student with ``rows`` train rows, its epochs counted in steps."""
+        if self.max_epochs is None:
+            return self
+        steps = self.steps(rows, is_scratch=False)
+        return self.model_copy(update={"max_steps": steps, "max_epochs": None})
 
     def resolved(self, *, is_scratch: bool) -> ResolvedTrainSection:
-        """The section for a student from scratch (``is_scratch``) or a pretrained one."""
+        """The section for a student from scratch (``is_scratch``) or a pretrained one.
+
+        With ``max_epochs``, ``in_steps`` comes first: ``max_steps`` is the default's otherwise.
+        """
         defaults = {
             "learning_rate": SCRATCH_LEARNING_RATE if is_scratch else PRETRAINED_LEARNING_RATE,
             "max_steps": SCRATCH_MAX_STEPS if is_scratch else PRETRAINED_MAX_STEPS,
@@ -302,114 +385,3 @@ class ResolvedTrainSection(TrainSection):
     """Peak learning rate of a label head's new layers."""
     max_steps: int = Field(PRETRAINED_MAX_STEPS, gt=0)
     """Optimizer steps."""
-
-
-_REMOVED = ("mutual-information", "consistency")
-# Names of other losses: of a method's own targets in metrics.jsonl, and of the trainer.
-_TAKEN = ("label", "rationale", "rationale-then-label", "label-then-rationale", "train", "eval")
-
-
-def base_of(method: str) -> str:
-    """The method in a name with terms: finetune in ``finetune+response``."""
-    return method.partition("+")[0]
-
-
-def names_of_terms(method: str) -> list[str]:
-    """The terms in a method's name, in order."""
-    return method.split("+")[1:]
-
-
-# A kind of term is a subclass of this class with its own keys, facts and loss.
-class TermSettings(Section):
-    """An additional loss term; a method learns it if its name is added: [step-by-step+response]."""
-
-    kind: str
-    """A registered kind of term."""
-    name: str | None = Field(None, pattern=r"^[a-z][a-z0-9-]*$")
-    """The term's name in methods. None: its kind."""
-    weight: float = Field(1.0, gt=0)
-    """Multiplies the term, which is added to the student's own loss."""
-
-    description: ClassVar[str] = "It also learned an additional loss term."
-    """One sentence for the model card."""
-    citation: ClassVar[str] = ""
-    """Its source, e.g. "Hinton et al., 2015, arXiv:1503.02531"."""
-    is_of_one_pass: ClassVar[bool] = False
-    """Whether it relates the rows of one forward pass, so that it depends on the micro-batch."""
-    learns_projections: ClassVar[bool] = False
-    """Whether it trains weights of its own, which LoRA's adapters cannot hold."""
-
-    @property
-    def title(self) -> str:
-        return self.name or self.kind
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether it compares the student with ``train.teachers``."""
-        return False
-
-    @property
-    def learns_votes(self) -> bool:
-        """Whether its targets are the annotations' distributions over the task's labels."""
-        return False
-
-    @model_validator(mode="after")
-    def _title_is_free(self) -> TermSettings:
-        if self.title in _TAKEN:
-            raise ValueError(f"every training logs a loss called {self.title}; use another name")
-        return self
-
-
-def _settings_of(value: Any) -> Any:
-    """An entry of ``train.terms`` as its kind's class. Raises ValueError for an unknown key."""
-    if not isinstance(value, Mapping) or "kind" not in value:
-        return value  # the base class reports what is wrong
-    kind = value["kind"]
-    if kind in _REMOVED:
-        raise ValueError(
-            f"the experimental term {kind} was removed; leave it out, or use response or labels"
-        )
-    if kind not in TERMS:
-        raise ValueError(unknown("kind of term", str(kind), TERMS))
-    settings: type[TermSettings] = entry(TERMS, kind)
-    for key in value:
-        if key in settings.model_fields:
-            continue
-        kinds = [other for other in TERMS if key in entry(TERMS, other).model_fields]
-        if kinds:
-            raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {kind}")
-        raise ValueError(unknown("key", str(key), settings.model_fields))
-    return settings.model_validate(value)
-
-
-TermEntry = Annotated[SerializeAsAny[TermSettings], BeforeValidator(_settings_of)]
-
-
-class LocalTeacherSection(Section):
-    """A larger model on this machine, with the student's vocabulary, for loss terms."""
-
-    model: str | None = None
-    """A trained student's folder. None: this recipe trains the teacher first (see size, start)."""
-    start: str | None = None
-    """The pretrained model (Hub id or folder) that it starts from. None: random weights."""
-    size: Literal["nano", "mini", "small"] = "mini"
-    """The size of a teacher with random weights."""
-    weight: float = Field(1.0, gt=0)
-    """Its weight in the average over several teachers."""
-    learning_rate: float | None = Field(None, gt=0)
-    """Peak learning rate of its training. None: train.learning_rate, or its start's default."""
-    max_steps: int | None = Field(None, gt=0)
-    """Optimizer steps of its training. None: train.max_steps, or its start's default."""
-    seed: int | None = Field(None, ge=0, lt=2**32)
-    """Random seed of its training. None: the first of train.seeds."""
-
-    @model_validator(mode="after")
-    def _one_start(self) -> LocalTeacherSection:
-        training = (self.start, self.learning_rate, self.max_steps, self.seed)
-        is_trained_here = self.size != "mini" or any(value is not None for value in training)
-        if self.model and is_trained_here:
-            raise ValueError(
-                "model names a trained teacher; start, size, learning_rate, max_steps and seed "
-                "are for a teacher to train"
-            )
-        return self

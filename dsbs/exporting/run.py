@@ -148,6 +148,11 @@ def _check_request(
             f"{folder} is already an export ({card.format})",
             hint="export the original student",
         )
+    if card.scores_choices:
+        raise UserError(
+            f"{card.name} scores the choices of each row, and no export format does",
+            hint="use the student as it is: dsbs predict, dsbs serve and Python read it",
+        )
     if card.head == "labels" and "labels" not in chosen.kinds:
         raise UserError(
             f"{card.name} has a label head, which the format {format} does not support",

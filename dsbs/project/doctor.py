@@ -29,7 +29,7 @@ from dsbs.project.machine import Check, run_check
 from dsbs.prompting import load_prompt
 from dsbs.run_folder import RunFolder
 from dsbs.students.card import CARD
-from dsbs.students.weights import gguf_file, is_gguf
+from dsbs.students.weights import expand_local, gguf_file, is_gguf
 from dsbs.tasks import make_task
 from dsbs.tasks.tables import HUB
 
@@ -269,7 +269,7 @@ def _model(key: str, name: str) -> Check:
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    folder = Path(name).expanduser()
+    folder = Path(expand_local(name)).expanduser()  # raises UserError for a missing package
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return Check(key, "ok", f"{name}, a folder")

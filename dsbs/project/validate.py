@@ -17,7 +17,7 @@ from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
 from dsbs.records import Example, Unread
-from dsbs.students.card import check_student
+from dsbs.students.card import check_student, head_of, input_limit
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.tasks import Task, make_task
@@ -27,6 +27,7 @@ from dsbs.tasks.templates import render
 from dsbs.training.distillation import check_terms
 from dsbs.training.grid import grid
 from dsbs.training.methods import method_of
+from dsbs.training.training_set import check_class_weights
 
 SAMPLE_SIZE = 2000  # rows of each split that are tokenized
 NGRAM = 8  # an exemplar and a row that share so many words in a row do not do so by chance
@@ -60,8 +61,10 @@ class Validation:
 def validate(recipe: Recipe) -> Validation:
     """Check a recipe against its data. Raises UserError for what would stop a later command."""
     task = make_task(recipe.task)
-    check_terms(recipe.train, task, grid(recipe.train))
-    check_student(recipe, task.labels)
+    head = head_of(recipe.student, recipe.train.init)
+    check_student(recipe, task)
+    check_terms(recipe.train, task, grid(recipe.train), head)
+    check_class_weights(recipe, task.labels)
     check_floors(recipe, task)
     splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
@@ -82,7 +85,9 @@ def validate(recipe: Recipe) -> Validation:
     texts += sorted({*(task.labels or ())} - {row.label for row in splits["train"]})
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
     input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
-    if task.label_set is None:
+    if head == "labels":
+        pass  # a label is chosen, never written
+    elif task.label_set is None:
         labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
         # First, for nothing is worse than a label that the student cannot write.
         warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
@@ -116,10 +121,13 @@ def _split_figures(
 ) -> dict[str, Any]:
     """Counts of rows and labels, and lengths in tokens."""
     sample = rows[:SAMPLE_SIZE]
-    inputs = input_format.read(["explain: " + task.text(row.input) for row in sample])
-    targets = input_format.write(
-        [text for row in sample for text in (row.label, row.rationale) if text]
-    )
+    chooses = head_of(recipe.student, recipe.train.init) == "labels"
+    prefix = "" if chooses else "explain: "
+    inputs = input_format.read([prefix + task.text(row.input) for row in sample])
+    written = [text for row in sample for text in (row.label, row.rationale) if text]
+    if chooses:
+        written = [row.rationale for row in sample if row.rationale]
+    targets = input_format.write(written)
     labels = [row.label for row in rows if row.label is not None]
     figures: dict[str, Any] = {
         "rows": len(rows),
@@ -128,7 +136,9 @@ def _split_figures(
     }
     if task.labels is not None:
         figures["labels"] = dict(Counter(labels).most_common())
-    figures["inputs"] = _token_figures(tokenizer, inputs, recipe.student.max_input_tokens)
+    figures["inputs"] = _token_figures(
+        tokenizer, inputs, input_limit(recipe.student, recipe.train.init)
+    )
     figures["targets"] = _token_figures(tokenizer, targets, recipe.student.max_target_tokens)
     return figures
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsbs.config import Recipe, registry
 from dsbs.config.load import read_recorded
-from dsbs.config.train import base_of
+from dsbs.config.terms import base_of
 from dsbs.errors import UserError
 from dsbs.files import atomic_write
 from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent
@@ -19,7 +19,7 @@ from dsbs.records.results import SystemResult
 from dsbs.records.summary import system_sentences
 from dsbs.reporting.runs import EvaluatedRun
 from dsbs.run_folder import read_student
-from dsbs.students.card import read_card
+from dsbs.students.card import StudentCard, read_card
 from dsbs.tasks import make_task
 from dsbs.tasks.templates import fields_of
 
@@ -75,7 +75,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     metadata = ModelCardData(  # https://huggingface.co/docs/hub/model-cards
         license="unknown",  # a person has to set it
         library_name="transformers",
-        pipeline_tag={"causal": "text-generation"}.get(card.kind, "text2text-generation"),
+        pipeline_tag=_pipeline_tag(card),
         base_model=_hub_id(base_model),
         datasets=[data_id] if data_id else None,
         tags=["dsbs", "distillation", *student.method.split("+"), "arxiv:2305.02301"],
@@ -114,6 +114,12 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     )
     text = f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n\n"
     return f"{text}<!-- dsbs wrote this card, sha256 {_sha256(text)}: an edited card is kept -->\n"
+
+
+def _pipeline_tag(card: StudentCard) -> str:
+    if card.head == "labels":
+        return "multiple-choice" if card.scores_choices else "text-classification"
+    return "text-generation" if card.kind == "causal" else "text2text-generation"
 
 
 def _escape(value: object) -> str:

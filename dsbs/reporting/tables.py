@@ -21,6 +21,7 @@ from dsbs.formatting import (
     percent,
     percent_number,
     points_number,
+    setting_text,
     signed_interval,
 )
 from dsbs.records.results import Comparison, Interval, Measure, SystemResult
@@ -378,7 +379,7 @@ def tuning_table(runs: Sequence[EvaluatedRun]) -> Table | None:
 
 
 def _setting_cell(trial: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:g}" for key, value in trial["setting"].items())
+    return ", ".join(f"{key} {setting_text(value)}" for key, value in trial["setting"].items())
 
 
 def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:

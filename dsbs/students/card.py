@@ -5,7 +5,6 @@ architectures that a student can have.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from dsbs.students.weights import (
     pretrained_arguments,
     silence_transformers,
 )
+from dsbs.tasks import Task
 
 CARD = "student.json"
 # Encoder-decoder (T5), decoder-only (Llama, Qwen) or encoder (BERT, MiniLM, ModernBERT).
@@ -59,9 +59,19 @@ class StudentCard(BaseModel):
     head: Head = "text"
     """Whether it writes its label as text, or chooses it by a linear layer over ``classes``."""
     classes: tuple[str, ...] = ()
-    """The labels of a label head, in the order of its outputs."""
+    """The labels of a label head, in the order of its outputs. Empty: each row has its own."""
     template: Template | None = None
     """How the prompts of a decoder-only student are written. None: it is not decoder-only."""
+
+    @property
+    def scores_choices(self) -> bool:
+        """Whether it has one output, which scores a row's own choices."""
+        return self.head == "labels" and not self.classes
+
+    @property
+    def outputs(self) -> int:
+        """The outputs of its label head; 0: it writes its label."""
+        return 1 if self.scores_choices else len(self.classes)
 
     @property
     def runtime(self) -> Runtime:
@@ -100,8 +110,8 @@ def read_card(path: str | Path) -> StudentCard:
         ) from None
 
 
-# Encoder-decoders with T5's tokenizer, padding and position biases; Flan-T5 is a t5.
-_T5_TYPES = ("t5", "mt5")
+_T5_TYPES = ("t5", "mt5")  # Flan-T5 is a t5
+_GEMMA_TYPES = ("t5gemma", "t5gemma2")
 # Models in which each token attends to later ones, so that they cannot write text.
 _ENCODER_TYPES = (
     "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra",
@@ -114,47 +124,71 @@ def architecture_of(source: str | None) -> Architecture:
     """The architecture of a Hub id, a local folder or a GGUF file; None: a T5 from scratch.
 
     Needs no torch. Raises DsbsError where the configuration cannot be loaded, and UserError for an
-    encoder-decoder other than T5.
+    encoder-decoder other than T5 and T5Gemma.
     """
     if source is None:
         return "seq2seq"
     if is_gguf(source):
         gguf_file(source)  # raises UserError for a missing file
         return "causal"
-    from transformers.utils.hub import cached_file
-
-    folder = Path(expand_local(source))
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    config = _config_values(source)
+    if config is None:
         return "seq2seq"  # a tokenizer alone; loading a model from it fails with a clear message
-    silence_transformers()
-    try:
-        file = cached_file(expand_local(source), "config.json")
-        config = dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
-    except Exception as error:  # Hub, network and file errors share no root
-        raise loading_error("configuration", source, error) from None
-    # Every encoder-decoder's file sets this: the default of transformers is False.
-    if not config.get("is_encoder_decoder"):
-        is_encoder = config.get("model_type") in _ENCODER_TYPES and not config.get("is_decoder")
+    # Every encoder-decoder's file sets this, T5Gemma's aside: the default of transformers is False.
+    model_type = config.get("model_type", "t5")
+    if not config.get("is_encoder_decoder") and model_type not in _GEMMA_TYPES:
+        is_encoder = model_type in _ENCODER_TYPES and not config.get("is_decoder")
         return "encoder" if is_encoder else "causal"
-    if config.get("model_type", "t5") not in _T5_TYPES:
+    if model_type not in (*_T5_TYPES, *_GEMMA_TYPES):
         raise UserError(
-            f"{source} is an encoder-decoder of type {config['model_type']}; a student is a T5 or "
-            "a decoder",
+            f"{source} is an encoder-decoder of type {model_type}; a student is a T5, a T5Gemma, "
+            "an encoder or a decoder",
             hint="name a T5 (google/t5-v1_1-base, google/flan-t5-base, google/mt5-small) or a "
             "decoder such as Qwen/Qwen3-0.6B",
         )
     return "seq2seq"
 
 
+def has_t5_tokenizer(source: str) -> bool:
+    """Whether an encoder-decoder has T5's tokenizer, and not Gemma's."""
+    config = _config_values(source)
+    return config is None or config.get("model_type") not in _GEMMA_TYPES
+
+
+def _config_values(source: str) -> dict[str, Any] | None:
+    """The values of a model's config.json; None: a folder without one. Raises DsbsError."""
+    from transformers.utils.hub import cached_file
+
+    folder = Path(expand_local(source))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return None
+    silence_transformers()
+    try:
+        file = cached_file(expand_local(source), "config.json")
+        return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
+    except Exception as error:  # Hub, network and file errors share no root
+        raise loading_error("configuration", source, error) from None
+
+
+# Types whose first position is the padding token's id + 1.
+_OFFSET_TYPES = (
+    "camembert", "ibert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+
+
 def max_positions(source: str) -> int | None:
     """Longest prompt and answer of a decoder together, in tokens; None: the model has no limit."""
+    return getattr(_config(source), "max_position_embeddings", None)
+
+
+def _config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(**pretrained_arguments(source))
-    except Exception as error:
+        return AutoConfig.from_pretrained(**pretrained_arguments(source))
+    except Exception as error:  # Hub, network and file errors share no root
         raise loading_error("configuration", source, error) from None
-    return getattr(config, "max_position_embeddings", None)
 
 
 def head_of(section: StudentSection, init: str | None = None) -> Head:
@@ -164,35 +198,47 @@ def head_of(section: StudentSection, init: str | None = None) -> Head:
     return "labels" if architecture_of(init or section.source) == "encoder" else "text"
 
 
-def check_student(recipe: Recipe, labels: Sequence[str] | None) -> None:
-    """Raises UserError for keys that do not apply to the student, and for too many tokens.
+def input_limit(section: StudentSection, init: str | None = None) -> int:
+    """Maximum tokens of an input: ``student.max_input_tokens``, or the positions of an encoder."""
+    source = init or section.source
+    if source is None or architecture_of(source) != "encoder":
+        return section.max_input_tokens
+    config = _config(source)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or not getattr(config, "position_biased_input", True):  # DeBERTa
+        return section.max_input_tokens
+    if config.model_type in _OFFSET_TYPES:  # positions count from the padding token's id on
+        positions -= config.pad_token_id + 1
+    return min(section.max_input_tokens, int(positions))
 
-    ``labels`` is the task's closed set of labels; None: it has none.
-    """
+
+def check_student(recipe: Recipe, task: Task) -> None:
+    """Raises UserError for keys that do not apply to the student, and for too many tokens."""
     section = recipe.student
     source = recipe.train.init or section.source
     architecture = architecture_of(source)
-    if head_of(section, recipe.train.init) == "labels":
-        _check_label_head(recipe, labels)
+    head = head_of(section, recipe.train.init)
+    if head == "labels":
+        _check_label_head(recipe, task)
     elif architecture == "encoder":
         raise UserError(
             f"student.head: text needs a model that writes, and {source} is an encoder",
             hint="remove student.head, or use a T5 or a decoder such as Qwen/Qwen3-0.6B",
         )
     if architecture == "causal":
-        _check_decoder(recipe, str(source))
+        _check_decoder(recipe, str(source), head)
     elif section.template != "auto":
         raise UserError(
             f"student.template: {section.template} is for decoder-only students, and "
-            f"{source or 'this student'} is a T5",
+            f"{source or 'this student'} is not one",
             hint="remove student.template",
         )
 
 
-def _check_label_head(recipe: Recipe, labels: Sequence[str] | None) -> None:
-    if labels is None:
+def _check_label_head(recipe: Recipe, task: Task) -> None:
+    if task.labels is None and not task.has_choices:
         raise UserError(
-            f"student.head: labels needs a closed set of labels, and {recipe.task.name} has none",
+            f"student.head: labels needs a closed set of labels, and {task.name} has none",
             hint="use student.head: text, with a T5 or a decoder",
         )
     for name in recipe.train.methods:
@@ -201,19 +247,27 @@ def _check_label_head(recipe: Recipe, labels: Sequence[str] | None) -> None:
                 f"train.methods: {name} writes its label as text, and student.head is labels",
                 hint="remove the method, or use student.head: text",
             )
+    if recipe.train.terms and task.has_choices:
+        raise UserError(
+            f"train.terms: loss terms need labels that all rows share, and those of {task.name} "
+            "differ between rows",
+            hint="remove train.terms, and their names from train.methods",
+        )
 
 
-def _check_decoder(recipe: Recipe, source: str) -> None:
+def _check_decoder(recipe: Recipe, source: str, head: Head) -> None:
     section = recipe.student
-    if recipe.train.task_token == "decoder":
+    if recipe.train.task_token == "decoder" and head == "text":
         raise UserError(
             "train.task_token: decoder needs a decoder with a start token of its own, and "
             f"{source} is decoder-only",
             hint="remove train.task_token: prefixes distinguish the views",
         )
-    if recipe.train.terms:
+    kinds = {term.kind for term in recipe.train.terms}
+    if kinds and (head == "text" or kinds != {"labels"}):
         raise UserError(
-            f"train.terms: only T5 students learn further loss terms, and {source} is decoder-only",
+            "train.terms: only T5 students learn loss terms of other kinds than labels, and "
+            f"{source} is decoder-only; labels needs student.head: labels",
             hint="remove train.terms, and their names from train.methods",
         )
     limit = max_positions(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,8 +70,43 @@ def has_label_part(target: Target, text: str) -> bool:
 
 
 def start_token(config: Any, start: Start) -> int:
-    """The id of the decoder's first token, from a model's configuration."""
-    return int(config.decoder_start_token_id if start == "pad" else config.eos_token_id)
+    """The id of the decoder's first token, from a model's configuration.
+
+    T5Gemma begins with its decoder's bos token, T5 with its padding token.
+    """
+    if start == "eos":
+        return end_tokens(config)[0]
+    first = getattr(config, "decoder_start_token_id", None)
+    return int(config.decoder.bos_token_id if first is None else first)
+
+
+def end_tokens(config: Any) -> list[int]:
+    """The ids that end an encoder-decoder's text."""
+    ends = config.eos_token_id
+    return list(map(int, ends)) if isinstance(ends, list | tuple) else [int(ends)]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """The ids that begin, end and pad texts, whatever a tokenizer calls them.
+
+    BERT begins with cls and ends with sep; others have bos and eos, or one end token alone.
+    """
+
+    start: int
+    end: int
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> SpecialTokens:
+        """Raises UserError where a tokenizer has no token that ends a text."""
+        end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        if end is None:
+            raise _no_end_token()
+        starts = (tokenizer.cls_token_id, tokenizer.bos_token_id, end)
+        start = next(token_id for token_id in starts if token_id is not None)
+        pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return cls(int(start), int(end), int(pad))
 
 
 # --- inputs
@@ -132,7 +168,10 @@ def input_format_of(
 
 
 class PlainFormat:
-    """A text is its tokens and the end token, as T5 has it."""
+    """A text is what an encoder-decoder's tokenizer makes of it; a target has an end token.
+
+    T5's tokenizer ends every text so. T5Gemma's begins inputs with bos and ends none.
+    """
 
     kind: Architecture = "seq2seq"
     template: Template | None = None
@@ -146,7 +185,16 @@ class PlainFormat:
         token_ids: list[list[int]] = encoded["input_ids"]
         return token_ids
 
-    write = read
+    def write(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        rows = self.read(texts, limit)
+        end = self._tokenizer.eos_token_id
+        if all(row[-1:] == [end] for row in rows):
+            return rows
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False
+        )
+        text_limit = None if limit is None else limit - 1
+        return [[*token_ids[:text_limit], end] for token_ids in encoded["input_ids"]]
 
     def identity(self, *, target: bool) -> tuple[str, ...]:
         return ()
@@ -164,13 +212,15 @@ class EncoderFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.end = int(tokenizer.sep_token_id)
+        self.end = SpecialTokens.of(tokenizer).end
 
     def read(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """See ``InputFormat``. A text with PAIR_SEPARATOR is a pair, whose longer part is cut."""
         truncation: dict[str, Any] = {}
         if limit is not None:
             truncation = {"truncation": "longest_first", "max_length": limit}
+        if self._tokenizer.sep_token_id is None:  # it would join a pair without a mark
+            texts = [text.replace(PAIR_SEPARATOR, self._tokenizer.eos_token) for text in texts]
         parts = [text.partition(PAIR_SEPARATOR) for text in texts]
         rows: list[list[int]] = [[] for _ in texts]
         for is_pair in (False, True):
@@ -354,11 +404,15 @@ class ExportedPrompts(Prompts):
 
 def _end_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the student's tokenizer has no end token",
-            hint="set eos_token in its tokenizer_config.json",
-        )
+        raise _no_end_token()
     return int(tokenizer.eos_token_id)
+
+
+def _no_end_token() -> UserError:
+    return UserError(
+        "the student's tokenizer has no end token",
+        hint="set eos_token in its tokenizer_config.json",
+    )
 
 
 def _chat_parts(tokenizer: Any) -> tuple[str, str, int]:

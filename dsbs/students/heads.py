@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from dsbs.config import StudentSection
 from dsbs.students.card import Architecture, architecture_of
-from dsbs.students.formats import start_token
+from dsbs.students.formats import SpecialTokens, start_token
 from dsbs.students.weights import (
+    check_vocabulary,
     expand_local,
     load_model,
     loading_error,
@@ -57,7 +59,7 @@ class LabelHeadModel(nn.Module):
         self.body = body
         self.architecture = architecture
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(_hidden_size(body.config), labels)
+        self.classifier = nn.Linear(hidden_size(body.config), labels)
         self.rationale_decoder = rationale_decoder
 
     @property
@@ -72,16 +74,23 @@ class LabelHeadModel(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids (B, S), attention_mask (B, S) -> (B, S, D)."""
-        body = self.body
-        if self.architecture == "seq2seq":
-            body = body.get_encoder()
-        elif self.architecture == "causal":
-            body = body.get_decoder()
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if getattr(self.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = self._segments(input_ids)
-        states: Tensor = body(**inputs)[0]
+        states: Tensor = self._read(input_ids, attention_mask)[0]
         return states
+
+    def layer_states(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        """The states after each layer, the first one first: (B, S, D) each."""
+        output = self._read(input_ids, attention_mask, output_hidden_states=True)
+        return [*output.hidden_states[1:-1], output[0]]
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        reader = self.body
+        if self.architecture == "seq2seq":
+            reader = reader.get_encoder()
+        elif self.architecture == "causal":
+            reader = reader.get_decoder()
+        if getattr(self.config, "type_vocab_size", 0) > 1:
+            options["token_type_ids"] = self._segments(input_ids)
+        return reader(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def _segments(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, S) -> (B, S): 0 up to the first separator, then 1."""
@@ -117,7 +126,7 @@ class LabelHeadModel(nn.Module):
             )
         else:
             output = self.body(
-                encoder_outputs=(states,),
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 attention_mask=attention_mask,
                 decoder_input_ids=decoder_input_ids,
                 use_cache=False,
@@ -177,8 +186,17 @@ class LabelHeadModel(nn.Module):
         """input_ids (B, S), attention_mask (B, S) -> label logits (B, L)."""
         return self.label_logits(self.states(input_ids, attention_mask), attention_mask)
 
+    def activation_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass instead of storing them."""
+        self.body.activation_checkpointing_enable()
+        if self.rationale_decoder is not None:
+            self.rationale_decoder.activation_checkpointing_enable()
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the pretrained model in its own format, and the new layers beside it."""
+        """Write the pretrained model in its own format, and the new layers beside it.
+
+        Of a body with adapters, the adapters alone.
+        """
         folder = Path(folder)
         self.body.save_pretrained(folder)
         weights = {name: value.contiguous() for name, value in self.classifier.state_dict().items()}
@@ -187,9 +205,23 @@ class LabelHeadModel(nn.Module):
             self.rationale_decoder.save_pretrained(folder / RATIONALE_FOLDER)
 
     def load_weights(self, folder: Path) -> None:
-        """Read what ``save_pretrained`` wrote into this model."""
-        saved = load_label_head(str(folder), self.classifier.out_features)
-        self.load_state_dict(saved.state_dict())
+        """Read what ``save_pretrained`` wrote into this model, adapters included."""
+        if hasattr(self.body, "peft_config"):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.body, load_peft_weights(str(folder), device="cpu"))
+        else:
+            self.body.load_state_dict(load_body(str(folder)).state_dict())
+        self.load_new_layers(folder)
+
+    def load_new_layers(self, folder: Path) -> None:
+        """Read the label head and the rationale decoder in a folder."""
+        self.classifier.load_state_dict(load_file(str(folder / HEAD_FILE)))
+        if self.rationale_decoder is not None:
+            from transformers import BertGenerationDecoder
+
+            saved = BertGenerationDecoder.from_pretrained(folder / RATIONALE_FOLDER)
+            self.rationale_decoder.load_state_dict(saved.state_dict())
 
 
 def new_label_head(
@@ -206,15 +238,22 @@ def new_label_head(
     ``explains``: an encoder gets a rationale decoder of ``student.rationale_decoder.layers``.
     """
     start = init or section.source
-    if init is not None and _saved_labels(init) == labels:
-        return load_label_head(init, labels, section.dropout)
     architecture = architecture_of(start)
+    rate = 0.1 if section.dropout is None else section.dropout
+    if init is not None and _saved_labels(init) == labels:
+        model = load_label_head(init, labels, section.dropout)
+        if explains and architecture == "encoder" and model.rationale_decoder is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                decoder = _new_rationale_decoder(model.body, section, tokenizer, rate)
+                model.rationale_decoder = decoder
+        return model
     if architecture == "encoder":
         body = load_body(str(start), section.dropout)
-        body.config.sep_token_id = tokenizer.sep_token_id
+        check_vocabulary(body, tokenizer, str(start))
+        body.config.sep_token_id = SpecialTokens.of(tokenizer).end
     else:
         body = new_model(section, tokenizer, seed, init)
-    rate = 0.1 if section.dropout is None else section.dropout
     # The generator of new layers is not the training's: a student with a rationale decoder draws
     # the same dropout as one without.
     with torch.random.fork_rng():
@@ -223,7 +262,7 @@ def new_label_head(
         nn.init.normal_(model.classifier.weight, std=_INITIAL_DEVIATION)
         nn.init.zeros_(model.classifier.bias)
         if explains and architecture == "encoder":
-            model.rationale_decoder = _new_rationale_decoder(body, section, tokenizer)
+            model.rationale_decoder = _new_rationale_decoder(body, section, tokenizer, rate)
     return model
 
 
@@ -270,11 +309,14 @@ def load_body(source: str, dropout: float | None = None) -> Any:
         raise loading_error("model", source, error) from None
 
 
-def _new_rationale_decoder(body: Any, section: StudentSection, tokenizer: Any) -> Any:
+def _new_rationale_decoder(
+    body: Any, section: StudentSection, tokenizer: Any, dropout: float
+) -> Any:
     """A decoder with cross-attention over an encoder's states, which shares its embeddings."""
     from transformers import BertGenerationConfig, BertGenerationDecoder
 
-    size = _hidden_size(body.config)
+    special = SpecialTokens.of(tokenizer)
+    size = hidden_size(body.config)
     heads = int(body.config.num_attention_heads)
     config = BertGenerationConfig(
         vocab_size=body.get_input_embeddings().num_embeddings,
@@ -283,9 +325,11 @@ def _new_rationale_decoder(body: Any, section: StudentSection, tokenizer: Any) -
         num_attention_heads=heads,
         intermediate_size=4 * size,
         max_position_embeddings=section.max_target_tokens + 1,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        bos_token_id=special.start,
+        eos_token_id=special.end,
+        pad_token_id=special.pad,
         is_decoder=True,
         add_cross_attention=True,
         tie_word_embeddings=True,
@@ -296,14 +340,17 @@ def _new_rationale_decoder(body: Any, section: StudentSection, tokenizer: Any) -
 def share_embeddings(decoder: Any, body: Any) -> Any:
     """Read and write with the encoder's token embeddings, where their width is the states'."""
     embeddings = body.get_input_embeddings()
-    if embeddings.embedding_dim == _hidden_size(body.config):
+    if embeddings.embedding_dim == hidden_size(body.config):
         decoder.set_input_embeddings(embeddings)
         decoder.tie_weights()
     return decoder
 
 
-def _hidden_size(config: Any) -> int:
-    for owner in (config, getattr(config, "text_config", None), getattr(config, "encoder", None)):
+def hidden_size(config: Any) -> int:
+    """The width of the states that a head reads: an encoder-decoder's encoder may be nested."""
+    encoder = getattr(config, "encoder", None)
+    nested = getattr(encoder, "text_config", None)
+    for owner in (config, getattr(config, "text_config", None), nested, encoder):
         for name in ("hidden_size", "d_model", "n_embd"):
             size = getattr(owner, name, None)
             if size is not None:

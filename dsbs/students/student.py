@@ -21,7 +21,7 @@ from dsbs.students.backends import (
 )
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
-from dsbs.tasks import make_task
+from dsbs.tasks import CHOICE_SEPARATOR, make_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +123,11 @@ class Student:
         max_tokens = max_label_tokens
         if self.card.reasons_first:
             max_tokens = self.card.max_target_tokens
+        inputs = texts
+        if self.card.scores_choices:
+            inputs = [CHOICE_SEPARATOR.join(self.task.choice_texts(row).values()) for row in rows]
         generated = self.generate(
-            [prefix + text for text in texts],
+            [prefix + text for text in inputs],
             max_tokens,
             batch_size,
             probabilities=target == "label",
@@ -224,12 +227,12 @@ class Student:
             rationale_truncated = full.truncated
         distribution = None
         if generated.distribution is not None:
-            classes = self.card.classes or self.task.labels or ()
+            classes = self.card.classes or self.task.labels or self.task.choice_texts(fields)
             distribution = dict(zip(classes, generated.distribution, strict=True))
         label = self.task.answer(raw, fields, distribution)
         probability = generated.probability
         if distribution is not None:
-            probability = distribution[str(label)]
+            probability = distribution.get(str(label), probability)
         return Answer(
             raw=raw,
             label=None if isinstance(label, Unread) else label,

@@ -15,7 +15,7 @@ from dsbs.config import StudentSection
 from dsbs.errors import DsbsError, UserError
 from dsbs.files import digest
 from dsbs.formatting import percent
-from dsbs.students.card import architecture_of
+from dsbs.students.card import architecture_of, has_t5_tokenizer
 from dsbs.students.weights import (
     gguf_file,
     is_gguf,
@@ -44,11 +44,11 @@ def load_tokenizer(source: str) -> Any:
     architecture = architecture_of(source)
     arguments = pretrained_arguments(source)
     try:
-        if architecture == "seq2seq":
+        if architecture == "seq2seq" and has_t5_tokenizer(source):
             from transformers import T5Tokenizer
 
             tokenizer: Any = T5Tokenizer.from_pretrained(**arguments)
-        elif architecture == "encoder":
+        elif architecture != "causal":
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(**arguments)
@@ -188,6 +188,8 @@ def vocabulary_warnings(
     """
     if section.is_scratch:
         remedy = "note that a scratch vocabulary has the characters of the train rows alone"
+    elif tokenizer.cls_token is not None:  # an encoder's
+        remedy = "use a student.model with more characters, such as FacebookAI/xlm-roberta-base"
     else:
         remedy = (
             "use student: {init: scratch}, whose vocabulary is learned from your text, or a "

@@ -106,13 +106,18 @@ def load_model(source: str, dropout: float | None = None, *, labels: int = 0) ->
     from_gguf = is_gguf(source)
     try:
         # Reading the configuration of a GGUF file takes seconds; it is always a decoder's.
-        is_seq2seq = not from_gguf and AutoConfig.from_pretrained(**arguments).is_encoder_decoder
+        config: Any = None if from_gguf else AutoConfig.from_pretrained(**arguments)
+        is_seq2seq = config is not None and config.is_encoder_decoder
         model_class: Any = AutoModelForCausalLM
         dropout_key = "attention_dropout"
         if is_seq2seq:
             model_class = low_rank_class(expand_local(source)) or AutoModelForSeq2SeqLM
             dropout_key = "dropout_rate"
-        changes = {} if dropout is None else {dropout_key: dropout}
+        changes: dict[str, Any] = {} if dropout is None else {dropout_key: dropout}
+        if is_seq2seq and config.model_type.startswith("t5gemma"):
+            # PyTorch's own attention leaves out the soft cap of the scores, and gives NaN where a
+            # sliding window has padding alone.
+            changes["attn_implementation"] = "eager"
         # The progress bar of a GGUF file ignores the settings of transformers.
         with redirect_stderr(io.StringIO()) if from_gguf else nullcontext():
             model = model_class.from_pretrained(**arguments, dtype=torch.float32, **changes)
@@ -285,13 +290,7 @@ def new_model(
     start = init or section.source
     if start is not None:
         model = load_model(start, section.dropout)
-        if len(tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"{start} has {model.config.vocab_size} embeddings, but its tokenizer has "
-                f"{len(tokenizer)} pieces",
-                hint="weights and tokenizer are from different models: save those of one model "
-                "into the folder",
-            )
+        check_vocabulary(model, tokenizer, start)
         return model
     silence_transformers()
     settings: dict[str, Any] = {
@@ -304,6 +303,17 @@ def new_model(
     config = T5Config(**settings | SIZES[section.size])
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(config)
+
+
+def check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
+    """Raises UserError where a tokenizer has more pieces than its model has embeddings."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"{source} has {embeddings} embeddings, but its tokenizer has {len(tokenizer)} pieces",
+            hint="weights and tokenizer are from different models: save those of one model "
+            "into the folder",
+        )
 
 
 def silence_transformers() -> None:

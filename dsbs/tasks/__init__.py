@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dsbs.tasks.label_set import LabelSet
 
 Fields = Mapping[str, Any]
+# Between the inputs of a row's choices, in the text that a label head reads. No such input has it.
+CHOICE_SEPARATOR = "\x1e"
 
 # Columns that are never a row's input.
 RESERVED = ("id", "label", "rationale", "teacher", "teachers", "meta", "input")
@@ -61,6 +63,8 @@ class Task:
     can be said of all tasks of this kind."""
     needs_fields: ClassVar[bool] = False
     """Whether reading a label needs its row's fields, so that plain text is not a valid input."""
+    has_choices: ClassVar[bool] = False
+    """Whether each row has choices of its own, one of which is its label."""
     no_label: ClassVar[tuple[str, ...]] = ("",)
     """Values of the label column in unlabeled rows."""
 
@@ -115,6 +119,13 @@ class Task:
     def text(self, fields: Fields) -> str:
         """The student's input, without any task prefix."""
         raise NotImplementedError
+
+    def choice_texts(self, fields: Fields) -> dict[str, str]:
+        """By choice, the input from which a label head scores it; see ``CHOICE_SEPARATOR``.
+
+        Empty where the labels are the task's.
+        """
+        return {}
 
     def view(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
         """The variables of a prompt's templates: an example's fields and, for an exemplar, its

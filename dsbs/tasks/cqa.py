@@ -34,6 +34,7 @@ _LEADING = re.compile(r"^([a-z])(?:[).:]|\s*$)", re.IGNORECASE)
 class Cqa(Task):
     inputs = {"question": ()}
     needs_fields = True
+    has_choices = True
     label_columns = ("label", "answer", "answerKey")
     rationale_columns = ("rationale", "abstractive_explanation")
 
@@ -72,6 +73,11 @@ class Cqa(Task):
     def text(self, fields: Fields) -> str:
         """Question and lettered choices: the published code's input."""
         return f"{fields['question']}\nAnswer Choices:\n{_lettered(fields['choices'])}"
+
+    def choice_texts(self, fields: Fields) -> dict[str, str]:
+        """Question and choice as a pair, in the order of the choices; of equal ones the first."""
+        question = _plain(fields["question"])
+        return {choice: f"{question}</s>{_plain(choice)}" for choice in fields["choices"]}
 
     def view(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
         variables = super().view(fields, label)
@@ -114,6 +120,11 @@ class Cqa(Task):
 
     def correct(self, predicted: str, gold: str) -> bool:
         return fold(predicted) == fold(gold)
+
+
+def _plain(text: str) -> str:
+    """One line without control characters and without the separator of a pair."""
+    return " ".join(text.replace("</s>", " ").split())
 
 
 def _lettered(choices: list[str]) -> str:

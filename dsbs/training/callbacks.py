@@ -349,9 +349,9 @@ class TensorBoardLogger(TrainerCallback):
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's, about branches that it fixes
             model = new_model()
-            ids = torch.tensor([[model.config.eos_token_id]])
+            ids = torch.ones((1, 1), dtype=torch.long)
             inputs = [ids, torch.ones_like(ids)]
-            if model.config.is_encoder_decoder:
+            if self._student.card.head == "text" and model.config.is_encoder_decoder:
                 inputs.append(ids)
             self._writer.add_graph(ForwardPass(model), tuple(inputs), use_strict_trace=False)
 

@@ -80,17 +80,27 @@ class Encoder:
         max_input_tokens: int,
         max_target_tokens: int,
         classes: Sequence[str] = (),
+        *,
+        scores_choices: bool = False,
     ) -> None:
-        """``classes``: the labels of a label head, whose targets are their indices."""
+        """``classes``: the labels of a label head, whose targets are their indices.
+
+        ``scores_choices``: the label view has a sequence for each choice of a row, with target 1
+        for the right one and 0 for the others.
+        """
         self._tokens = tokens
         self._max_input = max_input_tokens
         self._max_target = max_target_tokens
         self._class_of = {label: index for index, label in enumerate(classes)}
+        self._scores_choices = scores_choices
 
     def rows(self, rows: Sequence[Row], views: Sequence[View], labels: LabelSource) -> EncodedRows:
         """The rows with a target in at least one view; a view without a target is left out."""
         encoded: dict[str, ViewTargets] = {}
         for view in views:
+            if self._scores_choices and view.target == "label":
+                encoded[view.target] = self._choices(rows, view, labels)
+                continue
             targets = [row.targets(view.target, labels) for row in rows]
             # Without the label that it explains, a rationale would train the wrong task.
             chosen = [
@@ -108,6 +118,25 @@ class Encoder:
             ends = np.concatenate([[0], np.cumsum(counts)])
             encoded[view.target] = ViewTargets(pairs, ends)
         return EncodedRows(self._tokens, encoded)
+
+    def _choices(self, rows: Sequence[Row], view: View, labels: LabelSource) -> ViewTargets:
+        """The choices of the rows with a label. Of equal choices, the first is the right one."""
+        texts: list[str] = []
+        is_right: list[int] = []
+        counts = np.zeros(len(rows), np.int64)
+        for i, row in enumerate(rows):
+            label = row.label(labels)
+            if label is None:
+                continue
+            names = [choice for choice, _ in row.choices]
+            right = names.index(label)
+            texts += [view.prefix + text for _, text in row.choices]
+            is_right += [int(place == right) for place in range(len(names))]
+            counts[i] = len(names)
+        inputs = self._tokens.indices("", texts, self._max_input)
+        outputs = self._tokens.class_rows(2)[is_right]
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        return ViewTargets(np.stack([inputs, outputs], axis=1), ends)
 
     def _outputs(self, view: View, texts: Sequence[str]) -> NDArray[np.int32]:
         """The indices of a view's targets: token ids, or the class of a label."""
@@ -158,7 +187,7 @@ def _truncated(
 
 
 class ResampledRows:
-    """Rows in which each view keeps one of its targets, sampled anew in each epoch.
+    """Rows in which each view keeps one of its texts, sampled anew in each epoch.
 
     The sample depends on seed, epoch and row alone, so that a resumed training repeats it.
     """
@@ -173,7 +202,10 @@ class ResampledRows:
 
     def __getitem__(self, i: int) -> Encoded:
         number = int(digest(f"{self._seed}:{self.epoch}:{i}")[:15], 16)
-        return {name: [pairs[number % len(pairs)]] for name, pairs in self._rows[i].items()}
+        return {
+            name: pairs if name == "label" else [pairs[number % len(pairs)]]
+            for name, pairs in self._rows[i].items()
+        }
 
 
 class PaddedDataset:
@@ -279,6 +311,31 @@ def collate(rows: Sequence[Encoded]) -> dict[str, PackedBatch]:
             target_lengths=torch.tensor([len(target) for target in targets]),
         )
     return batch
+
+
+def count_targets(packed: PackedBatch) -> int:
+    """Target tokens of a batch, without those of empty rows."""
+    return int((packed.target != IGNORED).sum())
+
+
+def count_inputs(batch: Mapping[str, PackedBatch]) -> int:
+    """Input tokens of a batch, without those of empty rows."""
+    return sum(
+        int(packed.source_lengths[supervised_rows(packed)].sum()) for packed in batch.values()
+    )
+
+
+def count_examples(batch: Mapping[str, PackedBatch]) -> int:
+    """Examples of a batch, without empty rows."""
+    rows = (packed.rows[supervised_rows(packed)].tolist() for packed in batch.values())
+    return len(set().union(*rows))
+
+
+def supervised_rows(packed: PackedBatch) -> Tensor:
+    """(B,): False for the empty rows that give all processes equally many batches."""
+    last_tokens = packed.target[packed.target_lengths.cumsum(0) - 1]
+    supervised: Tensor = last_tokens != IGNORED
+    return supervised
 
 
 def rows_of(packed: PackedBatch) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from dsbs.config import LabelSource, TrainSection
 from dsbs.files import write_json
+from dsbs.formatting import setting_text
 from dsbs.records import TrainedStudent
 from dsbs.run_folder import TRAINING_RECORD, RunFolder, training_record
 from dsbs.training.methods import method_of
@@ -116,11 +117,13 @@ def _learns_votes(train: TrainSection, method: str) -> bool:
 
 
 def trial_specs(spec: StudentSpec) -> list[StudentSpec]:
-    """The trials of a student, in the order of the recipe's values; none without tuning."""
+    """The trials of a student, in the order of the recipe's values; none without tuning.
+
+    A method that learns no rationales as a task of their own has no λ to try.
+    """
     specs = []
-    tune = spec.section.tune
-    for setting in tune.settings if tune else ():
-        values = ",".join(f"{key}={value:g}" for key, value in setting.items())
+    for setting in _settings(spec):
+        values = ",".join(f"{key}={setting_text(value)}" for key, value in setting.items())
         trial = replace(
             spec,
             section=spec.section.tuned(setting),
@@ -130,6 +133,21 @@ def trial_specs(spec: StudentSpec) -> list[StudentSpec]:
         )
         specs.append(trial)
     return specs
+
+
+def _settings(spec: StudentSpec) -> list[dict[str, Any]]:
+    tune = spec.section.tune
+    settings = tune.settings if tune else []
+    views = method_of(spec.method).views(spec.section)
+    if not any(view.target == "rationale" for view in views):
+        shorter = [
+            {key: value for key, value in setting.items() if key != "rationale_weight"}
+            for setting in settings
+        ]
+        settings = [
+            setting for i, setting in enumerate(shorter) if setting and setting not in shorter[:i]
+        ]
+    return settings
 
 
 class Tuner:
@@ -148,6 +166,8 @@ class Tuner:
             first = replace(spec, seed=self._first_seed)
             self._trials[spec.system] = tuple(map(self._run_trial, trial_specs(first)))
         trials = self._trials[spec.system]
+        if not trials:
+            return replace(spec, section=spec.section.tuned({}))
         best = max(trials, key=lambda trial: trial.selection)
         section = spec.section.tuned(best.setting)
         return replace(spec, section=section, setting=best.setting, trials=trials)

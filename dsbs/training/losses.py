@@ -20,15 +20,21 @@ if TYPE_CHECKING:
 IGNORED = -100  # the target id of padding, which counts in no loss
 
 
-def summed_nll(logits: Tensor, labels: Tensor) -> Tensor:
+def summed_nll(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """The summed cross-entropy () in nats.
 
-    ``logits`` (M, V) or (B, T, V), ``labels`` (M,) or (B, T) with IGNORED at padding.
+    ``logits`` (M, V) or (B, T, V), ``labels`` (M,) or (B, T) with IGNORED at padding;
+    ``class_weights`` (V,) multiply the loss of each label.
     """
-    from torch.nn.functional import cross_entropy
+    import torch
 
-    return cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(
+        wide,
+        labels.flatten(),
+        weight=None if class_weights is None else class_weights.to(wide.dtype),
+        ignore_index=IGNORED,
+        reduction="sum",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsbs.config import LabelSource, TrainSection, base_of
+from dsbs.config import BalanceSection, LabelSource, TrainSection, base_of
 from dsbs.config.registry import METHODS, entry
 from dsbs.students.card import Head, Start, Target
 
@@ -57,8 +57,10 @@ def _single_view(target: Target) -> Callable[[TrainSection], tuple[View, ...]]:
 def _step_by_step(train: TrainSection) -> tuple[View, ...]:
     """Paper, equation 3: L_label + λ·L_rationale, here divided by 1 + λ."""
     rises = train.rationale_schedule != "constant" and train.rationale_weight_end > 0
-    supervised = rises or train.rationale_weight > 0
     weight = train.rationale_weight
+    if isinstance(weight, BalanceSection):  # measured: the view's own weight is never used
+        weight = 1.0
+    supervised = rises or weight > 0
     if train.task_token == "decoder":  # both views share one input, which is encoded once
         label = View("label", "", 1.0)
         rationale = View("rationale", "", weight, start="eos", supervised=supervised)

@@ -14,9 +14,9 @@ from dsbs.errors import UserError
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation, Example, Sample
 from dsbs.run_folder import RunFolder
-from dsbs.students.card import Target
+from dsbs.students.card import Target, head_of
 from dsbs.students.formats import compose_target
-from dsbs.tasks import Task
+from dsbs.tasks import CHOICE_SEPARATOR, Task
 from dsbs.tasks.data import (
     is_held_out,
     load,
@@ -44,6 +44,13 @@ class Row:
     """(L,) shares of the task's labels in the annotation's samples. None: unknown or not needed."""
     annotated: str | None = None
     """The label of the annotation that the row learns from. None: from none."""
+    choices: tuple[tuple[str, str], ...] = ()
+    """A row's own choices and the input that scores each. Empty: the labels are the task's."""
+
+    @property
+    def label_text(self) -> str:
+        """What a student reads to give a label."""
+        return CHOICE_SEPARATOR.join(text for _, text in self.choices) or self.text
 
     def label(self, source: LabelSource) -> str | None:
         return self.gold if source == "gold" else self.teacher
@@ -64,7 +71,7 @@ class Row:
 
     def without_annotation(self) -> Row:
         """This row with its gold label alone."""
-        return Row(self.id, self.text, self.gold, None)
+        return Row(self.id, self.text, self.gold, None, choices=self.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +132,7 @@ def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) 
     section = recipe.train.select
     selected = {row.id: row for row in select_annotations(matched, section, task)}
     with_votes = any(spec.learns_votes for spec in specs)
+    with_choices = task.has_choices and head_of(recipe.student, recipe.train.init) == "labels"
     rows = [
         _row(
             task,
@@ -133,6 +141,7 @@ def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) 
             first_only=recipe.train.rationales == "chosen",
             agree_gold=section.agree_gold,
             with_votes=with_votes,
+            with_choices=with_choices,
         )
         for example in examples
         if not is_held_out(recipe, example)
@@ -165,7 +174,11 @@ def _valid(
         fingerprint = source_fingerprint(recipe, task)
         annotations = annotations | RunFolder(run).load_annotations("valid", fingerprint)
     ordered = validation_rows(examples, None)
-    rows = [_row(task, example, annotations.get(example.id)) for example in ordered]
+    with_choices = task.has_choices and head_of(recipe.student, recipe.train.init) == "labels"
+    rows = [
+        _row(task, example, annotations.get(example.id), with_choices=with_choices)
+        for example in ordered
+    ]
     labeled = [row for row in rows if row.label(source)]
     if not labeled:
         raise UserError(
@@ -264,9 +277,12 @@ def _row(
     first_only: bool = True,
     agree_gold: bool = False,
     with_votes: bool = False,
+    with_choices: bool = False,
 ) -> Row:
+    text = task.text(example.input)
+    choices = tuple(task.choice_texts(example.input).items()) if with_choices else ()
     if annotation is None or not annotation.accepted:
-        return Row(example.id, task.text(example.input), example.label, None)
+        return Row(example.id, text, example.label, None, choices=choices)
     label = annotation.own_label
     if agree_gold and (
         label is None or example.label is None or not task.correct(label, example.label)
@@ -277,13 +293,14 @@ def _row(
         shares = vote_distribution(annotation, task.labels, task)
     return Row(
         id=example.id,
-        text=task.text(example.input),
+        text=text,
         gold=example.label,
         teacher=label,
         rationales=tuple(_rationales(annotation, task))[: 1 if first_only else None],
         hinted=annotation.provenance == "hinted",
         votes=tuple(shares) if shares else None,
         annotated=annotation.label or "",
+        choices=choices,
     )
 
 

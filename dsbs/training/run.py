@@ -13,7 +13,7 @@ from dsbs.errors import UserError
 from dsbs.progress import NoProgress, Progress
 from dsbs.records import TrainedStudent
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students.card import check_student, head_of
+from dsbs.students.card import check_student, head_of, input_limit
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
@@ -28,6 +28,7 @@ from dsbs.training.methods import method_of, views_of
 from dsbs.training.rows import Data, count_rationales, count_trainable, gather, vocabulary_text
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
+from dsbs.training.training_set import check_class_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,9 @@ def train(
     folder = run_folder.stage("train")
     task = make_task(recipe.task)
     specs = grid(recipe.train)
-    check_terms(recipe.train, task, specs)
+    check_student(recipe, task)
+    check_terms(recipe.train, task, specs, head_of(recipe.student, recipe.train.init))
+    check_class_weights(recipe, task.labels)
     data = gather(recipe, task, run, specs)
     if recipe.report.trackers:
         from dsbs.training.callbacks import check_trackers
@@ -71,7 +74,6 @@ def train(
         check_trackers(recipe)
     _check_precision(recipe)
     _check_processes(recipe)
-    check_student(recipe, task.labels)
     hashes: dict[str, str] = {
         split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")
     }
@@ -127,13 +129,17 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     texts = {"inputs": [row.text for row in data.train]}
     if any(method_of(spec.method).needs_rationales for spec in specs):
         texts["rationales"] = [rationale for row in data.train for rationale in row.rationales]
-    warnings = vocabulary_warnings(
-        recipe.student, tokenizer, labels.union(task.labels or ()), texts
-    )
     head = head_of(recipe.student, recipe.train.init)
-    classes = task.labels or () if head == "labels" else ()
+    written = labels.union(task.labels or ())
+    if head == "labels":
+        written = set()
+    warnings = vocabulary_warnings(recipe.student, tokenizer, written, texts)
     encoder = Encoder(
-        tokens, recipe.student.max_input_tokens, recipe.student.max_target_tokens, classes
+        tokens,
+        input_limit(recipe.student, recipe.train.init),
+        recipe.student.max_target_tokens,
+        task.labels or () if head == "labels" else (),
+        scores_choices=head == "labels" and task.has_choices,
     )
     rows = data.subset(max(recipe.train.subset))
     systems = dict.fromkeys((spec.method, spec.labels) for spec in specs)
@@ -154,22 +160,21 @@ def planned(
     folder = run_folder.stage("train")
     specs = grid(recipe.train)
     task = make_task(recipe.task)
-    check_terms(recipe.train, task, specs)
-    check_student(recipe, task.labels)
+    check_student(recipe, task)
+    check_terms(recipe.train, task, specs, head_of(recipe.student, recipe.train.init))
+    check_class_weights(recipe, task.labels)
     data: Data | int = count_trainable(recipe, task)
     if annotated:
         data = gather(recipe, task, run_folder.path, specs)
     plan = []
     for teacher_recipe, spec in planned_teachers(recipe, specs):
         entry = _plan(teacher_recipe, spec, data, folder)
-        plan.append(entry | {"name": spec.title, "steps": teacher_recipe.resolved_train.max_steps})
-    tune = recipe.train.tune
-    steps = max((tune and tune.max_steps) or (recipe.resolved_train.max_steps,))
+        plan.append(entry | {"name": spec.title})
     for spec in specs:
         entry = _plan(recipe, spec, data, folder)
         if spec.seed == recipe.train.seeds[0]:
             entry["trials"] = len(trial_specs(spec))
-        plan.append(entry | {"steps": steps})
+        plan.append(entry)
     return plan
 
 
@@ -190,9 +195,17 @@ def _plan(recipe: Recipe, spec: StudentSpec, data: Data | int, folder: Path) -> 
         "rationales": rationales,
         "valid": valid,
         "trials": 0,
-        "steps": 0,
+        "steps": _most_steps(recipe, rows),
         "done": _is_done(settings, spec.path(folder) / TRAINING_RECORD),
     }
+
+
+def _most_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of a student with ``rows`` rows, or of its longest trial."""
+    tune = recipe.train.tune
+    settings = tune.settings if tune else [{}]
+    is_scratch = recipe.student.is_scratch
+    return max(recipe.train.tuned(values).steps(rows, is_scratch=is_scratch) for values in settings)
 
 
 def _is_done(settings: str, record: Path) -> bool:

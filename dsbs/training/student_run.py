@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, PartialError
-from dsbs.files import canonical_json, digest, full_disk_as_partial, now, versions
+from dsbs.files import full_disk_as_partial, now, versions
 from dsbs.progress import Progress, running
 from dsbs.prompting import learned_source
 from dsbs.records import TrainedStudent
-from dsbs.students.card import StudentCard, head_of
+from dsbs.students.card import StudentCard
 from dsbs.students.student import Student
-from dsbs.students.tokenizer import tokenizer_hash
-from dsbs.students.weights import device, load_model, new_model, weights_fingerprint
+from dsbs.students.weights import device, load_model, new_model
 from dsbs.tasks import make_task
-from dsbs.training.distillation import terms_of
-from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
+from dsbs.training.adapters import add_adapters, count_trainable, merge_adapters
+from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.distillation.objective import DistillationLoss
 from dsbs.training.distillation.response import cache_logprobs
 from dsbs.training.distributed import (
@@ -31,18 +28,11 @@ from dsbs.training.distributed import (
     per_device_batch_size,
     wait,
 )
-from dsbs.training.encode import (
-    Encoder,
-    ResampledRows,
-    collate,
-    encoded_hash,
-    soft_labels_hash,
-)
+from dsbs.training.encode import ResampledRows, collate
 from dsbs.training.grid import StudentFolder, StudentSpec, Trial
-from dsbs.training.methods import View, views_of
 from dsbs.training.rows import Data, count_rationales
 from dsbs.training.tokens import Tokens
-from dsbs.training.trainer import add_adapters, count_trainable, merge_adapters
+from dsbs.training.training_set import TrainingSet
 from dsbs.training.validation import max_new_tokens, validate, validation_interval
 
 if TYPE_CHECKING:
@@ -67,49 +57,17 @@ class StudentRun:
     ) -> None:
         # The hash of the recipe's own settings; tuned ones are recorded beside it.
         self.settings = recipe.training_of(spec.method)
-        self.recipe = recipe.model_copy(update={"train": spec.section})
         self.spec = spec
         self.data = data
         self.tokenizer = tokenizer
         self.input_format = tokens.input_format
         self.teachers = teachers
-        task = make_task(recipe.task)
-        self.head = head_of(recipe.student, recipe.train.init)
-        self.classes: tuple[str, ...] = ()
-        if self.head == "labels":
-            self.classes = task.labels or ()
-        self.views: tuple[View, ...] = views_of(spec.method, spec.section, self.head)
-        self.terms = terms_of(spec.section, spec.method)
-        student = recipe.student
-        encoder = Encoder(tokens, student.max_input_tokens, student.max_target_tokens, self.classes)
-        rows = data.subset(spec.subset)
-        self.rows = encoder.rows(rows, self.views, spec.labels)
-        self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
-        self.soft_labels = {}
-        if spec.learns_votes:
-            self.soft_labels = encoder.soft_labels(rows, self.views[0], spec.labels)
-        self.label_ids: list[list[int]] = []
-        if any(term.needs_label_scores for term in self.terms):
-            self.label_ids = encoder.texts(task.labels or ())
+        self.training_set = TrainingSet(recipe, spec, data, tokens, teachers)
+        section = spec.section.in_steps(len(self.training_set.rows))
+        self.recipe = recipe.model_copy(update={"train": section})
         self._logprobs = train_folder / "logprobs"
-        self.folder = StudentFolder(spec.path(train_folder), self._fingerprint(), spec)
-
-    def _fingerprint(self) -> str:
-        """Hash of all that decides the student's weights: equal fingerprint, equal student."""
-        parts = [
-            self.recipe.training_of(self.spec.method),
-            canonical_json(self.spec.identity),
-            canonical_json([_view_fields(view) for view in self.views]),
-            tokenizer_hash(self.tokenizer),
-            encoded_hash(self.rows),
-            encoded_hash(self.valid),
-            *weights_fingerprint(self.recipe.train.init or self.recipe.student.source),
-        ]
-        if self.teachers:
-            parts.append(teachers_fingerprint(self.teachers))
-        if self.soft_labels:
-            parts.append(soft_labels_hash(self.soft_labels))
-        return digest(*parts)
+        fingerprint = self.training_set.fingerprint(self.recipe.training_of(spec.method), tokenizer)
+        self.folder = StudentFolder(spec.path(train_folder), fingerprint, spec)
 
     def trial(self) -> Trial:
         """The result of this student as a trial of its setting."""
@@ -182,7 +140,11 @@ class StudentRun:
         set_seed(self.spec.seed)
         model = self._new_model()
         student = Student.of(model, self.tokenizer, self._card())
-        terms = self._distillation_loss(model, progress, batch_size) if self.terms else None
+        terms = (
+            self._distillation_loss(model, progress, batch_size)
+            if self.training_set.terms
+            else None
+        )
         if is_main_process():
             self.folder.last_checkpoint()  # removes a half-written one before the others look
         wait()
@@ -234,8 +196,8 @@ class StudentRun:
             self.tokenizer,
             self.spec.seed,
             self.recipe.train.init,
-            labels=len(self.classes),
-            explains=len(self.views) > 1,
+            labels=self.training_set.outputs,
+            explains=self.training_set.learns_rationales,
         )
 
     def _trainer(
@@ -257,9 +219,9 @@ class StudentRun:
 
         section = self.recipe.resolved_train
         callbacks: list[TrainerCallback] = [metrics, EarlyStopping(section.patience)]
-        rows: Sequence[Any] | ResampledRows = self.rows
+        rows: Sequence[Any] | ResampledRows = self.training_set.rows
         if section.rationales == "drawn":
-            rows = ResampledRows(self.rows, self.spec.seed)
+            rows = ResampledRows(self.training_set.rows, self.spec.seed)
             callbacks.append(ResampleRationales(rows))
         if self.spec.keep_zeros:
             callbacks.append(KeepZeros(student.backend.model))
@@ -278,11 +240,13 @@ class StudentRun:
                 },
             ),
             train_dataset=rows,
-            eval_dataset=self.valid,
+            eval_dataset=self.training_set.valid,
             data_collator=terms.collate if terms else collate,
-            views=self.views,
+            views=self.training_set.views,
             terms=terms,
             section=section,
+            class_weights=self.training_set.class_weights,
+            scores_choices=self.training_set.scores_choices,
             validate=lambda: self._validate(student),
             callbacks=callbacks,
         )
@@ -292,8 +256,14 @@ class StudentRun:
     @property
     def eval_every(self) -> int:
         """Optimizer steps between validations."""
-        tokens = 0 if self.head == "labels" else max_new_tokens(self.recipe, self.views[0])
-        return validation_interval(self.recipe.resolved_train, self.rows, self.valid, tokens)
+        tokens = (
+            0
+            if self.training_set.head == "labels"
+            else max_new_tokens(self.recipe, self.training_set.views[0])
+        )
+        return validation_interval(
+            self.recipe.resolved_train, self.training_set.rows, self.training_set.valid, tokens
+        )
 
     def _distillation_loss(
         self, model: Any, progress: Progress, batch_size: int
@@ -301,24 +271,24 @@ class StudentRun:
         """The loss of the student's terms, attached to its model."""
         section = self.recipe.resolved_train
         cached = cache_logprobs(
-            self.terms,
+            self.training_set.terms,
             section,
-            self.views,
+            self.training_set.views,
             self.teachers,
             model.config.vocab_size,
             self._logprobs,
-            self.rows,
+            self.training_set.rows,
             batch_size,
             progress,
             self.spec.title,
         )
         loss = DistillationLoss(
-            self.terms,
+            self.training_set.terms,
             section,
-            self.views,
+            self.training_set.views,
             teachers=self.teachers,
-            label_ids=self.label_ids,
-            soft_labels=self.soft_labels,
+            label_ids=self.training_set.label_ids,
+            soft_labels=self.training_set.soft_labels,
             cached=cached,
         )
         loss.attach_projections(model, self.spec.seed)
@@ -327,12 +297,10 @@ class StudentRun:
     def _tensorboard(self, student: Student, metrics: MetricsLogger) -> TensorBoardLogger:
         from dsbs.training.callbacks import TensorBoardLogger
 
-        recipe = self.recipe
-        start = partial(
-            new_model, recipe.student, self.tokenizer, self.spec.seed, recipe.train.init
-        )
         folder = self.folder.path / "tensorboard"
-        return TensorBoardLogger(folder, metrics, recipe, student, self.data, start)
+        return TensorBoardLogger(
+            folder, metrics, self.recipe, student, self.data, self._start_model
+        )
 
     def _smaller(self, micro: int) -> int:
         """The next smaller micro-batch that divides the batch.
@@ -348,7 +316,7 @@ class StudentRun:
                 hint="set train.gradient_checkpointing: true, or use a smaller student; the last "
                 "checkpoint is kept",
             )
-        fixed = [term.title for term in self.terms if term.is_of_one_pass]
+        fixed = [term.title for term in self.training_set.terms if term.is_of_one_pass]
         if self.recipe.train.loss_mean == "micro":
             fixed.append("train.loss_mean: micro")
         if fixed:
@@ -366,18 +334,20 @@ class StudentRun:
             labels=self.spec.labels,
             seed=self.spec.seed,
             task=self.recipe.task,
-            prefixes={view.target: view.prefix for view in self.views},
-            starts={view.target: view.start for view in self.views},
-            max_input_tokens=self.recipe.student.max_input_tokens,
-            max_target_tokens=self.recipe.student.max_target_tokens,
+            prefixes={view.target: view.prefix for view in self.training_set.views},
+            starts={view.target: view.start for view in self.training_set.views},
+            max_input_tokens=self.training_set.max_input_tokens,
+            max_target_tokens=self.training_set.max_target_tokens,
             kind=self.input_format.kind,
-            head=self.head,
-            classes=self.classes,
+            head=self.training_set.head,
+            classes=self.training_set.classes,
             template=self.input_format.template,
         )
 
     def _validate(self, student: Student) -> dict[str, float]:
-        return validate(student, self.recipe, self.data, self.valid, self.views[0])
+        return validate(
+            student, self.recipe, self.data, self.training_set.valid, self.training_set.views[0]
+        )
 
     # --- saving
 
@@ -393,7 +363,7 @@ class StudentRun:
         section = self.recipe.resolved_train
         if section.lora is not None:
             return merge_adapters(self._start_model(), checkpoint)
-        return load_model(str(checkpoint), labels=len(self.classes))
+        return load_model(str(checkpoint), labels=self.training_set.outputs)
 
     def _save(self, student: Student, state: Any, metrics: MetricsLogger) -> None:
         if state.best_global_step is None:
@@ -429,7 +399,7 @@ class StudentRun:
             "student": trained.model_dump(),
             "selection": state.best_metric,
             "eval_every": self.eval_every,
-            "rows": len(self.rows),
+            "rows": len(self.training_set.rows),
             "rationales": count_rationales(self.data, self.spec),
             "valid_rows": len(self.data.valid),
             "valid_labels": self.data.valid_labels,
@@ -439,10 +409,3 @@ class StudentRun:
         if self.teachers:
             record["teachers"] = [teacher.record for teacher in self.teachers]
         self.folder.finish(record)
-
-
-def _view_fields(view: View) -> dict[str, Any]:
-    """A view's fields under the names that fingerprints have always had."""
-    fields = asdict(view)
-    fields["taught"] = fields.pop("supervised")
-    return fields

@@ -17,18 +17,30 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from dsbs.config import LoraSection, ResolvedTrainSection, unknown
-from dsbs.errors import DsbsError, UserError, needs_extra
+from dsbs.config import ResolvedTrainSection
+from dsbs.errors import DsbsError, UserError
 from dsbs.students.heads import LabelHeadModel
 from dsbs.students.weights import device, supports_bf16
+from dsbs.training.balance import RationaleBalance
 from dsbs.training.distillation import StepTotals
 from dsbs.training.distillation.objective import PROJECTIONS, DistillationLoss
 from dsbs.training.distributed import save_sharded_model, shard_model, world_size
-from dsbs.training.encode import PackedBatch, PaddedDataset
-from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
+from dsbs.training.encode import (
+    PackedBatch,
+    PaddedDataset,
+    count_examples,
+    count_inputs,
+    count_targets,
+)
+from dsbs.training.losses import summed_nll, view_weights, weighted_loss
 from dsbs.training.methods import View
 from dsbs.training.packed import ForwardRunner, is_decoder_only, summed_losses
-from dsbs.training.packed.label_head import has_label_head, patch_label_head, split_new_layers
+from dsbs.training.packed.label_head import (
+    LabelHeadRunner,
+    has_label_head,
+    patch_label_head,
+    split_new_layers,
+)
 from dsbs.training.packed.t5 import is_t5
 
 Batch = Mapping[str, PackedBatch]
@@ -87,7 +99,8 @@ class StepTrainer(Seq2SeqTrainer):
     """Trains on packed batches; ``views`` is the student's method.
 
     ``terms`` are the loss terms beside the views' (None: none). ``validate`` returns the figures of
-    a validation, "accuracy" among them.
+    a validation, "accuracy" among them. ``class_weights`` and ``scores_choices`` are a label
+    head's (see ``LabelHeadRunner``).
     """
 
     def __init__(
@@ -97,6 +110,8 @@ class StepTrainer(Seq2SeqTrainer):
         section: ResolvedTrainSection,
         validate: Callable[[], dict[str, float]],
         terms: DistillationLoss | None = None,
+        class_weights: Sequence[float] = (),
+        scores_choices: bool = False,
         **kwargs: Any,
     ) -> None:
         dataset = PaddedDataset(kwargs.pop("train_dataset"), views[0].target)
@@ -114,18 +129,44 @@ class StepTrainer(Seq2SeqTrainer):
         self._last_logged_step: int | None = None
         # In all steps and processes, an interrupted run's included.
         self._totals = {"tokens": 0, "examples": 0}
+        self._balance: RationaleBalance | None = None
+        if section.balance is not None and "rationale" in names:
+            self._balance = RationaleBalance(section.balance)
         packs = has_label_head(self.model) or is_t5(self.model) or is_decoder_only(self.model)
         without_padding = section.padding == "none" and packs
         if self.is_fsdp_enabled:
-            if terms is not None:
-                raise UserError(
-                    "loss terms are not supported with FSDP", hint="start without FSDP settings"
-                )
+            self._check_fsdp()
             # All views in one call: processes whose rows have different views would otherwise wait
             # for one another's calls for ever.
             without_padding = True
             shard_model(self.model, self.accelerator)
-        patch_forward(self.model, views, without_padding=without_padding, terms=terms)
+        self._label_head: LabelHeadRunner | None = None
+        if has_label_head(self.model):
+            self._label_head = LabelHeadRunner(
+                self.model,
+                views,
+                without_padding=without_padding,
+                hidden_states=terms is not None and terms.hidden_states,
+                class_weights=class_weights,
+                scores_choices=scores_choices,
+            )
+            self._label_head.freeze_unused()
+            patch_label_head(self.model, self._label_head, terms)
+        else:
+            patch_forward(self.model, views, without_padding=without_padding, terms=terms)
+
+    def _check_fsdp(self) -> None:
+        """Raises UserError for what a sharded model cannot compute."""
+        hint = "start without FSDP settings"
+        if self._terms is not None:
+            raise UserError("loss terms are not supported with FSDP", hint=hint)
+        if self._balance is not None:
+            raise UserError(
+                "train.rationale_weight: balanced is not supported with FSDP",
+                hint=f"{hint}, or give rationale_weight as a number",
+            )
+        if has_label_head(self.model):
+            raise UserError("student.head: labels is not supported with FSDP", hint=hint)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -136,26 +177,60 @@ class StepTrainer(Seq2SeqTrainer):
             for row in self.state.log_history:
                 self._totals |= {name: int(row[name]) for name in self._totals if name in row}
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        names = [view.target for view in self._views]
         targets = {
-            view.target: sum(
-                count_targets(batch[view.target]) for batch in batches if view.target in batch
-            )
-            for view in self._views
+            name: sum(self._count(name, batch[name]) for batch in batches if name in batch)
+            for name in names
         }
+        target_tokens = sum(count_targets(packed) for batch in batches for packed in batch.values())
         terms: dict[str, float] = {}
         for batch in batches:
             for name, number in self._terms.counts(batch).items() if self._terms else ():
                 terms[name] = terms.get(name, 0) + number
         totals = {
-            "tokens": sum(_count_inputs(batch) for batch in batches) + sum(targets.values()),
-            "examples": sum(_count_examples(batch) for batch in batches),
+            "tokens": sum(count_inputs(batch) for batch in batches) + target_tokens,
+            "examples": sum(count_examples(batch) for batch in batches),
         }
         values = [*targets.values(), *terms.values(), *totals.values()]
-        reduced = [int(value) for value in self._sum_over_processes(values, device)]
+        reduced = self._sum_over_processes(values, device)
         self._counts = dict(zip([*targets, *terms], reduced[: -len(totals)], strict=True))
-        for name, number in zip(totals, reduced[-len(totals) :], strict=True):
-            self._totals[name] += number
+        for name, total in zip(totals, reduced[-len(totals) :], strict=True):
+            self._totals[name] += int(total)
+        if self._balance and batches and self._balance.is_due(self.state.global_step):
+            self._measure_balance(self._balance, batches)
         return batches, None
+
+    def _count(self, view: str, packed: PackedBatch) -> float:
+        """A batch's share of what a view's loss is a mean over: rows or target tokens."""
+        if view == "label" and self._label_head is not None:
+            return self._label_head.label_count(packed)
+        return count_targets(packed)
+
+    def _measure_balance(self, balance: RationaleBalance, batches: Sequence[Batch]) -> None:
+        """Measure the gradients of the step that ``batches`` are the micro-batches of."""
+        if not self._counts.get("rationale"):
+            return
+        model: Any = self.model
+
+        def losses() -> Iterator[dict[str, torch.Tensor]]:
+            for inputs in batches:
+                counts = self._counts
+                if self._section.loss_mean == "micro":
+                    counts = {name: self._count(name, inputs[name]) or 1 for name in inputs}
+                with self.compute_loss_context_manager():
+                    sums = model(batch=self._prepare_inputs(dict(inputs)))
+                yield {name: sums[name] / counts[name] for name in inputs}
+
+        def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+            if self.args.world_size == 1:
+                return tensor
+            summed: torch.Tensor = self.accelerator.reduce(tensor, reduction="sum")
+            return summed
+
+        model.train()
+        parameters = [weights for weights in model.parameters() if weights.requires_grad]
+        with torch.random.fork_rng():  # the step itself draws the same dropout
+            balance.measure(parameters, losses(), sum_over_processes)
 
     def _sum_over_processes(self, values: Sequence[float], device: Any) -> list[float]:
         if self.args.world_size == 1:
@@ -184,6 +259,8 @@ class StepTrainer(Seq2SeqTrainer):
     ) -> Any:
         """The micro-batch's share of the step's loss (see ``weighted_loss``)."""
         weights = view_weights(self._views, self._section, self.state.global_step)
+        if self._balance is not None:
+            weights["rationale"] = self._balance.weight
         of_micro_batch = self._section.loss_mean == "micro"
         counts = self._micro_counts(inputs) if of_micro_batch else self._counts
         step = {"step": StepTotals(counts, weights)} if self._terms else {}
@@ -205,10 +282,10 @@ class StepTrainer(Seq2SeqTrainer):
 
     def _micro_counts(self, batch: Batch) -> dict[str, float]:
         """Counts for the published code's objective: means of micro-batches, averaged."""
-        counts: dict[str, float] = {name: count_targets(packed) for name, packed in batch.items()}
+        counts = {name: self._count(name, packed) for name, packed in batch.items()}
         counts |= self._terms.counts(batch) if self._terms else {}
         batches = self.current_gradient_accumulation_steps
-        return {name: max(1, count) * batches for name, count in counts.items()}
+        return {name: (count or 1) * batches for name, count in counts.items()}
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The stock optimizer, with ``train.head_learning_rate`` for a label head's new layers."""
@@ -221,15 +298,32 @@ class StepTrainer(Seq2SeqTrainer):
         if not isinstance(self.model, LabelHeadModel):
             super()._save(output_dir, state_dict)
             return
-        folder = str(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         self.model.save_pretrained(folder)
-        torch.save(self.args, Path(folder) / "training_args.bin")
+        projections = getattr(self.model, PROJECTIONS, None)
+        if projections is not None:
+            torch.save(projections.state_dict(), folder / f"{PROJECTIONS}.pt")
+        torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        if isinstance(self.model, LabelHeadModel):
-            self.model.load_weights(Path(checkpoint))
+        if not isinstance(self.model, LabelHeadModel):
+            super()._load_from_checkpoint(checkpoint, model)
             return
-        super()._load_from_checkpoint(checkpoint, model)
+        self.model.load_weights(Path(checkpoint))
+        projections = getattr(self.model, PROJECTIONS, None)
+        if projections is not None:
+            file = Path(checkpoint) / f"{PROJECTIONS}.pt"
+            projections.load_state_dict(torch.load(file, weights_only=True))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._balance is not None and self.args.should_save:
+            self._balance.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._balance is not None and checkpoint is not None:
+            self._balance.load(Path(checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_fsdp_enabled:  # the stock one gathers in one process what all must gather
@@ -244,7 +338,7 @@ class StepTrainer(Seq2SeqTrainer):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise self._diverged(logs["loss"])
-            logs |= self._mean_losses()
+            logs |= self._mean_losses() | (self._balance.figures if self._balance else {})
         if "loss" in logs or "eval_accuracy" in logs:
             logs |= self._totals  # in the checkpoint as well, from which a resumed run counts on
         super().log(logs, start_time)
@@ -303,27 +397,6 @@ class PaddedSampler(Sampler[int]):
             self._order.set_epoch(epoch)
 
 
-def count_targets(packed: PackedBatch) -> int:
-    """Target tokens of a batch, without those of empty rows."""
-    return int((packed.target != IGNORED).sum())
-
-
-def _supervised(packed: PackedBatch) -> torch.Tensor:
-    """(B,) False for the empty rows that equalise the processes' batches."""
-    return packed.target[packed.target_lengths.cumsum(0) - 1] != IGNORED
-
-
-def _count_inputs(batch: Batch) -> int:
-    """Input tokens of a batch, without those of empty rows."""
-    return sum(int(packed.source_lengths[_supervised(packed)].sum()) for packed in batch.values())
-
-
-def _count_examples(batch: Batch) -> int:
-    """Examples of a batch, without empty rows."""
-    rows = (packed.rows[_supervised(packed)].tolist() for packed in batch.values())
-    return len(set().union(*rows))
-
-
 def patch_forward(
     model: Any,
     views: Sequence[View],
@@ -338,9 +411,6 @@ def patch_forward(
     forward. Without ``batch`` it computes what it did before.
     """
     forward = model.forward
-    if has_label_head(model):
-        patch_label_head(model, views, without_padding=without_padding)
-        return
     if is_decoder_only(model):
         if terms is not None:
             raise UserError(
@@ -372,76 +442,3 @@ def patch_forward(
         return sums | (terms.losses(output, batch, step) if terms and step else {})
 
     model.forward = packed_forward
-
-
-# --- LoRA (Hu et al., 2021, arXiv:2106.09685) through peft; the finished student is a plain model
-
-
-def add_adapters(model: Any, section: LoraSection) -> Any:
-    """Freeze a model's weights and give each target matrix an adapter B·A of rank ``rank``.
-
-    B begins at 0, so the model computes the same before training. Raises UserError for targets that
-    no block has.
-    """
-    with needs_extra("lora", "train.lora"):
-        from peft import LoraConfig, TaskType, get_peft_model
-    targets = _target_modules(model, section.targets)
-    model.name_or_path = ""  # peft would look the name up on the hub at every checkpoint
-    task_type = TaskType.CAUSAL_LM
-    if model.config.is_encoder_decoder:
-        task_type = TaskType.SEQ_2_SEQ_LM
-    config = LoraConfig(
-        task_type=task_type,
-        r=section.rank,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=targets,
-    )
-    return get_peft_model(model, config)
-
-
-def merge_adapters(model: Any, checkpoint: Path) -> Any:
-    """``model``, as the training began with it, plus the adapters of a checkpoint."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload()
-
-
-def count_trainable(model: Any) -> int:
-    """The number of trainable parameters, without the projections that only serve training."""
-    return sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not name.startswith(f"{PROJECTIONS}.")
-    )
-
-
-def _target_modules(model: Any, targets: tuple[str, ...]) -> list[str]:
-    """The target matrices' names; q means q_proj where a model has no q, as in most decoders.
-
-    Checked here, since peft ignores a name that fits no module as long as another does.
-    """
-    import torch
-    from transformers.pytorch_utils import Conv1D  # GPT-2's matrices
-
-    stacks = [model.get_decoder()]
-    if model.config.is_encoder_decoder:
-        stacks.append(model.get_encoder())
-    modules = {
-        name.rpartition(".")[2]
-        for stack in stacks
-        for name, module in stack.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-    }
-    names = []
-    for target in targets:
-        name = target
-        if target not in modules and f"{target}_proj" in modules:
-            name = f"{target}_proj"
-        if name not in modules:
-            raise UserError(
-                f"train.lora.targets: {unknown('matrix', target, sorted(modules))}",
-                hint="q and v are usual, in a T5 and where they are called q_proj and v_proj",
-            )
-        names.append(name)
-    return names

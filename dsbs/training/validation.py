@@ -70,15 +70,16 @@ def validate(
 
 def _choose(student: Student, recipe: Recipe, data: Data, view: View) -> tuple[float, float]:
     """A label head's accuracy and mean cross-entropy of the classes, in nats."""
-    inputs = [view.prefix + row.text for row in data.valid]
+    inputs = [view.prefix + row.label_text for row in data.valid]
     answers = student.generate(inputs, 0, recipe.eval.batch_size)
     correct = 0
     loss = 0.0
     for answer, row in zip(answers, data.valid, strict=True):
-        label = str(row.label(data.valid_labels))
         assert answer.distribution is not None  # a label head has one
-        correct += answer.text == label
-        loss -= math.log(max(answer.distribution[student.card.classes.index(label)], _SMALLEST))
+        classes = student.card.classes or [choice for choice, _ in row.choices]
+        right = classes.index(str(row.label(data.valid_labels)))
+        correct += answer.distribution.index(max(answer.distribution)) == right
+        loss -= math.log(max(answer.distribution[right], _SMALLEST))
     return correct / len(data.valid), loss / len(data.valid)
 
 

@@ -18,7 +18,7 @@ from sample_run import change_record, change_results, make_run
 
 from dsbs import Student, UserError
 from dsbs.config import StudentSection, TaskSection, registry
-from dsbs.config.train import TermSettings
+from dsbs.config.terms import TermSettings
 from dsbs.reporting.card import fenced, is_own_card, write_cards
 from dsbs.reporting.runs import load_run
 from dsbs.students.card import StudentCard

@@ -12,7 +12,13 @@ from transformers import AddedToken
 from dsbs import UserError
 from dsbs.config import StudentSection
 from dsbs.students.card import architecture_of
-from dsbs.students.formats import ChatFormat, PlainFormat, new_input_format
+from dsbs.students.formats import (
+    ChatFormat,
+    EncoderFormat,
+    PlainFormat,
+    SpecialTokens,
+    new_input_format,
+)
 from dsbs.students.tokenizer import learn_vocabulary, load_tokenizer
 
 TEXT = "My parcel number 7 is wrong."
@@ -132,3 +138,18 @@ def test_the_kind_is_the_configurations(tmp_path: Path) -> None:
     assert new_input_format(section, causal_models.tokenizer(chat=False)).template == "plain"
     scratch = learn_vocabulary(causal_models.TEXTS, 200)
     assert isinstance(new_input_format(StudentSection(), scratch), PlainFormat)
+
+
+def test_an_encoder_with_a_gpt_like_tokenizer_has_marks_all_the_same() -> None:
+    """It has no cls, sep and padding token: bos and eos take their place."""
+    tokenizer = causal_models.tokenizer(chat=False, bos=True)
+    special = SpecialTokens.of(tokenizer)
+    assert (special.start, special.end, special.pad) == (0, 1, 1)
+    encoder_format = EncoderFormat(tokenizer)
+    [pair] = encoder_format.read(["a parcel</s>an invoice"])
+    premise, hypothesis = (tokenizer(text)["input_ids"][1:] for text in ("a parcel", "an invoice"))
+    assert pair == [0, *premise, 1, *hypothesis]
+    assert encoder_format.write(["a parcel is late"], limit=3)[0][-1] == 1
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end token"):
+        SpecialTokens.of(tokenizer)

@@ -21,11 +21,12 @@ from small_t5 import ROWS, t5
 
 from dsbs import Student, UserError, load_recipe, train
 from dsbs.config import LoraSection, TrainSection
+from dsbs.training.adapters import add_adapters, count_trainable, merge_adapters
 from dsbs.training.encode import collate, pad
 from dsbs.training.grid import last_checkpoint
 from dsbs.training.methods import method_of
 from dsbs.training.packed.t5 import TargetBlock, is_t5, packed_logits
-from dsbs.training.trainer import add_adapters, count_trainable, merge_adapters, patch_forward
+from dsbs.training.trainer import patch_forward
 
 pytest.importorskip("peft")
 EVERYWHERE = LoraSection(rank=3, alpha=5, targets=("q", "k", "v", "o", "wi", "wo"))

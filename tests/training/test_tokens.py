@@ -25,6 +25,7 @@ class Counting:
     def __init__(self, pieces: int = 300) -> None:
         self._real = learn_vocabulary(TEXTS, pieces)
         self.backend_tokenizer = self._real.backend_tokenizer
+        self.eos_token_id = self._real.eos_token_id
         self.texts: list[str] = []
 
     def __call__(self, texts: list[str], **how: Any) -> Any:

@@ -151,7 +151,9 @@ def test_the_plan_counts_the_trials_once(annotated: Callable[..., Recipe], tmp_p
         ("{learning_rate: []}", "at least one value"),
         ("{}", "names no setting"),
         ("{learning_rate: [0.1, 0.1]}", "each value once"),
-        ("{rationale_weight: [1, 2]}", "rationale_weight"),
+        ("{rationale_weight: [1, 1.0]}", "each value once"),
+        ("{rationale_weight: [light]}", "balanced, or a mapping"),
+        ("{max_steps: [3], max_epochs: [1]}", "exclude each other"),
         ("{batch_size: [4, 6]}", "multiple of train.micro_batch_size"),
     ],
 )

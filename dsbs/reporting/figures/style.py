@@ -9,7 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from dsbs.config import registry
-from dsbs.config.train import base_of, names_of_terms
+from dsbs.config.terms import base_of, names_of_terms
 from dsbs.formatting import interval, percent
 from dsbs.records.results import Interval, Results, SystemResult
 from dsbs.reporting.figures.canvas import INK, MUTE, PAPER, Canvas, shorten

@@ -21,9 +21,10 @@ from dsbs.students.backends.transformers import (
     TransformersBackend,
 )
 from dsbs.students.card import Start, StudentCard
-from dsbs.students.formats import PAIR_SEPARATOR, input_format_of
+from dsbs.students.formats import PAIR_SEPARATOR, SpecialTokens, input_format_of
 from dsbs.students.tokenizer import load_export_tokenizer, load_tokenizer
 from dsbs.students.weights import device, load_model
+from dsbs.tasks import CHOICE_SEPARATOR
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +46,7 @@ class LabelHeadBackend(TransformersBackend):
 
     @classmethod
     def load(cls, path: Path, card: StudentCard) -> LabelHeadBackend:
-        model = load_model(str(path), labels=len(card.classes)).to(device())
+        model = load_model(str(path), labels=card.outputs).to(device())
         return cls(model, load_tokenizer(str(path)), card)
 
     def generate(
@@ -62,9 +63,14 @@ class LabelHeadBackend(TransformersBackend):
         if start == "eos":
             return self._write(texts, max_new_tokens)
         self.model.eval()
+        choices = [text.split(CHOICE_SEPARATOR) for text in texts]
         with torch.inference_mode():
-            distributions = self.model(**self._encode(texts)).float().softmax(-1)
-        return _likeliest(distributions.tolist(), self._card.classes)
+            logits = self.model(**self._encode([text for row in choices for text in row])).float()
+        if not self._card.scores_choices:
+            return _likeliest(logits.softmax(-1).tolist(), [self._card.classes] * len(texts))
+        scores = logits[:, 0].split(list(map(len, choices)))
+        names = [[text.partition(PAIR_SEPARATOR)[2] for text in row] for row in choices]
+        return _likeliest([row.softmax(-1).tolist() for row in scores], names)
 
     def _write(self, texts: Sequence[str], max_new_tokens: int) -> list[GeneratedText]:
         """Rationales, by greedy decoding."""
@@ -86,18 +92,18 @@ class LabelHeadBackend(TransformersBackend):
     def _encode(self, texts: Sequence[str]) -> Any:
         """input_ids and attention_mask, (B, S) each, padded on the right."""
         rows = self.input_format.read(texts, self._max_input_tokens)
-        input_ids, is_token = padded(rows, self.model.device, self.tokenizer.pad_token_id)
+        input_ids, is_token = padded(rows, self.model.device, SpecialTokens.of(self.tokenizer).pad)
         return {"input_ids": input_ids, "attention_mask": is_token.long()}
 
 
 def _likeliest(
-    distributions: Sequence[Sequence[float]], classes: Sequence[str]
+    distributions: Sequence[Sequence[float]], labels: Sequence[Sequence[str]]
 ) -> list[GeneratedText]:
     """The likeliest label of each distribution, as text; the first of equally likely ones."""
     outputs = []
-    for distribution in distributions:
+    for distribution, row_labels in zip(distributions, labels, strict=True):
         probability = max(distribution)
-        label = classes[distribution.index(probability)]
+        label = row_labels[distribution.index(probability)]
         outputs.append(GeneratedText(label, False, probability, distribution=tuple(distribution)))
     return outputs
 
@@ -159,7 +165,7 @@ class _ExportedLabelHead(ABC):
                 token_ids[place, : len(rows[row])] = rows[row]
                 mask[place, : len(rows[row])] = 1
             result[group] = self.distributions(token_ids, mask)
-        return _likeliest(result.tolist(), self._card.classes)
+        return _likeliest(result.tolist(), [self._card.classes] * len(texts))
 
     def _read(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as ``EncoderFormat`` or ``PlainFormat`` reads it."""

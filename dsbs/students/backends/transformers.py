@@ -13,7 +13,7 @@ from dsbs.files import full_disk_as_partial
 from dsbs.students.backends import GeneratedText, export_error
 from dsbs.students.backends.scoring import joint_log_probability, padded, score_blocks
 from dsbs.students.card import Start, StudentCard
-from dsbs.students.formats import ChatFormat, PlainFormat, start_token
+from dsbs.students.formats import ChatFormat, end_tokens, input_format_of, start_token
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import device, load_model, silence_transformers
 
@@ -96,7 +96,7 @@ class EncoderDecoderBackend(TransformersBackend):
                 logits_processor=[recorder] if probabilities else None,
             )
             # (B, T), without the start token
-            is_end = (token_ids[:, 1:] == self.model.config.eos_token_id).long()
+            is_end = self._is_end(token_ids[:, 1:]).long()
             has_end = is_end.any(1).tolist()
             row_probabilities: Sequence[float | None] = [None] * len(texts)
             if probabilities:
@@ -125,7 +125,7 @@ class EncoderDecoderBackend(TransformersBackend):
                 return_dict_in_generate=True,
             )
         token_ids = output.sequences
-        has_end = (token_ids[:, 1:] == self.model.config.eos_token_id).any(1).tolist()
+        has_end = self._is_end(token_ids[:, 1:]).any(1).tolist()
         row_probabilities = output.sequences_scores.cpu().double().clamp(max=0.0).exp().tolist()
         decoded = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return _generated(decoded, has_end, row_probabilities)
@@ -137,7 +137,9 @@ class EncoderDecoderBackend(TransformersBackend):
 
         self.model.eval()
         batch = self._encode(texts)
-        answer_ids = padded(PlainFormat(self.tokenizer).write(answers), self.model.device)
+        answer_ids = padded(
+            input_format_of(self.tokenizer, "seq2seq").write(answers), self.model.device
+        )
         start = start_token(self.model.config, "pad")
         with torch.inference_mode():
             states = self.model.get_encoder()(**batch).last_hidden_state  # (B, S, d)
@@ -154,6 +156,12 @@ class EncoderDecoderBackend(TransformersBackend):
                 return joint_log_probability(logits, ids, is_token)
 
             return score_blocks(len(texts), answer_ids, log_probabilities)
+
+    def _is_end(self, token_ids: Any) -> Any:
+        import torch
+
+        ends = torch.tensor(end_tokens(self.model.config), device=token_ids.device)
+        return torch.isin(token_ids, ends)
 
     def _encode(self, texts: Sequence[str]) -> Any:
         """input_ids and attention_mask, (B, T) each."""

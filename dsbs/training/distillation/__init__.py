@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dsbs.config import TrainSection
-from dsbs.config.train import TermSettings
+from dsbs.config.terms import TermSettings
 from dsbs.errors import UserError
+from dsbs.students.card import Head
 from dsbs.tasks import Task
 from dsbs.training.grid import StudentSpec
-from dsbs.training.methods import View, method_of
+from dsbs.training.methods import View, views_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,8 @@ class Projection:
     student_width: int
     teacher_width: int
     pairs: int
-    """How many pairs of layers this stack and teacher have."""
+    """How many pairs of layers the term compares in this teacher, counting every stack as one with
+    as many pairs as this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,9 @@ class Term(TermSettings):
     needs_label_scores: ClassVar[bool] = False
     """Whether it compares the probabilities of the task's label texts."""
 
+    heads: ClassVar[tuple[Head, ...]] = ("text",)
+    """The heads of students that can learn it."""
+
     def problem(self, method: str, views: Sequence[View], task: Task) -> str | None:
         """Why a student of ``method`` cannot learn the term, e.g. "needs a fixed set of labels".
 
@@ -117,7 +122,9 @@ class Term(TermSettings):
         """A batch's share of what the term is a mean over, if that is not the target tokens."""
         return 0
 
-    def projections(self, student_config: Any, teacher_configs: Sequence[Any]) -> list[Projection]:
+    def projections(
+        self, student_config: Any, teacher_configs: Sequence[Any], student_head: Head = "text"
+    ) -> list[Projection]:
         """The projections that the term trains beside the student."""
         return []
 
@@ -135,11 +142,20 @@ def terms_of(section: TrainSection, method: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def check_terms(section: TrainSection, task: Task, specs: Sequence[StudentSpec]) -> None:
-    """Raise UserError for a term that a method or a task has nothing to learn from."""
+def check_terms(
+    section: TrainSection, task: Task, specs: Sequence[StudentSpec], head: Head
+) -> None:
+    """Raise UserError for a term that a head, a method or a task has nothing to learn from."""
     for spec in specs:
-        views = [view for view in method_of(spec.method).views(section) if view.supervised]
+        views = [view for view in views_of(spec.method, section, head) if view.supervised]
         for term in terms_of(section, spec.method):
+            if head not in term.heads:
+                raise UserError(
+                    f"train.terms: {term.title} compares the tokens that student and teacher "
+                    "write, and student.head is labels",
+                    hint="use kind: labels, which compares distributions over the labels, or "
+                    "student.head: text",
+                )
             problem = term.problem(spec.method, views, task)
             if problem:
                 raise UserError(

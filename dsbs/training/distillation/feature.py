@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from dsbs.config.sections import as_tuple
 from dsbs.errors import UserError
+from dsbs.students.card import Head
 from dsbs.training.distillation import Projection, Term, TermInputs, as_float
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
@@ -33,10 +34,11 @@ class FeatureTerm(Term):
     stacks: Annotated[
         tuple[Literal["encoder", "decoder"], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("encoder", "decoder")
-    """Whose hidden states are compared."""
+    """Whose hidden states are compared. With a label head, the encoder's alone."""
 
     learns_projections: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
+    heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = "It also learned the hidden states of a local teacher."
     citation: ClassVar[str] = "Romero et al., 2015, arXiv:1412.6550"
 
@@ -44,11 +46,18 @@ class FeatureTerm(Term):
     def needs_teacher(self) -> bool:
         return True
 
-    def projections(self, student_config: Any, teacher_configs: Sequence[Any]) -> list[Projection]:
+    def projections(
+        self, student_config: Any, teacher_configs: Sequence[Any], student_head: Head = "text"
+    ) -> list[Projection]:
         """One for each pair of layers that the term compares. Raises UserError for a bad layer."""
+        from dsbs.students.heads import hidden_size
+
         projections: list[Projection] = []
+        stacks = self.stacks
+        if student_head == "labels":
+            stacks = ("encoder",)
         for teacher, teacher_config in enumerate(teacher_configs):
-            for stack in self.stacks:
+            for stack in stacks:
                 try:
                     pairs = layer_map(
                         self.layers, _depth(student_config, stack), _depth(teacher_config, stack)
@@ -65,9 +74,9 @@ class FeatureTerm(Term):
                         stack=stack,
                         student_layer=student_layer,
                         teacher_layer=teacher_layer,
-                        student_width=student_config.d_model,
-                        teacher_width=teacher_config.d_model,
-                        pairs=len(pairs),
+                        student_width=hidden_size(student_config),
+                        teacher_width=hidden_size(teacher_config),
+                        pairs=len(pairs) * len(stacks),
                     )
                     for student_layer, teacher_layer in pairs
                 ]
@@ -96,7 +105,7 @@ class FeatureTerm(Term):
             teacher_output = inputs.teachers[projection.teacher]
             student = inputs.student.states(stack)[projection.student_layer - 1][mask]
             teacher = teacher_output.states(stack)[projection.teacher_layer - 1][mask]
-            share = shares[projection.teacher] / len(self.stacks) / projection.pairs
+            share = shares[projection.teacher] / projection.pairs
             summed = feature_loss(linear(student), teacher)
             loss = loss + summed * (share / max(1, counts[stack]))
         return loss
@@ -116,7 +125,15 @@ def _token_masks(inputs: TermInputs) -> tuple[Tensor, Tensor]:
 
 
 def _depth(config: Any, stack: str) -> int:
-    return int(config.num_layers if stack == "encoder" else config.num_decoder_layers)
+    names: tuple[str, ...] = ("num_decoder_layers",)
+    if stack == "encoder":
+        names = ("num_layers", "num_hidden_layers")
+    encoder = getattr(config, "encoder", None)
+    for owner in (config, getattr(encoder, "text_config", None), encoder):
+        for name in names:
+            if isinstance(getattr(owner, name, None), int):
+                return int(getattr(owner, name))
+    raise AttributeError(f"{type(config).__name__} has no number of layers")
 
 
 def layer_map(layers: Layers, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:

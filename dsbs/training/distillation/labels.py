@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from dsbs.students.card import Head
 from dsbs.tasks import Task
 from dsbs.training.distillation import Term, TermInputs, as_float
 from dsbs.training.methods import View
@@ -33,6 +34,7 @@ class LabelsTerm(Term):
     """Divides the log-probabilities; its square multiplies the term."""
 
     needs_label_scores: ClassVar[bool] = True
+    heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = "It also learned a distribution over the labels."
     citation: ClassVar[str] = "Hinton et al., 2015, arXiv:1503.02531"
 
@@ -56,7 +58,7 @@ class LabelsTerm(Term):
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Rows with a target distribution."""
-        from dsbs.training.packed import supervised_rows
+        from dsbs.training.encode import supervised_rows
 
         packed = batch.get(views[0].target)
         if packed is None:
@@ -69,7 +71,7 @@ class LabelsTerm(Term):
     def loss(self, inputs: TermInputs) -> Tensor | float:
         import torch
 
-        from dsbs.training.packed import supervised_rows
+        from dsbs.training.encode import supervised_rows
 
         packed = inputs.first_view
         student = inputs.student.label_scores

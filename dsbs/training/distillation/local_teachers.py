@@ -8,8 +8,9 @@ teachers have the student's vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +24,20 @@ from dsbs.config import (
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records import TrainedStudent
-from dsbs.students.card import read_card
+from dsbs.students.card import Architecture, Head, architecture_of, head_of, read_card
 from dsbs.students.tokenizer import load_tokenizer, tokenizer_hash
 from dsbs.students.weights import load_model, weights_fingerprint
+from dsbs.tasks import make_task
 from dsbs.training.distillation import terms_of
 from dsbs.training.distributed import free_memory
 from dsbs.training.grid import StudentSpec
-from dsbs.training.methods import View, method_of
+from dsbs.training.methods import View, views_of
 
 if TYPE_CHECKING:
-    from dsbs.training.packed import ForwardRunner
+    from dsbs.training.encode import PackedBatch
+    from dsbs.training.packed import ForwardOutput
+
+    TeacherRunner = Callable[[Mapping[str, PackedBatch]], ForwardOutput]
 
 TrainTeacher = Callable[[Recipe, StudentSpec], TrainedStudent]
 
@@ -61,7 +66,8 @@ class LocalTeacher:
 
     def model(self) -> Any:
         if self._model is None:
-            self._model = load_model(str(self.folder)).eval().requires_grad_(False)
+            model = load_model(str(self.folder), labels=read_card(self.folder).outputs)
+            self._model = model.eval().requires_grad_(False)
         return self._model
 
     @property
@@ -81,14 +87,24 @@ def teacher_runners(
     *,
     hidden_states: bool = False,
     label_ids: Sequence[Sequence[int]] = (),
-) -> list[ForwardRunner]:
+) -> list[TeacherRunner]:
     """A forward runner for each teacher, on ``device``."""
     from dsbs.training.packed import ForwardRunner
+    from dsbs.training.packed.label_head import LabelHeadRunner, has_label_head
     from dsbs.training.packed.t5 import is_t5
 
-    runners: list[ForwardRunner] = []
+    runners: list[TeacherRunner] = []
     for teacher in teachers:
         model = teacher.model().to(device)
+        if has_label_head(model):
+            head_runner = LabelHeadRunner(
+                model,
+                views,
+                without_padding=section.padding == "none",
+                hidden_states=hidden_states,
+            )
+            runners.append(head_runner)
+            continue
         without_padding = section.padding == "none" and is_t5(model)
         runner = ForwardRunner(
             model,
@@ -112,12 +128,20 @@ class LocalTeachers:
         self._teachers: dict[tuple[int, Path], LocalTeacher] = {}
         self.trained: list[TrainedStudent] = []
 
+    @cached_property
+    def _head(self) -> Head:
+        return head_of(self._recipe.student, self._recipe.train.init)
+
+    @cached_property
+    def _kind(self) -> Architecture:
+        return architecture_of(self._recipe.train.init or self._recipe.student.source)
+
     def for_student(self, spec: StudentSpec) -> tuple[LocalTeacher, ...]:
         """A student's teachers, trained if need be. Raises UserError for one that does not fit."""
         terms = [term for term in terms_of(self._recipe.train, spec.method) if term.needs_teacher]
         if not terms:
             return ()
-        views = method_of(spec.method).views(self._recipe.train)
+        views = views_of(spec.method, self._recipe.train, self._head)
         needed = {name for term in terms for name in term.teacher_views(views)}
         needed_views = [view for view in views if view.target in needed]
         teachers: list[LocalTeacher] = []
@@ -155,6 +179,12 @@ class LocalTeachers:
     def _trained_first(
         self, number: int, section: LocalTeacherSection, spec: StudentSpec
     ) -> LocalTeacher:
+        if section.start is None and self._kind == "encoder":
+            raise UserError(
+                "train.teachers: an encoder's teacher starts from a pretrained one, as it has the "
+                "student's vocabulary",
+                hint="add start: a larger encoder of the same family, or model: a trained student",
+            )
         recipe, teacher = teacher_spec(self._recipe, number, section, spec)
         folder = teacher.path(self._train_folder)
         key = (number, folder)
@@ -173,10 +203,17 @@ class LocalTeachers:
     ) -> LocalTeacher:
         folder = Path(model).expanduser()
         card = read_card(folder)
-        if (card.kind, card.format) != ("seq2seq", "transformers"):
+        if (card.kind, card.format, card.head) != (self._kind, "transformers", self._head):
             raise UserError(
-                f"train.teachers: {model} is a {card.kind} model in the format {card.format}",
-                hint="a local teacher is a T5 as `dsbs train` saves it",
+                f"train.teachers: {model} is a {card.kind} model with head {card.head} in the "
+                f"format {card.format}",
+                hint="a local teacher has its student's architecture and head: here it is a "
+                f"{self._kind} model with head {self._head}, as `dsbs train` saves it",
+            )
+        if self._head == "labels" and card.classes != make_task(self._recipe.task).labels:
+            raise UserError(
+                f"train.teachers: {model} has other labels, or the same in another order",
+                hint="use a teacher that was trained with this recipe's task.labels",
             )
         for view in views:
             prefix = card.prefixes.get(view.target)
@@ -222,11 +259,11 @@ def teacher_spec(
     """
     seed = recipe.train.seeds[0] if section.seed is None else section.seed
     system = replace(spec, method=base_of(spec.method)).system
-    changes: dict[str, float] = {}
+    changes: dict[str, Any] = {}
     if section.learning_rate is not None:
         changes["learning_rate"] = section.learning_rate
     if section.max_steps is not None:
-        changes["max_steps"] = section.max_steps
+        changes |= {"max_steps": section.max_steps, "max_epochs": None}
     train = recipe.train.model_copy(
         update={
             "methods": (base_of(spec.method),),
@@ -236,12 +273,12 @@ def teacher_spec(
             "tune": None,
             "init": None,
             "lora": None,
+            "class_weights": None,
             **changes,
         }
     )
-    student = StudentSection(
-        **recipe.student.model_dump() | {"model": section.start, "init": None, "size": section.size}
-    )
+    values = {"model": section.start, "init": None, "size": section.size}
+    student = StudentSection(**recipe.student.model_dump() | values)
     teacher_recipe = recipe.model_copy(update={"train": train, "student": student})
     origin = Path(section.start).name if section.start else section.size
     name = f"{number}-{origin}-{system}"

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbs.config import TrainSection
+from dsbs.students.card import Head
 from dsbs.training.distillation import Projection, StepTotals, Term, TermInputs
 from dsbs.training.distillation.local_teachers import LocalTeacher, teacher_runners
 from dsbs.training.encode import Encoded, PackedBatch, collate, rows_of
@@ -22,8 +23,9 @@ from dsbs.training.methods import View
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dsbs.training.distillation.local_teachers import TeacherRunner
     from dsbs.training.distillation.response import TeacherLogprobs
-    from dsbs.training.packed import ForwardOutput, ForwardRunner
+    from dsbs.training.packed import ForwardOutput
 
 PROJECTIONS = "projections"  # the student's attribute with the projections, while it trains
 
@@ -61,7 +63,7 @@ class DistillationLoss:
         self._needs_teachers = any(
             term.needs_teacher and term.title not in self._cached for term in terms
         )
-        self._runners: list[ForwardRunner] | None = None
+        self._runners: list[TeacherRunner] | None = None
         self._projections: dict[str, list[tuple[Projection, Any]]] = {}
 
     def attach_projections(self, model: Any, seed: int) -> None:
@@ -72,6 +74,8 @@ class DistillationLoss:
         """
         import torch
 
+        from dsbs.training.packed.label_head import has_label_head
+
         modules: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -80,7 +84,8 @@ class DistillationLoss:
                     continue
                 configs = [teacher.model().config for teacher in self._teachers]
                 self._projections[term.title] = []
-                for projection in term.projections(model.config, configs):
+                head: Head = "labels" if has_label_head(model) else "text"
+                for projection in term.projections(model.config, configs, head):
                     linear = torch.nn.Linear(projection.student_width, projection.teacher_width)
                     modules[projection.name] = linear
                     self._projections[term.title].append((projection, linear))
@@ -104,7 +109,7 @@ class DistillationLoss:
         """(B, L), zeros for a row without a distribution and for an empty one."""
         import torch
 
-        nothing = np.zeros(len(self.label_ids), np.float32)
+        nothing = np.zeros(len(next(iter(self._soft_labels.values()), ())), np.float32)
         rows: list[NDArray[np.float32]] = []
         for source, target in zip(*rows_of(packed), strict=True):
             if target[-1] == IGNORED:

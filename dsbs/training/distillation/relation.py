@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
+from dsbs.students.card import Head
 from dsbs.training.distillation import Term, TermInputs, as_float
 from dsbs.training.methods import View
 
@@ -32,6 +33,7 @@ class RelationTerm(Term):
 
     is_of_one_pass: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
+    heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = (
         "It also learned how a local teacher relates examples to each other."
     )
@@ -49,7 +51,7 @@ class RelationTerm(Term):
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Examples of the first view, each once however many targets it has."""
-        from dsbs.training.packed import supervised_rows
+        from dsbs.training.encode import supervised_rows
 
         packed = batch.get(views[0].target)
         if packed is None:
@@ -62,7 +64,8 @@ class RelationTerm(Term):
         The term relates the examples of one forward pass; a step averages its passes by their
         examples.
         """
-        from dsbs.training.packed import distinct_inputs, row_means, supervised_rows
+        from dsbs.training.encode import supervised_rows
+        from dsbs.training.packed import distinct_inputs, row_means
 
         packed = inputs.first_view
         if packed is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dsbs.students.formats import start_token
-from dsbs.training.encode import PackedBatch, pad
+from dsbs.training.encode import PackedBatch, pad, supervised_rows
 from dsbs.training.losses import IGNORED, summed_nll
 from dsbs.training.methods import View
 from dsbs.training.packed.t5 import TargetBlock, group_by_length, packed_logits, without_wrapper
@@ -84,13 +84,6 @@ def distinct_inputs(batch: Batch, views: Sequence[View]) -> DistinctInputs:
             is_supervised[index] |= row_is_supervised
             indices[view].append(index)
     return DistinctInputs(ids, is_supervised, indices)
-
-
-def supervised_rows(packed: PackedBatch) -> Tensor:
-    """(B,): False for the empty rows that give all processes equally many batches."""
-    last_tokens = packed.target[packed.target_lengths.cumsum(0) - 1]
-    supervised: Tensor = last_tokens != IGNORED
-    return supervised
 
 
 class ForwardRunner:

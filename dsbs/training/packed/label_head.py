@@ -9,7 +9,7 @@ Shapes: B rows of a group padded to S tokens, D hidden size, L labels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,12 @@ from dsbs.students.heads import LabelHeadModel
 from dsbs.training.encode import PackedBatch
 from dsbs.training.losses import IGNORED, summed_nll
 from dsbs.training.methods import View
-from dsbs.training.packed import Batch, DistinctInputs, distinct_inputs
+from dsbs.training.packed import Batch, DistinctInputs, ForwardOutput, distinct_inputs
 from dsbs.training.packed.t5 import group_by_length, without_wrapper
+
+if TYPE_CHECKING:
+    from dsbs.training.distillation import StepTotals
+    from dsbs.training.distillation.objective import DistillationLoss
 
 
 def has_label_head(model: Any) -> bool:
@@ -29,21 +33,96 @@ def has_label_head(model: Any) -> bool:
 
 
 class LabelHeadRunner:
-    """Runs one model on batches of ``views`` and sums their losses."""
+    """Runs one model on batches of ``views``.
 
-    def __init__(self, model: Any, views: Sequence[View], *, without_padding: bool) -> None:
+    ``class_weights`` (L,) multiply the rows' label losses; empty: 1. ``scores_choices``: the label
+    view has a sequence for each choice of a row, with target 1 for the right one and 0 for others,
+    and the label loss is that of a softmax over the row's choices.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        views: Sequence[View],
+        *,
+        without_padding: bool,
+        hidden_states: bool = False,
+        class_weights: Sequence[float] = (),
+        scores_choices: bool = False,
+    ) -> None:
         self._model: LabelHeadModel = without_wrapper(model)
         self._views = views
         self._without_padding = without_padding
+        self._hidden_states = hidden_states
+        self._class_weights = (
+            torch.tensor(class_weights, dtype=torch.float64) if class_weights else None
+        )
+        self._scores_choices = scores_choices
+        self._rationale_only: list[Tensor] = []
+        pad_id = getattr(self._model.config, "pad_token_id", None)
+        self._pad_id = 0 if pad_id is None else int(pad_id)
 
-    def summed_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """By view, the summed cross-entropy () in nats: of classes, or of target tokens."""
-        inputs = distinct_inputs(batch, self._views)
+    def __call__(self, batch: Batch) -> ForwardOutput:
+        """Label scores and states of a batch whose label view is ``batch["label"]``."""
+        return self.run(batch, writes=False)[1]
+
+    def run(self, batch: Batch, *, writes: bool = True) -> tuple[dict[str, Tensor], ForwardOutput]:
+        """By view, the summed cross-entropy () in nats: of classes, or of target tokens.
+
+        And the output that terms are computed from. ``writes``: whether to compute rationales.
+        """
+        inputs = self._inputs(batch)
         losses: dict[str, Tensor] = {}
+        logits: list[Tensor] = []
+        order: list[int] = []
+        states: dict[int, list[Tensor]] = {}
         for group in self._groups(inputs):
-            for view, loss in self._group_losses(batch, inputs, group).items():
-                losses[view] = losses[view] + loss if view in losses else loss
-        return losses
+            position = {index: place for place, index in enumerate(group)}
+            rows = {
+                view: [row for row, index in enumerate(indices) if index in position]
+                for view, indices in inputs.indices.items()
+                if writes or view == "label"
+            }
+            places = {
+                view: [position[inputs.indices[view][row]] for row in view_rows]
+                for view, view_rows in rows.items()
+            }
+            ids = [inputs.ids[index] for index in group]
+            group_logits, rationale, layers = self._group(batch, ids, rows, places)
+            if group_logits is not None:
+                logits.append(group_logits)
+                order += rows["label"]
+            if rationale is not None:
+                total = losses.get("rationale")
+                losses["rationale"] = rationale if total is None else total + rationale
+            for place, index in enumerate(group if layers else ()):
+                states[index] = [layer[place, : len(inputs.ids[index])] for layer in layers]
+        label_logits = torch.cat(logits)[torch.tensor(order).argsort().to(logits[0].device)]
+        label_loss = self._label_loss(label_logits, batch["label"])
+        if writes and "rationale" not in losses:  # all processes have gradients of the same weights
+            for parameter in self._rationale_only:
+                label_loss = label_loss + parameter.flatten()[:0].sum()
+        output = ForwardOutput(
+            logits={"label": label_logits},
+            encoder_states=[
+                torch.cat(layer) for layer in zip(*map(states.get, sorted(states)), strict=True)
+            ],
+            decoder_states=[],
+            label_scores=label_logits.log_softmax(-1),
+        )
+        return {"label": label_loss} | losses, output
+
+    def _inputs(self, batch: Batch) -> DistinctInputs:
+        """The inputs of a batch: label and rationale share an example's, unless it has choices."""
+        if not self._scores_choices:
+            return distinct_inputs(batch, self._views)
+        ids: list[Tensor] = []
+        indices: dict[str, list[int]] = {}
+        for view, packed in batch.items():
+            sources = torch.split(packed.source, packed.source_lengths.tolist())
+            indices[view] = list(range(len(ids), len(ids) + len(sources)))
+            ids += sources
+        return DistinctInputs(ids, [True] * len(ids), indices)
 
     def _groups(self, inputs: DistinctInputs) -> list[list[int]]:
         """Indices of the inputs that go through the model together."""
@@ -53,39 +132,45 @@ class LabelHeadRunner:
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         return [sorted(order[bound]) for bound in group_by_length([lengths[i] for i in order])]
 
-    def _group_losses(
-        self, batch: Batch, inputs: DistinctInputs, group: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """By view, the loss of the rows that read the inputs of ``group``."""
-        position = {index: place for place, index in enumerate(group)}
-        rows: dict[str, list[int]] = {}
-        for view, indices in inputs.indices.items():
-            rows[view] = [row for row, index in enumerate(indices) if index in position]
-        read_by = {
-            view: [position[inputs.indices[view][row]] for row in view_rows]
-            for view, view_rows in rows.items()
-        }
-        ids = [inputs.ids[index] for index in group]
+    def _label_loss(self, logits: Tensor, packed: PackedBatch) -> Tensor:
+        """logits (B, L), or (B, 1) of choices -> ()."""
+        if self._scores_choices:
+            return choice_nll(logits[:, 0], packed)
+        weights = self._class_weights
+        if weights is not None:
+            weights = weights.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
+        return summed_nll(logits, packed.target, weights)
+
+    def _group(
+        self,
+        batch: Batch,
+        ids: Sequence[Tensor],
+        rows: Mapping[str, list[int]],
+        places: Mapping[str, list[int]],
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+        """Label logits and rationale loss of the ``rows`` that read ``ids``, at ``places`` in them.
+
+        None where a view has no row. And the states (B, S, D) after each layer, where requested.
+        """
         if self._model.architecture == "causal":
-            return self._causal_losses(batch, ids, rows, read_by)
-        padded, mask = _pad(ids)
-        states = self._model.states(padded, mask)
-        losses: dict[str, Tensor] = {}
-        for view, view_rows in rows.items():
-            if not view_rows:
-                continue
-            places = read_by[view]
-            targets = _targets(batch[view], view_rows)
-            if view == "label":
-                logits = self._model.label_logits(states[places], mask[places])
-                losses[view] = summed_nll(logits, torch.cat(targets))
-            else:
-                labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
-                logits = self._model.rationale_logits(
-                    states[places], mask[places], self._shifted(labels)
-                )
-                losses[view] = summed_nll(logits, labels)
-        return losses
+            return *self._causal_group(batch, ids, rows, places), []
+        padded, mask = _pad(ids, self._pad_id)
+        layers: list[Tensor] = []
+        if self._hidden_states:
+            layers = self._model.layer_states(padded, mask)
+        states = layers[-1] if layers else self._model.states(padded, mask)
+        logits = None
+        if rows.get("label"):
+            read = places["label"]
+            logits = self._model.label_logits(states[read], mask[read])
+        rationale = None
+        if rows.get("rationale"):
+            read = places["rationale"]
+            targets = _targets(batch["rationale"], rows["rationale"])
+            labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+            written = self._model.rationale_logits(states[read], mask[read], self._shifted(labels))
+            rationale = summed_nll(written, labels)
+        return logits, rationale, layers
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """Targets (B, T) -> the decoder's input (B, T): its start token, then all but the last."""
@@ -93,21 +178,21 @@ class LabelHeadRunner:
         shifted[:, 0] = self._model.start
         return shifted
 
-    def _causal_losses(
+    def _causal_group(
         self,
         batch: Batch,
         prompts: Sequence[Tensor],
         rows: Mapping[str, list[int]],
-        read_by: Mapping[str, list[int]],
-    ) -> dict[str, Tensor]:
-        """A decoder's losses: a rationale follows its prompt, whose last state gives the label.
+        places: Mapping[str, list[int]],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A decoder's part: a rationale follows its prompt, whose last state gives the label.
 
         No attention mask is needed: padding comes last, where no real token attends.
         """
         rationales: list[list[Tensor]] = [[] for _ in prompts]
-        if "rationale" in rows:
+        if rows.get("rationale"):
             targets = _targets(batch["rationale"], rows["rationale"])
-            for place, target in zip(read_by["rationale"], targets, strict=True):
+            for place, target in zip(places["rationale"], targets, strict=True):
                 rationales[place].append(target)
         sequences: list[tuple[Tensor, Tensor]] = []
         first_of: list[int] = []  # the first sequence of each prompt
@@ -117,31 +202,127 @@ class LabelHeadRunner:
             sequences += [(prompt, target) for target in written] or [(prompt, nothing)]
         padded, _ = _pad([torch.cat([prompt, target[:-1]]) for prompt, target in sequences])
         states = self._model.states(padded.clamp(min=0), torch.ones_like(padded))
-        losses: dict[str, Tensor] = {}
+        logits = None
         if rows.get("label"):
-            places = read_by["label"]
-            last = [len(prompts[place]) - 1 for place in places]
-            pooled = states[[first_of[place] for place in places], last]
-            classes = torch.cat(_targets(batch["label"], rows["label"]))
-            losses["label"] = summed_nll(self._model.classify(pooled), classes)
+            read = places["label"]
+            last = [len(prompts[place]) - 1 for place in read]
+            logits = self._model.classify(states[[first_of[place] for place in read], last])
+        rationale = None
         if rows.get("rationale"):
             predicts = torch.zeros_like(padded, dtype=torch.bool)
             for row_mask, (prompt, target) in zip(predicts, sequences, strict=True):
                 row_mask[len(prompt) - 1 : len(prompt) + len(target) - 1] = len(target) > 0
-            logits = self._model.body.get_output_embeddings()(states[predicts])
-            losses["rationale"] = summed_nll(logits, torch.cat([target for _, target in sequences]))
-        return losses
+            token_logits = self._model.body.get_output_embeddings()(states[predicts])
+            rationale = summed_nll(token_logits, torch.cat([target for _, target in sequences]))
+        return logits, rationale
+
+    def label_count(self, packed: PackedBatch) -> float:
+        """What the label loss of a batch is a mean over: its rows, or the sum of their weights."""
+        if self._scores_choices:
+            return int((packed.target == 1).sum())
+        classes = packed.target[packed.target != IGNORED]
+        if self._class_weights is None:
+            return len(classes)
+        return float(self._class_weights[classes.cpu()].double().sum())
+
+    def freeze_unused(self) -> None:
+        """Freeze the weights that no view trains: BERT's pooler, or a T5's decoder that learns no
+        rationales.
+
+        Distributed training waits for a gradient of every trainable weight.
+        """
+        layers = (self._model.body, self._model.classifier, self._model.rationale_decoder)
+        parameters = [
+            parameter
+            for layer in layers
+            if layer is not None
+            for parameter in layer.parameters()
+            if parameter.requires_grad
+        ]
+        parameters = list({id(parameter): parameter for parameter in parameters}.values())
+        with torch.random.fork_rng():
+            losses, _ = self.run(self._smallest_batch())
+        used = {
+            view: [
+                gradient is not None
+                for gradient in torch.autograd.grad(
+                    loss, parameters, retain_graph=True, allow_unused=True
+                )
+            ]
+            for view, loss in losses.items()
+        }
+        for index, parameter in enumerate(parameters):
+            if not any(is_used[index] for is_used in used.values()):
+                parameter.requires_grad_(False)
+            elif not used["label"][index]:
+                self._rationale_only.append(parameter)
+
+    def _smallest_batch(self) -> dict[str, PackedBatch]:
+        """One example of every view that is trained."""
+        ids = torch.ones(2, dtype=torch.long, device=self._model.device)
+        length = ids[:1] + 1
+        batch: dict[str, PackedBatch] = {}
+        for view in self._views:
+            if not view.supervised:
+                continue
+            target = ids[:1] if view.target == "label" else ids
+            batch[view.target] = PackedBatch(
+                rows=ids[:1] - 1,
+                source=ids,
+                source_lengths=length,
+                target=target,
+                target_lengths=torch.tensor([len(target)], device=ids.device),
+            )
+        return batch
 
 
-def patch_label_head(model: Any, views: Sequence[View], *, without_padding: bool) -> None:
-    """Patch ``model.forward`` to accept a packed batch and return summed losses per view."""
+def choice_nll(scores: Tensor, packed: PackedBatch) -> Tensor:
+    """scores (B,) of the choices of all rows -> (): the summed cross-entropy of the right ones.
+
+    Of a softmax over each row's choices. ``packed.target`` is 1 for a right choice, else 0; a row
+    without a right choice is left out.
+    """
+    rows = packed.rows.tolist()
+    targets = packed.target.tolist()
+    column: list[int] = []
+    counts: dict[int, int] = {}
+    for row in rows:
+        column.append(counts.get(row, 0))
+        counts[row] = column[-1] + 1
+    line = {row: index for index, row in enumerate(counts)}
+    chosen = [IGNORED] * len(counts)
+    for row, place, target in zip(rows, column, targets, strict=True):
+        if target == 1:
+            chosen[line[row]] = place
+    table = scores.new_full((len(counts), max(counts.values())), -torch.inf)
+    table = table.index_put(
+        (
+            torch.tensor([line[row] for row in rows], device=scores.device),
+            torch.tensor(column, device=scores.device),
+        ),
+        scores,
+    )
+    return summed_nll(table, torch.tensor(chosen, device=scores.device))
+
+
+def patch_label_head(
+    model: Any,
+    runner: LabelHeadRunner,
+    terms: DistillationLoss | None = None,
+) -> None:
+    """Patch ``model.forward`` to accept a packed batch and return summed losses per view.
+
+    With ``terms`` and ``step`` it adds each term's share of the step's mean, by its title.
+    """
     forward = model.forward
-    runner = LabelHeadRunner(model, views, without_padding=without_padding)
 
-    def packed_forward(*args: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
+    def packed_forward(
+        *args: Any, batch: Batch | None = None, step: StepTotals | None = None, **kwargs: Any
+    ) -> Any:
         if batch is None:
             return forward(*args, **kwargs)
-        return runner.summed_losses(batch)
+        losses, output = runner.run(batch)
+        return losses | (terms.losses(output, batch, step) if terms and step else {})
 
     model.forward = packed_forward
 
@@ -165,8 +346,8 @@ def _targets(packed: PackedBatch, rows: Sequence[int]) -> list[Tensor]:
     return [targets[row] for row in rows]
 
 
-def _pad(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _pad(ids: Sequence[Tensor], pad_id: int = 0) -> tuple[Tensor, Tensor]:
     """Ids, and a mask that is 0 at padding, (B, S) each."""
-    padded = pad_sequence(list(ids), batch_first=True)
+    padded = pad_sequence(list(ids), batch_first=True, padding_value=pad_id)
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     return padded, mask

@@ -423,8 +423,8 @@ def test_a_teacher_is_freed_once_no_later_student_needs_it(
     loaded: list[weakref.ref[Any]] = []
     alive_at_load: list[list[bool]] = []
 
-    def recording(folder: str) -> Any:
-        model = load_model(folder)
+    def recording(folder: str, *, labels: int) -> Any:
+        model = load_model(folder, labels=labels)
         alive_at_load.append([reference() is not None for reference in loaded])
         loaded.append(weakref.ref(model))
         return model

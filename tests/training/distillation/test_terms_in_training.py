@@ -19,8 +19,8 @@ from tiny_training import distillation_loss, loss_lines, tiny_t5, train_steps, w
 
 from dsbs import annotate, load_recipe, train
 from dsbs.config import LoraSection
+from dsbs.training.adapters import add_adapters, merge_adapters
 from dsbs.training.grid import last_checkpoint
-from dsbs.training.trainer import add_adapters, merge_adapters
 
 TEACHERS = "train.teachers=[{size: nano, max_steps: 2}]"
 RESPONSE = ("train.methods=finetune+response", "train.terms=[{kind: response}]", TEACHERS)

@@ -1,86 +1,51 @@
-"""Label heads: losses and steps against an independent loop, for each kind of backbone."""
+"""Label heads: losses and steps against an independent loop, for each family of models."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import causal_models
+import label_heads
 import pytest
-import small_t5
 import torch
+from label_heads import FAMILIES, SEPARATOR, choice_rows, label_head, rows
 from torch.nn.functional import cross_entropy
-from transformers import (
-    BertConfig,
-    BertGenerationConfig,
-    BertGenerationDecoder,
-    BertModel,
-    Seq2SeqTrainingArguments,
-)
+from transformers import Seq2SeqTrainingArguments
 
 from dsbs.config import TrainSection
-from dsbs.students.heads import LabelHeadModel, share_embeddings
+from dsbs.students.heads import LabelHeadModel
 from dsbs.training.encode import Encoded, collate
 from dsbs.training.methods import views_of
 from dsbs.training.packed.label_head import LabelHeadRunner, split_new_layers
 from dsbs.training.trainer import StepTrainer
 
-LABELS = 3
-STEPS = 4
+STEPS = 10
 WEIGHT = 0.5
-BACKBONES = ["encoder", "seq2seq", "causal"]
+RATE = 3e-2
+Losses = dict[str, torch.Tensor]
 
 
-def rows(count: int = 8) -> list[Encoded]:
-    """Rows of very different lengths; some have no rationale, one has two."""
-    encoded: list[Encoded] = []
-    for i in range(count):
-        source = [5 + i, 9] * (1 + 2 * i)
-        row: Encoded = {"label": [(source, [i % LABELS])]}
-        if i not in (1, 4, 5):
-            pair = (source, [10 + i] * (1 + 2 * i) + [1])
-            row["rationale"] = [pair, (source, [7, 8, 1])] if i == 2 else [pair]
-        encoded.append(row)
-    return encoded
+def states_of(model: LabelHeadModel, source: Any) -> torch.Tensor:
+    """transformers' own pass over one input without padding (S, D)."""
+    ids = torch.tensor([source])
+    body = model.body
+    if model.architecture == "seq2seq":
+        return torch.as_tensor(body.get_encoder()(input_ids=ids).last_hidden_state[0])
+    if model.architecture == "causal":
+        return torch.as_tensor(body.base_model(input_ids=ids).last_hidden_state[0])
+    inputs = {"input_ids": ids}
+    if model.config.model_type in ("bert", "albert", "electra"):
+        end = source.index(SEPARATOR) + 1
+        inputs["token_type_ids"] = torch.tensor([[0] * end + [1] * (len(source) - end)])
+    return torch.as_tensor(body(**inputs).last_hidden_state[0])
 
 
-def label_head(architecture: Any, dropout: float = 0.0) -> LabelHeadModel:
-    if architecture == "encoder":
-        torch.manual_seed(1)
-        shape: dict[str, Any] = {
-            "vocab_size": 50,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "hidden_dropout_prob": dropout,
-            "attention_probs_dropout_prob": dropout,
-        }
-        body: Any = BertModel(BertConfig(**shape, type_vocab_size=1))
-        config = BertGenerationConfig(
-            **shape, bos_token_id=2, eos_token_id=1, is_decoder=True, add_cross_attention=True
-        )
-        decoder = share_embeddings(BertGenerationDecoder(config), body)
-        return LabelHeadModel(body, LABELS, architecture, decoder, dropout=dropout)
-    body = small_t5.t5().float() if architecture == "seq2seq" else causal_models.model()
-    torch.manual_seed(4)
-    return LabelHeadModel(body, LABELS, architecture, dropout=dropout)
-
-
-def losses_row_by_row(model: LabelHeadModel) -> dict[str, torch.Tensor]:
-    """By view, the summed cross-entropy of plain passes over single rows without padding."""
-    total = {
-        view: torch.zeros((), dtype=model.classifier.weight.dtype)
-        for view in ("label", "rationale")
-    }
-    for row in rows():
-        for source, (target,) in row["label"]:
-            ids = torch.tensor([source])
-            logits = model(ids, torch.ones_like(ids))
-            total["label"] = total["label"] + cross_entropy(logits, torch.tensor([target]))
-        for source, target in row.get("rationale", ()):
-            total["rationale"] = total["rationale"] + rationale_nll(model, source, target)
-    return total
+def class_logits(model: LabelHeadModel, source: Any) -> torch.Tensor:
+    states = states_of(model, source)
+    pooled = states[-1] if model.architecture == "causal" else states.mean(0)
+    head = model.classifier
+    return head.weight @ pooled + head.bias
 
 
 def rationale_nll(model: LabelHeadModel, source: Any, target: Any) -> torch.Tensor:
@@ -91,87 +56,109 @@ def rationale_nll(model: LabelHeadModel, source: Any, target: Any) -> torch.Tens
     elif model.architecture == "seq2seq":
         logits = model.body(input_ids=ids, labels=torch.tensor([target])).logits[0]
     else:
-        states = model.body(input_ids=ids).last_hidden_state
         start = [model.rationale_decoder.config.bos_token_id, *target[:-1]]
         logits = model.rationale_decoder(
-            input_ids=torch.tensor([start]), encoder_hidden_states=states
+            input_ids=torch.tensor([start]), encoder_hidden_states=states_of(model, source)[None]
         ).logits[0]
     return cross_entropy(logits, torch.tensor(target), reduction="sum")
 
 
+def losses_row_by_row(
+    model: LabelHeadModel, data: Sequence[Encoded], class_weights: Sequence[float] = ()
+) -> Losses:
+    """By view, the mean cross-entropy of plain passes over single rows without padding."""
+    total = {
+        view: torch.zeros((), dtype=model.classifier.weight.dtype)
+        for view in ("label", "rationale")
+    }
+    weight_sum = 0.0
+    tokens = 0
+    for row in data:
+        if model.classifier.out_features == 1:
+            scores = torch.cat([class_logits(model, source) for source, _ in row["label"]])
+            label = [target[0] for _, target in row["label"]].index(1)
+        else:
+            [(source, (label,))] = row["label"]
+            scores = class_logits(model, source)
+        weight = class_weights[label] if class_weights else 1.0
+        weight_sum += weight
+        total["label"] = total["label"] + weight * cross_entropy(scores, torch.tensor(label))
+        for source, target in row.get("rationale", ()):
+            total["rationale"] = total["rationale"] + rationale_nll(model, source, target)
+            tokens += len(target)
+    return {"label": total["label"] / weight_sum, "rationale": total["rationale"] / tokens}
+
+
+def gradients_of(model: LabelHeadModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
+
+
 @pytest.mark.parametrize("without_padding", [True, False])
-@pytest.mark.parametrize("architecture", BACKBONES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_equal_those_of_single_rows(
-    architecture: str, without_padding: bool
+    family: str, without_padding: bool
 ) -> None:
-    model = label_head(architecture).double().train()
+    model = label_head(family).double().train()
     views = views_of("step-by-step", TrainSection(), "labels")
     runner = LabelHeadRunner(model, views, without_padding=without_padding)
-    ours = runner.summed_losses(collate(rows()))
-    expected = losses_row_by_row(model)
-    assert set(ours) == set(expected)
-    for view, loss in expected.items():
-        assert float(ours[view].detach()) == pytest.approx(float(loss.detach()), rel=1e-6), view
+    batch = collate(rows())
+    sums, _ = runner.run(batch)
+    for view, expected in losses_row_by_row(model, rows()).items():
+        mean = sums[view] / (len(rows()) if view == "label" else len(batch[view].target))
+        assert float(mean.detach()) == pytest.approx(float(expected.detach()), rel=1e-6), view
+        ours = gradients_of(model, mean)
+        theirs = gradients_of(model, expected)
+        assert ours.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            assert torch.allclose(ours[name], gradient, atol=1e-6), (view, name)
+
+
+def descend(model: LabelHeadModel, data: Sequence[Encoded], weights: Sequence[float] = ()) -> None:
+    """The independent loop: plain gradient descent on the formula."""
+    for _ in range(STEPS):
+        losses = losses_row_by_row(model, data, weights)
+        loss = (losses["label"] + WEIGHT * losses["rationale"]) / (1 + WEIGHT)
         model.zero_grad()
         loss.backward()
-        gradients = {
-            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-        }
-        model.zero_grad()
-        ours[view].backward(retain_graph=True)
-        for name, gradient in gradients.items():
-            parameter = model.get_parameter(name)
-            assert parameter.grad is not None and torch.allclose(
-                parameter.grad, gradient, atol=1e-5
-            )
-
-
-@pytest.mark.parametrize("micro_batch", [8, 2])
-@pytest.mark.parametrize("architecture", BACKBONES)
-def test_steps_equal_an_independent_loop(
-    tmp_path: Path, architecture: str, micro_batch: int
-) -> None:
-    reference = label_head(architecture).double()
-    classes = len(rows())
-    tokens = sum(len(target) for row in rows() for _, target in row.get("rationale", ()))
-    for _ in range(STEPS):
-        reference.zero_grad()
-        losses = losses_row_by_row(reference)
-        loss = losses["label"] / classes + WEIGHT * losses["rationale"] / tokens
-        (loss / (1 + WEIGHT)).backward()
         with torch.no_grad():
-            for parameter in reference.parameters():
+            for parameter in model.parameters():
                 if parameter.grad is not None:
-                    parameter.sub_(3e-2 * parameter.grad)
-    model = label_head(architecture)
-    train(model, tmp_path, micro_batch, rationale_weight=WEIGHT)
-    for name, weights in reference.state_dict().items():
-        assert torch.allclose(model.state_dict()[name].double(), weights, atol=1e-5), name
+                    parameter.sub_(RATE * parameter.grad)
 
 
-def train(model: LabelHeadModel, folder: Path, micro_batch: int, **changes: Any) -> None:
+def train(model: Any, folder: Path, micro_batch: int, **changes: Any) -> StepTrainer:
     """Train with plain gradient descent."""
     method = changes.pop("method", "step-by-step")
+    data = changes.pop("data", rows())
+    class_weights = changes.pop("class_weights", ())
     section = TrainSection(
-        batch_size=8, max_steps=STEPS, learning_rate=3e-2, head_learning_rate=3e-2, **changes
+        batch_size=8, max_steps=STEPS, learning_rate=RATE, head_learning_rate=RATE, **changes
     )
     views = views_of(method, section, "labels")
     supervised = {view.target for view in views if view.supervised}
-    dataset = [{name: pairs for name, pairs in row.items() if name in supervised} for row in rows()]
+    dataset = [{name: pairs for name, pairs in row.items() if name in supervised} for row in data]
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=8 // micro_batch,
         max_steps=STEPS,
-        learning_rate=3e-2,
+        learning_rate=RATE,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
         save_strategy="no",
+        logging_steps=1,
         report_to=[],
         use_cpu=True,
         seed=3,
+        disable_tqdm=True,
     )
     trainer = StepTrainer(
         model=model,
@@ -181,13 +168,51 @@ def train(model: LabelHeadModel, folder: Path, micro_batch: int, **changes: Any)
         views=views,
         section=section.resolved(is_scratch=False),
         validate=lambda: {},
-        optimizers=(torch.optim.SGD(model.parameters(), lr=3e-2), None),
+        class_weights=class_weights,
+        scores_choices=model.classifier.out_features == 1,
+        optimizers=(torch.optim.SGD(model.parameters(), lr=RATE), None),
     )
     trainer.train()
+    return trainer
+
+
+def assert_equal_weights(model: LabelHeadModel, reference: LabelHeadModel) -> None:
+    # Gemma's norms compute in float32 whatever their input is.
+    tolerance = 1e-4 if "gemma" in model.config.model_type else 1e-6
+    for name, weights in reference.state_dict().items():
+        difference = float((model.state_dict()[name] - weights).abs().max())
+        assert difference < tolerance, (name, difference)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps_equal_an_independent_loop(tmp_path: Path, family: str) -> None:
+    reference = label_head(family).double()
+    descend(reference, rows())
+    model = label_head(family).double()
+    train(model, tmp_path, 2 if family in label_heads.ENCODERS else 8, rationale_weight=WEIGHT)
+    assert_equal_weights(model, reference)
+
+
+def test_class_weights_give_a_weighted_mean_over_the_step(tmp_path: Path) -> None:
+    weights = (0.5, 3.0, 1.0)
+    reference = label_head("bert").double()
+    descend(reference, rows(), weights)
+    model = label_head("bert").double()
+    train(model, tmp_path, 2, rationale_weight=WEIGHT, class_weights=weights)
+    assert_equal_weights(model, reference)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_choices_are_scored_by_a_softmax_over_their_row(tmp_path: Path, family: str) -> None:
+    reference = label_head(family, outputs=1).double()
+    descend(reference, choice_rows())
+    model = label_head(family, outputs=1).double()
+    train(model, tmp_path, 2, rationale_weight=WEIGHT, data=choice_rows())
+    assert_equal_weights(model, reference)
 
 
 def test_new_layers_have_their_own_learning_rate() -> None:
-    model = label_head("encoder")
+    model = label_head("bert")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     split_new_layers(optimizer, model, 1e-3)
     pretrained, new = optimizer.param_groups
@@ -196,12 +221,41 @@ def test_new_layers_have_their_own_learning_rate() -> None:
     assert len(pretrained["params"]) + len(new["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("architecture", BACKBONES)
-def test_without_weight_a_rationale_changes_no_bit(tmp_path: Path, architecture: str) -> None:
-    finetuned = label_head(architecture, dropout=0.1)
-    weightless = label_head(architecture, dropout=0.1)
-    weightless.load_state_dict(finetuned.state_dict())
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_without_weight_a_rationale_changes_no_bit(tmp_path: Path, family: str) -> None:
+    finetuned = label_head(family, dropout=0.1)
+    weightless = label_head(family, dropout=0.1)
     train(finetuned, tmp_path / "a", 4, method="finetune")
     train(weightless, tmp_path / "b", 4, rationale_weight=0.0)
     for name, weights in finetuned.state_dict().items():
         assert torch.equal(weightless.state_dict()[name], weights), name
+
+
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_balanced_weight_keeps_the_share_of_the_gradients(tmp_path: Path, micro_batch: int) -> None:
+    reference = label_head("bert").double()
+    losses = losses_row_by_row(reference, rows())
+    gradients = {view: gradients_of(reference, loss) for view, loss in losses.items()}
+    shared = gradients["label"].keys() & gradients["rationale"].keys()
+    assert "body.encoder.layer.0.output.dense.weight" in shared
+    assert not any(name.startswith(("classifier", "rationale_decoder.bert.enc")) for name in shared)
+    label, rationale = (
+        torch.cat([gradients[view][name].flatten() for name in sorted(shared)]).norm()
+        for view in ("label", "rationale")
+    )
+    model = label_head("bert").double()
+    balance = {"share": 0.3, "every": 4}
+    trainer = train(model, tmp_path, micro_batch, rationale_weight=balance)
+    first = next(row for row in trainer.state.log_history if "rationale_weight" in row)
+    assert first["rationale_weight"] == pytest.approx(float(0.3 * label / rationale), rel=1e-6)
+    assert first["label_gradient"] == pytest.approx(float(label), rel=1e-6)
+    measured = [row["rationale_weight"] for row in trainer.state.log_history if "loss" in row]
+    assert [measured.index(weight) for weight in measured] == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+
+
+def test_weights_that_no_view_trains_are_frozen(tmp_path: Path) -> None:
+    model = label_head("t5")
+    train(model, tmp_path, 8, method="finetune")
+    trained = {name for name, weights in model.named_parameters() if weights.requires_grad}
+    assert not any("decoder" in name for name in trained)
+    assert {"body.shared.weight", "classifier.weight"} <= trained

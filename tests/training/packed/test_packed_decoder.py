@@ -17,13 +17,14 @@ from transformers import Seq2SeqTrainingArguments
 from dsbs import DsbsError, Student, UserError, load_recipe, train
 from dsbs.config import LoraSection, Recipe, TrainSection
 from dsbs.students.formats import ChatFormat
+from dsbs.training.adapters import add_adapters, count_trainable, merge_adapters
 from dsbs.training.encode import Encoded, Encoder, PackedBatch, collate
 from dsbs.training.grid import last_checkpoint
 from dsbs.training.methods import View
 from dsbs.training.packed import summed_losses, target_logits
 from dsbs.training.rows import Row
 from dsbs.training.tokens import Tokens
-from dsbs.training.trainer import StepTrainer, add_adapters, count_trainable, merge_adapters
+from dsbs.training.trainer import StepTrainer
 
 WEIGHT = 0.5
 VIEWS = (View("label", "predict: ", 1.0), View("rationale", "explain: ", WEIGHT))

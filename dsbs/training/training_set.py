@@ -1,0 +1,142 @@
+"""Training set: one student's views, terms, and rows as token ids."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+from dsbs.config import Recipe, unknown
+from dsbs.errors import UserError
+from dsbs.files import canonical_json, digest
+from dsbs.students.card import head_of, input_limit
+from dsbs.students.tokenizer import tokenizer_hash
+from dsbs.students.weights import weights_fingerprint
+from dsbs.tasks import make_task
+from dsbs.training.distillation import terms_of
+from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
+from dsbs.training.encode import Encoder, encoded_hash, soft_labels_hash
+from dsbs.training.grid import StudentSpec
+from dsbs.training.methods import View, views_of
+from dsbs.training.rows import Data
+from dsbs.training.tokens import Tokens
+
+
+class TrainingSet:
+    """What the student of ``spec`` learns from."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        spec: StudentSpec,
+        data: Data,
+        tokens: Tokens,
+        teachers: Sequence[LocalTeacher] = (),
+    ) -> None:
+        task = make_task(recipe.task)
+        self._spec = spec
+        self._start = recipe.train.init or recipe.student.source
+        self._teachers = teachers
+        self.head = head_of(recipe.student, recipe.train.init)
+        self.scores_choices = self.head == "labels" and task.has_choices
+        self.classes: tuple[str, ...] = ()
+        if self.head == "labels":
+            self.classes = task.labels or ()
+        self.views: tuple[View, ...] = views_of(spec.method, spec.section, self.head)
+        self.terms = terms_of(spec.section, spec.method)
+        self.max_input_tokens = input_limit(recipe.student, recipe.train.init)
+        self.max_target_tokens = recipe.student.max_target_tokens
+        encoder = Encoder(
+            tokens,
+            self.max_input_tokens,
+            self.max_target_tokens,
+            self.classes,
+            scores_choices=self.scores_choices,
+        )
+        rows = data.subset(spec.subset)
+        self.rows = encoder.rows(rows, self.views, spec.labels)
+        self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
+        self.soft_labels = {}
+        if spec.learns_votes:
+            self.soft_labels = encoder.soft_labels(rows, self.views[0], spec.labels)
+        self.label_ids: list[list[int]] = []
+        if self.head == "text" and any(term.needs_label_scores for term in self.terms):
+            self.label_ids = encoder.texts(task.labels or ())
+
+    @property
+    def outputs(self) -> int:
+        """The outputs of a label head: one for each label, or one for a choice. 0: it has none."""
+        return 1 if self.scores_choices else len(self.classes)
+
+    @property
+    def learns_rationales(self) -> bool:
+        return any(view.target == "rationale" for view in self.views)
+
+    @cached_property
+    def class_weights(self) -> tuple[float, ...]:
+        """The weight of each class in the label loss; empty: all have 1."""
+        setting = self._spec.section.class_weights
+        if setting is None:
+            return ()
+        if isinstance(setting, dict):
+            return tuple(setting.get(label, 1.0) for label in self.classes)
+        counts = Counter(int(row["label"][0][1][0]) for row in self.rows if "label" in row)
+        rows = counts.total()
+        return tuple(
+            rows / (len(self.classes) * counts[index]) if counts[index] else 1.0
+            for index in range(len(self.classes))
+        )
+
+    def fingerprint(self, training: str, tokenizer: Any) -> str:
+        """Hash of all that decides the student's weights: equal fingerprint, equal student.
+
+        ``training`` is the hash of the settings.
+        """
+        parts = [
+            training,
+            canonical_json(self._spec.identity),
+            canonical_json([_view_fields(view) for view in self.views]),
+            tokenizer_hash(tokenizer),
+            encoded_hash(self.rows),
+            encoded_hash(self.valid),
+            *weights_fingerprint(self._start),
+        ]
+        if self._teachers:
+            parts.append(teachers_fingerprint(self._teachers))
+        if self.soft_labels:
+            parts.append(soft_labels_hash(self.soft_labels))
+        return digest(*parts)
+
+
+def check_class_weights(recipe: Recipe, labels: Sequence[str] | None) -> None:
+    """Raises UserError where ``train.class_weights`` does not apply or names an unknown label."""
+    setting = recipe.train.class_weights
+    if setting is None:
+        return
+    if head_of(recipe.student, recipe.train.init) != "labels":
+        raise UserError(
+            "train.class_weights is for label heads: a label that is written as text has a loss "
+            "for each of its tokens",
+            hint="use student.head: labels, or remove train.class_weights",
+        )
+    if labels is None:
+        raise UserError(
+            f"train.class_weights needs a closed set of labels, and the choices of "
+            f"{recipe.task.name} differ between rows",
+            hint="remove train.class_weights",
+        )
+    for label in setting if isinstance(setting, dict) else ():
+        if label not in labels:
+            raise UserError(
+                f"train.class_weights: {unknown('label', label, labels)}",
+                hint="write the labels as task.labels does",
+            )
+
+
+def _view_fields(view: View) -> dict[str, Any]:
+    """A view's fields under the names that fingerprints have always had."""
+    fields = asdict(view)
+    fields["taught"] = fields.pop("supervised")
+    return fields

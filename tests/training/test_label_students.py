@@ -1,0 +1,297 @@
+"""Students with a label head, from the recipe to the saved folder."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import good_answer, on_two_processes, write_jsonl
+from forked import DSBS
+from label_heads import save_encoder, seq2seq_model
+from loopback import LoopbackServer
+from safetensors.torch import load_file
+from transformers import GemmaTokenizer
+
+from dsbs import Student, UserError, annotate, load_recipe, train
+from dsbs.config import Recipe
+from dsbs.training import run as training_run
+from dsbs.training.grid import last_checkpoint
+
+pytest.importorskip("peft")
+LORA = "train.lora={rank: 4, alpha: 8}"
+
+
+@pytest.fixture
+def recipe(toy: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[..., Recipe]]:
+    """Recipes of a tiny encoder on a toy run whose teacher has answered."""
+    model = save_encoder(tmp_path / "encoder")
+    with LoopbackServer(good_answer) as server:
+        base = [
+            f"teacher.base_url={server.url}",
+            f"student={{model: {model}, max_target_tokens: 16}}",
+            "train.methods=[step-by-step]",
+            "train.learning_rate=0.003",
+            "train.micro_batch_size=4",
+        ]
+        annotate(load_recipe(toy(), base), out=tmp_path / "run")
+        yield lambda *overrides: load_recipe(tmp_path / "toy.yaml", [*base, *overrides])
+
+
+def trained(recipe: Recipe, tmp_path: Path, number: int = 0) -> Path:
+    return Path(train(recipe, out=tmp_path / "run").students[number].path)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = ["model.safetensors", "head.safetensors", "rationale_decoder/model.safetensors"]
+    return {
+        f"{file}:{name}": value
+        for file in files
+        if (folder / file).is_file()
+        for name, value in load_file(folder / file).items()
+    }
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    for name in ours.keys() & theirs.keys():
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("changes", [[], [LORA], ["train.gradient_checkpointing=true"]])
+def test_a_student_learns_predicts_and_explains(
+    recipe: Callable[..., Recipe], tmp_path: Path, changes: list[str]
+) -> None:
+    steps = ["train.max_epochs=12", "train.max_steps=null", "train.head_learning_rate=0.03"]
+    folder = trained(recipe(*steps, *changes, "train.eval_every=30"), tmp_path)
+    record = json.loads((folder / "train.json").read_text(encoding="utf-8"))["student"]
+    assert record["steps"] == 12 * 5  # 36 of 40 rows, in batches of 8
+    assert record["valid_accuracy"] == 1.0
+    answers = Student.load(folder).predict(
+        ["My invoice number 5 is wrong.", "My parcel number 6 is wrong."], rationale=True
+    )
+    assert [answer.label for answer in answers] == ["billing", "shipping"]
+    for answer in answers:
+        assert answer.distribution is not None and answer.rationale is not None
+        assert sum(answer.distribution.values()) == pytest.approx(1)
+    assert not list(folder.rglob("adapter*"))
+
+
+@pytest.mark.parametrize(
+    "changes", [[LORA], ["train.rationale_weight={share: 0.5, every: 4}"]], ids=["lora", "balanced"]
+)
+def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: list[str],
+) -> None:
+    from dsbs.training.callbacks import MetricsLogger
+
+    settings = recipe("train.max_steps=10", "train.eval_every=3", *changes)
+    undisturbed = trained(settings, tmp_path)
+    expected = weights(undisturbed)
+    expected_lines = lines(undisturbed)
+    undisturbed.rename(tmp_path / "undisturbed")
+    passed = MetricsLogger.on_step_end
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        passed(self, args, state, control, **kwargs)
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MetricsLogger, "on_step_end", killed)
+        trained(settings, tmp_path)
+    checkpoint = last_checkpoint(undisturbed / "checkpoints")
+    assert checkpoint is not None and checkpoint.name == "checkpoint-6"
+    torch.manual_seed(99)  # what a new process would not know of the old one
+    again = trained(settings, tmp_path)
+    assert_equal(weights(again), expected)
+    names = ("step", "loss", "rationale_weight")
+    assert [[row.get(name) for name in names] for row in lines(again)] == [
+        [row.get(name) for name in names] for row in expected_lines
+    ]
+
+
+@pytest.mark.parametrize("changes", [[], [LORA]], ids=["all weights", "lora"])
+def test_without_weight_the_student_is_the_finetuned_one(
+    recipe: Callable[..., Recipe], tmp_path: Path, changes: list[str]
+) -> None:
+    settings = recipe(
+        "train.methods=[step-by-step, finetune]", "train.rationale_weight=0", *changes
+    )
+    weightless, finetuned = (
+        weights(Path(student.path)) for student in train(settings, out=tmp_path / "run").students
+    )
+    assert "head.safetensors:weight" in finetuned
+    assert_equal(weightless, finetuned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["train.methods=[step-by-step, finetune]", "train.weight_decay=0.1"],
+        ["train.rationale_weight=balanced", "train.class_weights={billing: 3}"],
+        [LORA],
+        ["student={init: scratch, vocab_size: 200, head: labels, dropout: 0}"],
+    ],
+    ids=["methods", "balanced", "lora", "t5"],
+)
+def test_two_processes_train_the_student_of_one(
+    recipe: Callable[..., Recipe], tmp_path: Path, changes: list[str]
+) -> None:
+    exact = ["student.dropout=0", "train.max_steps=4", "train.learning_rate=0.001"]
+    settings = recipe(*exact, *changes)
+    students = train(settings, out=tmp_path / "run").students
+    one = {student.name: weights(Path(student.path)) for student in students}
+    (tmp_path / "run" / "train").rename(tmp_path / "one")
+    path = tmp_path / "both.yaml"
+    path.write_text(json.dumps(settings.model_dump(mode="json")), encoding="utf-8")
+    on_two_processes(DSBS, "train", str(path), "--out", str(tmp_path / "run"))
+    for name, expected in one.items():
+        ours = weights(tmp_path / "run" / "train" / name)
+        for key, value in expected.items():
+            assert torch.allclose(ours[key], value, atol=1e-5), (name, key)
+
+
+@pytest.mark.slow
+def test_without_weight_two_processes_train_the_finetuned_student(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    settings = recipe("train.methods=[step-by-step, finetune]", "train.rationale_weight=0")
+    path = tmp_path / "both.yaml"
+    path.write_text(json.dumps(settings.model_dump(mode="json")), encoding="utf-8")
+    on_two_processes(DSBS, "train", str(path), "--out", str(tmp_path / "run"))
+    folder = tmp_path / "run" / "train"
+    assert_equal(weights(folder / "step-by-step-gold-s0"), weights(folder / "finetune-gold-s0"))
+
+
+def test_tuning_tries_rationale_weights_where_there_are_rationales(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    tune = "train.tune={rationale_weight: [0.1, balanced], learning_rate: [0.001]}"
+    settings = recipe("train.methods=[step-by-step, finetune]", tune, "train.max_steps=3")
+    plan = training_run.planned(settings, tmp_path / "run")
+    assert [entry["trials"] for entry in plan] == [2, 1]
+    result = train(settings, out=tmp_path / "run")
+    trials = tmp_path / "run" / "train" / "trials" / "step-by-step-gold"
+    assert {path.name.partition("rationale_weight=")[2] for path in trials.iterdir()} == {
+        "0.1",
+        "balanced-0.5-every-20",
+    }
+    assert "rationale_weight" in result.students[0].tuned
+    assert "rationale_weight" not in result.students[1].tuned
+
+
+def test_loss_terms_work_on_classes_and_encoder_states(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    larger = save_encoder(tmp_path / "larger", layers=4)
+    settings = recipe(
+        "train.terms=[{kind: labels}, {kind: feature}, {kind: relation}, "
+        "{kind: labels, name: soft, source: teachers}]",
+        f"train.teachers=[{{start: {larger}}}]",
+        "train.methods=[step-by-step+labels+feature+relation+soft]",
+        "train.max_steps=3",
+    )
+    folder = trained(settings, tmp_path)
+    losses = next(row for row in lines(folder) if "loss" in row)
+    assert all(losses[f"{term}_loss"] > 0 for term in ("labels", "feature", "relation", "soft")), (
+        losses
+    )
+    assert Student.load(folder).predict(["My invoice is wrong."])[0].label
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            [
+                "train.terms=[{kind: response}]",
+                "train.methods=[finetune+response]",
+                "train.teachers=[{start: x}]",
+            ],
+            "response compares the tokens",
+        ),
+        (["train.class_weights={biling: 2}"], "did you mean 'billing'"),
+        (
+            ["student={init: scratch}", "train.class_weights=balanced"],
+            "class_weights is for label heads",
+        ),
+    ],
+)
+def test_what_a_head_cannot_learn_is_refused(
+    recipe: Callable[..., Recipe], tmp_path: Path, changes: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(recipe(*changes), out=tmp_path / "run")
+
+
+def test_choices_of_a_row_are_scored(toy: Callable[..., Path], tmp_path: Path) -> None:
+    colors = ["invoice", "parcel", "number", "wrong"]
+    rows = [
+        {
+            "id": str(i),
+            "question": f"my {colors[i % 4]} is",
+            "choices": [colors[(i + k) % 4] for k in range(2 + i % 3)],
+            "label": colors[i % 4],
+        }
+        for i in range(48)
+    ]
+    data = {"train": str(write_jsonl(tmp_path / "cqa.jsonl", rows))}
+    model = save_encoder(tmp_path / "encoder")
+    settings = load_recipe(
+        toy(),
+        [
+            f"task={{name: cqa, data: {json.dumps(data)}}}",
+            f"student={{model: {model}}}",
+            "train={methods: finetune, max_epochs: 25, batch_size: 8, learning_rate: 0.005, "
+            "eval_every: 50}",
+        ],
+    )
+    result = train(settings, out=tmp_path / "run")
+    assert result.students[0].valid_accuracy > 0.8
+    [answer] = Student.load(result.students[0].path).predict(
+        [{"question": "my parcel is", "choices": ["number", "parcel", "invoice"]}]
+    )
+    assert answer.distribution is not None
+    assert list(answer.distribution) == ["number", "parcel", "invoice"]
+    assert answer.label == max(answer.distribution, key=answer.distribution.__getitem__)
+    assert answer.probability == pytest.approx(max(answer.distribution.values()))
+
+
+@pytest.mark.parametrize("family", ["t5gemma", "t5gemma2"])
+@pytest.mark.parametrize("head", ["text", "labels"])
+def test_t5gemma_is_a_student(
+    toy: Callable[..., Path], tmp_path: Path, family: str, head: str
+) -> None:
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *string.printable]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    special = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    body = seq2seq_model(family, vocab_size=len(tokenizer) + 2, **special)
+    body.save_pretrained(tmp_path / "gemma")
+    path = toy(student={"init": None, "model": str(tmp_path / "gemma"), "head": head})
+    steps = {"labels": 40, "text": 120}[head]
+    changes = ["train.methods=finetune", f"train.max_steps={steps}", "train.learning_rate=0.01"]
+    changes += [f"train.eval_every={steps // 2}", "eval.max_label_tokens=12"]
+    folder = trained(load_recipe(path, changes), tmp_path)
+    student = Student.load(folder)
+    assert student.card.kind == "seq2seq"
+    answers = student.predict(["My invoice number 5 is wrong.", "My parcel number 6 is wrong."])
+    labels = [answer.label for answer in answers]
+    if head == "labels":
+        assert labels == ["billing", "shipping"]
+    assert set(labels) <= {"billing", "shipping"}  # letter by letter, up to the end token
+    assert not any(answer.truncated for answer in answers)
