@@ -227,7 +227,7 @@ def load_prompt(recipe: Recipe, task: Task) -> Prompt:
 
 
 def read_prompt(path: str, beside: Path | None, order: Order | None = None) -> Prompt:
-    """Read a prompt file, which may lie in the folder ``beside``; ``order`` replaces the file's.
+    """Read a prompt file, which may be in the folder ``beside``; ``order`` replaces the file's.
 
     Raises UserError.
     """

@@ -1,6 +1,6 @@
 """Run folder: the paths, records, manifests and locks of one run, and its files that are set aside.
 
-A run lies in ``runs/<name>/``. This module alone knows where in it a stage's files are:
+A run is the folder ``runs/<name>/``. Only this module knows where a stage's files are in it:
 
     annotate/<split>.jsonl  annotate/replies.sqlite  shards/<i>-of-<n>/
     train/<student>/train.json  train/teachers/<name>/
@@ -76,7 +76,7 @@ class RunFolder:
 
     @classmethod
     def containing(cls, student: Path) -> RunFolder | None:
-        """The run in which a student's folder lies; None for a student outside any run."""
+        """The run that contains a student's folder; None for a student outside any run."""
         parents = student.absolute().parents
         names = [folder.name for folder in parents]
         if names[:1] == ["train"]:
@@ -272,7 +272,7 @@ class RunFolder:
 
     @staticmethod
     def take_back(path: Path, mark: str, mark_of: Callable[[Path], str | None]) -> bool:
-        """Move what was set aside under ``mark`` back to ``path``, where nothing may lie. Returns
+        """Move what was set aside under ``mark`` back to ``path``, which must not exist. Returns
         whether there was any.
 
         ``mark_of`` reads the mark of a file or folder; names hold only the beginning of a mark.

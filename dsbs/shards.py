@@ -148,7 +148,7 @@ def run_shard(
 
 
 def check_resources(available: dict[str, float], section: RaySection) -> None:
-    """Raises UserError where the cluster can never start a shard: Ray would wait without a word."""
+    """Raises UserError where the cluster can never start a shard: Ray would wait silently."""
     for resource, key, needed in (
         ("CPU", "cpus_per_shard", section.cpus_per_shard),
         ("GPU", "gpus_per_shard", section.gpus_per_shard),

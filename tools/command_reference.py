@@ -33,7 +33,7 @@ repeated, and replies are not bought twice.
 | 2 | a mistake in usage, recipe or data; the message says what to fix |
 | 3 | partial: a spending limit, a full disk, rows without a reply; run the command again |
 | 4 | finished, but below `--min-accuracy`, `--min-delta` or `--max-drop` |
-| 130 | interrupted by Ctrl-C (training: or SIGTERM); run the command again |
+| 130 | interrupted by Ctrl-C or, where a run can continue, SIGTERM; run the command again |
 
 """
 MORE = {  # pages that say more than the help does

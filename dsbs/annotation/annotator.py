@@ -37,7 +37,7 @@ from dsbs.tasks.data import stream
 CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted
 ASSUMED_TOKENS = 800  # of a reply with its reasoning, where the recipe sets no limit
 _CHARACTERS_PER_TOKEN_AT_MOST = 9  # of a prompt that was read as a whole
-_CHECKED_CHARACTERS = 4000  # of a shorter prompt nothing is concluded
+_CHECKED_CHARACTERS = 4000  # shorter prompts are not checked
 _MAX_STOPS = 4  # that the API accepts; the parser cuts at all of them
 
 
@@ -350,7 +350,7 @@ class ContextCheck:
             self._shortest_count = characters, counted
 
     def warning(self) -> str | None:
-        """What to say, once; None: nothing, or it has been said."""
+        """The warning, the first time it applies; None otherwise."""
         if self._has_warned or not self._lengths:
             return None
         largest = max(self._lengths)

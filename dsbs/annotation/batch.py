@@ -1,4 +1,4 @@
-"""Batch lane: submits requests with the OpenAI Batch API and collects their replies.
+"""Batch API: submits requests with the OpenAI Batch API and collects their replies.
 
 If the process is killed, no reply is lost and nothing is submitted twice.
 """

@@ -125,7 +125,7 @@ class PendingRequests:
 
 @dataclass(slots=True)
 class Output:
-    """What an output file brought: replies, failures that may not recur, and refusals.
+    """The contents of an output file: replies, failures that may not recur, and refusals.
 
     ``unclear`` are refusals that may be about all requests, by key. ``error`` is the first one that
     is about the account or the recipe.

@@ -389,10 +389,10 @@ class Budget:
 
     @property
     def balance(self) -> str:
-        """What became of the money, for an error's hint."""
+        """A hint for an error: whether anything was billed."""
         if self.has_bought:
             return "what was billed is stored and counted"
-        return "nothing was bought or lost"
+        return "nothing was billed, and no reply was lost"
 
     async def reserve(self, prompt_tokens: int, tokens: int) -> float:
         """Wait until the most that one more reply may cost fits the limit; returns that cost.

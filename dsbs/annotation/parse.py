@@ -127,7 +127,7 @@ def _begins_another_label(label: str, answer: str, task: Task) -> bool:
 
 
 def _is_draft(answer: str, label: str) -> bool:
-    """Whether a cut reply goes on after its answer as a thought does.
+    """Whether a cut reply continues after its answer like a thought.
 
     The thoughts of a model whose template writes the opening tag have no mark until they end.
     """
@@ -247,7 +247,7 @@ def _flaw(
 
 
 def is_short(rationale: str, min_words: int) -> bool:
-    """Whether it has fewer words than ``min_words``.
+    """Whether the rationale has fewer words than ``min_words``.
 
     A script without spaces is measured by its characters, four to a word.
     """

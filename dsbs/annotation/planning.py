@@ -153,9 +153,12 @@ def _existing_store(run: RunFolder, shard: Shard | None) -> ReplyStore | None:
 
 
 def _seconds(recipe: Recipe, requests: int, tokens: int, seconds_a_reply: float) -> float:
-    """Time for so many requests: the slowest of the replies side by side, rpm and tpm."""
+    """Seconds for this many requests: the longest of what concurrency, rpm and tpm allow."""
+    if requests == 0:
+        return 0.0
     max_in_flight = teacher_class(recipe.teacher.kind).max_in_flight(recipe)
-    times = [requests * seconds_a_reply / min(max_in_flight, recipe.annotate.concurrency)]
+    width = min(max_in_flight, recipe.annotate.concurrency)
+    times = [max(seconds_a_reply, requests * seconds_a_reply / width)]
     endpoints = recipe.teacher.served_by
     for units, caps in (
         (requests, [endpoint.rpm for endpoint in endpoints]),
@@ -169,7 +172,9 @@ def _seconds(recipe: Recipe, requests: int, tokens: int, seconds_a_reply: float)
 
 @dataclass(frozen=True, slots=True)
 class PilotResult:
-    """What a sample of the train rows brought, and what all ``rows`` would cost at that rate."""
+    """The result of annotating a sample of the train rows, and the cost of all ``rows`` at that
+    rate.
+    """
 
     summary: SplitSummary
     path: Path

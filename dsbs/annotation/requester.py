@@ -119,7 +119,7 @@ class Requester:
         self.last_failure = ""
         self.is_probing = False
         self.probed_keys: set[str] = set()
-        self.go_on = asyncio.Event()  # cleared while it is found out whether the endpoint answers
+        self.go_on = asyncio.Event()  # cleared while the endpoint is probed
         self.go_on.set()
         self.sent = 0
         limit = recipe.annotate.max_usd
@@ -207,7 +207,7 @@ class Requester:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C waits for replies in flight; the second one drops them."""
+        """The first Ctrl-C or SIGTERM waits for replies in flight; the second one drops them."""
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
 
@@ -219,7 +219,10 @@ class Requester:
             self.stop_signal.stop()
 
         try:
-            previous = signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(interrupt))
+            previous = {
+                number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
+                for number in (signal.SIGINT, signal.SIGTERM)  # schedulers send SIGTERM
+            }
         except ValueError:
             yield  # not the main thread: a notebook's kernel, a server
             return
@@ -228,7 +231,8 @@ class Requester:
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
-            signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
+            for number, handler in previous.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
     async def _request(self, request: Request, summary: SplitSummary) -> Outcome:
         """A request's reply, stored or bought, or the reason why there is none."""
@@ -339,7 +343,7 @@ class Requester:
         self.failures_in_a_row = self.failures_in_a_row + 1 if is_empty else 0
         if self.failures_in_a_row >= FAILURES_BEFORE_STOP:
             raise PartialError(
-                f"the last {self.failures_in_a_row} replies were empty, and they are on the bill",
+                f"the last {self.failures_in_a_row} replies were empty, and they were billed",
                 hint="look at their finish reasons and tokens in annotate/replies.sqlite; for a "
                 "model that reasons, raise annotate.max_tokens",
             )

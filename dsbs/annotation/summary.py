@@ -250,7 +250,7 @@ class AnnotateResult:
             f"no row was accepted ({listing(rejected)})",
             hint=f"read the replies in {RunFolder(self.run).stage('annotate')}, then change the "
             "prompt (annotate.prompt) or the settings named above; replies to unchanged requests "
-            "are not bought again",
+            "are not requested again",
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -34,11 +34,16 @@ _CORRECTION = re.compile(
 # what a model writes over its explanation: "Reasoning:", "**Explanation:**"
 _HEADING = re.compile(
     r"(?:(?:my|the|a|brief|short)\s+)*(?:reason(?:s|ing|ings)?|rationale|explanation|justification)"
-    r"[*_]*\s*[:：][*_]*\s*",
+    r"[*_]*(?:\s*[:：][*_]*\s*|[ \t]*\n\s*)",
     re.IGNORECASE,
 )
-# where a label may end within a line: "neutral. The premise …", "neutral, because …"
-_LABEL_END = re.compile(r"[.:]\s+|\s+[-–—]+\s+|[,;]?\s+(?=(?:because|since|as)\b)", re.IGNORECASE)
+# where a label may end within a line: "neutral. The premise …", "neutral, because …"; behind the
+# other marks there may be a list of labels
+_SENTENCE_END = r"\.\s+|[,;]?\s+(?=(?:because|since|as)\b)"
+_LABEL_END = re.compile(rf"(?P<sure>{_SENTENCE_END})|[:,]\s+|\s+[-–—]+\s+", re.IGNORECASE)
+# lines without words, and the fence of a code block
+_RULES = re.compile(r"(?:\s*(?:[-=*_]{3,}|`{3,}\w*)[ \t]*(?:\n|\Z))+")
+_LIST_NUMBER = re.compile(r"\s*\d+[.)]\s+")
 _FORM = re.compile(r"\{\{-?\s*label\b[^}]*\}\}([^{}]*)\{\{-?\s*rationale\b")
 _MIN_REST = 3  # words after a label in its line, to be its explanation
 _MAX_LABELS = 16  # places in a reply that are compared
@@ -172,6 +177,9 @@ def _bounds(turn: str, begin: int, prompt: Prompt, labels: LabelSet | None) -> t
         match = re.compile(rf"(?<!\w){re.escape(heading)}", re.IGNORECASE).search(turn, begin)
         if match is not None and turn[begin : match.start()].strip(MARKUP):
             return match.start(), match.end()
+    rules = _RULES.match(turn, begin)
+    if rules is not None:
+        begin = rules.end()
     rest = turn[begin:]
     begin += len(rest) - len(rest.lstrip(MARKUP))
     if labels is not None:
@@ -181,21 +189,30 @@ def _bounds(turn: str, begin: int, prompt: Prompt, labels: LabelSet | None) -> t
             if any(labels.spelled(layer) for layer in unwrapped(text)):
                 return begin + len(text), begin + len(text)
     line = turn[begin:].partition("\n")[0]
+    label_end, rationale_begin = _bounds_in_line(line, separator, labels)
+    return begin + label_end, begin + rationale_begin
+
+
+def _bounds_in_line(line: str, separator: str, labels: LabelSet | None) -> tuple[int, int]:
+    """The same within a line; all of it is the label where no explanation follows there."""
     ends = list(_LABEL_END.finditer(line))
+    own_ends = []
     if separator:
-        ends += re.finditer(rf"\s*{re.escape(separator)}(?=\s)\s*", line)
+        own_ends = list(re.finditer(rf"\s*{re.escape(separator)}(?=\s)\s*", line))
     if labels is None:
-        if separator and ends and line[ends[-1].end() :]:
-            first = next(end for end in ends if separator in end.group())
-            return begin + first.start(), begin + first.end()
+        if own_ends and line[own_ends[0].end() :]:
+            return own_ends[0].span()
     elif labels.lookup(line) is None:
-        for end in sorted(ends, key=lambda match: -match.end()):
+        for end in sorted([*ends, *own_ends], key=lambda match: -match.end()):
             explanation = line[end.end() :]
+            label = labels.lookup(line[: end.start()])
             is_explained = len(explanation.split()) >= _MIN_REST
-            is_label = labels.lookup(line[: end.start()]) is not None
-            if is_explained and is_label and not _CORRECTION.match(explanation):
-                return begin + end.start(), begin + end.end()
-    return begin + len(line), begin + len(line)
+            if label is None or not is_explained or _CORRECTION.match(explanation):
+                continue
+            is_sure = end in own_ends or end["sure"] is not None
+            if is_sure or labels.not_negated(explanation) <= {label}:
+                return end.span()
+    return len(line), len(line)
 
 
 @lru_cache(maxsize=16)
@@ -214,7 +231,14 @@ def _form(answer: str) -> tuple[str, str]:
 
 def _explanation(text: str) -> str:
     """A rationale that follows its label, without a heading."""
-    return _HEADING.sub("", text.strip(MARKUP), count=1).strip(MARKUP) if text else ""
+    rules = _RULES.match(text)
+    if rules is not None:
+        text = text[rules.end() :]
+    text = text.strip(MARKUP)
+    heading = _HEADING.match(text)
+    if heading is not None:
+        text = text[heading.end() :]
+    return text.strip(MARKUP)
 
 
 def gives_another_label(answer: Answer, label: str, labels: LabelSet) -> bool:
@@ -222,7 +246,7 @@ def gives_another_label(answer: Answer, label: str, labels: LabelSet) -> bool:
     correction ("Actually, …").
     """
     line = answer.rationale.partition("\n")[0]
-    other = labels.lookup(line)
+    other = labels.lookup(line) or labels.lookup(_LIST_NUMBER.sub("", line, count=1))
     if other is not None and other != label:
         return True
     text = answer.rationale

@@ -28,10 +28,10 @@ class Vote:
 
 
 def majority(samples: Sequence[Sample], task: Task) -> Vote:
-    """The label with the most samples; of equal groups the one named first wins.
+    """The label with the most samples; in a tie, the label that was sampled first.
 
-    Labels that the task holds to be equal vote together. The rationale is the first without a flaw
-    that led to the winner; where all are flawed, the first one's reason rejects the row.
+    Labels that the task treats as equal are counted together. The rationale is the first without a
+    flaw that led to the winner; where all are flawed, the first one's reason rejects the row.
     """
     groups = _groups(samples, task)
     if not groups:
@@ -129,7 +129,10 @@ def samples_needed(samples: Sequence[Sample], total: int, task: Task) -> int:
 
 
 def _is_settled(sizes: Sequence[int], left: int) -> bool:
-    """Whether ``left`` more votes cannot change the winner. ``sizes`` are in order of naming."""
+    """Whether ``left`` more votes cannot change the winner.
+
+    ``sizes`` are in the order in which their labels first occur.
+    """
     largest = max(sizes, default=0)
     # a new group could win only by passing the largest one: in a tie the earlier one wins
     if largest == 0 or left > largest:
@@ -139,7 +142,7 @@ def _is_settled(sizes: Sequence[int], left: int) -> bool:
 
 
 def _groups(samples: Sequence[Sample], task: Task) -> list[list[Sample]]:
-    """Readable samples grouped by label, in order of naming."""
+    """Readable samples grouped by label, in the order in which they first occur."""
     groups: list[list[Sample]] = []
     for sample in samples:
         if sample.label is None:

@@ -157,7 +157,7 @@ def _print_pilot(result: PilotResult, as_json: bool) -> None:
     if result.projected_usd is not None:
         cost = f"about {cost}"
     print(f"All {count(result.rows, 'row')}: {cost}, about {duration(result.projected_seconds)}.")
-    print("Run without --pilot to continue: replies of the pilot are reused, not bought again.")
+    print("Run without --pilot to continue: the pilot's replies are reused, not requested again.")
 
 
 def _print_result(result: AnnotateResult, as_json: bool) -> None:

@@ -37,7 +37,7 @@ def run(
 ) -> None:
     """Run all stages: annotate, train, eval and report.
 
-    An interrupted run continues when the command is run again: replies are not bought twice and
+    An interrupted run continues when the command is run again: no reply is paid for twice and
     finished students are kept. If rows are left without a reply, the run stops before training
     with exit code 3.
     """

@@ -7,7 +7,7 @@ from dsbs.formatting import count, percent
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Load the data, render the first prompt and tokenize; report truncation and unknown tokens.
+    """Check the recipe and its data; show the first prompt, truncation and unknown tokens.
 
     Loads no model and sends no request.
     """
@@ -30,7 +30,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
                     f"{100 * figures['unknown']:.2f}% unknown tokens"
                 )
     if result.first_prompt is not None:
-        print("\nThe first prompt, as a completions endpoint receives it:")
+        print("\nThe first prompt:")
         print(indent(result.first_prompt))
     print()
     for warning in result.warnings:

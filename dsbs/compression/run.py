@@ -2,7 +2,7 @@
 
 A step's student appears in ``<run>/compress/<student>/<chain>/`` once it is complete. Until then it
 is made in ``work/``, from which an interrupted command resumes. A student of that name that no
-longer fits is set aside, and is taken back when it fits again.
+longer fits is set aside, and is restored when it fits again.
 """
 
 from __future__ import annotations

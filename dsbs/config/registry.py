@@ -22,7 +22,7 @@ TASKS = {
     "esnli": "dsbs.tasks.nli:Esnli",
 }
 
-# `teacher.kind`: a class that is made of the recipe.
+# `teacher.kind`: a class that is constructed from the recipe.
 TEACHERS = {
     "openai": "dsbs.annotation.backends.openai:OpenAITeacher",
     "llamacpp": "dsbs.annotation.backends.llamacpp:LlamaCppTeacher",
@@ -75,8 +75,8 @@ FLOORS = {
     "untrained": "dsbs.evaluation.untrained:UNTRAINED",
 }
 
-# `dsbs compress --method NAME=VALUE`: a class that is made of the value, and raises UserError for a
-# wrong one.
+# `dsbs compress --method NAME=VALUE`: a class that is constructed from the value, and raises
+# UserError for a wrong one.
 COMPRESSION_STEPS = {
     "quantize": "dsbs.compression.quantize:Quantize",
     "prune-heads": "dsbs.compression.pruning:PruneHeads",

@@ -28,9 +28,9 @@ RowValues = NDArray[np.float64]  # (seeds, rows); NaN where a metric is undefine
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Predictions marked against gold labels; all sequences are parallel to ``rows``.
+    """Predictions scored against gold labels; all sequences are parallel to ``rows``.
 
-    ``labels`` are read again from the raw outputs, so that a better reader needs no new
+    ``labels`` are read again from the raw outputs, so that a better parser needs no new
     predictions; None: unreadable.
     """
 

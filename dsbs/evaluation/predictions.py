@@ -136,7 +136,7 @@ def rounded(distribution: Mapping[str, float] | None) -> dict[str, float] | None
 
 
 def fits_or_take_back(path: Path, fingerprint: str) -> bool:
-    """Whether a prediction file fits; else it is set aside, and one that fits is taken back."""
+    """Whether a prediction file fits; else it is set aside, and one that fits is restored."""
     if made_by(path) == fingerprint:
         return True
     if path.is_file():

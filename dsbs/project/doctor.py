@@ -198,7 +198,7 @@ def _listed(model: str, models: Sequence[dict[str, Any]], url: str, check_url: s
 
 
 def _lifetime(model: str, entry: dict[str, Any]) -> Check:
-    """A warning where a model's entry has a date of its end."""
+    """A warning if a model's entry has a shutdown date."""
     end = shutdown_date(entry)
     if end is None:
         return Check("teacher.model", "ok", f"{model} is listed")
@@ -215,7 +215,7 @@ _END = re.compile(r"shut_?down|deprecat|retire|expir|sunset|end_of_life|eol", re
 
 
 def shutdown_date(entry: dict[str, Any]) -> date | None:
-    """The date in a model's entry on which it ends; None: there is none.
+    """The shutdown date in a model's entry; None: there is none.
 
     OpenAI has ``shutdown_date`` (https://developers.openai.com/api/docs/deprecations), Mistral
     ``deprecation``, OpenRouter ``expiration_date``, Azure ``deprecation.inference``.

@@ -85,13 +85,12 @@ def validate(recipe: Recipe) -> Validation:
     texts += sorted({*(task.labels or ())} - {row.label for row in splits["train"]})
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
     input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
-    if head == "labels":
-        pass  # a label is chosen, never written
-    elif task.label_set is None:
+    writes_labels = head == "text"  # a label head chooses them
+    if writes_labels and task.label_set is None:
         labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
-        # First, for nothing is worse than a label that the student cannot write.
+        # First: a label that the student cannot write is the worst problem.
         warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
-    else:
+    elif writes_labels and task.label_set is not None:
         check_student_labels(recipe, task.label_set, tokenizer, input_format)
     figures = {}
     for split, rows in splits.items():
@@ -127,7 +126,7 @@ def _split_figures(
     written = [text for row in sample for text in (row.label, row.rationale) if text]
     if chooses:
         written = [row.rationale for row in sample if row.rationale]
-    targets = input_format.write(written)
+    targets = input_format.write(written) if written else []
     labels = [row.label for row in rows if row.label is not None]
     figures: dict[str, Any] = {
         "rows": len(rows),
@@ -169,6 +168,11 @@ def _split_warnings(
 ) -> list[str]:
     warnings = []
     with_gold = figures["with_gold"]
+    if split == "train" and not with_gold and recipe.train.labels != ("teacher",):
+        warnings.append(
+            "train: no row has a label; if a column holds it, set task.columns: {label: <column>}; "
+            "to learn the teacher's labels, set train.labels: teacher"
+        )
     if task.labels is not None and with_gold:
         missing = [label for label in task.labels if label not in figures["labels"]]
         if missing:

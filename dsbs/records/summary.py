@@ -148,7 +148,7 @@ def _two_digits(number: int) -> int:
 
 
 def headline_details(results: Results) -> list[str]:
-    """Sentences to follow the headline: its p value, and why it may not be the last word."""
+    """Sentences to follow the headline: its p value, and its caveats."""
     system, baseline = headline_comparison(results)
     floors = floor_details(system)
     if results.baseline is None:

@@ -403,7 +403,7 @@ def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         Column(
             "cost",
             lambda split: optional(dollars, split["usd"]),
-            note="US dollars for all replies in these rows, whenever they were bought",
+            note="US dollars for all replies in these rows, whenever they were paid for",
         ),
         Column(
             "requests",

@@ -187,7 +187,7 @@ def missing_column(where: str, field: str, row: Fields) -> UserError:
 def cell_text(value: Any, name: str, where: str) -> str | None:
     """A cell's value as text; None where it is missing (null, NaN).
 
-    Raises UserError for a value that is no text: a list, an object, bytes that are not UTF-8.
+    Raises UserError for a value that is not text: a list, an object, bytes that are not UTF-8.
     """
     if value is None or (isinstance(value, float | decimal.Decimal) and math.isnan(value)):
         return None

@@ -29,7 +29,8 @@ class Classification(OwnDataTask):
             return label
         if isinstance(value, float):
             raise UserError(
-                f"{where}: the number {value} is not exactly one of the labels {self._listing()}",
+                f"{where}: the number {value} does not match exactly one of the labels "
+                f"{self._listing()}",
                 hint="write the label as text, in quotes, as task.labels spells it",
             )
         raise UserError(

@@ -225,7 +225,8 @@ def _open_quotes(path: Path, reason: str) -> UserError:
 def _check_header(path: Path, names: Sequence[str]) -> None:
     if "\0" in "".join(names):
         raise UserError(
-            f"{path}:1: NUL characters: the file is no text, or UTF-16 without a byte order mark",
+            f"{path}:1: NUL characters: the file is not text, or is UTF-16 without a byte order "
+            "mark",
             hint="save it as UTF-8",
         )
     if len(names) == 1:

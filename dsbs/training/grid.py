@@ -6,7 +6,7 @@ like any other, trained with the grid's first seed and kept under
 seeds are left to train.
 
 A student's directory belongs to one fingerprint, the hash of all that decides its weights. Another
-recipe's student under the same name is set aside, and brought back when its recipe returns.
+recipe's student under the same name is set aside, and restored when that recipe is used again.
 ``train.json`` is written last: it says that the student is complete.
 """
 

@@ -32,7 +32,7 @@ class View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A training method and all that is said of it in cards, tables and figures."""
+    """A training method, and how cards, tables and figures describe it."""
 
     name: str
     title: str

@@ -198,13 +198,16 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
     if not any(row.label(spec.labels) for row in rows):
         hint = f"{check} and train.select"
         if spec.labels == "gold":
-            hint = "leave the method out of train.methods"
+            hint = (
+                "set task.columns.label if a column holds the labels, use train.labels: teacher, "
+                "or leave the method out of train.methods"
+            )
         raise UserError(
             f"{spec.method} learns {spec.labels} labels, and no {kind} has one", hint=hint
         )
     if method_of(spec.method).needs_rationales and not count_rationales(data, spec):
         raise UserError(
-            f"{spec.method} learns rationales beside {spec.labels} labels, and no {kind} has a "
+            f"{spec.method} learns rationales with {spec.labels} labels, and no {kind} has a "
             "usable one",
             hint=f"{check} and provenance (hinted ones go with gold labels), and train.select",
         )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import good_answer, run_dsbs, start_dsbs
 from forked import Forked
 from loopback import LoopbackServer
@@ -58,14 +59,15 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_interrupt_lets_paid_replies_arrive(
-    toy: Callable[..., Path], tmp_path: Path
+    toy: Callable[..., Path], tmp_path: Path, number: int
 ) -> None:
     path = toy(train=120, test=4, annotate={"concurrency": CONCURRENCY})
     with LoopbackServer(good_answer, latency_s=0.1) as server:
         process = start(path, server.url, tmp_path / "run")
         wait_for(lambda: sum(server.completed.values()) >= 20, process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, output = process.communicate(timeout=60)
         assert (
             process.returncode == 130

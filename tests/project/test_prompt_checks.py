@@ -148,3 +148,16 @@ def test_a_label_that_a_reply_would_not_be_read_as_is_an_error(
     prompt = Prompt.model_validate({"template": "{{ text }}"} | changes)
     with pytest.raises(UserError, match=f"{label!r} is written .* which reads as"):
         check_written_labels(make_task(section), prompt, Example("1", {"text": "t"}))
+
+
+@pytest.mark.parametrize(("name", "number"), [("banking77", 77), ("clinc150", 151)])
+@pytest.mark.parametrize(
+    "changes", [[], ["annotate.order=label-first"], ["annotate.format=json"]], ids=str
+)
+def test_every_intent_of_the_shipped_recipes_is_read_back(
+    name: str, number: int, changes: list[str]
+) -> None:
+    recipe = load_recipe(f"recipes/{name}.yaml", changes)
+    task = make_task(recipe.task)
+    assert len(task.labels or ()) == number
+    check_written_labels(task, load_prompt(recipe, task), Example("1", {"text": TEXT}))

@@ -64,6 +64,20 @@ def test_tokens_are_counted_by_the_start_that_training_has(
     assert started.splits["test"]["inputs"]["longest"] > fresh.splits["test"]["inputs"]["longest"]
 
 
+def test_rows_without_a_label_are_a_warning_that_says_what_to_do(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_csv(tmp_path / "own.csv", [{"id": str(i), "text": f"row {i}"} for i in range(40)])
+    recipe = json.loads(toy().read_text())
+    recipe["task"] |= {"data": {"train": str(tmp_path / "own.csv")}, "columns": {}}
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps(recipe))
+    result = validate(load_recipe(path))
+    assert any("train: no row has a label; if a column holds it" in w for w in result.warnings)
+    unlabeled = validate(load_recipe(path, ["train.labels=teacher"]))
+    assert not any("no row has a label" in warning for warning in unlabeled.warnings)
+
+
 def test_labels_that_the_student_cannot_write_whole_are_an_error(
     toy: Callable[..., Path],
 ) -> None:

@@ -190,7 +190,7 @@ def test_a_cell_that_is_a_number_is_the_label_that_is_that_number(
 def test_a_cell_that_could_be_two_labels_is_refused() -> None:
     with pytest.raises(UserError, match="'7' is not one of 007, 07"):
         task(["007", "07"]).gold(7, {}, "row 1")
-    with pytest.raises(UserError, match="is not exactly one of the labels"):
+    with pytest.raises(UserError, match="does not match exactly one of the labels"):
         task(["1.1", "1.10"]).gold(1.1, {}, "row 1")
 
 

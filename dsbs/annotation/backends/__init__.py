@@ -41,7 +41,7 @@ Failure = Literal[
 class Request:
     """One request: the body as sent, the index of the row's sample, whether it contains the label.
 
-    ``sample`` counts from 0. ``hinted``: the prompt gives the gold label away.
+    ``sample`` counts from 0. ``hinted``: the prompt contains the gold label.
     """
 
     body: dict[str, Any]
@@ -162,7 +162,7 @@ class Teacher(Protocol):
 
     @classmethod
     def max_in_flight(cls, recipe: Recipe) -> int:
-        """How many requests the teacher answers side by side at most."""
+        """The maximum number of requests that the teacher answers in parallel."""
         return recipe.annotate.concurrency
 
     @classmethod
@@ -367,7 +367,7 @@ def _count(value: object) -> int | None:
 class Price:
     """US dollars per million prompt, completion and cached prompt tokens.
 
-    ``batch`` is the share of these prices that a reply of the batch lane costs.
+    ``batch`` is the share of these prices that a reply from the Batch API costs.
     """
 
     input: float

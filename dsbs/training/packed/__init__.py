@@ -38,9 +38,9 @@ class ForwardOutput:
     logits: dict[str, Tensor]
     """By view, (M_v, V)."""
     encoder_states: list[Tensor]
-    """(N, D) after each layer, the first one first; empty unless requested."""
+    """(N, D) after each layer, in order; empty unless requested."""
     decoder_states: list[Tensor]
-    """(M, D) after each layer, the first one first; empty unless requested."""
+    """(M, D) after each layer, in order; empty unless requested."""
     label_scores: Tensor | None
     """(B, L) log-probability of each label's text in nats; None unless requested, and without a row
     of the first view."""
