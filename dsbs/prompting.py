@@ -310,15 +310,8 @@ def _check_form(prompt: Prompt, path: str) -> None:
 
 def zero_shot(recipe: Recipe, task: Task) -> Prompt:
     """A chain-of-thought prompt without exemplars, for tasks without a prompt file."""
-    if task.labels is not None:
-        goal = recipe.task.description or "Decide which label fits the text."
-        choice = _label_listing(task.labels)
-        form = "Answer: <label>"
-    else:
-        goal = recipe.task.description or "Answer the question or do what the text asks."
-        choice = "Give the final answer only, as short as it can be"
-        choice += ", as a number." if recipe.task.numeric else "."
-        form = "Answer: <answer>"
+    goal, choice = _goal_and_choice(recipe, task)
+    form = "Answer: <answer>" if task.labels is None else "Answer: <label>"
     order = recipe.annotate.order or "rationale-first"
     is_text = recipe.annotate.format == "text"
     if order == "label-first":
@@ -336,6 +329,20 @@ def zero_shot(recipe: Recipe, task: Task) -> Prompt:
         order=order,
         stop=("\nText:",),
     )
+
+
+def direct_instruction(recipe: Recipe, task: Task) -> str:
+    """What to decide, and the labels, for a model that answers without reasoning."""
+    return "\n".join(_goal_and_choice(recipe, task))
+
+
+def _goal_and_choice(recipe: Recipe, task: Task) -> tuple[str, str]:
+    description = recipe.task.description or task.goal
+    if task.labels is not None:
+        return description or "Decide which label fits the text.", _label_listing(task.labels)
+    choice = "Give the final answer only, as short as it can be"
+    choice += ", as a number." if recipe.task.numeric else "."
+    return description or "Answer the question or do what the text asks.", choice
 
 
 def _label_listing(labels: Sequence[str]) -> str:

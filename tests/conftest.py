@@ -187,7 +187,7 @@ def toy(tmp_path: Path) -> Callable[..., Path]:
                 "eval_every": 3,
                 "log_every": 1,
             },
-            "eval": {"max_label_tokens": 8, "latency_calls": 2},
+            "eval": {"max_label_tokens": 8, "latency_calls": 2, "floors": []},
         }
         for name, value in sections.items():
             recipe[name] = recipe.get(name, {}) | value if isinstance(value, dict) else value

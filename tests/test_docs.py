@@ -29,6 +29,7 @@ from dsbs.records.results import (
     Bin,
     BreakEven,
     Comparison,
+    FloorComparison,
     LabelEfficiency,
     Latency,
     Measure,
@@ -238,7 +239,15 @@ def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
             documented.setdefault(chapter, []).extend(re.findall(r"`(\w+)`", cells[2]))
     expected = {
         record.__name__: list(record.model_fields)
-        for record in (Measure, Comparison, Bin, Latency, LabelEfficiency, BreakEven)
+        for record in (
+            Measure,
+            Comparison,
+            FloorComparison,
+            Bin,
+            Latency,
+            LabelEfficiency,
+            BreakEven,
+        )
     }
     assert {name: sorted(fields) for name, fields in documented.items()} == {
         name: sorted(f) for name, f in expected.items()

@@ -37,7 +37,10 @@ def test_a_csv_and_three_lines_of_recipe_go_through_all_stages(tmp_path: Path) -
         "distill-teacher-s0",
     ]
     names = {system["name"]: system for system in done["eval"]["systems"]}
-    assert set(names) == {"teacher", "finetune-gold", "distill-teacher", "step-by-step-gold"}
+    floors = {"majority", "tfidf"}
+    students = {"finetune-gold", "distill-teacher", "step-by-step-gold"}
+    assert set(names) == {"teacher"} | students | floors
+    assert set(names["step-by-step-gold"]["versus_floors"]) == floors
     assert names["teacher"]["accuracy"] == 1.0
     versus = names["step-by-step-gold"]["versus"]["finetune-gold"]
     assert {"delta", "ci95", "p"} <= set(versus)

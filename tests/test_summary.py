@@ -16,11 +16,10 @@ from dsbs.records.results import (
     Results,
     SystemResult,
 )
+from dsbs.records.sentences import break_even_sentence, label_efficiency_sentence
 from dsbs.records.summary import (
-    break_even_sentence,
     headline,
     headline_details,
-    label_efficiency_sentence,
     results_markdown,
     results_table,
     rows_needed,

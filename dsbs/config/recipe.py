@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
-from dsbs.config.registry import METHODS, TASKS
+from dsbs.config.registry import FLOORS, METHODS, TASKS
 from dsbs.config.sections import Section, as_tuple, plain_text, unknown
 from dsbs.config.teacher import AnnotateSection, TeacherSection
 from dsbs.config.terms import base_of
@@ -228,6 +228,14 @@ class EvalSection(Section):
     latency_calls: int = Field(50, ge=0)
     """Maximum timed calls at batch size 1 and at 64, for each system's first student. 0: no timing.
     """
+    floors: Annotated[tuple[str, ...] | None, BeforeValidator(as_tuple)] = None
+    """Cheap systems that a student should beat: majority (the most frequent label), tfidf (logistic
+    regression on words and characters), ``tfidf-FIELD`` (on one input field, as tfidf-hypothesis)
+    and untrained (the pretrained student's answer before training). None: majority and tfidf where
+    the task has a closed set of labels and they take less than a minute."""
+    score_labels: bool = False
+    """Also score every label of a closed set with students that write their label, so that they
+    have a distribution over the labels. An unreadable label becomes the most likely one."""
     predictions: dict[str, str] = {}
     """External systems: a name for each file of id and prediction (.jsonl, .csv, .tsv,
     .parquet)."""
@@ -240,6 +248,26 @@ class EvalSection(Section):
             if name == "teacher":
                 raise ValueError("teacher: this name is the recipe's own teacher")
         return value
+
+    @field_validator("floors")
+    @classmethod
+    def _known_floors(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            if name not in FLOORS and name.partition("-")[0] not in FLOORS:
+                raise ValueError(unknown("floor", name, FLOORS))
+            check_file_name(name)
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("a floor is given twice")
+        return value
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvalSection:
+        for name in self.floors or ():
+            if name in self.predictions:
+                raise ValueError(
+                    f"{name} is both in eval.floors and eval.predictions: rename the predictions"
+                )
+        return self
 
 
 class ReportSection(Section):

@@ -68,6 +68,13 @@ METRICS = {
     "consistency": "dsbs.evaluation.rationales:CONSISTENCY",
 }
 
+# `eval.floors`: a record, dsbs.evaluation.floors.Floor.
+FLOORS = {
+    "majority": "dsbs.evaluation.floors:MAJORITY",
+    "tfidf": "dsbs.evaluation.floors:TFIDF",
+    "untrained": "dsbs.evaluation.untrained:UNTRAINED",
+}
+
 # `dsbs compress --method NAME=VALUE`: a class that is constructed from the value, and raises
 # UserError for a wrong one.
 COMPRESSION_STEPS = {

@@ -90,8 +90,8 @@ def _read_labels(
     cache: dict[str, str | Unread] = {}  # a few distinct outputs often stand for thousands of rows
     labels = []
     for row, prediction in zip(rows, predictions, strict=True):
-        if task.needs_fields:
-            label = task.read_label(prediction.raw, row.input)
+        if task.needs_fields or prediction.distribution is not None:
+            label = task.answer(prediction.raw, row.input, prediction.distribution)
         elif prediction.raw in cache:
             label = cache[prediction.raw]
         else:

@@ -25,6 +25,7 @@ from dsbs.students.student import Student
 from dsbs.tasks import Task
 
 _WARM_UP_ROWS = 8
+FLOOR_MARK = "floor-"  # the start of made_by in a floor's file
 
 StudentLoader = Callable[[], Student]
 
@@ -78,8 +79,11 @@ def predict_student(
     data = canonical_json([[row.id, row.input] for row in rows])
     # A student that reasons first writes its rationale in any case.
     decoding = ["rationales"] if explain and not card.reasons_first else []
+    scores_labels = options.score_labels and card.writes_label_alone
+    if scores_labels:
+        decoding.append("score-labels")
     fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
-    if made_by(path) == fingerprint or _take_back(path, fingerprint):
+    if fits_or_take_back(path, fingerprint):
         return path
     progress.say(f"predict {options.split}: {student.name}")
     model = Student.load(student.path) if load is None else load()
@@ -97,6 +101,7 @@ def predict_student(
         batch_size=options.batch_size,
         max_label_tokens=options.max_label_tokens,
         canonical=True,
+        score_labels=scores_labels,
     )
     prompt = digest(canonical_json(card.prefixes), canonical_json(card.starts))
     predictions = (
@@ -130,8 +135,10 @@ def rounded(distribution: Mapping[str, float] | None) -> dict[str, float] | None
     return {label: round(share, 6) for label, share in distribution.items()}
 
 
-def _take_back(path: Path, fingerprint: str) -> bool:
-    """Set aside a prediction file that does not fit; restore one that does, if any."""
+def fits_or_take_back(path: Path, fingerprint: str) -> bool:
+    """Whether a prediction file fits; else it is set aside, and one that fits is restored."""
+    if made_by(path) == fingerprint:
+        return True
     if path.is_file():
         RunFolder.set_aside(path, made_by(path))
     return RunFolder.take_back(path, fingerprint, made_by)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.evaluation.predictions import is_correct, made_by
+from dsbs.evaluation.predictions import FLOOR_MARK, is_correct, made_by
 from dsbs.files import find_file, write_jsonl
 from dsbs.formatting import count
 from dsbs.prompting import Prompt, source_fingerprint
@@ -137,7 +137,10 @@ def add_external(recipe: Recipe, task: Task, rows: Sequence[Example], run: RunFo
         path = run.predictions(name)
         if name in student_names:
             raise _name_taken(name, "that name is")
-        if path.is_file() and not (made_by(path) or "").startswith(_MARK):
+        mark = made_by(path) or "" if path.is_file() else _MARK
+        if mark.startswith(FLOOR_MARK):
+            RunFolder.set_aside(path, mark)
+        elif not mark.startswith(_MARK):
             raise _name_taken(name, f"{path} is")
         source = find_file(
             given_path,

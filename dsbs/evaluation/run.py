@@ -9,6 +9,7 @@ from dsbs.config import Recipe, base_of
 from dsbs.config.registry import METHODS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters
+from dsbs.evaluation.floors import check_floors, floor_systems
 from dsbs.evaluation.latency import measure_latency, read_latency
 from dsbs.evaluation.metrics import score
 from dsbs.evaluation.predictions import (
@@ -24,6 +25,7 @@ from dsbs.evaluation.systems import (
     break_evens,
     clusters_of,
     compare,
+    compare_with_floors,
     label_efficiencies,
     pairs,
     score_system,
@@ -69,12 +71,16 @@ def evaluate(
             f"no row of the {split} split has a gold label, so nothing can be compared",
             hint="label some test rows; they are never trained on",
         )
+    check_floors(recipe, task)
     clusters = clusters_of(rows, recipe.eval.cluster)
     data: dict[str, str] = {split: survey(rows).hash}
     with run.lock("eval"), run.record("eval", recipe, data):
         systems = _teacher_system(recipe, task, rows, run, students)
         systems += _student_systems(recipe, task, rows, run, students, progress, score_only)
         systems += _external_systems(recipe, task, rows, run)
+        systems += floor_systems(
+            recipe, task, rows, run, _training_rows(students), progress, score_only=score_only
+        )
         results = _compare(recipe, task, run, systems, clusters, data)
         write_json(run.results, results.as_json())
         with atomic_write(run.stage("eval") / "results.md") as file:
@@ -103,6 +109,7 @@ def _compare(
     ]
     chosen = pairs(systems, recipe.eval)
     comparisons = compare(chosen, clusters)
+    with_floors = compare_with_floors(systems, clusters)
     baseline = chosen[0][1] if chosen else None
     spent_usd, _ = teacher_bill(run.manifest("annotate"), "train")
     students = [student for system in systems for student in system.students]
@@ -120,7 +127,12 @@ def _compare(
         headline=headline_system(recipe, systems),
         reportable=recipe.task.limit is None and all(student.reportable for student in students),
         systems=[
-            system.model_copy(update={"versus": comparisons.get(system.name, {})})
+            system.model_copy(
+                update={
+                    "versus": comparisons.get(system.name, {}),
+                    "versus_floors": with_floors.get(system.name, {}),
+                }
+            )
             for system in scored_systems
         ],
         label_efficiency=label_efficiencies(
@@ -215,7 +227,7 @@ def _student_systems(
                 "student",
                 files,
                 students=members,
-                training_rows=_training_rows(first),
+                training_rows=_training_rows(members)[first.subset],
                 megabytes=_megabytes(first),
                 latency=latency,
             )
@@ -259,9 +271,14 @@ def _megabytes(student: TrainedStudent) -> float | None:
         return None
 
 
-def _training_rows(student: TrainedStudent) -> int | None:
-    rows = training_record(Path(student.path)).get("rows")
-    return rows if isinstance(rows, int) else None
+def _training_rows(students: Sequence[TrainedStudent]) -> dict[float, int | None]:
+    """The number of train rows in each share, by the first of its students that recorded it."""
+    counts: dict[float, int | None] = {}
+    for student in students:
+        if counts.get(student.subset) is None:
+            rows = training_record(Path(student.path)).get("rows")
+            counts[student.subset] = rows if isinstance(rows, int) else None
+    return counts
 
 
 # --- students of the recipe

@@ -21,6 +21,7 @@ from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import (
     BreakEven,
     Comparison,
+    FloorComparison,
     GradedComparison,
     LabelEfficiency,
     Latency,
@@ -38,6 +39,9 @@ class System:
     kind: SystemKind
     files: list[Scored]
     students: list[TrainedStudent] = field(default_factory=list)  # by seed
+    floor: str | None = None  # as the recipe names it
+    share: float | None = None  # of the train rows, for a floor that learns
+    labels: str | None = None  # whose labels such a floor learned
     training_rows: int | None = None
     megabytes: float | None = None
     latency: list[Latency] = field(default_factory=list)
@@ -51,7 +55,7 @@ class System:
 
     @property
     def subset(self) -> float | None:
-        return self.students[0].subset if self.students else None
+        return self.students[0].subset if self.students else self.share
 
     @property
     def member_names(self) -> list[str]:
@@ -107,6 +111,9 @@ def score_system(
     result = SystemResult(
         name=system.name,
         kind=system.kind,
+        floor=system.floor,
+        labels=system.labels,
+        subset=system.subset,
         training_rows=system.training_rows,
         accuracy=total.value,
         ci95=total.ci95,
@@ -155,8 +162,9 @@ def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System,
     Each system with each baseline that learned from the same share of the rows, then each student
     with further loss terms with its method without them. Systems that are not students count to
     the largest share. If no baseline exists but external files do, the first of them is the
-    baseline.
+    baseline. Floors are outside this family: see `compare_with_floors`.
     """
+    systems = [system for system in systems if system.kind != "floor"]
     shares = [system.subset for system in systems if system.subset is not None]
     largest = max(shares, default=None)
     share = {system.name: largest if system.subset is None else system.subset for system in systems}
@@ -228,6 +236,36 @@ def compare(
             minimum_detectable_effect=difference.minimum_detectable_effect,
             graded=graded.get((system.name, baseline.name), {}),
         )
+    return comparisons
+
+
+def compare_with_floors(
+    systems: Sequence[System], clusters: Clusters
+) -> dict[str, dict[str, FloorComparison]]:
+    """Each student, and external system, against the floors of its share of the train rows:
+    system -> floor -> comparison.
+
+    p values are not corrected. Systems that are not students count to the largest share, and a
+    floor that learned from no rows is compared with all.
+    """
+    largest = max((system.subset for system in systems if system.subset is not None), default=None)
+    comparisons: dict[str, dict[str, FloorComparison]] = {}
+    for system in systems:
+        if system.kind not in ("student", "external"):
+            continue
+        share = largest if system.subset is None else system.subset
+        for floor in systems:
+            if floor.kind != "floor" or floor.subset not in (None, share):
+                continue
+            difference = paired_difference(system.scores, floor.scores, clusters)
+            comparisons.setdefault(system.name, {})[floor.name] = FloorComparison(
+                delta=difference.delta,
+                ci95=difference.ci95,
+                p=difference.p,
+                test=difference.test,
+                wins=difference.wins,
+                losses=difference.losses,
+            )
     return comparisons
 
 

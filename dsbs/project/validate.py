@@ -12,6 +12,7 @@ from dsbs.annotation.backends import make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
+from dsbs.evaluation.floors import check_floors
 from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
@@ -64,6 +65,7 @@ def validate(recipe: Recipe) -> Validation:
     check_student(recipe, task)
     check_terms(recipe.train, task, grid(recipe.train), head)
     check_class_weights(recipe, task.labels)
+    check_floors(recipe, task)
     splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
     warnings: list[str] = []

@@ -146,9 +146,11 @@ class Prediction(_Record):
     """The label that the task reads in ``raw``. None: unreadable."""
     correct: bool | None = None
     probability: float | None = None
-    """The system's probability of ``raw``, in [0, 1]."""
+    """The system's probability, in [0, 1]: of ``prediction`` where there is a distribution, else of
+    ``raw``."""
     distribution: dict[str, float] | None = Field(None, exclude_if=_is_none)
-    """The probability of each label. None: the system has none, as where a label is written."""
+    """The probability of each label. None: the system has none, as where a label is written and
+    labels are not scored."""
     truncated: bool | None = None
     """Whether the token budget ended the text."""
     rationale: str | None = None

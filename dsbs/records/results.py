@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsbs.errors import UserError
 
-SCHEMA = "dsbs.results/3"
+SCHEMA = "dsbs.results/4"
+_READABLE = ("dsbs.results/3", SCHEMA)  # 3 has no floors
 BATCH_SIZES = (1, 64)  # that a student is timed with
 
 Interval = tuple[float, float]
-SystemKind = Literal["teacher", "student", "external"]
+SystemKind = Literal["teacher", "student", "external", "floor"]
 
 
 class Rate(BaseModel, frozen=True):
@@ -97,6 +98,25 @@ class Comparison(_Record):
     """By metric."""
 
 
+class FloorComparison(_Record):
+    """A student against a floor on the same rows, outside Holm's family of comparisons."""
+
+    delta: float
+    """The student's accuracy minus the floor's."""
+    ci95: Interval
+    p: float
+    """Two-sided, of this comparison alone."""
+    test: str
+    wins: int
+    """Rows with a higher score here than in the floor, averaged over seeds."""
+    losses: int
+
+    @property
+    def is_beaten(self) -> bool:
+        """Whether the whole interval is on the student's side."""
+        return self.ci95[0] > 0
+
+
 class Bin(_Record):
     """Predictions with a probability in (low, high]: their mean probability and accuracy."""
 
@@ -118,16 +138,20 @@ class Latency(_Record):
 
 
 class SystemResult(_Record):
-    """One system: the teacher, the students of one method over their seeds, or an external file."""
+    """One system: the teacher, the students of one method over their seeds, a floor, or an external
+    file.
+    """
 
     name: str
     kind: SystemKind
     method: str | None = None
     """Of students."""
+    floor: str | None = None
+    """The floor, as ``eval.floors`` names it."""
     labels: str | None = None
-    """Whose labels the students learned: gold or teacher."""
+    """Whose labels a student or a floor learned: gold or teacher."""
     subset: float | None = None
-    """Share of the training rows; None: not a student."""
+    """Share of the training rows; None: it learned from none."""
     training_rows: int | None = None
     seeds: list[int] = []
     accuracy: float
@@ -155,6 +179,8 @@ class SystemResult(_Record):
     """Of the teacher; None: unknown."""
     versus: dict[str, Comparison] = {}
     """By the system that it is compared with."""
+    versus_floors: dict[str, FloorComparison] = {}
+    """Of students: by floor, of the same share of the training rows."""
 
 
 class LabelEfficiency(_Record):
@@ -192,7 +218,7 @@ class BreakEven(_Record):
 class Results(_Record):
     """The whole file."""
 
-    schema_: Literal["dsbs.results/3"] = Field("dsbs.results/3", alias="schema")
+    schema_: Literal["dsbs.results/3", "dsbs.results/4"] = Field("dsbs.results/4", alias="schema")
     run: str
     name: str
     """Of the recipe."""
@@ -241,7 +267,7 @@ def read_results(path: Path) -> Results:
         ) from None
     except ValidationError as error:
         schema = content.get("schema") if isinstance(content, dict) else None
-        if schema != SCHEMA:
+        if schema not in _READABLE:
             raise UserError(
                 f"{path} has schema {schema!r}; this version of dsbs reads {SCHEMA!r}",
                 hint=rebuild,

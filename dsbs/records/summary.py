@@ -9,7 +9,6 @@ from dsbs.formatting import (
     ABSENT,
     confidence_interval,
     count,
-    dollars,
     escape_markdown,
     interval,
     markdown_paragraph,
@@ -25,12 +24,17 @@ from dsbs.formatting import (
     signed_interval,
 )
 from dsbs.records.results import (
-    BreakEven,
     Comparison,
     GradedComparison,
-    LabelEfficiency,
     Results,
     SystemResult,
+)
+from dsbs.records.sentences import (
+    break_even_sentence,
+    floor_details,
+    floor_sentences,
+    floor_warnings,
+    label_efficiency_sentence,
 )
 
 _ROUNDING = 1e-9  # a mean over seeds may differ from the exact share by less than this
@@ -68,7 +72,8 @@ def headline_comparison(results: Results) -> tuple[SystemResult | None, str | No
     """The headline system and the baseline it is compared with; None for what there is not."""
     system = results.system(results.headline)
     if system is None:
-        system = next((system for system in results.systems if system.versus), None)
+        compared = (s for s in results.systems if s.versus or s.versus_floors)
+        system = next(compared, None)
     if system is None or not system.versus:
         return system, None
     if results.baseline in system.versus:
@@ -93,8 +98,11 @@ def rows_needed(
 
 
 def headline(results: Results) -> str:
-    """The headline system against its baseline, in plain words."""
-    sentence = _headline(results)
+    """The headline system against its baseline, in plain words.
+
+    Floors that it does not beat come first.
+    """
+    sentence = " ".join([*floor_warnings(headline_comparison(results)[0]), _headline(results)])
     if results.reportable:
         return sentence
     return f"Smoke run, not reportable: {sentence}"
@@ -142,10 +150,11 @@ def _two_digits(number: int) -> int:
 def headline_details(results: Results) -> list[str]:
     """Sentences to follow the headline: its p value, and its caveats."""
     system, baseline = headline_comparison(results)
+    floors = floor_details(system)
     if results.baseline is None:
-        return ["To compare students with fine-tuning, add finetune to train.methods."]
+        return [*floors, "To compare students with fine-tuning, add finetune to train.methods."]
     if system is None or baseline is None:
-        return []
+        return floors
     comparison = system.versus[baseline]
     test = TEST_NAMES.get(comparison.test, comparison.test)
     details = [
@@ -153,17 +162,18 @@ def headline_details(results: Results) -> list[str]:
         "this run."
     ]
     if is_reliable(comparison):
-        return details
+        return [*details, *floors]
     details += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in _caveats(comparison)]
-    return [*details, "Finding no difference does not show that there is none."]
+    return [*details, "Finding no difference does not show that there is none.", *floors]
 
 
 def system_sentences(system: SystemResult) -> list[str]:
-    """A sentence for each system that this one is compared with."""
-    return [
+    """A sentence for each floor and each system that this one is compared with."""
+    against_others = [
         f"{system.name}: {_comparison_sentence(baseline, comparison)}."
         for baseline, comparison in system.versus.items()
     ]
+    return floor_sentences(system) + against_others
 
 
 def _comparison_sentence(baseline: str, comparison: Comparison) -> str:
@@ -243,41 +253,6 @@ def gate_failures(
     return failures
 
 
-def label_efficiency_sentence(efficiency: LabelEfficiency) -> str:
-    """How many labels a method needs to be as accurate as another system."""
-    method = f"{efficiency.method} with {efficiency.labels} labels"
-    target = f"{efficiency.system} ({percent(efficiency.accuracy)})"
-    low, high = efficiency.ci95
-    if efficiency.rows is None:
-        sentence = f"{method} does not match {target} within {efficiency.largest:,} rows"
-        if low is None:
-            return f"{sentence}."
-        return f"{sentence}; the 95% CI begins at {low:,} rows."
-    return (
-        f"{method} needs {_row_limit(efficiency.rows, efficiency)} rows to match {target} "
-        f"(95% CI {_row_limit(low, efficiency)} to {_row_limit(high, efficiency)} rows)."
-    )
-
-
-def _row_limit(rows: int | None, efficiency: LabelEfficiency) -> str:
-    """A number of rows. Outside the curve only a bound is known."""
-    if rows is None:
-        return f"more than {efficiency.largest:,}"
-    if rows <= efficiency.smallest:
-        return f"at most {rows:,}"
-    return f"{rows:,}"
-
-
-def break_even_sentence(break_even: BreakEven) -> str:
-    """After how many predictions the teacher's bill for the training rows is recovered."""
-    price = dollars(1000 * break_even.teacher_usd_per_prediction)
-    return (
-        f"{break_even.system}: annotating its training rows cost {dollars(break_even.spent_usd)}. "
-        f"It recovers that after {count(break_even.predictions, 'prediction')}, "
-        f"since the teacher costs {price} per 1,000 predictions."
-    )
-
-
 # --- tables
 
 
@@ -316,6 +291,9 @@ def _comparison_cells(system: SystemResult, *, names_baseline: bool) -> list[str
     return [difference, signed_interval(comparison.ci95), p_number(comparison.p_holm)]
 
 
+# --- results.md
+
+
 def results_markdown(results: Results) -> str:
     """``eval/results.md``."""
     rows = count(results.n, "row")
@@ -328,6 +306,7 @@ def results_markdown(results: Results) -> str:
         lines += [markdown_paragraph(details), ""]
     lines += ["## Systems", "", *_escaped_table(*results_table(results))]
     lines += _comparisons_section(results)
+    lines += _floors_section(results)
     lines += _graded_section(results)
     lines += _metrics_section(results)
     lines += _list_section(
@@ -385,6 +364,35 @@ def _comparisons_section(results: Results) -> list[str]:
         "Wins are rows that the system gets right and the other wrong; losses are the reverse.",
         "Detectable: the smallest true difference, in points, that this test set would show in "
         "one comparison with 80% power.",
+    ]
+
+
+def _floors_section(results: Results) -> list[str]:
+    headings = ("system", "floor", "points", "95% CI", "p", "wins", "losses", "beaten")
+    rows = [
+        [
+            system.name,
+            floor,
+            points_number(comparison.delta),
+            signed_interval(comparison.ci95),
+            p_number(comparison.p),
+            f"{comparison.wins:,}",
+            f"{comparison.losses:,}",
+            "yes" if comparison.is_beaten else "no",
+        ]
+        for system in results.systems
+        for floor, comparison in system.versus_floors.items()
+    ]
+    if not rows:
+        return []
+    return [
+        "",
+        "## Floors",
+        "",
+        *_escaped_table(headings, rows),
+        "",
+        "A floor is beaten where the whole interval is above 0. These comparisons are outside "
+        "Holm's correction.",
     ]
 
 

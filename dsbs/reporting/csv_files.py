@@ -63,6 +63,7 @@ def _system_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
                 "system": system.name,
                 "kind": system.kind,
                 "method": system.method,
+                "floor": system.floor,
                 "labels": system.labels,
                 "subset": system.subset,
                 "training_rows": system.training_rows,
@@ -96,7 +97,8 @@ def _latency_columns(latency: Latency) -> dict[str, Cell]:
 
 
 def _comparison_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
-    return [
+    """Comparisons with other systems, then those with floors, which Holm's correction omits."""
+    rows: list[dict[str, Cell]] = [
         {
             "run": title,
             "system": system.name,
@@ -115,14 +117,31 @@ def _comparison_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
         for system in run.results.systems
         for baseline, comparison in system.versus.items()
     ]
+    for title, run in runs:
+        for system in run.results.systems:
+            for floor, comparison in system.versus_floors.items():
+                row: dict[str, Cell] = {
+                    "run": title,
+                    "system": system.name,
+                    "against": floor,
+                    "delta": comparison.delta,
+                    **_interval_columns("delta", comparison.ci95),
+                    "p": comparison.p,
+                    "test": comparison.test,
+                    "wins": comparison.wins,
+                    "losses": comparison.losses,
+                    "beaten": comparison.is_beaten,
+                }
+                rows.append(row)
+    return rows
 
 
 def _curve_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
-    """All students; a single share of the rows makes a curve of one point."""
+    """All students and floors that learn; a single share of the rows makes a curve of one point."""
     return [
         {
             "run": title,
-            "method": system.method,
+            "method": system.method or system.floor,
             "labels": system.labels,
             "subset": system.subset,
             "rows": system.training_rows,
@@ -131,12 +150,12 @@ def _curve_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
         }
         for title, run in runs
         for system in sorted(run.results.systems, key=_curve_key)
-        if system.kind == "student"
+        if system.kind in ("student", "floor") and system.subset is not None
     ]
 
 
 def _curve_key(system: SystemResult) -> tuple[str, str, float]:
-    return system.method or "", system.labels or "", system.subset or 0.0
+    return system.method or system.floor or "", system.labels or "", system.subset or 0.0
 
 
 def _metric_rows(runs: TitledRuns) -> list[dict[str, Cell]]:

@@ -18,13 +18,17 @@ from dsbs.config import Recipe
 from dsbs.config.load import recorded
 from dsbs.files import atomic_write, digest
 from dsbs.formatting import ABSENT, count, percent
-from dsbs.records.summary import (
+from dsbs.records.sentences import (
     break_even_sentence,
+    floor_details,
+    floor_warnings,
+    label_efficiency_sentence,
+)
+from dsbs.records.summary import (
     headline,
     headline_comparison,
     headline_details,
     is_reliable,
-    label_efficiency_sentence,
 )
 from dsbs.reporting.card import write_cards
 from dsbs.reporting.compression import (
@@ -35,6 +39,7 @@ from dsbs.reporting.compression import (
 from dsbs.reporting.csv_files import write_csv_files
 from dsbs.reporting.examples import NO_EXAMPLES, PackedExamples, pack_examples
 from dsbs.reporting.figures import Figure, draw_figures, write_figures
+from dsbs.reporting.floors import floor_definitions, floor_table
 from dsbs.reporting.runs import (
     EvaluatedRun,
     have_same_rows,
@@ -161,6 +166,8 @@ def _render(
         same_rows=have_same_rows(runs),
         accuracies=accuracy_table(runs),
         comparisons=comparison_table(runs),
+        floors=floor_table(runs),
+        floor_definitions=floor_definitions(runs),
         recalls=recall_table(runs),
         rationales=rationale_table(runs),
         costs=cost_table(runs),
@@ -238,8 +245,12 @@ def verdict(run: EvaluatedRun) -> Verdict:
     sentence = headline(results)
     other = results.system(baseline)
     if system is None or baseline is None or other is None:
-        details = (
-            "Without a baseline (eval.baseline) the report cannot say what the method contributes."
+        details = " ".join(
+            [
+                "Without a baseline (eval.baseline) the report cannot say what the method "
+                "contributes.",
+                *floor_details(system),
+            ]
         )
         return Verdict(run.name, sentence, details, is_reliable=False)
     details = (
@@ -247,7 +258,8 @@ def verdict(run: EvaluatedRun) -> Verdict:
         f"{other.name} {percent(other.accuracy)}."
     )
     details = " ".join([details, *headline_details(results)])
-    return Verdict(run.name, sentence, details, is_reliable(system.versus[baseline]))
+    is_clear = is_reliable(system.versus[baseline]) and not floor_warnings(system)
+    return Verdict(run.name, sentence, details, is_clear)
 
 
 # Control characters and halves of surrogate pairs, which have no glyph, as escapes.

@@ -156,14 +156,20 @@ def prefixed(sentence: str, run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> 
 
 
 def series_title(system: SystemResult) -> str:
-    """The name of a method's students at every share of the data; other systems keep their name."""
+    """The name that a method's students, or a floor, have at every share of the data; other systems
+    keep their name.
+    """
+    if system.floor is not None:
+        return system.floor
     if system.method is None:
         return system.name
     return f"{system.method}, {system.labels} labels"
 
 
 def full_data_systems(systems: Sequence[SystemResult]) -> list[SystemResult]:
-    """The teacher, external systems, and each method's students of the largest share of rows."""
+    """The teacher, external systems, and each method's students, and floors, of the largest share
+    of rows.
+    """
     largest: dict[str, float] = {}
     for system in systems:
         if system.subset is not None:

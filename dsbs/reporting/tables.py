@@ -150,7 +150,7 @@ def accuracy_table(runs: Sequence[EvaluatedRun]) -> Table:
         rows = [
             TableRow(
                 system.name,
-                _cells(columns, system),
+                cells(columns, system),
                 strong=system.name == run.results.headline,
                 bar=axis.bar(system.ci95, system.accuracy, reference),
             )
@@ -225,9 +225,7 @@ def _system_table(columns: Sequence[Column], runs: Sequence[EvaluatedRun]) -> Ta
     groups = []
     for run in runs:
         rows = [
-            TableRow(
-                system.name, _cells(filled, system), strong=system.name == run.results.headline
-            )
+            TableRow(system.name, cells(filled, system), strong=system.name == run.results.headline)
             for system in run.results.systems
             if any(column.cell(system) for column in filled)
         ]
@@ -240,8 +238,7 @@ def _latency_cell(batch_size: int) -> Callable[[SystemResult], str | None]:
     def cell(system: SystemResult) -> str | None:
         for latency in system.latency:
             if latency.batch_size == batch_size:
-                times = (latency.p50_ms, latency.p95_ms)
-                return " / ".join(map(milliseconds_number, times))
+                return " / ".join(map(milliseconds_number, (latency.p50_ms, latency.p95_ms)))
         return None
 
     return cell
@@ -286,16 +283,14 @@ def comparison_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     ]
     if not comparisons:
         return None
-    reach = max(abs(end) for _, comparison in comparisons for end in comparison.ci95)
-    reach = max(1, math.ceil(reach / _DIFFERENCE_STEP - 1e-9)) * _DIFFERENCE_STEP
-    axis = BarAxis(-reach, reach)
+    axis = difference_axis([comparison.ci95 for _, comparison in comparisons])
     columns = _comparison_columns([comparison.test for _, comparison in comparisons])
     groups = []
     for run in runs:
         rows = [
             TableRow(
                 system.name,
-                _cells(columns, (baseline, comparison)),
+                cells(columns, (baseline, comparison)),
                 strong=system.name == run.results.headline,
                 bar=axis.bar(comparison.ci95, comparison.delta, 0.0, _tone(comparison)),
             )
@@ -305,6 +300,13 @@ def comparison_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         if rows:
             groups.append(RowGroup(name_among(run, runs), rows))
     return Table(columns, groups, axis)
+
+
+def difference_axis(intervals: Sequence[Interval]) -> BarAxis:
+    """An axis around zero that holds all intervals."""
+    reach = max(abs(end) for ci95 in intervals for end in ci95)
+    reach = max(1, math.ceil(reach / _DIFFERENCE_STEP - 1e-9)) * _DIFFERENCE_STEP
+    return BarAxis(-reach, reach)
 
 
 def _comparison_columns(tests: Sequence[str]) -> list[Column]:
@@ -418,7 +420,7 @@ def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     groups = []
     for run in runs:
         rows = [
-            TableRow(name, _cells(columns, split))
+            TableRow(name, cells(columns, split))
             for name, split in run.manifests["annotate"].get("splits", {}).items()
         ]
         if rows:
@@ -427,14 +429,13 @@ def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
 
 
 def _accepted_cell(split: dict[str, Any]) -> str:
-    share = split["accepted"] / max(1, split["rows"])
-    return f"{split['accepted']:,} ({percent(share)})"
+    return f"{split['accepted']:,} ({percent(split['accepted'] / max(1, split['rows']))})"
 
 
 # --- cells
 
 
-def _cells(columns: Sequence[Column], item: Any) -> list[str]:
+def cells(columns: Sequence[Column], item: Any) -> list[str]:
     return [column.cell(item) or ABSENT for column in columns]
 
 
@@ -446,6 +447,4 @@ def optional(form: Callable[[Any], str], value: Any) -> str | None:
 
 
 def _table(columns: list[Column], groups: list[RowGroup]) -> Table | None:
-    if not groups:
-        return None
-    return Table(columns, groups)
+    return Table(columns, groups) if groups else None

@@ -84,6 +84,11 @@ class StudentCard(BaseModel):
         return set(self.prefixes) != {"label"}
 
     @property
+    def writes_label_alone(self) -> bool:
+        """Whether it writes its label as a text of its own, without a rationale beside it."""
+        return self.head == "text" and next(iter(self.prefixes)) == "label"
+
+    @property
     def reasons_first(self) -> bool:
         """Whether it writes the label after its rationale, in one sequence."""
         return "rationale-then-label" in self.prefixes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from typing import Any
 from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.records import Unread
-from dsbs.students.backends import Backend, GeneratedText, load_backend, make_backend
+from dsbs.students.backends import (
+    Backend,
+    GeneratedText,
+    ScoringBackend,
+    load_backend,
+    make_backend,
+)
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
 from dsbs.tasks import CHOICE_SEPARATOR, make_task
@@ -30,7 +37,8 @@ class Answer:
     label: str | None
     """None: ``raw`` is not a label of the task."""
     probability: float | None
-    """Of ``raw``, in [0, 1]; None: a rationale is in the same sequence."""
+    """Of ``label`` where there is a distribution, else of ``raw``, in [0, 1]; None: a rationale is
+    in the same sequence."""
     truncated: bool
     """Whether the token limit ended the label."""
     rationale: str | None
@@ -39,7 +47,8 @@ class Answer:
     latency_ms: float
     """Wall time of the label's batch divided by its rows."""
     distribution: dict[str, float] | None = None
-    """The probability of each label, in [0, 1]; None: the label was written as text."""
+    """The probability of each label, in [0, 1]; None: the label was written as text, and no label
+    was scored."""
 
 
 class Student:
@@ -86,13 +95,16 @@ class Student:
         batch_size: int = 64,
         max_label_tokens: int = 64,
         canonical: bool = False,
+        score_labels: bool = False,
     ) -> list[Answer]:
         """Answer texts or rows of fields, with greedy decoding.
 
         ``rationale`` decodes a rationale for each item too. It does not explain how the label came
         about: they are two tasks and two decodes. Rows have the columns of the data, or with
-        ``canonical`` the task's own fields. Raises UserError where the student learned no
-        rationales or an item lacks a field.
+        ``canonical`` the task's own fields. ``score_labels`` gives students that write their label
+        a distribution over a closed set, and an unreadable label becomes the most likely one.
+        Raises UserError where the student learned no rationales, cannot score labels, or an item
+        lacks a field.
         """
         if rationale and not self.card.explains:
             reason = "was trained without rationales"
@@ -120,6 +132,12 @@ class Student:
             batch_size,
             probabilities=target == "label",
         )
+        if score_labels and self.card.head == "text":
+            distributions = self.label_distributions([prefix + text for text in texts], batch_size)
+            generated = [
+                output._replace(distribution=distribution)
+                for output, distribution in zip(generated, distributions, strict=True)
+            ]
         explanations: Sequence[GeneratedText | None] = [None] * len(texts)
         if rationale and not self.card.reasons_first:
             # A second decode, so that the label and its latency are the same without it.
@@ -128,6 +146,38 @@ class Student:
             self._answer(target, *parts)
             for parts in zip(generated, explanations, rows, strict=True)
         ]
+
+    @property
+    def scores_labels(self) -> bool:
+        """Whether ``score_labels`` applies: it writes the label of a closed set, and that alone.
+
+        In a sequence with a rationale, no end token follows the label.
+        """
+        return self.card.writes_label_alone and self.task.labels is not None
+
+    def label_distributions(self, texts: Sequence[str], batch_size: int) -> list[tuple[float, ...]]:
+        """The probability of each of the task's labels as the answer to ``texts``, with prefixes.
+
+        The probability of a label's text with its end token, normalized over the labels.
+        """
+        if not self.scores_labels:
+            raise UserError(
+                f"{self.card.name} cannot score labels: it does not write the label of a closed "
+                "set alone",
+                hint="leave score_labels out",
+            )
+        if not isinstance(self.backend, ScoringBackend):
+            raise UserError(
+                f"{self.card.name}: students in {self.card.format} format cannot score labels",
+                hint="use the student that it was exported from",
+            )
+        labels = self.task.labels or ()
+        distributions: dict[int, tuple[float, ...]] = {}
+        for batch in _longest_first(texts, batch_size):
+            scores = self.backend.score([texts[i] for i in batch], labels)
+            for i, row in zip(batch, scores, strict=True):
+                distributions[i] = _softmax(row)
+        return [distributions[i] for i in range(len(texts))]
 
     def _fields(self, item: str | Mapping[str, Any], canonical: bool) -> Mapping[str, Any]:
         """The fields that reading a label may need. A plain text has no field but itself."""
@@ -175,15 +225,18 @@ class Student:
             full = explanation or generated
             rationale = split_target(target, full.text)[1] or ""
             rationale_truncated = full.truncated
-        label = self.task.read_label(raw, fields)
         distribution = None
         if generated.distribution is not None:
-            classes = self.card.classes or self.task.choice_texts(fields)
+            classes = self.card.classes or self.task.labels or self.task.choice_texts(fields)
             distribution = dict(zip(classes, generated.distribution, strict=True))
+        label = self.task.answer(raw, fields, distribution)
+        probability = generated.probability
+        if distribution is not None:
+            probability = distribution.get(str(label), probability)
         return Answer(
             raw=raw,
             label=None if isinstance(label, Unread) else label,
-            probability=generated.probability,
+            probability=probability,
             truncated=truncated,
             rationale=rationale,
             rationale_truncated=rationale_truncated,
@@ -202,9 +255,7 @@ class Student:
     ) -> list[GeneratedText]:
         """Greedy decoding of ``texts``, prefixes included, in batches of similar length."""
         generated: dict[int, GeneratedText] = {}
-        longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        for first in range(0, len(longest_first), batch_size):
-            batch = longest_first[first : first + batch_size]
+        for batch in _longest_first(texts, batch_size):
             started = time.perf_counter()
             outputs = self.backend.generate(
                 [texts[i] for i in batch], max_new_tokens, start, probabilities=probabilities
@@ -213,3 +264,17 @@ class Student:
             for i, output in zip(batch, outputs, strict=True):
                 generated[i] = output._replace(latency_ms=per_row_ms)
         return [generated[i] for i in range(len(texts))]
+
+
+def _longest_first(texts: Sequence[str], batch_size: int) -> Iterator[list[int]]:
+    """Indices of ``texts`` in batches of similar length."""
+    indices = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    for first in range(0, len(indices), batch_size):
+        yield indices[first : first + batch_size]
+
+
+def _softmax(log_probabilities: Sequence[float]) -> tuple[float, ...]:
+    highest = max(log_probabilities)
+    shares = [math.exp(value - highest) for value in log_probabilities]
+    total = math.fsum(shares)
+    return tuple(share / total for share in shares)

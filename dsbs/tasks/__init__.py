@@ -58,6 +58,9 @@ class Task:
     id_columns: ClassVar[tuple[str, ...]] = ("id",)
     label_columns: ClassVar[tuple[str, ...]] = ("label",)
     rationale_columns: ClassVar[tuple[str, ...]] = ("rationale",)
+    goal: ClassVar[str | None] = None
+    """What to decide, in a sentence for a model; ``task.description`` comes first. None: nothing
+    can be said of all tasks of this kind."""
     needs_fields: ClassVar[bool] = False
     """Whether reading a label needs its row's fields, so that plain text is not a valid input."""
     has_choices: ClassVar[bool] = False
@@ -141,6 +144,18 @@ class Task:
         output.
         """
         raise NotImplementedError
+
+    def answer(
+        self, text: str, fields: Fields, distribution: Mapping[str, float] | None
+    ) -> str | Unread:
+        """The label of a student's output: what ``text`` states, else the most likely label.
+
+        ``distribution``: the probability of each label; None: unknown.
+        """
+        label = self.read_label(text, fields)
+        if isinstance(label, Unread) and distribution:
+            return max(distribution, key=distribution.__getitem__)
+        return label
 
     def correct(self, predicted: str, gold: str) -> bool:
         """Whether two canonical labels mean the same."""

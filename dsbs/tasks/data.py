@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,24 @@ def position(row_id: str, purpose: str) -> float:
     if _CONTENT_ID.match(row_id):
         row_id = row_id.partition("~")[0]
     return int(hashlib.sha256(f"{purpose}:{row_id}".encode()).hexdigest()[:13], 16) / 16**13
+
+
+def subset_order(ids: Sequence[str]) -> list[int]:
+    """Indices of train rows by a hash of their ids: a share of the rows is the first so many."""
+    return sorted(range(len(ids)), key=lambda i: position(ids[i], "subset"))
+
+
+def share_indices(order: Sequence[int], share: float) -> list[int]:
+    """The indices of a share's rows, ascending, from their ``subset_order``.
+
+    The rows of a smaller share are among those of a larger one.
+    """
+    return sorted(order[: max(1, round(share * len(order)))])
+
+
+def validation_rows(rows: Iterable[Example], limit: int | None) -> list[Example]:
+    """The first ``limit`` rows by a hash of their ids, in that order. None: all rows."""
+    return sorted(rows, key=lambda row: position(row.id, "valid-limit"))[:limit]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,10 @@ _LABEL_SET = LabelSet(LABELS)
 
 class Nli(Task):
     inputs = {"premise": ("sentence1", "context"), "hypothesis": ("sentence2",)}
+    goal = (
+        "Decide what the premise says about the hypothesis: entailment (it must be true), "
+        "contradiction (it cannot be true) or neutral (the premise leaves it open)."
+    )
     id_columns = ("id", "uid", "pairID")
     label_columns = ("label", "gold_label")
     no_label = ("", "-", "-1")  # SNLI's rows without a majority

@@ -17,7 +17,14 @@ from dsbs.run_folder import RunFolder
 from dsbs.students.card import Target, head_of
 from dsbs.students.formats import compose_target
 from dsbs.tasks import CHOICE_SEPARATOR, Task
-from dsbs.tasks.data import is_held_out, load, position
+from dsbs.tasks.data import (
+    is_held_out,
+    load,
+    position,
+    share_indices,
+    subset_order,
+    validation_rows,
+)
 from dsbs.training.grid import StudentSpec
 from dsbs.training.methods import method_of
 
@@ -90,8 +97,7 @@ class Data:
         Annotations beyond ``max_per_label`` are left out: those rows keep their gold label. The
         annotations of a smaller maximum are among those of a larger one.
         """
-        indices = sorted(self.order[: max(1, round(share * len(self.train)))])
-        rows = [self.train[i] for i in indices]
+        rows = [self.train[i] for i in share_indices(self.order, share)]
         if self.max_per_label is None:
             return rows
         counts: Counter[str] = Counter()
@@ -149,7 +155,7 @@ def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) 
         for text in (annotation.own_label, annotation.rationale)
         if text
     ]
-    order = sorted(range(len(rows)), key=lambda i: position(rows[i].id, "subset"))
+    order = subset_order([row.id for row in rows])
     data = Data(rows, valid, valid_labels, fields, order, teacher_texts, section.max_per_label)
     for spec in specs:
         _check_targets(data, spec)
@@ -167,13 +173,13 @@ def _valid(
     elif recipe.task.data.valid is not None:
         fingerprint = source_fingerprint(recipe, task)
         annotations = annotations | RunFolder(run).load_annotations("valid", fingerprint)
+    ordered = validation_rows(examples, None)
     with_choices = task.has_choices and head_of(recipe.student, recipe.train.init) == "labels"
     rows = [
         _row(task, example, annotations.get(example.id), with_choices=with_choices)
-        for example in examples
+        for example in ordered
     ]
     labeled = [row for row in rows if row.label(source)]
-    labeled.sort(key=lambda row: position(row.id, "valid-limit"))
     if not labeled:
         raise UserError(
             "no validation row has a label", hint="give task.data.valid, or annotate more rows"

@@ -15,6 +15,7 @@ from made_students import make_student, rows_of
 from dsbs import UserError, load_recipe
 from dsbs.config import Recipe
 from dsbs.evaluation import predictions
+from dsbs.evaluation.metrics import score
 from dsbs.evaluation.predictions import (
     loader,
     predict_student,
@@ -56,6 +57,22 @@ def as_first_version(path: Path) -> None:
         path,
         [{"schema": "dsbs.prediction/1"} | {key: row[key] for key in old} for row in rows],
     )
+
+
+def test_scored_labels_are_kept_and_made_anew_when_asked_for(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    student = make_student(recipe, tmp_path)
+    plain = predicted(recipe, student, tmp_path)
+    scored = predicted(asking(recipe, score_labels=True), student, tmp_path)
+    for before, after in zip(plain, scored, strict=True):
+        assert "distribution" not in before and before["made_by"] != after["made_by"]
+        assert sum(after["distribution"].values()) == pytest.approx(1, abs=1e-5)
+        assert after["raw"] == before["raw"] and after["prediction"] in after["distribution"]
+    # Scoring reads the label as prediction did.
+    task, rows = make_task(recipe.task), rows_of(recipe)
+    read = read_predictions(RunFolder(tmp_path).predictions(student.name))
+    assert score(task, rows, read, student.name).labels == [row["prediction"] for row in scored]
 
 
 def test_a_row_has_input_output_probability_and_model(recipe: Recipe, tmp_path: Path) -> None:

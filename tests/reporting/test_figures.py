@@ -15,6 +15,7 @@ from sample_run import PARAMETERS, change_results, make_run
 from dsbs.config import registry
 from dsbs.records.results import SystemResult
 from dsbs.reporting.figures import Figure, draw_figures, write_figures
+from dsbs.reporting.figures.canvas import MUTE
 from dsbs.reporting.figures.curves import break_even, training_curves
 from dsbs.reporting.figures.scatter import speed_figure
 from dsbs.reporting.figures.style import (
@@ -108,6 +109,45 @@ def test_each_method_has_a_learning_curve_and_the_teacher_a_level(
 def _tooltip(system: SystemResult) -> str:
     low, high = system.ci95
     return f"{system.name}: {100 * system.accuracy:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def test_floors_are_gray_lines_in_the_curve_and_levels_elsewhere(tmp_path: Path) -> None:
+    def add_floors(results: dict[str, Any]) -> None:
+        for share in (0.25, 1.0):
+            suffix = "" if share == 1 else f"-n{share:g}"
+            floor = floor_result("tfidf", suffix, 0.3 + share / 10, share, int(800 * share))
+            results["systems"].append(floor.model_dump(mode="json"))
+        untrained = floor_result("untrained", "", 0.2, None, None)
+        results["systems"].append(untrained.model_dump(mode="json"))
+
+    run = change_results(make_run(tmp_path / "floors"), add_floors)
+    figures = figures_of(run)
+    for name in ("curve", "speed"):
+        assert {"tfidf", "untrained"} <= set(texts(figures[name])), name
+    assert "tfidf-n0.25" not in texts(figures["curve"])
+    styles = series_styles([run])
+    dashes = [str(styles[name].line) for name in ("tfidf", "untrained")]
+    assert len(set(dashes)) == 2 and styles["tfidf"].color == styles["untrained"].color == MUTE
+    curve = figures["curve"].svg
+    assert curve.count("--mute") > figures_of(load_run(make_run(tmp_path / "none")))[
+        "curve"
+    ].svg.count("--mute")
+
+
+def floor_result(
+    name: str, suffix: str, accuracy: float, share: float | None, rows: int | None
+) -> SystemResult:
+    return SystemResult(
+        name=name + suffix,
+        kind="floor",
+        floor=name,
+        subset=share,
+        training_rows=rows,
+        accuracy=accuracy,
+        ci95=(accuracy - 0.05, accuracy + 0.05),
+        interval="wilson",
+        unreadable=0.0,
+    )
 
 
 def test_a_single_share_of_the_rows_has_no_curve(tmp_path: Path) -> None:

@@ -95,9 +95,8 @@ def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
             for title, systems in points.items():
                 _draw_curve(canvas, axes, systems, styles[title])
                 handles[title] = legend_handle(styles[title])
-            for system in results.systems:
-                if system.kind != "student":
-                    handles[system.name] = draw_level(axes, system, styles[system.name])
+            for title, systems in _other_series(results).items():
+                handles[title] = _draw_other(axes, systems, styles[title])
             counts = (s.training_rows or 0 for systems in points.values() for s in systems)
             ticks = thin_ticks(counts, width * 0.4, 0.5)
             axes.set_xscale("log")
@@ -112,9 +111,31 @@ def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         canvas.legend([(handles[title], shorten(title)) for title in styles if title in handles])
         caption = (
             "All methods were trained on the same nested subsets of the rows. "
-            "Bands are 95% confidence intervals over test rows."
+            "Bands are 95% confidence intervals over test rows. Gray lines are floors."
         )
         return [canvas.finish("Accuracy against training rows", caption)]
+
+
+def _other_series(results: Results) -> Curve:
+    """The teacher, external systems and floors of each series, by training rows."""
+    series: Curve = {}
+    for system in results.systems:
+        if system.kind != "student":
+            series.setdefault(series_title(system), []).append(system)
+    return {
+        title: sorted(systems, key=lambda system: system.training_rows or 0)
+        for title, systems in series.items()
+    }
+
+
+def _draw_other(axes: Any, systems: list[SystemResult], style: Style) -> Any:
+    """A line without markers through floors of several shares, else a level; its legend entry."""
+    rows = [system.training_rows for system in systems]
+    if len(systems) < 2 or not all(rows):
+        return draw_level(axes, systems[-1], style)
+    accuracies = [system.accuracy for system in systems]
+    axes.plot(rows, accuracies, color=style.color, linestyle=style.line, linewidth=1.3)
+    return line_handle(style.color, style.line, 1.3)
 
 
 def _draw_curve(canvas: Canvas, axes: Any, systems: list[SystemResult], style: Style) -> None:

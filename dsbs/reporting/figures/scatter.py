@@ -18,8 +18,8 @@ from dsbs.reporting.figures.style import (
     accuracy_axis,
     accuracy_label,
     accuracy_tooltip,
+    draw_levels,
     draw_point,
-    draw_teacher_levels,
     legend_handle,
     log_axis,
     numbered_style,
@@ -45,7 +45,7 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         (number, system)
         for number, run in enumerate(runs)
         for system in full_data_systems(run.results.systems)
-        if system.kind != "teacher" and system.parameters
+        if system.kind not in ("teacher", "floor") and system.parameters
     ]
     sizes = sorted({system.parameters or 0 for _, system in points})
     if len(sizes) < 2:
@@ -86,7 +86,7 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
             for title, line in lines.items():
                 color = styles[title].color
                 axes.plot(*zip(*sorted(line), strict=True), color=color, linewidth=0.8, alpha=0.5)
-        entries += draw_teacher_levels(axes, runs, styles)
+        entries += draw_levels(axes, runs, styles)
         if not is_run_by_size:
             entries += run_handles(runs)
         ticks = thin_ticks(sizes, 4.3, 0.6)
@@ -106,7 +106,7 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         canvas.legend(entries)
         caption = (
             "Students of the largest share of the rows; bars are 95% confidence intervals over "
-            "test rows. Students of one size are drawn side by side."
+            "test rows. Students of one size are drawn side by side. Gray lines are floors."
         )
         return [canvas.finish("Accuracy against parameters", caption)]
 
@@ -153,7 +153,7 @@ def speed_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         ]
         if len({number for number, _, _ in points}) > 1:
             entries += run_handles(runs)
-        entries += draw_teacher_levels(axes, runs, styles)
+        entries += draw_levels(axes, runs, styles)
         log_axis(axes.xaxis, ends)
         devices = ", ".join(sorted({latency.device for _, _, latency in points}))
         axes.set_xlabel(f"ms for a single row, on {shorten(devices)}")

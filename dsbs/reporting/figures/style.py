@@ -27,12 +27,14 @@ _STARS = tuple((corners, 1, angle) for angle in (0, 45) for corners in (4, 3, 6,
 _DASHED = (0, (3, 1.2))
 _LONG_DASHED = (0, (6, 3))
 _TERM_DASHES = (0, (6, 1.2, 1.2, 1.2))
+_FLOOR_DASHES = ((0, (1, 1.5)), (0, (4, 2)), (0, (4, 1.5, 1, 1.5)), (0, (8, 2, 1, 2)))
+_FLOOR_MARKERS = ("1", "2", "3", "4")  # three-legged, unlike those of students
 FILLS = ("full", "none", "left", "bottom", "right", "top")  # of markers, by run
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """The style of a series: a method's students, the teacher, or an external system."""
+    """The style of a series: a method's students, the teacher, a floor, or an external system."""
 
     title: str
     color: str
@@ -49,18 +51,24 @@ def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
 
     A registered method has the color of its record. With additional loss terms it keeps the color
     and gets a star as marker. A method's second source of labels, and external systems, get what is
-    left of the palette.
+    left of the palette. Floors are gray, each with dashes of its own.
     """
     methods: dict[str, str] = {}
     teachers = set()
+    floors: list[str] = []
     for run in runs:
         for system in run.results.systems:
-            methods.setdefault(series_title(system), system.method or "")
+            title = series_title(system)
+            methods.setdefault(title, system.method or "")
             if system.kind == "teacher":
-                teachers.add(series_title(system))
-    order = sorted(
-        methods, key=lambda title: (title in teachers, *_legend_key(methods[title]), title)
-    )
+                teachers.add(title)
+            if system.kind == "floor" and title not in floors:
+                floors.append(title)
+
+    def rank(title: str) -> tuple[bool, bool, int, int, str]:
+        return title in floors, title in teachers, *_legend_key(methods[title]), title
+
+    order = sorted(methods, key=rank)
     colors = {name: registry.entry(registry.METHODS, name).color for name in registry.METHODS}
     free = _free_styles(set(colors.values()))
     stars: dict[str, list[int]] = {}  # by base method
@@ -71,6 +79,9 @@ def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
         base = base_of(method)
         if title in teachers:
             styles[title] = Style(title, INK, "*", _LONG_DASHED)
+        elif title in floors:
+            number = floors.index(title) % len(_FLOOR_DASHES)
+            styles[title] = Style(title, MUTE, _FLOOR_MARKERS[number], _FLOOR_DASHES[number])
         elif base in colors and base != method:
             number = _star_number(method, stars.setdefault(base, []), is_first=method not in styled)
             star = _STARS[number % len(_STARS)]
@@ -128,8 +139,9 @@ def main_systems(results: Results, limit: int = MAX_SYSTEMS) -> list[SystemResul
     if head is not None:
         first |= set(head.versus)
 
-    def priority(system: SystemResult) -> tuple[bool, bool, float]:
-        return system.name not in first, system.kind != "teacher", -system.accuracy
+    def priority(system: SystemResult) -> tuple[bool, int, float]:
+        rank = {"teacher": 0, "floor": 2}.get(system.kind, 1)
+        return system.name not in first, rank, -system.accuracy
 
     return sorted(sorted(systems, key=priority)[:limit], key=systems.index)
 
@@ -199,33 +211,41 @@ def run_handles(runs: Sequence[EvaluatedRun]) -> list[tuple[Any, str]]:
 
 
 def draw_level(axes: Axes, system: SystemResult, style: Style) -> Any:
-    """A horizontal line with its interval, for a system without a place on the x axis.
+    """A horizontal line for a system without a place on the x axis, with its interval unless it is
+    a floor.
 
     Returns its legend entry.
     """
-    axes.axhspan(*system.ci95, color=style.color, alpha=0.1, linewidth=0)
+    if system.kind != "floor":
+        axes.axhspan(*system.ci95, color=style.color, alpha=0.1, linewidth=0)
     axes.axhline(system.accuracy, color=style.color, linestyle=style.line, linewidth=1.3)
     return line_handle(style.color, style.line, 1.3)
 
 
-def draw_teacher_levels(
+def draw_levels(
     axes: Axes, runs: Sequence[EvaluatedRun], styles: dict[str, Style]
 ) -> list[tuple[Any, str]]:
-    """A level for each teacher, one for runs with the same. Returns their legend entries."""
-    teachers: dict[tuple[float, float, float], tuple[SystemResult, list[str]]] = {}
+    """A level for each teacher and each floor, one for runs with the same.
+
+    Returns their legend entries.
+    """
+    levels: dict[str, dict[tuple[float, float, float], tuple[SystemResult, list[str]]]] = {}
     for title, run in zip(run_titles(runs), runs, strict=True):
-        for system in run.results.systems:
-            if system.kind == "teacher":
+        for system in full_data_systems(run.results.systems):
+            if system.kind in ("teacher", "floor"):
                 key = (system.accuracy, *system.ci95)
-                teachers.setdefault(key, (system, []))[1].append(title)
+                same = levels.setdefault(series_title(system), {})
+                same.setdefault(key, (system, []))[1].append(title)
     entries = []
-    for number, (system, titles) in enumerate(teachers.values()):
-        dashes = (0, (6, 3, *(1, 3) * number))
-        style = replace(styles[series_title(system)], title=system.name, line=dashes)
-        name = system.name
-        if len(teachers) > 1:
-            name += f" ({', '.join(titles)})"
-        entries.append((draw_level(axes, system, style), shorten(name)))
+    for name in (name for name in styles if name in levels):
+        for number, (system, titles) in enumerate(levels[name].values()):
+            style = styles[name]
+            if system.kind == "teacher":
+                style = replace(style, line=(0, (6, 3, *(1, 3) * number)))
+            label = name
+            if len(levels[name]) > 1:
+                label += f" ({', '.join(titles)})"
+            entries.append((draw_level(axes, system, style), shorten(label)))
     return entries
 
 

@@ -65,6 +65,18 @@ class BeamSearchBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class ScoringBackend(Protocol):
+    """A backend that scores texts instead of writing them."""
+
+    def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities (texts, answers), in nats, that each input is answered by each text.
+
+        That of all its tokens with the end token.
+        """
+        ...
+
+
 def load_backend(path: Path, card: StudentCard) -> Backend:
     """Load the backend of a student's folder. Raises UserError for an unsupported format."""
     backend: Backend = _backend_class(card).load(path, card)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsbs.students.backends import GeneratedText, export_error
 from dsbs.students.backends.ctranslate2 import ctranslate2, runtime_device
 from dsbs.students.backends.onnxruntime import load_session, onnxruntime
+from dsbs.students.backends.scoring import padded
 from dsbs.students.backends.transformers import (
     DecoderBackend,
     EncoderDecoderBackend,
@@ -90,20 +91,9 @@ class LabelHeadBackend(TransformersBackend):
 
     def _encode(self, texts: Sequence[str]) -> Any:
         """input_ids and attention_mask, (B, S) each, padded on the right."""
-        import torch
-
         rows = self.input_format.read(texts, self._max_input_tokens)
-        length = max(map(len, rows))
-        pad = SpecialTokens.of(self.tokenizer).pad
-        target = self.model.device
-        return {
-            "input_ids": torch.tensor(
-                [row + [pad] * (length - len(row)) for row in rows], device=target
-            ),
-            "attention_mask": torch.tensor(
-                [[1] * len(row) + [0] * (length - len(row)) for row in rows], device=target
-            ),
-        }
+        input_ids, is_token = padded(rows, self.model.device, SpecialTokens.of(self.tokenizer).pad)
+        return {"input_ids": input_ids, "attention_mask": is_token.long()}
 
 
 def _likeliest(

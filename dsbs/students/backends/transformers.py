@@ -11,8 +11,9 @@ from typing import Any
 
 from dsbs.files import full_disk_as_partial
 from dsbs.students.backends import GeneratedText, export_error
+from dsbs.students.backends.scoring import joint_log_probability, padded, score_blocks
 from dsbs.students.card import Start, StudentCard
-from dsbs.students.formats import ChatFormat, end_tokens, start_token
+from dsbs.students.formats import ChatFormat, end_tokens, input_format_of, start_token
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import device, load_model, silence_transformers
 
@@ -129,6 +130,33 @@ class EncoderDecoderBackend(TransformersBackend):
         decoded = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return _generated(decoded, has_end, row_probabilities)
 
+    def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+        """See ``ScoringBackend``. The inputs are encoded once, and decoded for every answer."""
+        import torch
+        from transformers.modeling_outputs import BaseModelOutput
+
+        self.model.eval()
+        batch = self._encode(texts)
+        answer_ids = padded(
+            input_format_of(self.tokenizer, "seq2seq").write(answers), self.model.device
+        )
+        start = start_token(self.model.config, "pad")
+        with torch.inference_mode():
+            states = self.model.get_encoder()(**batch).last_hidden_state  # (B, S, d)
+
+            def log_probabilities(rows: slice, ids: Any, is_token: Any) -> Any:
+                count = len(ids) // len(states[rows])
+                mask = batch["attention_mask"][rows].repeat_interleave(count, 0)
+                hidden = states[rows].repeat_interleave(count, 0)
+                logits = self.model(
+                    encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+                    attention_mask=mask,
+                    decoder_input_ids=torch.nn.functional.pad(ids[:, :-1], (1, 0), value=start),
+                ).logits
+                return joint_log_probability(logits, ids, is_token)
+
+            return score_blocks(len(texts), answer_ids, log_probabilities)
+
     def _is_end(self, token_ids: Any) -> Any:
         import torch
 
@@ -177,25 +205,18 @@ class DecoderBackend(TransformersBackend):
         import torch
 
         self.model.eval()
-        device = self.model.device
-        rows = self.input_format.read(texts, self._max_input_tokens)
-        length = max(map(len, rows))
-        # Padding is on the left, so that all answers begin at the same position. It is masked, and
-        # positions count from the first real token.
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        input_ids, mask = self._pad_left(self.input_format.read(texts, self._max_input_tokens))
         recorder = GreedyLogProbabilities()
         with torch.inference_mode():
             token_ids = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=mask.to(device),
+                input_ids=input_ids,
+                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 generation_config=self.model.generation_config,
                 num_beams=1,
                 do_sample=False,
                 logits_processor=[recorder] if probabilities else None,
-            )[:, length:]
+            )[:, input_ids.shape[1] :]
             stops = torch.tensor(self.input_format.stops, device=token_ids.device)
             is_end = torch.isin(token_ids, stops).long()  # (B, T)
             is_output = is_end.cumsum(1) - is_end == 0  # up to the first end token, inclusive
@@ -207,6 +228,55 @@ class DecoderBackend(TransformersBackend):
         ]
         decoded = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return _generated(decoded, is_end.any(1).tolist(), row_probabilities)
+
+    def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+        """See ``ScoringBackend``. A prompt is read once, and its cache serves every answer."""
+        import torch
+
+        self.model.eval()
+        prompts = self.input_format.read(texts, self._max_input_tokens)
+        answer_ids = padded(self.input_format.write(answers), self.model.device)
+        with torch.inference_mode():
+
+            def log_probabilities(rows: slice, ids: Any, is_token: Any) -> Any:
+                input_ids, mask = self._pad_left(prompts[rows])
+                prompt = self.model(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                count = len(ids) // len(input_ids)
+                cache = prompt.past_key_values
+                cache.batch_repeat_interleave(count)
+                lengths = mask.sum(1).repeat_interleave(count)[:, None]
+                read_ids = ids[:, :-1]
+                later = self.model(
+                    input_ids=read_ids,
+                    attention_mask=torch.cat(
+                        [mask.repeat_interleave(count, 0), torch.ones_like(read_ids)], 1
+                    ),
+                    position_ids=lengths + torch.arange(read_ids.shape[1], device=ids.device),
+                    past_key_values=cache,
+                ).logits
+                first = prompt.logits[:, -1:].repeat_interleave(count, 0)  # (n, 1, V)
+                return joint_log_probability(torch.cat([first, later], 1), ids, is_token)
+
+            return score_blocks(len(texts), answer_ids, log_probabilities)
+
+    def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+        """Prompts and their mask, (B, T) each, so that all answers begin at the same position.
+
+        Padding is masked, and positions count from the first real token.
+        """
+        import torch
+
+        length = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (length - len(row)) + [*row] for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        return input_ids.to(self.model.device), mask.to(self.model.device)
 
 
 def _generated(

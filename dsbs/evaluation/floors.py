@@ -1,0 +1,427 @@
+"""Floors: cheap systems that a student should beat, and their prediction files.
+
+A floor is one `Floor` record, registered by its name in ``dsbs.config.registry.FLOORS``. Floors
+that learn do so from the same rows as the students: one for each share of the train rows, from gold
+labels, or from the teacher's where no train row has a gold label.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dsbs.config import LabelSource, Recipe
+from dsbs.config.registry import FLOORS, entry
+from dsbs.errors import UserError
+from dsbs.evaluation.metrics import score
+from dsbs.evaluation.predictions import (
+    FLOOR_MARK,
+    fits_or_take_back,
+    is_correct,
+    read_predictions,
+    rounded,
+)
+from dsbs.evaluation.systems import System
+from dsbs.files import canonical_json, digest, write_jsonl
+from dsbs.progress import Progress
+from dsbs.prompting import source_fingerprint
+from dsbs.records import Example, Prediction, Unread
+from dsbs.run_folder import RunFolder
+from dsbs.students.formats import PAIR_SEPARATOR
+from dsbs.tasks import Task
+from dsbs.tasks.data import (
+    is_held_out,
+    load,
+    share_indices,
+    stream,
+    subset_order,
+    validation_rows,
+)
+
+# Inverse strengths of the regularization of tfidf, the strongest first.
+_STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+_DEFAULT_STRENGTH = 1.0  # without labels to choose by
+# tfidf's time grows with the characters of the train texts times the labels; so many take about 40
+# seconds on two cores (9,003 rows of Banking77 with 77 labels: 35 s; 8,869 of e-SNLI with 3: 7 s).
+_MAX_DEFAULT_COST = 60_000_000
+_COST_OF_FEATURES = 20  # of extracting them, in labels
+_ROWS_TOGETHER = 10_000  # answered in one matrix
+
+
+@dataclass(frozen=True, slots=True)
+class FloorAnswer:
+    """A floor's answer to a row; its distribution is None where it has none."""
+
+    raw: str
+    distribution: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FloorInputs:
+    """What a floor answers, and the labeled rows that it learns from and is tuned on."""
+
+    recipe: Recipe
+    task: Task
+    rows: Sequence[Example]
+    only_field: str | None = None
+    """The only input field to read. None: the student's input."""
+    train: Sequence[tuple[Example, str]] = ()
+    valid: Sequence[tuple[Example, str]] = ()
+
+    def texts(self, row: Example) -> list[str]:
+        """The student's input, or both texts of a pair, or the only field to read."""
+        if self.only_field is None:
+            return self.task.text(row.input).split(PAIR_SEPARATOR, 1)
+        if self.only_field not in row.input:
+            raise UserError(
+                f"eval.floors: tfidf-{self.only_field}: row {row.id!r} has no such field "
+                f"(fields: {', '.join(row.input)})",
+                hint="name an input field of the task; task.columns renames columns",
+            )
+        return [str(row.input[self.only_field])]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """A floor and all that is said of it in tables and reports."""
+
+    title: str
+    source: str
+    """The definition in a sentence."""
+    learns: bool
+    """Whether it learns from the train rows, so that there is one for each share of them."""
+    reads_field: bool = False
+    """Whether it can be limited to one input field: ``tfidf-hypothesis``."""
+    needs_labels: bool = False
+    """Whether it needs a closed set of labels."""
+    missing: Callable[[Recipe], str | None] = lambda _recipe: None
+    """Why a recipe's student does not have it. None: it does."""
+    identity: Callable[[FloorInputs], str]
+    """Everything that decides the answers, except the rows to answer."""
+    predict: Callable[[FloorInputs], list[FloorAnswer]]
+
+
+def floor_of(name: str) -> tuple[Floor, str | None]:
+    """The record of a floor, and the input field that ``name`` limits it to, if any."""
+    base, _, limited_to = name.partition("-")
+    if name in FLOORS:
+        base, limited_to = name, ""
+    return entry(FLOORS, base), limited_to or None
+
+
+def check_floors(recipe: Recipe, task: Task) -> None:
+    """Raises UserError for floors and scores that the task cannot have."""
+    if recipe.eval.score_labels and task.labels is None:
+        raise UserError(
+            f"eval.score_labels needs a closed set of labels, and {task.name} has none",
+            hint="remove eval.score_labels",
+        )
+    for name in recipe.eval.floors or ():
+        floor, limited_to = floor_of(name)
+        if limited_to is not None and not floor.reads_field:
+            raise UserError(
+                f"eval.floors: {name}: only tfidf can be limited to an input field",
+                hint=f"use {name.partition('-')[0]}, or tfidf-{limited_to}",
+            )
+        if floor.needs_labels and task.labels is None:
+            raise UserError(
+                f"eval.floors: {name} needs a closed set of labels, and {task.name} has none",
+                hint=f"remove {name} from eval.floors",
+            )
+
+
+# --- systems
+
+
+def floor_systems(
+    recipe: Recipe,
+    task: Task,
+    rows: Sequence[Example],
+    run: RunFolder,
+    training_rows: Mapping[float, int | None],
+    progress: Progress,
+    *,
+    score_only: bool,
+) -> list[System]:
+    """The recipe's floors, those that learn for each share of the train rows.
+
+    ``training_rows`` are the rows of each share that students learned from. Prediction files are
+    made unless they are there. With ``score_only`` nothing is learned, and floors without a file
+    are left out.
+    """
+    names = recipe.eval.floors
+    labeled = None
+    if names is None or any(floor_of(name)[0].learns for name in names):
+        try:
+            labeled = _labeled_rows(recipe, task, run)
+        except UserError as error:
+            if not score_only and names is not None:
+                raise
+            progress.say(f"no floors: {error.problem}")
+            if not score_only:
+                return []
+    shares = sorted(training_rows or {1.0}, reverse=True)
+    systems = []
+    for name in _floor_names(recipe, task, labeled, sum(shares)):
+        floor, limited_to = floor_of(name)
+        inputs = FloorInputs(recipe, task, rows, limited_to)
+        reason = floor.missing(recipe)
+        for share in shares if floor.learns else [None]:
+            system = System(_system_name(name, share), "floor", [], floor=name, share=share)
+            if share is not None:
+                system.training_rows = training_rows.get(share)
+            if share is not None and labeled is not None:
+                inputs = replace(inputs, train=labeled.of_share(share), valid=labeled.valid)
+                system.training_rows = system.training_rows or len(inputs.train)
+                if not inputs.train:
+                    reason = "no row of this share has a label"
+            path = run.predictions(system.name)
+            if reason is None and not score_only:
+                source = None if labeled is None or not floor.learns else labeled.source
+                _make_predictions(floor, system.name, inputs, source, run, progress)
+            elif reason is None and not path.is_file():
+                reason = "it was not evaluated; run dsbs eval without --score-only"
+            if reason is not None:
+                progress.say(f"no floor {system.name}: {reason}")
+                continue
+            predictions = read_predictions(path)
+            system.labels = next(iter(predictions.values())).model
+            system.files.append(score(task, rows, predictions, system.name))
+            systems.append(system)
+    return systems
+
+
+def _system_name(name: str, share: float | None) -> str:
+    return name if share in (None, 1.0) else f"{name}-n{share:g}"
+
+
+def _floor_names(
+    recipe: Recipe, task: Task, labeled: _LabeledRows | None, shares: float
+) -> list[str]:
+    """``eval.floors``, or its default: those that take less than a minute.
+
+    ``labeled``: None where it is unknown, and no floor is made; ``shares``: the sum of all shares.
+    """
+    if recipe.eval.floors is not None:
+        return list(recipe.eval.floors)
+    if task.labels is None:
+        return []
+    names = ["majority", "tfidf"]
+    if labeled is not None:
+        cost = labeled.characters * shares * (len(task.labels) + _COST_OF_FEATURES)
+        if cost > _MAX_DEFAULT_COST:
+            names.remove("tfidf")
+    return [name for name in names if name not in recipe.eval.predictions]
+
+
+def _make_predictions(
+    floor: Floor,
+    name: str,
+    inputs: FloorInputs,
+    labels: LabelSource | None,
+    run: RunFolder,
+    progress: Progress,
+) -> None:
+    """Write a floor's prediction file unless it is there."""
+    path = run.predictions(name)
+    questions = canonical_json([[row.id, row.input] for row in inputs.rows])
+    fingerprint = FLOOR_MARK + digest(floor.title, floor.identity(inputs), questions)
+    if fits_or_take_back(path, fingerprint):
+        return
+    progress.say(f"predict {inputs.recipe.eval.split}: floor {name}")
+    predictions = []
+    for row, answer in zip(inputs.rows, floor.predict(inputs), strict=True):
+        label = inputs.task.answer(answer.raw, row.input, answer.distribution)
+        read = None if isinstance(label, Unread) else label
+        predictions.append(
+            Prediction(
+                id=row.id,
+                input=row.input,
+                gold=row.label,
+                raw=answer.raw,
+                prediction=read,
+                correct=is_correct(inputs.task, read, row),
+                probability=(answer.distribution or {}).get(read or ""),
+                distribution=rounded(answer.distribution),
+                made_by=fingerprint,
+                model=labels,
+            )
+        )
+    write_jsonl(path, (prediction.model_dump_json(by_alias=True) for prediction in predictions))
+
+
+# --- rows
+
+
+@dataclass(frozen=True, slots=True)
+class _LabeledRows:
+    """The train rows with the labels that floors learn, and validation rows."""
+
+    source: LabelSource
+    rows: list[Example]
+    order: list[int]
+    labels: dict[str, str]
+    valid: list[tuple[Example, str]]
+    characters: int
+    """Of the train rows' texts."""
+
+    def of_share(self, share: float) -> list[tuple[Example, str]]:
+        """The labeled rows among a share of the train rows, the same as a student's."""
+        rows = [self.rows[i] for i in share_indices(self.order, share)]
+        return [(row, self.labels[row.id]) for row in rows if row.id in self.labels]
+
+
+def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
+    """The rows that students learn from, with gold labels, or the teacher's if there are none.
+
+    Raises UserError where no row has a label.
+    """
+    rows = [row for row in load(recipe, task, "train") if not is_held_out(recipe, row)]
+    source: LabelSource = "gold"
+    labels = {row.id: row.label for row in rows if row.label is not None}
+    if not labels:
+        source = "teacher"
+        annotations = run.load_annotations("train", source_fingerprint(recipe, task))
+        accepted = [annotations[row.id] for row in rows if row.id in annotations]
+        labels = {row.id: row.own_label for row in accepted if row.accepted and row.own_label}
+    if not labels:
+        raise UserError("no train row has a label", hint="label some rows, or run dsbs annotate")
+    with_gold = [row for row in stream(recipe, task, "valid") if row.label is not None]
+    valid = validation_rows(with_gold, recipe.train.valid_limit)
+    return _LabeledRows(
+        source=source,
+        rows=rows,
+        order=subset_order([row.id for row in rows]),
+        labels=labels,
+        valid=[(row, str(row.label)) for row in valid],
+        characters=sum(len(task.text(row.input)) for row in rows),
+    )
+
+
+def _learned(inputs: FloorInputs) -> str:
+    """The identity of a floor that learns."""
+    rows = [[[row.input, label] for row, label in part] for part in (inputs.train, inputs.valid)]
+    return canonical_json([inputs.only_field, inputs.task.labels, rows])
+
+
+# --- majority
+
+
+def _predict_majority(inputs: FloorInputs) -> list[FloorAnswer]:
+    """The most frequent label, the first of the task's at a tie; its shares as distribution."""
+    counts = Counter(dict.fromkeys(inputs.task.labels or (), 0))
+    counts.update(label for _, label in inputs.train)
+    label = max(counts, key=counts.__getitem__)
+    distribution = None
+    if inputs.task.labels is not None:
+        distribution = {name: number / counts.total() for name, number in counts.items()}
+    return [FloorAnswer(label, distribution)] * len(inputs.rows)
+
+
+MAJORITY = Floor(
+    title="majority label",
+    source="the most frequent label of the train rows",
+    learns=True,
+    identity=_learned,
+    predict=_predict_majority,
+)
+
+
+# --- TF-IDF
+
+
+def _predict_tfidf(inputs: FloorInputs) -> list[FloorAnswer]:
+    """Multinomial logistic regression; its strength is the best of `_STRENGTHS` on valid."""
+    labels = [label for _, label in inputs.train]
+    if len(set(labels)) < 2:
+        return _predict_majority(inputs)
+    features = _TfidfFeatures(inputs)
+    train = features.fit([row for row, _ in inputs.train])
+    strengths = _STRENGTHS if inputs.valid else (_DEFAULT_STRENGTH,)
+    models = [_fit(train, labels, strength) for strength in strengths]
+    best = models[0]
+    if inputs.valid:
+        valid = features.of([row for row, _ in inputs.valid])
+        gold = [label for _, label in inputs.valid]
+        best = max(models, key=lambda model: model.score(valid, gold))
+    classes = best.classes_.tolist()
+    answers = []
+    for first in range(0, len(inputs.rows), _ROWS_TOGETHER):
+        rows = inputs.rows[first : first + _ROWS_TOGETHER]
+        for shares in best.predict_proba(features.of(rows)).tolist():
+            distribution = dict.fromkeys(inputs.task.labels or (), 0.0)
+            distribution |= dict(zip(classes, shares, strict=True))
+            answers.append(
+                FloorAnswer(max(distribution, key=distribution.__getitem__), distribution)
+            )
+    return answers
+
+
+class _TfidfFeatures:
+    """Words and pairs of words, and sequences of two to four characters within words.
+
+    The texts of a pair have features of their own: a word of the hypothesis is not that of the
+    premise.
+    """
+
+    def __init__(self, inputs: FloorInputs) -> None:
+        self._inputs = inputs
+        self._is_pair = all(len(inputs.texts(row)) > 1 for row, _ in inputs.train)
+        self._unions: list[Any] = []  # one for each text of a row
+
+    def fit(self, rows: Sequence[Example]) -> Any:
+        """Learn the features of ``rows``, and return them: (rows, features), sparse."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.pipeline import make_union
+
+        self._unions = [
+            make_union(
+                TfidfVectorizer(
+                    token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True
+                ),
+                TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True),
+            ).fit(column)
+            for column in self._columns(rows)
+        ]
+        return self.of(rows)
+
+    def of(self, rows: Sequence[Example]) -> Any:
+        """The features of ``rows``, (rows, features), sparse."""
+        from scipy.sparse import hstack
+
+        columns = self._columns(rows)
+        parts = [
+            union.transform(column) for union, column in zip(self._unions, columns, strict=True)
+        ]
+        return hstack(parts).tocsr()
+
+    def _columns(self, rows: Sequence[Example]) -> list[list[str]]:
+        """The texts of all rows: their first and second ones, or both joined."""
+        texts = [self._inputs.texts(row) for row in rows]
+        if not self._is_pair:
+            return [[" ".join(parts) for parts in texts]]
+        return [[parts[0] for parts in texts], [" ".join(parts[1:]) for parts in texts]]
+
+
+def _fit(features: Any, labels: Sequence[str], strength: float) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # its accuracy has long settled
+        return LogisticRegression(C=strength, tol=1e-3, max_iter=200).fit(features, labels)
+
+
+TFIDF = Floor(
+    title="TF-IDF with logistic regression",
+    source="logistic regression on TF-IDF of words, pairs of words and 2 to 4 characters; its "
+    "regularization is chosen on valid",
+    learns=True,
+    reads_field=True,
+    needs_labels=True,
+    identity=_learned,
+    predict=_predict_tfidf,
+)
