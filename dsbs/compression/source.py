@@ -26,7 +26,7 @@ from dsbs.records.results import (
 )
 from dsbs.run_folder import RunFolder, read_student
 from dsbs.students.card import read_card
-from dsbs.students.formats import start_token
+from dsbs.students.formats import input_format_of, start_token
 from dsbs.students.student import Student
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import weights_megabytes
@@ -131,6 +131,7 @@ class FineTuneData:
         card = read_card(student.path)
         self.views: tuple[View, ...] = views_of(method, self.section, card.head)
         self._classes = card.classes
+        self._kind = card.kind
         if {view.target: view.prefix for view in self.views} != card.prefixes:
             raise UserError(
                 f"{student.name} was trained on other views than the recipe in "
@@ -149,7 +150,8 @@ class FineTuneData:
         return gather(self.recipe, task, self._source.run.path, specs)
 
     def _tokens(self, tokenizer: Any) -> Tokens:
-        return Tokens(tokenizer, self._source.run.stage("train") / "tokens", self._progress)
+        folder = self._source.run.stage("train") / "tokens"
+        return Tokens(tokenizer, folder, self._progress, input_format_of(tokenizer, self._kind))
 
     def batches(self, model: Any, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
         """See ``Examples``: up to 256 train rows, the first ones by a hash of their ids."""
