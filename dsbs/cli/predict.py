@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 Row = tuple[str, str | dict[str, Any]]  # its id, and a text or the task's fields
 
 
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--out",
+        help="Output file (.jsonl, .csv, .parquet); one that was interrupted is continued. "
+        "Default: JSON lines on stdout. With a recipe, another name is the run folder.",
+        show_default=False,
+    ),
+]
+
+
 def predict(
     student: Annotated[
         str,
@@ -69,15 +80,7 @@ def predict(
         Literal["local", "ray"], typer.Option(help="ray: label in shards on a Ray cluster.")
     ] = "local",
     overrides: SetKeys = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out",
-            help="Output file (.jsonl, .csv, .parquet); one that was interrupted is continued. "
-            "Default: JSON lines on stdout. With a recipe, another name is the run folder.",
-            show_default=False,
-        ),
-    ] = None,
+    out: Output = None,
 ) -> None:
     """Label rows: a file of rows or lines of text in, predictions out."""
     from dsbs.students.prediction import FORMATS, Options
