@@ -131,7 +131,7 @@ class Encoder:
             names = [choice for choice, _ in row.choices]
             right = names.index(label)
             texts += [view.prefix + text for _, text in row.choices]
-            is_right += [int(place == right) for place in range(len(names))]
+            is_right += [int(choice == right) for choice in range(len(names))]
             counts[i] = len(names)
         inputs = self._tokens.indices("", texts, self._max_input)
         outputs = self._tokens.class_rows(2)[is_right]

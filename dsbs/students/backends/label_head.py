@@ -161,9 +161,9 @@ class _ExportedLabelHead(ABC):
             group = longest_first[first : first + _GROUP]
             token_ids = np.zeros((len(group), len(rows[group[0]])), dtype=np.int64)
             mask = np.zeros_like(token_ids)
-            for place, row in enumerate(group):
-                token_ids[place, : len(rows[row])] = rows[row]
-                mask[place, : len(rows[row])] = 1
+            for slot, row in enumerate(group):
+                token_ids[slot, : len(rows[row])] = rows[row]
+                mask[slot, : len(rows[row])] = 1
             result[group] = self.distributions(token_ids, mask)
         return _likeliest(result.tolist(), [self._card.classes] * len(texts))
 

@@ -77,26 +77,26 @@ class LabelHeadRunner:
         order: list[int] = []
         states: dict[int, list[Tensor]] = {}
         for group in self._groups(inputs):
-            position = {index: place for place, index in enumerate(group)}
+            position = {index: slot for slot, index in enumerate(group)}
             rows = {
                 view: [row for row, index in enumerate(indices) if index in position]
                 for view, indices in inputs.indices.items()
                 if writes or view == "label"
             }
-            places = {
+            slots = {
                 view: [position[inputs.indices[view][row]] for row in view_rows]
                 for view, view_rows in rows.items()
             }
             ids = [inputs.ids[index] for index in group]
-            group_logits, rationale, layers = self._group(batch, ids, rows, places)
+            group_logits, rationale, layers = self._group(batch, ids, rows, slots)
             if group_logits is not None:
                 logits.append(group_logits)
                 order += rows["label"]
             if rationale is not None:
                 total = losses.get("rationale")
                 losses["rationale"] = rationale if total is None else total + rationale
-            for place, index in enumerate(group if layers else ()):
-                states[index] = [layer[place, : len(inputs.ids[index])] for layer in layers]
+            for slot, index in enumerate(group if layers else ()):
+                states[index] = [layer[slot, : len(inputs.ids[index])] for layer in layers]
         label_logits = torch.cat(logits)[torch.tensor(order).argsort().to(logits[0].device)]
         label_loss = self._label_loss(label_logits, batch["label"])
         if writes and "rationale" not in losses:  # all processes have gradients of the same weights
@@ -146,14 +146,14 @@ class LabelHeadRunner:
         batch: Batch,
         ids: Sequence[Tensor],
         rows: Mapping[str, list[int]],
-        places: Mapping[str, list[int]],
+        slots: Mapping[str, list[int]],
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-        """Label logits and rationale loss of the ``rows`` that read ``ids``, at ``places`` in them.
+        """Label logits and rationale loss of the ``rows`` that read ``ids``, at ``slots`` in them.
 
         None where a view has no row. And the states (B, S, D) after each layer, where requested.
         """
         if self._model.architecture == "causal":
-            return *self._causal_group(batch, ids, rows, places), []
+            return *self._causal_group(batch, ids, rows, slots), []
         padded, mask = _pad(ids, self._pad_id)
         layers: list[Tensor] = []
         if self._hidden_states:
@@ -161,11 +161,11 @@ class LabelHeadRunner:
         states = layers[-1] if layers else self._model.states(padded, mask)
         logits = None
         if rows.get("label"):
-            read = places["label"]
+            read = slots["label"]
             logits = self._model.label_logits(states[read], mask[read])
         rationale = None
         if rows.get("rationale"):
-            read = places["rationale"]
+            read = slots["rationale"]
             targets = _targets(batch["rationale"], rows["rationale"])
             labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
             written = self._model.rationale_logits(states[read], mask[read], self._shifted(labels))
@@ -183,7 +183,7 @@ class LabelHeadRunner:
         batch: Batch,
         prompts: Sequence[Tensor],
         rows: Mapping[str, list[int]],
-        places: Mapping[str, list[int]],
+        slots: Mapping[str, list[int]],
     ) -> tuple[Tensor | None, Tensor | None]:
         """A decoder's part: a rationale follows its prompt, whose last state gives the label.
 
@@ -192,8 +192,8 @@ class LabelHeadRunner:
         rationales: list[list[Tensor]] = [[] for _ in prompts]
         if rows.get("rationale"):
             targets = _targets(batch["rationale"], rows["rationale"])
-            for place, target in zip(places["rationale"], targets, strict=True):
-                rationales[place].append(target)
+            for slot, target in zip(slots["rationale"], targets, strict=True):
+                rationales[slot].append(target)
         sequences: list[tuple[Tensor, Tensor]] = []
         first_of: list[int] = []  # the first sequence of each prompt
         for prompt, written in zip(prompts, rationales, strict=True):
@@ -204,9 +204,9 @@ class LabelHeadRunner:
         states = self._model.states(padded.clamp(min=0), torch.ones_like(padded))
         logits = None
         if rows.get("label"):
-            read = places["label"]
-            last = [len(prompts[place]) - 1 for place in read]
-            logits = self._model.classify(states[[first_of[place] for place in read], last])
+            read = slots["label"]
+            last = [len(prompts[slot]) - 1 for slot in read]
+            logits = self._model.classify(states[[first_of[slot] for slot in read], last])
         rationale = None
         if rows.get("rationale"):
             predicts = torch.zeros_like(padded, dtype=torch.bool)
@@ -291,9 +291,9 @@ def choice_nll(scores: Tensor, packed: PackedBatch) -> Tensor:
         counts[row] = column[-1] + 1
     line = {row: index for index, row in enumerate(counts)}
     chosen = [IGNORED] * len(counts)
-    for row, place, target in zip(rows, column, targets, strict=True):
+    for row, slot, target in zip(rows, column, targets, strict=True):
         if target == 1:
-            chosen[line[row]] = place
+            chosen[line[row]] = slot
     table = scores.new_full((len(counts), max(counts.values())), -torch.inf)
     table = table.index_put(
         (
