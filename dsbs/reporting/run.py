@@ -31,6 +31,7 @@ from dsbs.records.summary import (
     is_reliable,
 )
 from dsbs.reporting.card import write_cards
+from dsbs.reporting.comparisons import comparison_table, floor_definitions, floor_table
 from dsbs.reporting.compression import (
     compression_table,
     healing_sentences,
@@ -39,7 +40,6 @@ from dsbs.reporting.compression import (
 from dsbs.reporting.csv_files import write_csv_files
 from dsbs.reporting.examples import NO_EXAMPLES, PackedExamples, pack_examples
 from dsbs.reporting.figures import Figure, draw_figures, write_figures
-from dsbs.reporting.floors import floor_definitions, floor_table
 from dsbs.reporting.runs import (
     EvaluatedRun,
     have_same_rows,
@@ -50,7 +50,6 @@ from dsbs.reporting.runs import (
 from dsbs.reporting.tables import (
     accuracy_table,
     annotation_table,
-    comparison_table,
     cost_table,
     rationale_table,
     recall_table,

@@ -16,20 +16,15 @@ from dsbs.formatting import (
     interval,
     listing,
     milliseconds_number,
-    p_number,
     parameter_count,
     percent,
     percent_number,
-    points_number,
     setting_text,
-    signed_interval,
 )
-from dsbs.records.results import Comparison, Interval, Measure, SystemResult
-from dsbs.records.summary import TEST_NAMES, is_reliable
+from dsbs.records.results import Interval, Measure, SystemResult
 from dsbs.reporting.runs import EvaluatedRun, name_among
 
 _AXIS_STEP = 0.1  # an axis of accuracies ends at multiples of this
-_DIFFERENCE_STEP = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,84 +266,6 @@ def _metric_column(name: str) -> Column:
 
 
 # --- other tables
-
-
-def comparison_table(runs: Sequence[EvaluatedRun]) -> Table | None:
-    """Each system against each of its baselines. None if nothing was compared."""
-    comparisons = [
-        (baseline, comparison)
-        for run in runs
-        for system in run.results.systems
-        for baseline, comparison in system.versus.items()
-    ]
-    if not comparisons:
-        return None
-    axis = difference_axis([comparison.ci95 for _, comparison in comparisons])
-    columns = _comparison_columns([comparison.test for _, comparison in comparisons])
-    groups = []
-    for run in runs:
-        rows = [
-            TableRow(
-                system.name,
-                cells(columns, (baseline, comparison)),
-                strong=system.name == run.results.headline,
-                bar=axis.bar(comparison.ci95, comparison.delta, 0.0, _tone(comparison)),
-            )
-            for system in run.results.systems
-            for baseline, comparison in system.versus.items()
-        ]
-        if rows:
-            groups.append(RowGroup(name_among(run, runs), rows))
-    return Table(columns, groups, axis)
-
-
-def difference_axis(intervals: Sequence[Interval]) -> BarAxis:
-    """An axis around zero that holds all intervals."""
-    reach = max(abs(end) for ci95 in intervals for end in ci95)
-    reach = max(1, math.ceil(reach / _DIFFERENCE_STEP - 1e-9)) * _DIFFERENCE_STEP
-    return BarAxis(-reach, reach)
-
-
-def _comparison_columns(tests: Sequence[str]) -> list[Column]:
-    """The columns for pairs of a baseline's name and a comparison."""
-    names = [TEST_NAMES.get(test, test) for test in dict.fromkeys(tests)]
-    return [
-        Column("baseline", lambda pair: pair[0], is_text=True),
-        Column(
-            "difference, points",
-            lambda pair: points_number(pair[1].delta),
-            note="the system's accuracy minus the baseline's",
-        ),
-        Column("95% CI", lambda pair: signed_interval(pair[1].ci95)),
-        Column(
-            "p\u00a0(Holm)",
-            lambda pair: p_number(pair[1].p_holm),
-            note=f"two-sided {' or '.join(names)}, Holm-corrected for the run's comparisons",
-        ),
-        Column("result", lambda pair: _tone(pair[1]) or "no reliable difference", is_text=True),
-        Column(
-            "wins",
-            lambda pair: f"{pair[1].wins:,}",
-            note="rows that the system gets right and the baseline wrong",
-        ),
-        Column(
-            "losses",
-            lambda pair: f"{pair[1].losses:,}",
-            note="rows that the baseline gets right and the system wrong",
-        ),
-        Column(
-            "detectable, points",
-            lambda pair: optional(percent_number, pair[1].minimum_detectable_effect),
-            note="the smallest true difference that these rows would show in one comparison "
-            "with 80% power",
-        ),
-    ]
-
-
-def _tone(comparison: Comparison) -> str:
-    if not is_reliable(comparison):
-        return ""
-    return "better" if comparison.delta > 0 else "worse"
 
 
 def tuning_table(runs: Sequence[EvaluatedRun]) -> Table | None:

@@ -266,8 +266,8 @@ def _check_decoder(recipe: Recipe, source: str, head: Head) -> None:
     kinds = {term.kind for term in recipe.train.terms}
     if kinds and (head == "text" or kinds != {"labels"}):
         raise UserError(
-            "train.terms: only T5 students learn loss terms of other kinds than labels, and "
-            f"{source} is decoder-only; labels needs student.head: labels",
+            "train.terms: only T5 students and encoders learn loss terms of other kinds than "
+            f"labels, and {source} is decoder-only; labels needs student.head: labels",
             hint="remove train.terms, and their names from train.methods",
         )
     limit = max_positions(source)

@@ -8,7 +8,7 @@ is used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -64,19 +64,8 @@ _BERT = EncoderShape(
     inner_parts=1,
     outer="output.dense",
 )
-_DEBERTA = EncoderShape(
-    layers="encoder.layer",
-    layer_count="num_hidden_layers",
-    head_count="num_attention_heads",
-    unit_count="intermediate_size",
-    attention="attention.self",
-    heads_attribute="num_attention_heads",
-    projections=("query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj"),
-    projection_parts=1,
-    attention_output="attention.output.dense",
-    inner="intermediate.dense",
-    inner_parts=1,
-    outer="output.dense",
+_DEBERTA = replace(
+    _BERT, projections=("query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj")
 )
 _DISTILBERT = EncoderShape(
     layers="transformer.layer",

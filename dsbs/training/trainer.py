@@ -414,7 +414,7 @@ def patch_forward(
     if is_decoder_only(model):
         if terms is not None:
             raise UserError(
-                "loss terms are supported for T5 students only",
+                "a decoder-only student that writes its labels learns no loss terms",
                 hint="leave the terms out of train.methods",
             )
         runner = None
