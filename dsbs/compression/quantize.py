@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dsbs.compression import Examples
 from dsbs.errors import UserError
@@ -29,6 +30,10 @@ class Quantize:
                 hint=f"quantize={', quantize='.join(_NUMBER_FORMATS)}",
             )
         self.value = value
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
 
     def make(self, source: Path, target: Path, examples: Examples) -> None:
         from dsbs.exporting.run import export

@@ -63,6 +63,8 @@ class StudentSpec:
     trials: tuple[Trial, ...] = ()
     keep_zeros: bool = False
     """Whether weights that are zero at the start stay zero, as magnitude pruning needs it."""
+    without_targets: tuple[str, ...] = ()
+    """Views whose own loss does not count: terms alone train them."""
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from dsbs.compression.encoders import (
     gated_heads,
     gated_units,
     keep_encoder_heads,
-    keep_encoder_layers,
     keep_encoder_units,
     shape_of,
 )
+from dsbs.compression.layers import DropLayers, keep_layers
 from dsbs.compression.low_rank import LowRankStep, factorize
-from dsbs.compression.pruning import DropLayers, PruneFeedForward, PruneHeads, importance
+from dsbs.compression.pruning import PruneFeedForward, PruneHeads, importance
 from dsbs.errors import UserError
 from dsbs.students.encoder_shapes import heads_of
 from dsbs.students.student import Student
@@ -39,7 +39,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 class Rows:
     """Stands in for the rows of a run."""
 
-    def batches(self, _model: Any, _tokenizer: Any) -> Any:
+    def batches(self, _model: Any, _tokenizer: Any, _split: str = "train") -> Any:
         yield BATCH
 
     def inputs(self) -> list[str]:
@@ -100,7 +100,7 @@ def test_a_smaller_encoder_computes_what_is_left_and_is_loaded_again(
     if low_rank is not None:  # none of its matrices may be smaller at full energy
         thinner = fewer_units.with_body(low_rank)
         assert torch.allclose(logits(thinner), logits(fewer_units), atol=1e-2)
-    shallow = thinner.with_body(keep_encoder_layers(thinner.body, shape, [0, 3]))
+    shallow = thinner.with_body(keep_layers(thinner.body, {"encoder": [0, 3]}))
     shallow.save_pretrained(tmp_path / "smaller")
     assert torch.allclose(logits(loaded(tmp_path / "smaller")), logits(shallow), atol=1e-5)
 

@@ -31,12 +31,14 @@ class FeatureTerm(Term):
 
     layers: Layers = "uniform"
     """Which student layer is compared with which teacher layer, both counted from 1."""
+    compare: Literal["values", "directions"] = "values"
+    """values: the mean squared difference after a learned linear map. directions: 1 − the cosine,
+    without a map, for a teacher of the student's width."""
     stacks: Annotated[
         tuple[Literal["encoder", "decoder"], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("encoder", "decoder")
     """Whose hidden states are compared. With a label head, the encoder's alone."""
 
-    learns_projections: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
     heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = "It also learned the hidden states of a local teacher."
@@ -45,6 +47,10 @@ class FeatureTerm(Term):
     @property
     def needs_teacher(self) -> bool:
         return True
+
+    @property
+    def learns_projections(self) -> bool:
+        return self.compare == "values"
 
     def projections(
         self, student_config: Any, teacher_configs: Sequence[Any], student_head: Head = "text"
@@ -57,6 +63,7 @@ class FeatureTerm(Term):
         if student_head == "labels":
             stacks = ("encoder",)
         for teacher, teacher_config in enumerate(teacher_configs):
+            self._check_widths(hidden_size(student_config), hidden_size(teacher_config))
             for stack in stacks:
                 try:
                     pairs = layer_map(
@@ -82,6 +89,14 @@ class FeatureTerm(Term):
                 ]
         return projections
 
+    def _check_widths(self, student: int, teacher: int) -> None:
+        if self.compare == "directions" and student != teacher:
+            raise UserError(
+                f"train.terms: {self.title}: compare: directions needs equal widths, and the "
+                f"student's hidden states have {student} values, the teacher's {teacher}",
+                hint="use compare: values",
+            )
+
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Input tokens that a supervised row reads, each input once."""
         from dsbs.training.packed import distinct_inputs
@@ -106,7 +121,10 @@ class FeatureTerm(Term):
             student = inputs.student.states(stack)[projection.student_layer - 1][mask]
             teacher = teacher_output.states(stack)[projection.teacher_layer - 1][mask]
             share = shares[projection.teacher] / projection.pairs
-            summed = feature_loss(linear(student), teacher)
+            if self.compare == "directions":
+                summed = direction_loss(student, teacher)
+            else:
+                summed = feature_loss(linear(student), teacher)
             loss = loss + summed * (share / max(1, counts[stack]))
         return loss
 
@@ -170,3 +188,15 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     hidden states', squared.
     """
     return (as_float(student) - as_float(teacher).detach()).square().mean(dim=-1).sum()
+
+
+def direction_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """student (N, D) and teacher (N, D) hidden states -> (): Σ_n 1 − cos(s_n, t_n).
+
+    Half the squared distance of the states divided by their lengths (Sun et al. 2019,
+    arXiv:1908.09355, equation 7).
+    """
+    from torch.nn.functional import cosine_similarity
+
+    cosines = cosine_similarity(as_float(student), as_float(teacher).detach(), dim=-1)
+    return (1 - cosines).sum()
