@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.compression import attentions, feed_forwards
-from dsbs.compression.low_rank import LowRankStep, factorize
 from dsbs.compression.layers import evenly_spaced, keep_layers
+from dsbs.compression.low_rank import LowRankStep, factorize
 from dsbs.compression.pruning import keep_heads, keep_units
 from dsbs.records.results import BATCH_SIZES
 from dsbs.students.weights import SIZES, weights_megabytes

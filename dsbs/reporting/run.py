@@ -34,6 +34,7 @@ from dsbs.reporting.card import write_cards
 from dsbs.reporting.comparisons import comparison_table, floor_definitions, floor_table
 from dsbs.reporting.compression import (
     compression_table,
+    healer_sentences,
     healing_sentences,
     outdated_sentences,
 )
@@ -171,7 +172,7 @@ def _render(
         rationales=rationale_table(runs),
         costs=cost_table(runs),
         compressed=compression_table(runs),
-        healing=healing_sentences(runs) + outdated_sentences(runs),
+        healing=healing_sentences(runs) + healer_sentences(runs) + outdated_sentences(runs),
         figures=[drawing for drawing in drawings if not _is_frontier(drawing[0])],
         frontiers=[drawing for drawing in drawings if _is_frontier(drawing[0])],
         label_efficiency=[

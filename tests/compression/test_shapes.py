@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from dsbs.compression import attentions, feed_forwards
-from dsbs.compression.low_rank import LowRankStep, factorize, factors
 from dsbs.compression.layers import evenly_spaced, keep_layers
+from dsbs.compression.low_rank import LowRankStep, factorize, factors
 from dsbs.compression.pruning import (
     importance,
     keep_heads,
