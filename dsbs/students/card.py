@@ -263,13 +263,6 @@ def _check_decoder(recipe: Recipe, source: str, head: Head) -> None:
             f"{source} is decoder-only",
             hint="remove train.task_token: prefixes distinguish the views",
         )
-    kinds = {term.kind for term in recipe.train.terms}
-    if kinds and (head == "text" or kinds != {"labels"}):
-        raise UserError(
-            "train.terms: only T5 students and encoders learn loss terms of other kinds than "
-            f"labels, and {source} is decoder-only; labels needs student.head: labels",
-            hint="remove train.terms, and their names from train.methods",
-        )
     limit = max_positions(source)
     answer_tokens = max(section.max_target_tokens, recipe.eval.max_label_tokens)
     if limit is None or section.max_input_tokens + answer_tokens <= limit:

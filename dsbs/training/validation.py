@@ -107,7 +107,8 @@ def _label_loss(student: Student, batch_size: int, rows: Sequence[Encoded], view
     import torch
 
     from dsbs.training.losses import summed_nll
-    from dsbs.training.packed import is_decoder_only, summed_losses
+    from dsbs.training.packed import is_decoder_only
+    from dsbs.training.packed.decoder import summed_losses
 
     model = student.backend.model
     total = 0.0

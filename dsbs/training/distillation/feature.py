@@ -143,9 +143,9 @@ def _token_masks(inputs: TermInputs) -> tuple[Tensor, Tensor]:
 
 
 def _depth(config: Any, stack: str) -> int:
-    names: tuple[str, ...] = ("num_decoder_layers",)
-    if stack == "encoder":
-        names = ("num_layers", "num_hidden_layers")
+    names: tuple[str, ...] = ("num_layers", "num_hidden_layers")
+    if stack == "decoder" and config.is_encoder_decoder:
+        names = ("num_decoder_layers",)
     encoder = getattr(config, "encoder", None)
     for owner in (config, getattr(encoder, "text_config", None), encoder):
         for name in names:

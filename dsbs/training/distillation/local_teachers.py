@@ -89,7 +89,8 @@ def teacher_runners(
     label_ids: Sequence[Sequence[int]] = (),
 ) -> list[TeacherRunner]:
     """A forward runner for each teacher, on ``device``."""
-    from dsbs.training.packed import ForwardRunner
+    from dsbs.training.packed import ForwardRunner, is_decoder_only
+    from dsbs.training.packed.decoder import DecoderRunner
     from dsbs.training.packed.label_head import LabelHeadRunner, has_label_head
     from dsbs.training.packed.t5 import is_t5
 
@@ -105,11 +106,12 @@ def teacher_runners(
             )
             runners.append(head_runner)
             continue
-        without_padding = section.padding == "none" and is_t5(model)
-        runner = ForwardRunner(
+        packs = is_t5(model) or is_decoder_only(model)
+        runner_class = DecoderRunner if is_decoder_only(model) else ForwardRunner
+        runner = runner_class(
             model,
             views,
-            without_padding=without_padding,
+            without_padding=section.padding == "none" and packs,
             hidden_states=hidden_states,
             labels=label_ids,
         )

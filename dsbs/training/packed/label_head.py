@@ -109,6 +109,8 @@ class LabelHeadRunner:
             ],
             decoder_states=[],
             label_scores=label_logits.log_softmax(-1),
+            inputs=inputs,
+            first_view="label",
         )
         return {"label": label_loss} | losses, output
 

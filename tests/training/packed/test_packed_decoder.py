@@ -21,7 +21,7 @@ from dsbs.training.adapters import add_adapters, count_trainable, merge_adapters
 from dsbs.training.encode import Encoded, Encoder, PackedBatch, collate
 from dsbs.training.grid import last_checkpoint
 from dsbs.training.methods import View
-from dsbs.training.packed import summed_losses, target_logits
+from dsbs.training.packed.decoder import summed_losses, target_logits
 from dsbs.training.rows import Row
 from dsbs.training.tokens import Tokens
 from dsbs.training.trainer import StepTrainer
