@@ -87,25 +87,38 @@ def healing_terms(
     Its distribution over tokens, or over the labels of a label head, and the directions of its
     hidden states. ``depths`` are the original's numbers of layers by stack.
     """
-    terms: list[Term] = [ResponseTerm(kind="response")]
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
     if card.head == "labels":
-        terms = [LabelsTerm(kind="labels", source="teachers")]
-    if card.kind == "encoder":
-        stacks = ("encoder",)
-    elif card.kind == "causal":
-        stacks = ("decoder",)
-    for stack in stacks:
-        feature = FeatureTerm(
-            kind="feature",
-            name=f"{stack}-feature",
-            weight=1 / len(stacks),
-            compare="directions",
-            stacks=(stack,),
-            layers=implied_layer_map(layers.get(stack, ()), depths[stack]) or "uniform",
-        )
-        terms.append(feature)
+        terms: list[Term] = [LabelsTerm(kind="labels", source="teachers")]
+    else:
+        terms = [ResponseTerm(kind="response")]
+    if card.kind == "seq2seq":
+        stacks: tuple[Stack, ...] = ("encoder", "decoder")
+        for stack in stacks:
+            terms.append(_feature(stack, (stack,), layers, depths, weight=0.5))
+    elif card.kind == "encoder":
+        terms.append(_feature("encoder", ("encoder",), layers, depths))
+    elif card.head == "text":  # its one stack reads prompts and writes targets
+        terms.append(_feature("decoder", ("encoder", "decoder"), layers, depths))
     return tuple(terms)
+
+
+def _feature(
+    stack: Stack,
+    compared: tuple[Stack, ...],
+    layers: Mapping[str, Sequence[int]],
+    depths: Mapping[str, int],
+    *,
+    weight: float = 1.0,
+) -> FeatureTerm:
+    """The term for the layers of one stack."""
+    return FeatureTerm(
+        kind="feature",
+        name=f"{stack}-feature",
+        weight=weight,
+        compare="directions",
+        stacks=compared,
+        layers=implied_layer_map(layers.get(stack, ()), depths[stack]) or "uniform",
+    )
 
 
 def depths_of(original: str) -> dict[str, int]:
