@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from causal_models import config
+from causal_models import config, save
+from conftest import TEAMS, toy_rows, write_csv
 from transformers import AutoModelForCausalLM
 
+from dsbs import compress, load_recipe, train
 from dsbs.compression.decoders import (
     decoder_shape,
     gated_decoder_units,
@@ -18,10 +21,12 @@ from dsbs.compression.decoders import (
     keep_groups,
     units_of,
 )
-from dsbs.compression.layers import keep_layers
+from dsbs.compression.layers import DropLayers, keep_layers
 from dsbs.compression.low_rank import LowRankStep
 from dsbs.compression.pruning import PruneFeedForward, PruneHeads, importance
 from dsbs.errors import UserError
+from dsbs.students.heads import LabelHeadModel
+from dsbs.students.student import Student
 from dsbs.students.weights import load_model
 from dsbs.training.encode import collate, pad_prompts
 
@@ -206,3 +211,51 @@ def test_prompt_and_target_are_padded_into_one_row() -> None:
     assert padded["input_ids"].tolist() == [[5, 6, 7, 8, 9], [9, 4, 3, 0, 0]]
     assert padded["attention_mask"].tolist() == BATCH["attention_mask"].tolist()
     assert padded["labels"].tolist() == BATCH["labels"].tolist()
+
+
+def test_a_label_head_stays_on_its_smaller_decoder() -> None:
+    class ClassRows(Rows):
+        def batches(self, _model: Any, _tokenizer: Any, _split: str = "train") -> Any:
+            yield BATCH | {"labels": torch.tensor([1, 0])}
+
+    model = LabelHeadModel(decoder("llama"), 2, "causal").eval()
+    shallow = DropLayers("0.5").change(model, None, ClassRows())
+    narrow = PruneHeads("0.5").change(shallow, None, ClassRows())
+    assert narrow.config.num_hidden_layers == 2 and narrow.config.num_key_value_heads == 1
+    assert torch.equal(narrow.classifier.weight, model.classifier.weight)
+    assert narrow(BATCH["input_ids"], BATCH["attention_mask"]).shape == (2, 2)
+
+
+def test_a_decoder_is_cut_and_healed_by_the_original(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", toy_rows(40))
+    recipe: dict[str, Any] = {
+        "name": "toy",
+        "task": {
+            "name": "classification",
+            "labels": list(TEAMS),
+            "columns": {"label": "team"},
+            "data": {"train": str(tmp_path / "train.csv"), "valid_fraction": 0.3},
+        },
+        "teacher": {"model": "none", "base_url": "http://127.0.0.1:9/v1"},
+        "student": {
+            "model": save(tmp_path / "model"),
+            "max_input_tokens": 64,
+            "max_target_tokens": 16,
+        },
+        "train": {"methods": "finetune", "batch_size": 8, "max_steps": 2, "eval_every": 2},
+        "eval": {"latency_calls": 0, "max_label_tokens": 4},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    (trained,) = train(load_recipe(tmp_path / "r.yaml"), out=tmp_path / "run").students
+    chain = ["drop-layers=0.5", "prune-heads=0.5", "prune-ff=0.5"]
+    result = compress(trained.path, chain, heal_steps=2, max_drop=1.0)
+    lines = (result.folders[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    row = next(row for row in map(json.loads, lines) if "loss" in row)
+    terms = row["response_loss"] + row["decoder-feature_loss"]
+    assert row["loss"] == pytest.approx(terms, rel=1e-4)
+    assert result.steps[0].layer_scores["decoder"].keys() == {1, 2}
+    student = Student.load(result.folders[-1])
+    settings = student.backend.model.config  # type: ignore[attr-defined]
+    assert settings.num_hidden_layers == settings.num_key_value_heads == 1
+    assert settings.intermediate_size == 24
+    AutoModelForCausalLM.from_pretrained(result.folders[-1])

@@ -177,7 +177,14 @@ def test_a_chain_heals_the_head_and_ends_in_int8(tmp_path: Path) -> None:
         ["prune-heads=0.5", "drop-layers=0.5", "quantize=int8"],
         heal_steps=2,
         max_drop=1.0,
+        layers_by="loss",
     )
+    lines = (result.folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    row = next(row for row in map(json.loads, lines) if "loss" in row)
+    terms = row["labels_loss"] + row["encoder-feature_loss"]
+    assert row["loss"] == pytest.approx(terms, rel=1e-4), "healed by the original"
+    dropped = result.steps[1]
+    assert dropped.layers == {"encoder": [1]} and dropped.layer_scores["encoder"].keys() == {1, 2}
     heads, layers, int8 = (Student.load(folder) for folder in result.folders)
     assert heads_of(heads.backend.model.body.config) == 2
     assert len(layers.backend.model.body.encoder.layer) == 1
