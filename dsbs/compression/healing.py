@@ -97,7 +97,7 @@ def healing_terms(
             terms.append(_feature(stack, (stack,), layers, depths, weight=0.5))
     elif card.kind == "encoder":
         terms.append(_feature("encoder", ("encoder",), layers, depths))
-    elif card.head == "text":  # its one stack reads prompts and writes targets
+    else:  # its one stack reads prompts and writes targets
         terms.append(_feature("decoder", ("encoder", "decoder"), layers, depths))
     return tuple(terms)
 

@@ -21,6 +21,7 @@ from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream, survey
 from dsbs.training.distillation import check_terms
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
+from dsbs.training.distillation.teacher_source import check_teachers
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
 from dsbs.training.grid import StudentSpec, Trial, Tuner, grid, trial_specs
@@ -84,14 +85,25 @@ def train(
             record = stack.enter_context(run_folder.record("train", recipe, hashes))
         vocabulary = vocabulary_text(data, task.labels or ())
         tokenizer = new_tokenizer(recipe.student, vocabulary, recipe.train.init)
+        check_teachers(recipe, task, specs, tokenizer)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
         tokens = Tokens(tokenizer, folder / "tokens", progress, input_format)
         if is_main_process():
             for warning in _warnings(recipe, task, data, tokenizer, tokens):
                 progress.say(f"warning: {warning}")
 
-        def train_teacher(teacher_recipe: Recipe, spec: StudentSpec) -> TrainedStudent:
-            teacher = StudentRun(teacher_recipe, spec, data, tokenizer, tokens, folder)
+        def train_teacher(
+            teacher_recipe: Recipe, spec: StudentSpec, shares_tokens: bool
+        ) -> TrainedStudent:
+            teacher_tokens = tokens
+            teacher_tokenizer = tokenizer
+            if not shares_tokens:
+                teacher_tokenizer = new_tokenizer(teacher_recipe.student, ())
+                teacher_format = new_input_format(teacher_recipe.student, teacher_tokenizer)
+                teacher_tokens = Tokens(teacher_tokenizer, None, progress, teacher_format)
+            teacher = StudentRun(
+                teacher_recipe, spec, data, teacher_tokenizer, teacher_tokens, folder
+            )
             return teacher.run(progress)
 
         teachers = LocalTeachers(recipe, run, tokenizer, train_teacher)

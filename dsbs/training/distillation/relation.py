@@ -33,6 +33,7 @@ class RelationTerm(Term):
 
     is_of_one_pass: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = False
     heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = (
         "It also learned how a local teacher relates examples to each other."
@@ -51,15 +52,13 @@ class RelationTerm(Term):
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Examples of the first view, each once however many targets it has."""
-        from dsbs.training.encode import supervised_rows
+        from dsbs.training.encode import count_examples
 
-        packed = batch.get(views[0].target)
-        if packed is None:
-            return 0
-        return len(set(packed.rows[supervised_rows(packed)].tolist()))
+        return count_examples(batch, views[0].target)
 
     def loss(self, inputs: TermInputs) -> Tensor | float:
-        """An example is the mean over its tokens of the encoder's last layer, first view's input.
+        """An example is the mean over its tokens of the last layer's states, of the first view's
+        input.
 
         The term relates the examples of one forward pass; a step averages its passes by their
         examples.
