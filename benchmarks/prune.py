@@ -71,9 +71,10 @@ def line(healer: str, accuracies: list[tuple[float, ...]], records: list[Compres
             (record.compressed.median_ms(size), record.original.median_ms(size))
             for record in records
         ]
-        times = [(mine or 0.0, whole or 1.0) for mine, whole in pairs]
-        cells.append(f"{statistics.median(mine for mine, _ in times):.1f}")
-        cells.append(f"{statistics.median(mine / whole for mine, whole in times):.2f}")
+        times = [(copy_ms or 0.0, original_ms or 1.0) for copy_ms, original_ms in pairs]
+        cells.append(f"{statistics.median(copy_ms for copy_ms, _ in times):.1f}")
+        ratios = [copy_ms / original_ms for copy_ms, original_ms in times]
+        cells.append(f"{statistics.median(ratios):.2f}")
     return cells
 
 

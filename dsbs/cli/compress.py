@@ -17,74 +17,81 @@ if TYPE_CHECKING:
     from dsbs.compression.run import CompressResult
 
 
+_Student = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDENT",
+        help="Folder of a run's student, or a compressed student, whose chain is continued.",
+    ),
+]
+_Methods = Annotated[
+    list[str],
+    typer.Option(
+        "--method",
+        metavar="STEP=VALUE",
+        help="prune-heads, prune-ff, drop-layers, magnitude (the share to remove), low-rank "
+        "(the share, or energy:share, to keep), quantize (int8, int16, float16). Repeat the "
+        "option for a chain of steps.",
+        show_default=False,
+    ),
+]
+_MaxDrop = Annotated[
+    float,
+    typer.Option(min=0, max=1, metavar="X", help="Largest acceptable loss of accuracy on valid."),
+]
+_HealFrom = Annotated[
+    HealFrom | None,
+    typer.Option(
+        show_default=False,
+        help="What a smaller student learns from after each step: the original, by its token "
+        "or label distributions and hidden states; the rows of its training; or both. Default: "
+        "original where it fits in memory beside its copy, else rows.",
+    ),
+]
+_HealSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        show_default=False,
+        help="Optimizer steps of that training; 0: none. Default: a tenth of train.max_steps.",
+    ),
+]
+_HealLearningRate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        show_default=False,
+        help="Learning rate of that training, above 0. Default: a third of the student's.",
+    ),
+]
+_Rounds = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Remove a share of heads, units or layers in N parts, and measure importance before "
+        "each.",
+    ),
+]
+_LayersBy = Annotated[
+    LayersBy,
+    typer.Option(
+        help="Which layers to drop: those that change their input least (influence), whose "
+        "omission raises the loss least (loss), or all but evenly spaced ones (position).",
+    ),
+]
+
+
 def compress(
-    student: Annotated[
-        str,
-        typer.Argument(
-            metavar="STUDENT",
-            help="Folder of a run's student, or a compressed student, whose chain is continued.",
-        ),
-    ],
-    methods: Annotated[
-        list[str],
-        typer.Option(
-            "--method",
-            metavar="STEP=VALUE",
-            help="prune-heads, prune-ff, drop-layers, magnitude (the share to remove), low-rank "
-            "(the share, or energy:share, to keep), quantize (int8, int16, float16). Repeat the "
-            "option for a chain of steps.",
-            show_default=False,
-        ),
-    ],
-    max_drop: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, metavar="X", help="Largest acceptable loss of accuracy on valid."
-        ),
-    ] = 0.02,
-    heal_from: Annotated[
-        HealFrom | None,
-        typer.Option(
-            show_default=False,
-            help="What a smaller student learns from after each step: the original, by its token "
-            "or label distributions and hidden states; the rows of its training; or both. Default: "
-            "original where it fits in memory beside its copy, else rows.",
-        ),
-    ] = None,
-    heal_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            show_default=False,
-            help="Optimizer steps of fine-tuning after each step; 0: none. Default: a tenth of "
-            "train.max_steps.",
-        ),
-    ] = None,
-    heal_learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            show_default=False,
-            help="Learning rate of that fine-tuning, above 0. Default: a third of the student's.",
-        ),
-    ] = None,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Remove a share of heads, units or layers in N parts, and measure importance "
-            "before each.",
-        ),
-    ] = 1,
-    layers_by: Annotated[
-        LayersBy,
-        typer.Option(
-            help="Which layers to drop: those that change their input least (influence), whose "
-            "omission raises the loss least (loss), or all but evenly spaced ones (position).",
-        ),
-    ] = "influence",
+    student: _Student,
+    methods: _Methods,
+    max_drop: _MaxDrop = 0.02,
+    heal_from: _HealFrom = None,
+    heal_steps: _HealSteps = None,
+    heal_learning_rate: _HealLearningRate = None,
+    rounds: _Rounds = 1,
+    layers_by: _LayersBy = "influence",
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:

@@ -22,7 +22,6 @@ from dsbs.records.results import HealFrom
 from dsbs.students.card import StudentCard
 from dsbs.training.distillation import Term
 from dsbs.training.distillation.feature import FeatureTerm
-from dsbs.training.distillation.labels import LabelsTerm
 from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.distillation.response import ResponseTerm
 from dsbs.training.distributed import device_memory
@@ -87,10 +86,7 @@ def healing_terms(
     Its distribution over tokens, or over the labels of a label head, and the directions of its
     hidden states. ``depths`` are the original's numbers of layers by stack.
     """
-    if card.head == "labels":
-        terms: list[Term] = [LabelsTerm(kind="labels", source="teachers")]
-    else:
-        terms = [ResponseTerm(kind="response")]
+    terms: list[Term] = [ResponseTerm(kind="response")]
     if card.kind == "seq2seq":
         stacks: tuple[Stack, ...] = ("encoder", "decoder")
         for stack in stacks:

@@ -97,20 +97,20 @@ class DropLayers(WeightStep):
 
     def _round(self, model: Any, left: Mapping[str, int], batches: Sequence[Batch]) -> Any:
         """A model with so many layers; the choice and the scores are noted."""
-        kept: dict[str, list[int]] = {}
+        staying: dict[str, list[int]] = {}
         scores = layer_scores(model, self.layers_by, batches)
         for name, layers in layer_stacks(model).items():
             numbers = self._choice.layers[name]
             if name in scores:
-                kept[name] = layers_to_keep(
+                staying[name] = layers_to_keep(
                     scores[name], left[name], first_stays=not decoders.is_decoder(body_of(model))
                 )
                 of_stack = self._choice.scores.setdefault(name, {})
                 of_stack |= dict(zip(numbers, scores[name], strict=True))
             else:
-                kept[name] = evenly_spaced(len(layers), left[name])
-            self._choice.layers[name] = [numbers[index] for index in kept[name]]
-        body = keep_layers(body_of(model), kept)
+                staying[name] = evenly_spaced(len(layers), left[name])
+            self._choice.layers[name] = [numbers[index] for index in staying[name]]
+        body = keep_layers(body_of(model), staying)
         return model.with_body(body) if is_label_head(model) else body
 
 
@@ -148,10 +148,12 @@ def dropped_layers(source: Path, start: Path) -> dict[str, Any]:
     layers: dict[str, list[int]] = {}
     dropped: dict[str, list[int]] = {}
     for stack, total in choice["totals"].items():
-        kept = choice["layers"][stack]
-        layers[stack] = [original_number(stack, number) for number in kept]
+        staying = choice["layers"][stack]
+        layers[stack] = [original_number(stack, number) for number in staying]
         dropped[stack] = [
-            original_number(stack, number) for number in range(1, total + 1) if number not in kept
+            original_number(stack, number)
+            for number in range(1, total + 1)
+            if number not in staying
         ]
     scores = {
         stack: {original_number(stack, int(number)): score for number, score in by_layer.items()}
@@ -281,40 +283,40 @@ def evenly_spaced(layers: int, count: int) -> list[int]:
 # --- models with fewer layers
 
 
-def keep_layers(body: Any, kept: Mapping[str, list[int]]) -> Any:
+def keep_layers(body: Any, staying: Mapping[str, list[int]]) -> Any:
     """A model with these layers by stack, in order, counted from 0.
 
     The lists of T5's stacks start with 0: its first layer has the relative position bias. An
     encoder's does too, as some families treat the first layer apart.
     """
     if body.config.is_encoder_decoder:
-        lists = {"num_layers": kept["encoder"], "num_decoder_layers": kept["decoder"]}
-        return _rebuilt(body, _t5_name(kept), lists)
+        lists = {"num_layers": staying["encoder"], "num_decoder_layers": staying["decoder"]}
+        return _rebuilt(body, _t5_name(staying), lists)
     if decoders.is_decoder(body):
         decoder = decoders.decoder_shape(body, DropLayers.name)
         prefix = decoder.layers
         count_key = decoder.layer_count
-        (layers,) = kept.values()
+        (layers,) = staying.values()
     else:
         encoder = encoders.shape_of(body, DropLayers.name)
         prefix = encoder.layers
         count_key = encoder.layer_count
-        (layers,) = kept.values()
+        (layers,) = staying.values()
     return _rebuilt(body, _prefixed_name(f"{prefix}.", layers), {count_key: layers})
 
 
 _NewName = Callable[[str], "str | None"]  # the name in the new model; None for a dropped layer
 
 
-def _t5_name(kept: Mapping[str, list[int]]) -> _NewName:
+def _t5_name(staying: Mapping[str, list[int]]) -> _NewName:
     def new_name(name: str) -> str | None:
         match = _BLOCK.match(name)
         if match is None:
             return name
         stack, layer, rest = match.groups()
-        if int(layer) not in kept[stack]:
+        if int(layer) not in staying[stack]:
             return None
-        return f"{stack}.block.{kept[stack].index(int(layer))}.{rest}"
+        return f"{stack}.block.{staying[stack].index(int(layer))}.{rest}"
 
     return new_name
 
@@ -332,12 +334,12 @@ def _prefixed_name(prefix: str, layers: list[int]) -> _NewName:
 
 
 def _rebuilt(body: Any, new_name: _NewName, layers: Mapping[str, list[int]]) -> Any:
-    """The model with renamed weights; ``layers`` are the kept ones by the key of their number."""
+    """The model with renamed weights; ``layers`` are those that stay, by the key of their number."""
     weights = {new: value for name, value in body.state_dict().items() if (new := new_name(name))}
-    shape: dict[str, Any] = {key: len(kept) for key, kept in layers.items()}
+    shape: dict[str, Any] = {key: len(staying) for key, staying in layers.items()}
     if ranks := getattr(body.config, "low_rank", None):
         shape["low_rank"] = {new: rank for name, rank in ranks.items() if (new := new_name(name))}
     if layer_types := getattr(body.config, "layer_types", None):
-        (kept,) = layers.values()
-        shape["layer_types"] = [layer_types[index] for index in kept]
+        (staying,) = layers.values()
+        shape["layer_types"] = [layer_types[index] for index in staying]
     return rebuild(body, weights, **shape)

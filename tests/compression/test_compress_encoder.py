@@ -181,7 +181,7 @@ def test_a_chain_heals_the_head_and_ends_in_int8(tmp_path: Path) -> None:
     )
     lines = (result.folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     row = next(row for row in map(json.loads, lines) if "loss" in row)
-    terms = row["labels_loss"] + row["encoder-feature_loss"]
+    terms = row["response_loss"] + row["encoder-feature_loss"]
     assert row["loss"] == pytest.approx(terms, rel=1e-4), "healed by the original"
     dropped = result.steps[1]
     assert dropped.layers == {"encoder": [1]} and dropped.layer_scores["encoder"].keys() == {1, 2}
