@@ -89,8 +89,7 @@ def healing_terms(
     terms: list[Term] = [ResponseTerm(kind="response")]
     if card.kind == "seq2seq":
         stacks: tuple[Stack, ...] = ("encoder", "decoder")
-        for stack in stacks:
-            terms.append(_feature(stack, (stack,), layers, depths, weight=0.5))
+        terms += [_feature(stack, (stack,), layers, depths, weight=0.5) for stack in stacks]
     elif card.kind == "encoder":
         terms.append(_feature("encoder", ("encoder",), layers, depths))
     else:  # its one stack reads prompts and writes targets
