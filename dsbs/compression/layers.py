@@ -334,7 +334,7 @@ def _prefixed_name(prefix: str, layers: list[int]) -> _NewName:
 
 
 def _rebuilt(body: Any, new_name: _NewName, layers: Mapping[str, list[int]]) -> Any:
-    """The model with renamed weights; ``layers`` are those that stay, by the key of their number."""
+    """The model with renamed weights; ``layers`` are those that stay, by their number's key."""
     weights = {new: value for name, value in body.state_dict().items() if (new := new_name(name))}
     shape: dict[str, Any] = {key: len(staying) for key, staying in layers.items()}
     if ranks := getattr(body.config, "low_rank", None):
