@@ -74,6 +74,7 @@ def _is_supported(source: Path) -> bool:
     """Whether CTranslate2 supports the student's architecture."""
     from transformers import AutoConfig
 
+    from dsbs.exporting.ct2 import unsupported_feature
     from dsbs.exporting.label_head import CT2_LOADERS
     from dsbs.students.backends.ctranslate2 import DECODER_LOADERS
     from dsbs.students.low_rank import is_changed
@@ -86,4 +87,4 @@ def _is_supported(source: Path) -> bool:
     if card.head == "labels":
         is_encoder = card.kind == "encoder" and not is_changed(str(source))
         return is_encoder and config.model_type in CT2_LOADERS
-    return config.model_type in DECODER_LOADERS
+    return config.model_type in DECODER_LOADERS and unsupported_feature(config) is None
