@@ -15,6 +15,7 @@ from dsbs.errors import UserError
 from dsbs.evaluation.floors import check_floors
 from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
+from dsbs.project.machine import check_memory
 from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
 from dsbs.records import Example, Unread
 from dsbs.students.card import check_student, head_of, input_limit
@@ -25,6 +26,7 @@ from dsbs.tasks.data import is_held_out, load, survey
 from dsbs.tasks.label_set import LabelSet
 from dsbs.tasks.templates import render
 from dsbs.training.distillation import check_terms
+from dsbs.training.distillation.teacher_source import check_teachers
 from dsbs.training.grid import grid
 from dsbs.training.methods import method_of
 from dsbs.training.rows import check_subsets
@@ -86,6 +88,11 @@ def validate(recipe: Recipe) -> Validation:
     ]
     texts += sorted({*(task.labels or ())} - {row.label for row in splits["train"]})
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
+    learned = tokenizer
+    if recipe.student.is_scratch and recipe.train.init is None:
+        learned = None  # annotations change the vocabulary
+    check_teachers(recipe, task, grid(recipe.train), learned)
+    check_memory(recipe)
     input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
     writes_labels = head == "text"  # a label head chooses them
     if writes_labels and task.label_set is None:

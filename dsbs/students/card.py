@@ -5,13 +5,14 @@ architectures that a student can have.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsbs.config import Recipe, StudentSection, TaskSection, base_of
-from dsbs.errors import UserError
+from dsbs.errors import UserError, needs_extra
 from dsbs.students.weights import (
     expand_local,
     gguf_file,
@@ -168,6 +169,34 @@ def _config_values(source: str) -> dict[str, Any] | None:
         return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
     except Exception as error:  # Hub, network and file errors share no root
         raise loading_error("configuration", source, error) from None
+
+
+def count_parameters(source: str | None) -> int:
+    """The parameters of a model, from the headers of its files; 0 where they are not on this disk.
+
+    ``source`` is a Hub id, a local folder or a GGUF file; None: random weights, which are few.
+    """
+    if source is None:
+        return 0
+    if is_gguf(source):
+        with needs_extra("gguf", "a model from a GGUF file"):
+            from gguf import GGUFReader
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(gguf_file(source)).tensors)
+    folder = Path(expand_local(source))
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source, "config.json")
+        if not isinstance(cached, str):
+            return 0
+        folder = Path(cached).parent
+    parameters = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header.pop("__metadata__", None)
+        parameters += sum(math.prod(tensor["shape"]) for tensor in header.values())
+    return parameters
 
 
 # Types whose first position is the padding token's id + 1.

@@ -296,6 +296,10 @@ class StudentRun:
             cached=cached,
         )
         loss.attach_projections(model, self.spec.seed)
+        if not loss.needs_teachers:  # their log-probabilities are on disk
+            for teacher in self.teachers:
+                teacher.release()
+            free_memory()
         return loss
 
     def _tensorboard(self, student: Student, metrics: MetricsLogger) -> TensorBoardLogger:

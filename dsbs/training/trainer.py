@@ -163,7 +163,11 @@ class StepTrainer(Seq2SeqTrainer):
         """Raises UserError for what a sharded model cannot compute."""
         hint = "start without FSDP settings"
         if self._terms is not None:
-            raise UserError("loss terms are not supported with FSDP", hint=hint)
+            raise UserError(
+                "loss terms are not supported with FSDP: every process would hold its local "
+                "teachers whole, which FSDP is there to avoid",
+                hint=f"{hint}; train.lora and train.gradient_checkpointing save memory as well",
+            )
         if self._balance is not None:
             raise UserError(
                 "train.rationale_weight: balanced is not supported with FSDP",

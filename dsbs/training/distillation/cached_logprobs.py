@@ -172,8 +172,7 @@ def cache_logprobs(
             continue
         shared = outputs.size
         if outputs.head == "text":
-            sizes = [teacher.model().config.vocab_size for teacher in teachers]
-            shared = min([shared, *sizes])
+            shared = min([shared, *(teacher.vocabulary for teacher in teachers)])
         top_k = min(term.top_k, shared)
         key = digest(
             teachers_fingerprint(teachers),

@@ -57,6 +57,7 @@ class LocalTeacher:
     fingerprint: str
     """Hash of what decides its weights and its inputs."""
     _model: Any = field(default=None, repr=False)
+    _vocabulary: int | None = field(default=None, repr=False)
     own_inputs: OwnInputs | None = field(default=None, repr=False)
     """None: it reads the student's tokens."""
 
@@ -75,6 +76,13 @@ class LocalTeacher:
             model = load_model(str(self.folder), labels=read_card(self.folder).outputs)
             self._model = model.eval().requires_grad_(False)
         return self._model
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of its vocabulary entries."""
+        if self._vocabulary is None:
+            self._vocabulary = int(self.model().config.vocab_size)
+        return self._vocabulary
 
     @property
     def is_loaded(self) -> bool:

@@ -66,7 +66,7 @@ class DistillationLoss:
         self._soft_labels = soft_labels or {}
         self._cached = cached or {}
         self._needs_votes = any(term.learns_votes for term in terms)
-        self._needs_teachers = any(
+        self.needs_teachers = any(
             term.needs_teacher and term.title not in self._cached for term in terms
         )
         self._runners: list[TeacherRunner] | None = None
@@ -105,7 +105,7 @@ class DistillationLoss:
         """
         batch = collate(rows)
         first = batch.get(self._views[0].target)
-        if self._needs_teachers:
+        if self.needs_teachers:
             add_own_inputs(self._teachers, first)
         if first is not None and self._needs_votes:
             first.soft_labels = self._soft_labels_of(first)
@@ -167,7 +167,7 @@ class DistillationLoss:
         """One per local teacher; none if no term needs them."""
         import torch
 
-        if not self._needs_teachers:
+        if not self.needs_teachers:
             return []
         if self._runners is None:
             self._runners = teacher_runners(

@@ -43,13 +43,14 @@ class TeacherSource:
 def teacher_section(recipe: Recipe, section: LocalTeacherSection) -> StudentSection:
     """The student section that a teacher is trained from."""
     values: dict[str, Any] = {"model": section.start, "init": None, "size": section.size}
-    if section.start is not None:
+    student = recipe.student
+    if section.start is not None and (student.template != "auto" or student.head == "text"):
         architecture = architecture_of(section.start)
         if architecture != "causal":
             values["template"] = "auto"
-        if architecture == "encoder" and recipe.student.head == "text":
+        if architecture == "encoder":
             values["head"] = "auto"
-    return StudentSection(**recipe.student.model_dump() | values)
+    return StudentSection(**student.model_dump() | values)
 
 
 def teacher_source(recipe: Recipe, section: LocalTeacherSection, tokenizer: Any) -> TeacherSource:

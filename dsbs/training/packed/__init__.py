@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from dsbs.students.formats import start_token
+from dsbs.training.distillation import as_float
 from dsbs.training.encode import PackedBatch, pad, supervised_rows
 from dsbs.training.methods import View
 from dsbs.training.packed.t5 import TargetBlock, packed_logits, without_wrapper
@@ -243,7 +245,7 @@ class ForwardRunner:
         scores: list[Tensor] = []
         for label, label_logits in zip(self._labels, logits, strict=True):
             target = label.to(label_logits.device).repeat(rows)
-            nll = torch.nn.functional.cross_entropy(label_logits.float(), target, reduction="none")
+            nll = cross_entropy(as_float(label_logits), target, reduction="none")
             scores.append(-nll.view(rows, -1).sum(1))
         return torch.stack(scores, dim=1)
 
