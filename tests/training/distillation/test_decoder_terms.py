@@ -45,7 +45,7 @@ def decoder(toy: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
     """Recipes of a tiny Llama on the toy data."""
     folder = causal_models.save(tmp_path / "student")
     student = f"student={{model: {folder}, max_input_tokens: 64, max_target_tokens: 32}}"
-    path = toy(train=16)
+    path = toy()
     changes = [student, "train.methods=finetune", "train.max_steps=2", "eval.max_label_tokens=2"]
     return lambda *overrides: load_recipe(path, [*changes, *overrides])
 

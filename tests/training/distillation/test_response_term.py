@@ -18,6 +18,21 @@ from torch import Tensor
 from dsbs.training.distillation import ensemble_logprobs
 from dsbs.training.distillation.response import Divergence, response_loss, top_k_response_loss
 
+# trl 1.16.0's mean loss per token by β and temperature (see benchmarks/peers/trl_peer.py).
+TRL = {
+    (0, 0.5): 5.034701531280624,
+    (0, 1.0): 2.337757172934416,
+    (0, 4.0): 0.26263073758162064,
+    (0.3, 0.5): 0.4107618305914408,
+    (0.3, 1.0): 0.3108659711865295,
+    (0.3, 4.0): 0.052683834451689796,
+    (0.5, 0.5): 0.4711018441468967,
+    (0.5, 1.0): 0.35801499266553466,
+    (0.5, 4.0): 0.06217563909101957,
+    (1, 0.5): 4.985116647833301,
+    (1, 1.0): 2.3058656209127846,
+    (1, 4.0): 0.2599650981744134,
+}
 DIVERGENCES: tuple[Divergence, ...] = ("kl", "reverse", "js")
 ROWS = 4
 VOCABULARY = 9
