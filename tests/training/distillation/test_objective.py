@@ -28,7 +28,6 @@ from tiny_training import (
     train_steps,
     views_of_kind,
 )
-
 from transformers.models.llama import modeling_llama
 from transformers.models.t5 import modeling_t5
 
