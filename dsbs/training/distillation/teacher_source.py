@@ -19,6 +19,7 @@ from dsbs.students.card import (
     head_of,
     read_card,
 )
+from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import load_tokenizer, tokenizer_hash
 from dsbs.tasks import Task, make_task
 from dsbs.training.distillation import Term, terms_of
@@ -97,6 +98,10 @@ def teacher_source(recipe: Recipe, section: LocalTeacherSection, tokenizer: Any)
                 "has a different vocabulary from the student's "
                 f"({len(teacher_tokenizer):,} and {len(tokenizer):,} entries)"
             )
+        elif card is not None:
+            template = new_input_format(recipe.student, tokenizer, recipe.train.init).template
+            if card.template != template:
+                difference = f"has the template {card.template}, and the student {template}"
     return TeacherSource(setting, folder, card, difference)
 
 
@@ -172,8 +177,11 @@ def _check_prefixes(
     spec: StudentSpec,
 ) -> None:
     """Raises UserError where a teacher never saw the student's prefixes."""
-    views = views_of(spec.method, recipe.train, head_of(recipe.student, recipe.train.init))
+    head = head_of(recipe.student, recipe.train.init)
+    views = views_of(spec.method, recipe.train, head)
     needed = {name for term in terms for name in term.teacher_views(views)}
+    if head == "labels":  # no term compares rationales
+        needed = {"label"}
     for view in views:
         if view.target not in needed:
             continue
