@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dsbs.students.heads import LabelHeadModel
-from dsbs.training.losses import summed_nll
+from dsbs.training.losses import IGNORED
 from dsbs.training.packed.layout import (
     GroupLayout,
     additive_mask,
@@ -70,7 +70,7 @@ def packed_attention(
     ``sequences`` it is transformers' own attention for padded batches.
     """
     if sequences is None:
-        return sdpa_attention_forward(  # type: ignore[no-untyped-call,no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
     layout = sequences.queries
@@ -199,7 +199,40 @@ def encode_and_write(
         use_cache=False,
         sequences=Sequences(layout, memory),
     )[0][0]
-    return states, summed_nll(decoder.lm_head(hidden), target)
+    head = decoder.get_output_embeddings()
+    loss: Tensor = _LinearNll.apply(hidden, head.weight, head.bias, target)
+    return states, loss
+
+
+class _LinearNll(torch.autograd.Function):
+    """The summed cross-entropy () of a linear layer's outputs (M, V).
+
+    Logits, log-probabilities and their gradient share one tensor; cross_entropy would make four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        logits = functional.linear(hidden, weight, bias)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        torch.log_softmax(wide, -1, out=wide)
+        rows = (target != IGNORED).nonzero().squeeze(1)
+        loss = -wide[rows, target[rows]].sum()
+        wide.exp_()
+        wide[rows, target[rows]] -= 1
+        if len(rows) < len(target):
+            wide[target == IGNORED] = 0
+        ctx.save_for_backward(hidden, weight, wide.to(logits.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        hidden, weight, difference = ctx.saved_tensors
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+        scaled = (hidden * grad).to(difference.dtype)
+        grad_hidden = (difference @ weight.to(difference.dtype)) * grad
+        grad_weight = (difference.t() @ scaled).to(weight.dtype) if needs_weight else None
+        grad_bias = (difference.sum(0) * grad).to(weight.dtype) if needs_bias else None
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None
 
 
 def _encode(
@@ -234,7 +267,7 @@ def _encode(
 
 def _positions(body: Any, padded: Tensor) -> Tensor:
     """padded ids (B, S) -> (B, S): the position that a model's embeddings give to each token."""
-    embeddings = getattr(body, "embeddings", None)
+    embeddings: Any = getattr(body, "embeddings", None)
     if hasattr(
         embeddings, "create_position_ids_from_input_ids"
     ):  # RoBERTa's start after its pad id

@@ -212,8 +212,8 @@ def _attention(
         queries = split_heads(module.q(x), query_layout)
         heads = [(*query, *pair) for query, pair in zip(queries, keys_values, strict=True)]
     outputs = [
-        attend(*query_key_value, bias, p, training)
-        for query_key_value, bias in zip(heads, biases, strict=True)
+        attend(query, key, value, bias, p, training)
+        for (query, key, value), bias in zip(heads, biases, strict=True)
     ]
     attended: Tensor = module.o(query_layout.unpad(outputs))
     return attended
