@@ -36,6 +36,7 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import Latency, Results
+from dsbs.records.subsets import Subset, subset_rank
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
 from dsbs.students.weights import weights_megabytes
@@ -111,7 +112,8 @@ def _compare(
     comparisons = compare(chosen, clusters)
     with_floors = compare_with_floors(systems, clusters)
     baseline = chosen[0][1] if chosen else None
-    spent_usd, _ = teacher_bill(run.manifest("annotate"), "train")
+    spent_usd, usd_per_row = teacher_bill(run.manifest("annotate"), "train")
+    usd_per_prediction = teacher.usd_per_prediction if teacher else None
     students = [student for system in systems for student in system.students]
     return Results(
         run=str(run.path),
@@ -138,16 +140,14 @@ def _compare(
         label_efficiency=label_efficiencies(
             systems, [system for system in (baseline, teacher) if system is not None], clusters
         ),
-        break_even=list(
-            break_evens(systems, spent_usd, teacher.usd_per_prediction if teacher else None)
-        ),
+        break_even=list(break_evens(systems, spent_usd, usd_per_prediction, usd_per_row)),
     )
 
 
 def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
     """The system that the recipe is about; None if it does not exist.
 
-    Of the students, the largest share of the first method that is not a baseline, or of the last
+    Of the students, the largest subset of the first method that is not a baseline, or of the last
     baseline if all are. Without students, the first external system that is not a baseline.
     """
     baselines = recipe.eval.baseline
@@ -162,7 +162,7 @@ def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
         labels = recipe.train.labels[0]
         return max(
             candidates,
-            key=lambda system: (system.subset or 0.0, system.students[0].labels == labels),
+            key=lambda system: (subset_rank(system.subset), system.students[0].labels == labels),
         ).name
     external = [system.name for system in systems if system.kind == "external"]
     external_baselines = [name for name in external if name in baselines] or external[:1]
@@ -196,26 +196,26 @@ def _student_systems(
     progress: Progress,
     score_only: bool,
 ) -> list[System]:
-    """The students of each method, labels and share; baselines and larger shares first."""
+    """The students of each method, labels and subset; baselines and larger subsets first."""
     groups: dict[str, list[TrainedStudent]] = {}
     for student in sorted(students, key=lambda student: student.seed):
         groups.setdefault(student.system, []).append(student)
     baselines = list(recipe.eval.baseline)
-    largest = max((student.subset for student in students), default=1.0)
+    largest = max((student.subset for student in students), key=subset_rank, default=1.0)
 
-    def rank(name: str) -> tuple[int, float, str]:
-        first = groups[name][0]
-        if first.method in baselines:
-            return baselines.index(first.method), -first.subset, name
-        return len(baselines), -first.subset, name
+    def place(name: str) -> int:
+        method = groups[name][0].method
+        return baselines.index(method) if method in baselines else len(baselines)
 
+    names = sorted(groups)
+    names.sort(key=lambda name: subset_rank(groups[name][0].subset), reverse=True)
     systems = []
-    for name in sorted(groups, key=rank):
+    for name in sorted(names, key=place):
         members = groups[name]
         first = members[0]
         latency = read_latency(run, first, recipe)
         if not score_only:
-            is_timed = first.subset == largest  # a smaller share gives the same speed
+            is_timed = first.subset == largest  # a smaller subset gives the same speed
             latency = _predict(recipe, members, rows, run, progress, is_timed) or latency
         files = [
             score(task, rows, student_predictions(run, student), student.name)
@@ -271,9 +271,9 @@ def _megabytes(student: TrainedStudent) -> float | None:
         return None
 
 
-def _training_rows(students: Sequence[TrainedStudent]) -> dict[float, int | None]:
-    """The number of train rows in each share, by the first of its students that recorded it."""
-    counts: dict[float, int | None] = {}
+def _training_rows(students: Sequence[TrainedStudent]) -> dict[Subset, int | None]:
+    """The number of train rows in each subset, by the first of its students that recorded it."""
+    counts: dict[Subset, int | None] = {}
     for student in students:
         if counts.get(student.subset) is None:
             rows = training_record(Path(student.path)).get("rows")
