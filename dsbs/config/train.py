@@ -235,8 +235,8 @@ class TrainSection(Section):
     shuffle: bool = True
     """Whether each epoch has a new order of the rows. false: the file's order."""
     padding: Literal["none", "batch"] = "none"
-    """none: no padding tokens are computed (decoder-only models: rows of similar length together);
-    batch: pad every batch."""
+    """none: no padding tokens are computed (decoder-only models, DeBERTa: rows of similar length
+    together); batch: pad every batch."""
     valid_limit: int = Field(1000, gt=0)
     """Maximum validation rows, equal for all methods, chosen by a hash of the ids."""
     tune: TuneSection | None = None

@@ -286,10 +286,10 @@ def _no_mask(device: torch.device) -> Tensor:
 def _blocks(inputs: Sequence[int]) -> list[list[int]]:
     """Indices of target rows in blocks in which no two share one of ``inputs``."""
     blocks: list[list[int]] = []
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for row, index in enumerate(inputs):
-        block = seen.get(index, 0)
-        seen[index] = block + 1
+        block = counts.get(index, 0)
+        counts[index] = block + 1
         if block == len(blocks):
             blocks.append([])
         blocks[block].append(row)
