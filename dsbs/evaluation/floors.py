@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsbs.config import LabelSource, Recipe
+from dsbs.config import LabelSource, Recipe, StudentRecipe
 from dsbs.config.registry import FLOORS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.metrics import score
@@ -63,7 +63,7 @@ class FloorAnswer:
 class FloorInputs:
     """What a floor answers, and the labeled rows that it learns from and is tuned on."""
 
-    recipe: Recipe
+    recipe: StudentRecipe
     task: Task
     rows: Sequence[Example]
     only_field: str | None = None
@@ -97,7 +97,9 @@ class Floor:
     """Whether it can be limited to one input field: ``tfidf-hypothesis``."""
     needs_labels: bool = False
     """Whether it needs a closed set of labels."""
-    missing: Callable[[Recipe], str | None] = lambda _recipe: None
+    asks_student: bool = False
+    """Whether it asks the student's model, so that there is one for each student."""
+    missing: Callable[[StudentRecipe], str | None] = lambda _recipe: None
     """Why a recipe's student does not have it. None: it does."""
     identity: Callable[[FloorInputs], str]
     """Everything that decides the answers, except the rows to answer."""
@@ -167,10 +169,10 @@ def floor_systems(
     systems = []
     for name in _floor_names(recipe, task, labeled, sum(shares)):
         floor, limited_to = floor_of(name)
-        inputs = FloorInputs(recipe, task, rows, limited_to)
-        reason = floor.missing(recipe)
-        for share in shares if floor.learns else [None]:
-            system = System(_system_name(name, share), "floor", [], floor=name, share=share)
+        for student, share in _variants(floor, recipe, shares):
+            inputs = FloorInputs(student, task, rows, limited_to)
+            reason = floor.missing(student)
+            system = _new_system(name, floor, student, share)
             if share is not None:
                 system.training_rows = training_rows.get(share)
             if share is not None and labeled is not None:
@@ -194,8 +196,24 @@ def floor_systems(
     return systems
 
 
-def _system_name(name: str, share: float | None) -> str:
-    return name if share in (None, 1.0) else f"{name}-n{share:g}"
+def _variants(
+    floor: Floor, recipe: Recipe, shares: Sequence[float]
+) -> list[tuple[StudentRecipe, float | None]]:
+    """The students that a floor asks, or the shares of the train rows that it learns from."""
+    students = list(recipe.students.values())
+    if floor.asks_student:
+        return [(student, None) for student in students]
+    if floor.learns:
+        return [(students[0], share) for share in shares]
+    return [(students[0], None)]
+
+
+def _new_system(name: str, floor: Floor, student: StudentRecipe, share: float | None) -> System:
+    title = name if share in (None, 1.0) else f"{name}-n{share:g}"
+    start_of = student.student_name if floor.asks_student else None
+    if start_of is not None:
+        title = f"{start_of}-{title}"
+    return System(title, "floor", [], floor=name, share=share, start_of=start_of)
 
 
 def _floor_names(

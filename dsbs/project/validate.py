@@ -10,24 +10,23 @@ from typing import Any
 
 from dsbs.annotation.backends import make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.parse import parse_reply
-from dsbs.config import Recipe
+from dsbs.config import Recipe, StudentRecipe
 from dsbs.errors import UserError
 from dsbs.evaluation.floors import check_floors
 from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
 from dsbs.records import Example, Unread
-from dsbs.students.card import check_student, head_of, input_limit
+from dsbs.students.card import head_of, input_limit
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import is_held_out, load, survey
 from dsbs.tasks.label_set import LabelSet
 from dsbs.tasks.templates import render
-from dsbs.training.distillation import check_terms
 from dsbs.training.grid import grid
 from dsbs.training.methods import method_of
-from dsbs.training.training_set import check_class_weights
+from dsbs.training.training_set import checked_students
 
 SAMPLE_SIZE = 2000  # rows of each split that are tokenized
 NGRAM = 8  # an exemplar and a row that share so many words in a row do not do so by chance
@@ -61,10 +60,7 @@ class Validation:
 def validate(recipe: Recipe) -> Validation:
     """Check a recipe against its data. Raises UserError for what would stop a later command."""
     task = make_task(recipe.task)
-    head = head_of(recipe.student, recipe.train.init)
-    check_student(recipe, task)
-    check_terms(recipe.train, task, grid(recipe.train), head)
-    check_class_weights(recipe, task.labels)
+    students = [student for student, _ in checked_students(recipe, task)]
     check_floors(recipe, task)
     splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
@@ -76,6 +72,99 @@ def validate(recipe: Recipe) -> Validation:
         check_written_labels(task, prompt, splits["train"][0])
     if recipe.teacher.kind == "ensemble":
         warnings += _ensemble_warnings(recipe, splits)
+    readers = [_reader(student, task, splits) for student in students]
+    # First: a label that the student cannot write is the worst problem.
+    warnings[:0] = [warning for reader in readers for warning in reader.label_warnings(splits)]
+    figures = {}
+    for split, rows in splits.items():
+        figures[split] = _split_figures(task, rows)
+        for reader in readers:
+            figures[split] |= reader.figures(rows, figures[split].get("students", {}))
+        warnings += _split_warnings(recipe, task, split, rows, figures[split], readers)
+    overlaps = find_overlaps(_distinct_splits(recipe, splits), task)
+    warnings += [overlap.warning() for overlap in overlaps]
+    return Validation(figures, first_prompt, warnings, overlaps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """How a student reads the rows: its tokenizer and input format."""
+
+    recipe: StudentRecipe
+    task: Task
+    tokenizer: Any
+    input_format: InputFormat
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it has a label head, and writes no labels."""
+        return head_of(self.recipe.student, self.recipe.train.init) == "labels"
+
+    def label_warnings(self, splits: Splits) -> list[str]:
+        """Warnings about labels that it cannot write. Raises UserError for some of a closed set."""
+        if self.chooses:
+            return []
+        if self.task.label_set is not None:
+            check_student_labels(
+                self.recipe, self.task.label_set, self.tokenizer, self.input_format
+            )
+            return []
+        labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
+        warnings = vocabulary_warnings(self.recipe.student, self.tokenizer, labels, {})
+        return [self._named(warning) for warning in warnings]
+
+    def figures(
+        self, rows: Sequence[Example], others: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Lengths in tokens; with those of other students, by name, where students have names."""
+        lengths = self._lengths(rows)
+        name = self.recipe.student_name
+        return lengths if name is None else {"students": {**others, name: lengths}}
+
+    def _lengths(self, rows: Sequence[Example]) -> dict[str, Any]:
+        sample = rows[:SAMPLE_SIZE]
+        section = self.recipe.student
+        prefix = "" if self.chooses else "explain: "
+        inputs = self.input_format.read([prefix + self.task.text(row.input) for row in sample])
+        written = [text for row in sample for text in (row.label, row.rationale) if text]
+        if self.chooses:
+            written = [row.rationale for row in sample if row.rationale]
+        targets = self.input_format.write(written) if written else []
+        limit = input_limit(section, self.recipe.train.init)
+        return {
+            "inputs": _token_figures(self.tokenizer, inputs, limit),
+            "targets": _token_figures(self.tokenizer, targets, section.max_target_tokens),
+        }
+
+    def warnings(
+        self, split: str, rows: Sequence[Example], figures: Mapping[str, Any]
+    ) -> list[str]:
+        """Warnings about a split's texts that are cut, or that the vocabulary lacks."""
+        name = self.recipe.student_name
+        lengths = figures if name is None else figures["students"][name]
+        warnings = []
+        for texts, key in (("inputs", "max_input_tokens"), ("targets", "max_target_tokens")):
+            if lengths[texts] and lengths[texts]["truncated"] > 0:
+                share = percent(lengths[texts]["truncated"])
+                warnings.append(
+                    f"{split}: {share} of {texts} are longer than student.{key} and are truncated"
+                )
+        read = {
+            "inputs": [self.task.text(row.input) for row in rows],
+            "rationales": [row.rationale for row in rows if row.rationale],
+        }
+        warnings += [
+            f"{split}: {warning}"
+            for warning in vocabulary_warnings(self.recipe.student, self.tokenizer, [], read)
+        ]
+        return [self._named(warning) for warning in warnings]
+
+    def _named(self, warning: str) -> str:
+        name = self.recipe.student_name
+        return warning if name is None else f"student {name}: {warning}"
+
+
+def _reader(recipe: StudentRecipe, task: Task, splits: Splits) -> _Reader:
     texts = [
         text
         for row in splits["train"]
@@ -85,20 +174,7 @@ def validate(recipe: Recipe) -> Validation:
     texts += sorted({*(task.labels or ())} - {row.label for row in splits["train"]})
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
     input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
-    writes_labels = head == "text"  # a label head chooses them
-    if writes_labels and task.label_set is None:
-        labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
-        # First: a label that the student cannot write is the worst problem.
-        warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
-    elif writes_labels and task.label_set is not None:
-        check_student_labels(recipe, task.label_set, tokenizer, input_format)
-    figures = {}
-    for split, rows in splits.items():
-        figures[split] = _split_figures(recipe, task, tokenizer, input_format, rows)
-        warnings += _split_warnings(recipe, task, tokenizer, split, rows, figures[split])
-    overlaps = find_overlaps(_distinct_splits(recipe, splits), task)
-    warnings += [overlap.warning() for overlap in overlaps]
-    return Validation(figures, first_prompt, warnings, overlaps)
+    return _Reader(recipe, task, tokenizer, input_format)
 
 
 def _ensemble_warnings(recipe: Recipe, splits: Splits) -> list[str]:
@@ -111,22 +187,8 @@ def _ensemble_warnings(recipe: Recipe, splits: Splits) -> list[str]:
     return warnings
 
 
-def _split_figures(
-    recipe: Recipe,
-    task: Task,
-    tokenizer: Any,
-    input_format: InputFormat,
-    rows: Sequence[Example],
-) -> dict[str, Any]:
-    """Counts of rows and labels, and lengths in tokens."""
-    sample = rows[:SAMPLE_SIZE]
-    chooses = head_of(recipe.student, recipe.train.init) == "labels"
-    prefix = "" if chooses else "explain: "
-    inputs = input_format.read([prefix + task.text(row.input) for row in sample])
-    written = [text for row in sample for text in (row.label, row.rationale) if text]
-    if chooses:
-        written = [row.rationale for row in sample if row.rationale]
-    targets = input_format.write(written) if written else []
+def _split_figures(task: Task, rows: Sequence[Example]) -> dict[str, Any]:
+    """Counts of rows and labels."""
     labels = [row.label for row in rows if row.label is not None]
     figures: dict[str, Any] = {
         "rows": len(rows),
@@ -135,10 +197,6 @@ def _split_figures(
     }
     if task.labels is not None:
         figures["labels"] = dict(Counter(labels).most_common())
-    figures["inputs"] = _token_figures(
-        tokenizer, inputs, input_limit(recipe.student, recipe.train.init)
-    )
-    figures["targets"] = _token_figures(tokenizer, targets, recipe.student.max_target_tokens)
     return figures
 
 
@@ -161,10 +219,10 @@ def _token_figures(
 def _split_warnings(
     recipe: Recipe,
     task: Task,
-    tokenizer: Any,
     split: str,
     rows: Sequence[Example],
     figures: dict[str, Any],
+    readers: Sequence[_Reader],
 ) -> list[str]:
     warnings = []
     with_gold = figures["with_gold"]
@@ -177,20 +235,7 @@ def _split_warnings(
         missing = [label for label in task.labels if label not in figures["labels"]]
         if missing:
             warnings.append(f"{split}: no row is labeled {', '.join(missing)}")
-    for texts, key in (("inputs", "max_input_tokens"), ("targets", "max_target_tokens")):
-        if figures[texts] and figures[texts]["truncated"] > 0:
-            share = percent(figures[texts]["truncated"])
-            warnings.append(
-                f"{split}: {share} of {texts} are longer than student.{key} and are truncated"
-            )
-    texts_read = {
-        "inputs": [task.text(row.input) for row in rows],
-        "rationales": [row.rationale for row in rows if row.rationale],
-    }
-    warnings += [
-        f"{split}: {warning}"
-        for warning in vocabulary_warnings(recipe.student, tokenizer, [], texts_read)
-    ]
+    warnings += [warning for reader in readers for warning in reader.warnings(split, rows, figures)]
     if recipe.eval.split == split and with_gold < len(rows):
         unlabeled = count(len(rows) - with_gold, "row")
         warnings.append(f"{split}: {unlabeled} without a gold label, left out of the comparison")
@@ -236,7 +281,7 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
 
 
 def check_student_labels(
-    recipe: Recipe, label_set: LabelSet, tokenizer: Any, input_format: InputFormat
+    recipe: StudentRecipe, label_set: LabelSet, tokenizer: Any, input_format: InputFormat
 ) -> None:
     """Raise UserError where a label that the student writes with its tokenizer reads as another
     one, or as none.
