@@ -90,6 +90,30 @@ def test_a_name_does_not_change_what_a_student_is(toy: Callable[..., Path]) -> N
     assert named.training == alone.training
 
 
+@pytest.mark.parametrize(
+    ("student", "expected"),
+    [
+        ({"init": "scratch"}, "a5c97b96f6b70bdac42c95768828f45ae5681e5fff0e39a1a82b3756d9eb498e"),
+        (
+            {"model": "google/t5-v1_1-base"},
+            "c180ac80e4f68c3036ddbbb6a6e618b1386a6e744b013d107b9bc8da60666f97",
+        ),
+    ],
+)
+def test_students_of_before_there_were_several_are_kept(
+    student: dict[str, str], expected: str
+) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "name": "x",
+            "task": {"name": "svamp", "data": {"train": "train.csv"}},
+            "teacher": {"model": "m"},
+            "student": student,
+        }
+    )
+    assert recipe.students[None].training == expected
+
+
 def test_mistakes_have_their_lines_and_names(toy: Callable[..., Path]) -> None:
     students = {
         "a/b": SMALL,
