@@ -38,6 +38,7 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import Comparison, Latency, Results
+from dsbs.records.subsets import Subset, subset_rank
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
 from dsbs.students.weights import weights_megabytes
@@ -115,7 +116,8 @@ def _compare(
     comparisons = compare([*chosen, *across], clusters)
     with_floors = compare_with_floors(systems, clusters)
     baseline = chosen[0][1] if chosen else None
-    spent_usd, _ = teacher_bill(run.manifest("annotate"), "train")
+    spent_usd, usd_per_row = teacher_bill(run.manifest("annotate"), "train")
+    usd_per_prediction = teacher.usd_per_prediction if teacher else None
     students = [student for system in systems for student in system.students]
     return Results(
         run=str(run.path),
@@ -143,9 +145,7 @@ def _compare(
         label_efficiency=label_efficiencies(
             systems, [*first_baselines(chosen), *teachers], clusters
         ),
-        break_even=list(
-            break_evens(systems, spent_usd, teacher.usd_per_prediction if teacher else None)
-        ),
+        break_even=list(break_evens(systems, spent_usd, usd_per_prediction, usd_per_row)),
     )
 
 
@@ -162,7 +162,7 @@ def _among(
 def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
     """The system that the recipe is about; None if it does not exist.
 
-    Of the students, the largest share of the first method that is not a baseline, or of the last
+    Of the students, the largest subset of the first method that is not a baseline, or of the last
     baseline if all are; of several students, the first in the recipe. Without students, the first
     external system that is not a baseline.
     """
@@ -178,7 +178,7 @@ def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
         labels = recipe.train.labels[0]
         return max(
             candidates,
-            key=lambda system: (system.subset or 0.0, system.students[0].labels == labels),
+            key=lambda system: (subset_rank(system.subset), system.students[0].labels == labels),
         ).name
     external = [system.name for system in systems if system.kind == "external"]
     external_baselines = [name for name in external if name in baselines] or external[:1]
@@ -212,31 +212,33 @@ def _student_systems(
     progress: Progress,
     score_only: bool,
 ) -> list[System]:
-    """The students of each method, labels and share: in the order of the recipe's students,
-    baselines and larger shares first.
+    """The students of each method, labels and subset: in the order of the recipe's students,
+    baselines and larger subsets first.
     """
     groups: dict[str, list[TrainedStudent]] = {}
     for student in sorted(students, key=lambda student: student.seed):
         groups.setdefault(student.system, []).append(student)
     baselines = list(recipe.eval.baseline)
-    largest = max((student.subset for student in students), default=1.0)
+    largest = max((student.subset for student in students), key=subset_rank, default=1.0)
 
-    names = list(recipe.students)
+    order = list(recipe.students)
 
-    def rank(name: str) -> tuple[int, int, float, str]:
+    def place(name: str) -> tuple[int, int]:
         first = groups[name][0]
         position = len(baselines)
         if first.method in baselines:
             position = baselines.index(first.method)
-        return names.index(first.student), position, -first.subset, name
+        return order.index(first.student), position
 
+    names = sorted(groups)
+    names.sort(key=lambda name: subset_rank(groups[name][0].subset), reverse=True)
     systems = []
-    for name in sorted(groups, key=rank):
+    for name in sorted(names, key=place):
         members = groups[name]
         first = members[0]
         latency = read_latency(run, first, recipe)
         if not score_only:
-            is_timed = first.subset == largest  # a smaller share gives the same speed
+            is_timed = first.subset == largest  # a smaller subset gives the same speed
             latency = _predict(recipe, members, rows, run, progress, is_timed) or latency
         files = [
             score(task, rows, student_predictions(run, student), student.name)
@@ -300,9 +302,9 @@ def _settings_tried(student: TrainedStudent) -> int | None:
     return len(training_record(Path(student.path)).get("trials", ()))
 
 
-def _training_rows(students: Sequence[TrainedStudent]) -> dict[float, int | None]:
-    """The number of train rows in each share, by the first of its students that recorded it."""
-    counts: dict[float, int | None] = {}
+def _training_rows(students: Sequence[TrainedStudent]) -> dict[Subset, int | None]:
+    """The number of train rows in each subset, by the first of its students that recorded it."""
+    counts: dict[Subset, int | None] = {}
     for student in students:
         if counts.get(student.subset) is None:
             rows = training_record(Path(student.path)).get("rows")

@@ -29,6 +29,7 @@ from dsbs.records.results import (
     SystemKind,
     SystemResult,
 )
+from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.tasks import Task
 
 
@@ -41,7 +42,7 @@ class System:
     files: list[Scored]
     students: list[TrainedStudent] = field(default_factory=list)  # by seed
     floor: str | None = None  # as the recipe names it
-    share: float | None = None  # of the train rows, for a floor that learns
+    learned_subset: Subset | None = None  # of the train rows, for a floor that learns
     labels: str | None = None  # whose labels such a floor learned
     start_of: str | None = None  # the named student whose model a floor asks before training
     training_rows: int | None = None
@@ -62,8 +63,8 @@ class System:
         return self.students[0].student if self.students else self.start_of
 
     @property
-    def subset(self) -> float | None:
-        return self.students[0].subset if self.students else self.share
+    def subset(self) -> Subset | None:
+        return self.students[0].subset if self.students else self.learned_subset
 
     @property
     def member_names(self) -> list[str]:
@@ -169,17 +170,19 @@ def _ms_per_example(system: System) -> float | None:
 def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System, System]]:
     """The (system, baseline) pairs to compare; no two systems twice.
 
-    Each system with each baseline that learned from the same share of the rows and, of several
+    Each system with each baseline that learned from the same subset of the rows and, of several
     students, belongs to the same one; then each student with further loss terms with its method
-    without them. Systems that are not students count to the largest share and to every student. If
-    no baseline exists but external files do, the first of them is the baseline. Students are
+    without them. Systems that are not students count to the largest subset and to every student.
+    If no baseline exists but external files do, the first of them is the baseline. Students are
     compared with one another by `student_pairs`. Floors are outside this family: see
     `compare_with_floors`.
     """
     systems = [system for system in systems if system.kind != "floor"]
-    shares = [system.subset for system in systems if system.subset is not None]
-    largest = max(shares, default=None)
-    share = {system.name: largest if system.subset is None else system.subset for system in systems}
+    subsets = [system.subset for system in systems if system.subset is not None]
+    largest = max(subsets, key=subset_rank, default=None)
+    subset = {
+        system.name: largest if system.subset is None else system.subset for system in systems
+    }
     external = [system for system in systems if system.kind == "external"]
     baselines = [
         system for name in section.baseline for system in systems if _is_named(system, name)
@@ -192,7 +195,7 @@ def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System,
 
     for baseline in baselines or external[:1]:
         for system in systems:
-            is_same = share[system.name] == share[baseline.name] and system.name != baseline.name
+            is_same = subset[system.name] == subset[baseline.name] and system.name != baseline.name
             if is_same and _are_of_one_student(system, baseline):
                 add(system, baseline)
     for system in systems:
@@ -208,11 +211,12 @@ def _are_of_one_student(system: System, other: System) -> bool:
 
 
 def student_pairs(systems: Sequence[System]) -> list[tuple[System, System]]:
-    """Pairs of different students by the same method, from the same labels and the largest share of
-    the rows; the one that the recipe names first comes first.
+    """Pairs of different students by the same method, from the same labels and the largest subset
+    of the rows; the one that the recipe names first comes first.
     """
-    largest = max((system.subset or 0.0 for system in systems if system.students), default=0.0)
-    candidates = [system for system in systems if system.students and system.subset == largest]
+    candidates = [system for system in systems if system.students]
+    largest = max((system.subset for system in candidates), key=subset_rank, default=None)
+    candidates = [system for system in candidates if system.subset == largest]
     return [
         (first, second)
         for first, second in itertools.combinations(candidates, 2)
@@ -237,7 +241,7 @@ def _is_named(system: System, baseline: str) -> bool:
 
 
 def _without_terms(system: System, systems: Sequence[System]) -> System | None:
-    """The system of the same method, labels and share without further loss terms, if any."""
+    """The system of the same method, labels and subset without further loss terms, if any."""
     if system.method is None or base_of(system.method) == system.method:
         return None
     for other in systems:
@@ -284,20 +288,21 @@ def compare(
 def compare_with_floors(
     systems: Sequence[System], clusters: Clusters
 ) -> dict[str, dict[str, FloorComparison]]:
-    """Each student, and external system, against the floors of its share of the train rows:
+    """Each student, and external system, against the floors of its subset of the train rows:
     system -> floor -> comparison.
 
-    p values are not corrected. Systems that are not students count to the largest share, and a
+    p values are not corrected. Systems that are not students count to the largest subset, and a
     floor that learned from no rows is compared with all.
     """
-    largest = max((system.subset for system in systems if system.subset is not None), default=None)
+    subsets = [system.subset for system in systems if system.subset is not None]
+    largest = max(subsets, key=subset_rank, default=None)
     comparisons: dict[str, dict[str, FloorComparison]] = {}
     for system in systems:
         if system.kind not in ("student", "external"):
             continue
-        share = largest if system.subset is None else system.subset
+        subset = largest if system.subset is None else system.subset
         for floor in systems:
-            if floor.kind != "floor" or floor.subset not in (None, share):
+            if floor.kind != "floor" or floor.subset not in (None, subset):
                 continue
             if floor.student not in (None, system.student):
                 continue
@@ -396,18 +401,28 @@ def _curve_of(system: System) -> tuple[str | None, str, str]:
 
 
 def break_evens(
-    systems: Sequence[System], spent_usd: float | None, usd_per_prediction: float | None
+    systems: Sequence[System],
+    spent_usd: float | None,
+    usd_per_prediction: float | None,
+    usd_per_row: float | None = None,
 ) -> Iterator[BreakEven]:
     """For students of the teacher: after how many predictions they have saved its bill.
 
     ``spent_usd`` is the bill for the training rows, ``usd_per_prediction`` the teacher's price. A
-    student of a share of the rows is charged that share. Nothing if a price is unknown or zero.
+    student of a share of the rows is charged that share; one of so many rows per label is charged
+    ``usd_per_row`` for each. Nothing if a price is unknown or zero.
     """
     if not spent_usd or not usd_per_prediction:
         return
     for system in systems:
         if system.students and system.students[0].source is not None:
-            spent = spent_usd * system.students[0].subset
+            subset = system.students[0].subset
+            if rows_per_label(subset) is None:
+                spent = spent_usd * float(subset)
+            else:
+                spent = (usd_per_row or 0.0) * (system.training_rows or 0)
+            if not spent:
+                continue
             yield BreakEven(
                 system=system.name,
                 spent_usd=spent,

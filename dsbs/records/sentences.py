@@ -20,6 +20,7 @@ from dsbs.records.results import (
     Results,
     SystemResult,
 )
+from dsbs.records.subsets import subset_rank
 
 ALPHA = 0.05  # a difference is reliable where its Holm-corrected p value is below this
 
@@ -120,7 +121,7 @@ def student_sentences(results: Results) -> list[str]:
     alike. Empty for a single student.
     """
     systems = [system for system in results.systems if system.kind == "student"]
-    largest = max((system.subset or 0.0 for system in systems), default=0.0)
+    largest = max((system.subset for system in systems), key=subset_rank, default=None)
     systems = [system for system in systems if system.subset == largest]
     names = dict.fromkeys(system.student for system in systems if system.student is not None)
     if len(names) < 2:

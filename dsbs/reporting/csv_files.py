@@ -15,6 +15,7 @@ from typing import Any
 from dsbs.files import atomic_write
 from dsbs.records.results import Interval, Latency, Measure, Measurement, SystemResult
 from dsbs.records.sentences import is_reliable
+from dsbs.records.subsets import subset_rank
 from dsbs.reporting.compression import by_original
 from dsbs.reporting.runs import EvaluatedRun, run_titles
 
@@ -158,9 +159,9 @@ def _curve_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
     ]
 
 
-def _curve_key(system: SystemResult) -> tuple[str, str, str, float]:
+def _curve_key(system: SystemResult) -> tuple[str, str, str, tuple[bool, float]]:
     method = system.method or system.floor or ""
-    return system.student or "", method, system.labels or "", system.subset or 0.0
+    return system.student or "", method, system.labels or "", subset_rank(system.subset)
 
 
 def _has_several_students(runs: TitledRuns) -> bool:

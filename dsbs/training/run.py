@@ -13,19 +13,28 @@ from dsbs.config import Recipe, StudentRecipe
 from dsbs.errors import UserError
 from dsbs.progress import NoProgress, Progress
 from dsbs.records import TrainedStudent
+from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students.card import head_of, input_limit
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
-from dsbs.tasks import make_task
+from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream, survey
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
 from dsbs.training.grid import StudentSpec, Trial, Tuner, trial_specs
 from dsbs.training.methods import method_of, views_of
-from dsbs.training.rows import Data, count_rationales, count_trainable, gather, vocabulary_text
+from dsbs.training.rows import (
+    Data,
+    check_subsets,
+    count_rationales,
+    count_trainable,
+    few_rows_warnings,
+    gather,
+    vocabulary_text,
+)
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
 from dsbs.training.training_set import checked_students
@@ -62,9 +71,11 @@ def train(
     progress = (progress if is_main_process() else None) or NoProgress()
     run_folder = RunFolder.of(recipe, out)
     task = make_task(recipe.task)
+    checked = list(checked_students(recipe, task))
+    check_subsets(recipe, task)
     grids = [
         StudentGrid(student, specs, gather(student, task, run_folder.path, specs))
-        for student, specs in checked_students(recipe, task)
+        for student, specs in checked
     ]
     if recipe.report.trackers:
         from dsbs.training.callbacks import check_trackers
@@ -84,10 +95,12 @@ def train(
             stack.enter_context(run_folder.lock("train"))
             record = stack.enter_context(run_folder.record("train", recipe, hashes))
         tokens = [student_grid.tokens(run_folder, progress) for student_grid in grids]
-        for student_grid, texts in zip(grids, tokens, strict=True):
-            if is_main_process():
-                for warning in student_grid.warnings(texts):
-                    progress.say(f"warning: {warning}")
+        if is_main_process():
+            warnings = few_rows_warnings(recipe, task, grids[0].data)
+            for student_grid, texts in zip(grids, tokens, strict=True):
+                warnings += student_grid.warnings(texts)
+            for warning in warnings:
+                progress.say(f"warning: {warning}")
         for student_grid, texts in zip(grids, tokens, strict=True):
             trained = student_grid.train(run_folder, texts, progress)
             students += trained.students
@@ -184,7 +197,7 @@ def _warnings(
         task.labels or () if head == "labels" else (),
         scores_choices=head == "labels" and task.has_choices,
     )
-    rows = data.subset(max(recipe.train.subset))
+    rows = data.subset(max(recipe.train.subset, key=subset_rank))
     systems = dict.fromkeys((spec.method, spec.labels) for spec in specs)
     for method, source in systems:
         encoded = encoder.rows(rows, views_of(method, recipe.train, head), source)
@@ -202,16 +215,18 @@ def planned(
     run_folder = RunFolder.of(recipe, out)
     folder = run_folder.stage("train")
     task = make_task(recipe.task)
+    checked = list(checked_students(recipe, task))
+    check_subsets(recipe, task)
     plan = []
-    for student, specs in list(checked_students(recipe, task)):
+    for student, specs in checked:
         data: Data | int = count_trainable(recipe, task)
         if annotated:
             data = gather(student, task, run_folder.path, specs)
         for teacher_recipe, spec in planned_teachers(student, specs):
-            entry = _plan(teacher_recipe, spec, data, folder)
+            entry = _plan(teacher_recipe, task, spec, data, folder)
             plan.append(entry | {"name": spec.title})
         for spec in specs:
-            entry = _plan(student, spec, data, folder)
+            entry = _plan(student, task, spec, data, folder)
             if spec.seed == student.train.seeds[0]:
                 entry["trials"] = len(trial_specs(spec))
             plan.append(entry)
@@ -219,14 +234,14 @@ def planned(
 
 
 def _plan(
-    recipe: StudentRecipe, spec: StudentSpec, data: Data | int, folder: Path
+    recipe: StudentRecipe, task: Task, spec: StudentSpec, data: Data | int, folder: Path
 ) -> dict[str, Any]:
     """``data``: the rows, or their number where they are not annotated yet."""
     settings = recipe.training_of(spec.method)
     rationales = None
     valid = None
     if isinstance(data, int):
-        rows = max(1, round(spec.subset * data))
+        rows = _most_rows(spec.subset, data, task)
     else:
         rows = sum(bool(row.label(spec.labels)) for row in data.subset(spec.subset))
         rationales = count_rationales(data, spec)
@@ -242,6 +257,14 @@ def _plan(
         "steps": _most_steps(recipe, rows),
         "done": _is_done(settings, spec.path(folder) / TRAINING_RECORD),
     }
+
+
+def _most_rows(subset: Subset, rows: int, task: Task) -> int:
+    """The rows of a subset of ``rows`` rows at most."""
+    number = rows_per_label(subset)
+    if number is None:
+        return max(1, round(float(subset) * rows))
+    return min(rows, number * len(task.labels or ()))
 
 
 def _most_steps(recipe: StudentRecipe, rows: int) -> int:
