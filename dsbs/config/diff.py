@@ -73,28 +73,30 @@ def _student_entries(
         path = ("student", name)
         yield Entry(path, section, MISSING, is_section=True, is_known=True)
         defaults = _defaults(NamedStudentSection)
-        given = recipe.get("train")
-        own = section.get("train")
-        if isinstance(given, dict) and isinstance(own, dict):
+        shared = recipe.get("train")
+        train = section.get("train")
+        if isinstance(shared, dict) and isinstance(train, dict):
             rates = {
-                "learning_rate": given.get("learning_rate"),
-                "head_learning_rate": given.get("head_learning_rate"),
+                "learning_rate": shared.get("learning_rate"),
+                "head_learning_rate": shared.get("head_learning_rate"),
             }
-            followed = rates | {"learning_rate": own.get("learning_rate")}
+            followed = rates | {"learning_rate": train.get("learning_rate")}
             is_scratch = not section.get("model")
             resolved = _resolved(rates, is_scratch=is_scratch)
-            defaults["train"] |= resolved | {k: v for k, v in given.items() if v is not None}
+            defaults["train"] |= resolved | {
+                key: value for key, value in shared.items() if value is not None
+            }
             head = _resolved(followed, is_scratch=is_scratch)["head_learning_rate"]
             defaults["train"]["head_learning_rate"] = head
-            if given.get("max_epochs") or own.get("max_epochs"):
+            if shared.get("max_epochs") or train.get("max_epochs"):
                 defaults["train"]["max_steps"] = None
         yield from _entries(path, section, NamedStudentSection, defaults)
 
 
 def _resolved(rates: Mapping[str, Any], *, is_scratch: bool) -> dict[str, Any]:
     """The defaults of a student's train section, given its learning rates."""
-    given = {name: rate for name, rate in rates.items() if isinstance(rate, float)}
-    train = TrainSection(**given).resolved(is_scratch=is_scratch)
+    numbers = {name: rate for name, rate in rates.items() if isinstance(rate, float)}
+    train = TrainSection(**numbers).resolved(is_scratch=is_scratch)
     return {name: getattr(train, name) for name in RESOLVED}
 
 

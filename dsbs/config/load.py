@@ -369,8 +369,8 @@ def resolved_values(recipe: Recipe) -> dict[str, Any]:
         if name is None:
             values["train"] = train
         else:
-            own = values["student"][name]["train"]
-            own |= {key: train[key] for key in train if key in own or key in RESOLVED}
+            settings = values["student"][name]["train"]
+            settings |= {key: train[key] for key in train if key in settings or key in RESOLVED}
     if values["teacher"]["endpoints"]:
         del values["teacher"]["base_url"]
     return values

@@ -95,9 +95,9 @@ def recipe_schema() -> dict[str, Any]:
     for name, definition in [("Recipe", schema), *definitions.items()]:
         _document(definition, by_name[name])
     _add_registered_names(definitions)
-    one, several = schema["properties"]["student"].pop("oneOf")
-    several["additionalProperties"] = {"anyOf": [several["additionalProperties"], {"type": "null"}]}
-    schema["properties"]["student"]["anyOf"] = [one, several, {"type": "null"}]
+    section, mapping = schema["properties"]["student"].pop("oneOf")
+    mapping["additionalProperties"] = {"anyOf": [mapping["additionalProperties"], {"type": "null"}]}
+    schema["properties"]["student"]["anyOf"] = [section, mapping, {"type": "null"}]
     teacher_file = {
         "type": "string",
         "description": "a file with a teacher: section, e.g. recipes/teachers/vllm.yaml",

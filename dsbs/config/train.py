@@ -366,9 +366,9 @@ class TrainSection(StudentTrainSection, _SharedTrainSection):
             )
         return self
 
-    def with_settings_of(self, own: StudentTrainSection) -> Self:
+    def with_settings_of(self, student: StudentTrainSection) -> Self:
         """The section of a student with settings of its own."""
-        changes = {name: getattr(own, name) for name in own.model_fields_set}
+        changes = {name: getattr(student, name) for name in student.model_fields_set}
         if "max_epochs" in changes:
             changes.setdefault("max_steps", None)
         elif "max_steps" in changes:

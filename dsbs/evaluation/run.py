@@ -155,8 +155,8 @@ def _among(
     name: str,
 ) -> dict[str, Comparison]:
     """A system's comparisons of these pairs."""
-    others = [other.name for system, other in chosen if system.name == name]
-    return {other: comparisons[name][other] for other in others}
+    names = [other.name for system, other in chosen if system.name == name]
+    return {other: comparisons[name][other] for other in names}
 
 
 def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
@@ -368,5 +368,7 @@ def missing_students(recipe: Recipe, students: Sequence[TrainedStudent]) -> list
     systems = sorted({student.system for student in students})
     expected = [f"{system}-s{seed}" for system in systems for seed in recipe.train.seeds]
     untrained = set(recipe.students) - {student.student for student in students}
-    whole = [f"any of {name}" for name in recipe.students if name is not None and name in untrained]
-    return [name for name in expected if name not in names] + whole
+    unfinished = [
+        f"any of {name}" for name in recipe.students if name is not None and name in untrained
+    ]
+    return [name for name in expected if name not in names] + unfinished

@@ -53,12 +53,12 @@ class StudentTexts:
         return [self._named(warning) for warning in warnings]
 
     def figures(
-        self, rows: Sequence[Example], others: Mapping[str, dict[str, Any]]
+        self, rows: Sequence[Example], figures: Mapping[str, dict[str, Any]]
     ) -> dict[str, Any]:
         """Lengths in tokens; with those of other students, by name, where students have names."""
         lengths = self._lengths(rows)
         name = self.recipe.student_name
-        return lengths if name is None else {"students": {**others, name: lengths}}
+        return lengths if name is None else {"students": {**figures, name: lengths}}
 
     def _lengths(self, rows: Sequence[Example]) -> dict[str, Any]:
         sample = rows[:SAMPLE_SIZE]

@@ -63,8 +63,8 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
 
     folder = run.folder.student(name)
     student = read_student(folder)
-    whole = read_recorded({"recipe": run.recipe})
-    recipe = None if whole is None else whole.students.get(student.student)
+    run_recipe = read_recorded({"recipe": run.recipe})
+    recipe = None if run_recipe is None else run_recipe.students.get(student.student)
     if recipe is None:
         raise UserError(
             f"{run.folder.path}: its recipe is from another version of dsbs",

@@ -196,10 +196,10 @@ def student_groups(
     groups = {
         student: [s for s in run.results.systems if s.student == student] for student in students
     }
-    others = [system for system in run.results.systems if system.student not in students]
+    unnamed = [system for system in run.results.systems if system.student not in students]
     titled = [(f"student {student}", systems) for student, systems in groups.items()]
-    if others:
-        titled.append(("other systems", others))
+    if unnamed:
+        titled.append(("other systems", unnamed))
     return [(prefixed(title, run, runs), systems) for title, systems in titled]
 
 

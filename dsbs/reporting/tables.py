@@ -161,8 +161,8 @@ def accuracy_table(runs: Sequence[EvaluatedRun]) -> Table:
 def _baseline_among(run: EvaluatedRun, systems: Sequence[SystemResult]) -> SystemResult | None:
     """The baseline of a student's systems, or of the run."""
     names = [name for system in systems for name in system.versus]
-    own = [system for system in systems if system.student and system.name in names]
-    return next(iter(own), run.results.system(run.results.baseline))
+    baselines = [system for system in systems if system.student and system.name in names]
+    return next(iter(baselines), run.results.system(run.results.baseline))
 
 
 def _size_and_time() -> list[Column]:
