@@ -46,9 +46,11 @@ SMALL = {"init": "scratch", "vocab_size": 200, "max_input_tokens": 64, "max_targ
 
 
 def written(toy: Callable[..., Path], students: dict[str, Any], **sections: Any) -> Path:
-    """A toy recipe with these students."""
-    path = toy(**sections)
+    """A toy recipe with these students, and more keys of other sections."""
+    path = toy()
     recipe = json.loads(path.read_text(encoding="utf-8"))
+    for name, keys in sections.items():
+        recipe[name] |= keys
     recipe["student"] = students
     path.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
     return path

@@ -179,9 +179,9 @@ def _tuning_sentences(systems: list[SystemResult]) -> list[str]:
             tried.setdefault(key, {})[system.student] = system.settings_tried
     for (method, _), counts in tried.items():
         if len(set(counts.values())) > 1:
-            numbers = ", ".join(f"{name} {number}" for name, number in counts.items())
+            listed = ", ".join(f"{name} {number}" for name, number in counts.items())
             return [
-                f"The students were not tuned alike ({method} tried settings: {numbers}), so a "
+                f"The students were not tuned alike ({method} tried settings: {listed}), so a "
                 "difference between them may come from tuning."
             ]
     numbers = sorted({number for counts in tried.values() for number in counts.values()})
