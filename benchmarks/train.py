@@ -361,7 +361,7 @@ def compare_terms(options: argparse.Namespace, rows: list[Encoded], folder: str)
     command += ["--tiny"] if options.tiny else []
     for kind in ("plain", "response", "top_k"):
         done = subprocess.run(
-            [*command, "--peak", kind], capture_output=True, text=True, check=True
+            [*command, "--peak", kind], stdout=subprocess.PIPE, text=True, check=True
         )
         print(f"peak memory, {kind}: {done.stdout.strip()}", flush=True)
 

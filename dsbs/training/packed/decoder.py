@@ -24,7 +24,8 @@ from dsbs.training.encode import PackedBatch
 from dsbs.training.losses import IGNORED, summed_nll
 from dsbs.training.methods import View
 from dsbs.training.packed import Batch, DistinctInputs, ForwardOutput, distinct_inputs
-from dsbs.training.packed.t5 import group_by_length, without_wrapper
+from dsbs.training.packed.layout import group_by_length
+from dsbs.training.packed.t5 import without_wrapper
 
 Row = tuple[Tensor, Tensor]  # ids of prompt and target
 
