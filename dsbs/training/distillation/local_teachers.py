@@ -131,11 +131,11 @@ def _teacher_runner(
     from dsbs.training.packed.label_head import LabelHeadRunner, has_label_head
     from dsbs.training.packed.t5 import is_t5
 
-    own = teacher.own_inputs
+    own_inputs = teacher.own_inputs
     first_view = views[0].target
-    if own is not None:
-        views = (own.view,)
-        label_ids = own.label_ids if scores_labels else ()
+    if own_inputs is not None:
+        views = (own_inputs.view,)
+        label_ids = own_inputs.label_ids if scores_labels else ()
     model = teacher.model().to(device)
     without_padding = section.padding == "none"
     runner: TeacherRunner
@@ -152,7 +152,7 @@ def _teacher_runner(
             hidden_states=hidden_states,
             labels=label_ids,
         )
-    return runner if own is None else on_own_inputs(runner, teacher.fingerprint, first_view)
+    return runner if own_inputs is None else on_own_inputs(runner, teacher.fingerprint, first_view)
 
 
 def add_own_inputs(teachers: Sequence[LocalTeacher], packed: PackedBatch | None) -> None:

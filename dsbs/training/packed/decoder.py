@@ -149,11 +149,11 @@ def _rows(batch: PackedBatch) -> list[Row]:
 def _prompt_lengths(batch: Batch, inputs: DistinctInputs) -> list[int]:
     """Of each row its prompt's tokens, and 0 for the rows whose prompt an earlier row has read."""
     lengths: list[int] = []
-    seen: set[int] = set()
+    already_read: set[int] = set()
     for view in batch:
         for index in inputs.indices[view]:
-            lengths.append(0 if index in seen else inputs.lengths[index])
-            seen.add(index)
+            lengths.append(0 if index in already_read else inputs.lengths[index])
+            already_read.add(index)
     return lengths
 
 
