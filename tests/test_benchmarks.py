@@ -27,7 +27,7 @@ needs_data = pytest.mark.skipif(
 RUNS = [
     pytest.param(
         "train.py",
-        "--terms --tiny --runs 1 --batches 16",
+        "--terms --tiny --runs 1",
         "peak memory, top_k",
         id="terms",
         marks=pytest.mark.slow,
