@@ -15,7 +15,6 @@ from dsbs.errors import UserError
 from dsbs.evaluation.floors import check_floors
 from dsbs.formatting import count
 from dsbs.project.leakage import Overlap, find_overlaps
-from dsbs.project.machine import check_memory
 from dsbs.project.student_texts import (
     RATIONALE,
     Splits,
@@ -28,8 +27,6 @@ from dsbs.records import Example
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import is_held_out, load, survey
 from dsbs.tasks.templates import render
-from dsbs.training.distillation.teacher_source import check_teachers
-from dsbs.training.grid import grid
 from dsbs.training.rows import check_subsets
 from dsbs.training.training_set import checked_students
 
@@ -75,9 +72,7 @@ def validate(recipe: Recipe) -> Validation:
         warnings += _ensemble_warnings(recipe, splits)
     readers = [student_texts(student, task, splits) for student in students]
     for reader in readers:
-        tokenizer = None if reader.learns_vocabulary else reader.tokenizer
-        check_teachers(reader.recipe, task, grid(reader.recipe.train), tokenizer)
-        check_memory(reader.recipe)
+        reader.check_teachers()
     # First: a label that the student cannot write is the worst problem.
     warnings[:0] = [warning for reader in readers for warning in reader.label_warnings(splits)]
     figures = {}
