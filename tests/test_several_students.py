@@ -33,7 +33,7 @@ from dsbs.evaluation.systems import (
 from dsbs.project.runs import list_runs
 from dsbs.project.validate import validate
 from dsbs.records import TrainedStudent
-from dsbs.records.results import Comparison, Results, SystemResult
+from dsbs.records.results import Comparison, Results, SystemResult, read_results
 from dsbs.records.sentences import student_sentences
 from dsbs.reporting.card import write_cards
 from dsbs.reporting.figures import draw_figures
@@ -411,6 +411,10 @@ def test_results_of_one_student_have_no_keys_of_several(tmp_path: Path) -> None:
     assert not {"student", "versus_students", "settings_tried"} & alone.model_dump().keys()
     record = made(None, "finetune", 0.5).students[0]
     assert "student" not in record.model_dump()
+    results = results_of({"t5": 0}, comparison(0.1, 0.1)).model_copy(update={"systems": [alone]})
+    old = results.as_json() | {"schema": "dsbs.results/4"}
+    (tmp_path / "results.json").write_text(json.dumps(old), encoding="utf-8")
+    assert read_results(tmp_path / "results.json").systems == [alone]
 
 
 def test_a_report_groups_students_and_draws_a_marker_for_each(tmp_path: Path) -> None:
