@@ -216,7 +216,6 @@ def run(toy: Callable[..., Path], tmp_path: Path) -> Iterator[tuple[Recipe, Path
     yield recipe, tmp_path / "run"
 
 
-@pytest.mark.slow
 def test_two_students_by_two_methods_and_two_seeds(run: tuple[Recipe, Path]) -> None:
     recipe, folder = run
     validation = validate(recipe)
