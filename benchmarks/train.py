@@ -334,7 +334,7 @@ class TermSteps:
 def compare_terms(options: argparse.Namespace, rows: list[Encoded], folder: str) -> None:
     """Print ratios of steps in turns, and the peak memory of each kind, in its own process."""
     shape = "tiny" if options.tiny else "smollm2"
-    batch = options.batches[0]
+    batch = options.batch
     rows = rows[: 4 * batch]
     if options.peak:
         steps = TermSteps(shape, rows[:batch], batch, folder, (options.peak,))
@@ -357,11 +357,11 @@ def compare_terms(options: argparse.Namespace, rows: list[Encoded], folder: str)
     print(f"{shape}, batch {batch}: {cells}")
     print(f"response / (plain + teacher): {summary(response, 2)}")
     print(f"kept top-k / plain: {summary(kept, 2)}", flush=True)
-    command = [sys.executable, __file__, "--terms", "--batches", str(batch)]
+    command = [sys.executable, __file__, "--terms", "--batch", str(batch)]
     command += ["--tiny"] if options.tiny else []
     for kind in ("plain", "response", "top_k"):
         done = subprocess.run(
-            [*command, "--peak", kind], capture_output=True, text=True, check=True
+            [*command, "--peak", kind], stdout=subprocess.PIPE, text=True, check=True
         )
         print(f"peak memory, {kind}: {done.stdout.strip()}", flush=True)
 
@@ -383,6 +383,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on made-up rows")
     parser.add_argument("--terms", action="store_true", help="a response term on a decoder")
+    parser.add_argument("--batch", type=int, default=8, help="of --terms (default: 8)")
     parser.add_argument("--peak", choices=STEP_KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tiny:

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from dsbs.config import Recipe
+from dsbs.config import StudentRecipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.files import versions
 from dsbs.students.card import count_parameters
@@ -192,7 +192,7 @@ def training_memory() -> tuple[int, str]:
     return _memory()[0], "this machine"
 
 
-def check_memory(recipe: Recipe) -> None:
+def check_memory(recipe: StudentRecipe) -> None:
     """Raises UserError where a student in training and its local teachers do not fit in memory.
 
     Counted are weights, gradients and the optimizer's state; activations come on top.

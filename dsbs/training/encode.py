@@ -282,16 +282,15 @@ class PackedBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        moved: dict[str, Tensor] = {}
+        moved: dict[str, Any] = {}
         for name in ("rows", "source", "source_lengths", "target", "target_lengths"):
             moved[name] = change(getattr(self, name))
         if self.soft_labels is not None:
             moved["soft_labels"] = change(self.soft_labels)
-        pairs: dict[str, Any] = {}
         for name in ("teacher_top_k", "teacher_inputs"):
-            values = getattr(self, name).items()
-            pairs[name] = {key: (change(first), change(second)) for key, (first, second) in values}
-        return replace(self, **moved, **pairs)
+            pairs = getattr(self, name).items()
+            moved[name] = {key: (change(first), change(second)) for key, (first, second) in pairs}
+        return replace(self, **moved)
 
 
 def collate(rows: Sequence[Encoded]) -> dict[str, PackedBatch]:

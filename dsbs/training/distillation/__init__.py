@@ -187,6 +187,14 @@ def as_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def logprobs_at(logits: Tensor, temperature: float) -> Tensor:
+    """logits (M, V) -> (M, V) log-probabilities of softmax(logits / T)."""
+    wide = as_float(logits)
+    if temperature != 1:
+        wide = wide / temperature
+    return wide.log_softmax(dim=-1)
+
+
 def ensemble_logprobs(
     logits: Sequence[Tensor],
     weights: Sequence[float],
@@ -203,7 +211,7 @@ def ensemble_logprobs(
     import torch
 
     total = sum(weights)
-    logprobs = [(as_float(teacher) / temperature).log_softmax(dim=-1) for teacher in logits]
+    logprobs = [logprobs_at(teacher, temperature) for teacher in logits]
     if len(logprobs) == 1:
         return logprobs[0]
     pairs = list(zip(logprobs, weights, strict=True))

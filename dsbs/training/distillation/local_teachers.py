@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsbs.config import (
     LocalTeacherSection,
-    Recipe,
+    StudentRecipe,
     TrainSection,
     base_of,
 )
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     TeacherRunner = Callable[[Mapping[str, PackedBatch]], ForwardOutput]
 
 # The third argument: whether it reads the student's tokens.
-TrainTeacher = Callable[[Recipe, StudentSpec, bool], TrainedStudent]
+TrainTeacher = Callable[[StudentRecipe, StudentSpec, bool], TrainedStudent]
 
 
 @dataclass(slots=True)
@@ -131,11 +131,11 @@ def _teacher_runner(
     from dsbs.training.packed.label_head import LabelHeadRunner, has_label_head
     from dsbs.training.packed.t5 import is_t5
 
-    own = teacher.own_inputs
+    own_inputs = teacher.own_inputs
     first_view = views[0].target
-    if own is not None:
-        views = (own.view,)
-        label_ids = own.label_ids if scores_labels else ()
+    if own_inputs is not None:
+        views = (own_inputs.view,)
+        label_ids = own_inputs.label_ids if scores_labels else ()
     model = teacher.model().to(device)
     without_padding = section.padding == "none"
     runner: TeacherRunner
@@ -152,7 +152,7 @@ def _teacher_runner(
             hidden_states=hidden_states,
             labels=label_ids,
         )
-    return runner if own is None else on_own_inputs(runner, teacher.fingerprint, first_view)
+    return runner if own_inputs is None else on_own_inputs(runner, teacher.fingerprint, first_view)
 
 
 def add_own_inputs(teachers: Sequence[LocalTeacher], packed: PackedBatch | None) -> None:
@@ -165,7 +165,9 @@ def add_own_inputs(teachers: Sequence[LocalTeacher], packed: PackedBatch | None)
 class LocalTeachers:
     """The local teachers of a recipe; ``train`` trains one and returns its record."""
 
-    def __init__(self, recipe: Recipe, run: Path, tokenizer: Any, train: TrainTeacher) -> None:
+    def __init__(
+        self, recipe: StudentRecipe, run: Path, tokenizer: Any, train: TrainTeacher
+    ) -> None:
         self._recipe = recipe
         self._train_folder = run / "train"
         self._tokenizer = tokenizer
@@ -258,13 +260,13 @@ class LocalTeachers:
         return OwnInputs(str(folder), read_card(folder), make_task(self._recipe.task).labels)
 
 
-def _needs_teacher(recipe: Recipe, spec: StudentSpec) -> bool:
+def _needs_teacher(recipe: StudentRecipe, spec: StudentSpec) -> bool:
     return any(term.needs_teacher for term in recipe.train.terms_of(spec.method))
 
 
 def teacher_spec(
-    recipe: Recipe, number: int, section: LocalTeacherSection, spec: StudentSpec
-) -> tuple[Recipe, StudentSpec]:
+    recipe: StudentRecipe, number: int, section: LocalTeacherSection, spec: StudentSpec
+) -> tuple[StudentRecipe, StudentSpec]:
     """The recipe and the spec that train a student's ``number``-th teacher (from 1).
 
     Where neither its section nor the recipe sets them, its learning rate and steps are the defaults
@@ -303,15 +305,16 @@ def teacher_spec(
         alias=name,
         heading=f"teacher {name}",
         directory=f"teachers/{name}",
+        student=spec.student,
     )
     return teacher_recipe, teacher
 
 
 def planned_teachers(
-    recipe: Recipe, specs: Sequence[StudentSpec]
-) -> list[tuple[Recipe, StudentSpec]]:
+    recipe: StudentRecipe, specs: Sequence[StudentSpec]
+) -> list[tuple[StudentRecipe, StudentSpec]]:
     """Every teacher that must be trained for ``specs``, once each, in the order of training."""
-    planned: dict[str, tuple[Recipe, StudentSpec]] = {}
+    planned: dict[str, tuple[StudentRecipe, StudentSpec]] = {}
     for spec in specs:
         if not _needs_teacher(recipe, spec):
             continue

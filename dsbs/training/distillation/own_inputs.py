@@ -50,9 +50,9 @@ class OwnInputs:
         """Tokenize the texts, without a prefix, whose keys are new."""
         new = [pair for pair in zip(keys, texts, strict=True) if pair[0] not in self._ids]
         for first in range(0, len(new), _BATCH):
-            part = new[first : first + _BATCH]
-            rows = self._format.read([self.view.prefix + text for _, text in part], self._limit)
-            for (key, _), token_ids in zip(part, rows, strict=True):
+            chunk = new[first : first + _BATCH]
+            rows = self._format.read([self.view.prefix + text for _, text in chunk], self._limit)
+            for (key, _), token_ids in zip(chunk, rows, strict=True):
                 self._ids[key] = np.asarray(token_ids, np.int32)
 
     def of(self, packed: PackedBatch) -> tuple[Any, Any]:
@@ -77,7 +77,7 @@ def own_batch(packed: PackedBatch, teacher: str) -> dict[str, PackedBatch]:
 
     source, lengths = packed.teacher_inputs[teacher]
     last = packed.target[packed.target_lengths.cumsum(0) - 1]
-    own = replace(
+    first_view = replace(
         packed,
         source=source,
         source_lengths=lengths,
@@ -87,7 +87,7 @@ def own_batch(packed: PackedBatch, teacher: str) -> dict[str, PackedBatch]:
         teacher_top_k={},
         soft_labels=None,
     )
-    return {"label": own}
+    return {"label": first_view}
 
 
 def on_own_inputs(

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 from dsbs.config.sections import as_tuple
 from dsbs.students.card import Head
 from dsbs.tasks import Task
-from dsbs.training.distillation import Term, TermInputs, as_float
+from dsbs.training.distillation import Term, TermInputs, as_float, logprobs_at
 from dsbs.training.encode import PackedBatch, supervised_rows
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import BOTH, View
@@ -160,7 +160,7 @@ def response_loss(
     and for js β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = βp + (1 − β)q, β = share. T² keeps the
     gradient's size as T grows (arXiv:1503.02531, section 2.1).
     """
-    q = (as_float(student) / temperature).log_softmax(dim=-1)
+    q = logprobs_at(student, temperature)
     return temperature**2 * _summed_divergence(as_float(teacher), q, divergence, share)
 
 
@@ -182,7 +182,7 @@ def top_k_response_loss(
     """
     import torch
 
-    q_all = (as_float(student) / temperature).log_softmax(dim=-1)
+    q_all = logprobs_at(student, temperature)
     q = q_all.gather(-1, ids)
     p = as_float(logprobs)
     if ids.shape[-1] < q_all.shape[-1]:

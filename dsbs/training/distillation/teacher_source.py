@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import LocalTeacherSection, Recipe, StudentSection
+from dsbs.config import LocalTeacherSection, StudentRecipe, StudentSection
 from dsbs.errors import UserError
 from dsbs.students.card import (
     StudentCard,
@@ -41,7 +41,7 @@ class TeacherSource:
     it does."""
 
 
-def teacher_section(recipe: Recipe, section: LocalTeacherSection) -> StudentSection:
+def teacher_section(recipe: StudentRecipe, section: LocalTeacherSection) -> StudentSection:
     """The student section that a teacher is trained from."""
     values: dict[str, Any] = {"model": section.start, "init": None, "size": section.size}
     student = recipe.student
@@ -54,7 +54,9 @@ def teacher_section(recipe: Recipe, section: LocalTeacherSection) -> StudentSect
     return StudentSection(**student.model_dump() | values)
 
 
-def teacher_source(recipe: Recipe, section: LocalTeacherSection, tokenizer: Any) -> TeacherSource:
+def teacher_source(
+    recipe: StudentRecipe, section: LocalTeacherSection, tokenizer: Any
+) -> TeacherSource:
     """A teacher compared with its student, whose tokenizer may not be known yet (None).
 
     Raises UserError for a folder that cannot teach.
@@ -113,7 +115,7 @@ _A_MODEL = {
 
 
 def check_teachers(
-    recipe: Recipe, task: Task, specs: Sequence[StudentSpec], tokenizer: Any
+    recipe: StudentRecipe, task: Task, specs: Sequence[StudentSpec], tokenizer: Any
 ) -> None:
     """Raises UserError for a local teacher that does not fit; the student's tokenizer may be None:
     not known yet.
@@ -129,7 +131,7 @@ def check_teachers(
             check_student(recipe.model_copy(update={"train": train, "student": student}), task)
 
 
-def check_teacher(recipe: Recipe, source: TeacherSource, spec: StudentSpec) -> None:
+def check_teacher(recipe: StudentRecipe, source: TeacherSource, spec: StudentSpec) -> None:
     """Raises UserError for a teacher from which a student of ``spec`` cannot learn its terms."""
     card = source.card
     terms = [term for term in terms_of(recipe.train, spec.method) if term.needs_teacher]
@@ -148,7 +150,7 @@ def check_teacher(recipe: Recipe, source: TeacherSource, spec: StudentSpec) -> N
         _check_prefixes(recipe, source, card, terms, spec)
 
 
-def _check_own_inputs(recipe: Recipe, source: TeacherSource, term: Term) -> None:
+def _check_own_inputs(recipe: StudentRecipe, source: TeacherSource, term: Term) -> None:
     """Raises UserError where a teacher that reads other tokens cannot serve a term."""
     head = head_of(recipe.student, recipe.train.init)
     if head == "text" and term.compares_tokens:
@@ -170,7 +172,7 @@ def _check_own_inputs(recipe: Recipe, source: TeacherSource, term: Term) -> None
 
 
 def _check_prefixes(
-    recipe: Recipe,
+    recipe: StudentRecipe,
     source: TeacherSource,
     card: StudentCard,
     terms: Sequence[Term],

@@ -24,7 +24,8 @@ from dsbs.training.encode import PackedBatch
 from dsbs.training.losses import IGNORED, summed_nll
 from dsbs.training.methods import View
 from dsbs.training.packed import Batch, DistinctInputs, ForwardOutput, distinct_inputs
-from dsbs.training.packed.t5 import group_by_length, without_wrapper
+from dsbs.training.packed.layout import group_by_length
+from dsbs.training.packed.t5 import without_wrapper
 
 Row = tuple[Tensor, Tensor]  # ids of prompt and target
 
@@ -148,11 +149,11 @@ def _rows(batch: PackedBatch) -> list[Row]:
 def _prompt_lengths(batch: Batch, inputs: DistinctInputs) -> list[int]:
     """Of each row its prompt's tokens, and 0 for the rows whose prompt an earlier row has read."""
     lengths: list[int] = []
-    seen: set[int] = set()
+    already_read: set[int] = set()
     for view in batch:
         for index in inputs.indices[view]:
-            lengths.append(0 if index in seen else inputs.lengths[index])
-            seen.add(index)
+            lengths.append(0 if index in already_read else inputs.lengths[index])
+            already_read.add(index)
     return lengths
 
 

@@ -32,9 +32,9 @@ from dsbs.training.distillation.own_inputs import OwnInputs
 from dsbs.training.encode import collate
 from dsbs.training.losses import IGNORED
 
+UNWRITTEN = "{kind: labels, source: teachers}, {kind: feature}, {kind: relation}"
 TERMS = (
-    "train.terms=[{kind: response, temperature: 2.0}, {kind: labels, source: teachers}, "
-    "{kind: feature}, {kind: relation}, "
+    f"train.terms=[{UNWRITTEN}, {{kind: response, temperature: 2.0}}, "
     "{kind: response, name: kept, temperature: 2.0, top_k: 400}]"
 )
 ALL = "finetune+response+labels+feature+relation+kept"
@@ -91,7 +91,8 @@ def test_another_vocabulary_is_refused_for_written_tokens_alone(
     with pytest.raises(UserError, match=message):
         train(decoder(TERMS, teacher, f"train.methods=[finetune, {ALL}]"), out=tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.safetensors")), "refused before any training"
-    allowed = decoder(TERMS, teacher, "train.methods=finetune+labels+feature+relation")
+    terms = f"train.terms=[{UNWRITTEN}]"
+    allowed = decoder(terms, teacher, "train.methods=finetune+labels+feature+relation")
     validate(allowed)
     (student,) = train(allowed, out=tmp_path / "run").students
     (line, *_) = loss_lines(Path(student.path))
@@ -108,7 +109,7 @@ def test_another_vocabulary_is_refused_for_written_tokens_alone(
 def test_a_teacher_of_another_kind_is_refused_where_tokens_are_compared(
     decoder: Callable[..., Any], tmp_path: Path, teacher: str, message: str
 ) -> None:
-    folder = encoder_models.save_label_head(tmp_path)
+    folder = encoder_models.save_label_head(tmp_path / "encoder")
     entry = teacher.replace("ENCODER", str(folder))
     recipe = decoder(TERMS, f"train.teachers=[{entry}]", f"train.methods={ALL}")
     with pytest.raises(UserError, match=message):
@@ -118,9 +119,9 @@ def test_a_teacher_of_another_kind_is_refused_where_tokens_are_compared(
 def test_an_encoder_teaches_a_decoder_what_is_not_written(
     decoder: Callable[..., Any], tmp_path: Path
 ) -> None:
-    folder = encoder_models.save_label_head(tmp_path)
+    folder = encoder_models.save_label_head(tmp_path / "encoder")
     recipe = decoder(
-        TERMS,
+        f"train.terms=[{UNWRITTEN}]",
         f"train.teachers=[{{model: {folder}}}]",
         "train.methods=finetune+labels+feature+relation",
     )
@@ -132,7 +133,7 @@ def test_an_encoder_teaches_a_decoder_what_is_not_written(
 def test_a_teacher_with_own_inputs_gives_the_distributions_that_it_predicts(
     tmp_path: Path,
 ) -> None:
-    folder = encoder_models.save_label_head(tmp_path)
+    folder = encoder_models.save_label_head(tmp_path / "encoder")
     texts = encoder_models.texts(5)
     own = OwnInputs(str(folder), read_card(folder), TEAMS)
     teacher = LocalTeacher("teacher", folder, 1.0, "fingerprint", own_inputs=own)
@@ -184,7 +185,7 @@ def test_the_recipe_of_two_decoders_in_the_documentation_runs(tmp_path: Path) ->
     text = (ROOT / "docs" / "distillation-terms.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(name: two-decoders\n.*?)```", text, re.DOTALL)
     assert len(block.splitlines()) <= 10
-    write_csv(tmp_path / "tickets.csv", toy_rows(24))
+    write_csv(tmp_path / "tickets.csv", toy_rows(48))
     folders = {
         "HuggingFaceTB/SmolLM2-135M": causal_models.save(tmp_path / "small", chat=False),
         "HuggingFaceTB/SmolLM2-360M": deeper(tmp_path / "large", chat=False),
