@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--heal-from", nargs="+", default=["rows", "original", "both"])
     parser.add_argument("--heal-steps", type=int, help="default: a tenth of the training's")
     parser.add_argument("--heal-learning-rate", type=float)
-    parser.add_argument("--layers-by", choices=get_args(LayersBy), default="influence")
+    parser.add_argument("--layers-by", choices=get_args(LayersBy), default="loss")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--rows", type=int, default=2000, help="of the test split (default: 2000)")
     args = parser.parse_intermixed_args()

@@ -77,8 +77,8 @@ _Rounds = Annotated[
 _LayersBy = Annotated[
     LayersBy,
     typer.Option(
-        help="Which layers to drop: those that change their input least (influence), whose "
-        "omission raises the loss least (loss), or all but evenly spaced ones (position).",
+        help="Which layers to drop: those whose omission raises the loss least (loss), that "
+        "change their input least (influence), or all but evenly spaced ones (position).",
     ),
 ]
 
@@ -91,7 +91,7 @@ def compress(
     heal_steps: _HealSteps = None,
     heal_learning_rate: _HealLearningRate = None,
     rounds: _Rounds = 1,
-    layers_by: _LayersBy = "influence",
+    layers_by: _LayersBy = "loss",
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:

@@ -68,7 +68,7 @@ class WeightStep(ABC):
     learns_from_rows = False
     rounds = 1
     """In how many parts the share is removed; importance is measured before each."""
-    layers_by: LayersBy = "influence"
+    layers_by: LayersBy = "loss"
     """What the importance of a layer is."""
 
     def __init__(self, value: str) -> None:

@@ -2,9 +2,9 @@
 
 Three measures of a layer's importance, on valid rows:
 
+- the loss with the layer skipped, less the loss with it;
 - block influence (Men et al., 2024, arXiv:2403.03853, section 3): 1 − the mean cosine between the
   hidden states before and after the layer; a layer that changes little is dropped;
-- the loss with the layer skipped, less the loss with it;
 - its position: evenly spaced layers stay (Shleifer and Rush, 2020, arXiv:2010.13002).
 """
 

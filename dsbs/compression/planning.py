@@ -27,7 +27,7 @@ class Options:
     heal_steps: int | None = None
     heal_learning_rate: float | None = None
     rounds: int = 1
-    layers_by: LayersBy = "influence"
+    layers_by: LayersBy = "loss"
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,7 @@ def compress(
     heal_steps: int | None = None,
     heal_learning_rate: float | None = None,
     rounds: int = 1,
-    layers_by: LayersBy = "influence",
+    layers_by: LayersBy = "loss",
     progress: Progress | None = None,
 ) -> CompressResult:
     """Make smaller students of a trained one, one step after another. See ``dsbs compress``.

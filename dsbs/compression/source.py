@@ -51,6 +51,7 @@ from dsbs.training.tokens import Tokens
 WORK = "work.json"  # the fingerprint of everything that made a compressed student
 _IMPORTANCE_ROWS = 256
 _BATCH_SIZE = 32
+_DECODER_ROWS = 64  # of valid, which are read once for every layer
 _DECODER_BATCH_SIZE = 8  # a decoder's logits cover the prompt as well
 _EXPORT_EXAMPLES = 64  # texts on which an export is compared with its student
 _VALIDATIONS = 4  # while a student heals
@@ -182,7 +183,7 @@ class FineTuneData:
     ) -> Iterator[Mapping[str, Any]]:
         """See ``Examples``: up to 256 rows; of train, the first ones by a hash of their ids."""
         student = self.recipe.student
-        chosen = self.data.valid[:_IMPORTANCE_ROWS]
+        chosen = self.data.valid[: _IMPORTANCE_ROWS if self._kind != "causal" else _DECODER_ROWS]
         views = self.views[:1]
         labels = self.data.valid_labels
         if split == "train":

@@ -322,7 +322,7 @@ def test_the_original_teaches_its_smaller_copy(run: Path, heal_from: Any) -> Non
         assert Student.load(folder).card.method == "finetune"
         assert not (folder / "layers.json").exists()
     first, second = result.steps
-    assert first.layers_by == "influence" and second.layers_by is None
+    assert first.layers_by == "loss" and second.layers_by is None
     assert first.dropped_layers.keys() == first.layer_scores.keys() == first.layers.keys()
     assert sorted(first.layers["encoder"] + first.dropped_layers["encoder"]) == [1, 2, 3, 4]
     scores = first.layer_scores["encoder"]
