@@ -211,8 +211,8 @@ def prepare(
         ("--layers-by", options.layers_by, get_args(LayersBy)),
     ):
         if value not in values:
-            given = [str(allowed) for allowed in values if allowed]
-            raise UserError(f"{name} {value}: not a choice", hint=f"use {', '.join(given)}")
+            choices = [str(allowed) for allowed in values if allowed]
+            raise UserError(f"{name} {value}: not a choice", hint=f"use {', '.join(choices)}")
     steps = plan(source, methods, "", options)
     if any(step.healing.steps for step in steps):
         heal_from = choose_source(options.heal_from, source.student, progress)

@@ -34,7 +34,10 @@ from dsbs.reporting.runs import EvaluatedRun, full_data_systems, run_titles, ser
 _NEIGHBOURS = 45  # points that fit side by side on an axis
 _MAX_CHAINS = 12  # compression chains with a style of their own
 _OTHER_CHAINS = "other chains"
-_HEALER_MARKERS = {"rows": "$r$", "both": "$b$"}  # letters: healing from the original has none
+_HEALER_MARKERS: dict[str | None, str] = {
+    "rows": "$r$",
+    "both": "$b$",
+}  # letters: healing from the original has none
 _STUDENT_FILLS = [fill for fill in FILLS if fill != "none"]  # an empty marker means rejected
 
 
