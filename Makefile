@@ -62,8 +62,8 @@ $(DEV_READY): $(READY)
 demo: $(READY)
 	@$(BIN)/dsbs run recipes/demo.yaml $(SET)
 	@echo "Results: runs/demo/report.html, runs/demo/eval/results.md, runs/demo/train/<student>/."
-	@echo "The demo shows that the pipeline works, from messages and a local teacher to compared students."
-	@echo "It does not show how good the method is: the teacher is very small, and so is the training data."
+	@echo "The teacher of the demo is a very small model, and the students had few messages to learn from:"
+	@echo "this run shows how dsbs compares systems, not how good a method is. See docs/demo.md."
 
 annotate train eval report: $(READY)
 	@$(BIN)/dsbs $@ $(RECIPE) $(SET)

@@ -64,6 +64,7 @@ def _run_stages(recipe: Recipe, out: str | None, summaries: dict[str, Any], as_j
     from dsbs.annotation.run import annotate
     from dsbs.evaluation.run import evaluate
     from dsbs.project.validate import validate
+    from dsbs.records.summary import closing
     from dsbs.reporting.run import write_report
     from dsbs.run_folder import RunFolder
     from dsbs.training.run import train
@@ -92,6 +93,7 @@ def _run_stages(recipe: Recipe, out: str | None, summaries: dict[str, Any], as_j
     if not as_json:
         _print_heading("4/4 report")
         print(report.page)
+        print(closing(results))
 
 
 def _print_heading(title: str) -> None:
