@@ -124,6 +124,7 @@ def test_a_run_closes_with_its_best_student_its_teacher_and_its_best_floor() -> 
         "correctly (95% CI [40.0, 60.0]); the teacher 70.0%; the best floor, tfidf, 30.0%."
     )
     assert closing(results(systems[3])).startswith("finetune-gold labels 50.0%")
+    assert closing(results(systems[3]), 0.7).endswith("; the teacher 70.0% of the train rows.")
     assert closing(results(systems[0])).startswith("No student was compared")
 
 

@@ -25,6 +25,7 @@ from dsbs.cli.common import (
 from dsbs.errors import UserError
 
 if TYPE_CHECKING:
+    from dsbs.annotation.summary import AnnotateResult
     from dsbs.config import Recipe
 
 
@@ -93,7 +94,14 @@ def _run_stages(recipe: Recipe, out: str | None, summaries: dict[str, Any], as_j
     if not as_json:
         _print_heading("4/4 report")
         print(report.page)
-        print(closing(results))
+        print(closing(results, _teacher_accuracy(annotations)))
+
+
+def _teacher_accuracy(annotations: AnnotateResult) -> float | None:
+    """The teacher's accuracy on the train rows; None without gold labels."""
+    train = annotations.splits.get("train")
+    rate = None if train is None else train.label_accuracy
+    return None if rate is None else rate.value
 
 
 def _print_heading(title: str) -> None:

@@ -131,8 +131,12 @@ def _headline(results: Results) -> str:
     return " ".join([sentence, *_rows_sentence(results.n, comparison)])
 
 
-def closing(results: Results) -> str:
-    """The last words of a run: its most accurate student, its teacher and its best floor."""
+def closing(results: Results, train_accuracy: float | None = None) -> str:
+    """The last words of a run: its most accurate student, its teacher and its best floor.
+
+    ``train_accuracy`` is the teacher's on the train rows, for a run that did not annotate the
+    compared ones.
+    """
     best = {
         kind: max(group, key=lambda system: system.accuracy)
         for kind in ("student", "teacher", "floor")
@@ -147,6 +151,8 @@ def closing(results: Results) -> str:
     others = []
     if "teacher" in best:
         others.append(f"the teacher {percent(best['teacher'].accuracy)}")
+    elif train_accuracy is not None:
+        others.append(f"the teacher {percent(train_accuracy)} of the train rows")
     if "floor" in best:
         floor = best["floor"]
         others.append(f"the best floor, {floor.name}, {percent(floor.accuracy)}")
