@@ -148,19 +148,19 @@ def closing(results: Results, train_accuracy: float | None = None) -> str:
     student = best["student"]
     students = sum(system.kind == "student" for system in results.systems)
     name = student.name if students == 1 else f"{student.name}, the best of {students} students,"
-    others = []
+    references = []
     if "teacher" in best:
-        others.append(f"the teacher {percent(best['teacher'].accuracy)}")
+        references.append(f"the teacher {percent(best['teacher'].accuracy)}")
     elif train_accuracy is not None:
-        others.append(f"the teacher {percent(train_accuracy)} of the train rows")
+        references.append(f"the teacher {percent(train_accuracy)} of the train rows")
     if "floor" in best:
         floor = best["floor"]
-        others.append(f"the best floor, {floor.name}, {percent(floor.accuracy)}")
+        references.append(f"the best floor, {floor.name}, {percent(floor.accuracy)}")
     sentence = (
         f"{name} labels {percent(student.accuracy)} of these {rows} correctly "
         f"({confidence_interval(student.ci95)})"
     )
-    return f"{'; '.join([sentence, *others])}."
+    return f"{'; '.join([sentence, *references])}."
 
 
 def _rows_sentence(rows: int, comparison: Comparison) -> list[str]:
