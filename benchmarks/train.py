@@ -305,6 +305,9 @@ class TermSteps:
         self.losses["top_k"] = DistillationLoss(
             [term], *shared[:2], teachers=[teacher], cached=cached
         )
+        if kinds == ("top_k",):  # as in training: the teacher is not needed any more
+            teacher.release()
+            del self.run_teacher, self.losses["response"], frozen
 
     def seconds(self, kind: str, number: int) -> float:
         """The time of one step on a batch, collation included."""
