@@ -17,7 +17,7 @@ from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
 from dsbs.records import Example, Unread
-from dsbs.students.card import check_student, head_of, input_limit
+from dsbs.students.card import check_student, head_of, input_limit, new_head_warning
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.tasks import Task, make_task
@@ -85,6 +85,7 @@ def validate(recipe: Recipe) -> Validation:
         if text
     ]
     texts += sorted({*(task.labels or ())} - {row.label for row in splits["train"]})
+    warnings += filter(None, [new_head_warning(recipe, task)])
     tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
     input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
     writes_labels = head == "text"  # a label head chooses them

@@ -74,7 +74,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     data_id = _hub_id(recipe.task.data.train)
     metadata = ModelCardData(  # https://huggingface.co/docs/hub/model-cards
         license="unknown",  # a person has to set it
-        library_name="transformers",
+        library_name="transformers" if card.head == "text" else None,
         pipeline_tag=_pipeline_tag(card),
         base_model=_hub_id(base_model),
         datasets=[data_id] if data_id else None,
@@ -109,8 +109,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         base_model=_public_name(base_model),
         data=_public_name(recipe.task.data.train),
         annotator=_annotator(run, recipe),
-        item=json.dumps(_example_item(recipe), ensure_ascii=False),
-        fenced=fenced,
+        loading=_Markdown(loading_text(card, _example_item(recipe))),
     )
     text = f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n\n"
     return f"{text}<!-- dsbs wrote this card, sha256 {_sha256(text)}: an edited card is kept -->\n"
@@ -130,6 +129,39 @@ def fenced(text: str, language: str) -> str:
     """A code block. Its fence is longer than any in the text."""
     fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
     return _Markdown(f"{fence}{language}\n{text}\n{fence}")
+
+
+def loading_text(card: StudentCard, item: str | dict[str, Any] = "<text>") -> str:
+    """How to load a student and answer ``item``; for a label head, what its files hold."""
+    code = [
+        "import dsbs",
+        "",
+        f'student = dsbs.Student.load("{card.name}")',
+        f"(answer,) = student.predict([{json.dumps(item, ensure_ascii=False)}])",
+        "print(answer.label)",
+    ]
+    if card.explains and not (card.head == "labels" and card.format != "transformers"):
+        code[-2] = code[-2].removesuffix(")") + ", rationale=True)"
+    if card.head == "labels":
+        code[-1] = "print(answer.label, answer.distribution)"
+    text = fenced("\n".join(code), "python")
+    text += (
+        "\n\n`dsbs.Student.load` reads a folder; "
+        '`huggingface_hub.snapshot_download("OWNER/NAME")` downloads one.'
+    )
+    if card.head != "labels" or card.format != "transformers":
+        return text
+    pooled = "the last token's state"
+    if card.kind != "causal":
+        pooled = "the mean of the encoder's states over the input's tokens"
+    text += (
+        " `transformers` alone loads the pretrained model in this folder without the label head, "
+        "which is in `head.safetensors`: `weight` (labels, states) and `bias` (labels), applied to "
+        f"{pooled}. The order of the labels is `classes` in `student.json`."
+    )
+    if card.kind == "encoder" and card.explains:
+        text += " `rationale_decoder/` writes rationales; labels do not need it."
+    return text
 
 
 def _hub_id(source: str | None) -> str | None:

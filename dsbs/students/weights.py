@@ -54,6 +54,8 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 
+RATIONALE_FOLDER = "rationale_decoder"  # a label head's decoder, which writes rationales alone
+
 # Files of label heads, transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and
 # llama.cpp.
 WEIGHT_FILES = (
@@ -271,19 +273,20 @@ def new_model(
     init: str | None = None,
     *,
     labels: int = 0,
+    classes: tuple[str, ...] = (),
     explains: bool = False,
 ) -> Any:
     """The model that training starts from.
 
     Weights come from ``init``, from the pretrained student, or are random and depend on ``seed``
-    alone. ``labels`` is the number of labels of a label head (0: the student writes its labels),
-    and ``explains`` says whether it has a rationale decoder. Raises UserError where the tokenizer
-    is not the model's.
+    alone. ``labels`` is the number of outputs of a label head (0: the student writes its labels),
+    ``classes`` are its labels (empty: it scores choices), and ``explains`` says whether it has a
+    rationale decoder. Raises UserError where the tokenizer is not the model's.
     """
     if labels:
         from dsbs.students.heads import new_label_head
 
-        return new_label_head(section, tokenizer, labels, seed, init, explains=explains)
+        return new_label_head(section, tokenizer, labels, classes, seed, init, explains=explains)
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 

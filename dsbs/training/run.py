@@ -14,7 +14,7 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.records import TrainedStudent
 from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students.card import check_student, head_of, input_limit
+from dsbs.students.card import check_student, head_of, input_limit, new_head_warning
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
@@ -143,7 +143,8 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     written = labels.union(task.labels or ())
     if head == "labels":
         written = set()
-    warnings = few_rows_warnings(recipe, task, data)
+    warnings = [*filter(None, [new_head_warning(recipe, task)])]
+    warnings += few_rows_warnings(recipe, task, data)
     warnings += vocabulary_warnings(recipe.student, tokenizer, written, texts)
     encoder = Encoder(
         tokens,
