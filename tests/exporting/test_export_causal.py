@@ -90,6 +90,15 @@ def test_a_float_export_writes_and_scores_as_transformers_does(
     for one, other in zip(mine, theirs, strict=True):
         assert (one.text, one.truncated) == (other.text, other.truncated)
         assert one.probability == pytest.approx(other.probability, rel=1e-3)
+    export_backend, backend = (Student.load(path).backend for path in (done.path, student))
+    if form != "gguf":
+        labels = ["billing", "shipping", "a much longer label"]
+        scores, expected = (
+            scorer.score(asked, labels)  # type: ignore[attr-defined]
+            for scorer in (export_backend, backend)
+        )
+        for ours, theirs_row in zip(scores, expected, strict=True):
+            assert ours == pytest.approx(theirs_row, abs=2e-3)
 
 
 @pytest.mark.parametrize(
