@@ -183,16 +183,16 @@ class PilotResult:
     projected_seconds: float
 
     @property
-    def parse_rate(self) -> Rate | None:
+    def acceptance_rate(self) -> Rate | None:
         """The share of rows with a readable label and a sound rationale."""
         return wilson(self.summary.accepted, self.summary.rows)
 
     def as_json(self) -> dict[str, Any]:
-        rate = self.parse_rate
+        rate = self.acceptance_rate
         return {
             **self.summary.as_json(),
-            "parse_rate": None if rate is None else round(rate.value, 4),
-            "parse_rate_ci95": rounded_interval(rate),
+            "acceptance_rate": None if rate is None else round(rate.value, 4),
+            "acceptance_rate_ci95": rounded_interval(rate),
             "path": str(self.path),
             "projected": {
                 "rows": self.rows,

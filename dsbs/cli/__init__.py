@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from importlib import import_module
+from typing import Annotated
 
 import typer
 
@@ -44,6 +45,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
+        from importlib.metadata import version
+
+        print(f"dsbs {version('dsbs')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 for _name, _spec in COMMANDS.items():
     _module, _function = _spec.split(":")
     app.command(_name)(getattr(import_module(_module), _function))

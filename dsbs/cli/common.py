@@ -37,13 +37,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Override recipe keys, e.g. train.max_steps=200.",
+        help="Short for --set KEY=VALUE, e.g. train.max_steps=200.",
         show_default=False,
     ),
 ]
 SetKeys = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a recipe key: key=value.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a recipe key, e.g. train.max_steps=200; may be repeated.",
+        show_default=False,
+    ),
 ]
 Out = Annotated[
     str | None,
@@ -58,10 +63,16 @@ DryRun = Annotated[
 _PIPE_WIDTH = 160  # columns of a table that is not printed to a terminal
 
 
-def load(recipe: str, overrides: list[str] | None) -> Recipe:
+def load(recipe: str, *overrides: list[str] | None) -> Recipe:
+    """The recipe with ``overrides``, in order: positional ones, then those of ``--set``."""
     from dsbs.config.load import load_recipe
 
-    return load_recipe(recipe, overrides or [])
+    return load_recipe(recipe, merged(*overrides))
+
+
+def merged(*overrides: list[str] | None) -> list[str]:
+    """All overrides in one list."""
+    return [text for texts in overrides for text in texts or ()]
 
 
 def progress() -> Progress:

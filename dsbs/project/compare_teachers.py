@@ -36,7 +36,7 @@ class Contender:
     seconds_a_reply: float | None
 
     @property
-    def parse_rate(self) -> Rate | None:
+    def acceptance_rate(self) -> Rate | None:
         return wilson(self.summary.accepted, self.summary.rows)
 
     @property
@@ -48,11 +48,11 @@ class Contender:
 
     def as_json(self) -> dict[str, Any]:
         summary = {key: value for key, value in self.summary.as_json().items() if key != "rows"}
-        rate = self.parse_rate
+        rate = self.acceptance_rate
         return {
             "name": self.name,
             **summary,
-            "parse_rate": None if rate is None else round(rate.value, 4),
+            "acceptance_rate": None if rate is None else round(rate.value, 4),
             "rationales": self.rationales,
             "usd_a_rationale": self.usd_a_rationale,
             "seconds_a_reply": self.seconds_a_reply,

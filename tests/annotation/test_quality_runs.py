@@ -165,7 +165,7 @@ def test_a_pilot_buys_a_stratified_sample_and_projects_the_bill(
             "shipping": 5,
         }
         assert (
-            result["parse_rate"] == 1.0
+            result["acceptance_rate"] == 1.0
             and result["label_accuracy"] == 1.0
             and result["label_accuracy_ci95"][0] < 0.8
         )
@@ -215,7 +215,7 @@ def test_the_pilot_as_a_command(toy: Callable[..., Path], tmp_path: Path) -> Non
         )
     assert result.returncode == 0, result.stderr
     assert (
-        "parse rate 100.0%" in result.stdout
+        "acceptance rate 100.0%" in result.stdout
         and "All 14 rows" in result.stdout
         and "price unknown" in result.stdout
     )
