@@ -14,26 +14,29 @@ import typer
 
 from dsbs.errors import DsbsError
 
-# In the order of `dsbs --help`.
+# In the order of `dsbs --help`: each command's function and its help in a line.
 COMMANDS = {
-    "init": "dsbs.cli.init:init",
-    "doctor": "dsbs.cli.doctor:doctor",
-    "validate": "dsbs.cli.validate:validate",
-    "run": "dsbs.cli.run:run",
-    "annotate": "dsbs.cli.annotate:annotate",
-    "merge": "dsbs.cli.annotate:merge",
-    "compare-teachers": "dsbs.cli.compare_teachers:compare_teachers",
-    "train": "dsbs.cli.train:train",
-    "eval": "dsbs.cli.evaluate:evaluate",
-    "report": "dsbs.cli.report:report",
-    "predict": "dsbs.cli.predict:predict",
-    "compress": "dsbs.cli.compress:compress",
-    "export": "dsbs.cli.export:export",
-    "push": "dsbs.cli.push:push",
-    "serve": "dsbs.cli.serve:serve",
-    "ls": "dsbs.cli.ls:ls",
-    "show": "dsbs.cli.show:show",
-    "schema": "dsbs.cli.init:schema",
+    "init": ("dsbs.cli.init:init", "Create a recipe, a prompt and sample data"),
+    "doctor": ("dsbs.cli.doctor:doctor", "Check this machine, and a recipe's data and endpoints"),
+    "validate": ("dsbs.cli.validate:validate", "Check a recipe against its data"),
+    "run": ("dsbs.cli.run:run", "Run all stages: annotate, train, eval, report"),
+    "annotate": ("dsbs.cli.annotate:annotate", "Ask the teacher for rationales and labels"),
+    "merge": ("dsbs.cli.annotate:merge", "Join the shards of an annotation"),
+    "compare-teachers": (
+        "dsbs.cli.compare_teachers:compare_teachers",
+        "Compare several teachers on a sample",
+    ),
+    "train": ("dsbs.cli.train:train", "Train the students of a recipe"),
+    "eval": ("dsbs.cli.evaluate:evaluate", "Score and compare all systems"),
+    "report": ("dsbs.cli.report:report", "Write an HTML report of one run or several"),
+    "predict": ("dsbs.cli.predict:predict", "Label rows with a student"),
+    "compress": ("dsbs.cli.compress:compress", "Make a student smaller"),
+    "export": ("dsbs.cli.export:export", "Write a student as ONNX, CTranslate2, torch or GGUF"),
+    "push": ("dsbs.cli.push:push", "Upload a student to the Hugging Face Hub"),
+    "serve": ("dsbs.cli.serve:serve", "Answer HTTP requests with a student"),
+    "ls": ("dsbs.cli.ls:ls", "List runs and their students"),
+    "show": ("dsbs.cli.show:show", "Show a recipe with all its keys, or compare two"),
+    "schema": ("dsbs.cli.init:schema", "Print the JSON schema of recipes for editors"),
 }
 
 app = typer.Typer(
@@ -49,9 +52,9 @@ app = typer.Typer(
 
 def _print_version(is_requested: bool) -> None:
     if is_requested:
-        from importlib.metadata import version
+        from dsbs import __version__
 
-        print(f"dsbs {version('dsbs')}")
+        print(f"dsbs {__version__}")
         raise typer.Exit
 
 
@@ -67,9 +70,9 @@ def _options(
     pass
 
 
-for _name, _spec in COMMANDS.items():
+for _name, (_spec, _short_help) in COMMANDS.items():
     _module, _function = _spec.split(":")
-    app.command(_name)(getattr(import_module(_module), _function))
+    app.command(_name, short_help=_short_help)(getattr(import_module(_module), _function))
 
 
 def _exit_code() -> int:

@@ -201,7 +201,7 @@ def print_annotate_plan(plan: Plan) -> None:
         cost = f"at most {cost}"
     if plan.likely_usd is not None and plan.likely_usd != plan.usd:
         cost = (
-            f"about {dollars(plan.likely_usd)} at {plan.tokens_a_reply:,} completion tokens per "
+            f"about {dollars(plan.likely_usd)} at {plan.tokens_per_reply:,} completion tokens per "
             f"reply, {cost}"
         )
     print(f"The first prompt:\n{indent(plan.first_prompt)}\n")
@@ -212,7 +212,7 @@ def print_annotate_plan(plan: Plan) -> None:
         f"{plan.max_completion_tokens:,} completion tokens; {cost}"
     )
     print(
-        f"about {duration(plan.seconds)} at {plan.seconds_a_reply:.1f} s per reply ({source}); "
+        f"about {duration(plan.seconds)} at {plan.seconds_per_reply:.1f} s per reply ({source}); "
         "nothing was sent"
     )
 

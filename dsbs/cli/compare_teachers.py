@@ -80,8 +80,8 @@ def _recipes(recipe: str, teachers: list[str], overrides: list[str]) -> dict[str
 def _print_result(result: TeacherComparison) -> None:
     rows = []
     for contender in result.contenders:
-        usd = contender.usd_a_rationale
-        seconds = contender.seconds_a_reply
+        usd = contender.usd_per_rationale
+        seconds = contender.seconds_per_reply
         agreement = result.agreement[contender.name].items()
         rows.append(
             [

@@ -65,7 +65,9 @@ def evaluate(
     from dsbs.evaluation.run import evaluate as run
     from dsbs.records.summary import gate_failures
 
-    results = run(load(recipe, overrides, set_keys), out=out, progress=progress(), score_only=score_only)
+    results = run(
+        load(recipe, overrides, set_keys), out=out, progress=progress(), score_only=score_only
+    )
     if as_json:
         print_json(results.as_json())
     else:

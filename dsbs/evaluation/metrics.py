@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Floats, counts_interval, mean_interval
-from dsbs.records import Example, Prediction, Unread
+from dsbs.records import Example, Prediction, Unreadable
 from dsbs.records.results import Measure
 from dsbs.tasks import Task
 
@@ -87,7 +87,9 @@ def score(
 def _read_labels(
     task: Task, rows: Sequence[Example], predictions: Sequence[Prediction]
 ) -> list[str | None]:
-    cache: dict[str, str | Unread] = {}  # a few distinct outputs often stand for thousands of rows
+    cache: dict[
+        str, str | Unreadable
+    ] = {}  # a few distinct outputs often stand for thousands of rows
     labels = []
     for row, prediction in zip(rows, predictions, strict=True):
         if task.needs_fields or prediction.distribution is not None:
@@ -97,7 +99,7 @@ def _read_labels(
         else:
             label = task.read_label(prediction.raw, row.input)
             cache[prediction.raw] = label
-        labels.append(None if isinstance(label, Unread) else label)
+        labels.append(None if isinstance(label, Unreadable) else label)
     return labels
 
 

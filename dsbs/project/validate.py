@@ -16,7 +16,7 @@ from dsbs.evaluation.floors import check_floors
 from dsbs.formatting import count, percent
 from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
-from dsbs.records import Example, Unread
+from dsbs.records import Example, Unreadable
 from dsbs.students.card import check_student, head_of, input_limit, new_head_warning
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
@@ -223,8 +223,8 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
         template = f"{{{{ rationale }}}}\n{prompt.anchor[0]} {{{{ label }}}}"
     unreadable: list[tuple[str, str, str | None]] = []
     for label in task.labels or ():
-        view = task.view(example.input, label) | {"rationale": _RATIONALE}
-        answer = render(template, view, where="prompt: answer")
+        variables = task.template_variables(example.input, label) | {"rationale": _RATIONALE}
+        answer = render(template, variables, where="prompt: answer")
         sample = parse_reply(answer, prompt, task, example.input, "stop")
         if sample.label != label:
             unreadable.append((label, answer, sample.label or sample.reason))
@@ -255,7 +255,7 @@ def check_student_labels(
         decoded = tokenizer.batch_decode(input_format.write(texts, limit), skip_special_tokens=True)
         for label, text in zip(label_set.labels, decoded, strict=True):
             reading = label_set.read(split_target(target, text.strip())[0])
-            if isinstance(reading, Unread):
+            if isinstance(reading, Unreadable):
                 unreadable.append((label, text, reading.reason))
             elif reading != label:
                 unreadable.append((label, text, reading))

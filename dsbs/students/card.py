@@ -100,6 +100,13 @@ def read_card(path: str | Path) -> StudentCard:
     try:
         return StudentCard.model_validate_json(file.read_text(encoding="utf-8"))
     except OSError:
+        students = sorted(file.parent for file in Path(path).glob(f"train/*/{CARD}"))
+        if students:
+            raise UserError(
+                f"{path} is a run folder, not a student",
+                hint=f"give one of its students, e.g. {students[-1]}; `dsbs predict RECIPE` takes "
+                "the best one",
+            ) from None
         raise UserError(
             f"{path} does not contain a student (no {CARD})",
             hint="give a folder such as runs/demo/train/step-by-step-gold-s0",

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.files import write_json
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.students.backends import (
     Backend,
     GeneratedText,
@@ -248,7 +248,7 @@ class Student:
             probability = distribution.get(str(label), probability)
         return Answer(
             raw=raw,
-            label=None if isinstance(label, Unread) else label,
+            label=None if isinstance(label, Unreadable) else label,
             probability=probability,
             truncated=truncated,
             rationale=rationale,

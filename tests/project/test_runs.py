@@ -146,7 +146,9 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
     run = make_run(tmp_path / "runs" / "made", subsets=(1.0,), seeds=(0,))
     make_run(tmp_path / "runs" / "plain", name="plain", subsets=(1.0,), seeds=(0,))
     alone = run_dsbs("ls", str(tmp_path / "runs" / "plain"), cwd=tmp_path)
-    assert run_state(run).beside == {} and "other models" not in alone.stdout, "no column of dashes"
+    assert run_state(run).other_models == {} and "other models" not in alone.stdout, (
+        "no column of dashes"
+    )
     for record in (
         "train/teachers/mini-s0/train.json",
         "train/trials/a/b/train.json",
@@ -159,7 +161,7 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
     ):
         (run / record).parent.mkdir(parents=True, exist_ok=True)
         (run / record).write_text("{}", encoding="utf-8")
-    assert run_state(run).beside == {"local teachers": 1, "compressed": 1, "exported": 2}
+    assert run_state(run).other_models == {"local teachers": 1, "compressed": 1, "exported": 2}
     done = run_dsbs("ls", cwd=tmp_path)
     assert done.returncode == 0 and {
         "other",
