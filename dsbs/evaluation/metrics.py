@@ -7,6 +7,7 @@ of rationales are in ``rationales.py``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,10 +18,11 @@ from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Floats, counts_interval, mean_interval
 from dsbs.records import Example, Prediction, Unreadable
-from dsbs.records.results import Measure
+from dsbs.records.results import Confusion, Measure
 from dsbs.tasks import Task
 
 RowValues = NDArray[np.float64]  # (seeds, rows); NaN where a metric is undefined for a row
+_MAX_CONFUSIONS = 20  # pairs of labels that results keep
 
 
 # --- scoring
@@ -151,11 +153,12 @@ class Measures:
     metrics: dict[str, Measure] = field(default_factory=dict)  # in the registry's order
     compared: dict[str, RowValues] = field(default_factory=dict)  # of `Metric.compares_systems`
     recall: dict[str, Measure] = field(default_factory=dict)  # by label that some row has
+    confusions: list[Confusion] = field(default_factory=list)
 
 
 def measure(predictions: SystemPredictions) -> Measures:
     """Compute every registered metric that applies."""
-    measures = Measures(recall=recall(predictions))
+    measures = Measures(recall=recall(predictions), confusions=confusions(predictions))
     for name in METRICS:
         metric: Metric = entry(METRICS, name)
         result = None
@@ -293,6 +296,29 @@ def recall(predictions: SystemPredictions) -> dict[str, Measure]:
         if result is not None:
             recalls[label] = result
     return recalls
+
+
+def confusions(predictions: SystemPredictions) -> list[Confusion]:
+    """The pairs of gold and predicted labels with the most errors; none for open labels."""
+    labels = predictions.task.labels
+    if not labels:
+        return []
+    truth, predicted = _truth_and_predicted(predictions)
+    counts: Counter[tuple[int, int]] = Counter()
+    for row in predicted:
+        is_error = (row != truth) & (row < len(labels))
+        counts.update(zip(truth[is_error].tolist(), row[is_error].tolist(), strict=True))
+    totals = Counter(truth.tolist())
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [
+        Confusion(
+            gold=labels[gold],
+            predicted=labels[other],
+            rows=number / len(predicted),
+            share=number / len(predicted) / totals[gold],
+        )
+        for (gold, other), number in ordered[:_MAX_CONFUSIONS]
+    ]
 
 
 def _macro_f1(predictions: SystemPredictions) -> Measure | None:

@@ -15,7 +15,7 @@ from dsbs.config.terms import base_of
 from dsbs.errors import UserError
 from dsbs.files import atomic_write
 from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent
-from dsbs.records.results import SystemResult
+from dsbs.records.results import Measure, SystemResult
 from dsbs.records.summary import system_sentences
 from dsbs.reporting.runs import EvaluatedRun
 from dsbs.run_folder import read_student
@@ -23,6 +23,7 @@ from dsbs.students.card import StudentCard, read_card
 from dsbs.tasks import make_task
 from dsbs.tasks.templates import fields_of
 
+_MAX_RECALLS = 20  # labels whose recall a card lists
 _SIGNATURE = re.compile(r"<!-- dsbs wrote this card, sha256 ([0-9a-f]{64}): .*? -->\n\Z")
 
 
@@ -104,7 +105,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         reportable=run.results.reportable and student.reportable,
         accuracies=dict(zip(system.seeds, system.accuracy_per_seed, strict=False)),
         sentences=system_sentences(system),
-        metrics=system.metrics | {f"recall of {key}": m for key, m in system.recall.items()},
+        metrics=system.metrics | _recalls(system),
         labels=make_task(recipe.task).labels,
         base_model=_public_name(base_model),
         data=_public_name(recipe.task.data.train),
@@ -113,6 +114,13 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     )
     text = f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n\n"
     return f"{text}<!-- dsbs wrote this card, sha256 {_sha256(text)}: an edited card is kept -->\n"
+
+
+def _recalls(system: SystemResult) -> dict[str, Measure]:
+    """The recall of each label, where there are few."""
+    if len(system.recall) > _MAX_RECALLS:
+        return {}
+    return {f"recall of {label}": measure for label, measure in system.recall.items()}
 
 
 def _pipeline_tag(card: StudentCard) -> str:
