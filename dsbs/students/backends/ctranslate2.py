@@ -140,10 +140,10 @@ class CTranslate2Backend(_CTranslate2Backend):
         ]
 
     def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
-        """See ``ScoringBackend``. The runtime adds the end token to every answer."""
+        """See ``ScoringBackend``."""
         sources = [self._tokens(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)]
         targets = [
-            self._tokens(index for index in encoding.ids if index != self._end_id)
+            self._tokens(encoding.ids)
             for encoding in without_limit(self.tokenizer).encode_batch(list(answers))
         ]
         results = self.model.score_batch(
