@@ -141,6 +141,7 @@ class Metric:
     source: str  # the paper, or the definition in a sentence
     higher_is_better: bool | None  # None: neither
     of_rationales: bool = False
+    is_fraction: bool = True  # shown in percent
     compares_systems: bool = False  # systems are compared by it as well, beside accuracy
     row_values: Callable[[SystemPredictions], RowValues | None] | None = None
     aggregate: Callable[[SystemPredictions], Measure | None] | None = None

@@ -232,7 +232,12 @@ def _latency_cell(batch_size: int) -> Callable[[SystemResult], str | None]:
 
 
 def measure_cell(measure: Measure | None) -> str | None:
-    return optional(percent_number, measure and measure.value)
+    """A fraction in percent."""
+    return optional(percent_number, _value_of(measure))
+
+
+def _value_of(measure: Measure | None) -> float | None:
+    return None if measure is None else measure.value
 
 
 def _metric_names(systems: Sequence[SystemResult], *, rationale: bool) -> list[str]:
@@ -246,10 +251,17 @@ def _metric_column(name: str) -> Column:
     if not title[1:2].isupper():  # ROUGE-L keeps its capitals
         title = title[:1].lower() + title[1:]
     directions = {True: "; higher is better", False: "; lower is better", None: ""}
+    note = metric.source + directions[metric.higher_is_better]
+    if not metric.is_fraction:
+        return Column(
+            title,
+            lambda system: optional("{:.3f}".format, _value_of(system.metrics.get(name))),
+            note=note,
+        )
     return Column(
         f"{title},\u00a0%",
         lambda system: measure_cell(system.metrics.get(name)),
-        note=metric.source + directions[metric.higher_is_better],
+        note=note,
     )
 
 

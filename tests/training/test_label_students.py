@@ -76,7 +76,9 @@ def test_a_saved_head_is_kept_by_the_names_of_its_labels(
     source = str(save_encoder(tmp_path / "encoder"))
     tokenizer = load_tokenizer(source)
     section = StudentSection(model=source)
-    recipe = load_recipe(toy(), [f"student={{model: {source}}}", f"train.init={tmp_path / 'saved'}"])
+    recipe = load_recipe(
+        toy(), [f"student={{model: {source}}}", f"train.init={tmp_path / 'saved'}"]
+    )
     card = StudentCard(
         name="saved",
         method="finetune",
