@@ -105,7 +105,7 @@ def export_student(folder: Path, labels: int) -> Path:
 
 
 def text_of(number: int) -> str:
-    """A short message: 8 to 20 words."""
+    """A short message: 8 to 18 words."""
     words = MESSAGE.split()
     return f"order {number * 7919 % 1_000_003}: {' '.join(words[: 6 + number % 11])}"
 
