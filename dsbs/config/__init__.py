@@ -12,10 +12,11 @@ from dsbs.config.recipe import (
     EvalSection,
     Recipe,
     ReportSection,
-    StudentSection,
+    StudentRecipe,
     TaskSection,
 )
 from dsbs.config.sections import LabelSource, Section, unknown
+from dsbs.config.student import NamedStudentSection, StudentSection
 from dsbs.config.teacher import (
     AnnotateSection,
     EndpointSection,
@@ -28,6 +29,7 @@ from dsbs.config.train import (
     LoraSection,
     ResolvedTrainSection,
     SelectSection,
+    StudentTrainSection,
     TrainSection,
 )
 
@@ -41,13 +43,16 @@ __all__ = [
     "LocalTeacherSection",
     "LoraSection",
     "MemberSection",
+    "NamedStudentSection",
     "PriceSection",
     "Recipe",
     "ReportSection",
     "ResolvedTrainSection",
     "Section",
     "SelectSection",
+    "StudentRecipe",
     "StudentSection",
+    "StudentTrainSection",
     "TaskSection",
     "TeacherSection",
     "TermSettings",

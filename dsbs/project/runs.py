@@ -186,11 +186,12 @@ def _students(
     recipe = read_recorded(manifest)
     if recipe is None:
         return len(list(run.stage("train").glob(f"*/{TRAINING_RECORD}"))), None
-    specs = grid(recipe.train)
     finished = [
-        _settings(run.student(spec.name)) == recipe.training_of(spec.method) for spec in specs
+        _settings(run.student(spec.name)) == student.training_of(spec.method)
+        for name, student in recipe.students.items()
+        for spec in grid(student.train, name)
     ]
-    return sum(finished), len(specs)
+    return sum(finished), len(finished)
 
 
 def _other_models(run: RunFolder) -> dict[str, int]:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dsbs.errors import UserError
 from dsbs.records.subsets import Subset
 
-SCHEMA = "dsbs.results/4"
-_READABLE = ("dsbs.results/3", SCHEMA)  # 3 has no floors
+SCHEMA = "dsbs.results/5"
+_READABLE = ("dsbs.results/3", "dsbs.results/4", SCHEMA)  # 3: no floors; 4: a single student
 BATCH_SIZES = (1, 64)  # that a student is timed with
 
 Interval = tuple[float, float]
@@ -42,6 +42,14 @@ def wilson(correct: int, n: int) -> Rate | None:
     return Rate(
         value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
     )
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+def _is_empty(value: object) -> bool:
+    return not value
 
 
 class _Record(BaseModel):
@@ -156,6 +164,8 @@ class SystemResult(_Record):
 
     name: str
     kind: SystemKind
+    student: str | None = Field(None, exclude_if=_is_none)
+    """Of several students: the name in the recipe."""
     method: str | None = None
     """Of students."""
     floor: str | None = None
@@ -193,8 +203,17 @@ class SystemResult(_Record):
     """Of the teacher; None: unknown."""
     versus: dict[str, Comparison] = {}
     """By the system that it is compared with."""
+    versus_students: dict[str, Comparison] = Field({}, exclude_if=_is_empty)
+    """By the same method's system of another student, which the recipe names later."""
     versus_floors: dict[str, FloorComparison] = {}
     """Of students: by floor, of the same share of the training rows."""
+    settings_tried: int | None = Field(None, exclude_if=_is_none)
+    """Of several students: the settings that tuning tried. 0: not tuned."""
+
+    @property
+    def comparisons(self) -> dict[str, Comparison]:
+        """All of Holm's family: with other methods and files, and with other students."""
+        return self.versus | self.versus_students
 
 
 class LabelEfficiency(_Record):
@@ -204,6 +223,8 @@ class LabelEfficiency(_Record):
     ``ci95`` are None where the curve does not reach that accuracy within the rows tried.
     """
 
+    student: str | None = Field(None, exclude_if=_is_none)
+    """Of the curve, where the recipe has several."""
     method: str
     """Of the curve."""
     labels: str
@@ -232,7 +253,9 @@ class BreakEven(_Record):
 class Results(_Record):
     """The whole file."""
 
-    schema_: Literal["dsbs.results/3", "dsbs.results/4"] = Field("dsbs.results/4", alias="schema")
+    schema_: Literal["dsbs.results/3", "dsbs.results/4", "dsbs.results/5"] = Field(
+        "dsbs.results/5", alias="schema"
+    )
     run: str
     name: str
     """Of the recipe."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dsbs.config import Recipe, StudentSection, TaskSection, base_of
+from dsbs.config import StudentRecipe, StudentSection, TaskSection, base_of
 from dsbs.errors import UserError
 from dsbs.students.weights import (
     expand_local,
@@ -215,7 +215,7 @@ def saved_classes(init: str | None) -> tuple[str, ...] | None:
     return card.classes if card.head == "labels" else None
 
 
-def new_head_warning(recipe: Recipe, task: Task) -> str | None:
+def new_head_warning(recipe: StudentRecipe, task: Task) -> str | None:
     """The warning that ``train.init`` has a label head that this recipe cannot use, if so."""
     saved = saved_classes(recipe.train.init)
     classes = task.labels or ()
@@ -244,7 +244,7 @@ def input_limit(section: StudentSection, init: str | None = None) -> int:
     return min(section.max_input_tokens, int(positions))
 
 
-def check_student(recipe: Recipe, task: Task) -> None:
+def check_student(recipe: StudentRecipe, task: Task) -> None:
     """Raises UserError for keys that do not apply to the student, and for too many tokens."""
     section = recipe.student
     source = recipe.train.init or section.source
@@ -267,7 +267,7 @@ def check_student(recipe: Recipe, task: Task) -> None:
         )
 
 
-def _check_label_head(recipe: Recipe, task: Task) -> None:
+def _check_label_head(recipe: StudentRecipe, task: Task) -> None:
     if task.labels is None and not task.has_choices:
         raise UserError(
             f"student.head: labels needs a closed set of labels, and {task.name} has none",
@@ -287,7 +287,7 @@ def _check_label_head(recipe: Recipe, task: Task) -> None:
         )
 
 
-def _check_decoder(recipe: Recipe, source: str, head: Head) -> None:
+def _check_decoder(recipe: StudentRecipe, source: str, head: Head) -> None:
     section = recipe.student
     if recipe.train.task_token == "decoder" and head == "text":
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dsbs.config import Recipe, ResolvedTrainSection
+from dsbs.config import ResolvedTrainSection, StudentRecipe
 from dsbs.records import Unreadable
 from dsbs.students.formats import split_target, start_token
 from dsbs.students.student import Student
@@ -49,7 +49,7 @@ def _tokens(rows: EncodedRows) -> int:
 
 
 def validate(
-    student: Student, recipe: Recipe, data: Data, rows: Sequence[Encoded], view: View
+    student: Student, recipe: StudentRecipe, data: Data, rows: Sequence[Encoded], view: View
 ) -> dict[str, float]:
     """Accuracy on valid, label loss in nats per token, and the score that chooses the best step.
 
@@ -68,7 +68,7 @@ def validate(
     }
 
 
-def _choose(student: Student, recipe: Recipe, data: Data, view: View) -> tuple[float, float]:
+def _choose(student: Student, recipe: StudentRecipe, data: Data, view: View) -> tuple[float, float]:
     """A label head's accuracy and mean cross-entropy of the classes, in nats."""
     inputs = [view.prefix + row.label_text for row in data.valid]
     answers = student.generate(inputs, 0, recipe.eval.batch_size)
@@ -83,14 +83,14 @@ def _choose(student: Student, recipe: Recipe, data: Data, view: View) -> tuple[f
     return correct / len(data.valid), loss / len(data.valid)
 
 
-def max_new_tokens(recipe: Recipe, view: View) -> int:
+def max_new_tokens(recipe: StudentRecipe, view: View) -> int:
     """The most tokens that a student generates for a label."""
     if view.target == "rationale-then-label":  # the label comes last
         return recipe.student.max_target_tokens
     return recipe.eval.max_label_tokens
 
 
-def _accuracy(student: Student, recipe: Recipe, data: Data, view: View) -> float:
+def _accuracy(student: Student, recipe: StudentRecipe, data: Data, view: View) -> float:
     task = student.task
     inputs = [view.prefix + row.text for row in data.valid]
     generations = student.generate(inputs, max_new_tokens(recipe, view), recipe.eval.batch_size)
