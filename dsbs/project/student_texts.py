@@ -45,8 +45,8 @@ class StudentTexts:
         Raises UserError for some of a closed set.
         """
         if self.chooses:
-            warnings = filter(None, [new_head_warning(self.recipe, self.task)])
-            return [self._named(warning) for warning in warnings]
+            warning = new_head_warning(self.recipe, self.task)
+            return [] if warning is None else [self._named(warning)]
         if self.task.label_set is not None:
             check_student_labels(
                 self.recipe, self.task.label_set, self.tokenizer, self.input_format
