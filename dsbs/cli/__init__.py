@@ -52,9 +52,9 @@ app = typer.Typer(
 
 def _print_version(is_requested: bool) -> None:
     if is_requested:
-        from dsbs import __version__
+        from dsbs.files import versions
 
-        print(f"dsbs {__version__}")
+        print(f"dsbs {versions()['dsbs']}")
         raise typer.Exit
 
 
