@@ -253,7 +253,7 @@ def test_a_file_is_looked_for_here_then_beside_then_among_what_ships(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = tmp_path / "here"
-    recipes = tmp_path / "recipes"
+    recipes = tmp_path / "beside"
     for folder in (here, recipes):
         (folder / "prompts").mkdir(parents=True)
         (folder / "prompts" / "svamp.yaml").write_text(folder.name)

@@ -54,7 +54,7 @@ def _print_version(is_requested: bool) -> None:
     if is_requested:
         from dsbs.files import versions
 
-        print(f"dsbs {versions()['dsbs']}")
+        print(f"dsbs {versions().get('dsbs', '(not installed)')}")
         raise typer.Exit
 
 

@@ -173,7 +173,8 @@ class Student:
             )
         if not isinstance(self.backend, ScoringBackend):
             raise UserError(
-                f"{self.card.name}: students in {self.card.format} format cannot score labels",
+                f"{self.card.name}: {self.card.kind} students in {self.card.format} format cannot "
+                "score labels",
                 hint="use the student that it was exported from, or leave score_labels (--top) out",
             )
 

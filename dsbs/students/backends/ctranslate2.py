@@ -13,7 +13,7 @@ from dsbs.errors import needs_extra
 from dsbs.students.backends import GeneratedText, export_error
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import PROMPT_FORMAT_FILE, ExportedPrompts
-from dsbs.students.tokenizer import load_export_tokenizer, without_limit
+from dsbs.students.tokenizer import load_export_tokenizer
 
 # Rows decoded together on a CPU: on one thread, 64 short rows took 57 ms at once and 28 to 42 ms in
 # batches of 16.
@@ -138,21 +138,6 @@ class CTranslate2Backend(_CTranslate2Backend):
             )
             for text, token_ids, result in zip(decoded, rows, results, strict=True)
         ]
-
-    def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
-        """See ``ScoringBackend``."""
-        sources = [self._tokens(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)]
-        targets = [
-            self._tokens(encoding.ids)
-            for encoding in without_limit(self.tokenizer).encode_batch(list(answers))
-        ]
-        results = self.model.score_batch(
-            [source for source in sources for _ in targets],
-            [target for _ in sources for target in targets],
-            max_batch_size=self._batch_size,
-            max_input_length=0,
-        )
-        return _by_text([math.fsum(result.log_probs) for result in results], len(answers))
 
 
 class CTranslate2DecoderBackend(_CTranslate2Backend):
