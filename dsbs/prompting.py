@@ -86,7 +86,8 @@ class Prompt(BaseModel):
     answer: str = Field(default_factory=_default_answer)
     """Jinja template of an exemplar's answer, in the form that is read."""
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    """Texts with which a model begins an example of its own; the reply ends before them."""
+    """Texts with which a model begins an example of its own; the reply ends before them. A blank
+    line, ``"\\n\\n"``, ends it soonest, and every rationale with it."""
     hint: str = (
         "(The right answer to the next one is: {{ label }}. Give the reasoning that leads there "
         "from what is asked alone, in the same form, and do not speak of this remark.)"
@@ -278,9 +279,9 @@ def read_prompt(path: str, folder: Path | None, order: Order | None = None) -> P
 def _check_form(prompt: Prompt, path: str) -> None:
     """Raise UserError where answers in the prompt's own form could not be read."""
     needs_anchor = prompt.order == "rationale-first" and prompt.pattern is None
-    if not all(mark.strip() for mark in (*prompt.anchor, *prompt.stop)) or (
-        needs_anchor and not prompt.anchor
-    ):
+    has_blank = not all(anchor.strip() for anchor in prompt.anchor)
+    has_blank |= not all(stop.strip(" \t") for stop in prompt.stop)  # a line break may be a stop
+    if has_blank or (needs_anchor and not prompt.anchor):
         raise UserError(
             f"{path}: an empty string in anchor or stop",
             hint="give the words that precede the label, e.g. 'Answer:'; only with "
