@@ -68,7 +68,8 @@ def test_other_words_of_a_manifest_are_told_as_they_are(status: str, tmp_path: P
 
 
 def test_students_are_counted_against_the_grid_and_by_their_settings(tmp_path: Path) -> None:
-    recipe = load_recipe("recipes/demo.yaml")
+    changes = ["student={init: scratch}", "train.labels=[gold, teacher]"]
+    recipe = load_recipe("recipes/demo.yaml", changes)
     run = tmp_path / "demo"
     manifest(run / "train", "interrupted", recipe=recipe.model_dump(mode="json"))
     student(run, "step-by-step-gold-s0", recipe.students[None].training)
