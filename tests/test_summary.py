@@ -120,7 +120,7 @@ def test_a_run_closes_with_its_best_student_its_teacher_and_its_best_floor() -> 
     ]
     made = results(*systems)
     assert closing(made) == (
-        f"finetune-gold, the best of 2 students, labels 50.0% of these {made.n} test rows "
+        f"finetune-gold, the best of 2 students, labels 50.0% of these {made.n:,} test rows "
         "correctly (95% CI [40.0, 60.0]); the teacher 70.0%; the best floor, tfidf, 30.0%."
     )
     assert closing(results(systems[3])).startswith("finetune-gold labels 50.0%")

@@ -13,6 +13,7 @@ from dsbs.cli.common import (
     Out,
     Overrides,
     RecipePath,
+    SetKeys,
     load,
     print_annotate_plan,
     print_annotate_result,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
+    set_keys: SetKeys = None,
     out: Out = None,
     as_json: Json = False,
     dry_run: DryRun = False,
@@ -42,7 +44,7 @@ def run(
     finished students are kept. If rows are left without a reply, the run stops before training
     with exit code 3.
     """
-    loaded = load(recipe, overrides)
+    loaded = load(recipe, overrides, set_keys)
     if dry_run:
         _print_plan(loaded, out, as_json)
         return

@@ -28,9 +28,9 @@ _URL = "http://127.0.0.1:1/v1"
 
 def test_a_gguf_file_is_found_or_its_absence_explained(tmp_path: Path) -> None:
     (tmp_path / "mine.gguf").write_bytes(b"GGUF" * 1000)
-    assert gguf_file("mine.gguf", beside=tmp_path) == tmp_path / "mine.gguf"
+    assert gguf_file("mine.gguf", folder=tmp_path) == tmp_path / "mine.gguf"
     with pytest.raises(UserError, match=r"GGUF file other\.gguf does not exist"):
-        gguf_file("other.gguf", beside=tmp_path)
+        gguf_file("other.gguf", folder=tmp_path)
 
 
 def test_two_models_of_one_name_and_size_have_two_fingerprints(tmp_path: Path) -> None:
