@@ -305,6 +305,9 @@ class TermSteps:
         self.losses["top_k"] = DistillationLoss(
             [term], *shared[:2], teachers=[teacher], cached=cached
         )
+        if kinds == ("top_k",):  # as in training: the teacher is not needed any more
+            teacher.release()
+            del self.run_teacher, self.losses["response"], frozen
 
     def seconds(self, kind: str, number: int) -> float:
         """The time of one step on a batch, collation included."""
@@ -342,6 +345,14 @@ def compare_terms(options: argparse.Namespace, rows: list[Encoded], folder: str)
             steps.seconds(options.peak, 0)
         print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
         return
+    # First: on Linux a process's peak is at least that of its parent when it was started.
+    command = [sys.executable, __file__, "--terms", "--batch", str(batch)]
+    command += ["--tiny"] if options.tiny else []
+    for kind in ("plain", "response", "top_k"):
+        done = subprocess.run(
+            [*command, "--peak", kind], stdout=subprocess.PIPE, text=True, check=True
+        )
+        print(f"peak memory, {kind}: {done.stdout.strip()}", flush=True)
     steps = TermSteps(shape, rows, batch, folder, STEP_KINDS)
     seconds: dict[str, list[float]] = {kind: [] for kind in STEP_KINDS}
     for number in range(-1, options.runs):
@@ -357,13 +368,6 @@ def compare_terms(options: argparse.Namespace, rows: list[Encoded], folder: str)
     print(f"{shape}, batch {batch}: {cells}")
     print(f"response / (plain + teacher): {summary(response, 2)}")
     print(f"kept top-k / plain: {summary(kept, 2)}", flush=True)
-    command = [sys.executable, __file__, "--terms", "--batch", str(batch)]
-    command += ["--tiny"] if options.tiny else []
-    for kind in ("plain", "response", "top_k"):
-        done = subprocess.run(
-            [*command, "--peak", kind], stdout=subprocess.PIPE, text=True, check=True
-        )
-        print(f"peak memory, {kind}: {done.stdout.strip()}", flush=True)
 
 
 def summary(values: Sequence[float], digits: int) -> str:

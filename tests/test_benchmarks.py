@@ -28,7 +28,7 @@ RUNS = [
     pytest.param(
         "train.py",
         "--terms --tiny --runs 1",
-        "peak memory, top_k",
+        "kept top-k / plain",
         id="terms",
         marks=pytest.mark.slow,
     ),

@@ -132,6 +132,7 @@ def score_system(
         unreadable=statistics.mean(unreadable),
         metrics=measures.metrics,
         recall=measures.recall,
+        confusions=measures.confusions,
         calibration=calibration_bins(predictions),
         megabytes=system.megabytes,
         ms_per_example=_ms_per_example(system),

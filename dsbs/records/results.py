@@ -147,6 +147,17 @@ class Latency(_Record):
     device: str
 
 
+class Confusion(_Record):
+    """Rows of one label that a system gives another."""
+
+    gold: str
+    predicted: str
+    rows: float
+    """Mean over seeds."""
+    share: float
+    """Of the rows with the gold label."""
+
+
 class SystemResult(_Record):
     """One system: the teacher, the students of one method over their seeds, a floor, or an external
     file.
@@ -177,6 +188,8 @@ class SystemResult(_Record):
     """By name, in the order of ``dsbs.config.registry.METRICS``."""
     recall: dict[str, Measure] = {}
     """By label of a closed set."""
+    confusions: list[Confusion] = []
+    """The pairs of labels that are most often confused, at most 20; empty for open labels."""
     calibration: list[Bin] = []
     """Empty where the probability of a label is unknown."""
     parameters: int | None = None
