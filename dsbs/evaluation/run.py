@@ -9,6 +9,14 @@ from dsbs.config import Recipe, base_of
 from dsbs.config.registry import METHODS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters
+from dsbs.evaluation.cascade import (
+    Answers,
+    Costs,
+    calibration_examples,
+    cascades,
+    check_cascade,
+    teacher_labels,
+)
 from dsbs.evaluation.floors import check_floors, floor_systems
 from dsbs.evaluation.latency import measure_latency, read_latency
 from dsbs.evaluation.metrics import score
@@ -33,11 +41,12 @@ from dsbs.evaluation.systems import (
 )
 from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
-from dsbs.prompting import learned_source
+from dsbs.prompting import learned_source, source_fingerprint
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import Latency, Results
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
+from dsbs.students.calibration import ConfidenceKind, read_calibration
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import load, survey
@@ -72,6 +81,7 @@ def evaluate(
             hint="label some test rows; they are never trained on",
         )
     check_floors(recipe, task)
+    check_cascade(recipe, run)
     clusters = clusters_of(rows, recipe.eval.cluster)
     data: dict[str, str] = {split: survey(rows).hash}
     with run.lock("eval"), run.record("eval", recipe, data):
@@ -82,6 +92,11 @@ def evaluate(
             recipe, task, rows, run, _training_rows(students), progress, score_only=score_only
         )
         results = _compare(recipe, task, run, systems, clusters, data)
+        calibration = _calibration_answers(recipe, task, run, students, progress, score_only)
+        costs = _teacher_costs(run, systems)
+        results = results.model_copy(
+            update={"cascades": cascades(recipe, task, systems, costs, calibration)}
+        )
         write_json(run.results, results.as_json())
         with atomic_write(run.stage("eval") / "results.md") as file:
             file.write(results_markdown(results) + "\n")
@@ -142,6 +157,45 @@ def _compare(
             break_evens(systems, spent_usd, teacher.usd_per_prediction if teacher else None)
         ),
     )
+
+
+def _teacher_costs(run: RunFolder, systems: Sequence[System]) -> Costs:
+    """What the teacher costs, as its annotations record it."""
+    manifest = run.manifest("annotate")
+    seconds = manifest.get("mean_seconds")
+    bill, _ = teacher_bill(manifest, "train")
+    prices = [system.usd_per_prediction for system in systems if system.kind == "teacher"]
+    return Costs(
+        usd_per_request=prices[0] if prices else None,
+        ms_per_request=1000 * seconds if isinstance(seconds, int | float) else None,
+        bill=bill,
+    )
+
+
+def _calibration_answers(
+    recipe: Recipe,
+    task: Task,
+    run: RunFolder,
+    students: Sequence[TrainedStudent],
+    progress: Progress,
+    score_only: bool,
+) -> dict[str, Answers] | None:
+    """The answers to validation rows by prediction file; None: they do not choose a threshold."""
+    section = recipe.eval.cascade
+    if section is None or section.calibration != "valid":
+        return None
+    rows = calibration_examples(recipe, task)
+    split = "train" if recipe.task.data.valid is None else "valid"
+    labels = teacher_labels(rows, run, source_fingerprint(recipe, task), split)
+    answers = {}
+    for student in students:
+        path = run.predictions(f"calibration/{student.name}")
+        if not score_only:
+            predict_student(recipe, student, rows, run, progress, path=path)
+        if path.is_file():
+            file = score(task, rows, read_predictions(path), student.name)
+            answers[student.name] = Answers(file, labels)
+    return answers
 
 
 def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
@@ -230,9 +284,16 @@ def _student_systems(
                 training_rows=_training_rows(members)[first.subset],
                 megabytes=_megabytes(first),
                 latency=latency,
+                chosen_kinds=[_confidence_kind(student) for student in members],
             )
         )
     return systems
+
+
+def _confidence_kind(student: TrainedStudent) -> ConfidenceKind:
+    """The kind chosen on valid; the probability where the student was not calibrated."""
+    calibration = read_calibration(student.path)
+    return "probability" if calibration is None else calibration.confidence
 
 
 def _predict(

@@ -16,6 +16,7 @@ from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Scores, accuracy, label_efficiency
 from dsbs.evaluation.calibration import calibration_bins
 from dsbs.evaluation.metrics import RowValues, Scored, SystemPredictions, measure
+from dsbs.evaluation.selective import selective
 from dsbs.evaluation.significance import Difference, holm, paired_difference
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import (
@@ -28,6 +29,7 @@ from dsbs.records.results import (
     SystemKind,
     SystemResult,
 )
+from dsbs.students.calibration import ConfidenceKind
 from dsbs.tasks import Task
 
 
@@ -46,6 +48,7 @@ class System:
     megabytes: float | None = None
     latency: list[Latency] = field(default_factory=list)
     usd_per_prediction: float | None = None
+    chosen_kinds: list[ConfidenceKind] = field(default_factory=list)  # of confidence, by file
     row_values: dict[str, RowValues] = field(default_factory=dict)
     """Of the metrics by which systems are compared, beside accuracy."""
 
@@ -61,6 +64,11 @@ class System:
     def member_names(self) -> list[str]:
         """The names of the prediction files."""
         return [student.name for student in self.students] or [self.name]
+
+    @property
+    def confidence_kinds(self) -> list[ConfidenceKind]:
+        """The kind of confidence of each file; the probability where none was chosen."""
+        return self.chosen_kinds or ["probability"] * len(self.files)
 
     @property
     def scores(self) -> Scores:
@@ -123,6 +131,7 @@ def score_system(
         metrics=measures.metrics,
         recall=measures.recall,
         calibration=calibration_bins(predictions),
+        selective=selective(system.files, task, system.confidence_kinds, clusters),
         megabytes=system.megabytes,
         ms_per_example=_ms_per_example(system),
         latency=system.latency,

@@ -21,10 +21,14 @@ import {runtime}, numpy as np, tokenizers
 here = pathlib.Path(__file__).resolve().parent
 labels = json.loads((here / "student.json").read_text(encoding="utf-8"))["classes"]
 tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
+calibration, temperature = here / "calibration.json", 1
+if calibration.is_file():
+    temperature = json.loads(calibration.read_text(encoding="utf-8"))["temperature"]
 {load}
 for line in sys.stdin:
     ids = np.array([tokenizer.encode({read}).ids])
 {run}
+    p = (p / p.max()).astype(np.float64) ** (1 / temperature)
     rows = sorted(zip(labels, (p / p.sum()).tolist()), key=lambda row: -row[1])
     answer = {{"label": rows[0][0], "probability": rows[0][1], "distribution": dict(rows)}}
     print(json.dumps(answer), flush=True)

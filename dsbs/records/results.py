@@ -127,6 +127,82 @@ class Bin(_Record):
     accuracy: float
 
 
+class Selective(_Record):
+    """Selective prediction: what a system is worth on the answers that it is surest of."""
+
+    confidence: list[str]
+    """Its kind, or those of several seeds: probability, margin or entropy."""
+    measures: dict[str, Measure]
+    """aurc, the area under the risk-coverage curve; e_aurc, its excess over that of the best order
+    of the same answers; accuracy_at_50, _70, _80 and _90, on these percentages of the rows."""
+    curve: list[tuple[float, float]]
+    """(coverage, share of wrong answers among those covered), averaged over seeds."""
+
+
+class CascadePoint(_Record):
+    """A cascade on the test rows at one threshold."""
+
+    coverage: float
+    agreement: float
+    accuracy: float
+    usd_per_1000: float | None = None
+
+
+class Cascade(_Record):
+    """A student in front of its teacher: the threshold, and what it showed on test rows."""
+
+    system: str
+    student: str
+    """The name of its prediction file."""
+    confidence: str
+    """The kind of confidence."""
+    threshold: float | None
+    """The student answers where its confidence is at least this. None: no threshold holds, and the
+    teacher answers everything."""
+    of: Literal["agreement", "accuracy"]
+    target: float | None
+    margin: float | None = None
+    """Of accuracy, in place of a target: the largest acceptable loss against the teacher alone."""
+    level: float
+    """Of the bound."""
+    bound: float | None
+    """The agreement or accuracy, at least, or with a margin the loss, at most, that the calibration
+    rows guarantee at this level."""
+    source: str
+    """The split that the calibration rows are from."""
+    rows: int
+    """Calibration rows."""
+    folds: int | None = None
+    """Cross-fitting: the threshold is chosen on all rows, and each row is tested with that of the
+    other folds. None: calibration and test rows differ."""
+    rows_needed: int | None = None
+    """Where no threshold holds: so many calibration rows might do. None: more rows do not help."""
+    n: int
+    """Test rows."""
+    left_out: int = 0
+    """Rows without a readable label of the teacher, which are neither."""
+    coverage: Measure
+    """The share of the test rows that the student answers."""
+    agreement: Measure
+    """The share that it does not answer otherwise than its teacher."""
+    accuracy: Measure
+    """Of the cascade."""
+    teacher_accuracy: Measure
+    student_accuracy: Measure
+    """Of the student alone."""
+    usd_per_1000: float | None = None
+    """Of the teacher, for 1,000 requests of the cascade."""
+    teacher_usd_per_1000: float | None = None
+    ms_per_request: float | None = None
+    """Mean time: the student's for every request, and the teacher's for those that it answers."""
+    teacher_ms: float | None = None
+    """Mean time of a reply."""
+    break_even: int | None = None
+    """Requests after which the teacher's bill for the training rows is recovered."""
+    curve: list[CascadePoint] = []
+    """From the strictest threshold to the loosest."""
+
+
 class Latency(_Record):
     """Wall time of a call with ``batch_size`` rows that predicts labels, over ``calls`` calls."""
 
@@ -167,6 +243,8 @@ class SystemResult(_Record):
     """By label of a closed set."""
     calibration: list[Bin] = []
     """Empty where the probability of a label is unknown."""
+    selective: Selective | None = None
+    """None where the probability of a label is unknown."""
     parameters: int | None = None
     megabytes: float | None = None
     """Of the weight files, in units of 10^6 bytes."""
@@ -242,6 +320,8 @@ class Results(_Record):
     systems: list[SystemResult]
     label_efficiency: list[LabelEfficiency] = []
     break_even: list[BreakEven] = []
+    cascades: list[Cascade] = []
+    """With ``eval.cascade``: for each prediction file with a confidence."""
 
     model_config = ConfigDict(populate_by_name=True)
 

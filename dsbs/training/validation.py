@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dsbs.config import Recipe, ResolvedTrainSection
 from dsbs.records import Unread
+from dsbs.students.calibration import Calibration, calibrate
 from dsbs.students.formats import split_target, start_token
 from dsbs.students.student import Student
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
@@ -68,19 +69,49 @@ def validate(
     }
 
 
+def calibrated(student: Student, recipe: Recipe, data: Data, view: View) -> Calibration | None:
+    """The calibration of a finished student on valid. None: it has no distribution over labels.
+
+    Students that write their label have one where ``eval.score_labels`` is set.
+    """
+    if student.card.head == "text":
+        if not recipe.eval.score_labels or not student.scores_labels:
+            return None
+        inputs = [view.prefix + row.text for row in data.valid]
+        distributions = student.label_distributions(inputs, recipe.eval.batch_size)
+    else:
+        distributions = _distributions(student, recipe, data, view)
+    return calibrate(distributions, _right_classes(student, data), data.valid_labels)
+
+
 def _choose(student: Student, recipe: Recipe, data: Data, view: View) -> tuple[float, float]:
     """A label head's accuracy and mean cross-entropy of the classes, in nats."""
-    inputs = [view.prefix + row.label_text for row in data.valid]
-    answers = student.generate(inputs, 0, recipe.eval.batch_size)
     correct = 0
     loss = 0.0
-    for answer, row in zip(answers, data.valid, strict=True):
-        assert answer.distribution is not None  # a label head has one
-        classes = student.card.classes or [choice for choice, _ in row.choices]
-        right = classes.index(str(row.label(data.valid_labels)))
-        correct += answer.distribution.index(max(answer.distribution)) == right
-        loss -= math.log(max(answer.distribution[right], _SMALLEST))
+    distributions = _distributions(student, recipe, data, view)
+    for distribution, right in zip(distributions, _right_classes(student, data), strict=True):
+        correct += distribution.index(max(distribution)) == right
+        loss -= math.log(max(distribution[right], _SMALLEST))
     return correct / len(data.valid), loss / len(data.valid)
+
+
+def _distributions(
+    student: Student, recipe: Recipe, data: Data, view: View
+) -> list[tuple[float, ...]]:
+    """A label head's distributions on valid, not calibrated."""
+    inputs = [view.prefix + row.label_text for row in data.valid]
+    answers = student.generate(inputs, 0, recipe.eval.batch_size)
+    return [answer.distribution or () for answer in answers]
+
+
+def _right_classes(student: Student, data: Data) -> list[int]:
+    """The index of each valid row's label in its distribution."""
+    indices = []
+    for row in data.valid:
+        classes = student.card.classes or student.task.labels
+        choices = classes or [choice for choice, _ in row.choices]
+        indices.append(choices.index(str(row.label(data.valid_labels))))
+    return indices
 
 
 def max_new_tokens(recipe: Recipe, view: View) -> int:
