@@ -138,7 +138,9 @@ def cascades(
     for system in systems:
         if system is teacher:
             continue
-        for number, (name, file) in enumerate(zip(system.member_names, system.files, strict=True)):
+        for number in _best_first(system):
+            name = system.member_names[number]
+            file = system.files[number]
             kind = kind_of_answers(file, system.confidence_kinds[number])
             answers = Answers(file, labels)
             rows = answers.rows(task, kind)
@@ -159,6 +161,12 @@ def cascades(
             if system.students:
                 _write_threshold(recipe, system.students[number], fitted, kind, section)
     return results
+
+
+def _best_first(system: System) -> list[int]:
+    """The indices of a system's files, the student that was best on valid first."""
+    accuracies = [student.valid_accuracy for student in system.students] or [0.0]
+    return sorted(range(len(accuracies)), key=lambda number: -accuracies[number])
 
 
 def _positions(rows: Sequence[Example], cluster: str | None) -> Floats:

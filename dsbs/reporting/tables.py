@@ -190,7 +190,7 @@ def cost_table(runs: Sequence[EvaluatedRun]) -> Table | None:
             is_text=True,
         ),
     ]
-    return _system_table(columns, runs)
+    return system_table(columns, runs)
 
 
 def recall_table(runs: Sequence[EvaluatedRun]) -> Table | None:
@@ -198,17 +198,17 @@ def recall_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     labels = dict.fromkeys(
         label for run in runs for system in run.results.systems for label in system.recall
     )
-    return _system_table([Column(label, _recall_cell(label)) for label in labels], runs)
+    return system_table([Column(label, _recall_cell(label)) for label in labels], runs)
 
 
 def rationale_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     """The metrics of the rationales that students write. None if none was measured."""
     systems = [system for run in runs for system in run.results.systems]
     names = _metric_names(systems, rationale=True)
-    return _system_table([_metric_column(name) for name in names], runs)
+    return system_table([_metric_column(name) for name in names], runs)
 
 
-def _system_table(columns: Sequence[Column], runs: Sequence[EvaluatedRun]) -> Table | None:
+def system_table(columns: Sequence[Column], runs: Sequence[EvaluatedRun]) -> Table | None:
     """The columns in which some system has a value, and the systems that have some value."""
     filled = [
         column
