@@ -106,8 +106,9 @@ def headline(results: Results) -> str:
     share of the requests it can take over from its teacher.
     """
     system = headline_comparison(results)[0]
-    first, *others = [*floor_warnings(system), *_headline(results)]
-    sentence = " ".join([first, *cascade_answer(results), *others])
+    sentences = [*floor_warnings(system), *_headline(results)]
+    sentences[1:1] = cascade_answer(results)
+    sentence = " ".join(sentences)
     if results.reportable:
         return sentence
     return f"Smoke run, not reportable: {sentence}"

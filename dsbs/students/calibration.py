@@ -170,7 +170,8 @@ def confidences(kind: ConfidenceKind, distributions: Floats) -> Floats:
     if kind == "entropy":
         logs = np.log(np.maximum(distributions, _SMALLEST))
         entropy = -(distributions * logs).sum(axis=1)
-        return np.clip(1 - entropy / math.log(distributions.shape[1]), 0.0, 1.0)
+        certainty = 1 - entropy / math.log(distributions.shape[1])
+        return np.asarray(np.clip(certainty, 0.0, 1.0), dtype=np.float64)
     largest = np.sort(distributions, axis=1)[:, ::-1]
     if kind == "margin":
         return np.asarray(largest[:, 0] - largest[:, 1])
@@ -280,7 +281,8 @@ def area_under_risk(confidence: Floats, losses: Floats) -> float:
 def tie_groups(confidence: Floats, losses: Floats) -> tuple[NDArray[np.int64], Floats]:
     """The rows and the summed losses of each distinct confidence, from the surest down."""
     _, group, counts = np.unique(-confidence, return_inverse=True, return_counts=True)
-    return counts, np.bincount(group, weights=losses, minlength=len(counts))
+    sums = np.bincount(group, weights=losses, minlength=len(counts))
+    return counts.astype(np.int64), sums.astype(np.float64)
 
 
 def areas(counts: Floats, sums: Floats) -> Floats:
