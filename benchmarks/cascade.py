@@ -5,8 +5,9 @@
 
 Takes a run's test rows with the student's predictions and the teacher's annotations, splits them at
 random into calibration and test rows, and chooses a threshold on the calibration rows in three
-ways. Prints Markdown: the splits in which the test rows' agreement is below the target, the share
-of the requests that the student answers, and how often it agrees where it answers.
+ways. Prints Markdown: the splits in which the test rows' agreement is below the target, those in
+which it is clearly below (an exact test at 5%: test rows have chance of their own), the share of
+the requests that the student answers, and how often it agrees where it answers.
 
 ``--export FOLDER`` writes the rows and the splits for benchmarks/peers/tracer_peer.py; give its
 output with ``--peer FILE`` to have it in the table.
@@ -49,6 +50,7 @@ class Outcome:
     coverage: float
     agreement: float
     """Of all test rows; those that the teacher answers agree."""
+    n: int
     answered_agreement: float | None
     """Of the rows that the student answers; None: it answers none."""
 
@@ -105,7 +107,7 @@ def test(rows: Rows, test_rows: NDArray[np.int64], answered: NDArray[np.bool_]) 
     agrees = None
     if answered.any():
         agrees = 1 - float(differs.sum() / answered.sum())
-    return Outcome(coverage, 1 - float(differs.mean()), agrees)
+    return Outcome(coverage, 1 - float(differs.mean()), len(differs), agrees)
 
 
 def random_splits(n: int, number: int, share: float) -> list[tuple[NDArray[np.int64], ...]]:
@@ -117,8 +119,16 @@ def random_splits(n: int, number: int, share: float) -> list[tuple[NDArray[np.in
     return splits
 
 
+def is_clearly_below(outcome: Outcome, target: float) -> bool:
+    from scipy.stats import binom
+
+    differs = round((1 - outcome.agreement) * outcome.n)
+    return bool(binom.sf(differs - 1, outcome.n, 1 - target) < 0.05)
+
+
 def table_row(method: str, target: float, outcomes: list[Outcome]) -> list[str]:
     below = sum(outcome.agreement < target for outcome in outcomes)
+    clearly = sum(is_clearly_below(outcome, target) for outcome in outcomes)
     agreement = [outcome.agreement for outcome in outcomes]
     coverage = [outcome.coverage for outcome in outcomes]
     answered = [o.answered_agreement for o in outcomes if o.answered_agreement is not None]
@@ -126,6 +136,7 @@ def table_row(method: str, target: float, outcomes: list[Outcome]) -> list[str]:
         percent(target),
         method,
         f"{below} of {len(outcomes)}",
+        str(clearly),
         f"{percent(np.mean(agreement))} ({percent(min(agreement))})",
         f"{percent(np.mean(coverage))} ({percent(min(coverage))}–{percent(max(coverage))})",
         percent(np.mean(answered)) if answered else "–",
@@ -155,7 +166,8 @@ def peer_rows(path: Path) -> list[list[str]]:
     """The lines of a peer, which were tested on the same rows."""
     groups: dict[tuple[str, float], list[Outcome]] = {}
     for _, row in read_jsonl(path):
-        outcome = Outcome(row["coverage"], row["agreement"], row["answered_agreement"])
+        values = (row["coverage"], row["agreement"], row["n"], row["answered_agreement"])
+        outcome = Outcome(*values)
         groups.setdefault((row["method"], row["target"]), []).append(outcome)
     return [table_row(method, target, outcomes) for (method, target), outcomes in groups.items()]
 
@@ -230,7 +242,7 @@ def main() -> None:
     for path in args.peer:
         lines += peer_rows(path)
     lines.sort(key=lambda line: float(line[0].rstrip("%")))
-    headings = ["target", "threshold", "below target", "agreement, mean (lowest)"]
+    headings = ["target", "threshold", "below target", "clearly", "agreement, mean (lowest)"]
     headings += ["coverage, mean (range)", "agreement where the student answers"]
     print("\n".join(["", *markdown_table(headings, lines)]))
 

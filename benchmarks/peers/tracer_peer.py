@@ -59,6 +59,7 @@ for calibration, test in splits[: args.splits]:
             "method": "TRACER",
             "target": target,
             "coverage": float(handled.mean()),
+            "n": len(test),
             "agreement": float((~handled | agrees).mean()),
             "answered_agreement": float(agrees[handled].mean()) if handled.any() else None,
         }

@@ -21,15 +21,11 @@ import {runtime}, numpy as np, tokenizers
 here = pathlib.Path(__file__).resolve().parent
 labels = json.loads((here / "student.json").read_text(encoding="utf-8"))["classes"]
 tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
-calibration, temperature = here / "calibration.json", 1
-if calibration.is_file():
-    temperature = json.loads(calibration.read_text(encoding="utf-8"))["temperature"]
 {load}
 for line in sys.stdin:
     ids = np.array([tokenizer.encode({read}).ids])
 {run}
-    p = (p / p.max()).astype(np.float64) ** (1 / temperature)
-    rows = sorted(zip(labels, (p / p.sum()).tolist()), key=lambda row: -row[1])
+    rows = sorted(zip(labels, ({calibrated}).tolist()), key=lambda row: -row[1])
     answer = {{"label": rows[0][0], "probability": rows[0][1], "distribution": dict(rows)}}
     print(json.dumps(answer), flush=True)
 '''
@@ -157,10 +153,15 @@ def label_head_script(student: Student, runtime: str) -> str:
     text = f"{prefix!r} + line.strip()" if prefix else "line.strip()"
     if card.kind == "encoder":
         text = f'*{text}.split("</s>", 1)' if not prefix else f'*({text}).split("</s>", 1)'
+    calibrated = "p / p.sum()"
+    if student.temperature != 1:
+        power = f"(p / p.max()) ** {1 / student.temperature:.6g}"
+        calibrated = f"{power} / ({power}).sum()"
     is_onnx = runtime == "onnxruntime"
     return _SCRIPT.format(
         runtime=runtime,
         load=_ONNX_LOAD if is_onnx else _CT2_LOAD,
         run=_ONNX_RUN if is_onnx else _CT2_RUN,
         read=text,
+        calibrated=calibrated,
     )

@@ -19,6 +19,7 @@ from transformers import GemmaTokenizer
 
 from dsbs import Student, UserError, annotate, load_recipe, train
 from dsbs.config import Recipe
+from dsbs.students.calibration import read_calibration
 from dsbs.training import run as training_run
 from dsbs.training.grid import last_checkpoint
 
@@ -61,6 +62,11 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def record_rows(folder: Path) -> int:
+    record = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    return int(record["valid_rows"])
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -83,6 +89,10 @@ def test_a_student_learns_predicts_and_explains(
         assert answer.distribution is not None and answer.rationale is not None
         assert sum(answer.distribution.values()) == pytest.approx(1)
     assert not list(folder.rglob("adapter*"))
+    calibration = read_calibration(folder)
+    assert calibration is not None
+    assert (calibration.rows, calibration.labels) == (record_rows(folder), "gold")
+    assert calibration.after.log_loss <= calibration.before.log_loss + 1e-9
 
 
 @pytest.mark.parametrize(
