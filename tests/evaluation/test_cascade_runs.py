@@ -42,7 +42,7 @@ def recipe(toy: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
     with LoopbackServer(good_answer) as server:
         base = [
             f"teacher.base_url={server.url}",
-            "teacher.price={prompt: 1.0, completion: 1.0}",
+            "teacher.price={input: 1.0, output: 1.0}",
             f"student={{model: {model}, max_target_tokens: 16}}",
             "train.methods=[finetune]",
             "train.max_steps=2",
