@@ -46,7 +46,6 @@ from dsbs.run_folder import RunFolder
 from dsbs.students.backends import BeamSearchBackend
 from dsbs.students.calibration import (
     THRESHOLD,
-    read_calibration,
     read_threshold,
     write_record,
 )
@@ -116,9 +115,7 @@ def export(
         chosen.write(loaded, partial, quantize)
         exported_card = _exported_card(card, format)
         write_json(partial / CARD, exported_card.model_dump(mode="json"))
-        calibration = read_calibration(folder)
-        if calibration is not None:
-            write_record(partial, calibration)
+        _copy_calibration(loaded, partial)
         _copy_threshold(folder, partial, quantize)
         save_tokenizer(loaded, partial)
         writers = {name: version for name, version in versions().items() if name in _WRITERS}
@@ -189,6 +186,11 @@ def _exported_card(card: StudentCard, format: str) -> StudentCard:
     if card.head == "labels":
         changes["prefixes"] = label_prefixes(card)
     return card.model_copy(update=changes)
+
+
+def _copy_calibration(student: Student, target: Path) -> None:
+    if student.calibration is not None:
+        write_record(target, student.calibration)
 
 
 def _copy_threshold(folder: Path, target: Path, quantize: str) -> None:
