@@ -24,6 +24,7 @@ from dsbs.config.terms import (
     read_weight,
 )
 from dsbs.records import Provenance
+from dsbs.records.subsets import PER_LABEL, rows_per_label
 
 T = TypeVar("T")
 Tried = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
@@ -32,6 +33,30 @@ PRETRAINED_LEARNING_RATE = 5.0e-5
 SCRATCH_LEARNING_RATE = 1.0e-3
 PRETRAINED_MAX_STEPS = 10_000
 SCRATCH_MAX_STEPS = 1000
+
+
+def _read_subset(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            if rows_per_label(value) is not None:
+                return value
+        else:
+            is_number = True
+    if not is_number or not 0 < value <= 1:
+        raise ValueError(
+            "must be a share of the train rows, above 0 and at most 1, such as 0.25, or a number "
+            f"of rows of each label, such as 5-per-label (given: {value!r})"
+        )
+    return value
+
+
+SubsetEntry = Annotated[
+    Annotated[float, Field(gt=0, le=1)] | Annotated[str, Field(pattern=f"^{PER_LABEL}$")],
+    BeforeValidator(_read_subset),
+]
 
 
 class SelectSection(Section):
@@ -132,13 +157,12 @@ class TrainSection(Section):
     )
     """The labels that methods with rationales learn; finetune learns gold labels, distill the
     teacher's."""
-    subset: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=1)], ...],
-        BeforeValidator(as_tuple),
-        Field(min_length=1),
-    ] = (1.0,)
-    """Shares of the train rows to train on. Smaller ones are contained in larger ones and equal for
-    all methods."""
+    subset: Annotated[tuple[SubsetEntry, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        1.0,
+    )
+    """Parts of the train rows to train on: shares, such as 0.25, or rows of each label, such as
+    5-per-label (by gold labels, or the teacher's where no row has one). Smaller ones are contained
+    in larger ones and equal for all methods."""
     select: SelectSection = SelectSection()
     """The annotations to learn from."""
     rationales: Literal["chosen", "all", "drawn"] = "chosen"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -114,8 +114,8 @@ class Costs:
 
     usd_per_request: float | None = None
     ms_per_request: float | None = None
-    bill: float | None = None
-    """For the training rows."""
+    bills: Mapping[str, float] = field(default_factory=dict)
+    """For the training rows, in dollars, by the system that learned from them."""
 
 
 def cascades(
@@ -232,9 +232,8 @@ def _blended(system: System, coverage: float, costs: Costs) -> dict[str, float |
     single = [latency.p50_ms for latency in system.latency if latency.batch_size == 1]
     if single and costs.ms_per_request is not None:
         values["ms_per_request"] = single[0] + (1 - coverage) * costs.ms_per_request
-    if price and coverage and costs.bill and system.students and system.students[0].source:
-        saved = price * coverage
-        values["break_even"] = math.ceil(costs.bill * system.students[0].subset / saved)
+    if price and coverage and system.name in costs.bills:
+        values["break_even"] = math.ceil(costs.bills[system.name] / (price * coverage))
     return values
 
 

@@ -44,6 +44,7 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source, source_fingerprint
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import Latency, Results
+from dsbs.records.subsets import Subset, subset_rank
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
 from dsbs.students.calibration import ConfidenceKind, read_calibration
@@ -93,7 +94,7 @@ def evaluate(
         )
         results = _compare(recipe, task, run, systems, clusters, data)
         calibration = _calibration_answers(recipe, task, run, students, progress, score_only)
-        costs = _teacher_costs(run, systems)
+        costs = _teacher_costs(run, results)
         results = results.model_copy(
             update={"cascades": cascades(recipe, task, systems, costs, calibration)}
         )
@@ -126,7 +127,8 @@ def _compare(
     comparisons = compare(chosen, clusters)
     with_floors = compare_with_floors(systems, clusters)
     baseline = chosen[0][1] if chosen else None
-    spent_usd, _ = teacher_bill(run.manifest("annotate"), "train")
+    spent_usd, usd_per_row = teacher_bill(run.manifest("annotate"), "train")
+    usd_per_prediction = teacher.usd_per_prediction if teacher else None
     students = [student for system in systems for student in system.students]
     return Results(
         run=str(run.path),
@@ -153,22 +155,18 @@ def _compare(
         label_efficiency=label_efficiencies(
             systems, [system for system in (baseline, teacher) if system is not None], clusters
         ),
-        break_even=list(
-            break_evens(systems, spent_usd, teacher.usd_per_prediction if teacher else None)
-        ),
+        break_even=list(break_evens(systems, spent_usd, usd_per_prediction, usd_per_row)),
     )
 
 
-def _teacher_costs(run: RunFolder, systems: Sequence[System]) -> Costs:
+def _teacher_costs(run: RunFolder, results: Results) -> Costs:
     """What the teacher costs, as its annotations record it."""
-    manifest = run.manifest("annotate")
-    seconds = manifest.get("mean_seconds")
-    bill, _ = teacher_bill(manifest, "train")
-    prices = [system.usd_per_prediction for system in systems if system.kind == "teacher"]
+    seconds = run.manifest("annotate").get("mean_seconds")
+    teacher = results.system(TEACHER)
     return Costs(
-        usd_per_request=prices[0] if prices else None,
+        usd_per_request=None if teacher is None else teacher.usd_per_prediction,
         ms_per_request=1000 * seconds if isinstance(seconds, int | float) else None,
-        bill=bill,
+        bills={item.system: item.spent_usd for item in results.break_even},
     )
 
 
@@ -201,7 +199,7 @@ def _calibration_answers(
 def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
     """The system that the recipe is about; None if it does not exist.
 
-    Of the students, the largest share of the first method that is not a baseline, or of the last
+    Of the students, the largest subset of the first method that is not a baseline, or of the last
     baseline if all are. Without students, the first external system that is not a baseline.
     """
     baselines = recipe.eval.baseline
@@ -216,7 +214,7 @@ def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
         labels = recipe.train.labels[0]
         return max(
             candidates,
-            key=lambda system: (system.subset or 0.0, system.students[0].labels == labels),
+            key=lambda system: (subset_rank(system.subset), system.students[0].labels == labels),
         ).name
     external = [system.name for system in systems if system.kind == "external"]
     external_baselines = [name for name in external if name in baselines] or external[:1]
@@ -250,26 +248,26 @@ def _student_systems(
     progress: Progress,
     score_only: bool,
 ) -> list[System]:
-    """The students of each method, labels and share; baselines and larger shares first."""
+    """The students of each method, labels and subset; baselines and larger subsets first."""
     groups: dict[str, list[TrainedStudent]] = {}
     for student in sorted(students, key=lambda student: student.seed):
         groups.setdefault(student.system, []).append(student)
     baselines = list(recipe.eval.baseline)
-    largest = max((student.subset for student in students), default=1.0)
+    largest = max((student.subset for student in students), key=subset_rank, default=1.0)
 
-    def rank(name: str) -> tuple[int, float, str]:
-        first = groups[name][0]
-        if first.method in baselines:
-            return baselines.index(first.method), -first.subset, name
-        return len(baselines), -first.subset, name
+    def place(name: str) -> int:
+        method = groups[name][0].method
+        return baselines.index(method) if method in baselines else len(baselines)
 
+    names = sorted(groups)
+    names.sort(key=lambda name: subset_rank(groups[name][0].subset), reverse=True)
     systems = []
-    for name in sorted(groups, key=rank):
+    for name in sorted(names, key=place):
         members = groups[name]
         first = members[0]
         latency = read_latency(run, first, recipe)
         if not score_only:
-            is_timed = first.subset == largest  # a smaller share gives the same speed
+            is_timed = first.subset == largest  # a smaller subset gives the same speed
             latency = _predict(recipe, members, rows, run, progress, is_timed) or latency
         files = [
             score(task, rows, student_predictions(run, student), student.name)
@@ -332,9 +330,9 @@ def _megabytes(student: TrainedStudent) -> float | None:
         return None
 
 
-def _training_rows(students: Sequence[TrainedStudent]) -> dict[float, int | None]:
-    """The number of train rows in each share, by the first of its students that recorded it."""
-    counts: dict[float, int | None] = {}
+def _training_rows(students: Sequence[TrainedStudent]) -> dict[Subset, int | None]:
+    """The number of train rows in each subset, by the first of its students that recorded it."""
+    counts: dict[Subset, int | None] = {}
     for student in students:
         if counts.get(student.subset) is None:
             rows = training_record(Path(student.path)).get("rows")

@@ -29,6 +29,7 @@ from dsbs.records.results import (
     SystemKind,
     SystemResult,
 )
+from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.students.calibration import ConfidenceKind
 from dsbs.tasks import Task
 
@@ -42,7 +43,7 @@ class System:
     files: list[Scored]
     students: list[TrainedStudent] = field(default_factory=list)  # by seed
     floor: str | None = None  # as the recipe names it
-    share: float | None = None  # of the train rows, for a floor that learns
+    learned_subset: Subset | None = None  # of the train rows, for a floor that learns
     labels: str | None = None  # whose labels such a floor learned
     training_rows: int | None = None
     megabytes: float | None = None
@@ -57,8 +58,8 @@ class System:
         return self.students[0].method if self.students else None
 
     @property
-    def subset(self) -> float | None:
-        return self.students[0].subset if self.students else self.share
+    def subset(self) -> Subset | None:
+        return self.students[0].subset if self.students else self.learned_subset
 
     @property
     def member_names(self) -> list[str]:
@@ -168,15 +169,17 @@ def _ms_per_example(system: System) -> float | None:
 def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System, System]]:
     """The (system, baseline) pairs to compare; no two systems twice.
 
-    Each system with each baseline that learned from the same share of the rows, then each student
+    Each system with each baseline that learned from the same subset of the rows, then each student
     with further loss terms with its method without them. Systems that are not students count to
-    the largest share. If no baseline exists but external files do, the first of them is the
+    the largest subset. If no baseline exists but external files do, the first of them is the
     baseline. Floors are outside this family: see `compare_with_floors`.
     """
     systems = [system for system in systems if system.kind != "floor"]
-    shares = [system.subset for system in systems if system.subset is not None]
-    largest = max(shares, default=None)
-    share = {system.name: largest if system.subset is None else system.subset for system in systems}
+    subsets = [system.subset for system in systems if system.subset is not None]
+    largest = max(subsets, key=subset_rank, default=None)
+    subset = {
+        system.name: largest if system.subset is None else system.subset for system in systems
+    }
     external = [system for system in systems if system.kind == "external"]
     baselines = [
         system for name in section.baseline for system in systems if _is_named(system, name)
@@ -189,7 +192,7 @@ def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System,
 
     for baseline in baselines or external[:1]:
         for system in systems:
-            if share[system.name] == share[baseline.name] and system.name != baseline.name:
+            if subset[system.name] == subset[baseline.name] and system.name != baseline.name:
                 add(system, baseline)
     for system in systems:
         plain = _without_terms(system, systems)
@@ -206,7 +209,7 @@ def _is_named(system: System, baseline: str) -> bool:
 
 
 def _without_terms(system: System, systems: Sequence[System]) -> System | None:
-    """The system of the same method, labels and share without further loss terms, if any."""
+    """The system of the same method, labels and subset without further loss terms, if any."""
     if system.method is None or base_of(system.method) == system.method:
         return None
     for other in systems:
@@ -251,20 +254,21 @@ def compare(
 def compare_with_floors(
     systems: Sequence[System], clusters: Clusters
 ) -> dict[str, dict[str, FloorComparison]]:
-    """Each student, and external system, against the floors of its share of the train rows:
+    """Each student, and external system, against the floors of its subset of the train rows:
     system -> floor -> comparison.
 
-    p values are not corrected. Systems that are not students count to the largest share, and a
+    p values are not corrected. Systems that are not students count to the largest subset, and a
     floor that learned from no rows is compared with all.
     """
-    largest = max((system.subset for system in systems if system.subset is not None), default=None)
+    subsets = [system.subset for system in systems if system.subset is not None]
+    largest = max(subsets, key=subset_rank, default=None)
     comparisons: dict[str, dict[str, FloorComparison]] = {}
     for system in systems:
         if system.kind not in ("student", "external"):
             continue
-        share = largest if system.subset is None else system.subset
+        subset = largest if system.subset is None else system.subset
         for floor in systems:
-            if floor.kind != "floor" or floor.subset not in (None, share):
+            if floor.kind != "floor" or floor.subset not in (None, subset):
                 continue
             difference = paired_difference(system.scores, floor.scores, clusters)
             comparisons.setdefault(system.name, {})[floor.name] = FloorComparison(
@@ -356,18 +360,28 @@ def _curve_of(system: System) -> tuple[str, str]:
 
 
 def break_evens(
-    systems: Sequence[System], spent_usd: float | None, usd_per_prediction: float | None
+    systems: Sequence[System],
+    spent_usd: float | None,
+    usd_per_prediction: float | None,
+    usd_per_row: float | None = None,
 ) -> Iterator[BreakEven]:
     """For students of the teacher: after how many predictions they have saved its bill.
 
     ``spent_usd`` is the bill for the training rows, ``usd_per_prediction`` the teacher's price. A
-    student of a share of the rows is charged that share. Nothing if a price is unknown or zero.
+    student of a share of the rows is charged that share; one of so many rows per label is charged
+    ``usd_per_row`` for each. Nothing if a price is unknown or zero.
     """
     if not spent_usd or not usd_per_prediction:
         return
     for system in systems:
         if system.students and system.students[0].source is not None:
-            spent = spent_usd * system.students[0].subset
+            subset = system.students[0].subset
+            if rows_per_label(subset) is None:
+                spent = spent_usd * float(subset)
+            else:
+                spent = (usd_per_row or 0.0) * (system.training_rows or 0)
+            if not spent:
+                continue
             yield BreakEven(
                 system=system.name,
                 spent_usd=spent,

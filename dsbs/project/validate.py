@@ -27,6 +27,7 @@ from dsbs.tasks.templates import render
 from dsbs.training.distillation import check_terms
 from dsbs.training.grid import grid
 from dsbs.training.methods import method_of
+from dsbs.training.rows import check_subsets
 from dsbs.training.training_set import check_class_weights
 
 SAMPLE_SIZE = 2000  # rows of each split that are tokenized
@@ -65,6 +66,7 @@ def validate(recipe: Recipe) -> Validation:
     check_student(recipe, task)
     check_terms(recipe.train, task, grid(recipe.train), head)
     check_class_weights(recipe, task.labels)
+    check_subsets(recipe, task)
     check_floors(recipe, task)
     splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None

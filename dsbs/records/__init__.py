@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dsbs.records.subsets import Subset
+
 Reason = Literal[
     "unparsed",  # the answer anchor is missing, or what follows it cannot be read
     "empty",  # no text, no rationale, or nothing after the anchor
@@ -209,8 +211,8 @@ class TrainedStudent(_Record):
     """The trained parameters: LoRA's adapters, or all. None: not recorded."""
     fingerprint: str
     """Hash of everything that decides the weights."""
-    subset: float = 1.0
-    """The share of the train rows."""
+    subset: Subset = 1.0
+    """The train rows: a share of them, or rows per label."""
     settings: str = ""
     """Hash of the recipe's settings: ``Recipe.training_of``."""
     tuned: dict[str, Any] = {}

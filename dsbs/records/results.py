@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsbs.errors import UserError
+from dsbs.records.subsets import Subset
 
 SCHEMA = "dsbs.results/4"
 _READABLE = ("dsbs.results/3", SCHEMA)  # 3 has no floors
@@ -226,8 +227,8 @@ class SystemResult(_Record):
     """The floor, as ``eval.floors`` names it."""
     labels: str | None = None
     """Whose labels a student or a floor learned: gold or teacher."""
-    subset: float | None = None
-    """Share of the training rows; None: it learned from none."""
+    subset: Subset | None = None
+    """The training rows: a share of them, or rows per label. None: it learned from none."""
     training_rows: int | None = None
     seeds: list[int] = []
     accuracy: float

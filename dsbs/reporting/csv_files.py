@@ -14,6 +14,7 @@ from typing import Any
 
 from dsbs.files import atomic_write
 from dsbs.records.results import Interval, Latency, Measure, Measurement, SystemResult
+from dsbs.records.subsets import subset_rank
 from dsbs.records.summary import is_reliable
 from dsbs.reporting.compression import by_original
 from dsbs.reporting.runs import EvaluatedRun, run_titles
@@ -156,8 +157,8 @@ def _curve_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
     ]
 
 
-def _curve_key(system: SystemResult) -> tuple[str, str, float]:
-    return system.method or system.floor or "", system.labels or "", system.subset or 0.0
+def _curve_key(system: SystemResult) -> tuple[str, str, tuple[bool, float]]:
+    return system.method or system.floor or "", system.labels or "", subset_rank(system.subset)
 
 
 def _metric_rows(runs: TitledRuns) -> list[dict[str, Cell]]:

@@ -17,6 +17,7 @@ from dsbs.files import read_jsonl
 from dsbs.formatting import ABSENT
 from dsbs.records import Prediction
 from dsbs.records.results import Compressed, Results, SystemResult
+from dsbs.records.subsets import Subset, subset_rank
 from dsbs.run_folder import (
     TRAINING_RECORD,
     RunFolder,
@@ -156,8 +157,8 @@ def prefixed(sentence: str, run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> 
 
 
 def series_title(system: SystemResult) -> str:
-    """The name that a method's students, or a floor, have at every share of the data; other systems
-    keep their name.
+    """The name that a method's students, or a floor, have at every subset of the rows; other
+    systems keep their name.
     """
     if system.floor is not None:
         return system.floor
@@ -167,14 +168,14 @@ def series_title(system: SystemResult) -> str:
 
 
 def full_data_systems(systems: Sequence[SystemResult]) -> list[SystemResult]:
-    """The teacher, external systems, and each method's students, and floors, of the largest share
-    of rows.
+    """The teacher, external systems, and each method's students, and floors, of the largest
+    subset of rows.
     """
-    largest: dict[str, float] = {}
+    largest: dict[str, Subset] = {}
     for system in systems:
         if system.subset is not None:
             title = series_title(system)
-            largest[title] = max(system.subset, largest.get(title, 0.0))
+            largest[title] = max(system.subset, largest.get(title, system.subset), key=subset_rank)
     return [
         system
         for system in systems

@@ -8,15 +8,15 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import Recipe
+from dsbs.config import LabelSource, Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
-from dsbs.records import Example
+from dsbs.records import Annotation, Example
 from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of, fold
 from dsbs.tasks.tables import source_rows
 
@@ -88,16 +88,22 @@ def position(row_id: str, purpose: str) -> float:
 
 
 def subset_order(ids: Sequence[str]) -> list[int]:
-    """Indices of train rows by a hash of their ids: a share of the rows is the first so many."""
+    """Indices of train rows by a hash of their ids: a subset is the first so many."""
     return sorted(range(len(ids)), key=lambda i: position(ids[i], "subset"))
 
 
-def share_indices(order: Sequence[int], share: float) -> list[int]:
-    """The indices of a share's rows, ascending, from their ``subset_order``.
-
-    The rows of a smaller share are among those of a larger one.
+def labels_by_row(
+    rows: Sequence[Example], annotations: Callable[[], Mapping[str, Annotation]]
+) -> tuple[LabelSource, dict[str, str]]:
+    """Whose labels count rows per label, and the labels by id: the gold ones or, where no row has
+    one, the teacher's of the accepted ``annotations``.
     """
-    return sorted(order[: max(1, round(share * len(order)))])
+    gold = {row.id: row.label for row in rows if row.label is not None}
+    if gold:
+        return "gold", gold
+    by_id = annotations()
+    accepted = (by_id[row.id] for row in rows if row.id in by_id and by_id[row.id].accepted)
+    return "teacher", {row.id: row.own_label for row in accepted if row.own_label}
 
 
 def validation_rows(rows: Iterable[Example], limit: int | None) -> list[Example]:

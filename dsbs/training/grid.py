@@ -23,6 +23,7 @@ from dsbs.config import LabelSource, TrainSection
 from dsbs.files import write_json
 from dsbs.formatting import setting_text
 from dsbs.records import TrainedStudent
+from dsbs.records.subsets import Subset, subset_rank, subset_suffix
 from dsbs.run_folder import TRAINING_RECORD, RunFolder, training_record
 from dsbs.training.methods import method_of
 
@@ -48,8 +49,8 @@ class StudentSpec:
     seed: int
     section: TrainSection
     """Its training settings, tuned ones included."""
-    subset: float = 1.0
-    """Its share of the train rows."""
+    subset: Subset = 1.0
+    """The train rows that it learns from."""
     learns_votes: bool = False
     """Whether a term of its method has its targets from the annotations."""
     alias: str | None = None
@@ -73,8 +74,7 @@ class StudentSpec:
     @property
     def system(self) -> str:
         """The common name of the students of all seeds."""
-        share = "" if self.subset == 1 else f"-n{self.subset:g}"
-        return f"{self.method}-{self.labels}{share}"
+        return f"{self.method}-{self.labels}{subset_suffix(self.subset)}"
 
     @property
     def name(self) -> str:
@@ -106,7 +106,7 @@ def grid(train: TrainSection) -> list[StudentSpec]:
     return [
         StudentSpec(name, labels, seed, train, subset, learns_votes=_learns_votes(train, name))
         for seed in train.seeds
-        for subset in sorted(train.subset, reverse=True)
+        for subset in sorted(train.subset, key=subset_rank, reverse=True)
         for name in train.methods
         for labels in method_of(name).labels or train.labels
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from dsbs.config import LabelSource, Recipe, SelectSection
 from dsbs.errors import UserError
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation, Example, Sample
+from dsbs.records.subsets import Subset, rows_per_label, subset_indices, subset_text
 from dsbs.run_folder import RunFolder
 from dsbs.students.card import Target, head_of
 from dsbs.students.formats import compose_target
 from dsbs.tasks import CHOICE_SEPARATOR, Task
 from dsbs.tasks.data import (
     is_held_out,
+    labels_by_row,
     load,
     position,
-    share_indices,
     subset_order,
     validation_rows,
 )
@@ -90,14 +91,16 @@ class Data:
     """Labels and rationales of all accepted annotations of train rows, selected or not."""
     max_per_label: int | None = None
     """``train.select.max_per_label``: annotations that a student learns from, per label."""
+    labels: list[str | None] = field(default_factory=list)
+    """Each train row's label, by which a subset has so many rows per label."""
 
-    def subset(self, share: float) -> list[Row]:
-        """The rows of a share, in their own order; a smaller share's are among a larger one's.
+    def subset(self, subset: Subset) -> list[Row]:
+        """A subset's rows, in their own order; a smaller subset's are among a larger one's.
 
         Annotations beyond ``max_per_label`` are left out: those rows keep their gold label. The
         annotations of a smaller maximum are among those of a larger one.
         """
-        rows = [self.train[i] for i in share_indices(self.order, share)]
+        rows = [self.train[i] for i in subset_indices(self.order, subset, self.labels)]
         if self.max_per_label is None:
             return rows
         counts: Counter[str] = Counter()
@@ -155,8 +158,18 @@ def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) 
         for text in (annotation.own_label, annotation.rationale)
         if text
     ]
-    order = subset_order([row.id for row in rows])
-    data = Data(rows, valid, valid_labels, fields, order, teacher_texts, section.max_per_label)
+    trainable = [example for example in examples if example.id in ids]
+    _, labels = labels_by_row(trainable, lambda: annotations)
+    data = Data(
+        train=rows,
+        valid=valid,
+        valid_labels=valid_labels,
+        fields=fields,
+        order=subset_order([row.id for row in rows]),
+        teacher_texts=teacher_texts,
+        max_per_label=section.max_per_label,
+        labels=[labels.get(row.id) for row in rows],
+    )
     for spec in specs:
         _check_targets(data, spec)
     return data
@@ -193,7 +206,7 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
     rows = data.subset(spec.subset)
     kind = "train row"
     if spec.subset != 1:
-        kind = f"row of train.subset {spec.subset:g} ({len(rows)} rows)"
+        kind = f"row of train.subset {subset_text(spec.subset)} ({len(rows)} rows)"
     check = "check the annotations' reject_reason"
     if not any(row.label(spec.labels) for row in rows):
         hint = f"{check} and train.select"
@@ -217,6 +230,38 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
             "vote",
             hint=f"{check} and provenance (a hinted answer does not vote), and train.select",
         )
+
+
+def check_subsets(recipe: Recipe, task: Task) -> None:
+    """Raises UserError where ``train.subset`` counts rows per label and labels are free text."""
+    if task.labels is not None:
+        return
+    for subset in recipe.train.subset:
+        if rows_per_label(subset) is not None:
+            raise UserError(
+                f"train.subset: {subset} needs a closed set of labels, and {task.name} has none",
+                hint="use shares of the train rows, such as 0.25",
+            )
+
+
+def few_rows_warnings(recipe: Recipe, task: Task, data: Data) -> list[str]:
+    """A warning for each subset for which some labels have too few train rows."""
+    warnings = []
+    counts = Counter(data.labels)
+    for subset in recipe.train.subset:
+        number = rows_per_label(subset)
+        if number is None:
+            continue
+        few = [
+            f"{label} ({counts[label]})" for label in task.labels or () if counts[label] < number
+        ]
+        if few:
+            listed = ", ".join(few[:5]) + (", …" if len(few) > 5 else "")
+            warnings.append(
+                f"train.subset: {subset} takes all rows of the {len(few)} labels that have fewer: "
+                f"{listed}"
+            )
+    return warnings
 
 
 def count_trainable(recipe: Recipe, task: Task) -> int:

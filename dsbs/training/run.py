@@ -12,6 +12,7 @@ from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.progress import NoProgress, Progress
 from dsbs.records import TrainedStudent
+from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students.card import check_student, head_of, input_limit
 from dsbs.students.formats import new_input_format
@@ -25,7 +26,15 @@ from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
 from dsbs.training.grid import StudentSpec, Trial, Tuner, grid, trial_specs
 from dsbs.training.methods import method_of, views_of
-from dsbs.training.rows import Data, count_rationales, count_trainable, gather, vocabulary_text
+from dsbs.training.rows import (
+    Data,
+    check_subsets,
+    count_rationales,
+    count_trainable,
+    few_rows_warnings,
+    gather,
+    vocabulary_text,
+)
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
 from dsbs.training.training_set import check_class_weights
@@ -67,6 +76,7 @@ def train(
     check_student(recipe, task)
     check_terms(recipe.train, task, specs, head_of(recipe.student, recipe.train.init))
     check_class_weights(recipe, task.labels)
+    check_subsets(recipe, task)
     data = gather(recipe, task, run, specs)
     if recipe.report.trackers:
         from dsbs.training.callbacks import check_trackers
@@ -133,7 +143,8 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     written = labels.union(task.labels or ())
     if head == "labels":
         written = set()
-    warnings = vocabulary_warnings(recipe.student, tokenizer, written, texts)
+    warnings = few_rows_warnings(recipe, task, data)
+    warnings += vocabulary_warnings(recipe.student, tokenizer, written, texts)
     encoder = Encoder(
         tokens,
         input_limit(recipe.student, recipe.train.init),
@@ -141,7 +152,7 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
         task.labels or () if head == "labels" else (),
         scores_choices=head == "labels" and task.has_choices,
     )
-    rows = data.subset(max(recipe.train.subset))
+    rows = data.subset(max(recipe.train.subset, key=subset_rank))
     systems = dict.fromkeys((spec.method, spec.labels) for spec in specs)
     for method, source in systems:
         encoded = encoder.rows(rows, views_of(method, recipe.train, head), source)
@@ -163,28 +174,31 @@ def planned(
     check_student(recipe, task)
     check_terms(recipe.train, task, specs, head_of(recipe.student, recipe.train.init))
     check_class_weights(recipe, task.labels)
+    check_subsets(recipe, task)
     data: Data | int = count_trainable(recipe, task)
     if annotated:
         data = gather(recipe, task, run_folder.path, specs)
     plan = []
     for teacher_recipe, spec in planned_teachers(recipe, specs):
-        entry = _plan(teacher_recipe, spec, data, folder)
+        entry = _plan(teacher_recipe, task, spec, data, folder)
         plan.append(entry | {"name": spec.title})
     for spec in specs:
-        entry = _plan(recipe, spec, data, folder)
+        entry = _plan(recipe, task, spec, data, folder)
         if spec.seed == recipe.train.seeds[0]:
             entry["trials"] = len(trial_specs(spec))
         plan.append(entry)
     return plan
 
 
-def _plan(recipe: Recipe, spec: StudentSpec, data: Data | int, folder: Path) -> dict[str, Any]:
+def _plan(
+    recipe: Recipe, task: Task, spec: StudentSpec, data: Data | int, folder: Path
+) -> dict[str, Any]:
     """``data``: the rows, or their number where they are not annotated yet."""
     settings = recipe.training_of(spec.method)
     rationales = None
     valid = None
     if isinstance(data, int):
-        rows = max(1, round(spec.subset * data))
+        rows = _most_rows(spec.subset, data, task)
     else:
         rows = sum(bool(row.label(spec.labels)) for row in data.subset(spec.subset))
         rationales = count_rationales(data, spec)
@@ -198,6 +212,14 @@ def _plan(recipe: Recipe, spec: StudentSpec, data: Data | int, folder: Path) -> 
         "steps": _most_steps(recipe, rows),
         "done": _is_done(settings, spec.path(folder) / TRAINING_RECORD),
     }
+
+
+def _most_rows(subset: Subset, rows: int, task: Task) -> int:
+    """The rows of a subset of ``rows`` rows at most."""
+    number = rows_per_label(subset)
+    if number is None:
+        return max(1, round(float(subset) * rows))
+    return min(rows, number * len(task.labels or ()))
 
 
 def _most_steps(recipe: Recipe, rows: int) -> int:

@@ -58,13 +58,13 @@ _OTHER_DASHES = (
 
 
 def curve_points(results: Results) -> Curve:
-    """The students of each series by training rows; {} if none has two shares of the rows."""
+    """The students of each series by training rows; {} if none has two subsets of the rows."""
     curves: Curve = {}
     for system in results.systems:
         if system.kind == "student" and system.training_rows:
             curves.setdefault(series_title(system), []).append(system)
-    shares = [len({system.training_rows for system in curve}) for curve in curves.values()]
-    if max(shares, default=0) < 2:
+    sizes = [len({system.training_rows for system in curve}) for curve in curves.values()]
+    if max(sizes, default=0) < 2:
         return {}
     return {
         title: sorted(curve, key=lambda system: system.training_rows or 0)
@@ -129,7 +129,7 @@ def _other_series(results: Results) -> Curve:
 
 
 def _draw_other(axes: Any, systems: list[SystemResult], style: Style) -> Any:
-    """A line without markers through floors of several shares, else a level; its legend entry."""
+    """A line without markers through floors of several subsets, else a level; its legend entry."""
     rows = [system.training_rows for system in systems]
     if len(systems) < 2 or not all(rows):
         return draw_level(axes, systems[-1], style)
@@ -217,7 +217,7 @@ def _draw_break_even(name: str, suffix: str, run: EvaluatedRun, styles: dict[str
 
 
 def _bills(run: EvaluatedRun) -> list[tuple[BreakEven, list[str]]]:
-    """The bills for the largest share of rows, the headline's first, each with its systems."""
+    """The bills for the largest subset of rows, the headline's first, each with its systems."""
     systems = {system.name for system in full_data_systems(run.results.systems)}
     bills: dict[float, tuple[BreakEven, list[str]]] = {}
     headline = run.results.headline
@@ -295,7 +295,7 @@ def _draw_training(
         canvas.legend(entries)
         caption = (
             "Means over seeds, up to the step that all of them reached; faint lines are single "
-            "seeds. Students of the largest share of the rows. Label and rationale losses are of "
+            "seeds. Students of the largest subset of the rows. Label and rationale losses are of "
             "different texts."
         )
         if set(drawn) - set(_LOSSES):

@@ -105,7 +105,7 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         accuracy_axis(axes, accuracy_label(runs))
         canvas.legend(entries)
         caption = (
-            "Students of the largest share of the rows; bars are 95% confidence intervals over "
+            "Students of the largest subset of the rows; bars are 95% confidence intervals over "
             "test rows. Students of one size are drawn side by side. Gray lines are floors."
         )
         return [canvas.finish("Accuracy against parameters", caption)]
@@ -162,7 +162,7 @@ def speed_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         caption = (
             "The time of a student's label, one row at a time: the marker is the median, the bar "
             "to the right ends at the 95th percentile; vertical bars are 95% confidence intervals "
-            "of the accuracy. Students of the largest share of the rows; those with nearly equal "
+            "of the accuracy. Students of the largest subset of the rows; those with nearly equal "
             "times are drawn side by side. The teacher's time is not measured."
         )
         return [canvas.finish("Accuracy against time", caption)]
