@@ -130,8 +130,10 @@ def agreement_threshold(confidence: Floats, differs: Bools, risk: float, level: 
     allowed = most_events(n, risk, level)
     holding = candidates[events[candidates] <= allowed]
     if not len(holding):
-        strictest = int(events[candidates[0]]) if len(candidates) else 0
-        return Choice(None, None, _rows_needed(strictest / n, risk, level))
+        strictest = 0.0
+        if len(candidates) and allowed >= 0:
+            strictest = int(events[candidates[0]]) / n
+        return Choice(None, None, _rows_needed(strictest, risk, level))
     last = holding[-1]
     # Where every readable answer of these rows may count, so may a less sure one.
     threshold = 0.0 if last == candidates[-1] else float(ordered[last])
@@ -166,9 +168,11 @@ def accuracy_threshold(rows: CascadeRows, risk: float, level: float) -> Choice:
     teacher_wrong = ~rows.teacher_correct
     change = teacher_wrong.astype(np.int64) - ~rows.correct  # where the student answers
     wrong = teacher_wrong.sum() - _sums_above(rows.confidence, change)
-    last = _last_before_failure(wrong <= most_events(n, risk, level))
+    allowed = most_events(n, risk, level)
+    last = _last_before_failure(wrong <= allowed)
     if last is None:
-        return Choice(None, None, _rows_needed(float(teacher_wrong.mean()), risk, level))
+        share = float(teacher_wrong.mean()) if allowed >= 0 else 0.0
+        return Choice(None, None, _rows_needed(share, risk, level))
     return Choice(float(GRID[last]), upper_bound(int(wrong[last]), n, level))
 
 

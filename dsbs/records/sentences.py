@@ -165,7 +165,7 @@ def _missing_rows(cascade: Cascade) -> str:
         return "More rows would not help: its surest answers are wrong too often."
     if cascade.rows_needed <= cascade.rows:
         return "More rows may help."
-    return f"About {cascade.rows_needed:,} would be needed."
+    return f"It would take about {cascade.rows_needed:,} rows, or more."
 
 
 # --- tables of text

@@ -90,7 +90,7 @@ def test_a_cascade_from_the_recipe_to_the_report(
     systems = {system.name: system for system in results.systems}
     orders = [systems[name].selective for name in ("sorted", "constant")]
     assert orders[0] is not None and orders[1] is not None
-    assert orders[0].measures["e_aurc"].value < 1e-9 < orders[1].measures["e_aurc"].value
+    assert orders[0].measures["e_aurc"].value < 0.1 * orders[1].measures["e_aurc"].value
     assert systems["teacher"].selective is None
 
     sentence = headline(results)
@@ -135,7 +135,7 @@ def test_calibration_on_validation_rows_leaves_all_test_rows(
     assert cascade.threshold is None and cascade.rows_needed == 149
     assert cascade.coverage.value == 0.0 and cascade.agreement.value == 1.0
     assert "None of the teacher's requests" in headline(results)
-    assert "About 149 would be needed." in " ".join(headline_details(results))
+    assert "about 149 rows, or more" in " ".join(headline_details(results))
 
 
 def test_a_cascade_needs_the_teachers_answers(toy: Callable[..., Path], tmp_path: Path) -> None:
