@@ -28,8 +28,11 @@ from dsbs.tasks.data import load, position, validation_rows
 _POINTS = 40  # of a curve
 
 
-def check_cascade(recipe: Recipe, run: RunFolder) -> None:
-    """Raises UserError where ``eval.cascade`` lacks the teacher's answers, or test rows."""
+def check_cascade(recipe: Recipe, run: RunFolder | None = None) -> None:
+    """Raises UserError where ``eval.cascade`` lacks the teacher's answers, or calibration rows.
+
+    ``run`` None: before anything is annotated.
+    """
     section = recipe.eval.cascade
     if section is None:
         return
@@ -38,12 +41,20 @@ def check_cascade(recipe: Recipe, run: RunFolder) -> None:
         raise UserError(
             f"eval.cascade needs test rows, and eval.split is {split}", hint="set eval.split: test"
         )
-    if recipe.teacher.kind == "human" or not run.annotations(split).is_file():
+    is_annotated = split in recipe.annotate.splits and recipe.teacher.kind != "human"
+    if not is_annotated or (run is not None and not run.annotations(split).is_file()):
         raise UserError(
             f"eval.cascade needs the teacher's answers on the {split} rows",
             hint=f"name {split} in annotate.splits and run `dsbs annotate`, or remove eval.cascade",
         )
     if section.calibration == "valid":
+        if recipe.task.data.valid is not None and "valid" not in recipe.annotate.splits:
+            raise UserError(
+                "eval.cascade.calibration: valid needs the teacher's answers on the validation "
+                "rows",
+                hint="name valid in annotate.splits, or use a share of the test rows, e.g. "
+                "calibration: 0.5",
+            )
         calibration_examples(recipe, make_task(recipe.task))
 
 

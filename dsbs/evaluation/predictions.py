@@ -85,13 +85,16 @@ def predict_student(
     scores_labels = options.score_labels and card.writes_label_alone
     if scores_labels:
         decoding.append("score-labels")
+    has_distribution = scores_labels or card.head == "labels"
     calibration = read_calibration(student.path)
-    if calibration is not None and (scores_labels or card.head == "labels"):
+    if calibration is not None and has_distribution:
         decoding.append(f"temperature={calibration.temperature:g}")
     fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
     if fits_or_take_back(path, fingerprint):
         return path
     progress.say(f"predict {options.split}: {student.name}")
+    if calibration is None and has_distribution:
+        progress.say(f"{student.name} is not calibrated: its probabilities are of temperature 1")
     model = Student.load(student.path) if load is None else load()
     inputs = [row.input for row in rows]
     # The first batch includes the start-up of the runtime; it is not part of any row's latency.
