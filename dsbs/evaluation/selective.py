@@ -21,7 +21,14 @@ from dsbs.evaluation.bootstrap import (
 from dsbs.evaluation.calibration import distributions
 from dsbs.evaluation.metrics import Scored
 from dsbs.records.results import Measure, Selective
-from dsbs.students.calibration import ConfidenceKind, areas, confidence_of, confidences, tie_groups
+from dsbs.students.calibration import (
+    ConfidenceKind,
+    areas,
+    confidence_of,
+    confidences,
+    rationale_agreement,
+    tie_groups,
+)
 from dsbs.tasks import Task
 
 COVERAGES = (0.5, 0.7, 0.8, 0.9)
@@ -32,21 +39,26 @@ _DRAWS = 10_000_000  # rows in all resamples together, which take about a second
 
 
 def kind_of_answers(file: Scored, kind: ConfidenceKind) -> ConfidenceKind:
-    """The kind of confidence that the answers have: without distributions, their probability."""
-    has_all = all(prediction.distribution is not None for prediction in file.predictions)
+    """The kind of confidence that the answers have; without what it needs, their probability."""
+    needed = "rationale" if kind == "views" else "distribution"
+    has_all = all(getattr(prediction, needed) is not None for prediction in file.predictions)
     return kind if has_all else "probability"
 
 
 def confidence_values(file: Scored, task: Task, kind: ConfidenceKind) -> Floats | None:
     """The confidence of each answer, (rows,); None where that of a readable answer is unknown."""
-    if kind != "probability" and task.labels is not None:
+    if kind in ("margin", "entropy") and task.labels is not None:
         shares = distributions(file, task.labels)
         if shares is not None:
             is_readable = np.array([label is not None for label in file.labels])
             return np.where(is_readable, confidences(kind, shares), UNREADABLE)
     values = []
-    for prediction, label in zip(file.predictions, file.labels, strict=True):
-        value = confidence_of(kind, prediction.probability, prediction.distribution)
+    for row, prediction, label in zip(file.rows, file.predictions, file.labels, strict=True):
+        agreement = None
+        if kind == "views" and label is not None:
+            rationale = prediction.rationale or ""
+            agreement = rationale_agreement(label, rationale, task, row.input)
+        value = confidence_of(kind, prediction.probability, prediction.distribution, agreement)
         if label is None:
             value = UNREADABLE
         if value is None:

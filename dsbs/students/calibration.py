@@ -19,13 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.records.results import Bin
+from dsbs.tasks import Fields, Task, concluded_label
 
 CALIBRATION = "calibration.json"
 THRESHOLD = "threshold.json"
 # probability: of the likeliest label; margin: the difference to the second; entropy: 1 minus the
-# entropy divided by that of equally likely labels.
-ConfidenceKind = Literal["probability", "margin", "entropy"]
-KINDS: tuple[ConfidenceKind, ...] = ("probability", "margin", "entropy")
+# entropy divided by that of equally likely labels; views: first whether the written rationale states
+# the same label, then the probability.
+ConfidenceKind = Literal["probability", "margin", "entropy", "views"]
+_OF_DISTRIBUTIONS: tuple[ConfidenceKind, ...] = ("probability", "margin", "entropy")
 NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
 
 Floats = NDArray[np.float64]
@@ -151,18 +153,33 @@ def tempered(distribution: Sequence[float], temperature: float) -> tuple[float, 
 
 
 def confidence_of(
-    kind: ConfidenceKind, probability: float | None, distribution: Mapping[str, float] | None
+    kind: ConfidenceKind,
+    probability: float | None,
+    distribution: Mapping[str, float] | None,
+    agreement: float | None = None,
 ) -> float | None:
     """The confidence of an answer, in [0, 1]; the larger, the surer.
 
-    ``probability`` is that of the answer, and all that counts without a distribution. None: it is
-    unknown.
+    ``probability`` is that of the answer, and all that counts without a distribution;
+    ``agreement`` is that of `rationale_agreement`, for the kind views. None: it is unknown.
     """
+    if kind == "views":
+        if probability is None or agreement is None:
+            return None
+        return (probability + 2 * agreement) / 3
     if distribution is None or kind == "probability":
         return probability
     if len(distribution) < 2:
         return 1.0
     return float(confidences(kind, np.array([list(distribution.values())]))[0])
+
+
+def rationale_agreement(label: str, rationale: str, task: Task, fields: Fields) -> float:
+    """1 where a rationale concludes with ``label``, 0 where it does with another one, else 0.5."""
+    concluded = concluded_label(rationale, task, fields)
+    if concluded is None:
+        return 0.5
+    return float(task.correct(concluded, label))
 
 
 def confidences(kind: ConfidenceKind, distributions: Floats) -> Floats:
@@ -182,12 +199,16 @@ def confidences(kind: ConfidenceKind, distributions: Floats) -> Floats:
 
 
 def calibrate(
-    distributions: Sequence[Sequence[float]], classes: Sequence[int], labels: str
+    distributions: Sequence[Sequence[float]],
+    classes: Sequence[int],
+    labels: str,
+    agreements: Sequence[float] | None = None,
 ) -> Calibration:
     """Fit a temperature on validation rows, and choose the kind of confidence.
 
     ``distributions`` may differ in their number of labels; ``classes`` are the right ones' indices,
-    and ``labels`` says whose they are.
+    and ``labels`` says whose they are. ``agreements``: each row's `rationale_agreement`; None: no
+    rationales were written.
     """
     shares = np.zeros((len(classes), max(map(len, distributions))))
     for row, distribution in zip(shares, distributions, strict=True):
@@ -196,14 +217,17 @@ def calibrate(
     temperature = fit_temperature(shares, gold)
     after = _tempered_rows(shares, temperature)
     is_wrong = (shares.argmax(axis=1) != gold).astype(np.float64)
-    aurc = {kind: area_under_risk(confidences(kind, after), is_wrong) for kind in KINDS}
+    aurc = {kind: area_under_risk(confidences(kind, after), is_wrong) for kind in _OF_DISTRIBUTIONS}
+    if agreements is not None:
+        both = (after.max(axis=1) + 2 * np.asarray(agreements)) / 3
+        aurc["views"] = area_under_risk(both, is_wrong)
     return Calibration(
         temperature=temperature,
         rows=len(gold),
         labels=labels,
         before=_quality(shares, gold),
         after=_quality(after, gold),
-        confidence=min(KINDS, key=lambda kind: round(aurc[kind], 9)),
+        confidence=min(aurc, key=lambda kind: round(aurc[kind], 9)),
         aurc=aurc,
     )
 

@@ -19,7 +19,15 @@ from dsbs.students.backends import (
     load_backend,
     make_backend,
 )
-from dsbs.students.calibration import Calibration, read_calibration, tempered, write_record
+from dsbs.students.calibration import (
+    Calibration,
+    ConfidenceKind,
+    confidence_of,
+    rationale_agreement,
+    read_calibration,
+    tempered,
+    write_record,
+)
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
 from dsbs.tasks import CHOICE_SEPARATOR, make_task
@@ -157,6 +165,23 @@ class Student:
             self._answer(target, *parts)
             for parts in zip(generated, explanations, rows, strict=True)
         ]
+
+    def confidence(
+        self, answer: Answer, fields: Mapping[str, Any], kind: ConfidenceKind | None = None
+    ) -> float | None:
+        """The confidence of an answer to a row's ``fields``, in [0, 1].
+
+        ``kind`` None: the one chosen on the validation rows, or the probability. The kind views
+        needs the answer's rationale. None: the label is unreadable, or the confidence unknown.
+        """
+        if answer.label is None:
+            return None
+        if kind is None:
+            kind = "probability" if self.calibration is None else self.calibration.confidence
+        agreement = None
+        if kind == "views" and answer.rationale is not None:
+            agreement = rationale_agreement(answer.label, answer.rationale, self.task, fields)
+        return confidence_of(kind, answer.probability, answer.distribution, agreement)
 
     @property
     def scores_labels(self) -> bool:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from dsbs.config import Recipe, ResolvedTrainSection
 from dsbs.records import Unread
-from dsbs.students.calibration import Calibration, calibrate
+from dsbs.students.calibration import Calibration, calibrate, rationale_agreement
 from dsbs.students.formats import split_target, start_token
 from dsbs.students.student import Student
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
-from dsbs.training.rows import Data
+from dsbs.training.rows import Data, Row
 
 _MAX_SHARE = 0.2  # of a training's time, unless train.eval_every is set
 _MAX_COUNT = 20
@@ -81,7 +81,33 @@ def calibrated(student: Student, recipe: Recipe, data: Data, view: View) -> Cali
         distributions = student.label_distributions(inputs, recipe.eval.batch_size)
     else:
         distributions = _distributions(student, recipe, data, view)
-    return calibrate(distributions, _right_classes(student, data), data.valid_labels)
+    classes = _right_classes(student, data)
+    agreements = None
+    if recipe.eval.rationales and "rationale" in student.card.prefixes:
+        agreements = _rationale_agreements(student, recipe, data, distributions)
+    return calibrate(distributions, classes, data.valid_labels, agreements)
+
+
+def _rationale_agreements(
+    student: Student, recipe: Recipe, data: Data, distributions: Sequence[tuple[float, ...]]
+) -> list[float]:
+    """Whether each valid row's rationale states the student's label."""
+    card = student.card
+    inputs = [card.prefixes["rationale"] + row.text for row in data.valid]
+    start = card.starts.get("rationale", "pad")
+    written = student.generate(inputs, card.max_target_tokens, recipe.eval.batch_size, start)
+    agreements = []
+    for row, rationale, distribution in zip(data.valid, written, distributions, strict=True):
+        label = _choices(student, row)[distribution.index(max(distribution))]
+        fields = data.fields[row.id]
+        agreements.append(rationale_agreement(label, rationale.text, student.task, fields))
+    return agreements
+
+
+def _choices(student: Student, row: Row) -> Sequence[str]:
+    """The labels that a row's distribution is over, in its order."""
+    classes = student.card.classes or student.task.labels
+    return classes or [choice for choice, _ in row.choices]
 
 
 def _choose(student: Student, recipe: Recipe, data: Data, view: View) -> tuple[float, float]:
@@ -106,12 +132,7 @@ def _distributions(
 
 def _right_classes(student: Student, data: Data) -> list[int]:
     """The index of each valid row's label in its distribution."""
-    indices = []
-    for row in data.valid:
-        classes = student.card.classes or student.task.labels
-        choices = classes or [choice for choice, _ in row.choices]
-        indices.append(choices.index(str(row.label(data.valid_labels))))
-    return indices
+    return [_choices(student, row).index(str(row.label(data.valid_labels))) for row in data.valid]
 
 
 def max_new_tokens(recipe: Recipe, view: View) -> int:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+from dsbs.config import TaskSection
 from dsbs.evaluation.selective import NAMES, risk_curve, risk_measures
 from dsbs.students.calibration import (
     area_under_risk,
@@ -18,8 +19,10 @@ from dsbs.students.calibration import (
     confidence_of,
     confidences,
     fit_temperature,
+    rationale_agreement,
     tempered,
 )
+from dsbs.tasks import make_task
 
 Floats = NDArray[np.float64]
 
@@ -143,3 +146,28 @@ def test_confidence_by_hand() -> None:
     assert confidence_of("margin", 0.5, {"a": 0.5, "b": 0.3}) == pytest.approx(0.2)
     assert confidence_of("margin", 0.7, None) == 0.7
     assert confidence_of("probability", None, None) is None
+    assert confidence_of("views", 0.9, None) is None, "without a rationale it is unknown"
+
+
+def test_views_count_before_the_probability() -> None:
+    task = make_task(TaskSection(name="esnli", data={"train": "-"}))
+    stated = {
+        1.0: "A dog is an animal. So the answer is neutral.",
+        0.5: "A dog is an animal.",
+        0.0: "A dog is an animal. So the answer is entailment.",
+    }
+    orders = []
+    for agreement, rationale in stated.items():
+        assert rationale_agreement("neutral", rationale, task, {}) == agreement
+        orders += [confidence_of("views", share, None, agreement) for share in (0.99, 0.4)]
+    assert orders == sorted(orders, key=lambda value: -(value or 0))
+
+    # Rationales that state another label exactly where the label is wrong.
+    distributions = [(0.9, 0.1)] * 10 + [(0.6, 0.4)] * 10
+    wrong = [i % 4 == 0 for i in range(20)]
+    agreements = [0.0 if is_wrong else 1.0 for is_wrong in wrong]
+    calibration = calibrate(
+        distributions, [int(is_wrong) for is_wrong in wrong], "gold", agreements
+    )
+    assert calibration.confidence == "views"
+    assert calibrate(distributions, [int(w) for w in wrong], "gold").confidence == "probability"
