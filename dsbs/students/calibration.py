@@ -24,8 +24,8 @@ from dsbs.tasks import Fields, Task, concluded_label
 CALIBRATION = "calibration.json"
 THRESHOLD = "threshold.json"
 # probability: of the likeliest label; margin: the difference to the second; entropy: 1 minus the
-# entropy divided by that of equally likely labels; views: first whether the written rationale states
-# the same label, then the probability.
+# entropy divided by that of equally likely labels; views: first whether the written rationale
+# states the same label, then the probability.
 ConfidenceKind = Literal["probability", "margin", "entropy", "views"]
 _OF_DISTRIBUTIONS: tuple[ConfidenceKind, ...] = ("probability", "margin", "entropy")
 NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
