@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsbs.evaluation.bootstrap import (
-    RESAMPLES,
     Clusters,
     Floats,
     exception_share,
@@ -36,6 +35,7 @@ NAMES = ("aurc", "e_aurc", *(f"accuracy_at_{100 * share:.0f}" for share in COVER
 UNREADABLE = -1.0  # the confidence of an answer without a label
 _POINTS = 50  # of a curve
 _DRAWS = 10_000_000  # rows in all resamples together, which take about a second
+_MAX_GROUPS = 500  # of rows of equal confidence, in a resample
 
 
 def kind_of_answers(file: Scored, kind: ConfidenceKind) -> ConfidenceKind:
@@ -97,15 +97,19 @@ def risk_measures(
     ``confidence`` and ``losses``: (rows,) for each seed; the same rows are drawn for all.
     """
     n = len(losses[0])
-    orders = [_Order(values, wrong) for values, wrong in zip(confidence, losses, strict=True)]
-    point = np.mean([order.measures(np.ones((1, n))) for order in orders], axis=0)[0]
+    pairs = list(zip(confidence, losses, strict=True))
+    all_rows = np.ones((1, n))
+    point = np.mean([_Order(*pair).measures(all_rows) for pair in pairs], axis=0)[0]
+    orders = [_Order(*pair, max_groups=_MAX_GROUPS) for pair in pairs]
+    # What joining groups changes is small, and the same in all resamples.
+    shift = point - np.mean([order.measures(all_rows) for order in orders], axis=0)[0]
     units = n if clusters is None else len(np.unique(clusters))
-    resamples = min(RESAMPLES, max(1000, _DRAWS // (n * len(orders))))
+    resamples = max(1000, min(2000, _DRAWS // n))
     drawn = []
     for weights in resampled_counts(np.ones(units, dtype=np.int64), resamples):
         row_weights = weights if clusters is None else weights[:, clusters]
         drawn.append(np.mean([order.measures(row_weights) for order in orders], axis=0))
-    values = np.concatenate(drawn)
+    values = np.concatenate(drawn) + shift
     shares = (1.0, 1.0, *COVERAGES)
     return {
         name: Measure(
@@ -125,12 +129,17 @@ def _interval(value: float, resamples: Floats, units: float) -> tuple[float, flo
 
 
 class _Order:
-    """The rows of one seed from the surest to the least sure, in groups of equal confidence."""
+    """The rows of one seed from the surest to the least sure, in groups of equal confidence.
 
-    def __init__(self, confidence: Floats, losses: Floats) -> None:
+    Where there are more than ``max_groups``, neighbors are joined.
+    """
+
+    def __init__(self, confidence: Floats, losses: Floats, max_groups: int | None = None) -> None:
         self._rows = np.argsort(-confidence, kind="stable")
         ordered = confidence[self._rows]
         self._starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+        if max_groups is not None and len(self._starts) > max_groups:
+            self._starts = self._starts[np.arange(max_groups) * len(self._starts) // max_groups]
         self._losses = losses[self._rows]
 
     def measures(self, weights: Floats) -> Floats:
