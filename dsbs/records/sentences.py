@@ -155,7 +155,7 @@ def cascade_details(results: Results) -> list[str]:
     if cascade.folds is not None:
         tested = f"tested by cross-fitting in {cascade.folds} folds"
     return [
-        f"Its threshold, a {cascade.confidence} of {cascade.threshold:.3g}, guarantees "
+        f"Its threshold ({cascade.confidence} of at least {cascade.threshold:.3g}) guarantees "
         f"{guaranteed} with {level} for requests drawn like the {rows}; it was {tested}."
     ]
 
