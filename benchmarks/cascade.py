@@ -20,6 +20,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ from dsbs.evaluation.thresholds import agreement_threshold
 from dsbs.files import read_jsonl
 from dsbs.formatting import markdown_table, percent
 from dsbs.students.calibration import confidence_of, read_calibration
+
+Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 LEVEL = 0.95
 NAIVE_PROBABILITY = 0.9
@@ -110,7 +113,8 @@ def test(rows: Rows, test_rows: NDArray[np.int64], answered: NDArray[np.bool_]) 
     return Outcome(coverage, 1 - float(differs.mean()), len(differs), agrees)
 
 
-def random_splits(n: int, number: int, share: float) -> list[tuple[NDArray[np.int64], ...]]:
+def random_splits(n: int, number: int, share: float) -> list[Split]:
+    """The calibration rows and the test rows of each split."""
     splits = []
     for seed in range(number):
         order = np.random.default_rng(seed).permutation(n)
@@ -137,9 +141,9 @@ def table_row(method: str, target: float, outcomes: list[Outcome]) -> list[str]:
         method,
         f"{below} of {len(outcomes)}",
         str(clearly),
-        f"{percent(np.mean(agreement))} ({percent(min(agreement))})",
-        f"{percent(np.mean(coverage))} ({percent(min(coverage))}–{percent(max(coverage))})",
-        percent(np.mean(answered)) if answered else "–",
+        f"{percent(mean(agreement))} ({percent(min(agreement))})",
+        f"{percent(mean(coverage))} ({percent(min(coverage))}–{percent(max(coverage))})",
+        percent(mean(answered)) if answered else "–",
     ]
 
 

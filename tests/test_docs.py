@@ -247,6 +247,9 @@ def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
             Latency,
             LabelEfficiency,
             BreakEven,
+            Selective,
+            Cascade,
+            CascadePoint,
         )
     }
     assert {name: sorted(fields) for name, fields in documented.items()} == {
