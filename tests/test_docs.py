@@ -28,12 +28,15 @@ from dsbs.records import Annotation, Prediction
 from dsbs.records.results import (
     Bin,
     BreakEven,
+    Cascade,
+    CascadePoint,
     Comparison,
     FloorComparison,
     LabelEfficiency,
     Latency,
     Measure,
     Results,
+    Selective,
     SystemResult,
 )
 
