@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from dsbs.config import NamedStudentSection, StudentSection, StudentTrainSection
 from dsbs.config.schema import descriptions, section_of, sections
 from dsbs.config.sections import Section, as_tuple
 from dsbs.config.terms import TermSettings
@@ -56,7 +57,11 @@ def page() -> str:
         blocks.append(f"{level} {title}\n")
         if path and section.__doc__:
             blocks.append(f"{escape(inspect.cleandoc(section.__doc__))}\n")
-        blocks.append(table(path, section))
+        if section is StudentTrainSection:
+            keys = ", ".join(f"`{name}`" for name in section.model_fields)
+            blocks.append(f"Its keys are those of [`train`](#train) with these names: {keys}.\n")
+        else:
+            blocks.append(table(path, section))
     return "\n".join(blocks)
 
 
@@ -65,7 +70,7 @@ def table(path: str, section: type[BaseModel]) -> str:
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     texts = descriptions(section)
     for name, field in section.model_fields.items():
-        if is_inherited_term_key(section, name):
+        if is_inherited_term_key(section, name) or is_of_one_student(section, name):
             continue
         key = f"{path}.{name}".removeprefix(".")
         inner = section_of(field.annotation)
@@ -82,11 +87,18 @@ def is_inherited_term_key(section: type[BaseModel], name: str) -> bool:
     return is_kind and name in TermSettings.model_fields
 
 
+def is_of_one_student(section: type[BaseModel], name: str) -> bool:
+    """Whether a key of a named student is one of `student`, which documents it."""
+    return section is NamedStudentSection and name in StudentSection.model_fields
+
+
 def type_of(field: FieldInfo, inner: type[Section] | None, key: str) -> str:
     """The type of a key: a link for a section."""
     if inner is None:
         return type_name(field.annotation, field.metadata)
     text = f"[section](#{anchor(key)})"
+    if key == "student":
+        text += f", or mapping of names to [sections](#{anchor('student.NAME')})"
     if "rationale_weight" in key:
         text = f"number ≥ 0 or `balanced` or {text}"
     if key.startswith("train.tune."):

@@ -269,10 +269,13 @@ def print_train_result(result: TrainResult) -> None:
 
 
 def print_results(results: Results) -> None:
+    from dsbs.records.sentences import student_sentences
     from dsbs.records.summary import headline, headline_details, results_table
 
     print_smoke_warning(results.reportable)
     headings, rows = results_table(results)
     print_table(headings, rows, title=f"{results.split}, {count(results.n, 'row')}", numeric=True)
     print(" ".join([headline(results), *headline_details(results)]))
+    for sentence in student_sentences(results):
+        print(sentence)
     print(f"results: {Path(results.run) / 'eval' / 'results.json'}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from dsbs.cli.common import Json, Overrides, RecipePath, indent, load, print_json
 from dsbs.formatting import count, percent
 
@@ -21,11 +23,13 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
         labels = ", ".join(f"{label} {count}" for label, count in split.get("labels", {}).items())
         counts = f"{name}: {count(split['rows'], 'row')}, {split['with_gold']} with gold"
         print(f"{counts} ({labels})" if labels else counts)
-        for texts in ("inputs", "targets"):
-            if split[texts]:
-                figures = split[texts]
+        lengths = split.get("students", {"": split})
+        for student, texts in itertools.product(lengths, ("inputs", "targets")):
+            figures = lengths[student][texts]
+            if figures:
+                title = f"{student}, {texts}".removeprefix(", ")
                 print(
-                    f"  {texts}: median {figures['median']} tokens, longest {figures['longest']}; "
+                    f"  {title}: median {figures['median']} tokens, longest {figures['longest']}; "
                     f"{percent(figures['truncated'])} truncated, "
                     f"{100 * figures['unknown']:.2f}% unknown tokens"
                 )

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import LabelSource, Recipe, ResolvedTrainSection, base_of
+from dsbs.config import LabelSource, ResolvedTrainSection, StudentRecipe, base_of
 from dsbs.config.load import read_recorded
 from dsbs.errors import UserError
 from dsbs.evaluation.latency import time_models, timing_budget
@@ -51,7 +51,7 @@ class SourceStudent:
     """The trained student of a chain, and the student that its next step starts from."""
 
     run: RunFolder
-    recipe: Recipe
+    recipe: StudentRecipe
     student: TrainedStudent
     start: Path  # the folder that the next step starts from
     chain: tuple[str, ...]  # the steps up to ``start``
@@ -82,9 +82,11 @@ def find_source(student: str | Path) -> SourceStudent:
                 hint=f"compress {trained.path} itself: its chains are then made again",
             )
         fingerprint = fingerprint_of(folder) or ""
-        return SourceStudent(run, _read_recipe(run), trained, folder, record.chain, fingerprint)
+        return SourceStudent(
+            run, _read_recipe(run, trained), trained, folder, record.chain, fingerprint
+        )
     trained = read_student(folder)
-    return SourceStudent(run, _read_recipe(run), trained, folder, (), trained.fingerprint)
+    return SourceStudent(run, _read_recipe(run, trained), trained, folder, (), trained.fingerprint)
 
 
 def fingerprint_of(folder: Path) -> str | None:
@@ -95,14 +97,20 @@ def fingerprint_of(folder: Path) -> str | None:
         return None
 
 
-def _read_recipe(run: RunFolder) -> Recipe:
+def _read_recipe(run: RunFolder, student: TrainedStudent) -> StudentRecipe:
     recipe = read_recorded(run.manifest("train"))
     if recipe is None:
         raise UserError(
             f"{run.path}/train/manifest.json has no recipe that this version can read",
             hint="run `dsbs train` with its recipe again",
         )
-    return recipe
+    try:
+        return recipe.students[student.student]
+    except KeyError:
+        raise UserError(
+            f"{student.name} is of a student that {run.path}/train/manifest.json does not have",
+            hint="run `dsbs train` with its recipe again",
+        ) from None
 
 
 class FineTuneData:
@@ -128,7 +136,9 @@ class FineTuneData:
             }
         )
         labels: LabelSource = "teacher" if student.labels == "teacher" else "gold"
-        self.spec = StudentSpec(method, labels, student.seed, self.section, student.subset)
+        self.spec = StudentSpec(
+            method, labels, student.seed, self.section, student.subset, student=student.student
+        )
         card = read_card(student.path)
         self.views: tuple[View, ...] = views_of(method, self.section, card.head)
         self._classes = card.classes
@@ -141,7 +151,7 @@ class FineTuneData:
             )
 
     @cached_property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> StudentRecipe:
         return self._source.recipe.model_copy(update={"train": self.section})
 
     @cached_property
@@ -236,7 +246,9 @@ class FineTuneData:
 class Evaluator:
     """Measures students on the valid rows, by which the original's best step was chosen."""
 
-    def __init__(self, recipe: Recipe, original: Path, data: Data, progress: Progress) -> None:
+    def __init__(
+        self, recipe: StudentRecipe, original: Path, data: Data, progress: Progress
+    ) -> None:
         self._recipe = recipe
         self._original_path = original
         self._progress = progress

@@ -13,10 +13,11 @@ from dsbs.config.recipe import (
     EvalSection,
     Recipe,
     ReportSection,
-    StudentSection,
+    StudentRecipe,
     TaskSection,
 )
 from dsbs.config.sections import LabelSource, Section, unknown
+from dsbs.config.student import NamedStudentSection, StudentSection
 from dsbs.config.teacher import (
     AnnotateSection,
     EndpointSection,
@@ -29,6 +30,7 @@ from dsbs.config.train import (
     LoraSection,
     ResolvedTrainSection,
     SelectSection,
+    StudentTrainSection,
     TrainSection,
 )
 
@@ -43,13 +45,16 @@ __all__ = [
     "LocalTeacherSection",
     "LoraSection",
     "MemberSection",
+    "NamedStudentSection",
     "PriceSection",
     "Recipe",
     "ReportSection",
     "ResolvedTrainSection",
     "Section",
     "SelectSection",
+    "StudentRecipe",
     "StudentSection",
+    "StudentTrainSection",
     "TaskSection",
     "TeacherSection",
     "TermSettings",

@@ -13,11 +13,14 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from dsbs.config.recipe import Recipe
 from dsbs.config.registry import TERMS, entry
 from dsbs.config.schema import section_of
 from dsbs.config.sections import Section
+from dsbs.config.student import ONE, SEVERAL, NamedStudentSection, StudentSection
+from dsbs.config.train import RESOLVED, TrainSection
 from dsbs.errors import UserError
 from dsbs.files import find_file
 
@@ -241,6 +244,8 @@ def _override(data: dict[Any, Any], text: str, overridden: set[KeyPath]) -> str 
 def _describe(issue: Any, file: str, located: Located, overridden: set[KeyPath]) -> str:
     """One of pydantic's errors as a sentence with its place."""
     path: KeyPath = tuple(issue["loc"])
+    if path[:1] == ("student",) and path[1:2] in ((ONE,), (SEVERAL,)):
+        path = (path[0], *path[2:])  # without the form of the section, which is not in the file
     name = dotted(path)
     location = _location(path, file, located, overridden)
     message = issue["msg"].removeprefix("Value error, ")
@@ -277,6 +282,13 @@ def _unknown_key(path: KeyPath) -> str:
     if name in REMOVED_KEYS:
         return f"{name}: {REMOVED_KEYS[name]}"
     parent, key = path[:-1], str(path[-1])
+    if path[:1] == ("student",) and parent[2:] == ("train",) and key in TrainSection.model_fields:
+        return (
+            f"{name}: all students share this setting, so that they are compared fairly; it "
+            f"belongs to train"
+        )
+    if path == ("student", "train"):
+        return f"{name}: only students with names have settings of their own; use train"
     keys: list[str] = []
     section = _section_at(parent)
     if section is not None:
@@ -295,8 +307,11 @@ def _unknown_key(path: KeyPath) -> str:
 def _section_at(path: KeyPath) -> type[Section] | None:
     """The section at a path of the recipe; None for a loss term, which depends on its kind."""
     section: type[Section] | None = Recipe
-    for key in path:
+    for position, key in enumerate(path):
         if section is None or isinstance(key, int):
+            continue
+        if position == 1 and path[0] == "student" and key not in section.model_fields:
+            section = NamedStudentSection  # the key is a name
             continue
         section = section_of(section.model_fields[key].annotation)
     if section is not None and "kind" in section.model_fields and path[:2] == ("train", "terms"):
@@ -318,8 +333,9 @@ def _keys(section: type[Section], path: KeyPath) -> Iterator[tuple[str, str]]:
     """Every key below ``path``, with its dotted path."""
     for name, info in section.model_fields.items():
         yield name, dotted((*path, name))
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            yield from _keys(info.annotation, (*path, name))
+        inner = _section_in(info)
+        if inner is not None:
+            yield from _keys(inner, (*path, name))
 
 
 def _sections_with(key: str, section: type[Section], path: KeyPath) -> Iterator[str]:
@@ -327,8 +343,15 @@ def _sections_with(key: str, section: type[Section], path: KeyPath) -> Iterator[
     if path and key in section.model_fields:
         yield dotted(path)
     for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            yield from _sections_with(key, info.annotation, (*path, name))
+        inner = _section_in(info)
+        if inner is not None:
+            yield from _sections_with(key, inner, (*path, name))
+
+
+def _section_in(field: FieldInfo) -> type[Section] | None:
+    """The section under a key that always has one."""
+    inner = section_of(field.annotation)
+    return inner if inner in (field.annotation, StudentSection) else None
 
 
 # --- recipes that manifests and results record
@@ -339,9 +362,15 @@ def resolved_values(recipe: Recipe) -> dict[str, Any]:
     in.
     """
     values = recipe.model_dump(mode="json")
-    values["train"] = recipe.resolved_train.model_dump(mode="json")
-    if recipe.train.counts_epochs:  # each student's rows decide its steps
-        values["train"]["max_steps"] = None
+    for name, student in recipe.students.items():
+        train = student.resolved_train.model_dump(mode="json")
+        if student.train.counts_epochs:  # each student's rows decide its steps
+            train["max_steps"] = None
+        if name is None:
+            values["train"] = train
+        else:
+            settings = values["student"][name]["train"]
+            settings |= {key: train[key] for key in train if key in settings or key in RESOLVED}
     if values["teacher"]["endpoints"]:
         del values["teacher"]["base_url"]
     return values

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from dsbs.evaluation.bootstrap import Floats
 from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
-from dsbs.records.results import Bin, Measure
+from dsbs.records.measures import Measure
+from dsbs.records.results import Bin
 from dsbs.students.calibration import binned, calibration_error
 
 _SMALLEST = 1e-12  # a probability that counts in the log loss

@@ -13,12 +13,13 @@ from dsbs.config import CascadeSection, Recipe
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Floats
 from dsbs.evaluation.metrics import Scored
-from dsbs.evaluation.selective import confidence_values, kind_of_answers
+from dsbs.evaluation.selective import confidence_values, kinds_of
 from dsbs.evaluation.systems import System
 from dsbs.evaluation.thresholds import Bools, CascadeRows, Fitted, fit_and_test, fit_on
 from dsbs.formatting import count
 from dsbs.records import Example, TrainedStudent
-from dsbs.records.results import Cascade, CascadePoint, Measure, wilson
+from dsbs.records.measures import Cascade, CascadePoint, Measure
+from dsbs.records.results import wilson
 from dsbs.run_folder import RunFolder
 from dsbs.students.calibration import ConfidenceKind, Threshold, read_calibration, write_record
 from dsbs.students.card import CARD, read_card
@@ -149,10 +150,11 @@ def cascades(
     for system in systems:
         if system is teacher:
             continue
+        kinds = kinds_of(system.files, system.confidence_kinds)
         for number in _best_first(system):
             name = system.member_names[number]
             file = system.files[number]
-            kind = kind_of_answers(file, system.confidence_kinds[number])
+            kind = kinds[number]
             answers = Answers(file, labels)
             rows = answers.rows(task, kind)
             if rows is None or not len(rows):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsbs.config import LabelSource, Recipe
+from dsbs.config import LabelSource, Recipe, StudentRecipe
 from dsbs.config.registry import FLOORS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.metrics import score
@@ -65,7 +65,7 @@ class FloorAnswer:
 class FloorInputs:
     """What a floor answers, and the labeled rows that it learns from and is tuned on."""
 
-    recipe: Recipe
+    recipe: StudentRecipe
     task: Task
     rows: Sequence[Example]
     only_field: str | None = None
@@ -99,7 +99,9 @@ class Floor:
     """Whether it can be limited to one input field: ``tfidf-hypothesis``."""
     needs_labels: bool = False
     """Whether it needs a closed set of labels."""
-    missing: Callable[[Recipe], str | None] = lambda _recipe: None
+    asks_student: bool = False
+    """Whether it asks the student's model, so that there is one for each student."""
+    missing: Callable[[StudentRecipe], str | None] = lambda _recipe: None
     """Why a recipe's student does not have it. None: it does."""
     identity: Callable[[FloorInputs], str]
     """Everything that decides the answers, except the rows to answer."""
@@ -169,12 +171,10 @@ def floor_systems(
     systems = []
     for name in _floor_names(recipe, task, labeled, subsets):
         floor, limited_to = floor_of(name)
-        inputs = FloorInputs(recipe, task, rows, limited_to)
-        reason = floor.missing(recipe)
-        for subset in subsets if floor.learns else [None]:
-            system = System(
-                _system_name(name, subset), "floor", [], floor=name, learned_subset=subset
-            )
+        for student, subset in _variants(floor, recipe, subsets):
+            inputs = FloorInputs(student, task, rows, limited_to)
+            reason = floor.missing(student)
+            system = _new_system(name, floor, student, subset)
             if subset is not None:
                 system.training_rows = training_rows.get(subset)
             if subset is not None and labeled is not None:
@@ -198,8 +198,24 @@ def floor_systems(
     return systems
 
 
-def _system_name(name: str, subset: Subset | None) -> str:
-    return name if subset is None else name + subset_suffix(subset)
+def _variants(
+    floor: Floor, recipe: Recipe, subsets: Sequence[Subset]
+) -> list[tuple[StudentRecipe, Subset | None]]:
+    """The students that a floor asks, or the subsets of the train rows that it learns from."""
+    students = list(recipe.students.values())
+    if floor.asks_student:
+        return [(student, None) for student in students]
+    if floor.learns:
+        return [(students[0], subset) for subset in subsets]
+    return [(students[0], None)]
+
+
+def _new_system(name: str, floor: Floor, student: StudentRecipe, subset: Subset | None) -> System:
+    title = name if subset is None else name + subset_suffix(subset)
+    start_of = student.student_name if floor.asks_student else None
+    if start_of is not None:
+        title = f"{start_of}-{title}"
+    return System(title, "floor", [], floor=name, learned_subset=subset, start_of=start_of)
 
 
 def _floor_names(

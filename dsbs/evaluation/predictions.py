@@ -39,13 +39,14 @@ def loader(student: TrainedStudent) -> StudentLoader:
 def best_student(
     recipe: Recipe, out: str | Path | None = None, *, needs_rationales: bool = False
 ) -> str:
-    """The folder of the run's student with the highest validation accuracy.
+    """The folder of the run's student with the highest validation accuracy, of any of the recipe's
+    students.
 
     With ``needs_rationales`` only methods that learn rationales count. Raises UserError if there is
     no such student.
     """
     run = RunFolder.of(recipe, out)
-    students = run.students()
+    students = [student for student in run.students() if student.student in recipe.students]
     if needs_rationales:
         students = [
             student

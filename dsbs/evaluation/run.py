@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsbs.config import Recipe, base_of
@@ -34,16 +34,18 @@ from dsbs.evaluation.systems import (
     clusters_of,
     compare,
     compare_with_floors,
+    first_baselines,
     label_efficiencies,
     pairs,
     score_system,
+    student_pairs,
     teacher_bill,
 )
 from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source, source_fingerprint
 from dsbs.records import Example, TrainedStudent
-from dsbs.records.results import Latency, Results
+from dsbs.records.results import Comparison, Latency, Results
 from dsbs.records.subsets import Subset, subset_rank
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
@@ -115,7 +117,8 @@ def _compare(
     for system in systems:
         for name, scored in zip(system.member_names, system.files, strict=True):
             update_marks(run, name, scored, task)
-    teacher = next((system for system in systems if system.kind == "teacher"), None)
+    teachers = [system for system in systems if system.kind == "teacher"]
+    teacher = next(iter(teachers), None)
     references: dict[str, str | None] = {}
     if teacher is not None:
         references = {p.id: p.rationale for p in teacher.files[0].predictions}
@@ -124,7 +127,8 @@ def _compare(
         for system in systems
     ]
     chosen = pairs(systems, recipe.eval)
-    comparisons = compare(chosen, clusters)
+    across = student_pairs(systems)
+    comparisons = compare([*chosen, *across], clusters)
     with_floors = compare_with_floors(systems, clusters)
     baseline = chosen[0][1] if chosen else None
     spent_usd, usd_per_row = teacher_bill(run.manifest("annotate"), "train")
@@ -146,14 +150,15 @@ def _compare(
         systems=[
             system.model_copy(
                 update={
-                    "versus": comparisons.get(system.name, {}),
+                    "versus": _among(chosen, comparisons, system.name),
+                    "versus_students": _among(across, comparisons, system.name),
                     "versus_floors": with_floors.get(system.name, {}),
                 }
             )
             for system in scored_systems
         ],
         label_efficiency=label_efficiencies(
-            systems, [system for system in (baseline, teacher) if system is not None], clusters
+            systems, [*first_baselines(chosen), *teachers], clusters
         ),
         break_even=list(break_evens(systems, spent_usd, usd_per_prediction, usd_per_row)),
     )
@@ -196,11 +201,22 @@ def _calibration_answers(
     return answers
 
 
+def _among(
+    chosen: Sequence[tuple[System, System]],
+    comparisons: Mapping[str, Mapping[str, Comparison]],
+    name: str,
+) -> dict[str, Comparison]:
+    """A system's comparisons of these pairs."""
+    names = [other.name for system, other in chosen if system.name == name]
+    return {other: comparisons[name][other] for other in names}
+
+
 def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
     """The system that the recipe is about; None if it does not exist.
 
     Of the students, the largest subset of the first method that is not a baseline, or of the last
-    baseline if all are. Without students, the first external system that is not a baseline.
+    baseline if all are; of several students, the first in the recipe. Without students, the first
+    external system that is not a baseline.
     """
     baselines = recipe.eval.baseline
     if any(system.students for system in systems):
@@ -248,16 +264,23 @@ def _student_systems(
     progress: Progress,
     score_only: bool,
 ) -> list[System]:
-    """The students of each method, labels and subset; baselines and larger subsets first."""
+    """The students of each method, labels and subset: in the order of the recipe's students,
+    baselines and larger subsets first.
+    """
     groups: dict[str, list[TrainedStudent]] = {}
     for student in sorted(students, key=lambda student: student.seed):
         groups.setdefault(student.system, []).append(student)
     baselines = list(recipe.eval.baseline)
     largest = max((student.subset for student in students), key=subset_rank, default=1.0)
 
-    def place(name: str) -> int:
-        method = groups[name][0].method
-        return baselines.index(method) if method in baselines else len(baselines)
+    order = list(recipe.students)
+
+    def place(name: str) -> tuple[int, int]:
+        first = groups[name][0]
+        position = len(baselines)
+        if first.method in baselines:
+            position = baselines.index(first.method)
+        return order.index(first.student), position
 
     names = sorted(groups)
     names.sort(key=lambda name: subset_rank(groups[name][0].subset), reverse=True)
@@ -280,9 +303,10 @@ def _student_systems(
                 files,
                 students=members,
                 training_rows=_training_rows(members)[first.subset],
+                settings_tried=_settings_tried(first),
                 megabytes=_megabytes(first),
                 latency=latency,
-                chosen_kinds=[_confidence_kind(student) for student in members],
+                confidence_kinds=[_confidence_kind(student) for student in members],
             )
         )
     return systems
@@ -330,6 +354,13 @@ def _megabytes(student: TrainedStudent) -> float | None:
         return None
 
 
+def _settings_tried(student: TrainedStudent) -> int | None:
+    """The trials of one of several students; None for the only one."""
+    if student.student is None:
+        return None
+    return len(training_record(Path(student.path)).get("trials", ()))
+
+
 def _training_rows(students: Sequence[TrainedStudent]) -> dict[Subset, int | None]:
     """The number of train rows in each subset, by the first of its students that recorded it."""
     counts: dict[Subset, int | None] = {}
@@ -350,10 +381,12 @@ def _students_of_recipe(recipe: Recipe, task: Task, run: RunFolder) -> list[Trai
     other settings or annotations than the recipe's.
     """
     train = recipe.train
+    recipes = recipe.students
     students = [
         student
         for student in run.students()
-        if student.method in train.methods
+        if student.student in recipes
+        and student.method in train.methods
         and student.seed in train.seeds
         and student.subset in train.subset
         and _has_wanted_labels(recipe, student)
@@ -368,7 +401,7 @@ def _students_of_recipe(recipe: Recipe, task: Task, run: RunFolder) -> list[Trai
     outdated = [
         student.name
         for student in students
-        if student.settings != recipe.training_of(student.method)
+        if student.settings != recipes[student.student].training_of(student.method)
         or student.source not in (None, source)
     ]
     if outdated:
@@ -387,8 +420,14 @@ def _has_wanted_labels(recipe: Recipe, student: TrainedStudent) -> bool:
 
 
 def missing_students(recipe: Recipe, students: Sequence[TrainedStudent]) -> list[str]:
-    """Students of seeds that the recipe asks for, of methods that other seeds exist of."""
+    """Students of seeds that the recipe asks for, of methods that other seeds exist of; and named
+    students of which none is trained.
+    """
     names = {student.name for student in students}
     systems = sorted({student.system for student in students})
     expected = [f"{system}-s{seed}" for system in systems for seed in recipe.train.seeds]
-    return [name for name in expected if name not in names]
+    untrained = set(recipe.students) - {student.student for student in students}
+    unfinished = [
+        f"any of {name}" for name in recipe.students if name is not None and name in untrained
+    ]
+    return [name for name in expected if name not in names] + unfinished

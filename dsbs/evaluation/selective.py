@@ -19,7 +19,7 @@ from dsbs.evaluation.bootstrap import (
 )
 from dsbs.evaluation.calibration import distributions
 from dsbs.evaluation.metrics import Scored
-from dsbs.records.results import Measure, Selective
+from dsbs.records.measures import Measure, Selective
 from dsbs.students.calibration import (
     ConfidenceKind,
     areas,
@@ -38,11 +38,16 @@ _DRAWS = 10_000_000  # rows in all resamples together, which take about a second
 _MAX_GROUPS = 500  # of rows of equal confidence, in a resample
 
 
-def kind_of_answers(file: Scored, kind: ConfidenceKind) -> ConfidenceKind:
-    """The kind of confidence that the answers have; without what it needs, their probability."""
-    needed = "rationale" if kind == "views" else "distribution"
-    has_all = all(getattr(prediction, needed) is not None for prediction in file.predictions)
-    return kind if has_all else "probability"
+def kinds_of(files: Sequence[Scored], chosen: Sequence[ConfidenceKind]) -> list[ConfidenceKind]:
+    """The kind of confidence of each file: the chosen one, if any, where its answers have it, else
+    their probability.
+    """
+    kinds: list[ConfidenceKind] = []
+    for file, kind in zip(files, chosen or ["probability"] * len(files), strict=True):
+        needed = "rationale" if kind == "views" else "distribution"
+        has_all = all(getattr(prediction, needed) is not None for prediction in file.predictions)
+        kinds.append(kind if has_all else "probability")
+    return kinds
 
 
 def confidence_values(file: Scored, task: Task, kind: ConfidenceKind) -> Floats | None:
@@ -70,11 +75,14 @@ def confidence_values(file: Scored, task: Task, kind: ConfidenceKind) -> Floats 
 def selective(
     files: Sequence[Scored],
     task: Task,
-    kinds: Sequence[ConfidenceKind],
+    chosen: Sequence[ConfidenceKind] = (),
     clusters: Clusters = None,
 ) -> Selective | None:
-    """Selective prediction with one file per seed; None where a confidence is unknown."""
-    kinds = [kind_of_answers(file, kind) for file, kind in zip(files, kinds, strict=True)]
+    """Selective prediction with one file per seed; None where a confidence is unknown.
+
+    ``chosen`` are the kinds of confidence chosen on valid, if any.
+    """
+    kinds = kinds_of(files, chosen)
     values = []
     for file, kind in zip(files, kinds, strict=True):
         confidence = confidence_values(file, task, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,17 +46,23 @@ class System:
     floor: str | None = None  # as the recipe names it
     learned_subset: Subset | None = None  # of the train rows, for a floor that learns
     labels: str | None = None  # whose labels such a floor learned
+    start_of: str | None = None  # the named student whose model a floor asks before training
     training_rows: int | None = None
+    settings_tried: int | None = None  # by tuning, of one of several students
     megabytes: float | None = None
     latency: list[Latency] = field(default_factory=list)
     usd_per_prediction: float | None = None
-    chosen_kinds: list[ConfidenceKind] = field(default_factory=list)  # of confidence, by file
-    row_values: dict[str, RowValues] = field(default_factory=dict)
-    """Of the metrics by which systems are compared, beside accuracy."""
+    confidence_kinds: list[ConfidenceKind] = field(default_factory=list)  # chosen on valid
+    row_values: dict[str, RowValues] = field(default_factory=dict)  # of metrics that compare
 
     @property
     def method(self) -> str | None:
         return self.students[0].method if self.students else None
+
+    @property
+    def student(self) -> str | None:
+        """The name of its student in the recipe, if it has one."""
+        return self.students[0].student if self.students else self.start_of
 
     @property
     def subset(self) -> Subset | None:
@@ -65,11 +72,6 @@ class System:
     def member_names(self) -> list[str]:
         """The names of the prediction files."""
         return [student.name for student in self.students] or [self.name]
-
-    @property
-    def confidence_kinds(self) -> list[ConfidenceKind]:
-        """The kind of confidence of each file; the probability where none was chosen."""
-        return self.chosen_kinds or ["probability"] * len(self.files)
 
     @property
     def scores(self) -> Scores:
@@ -108,10 +110,7 @@ def score_system(
     clusters: Clusters,
     teacher_rationales: Mapping[str, str | None] | None = None,
 ) -> SystemResult:
-    """Compute all metrics of a system, and set its ``row_values``.
-
-    ``teacher_rationales`` as in `SystemPredictions`.
-    """
+    """Compute all metrics of a system, as `SystemPredictions` has it, and set ``row_values``."""
     predictions = SystemPredictions(task, system.files, clusters, teacher_rationales)
     measures = measure(predictions)
     system.row_values = measures.compared
@@ -120,6 +119,7 @@ def score_system(
     result = SystemResult(
         name=system.name,
         kind=system.kind,
+        student=system.student,
         floor=system.floor,
         labels=system.labels,
         subset=system.subset,
@@ -149,6 +149,7 @@ def score_system(
         "seeds": [student.seed for student in system.students],
         "parameters": first.parameters,
         "train_s": round(train_s, 1),
+        "settings_tried": system.settings_tried,
     }
     return result.model_copy(update=student_facts)
 
@@ -169,10 +170,12 @@ def _ms_per_example(system: System) -> float | None:
 def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System, System]]:
     """The (system, baseline) pairs to compare; no two systems twice.
 
-    Each system with each baseline that learned from the same subset of the rows, then each student
-    with further loss terms with its method without them. Systems that are not students count to
-    the largest subset. If no baseline exists but external files do, the first of them is the
-    baseline. Floors are outside this family: see `compare_with_floors`.
+    Each system with each baseline that learned from the same subset of the rows and, of several
+    students, belongs to the same one; then each student with further loss terms with its method
+    without them. Systems that are not students count to the largest subset and to every student.
+    If no baseline exists but external files do, the first of them is the baseline. Students are
+    compared with one another by `student_pairs`. Floors are outside this family: see
+    `compare_with_floors`.
     """
     systems = [system for system in systems if system.kind != "floor"]
     subsets = [system.subset for system in systems if system.subset is not None]
@@ -192,13 +195,42 @@ def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System,
 
     for baseline in baselines or external[:1]:
         for system in systems:
-            if subset[system.name] == subset[baseline.name] and system.name != baseline.name:
+            is_same = subset[system.name] == subset[baseline.name] and system.name != baseline.name
+            if is_same and _are_of_one_student(system, baseline):
                 add(system, baseline)
     for system in systems:
         plain = _without_terms(system, systems)
         if plain is not None:
             add(system, plain)
     return chosen
+
+
+def _are_of_one_student(system: System, other: System) -> bool:
+    """Whether two systems do not belong to different students."""
+    return not system.students or not other.students or system.student == other.student
+
+
+def student_pairs(systems: Sequence[System]) -> list[tuple[System, System]]:
+    """Pairs of different students by the same method, from the same labels and the largest subset
+    of the rows; the one that the recipe names first comes first.
+    """
+    candidates = [system for system in systems if system.students]
+    largest = max((system.subset for system in candidates), key=subset_rank, default=None)
+    candidates = [system for system in candidates if system.subset == largest]
+    return [
+        (first, second)
+        for first, second in itertools.combinations(candidates, 2)
+        if first.student != second.student
+        and (first.method, first.students[0].labels) == (second.method, second.students[0].labels)
+    ]
+
+
+def first_baselines(chosen: Sequence[tuple[System, System]]) -> list[System]:
+    """The first baseline of each student in pairs of systems and baselines."""
+    baselines: dict[str | None, System] = {}
+    for _, baseline in chosen:
+        baselines.setdefault(baseline.student, baseline)
+    return list(baselines.values())
 
 
 def _is_named(system: System, baseline: str) -> bool:
@@ -213,6 +245,8 @@ def _without_terms(system: System, systems: Sequence[System]) -> System | None:
     if system.method is None or base_of(system.method) == system.method:
         return None
     for other in systems:
+        if other.student != system.student:
+            continue
         is_plain = other.method == base_of(system.method) and other.subset == system.subset
         if is_plain and other.students[0].labels == system.students[0].labels:
             return other
@@ -270,6 +304,8 @@ def compare_with_floors(
         for floor in systems:
             if floor.kind != "floor" or floor.subset not in (None, subset):
                 continue
+            if floor.student not in (None, system.student):
+                continue
             difference = paired_difference(system.scores, floor.scores, clusters)
             comparisons.setdefault(system.name, {})[floor.name] = FloorComparison(
                 delta=difference.delta,
@@ -324,24 +360,28 @@ def label_efficiencies(
 ) -> list[LabelEfficiency]:
     """For each learning curve, the training rows that it takes to match each target.
 
-    A curve is a method's students on two or more shares of the training rows.
+    A curve is a method's students on two or more shares of the training rows. Of several students,
+    each is compared with its own systems.
     """
-    curves: dict[tuple[str, str], list[tuple[int, Scores]]] = {}
+    curves: dict[tuple[str | None, str, str], list[tuple[int, Scores]]] = {}
     for system in systems:
         if system.students and system.training_rows is not None:
             curves.setdefault(_curve_of(system), []).append((system.training_rows, system.scores))
     efficiencies = []
-    for (method, labels), points in curves.items():
+    for (student, method, labels), points in curves.items():
         sizes = sorted({rows for rows, _ in points})
         if len(sizes) < 2:
             continue
         points.sort(key=lambda point: point[0])
         for target in targets:
-            if target.students and _curve_of(target) == (method, labels):
+            if target.students and _curve_of(target) == (student, method, labels):
+                continue
+            if target.students and target.student != student:
                 continue
             rows, ci95 = label_efficiency(points, target.scores, clusters)
             efficiencies.append(
                 LabelEfficiency(
+                    student=student,
                     method=method,
                     labels=labels,
                     system=target.name,
@@ -355,8 +395,9 @@ def label_efficiencies(
     return efficiencies
 
 
-def _curve_of(system: System) -> tuple[str, str]:
-    return system.students[0].method, system.students[0].labels
+def _curve_of(system: System) -> tuple[str | None, str, str]:
+    first = system.students[0]
+    return first.student, first.method, first.labels
 
 
 def break_evens(

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from dsbs.config.diff import differences, entries
 from dsbs.config.load import load_recipe, read_recorded, recorded, resolved_values
 from dsbs.errors import UserError
-from dsbs.records.results import Comparison, Interval
+from dsbs.records.measures import Interval
+from dsbs.records.results import Comparison
 from dsbs.run_folder import MANIFEST, STAGES, TRAINING_RECORD, RunFolder, training_record
 from dsbs.training.grid import grid
 
@@ -186,11 +187,12 @@ def _students(
     recipe = read_recorded(manifest)
     if recipe is None:
         return len(list(run.stage("train").glob(f"*/{TRAINING_RECORD}"))), None
-    specs = grid(recipe.train)
     finished = [
-        _settings(run.student(spec.name)) == recipe.training_of(spec.method) for spec in specs
+        _settings(run.student(spec.name)) == student.training_of(spec.method)
+        for name, student in recipe.students.items()
+        for spec in grid(student.train, name)
     ]
-    return sum(finished), len(specs)
+    return sum(finished), len(finished)
 
 
 def _other_models(run: RunFolder) -> dict[str, int]:

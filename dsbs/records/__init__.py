@@ -214,7 +214,7 @@ class TrainedStudent(_Record):
     subset: Subset = 1.0
     """The train rows: a share of them, or rows per label."""
     settings: str = ""
-    """Hash of the recipe's settings: ``Recipe.training_of``."""
+    """Hash of the recipe's settings: ``StudentRecipe.training_of``."""
     tuned: dict[str, Any] = {}
     """The settings that train.tune chose."""
     source: str | None = None
@@ -223,6 +223,8 @@ class TrainedStudent(_Record):
     """False: trained on limited data."""
     cost: TrainingCost | None = None
     """None: trained before costs were recorded."""
+    student: str | None = Field(None, exclude_if=_is_none)
+    """The name of its section in the recipe. None: it is the only one."""
 
     @property
     def system(self) -> str:

@@ -13,13 +13,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsbs.errors import UserError
+from dsbs.records.measures import Cascade, Interval, Measure, ResultRecord, Selective
 from dsbs.records.subsets import Subset
 
-SCHEMA = "dsbs.results/4"
-_READABLE = ("dsbs.results/3", SCHEMA)  # 3 has no floors
+SCHEMA = "dsbs.results/5"
+_READABLE = ("dsbs.results/3", "dsbs.results/4", SCHEMA)  # 3: no floors; 4: a single student
 BATCH_SIZES = (1, 64)  # that a student is timed with
 
-Interval = tuple[float, float]
 SystemKind = Literal["teacher", "student", "external", "floor"]
 
 
@@ -44,27 +44,15 @@ def wilson(correct: int, n: int) -> Rate | None:
     )
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        populate_by_name=True,
-        use_attribute_docstrings=True,
-    )
+def _is_none(value: object) -> bool:
+    return value is None
 
 
-class Measure(_Record):
-    """One metric of a system, on the rows for which it is defined."""
-
-    value: float
-    ci95: Interval | None = None
-    """None: not a mean over rows, and not resampled."""
-    n: int
-    """Rows."""
+def _is_empty(value: object) -> bool:
+    return not value
 
 
-class GradedComparison(_Record):
+class GradedComparison(ResultRecord):
     """A comparison by a metric that grades rows instead of calling them right or wrong."""
 
     delta: float
@@ -78,7 +66,7 @@ class GradedComparison(_Record):
     n: int
 
 
-class Comparison(_Record):
+class Comparison(ResultRecord):
     """A system against another one on the same rows."""
 
     delta: float
@@ -99,7 +87,7 @@ class Comparison(_Record):
     """By metric."""
 
 
-class FloorComparison(_Record):
+class FloorComparison(ResultRecord):
     """A student against a floor on the same rows, outside Holm's family of comparisons."""
 
     delta: float
@@ -118,7 +106,7 @@ class FloorComparison(_Record):
         return self.ci95[0] > 0
 
 
-class Bin(_Record):
+class Bin(ResultRecord):
     """Predictions with a probability in (low, high]: their mean probability and accuracy."""
 
     low: float
@@ -128,83 +116,7 @@ class Bin(_Record):
     accuracy: float
 
 
-class Selective(_Record):
-    """Selective prediction: what a system is worth on the answers that it is surest of."""
-
-    confidence: list[str]
-    """Its kind, or those of several seeds: probability, margin or entropy."""
-    measures: dict[str, Measure]
-    """aurc, the area under the risk-coverage curve; e_aurc, its excess over that of the best order
-    of the same answers; accuracy_at_50, _70, _80 and _90, on these percentages of the rows."""
-    curve: list[tuple[float, float]]
-    """(coverage, share of wrong answers among those covered), averaged over seeds."""
-
-
-class CascadePoint(_Record):
-    """A cascade on the test rows at one threshold."""
-
-    coverage: float
-    agreement: float
-    accuracy: float
-    usd_per_1000: float | None = None
-
-
-class Cascade(_Record):
-    """A student in front of its teacher: the threshold, and what it showed on test rows."""
-
-    system: str
-    student: str
-    """The name of its prediction file."""
-    confidence: str
-    """The kind of confidence."""
-    threshold: float | None
-    """The student answers where its confidence is at least this. None: no threshold holds, and the
-    teacher answers everything."""
-    of: Literal["agreement", "accuracy"]
-    target: float | None
-    margin: float | None = None
-    """Of accuracy, in place of a target: the largest acceptable loss against the teacher alone."""
-    level: float
-    """Of the bound."""
-    bound: float | None
-    """The agreement or accuracy, at least, or with a margin the loss, at most, that the calibration
-    rows guarantee at this level."""
-    source: str
-    """The split that the calibration rows are from."""
-    rows: int
-    """Calibration rows."""
-    folds: int | None = None
-    """Cross-fitting: the threshold is chosen on all rows, and each row is tested with that of the
-    other folds. None: calibration and test rows differ."""
-    rows_needed: int | None = None
-    """Where no threshold holds: so many calibration rows might do. None: more rows do not help."""
-    n: int
-    """Test rows."""
-    left_out: int = 0
-    """Rows without a readable label of the teacher, which are neither."""
-    coverage: Measure
-    """The share of the test rows that the student answers."""
-    agreement: Measure
-    """The share that it does not answer otherwise than its teacher."""
-    accuracy: Measure
-    """Of the cascade."""
-    teacher_accuracy: Measure
-    student_accuracy: Measure
-    """Of the student alone."""
-    usd_per_1000: float | None = None
-    """Of the teacher, for 1,000 requests of the cascade."""
-    teacher_usd_per_1000: float | None = None
-    ms_per_request: float | None = None
-    """Mean time: the student's for every request, and the teacher's for those that it answers."""
-    teacher_ms: float | None = None
-    """Mean time of a reply."""
-    break_even: int | None = None
-    """Requests after which the teacher's bill for the training rows is recovered."""
-    curve: list[CascadePoint] = []
-    """From the strictest threshold to the loosest."""
-
-
-class Latency(_Record):
+class Latency(ResultRecord):
     """Wall time of a call with ``batch_size`` rows that predicts labels, over ``calls`` calls."""
 
     batch_size: int
@@ -214,13 +126,15 @@ class Latency(_Record):
     device: str
 
 
-class SystemResult(_Record):
+class SystemResult(ResultRecord):
     """One system: the teacher, the students of one method over their seeds, a floor, or an external
     file.
     """
 
     name: str
     kind: SystemKind
+    student: str | None = Field(None, exclude_if=_is_none)
+    """Of several students: the name in the recipe."""
     method: str | None = None
     """Of students."""
     floor: str | None = None
@@ -258,17 +172,28 @@ class SystemResult(_Record):
     """Of the teacher; None: unknown."""
     versus: dict[str, Comparison] = {}
     """By the system that it is compared with."""
+    versus_students: dict[str, Comparison] = Field({}, exclude_if=_is_empty)
+    """By the same method's system of another student, which the recipe names later."""
     versus_floors: dict[str, FloorComparison] = {}
     """Of students: by floor, of the same share of the training rows."""
+    settings_tried: int | None = Field(None, exclude_if=_is_none)
+    """Of several students: the settings that tuning tried. 0: not tuned."""
+
+    @property
+    def comparisons(self) -> dict[str, Comparison]:
+        """All of Holm's family: with other methods and files, and with other students."""
+        return self.versus | self.versus_students
 
 
-class LabelEfficiency(_Record):
+class LabelEfficiency(ResultRecord):
     """How many training rows a method needs to match another system's accuracy.
 
     Read off the method's learning curve, log-linear between its points. ``rows`` and the ends of
     ``ci95`` are None where the curve does not reach that accuracy within the rows tried.
     """
 
+    student: str | None = Field(None, exclude_if=_is_none)
+    """Of the curve, where the recipe has several."""
     method: str
     """Of the curve."""
     labels: str
@@ -284,7 +209,7 @@ class LabelEfficiency(_Record):
     """Rows of the curve's last point."""
 
 
-class BreakEven(_Record):
+class BreakEven(ResultRecord):
     """After how many predictions distilling is cheaper than calling the teacher for each."""
 
     system: str
@@ -294,10 +219,12 @@ class BreakEven(_Record):
     predictions: int
 
 
-class Results(_Record):
+class Results(ResultRecord):
     """The whole file."""
 
-    schema_: Literal["dsbs.results/3", "dsbs.results/4"] = Field("dsbs.results/4", alias="schema")
+    schema_: Literal["dsbs.results/3", "dsbs.results/4", "dsbs.results/5"] = Field(
+        "dsbs.results/5", alias="schema"
+    )
     run: str
     name: str
     """Of the recipe."""
@@ -365,7 +292,7 @@ def read_results(path: Path) -> Results:
 COMPRESSION_RECORD = "compress.json"
 
 
-class Measurement(_Record):
+class Measurement(ResultRecord):
     """Accuracy, size and latency of one student on the valid rows."""
 
     accuracy: float
@@ -384,7 +311,7 @@ class Measurement(_Record):
         return None
 
 
-class Compressed(_Record):
+class Compressed(ResultRecord):
     """One compressed student. Its folder is a student's folder like any other."""
 
     schema_: Literal["dsbs.compress/1"] = Field("dsbs.compress/1", alias="schema")

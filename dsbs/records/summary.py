@@ -24,23 +24,27 @@ from dsbs.formatting import (
 )
 from dsbs.records.results import (
     Comparison,
-    GradedComparison,
     Results,
     SystemResult,
 )
 from dsbs.records.sentences import (
+    ALPHA,
     break_even_sentence,
     cascade_answer,
     cascade_details,
     cascade_rows,
+    caveats_of,
+    comparison_sentence,
+    distance,
     floor_details,
     floor_sentences,
     floor_warnings,
+    is_reliable,
     label_efficiency_sentence,
     selective_rows,
+    student_sentences,
 )
 
-ALPHA = 0.05  # a difference is reliable where its Holm-corrected p value is below this
 TARGET_DIFFERENCE = 0.05  # the headline says how many rows would show this difference
 HEADINGS = (
     "system",
@@ -58,11 +62,6 @@ TEST_NAMES = {  # as results.json has them -> for people
     "sign-flip permutation": "exact sign-flip permutation test",
     "approximate randomization": "approximate randomization test",
 }
-
-
-def is_reliable(comparison: Comparison | GradedComparison) -> bool:
-    """Whether the difference is significant after Holm's correction."""
-    return comparison.p_holm < ALPHA
 
 
 def first_comparison(system: SystemResult) -> tuple[str | None, Comparison | None]:
@@ -129,7 +128,7 @@ def _headline(results: Results) -> list[str]:
     ci95 = signed_confidence_interval(comparison.ci95)
     if is_reliable(comparison):
         return [
-            f"{system.name} is {_distance(comparison)} accurate than {baseline} "
+            f"{system.name} is {distance(comparison)} accurate than {baseline} "
             f"on these {rows} ({ci95})."
         ]
     sentence = (
@@ -170,50 +169,17 @@ def headline_details(results: Results) -> list[str]:
     ]
     if is_reliable(comparison):
         return [*details, *floors]
-    details += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in _caveats(comparison)]
+    details += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in caveats_of(comparison)]
     return [*details, "Finding no difference does not show that there is none.", *floors]
 
 
 def system_sentences(system: SystemResult) -> list[str]:
     """A sentence for each floor and each system that this one is compared with."""
     against_others = [
-        f"{system.name}: {_comparison_sentence(baseline, comparison)}."
-        for baseline, comparison in system.versus.items()
+        f"{system.name}: {comparison_sentence(baseline, comparison)}."
+        for baseline, comparison in system.comparisons.items()
     ]
     return floor_sentences(system) + against_others
-
-
-def _comparison_sentence(baseline: str, comparison: Comparison) -> str:
-    uncertainty = f"{signed_confidence_interval(comparison.ci95)}, {p_value(comparison.p_holm)}"
-    if is_reliable(comparison):
-        return f"{_distance(comparison)} accurate than {baseline} ({uncertainty})"
-    details = "; ".join([f"{points(comparison.delta)}, {uncertainty}", *_caveats(comparison)])
-    return f"no reliable difference from {baseline} ({details})"
-
-
-def _distance(comparison: Comparison) -> str:
-    direction = "more" if comparison.delta > 0 else "less"
-    distance = points(abs(comparison.delta)).removeprefix("+")
-    return f"{distance} {direction}"
-
-
-def _caveats(comparison: Comparison) -> list[str]:
-    """Caveats of a comparison that is not significant."""
-    caveats = []
-    excludes_zero = not comparison.ci95[0] <= 0 <= comparison.ci95[1]
-    if excludes_zero and comparison.p < ALPHA:
-        caveats.append(
-            "the p value is corrected for the number of comparisons, the interval is not"
-        )
-    elif excludes_zero:
-        caveats.append("the interval and the p value rest on different approximations")
-    if comparison.minimum_detectable_effect is not None:
-        smallest = points(comparison.minimum_detectable_effect).removeprefix("+")
-        caveats.append(
-            f"with this test set, a difference below {smallest} would usually go unnoticed "
-            "(80% power)"
-        )
-    return caveats
 
 
 # --- tables
@@ -268,6 +234,7 @@ def results_markdown(results: Results) -> str:
     if details:
         lines += [markdown_paragraph(details), ""]
     lines += ["## Systems", "", *_escaped_table(*results_table(results))]
+    lines += _list_section("Students", student_sentences(results))
     lines += _comparisons_section(results)
     lines += _floors_section(results)
     lines += _graded_section(results)
@@ -302,7 +269,7 @@ def _comparisons_section(results: Results) -> list[str]:
     )
     rows = []
     for system in results.systems:
-        for baseline, comparison in system.versus.items():
+        for baseline, comparison in system.comparisons.items():
             detectable = comparison.minimum_detectable_effect
             row = [
                 system.name,
@@ -366,7 +333,7 @@ def _graded_section(results: Results) -> list[str]:
     headings = ("system", "against", "metric", "difference", "95% CI", "p", "p (Holm)", "rows")
     rows = []
     for system in results.systems:
-        for baseline, comparison in system.versus.items():
+        for baseline, comparison in system.comparisons.items():
             for metric, graded in comparison.graded.items():
                 low, high = graded.ci95
                 row = [

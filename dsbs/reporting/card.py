@@ -62,13 +62,14 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     from jinja2 import Environment, PackageLoader
 
     folder = run.folder.student(name)
-    recipe = read_recorded({"recipe": run.recipe})
+    student = read_student(folder)
+    run_recipe = read_recorded({"recipe": run.recipe})
+    recipe = None if run_recipe is None else run_recipe.students.get(student.student)
     if recipe is None:
         raise UserError(
             f"{run.folder.path}: its recipe is from another version of dsbs",
             hint="run `dsbs eval` again",
         )
-    student = read_student(folder)
     card = read_card(folder)
     base_model = recipe.train.init or recipe.student.model
     data_id = _hub_id(recipe.task.data.train)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dsbs.files import atomic_write
-from dsbs.records.results import Interval, Latency, Measure, Measurement, SystemResult
+from dsbs.records.measures import Interval, Measure
+from dsbs.records.results import Latency, Measurement, SystemResult
+from dsbs.records.sentences import is_reliable
 from dsbs.records.subsets import subset_rank
-from dsbs.records.summary import is_reliable
 from dsbs.reporting.compression import by_original
 from dsbs.reporting.runs import EvaluatedRun, run_titles
 
 Cell = str | int | float | bool | None
-TitledRuns = Iterable[tuple[str, EvaluatedRun]]
+TitledRuns = Sequence[tuple[str, EvaluatedRun]]
 # The first characters of a cell that a spreadsheet would calculate.
 _FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 _METRIC_COLUMNS = (
@@ -56,6 +57,7 @@ def write_csv_files(runs: Sequence[EvaluatedRun], folder: Path) -> list[Path]:
 
 def _system_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
     rows = []
+    is_named = _has_several_students(runs)
     for title, run in runs:
         for system in run.results.systems:
             row: dict[str, Cell] = {
@@ -65,6 +67,7 @@ def _system_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
                 "rows": run.results.n,
                 "system": system.name,
                 "kind": system.kind,
+                **({"student": system.student} if is_named else {}),
                 "method": system.method,
                 "floor": system.floor,
                 "labels": system.labels,
@@ -118,7 +121,7 @@ def _comparison_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
         }
         for title, run in runs
         for system in run.results.systems
-        for baseline, comparison in system.versus.items()
+        for baseline, comparison in system.comparisons.items()
     ]
     for title, run in runs:
         for system in run.results.systems:
@@ -141,9 +144,11 @@ def _comparison_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
 
 def _curve_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
     """All students and floors that learn; a single share of the rows makes a curve of one point."""
+    is_named = _has_several_students(runs)
     return [
         {
             "run": title,
+            **({"student": system.student} if is_named else {}),
             "method": system.method or system.floor,
             "labels": system.labels,
             "subset": system.subset,
@@ -157,8 +162,13 @@ def _curve_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
     ]
 
 
-def _curve_key(system: SystemResult) -> tuple[str, str, tuple[bool, float]]:
-    return system.method or system.floor or "", system.labels or "", subset_rank(system.subset)
+def _curve_key(system: SystemResult) -> tuple[str, str, str, tuple[bool, float]]:
+    method = system.method or system.floor or ""
+    return system.student or "", method, system.labels or "", subset_rank(system.subset)
+
+
+def _has_several_students(runs: TitledRuns) -> bool:
+    return any(system.student is not None for _, run in runs for system in run.results.systems)
 
 
 def _metric_rows(runs: TitledRuns) -> list[dict[str, Cell]]:

@@ -22,13 +22,14 @@ from dsbs.records.sentences import (
     break_even_sentence,
     floor_details,
     floor_warnings,
+    is_reliable,
     label_efficiency_sentence,
+    student_sentences,
 )
 from dsbs.records.summary import (
     headline,
     headline_comparison,
     headline_details,
-    is_reliable,
 )
 from dsbs.reporting.card import write_cards
 from dsbs.reporting.comparisons import comparison_table, floor_definitions, floor_table
@@ -160,6 +161,7 @@ def _render(
         runs=runs,
         descriptions=[(run.name, _description(run)) for run in runs],
         several=len(runs) > 1,
+        has_several_students=any(verdict(run).students for run in runs),
         smoke=[run.name for run in runs if not run.results.reportable],
         verdicts=[verdict(run) for run in runs],
         differences=recipe_differences(runs),
@@ -242,6 +244,8 @@ class Verdict:
     sentence: str
     details: str
     is_reliable: bool
+    students: list[str]
+    """Which of several students is best, and what each one's method adds."""
 
 
 def verdict(run: EvaluatedRun) -> Verdict:
@@ -258,14 +262,14 @@ def verdict(run: EvaluatedRun) -> Verdict:
                 *floor_details(system),
             ]
         )
-        return Verdict(run.name, sentence, details, is_reliable=False)
+        return Verdict(run.name, sentence, details, False, student_sentences(results))
     details = (
         f"{system.name} labels {percent(system.accuracy)} of the rows correctly, "
         f"{other.name} {percent(other.accuracy)}."
     )
     details = " ".join([details, *headline_details(results)])
     is_clear = is_reliable(system.versus[baseline]) and not floor_warnings(system)
-    return Verdict(run.name, sentence, details, is_clear)
+    return Verdict(run.name, sentence, details, is_clear, student_sentences(results))
 
 
 # Control characters and halves of surrogate pairs, which have no glyph, as escapes.

@@ -21,8 +21,9 @@ from dsbs.formatting import (
     percent_number,
     setting_text,
 )
-from dsbs.records.results import Interval, Measure, SystemResult
-from dsbs.reporting.runs import EvaluatedRun, name_among
+from dsbs.records.measures import Interval, Measure
+from dsbs.records.results import SystemResult
+from dsbs.reporting.runs import EvaluatedRun, name_among, student_groups, student_names
 
 _AXIS_STEP = 0.1  # an axis of accuracies ends at multiples of this
 
@@ -137,22 +138,46 @@ def accuracy_table(runs: Sequence[EvaluatedRun]) -> Table:
             note="outputs without a label of the task; they count as wrong",
         ),
     ]
+    if student_names(runs):
+        columns += _size_and_time()
     columns += [_metric_column(name) for name in _metric_names(systems, rationale=False)]
     groups = []
     for run in runs:
-        baseline = run.results.system(run.results.baseline)
-        reference = None if baseline is None else baseline.accuracy
-        rows = [
-            TableRow(
-                system.name,
-                cells(columns, system),
-                strong=system.name == run.results.headline,
-                bar=axis.bar(system.ci95, system.accuracy, reference),
-            )
-            for system in run.results.systems
-        ]
-        groups.append(RowGroup(name_among(run, runs), rows))
+        for title, members in student_groups(run, runs):
+            baseline = _baseline_among(run, members)
+            reference = None if baseline is None else baseline.accuracy
+            rows = [
+                TableRow(
+                    system.name,
+                    cells(columns, system),
+                    strong=system.name == run.results.headline,
+                    bar=axis.bar(system.ci95, system.accuracy, reference),
+                )
+                for system in members
+            ]
+            groups.append(RowGroup(title, rows))
     return Table(columns, groups, axis)
+
+
+def _baseline_among(run: EvaluatedRun, systems: Sequence[SystemResult]) -> SystemResult | None:
+    """The baseline of a student's systems, or of the run."""
+    names = [name for system in systems for name in system.versus]
+    baselines = [system for system in systems if system.student and system.name in names]
+    return next(iter(baselines), run.results.system(run.results.baseline))
+
+
+def _size_and_time() -> list[Column]:
+    """What students of several sizes are chosen by, beside accuracy."""
+    return [
+        Column("parameters", lambda system: optional(parameter_count, system.parameters)),
+        Column(
+            "ms, batch 1",
+            lambda system: next(
+                (milliseconds_number(x.p50_ms) for x in system.latency if x.batch_size == 1), None
+            ),
+            note="median wall time of a call with one row, label only",
+        ),
+    ]
 
 
 def cost_table(runs: Sequence[EvaluatedRun]) -> Table | None:
@@ -219,13 +244,16 @@ def system_table(columns: Sequence[Column], runs: Sequence[EvaluatedRun]) -> Tab
         return None
     groups = []
     for run in runs:
-        rows = [
-            TableRow(system.name, cells(filled, system), strong=system.name == run.results.headline)
-            for system in run.results.systems
-            if any(column.cell(system) for column in filled)
-        ]
-        if rows:
-            groups.append(RowGroup(name_among(run, runs), rows))
+        for title, systems in student_groups(run, runs):
+            rows = [
+                TableRow(
+                    system.name, cells(filled, system), strong=system.name == run.results.headline
+                )
+                for system in systems
+                if any(column.cell(system) for column in filled)
+            ]
+            if rows:
+                groups.append(RowGroup(title, rows))
     return Table(filled, groups)
 
 

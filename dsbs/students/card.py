@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dsbs.config import Recipe, StudentSection, TaskSection, base_of
+from dsbs.config import StudentRecipe, StudentSection, TaskSection, base_of
 from dsbs.errors import UserError
 from dsbs.students.weights import (
     expand_local,
@@ -212,7 +212,7 @@ def input_limit(section: StudentSection, init: str | None = None) -> int:
     return min(section.max_input_tokens, int(positions))
 
 
-def check_student(recipe: Recipe, task: Task) -> None:
+def check_student(recipe: StudentRecipe, task: Task) -> None:
     """Raises UserError for keys that do not apply to the student, and for too many tokens."""
     section = recipe.student
     source = recipe.train.init or section.source
@@ -235,7 +235,7 @@ def check_student(recipe: Recipe, task: Task) -> None:
         )
 
 
-def _check_label_head(recipe: Recipe, task: Task) -> None:
+def _check_label_head(recipe: StudentRecipe, task: Task) -> None:
     if task.labels is None and not task.has_choices:
         raise UserError(
             f"student.head: labels needs a closed set of labels, and {task.name} has none",
@@ -255,7 +255,7 @@ def _check_label_head(recipe: Recipe, task: Task) -> None:
         )
 
 
-def _check_decoder(recipe: Recipe, source: str, head: Head) -> None:
+def _check_decoder(recipe: StudentRecipe, source: str, head: Head) -> None:
     section = recipe.student
     if recipe.train.task_token == "decoder" and head == "text":
         raise UserError(

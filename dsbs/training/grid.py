@@ -62,6 +62,8 @@ class StudentSpec:
     setting: dict[str, Any] = field(default_factory=dict)
     """The tuned settings; empty where nothing is tuned."""
     trials: tuple[Trial, ...] = ()
+    student: str | None = None
+    """The name of its section in the recipe. None: it is the only one."""
     keep_zeros: bool = False
     """Whether weights that are zero at the start stay zero, as magnitude pruning needs it."""
 
@@ -74,7 +76,8 @@ class StudentSpec:
     @property
     def system(self) -> str:
         """The common name of the students of all seeds."""
-        return f"{self.method}-{self.labels}{subset_suffix(self.subset)}"
+        student = "" if self.student is None else f"{self.student}-"
+        return f"{student}{self.method}-{self.labels}{subset_suffix(self.subset)}"
 
     @property
     def name(self) -> str:
@@ -101,10 +104,21 @@ class StudentSpec:
         return next((trial for trial in self.trials if trial.setting == self.setting), None)
 
 
-def grid(train: TrainSection) -> list[StudentSpec]:
-    """Every student of a recipe: all methods of one seed and subset before the next."""
+def grid(train: TrainSection, student: str | None = None) -> list[StudentSpec]:
+    """Every student of one section: all methods of one seed and subset before the next.
+
+    ``student`` is the section's name where the recipe has several.
+    """
     return [
-        StudentSpec(name, labels, seed, train, subset, learns_votes=_learns_votes(train, name))
+        StudentSpec(
+            name,
+            labels,
+            seed,
+            train,
+            subset,
+            learns_votes=_learns_votes(train, name),
+            student=student,
+        )
         for seed in train.seeds
         for subset in sorted(train.subset, key=subset_rank, reverse=True)
         for name in train.methods

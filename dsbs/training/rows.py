@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import LabelSource, Recipe, SelectSection
+from dsbs.config import LabelSource, Recipe, SelectSection, StudentRecipe
 from dsbs.errors import UserError
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation, Example, Sample
@@ -114,7 +114,7 @@ class Data:
         return [row.without_annotation() if row.id in surplus else row for row in rows]
 
 
-def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) -> Data:
+def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[StudentSpec]) -> Data:
     """Join rows and annotations by id.
 
     Raises UserError where a student of ``specs`` lacks the labels or rationales it learns from.
@@ -176,7 +176,7 @@ def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) 
 
 
 def _valid(
-    recipe: Recipe, task: Task, run: Path, annotations: dict[str, Annotation]
+    recipe: StudentRecipe, task: Task, run: Path, annotations: dict[str, Annotation]
 ) -> tuple[list[Row], LabelSource, dict[str, dict[str, Any]]]:
     """Validation rows in the order of a hash, whose labels they have, and their inputs by id."""
     examples = load(recipe, task, "valid")
@@ -304,7 +304,9 @@ def _passes(row: Annotation, section: SelectSection, task: Task) -> bool:
     return section.provenance is None or row.provenance in section.provenance
 
 
-def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict[str, Annotation]:
+def _annotations(
+    recipe: StudentRecipe, task: Task, run: Path, *, needed: bool
+) -> dict[str, Annotation]:
     """The train annotations; where no method needs them, those that exist, for the vocabulary."""
     folder = RunFolder(run)
     if not needed and not folder.annotations("train").is_file():

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import Recipe
+from dsbs.config import Recipe, StudentRecipe
 from dsbs.errors import UserError
 from dsbs.progress import NoProgress, Progress
 from dsbs.records import TrainedStudent
 from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students.card import check_student, head_of, input_limit
+from dsbs.students.card import head_of, input_limit
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream, survey
-from dsbs.training.distillation import check_terms
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
-from dsbs.training.grid import StudentSpec, Trial, Tuner, grid, trial_specs
+from dsbs.training.grid import StudentSpec, Trial, Tuner, trial_specs
 from dsbs.training.methods import method_of, views_of
 from dsbs.training.rows import (
     Data,
@@ -37,7 +37,7 @@ from dsbs.training.rows import (
 )
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
-from dsbs.training.training_set import check_class_weights
+from dsbs.training.training_set import checked_students
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,53 +62,100 @@ class TrainResult:
 def train(
     recipe: Recipe, *, out: str | Path | None = None, progress: Progress | None = None
 ) -> TrainResult:
-    """Train every student of the recipe's grid into ``train/<method>-<labels>-s<seed>/``.
+    """Train every student of the recipe's grid into ``train/<method>-<labels>-s<seed>/``;
+    the name of a named student stands before the method.
 
     Finished students that fit the recipe and the data are kept; an interrupted one continues from
     its last checkpoint. Raises UserError where the run lacks what a method learns from.
     """
     progress = (progress if is_main_process() else None) or NoProgress()
     run_folder = RunFolder.of(recipe, out)
-    run = run_folder.path
-    folder = run_folder.stage("train")
     task = make_task(recipe.task)
-    specs = grid(recipe.train)
-    check_student(recipe, task)
-    check_terms(recipe.train, task, specs, head_of(recipe.student, recipe.train.init))
-    check_class_weights(recipe, task.labels)
+    checked = list(checked_students(recipe, task))
     check_subsets(recipe, task)
-    data = gather(recipe, task, run, specs)
+    grids = [
+        StudentGrid(student, specs, gather(student, task, run_folder.path, specs))
+        for student, specs in checked
+    ]
     if recipe.report.trackers:
         from dsbs.training.callbacks import check_trackers
 
         check_trackers(recipe)
-    _check_precision(recipe)
-    _check_processes(recipe)
+    for student_grid in grids:
+        _check_precision(student_grid.recipe)
+        _check_processes(student_grid.recipe)
     hashes: dict[str, str] = {
         split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")
     }
+    students: list[TrainedStudent] = []
+    teachers: list[TrainedStudent] = []
     with ExitStack() as stack:
         record: dict[str, Any] = {}
         if is_main_process():
             stack.enter_context(run_folder.lock("train"))
             record = stack.enter_context(run_folder.record("train", recipe, hashes))
-        vocabulary = vocabulary_text(data, task.labels or ())
+        tokens = [student_grid.tokens(run_folder, progress) for student_grid in grids]
+        if is_main_process():
+            warnings = few_rows_warnings(recipe, task, grids[0].data)
+            for student_grid, texts in zip(grids, tokens, strict=True):
+                warnings += student_grid.warnings(texts)
+            for warning in warnings:
+                progress.say(f"warning: {warning}")
+        for student_grid, texts in zip(grids, tokens, strict=True):
+            trained = student_grid.train(run_folder, texts, progress)
+            students += trained.students
+            teachers += trained.teachers
+        record["students"] = [student.name for student in students]
+        if is_main_process():
+            used = frozenset[str]().union(*(texts.used for texts in tokens))
+            tokens[0].sweep(used)
+    return TrainResult(run_folder.path, students, teachers, reportable=recipe.task.limit is None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    students: list[TrainedStudent]
+    teachers: list[TrainedStudent]
+
+
+@dataclass(frozen=True, slots=True)
+class StudentGrid:
+    """What is trained of one section of ``student``: its methods, shares and seeds."""
+
+    recipe: StudentRecipe
+    specs: list[StudentSpec]
+    data: Data
+
+    def tokens(self, run: RunFolder, progress: Progress) -> Tokens:
+        """The tokenizer of these students, with its cache in the run."""
+        recipe = self.recipe
+        task = make_task(recipe.task)
+        vocabulary = vocabulary_text(self.data, task.labels or ())
         tokenizer = new_tokenizer(recipe.student, vocabulary, recipe.train.init)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
-        tokens = Tokens(tokenizer, folder / "tokens", progress, input_format)
-        if is_main_process():
-            for warning in _warnings(recipe, task, data, tokenizer, tokens):
-                progress.say(f"warning: {warning}")
+        return Tokens(tokenizer, run.stage("train") / "tokens", progress, input_format)
 
-        def train_teacher(teacher_recipe: Recipe, spec: StudentSpec) -> TrainedStudent:
-            teacher = StudentRun(teacher_recipe, spec, data, tokenizer, tokens, folder)
+    def warnings(self, tokens: Tokens) -> list[str]:
+        """Warnings of text that the students cannot read or write, each once."""
+        warnings = _warnings(self.recipe, self.specs, self.data, tokens)
+        name = self.recipe.student_name
+        return warnings if name is None else [f"{name}: {warning}" for warning in warnings]
+
+    def train(self, run: RunFolder, tokens: Tokens, progress: Progress) -> _Trained:
+        """Train the students, those of the grid's order."""
+        recipe = self.recipe
+        folder = run.stage("train")
+        tokenizer = tokens.tokenizer
+
+        def train_teacher(teacher_recipe: StudentRecipe, spec: StudentSpec) -> TrainedStudent:
+            teacher = StudentRun(teacher_recipe, spec, self.data, tokenizer, tokens, folder)
             return teacher.run(progress)
 
-        teachers = LocalTeachers(recipe, run, tokenizer, train_teacher)
+        teachers = LocalTeachers(recipe, run.path, tokenizer, train_teacher)
 
         def student_run(spec: StudentSpec) -> StudentRun:
             return StudentRun(
-                recipe, spec, data, tokenizer, tokens, folder, teachers.for_student(spec)
+                recipe, spec, self.data, tokenizer, tokens, folder, teachers.for_student(spec)
             )
 
         def run_trial(spec: StudentSpec) -> Trial:
@@ -118,18 +165,17 @@ def train(
 
         tuner = Tuner(recipe.train.seeds, run_trial)
         students = []
-        for number, spec in enumerate(specs, 1):
+        for number, spec in enumerate(self.specs, 1):
             students.append(student_run(tuner.tuned(spec)).run(progress))
-            teachers.release(specs[number:])
-        record["students"] = [student.name for student in students]
-        if is_main_process():
-            tokens.sweep()
-    return TrainResult(run, students, teachers.trained, reportable=recipe.task.limit is None)
+            teachers.release(self.specs[number:])
+        return _Trained(students, teachers.trained)
 
 
-def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: Tokens) -> list[str]:
-    """Warnings of text that the students cannot read or write, each once and before training."""
-    specs = grid(recipe.train)
+def _warnings(
+    recipe: StudentRecipe, specs: Sequence[StudentSpec], data: Data, tokens: Tokens
+) -> list[str]:
+    task = make_task(recipe.task)
+    tokenizer = tokens.tokenizer
     labels = {
         label
         for source in {spec.labels for spec in specs}
@@ -143,8 +189,7 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     written = labels.union(task.labels or ())
     if head == "labels":
         written = set()
-    warnings = few_rows_warnings(recipe, task, data)
-    warnings += vocabulary_warnings(recipe.student, tokenizer, written, texts)
+    warnings = vocabulary_warnings(recipe.student, tokenizer, written, texts)
     encoder = Encoder(
         tokens,
         input_limit(recipe.student, recipe.train.init),
@@ -169,29 +214,27 @@ def planned(
     """
     run_folder = RunFolder.of(recipe, out)
     folder = run_folder.stage("train")
-    specs = grid(recipe.train)
     task = make_task(recipe.task)
-    check_student(recipe, task)
-    check_terms(recipe.train, task, specs, head_of(recipe.student, recipe.train.init))
-    check_class_weights(recipe, task.labels)
+    checked = list(checked_students(recipe, task))
     check_subsets(recipe, task)
-    data: Data | int = count_trainable(recipe, task)
-    if annotated:
-        data = gather(recipe, task, run_folder.path, specs)
     plan = []
-    for teacher_recipe, spec in planned_teachers(recipe, specs):
-        entry = _plan(teacher_recipe, task, spec, data, folder)
-        plan.append(entry | {"name": spec.title})
-    for spec in specs:
-        entry = _plan(recipe, task, spec, data, folder)
-        if spec.seed == recipe.train.seeds[0]:
-            entry["trials"] = len(trial_specs(spec))
-        plan.append(entry)
+    for student, specs in checked:
+        data: Data | int = count_trainable(recipe, task)
+        if annotated:
+            data = gather(student, task, run_folder.path, specs)
+        for teacher_recipe, spec in planned_teachers(student, specs):
+            entry = _plan(teacher_recipe, task, spec, data, folder)
+            plan.append(entry | {"name": spec.title})
+        for spec in specs:
+            entry = _plan(student, task, spec, data, folder)
+            if spec.seed == student.train.seeds[0]:
+                entry["trials"] = len(trial_specs(spec))
+            plan.append(entry)
     return plan
 
 
 def _plan(
-    recipe: Recipe, task: Task, spec: StudentSpec, data: Data | int, folder: Path
+    recipe: StudentRecipe, task: Task, spec: StudentSpec, data: Data | int, folder: Path
 ) -> dict[str, Any]:
     """``data``: the rows, or their number where they are not annotated yet."""
     settings = recipe.training_of(spec.method)
@@ -203,8 +246,10 @@ def _plan(
         rows = sum(bool(row.label(spec.labels)) for row in data.subset(spec.subset))
         rationales = count_rationales(data, spec)
         valid = len(data.valid)
+    named = {} if spec.student is None else {"student": spec.student}
     return {
         "name": spec.name,
+        **named,
         "rows": rows,
         "rationales": rationales,
         "valid": valid,
@@ -222,7 +267,7 @@ def _most_rows(subset: Subset, rows: int, task: Task) -> int:
     return min(rows, number * len(task.labels or ()))
 
 
-def _most_steps(recipe: Recipe, rows: int) -> int:
+def _most_steps(recipe: StudentRecipe, rows: int) -> int:
     """Optimizer steps of a student with ``rows`` rows, or of its longest trial."""
     tune = recipe.train.tune
     settings = tune.settings if tune else [{}]
@@ -239,7 +284,7 @@ def _is_done(settings: str, record: Path) -> bool:
     return bool(student.get("settings") == settings)
 
 
-def _check_processes(recipe: Recipe) -> None:
+def _check_processes(recipe: StudentRecipe) -> None:
     sizes = (recipe.train.tune and recipe.train.tune.batch_size) or (recipe.train.batch_size,)
     uneven = [size for size in sizes if size % world_size()]
     if uneven:
@@ -249,7 +294,7 @@ def _check_processes(recipe: Recipe) -> None:
         )
 
 
-def _check_precision(recipe: Recipe) -> None:
+def _check_precision(recipe: StudentRecipe) -> None:
     if recipe.train.precision == "bf16" and not supports_bf16():
         raise UserError(
             "train.precision: bf16 needs an NVIDIA GPU that supports it; on some CPUs it ends in "

@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsbs.config import Recipe
+from dsbs.config import StudentRecipe
 from dsbs.errors import DsbsError, PartialError
 from dsbs.files import full_disk_as_partial, now, versions
 from dsbs.progress import Progress, running
@@ -53,7 +53,7 @@ class StudentRun:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: StudentRecipe,
         spec: StudentSpec,
         data: Data,
         tokenizer: Any,
@@ -388,6 +388,7 @@ class StudentRun:
         student.save(self.folder.path)
         trained = TrainedStudent(
             name=self.spec.name,
+            student=self.spec.student,
             **self.spec.identity,
             path=str(self.folder.path),
             valid_accuracy=accuracies[best],

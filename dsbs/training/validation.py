@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dsbs.config import Recipe, ResolvedTrainSection
+from dsbs.config import ResolvedTrainSection, StudentRecipe
 from dsbs.records import Unread
 from dsbs.students.calibration import Calibration, calibrate, rationale_agreement
 from dsbs.students.formats import split_target, start_token
@@ -50,7 +50,7 @@ def _tokens(rows: EncodedRows) -> int:
 
 
 def validate(
-    student: Student, recipe: Recipe, data: Data, rows: Sequence[Encoded], view: View
+    student: Student, recipe: StudentRecipe, data: Data, rows: Sequence[Encoded], view: View
 ) -> dict[str, float]:
     """Accuracy on valid, label loss in nats per token, and the score that chooses the best step.
 
@@ -69,7 +69,9 @@ def validate(
     }
 
 
-def calibrated(student: Student, recipe: Recipe, data: Data, view: View) -> Calibration | None:
+def calibrated(
+    student: Student, recipe: StudentRecipe, data: Data, view: View
+) -> Calibration | None:
     """The calibration of a finished student on valid. None: it has no distribution over labels.
 
     Students that write their label have one where ``eval.score_labels`` is set.
@@ -89,7 +91,7 @@ def calibrated(student: Student, recipe: Recipe, data: Data, view: View) -> Cali
 
 
 def _rationale_agreements(
-    student: Student, recipe: Recipe, data: Data, distributions: Sequence[tuple[float, ...]]
+    student: Student, recipe: StudentRecipe, data: Data, distributions: Sequence[tuple[float, ...]]
 ) -> list[float]:
     """Whether each valid row's rationale states the student's label."""
     card = student.card
@@ -110,7 +112,7 @@ def _choices(student: Student, row: Row) -> Sequence[str]:
     return classes or [choice for choice, _ in row.choices]
 
 
-def _choose(student: Student, recipe: Recipe, data: Data, view: View) -> tuple[float, float]:
+def _choose(student: Student, recipe: StudentRecipe, data: Data, view: View) -> tuple[float, float]:
     """A label head's accuracy and mean cross-entropy of the classes, in nats."""
     correct = 0
     loss = 0.0
@@ -122,7 +124,7 @@ def _choose(student: Student, recipe: Recipe, data: Data, view: View) -> tuple[f
 
 
 def _distributions(
-    student: Student, recipe: Recipe, data: Data, view: View
+    student: Student, recipe: StudentRecipe, data: Data, view: View
 ) -> list[tuple[float, ...]]:
     """A label head's distributions on valid, not calibrated."""
     inputs = [view.prefix + row.label_text for row in data.valid]
@@ -135,14 +137,14 @@ def _right_classes(student: Student, data: Data) -> list[int]:
     return [_choices(student, row).index(str(row.label(data.valid_labels))) for row in data.valid]
 
 
-def max_new_tokens(recipe: Recipe, view: View) -> int:
+def max_new_tokens(recipe: StudentRecipe, view: View) -> int:
     """The most tokens that a student generates for a label."""
     if view.target == "rationale-then-label":  # the label comes last
         return recipe.student.max_target_tokens
     return recipe.eval.max_label_tokens
 
 
-def _accuracy(student: Student, recipe: Recipe, data: Data, view: View) -> float:
+def _accuracy(student: Student, recipe: StudentRecipe, data: Data, view: View) -> float:
     task = student.task
     inputs = [view.prefix + row.text for row in data.valid]
     generations = student.generate(inputs, max_new_tokens(recipe, view), recipe.eval.batch_size)

@@ -71,7 +71,7 @@ def test_students_are_counted_against_the_grid_and_by_their_settings(tmp_path: P
     recipe = load_recipe("recipes/demo.yaml")
     run = tmp_path / "demo"
     manifest(run / "train", "interrupted", recipe=recipe.model_dump(mode="json"))
-    student(run, "step-by-step-gold-s0", recipe.training)
+    student(run, "step-by-step-gold-s0", recipe.students[None].training)
     student(run, "finetune-gold-s0", "of another recipe")
     assert (run_state(run).finished, run_state(run).planned) == (1, 4)
     manifest(

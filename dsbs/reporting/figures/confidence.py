@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsbs.formatting import dollars, percent
-from dsbs.records.results import Cascade
+from dsbs.records.measures import Cascade
 from dsbs.reporting.figures.canvas import MUTE, Canvas, Figure, open_canvas, shorten
 from dsbs.reporting.figures.style import (
     Style,

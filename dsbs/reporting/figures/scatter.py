@@ -24,6 +24,7 @@ from dsbs.reporting.figures.style import (
     log_axis,
     numbered_style,
     run_handles,
+    series_entries,
     series_styles,
     spread_apart,
     thin_ticks,
@@ -81,7 +82,7 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
                 fill=fill,
             )
             lines.setdefault(title, []).append((x, system.accuracy))
-        entries = [(legend_handle(styles[title], line=False), shorten(title)) for title in order]
+        entries = series_entries(runs, styles, order, line=False)
         if is_run_by_size:  # otherwise a line would jump between runs
             for title, line in lines.items():
                 color = styles[title].color
@@ -92,9 +93,9 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         ticks = thin_ticks(sizes, 4.3, 0.6)
         labels = [f"{size / 1e6:.3g} M" for size in ticks]
         if is_run_by_size and len(sizes) <= 4:
-            names = [shorten(title) for title in run_titles(runs)]
+            names = _names_of_sizes(runs, points)
             labels = [
-                f"{label}\n{names[runs_by_size[int(size)][0]]}"
+                f"{label}\n{shorten(names[int(size)])}"
                 for label, size in zip(labels, ticks, strict=True)
             ]
         axes.set_xscale("log")
@@ -109,6 +110,18 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
             "test rows. Students of one size are drawn side by side. Gray lines are floors."
         )
         return [canvas.finish("Accuracy against parameters", caption)]
+
+
+def _names_of_sizes(
+    runs: Sequence[EvaluatedRun], points: Sequence[tuple[int, SystemResult]]
+) -> dict[int, str]:
+    """The student of each size, or the run where students have no names."""
+    titles = run_titles(runs)
+    names: dict[int, dict[str, None]] = {}
+    for number, system in points:
+        name = titles[number] if system.student is None else system.student
+        names.setdefault(system.parameters or 0, {})[name] = None
+    return {size: ", ".join(named) for size, named in names.items()}
 
 
 def speed_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
@@ -146,11 +159,7 @@ def speed_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
                 fill=FILLS[number % len(FILLS)],
             )
         timed = {series_title(system) for _, system, _ in points}
-        entries = [
-            (legend_handle(style, line=False), shorten(title))
-            for title, style in styles.items()
-            if title in timed
-        ]
+        entries = series_entries(runs, styles, timed, line=False)
         if len({number for number, _, _ in points}) > 1:
             entries += run_handles(runs)
         entries += draw_levels(axes, runs, styles)

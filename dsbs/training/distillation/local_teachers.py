@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsbs.config import (
     LocalTeacherSection,
-    Recipe,
+    StudentRecipe,
     StudentSection,
     TrainSection,
     base_of,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     TeacherRunner = Callable[[Mapping[str, PackedBatch]], ForwardOutput]
 
-TrainTeacher = Callable[[Recipe, StudentSpec], TrainedStudent]
+TrainTeacher = Callable[[StudentRecipe, StudentSpec], TrainedStudent]
 
 
 @dataclass(slots=True)
@@ -120,7 +120,9 @@ def teacher_runners(
 class LocalTeachers:
     """The local teachers of a recipe; ``train`` trains one and returns its record."""
 
-    def __init__(self, recipe: Recipe, run: Path, tokenizer: Any, train: TrainTeacher) -> None:
+    def __init__(
+        self, recipe: StudentRecipe, run: Path, tokenizer: Any, train: TrainTeacher
+    ) -> None:
         self._recipe = recipe
         self._train_folder = run / "train"
         self._tokenizer = tokenizer
@@ -245,13 +247,13 @@ class LocalTeachers:
             )
 
 
-def _needs_teacher(recipe: Recipe, spec: StudentSpec) -> bool:
+def _needs_teacher(recipe: StudentRecipe, spec: StudentSpec) -> bool:
     return any(term.needs_teacher for term in recipe.train.terms_of(spec.method))
 
 
 def teacher_spec(
-    recipe: Recipe, number: int, section: LocalTeacherSection, spec: StudentSpec
-) -> tuple[Recipe, StudentSpec]:
+    recipe: StudentRecipe, number: int, section: LocalTeacherSection, spec: StudentSpec
+) -> tuple[StudentRecipe, StudentSpec]:
     """The recipe and the spec that train a student's ``number``-th teacher (from 1).
 
     Where neither its section nor the recipe sets them, its learning rate and steps are the defaults
@@ -291,15 +293,16 @@ def teacher_spec(
         alias=name,
         heading=f"teacher {name}",
         directory=f"teachers/{name}",
+        student=spec.student,
     )
     return teacher_recipe, teacher
 
 
 def planned_teachers(
-    recipe: Recipe, specs: Sequence[StudentSpec]
-) -> list[tuple[Recipe, StudentSpec]]:
+    recipe: StudentRecipe, specs: Sequence[StudentSpec]
+) -> list[tuple[StudentRecipe, StudentSpec]]:
     """Every teacher that must be trained for ``specs``, once each, in the order of training."""
-    planned: dict[str, tuple[Recipe, StudentSpec]] = {}
+    planned: dict[str, tuple[StudentRecipe, StudentSpec]] = {}
     for spec in specs:
         if not _needs_teacher(recipe, spec):
             continue

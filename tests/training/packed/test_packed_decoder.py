@@ -371,7 +371,7 @@ def test_the_default_template_changes_no_students_settings(toy: Callable[..., Pa
     path = toy()
 
     def settings(*overrides: str) -> str:
-        return load_recipe(path, ["student={model: x}", *overrides]).training
+        return load_recipe(path, ["student={model: x}", *overrides]).students[None].training
 
     assert settings() == settings("student.template=auto")
     assert settings() != settings("student.template=chat")
