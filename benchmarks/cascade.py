@@ -201,7 +201,20 @@ def embed(texts: list[str]) -> NDArray[np.float32]:
     return result
 
 
-def export(rows: Rows, run: Path, folder: Path, splits: int, share: float) -> None:
+def embed_words(texts: list[str]) -> NDArray[np.float32]:
+    """Normalized sentence embeddings without a model: 300 directions of TF-IDF."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import normalize
+
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2).fit_transform(texts)
+    return np.asarray(normalize(TruncatedSVD(300, random_state=0).fit_transform(words)), np.float32)
+
+
+EMBEDDINGS = {"minilm": embed, "tfidf": embed_words}
+
+
+def export(rows: Rows, run: Path, folder: Path, splits: int, share: float, embeddings: str) -> None:
     """Write the texts, labels, embeddings and splits that a peer needs."""
     folder.mkdir(parents=True, exist_ok=True)
     annotations = {row["id"]: row for _, row in read_jsonl(run / "annotate" / "test.jsonl")}
@@ -212,7 +225,7 @@ def export(rows: Rows, run: Path, folder: Path, splits: int, share: float) -> No
         {"input": text, "teacher": row["own_label"]} for text, row in zip(texts, lines, strict=True)
     ]
     (folder / "rows.json").write_text(json.dumps(records), encoding="utf-8")
-    np.save(folder / "embeddings.npy", embed(texts))
+    np.save(folder / "embeddings.npy", EMBEDDINGS[embeddings](texts))
     (folder / "splits.json").write_text(
         json.dumps(
             [
@@ -234,13 +247,14 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--share", type=float, default=0.5, help="of calibration rows")
     parser.add_argument("--export", type=Path, help="write the rows for a peer and stop")
+    parser.add_argument("--embeddings", choices=EMBEDDINGS, default="minilm", help="of --export")
     parser.add_argument("--peer", type=Path, nargs="*", default=[])
     args = parser.parse_args()
     if args.made is None and (args.run is None or args.student is None):
         parser.error("give a run and --student, or --made")
     rows = made_rows(args.made) if args.made else read_rows(args.run, args.student)
     if args.export is not None:
-        export(rows, args.run, args.export, args.splits, args.share)
+        export(rows, args.run, args.export, args.splits, args.share, args.embeddings)
         return
     lines = compare(rows, args.targets, args.splits, args.share)
     for path in args.peer:

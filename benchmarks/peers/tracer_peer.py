@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import tracer
+from tracer.api import fit
+from tracer.config import FitConfig
 from tracer.fit.pipeline import route_pipeline
 from tracer.policy.artifacts import load_pipeline
 
@@ -37,13 +38,13 @@ for calibration, test in splits[: args.splits]:
             traces = Path(folder) / "traces.jsonl"
             lines = [json.dumps(rows[i]) for i in known]
             traces.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            config = tracer.FitConfig(
+            config = FitConfig(
                 target_teacher_agreement=target,
                 frontier_targets=(target,),
                 skip_candidates=tuple(args.skip),
                 verbose=False,
             )
-            fitted = tracer.fit(traces, folder, embeddings=embeddings[known], config=config)
+            fitted = fit(traces, folder, embeddings=embeddings[known], config=config)
             handled = np.zeros(len(test), dtype=bool)
             agrees = np.zeros(len(test), dtype=bool)
             if fitted.manifest.selected_method is not None:

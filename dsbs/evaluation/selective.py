@@ -42,8 +42,9 @@ def kinds_of(files: Sequence[Scored], chosen: Sequence[ConfidenceKind]) -> list[
     """The kind of confidence of each file: the chosen one, if any, where its answers have it, else
     their probability.
     """
+    probabilities: list[ConfidenceKind] = ["probability"] * len(files)
     kinds: list[ConfidenceKind] = []
-    for file, kind in zip(files, chosen or ["probability"] * len(files), strict=True):
+    for file, kind in zip(files, chosen or probabilities, strict=True):
         needed = "rationale" if kind == "views" else "distribution"
         has_all = all(getattr(prediction, needed) is not None for prediction in file.predictions)
         kinds.append(kind if has_all else "probability")
