@@ -19,7 +19,16 @@ from dsbs.training.encode import Encoded
 
 LABELS = 3
 SEPARATOR = 3
-ENCODERS = ["bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert", "albert", "electra"]
+ENCODERS = [
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "deberta-v2",
+    "modernbert",
+    "albert",
+    "electra",
+    "distilbert",
+]
 SEQ2SEQ = ["t5", "t5gemma", "t5gemma2"]
 DECODERS = ["llama", "qwen3", "gpt2"]
 FAMILIES = ENCODERS + SEQ2SEQ + DECODERS
@@ -73,6 +82,18 @@ def _encoder(family: str, dropout: float) -> Any:
                 local_attention=8,
                 embedding_dropout=dropout,
                 mlp_dropout=dropout,
+                attention_dropout=dropout,
+            )
+        )
+    if family == "distilbert":
+        return hf.DistilBertModel(
+            hf.DistilBertConfig(
+                vocab_size=SHAPE["vocab_size"],
+                dim=SHAPE["hidden_size"],
+                hidden_dim=SHAPE["intermediate_size"],
+                n_layers=2,
+                n_heads=2,
+                dropout=dropout,
                 attention_dropout=dropout,
             )
         )

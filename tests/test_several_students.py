@@ -33,11 +33,12 @@ from dsbs.evaluation.systems import (
 from dsbs.project.runs import list_runs
 from dsbs.project.validate import validate
 from dsbs.records import TrainedStudent
-from dsbs.records.results import Comparison, Results, SystemResult
+from dsbs.records.results import Comparison, Results, SystemResult, read_results
 from dsbs.records.sentences import student_sentences
+from dsbs.reporting.card import write_cards
 from dsbs.reporting.figures import draw_figures
 from dsbs.reporting.figures.style import series_styles
-from dsbs.reporting.run import write_report
+from dsbs.reporting.run import render
 from dsbs.reporting.runs import load_run
 from dsbs.reporting.tables import accuracy_table
 from dsbs.training.run import planned
@@ -254,11 +255,9 @@ def test_two_students_by_two_methods_and_two_seeds(run: tuple[Recipe, Path]) -> 
     assert list(systems["t5-step-by-step-gold"].versus) == ["t5-finetune-gold"]
     assert list(systems["minilm-finetune-gold"].versus_students) == ["t5-finetune-gold"]
     assert list(systems["t5-finetune-gold"].versus_floors) == ["majority"]
-    report = write_report([folder])
-    page = report.page.read_text(encoding="utf-8")
-    assert "The most accurate student is" in page
-    assert (folder / "report" / "figures" / "size.svg").is_file()
-    assert (folder / "train" / "t5-finetune-gold-s1" / "README.md").is_file()
+    assert "The most accurate student is" in (folder / "eval" / "results.md").read_text("utf-8")
+    cards = write_cards(load_run(folder))
+    assert folder / "train" / "t5-finetune-gold-s1" / "README.md" in cards
     assert Path(best_student(recipe, folder)).name in names
     source = find_source(folder / "train" / "minilm-finetune-gold-s0")
     assert source.recipe.student_name == "minilm"
@@ -411,6 +410,10 @@ def test_results_of_one_student_have_no_keys_of_several(tmp_path: Path) -> None:
     assert not {"student", "versus_students", "settings_tried"} & alone.model_dump().keys()
     record = made(None, "finetune", 0.5).students[0]
     assert "student" not in record.model_dump()
+    results = results_of({"t5": 0}, comparison(0.1, 0.1)).model_copy(update={"systems": [alone]})
+    old = results.as_json() | {"schema": "dsbs.results/4"}
+    (tmp_path / "results.json").write_text(json.dumps(old), encoding="utf-8")
+    assert read_results(tmp_path / "results.json").systems == [alone]
 
 
 def test_a_report_groups_students_and_draws_a_marker_for_each(tmp_path: Path) -> None:
@@ -423,7 +426,10 @@ def test_a_report_groups_students_and_draws_a_marker_for_each(tmp_path: Path) ->
     little = styles["little: finetune, gold labels"]
     assert big.color == little.color and big.marker != little.marker
     assert big.marker == styles["big: step-by-step, gold labels"].marker
-    figures = {figure.name: figure.svg for figure in draw_figures([run])}
+    drawn = draw_figures([run])
+    page = render([run], drawn)
+    assert "The most accurate student is big" in page and "student little" in page
+    figures = {figure.name: figure.svg for figure in drawn}
     assert {"curve", "size", "speed"} <= figures.keys()
     for name in ("curve", "size", "speed"):
         assert "student big" in figures[name] and "step-by-step, gold labels" in figures[name]

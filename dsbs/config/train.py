@@ -246,8 +246,8 @@ class StudentTrainSection(Section):
     patience: int | None = Field(None, gt=0)
     """Validations without improvement before training stops early. None: never."""
     padding: Literal["none", "batch"] = "none"
-    """none: no padding tokens are computed (decoder-only models: rows of similar length together);
-    batch: pad every batch."""
+    """none: no padding tokens are computed (decoder-only models, DeBERTa: rows of similar length
+    together); batch: pad every batch."""
     tune: TuneSection | None = None
     """Settings to choose by validation accuracy with the first seed. None: no tuning."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

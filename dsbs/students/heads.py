@@ -88,12 +88,15 @@ class LabelHeadModel(nn.Module):
             reader = reader.get_encoder()
         elif self.architecture == "causal":
             reader = reader.get_decoder()
-        if getattr(self.config, "type_vocab_size", 0) > 1:
-            options["token_type_ids"] = self._segments(input_ids)
+        segments = self.segments(input_ids)
+        if segments is not None:
+            options["token_type_ids"] = segments
         return reader(input_ids=input_ids, attention_mask=attention_mask, **options)
 
-    def _segments(self, input_ids: Tensor) -> Tensor:
-        """input_ids (B, S) -> (B, S): 0 up to the first separator, then 1."""
+    def segments(self, input_ids: Tensor) -> Tensor | None:
+        """input_ids (B, S) -> (B, S): 0 up to the first separator, then 1; None: not used."""
+        if getattr(self.config, "type_vocab_size", 0) <= 1:
+            return None
         is_separator = (input_ids == self.config.sep_token_id).long()
         segments: Tensor = (is_separator.cumsum(1) - is_separator).clamp(max=1)
         return segments

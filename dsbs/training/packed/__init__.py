@@ -26,7 +26,8 @@ from dsbs.students.formats import start_token
 from dsbs.training.encode import PackedBatch, pad, supervised_rows
 from dsbs.training.losses import IGNORED, summed_nll
 from dsbs.training.methods import View
-from dsbs.training.packed.t5 import TargetBlock, group_by_length, packed_logits, without_wrapper
+from dsbs.training.packed.layout import group_by_length
+from dsbs.training.packed.t5 import TargetBlock, packed_logits, without_wrapper
 
 Batch = Mapping[str, PackedBatch]  # by view
 
