@@ -104,6 +104,12 @@ class Threshold(_Record):
     coverage: float
     """The share of the calibration rows that the student answers."""
 
+    def is_sure(self, confidence: float | None) -> bool:
+        """Whether the student answers; None: an unreadable label, or an unknown confidence."""
+        if self.threshold is None or confidence is None:
+            return False
+        return confidence >= self.threshold
+
 
 def read_calibration(folder: str | Path) -> Calibration | None:
     """The calibration of a student; None: it has none. Raises UserError for another content."""

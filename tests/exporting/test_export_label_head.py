@@ -75,6 +75,11 @@ def test_a_float_export_gives_the_students_distribution(
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.label == theirs.label
         assert ours.distribution == pytest.approx(theirs.distribution, abs=1e-5)
+        margin = student.confidence(ours, {}, THRESHOLD.confidence)
+        likeliest = sorted(ours.distribution.values())
+        assert margin == pytest.approx(likeliest[-1] - likeliest[-2])
+        assert THRESHOLD.is_sure(margin) == (likeliest[-1] - likeliest[-2] >= 0.8)
+    assert not THRESHOLD.is_sure(None)
     (tmp_path / "copy").mkdir()
     student.save(tmp_path / "copy")
     copied = Student.load(tmp_path / "copy").predict(ROWS[:3], batch_size=7)
