@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 def annotate(
     recipe: RecipePath,
     overrides: Overrides = None,
+    set_keys: SetKeys = None,
     out: Out = None,
     as_json: Json = False,
     dry_run: DryRun = False,
@@ -74,7 +75,7 @@ def annotate(
     from dsbs.annotation import run as stage
     from dsbs.tasks.shards import Shard
 
-    loaded = load(recipe, overrides)
+    loaded = load(recipe, overrides, set_keys)
     parsed_shard = None if shard is None else Shard.parse(shard)
     modes = {"--pilot": pilot, "--batch": batch, "--batch-export": batch_export}
     _check_exclusive(modes | {"--shard": shard})
@@ -151,7 +152,7 @@ def _print_pilot(result: PilotResult, as_json: bool) -> None:
         print_json(result.as_json())
         return
     print_split("pilot", result.summary)
-    print(f"  parse rate {rate(result.parse_rate)}")
+    print(f"  acceptance rate {rate(result.acceptance_rate)}")
     print(f"annotations: {result.path}")
     cost = dollars(result.projected_usd)
     if result.projected_usd is not None:

@@ -158,8 +158,8 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
         template = f"{{{{ rationale }}}}\n{prompt.anchor[0]} {{{{ label }}}}"
     unreadable: list[tuple[str, str, str | None]] = []
     for label in task.labels or ():
-        view = task.view(example.input, label) | {"rationale": RATIONALE}
-        answer = render(template, view, where="prompt: answer")
+        variables = task.template_variables(example.input, label) | {"rationale": RATIONALE}
+        answer = render(template, variables, where="prompt: answer")
         sample = parse_reply(answer, prompt, task, example.input, "stop")
         if sample.label != label:
             unreadable.append((label, answer, sample.label or sample.reason))

@@ -32,6 +32,7 @@ class GenerationOptions:
     rationale: bool
     label_tokens: int
     completes: bool = False  # whether to build completions
+    score_labels: bool = False  # of a student that writes its label: every label's probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
-    distribution: dict[str, float] | None = None  # of a label head's label, the text's last part
+    distribution: dict[str, float] | None = None  # of the label, the text's last part
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +73,32 @@ class Model:
 
     @property
     def has_distribution(self) -> bool:
-        """Whether a completion is a label alone, with the probability of every label."""
+        """Whether a completion is a label alone, and every label can have a probability."""
         is_label = not self._replies_with_rationale and not self._anchor
-        return is_label and self.student.card.head == "labels"
+        return is_label and self.student.has_distribution
 
     def predict_options(
-        self, *, rationale: bool, max_label_tokens: int | None
+        self, *, rationale: bool, max_label_tokens: int | None, distribution: bool = False
     ) -> GenerationOptions:
-        """Options of ``/predict``. Raises ApiError where the student learned no rationales."""
+        """Options of ``/predict``. Raises ApiError where the student learned no rationales, or
+        cannot give every label a probability.
+        """
         if rationale and not self.student.card.explains:
             raise ApiError(400, f"{self.name} was trained without rationales", "no_rationales")
+        if distribution and not self.student.has_distribution:
+            raise ApiError(
+                400, f"{self.name} has no probability for every label", "no_distribution"
+            )
         label_tokens = min(max_label_tokens or DEFAULT_LABEL_TOKENS, self._max_label_tokens)
-        return GenerationOptions(rationale, label_tokens)
+        return GenerationOptions(rationale, label_tokens, score_labels=distribution)
 
-    @property
-    def completion_options(self) -> GenerationOptions:
-        """Options of the completion endpoints."""
+    def completion_options(self, top: int | None) -> GenerationOptions:
+        """Options of the completion endpoints; ``top`` as in ``_Form``."""
         return GenerationOptions(
-            self._replies_with_rationale, self._max_label_tokens, completes=True
+            self._replies_with_rationale,
+            self._max_label_tokens,
+            completes=True,
+            score_labels=top is not None,
         )
 
     def item(self, value: Any, field: str, max_tokens: int | None = None) -> Item:
@@ -149,6 +158,7 @@ class Model:
             batch_size=len(items),
             max_label_tokens=options.label_tokens,
             canonical=True,
+            score_labels=options.score_labels,
         )
         if not options.completes:
             return [Outcome(answer, None) for answer in answers]

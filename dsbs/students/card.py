@@ -100,6 +100,13 @@ def read_card(path: str | Path) -> StudentCard:
     try:
         return StudentCard.model_validate_json(file.read_text(encoding="utf-8"))
     except OSError:
+        students = sorted(file.parent for file in Path(path).glob(f"train/*/{CARD}"))
+        if students:
+            raise UserError(
+                f"{path} is a run folder, not a student",
+                hint=f"give one of its students, e.g. {students[-1]}; `dsbs predict RECIPE` takes "
+                "the best one",
+            ) from None
         raise UserError(
             f"{path} does not contain a student (no {CARD})",
             hint="give a folder such as runs/demo/train/step-by-step-gold-s0",
@@ -196,6 +203,31 @@ def head_of(section: StudentSection, init: str | None = None) -> Head:
     if section.head != "auto":
         return section.head
     return "labels" if architecture_of(init or section.source) == "encoder" else "text"
+
+
+def saved_classes(init: str | None) -> tuple[str, ...] | None:
+    """The labels of the label head in a student's folder; empty: it scores choices. None: the
+    folder has no label head.
+    """
+    if init is None or not (Path(init).expanduser() / CARD).is_file():
+        return None
+    card = read_card(Path(init).expanduser())
+    return card.classes if card.head == "labels" else None
+
+
+def new_head_warning(recipe: StudentRecipe, task: Task) -> str | None:
+    """The warning that ``train.init`` has a label head that this recipe cannot use, if so."""
+    saved = saved_classes(recipe.train.init)
+    classes = task.labels or ()
+    is_used = head_of(recipe.student, recipe.train.init) == "labels"
+    if saved is None or not is_used or sorted(saved) == sorted(classes):
+        return None
+    labels = ", ".join(saved[:5]) + (", …" if len(saved) > 5 else "")
+    return (
+        f"train.init: the label head in {recipe.train.init} is for "
+        f"{labels or 'choices that differ between rows'}, not for this task's labels; students "
+        "start with its encoder and a new head"
+    )
 
 
 def input_limit(section: StudentSection, init: str | None = None) -> int:

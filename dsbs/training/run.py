@@ -15,7 +15,7 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.records import TrainedStudent
 from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students.card import head_of, input_limit
+from dsbs.students.card import head_of, input_limit, new_head_warning
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
@@ -189,7 +189,8 @@ def _warnings(
     written = labels.union(task.labels or ())
     if head == "labels":
         written = set()
-    warnings = vocabulary_warnings(recipe.student, tokenizer, written, texts)
+    warnings = [*filter(None, [new_head_warning(recipe, task)])]
+    warnings += vocabulary_warnings(recipe.student, tokenizer, written, texts)
     encoder = Encoder(
         tokens,
         input_limit(recipe.student, recipe.train.init),

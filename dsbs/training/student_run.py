@@ -203,6 +203,7 @@ class StudentRun:
             self.spec.seed,
             self.recipe.train.init,
             labels=self.training_set.outputs,
+            classes=self.training_set.classes,
             explains=self.training_set.learns_rationales,
         )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dsbs.config import ResolvedTrainSection, StudentRecipe
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.students.calibration import Calibration, calibrate, rationale_agreement
 from dsbs.students.formats import split_target, start_token
 from dsbs.students.student import Student
@@ -151,7 +151,7 @@ def _accuracy(student: Student, recipe: StudentRecipe, data: Data, view: View) -
     correct = 0
     for generation, row in zip(generations, data.valid, strict=True):
         label = task.read_label(split_target(view.target, generation.text)[0], data.fields[row.id])
-        if not isinstance(label, Unread):
+        if not isinstance(label, Unreadable):
             correct += task.correct(label, str(row.label(data.valid_labels)))
     return correct / len(data.valid)
 

@@ -18,8 +18,12 @@ from safetensors.torch import load_file
 from transformers import GemmaTokenizer
 
 from dsbs import Student, UserError, annotate, load_recipe, train
-from dsbs.config import Recipe
+from dsbs.config import Recipe, StudentSection
 from dsbs.students.calibration import read_calibration
+from dsbs.students.card import StudentCard, new_head_warning
+from dsbs.students.tokenizer import load_tokenizer
+from dsbs.students.weights import new_model
+from dsbs.tasks import make_task
 from dsbs.training import run as training_run
 from dsbs.training.grid import last_checkpoint
 
@@ -70,6 +74,46 @@ def record_rows(folder: Path) -> int:
 def lines(folder: Path) -> list[dict[str, Any]]:
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_saved_head_is_kept_by_the_names_of_its_labels(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = str(save_encoder(tmp_path / "encoder"))
+    tokenizer = load_tokenizer(source)
+    section = StudentSection(model=source)
+    recipe = load_recipe(
+        toy(), [f"student={{model: {source}}}", f"train.init={tmp_path / 'saved'}"]
+    )
+    card = StudentCard(
+        name="saved",
+        method="finetune",
+        labels="gold",
+        seed=0,
+        task=recipe.task,
+        prefixes={"label": ""},
+        max_input_tokens=16,
+        max_target_tokens=16,
+        kind="encoder",
+        head="labels",
+        classes=("a", "b", "c"),
+    )
+    saved = new_model(section, tokenizer, 0, labels=3, classes=card.classes)
+    Student.of(saved, tokenizer, card).save(tmp_path / "saved")
+
+    def started(*classes: str) -> torch.Tensor:
+        model = new_model(
+            section, tokenizer, 1, str(tmp_path / "saved"), labels=len(classes), classes=classes
+        )
+        return model.classifier.weight.detach()
+
+    head = saved.classifier.weight.detach()
+    assert torch.equal(started("a", "b", "c"), head)
+    assert torch.equal(started("c", "a", "b"), head[[2, 0, 1]])
+    for other in (("a", "b", "d"), ("a", "b")):
+        assert not torch.isin(started(*other), head).any(), "a new head"
+    warning = new_head_warning(recipe, make_task(recipe.task))
+    assert warning is not None and "is for a, b, c, not for this task's labels" in warning
 
 
 @pytest.mark.parametrize("changes", [[], [LORA], ["train.gradient_checkpointing=true"]])
