@@ -73,6 +73,8 @@ def validate(recipe: Recipe) -> Validation:
     if recipe.teacher.kind == "ensemble":
         warnings += _ensemble_warnings(recipe, splits)
     readers = [student_texts(student, task, splits) for student in students]
+    for reader in readers:
+        reader.check_teachers()
     # First: a label that the student cannot write is the worst problem.
     warnings[:0] = [warning for reader in readers for warning in reader.label_warnings(splits)]
     figures = {}

@@ -5,13 +5,14 @@ architectures that a student can have.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsbs.config import StudentRecipe, StudentSection, TaskSection, base_of
-from dsbs.errors import UserError
+from dsbs.errors import UserError, needs_extra
 from dsbs.students.weights import (
     expand_local,
     gguf_file,
@@ -177,6 +178,34 @@ def _config_values(source: str) -> dict[str, Any] | None:
         raise loading_error("configuration", source, error) from None
 
 
+def count_parameters(source: str | None) -> int:
+    """The parameters of a model, from the headers of its files; 0 where they are not on this disk.
+
+    ``source`` is a Hub id, a local folder or a GGUF file; None: random weights, which are few.
+    """
+    if source is None:
+        return 0
+    if is_gguf(source):
+        with needs_extra("gguf", "a model from a GGUF file"):
+            from gguf import GGUFReader
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(gguf_file(source)).tensors)
+    folder = Path(expand_local(source))
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source, "config.json")
+        if not isinstance(cached, str):
+            return 0
+        folder = Path(cached).parent
+    parameters = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header.pop("__metadata__", None)
+        parameters += sum(math.prod(tensor["shape"]) for tensor in header.values())
+    return parameters
+
+
 # Types whose first position is the padding token's id + 1.
 _OFFSET_TYPES = (
     "camembert", "ibert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
@@ -294,13 +323,6 @@ def _check_decoder(recipe: StudentRecipe, source: str, head: Head) -> None:
             "train.task_token: decoder needs a decoder with a start token of its own, and "
             f"{source} is decoder-only",
             hint="remove train.task_token: prefixes distinguish the views",
-        )
-    kinds = {term.kind for term in recipe.train.terms}
-    if kinds and (head == "text" or kinds != {"labels"}):
-        raise UserError(
-            "train.terms: only T5 students and encoders learn loss terms of other kinds than "
-            f"labels, and {source} is decoder-only; labels needs student.head: labels",
-            hint="remove train.terms, and their names from train.methods",
         )
     limit = max_positions(source)
     answer_tokens = max(section.max_target_tokens, recipe.eval.max_label_tokens)

@@ -77,7 +77,7 @@ def calibrated(
     Students that write their label have one where ``eval.score_labels`` is set.
     """
     if student.card.head == "text":
-        if not recipe.eval.score_labels or not student.scores_labels:
+        if not recipe.eval.score_labels or not student.has_distribution:
             return None
         inputs = [view.prefix + row.text for row in data.valid]
         distributions = student.label_distributions(inputs, recipe.eval.batch_size)
@@ -161,7 +161,8 @@ def _label_loss(student: Student, batch_size: int, rows: Sequence[Encoded], view
     import torch
 
     from dsbs.training.losses import summed_nll
-    from dsbs.training.packed import is_decoder_only, summed_losses
+    from dsbs.training.packed import is_decoder_only
+    from dsbs.training.packed.decoder import summed_losses
 
     model = student.backend.model
     total = 0.0
