@@ -37,6 +37,7 @@ RUNS = [
     pytest.param(
         "rescore.py", "--rows 30 --systems 3 --runs 1", "30 rows, 3 systems", id="rescore"
     ),
+    pytest.param("cascade.py", "--made 400 --splits 2", "| 98.0% | guaranteed |", id="cascade"),
     pytest.param(
         "annotate.py",
         "--rows 12 --concurrency 4 --latency fixed --mean 0.01 --runs 1",

@@ -25,6 +25,7 @@ from dsbs.config.registry import TERMS, entry
 from dsbs.config.schema import section_of, sections
 from dsbs.config.terms import TermSettings
 from dsbs.records import Annotation, Prediction
+from dsbs.records.measures import Cascade, CascadePoint, Measure, Selective
 from dsbs.records.results import (
     Bin,
     BreakEven,
@@ -32,7 +33,6 @@ from dsbs.records.results import (
     FloorComparison,
     LabelEfficiency,
     Latency,
-    Measure,
     Results,
     SystemResult,
 )
@@ -251,6 +251,9 @@ def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
             Latency,
             LabelEfficiency,
             BreakEven,
+            Selective,
+            Cascade,
+            CascadePoint,
         )
     }
     assert {name: sorted(fields) for name, fields in documented.items()} == {

@@ -7,12 +7,12 @@ import pytest
 from statsmodels.stats.power import TTestPower
 
 from dsbs.evaluation.significance import paired_difference
+from dsbs.records.measures import Measure
 from dsbs.records.results import (
     BreakEven,
     Comparison,
     GradedComparison,
     LabelEfficiency,
-    Measure,
     Results,
     SystemResult,
 )

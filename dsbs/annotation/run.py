@@ -113,6 +113,9 @@ def annotate(
                     stopped = buy_batches(annotator, store, run, summaries, progress)
                 _derive(annotator, store, run, summaries)
                 record["adaptations"] = _adaptations(annotator, store)
+                record["mean_seconds"] = store.mean_seconds(
+                    annotator.identities, recipe.teacher.model
+                )
         record["splits"] = {split: summary.as_json() for split, summary in summaries.items()}
         _say_warnings(annotator, summaries, progress)
         if stopped is not None:

@@ -45,6 +45,7 @@ from dsbs.records.results import (
     read_compression_record,
 )
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
+from dsbs.students.calibration import write_record
 from dsbs.students.card import CARD, read_card
 
 MAX_DROP = 0.02
@@ -290,6 +291,9 @@ def _make(
     )
     write_json(complete / CARD, card.model_dump(mode="json"))
     write_json(complete / WORK, {"fingerprint": step.fingerprint})
+    calibration = evaluator.calibration(best)
+    if calibration is not None:
+        write_record(complete, calibration)
     write_json(complete / COMPRESSION_RECORD, record.model_dump(mode="json", by_alias=True))
     move(complete, step.folder)
     return record

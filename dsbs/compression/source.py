@@ -34,9 +34,10 @@ from dsbs.records.results import (
     read_compression_record,
 )
 from dsbs.run_folder import RunFolder, read_student
+from dsbs.students.calibration import Calibration, calibrate
 from dsbs.students.card import read_card
 from dsbs.students.formats import input_format_of, start_token
-from dsbs.students.student import Student
+from dsbs.students.student import Answer, Student
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import make_task
@@ -285,6 +286,7 @@ class Evaluator:
         self._progress = progress
         self._inputs = [data.fields[row.id] for row in data.valid]
         self._labels = [str(row.label(data.valid_labels)) for row in data.valid]
+        self._label_source = data.valid_labels
         self._latencies_ms: list[float] = []  # of each row, in the last prediction
         self.n = len(self._labels)
 
@@ -324,6 +326,20 @@ class Evaluator:
         ]
         return original, compressed, sum(agreeing) / self.n
 
+    def calibration(self, folder: Path) -> Calibration | None:
+        """The calibration of the student in ``folder``; None: it writes its label."""
+        student = Student.load(folder)
+        if student.card.head == "text":
+            return None
+        student.calibration = None
+        distributions = [answer.distribution or {} for answer in self._answers(student)]
+        classes = [
+            list(distribution).index(label)
+            for distribution, label in zip(distributions, self._labels, strict=True)
+        ]
+        shares = [tuple(distribution.values()) for distribution in distributions]
+        return calibrate(shares, classes, self._label_source)
+
     def _measurement(
         self,
         folder: Path,
@@ -349,14 +365,17 @@ class Evaluator:
                 students, self._inputs, calls, max_label_tokens, self._progress, budget_s
             )
 
-    def _predict(self, student: Student) -> list[str | None]:
+    def _answers(self, student: Student) -> list[Answer]:
         section = self._recipe.eval
-        answers = student.predict(
+        return student.predict(
             self._inputs,
             batch_size=section.batch_size,
             max_label_tokens=section.max_label_tokens,
             canonical=True,
         )
+
+    def _predict(self, student: Student) -> list[str | None]:
+        answers = self._answers(student)
         self._latencies_ms = [answer.latency_ms for answer in answers]
         return [answer.label for answer in answers]
 

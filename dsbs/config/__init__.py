@@ -7,6 +7,7 @@ error) and frozen.
 
 from __future__ import annotations
 
+from dsbs.config.cascade import CascadeSection
 from dsbs.config.recipe import (
     DataSection,
     EvalSection,
@@ -36,6 +37,7 @@ from dsbs.config.train import (
 __all__ = [
     "AnnotateSection",
     "BalanceSection",
+    "CascadeSection",
     "DataSection",
     "EndpointSection",
     "EvalSection",

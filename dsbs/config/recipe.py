@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from dsbs.config.cascade import CascadeSection
 from dsbs.config.registry import FLOORS, METHODS, TASKS
 from dsbs.config.sections import Section, as_tuple, folder_in, plain_text, unknown
 from dsbs.config.student import NamedStudentSection, Students, StudentSection
@@ -160,6 +161,8 @@ class EvalSection(Section):
     score_labels: bool = False
     """Also score every label of a closed set with students that write their label, so that they
     have a distribution over the labels. An unreadable label becomes the most likely one."""
+    cascade: CascadeSection | None = None
+    """A student in front of its teacher. None: no threshold is chosen; {}: with its defaults."""
     predictions: dict[str, str] = {}
     """External systems: a name for each file of id and prediction (.jsonl, .csv, .tsv,
     .parquet)."""

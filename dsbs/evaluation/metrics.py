@@ -18,7 +18,8 @@ from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Floats, counts_interval, mean_interval
 from dsbs.records import Example, Prediction, Unreadable
-from dsbs.records.results import Confusion, Measure
+from dsbs.records.measures import Measure
+from dsbs.records.results import Confusion
 from dsbs.tasks import Task
 
 RowValues = NDArray[np.float64]  # (seeds, rows); NaN where a metric is undefined for a row

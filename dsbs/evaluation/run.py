@@ -9,6 +9,14 @@ from dsbs.config import Recipe, base_of
 from dsbs.config.registry import METHODS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters
+from dsbs.evaluation.cascade import (
+    Answers,
+    Costs,
+    calibration_examples,
+    cascades,
+    check_cascade,
+    teacher_labels,
+)
 from dsbs.evaluation.floors import check_floors, floor_systems
 from dsbs.evaluation.latency import measure_latency, read_latency
 from dsbs.evaluation.metrics import score
@@ -35,12 +43,13 @@ from dsbs.evaluation.systems import (
 )
 from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
-from dsbs.prompting import learned_source
+from dsbs.prompting import learned_source, source_fingerprint
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import Comparison, Latency, Results
 from dsbs.records.subsets import Subset, subset_rank
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
+from dsbs.students.calibration import ConfidenceKind, read_calibration
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import load, survey
@@ -75,6 +84,7 @@ def evaluate(
             hint="label some test rows; they are never trained on",
         )
     check_floors(recipe, task)
+    check_cascade(recipe, run)
     clusters = clusters_of(rows, recipe.eval.cluster)
     data: dict[str, str] = {split: survey(rows).hash}
     with run.lock("eval"), run.record("eval", recipe, data):
@@ -85,6 +95,11 @@ def evaluate(
             recipe, task, rows, run, _training_rows(students), progress, score_only=score_only
         )
         results = _compare(recipe, task, run, systems, clusters, data)
+        calibration = _calibration_answers(recipe, task, run, students, progress, score_only)
+        costs = _teacher_costs(run, results)
+        results = results.model_copy(
+            update={"cascades": cascades(recipe, task, systems, costs, calibration)}
+        )
         write_json(run.results, results.as_json())
         with atomic_write(run.stage("eval") / "results.md") as file:
             file.write(results_markdown(results) + "\n")
@@ -147,6 +162,43 @@ def _compare(
         ),
         break_even=list(break_evens(systems, spent_usd, usd_per_prediction, usd_per_row)),
     )
+
+
+def _teacher_costs(run: RunFolder, results: Results) -> Costs:
+    """What the teacher costs, as its annotations record it."""
+    seconds = run.manifest("annotate").get("mean_seconds")
+    teacher = results.system(TEACHER)
+    return Costs(
+        usd_per_request=None if teacher is None else teacher.usd_per_prediction,
+        ms_per_request=1000 * seconds if isinstance(seconds, int | float) else None,
+        bills={item.system: item.spent_usd for item in results.break_even},
+    )
+
+
+def _calibration_answers(
+    recipe: Recipe,
+    task: Task,
+    run: RunFolder,
+    students: Sequence[TrainedStudent],
+    progress: Progress,
+    score_only: bool,
+) -> dict[str, Answers] | None:
+    """The answers to validation rows by prediction file; None: they do not choose a threshold."""
+    section = recipe.eval.cascade
+    if section is None or section.calibration != "valid":
+        return None
+    rows = calibration_examples(recipe, task)
+    split = "train" if recipe.task.data.valid is None else "valid"
+    labels = teacher_labels(rows, run, source_fingerprint(recipe, task), split)
+    answers = {}
+    for student in students:
+        path = run.predictions(f"calibration/{student.name}")
+        if not score_only:
+            predict_student(recipe, student, rows, run, progress, path=path)
+        if path.is_file():
+            file = score(task, rows, read_predictions(path), student.name)
+            answers[student.name] = Answers(file, labels)
+    return answers
 
 
 def _among(
@@ -254,9 +306,16 @@ def _student_systems(
                 settings_tried=_settings_tried(first),
                 megabytes=_megabytes(first),
                 latency=latency,
+                confidence_kinds=[_confidence_kind(student) for student in members],
             )
         )
     return systems
+
+
+def _confidence_kind(student: TrainedStudent) -> ConfidenceKind:
+    """The kind chosen on valid; the probability where the student was not calibrated."""
+    calibration = read_calibration(student.path)
+    return "probability" if calibration is None else calibration.confidence
 
 
 def _predict(

@@ -17,6 +17,7 @@ from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Scores, accuracy, label_efficiency
 from dsbs.evaluation.calibration import calibration_bins
 from dsbs.evaluation.metrics import RowValues, Scored, SystemPredictions, measure
+from dsbs.evaluation.selective import selective
 from dsbs.evaluation.significance import Difference, holm, paired_difference
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import (
@@ -30,6 +31,7 @@ from dsbs.records.results import (
     SystemResult,
 )
 from dsbs.records.subsets import Subset, rows_per_label, subset_rank
+from dsbs.students.calibration import ConfidenceKind
 from dsbs.tasks import Task
 
 
@@ -50,8 +52,8 @@ class System:
     megabytes: float | None = None
     latency: list[Latency] = field(default_factory=list)
     usd_per_prediction: float | None = None
-    row_values: dict[str, RowValues] = field(default_factory=dict)
-    """Of the metrics by which systems are compared, beside accuracy."""
+    confidence_kinds: list[ConfidenceKind] = field(default_factory=list)  # chosen on valid
+    row_values: dict[str, RowValues] = field(default_factory=dict)  # of metrics that compare
 
     @property
     def method(self) -> str | None:
@@ -108,10 +110,7 @@ def score_system(
     clusters: Clusters,
     teacher_rationales: Mapping[str, str | None] | None = None,
 ) -> SystemResult:
-    """Compute all metrics of a system, and set its ``row_values``.
-
-    ``teacher_rationales`` as in `SystemPredictions`.
-    """
+    """Compute all metrics of a system, as `SystemPredictions` has it, and set ``row_values``."""
     predictions = SystemPredictions(task, system.files, clusters, teacher_rationales)
     measures = measure(predictions)
     system.row_values = measures.compared
@@ -134,6 +133,7 @@ def score_system(
         recall=measures.recall,
         confusions=measures.confusions,
         calibration=calibration_bins(predictions),
+        selective=selective(system.files, task, system.confidence_kinds, clusters),
         megabytes=system.megabytes,
         ms_per_example=_ms_per_example(system),
         latency=system.latency,

@@ -36,6 +36,7 @@ _UPLOADED = (
     "merges.txt",
     "chat_template*",
     "calibration.json",
+    "threshold.json",
     PROMPT_FORMAT_FILE,
     CARD,
     "export.json",

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from dsbs.config.diff import differences, entries
 from dsbs.config.load import load_recipe, read_recorded, recorded, resolved_values
 from dsbs.errors import UserError
-from dsbs.records.results import Comparison, Interval
+from dsbs.records.measures import Interval
+from dsbs.records.results import Comparison
 from dsbs.run_folder import MANIFEST, STAGES, TRAINING_RECORD, RunFolder, training_record
 from dsbs.training.grid import grid
 

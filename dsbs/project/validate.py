@@ -12,6 +12,7 @@ from dsbs.annotation.backends import make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
+from dsbs.evaluation.cascade import check_cascade
 from dsbs.evaluation.floors import check_floors
 from dsbs.formatting import count
 from dsbs.project.leakage import Overlap, find_overlaps
@@ -60,6 +61,7 @@ def validate(recipe: Recipe) -> Validation:
     students = [student for student, _ in checked_students(recipe, task)]
     check_subsets(recipe, task)
     check_floors(recipe, task)
+    check_cascade(recipe)
     splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
     warnings: list[str] = []

@@ -14,13 +14,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsbs.errors import UserError
+from dsbs.records.measures import Cascade, Interval, Measure, ResultRecord, Selective
 from dsbs.records.subsets import Subset
 
 SCHEMA = "dsbs.results/5"
 _READABLE = ("dsbs.results/3", "dsbs.results/4", SCHEMA)  # 3: no floors; 4: a single student
 BATCH_SIZES = (1, 64)  # that a student is timed with
 
-Interval = tuple[float, float]
 SystemKind = Literal["teacher", "student", "external", "floor"]
 
 
@@ -53,27 +53,7 @@ def _is_empty(value: object) -> bool:
     return not value
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        populate_by_name=True,
-        use_attribute_docstrings=True,
-    )
-
-
-class Measure(_Record):
-    """One metric of a system, on the rows for which it is defined."""
-
-    value: float
-    ci95: Interval | None = None
-    """None: not a mean over rows, and not resampled."""
-    n: int
-    """Rows."""
-
-
-class GradedComparison(_Record):
+class GradedComparison(ResultRecord):
     """A comparison by a metric that grades rows instead of calling them right or wrong."""
 
     delta: float
@@ -87,7 +67,7 @@ class GradedComparison(_Record):
     n: int
 
 
-class Comparison(_Record):
+class Comparison(ResultRecord):
     """A system against another one on the same rows."""
 
     delta: float
@@ -108,7 +88,7 @@ class Comparison(_Record):
     """By metric."""
 
 
-class FloorComparison(_Record):
+class FloorComparison(ResultRecord):
     """A student against a floor on the same rows, outside Holm's family of comparisons."""
 
     delta: float
@@ -127,7 +107,7 @@ class FloorComparison(_Record):
         return self.ci95[0] > 0
 
 
-class Bin(_Record):
+class Bin(ResultRecord):
     """Predictions with a probability in (low, high]: their mean probability and accuracy."""
 
     low: float
@@ -137,7 +117,7 @@ class Bin(_Record):
     accuracy: float
 
 
-class Latency(_Record):
+class Latency(ResultRecord):
     """Wall time of a call with ``batch_size`` rows that predicts labels, over ``calls`` calls."""
 
     batch_size: int
@@ -147,7 +127,7 @@ class Latency(_Record):
     device: str
 
 
-class Confusion(_Record):
+class Confusion(ResultRecord):
     """Rows of one label that a system gives another."""
 
     gold: str
@@ -158,7 +138,7 @@ class Confusion(_Record):
     """Of the rows with the gold label."""
 
 
-class SystemResult(_Record):
+class SystemResult(ResultRecord):
     """One system: the teacher, the students of one method over their seeds, a floor, or an external
     file.
     """
@@ -192,6 +172,8 @@ class SystemResult(_Record):
     """The pairs of labels that are most often confused, at most 20; empty for open labels."""
     calibration: list[Bin] = []
     """Empty where the probability of a label is unknown."""
+    selective: Selective | None = None
+    """None where the probability of a label is unknown."""
     parameters: int | None = None
     megabytes: float | None = None
     """Of the weight files, in units of 10^6 bytes."""
@@ -217,7 +199,7 @@ class SystemResult(_Record):
         return self.versus | self.versus_students
 
 
-class LabelEfficiency(_Record):
+class LabelEfficiency(ResultRecord):
     """How many training rows a method needs to match another system's accuracy.
 
     Read off the method's learning curve, log-linear between its points. ``rows`` and the ends of
@@ -241,7 +223,7 @@ class LabelEfficiency(_Record):
     """Rows of the curve's last point."""
 
 
-class BreakEven(_Record):
+class BreakEven(ResultRecord):
     """After how many predictions distilling is cheaper than calling the teacher for each."""
 
     system: str
@@ -251,7 +233,7 @@ class BreakEven(_Record):
     predictions: int
 
 
-class Results(_Record):
+class Results(ResultRecord):
     """The whole file."""
 
     schema_: Literal["dsbs.results/3", "dsbs.results/4", "dsbs.results/5"] = Field(
@@ -280,6 +262,8 @@ class Results(_Record):
     systems: list[SystemResult]
     label_efficiency: list[LabelEfficiency] = []
     break_even: list[BreakEven] = []
+    cascades: list[Cascade] = []
+    """With ``eval.cascade``: for each prediction file with a confidence."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -322,7 +306,7 @@ def read_results(path: Path) -> Results:
 COMPRESSION_RECORD = "compress.json"
 
 
-class Measurement(_Record):
+class Measurement(ResultRecord):
     """Accuracy, size and latency of one student on the valid rows."""
 
     accuracy: float
@@ -353,7 +337,7 @@ def chain_name(chain: Sequence[str], healed_by: Sequence[HealFrom | None]) -> st
     return "+".join(names)
 
 
-class Compressed(_Record):
+class Compressed(ResultRecord):
     """One compressed student. Its folder is a student's folder like any other."""
 
     schema_: Literal["dsbs.compress/1"] = Field("dsbs.compress/1", alias="schema")

@@ -1,8 +1,10 @@
-"""Sentences about comparisons, floors, several students, label efficiency and break-even."""
+"""Sentences about comparisons, floors, several students, cascades, labels and break-even."""
 
 from __future__ import annotations
 
 from dsbs.formatting import (
+    ABSENT,
+    confidence_interval,
     count,
     dollars,
     p_value,
@@ -11,6 +13,7 @@ from dsbs.formatting import (
     sentence_list,
     signed_confidence_interval,
 )
+from dsbs.records.measures import Cascade
 from dsbs.records.results import (
     BreakEven,
     Comparison,
@@ -231,3 +234,111 @@ def break_even_sentence(break_even: BreakEven) -> str:
         f"It recovers that after {count(break_even.predictions, 'prediction')}, "
         f"since the teacher costs {price} per 1,000 predictions."
     )
+
+
+# --- cascades
+
+
+def headline_cascade(results: Results) -> Cascade | None:
+    """The cascade of the headline system's student that was best on valid."""
+    cascades = (cascade for cascade in results.cascades if cascade.system == results.headline)
+    return next(cascades, None)
+
+
+def cascade_answer(results: Results) -> list[str]:
+    """What share of the requests could be switched over, at which loss, saving how much."""
+    cascade = headline_cascade(results)
+    if cascade is None:
+        return []
+    if cascade.threshold is None:
+        return [f"None of the teacher's requests could be switched over to {cascade.student}."]
+    share = percent(cascade.coverage.value)
+    if cascade.coverage.ci95 is not None:
+        share += f" ({confidence_interval(cascade.coverage.ci95)})"
+    loss = f"answering {percent(1 - cascade.agreement.value)} of all requests otherwise"
+    if cascade.of == "accuracy":
+        loss = (
+            f"with {percent(cascade.accuracy.value)} of all answers right instead of "
+            f"{percent(cascade.teacher_accuracy.value)}"
+        )
+    saving = f"saving {percent(cascade.coverage.value)} of the teacher's requests"
+    if cascade.usd_per_1000 is not None and cascade.teacher_usd_per_1000 is not None:
+        saved = dollars(cascade.teacher_usd_per_1000 - cascade.usd_per_1000)
+        saving = f"saving {saved} of {dollars(cascade.teacher_usd_per_1000)} per 1,000 requests"
+    return [
+        f"{cascade.student} could take over {share} of the teacher's requests, {loss} and {saving}."
+    ]
+
+
+def cascade_details(results: Results) -> list[str]:
+    """The guarantee behind the answer, or what is missing for one."""
+    cascade = headline_cascade(results)
+    if cascade is None:
+        return []
+    level = f"{100 * cascade.level:g}% confidence"
+    rows = f"{count(cascade.rows, 'calibration row')} of {cascade.source}"
+    goal = f"{100 * (cascade.target or 0):g}% {cascade.of}"
+    if cascade.margin is not None:
+        goal = f"a loss of at most {100 * cascade.margin:g} points against the teacher"
+    if cascade.bound is None:
+        return [f"No threshold keeps {goal} with {level} on {rows}.", _missing_rows(cascade)]
+    guaranteed = f"{cascade.of} of at least {percent(cascade.bound)}"
+    if cascade.margin is not None:
+        guaranteed = f"a loss of at most {points(cascade.bound).removeprefix('+')}"
+    tested = f"tested on {cascade.n:,} other rows"
+    if cascade.folds is not None:
+        tested = f"tested by cross-fitting in {cascade.folds} folds"
+    return [
+        f"Its threshold ({cascade.confidence} of at least {cascade.threshold:.3g}) guarantees "
+        f"{guaranteed} with {level} for requests drawn like the {rows}; it was {tested}."
+    ]
+
+
+def _missing_rows(cascade: Cascade) -> str:
+    if cascade.rows_needed is None:
+        return "More rows would not help: its surest answers are wrong too often."
+    if cascade.rows_needed <= cascade.rows:
+        return "More rows may help."
+    return f"It would take about {cascade.rows_needed:,} rows, or more."
+
+
+# --- tables of text
+
+
+def selective_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of selective prediction: each system with a confidence."""
+    headings = ["system", "confidence"]
+    rows = []
+    for system in results.systems:
+        if system.selective is None:
+            continue
+        measures = system.selective.measures
+        headings[2:] = list(measures)
+        row = [system.name, ", ".join(system.selective.confidence)]
+        for measure in measures.values():
+            low, high = measure.ci95 or (measure.value, measure.value)
+            row.append(f"{measure.value:.3f} [{low:.3f}, {high:.3f}]")
+        rows.append(row)
+    return headings, rows
+
+
+def cascade_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the cascades: each prediction file with a confidence."""
+    headings = ["student", "threshold", "guaranteed", "calibration rows", "coverage", "agreement"]
+    headings += ["accuracy", "teacher alone", "student alone", "per 1,000 requests"]
+    rows = [
+        [
+            cascade.student,
+            ABSENT if cascade.threshold is None else f"{cascade.threshold:.4f}",
+            ABSENT if cascade.bound is None else percent(cascade.bound),
+            f"{cascade.rows:,}",
+            percent(cascade.coverage.value),
+            percent(cascade.agreement.value),
+            percent(cascade.accuracy.value),
+            percent(cascade.teacher_accuracy.value),
+            percent(cascade.student_accuracy.value),
+            dollars(cascade.usd_per_1000),
+        ]
+        for cascade in results.cascades
+    ]
+    return headings, rows

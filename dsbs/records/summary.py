@@ -1,10 +1,9 @@
-"""Summary of an evaluation: headline, gates, comparison sentences, results table and results.md."""
+"""Summary of an evaluation: headline, comparison sentences, results table and results.md."""
 
 from __future__ import annotations
 
 import math
 
-from dsbs.errors import UserError
 from dsbs.formatting import (
     ABSENT,
     confidence_interval,
@@ -31,6 +30,9 @@ from dsbs.records.results import (
 from dsbs.records.sentences import (
     ALPHA,
     break_even_sentence,
+    cascade_answer,
+    cascade_details,
+    cascade_rows,
     caveats_of,
     comparison_sentence,
     distance,
@@ -39,10 +41,10 @@ from dsbs.records.sentences import (
     floor_warnings,
     is_reliable,
     label_efficiency_sentence,
+    selective_rows,
     student_sentences,
 )
 
-_ROUNDING = 1e-9  # a mean over seeds may differ from the exact share by less than this
 TARGET_DIFFERENCE = 0.05  # the headline says how many rows would show this difference
 HEADINGS = (
     "system",
@@ -99,36 +101,41 @@ def rows_needed(
 def headline(results: Results) -> str:
     """The headline system against its baseline, in plain words.
 
-    Floors that it does not beat come first.
+    Floors that it does not beat come first. With ``eval.cascade``, the second sentence says what
+    share of the requests it can take over from its teacher.
     """
-    sentence = " ".join([*floor_warnings(headline_comparison(results)[0]), _headline(results)])
+    system = headline_comparison(results)[0]
+    sentences = [*floor_warnings(system), *_headline(results)]
+    sentences[1:1] = cascade_answer(results)
+    sentence = " ".join(sentences)
     if results.reportable:
         return sentence
     return f"Smoke run, not reportable: {sentence}"
 
 
-def _headline(results: Results) -> str:
+def _headline(results: Results) -> list[str]:
     rows = count(results.n, f"{results.split} row")
     system, baseline = headline_comparison(results)
     if system is None:
-        return f"No systems were compared on these {rows}."
+        return [f"No systems were compared on these {rows}."]
     if baseline is None:
-        return (
+        return [
             f"{system.name} labels {percent(system.accuracy)} of these {rows} correctly "
-            f"({confidence_interval(system.ci95)}). It was not compared with a baseline."
-        )
+            f"({confidence_interval(system.ci95)}).",
+            "It was not compared with a baseline.",
+        ]
     comparison = system.versus[baseline]
     ci95 = signed_confidence_interval(comparison.ci95)
     if is_reliable(comparison):
-        return (
+        return [
             f"{system.name} is {distance(comparison)} accurate than {baseline} "
             f"on these {rows} ({ci95})."
-        )
+        ]
     sentence = (
         f"{system.name} and {baseline} cannot be told apart on these {rows} "
         f"({points(comparison.delta)}, {ci95})."
     )
-    return " ".join([sentence, *_rows_sentence(results.n, comparison)])
+    return [sentence, *_rows_sentence(results.n, comparison)]
 
 
 def closing(results: Results, train_accuracy: float | None = None) -> str:
@@ -181,7 +188,7 @@ def _two_digits(number: int) -> int:
 def headline_details(results: Results) -> list[str]:
     """Sentences to follow the headline: its p value, and its caveats."""
     system, baseline = headline_comparison(results)
-    floors = floor_details(system)
+    floors = [*cascade_details(results), *floor_details(system)]
     if results.baseline is None:
         return [*floors, "To compare students with fine-tuning, add finetune to train.methods."]
     if system is None or baseline is None:
@@ -205,50 +212,6 @@ def system_sentences(system: SystemResult) -> list[str]:
         for baseline, comparison in system.comparisons.items()
     ]
     return floor_sentences(system) + against_others
-
-
-def gate_failures(
-    results: Results, min_accuracy: float | None = None, min_delta: float | None = None
-) -> list[str]:
-    """A sentence for each gate that the headline system misses; empty if it passes all.
-
-    ``min_accuracy`` and ``min_delta`` (against its first baseline) are fractions, compared with the
-    point estimates, not with their intervals; None: no such gate. Raises UserError if there is no
-    headline system, or nothing that it is compared with.
-    """
-    if min_accuracy is None and min_delta is None:
-        return []
-    system = results.system(results.headline)
-    if system is None:
-        raise UserError(
-            f"{results.name} has no headline system (a student of the first method that is not a "
-            "baseline), so no gate can be checked",
-            hint="train the first of train.methods that is not in eval.baseline, "
-            "then evaluate again",
-        )
-    failures = []
-    if min_accuracy is not None and system.accuracy < min_accuracy - _ROUNDING:
-        failures.append(
-            f"{system.name}: accuracy {100 * system.accuracy:.2f}% "
-            f"({confidence_interval(system.ci95)}) is below the gate of {100 * min_accuracy:g}%"
-        )
-    if min_delta is None:
-        return failures
-    baseline, comparison = first_comparison(system)
-    if comparison is None:
-        raise UserError(
-            f"{system.name} is not compared with any system, so --min-delta cannot be checked",
-            hint="name in eval.baseline a method other than the first of train.methods, "
-            "and train it, e.g. finetune",
-        )
-    if comparison.delta < min_delta - _ROUNDING:
-        delta = signed(100 * comparison.delta, 2)
-        failures.append(
-            f"{system.name}: {delta} points against {baseline} "
-            f"({signed_confidence_interval(comparison.ci95)}, {p_value(comparison.p_holm)}) "
-            f"is below the gate of {100 * min_delta:+g} points"
-        )
-    return failures
 
 
 # --- tables
@@ -308,6 +271,8 @@ def results_markdown(results: Results) -> str:
     lines += _floors_section(results)
     lines += _graded_section(results)
     lines += _metrics_section(results)
+    lines += _table_section("Selective prediction", *selective_rows(results))
+    lines += _table_section("Cascade", *cascade_rows(results))
     lines += _list_section(
         "Labels needed", [label_efficiency_sentence(item) for item in results.label_efficiency]
     )
@@ -438,6 +403,10 @@ def _metrics_section(results: Results) -> list[str]:
                 row.append(f"{measure.value:.3f} [{low:.3f}, {high:.3f}]")
         rows.append(row)
     return ["", "## Metrics", "", *_escaped_table(["system", *names], rows)]
+
+
+def _table_section(title: str, headings: list[str], rows: list[list[str]]) -> list[str]:
+    return ["", f"## {title}", "", *_escaped_table(headings, rows)] if rows else []
 
 
 def _escaped_table(headings: list[str] | tuple[str, ...], rows: list[list[str]]) -> list[str]:

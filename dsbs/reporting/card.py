@@ -15,7 +15,8 @@ from dsbs.config.terms import base_of
 from dsbs.errors import UserError
 from dsbs.files import atomic_write
 from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent
-from dsbs.records.results import Measure, SystemResult
+from dsbs.records.measures import Measure
+from dsbs.records.results import SystemResult
 from dsbs.records.summary import system_sentences
 from dsbs.reporting.runs import EvaluatedRun
 from dsbs.run_folder import read_student

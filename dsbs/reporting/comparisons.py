@@ -8,7 +8,8 @@ from typing import Any
 
 from dsbs.config.registry import FLOORS, entry
 from dsbs.formatting import p_number, percent_number, points_number, signed_interval
-from dsbs.records.results import Comparison, FloorComparison, Interval, SystemResult
+from dsbs.records.measures import Interval
+from dsbs.records.results import Comparison, FloorComparison, SystemResult
 from dsbs.records.sentences import is_reliable
 from dsbs.records.summary import TEST_NAMES
 from dsbs.reporting.runs import EvaluatedRun, name_among

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.files import atomic_write
-from dsbs.records.results import Interval, Latency, Measure, Measurement, SystemResult
+from dsbs.records.measures import Interval, Measure
+from dsbs.records.results import Latency, Measurement, SystemResult
 from dsbs.records.sentences import is_reliable
 from dsbs.records.subsets import subset_rank
 from dsbs.reporting.compression import by_original
@@ -47,6 +48,8 @@ def write_csv_files(runs: Sequence[EvaluatedRun], folder: Path) -> list[Path]:
         "comparisons.csv": _comparison_rows(titled),
         "curve.csv": _curve_rows(titled),
         "metrics.csv": _metric_rows(titled),
+        "risk_coverage.csv": _risk_rows(titled),
+        "cascades.csv": _cascade_rows(titled),
         "compressed.csv": _compressed_rows(titled),
     }
     return [_write(folder / name, rows) for name, rows in tables.items()]
@@ -181,6 +184,9 @@ def _metric_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
                 rows.append(start | {"metric": "accuracy", "seed": seed, "value": value, "n": n})
             for name, measure in system.metrics.items():
                 rows.append(start | {"metric": name} | _measure_columns(measure))
+            selective = {} if system.selective is None else system.selective.measures
+            for name, measure in selective.items():
+                rows.append(start | {"metric": name} | _measure_columns(measure))
             for label, measure in system.recall.items():
                 recall: dict[str, Cell] = {"metric": "recall", "label": label}
                 rows.append(start | recall | _measure_columns(measure))
@@ -193,6 +199,31 @@ def _measure_columns(measure: Measure) -> dict[str, Cell]:
         "n": measure.n,
         **_interval_columns("value", measure.ci95),
     }
+
+
+def _risk_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
+    """The points of each system's risk-coverage curve."""
+    return [
+        {"run": title, "system": system.name, "coverage": coverage, "risk": risk}
+        for title, run in runs
+        for system in run.results.systems
+        if system.selective is not None
+        for coverage, risk in system.selective.curve
+    ]
+
+
+def _cascade_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
+    """Students in front of their teacher."""
+    rows: list[dict[str, Cell]] = []
+    for title, run in runs:
+        for cascade in run.results.cascades:
+            row: dict[str, Cell] = {"run": title} | cascade.model_dump(exclude={"curve"})
+            for name, value in cascade:
+                if isinstance(value, Measure):
+                    row[name] = value.value
+                    row |= _interval_columns(name, value.ci95)
+            rows.append(row)
+    return rows
 
 
 def _compressed_rows(runs: TitledRuns) -> list[dict[str, Cell]]:

@@ -39,6 +39,7 @@ from dsbs.reporting.compression import (
     healing_sentences,
     outdated_sentences,
 )
+from dsbs.reporting.confidence import cascade_table, selective_table
 from dsbs.reporting.csv_files import write_csv_files
 from dsbs.reporting.examples import NO_EXAMPLES, PackedExamples, pack_examples
 from dsbs.reporting.figures import Figure, draw_figures, write_figures
@@ -176,10 +177,13 @@ def _render(
         confusions=confusion_table(runs),
         rationales=rationale_table(runs),
         costs=cost_table(runs),
+        selective=selective_table(runs),
+        cascades=cascade_table(runs),
         compressed=compression_table(runs),
         healing=healing_sentences(runs) + healer_sentences(runs) + outdated_sentences(runs),
-        figures=[drawing for drawing in drawings if not _is_frontier(drawing[0])],
-        frontiers=[drawing for drawing in drawings if _is_frontier(drawing[0])],
+        figures=[drawing for drawing in drawings if _section(drawing[0]) == "curves"],
+        frontiers=[drawing for drawing in drawings if _section(drawing[0]) == "compressed"],
+        confidence=[drawing for drawing in drawings if _section(drawing[0]) == "confidence"],
         label_efficiency=[
             prefixed(label_efficiency_sentence(item), run, runs)
             for run in runs
@@ -200,8 +204,11 @@ def _render(
     )
 
 
-def _is_frontier(figure: Figure) -> bool:
-    return figure.name.startswith("frontier")
+def _section(figure: Figure) -> str:
+    """The section of the page that shows a figure."""
+    kind = figure.name.partition("-")[0]
+    sections = {"frontier": "compressed", "risk": "confidence", "cascade": "confidence"}
+    return sections.get(kind, "curves")
 
 
 def _finalize(value: Any) -> Any:

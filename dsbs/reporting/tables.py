@@ -21,7 +21,8 @@ from dsbs.formatting import (
     percent_number,
     setting_text,
 )
-from dsbs.records.results import Interval, Measure, SystemResult
+from dsbs.records.measures import Interval, Measure
+from dsbs.records.results import SystemResult
 from dsbs.reporting.runs import EvaluatedRun, name_among, student_groups, student_names
 
 _AXIS_STEP = 0.1  # an axis of accuracies ends at multiples of this

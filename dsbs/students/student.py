@@ -19,6 +19,15 @@ from dsbs.students.backends import (
     load_backend,
     make_backend,
 )
+from dsbs.students.calibration import (
+    Calibration,
+    ConfidenceKind,
+    confidence_of,
+    rationale_agreement,
+    read_calibration,
+    tempered,
+    write_record,
+)
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
 from dsbs.tasks import CHOICE_SEPARATOR, make_task
@@ -47,16 +56,19 @@ class Answer:
     latency_ms: float
     """Wall time of the label's batch divided by its rows."""
     distribution: dict[str, float] | None = None
-    """The probability of each label, in [0, 1]; None: the label was written as text, and no label
-    was scored."""
+    """The calibrated probability of each label, in [0, 1]; None: the label was written as text, and
+    no label was scored."""
 
 
 class Student:
     """A trained student: ``load`` one, then ``predict``."""
 
-    def __init__(self, backend: Backend, card: StudentCard) -> None:
+    def __init__(
+        self, backend: Backend, card: StudentCard, calibration: Calibration | None = None
+    ) -> None:
         self.backend = backend
         self.card = card
+        self.calibration = calibration
         self.task = make_task(card.task)
 
     @classmethod
@@ -80,12 +92,19 @@ class Student:
                     hint=f"restore the {CARD} that was saved with this model, or train the "
                     "student again",
                 )
-        return cls(load_backend(Path(path), card), card)
+        return cls(load_backend(Path(path), card), card, read_calibration(path))
 
     def save(self, folder: Path) -> None:
-        """Write model, tokenizer and card."""
+        """Write model, tokenizer, card and calibration."""
         self.backend.save(folder)
         write_json(folder / CARD, self.card.model_dump(mode="json"))
+        if self.calibration is not None:
+            write_record(folder, self.calibration)
+
+    @property
+    def temperature(self) -> float:
+        """The divisor of the logits in distributions over the labels; 1: not calibrated."""
+        return 1.0 if self.calibration is None else self.calibration.temperature
 
     def predict(
         self,
@@ -150,6 +169,23 @@ class Student:
             for parts in zip(generated, explanations, rows, strict=True)
         ]
 
+    def confidence(
+        self, answer: Answer, fields: Mapping[str, Any], kind: ConfidenceKind | None = None
+    ) -> float | None:
+        """The confidence of an answer to a row's ``fields``, in [0, 1].
+
+        ``kind`` None: the one chosen on the validation rows, or the probability. The kind views
+        needs the answer's rationale. None: the label is unreadable, or the confidence unknown.
+        """
+        if answer.label is None:
+            return None
+        if kind is None:
+            kind = "probability" if self.calibration is None else self.calibration.confidence
+        agreement = None
+        if kind == "views" and answer.rationale is not None:
+            agreement = rationale_agreement(answer.label, answer.rationale, self.task, fields)
+        return confidence_of(kind, answer.probability, answer.distribution, agreement)
+
     @property
     def has_distribution(self) -> bool:
         """Whether it can give the probability of every label, with ``score_labels`` or without."""
@@ -181,7 +217,8 @@ class Student:
     def label_distributions(self, texts: Sequence[str], batch_size: int) -> list[tuple[float, ...]]:
         """The probability of each of the task's labels as the answer to ``texts``, with prefixes.
 
-        The probability of a label's text with its end token, normalized over the labels.
+        The probability of a label's text with its end token, normalized over the labels and not
+        calibrated.
         """
         self._check_scoring()
         assert isinstance(self.backend, ScoringBackend)
@@ -242,7 +279,8 @@ class Student:
         distribution = None
         if generated.distribution is not None:
             classes = self.card.classes or self.task.labels or self.task.choice_texts(fields)
-            distribution = dict(zip(classes, generated.distribution, strict=True))
+            shares = tempered(generated.distribution, self.temperature)
+            distribution = dict(zip(classes, shares, strict=True))
         label = self.task.answer(raw, fields, distribution)
         probability = generated.probability
         if distribution is not None:

@@ -13,6 +13,7 @@ from dsbs.files import full_disk_as_partial, now, versions
 from dsbs.progress import Progress, running
 from dsbs.prompting import learned_source
 from dsbs.records import TrainedStudent
+from dsbs.students.calibration import Calibration
 from dsbs.students.card import StudentCard
 from dsbs.students.student import Student
 from dsbs.students.weights import device, load_model, new_model
@@ -33,7 +34,12 @@ from dsbs.training.grid import StudentFolder, StudentSpec, Trial
 from dsbs.training.rows import Data, count_rationales
 from dsbs.training.tokens import Tokens
 from dsbs.training.training_set import TrainingSet
-from dsbs.training.validation import max_new_tokens, validate, validation_interval
+from dsbs.training.validation import (
+    calibrated,
+    max_new_tokens,
+    validate,
+    validation_interval,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -387,6 +393,7 @@ class StudentRun:
         trainable = count_trainable(student.backend.model)
         model = self._load_checkpoint(self.folder.checkpoints / f"checkpoint-{best}")
         student = Student.of(model, self.tokenizer, student.card)
+        student.calibration = self._calibration(student)
         student.save(self.folder.path)
         trained = TrainedStudent(
             name=self.spec.name,
@@ -419,3 +426,16 @@ class StudentRun:
         if self.teachers:
             record["teachers"] = [teacher.record for teacher in self.teachers]
         self.folder.finish(record)
+
+    def _calibration(self, student: Student) -> Calibration | None:
+        """The finished student's calibration, on the CPU where the GPU is full."""
+        view = self.training_set.views[0]
+        try:
+            student.backend.model.to(device())
+            return calibrated(student, self.recipe, self.data, view)
+        except (RuntimeError, MemoryError) as error:
+            if device() == "cpu" or not is_out_of_memory(error):
+                raise
+        free_memory()
+        student.backend.model.to("cpu")
+        return calibrated(student, self.recipe, self.data, view)

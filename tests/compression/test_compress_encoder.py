@@ -189,6 +189,7 @@ def test_a_chain_heals_the_head_and_ends_in_int8(tmp_path: Path) -> None:
     assert heads_of(heads.backend.model.body.config) == 2
     assert len(layers.backend.model.body.encoder.layer) == 1
     assert int8.card.format == "onnx", "CTranslate2 has no encoders with removed heads"
+    assert all(student.calibration is not None for student in (heads, layers, int8))
     assert [record.healing_steps for record in result.steps] == [2, 2, 0]
     healed = heads.backend.model.classifier.weight
     original = Student.load(trained.path).backend.model.classifier.weight

@@ -15,7 +15,7 @@ from dsbs import UserError
 from dsbs.config import TaskSection
 from dsbs.config.registry import METRICS
 from dsbs.evaluation.bootstrap import Clusters
-from dsbs.evaluation.calibration import binned, calibration_bins, calibration_error
+from dsbs.evaluation.calibration import calibration_bins
 from dsbs.evaluation.metrics import (
     Measures,
     Scored,
@@ -26,6 +26,7 @@ from dsbs.evaluation.metrics import (
     score,
 )
 from dsbs.records import Example, Prediction
+from dsbs.students.calibration import binned, calibration_error
 from dsbs.tasks import Task, make_task
 
 NLI = make_task(TaskSection(name="esnli", data={"train": "-"}))

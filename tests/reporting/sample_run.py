@@ -12,6 +12,7 @@ from conftest import write_jsonl
 
 from dsbs.config import Recipe
 from dsbs.records import Annotation, Prediction, TeacherName
+from dsbs.records.measures import Measure
 from dsbs.records.results import (
     Bin,
     BreakEven,
@@ -19,7 +20,6 @@ from dsbs.records.results import (
     Compressed,
     LabelEfficiency,
     Latency,
-    Measure,
     Measurement,
     Results,
     SystemResult,

@@ -20,6 +20,7 @@ from transformers import GemmaTokenizer
 
 from dsbs import Student, UserError, annotate, load_recipe, train, validate
 from dsbs.config import Recipe, StudentSection
+from dsbs.students.calibration import read_calibration
 from dsbs.students.card import StudentCard, new_head_warning
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import new_model
@@ -64,6 +65,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     for name in ours.keys() & theirs.keys():
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def record_rows(folder: Path) -> int:
+    record = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    return int(record["valid_rows"])
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -128,6 +134,10 @@ def test_a_student_learns_predicts_and_explains(
         assert answer.distribution is not None and answer.rationale is not None
         assert sum(answer.distribution.values()) == pytest.approx(1)
     assert not list(folder.rglob("adapter*"))
+    calibration = read_calibration(folder)
+    assert calibration is not None
+    assert (calibration.rows, calibration.labels) == (record_rows(folder), "gold")
+    assert calibration.after.log_loss <= calibration.before.log_loss + 1e-9
 
 
 @pytest.mark.parametrize(

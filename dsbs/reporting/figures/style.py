@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dsbs.config import registry
 from dsbs.config.terms import base_of, names_of_terms
 from dsbs.formatting import interval, percent
-from dsbs.records.results import Interval, Results, SystemResult
+from dsbs.records.measures import Interval
+from dsbs.records.results import Results, SystemResult
 from dsbs.reporting.figures.canvas import INK, MUTE, PAPER, Canvas, shorten
 from dsbs.reporting.runs import (
     EvaluatedRun,
