@@ -1,7 +1,7 @@
 """Live teacher: the teacher of a recipe behind a served student (`dsbs serve --fallback`).
 
-It asks with the client, prompt, limits and store of `dsbs annotate`, in a thread of its own, so that
-the student's requests never wait for it.
+It asks with the client, prompt, limits and store of `dsbs annotate`, in a thread of its own, so
+that the student's requests never wait for it.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ class LiveTeacher:
     def close(self) -> None:
         """See ``TeacherClient``."""
         if not self._thread.is_alive():
+            self._loop.close()
             return
         timeout_s = min(_DRAIN_S, self._annotator.recipe.teacher.timeout_s)
         asyncio.run_coroutine_threadsafe(self._close(timeout_s), self._loop).result()
@@ -220,6 +221,7 @@ def open_cascade(
             yield Cascade(threshold, make_task(card.task), teacher, ledger, settings)
         finally:
             teacher.close()
+            ledger.close()
 
 
 def _threshold(path: str, card: StudentCard) -> Threshold:

@@ -66,7 +66,10 @@ class TeacherAnswer:
 class TeacherClient(Protocol):
     """A teacher that answers rows in a thread of its own."""
 
-    requests: int  # sent, with repeated ones
+    @property
+    def requests(self) -> int:
+        """The requests sent, with repeated ones."""
+        ...
 
     def start(self) -> None: ...
 
@@ -94,7 +97,7 @@ class Routed:
         """What a response says about the answer, beside the answer."""
         if not self.cascade:
             return {}
-        fields = {
+        fields: dict[str, Any] = {
             "source": self.source,
             "confidence": self.outcome.confidence,
             "threshold": self.threshold,
@@ -142,7 +145,7 @@ class Cascade:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.ledger.close()
+        self.ledger.flush()
 
     def _in_background(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -285,7 +285,8 @@ def write_rows(path: Path, target: Path, columns: Mapping[str, str]) -> int:
     def lines() -> Iterator[str]:
         for row_id, text in stored:
             fields = {columns.get(name, name): value for name, value in json.loads(text).items()}
-            row = {columns.get("id", "id"): row_id} | fields
+            unknown = {columns[name]: None for name in ("label", "rationale") if name in columns}
+            row = {columns.get("id", "id"): row_id} | fields | unknown
             yield json.dumps(row, ensure_ascii=False)
 
     return write_jsonl(target, lines())
