@@ -394,9 +394,15 @@ def test_counts_survive_a_killed_server(setup: Setup) -> None:
             assert KEY not in process.stdout + process.stderr
         sent = server.requests
         assert sent == len(TEXTS)
-        with in_process(setup.student, *options, env=env) as (url, _):
-            _, metrics = asyncio.run(get(f"{url}/metrics"))
-            asyncio.run(post(f"{url}/predict", {"inputs": UNSURE}))
+
+        async def again() -> str:
+            with setup.cascade(server) as cascade:
+                async with here(STUDENT, cascade=cascade) as running:
+                    _, page = await get(f"{running.url}/metrics")
+                    await post(f"{running.url}/predict", {"inputs": UNSURE})
+                    return page
+
+        metrics = asyncio.run(again())
         assert server.requests == sent, "the store was consistent, and nothing was paid twice"
     assert f"dsbs_cascade_audited_total {len(SURE)}\n" in metrics
     assert f"dsbs_cascade_deferred_total {len(UNSURE)}\n" in metrics
