@@ -7,7 +7,8 @@ Takes a run's test rows with the student's predictions and the teacher's annotat
 random into calibration and test rows, and chooses a threshold on the calibration rows in three
 ways. Prints Markdown: the splits in which the test rows' agreement is below the target, those in
 which it is clearly below (an exact test at 5%: test rows have chance of their own), the share of
-the requests that the student answers, and how often it agrees where it answers.
+the requests that the student answers, and its agreement where it answers, with the splits in which
+that is below the target.
 
 ``--export FOLDER`` writes the rows and the splits for benchmarks/peers/tracer_peer.py; give its
 output with ``--peer FILE`` to have it in the table.
@@ -136,6 +137,7 @@ def table_row(method: str, target: float, outcomes: list[Outcome]) -> list[str]:
     agreement = [outcome.agreement for outcome in outcomes]
     coverage = [outcome.coverage for outcome in outcomes]
     answered = [o.answered_agreement for o in outcomes if o.answered_agreement is not None]
+    below_answered = sum(agreement < target for agreement in answered)
     return [
         percent(target),
         method,
@@ -143,7 +145,7 @@ def table_row(method: str, target: float, outcomes: list[Outcome]) -> list[str]:
         str(clearly),
         f"{percent(mean(agreement))} ({percent(min(agreement))})",
         f"{percent(mean(coverage))} ({percent(min(coverage))}–{percent(max(coverage))})",
-        percent(mean(answered)) if answered else "–",
+        f"{percent(mean(answered))} ({below_answered})" if answered else "–",
     ]
 
 
@@ -261,7 +263,7 @@ def main() -> None:
         lines += peer_rows(path)
     lines.sort(key=lambda line: float(line[0].rstrip("%")))
     headings = ["target", "threshold", "below target", "clearly", "agreement, mean (lowest)"]
-    headings += ["coverage, mean (range)", "agreement where the student answers"]
+    headings += ["coverage, mean (range)", "where the student answers (splits below)"]
     print("\n".join(["", *markdown_table(headings, lines)]))
 
 

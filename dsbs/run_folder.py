@@ -70,9 +70,9 @@ class RunFolder:
         exist.
         """
         path = Path(member.run).expanduser()
-        beside = (recipe.folder or Path()) / path
-        if not path.is_dir() and beside.is_dir():
-            return cls(beside)
+        folder = (recipe.folder or Path()) / path
+        if not path.is_dir() and folder.is_dir():
+            return cls(folder)
         return cls(path)
 
     @classmethod
@@ -282,7 +282,7 @@ class RunFolder:
         move(path, target)
 
     @staticmethod
-    def take_back(path: Path, mark: str, mark_of: Callable[[Path], str | None]) -> bool:
+    def restore(path: Path, mark: str, mark_of: Callable[[Path], str | None]) -> bool:
         """Move what was set aside under ``mark`` back to ``path``, which must not exist. Returns
         whether there was any.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,13 @@ def label_head(family: str, dropout: float = 0.0, outputs: int = LABELS) -> Labe
     return LabelHeadModel(body, outputs, "encoder", decoder, dropout=dropout)
 
 
-def save_encoder(folder: Path, layers: int = 2) -> str:
-    """A tiny encoder with a WordPiece tokenizer of the toy task, for ``student.model``."""
-    words = sorted({word for row in toy_rows(40) for word in re.findall(r"\w+", row["text"])})
-    texts = ["The message is about an invoice a parcel", *words]
+def save_encoder(folder: Path, layers: int = 2, words: Sequence[str] = ()) -> str:
+    """A tiny encoder with a WordPiece tokenizer of the toy task, for ``student.model``.
+
+    ``words`` are further words of its vocabulary.
+    """
+    toy_words = sorted({word for row in toy_rows(40) for word in re.findall(r"\w+", row["text"])})
+    texts = ["The message is about an invoice a parcel", *toy_words, *words]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", *string.ascii_lowercase, *string.digits]
     vocabulary += [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
     vocabulary += [word for text in texts for word in text.lower().split()]

@@ -25,6 +25,13 @@ needs_data = pytest.mark.skipif(
 
 # Arguments of each script in benchmarks/, and a text that its output contains.
 RUNS = [
+    pytest.param(
+        "train.py",
+        "--terms --tiny --runs 1",
+        "kept top-k / plain",
+        id="terms",
+        marks=pytest.mark.slow,
+    ),
     pytest.param("scale.py", "--rows 50", "50 rows:", id="scale"),
     pytest.param("scale.py", "--rows 50 --file", "50 rows:", id="scale-file"),
     pytest.param(

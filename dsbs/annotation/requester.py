@@ -49,7 +49,7 @@ BILLED_TRIES = 2  # of a request whose replies cost and hold no answer
 _ROWS_PER_YIELD = 256
 
 
-def buy_online(
+def send_requests(
     annotator: Annotator,
     teacher: Teacher,
     store: ReplyStore,
@@ -370,7 +370,8 @@ class Requester:
         names = ", ".join(endpoint.name for endpoint in self.teacher.endpoints)
         return DsbsError(
             f"the teacher at {names} does not answer: {self.last_failure}",
-            hint=f"check teacher.base_url and that the server runs; {self.budget.balance}",
+            hint="start its server, or fix teacher.base_url (and the proxy, if there is one); "
+            f"`dsbs doctor RECIPE` checks it without a paid request; {self.budget.balance}",
         )
 
     async def _refuse(self, key: str, error: RejectedError, wasted: list[Reply]) -> Outcome:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 def annotate(
     recipe: RecipePath,
     overrides: Overrides = None,
+    set_keys: SetKeys = None,
     out: Out = None,
     as_json: Json = False,
     dry_run: DryRun = False,
@@ -84,7 +85,7 @@ def annotate(
     from dsbs.annotation import run as stage
     from dsbs.tasks.shards import Shard
 
-    loaded = load(recipe, overrides)
+    loaded = load(recipe, overrides, set_keys)
     if from_serve:
         loaded = _with_served_rows(loaded, out)
     parsed_shard = None if shard is None else Shard.parse(shard)
@@ -180,7 +181,7 @@ def _print_pilot(result: PilotResult, as_json: bool) -> None:
         print_json(result.as_json())
         return
     print_split("pilot", result.summary)
-    print(f"  parse rate {rate(result.parse_rate)}")
+    print(f"  acceptance rate {rate(result.acceptance_rate)}")
     print(f"annotations: {result.path}")
     cost = dollars(result.projected_usd)
     if result.projected_usd is not None:

@@ -11,6 +11,7 @@ from dsbs.cli.common import (
     Out,
     Overrides,
     RecipePath,
+    SetKeys,
     load,
     print_json,
     print_results,
@@ -60,6 +61,7 @@ ScoreOnly = Annotated[
 def evaluate(
     recipe: RecipePath,
     overrides: Overrides = None,
+    set_keys: SetKeys = None,
     out: Out = None,
     as_json: Json = False,
     score_only: ScoreOnly = False,
@@ -74,7 +76,9 @@ def evaluate(
     from dsbs.evaluation.run import evaluate as run
     from dsbs.records.gates import gate_failures
 
-    results = run(load(recipe, overrides), out=out, progress=progress(), score_only=score_only)
+    results = run(
+        load(recipe, overrides, set_keys), out=out, progress=progress(), score_only=score_only
+    )
     if as_json:
         print_json(results.as_json())
     else:

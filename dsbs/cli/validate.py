@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import itertools
 
-from dsbs.cli.common import Json, Overrides, RecipePath, indent, load, print_json
+from dsbs.cli.common import Json, Overrides, RecipePath, SetKeys, indent, load, print_json
 from dsbs.formatting import count, percent
 
 
-def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+def validate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    set_keys: SetKeys = None,
+    as_json: Json = False,
+) -> None:
     """Check the recipe and its data; show the first prompt, truncation and unknown tokens.
 
     Loads no model and sends no request.
     """
     from dsbs.project.validate import validate as run
 
-    result = run(load(recipe, overrides))
+    result = run(load(recipe, overrides, set_keys))
     if as_json:
         print_json(result.as_json())
         return

@@ -400,4 +400,4 @@ def _restore_or_set_aside(step: PlannedStep) -> None:
     if step.folder.exists() and not step.done:
         RunFolder.set_aside(step.folder, fingerprint_of(step.folder))
     if not step.folder.exists():
-        RunFolder.take_back(step.folder, step.fingerprint, fingerprint_of)
+        RunFolder.restore(step.folder, step.fingerprint, fingerprint_of)

@@ -198,7 +198,7 @@ def _read_yaml(file: Path, shown: str | Path) -> Located:
     return located
 
 
-def _insert_teacher_file(data: dict[Any, Any], beside: Path) -> None:
+def _insert_teacher_file(data: dict[Any, Any], folder: Path) -> None:
     """Replace the name of a teacher's file (``teacher: recipes/teachers/vllm.yaml``) by its
     section. Raises UserError.
     """
@@ -206,7 +206,7 @@ def _insert_teacher_file(data: dict[Any, Any], beside: Path) -> None:
     if not isinstance(name, str):
         return
     hint = "give a YAML file with a teacher: section; shipped ones are recipes/teachers/<name>.yaml"
-    file = find_file(name, what="teacher file", hint=hint, beside=beside)
+    file = find_file(name, what="teacher file", hint=hint, folder=folder)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -240,6 +240,19 @@ def _override(data: dict[Any, Any], text: str, overridden: set[KeyPath]) -> str 
 
 # --- errors
 
+# Plain words for pydantic's kinds of errors (https://docs.pydantic.dev/latest/errors/validation_errors/).
+_EXPECTED = {
+    "a mapping of keys to values": ("model_type", "model_attributes_type", "dict_type"),
+    "a list": ("list_type", "tuple_type", "set_type"),
+    "text": ("string_type",),
+    "an integer": ("int_type", "int_parsing", "int_from_float"),
+    "a number": ("float_type", "float_parsing"),
+    "true or false": ("bool_type", "bool_parsing"),
+}
+_PLAIN_MESSAGES = {
+    kind: f"must be {expected}" for expected, kinds in _EXPECTED.items() for kind in kinds
+}
+
 
 def _describe(issue: Any, file: str, located: Located, overridden: set[KeyPath]) -> str:
     """One of pydantic's errors as a sentence with its place."""
@@ -248,7 +261,7 @@ def _describe(issue: Any, file: str, located: Located, overridden: set[KeyPath])
         path = (path[0], *path[2:])  # without the form of the section, which is not in the file
     name = dotted(path)
     location = _location(path, file, located, overridden)
-    message = issue["msg"].removeprefix("Value error, ")
+    message = _PLAIN_MESSAGES.get(issue["type"], issue["msg"]).removeprefix("Value error, ")
     if issue["type"] == "extra_forbidden":
         return f"{location}: {_unknown_key(path)}"
     if issue["type"] == "missing":
@@ -261,7 +274,9 @@ def _describe(issue: Any, file: str, located: Located, overridden: set[KeyPath])
     if location != "command line":
         value = located.spelling.get(path, value)
     shown = ""
-    if isinstance(value, str | int | float | bool):
+    if isinstance(value, list | dict):
+        shown = f" (given: a {'list' if isinstance(value, list) else 'mapping'})"
+    elif isinstance(value, str | int | float | bool):
         shown = f" (given: {str(value)[:60]!r})"
     return f"{location}: {name}: {message[:1].lower()}{message[1:]}{shown}"
 

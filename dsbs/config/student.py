@@ -79,9 +79,9 @@ class StudentSection(Section):
         if self.model is None or self._folder is None or not self.model.lower().endswith(".gguf"):
             return self.model
         path = Path(self.model).expanduser()
-        beside = self._folder / path
-        if beside.is_file() and not path.is_file():
-            return str(beside)
+        file = self._folder / path
+        if file.is_file() and not path.is_file():
+            return str(file)
         return self.model
 
     @property

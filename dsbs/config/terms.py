@@ -186,7 +186,9 @@ TermEntry = Annotated[SerializeAsAny[TermSettings], BeforeValidator(_settings_of
 
 
 class LocalTeacherSection(Section):
-    """A larger model on this machine, with the student's vocabulary, for loss terms."""
+    """A larger model on this machine, for loss terms. response on written tokens needs one with the
+    student's vocabulary.
+    """
 
     model: str | None = None
     """A trained student's folder. None: this recipe trains the teacher first (see size, start)."""

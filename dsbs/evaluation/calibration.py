@@ -125,12 +125,14 @@ LOG_LOSS = Metric(
     title="Log loss",
     source="mean negative log-probability of the gold label, in nats",
     higher_is_better=False,
+    is_fraction=False,
     row_values=_log_loss,
 )
 BRIER = Metric(
     title="Brier score",
     source="Brier, 1950: mean squared error of the distribution over the labels, in [0, 2]",
     higher_is_better=False,
+    is_fraction=False,
     row_values=_brier,
 )
 CONFIDENCE_AUROC = Metric(

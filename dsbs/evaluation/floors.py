@@ -20,7 +20,7 @@ from dsbs.errors import UserError
 from dsbs.evaluation.metrics import score
 from dsbs.evaluation.predictions import (
     FLOOR_MARK,
-    fits_or_take_back,
+    fits_or_restore,
     is_correct,
     read_predictions,
     rounded,
@@ -29,7 +29,7 @@ from dsbs.evaluation.systems import System
 from dsbs.files import canonical_json, digest, write_jsonl
 from dsbs.progress import Progress
 from dsbs.prompting import source_fingerprint
-from dsbs.records import Example, Prediction, Unread
+from dsbs.records import Example, Prediction, Unreadable
 from dsbs.records.subsets import Subset, subset_indices, subset_rank, subset_suffix
 from dsbs.run_folder import RunFolder
 from dsbs.students.formats import PAIR_SEPARATOR
@@ -250,13 +250,13 @@ def _make_predictions(
     path = run.predictions(name)
     questions = canonical_json([[row.id, row.input] for row in inputs.rows])
     fingerprint = FLOOR_MARK + digest(floor.title, floor.identity(inputs), questions)
-    if fits_or_take_back(path, fingerprint):
+    if fits_or_restore(path, fingerprint):
         return
     progress.say(f"predict {inputs.recipe.eval.split}: floor {name}")
     predictions = []
     for row, answer in zip(inputs.rows, floor.predict(inputs), strict=True):
         label = inputs.task.answer(answer.raw, row.input, answer.distribution)
-        read = None if isinstance(label, Unread) else label
+        read = None if isinstance(label, Unreadable) else label
         predictions.append(
             Prediction(
                 id=row.id,

@@ -91,7 +91,7 @@ def predict_student(
     if calibration is not None and has_distribution:
         decoding.append(f"temperature={calibration.temperature:g}")
     fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
-    if fits_or_take_back(path, fingerprint):
+    if fits_or_restore(path, fingerprint):
         return path
     progress.say(f"predict {options.split}: {student.name}")
     if calibration is None and has_distribution:
@@ -145,13 +145,13 @@ def rounded(distribution: Mapping[str, float] | None) -> dict[str, float] | None
     return {label: round(share, 6) for label, share in distribution.items()}
 
 
-def fits_or_take_back(path: Path, fingerprint: str) -> bool:
+def fits_or_restore(path: Path, fingerprint: str) -> bool:
     """Whether a prediction file fits; else it is set aside, and one that fits is restored."""
     if made_by(path) == fingerprint:
         return True
     if path.is_file():
         RunFolder.set_aside(path, made_by(path))
-    return RunFolder.take_back(path, fingerprint, made_by)
+    return RunFolder.restore(path, fingerprint, made_by)
 
 
 def is_correct(task: Task, label: str | None, row: Example) -> bool | None:

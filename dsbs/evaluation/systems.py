@@ -131,6 +131,7 @@ def score_system(
         unreadable=statistics.mean(unreadable),
         metrics=measures.metrics,
         recall=measures.recall,
+        confusions=measures.confusions,
         calibration=calibration_bins(predictions),
         selective=selective(system.files, task, system.confidence_kinds, clusters),
         megabytes=system.megabytes,

@@ -91,7 +91,7 @@ def _file(recipe: Recipe, key: str, source: str) -> Iterator[Check]:
         source,
         what="file",
         hint=f"check {key}; paths are relative to this folder or to the recipe's",
-        beside=recipe.folder,
+        folder=recipe.folder,
     )
     yield Check(key, "ok", f"{path}, {path.stat().st_size / 1e6:.2f} MB")
     hidden = (recipe.folder or Path()) / source

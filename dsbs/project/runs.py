@@ -55,7 +55,7 @@ class RunState:
     """Finished students of the last training's recipe."""
     planned: int | None
     """Students of that recipe; None where it cannot be read."""
-    beside: dict[str, int]
+    other_models: dict[str, int]
     """Other models, if any: local teachers, compressed and exported students."""
     when: str | None
     """The latest start or end of a stage (ISO 8601)."""
@@ -71,7 +71,7 @@ class RunState:
             "path": _printable(str(self.path)),
             "stages": self.stages,
             "students": {"finished": self.finished, "planned": self.planned},
-            "beside": self.beside,
+            "other_models": self.other_models,
             "when": self.when,
             "headline": None if self.headline is None else self.headline.as_json(),
             "reportable": self.reportable,
@@ -116,7 +116,7 @@ def run_state(path: Path) -> RunState:
         stages=stages,
         finished=finished,
         planned=planned,
-        beside=_other_models(run),
+        other_models=_other_models(run),
         when=max(times, key=datetime.fromisoformat, default=None),
         headline=headline,
         reportable=reportable,

@@ -9,12 +9,14 @@ from typing import Any
 from dsbs.config import StudentRecipe
 from dsbs.errors import UserError
 from dsbs.formatting import count, percent
-from dsbs.records import Example, Unread
-from dsbs.students.card import head_of, input_limit
+from dsbs.project.machine import check_memory
+from dsbs.records import Example, Unreadable
+from dsbs.students.card import head_of, input_limit, new_head_warning
 from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.tasks import Task
 from dsbs.tasks.label_set import LabelSet
+from dsbs.training.distillation.teacher_source import check_teachers
 from dsbs.training.grid import grid
 from dsbs.training.methods import method_of
 
@@ -39,10 +41,27 @@ class StudentTexts:
         """Whether it has a label head, and writes no labels."""
         return head_of(self.recipe.student, self.recipe.train.init) == "labels"
 
+    def check_teachers(self) -> None:
+        """Raises UserError for local teachers that do not fit the student, or the memory."""
+        # A learned vocabulary comes from annotations as well, which may be missing.
+        is_learned = self.recipe.student.is_scratch and self.recipe.train.init is None
+        tokenizer = None if is_learned else self.tokenizer
+        try:
+            check_teachers(self.recipe, self.task, grid(self.recipe.train), tokenizer)
+            check_memory(self.recipe)
+        except UserError as error:
+            if self.recipe.student_name is None:
+                raise
+            raise UserError(self._named(error.problem), hint=error.hint) from None
+
     def label_warnings(self, splits: Splits) -> list[str]:
-        """Warnings about labels that it cannot write. Raises UserError for some of a closed set."""
+        """Warnings about labels that it cannot write, or of another label head that it starts from.
+
+        Raises UserError for some of a closed set.
+        """
         if self.chooses:
-            return []
+            warning = new_head_warning(self.recipe, self.task)
+            return [] if warning is None else [self._named(warning)]
         if self.task.label_set is not None:
             check_student_labels(
                 self.recipe, self.task.label_set, self.tokenizer, self.input_format
@@ -149,7 +168,7 @@ def check_student_labels(
         decoded = tokenizer.batch_decode(input_format.write(texts, limit), skip_special_tokens=True)
         for label, text in zip(label_set.labels, decoded, strict=True):
             reading = label_set.read(split_target(target, text.strip())[0])
-            if isinstance(reading, Unread):
+            if isinstance(reading, Unreadable):
                 unreadable.append((label, text, reading.reason))
             elif reading != label:
                 unreadable.append((label, text, reading))

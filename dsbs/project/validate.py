@@ -73,6 +73,8 @@ def validate(recipe: Recipe) -> Validation:
     if recipe.teacher.kind == "ensemble":
         warnings += _ensemble_warnings(recipe, splits)
     readers = [student_texts(student, task, splits) for student in students]
+    for reader in readers:
+        reader.check_teachers()
     # First: a label that the student cannot write is the worst problem.
     warnings[:0] = [warning for reader in readers for warning in reader.label_warnings(splits)]
     figures = {}
@@ -158,8 +160,8 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
         template = f"{{{{ rationale }}}}\n{prompt.anchor[0]} {{{{ label }}}}"
     unreadable: list[tuple[str, str, str | None]] = []
     for label in task.labels or ():
-        view = task.view(example.input, label) | {"rationale": RATIONALE}
-        answer = render(template, view, where="prompt: answer")
+        variables = task.template_variables(example.input, label) | {"rationale": RATIONALE}
+        answer = render(template, variables, where="prompt: answer")
         sample = parse_reply(answer, prompt, task, example.input, "stop")
         if sample.label != label:
             unreadable.append((label, answer, sample.label or sample.reason))

@@ -27,7 +27,7 @@ Provenance = Literal["own", "hinted", "recorded", "human", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
+class Unreadable:
     """Text in which no label can be read, and why. Never an empty answer in disguise."""
 
     reason: Reason

@@ -138,6 +138,17 @@ class Latency(ResultRecord):
     device: str
 
 
+class Confusion(ResultRecord):
+    """Rows of one label that a system gives another."""
+
+    gold: str
+    predicted: str
+    rows: float
+    """Mean over seeds."""
+    share: float
+    """Of the rows with the gold label."""
+
+
 class SystemResult(ResultRecord):
     """One system: the teacher, the students of one method over their seeds, a floor, or an external
     file.
@@ -168,6 +179,8 @@ class SystemResult(ResultRecord):
     """By name, in the order of ``dsbs.config.registry.METRICS``."""
     recall: dict[str, Measure] = {}
     """By label of a closed set."""
+    confusions: list[Confusion] = []
+    """The pairs of labels that are most often confused, at most 20; empty for open labels."""
     calibration: list[Bin] = []
     """Empty where the probability of a label is unknown."""
     selective: Selective | None = None

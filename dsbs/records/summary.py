@@ -138,6 +138,38 @@ def _headline(results: Results) -> list[str]:
     return [sentence, *_rows_sentence(results.n, comparison)]
 
 
+def closing(results: Results, train_accuracy: float | None = None) -> str:
+    """The last words of a run: its most accurate student, its teacher and its best floor.
+
+    ``train_accuracy`` is the teacher's on the train rows, for a run that did not annotate the
+    compared ones.
+    """
+    best = {
+        kind: max(group, key=lambda system: system.accuracy)
+        for kind in ("student", "teacher", "floor")
+        if (group := [system for system in results.systems if system.kind == kind])
+    }
+    rows = count(results.n, f"{results.split} row")
+    if "student" not in best:
+        return f"No student was compared on these {rows}."
+    student = best["student"]
+    students = sum(system.kind == "student" for system in results.systems)
+    name = student.name if students == 1 else f"{student.name}, the best of {students} students,"
+    references = []
+    if "teacher" in best:
+        references.append(f"the teacher {percent(best['teacher'].accuracy)}")
+    elif train_accuracy is not None:
+        references.append(f"the teacher {percent(train_accuracy)} of the train rows")
+    if "floor" in best:
+        floor = best["floor"]
+        references.append(f"the best floor, {floor.name}, {percent(floor.accuracy)}")
+    sentence = (
+        f"{name} labels {percent(student.accuracy)} of these {rows} correctly "
+        f"({confidence_interval(student.ci95)})"
+    )
+    return f"{'; '.join([sentence, *references])}."
+
+
 def _rows_sentence(rows: int, comparison: Comparison) -> list[str]:
     needed = rows_needed(rows, comparison)
     if needed is None:

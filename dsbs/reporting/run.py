@@ -42,6 +42,7 @@ from dsbs.reporting.confidence import cascade_table, selective_table
 from dsbs.reporting.csv_files import write_csv_files
 from dsbs.reporting.examples import NO_EXAMPLES, PackedExamples, pack_examples
 from dsbs.reporting.figures import Figure, draw_figures, write_figures
+from dsbs.reporting.labels import confusion_table, lists_labels, recall_note, recall_table
 from dsbs.reporting.runs import (
     EvaluatedRun,
     have_same_rows,
@@ -54,7 +55,6 @@ from dsbs.reporting.tables import (
     annotation_table,
     cost_table,
     rationale_table,
-    recall_table,
     tuning_table,
 )
 from dsbs.run_folder import RunFolder
@@ -171,6 +171,9 @@ def _render(
         floors=floor_table(runs),
         floor_definitions=floor_definitions(runs),
         recalls=recall_table(runs),
+        recall_note=recall_note(runs),
+        recalls_by_label=lists_labels(runs),
+        confusions=confusion_table(runs),
         rationales=rationale_table(runs),
         costs=cost_table(runs),
         selective=selective_table(runs),

@@ -218,14 +218,6 @@ def cost_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     return system_table(columns, runs)
 
 
-def recall_table(runs: Sequence[EvaluatedRun]) -> Table | None:
-    """Recall of each label of a closed set. None for other tasks."""
-    labels = dict.fromkeys(
-        label for run in runs for system in run.results.systems for label in system.recall
-    )
-    return system_table([Column(label, _recall_cell(label)) for label in labels], runs)
-
-
 def rationale_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     """The metrics of the rationales that students write. None if none was measured."""
     systems = [system for run in runs for system in run.results.systems]
@@ -267,12 +259,13 @@ def _latency_cell(batch_size: int) -> Callable[[SystemResult], str | None]:
     return cell
 
 
-def _recall_cell(label: str) -> Callable[[SystemResult], str | None]:
-    return lambda system: _measure_cell(system.recall.get(label))
+def measure_cell(measure: Measure | None) -> str | None:
+    """A fraction in percent."""
+    return optional(percent_number, _value_of(measure))
 
 
-def _measure_cell(measure: Measure | None) -> str | None:
-    return optional(percent_number, measure and measure.value)
+def _value_of(measure: Measure | None) -> float | None:
+    return None if measure is None else measure.value
 
 
 def _metric_names(systems: Sequence[SystemResult], *, rationale: bool) -> list[str]:
@@ -286,10 +279,17 @@ def _metric_column(name: str) -> Column:
     if not title[1:2].isupper():  # ROUGE-L keeps its capitals
         title = title[:1].lower() + title[1:]
     directions = {True: "; higher is better", False: "; lower is better", None: ""}
+    note = metric.source + directions[metric.higher_is_better]
+    if not metric.is_fraction:
+        return Column(
+            title,
+            lambda system: optional("{:.3f}".format, _value_of(system.metrics.get(name))),
+            note=note,
+        )
     return Column(
         f"{title},\u00a0%",
-        lambda system: _measure_cell(system.metrics.get(name)),
-        note=metric.source + directions[metric.higher_is_better],
+        lambda system: measure_cell(system.metrics.get(name)),
+        note=note,
     )
 
 

@@ -133,7 +133,9 @@ class Service:
     def _parse_predict(self, body: bytes) -> tuple[list[Item], GenerationOptions]:
         form = self.body_reader.parse(body, PredictForm)
         options = self.model.predict_options(
-            rationale=form.rationale, max_label_tokens=form.max_label_tokens
+            rationale=form.rationale,
+            max_label_tokens=form.max_label_tokens,
+            distribution=form.distribution,
         )
         return self._items(form.inputs, "inputs"), options
 
@@ -141,14 +143,14 @@ class Service:
         form = self.body_reader.parse(body, CompletionForm)
         form.check_supported(has_distribution=self.model.has_distribution)
         items = self._items(form.inputs, "prompt", form.max_tokens)
-        return items, self.model.completion_options, form.stops, form.top
+        return items, self.model.completion_options(form.top), form.stops, form.top
 
     def _parse_chat(self, body: bytes) -> _ParsedCompletion:
         form = self.body_reader.parse(body, ChatForm)
         form.check_supported(has_distribution=self.model.has_distribution)
         max_tokens = form.max_completion_tokens or form.max_tokens
         items = self._items([form.input], "messages", max_tokens)
-        return items, self.model.completion_options, form.stops, form.top
+        return items, self.model.completion_options(form.top), form.stops, form.top
 
     def _items(
         self, inputs: Sequence[Any], field: str, max_tokens: int | None = None

@@ -36,6 +36,7 @@ class GenerationOptions:
     label_tokens: int
     completes: bool = False  # whether to build completions
     predicts: bool = True  # False: the items have their answers
+    score_labels: bool = False  # of a student that writes its label: every label's probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
-    distribution: dict[str, float] | None = None  # of a label head's label, the text's last part
+    distribution: dict[str, float] | None = None  # of the label, the text's last part
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +85,45 @@ class Model:
 
     @property
     def has_distribution(self) -> bool:
-        """Whether a completion is a label alone, with the probability of every label."""
+        """Whether a completion is a label alone, and every label can have a probability."""
         is_label = not self._replies_with_rationale and not self._anchor
-        return is_label and self.student.card.head == "labels"
-
-    def predict_options(
-        self, *, rationale: bool, max_label_tokens: int | None
-    ) -> GenerationOptions:
-        """Options of ``/predict``. Raises ApiError where the student learned no rationales."""
-        if rationale and not self.student.card.explains:
-            raise ApiError(400, f"{self.name} was trained without rationales", "no_rationales")
-        label_tokens = min(max_label_tokens or DEFAULT_LABEL_TOKENS, self._max_label_tokens)
-        return GenerationOptions(rationale, label_tokens)
+        return is_label and self._can_distribute
 
     @property
-    def completion_options(self) -> GenerationOptions:
-        """Options of the completion endpoints."""
+    def _can_distribute(self) -> bool:
+        """Whether every label can have a probability.
+
+        Scoring labels changes the confidence of a student that writes its label, so that a cascade
+        does what its threshold was chosen with.
+        """
+        threshold = self.threshold
+        is_text = self.student.card.head == "text"
+        if threshold is not None and is_text and not threshold.scores_labels:
+            return False
+        return self.student.has_distribution
+
+    def predict_options(
+        self, *, rationale: bool, max_label_tokens: int | None, distribution: bool = False
+    ) -> GenerationOptions:
+        """Options of ``/predict``. Raises ApiError where the student learned no rationales, or
+        cannot give every label a probability.
+        """
+        if rationale and not self.student.card.explains:
+            raise ApiError(400, f"{self.name} was trained without rationales", "no_rationales")
+        if distribution and not self._can_distribute:
+            raise ApiError(
+                400, f"{self.name} has no probability for every label", "no_distribution"
+            )
+        label_tokens = min(max_label_tokens or DEFAULT_LABEL_TOKENS, self._max_label_tokens)
+        return GenerationOptions(rationale, label_tokens, score_labels=distribution)
+
+    def completion_options(self, top: int | None) -> GenerationOptions:
+        """Options of the completion endpoints; ``top`` as in ``_Form``."""
         return GenerationOptions(
-            self._replies_with_rationale, self._max_label_tokens, completes=True
+            self._replies_with_rationale,
+            self._max_label_tokens,
+            completes=True,
+            score_labels=top is not None,
         )
 
     def item(self, value: Any, field: str, max_tokens: int | None = None) -> Item:
@@ -184,7 +206,8 @@ class Model:
             batch_size=len(items),
             max_label_tokens=options.label_tokens,
             canonical=True,
-            score_labels=threshold is not None and threshold.scores_labels,
+            score_labels=options.score_labels
+            or (threshold is not None and threshold.scores_labels),
         )
 
     def _confidence(self, item: Item, answer: Answer) -> float | None:

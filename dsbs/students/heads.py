@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from dsbs.config import StudentSection
-from dsbs.students.card import Architecture, architecture_of
+from dsbs.students.card import Architecture, architecture_of, saved_classes
 from dsbs.students.formats import SpecialTokens, start_token
 from dsbs.students.weights import (
+    RATIONALE_FOLDER,
     check_vocabulary,
     expand_local,
     load_model,
@@ -36,7 +37,6 @@ from dsbs.students.weights import (
 )
 
 HEAD_FILE = "head.safetensors"
-RATIONALE_FOLDER = "rationale_decoder"
 _INITIAL_DEVIATION = 0.02  # of new layers' weights, as BERT's (Devlin et al., 2019)
 
 
@@ -231,6 +231,7 @@ def new_label_head(
     section: StudentSection,
     tokenizer: Any,
     labels: int,
+    classes: tuple[str, ...],
     seed: int,
     init: str | None = None,
     *,
@@ -238,13 +239,16 @@ def new_label_head(
 ) -> LabelHeadModel:
     """The model that training starts from: pretrained weights, and new layers by ``seed`` alone.
 
-    ``explains``: an encoder gets a rationale decoder of ``student.rationale_decoder.layers``.
+    A head saved in ``init`` is kept where it has the same labels, in any order. ``explains``: an
+    encoder gets a rationale decoder of ``student.rationale_decoder.layers``.
     """
     start = init or section.source
     architecture = architecture_of(start)
     rate = 0.1 if section.dropout is None else section.dropout
-    if init is not None and _saved_labels(init) == labels:
+    saved = saved_classes(init)
+    if init is not None and saved is not None and sorted(saved) == sorted(classes):
         model = load_label_head(init, labels, section.dropout)
+        _reorder(model.classifier, [saved.index(label) for label in classes])
         if explains and architecture == "encoder" and model.rationale_decoder is None:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -269,10 +273,12 @@ def new_label_head(
     return model
 
 
-def _saved_labels(folder: str) -> int | None:
-    """The number of labels of the head in a folder; None: there is none."""
-    file = Path(folder).expanduser() / HEAD_FILE
-    return len(load_file(str(file))["bias"]) if file.is_file() else None
+def _reorder(classifier: nn.Linear, order: list[int]) -> None:
+    """Give a head's outputs another order. Empty: its one output scores choices."""
+    if order:
+        with torch.no_grad():
+            classifier.weight.copy_(classifier.weight[order].clone())
+            classifier.bias.copy_(classifier.bias[order].clone())
 
 
 def load_label_head(source: str, labels: int, dropout: float | None = None) -> LabelHeadModel:

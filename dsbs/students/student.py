@@ -11,7 +11,7 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.files import write_json
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.students.backends import (
     Backend,
     GeneratedText,
@@ -138,6 +138,9 @@ class Student:
             item if isinstance(item, str) else self.task.text(row)
             for item, row in zip(items, rows, strict=True)
         ]
+        scores_labels = score_labels and self.card.head == "text"
+        if scores_labels:
+            self._check_scoring()
         target, prefix = next(iter(self.card.prefixes.items()))
         max_tokens = max_label_tokens
         if self.card.reasons_first:
@@ -151,7 +154,7 @@ class Student:
             batch_size,
             probabilities=target == "label",
         )
-        if score_labels and self.card.head == "text":
+        if scores_labels:
             distributions = self.label_distributions([prefix + text for text in texts], batch_size)
             generated = [
                 output._replace(distribution=distribution)
@@ -184,12 +187,32 @@ class Student:
         return confidence_of(kind, answer.probability, answer.distribution, agreement)
 
     @property
-    def scores_labels(self) -> bool:
-        """Whether ``score_labels`` applies: it writes the label of a closed set, and that alone.
+    def has_distribution(self) -> bool:
+        """Whether it can give the probability of every label, with ``score_labels`` or without."""
+        try:
+            self._check_scoring()
+        except UserError:
+            return self.card.head == "labels"
+        return True
 
-        In a sequence with a rationale, no end token follows the label.
+    def _check_scoring(self) -> None:
+        """Raises UserError where ``score_labels`` does not apply.
+
+        It applies to a student that writes the label of a closed set, and that alone: in a sequence
+        with a rationale, no end token follows the label.
         """
-        return self.card.writes_label_alone and self.task.labels is not None
+        if not self.card.writes_label_alone or self.task.labels is None:
+            raise UserError(
+                f"{self.card.name} has no probability for every label: it does not write the label "
+                "of a closed set alone",
+                hint="leave score_labels (--top) out, or use a student with a label head",
+            )
+        if not isinstance(self.backend, ScoringBackend):
+            raise UserError(
+                f"{self.card.name}: {self.card.kind} students in {self.card.format} format cannot "
+                "score labels",
+                hint="use the student that it was exported from, or leave score_labels (--top) out",
+            )
 
     def label_distributions(self, texts: Sequence[str], batch_size: int) -> list[tuple[float, ...]]:
         """The probability of each of the task's labels as the answer to ``texts``, with prefixes.
@@ -197,17 +220,8 @@ class Student:
         The probability of a label's text with its end token, normalized over the labels and not
         calibrated.
         """
-        if not self.scores_labels:
-            raise UserError(
-                f"{self.card.name} cannot score labels: it does not write the label of a closed "
-                "set alone",
-                hint="leave score_labels out",
-            )
-        if not isinstance(self.backend, ScoringBackend):
-            raise UserError(
-                f"{self.card.name}: students in {self.card.format} format cannot score labels",
-                hint="use the student that it was exported from",
-            )
+        self._check_scoring()
+        assert isinstance(self.backend, ScoringBackend)
         labels = self.task.labels or ()
         distributions: dict[int, tuple[float, ...]] = {}
         for batch in _longest_first(texts, batch_size):
@@ -273,7 +287,7 @@ class Student:
             probability = distribution.get(str(label), probability)
         return Answer(
             raw=raw,
-            label=None if isinstance(label, Unread) else label,
+            label=None if isinstance(label, Unreadable) else label,
             probability=probability,
             truncated=truncated,
             rationale=rationale,

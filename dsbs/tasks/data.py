@@ -18,7 +18,7 @@ from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records import Annotation, Example
 from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of, fold
-from dsbs.tasks.tables import source_rows
+from dsbs.tasks.tables import format_of, source_rows
 
 _MAX_PROBLEMS = 5  # in one message
 _CONTENT_ID = re.compile(r"row-[0-9a-f]{16}")  # made from a row's content
@@ -181,8 +181,11 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
     if problems:
         raise _all_problems(problems)
     if is_empty:
+        state = "is empty"
+        if format_of(source) in ("csv", "tsv"):
+            state = "has no rows: a header alone, or nothing at all"
         raise UserError(
-            f"{source} is empty", hint=f"add rows, or name another file in task.data.{split}"
+            f"{source} {state}", hint=f"add rows, or name another file in task.data.{split}"
         )
 
 
@@ -193,6 +196,13 @@ def _short_hash(*texts: str) -> int:
 
 def _all_problems(errors: list[UserError]) -> UserError:
     hint = errors[-1].hint
+    # A column that the file lacks is reported once, not for every row.
+    reasons = [error.problem.partition(": ")[2] for error in errors]
+    errors = [
+        error
+        for index, error in enumerate(errors)
+        if not (reasons[index].startswith("no column") and reasons[index] in reasons[:index])
+    ]
     if len(errors) == 1:
         return UserError(errors[0].problem, hint=hint)
     more = " (and perhaps more)" if len(errors) >= _MAX_PROBLEMS else ""

@@ -219,7 +219,7 @@ class StudentFolder:
             return
         if self.path.exists():
             RunFolder.set_aside(self.path, present)
-        RunFolder.take_back(self.path, self.fingerprint, _fingerprint_of)
+        RunFolder.restore(self.path, self.fingerprint, _fingerprint_of)
 
     def begin(self, settings: str) -> None:
         """Create the directory; where a trial trained this very student, copy it.

@@ -11,6 +11,7 @@ from typing import Any
 
 from dsbs.config import LabelSource, Recipe, SelectSection, StudentRecipe
 from dsbs.errors import UserError
+from dsbs.formatting import count
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation, Example, Sample
 from dsbs.records.subsets import Subset, rows_per_label, subset_indices, subset_text
@@ -258,7 +259,7 @@ def few_rows_warnings(recipe: Recipe, task: Task, data: Data) -> list[str]:
         if few:
             listed = ", ".join(few[:5]) + (", …" if len(few) > 5 else "")
             warnings.append(
-                f"train.subset: {subset} takes all rows of the {len(few)} labels that have fewer: "
+                f"train.subset: {subset} takes all rows of {count(len(few), 'label')} with fewer: "
                 f"{listed}"
             )
     return warnings
@@ -376,13 +377,13 @@ def vocabulary_text(data: Data, labels: Sequence[str] = ()) -> Iterator[str]:
     The same for every method, label source and selection, so that none changes another's student.
     """
     texts = data.teacher_texts
-    count = len(data.train)
+    total = len(data.train)
     for i, row in enumerate(data.train):
         yield "predict: explain: " + row.text
         if row.gold:
             yield row.gold
         # Spread over the rows: learning may stop halfway.
-        yield from texts[i * len(texts) // count : (i + 1) * len(texts) // count]
+        yield from texts[i * len(texts) // total : (i + 1) * len(texts) // total]
     yield from sorted({*labels} - {*texts} - {row.gold for row in data.train})
 
 

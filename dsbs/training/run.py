@@ -15,13 +15,14 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.records import TrainedStudent
 from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students.card import head_of, input_limit
+from dsbs.students.card import head_of, input_limit, new_head_warning
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream, survey
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
+from dsbs.training.distillation.teacher_source import check_teachers
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
 from dsbs.training.grid import StudentSpec, Trial, Tuner, trial_specs
@@ -132,6 +133,7 @@ class StudentGrid:
         task = make_task(recipe.task)
         vocabulary = vocabulary_text(self.data, task.labels or ())
         tokenizer = new_tokenizer(recipe.student, vocabulary, recipe.train.init)
+        check_teachers(recipe, task, self.specs, tokenizer)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
         return Tokens(tokenizer, run.stage("train") / "tokens", progress, input_format)
 
@@ -147,8 +149,11 @@ class StudentGrid:
         folder = run.stage("train")
         tokenizer = tokens.tokenizer
 
-        def train_teacher(teacher_recipe: StudentRecipe, spec: StudentSpec) -> TrainedStudent:
-            teacher = StudentRun(teacher_recipe, spec, self.data, tokenizer, tokens, folder)
+        def train_teacher(
+            teacher_recipe: StudentRecipe, spec: StudentSpec, shares_tokens: bool
+        ) -> TrainedStudent:
+            read = tokens if shares_tokens else _tokens_of_teacher(teacher_recipe, progress)
+            teacher = StudentRun(teacher_recipe, spec, self.data, read.tokenizer, read, folder)
             return teacher.run(progress)
 
         teachers = LocalTeachers(recipe, run.path, tokenizer, train_teacher)
@@ -171,6 +176,12 @@ class StudentGrid:
         return _Trained(students, teachers.trained)
 
 
+def _tokens_of_teacher(recipe: StudentRecipe, progress: Progress) -> Tokens:
+    """The tokens of a local teacher that has another vocabulary than its student."""
+    tokenizer = new_tokenizer(recipe.student, ())
+    return Tokens(tokenizer, None, progress, new_input_format(recipe.student, tokenizer))
+
+
 def _warnings(
     recipe: StudentRecipe, specs: Sequence[StudentSpec], data: Data, tokens: Tokens
 ) -> list[str]:
@@ -189,7 +200,8 @@ def _warnings(
     written = labels.union(task.labels or ())
     if head == "labels":
         written = set()
-    warnings = vocabulary_warnings(recipe.student, tokenizer, written, texts)
+    warnings = [*filter(None, [new_head_warning(recipe, task)])]
+    warnings += vocabulary_warnings(recipe.student, tokenizer, written, texts)
     encoder = Encoder(
         tokens,
         input_limit(recipe.student, recipe.train.init),

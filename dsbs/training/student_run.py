@@ -19,9 +19,9 @@ from dsbs.students.student import Student
 from dsbs.students.weights import device, load_model, new_model
 from dsbs.tasks import make_task
 from dsbs.training.adapters import add_adapters, count_trainable, merge_adapters
+from dsbs.training.distillation.cached_logprobs import ModelOutputs, cache_logprobs
 from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.distillation.objective import DistillationLoss
-from dsbs.training.distillation.response import cache_logprobs
 from dsbs.training.distributed import (
     free_memory,
     is_main_process,
@@ -203,6 +203,7 @@ class StudentRun:
             self.spec.seed,
             self.recipe.train.init,
             labels=self.training_set.outputs,
+            classes=self.training_set.classes,
             explains=self.training_set.learns_rationales,
         )
 
@@ -281,7 +282,9 @@ class StudentRun:
             section,
             self.training_set.views,
             self.teachers,
-            model.config.vocab_size,
+            ModelOutputs(
+                self.training_set.head, self.training_set.outputs or model.config.vocab_size
+            ),
             self._logprobs,
             self.training_set.rows,
             batch_size,
@@ -294,10 +297,15 @@ class StudentRun:
             self.training_set.views,
             teachers=self.teachers,
             label_ids=self.training_set.label_ids,
+            head=self.training_set.head,
             soft_labels=self.training_set.soft_labels,
             cached=cached,
         )
         loss.attach_projections(model, self.spec.seed)
+        if not loss.needs_teachers:  # their log-probabilities are on disk
+            for teacher in self.teachers:
+                teacher.release()
+            free_memory()
         return loss
 
     def _tensorboard(self, student: Student, metrics: MetricsLogger) -> TensorBoardLogger:

@@ -34,7 +34,8 @@ from dsbs.training.encode import (
 )
 from dsbs.training.losses import summed_nll, view_weights, weighted_loss
 from dsbs.training.methods import View
-from dsbs.training.packed import ForwardRunner, is_decoder_only, summed_losses
+from dsbs.training.packed import ForwardRunner, is_decoder_only
+from dsbs.training.packed.decoder import DecoderRunner, summed_losses
 from dsbs.training.packed.label_head import (
     LabelHeadRunner,
     has_label_head,
@@ -159,7 +160,11 @@ class StepTrainer(Seq2SeqTrainer):
         """Raises UserError for what a sharded model cannot compute."""
         hint = "start without FSDP settings"
         if self._terms is not None:
-            raise UserError("loss terms are not supported with FSDP", hint=hint)
+            raise UserError(
+                "loss terms are not supported with FSDP: every process would hold its local "
+                "teachers whole, which FSDP is there to avoid",
+                hint=f"{hint}; train.lora and train.gradient_checkpointing save memory as well",
+            )
         if self._balance is not None:
             raise UserError(
                 "train.rationale_weight: balanced is not supported with FSDP",
@@ -411,21 +416,15 @@ def patch_forward(
     forward. Without ``batch`` it computes what it did before.
     """
     forward = model.forward
-    if is_decoder_only(model):
-        if terms is not None:
-            raise UserError(
-                "a decoder-only student that writes its labels learns no loss terms",
-                hint="leave the terms out of train.methods",
-            )
-        runner = None
-    else:
-        runner = ForwardRunner(
-            model,
-            views,
-            without_padding=without_padding,
-            hidden_states=terms is not None and terms.hidden_states,
-            labels=terms.label_ids if terms else (),
-        )
+    runner_class = DecoderRunner if is_decoder_only(model) else ForwardRunner
+    runner = runner_class(
+        model,
+        views,
+        without_padding=without_padding,
+        hidden_states=terms is not None and terms.hidden_states,
+        labels=terms.label_ids if terms else (),
+    )
+    only_losses = is_decoder_only(model) and terms is None
 
     def packed_forward(
         *args: Any,
@@ -435,7 +434,7 @@ def patch_forward(
     ) -> Any:
         if batch is None:
             return forward(*args, **kwargs)
-        if runner is None:
+        if only_losses:
             return summed_losses(model, batch, without_padding=without_padding)
         output = runner(batch)
         sums = {name: summed_nll(output.logits[name], rows.target) for name, rows in batch.items()}

@@ -63,6 +63,12 @@ class TrainingSet:
         self.soft_labels = {}
         if spec.learns_votes:
             self.soft_labels = encoder.soft_labels(rows, self.views[0], spec.labels)
+        own_inputs = [teacher.own_inputs for teacher in teachers if teacher.own_inputs is not None]
+        if own_inputs:
+            labeled = [row for row in rows if row.label(spec.labels) is not None]
+            keys = encoder.input_keys(labeled, self.views[0])
+            for teacher_inputs in own_inputs:
+                teacher_inputs.add(keys, [row.text for row in labeled])
         self.label_ids: list[list[int]] = []
         if self.head == "text" and any(term.needs_label_scores for term in self.terms):
             self.label_ids = encoder.texts(task.labels or ())

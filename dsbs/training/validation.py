@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dsbs.config import ResolvedTrainSection, StudentRecipe
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.students.calibration import Calibration, calibrate, rationale_agreement
 from dsbs.students.formats import split_target, start_token
 from dsbs.students.student import Student
@@ -77,7 +77,7 @@ def calibrated(
     Students that write their label have one where ``eval.score_labels`` is set.
     """
     if student.card.head == "text":
-        if not recipe.eval.score_labels or not student.scores_labels:
+        if not recipe.eval.score_labels or not student.has_distribution:
             return None
         inputs = [view.prefix + row.text for row in data.valid]
         distributions = student.label_distributions(inputs, recipe.eval.batch_size)
@@ -151,7 +151,7 @@ def _accuracy(student: Student, recipe: StudentRecipe, data: Data, view: View) -
     correct = 0
     for generation, row in zip(generations, data.valid, strict=True):
         label = task.read_label(split_target(view.target, generation.text)[0], data.fields[row.id])
-        if not isinstance(label, Unread):
+        if not isinstance(label, Unreadable):
             correct += task.correct(label, str(row.label(data.valid_labels)))
     return correct / len(data.valid)
 
@@ -161,7 +161,8 @@ def _label_loss(student: Student, batch_size: int, rows: Sequence[Encoded], view
     import torch
 
     from dsbs.training.losses import summed_nll
-    from dsbs.training.packed import is_decoder_only, summed_losses
+    from dsbs.training.packed import is_decoder_only
+    from dsbs.training.packed.decoder import summed_losses
 
     model = student.backend.model
     total = 0.0

@@ -296,3 +296,15 @@ def test_log_loss_brier_and_auroc_by_hand_and_by_scikit_learn() -> None:
     expected = roc_auc_score([True, True, False, False], confidences)
     assert metrics["confidence_auroc"].value == pytest.approx(expected)
     assert "log_loss" not in measured(NLI, [scored(NLI, gold, gold)]).metrics
+
+
+def test_the_most_confused_pairs_are_counted_over_seeds() -> None:
+    gold = ["entailment", "entailment", "neutral", "contradiction"]
+    first = scored(NLI, gold, ["neutral", "neutral", "neutral", "what"])
+    second = scored(NLI, gold, ["neutral", "entailment", "contradiction", "contradiction"])
+    pairs = measured(NLI, [first, second]).confusions
+    assert [(pair.gold, pair.predicted, pair.rows, pair.share) for pair in pairs] == [
+        ("entailment", "neutral", 1.5, 0.75),
+        ("neutral", "contradiction", 0.5, 0.5),
+    ]
+    assert measured(SVAMP, [scored(SVAMP, ["1"], ["2"])]).confusions == []

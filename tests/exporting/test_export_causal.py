@@ -90,6 +90,15 @@ def test_a_float_export_writes_and_scores_as_transformers_does(
     for one, other in zip(mine, theirs, strict=True):
         assert (one.text, one.truncated) == (other.text, other.truncated)
         assert one.probability == pytest.approx(other.probability, rel=1e-3)
+    export_backend, backend = (Student.load(path).backend for path in (done.path, student))
+    if form != "gguf":
+        labels = ["billing", "shipping", "a much longer label"]
+        scores, expected = (
+            scorer.score(asked, labels)  # type: ignore[attr-defined]
+            for scorer in (export_backend, backend)
+        )
+        for ours, theirs_row in zip(scores, expected, strict=True):
+            assert ours == pytest.approx(theirs_row, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -169,15 +178,15 @@ def test_a_gguf_file_holds_the_students_weights_and_its_tokenizer(
     tmp_path: Path, make: Make, kind: str, quantize: str
 ) -> None:
     student = make(tmp_path, kind)
-    beside = str(export(student, "gguf", quantize=quantize, examples=ROWS).path / "model.gguf")
+    folder = str(export(student, "gguf", quantize=quantize, examples=ROWS).path / "model.gguf")
     (tmp_path / "alone").mkdir()
-    file = str(shutil.copy(beside, tmp_path / "alone"))
+    file = str(shutil.copy(folder, tmp_path / "alone"))
     ours, theirs = load_model(str(student)).state_dict(), load_model(file).state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         kept = tensor.half().float() if quantize == "float16" and tensor.ndim > 1 else tensor
         assert torch.equal(theirs[name], kept), name
-    mine, near, other = load_tokenizer(str(student)), load_tokenizer(beside), load_tokenizer(file)
+    mine, near, other = load_tokenizer(str(student)), load_tokenizer(folder), load_tokenizer(file)
     text = "My parcel, it's number 17!<|over|>\n"
     assert other(text)["input_ids"] == near(text)["input_ids"] == mine(text)["input_ids"]
     assert near.eos_token == mine.eos_token

@@ -221,6 +221,8 @@ def marker_settings(style: Style, fill: str = "full") -> dict[str, Any]:
         "markeredgecolor": PAPER if fill == "full" else style.color,
         "markeredgewidth": 0.8,
     }
+    if style.marker in _FLOOR_MARKERS:  # three lines, which have nothing to fill
+        return settings | {"markeredgecolor": style.color, "markeredgewidth": 1.2}
     if fill == "none":
         return settings | {"markerfacecolor": PAPER}
     return settings | {"fillstyle": fill, "markerfacecoloralt": PAPER}

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from dsbs.config.sections import as_tuple
 from dsbs.errors import UserError
 from dsbs.students.card import Head
-from dsbs.training.distillation import Projection, Term, TermInputs, as_float
+from dsbs.training.distillation import EXAMPLES, Projection, Term, TermInputs, as_float
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
 
@@ -34,10 +34,12 @@ class FeatureTerm(Term):
     stacks: Annotated[
         tuple[Literal["encoder", "decoder"], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("encoder", "decoder")
-    """Whose hidden states are compared. With a label head, the encoder's alone."""
+    """Whose hidden states are compared. Of a decoder-only model, encoder means the input's tokens
+    and decoder the target's. With a label head, the input's alone."""
 
     learns_projections: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = False
     heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = "It also learned the hidden states of a local teacher."
     citation: ClassVar[str] = "Romero et al., 2015, arXiv:1412.6550"
@@ -47,16 +49,21 @@ class FeatureTerm(Term):
         return True
 
     def projections(
-        self, student_config: Any, teacher_configs: Sequence[Any], student_head: Head = "text"
+        self,
+        student_config: Any,
+        teacher_configs: Sequence[Any],
+        student_head: Head = "text",
+        shares_tokens: Sequence[bool] = (),
     ) -> list[Projection]:
         """One for each pair of layers that the term compares. Raises UserError for a bad layer."""
         from dsbs.students.heads import hidden_size
 
         projections: list[Projection] = []
-        stacks = self.stacks
-        if student_head == "labels":
-            stacks = ("encoder",)
         for teacher, teacher_config in enumerate(teacher_configs):
+            of_means = bool(shares_tokens) and not shares_tokens[teacher]
+            stacks = self.stacks
+            if student_head == "labels" or of_means:
+                stacks = ("encoder",)
             for stack in stacks:
                 try:
                     pairs = layer_map(
@@ -77,6 +84,7 @@ class FeatureTerm(Term):
                         student_width=hidden_size(student_config),
                         teacher_width=hidden_size(teacher_config),
                         pairs=len(pairs) * len(stacks),
+                        of_means=of_means,
                     )
                     for student_layer, teacher_layer in pairs
                 ]
@@ -91,7 +99,9 @@ class FeatureTerm(Term):
         return sum(length for length, is_supervised in pairs if is_supervised)
 
     def loss(self, inputs: TermInputs) -> Tensor | float:
-        """The mean over stacks of the mean over their layer pairs, each a mean over tokens."""
+        """The mean over stacks of the mean over their layer pairs, each a mean over tokens, or
+        over the examples of a teacher that reads other tokens.
+        """
         source_mask, target_mask = _token_masks(inputs)
         masks = {"encoder": source_mask, "decoder": target_mask}
         # a micro-batch may lack a view, and with loss_mean: micro its counts do
@@ -101,13 +111,25 @@ class FeatureTerm(Term):
         loss: Tensor | float = 0.0
         for projection, linear in inputs.projections[self.title]:
             stack = projection.stack
-            mask = masks[stack]
-            teacher_output = inputs.teachers[projection.teacher]
-            student = inputs.student.states(stack)[projection.student_layer - 1][mask]
-            teacher = teacher_output.states(stack)[projection.teacher_layer - 1][mask]
+            outputs = (inputs.student, inputs.teachers[projection.teacher])
+            layers = (projection.student_layer - 1, projection.teacher_layer - 1)
+            if projection.of_means:
+                if inputs.first_view is None:
+                    continue
+                count = inputs.step.counts[EXAMPLES]
+                states = [
+                    output.example_means(layer)
+                    for output, layer in zip(outputs, layers, strict=True)
+                ]
+            else:
+                count = counts[stack]
+                states = [
+                    output.states(stack)[layer][masks[stack]]
+                    for output, layer in zip(outputs, layers, strict=True)
+                ]
             share = shares[projection.teacher] / projection.pairs
-            summed = feature_loss(linear(student), teacher)
-            loss = loss + summed * (share / max(1, counts[stack]))
+            summed = feature_loss(linear(states[0]), states[1])
+            loss = loss + summed * (share / max(1, count))
         return loss
 
 
@@ -125,9 +147,9 @@ def _token_masks(inputs: TermInputs) -> tuple[Tensor, Tensor]:
 
 
 def _depth(config: Any, stack: str) -> int:
-    names: tuple[str, ...] = ("num_decoder_layers",)
-    if stack == "encoder":
-        names = ("num_layers", "num_hidden_layers")
+    names: tuple[str, ...] = ("num_layers", "num_hidden_layers")
+    if stack == "decoder" and config.is_encoder_decoder:
+        names = ("num_decoder_layers",)
     encoder = getattr(config, "encoder", None)
     for owner in (config, getattr(encoder, "text_config", None), encoder):
         for name in names:

@@ -95,6 +95,8 @@ class LabelHeadRunner:
             encoder_states=states,
             decoder_states=[],
             label_scores=label_logits.log_softmax(-1),
+            inputs=inputs,
+            first_view="label",
         )
         return {"label": label_loss} | losses, output
 
@@ -190,7 +192,7 @@ class LabelHeadRunner:
         None where a view has no row. And the states (B, S, D) after each layer, where requested.
         """
         if self._model.architecture == "causal":
-            return *self._causal_group(batch, ids, rows, slots), []
+            return self._causal_group(batch, ids, rows, slots)
         padded, mask = _pad(ids, self._pad_id)
         layers: list[Tensor] = []
         if self._hidden_states:
@@ -221,7 +223,7 @@ class LabelHeadRunner:
         prompts: Sequence[Tensor],
         rows: Mapping[str, list[int]],
         slots: Mapping[str, list[int]],
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
         """A decoder's part: a rationale follows its prompt, whose last state gives the label.
 
         No attention mask is needed: padding comes last, where no real token attends.
@@ -238,7 +240,12 @@ class LabelHeadRunner:
             nothing = prompt.new_zeros(0)
             sequences += [(prompt, target) for target in written] or [(prompt, nothing)]
         padded, _ = _pad([torch.cat([prompt, target[:-1]]) for prompt, target in sequences])
-        states = self._model.states(padded.clamp(min=0), torch.ones_like(padded))
+        read_ids = padded.clamp(min=0)
+        mask = torch.ones_like(padded)
+        layers: list[Tensor] = []
+        if self._hidden_states:
+            layers = self._model.layer_states(read_ids, mask)
+        states = layers[-1] if layers else self._model.states(read_ids, mask)
         logits = None
         if rows.get("label"):
             read = slots["label"]
@@ -251,7 +258,7 @@ class LabelHeadRunner:
                 row_mask[len(prompt) - 1 : len(prompt) + len(target) - 1] = len(target) > 0
             token_logits = self._model.body.get_output_embeddings()(states[predicts])
             rationale = summed_nll(token_logits, torch.cat([target for _, target in sequences]))
-        return logits, rationale
+        return logits, rationale, [layer[first_of] for layer in layers]
 
     def label_count(self, packed: PackedBatch) -> float:
         """What the label loss of a batch is a mean over: its rows, or the sum of their weights."""

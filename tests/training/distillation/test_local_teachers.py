@@ -172,15 +172,15 @@ def test_a_trained_student_can_be_the_teacher_if_vocabulary_and_prefixes_match(
     teacher = f"train.teachers=[{{model: '{trained.path}'}}]"
     (student,) = train(recipe_with(*RESPONSE[:2], teacher), out=tmp_path / "second").students
     assert student.method == "finetune+response"
-    words = [f"{word} {word[::-1]} {word}s" for word in PANGRAM.split()]
-    learn_vocabulary(words * 9, 90).save_pretrained(trained.path)
-    with pytest.raises(UserError, match="has a different vocabulary from the student's"):
-        train(recipe_with(*RESPONSE[:2], teacher), out=tmp_path / "third")
     card_path = Path(trained.path) / "student.json"
     card = json.loads(card_path.read_text(encoding="utf-8"))
     card["prefixes"] = {"label": "say: "}
     card_path.write_text(json.dumps(card), encoding="utf-8")
     with pytest.raises(UserError, match="was not trained on the label with prefix ''"):
+        train(recipe_with(*RESPONSE[:2], teacher), out=tmp_path / "third")
+    words = [f"{word} {word[::-1]} {word}s" for word in PANGRAM.split()]
+    learn_vocabulary(words * 9, 90).save_pretrained(trained.path)
+    with pytest.raises(UserError, match="has a different vocabulary from the student's"):
         train(recipe_with(*RESPONSE[:2], teacher), out=tmp_path / "fourth")
 
 
