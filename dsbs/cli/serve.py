@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ from dsbs.cli.common import Json, Out, SetKeys, load, print_json, progress
 from dsbs.errors import UserError
 
 if TYPE_CHECKING:
+    from dsbs.serving.cascade import Cascade, CascadeSettings
     from dsbs.serving.run import ServerInfo
 
 
@@ -182,28 +183,16 @@ def serve(
             "--set, --out, --max-usd and --reset-audit are about the teacher, and there is none",
             hint="add --fallback RECIPE",
         )
-    with ExitStack() as stack:
-        cascade = None
-        if fallback is not None:
-            from dsbs.project.live_teacher import open_cascade
-
-            cascade = stack.enter_context(
-                open_cascade(
-                    student,
-                    load(fallback, overrides),
-                    CascadeSettings(
-                        audit=audit,
-                        on_teacher_failure=on_teacher_failure.value,
-                        on_breach=on_breach.value,
-                        teacher_timeout_s=teacher_timeout_s,
-                        max_waiting=queue,
-                    ),
-                    progress(),
-                    out=out,
-                    max_usd=max_usd,
-                    reset_audit=reset_audit,
-                )
-            )
+    cascade_settings = CascadeSettings(
+        audit=audit,
+        on_teacher_failure=on_teacher_failure.value,
+        on_breach=on_breach.value,
+        teacher_timeout_s=teacher_timeout_s,
+        max_waiting=queue,
+        max_usd=max_usd,
+        reset_audit=reset_audit,
+    )
+    with _cascade(student, fallback, overrides, out, cascade_settings) as cascade:
         run(
             student,
             settings,
@@ -214,6 +203,21 @@ def serve(
             threads=threads,
             cascade=cascade,
         )
+
+
+def _cascade(
+    student: str,
+    fallback: str | None,
+    overrides: list[str] | None,
+    out: str | None,
+    settings: CascadeSettings,
+) -> AbstractContextManager[Cascade | None]:
+    """The student before the teacher of a recipe; None without a recipe."""
+    if fallback is None:
+        return nullcontext()
+    from dsbs.project.live_teacher import open_cascade
+
+    return open_cascade(student, load(fallback, overrides), settings, progress(), out=out)
 
 
 def _announce(server: ServerInfo, as_json: bool) -> None:

@@ -93,7 +93,6 @@ class LiveTeacher:
         self._store = store
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
-        self._asked: set[Future[TeacherAnswer]] = set()
 
     @property
     def requests(self) -> int:
@@ -104,10 +103,7 @@ class LiveTeacher:
 
     def ask(self, fields: Mapping[str, Any]) -> Future[TeacherAnswer]:
         """See ``TeacherClient``."""
-        asked = asyncio.run_coroutine_threadsafe(self._ask(fields), self._loop)
-        self._asked.add(asked)
-        asked.add_done_callback(self._asked.discard)
-        return asked
+        return asyncio.run_coroutine_threadsafe(self._ask(fields), self._loop)
 
     def close(self) -> None:
         """See ``TeacherClient``."""
@@ -180,26 +176,23 @@ def open_cascade(
     progress: Progress,
     *,
     out: str | None = None,
-    max_usd: float | None = None,
-    reset_audit: bool = False,
 ) -> Iterator[Cascade]:
     """A student in ``path`` before the teacher of ``recipe``.
 
-    Its run has the replies and the ledger. ``max_usd``: a day; None: annotate.max_usd, else no
-    limit. Raises UserError where the student has no threshold that is its own, or the recipe has
-    another task or a teacher that cannot be asked.
+    Its run has the replies and the ledger. Raises UserError where the student has no threshold that
+    is its own, or the recipe has another task or a teacher that cannot be asked.
     """
     card = read_card(path)
     threshold = _threshold(path, card)
     _check_recipe(recipe, card)
-    if max_usd is not None:
-        annotate = recipe.annotate.model_copy(update={"max_usd": max_usd})
+    if settings.max_usd is not None:
+        annotate = recipe.annotate.model_copy(update={"max_usd": settings.max_usd})
         recipe = recipe.model_copy(update={"annotate": annotate})
     run = RunFolder.of(recipe, out)
     make_teacher(recipe)  # before any file is written: a missing key leaves no trace
     with run.lock("serve"), open_store(run) as store:
         ledger = Ledger(run.ledger, card.name, threshold)
-        if reset_audit:
+        if settings.reset_audit:
             ledger.reset_audit()
         if ledger.breach is not None:
             progress.say(

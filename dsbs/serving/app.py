@@ -193,8 +193,8 @@ class Service:
         by_teacher = [index for index, answer in enumerate(routed) if answer.source == "teacher"]
         if options.completes and by_teacher:
             # The tokens of the teacher's texts are counted in the model's thread.
-            asked = [replace(items[i], answer=routed[i].outcome.answer) for i in by_teacher]
-            texts = await self.batcher.ask(asked, replace(options, predicts=False))
+            items = [replace(items[i], answer=routed[i].outcome.answer) for i in by_teacher]
+            texts = await self.batcher.ask(items, replace(options, predicts=False))
             for i, text in zip(by_teacher, texts, strict=True):
                 outcome = replace(routed[i].outcome, completion=text.completion)
                 routed[i] = replace(routed[i], outcome=outcome)

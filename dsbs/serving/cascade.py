@@ -1,4 +1,4 @@
-"""Cascade: the student answers the rows that it is sure of, and its teacher the others.
+"""Cascade: the student answers the rows that it is sure of, and its teacher the unsure.
 
 A random share of the student's answers is audited: the teacher is asked as well, after the response
 was sent. Where the audit shows that the target of threshold.json is missed, the teacher answers
@@ -48,6 +48,10 @@ class CascadeSettings:
     """How long a row waits for the teacher."""
     max_waiting: int = 2048
     """Rows that may wait for the teacher."""
+    max_usd: float | None = None
+    """US dollars a day for the teacher. None: the recipe's annotate.max_usd, else no limit."""
+    reset_audit: bool = False
+    """Whether to forget a breach, and the audits that led to it."""
 
 
 class TeacherError(Exception):
@@ -164,7 +168,7 @@ class Cascade:
         """The answers of student and teacher. Raises ApiError (502) where the teacher fails, if
         that is what ``on_teacher_failure`` says.
         """
-        asked: dict[int, asyncio.Task[TeacherAnswer | TeacherError]] = {}
+        requests: dict[int, asyncio.Task[TeacherAnswer | TeacherError]] = {}
         routed = []
         for index, (item, outcome) in enumerate(zip(items, outcomes, strict=True)):
             routed.append(Routed(outcome, threshold=self.threshold.threshold))
@@ -173,10 +177,10 @@ class Cascade:
                 self.ledger.count("student")
                 self._maybe_audit(item, outcome)
             else:
-                asked[index] = self._in_background(self._ask(item.value, "deferred"))
-        if asked:
-            await asyncio.wait(asked.values(), timeout=self._settings.teacher_timeout_s)
-        for index, task in asked.items():
+                requests[index] = self._in_background(self._ask(item.value, "deferred"))
+        if requests:
+            await asyncio.wait(requests.values(), timeout=self._settings.teacher_timeout_s)
+        for index, task in requests.items():
             routed[index] = self._with_teacher(outcomes[index], task)
         return routed
 
@@ -281,8 +285,8 @@ class Cascade:
     def _coverage(self, state: CascadeState) -> float:
         """The share of all rows that the student is sure of, with the calibration rows."""
         sure = state.counts.get("sure", 0)
-        asked = state.counts.get("unsure", 0) + state.counts.get("novel", 0)
-        rows = self.threshold.rows + sure + asked
+        unsure = state.counts.get("unsure", 0) + state.counts.get("novel", 0)
+        rows = self.threshold.rows + sure + unsure
         return max((self.threshold.coverage * self.threshold.rows + sure) / max(rows, 1), 1e-9)
 
     # --- state

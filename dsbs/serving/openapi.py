@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from dsbs.serving.chat_completions import ChatForm, CompletionForm, PredictForm
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 PAGES = frozenset({"/docs", "/docs/oauth2-redirect", "/openapi.json"})
 _REFERENCE = "#/components/schemas/{model}"
@@ -101,6 +102,7 @@ def described(path: str) -> dict[str, Any]:
 
 def add_documentation(app: FastAPI, *, has_token: bool) -> None:
     """Give the description the schemas of the bodies and, where there is one, the token."""
+    from fastapi.openapi.utils import get_openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -93,12 +93,10 @@ class Setup:
     def cascade(
         self, server: LoopbackServer | None, *changes: str, **options: Any
     ) -> Iterator[Cascade]:
-        names = ("max_usd", "reset_audit")
-        more = {name: options.pop(name) for name in names if name in options}
         settings = CascadeSettings(**{"audit": 0.0} | options)
         recipe = self.recipe(server, *changes)
         with open_cascade(
-            str(self.student), recipe, settings, NoProgress(), out=str(self.run), **more
+            str(self.student), recipe, settings, NoProgress(), out=str(self.run)
         ) as cascade:
             yield cascade
 
