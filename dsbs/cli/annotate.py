@@ -33,6 +33,16 @@ if TYPE_CHECKING:
     from dsbs.config import Recipe
 
 
+FromServe = Annotated[
+    bool,
+    typer.Option(
+        "--from-serve",
+        help="Add the rows that a server asked this teacher (`dsbs serve --fallback`) to the train "
+        "rows. Their replies are stored and cost nothing.",
+    ),
+]
+
+
 def annotate(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -64,14 +74,7 @@ def annotate(
         str | None,
         typer.Option(metavar="I/N", help="Annotate shard I of N only; join with `dsbs merge`."),
     ] = None,
-    from_serve: Annotated[
-        bool,
-        typer.Option(
-            "--from-serve",
-            help="Add the rows that a server asked this teacher (`dsbs serve --fallback`) to the "
-            "train rows. Their replies are stored and cost nothing.",
-        ),
-    ] = False,
+    from_serve: FromServe = False,
     retry_refused: Annotated[
         bool,
         typer.Option(
