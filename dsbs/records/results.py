@@ -45,6 +45,18 @@ def wilson(correct: int, n: int) -> Rate | None:
     )
 
 
+def exact_rate(correct: int, n: int) -> Rate | None:
+    """As ``wilson``, with the exact interval (Clopper and Pearson, 1934)."""
+    if n == 0:
+        return None
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="exact")
+    return Rate(
+        value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
+    )
+
+
 def _is_none(value: object) -> bool:
     return value is None
 
