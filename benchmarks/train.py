@@ -2,6 +2,7 @@
 
     python benchmarks/train.py                       # nano, mini and T5-small; batches of 16 and 64
     python benchmarks/train.py --shapes nano --batches 64 --profile
+    python benchmarks/train.py --terms               # response on a decoder, of SmolLM2's shapes
     python benchmarks/train.py --tiny                # does it run? its figures mean nothing
 
 Both train the same rows, model and losses in one process. The plain loop works as the published
@@ -10,6 +11,10 @@ model once on each, and averages the two losses. The rows are e-SNLI's with PaLM
 (../shared/data). A run measures examples per second of whole optimizer steps after two steps of
 warm-up: the plain loop before and after each of ours, and the ratio to the mean of the two. Printed
 are the median and the range of all runs.
+
+``--terms`` compares steps of a decoder-only student that learns a larger one's distributions with
+plain steps and the teacher's forward pass, in turns on the same batches; and the peak memory of
+each kind of step, in a process of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +25,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads would take t
 
 import argparse
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +37,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PrinterCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -42,9 +51,15 @@ from dsbs import load_recipe
 from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import make_teacher
 from dsbs.config import StudentSection, TrainSection
+from dsbs.progress import NoProgress
 from dsbs.students.tokenizer import learn_vocabulary
 from dsbs.students.weights import new_model
 from dsbs.tasks.data import stream
+from dsbs.training.distillation import StepTotals
+from dsbs.training.distillation.cached_logprobs import ModelOutputs, cache_logprobs
+from dsbs.training.distillation.local_teachers import LocalTeacher, teacher_runners
+from dsbs.training.distillation.objective import DistillationLoss
+from dsbs.training.distillation.response import ResponseTerm
 from dsbs.training.encode import Encoded, collate, pad
 from dsbs.training.losses import summed_nll, weighted_loss
 from dsbs.training.methods import STEP_BY_STEP
@@ -63,6 +78,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "t5-small": {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 6},
 }
 WARM_UP = 2
+# Layers, width, width of the feed-forward layers, attention heads and key-value heads, of a student
+# and its teacher; and the vocabulary entries of both.
+DECODERS = {
+    "tiny": ((2, 32, 48, 4, 2), (3, 48, 64, 4, 2), 4000),
+    "smollm2": ((30, 576, 1536, 9, 3), (32, 960, 2560, 15, 5), 49152),  # 135 and 360 million
+}
+STEP_KINDS = ("plain", "teacher", "response", "top_k")
 SECTIONS = {
     "exact": TrainSection().resolved(is_scratch=True),
     "decoder": TrainSection(task_token="decoder").resolved(is_scratch=True),
@@ -236,6 +258,118 @@ def profile(kind: str, data: list[Encoded], tokenizer: Any) -> str:
     return str(table)
 
 
+def decoder(shape: tuple[int, int, int, int, int], vocabulary: int) -> Any:
+    torch.manual_seed(0)
+    layers, width, inner, heads, key_value_heads = shape
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+class TermSteps:
+    """Optimizer steps of a decoder-only student, of the ``kinds`` in STEP_KINDS."""
+
+    def __init__(
+        self, shape: str, rows: list[Encoded], batch: int, folder: str, kinds: Sequence[str]
+    ) -> None:
+        student_shape, teacher_shape, vocabulary = DECODERS[shape]
+        section = SECTIONS["exact"]
+        self.views = STEP_BY_STEP.views(section)
+        self.model = decoder(student_shape, vocabulary).train()
+        self.forward = self.model.forward
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.batches = [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
+        self.losses: dict[str, DistillationLoss] = {}
+        if kinds == ("plain",):
+            return
+        frozen = decoder(teacher_shape, vocabulary).eval().requires_grad_(False)
+        teacher = LocalTeacher("teacher", Path(folder), 1.0, "teacher", frozen)
+        shared = (section, self.views, [teacher])
+        term = ResponseTerm(kind="response", temperature=2.0)
+        self.losses["response"] = DistillationLoss([term], *shared[:2], teachers=[teacher])
+        (self.run_teacher,) = teacher_runners([teacher], self.views, section, "cpu")
+        if "top_k" not in kinds:
+            return
+        term = term.model_copy(update={"top_k": 32})
+        outputs = ModelOutputs("text", vocabulary)
+        cached = cache_logprobs(
+            [term], *shared, outputs, Path(folder), rows, batch, NoProgress(), "top_k"
+        )
+        self.losses["top_k"] = DistillationLoss(
+            [term], *shared[:2], teachers=[teacher], cached=cached
+        )
+        if kinds == ("top_k",):  # as in training: the teacher is not needed any more
+            teacher.release()
+            del self.run_teacher, self.losses["response"], frozen
+
+    def seconds(self, kind: str, number: int) -> float:
+        """The time of one step on a batch, collation included."""
+        rows = self.batches[number % len(self.batches)]
+        began = time.perf_counter()
+        if kind == "teacher":
+            with torch.no_grad():
+                self.run_teacher(collate(rows))
+            return time.perf_counter() - began
+        terms = self.losses.get(kind)
+        self.model.forward = self.forward
+        patch_forward(self.model, self.views, without_padding=True, terms=terms)
+        batch = terms.collate(rows) if terms else collate(rows)
+        counts = {name: float(len(packed.target)) for name, packed in batch.items()}
+        weights = {"label": 1.0, "rationale": 1.0}
+        step = {"step": StepTotals(counts | terms.counts(batch), weights)} if terms else {}
+        losses = self.model(batch=batch, **step)
+        loss = weighted_loss({name: losses[name] for name in batch}, counts, weights)
+        if terms:
+            loss = loss + losses["response"]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - began
+
+
+def compare_terms(options: argparse.Namespace, rows: list[Encoded], folder: str) -> None:
+    """Print ratios of steps in turns, and the peak memory of each kind, in its own process."""
+    shape = "tiny" if options.tiny else "smollm2"
+    batch = options.batch
+    rows = rows[: 4 * batch]
+    if options.peak:
+        steps = TermSteps(shape, rows[:batch], batch, folder, (options.peak,))
+        for _ in range(2):
+            steps.seconds(options.peak, 0)
+        print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+        return
+    # First: on Linux a process's peak is at least that of its parent when it was started.
+    command = [sys.executable, __file__, "--terms", "--batch", str(batch)]
+    command += ["--tiny"] if options.tiny else []
+    for kind in ("plain", "response", "top_k"):
+        done = subprocess.run(
+            [*command, "--peak", kind], stdout=subprocess.PIPE, text=True, check=True
+        )
+        print(f"peak memory, {kind}: {done.stdout.strip()}", flush=True)
+    steps = TermSteps(shape, rows, batch, folder, STEP_KINDS)
+    seconds: dict[str, list[float]] = {kind: [] for kind in STEP_KINDS}
+    for number in range(-1, options.runs):
+        for kind in STEP_KINDS if number % 2 else STEP_KINDS[::-1]:
+            elapsed = steps.seconds(kind, max(0, number))
+            if number >= 0:  # the first turn warms up
+                seconds[kind].append(elapsed)
+    del steps
+    turns = list(zip(*(seconds[kind] for kind in STEP_KINDS), strict=True))
+    response = [with_term / (plain + teacher) for plain, teacher, with_term, _ in turns]
+    kept = [with_term / plain for plain, _, _, with_term in turns]
+    cells = ", ".join(f"{kind} {statistics.median(seconds[kind]):.3f} s" for kind in STEP_KINDS)
+    print(f"{shape}, batch {batch}: {cells}")
+    print(f"response / (plain + teacher): {summary(response, 2)}")
+    print(f"kept top-k / plain: {summary(kept, 2)}", flush=True)
+
+
 def summary(values: Sequence[float], digits: int) -> str:
     """Median and range, e.g. ``2.28 (2.21–2.33)``."""
     median, low, high = statistics.median(values), min(values), max(values)
@@ -252,6 +386,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of each figure (default: 5)")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on made-up rows")
+    parser.add_argument("--terms", action="store_true", help="a response term on a decoder")
+    parser.add_argument("--batch", type=int, default=8, help="of --terms (default: 8)")
+    parser.add_argument("--peak", choices=STEP_KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tiny:
         options.shapes = ["tiny"]
@@ -261,6 +398,10 @@ def main() -> None:
     else:
         sys.exit("the real data are not beside this checkout (../shared/data); try --tiny")
     data, tokenizer = encode(texts)
+    if options.terms:
+        with tempfile.TemporaryDirectory() as folder:
+            compare_terms(options, data["exact"], folder)
+        return
     plain_loss, exact_loss = compare_losses(data["exact"], tokenizer, options.shapes[0])
     print(f"{len(texts)} rows, {torch.get_num_threads()} threads, {options.runs} runs")
     print(f"loss of one batch: plain {plain_loss:.6f}, dsbs {exact_loss:.6f}")

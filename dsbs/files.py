@@ -58,9 +58,8 @@ _VERSIONED = (
 )
 
 
-def find_file(path: str | Path, *, what: str, hint: str, beside: Path | None = None) -> Path:
-    """Find a file by the path given, beside the folder ``beside``, or among the files that ship
-    with dsbs.
+def find_file(path: str | Path, *, what: str, hint: str, folder: Path | None = None) -> Path:
+    """Find a file by the path given, in ``folder``, or among the files that ship with dsbs.
 
     Shipped prompts, recipes and data lie in a checkout's root or inside an installed wheel.
     ``what`` names the file in the message. Raises UserError where there is no such file.
@@ -68,8 +67,8 @@ def find_file(path: str | Path, *, what: str, hint: str, beside: Path | None = N
     expanded = Path(path).expanduser()
     candidates = [expanded]
     if not expanded.is_absolute():
-        if beside is not None:
-            candidates.append(beside / expanded)
+        if folder is not None:
+            candidates.append(folder / expanded)
         roots = (_PACKAGE / "_shipped", _PACKAGE.parent)
         candidates += [root / expanded for root in roots if _has_shipped_files(root)]
     for candidate in candidates:

@@ -86,7 +86,8 @@ class Prompt(BaseModel):
     answer: str = Field(default_factory=_default_answer)
     """Jinja template of an exemplar's answer, in the form that is read."""
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    """Texts with which a model begins an example of its own; the reply ends before them."""
+    """Texts with which a model begins an example of its own; the reply ends before them. A blank
+    line, ``"\\n\\n"``, ends it soonest, and every rationale with it."""
     hint: str = (
         "(The right answer to the next one is: {{ label }}. Give the reasoning that leads there "
         "from what is asked alone, in the same form, and do not speak of this remark.)"
@@ -175,15 +176,17 @@ class PromptRenderer:
         """An exemplar's question and answer. Raises UserError if its fields do not fit the task."""
         where = f"prompt, exemplar {number}"
         fields = self.task.fields(exemplar.input, where)
-        view = self.task.view(fields, self.task.gold(exemplar.label, fields, where))
-        view["label"] = exemplar.label  # as the author spells it, not in canonical form
-        question = render(self.prompt.template, view, where=f"{where}: template").rstrip()
+        variables = self.task.template_variables(
+            fields, self.task.gold(exemplar.label, fields, where)
+        )
+        variables["label"] = exemplar.label  # as the author spells it, not in canonical form
+        question = render(self.prompt.template, variables, where=f"{where}: template").rstrip()
         if self.prompt.format == "json":
             texts = {"rationale": exemplar.rationale.strip(), "label": exemplar.label}
             return question, json.dumps(in_order(texts, self.prompt.order), ensure_ascii=False)
         answer = render(
             self.prompt.answer,
-            view | {"rationale": exemplar.rationale.strip()},
+            variables | {"rationale": exemplar.rationale.strip()},
             where=f"{where}: answer",
         )
         return question, answer.strip()
@@ -191,13 +194,17 @@ class PromptRenderer:
     def hint(self, example: Example) -> str:
         """The text that gives an example's gold label away."""
         return render(
-            self.prompt.hint, self.task.view(example.input, example.label), where="prompt: hint"
+            self.prompt.hint,
+            self.task.template_variables(example.input, example.label),
+            where="prompt: hint",
         ).strip()
 
     def render(self, example: Example, *, hint: bool = False) -> Rendered:
         """The prompt for an example; with ``hint``, one that gives its gold label away."""
         question = render(
-            self.prompt.template, self.task.view(example.input), where="prompt: template"
+            self.prompt.template,
+            self.task.template_variables(example.input),
+            where="prompt: template",
         ).rstrip()
         if hint:
             question = f"{self.hint(example)}\n\n{question}"
@@ -226,8 +233,8 @@ def load_prompt(recipe: Recipe, task: Task) -> Prompt:
     return prompt.model_copy(update={"format": recipe.annotate.format})
 
 
-def read_prompt(path: str, beside: Path | None, order: Order | None = None) -> Prompt:
-    """Read a prompt file, which may be in the folder ``beside``; ``order`` replaces the file's.
+def read_prompt(path: str, folder: Path | None, order: Order | None = None) -> Prompt:
+    """Read a prompt file, which may be in the folder ``folder``; ``order`` replaces the file's.
 
     Raises UserError.
     """
@@ -235,7 +242,7 @@ def read_prompt(path: str, beside: Path | None, order: Order | None = None) -> P
         path,
         what="prompt file",
         hint="check annotate.prompt; shipped ones are prompts/<task>.yaml",
-        beside=beside,
+        folder=folder,
     )
     try:
         located = load_located(file.read_text(encoding="utf-8"))
@@ -272,9 +279,9 @@ def read_prompt(path: str, beside: Path | None, order: Order | None = None) -> P
 def _check_form(prompt: Prompt, path: str) -> None:
     """Raise UserError where answers in the prompt's own form could not be read."""
     needs_anchor = prompt.order == "rationale-first" and prompt.pattern is None
-    if not all(mark.strip() for mark in (*prompt.anchor, *prompt.stop)) or (
-        needs_anchor and not prompt.anchor
-    ):
+    has_blank = not all(anchor.strip() for anchor in prompt.anchor)
+    has_blank |= not all(stop.strip(" \t") for stop in prompt.stop)  # a line break may be a stop
+    if has_blank or (needs_anchor and not prompt.anchor):
         raise UserError(
             f"{path}: an empty string in anchor or stop",
             hint="give the words that precede the label, e.g. 'Answer:'; only with "

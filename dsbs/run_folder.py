@@ -5,6 +5,7 @@ A run is the folder ``runs/<name>/``. Only this module knows where a stage's fil
     annotate/<split>.jsonl  annotate/replies.sqlite  shards/<i>-of-<n>/
     train/<student>/train.json  train/teachers/<name>/
     eval/predictions/<system>.jsonl  eval/results.json
+    serve/ledger.sqlite  serve/rows.jsonl
     compress/<student>/<chain>/  report/  report.html
     <stage>/manifest.json  <stage>/.lock  …/aside/
 """
@@ -69,9 +70,9 @@ class RunFolder:
         exist.
         """
         path = Path(member.run).expanduser()
-        beside = (recipe.folder or Path()) / path
-        if not path.is_dir() and beside.is_dir():
-            return cls(beside)
+        folder = (recipe.folder or Path()) / path
+        if not path.is_dir() and folder.is_dir():
+            return cls(folder)
         return cls(path)
 
     @classmethod
@@ -190,6 +191,16 @@ class RunFolder:
         return read_results(self.results)
 
     @property
+    def ledger(self) -> Path:
+        """What a server with the teacher behind it has counted."""
+        return self.path / "serve" / "ledger.sqlite"
+
+    @property
+    def served_rows(self) -> Path:
+        """The rows that such a server asked the teacher, as input rows."""
+        return self.path / "serve" / "rows.jsonl"
+
+    @property
     def report(self) -> Path:
         """The folder of the report's tables and figures; the page is ``report.html`` in the run."""
         return self.path / "report"
@@ -271,7 +282,7 @@ class RunFolder:
         move(path, target)
 
     @staticmethod
-    def take_back(path: Path, mark: str, mark_of: Callable[[Path], str | None]) -> bool:
+    def restore(path: Path, mark: str, mark_of: Callable[[Path], str | None]) -> bool:
         """Move what was set aside under ``mark`` back to ``path``, which must not exist. Returns
         whether there was any.
 

@@ -22,7 +22,7 @@ from dsbs.config import DataSection, TaskSection
 from dsbs.students.card import StudentCard, Target
 from dsbs.students.student import Student
 from dsbs.training.encode import collate
-from dsbs.training.packed import summed_losses
+from dsbs.training.packed.decoder import summed_losses
 
 CHAT = (
     "{% for m in messages %}"

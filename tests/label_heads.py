@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from dsbs.training.encode import Encoded
 
 LABELS = 3
 SEPARATOR = 3
-ENCODERS = ["bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert", "albert", "electra"]
+ENCODERS = [
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "deberta-v2",
+    "modernbert",
+    "albert",
+    "electra",
+    "distilbert",
+]
 SEQ2SEQ = ["t5", "t5gemma", "t5gemma2"]
 DECODERS = ["llama", "qwen3", "gpt2"]
 FAMILIES = ENCODERS + SEQ2SEQ + DECODERS
@@ -73,6 +83,18 @@ def _encoder(family: str, dropout: float) -> Any:
                 local_attention=8,
                 embedding_dropout=dropout,
                 mlp_dropout=dropout,
+                attention_dropout=dropout,
+            )
+        )
+    if family == "distilbert":
+        return hf.DistilBertModel(
+            hf.DistilBertConfig(
+                vocab_size=SHAPE["vocab_size"],
+                dim=SHAPE["hidden_size"],
+                hidden_dim=SHAPE["intermediate_size"],
+                n_layers=2,
+                n_heads=2,
+                dropout=dropout,
                 attention_dropout=dropout,
             )
         )
@@ -148,10 +170,13 @@ def label_head(family: str, dropout: float = 0.0, outputs: int = LABELS) -> Labe
     return LabelHeadModel(body, outputs, "encoder", decoder, dropout=dropout)
 
 
-def save_encoder(folder: Path, layers: int = 2) -> str:
-    """A tiny encoder with a WordPiece tokenizer of the toy task, for ``student.model``."""
-    words = sorted({word for row in toy_rows(40) for word in re.findall(r"\w+", row["text"])})
-    texts = ["The message is about an invoice a parcel", *words]
+def save_encoder(folder: Path, layers: int = 2, words: Sequence[str] = ()) -> str:
+    """A tiny encoder with a WordPiece tokenizer of the toy task, for ``student.model``.
+
+    ``words`` are further words of its vocabulary.
+    """
+    toy_words = sorted({word for row in toy_rows(40) for word in re.findall(r"\w+", row["text"])})
+    texts = ["The message is about an invoice a parcel", *toy_words, *words]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", *string.ascii_lowercase, *string.digits]
     vocabulary += [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
     vocabulary += [word for text in texts for word in text.lower().split()]

@@ -252,22 +252,23 @@ def test_different_folders_are_held_side_by_side(tmp_path: Path) -> None:
 def test_a_file_is_looked_for_here_then_beside_then_among_what_ships(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, beside = tmp_path / "here", tmp_path / "beside"
-    for folder in (here, beside):
+    here = tmp_path / "here"
+    recipes = tmp_path / "beside"
+    for folder in (here, recipes):
         (folder / "prompts").mkdir(parents=True)
         (folder / "prompts" / "svamp.yaml").write_text(folder.name)
     monkeypatch.chdir(here)
 
     def found() -> str:
-        return find_file("prompts/svamp.yaml", what="prompt", hint="-", beside=beside).read_text()[
+        return find_file("prompts/svamp.yaml", what="prompt", hint="-", folder=recipes).read_text()[
             :6
         ]
 
     assert found() == "here"
     (here / "prompts" / "svamp.yaml").unlink()
     assert found() == "beside"
-    (beside / "prompts" / "svamp.yaml").unlink()
-    shipped = find_file("prompts/svamp.yaml", what="prompt", hint="-", beside=beside)
+    (recipes / "prompts" / "svamp.yaml").unlink()
+    shipped = find_file("prompts/svamp.yaml", what="prompt", hint="-", folder=recipes)
     assert shipped.resolve() == ROOT / "prompts" / "svamp.yaml"
 
 
@@ -286,7 +287,7 @@ def test_an_absolute_path_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "x.csv").write_text("")
     with pytest.raises(UserError, match="does not exist"):
-        find_file(tmp_path / "x.csv", what="data file", hint="-", beside=tmp_path / "sub")
+        find_file(tmp_path / "x.csv", what="data file", hint="-", folder=tmp_path / "sub")
 
 
 def test_a_folder_is_said_to_be_a_folder(tmp_path: Path) -> None:

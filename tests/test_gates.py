@@ -12,8 +12,8 @@ from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
 
 from dsbs.errors import UserError
+from dsbs.records.gates import gate_failures
 from dsbs.records.results import Results
-from dsbs.records.summary import gate_failures
 
 
 def results(

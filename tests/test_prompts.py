@@ -338,6 +338,7 @@ def test_the_hash_changes_with_any_part_of_an_exemplar_and_with_their_order() ->
             r"own\.yaml:3: exemplars\[0\]\.rationale",
         ),
         ("template: x\nanchor: ''\n", "an empty string in anchor"),
+        ("template: x\nstop: ['Q:', ' ']\n", "an empty string in anchor or stop"),
         ("template: [x\n", "not valid YAML"),
         ("", "own.yaml"),
         ("- x\n", "own.yaml"),

@@ -119,8 +119,12 @@ def test_a_learning_rate_in_any_spelling_is_a_number(written: Written, spelling:
 
 
 def test_a_scratch_student_learns_faster_and_for_less_long_by_default(written: Written) -> None:
-    scratch = load_recipe(written(PLAIN)).resolved_train
-    pretrained = load_recipe(written(PLAIN), ["student.model=google/t5-v1_1-base"]).resolved_train
+    scratch = load_recipe(written(PLAIN)).students[None].resolved_train
+    pretrained = (
+        load_recipe(written(PLAIN), ["student.model=google/t5-v1_1-base"])
+        .students[None]
+        .resolved_train
+    )
     assert (scratch.learning_rate, scratch.max_steps) == (1e-3, 1000)
     assert (pretrained.learning_rate, pretrained.max_steps) == (5e-5, 10_000)
 
@@ -128,15 +132,18 @@ def test_a_scratch_student_learns_faster_and_for_less_long_by_default(written: W
 def test_what_the_recipe_sets_is_kept_whatever_the_student_starts_from(written: Written) -> None:
     for student in ("student.init=scratch", "student.model=google/t5-v1_1-base"):
         recipe = load_recipe(written(PLAIN), [student, "train.max_steps=7"])
-        assert recipe.resolved_train.max_steps == 7
+        assert recipe.students[None].resolved_train.max_steps == 7
         unset = load_recipe(written(PLAIN), [student, "train.max_steps=null"])
-        assert unset.training == load_recipe(written(PLAIN), [student]).training
+        assert (
+            unset.students[None].training
+            == load_recipe(written(PLAIN), [student]).students[None].training
+        )
 
 
 def test_a_default_that_is_set_changes_nothing(written: Written) -> None:
     plain = load_recipe(written(PLAIN))
     explicit = load_recipe(written(PLAIN), ["train.learning_rate=0.001", "train.max_steps=1000"])
-    assert explicit.training == plain.training
+    assert explicit.students[None].training == plain.students[None].training
 
 
 def test_a_scratch_students_defaults_hold_for_a_recipe_made_in_code() -> None:
@@ -147,7 +154,7 @@ def test_a_scratch_students_defaults_hold_for_a_recipe_made_in_code() -> None:
     }
     as_section = Recipe(**given, student=StudentSection(init="scratch"))
     as_mapping = Recipe(**given, student={"init": "scratch"})
-    assert as_section.resolved_train == as_mapping.resolved_train
+    assert as_section.students[None].resolved_train == as_mapping.students[None].resolved_train
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def test_a_file_that_is_set_aside_comes_back_by_its_mark(run: RunFolder) -> None
     assert not path.exists()
     names = [aside.name for aside in (path.parent / "aside").iterdir()]
     assert names == ["distill-s0-first-mark-o.jsonl"]
-    assert not RunFolder.take_back(path, "second-mark", mark_of)
-    assert RunFolder.take_back(path, "first-mark-of-many-letters", mark_of)
+    assert not RunFolder.restore(path, "second-mark", mark_of)
+    assert RunFolder.restore(path, "first-mark-of-many-letters", mark_of)
     assert path.read_text() == "first-mark-of-many-letters"
 
 
@@ -119,7 +119,7 @@ def test_nothing_that_is_set_aside_is_overwritten(run: RunFolder) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         RunFolder.set_aside(path, text)
-    assert RunFolder.take_back(path, "the-same-beginning-2", mark_of), "names share a beginning"
+    assert RunFolder.restore(path, "the-same-beginning-2", mark_of), "names share a beginning"
     assert path.read_text() == "the-same-beginning-2"
 
 

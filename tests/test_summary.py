@@ -7,17 +7,18 @@ import pytest
 from statsmodels.stats.power import TTestPower
 
 from dsbs.evaluation.significance import paired_difference
+from dsbs.records.measures import Measure
 from dsbs.records.results import (
     BreakEven,
     Comparison,
     GradedComparison,
     LabelEfficiency,
-    Measure,
     Results,
     SystemResult,
 )
 from dsbs.records.sentences import break_even_sentence, label_efficiency_sentence
 from dsbs.records.summary import (
+    closing,
     headline,
     headline_details,
     results_markdown,
@@ -107,6 +108,24 @@ def test_a_headline_without_a_difference_says_how_many_rows_would_show_one() -> 
     )
     unknown = against_base(delta=0.0, p_holm=1.0, minimum_detectable_effect=None)
     assert "5 points" not in headline(unknown)
+
+
+def test_a_run_closes_with_its_best_student_its_teacher_and_its_best_floor() -> None:
+    systems = [
+        system("teacher", kind="teacher", accuracy=0.7),
+        system("majority", kind="floor", accuracy=0.2),
+        system("tfidf", kind="floor", accuracy=0.3),
+        system("finetune-gold", accuracy=0.5),
+        system("distill-teacher", accuracy=0.4),
+    ]
+    made = results(*systems)
+    assert closing(made) == (
+        f"finetune-gold, the best of 2 students, labels 50.0% of these {made.n:,} test rows "
+        "correctly (95% CI [40.0, 60.0]); the teacher 70.0%; the best floor, tfidf, 30.0%."
+    )
+    assert closing(results(systems[3])).startswith("finetune-gold labels 50.0%")
+    assert closing(results(systems[3]), 0.7).endswith("; the teacher 70.0% of the train rows.")
+    assert closing(results(systems[0])).startswith("No student was compared")
 
 
 def test_the_details_have_the_p_value_and_what_would_go_unnoticed() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 IMAGE = Path(__file__).resolve().parent.parent / "docs" / "images" / "report.png"
 WIDTH = 1100  # CSS pixels; wide enough for the table of systems
-MAX_HEIGHT = 1000
+MAX_HEIGHT = 2000
 PIXEL_RATIO = 1.5  # keeps text sharp on dense screens
 MARGIN = 24  # below the last section that fits
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")

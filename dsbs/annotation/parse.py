@@ -16,7 +16,7 @@ from dsbs.annotation.json_answer import read_json_answer
 from dsbs.annotation.text_answer import MARKUP, Answer, gives_another_label, read_text_answer
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.prompting import Prompt
-from dsbs.records import Reason, Sample, Unread
+from dsbs.records import Reason, Sample, Unreadable
 from dsbs.tasks import Fields, Task, concluded_label
 
 RationaleFrom = Literal["visible", "reasoning"]
@@ -80,8 +80,8 @@ def parse_reply(
     if rationale_from == "reasoning":
         rationale = (reasoning or "").strip()
     label = task.read_label(answer.label, fields)
-    if isinstance(label, Unread):
-        return sample(None, rationale, _unread_reason(label, answer, prompt, may_be_cut))
+    if isinstance(label, Unreadable):
+        return sample(None, rationale, _unreadable_reason(label, answer, prompt, may_be_cut))
     if _gives_several(answer, label, prompt, task, fields):
         return sample(None, rationale, "several-answers")
     is_open = is_unknown_reason(finish_reason) and not ran_on
@@ -90,7 +90,9 @@ def parse_reply(
     return sample(label, rationale, None)  # a label without a rationale is used too
 
 
-def _unread_reason(label: Unread, answer: Answer, prompt: Prompt, may_be_cut: bool) -> Reason:
+def _unreadable_reason(
+    label: Unreadable, answer: Answer, prompt: Prompt, may_be_cut: bool
+) -> Reason:
     if may_be_cut and label.reason in ("empty", "unparsed", "label-outside-set"):
         return "truncated"
     if label.reason == "truncated" and prompt.order == "label-first" and answer.rationale:

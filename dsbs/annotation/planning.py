@@ -11,7 +11,7 @@ from typing import Any
 from dsbs.annotation.annotator import ASSUMED_TOKENS, CHARACTERS_PER_TOKEN, Annotator, RowReplies
 from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
-from dsbs.annotation.requester import buy_online
+from dsbs.annotation.requester import send_requests
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import RowsToRequest, SplitSummary, rounded_interval, write_annotations
 from dsbs.config import Recipe
@@ -33,9 +33,9 @@ class Plan:
     """What a run would send at most, with a rough token count (four characters to a token).
 
     ``usd`` is the most that the tokens may cost (None: the price is not known), ``likely_usd`` the
-    cost at ``tokens_a_reply``: the mean of earlier replies, else the recipe's limit or, where it
+    cost at ``tokens_per_reply``: the mean of earlier replies, else the recipe's limit or, where it
     sets none, an assumption. ``seconds`` is the time at the recipe's and the teacher's concurrency
-    and rate caps. ``seconds_a_reply`` is the mean of earlier replies where ``is_timed``, else an
+    and rate caps. ``seconds_per_reply`` is the mean of earlier replies where ``is_timed``, else an
     assumption.
     """
 
@@ -46,10 +46,10 @@ class Plan:
     prompt_tokens: int
     max_completion_tokens: int
     usd: float | None
-    tokens_a_reply: int
+    tokens_per_reply: int
     likely_usd: float | None
     seconds: float
-    seconds_a_reply: float
+    seconds_per_reply: float
     is_timed: bool
 
     def as_json(self) -> dict[str, Any]:
@@ -60,10 +60,10 @@ class Plan:
             "prompt_tokens": self.prompt_tokens,
             "max_completion_tokens": self.max_completion_tokens,
             "max_usd": self.usd,
-            "tokens_a_reply": self.tokens_a_reply,
+            "tokens_per_reply": self.tokens_per_reply,
             "likely_usd": self.likely_usd,
             "seconds": round(self.seconds, 1),
-            "seconds_a_reply": round(self.seconds_a_reply, 3),
+            "seconds_per_reply": round(self.seconds_per_reply, 3),
             "is_timed": self.is_timed,
             "first_prompt": self.first_prompt,
         }
@@ -112,18 +112,18 @@ def plan(
     prompt_tokens = characters // CHARACTERS_PER_TOKEN
     limit = reply_tokens(recipe)
     completion_tokens = requests * limit
-    tokens_a_reply = limit
+    tokens_per_reply = limit
     if mean_tokens is not None:
-        tokens_a_reply = min(limit, round(mean_tokens))
+        tokens_per_reply = min(limit, round(mean_tokens))
     elif recipe.annotate.max_tokens is None:
-        tokens_a_reply = min(limit, ASSUMED_TOKENS)
+        tokens_per_reply = min(limit, ASSUMED_TOKENS)
     usd = None
     likely_usd = None
     if annotator.price is not None:
         lane: Lane = "batch" if batch else "online"
         usd = annotator.price.of(prompt_tokens, completion_tokens, lane=lane)
-        likely_usd = annotator.price.of(prompt_tokens, requests * tokens_a_reply, lane=lane)
-    seconds_a_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
+        likely_usd = annotator.price.of(prompt_tokens, requests * tokens_per_reply, lane=lane)
+    seconds_per_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
     return Plan(
         first_prompt=first_prompt,
         rows=rows,
@@ -132,12 +132,12 @@ def plan(
         prompt_tokens=prompt_tokens,
         max_completion_tokens=completion_tokens,
         usd=usd,
-        tokens_a_reply=tokens_a_reply,
+        tokens_per_reply=tokens_per_reply,
         likely_usd=likely_usd,
         seconds=_seconds(
-            recipe, requests, prompt_tokens + requests * tokens_a_reply, seconds_a_reply
+            recipe, requests, prompt_tokens + requests * tokens_per_reply, seconds_per_reply
         ),
-        seconds_a_reply=seconds_a_reply,
+        seconds_per_reply=seconds_per_reply,
         is_timed=mean_seconds is not None,
     )
 
@@ -152,13 +152,13 @@ def _existing_store(run: RunFolder, shard: Shard | None) -> ReplyStore | None:
     return None
 
 
-def _seconds(recipe: Recipe, requests: int, tokens: int, seconds_a_reply: float) -> float:
+def _seconds(recipe: Recipe, requests: int, tokens: int, seconds_per_reply: float) -> float:
     """Seconds for this many requests: the longest of what concurrency, rpm and tpm allow."""
     if requests == 0:
         return 0.0
     max_in_flight = teacher_class(recipe.teacher.kind).max_in_flight(recipe)
     width = min(max_in_flight, recipe.annotate.concurrency)
-    times = [max(seconds_a_reply, requests * seconds_a_reply / width)]
+    times = [max(seconds_per_reply, requests * seconds_per_reply / width)]
     endpoints = recipe.teacher.served_by
     for units, caps in (
         (requests, [endpoint.rpm for endpoint in endpoints]),
@@ -183,16 +183,16 @@ class PilotResult:
     projected_seconds: float
 
     @property
-    def parse_rate(self) -> Rate | None:
+    def acceptance_rate(self) -> Rate | None:
         """The share of rows with a readable label and a sound rationale."""
         return wilson(self.summary.accepted, self.summary.rows)
 
     def as_json(self) -> dict[str, Any]:
-        rate = self.parse_rate
+        rate = self.acceptance_rate
         return {
             **self.summary.as_json(),
-            "parse_rate": None if rate is None else round(rate.value, 4),
-            "parse_rate_ci95": rounded_interval(rate),
+            "acceptance_rate": None if rate is None else round(rate.value, 4),
+            "acceptance_rate_ci95": rounded_interval(rate),
             "path": str(self.path),
             "projected": {
                 "rows": self.rows,
@@ -234,8 +234,8 @@ def pilot(
     usage = summary.usage
     tokens = (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
     tokens = tokens * total // max(1, summary.rows)
-    seconds_a_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
-    seconds = _seconds(recipe, requests, tokens, seconds_a_reply)
+    seconds_per_reply = ASSUMED_SECONDS if mean_seconds is None else mean_seconds
+    seconds = _seconds(recipe, requests, tokens, seconds_per_reply)
     return PilotResult(summary, path, total, usd, seconds)
 
 
@@ -272,7 +272,7 @@ def annotate_sample(
         return summary, None
     with run.lock("annotate"), open_store(run) as store:
         rows = RowsToRequest(path.stem, lambda: sample, len(sample), summary)
-        stopped = buy_online(annotator, teacher, store, [rows], progress)
+        stopped = send_requests(annotator, teacher, store, [rows], progress)
         write_annotations(path, annotator.derive(store, sample), annotator.task, summary)
         mean_seconds = store.mean_seconds(annotator.identities, recipe.teacher.model)
     if stopped is not None:

@@ -49,7 +49,7 @@ BILLED_TRIES = 2  # of a request whose replies cost and hold no answer
 _ROWS_PER_YIELD = 256
 
 
-def buy_online(
+def send_requests(
     annotator: Annotator,
     teacher: Teacher,
     store: ReplyStore,
@@ -156,7 +156,7 @@ class Requester:
         for example in examples:
             try:
                 await self.go_on.wait()
-                replies = await self._request_row(example, summary)
+                replies = await self.request_row(example, summary)
             except StoppedError:
                 return
             except Exception as error:  # bugs too: replies in flight are paid and must be stored
@@ -172,7 +172,7 @@ class Requester:
             if figures.rows % _ROWS_PER_YIELD == 0:
                 await asyncio.sleep(0)  # stored replies never wait; let other tasks run
 
-    async def _request_row(self, example: Example, summary: SplitSummary) -> RowReplies:
+    async def request_row(self, example: Example, summary: SplitSummary) -> RowReplies:
         replies = RowReplies()
         while requests := self.annotator.next_requests(example, replies):
             outcomes = await self._request_all(requests, summary)
@@ -370,7 +370,8 @@ class Requester:
         names = ", ".join(endpoint.name for endpoint in self.teacher.endpoints)
         return DsbsError(
             f"the teacher at {names} does not answer: {self.last_failure}",
-            hint=f"check teacher.base_url and that the server runs; {self.budget.balance}",
+            hint="start its server, or fix teacher.base_url (and the proxy, if there is one); "
+            f"`dsbs doctor RECIPE` checks it without a paid request; {self.budget.balance}",
         )
 
     async def _refuse(self, key: str, error: RejectedError, wasted: list[Reply]) -> Outcome:

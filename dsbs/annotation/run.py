@@ -29,7 +29,7 @@ from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import Teacher, make_teacher, teacher_class
 from dsbs.annotation.batch import buy_batches
 from dsbs.annotation.batch_files import export, import_output
-from dsbs.annotation.requester import buy_online
+from dsbs.annotation.requester import send_requests
 from dsbs.annotation.shards import annotate_on_ray
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import AnnotateResult, RowsToRequest, SplitSummary, write_annotations
@@ -106,13 +106,16 @@ def annotate(
                         )
                         for split, summary in summaries.items()
                     ]
-                    stopped = buy_online(
+                    stopped = send_requests(
                         annotator, teacher, store, rows, progress, retry_refused=retry_refused
                     )
                 elif buying == "batch":
                     stopped = buy_batches(annotator, store, run, summaries, progress)
                 _derive(annotator, store, run, summaries)
                 record["adaptations"] = _adaptations(annotator, store)
+                record["mean_seconds"] = store.mean_seconds(
+                    annotator.identities, recipe.teacher.model
+                )
         record["splits"] = {split: summary.as_json() for split, summary in summaries.items()}
         _say_warnings(annotator, summaries, progress)
         if stopped is not None:

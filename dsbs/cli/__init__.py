@@ -8,31 +8,35 @@ import logging
 import os
 import sys
 from importlib import import_module
+from typing import Annotated
 
 import typer
 
 from dsbs.errors import DsbsError
 
-# In the order of `dsbs --help`.
+# In the order of `dsbs --help`: each command's function and its help in a line.
 COMMANDS = {
-    "init": "dsbs.cli.init:init",
-    "doctor": "dsbs.cli.doctor:doctor",
-    "validate": "dsbs.cli.validate:validate",
-    "run": "dsbs.cli.run:run",
-    "annotate": "dsbs.cli.annotate:annotate",
-    "merge": "dsbs.cli.annotate:merge",
-    "compare-teachers": "dsbs.cli.compare_teachers:compare_teachers",
-    "train": "dsbs.cli.train:train",
-    "eval": "dsbs.cli.evaluate:evaluate",
-    "report": "dsbs.cli.report:report",
-    "predict": "dsbs.cli.predict:predict",
-    "compress": "dsbs.cli.compress:compress",
-    "export": "dsbs.cli.export:export",
-    "push": "dsbs.cli.push:push",
-    "serve": "dsbs.cli.serve:serve",
-    "ls": "dsbs.cli.ls:ls",
-    "show": "dsbs.cli.show:show",
-    "schema": "dsbs.cli.init:schema",
+    "init": ("dsbs.cli.init:init", "Create a recipe, a prompt and sample data"),
+    "doctor": ("dsbs.cli.doctor:doctor", "Check this machine, and a recipe's data and endpoints"),
+    "validate": ("dsbs.cli.validate:validate", "Check a recipe against its data"),
+    "run": ("dsbs.cli.run:run", "Run all stages: annotate, train, eval, report"),
+    "annotate": ("dsbs.cli.annotate:annotate", "Ask the teacher for rationales and labels"),
+    "merge": ("dsbs.cli.annotate:merge", "Join the shards of an annotation"),
+    "compare-teachers": (
+        "dsbs.cli.compare_teachers:compare_teachers",
+        "Compare several teachers on a sample",
+    ),
+    "train": ("dsbs.cli.train:train", "Train the students of a recipe"),
+    "eval": ("dsbs.cli.evaluate:evaluate", "Score and compare all systems"),
+    "report": ("dsbs.cli.report:report", "Write an HTML report of one run or several"),
+    "predict": ("dsbs.cli.predict:predict", "Label rows with a student"),
+    "compress": ("dsbs.cli.compress:compress", "Make a student smaller"),
+    "export": ("dsbs.cli.export:export", "Write a student as ONNX, CTranslate2, torch or GGUF"),
+    "push": ("dsbs.cli.push:push", "Upload a student to the Hugging Face Hub"),
+    "serve": ("dsbs.cli.serve:serve", "Answer HTTP requests with a student"),
+    "ls": ("dsbs.cli.ls:ls", "List runs and their students"),
+    "show": ("dsbs.cli.show:show", "Show a recipe with all its keys, or compare two"),
+    "schema": ("dsbs.cli.init:schema", "Print the JSON schema of recipes for editors"),
 }
 
 app = typer.Typer(
@@ -44,9 +48,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _name, _spec in COMMANDS.items():
+
+
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
+        from dsbs.files import versions
+
+        print(f"dsbs {versions().get('dsbs', '(not installed)')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+for _name, (_spec, _short_help) in COMMANDS.items():
     _module, _function = _spec.split(":")
-    app.command(_name)(getattr(import_module(_module), _function))
+    app.command(_name, short_help=_short_help)(getattr(import_module(_module), _function))
 
 
 def _exit_code() -> int:

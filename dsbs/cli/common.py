@@ -37,13 +37,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Override recipe keys, e.g. train.max_steps=200.",
+        help="Short for --set KEY=VALUE, e.g. train.max_steps=200.",
         show_default=False,
     ),
 ]
 SetKeys = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a recipe key: key=value.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a recipe key, e.g. train.max_steps=200; may be repeated.",
+        show_default=False,
+    ),
 ]
 Out = Annotated[
     str | None,
@@ -58,10 +63,16 @@ DryRun = Annotated[
 _PIPE_WIDTH = 160  # columns of a table that is not printed to a terminal
 
 
-def load(recipe: str, overrides: list[str] | None) -> Recipe:
+def load(recipe: str, *overrides: list[str] | None) -> Recipe:
+    """The recipe with ``overrides``, in order: positional ones, then those of ``--set``."""
     from dsbs.config.load import load_recipe
 
-    return load_recipe(recipe, overrides or [])
+    return load_recipe(recipe, merged(*overrides))
+
+
+def merged(*overrides: list[str] | None) -> list[str]:
+    """All overrides in one list."""
+    return [text for texts in overrides for text in texts or ()]
 
 
 def progress() -> Progress:
@@ -190,7 +201,7 @@ def print_annotate_plan(plan: Plan) -> None:
         cost = f"at most {cost}"
     if plan.likely_usd is not None and plan.likely_usd != plan.usd:
         cost = (
-            f"about {dollars(plan.likely_usd)} at {plan.tokens_a_reply:,} completion tokens per "
+            f"about {dollars(plan.likely_usd)} at {plan.tokens_per_reply:,} completion tokens per "
             f"reply, {cost}"
         )
     print(f"The first prompt:\n{indent(plan.first_prompt)}\n")
@@ -201,7 +212,7 @@ def print_annotate_plan(plan: Plan) -> None:
         f"{plan.max_completion_tokens:,} completion tokens; {cost}"
     )
     print(
-        f"about {duration(plan.seconds)} at {plan.seconds_a_reply:.1f} s per reply ({source}); "
+        f"about {duration(plan.seconds)} at {plan.seconds_per_reply:.1f} s per reply ({source}); "
         "nothing was sent"
     )
 
@@ -269,10 +280,13 @@ def print_train_result(result: TrainResult) -> None:
 
 
 def print_results(results: Results) -> None:
+    from dsbs.records.sentences import student_sentences
     from dsbs.records.summary import headline, headline_details, results_table
 
     print_smoke_warning(results.reportable)
     headings, rows = results_table(results)
     print_table(headings, rows, title=f"{results.split}, {count(results.n, 'row')}", numeric=True)
     print(" ".join([headline(results), *headline_details(results)]))
+    for sentence in student_sentences(results):
+        print(sentence)
     print(f"results: {Path(results.run) / 'eval' / 'results.json'}")

@@ -28,7 +28,7 @@ HEADINGS = (
     "teacher",
     "label accuracy",
     "vs. the first",
-    "parse rate",
+    "acceptance rate",
     "price/rationale",
     "s/reply",
     "agrees with",
@@ -80,15 +80,15 @@ def _recipes(recipe: str, teachers: list[str], overrides: list[str]) -> dict[str
 def _print_result(result: TeacherComparison) -> None:
     rows = []
     for contender in result.contenders:
-        usd = contender.usd_a_rationale
-        seconds = contender.seconds_a_reply
+        usd = contender.usd_per_rationale
+        seconds = contender.seconds_per_reply
         agreement = result.agreement[contender.name].items()
         rows.append(
             [
                 contender.name,
                 rate(contender.summary.label_accuracy),
                 _difference(result.versus.get(contender.name)),
-                rate(contender.parse_rate),
+                rate(contender.acceptance_rate),
                 ABSENT if usd is None else dollars(usd),
                 ABSENT if seconds is None else f"{seconds:.2f}",
                 ", ".join(f"{other} {percent(share)}" for other, share in agreement),

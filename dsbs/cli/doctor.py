@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsbs.cli.common import Json, Out, Overrides, print_json
+from dsbs.cli.common import Json, Out, Overrides, SetKeys, merged, print_json
 from dsbs.errors import DsbsError
 from dsbs.formatting import count
 
@@ -21,6 +21,7 @@ def doctor(
         ),
     ] = None,
     overrides: Overrides = None,
+    set_keys: SetKeys = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -30,7 +31,7 @@ def doctor(
     """
     from dsbs.project.doctor import examine
 
-    checks = examine(recipe, overrides or [], out)
+    checks = examine(recipe, merged(overrides, set_keys), out)
     problems = [check for check in checks if check.status == "problem"]
     if as_json:
         warnings = sum(check.status == "warning" for check in checks)

@@ -44,7 +44,7 @@ def ls(
 
 
 def _print_runs(runs: list[RunState]) -> None:
-    with_others = any(run.beside for run in runs)
+    with_others = any(run.other_models for run in runs)
     headings = ["run", "annotate", "train", "students", "eval", "last change"]
     headings += ["headline", "accuracy", "vs. its baseline"]
     if with_others:
@@ -61,7 +61,7 @@ def _print_runs(runs: list[RunState]) -> None:
             *_headline(run),
         ]
         if with_others:
-            counts = ", ".join(f"{count} {name}" for name, count in run.beside.items())
+            counts = ", ".join(f"{count} {name}" for name, count in run.other_models.items())
             row.insert(4, counts or ABSENT)
         rows.append(row)
     print_table(headings, rows)

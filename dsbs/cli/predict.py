@@ -60,7 +60,8 @@ def predict(
         typer.Option(
             min=0,
             metavar="N",
-            help="Add the N likeliest labels with their probabilities, of a label head.",
+            help="Add the N likeliest labels with their probabilities; without a label head, every "
+            "label is scored, which takes longer.",
         ),
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 64,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dsbs.cli.common import Json, load, print_json
+from dsbs.cli.common import Json, SetKeys, load, print_json
 from dsbs.errors import UserError
 
 
@@ -30,12 +30,13 @@ def report(
             show_default=False,
         ),
     ] = None,
+    set_keys: SetKeys = None,
     as_json: Json = False,
 ) -> None:
     """Write report.html, tables and figures for one run, or for several side by side."""
     from dsbs.reporting.run import write_report
 
-    folders, target = _folders(runs, out)
+    folders, target = _folders([*runs, *(set_keys or ())], out)
     written = write_report(folders, out=target)
     if as_json:
         print_json(written.as_json())

@@ -13,6 +13,7 @@ from dsbs.cli.common import (
     Out,
     Overrides,
     RecipePath,
+    SetKeys,
     load,
     print_annotate_plan,
     print_annotate_result,
@@ -25,12 +26,14 @@ from dsbs.cli.common import (
 from dsbs.errors import UserError
 
 if TYPE_CHECKING:
+    from dsbs.annotation.summary import AnnotateResult
     from dsbs.config import Recipe
 
 
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
+    set_keys: SetKeys = None,
     out: Out = None,
     as_json: Json = False,
     dry_run: DryRun = False,
@@ -41,7 +44,7 @@ def run(
     finished students are kept. If rows are left without a reply, the run stops before training
     with exit code 3.
     """
-    loaded = load(recipe, overrides)
+    loaded = load(recipe, overrides, set_keys)
     if dry_run:
         _print_plan(loaded, out, as_json)
         return
@@ -64,6 +67,7 @@ def _run_stages(recipe: Recipe, out: str | None, summaries: dict[str, Any], as_j
     from dsbs.annotation.run import annotate
     from dsbs.evaluation.run import evaluate
     from dsbs.project.validate import validate
+    from dsbs.records.summary import closing
     from dsbs.reporting.run import write_report
     from dsbs.run_folder import RunFolder
     from dsbs.training.run import train
@@ -92,6 +96,14 @@ def _run_stages(recipe: Recipe, out: str | None, summaries: dict[str, Any], as_j
     if not as_json:
         _print_heading("4/4 report")
         print(report.page)
+        print(closing(results, _teacher_accuracy(annotations)))
+
+
+def _teacher_accuracy(annotations: AnnotateResult) -> float | None:
+    """The teacher's accuracy on the train rows; None without gold labels."""
+    train = annotations.splits.get("train")
+    rate = None if train is None else train.label_accuracy
+    return None if rate is None else rate.value
 
 
 def _print_heading(title: str) -> None:

@@ -11,6 +11,7 @@ from dsbs.cli.common import (
     Out,
     Overrides,
     RecipePath,
+    SetKeys,
     load,
     print_json,
     print_train_plan,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
+    set_keys: SetKeys = None,
     out: Out = None,
     as_json: Json = False,
     dry_run: DryRun = False,
@@ -33,7 +35,7 @@ def train(
     from dsbs.training import run as stage
     from dsbs.training.distributed import destroy_process_group, is_main_process
 
-    loaded = load(recipe, overrides)
+    loaded = load(recipe, overrides, set_keys)
     if dry_run:
         lines = stage.planned(loaded, out)
         if as_json:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dsbs.cli.common import Json, Overrides, RecipePath, indent, load, print_json
+import itertools
+
+from dsbs.cli.common import Json, Overrides, RecipePath, SetKeys, indent, load, print_json
 from dsbs.formatting import count, percent
 
 
-def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+def validate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    set_keys: SetKeys = None,
+    as_json: Json = False,
+) -> None:
     """Check the recipe and its data; show the first prompt, truncation and unknown tokens.
 
     Loads no model and sends no request.
     """
     from dsbs.project.validate import validate as run
 
-    result = run(load(recipe, overrides))
+    result = run(load(recipe, overrides, set_keys))
     if as_json:
         print_json(result.as_json())
         return
@@ -21,11 +28,13 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: Json = Fa
         labels = ", ".join(f"{label} {count}" for label, count in split.get("labels", {}).items())
         counts = f"{name}: {count(split['rows'], 'row')}, {split['with_gold']} with gold"
         print(f"{counts} ({labels})" if labels else counts)
-        for texts in ("inputs", "targets"):
-            if split[texts]:
-                figures = split[texts]
+        lengths = split.get("students", {"": split})
+        for student, texts in itertools.product(lengths, ("inputs", "targets")):
+            figures = lengths[student][texts]
+            if figures:
+                title = f"{student}, {texts}".removeprefix(", ")
                 print(
-                    f"  {texts}: median {figures['median']} tokens, longest {figures['longest']}; "
+                    f"  {title}: median {figures['median']} tokens, longest {figures['longest']}; "
                     f"{percent(figures['truncated'])} truncated, "
                     f"{100 * figures['unknown']:.2f}% unknown tokens"
                 )

@@ -7,15 +7,17 @@ error) and frozen.
 
 from __future__ import annotations
 
+from dsbs.config.cascade import CascadeSection
 from dsbs.config.recipe import (
     DataSection,
     EvalSection,
     Recipe,
     ReportSection,
-    StudentSection,
+    StudentRecipe,
     TaskSection,
 )
 from dsbs.config.sections import LabelSource, Section, unknown
+from dsbs.config.student import NamedStudentSection, StudentSection
 from dsbs.config.teacher import (
     AnnotateSection,
     EndpointSection,
@@ -28,12 +30,14 @@ from dsbs.config.train import (
     LoraSection,
     ResolvedTrainSection,
     SelectSection,
+    StudentTrainSection,
     TrainSection,
 )
 
 __all__ = [
     "AnnotateSection",
     "BalanceSection",
+    "CascadeSection",
     "DataSection",
     "EndpointSection",
     "EvalSection",
@@ -41,13 +45,16 @@ __all__ = [
     "LocalTeacherSection",
     "LoraSection",
     "MemberSection",
+    "NamedStudentSection",
     "PriceSection",
     "Recipe",
     "ReportSection",
     "ResolvedTrainSection",
     "Section",
     "SelectSection",
+    "StudentRecipe",
     "StudentSection",
+    "StudentTrainSection",
     "TaskSection",
     "TeacherSection",
     "TermSettings",

@@ -10,9 +10,11 @@ from typing import Any
 import yaml
 from pydantic_core import PydanticUndefined
 
-from dsbs.config import Recipe, TrainSection
+from dsbs.config import NamedStudentSection, Recipe, TrainSection
 from dsbs.config.schema import section_of
 from dsbs.config.sections import Section
+from dsbs.config.student import is_several
+from dsbs.config.train import RESOLVED
 
 MISSING = object()
 """The value of a key that a recipe does not have."""
@@ -54,7 +56,48 @@ class Entry:
 
 def entries(recipe: Mapping[str, Any]) -> Iterator[Entry]:
     """All lines of a recipe with all its keys (``load.resolved_values``), in the file's order."""
-    return _entries((), recipe, Recipe, _defaults_for(recipe))
+    defaults = _defaults_for(recipe)
+    for key, value in recipe.items():
+        if key == "student" and is_several(value):
+            yield Entry((key,), value, MISSING, is_section=True, is_known=True)
+            yield from _student_entries(recipe, value)
+        else:
+            yield from _entries((), {key: value}, Recipe, defaults)
+
+
+def _student_entries(
+    recipe: Mapping[str, Any], students: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Entry]:
+    """The lines of several students. The default of a training setting is the one in ``train``."""
+    for name, section in students.items():
+        path = ("student", name)
+        yield Entry(path, section, MISSING, is_section=True, is_known=True)
+        defaults = _defaults(NamedStudentSection)
+        shared = recipe.get("train")
+        train = section.get("train")
+        if isinstance(shared, dict) and isinstance(train, dict):
+            rates = {
+                "learning_rate": shared.get("learning_rate"),
+                "head_learning_rate": shared.get("head_learning_rate"),
+            }
+            followed = rates | {"learning_rate": train.get("learning_rate")}
+            is_scratch = not section.get("model")
+            resolved = _resolved(rates, is_scratch=is_scratch)
+            defaults["train"] |= resolved | {
+                key: value for key, value in shared.items() if value is not None
+            }
+            head = _resolved(followed, is_scratch=is_scratch)["head_learning_rate"]
+            defaults["train"]["head_learning_rate"] = head
+            if shared.get("max_epochs") or train.get("max_epochs"):
+                defaults["train"]["max_steps"] = None
+        yield from _entries(path, section, NamedStudentSection, defaults)
+
+
+def _resolved(rates: Mapping[str, Any], *, is_scratch: bool) -> dict[str, Any]:
+    """The defaults of a student's train section, given its learning rates."""
+    numbers = {name: rate for name, rate in rates.items() if isinstance(rate, float)}
+    train = TrainSection(**numbers).resolved(is_scratch=is_scratch)
+    return {name: getattr(train, name) for name in RESOLVED}
 
 
 def differences(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -129,14 +172,14 @@ def _defaults_for(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of a recipe with this student."""
     defaults = _defaults(Recipe)
     student = recipe.get("student")
+    if is_several(student):
+        return defaults
     is_scratch = isinstance(student, dict) and not student.get("model")
-    train = TrainSection().resolved(is_scratch=is_scratch)
-    defaults["train"] |= {"learning_rate": train.learning_rate, "max_steps": train.max_steps}
+    defaults["train"] |= _resolved({}, is_scratch=is_scratch)
     section = recipe.get("train")
-    rate = section.get("learning_rate") if isinstance(section, dict) else None
-    if isinstance(rate, float):  # a label head's rate follows it
-        train = TrainSection(learning_rate=rate).resolved(is_scratch=is_scratch)
-    defaults["train"]["head_learning_rate"] = train.head_learning_rate
+    if isinstance(section, dict):  # a label head's rate follows the other one
+        followed = _resolved({"learning_rate": section.get("learning_rate")}, is_scratch=is_scratch)
+        defaults["train"]["head_learning_rate"] = followed["head_learning_rate"]
     return defaults
 
 

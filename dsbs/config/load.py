@@ -13,11 +13,14 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from dsbs.config.recipe import Recipe
 from dsbs.config.registry import TERMS, entry
 from dsbs.config.schema import section_of
 from dsbs.config.sections import Section
+from dsbs.config.student import ONE, SEVERAL, NamedStudentSection, StudentSection
+from dsbs.config.train import RESOLVED, TrainSection
 from dsbs.errors import UserError
 from dsbs.files import find_file
 
@@ -195,7 +198,7 @@ def _read_yaml(file: Path, shown: str | Path) -> Located:
     return located
 
 
-def _insert_teacher_file(data: dict[Any, Any], beside: Path) -> None:
+def _insert_teacher_file(data: dict[Any, Any], folder: Path) -> None:
     """Replace the name of a teacher's file (``teacher: recipes/teachers/vllm.yaml``) by its
     section. Raises UserError.
     """
@@ -203,7 +206,7 @@ def _insert_teacher_file(data: dict[Any, Any], beside: Path) -> None:
     if not isinstance(name, str):
         return
     hint = "give a YAML file with a teacher: section; shipped ones are recipes/teachers/<name>.yaml"
-    file = find_file(name, what="teacher file", hint=hint, beside=beside)
+    file = find_file(name, what="teacher file", hint=hint, folder=folder)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -237,13 +240,28 @@ def _override(data: dict[Any, Any], text: str, overridden: set[KeyPath]) -> str 
 
 # --- errors
 
+# Plain words for pydantic's kinds of errors (https://docs.pydantic.dev/latest/errors/validation_errors/).
+_EXPECTED = {
+    "a mapping of keys to values": ("model_type", "model_attributes_type", "dict_type"),
+    "a list": ("list_type", "tuple_type", "set_type"),
+    "text": ("string_type",),
+    "an integer": ("int_type", "int_parsing", "int_from_float"),
+    "a number": ("float_type", "float_parsing"),
+    "true or false": ("bool_type", "bool_parsing"),
+}
+_PLAIN_MESSAGES = {
+    kind: f"must be {expected}" for expected, kinds in _EXPECTED.items() for kind in kinds
+}
+
 
 def _describe(issue: Any, file: str, located: Located, overridden: set[KeyPath]) -> str:
     """One of pydantic's errors as a sentence with its place."""
     path: KeyPath = tuple(issue["loc"])
+    if path[:1] == ("student",) and path[1:2] in ((ONE,), (SEVERAL,)):
+        path = (path[0], *path[2:])  # without the form of the section, which is not in the file
     name = dotted(path)
     location = _location(path, file, located, overridden)
-    message = issue["msg"].removeprefix("Value error, ")
+    message = _PLAIN_MESSAGES.get(issue["type"], issue["msg"]).removeprefix("Value error, ")
     if issue["type"] == "extra_forbidden":
         return f"{location}: {_unknown_key(path)}"
     if issue["type"] == "missing":
@@ -256,7 +274,9 @@ def _describe(issue: Any, file: str, located: Located, overridden: set[KeyPath])
     if location != "command line":
         value = located.spelling.get(path, value)
     shown = ""
-    if isinstance(value, str | int | float | bool):
+    if isinstance(value, list | dict):
+        shown = f" (given: a {'list' if isinstance(value, list) else 'mapping'})"
+    elif isinstance(value, str | int | float | bool):
         shown = f" (given: {str(value)[:60]!r})"
     return f"{location}: {name}: {message[:1].lower()}{message[1:]}{shown}"
 
@@ -277,6 +297,13 @@ def _unknown_key(path: KeyPath) -> str:
     if name in REMOVED_KEYS:
         return f"{name}: {REMOVED_KEYS[name]}"
     parent, key = path[:-1], str(path[-1])
+    if path[:1] == ("student",) and parent[2:] == ("train",) and key in TrainSection.model_fields:
+        return (
+            f"{name}: all students share this setting, so that they are compared fairly; it "
+            f"belongs to train"
+        )
+    if path == ("student", "train"):
+        return f"{name}: only students with names have settings of their own; use train"
     keys: list[str] = []
     section = _section_at(parent)
     if section is not None:
@@ -295,8 +322,11 @@ def _unknown_key(path: KeyPath) -> str:
 def _section_at(path: KeyPath) -> type[Section] | None:
     """The section at a path of the recipe; None for a loss term, which depends on its kind."""
     section: type[Section] | None = Recipe
-    for key in path:
+    for position, key in enumerate(path):
         if section is None or isinstance(key, int):
+            continue
+        if position == 1 and path[0] == "student" and key not in section.model_fields:
+            section = NamedStudentSection  # the key is a name
             continue
         section = section_of(section.model_fields[key].annotation)
     if section is not None and "kind" in section.model_fields and path[:2] == ("train", "terms"):
@@ -318,8 +348,9 @@ def _keys(section: type[Section], path: KeyPath) -> Iterator[tuple[str, str]]:
     """Every key below ``path``, with its dotted path."""
     for name, info in section.model_fields.items():
         yield name, dotted((*path, name))
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            yield from _keys(info.annotation, (*path, name))
+        inner = _section_in(info)
+        if inner is not None:
+            yield from _keys(inner, (*path, name))
 
 
 def _sections_with(key: str, section: type[Section], path: KeyPath) -> Iterator[str]:
@@ -327,8 +358,15 @@ def _sections_with(key: str, section: type[Section], path: KeyPath) -> Iterator[
     if path and key in section.model_fields:
         yield dotted(path)
     for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            yield from _sections_with(key, info.annotation, (*path, name))
+        inner = _section_in(info)
+        if inner is not None:
+            yield from _sections_with(key, inner, (*path, name))
+
+
+def _section_in(field: FieldInfo) -> type[Section] | None:
+    """The section under a key that always has one."""
+    inner = section_of(field.annotation)
+    return inner if inner in (field.annotation, StudentSection) else None
 
 
 # --- recipes that manifests and results record
@@ -339,9 +377,15 @@ def resolved_values(recipe: Recipe) -> dict[str, Any]:
     in.
     """
     values = recipe.model_dump(mode="json")
-    values["train"] = recipe.resolved_train.model_dump(mode="json")
-    if recipe.train.counts_epochs:  # each student's rows decide its steps
-        values["train"]["max_steps"] = None
+    for name, student in recipe.students.items():
+        train = student.resolved_train.model_dump(mode="json")
+        if student.train.counts_epochs:  # each student's rows decide its steps
+            train["max_steps"] = None
+        if name is None:
+            values["train"] = train
+        else:
+            settings = values["student"][name]["train"]
+            settings |= {key: train[key] for key in train if key in settings or key in RESOLVED}
     if values["teacher"]["endpoints"]:
         del values["teacher"]["base_url"]
     return values

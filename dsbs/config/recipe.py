@@ -1,14 +1,26 @@
-"""Recipe: the whole file, and its sections ``task``, ``student``, ``eval`` and ``report``."""
+"""Recipe: the whole file, and its sections ``task``, ``eval`` and ``report``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from dsbs.config.cascade import CascadeSection
 from dsbs.config.registry import FLOORS, METHODS, TASKS
-from dsbs.config.sections import Section, as_tuple, plain_text, unknown
+from dsbs.config.sections import Section, as_tuple, folder_in, plain_text, unknown
+from dsbs.config.student import NamedStudentSection, Students, StudentSection
 from dsbs.config.teacher import AnnotateSection, TeacherSection
 from dsbs.config.terms import base_of
 from dsbs.config.train import ResolvedTrainSection, TrainSection
@@ -16,14 +28,6 @@ from dsbs.files import FILE_NAME, canonical_json, check_file_name, digest
 
 Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 _OWN_DATA_TASKS = ("classification", "generation")
-
-
-def _folder_in(context: Any) -> Path | None:
-    """The folder of the recipe's file, which ``load_recipe`` passes as the validation context."""
-    if not isinstance(context, dict):
-        return None
-    folder: Path | None = context.get("folder")
-    return folder
 
 
 class DataSection(Section):
@@ -36,6 +40,9 @@ class DataSection(Section):
     train: str
     """The rows that students learn from. Validation and test rows are split off where they are not
     given."""
+    served: str | None = None
+    """More train rows, which ``dsbs annotate --from-serve`` writes: those that a server asked the
+    teacher. They are never validation or test rows. None: there are none."""
     valid: str | None = None
     """The validation rows. None: a part of train, chosen by a hash of the ids."""
     test: str | None = None
@@ -130,85 +137,6 @@ class TaskSection(Section):
         return self
 
 
-class RationaleDecoderSection(Section):
-    """A small decoder over an encoder's states."""
-
-    layers: int = Field(2, ge=1)
-    """Number of layers."""
-
-
-class StudentSection(Section):
-    """The small model: a pretrained encoder (MiniLM, DeBERTa, ModernBERT), T5 or decoder-only model
-    (Qwen, Llama, SmolLM), or a T5 with random weights.
-    """
-
-    model: str | None = None
-    """A Hub id (google/t5-v1_1-base, Qwen/Qwen3-0.6B), a folder, a .gguf file,
-    ``smollm2-135m-instruct`` or ``minilm-l6``. None: random weights."""
-    head: Literal["auto", "text", "labels"] = "auto"
-    """How it gives its label. text: it writes the label; labels: a linear layer chooses among the
-    task's closed set of labels. auto: labels for encoders, text for all others."""
-    rationale_decoder: RationaleDecoderSection = RationaleDecoderSection()
-    """The decoder that writes an encoder's rationales; prediction of labels does not need it."""
-    template: Literal["auto", "plain", "chat"] = "auto"
-    """The input format of decoder-only models. auto: chat if the tokenizer has a chat template,
-    else plain."""
-    init: Literal["scratch"] | None = None
-    """scratch: random weights and a vocabulary learned from the training text. None: the same if
-    ``model`` is None."""
-    size: Literal["nano", "mini", "small"] = "nano"
-    """The size of a student from scratch: about 2, 11 or 40 million parameters."""
-    vocab_size: int = Field(4000, ge=64, le=1_000_000)
-    """Maximum number of entries in a scratch student's vocabulary."""
-    max_input_tokens: int = Field(1024, gt=0)
-    """Maximum tokens of an input; longer ones are truncated. Decoder-only models: the template
-    included."""
-    max_target_tokens: int = Field(256, gt=0)
-    """Maximum tokens of a label or rationale; longer ones are truncated."""
-    dropout: float | None = Field(None, ge=0, le=0.99)
-    """Dropout rate; of attention alone in decoder-only models. None: the model's own (0.1 from
-    scratch)."""
-
-    _folder: Path | None = PrivateAttr(None)
-
-    def model_post_init(self, context: Any) -> None:
-        self._folder = _folder_in(context)
-
-    @model_validator(mode="after")
-    def _one_start(self) -> StudentSection:
-        if self.model and self.init:
-            raise ValueError("student.model and student.init exclude each other")
-        return self
-
-    @property
-    def source(self) -> str | None:
-        """The ``model`` to load. A GGUF file is also found beside the recipe, like
-        ``teacher.model``.
-        """
-        if self.model is None or self._folder is None or not self.model.lower().endswith(".gguf"):
-            return self.model
-        path = Path(self.model).expanduser()
-        beside = self._folder / path
-        if beside.is_file() and not path.is_file():
-            return str(beside)
-        return self.model
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The keys that decide a student. ``template: auto`` decides nothing by itself: the token
-        ids tell its format.
-        """
-        exclude = {name for name in ("template", "head") if getattr(self, name) == "auto"}
-        if self.rationale_decoder == RationaleDecoderSection():
-            exclude.add("rationale_decoder")
-        return self.model_dump(mode="json", exclude=exclude)
-
-    @property
-    def is_scratch(self) -> bool:
-        """Whether the student starts from random weights."""
-        return not self.model
-
-
 class EvalSection(Section):
     """The systems to compare, and how."""
 
@@ -236,6 +164,8 @@ class EvalSection(Section):
     score_labels: bool = False
     """Also score every label of a closed set with students that write their label, so that they
     have a distribution over the labels. An unreadable label becomes the most likely one."""
+    cascade: CascadeSection | None = None
+    """A student in front of its teacher. None: no threshold is chosen; {}: with its defaults."""
     predictions: dict[str, str] = {}
     """External systems: a name for each file of id and prediction (.jsonl, .csv, .tsv,
     .parquet)."""
@@ -324,8 +254,8 @@ class Recipe(Section):
     """The large model that annotates, or the name of a file with this section."""
     annotate: AnnotateSection = AnnotateSection()
     """How the teacher is called."""
-    student: StudentSection = StudentSection()
-    """The small model before training."""
+    student: Students = StudentSection()
+    """The small model before training; or several, as a mapping of names to sections."""
     train: TrainSection = TrainSection()
     """The methods, their loss, and the training settings."""
     eval: EvalSection = EvalSection()
@@ -336,7 +266,7 @@ class Recipe(Section):
     _folder: Path | None = PrivateAttr(None)
 
     def model_post_init(self, context: Any) -> None:
-        self._folder = _folder_in(context)
+        self._folder = folder_in(context)
 
     @field_validator("name")
     @classmethod
@@ -355,13 +285,33 @@ class Recipe(Section):
         }
 
     @model_validator(mode="after")
-    def _lora_has_pretrained_weights(self) -> Recipe:
-        if self.train.lora and self.student.is_scratch and not self.train.init:
-            raise ValueError(
-                "train.lora adapts pretrained weights, and a student from scratch has random ones; "
-                "set student.model or train.init, or leave train.lora out"
-            )
+    def _students_can_be_trained(self) -> Recipe:
+        if isinstance(self.student, StudentSection):
+            _check_lora(self.student, self.train)
+            return self
+        problems = []
+        for name, section in self.student.items():
+            checks = {
+                ("student", name): partial(_check_name, name, self.student),
+                ("student", name, "train"): partial(self._check_train, section),
+            }
+            for path, check in checks.items():
+                try:
+                    check()
+                except ValueError as error:
+                    problems.append(_problem(error, path))
+        if problems:
+            raise ValidationError.from_exception_data("Recipe", problems)
         return self
+
+    def _check_train(self, section: NamedStudentSection) -> None:
+        """Raises ValueError where a student's settings do not fit those of ``train``."""
+        train = self.train.with_settings_of(section.train)
+        try:
+            TrainSection.model_validate(dict(train))
+        except ValidationError as error:
+            raise ValueError(_first_message(error)) from None
+        _check_lora(section, train)
 
     @model_validator(mode="after")
     def _baselines_exist(self) -> Recipe:
@@ -383,6 +333,45 @@ class Recipe(Section):
         made in code.
         """
         return self._folder
+
+    @property
+    def students(self) -> dict[str | None, StudentRecipe]:
+        """This recipe for each of its students, by name; the name is None for a single section."""
+        if isinstance(self.student, StudentSection):
+            return {None: self._for_student(None, self.student, self.train)}
+        return {
+            name: self._for_student(
+                name, section.section, self.train.with_settings_of(section.train)
+            )
+            for name, section in self.student.items()
+        }
+
+    def _for_student(
+        self, name: str | None, section: StudentSection, train: TrainSection
+    ) -> StudentRecipe:
+        values = dict(self) | {"student": section, "train": train}
+        recipe = StudentRecipe.model_construct(**values)
+        recipe._folder = self._folder
+        recipe._student_name = name
+        return recipe
+
+
+class StudentRecipe(Recipe):
+    """A recipe with one student, and the train section as this student is trained."""
+
+    student: StudentSection = StudentSection()
+    """The small model before training."""
+
+    _student_name: str | None = PrivateAttr(None)
+
+    @property
+    def student_name(self) -> str | None:
+        """The student's name in the recipe. None: it is the only one, without a name."""
+        return self._student_name
+
+    @property
+    def students(self) -> dict[str | None, StudentRecipe]:
+        return {self._student_name: self}
 
     @property
     def resolved_train(self) -> ResolvedTrainSection:
@@ -428,3 +417,31 @@ class Recipe(Section):
             teachers = [teacher.model_dump(mode="json") for teacher in self.train.teachers]
             settings += [canonical_json(teachers), self.train.ensemble]
         return digest(self.training, *settings)
+
+
+# --- checks
+
+
+def _check_lora(student: StudentSection, train: TrainSection) -> None:
+    if train.lora and student.is_scratch and not train.init:
+        raise ValueError(
+            "train.lora adapts pretrained weights, and a student from scratch has random ones; "
+            "set student.model or train.init, or leave train.lora out"
+        )
+
+
+def _check_name(name: str, names: Iterable[str]) -> None:
+    """Raises ValueError for a student's name that makes no names of folders of its own."""
+    check_file_name(name)
+    for other in names:
+        if other != name and other.casefold() == name.casefold():
+            raise ValueError(f"{name} and {other} differ in case alone, as some folders cannot")
+
+
+def _problem(error: ValueError, path: tuple[str, ...]) -> InitErrorDetails:
+    kind = PydanticCustomError("value_error", "{message}", {"message": str(error)})
+    return InitErrorDetails(type=kind, loc=path, input=None)
+
+
+def _first_message(error: ValidationError) -> str:
+    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")

@@ -13,7 +13,9 @@ from pydantic_core import core_schema
 from dsbs.config.recipe import Recipe
 from dsbs.config.registry import METHODS, TASKS, TEACHERS, TERMS, entry
 from dsbs.config.sections import Section, as_tuple
+from dsbs.config.student import NamedStudentSection, StudentSection
 from dsbs.config.terms import TermSettings
+from dsbs.config.train import StudentTrainSection
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -33,7 +35,8 @@ def sections() -> dict[str, type[Section]]:
     """Every section of a recipe by its dotted path ("train.lora"), in the order of the file; "" is
     the whole file.
 
-    The kinds of loss term are listed as ``train.terms.<kind>``.
+    The kinds of loss term are listed as ``train.terms.<kind>``, and the section of one of several
+    students as ``student.NAME``.
     """
     by_path: dict[str, type[Section]] = {}
 
@@ -46,6 +49,9 @@ def sections() -> dict[str, type[Section]]:
             inner = section_of(field.annotation)
             if inner is not None:
                 visit(f"{path}.{name}".removeprefix("."), inner)
+            if inner is StudentSection:
+                by_path["student.NAME"] = NamedStudentSection
+                by_path["student.NAME.train"] = StudentTrainSection
 
     visit("", Recipe)
     return by_path
@@ -89,6 +95,9 @@ def recipe_schema() -> dict[str, Any]:
     for name, definition in [("Recipe", schema), *definitions.items()]:
         _document(definition, by_name[name])
     _add_registered_names(definitions)
+    section, mapping = schema["properties"]["student"].pop("oneOf")
+    mapping["additionalProperties"] = {"anyOf": [mapping["additionalProperties"], {"type": "null"}]}
+    schema["properties"]["student"]["anyOf"] = [section, mapping, {"type": "null"}]
     teacher_file = {
         "type": "string",
         "description": "a file with a teacher: section, e.g. recipes/teachers/vllm.yaml",

@@ -6,6 +6,7 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +24,14 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
     )
+
+
+def folder_in(context: Any) -> Path | None:
+    """The folder of the recipe's file, which ``load_recipe`` passes as the validation context."""
+    if not isinstance(context, dict):
+        return None
+    folder: Path | None = context.get("folder")
+    return folder
 
 
 def as_tuple(value: Any) -> Any:

@@ -24,6 +24,7 @@ from dsbs.config.terms import (
     read_weight,
 )
 from dsbs.records import Provenance
+from dsbs.records.subsets import PER_LABEL, rows_per_label
 
 T = TypeVar("T")
 Tried = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
@@ -32,6 +33,32 @@ PRETRAINED_LEARNING_RATE = 5.0e-5
 SCRATCH_LEARNING_RATE = 1.0e-3
 PRETRAINED_MAX_STEPS = 10_000
 SCRATCH_MAX_STEPS = 1000
+RESOLVED = ("learning_rate", "head_learning_rate", "max_steps")
+"""The keys whose defaults depend on the student."""
+
+
+def _read_subset(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            if rows_per_label(value) is not None:
+                return value
+        else:
+            is_number = True
+    if not is_number or not 0 < value <= 1:
+        raise ValueError(
+            "must be a share of the train rows, above 0 and at most 1, such as 0.25, or a number "
+            f"of rows of each label, such as 5-per-label (given: {value!r})"
+        )
+    return value
+
+
+SubsetEntry = Annotated[
+    Annotated[float, Field(gt=0, le=1)] | Annotated[str, Field(pattern=f"^{PER_LABEL}$")],
+    BeforeValidator(_read_subset),
+]
 
 
 class SelectSection(Section):
@@ -117,8 +144,8 @@ class LoraSection(Section):
         return tuple(sorted(set(value)))
 
 
-class TrainSection(Section):
-    """The methods, their loss, and the training settings."""
+class _SharedTrainSection(Section):
+    """The train settings that all students of a run share, so that their comparison is fair."""
 
     methods: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         "step-by-step",
@@ -132,28 +159,17 @@ class TrainSection(Section):
     )
     """The labels that methods with rationales learn; finetune learns gold labels, distill the
     teacher's."""
-    subset: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=1)], ...],
-        BeforeValidator(as_tuple),
-        Field(min_length=1),
-    ] = (1.0,)
-    """Shares of the train rows to train on. Smaller ones are contained in larger ones and equal for
-    all methods."""
+    subset: Annotated[tuple[SubsetEntry, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        1.0,
+    )
+    """Parts of the train rows to train on: shares, such as 0.25, or rows of each label, such as
+    5-per-label (by gold labels, or the teacher's where no row has one). Smaller ones are contained
+    in larger ones and equal for all methods."""
     select: SelectSection = SelectSection()
     """The annotations to learn from."""
     rationales: Literal["chosen", "all", "drawn"] = "chosen"
     """Which of several sampled rationales to learn: the annotation's own, all of them, or a random
     one per epoch."""
-    rationale_weight: RationaleWeight = 1.0
-    """λ in (L_label + λ·L_rationale) / (1 + λ). ``balanced``: λ follows from the two gradients, as
-    set by ``share`` and ``every``."""
-    rationale_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How λ changes to ``rationale_weight_end``."""
-    rationale_weight_end: float = Field(0.0, ge=0)
-    """λ at the last step, unless ``rationale_schedule`` is constant."""
-    task_token: Literal["prefix", "decoder"] = "prefix"
-    """How step-by-step marks its two tasks: by a prefix of the input, or by the decoder's start
-    token."""
     class_weights: ClassWeights | None = None
     """Weights of the labels in a label head's loss, Σ weight·loss / Σ weight over the step's rows:
     a mapping of labels to weights (a label that is not named has weight 1), or balanced: rows /
@@ -168,16 +184,39 @@ class TrainSection(Section):
         Field(min_length=1),
     ] = (0,)
     """Random seeds; each method trains one student per seed."""
-    init: str | None = None
-    """A folder with weights and tokenizer to start from. None: the student section's start."""
-    lora: LoraSection | None = None
-    """Low-rank adapters. None: train all weights; {}: LoRA with its defaults."""
     terms: tuple[TermEntry, ...] = ()
     """Additional loss terms, for the methods that name them."""
     teachers: tuple[LocalTeacherSection, ...] = ()
     """Local models that loss terms compare the student with; several are averaged."""
     ensemble: Literal["logprobs", "probabilities"] = "logprobs"
     """What is averaged over several local teachers."""
+    log_every: int = Field(10, gt=0)
+    """Steps between lines of metrics.jsonl."""
+    shuffle: bool = True
+    """Whether each epoch has a new order of the rows. false: the file's order."""
+    valid_limit: int = Field(1000, gt=0)
+    """Maximum validation rows, equal for all methods, chosen by a hash of the ids."""
+
+
+class StudentTrainSection(Section):
+    """Settings of this student alone, in place of those of ``train``. A key that is left out is
+    ``train``'s; ``max_steps`` replaces ``max_epochs``, and the other way round.
+    """
+
+    rationale_weight: RationaleWeight = 1.0
+    """λ in (L_label + λ·L_rationale) / (1 + λ). ``balanced``: λ follows from the two gradients, as
+    set by ``share`` and ``every``."""
+    rationale_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How λ changes to ``rationale_weight_end``."""
+    rationale_weight_end: float = Field(0.0, ge=0)
+    """λ at the last step, unless ``rationale_schedule`` is constant."""
+    task_token: Literal["prefix", "decoder"] = "prefix"
+    """How step-by-step marks its two tasks: by a prefix of the input, or by the decoder's start
+    token."""
+    init: str | None = None
+    """A folder with weights and tokenizer to start from. None: the student section's start."""
+    lora: LoraSection | None = None
+    """Low-rank adapters. None: train all weights; {}: LoRA with its defaults."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """The optimizer; adafactor needs less memory."""
     learning_rate: float | None = Field(None, gt=0)
@@ -204,17 +243,11 @@ class TrainSection(Section):
     eval_every: int | None = Field(None, gt=0)
     """Steps between validations. None: a twentieth of ``max_steps``, or more where validation would
     take over a fifth of the time."""
-    log_every: int = Field(10, gt=0)
-    """Steps between lines of metrics.jsonl."""
     patience: int | None = Field(None, gt=0)
     """Validations without improvement before training stops early. None: never."""
-    shuffle: bool = True
-    """Whether each epoch has a new order of the rows. false: the file's order."""
     padding: Literal["none", "batch"] = "none"
-    """none: no padding tokens are computed (decoder-only models: rows of similar length together);
-    batch: pad every batch."""
-    valid_limit: int = Field(1000, gt=0)
-    """Maximum validation rows, equal for all methods, chosen by a hash of the ids."""
+    """none: no padding tokens are computed (decoder-only models, DeBERTa: rows of similar length
+    together); batch: pad every batch."""
     tune: TuneSection | None = None
     """Settings to choose by validation accuracy with the first seed. None: no tuning."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -222,6 +255,10 @@ class TrainSection(Section):
     because T5 overflows in it."""
     gradient_checkpointing: bool = False
     """Recompute activations instead of storing them: slower, less memory."""
+
+
+class TrainSection(StudentTrainSection, _SharedTrainSection):
+    """The methods, their loss, and the training settings."""
 
     @field_validator("seeds", "methods", "labels", "subset")
     @classmethod
@@ -328,6 +365,15 @@ class TrainSection(Section):
                 "it by the step; leave one of them out"
             )
         return self
+
+    def with_settings_of(self, student: StudentTrainSection) -> Self:
+        """The section of a student with settings of its own."""
+        changes = {name: getattr(student, name) for name in student.model_fields_set}
+        if "max_epochs" in changes:
+            changes.setdefault("max_steps", None)
+        elif "max_steps" in changes:
+            changes["max_epochs"] = None
+        return self.model_copy(update=changes)
 
     @property
     def balance(self) -> BalanceSection | None:

@@ -285,8 +285,8 @@ def unit_sums(columns: Floats, clusters: Clusters) -> Floats:
     return np.stack(sums, axis=1)
 
 
-def resampled_counts(counts: NDArray[np.int64]) -> Iterator[Floats]:
-    """How often each of D distinct units occurs in each resample: arrays (b, D), RESAMPLES in all.
+def resampled_counts(counts: NDArray[np.int64], resamples: int = RESAMPLES) -> Iterator[Floats]:
+    """How often each of D distinct units occurs in each resample: arrays (b, D).
 
     ``counts`` (D,): how often each occurs in the data. Equal counts give equal draws.
     """
@@ -300,8 +300,8 @@ def resampled_counts(counts: NDArray[np.int64]) -> Iterator[Floats]:
     if len(rare):  # numpy would draw a last share of 0 where rounding leaves the sum below 1
         shares = np.append(shares, len(rare) / total)
     batch = max(1, _BATCH // max(len(rare), num_distinct))
-    for start in range(0, RESAMPLES, batch):
-        size = min(batch, RESAMPLES - start)
+    for start in range(0, resamples, batch):
+        size = min(batch, resamples - start)
         drawn = rng.multinomial(total, shares, size=size)
         weights = np.zeros((size, num_distinct))
         if len(rare):

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from dsbs.evaluation.bootstrap import Floats
 from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
-from dsbs.records.results import Bin, Measure
+from dsbs.records.measures import Measure
+from dsbs.records.results import Bin
+from dsbs.students.calibration import binned, calibration_error
 
-NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
 _SMALLEST = 1e-12  # a probability that counts in the log loss
 
 _Score = Callable[[Floats, NDArray[np.int64]], Floats]
@@ -31,31 +32,6 @@ def calibration_bins(predictions: SystemPredictions) -> list[Bin]:
             probabilities.append(prediction.probability)
     correct = np.concatenate([file.correct for file in predictions.files])
     return binned(np.array(probabilities), correct)
-
-
-def binned(probabilities: Floats, correct: NDArray[np.bool_]) -> list[Bin]:
-    """Ten bins (low, high] of equal width, without the empty ones; both inputs (predictions,)."""
-    edges = np.arange(1, NUM_BINS) / NUM_BINS
-    bin_index = np.searchsorted(edges, probabilities, side="left")  # 0 is in the first bin as well
-    bins = []
-    for i in np.unique(bin_index).tolist():
-        in_bin = bin_index == i
-        bins.append(
-            Bin(
-                low=i / NUM_BINS,
-                high=(i + 1) / NUM_BINS,
-                n=int(in_bin.sum()),
-                confidence=float(probabilities[in_bin].mean()),
-                accuracy=float(correct[in_bin].mean()),
-            )
-        )
-    return bins
-
-
-def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: the mean |accuracy - confidence| of a prediction's bin."""
-    weighted = sum(b.n * abs(b.accuracy - b.confidence) for b in bins)
-    return weighted / sum(b.n for b in bins)
 
 
 def _ece(predictions: SystemPredictions) -> Measure | None:
@@ -149,12 +125,14 @@ LOG_LOSS = Metric(
     title="Log loss",
     source="mean negative log-probability of the gold label, in nats",
     higher_is_better=False,
+    is_fraction=False,
     row_values=_log_loss,
 )
 BRIER = Metric(
     title="Brier score",
     source="Brier, 1950: mean squared error of the distribution over the labels, in [0, 2]",
     higher_is_better=False,
+    is_fraction=False,
     row_values=_brier,
 )
 CONFIDENCE_AUROC = Metric(

@@ -7,19 +7,20 @@ labels, or from the teacher's where no train row has a gold label.
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsbs.config import LabelSource, Recipe
+from dsbs.config import LabelSource, Recipe, StudentRecipe
 from dsbs.config.registry import FLOORS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.metrics import score
 from dsbs.evaluation.predictions import (
     FLOOR_MARK,
-    fits_or_take_back,
+    fits_or_restore,
     is_correct,
     read_predictions,
     rounded,
@@ -28,14 +29,15 @@ from dsbs.evaluation.systems import System
 from dsbs.files import canonical_json, digest, write_jsonl
 from dsbs.progress import Progress
 from dsbs.prompting import source_fingerprint
-from dsbs.records import Example, Prediction, Unread
+from dsbs.records import Example, Prediction, Unreadable
+from dsbs.records.subsets import Subset, subset_indices, subset_rank, subset_suffix
 from dsbs.run_folder import RunFolder
 from dsbs.students.formats import PAIR_SEPARATOR
 from dsbs.tasks import Task
 from dsbs.tasks.data import (
     is_held_out,
+    labels_by_row,
     load,
-    share_indices,
     stream,
     subset_order,
     validation_rows,
@@ -63,7 +65,7 @@ class FloorAnswer:
 class FloorInputs:
     """What a floor answers, and the labeled rows that it learns from and is tuned on."""
 
-    recipe: Recipe
+    recipe: StudentRecipe
     task: Task
     rows: Sequence[Example]
     only_field: str | None = None
@@ -92,12 +94,14 @@ class Floor:
     source: str
     """The definition in a sentence."""
     learns: bool
-    """Whether it learns from the train rows, so that there is one for each share of them."""
+    """Whether it learns from the train rows, so that there is one for each subset of them."""
     reads_field: bool = False
     """Whether it can be limited to one input field: ``tfidf-hypothesis``."""
     needs_labels: bool = False
     """Whether it needs a closed set of labels."""
-    missing: Callable[[Recipe], str | None] = lambda _recipe: None
+    asks_student: bool = False
+    """Whether it asks the student's model, so that there is one for each student."""
+    missing: Callable[[StudentRecipe], str | None] = lambda _recipe: None
     """Why a recipe's student does not have it. None: it does."""
     identity: Callable[[FloorInputs], str]
     """Everything that decides the answers, except the rows to answer."""
@@ -141,14 +145,14 @@ def floor_systems(
     task: Task,
     rows: Sequence[Example],
     run: RunFolder,
-    training_rows: Mapping[float, int | None],
+    training_rows: Mapping[Subset, int | None],
     progress: Progress,
     *,
     score_only: bool,
 ) -> list[System]:
-    """The recipe's floors, those that learn for each share of the train rows.
+    """The recipe's floors, those that learn for each subset of the train rows.
 
-    ``training_rows`` are the rows of each share that students learned from. Prediction files are
+    ``training_rows`` are the rows of each subset that students learned from. Prediction files are
     made unless they are there. With ``score_only`` nothing is learned, and floors without a file
     are left out.
     """
@@ -163,21 +167,21 @@ def floor_systems(
             progress.say(f"no floors: {error.problem}")
             if not score_only:
                 return []
-    shares = sorted(training_rows or {1.0}, reverse=True)
+    subsets = sorted(training_rows or {1.0: None}, key=subset_rank, reverse=True)
     systems = []
-    for name in _floor_names(recipe, task, labeled, sum(shares)):
+    for name in _floor_names(recipe, task, labeled, subsets):
         floor, limited_to = floor_of(name)
-        inputs = FloorInputs(recipe, task, rows, limited_to)
-        reason = floor.missing(recipe)
-        for share in shares if floor.learns else [None]:
-            system = System(_system_name(name, share), "floor", [], floor=name, share=share)
-            if share is not None:
-                system.training_rows = training_rows.get(share)
-            if share is not None and labeled is not None:
-                inputs = replace(inputs, train=labeled.of_share(share), valid=labeled.valid)
+        for student, subset in _variants(floor, recipe, subsets):
+            inputs = FloorInputs(student, task, rows, limited_to)
+            reason = floor.missing(student)
+            system = _new_system(name, floor, student, subset)
+            if subset is not None:
+                system.training_rows = training_rows.get(subset)
+            if subset is not None and labeled is not None:
+                inputs = replace(inputs, train=labeled.of_subset(subset), valid=labeled.valid)
                 system.training_rows = system.training_rows or len(inputs.train)
                 if not inputs.train:
-                    reason = "no row of this share has a label"
+                    reason = "no row of this subset has a label"
             path = run.predictions(system.name)
             if reason is None and not score_only:
                 source = None if labeled is None or not floor.learns else labeled.source
@@ -194,16 +198,32 @@ def floor_systems(
     return systems
 
 
-def _system_name(name: str, share: float | None) -> str:
-    return name if share in (None, 1.0) else f"{name}-n{share:g}"
+def _variants(
+    floor: Floor, recipe: Recipe, subsets: Sequence[Subset]
+) -> list[tuple[StudentRecipe, Subset | None]]:
+    """The students that a floor asks, or the subsets of the train rows that it learns from."""
+    students = list(recipe.students.values())
+    if floor.asks_student:
+        return [(student, None) for student in students]
+    if floor.learns:
+        return [(students[0], subset) for subset in subsets]
+    return [(students[0], None)]
+
+
+def _new_system(name: str, floor: Floor, student: StudentRecipe, subset: Subset | None) -> System:
+    title = name if subset is None else name + subset_suffix(subset)
+    start_of = student.student_name if floor.asks_student else None
+    if start_of is not None:
+        title = f"{start_of}-{title}"
+    return System(title, "floor", [], floor=name, learned_subset=subset, start_of=start_of)
 
 
 def _floor_names(
-    recipe: Recipe, task: Task, labeled: _LabeledRows | None, shares: float
+    recipe: Recipe, task: Task, labeled: _LabeledRows | None, subsets: Sequence[Subset]
 ) -> list[str]:
     """``eval.floors``, or its default: those that take less than a minute.
 
-    ``labeled``: None where it is unknown, and no floor is made; ``shares``: the sum of all shares.
+    ``labeled``: None where it is unknown, and no floor is made.
     """
     if recipe.eval.floors is not None:
         return list(recipe.eval.floors)
@@ -211,7 +231,8 @@ def _floor_names(
         return []
     names = ["majority", "tfidf"]
     if labeled is not None:
-        cost = labeled.characters * shares * (len(task.labels) + _COST_OF_FEATURES)
+        rows = sum(len(labeled.of_subset(subset)) for subset in subsets)
+        cost = rows * labeled.mean_characters * (len(task.labels) + _COST_OF_FEATURES)
         if cost > _MAX_DEFAULT_COST:
             names.remove("tfidf")
     return [name for name in names if name not in recipe.eval.predictions]
@@ -229,13 +250,13 @@ def _make_predictions(
     path = run.predictions(name)
     questions = canonical_json([[row.id, row.input] for row in inputs.rows])
     fingerprint = FLOOR_MARK + digest(floor.title, floor.identity(inputs), questions)
-    if fits_or_take_back(path, fingerprint):
+    if fits_or_restore(path, fingerprint):
         return
     progress.say(f"predict {inputs.recipe.eval.split}: floor {name}")
     predictions = []
     for row, answer in zip(inputs.rows, floor.predict(inputs), strict=True):
         label = inputs.task.answer(answer.raw, row.input, answer.distribution)
-        read = None if isinstance(label, Unread) else label
+        read = None if isinstance(label, Unreadable) else label
         predictions.append(
             Prediction(
                 id=row.id,
@@ -265,12 +286,13 @@ class _LabeledRows:
     order: list[int]
     labels: dict[str, str]
     valid: list[tuple[Example, str]]
-    characters: int
+    mean_characters: float
     """Of the train rows' texts."""
 
-    def of_share(self, share: float) -> list[tuple[Example, str]]:
-        """The labeled rows among a share of the train rows, the same as a student's."""
-        rows = [self.rows[i] for i in share_indices(self.order, share)]
+    def of_subset(self, subset: Subset) -> list[tuple[Example, str]]:
+        """The labeled rows of a subset of the train rows, the same as a student's."""
+        labels = [self.labels.get(row.id) for row in self.rows]
+        rows = [self.rows[i] for i in subset_indices(self.order, subset, labels)]
         return [(row, self.labels[row.id]) for row in rows if row.id in self.labels]
 
 
@@ -280,13 +302,9 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
     Raises UserError where no row has a label.
     """
     rows = [row for row in load(recipe, task, "train") if not is_held_out(recipe, row)]
-    source: LabelSource = "gold"
-    labels = {row.id: row.label for row in rows if row.label is not None}
-    if not labels:
-        source = "teacher"
-        annotations = run.load_annotations("train", source_fingerprint(recipe, task))
-        accepted = [annotations[row.id] for row in rows if row.id in annotations]
-        labels = {row.id: row.own_label for row in accepted if row.accepted and row.own_label}
+    source, labels = labels_by_row(
+        rows, lambda: run.load_annotations("train", source_fingerprint(recipe, task))
+    )
     if not labels:
         raise UserError("no train row has a label", hint="label some rows, or run dsbs annotate")
     with_gold = [row for row in stream(recipe, task, "valid") if row.label is not None]
@@ -297,7 +315,7 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
         order=subset_order([row.id for row in rows]),
         labels=labels,
         valid=[(row, str(row.label)) for row in valid],
-        characters=sum(len(task.text(row.input)) for row in rows),
+        mean_characters=statistics.fmean(len(task.text(row.input)) for row in rows),
     )
 
 

@@ -7,6 +7,7 @@ of rationales are in ``rationales.py``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,11 +17,13 @@ from numpy.typing import NDArray
 from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Floats, counts_interval, mean_interval
-from dsbs.records import Example, Prediction, Unread
-from dsbs.records.results import Measure
+from dsbs.records import Example, Prediction, Unreadable
+from dsbs.records.measures import Measure
+from dsbs.records.results import Confusion
 from dsbs.tasks import Task
 
 RowValues = NDArray[np.float64]  # (seeds, rows); NaN where a metric is undefined for a row
+_MAX_CONFUSIONS = 20  # pairs of labels that results keep
 
 
 # --- scoring
@@ -87,7 +90,9 @@ def score(
 def _read_labels(
     task: Task, rows: Sequence[Example], predictions: Sequence[Prediction]
 ) -> list[str | None]:
-    cache: dict[str, str | Unread] = {}  # a few distinct outputs often stand for thousands of rows
+    cache: dict[
+        str, str | Unreadable
+    ] = {}  # a few distinct outputs often stand for thousands of rows
     labels = []
     for row, prediction in zip(rows, predictions, strict=True):
         if task.needs_fields or prediction.distribution is not None:
@@ -97,7 +102,7 @@ def _read_labels(
         else:
             label = task.read_label(prediction.raw, row.input)
             cache[prediction.raw] = label
-        labels.append(None if isinstance(label, Unread) else label)
+        labels.append(None if isinstance(label, Unreadable) else label)
     return labels
 
 
@@ -137,6 +142,7 @@ class Metric:
     source: str  # the paper, or the definition in a sentence
     higher_is_better: bool | None  # None: neither
     of_rationales: bool = False
+    is_fraction: bool = True  # shown in percent
     compares_systems: bool = False  # systems are compared by it as well, beside accuracy
     row_values: Callable[[SystemPredictions], RowValues | None] | None = None
     aggregate: Callable[[SystemPredictions], Measure | None] | None = None
@@ -149,11 +155,12 @@ class Measures:
     metrics: dict[str, Measure] = field(default_factory=dict)  # in the registry's order
     compared: dict[str, RowValues] = field(default_factory=dict)  # of `Metric.compares_systems`
     recall: dict[str, Measure] = field(default_factory=dict)  # by label that some row has
+    confusions: list[Confusion] = field(default_factory=list)
 
 
 def measure(predictions: SystemPredictions) -> Measures:
     """Compute every registered metric that applies."""
-    measures = Measures(recall=recall(predictions))
+    measures = Measures(recall=recall(predictions), confusions=confusions(predictions))
     for name in METRICS:
         metric: Metric = entry(METRICS, name)
         result = None
@@ -291,6 +298,29 @@ def recall(predictions: SystemPredictions) -> dict[str, Measure]:
         if result is not None:
             recalls[label] = result
     return recalls
+
+
+def confusions(predictions: SystemPredictions) -> list[Confusion]:
+    """The pairs of gold and predicted labels with the most errors; none for open labels."""
+    labels = predictions.task.labels
+    if not labels:
+        return []
+    truth, predicted = _truth_and_predicted(predictions)
+    counts: Counter[tuple[int, int]] = Counter()
+    for row in predicted:
+        is_error = (row != truth) & (row < len(labels))
+        counts.update(zip(truth[is_error].tolist(), row[is_error].tolist(), strict=True))
+    totals = Counter(truth.tolist())
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [
+        Confusion(
+            gold=labels[gold],
+            predicted=labels[other],
+            rows=number / len(predicted),
+            share=number / len(predicted) / totals[gold],
+        )
+        for (gold, other), number in ordered[:_MAX_CONFUSIONS]
+    ]
 
 
 def _macro_f1(predictions: SystemPredictions) -> Measure | None:

@@ -20,6 +20,7 @@ from dsbs.files import canonical_json, digest, read_jsonl, write_jsonl
 from dsbs.progress import Progress
 from dsbs.records import Example, Prediction, TrainedStudent
 from dsbs.run_folder import RunFolder
+from dsbs.students.calibration import read_calibration
 from dsbs.students.card import read_card
 from dsbs.students.student import Student
 from dsbs.tasks import Task
@@ -38,13 +39,14 @@ def loader(student: TrainedStudent) -> StudentLoader:
 def best_student(
     recipe: Recipe, out: str | Path | None = None, *, needs_rationales: bool = False
 ) -> str:
-    """The folder of the run's student with the highest validation accuracy.
+    """The folder of the run's student with the highest validation accuracy, of any of the recipe's
+    students.
 
     With ``needs_rationales`` only methods that learn rationales count. Raises UserError if there is
     no such student.
     """
     run = RunFolder.of(recipe, out)
-    students = run.students()
+    students = [student for student in run.students() if student.student in recipe.students]
     if needs_rationales:
         students = [
             student
@@ -67,12 +69,14 @@ def predict_student(
     run: RunFolder,
     progress: Progress,
     load: StudentLoader | None = None,
+    path: Path | None = None,
 ) -> Path:
     """Make the student's prediction file unless it is there, and return its path.
 
-    ``load`` is the student's `loader`, if the model is used elsewhere too.
+    ``load`` is the student's `loader`, if the model is used elsewhere too. ``path`` None: the file
+    of the evaluated split.
     """
-    path = run.predictions(student.name)
+    path = path or run.predictions(student.name)
     card = read_card(student.path)
     explain = recipe.eval.rationales and card.explains
     options = recipe.eval
@@ -82,10 +86,16 @@ def predict_student(
     scores_labels = options.score_labels and card.writes_label_alone
     if scores_labels:
         decoding.append("score-labels")
+    has_distribution = scores_labels or card.head == "labels"
+    calibration = read_calibration(student.path)
+    if calibration is not None and has_distribution:
+        decoding.append(f"temperature={calibration.temperature:g}")
     fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
-    if fits_or_take_back(path, fingerprint):
+    if fits_or_restore(path, fingerprint):
         return path
     progress.say(f"predict {options.split}: {student.name}")
+    if calibration is None and has_distribution:
+        progress.say(f"{student.name} is not calibrated: its probabilities are of temperature 1")
     model = Student.load(student.path) if load is None else load()
     inputs = [row.input for row in rows]
     # The first batch includes the start-up of the runtime; it is not part of any row's latency.
@@ -135,13 +145,13 @@ def rounded(distribution: Mapping[str, float] | None) -> dict[str, float] | None
     return {label: round(share, 6) for label, share in distribution.items()}
 
 
-def fits_or_take_back(path: Path, fingerprint: str) -> bool:
+def fits_or_restore(path: Path, fingerprint: str) -> bool:
     """Whether a prediction file fits; else it is set aside, and one that fits is restored."""
     if made_by(path) == fingerprint:
         return True
     if path.is_file():
         RunFolder.set_aside(path, made_by(path))
-    return RunFolder.take_back(path, fingerprint, made_by)
+    return RunFolder.restore(path, fingerprint, made_by)
 
 
 def is_correct(task: Task, label: str | None, row: Example) -> bool | None:

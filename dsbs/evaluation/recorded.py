@@ -16,7 +16,7 @@ from dsbs.evaluation.predictions import FLOOR_MARK, is_correct, made_by
 from dsbs.files import find_file, write_jsonl
 from dsbs.formatting import count
 from dsbs.prompting import Prompt, source_fingerprint
-from dsbs.records import Annotation, Example, Prediction, Sample, Unread
+from dsbs.records import Annotation, Example, Prediction, Sample, Unreadable
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 from dsbs.tasks.data import id_text, numeric_id, respelled_ids
@@ -146,7 +146,7 @@ def add_external(recipe: Recipe, task: Task, rows: Sequence[Example], run: RunFo
             given_path,
             what=f"eval.predictions.{name}: the file",
             hint="paths are relative to the working directory or to the recipe's",
-            beside=recipe.folder,
+            folder=recipe.folder,
         )
         predictions = read_external(source, task, rows)
         write_jsonl(path, [prediction.model_dump_json(by_alias=True) for prediction in predictions])
@@ -238,7 +238,7 @@ def _read_label(task: Task, raw: str | None, row: Example) -> str | None:
     if raw is None:
         return None
     label = task.read_label(raw, row.input)
-    return None if isinstance(label, Unread) else label
+    return None if isinstance(label, Unreadable) else label
 
 
 class _Line:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsbs.config import Recipe, base_of
 from dsbs.config.registry import METHODS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters
+from dsbs.evaluation.cascade import (
+    Answers,
+    Costs,
+    calibration_examples,
+    cascades,
+    check_cascade,
+    teacher_labels,
+)
 from dsbs.evaluation.floors import check_floors, floor_systems
 from dsbs.evaluation.latency import measure_latency, read_latency
 from dsbs.evaluation.metrics import score
@@ -26,18 +34,22 @@ from dsbs.evaluation.systems import (
     clusters_of,
     compare,
     compare_with_floors,
+    first_baselines,
     label_efficiencies,
     pairs,
     score_system,
+    student_pairs,
     teacher_bill,
 )
 from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
-from dsbs.prompting import learned_source
+from dsbs.prompting import learned_source, source_fingerprint
 from dsbs.records import Example, TrainedStudent
-from dsbs.records.results import Latency, Results
+from dsbs.records.results import Comparison, Latency, Results
+from dsbs.records.subsets import Subset, subset_rank
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
+from dsbs.students.calibration import ConfidenceKind, read_calibration
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import load, survey
@@ -72,6 +84,7 @@ def evaluate(
             hint="label some test rows; they are never trained on",
         )
     check_floors(recipe, task)
+    check_cascade(recipe, run)
     clusters = clusters_of(rows, recipe.eval.cluster)
     data: dict[str, str] = {split: survey(rows).hash}
     with run.lock("eval"), run.record("eval", recipe, data):
@@ -82,6 +95,11 @@ def evaluate(
             recipe, task, rows, run, _training_rows(students), progress, score_only=score_only
         )
         results = _compare(recipe, task, run, systems, clusters, data)
+        calibration = _calibration_answers(recipe, task, run, students, progress, score_only)
+        costs = _teacher_costs(run, results)
+        results = results.model_copy(
+            update={"cascades": cascades(recipe, task, systems, costs, calibration)}
+        )
         write_json(run.results, results.as_json())
         with atomic_write(run.stage("eval") / "results.md") as file:
             file.write(results_markdown(results) + "\n")
@@ -99,7 +117,8 @@ def _compare(
     for system in systems:
         for name, scored in zip(system.member_names, system.files, strict=True):
             update_marks(run, name, scored, task)
-    teacher = next((system for system in systems if system.kind == "teacher"), None)
+    teachers = [system for system in systems if system.kind == "teacher"]
+    teacher = next(iter(teachers), None)
     references: dict[str, str | None] = {}
     if teacher is not None:
         references = {p.id: p.rationale for p in teacher.files[0].predictions}
@@ -108,10 +127,12 @@ def _compare(
         for system in systems
     ]
     chosen = pairs(systems, recipe.eval)
-    comparisons = compare(chosen, clusters)
+    across = student_pairs(systems)
+    comparisons = compare([*chosen, *across], clusters)
     with_floors = compare_with_floors(systems, clusters)
     baseline = chosen[0][1] if chosen else None
-    spent_usd, _ = teacher_bill(run.manifest("annotate"), "train")
+    spent_usd, usd_per_row = teacher_bill(run.manifest("annotate"), "train")
+    usd_per_prediction = teacher.usd_per_prediction if teacher else None
     students = [student for system in systems for student in system.students]
     return Results(
         run=str(run.path),
@@ -129,26 +150,73 @@ def _compare(
         systems=[
             system.model_copy(
                 update={
-                    "versus": comparisons.get(system.name, {}),
+                    "versus": _among(chosen, comparisons, system.name),
+                    "versus_students": _among(across, comparisons, system.name),
                     "versus_floors": with_floors.get(system.name, {}),
                 }
             )
             for system in scored_systems
         ],
         label_efficiency=label_efficiencies(
-            systems, [system for system in (baseline, teacher) if system is not None], clusters
+            systems, [*first_baselines(chosen), *teachers], clusters
         ),
-        break_even=list(
-            break_evens(systems, spent_usd, teacher.usd_per_prediction if teacher else None)
-        ),
+        break_even=list(break_evens(systems, spent_usd, usd_per_prediction, usd_per_row)),
     )
+
+
+def _teacher_costs(run: RunFolder, results: Results) -> Costs:
+    """What the teacher costs, as its annotations record it."""
+    seconds = run.manifest("annotate").get("mean_seconds")
+    teacher = results.system(TEACHER)
+    return Costs(
+        usd_per_request=None if teacher is None else teacher.usd_per_prediction,
+        ms_per_request=1000 * seconds if isinstance(seconds, int | float) else None,
+        bills={item.system: item.spent_usd for item in results.break_even},
+    )
+
+
+def _calibration_answers(
+    recipe: Recipe,
+    task: Task,
+    run: RunFolder,
+    students: Sequence[TrainedStudent],
+    progress: Progress,
+    score_only: bool,
+) -> dict[str, Answers] | None:
+    """The answers to validation rows by prediction file; None: they do not choose a threshold."""
+    section = recipe.eval.cascade
+    if section is None or section.calibration != "valid":
+        return None
+    rows = calibration_examples(recipe, task)
+    split = "train" if recipe.task.data.valid is None else "valid"
+    labels = teacher_labels(rows, run, source_fingerprint(recipe, task), split)
+    answers = {}
+    for student in students:
+        path = run.predictions(f"calibration/{student.name}")
+        if not score_only:
+            predict_student(recipe, student, rows, run, progress, path=path)
+        if path.is_file():
+            file = score(task, rows, read_predictions(path), student.name)
+            answers[student.name] = Answers(file, labels)
+    return answers
+
+
+def _among(
+    chosen: Sequence[tuple[System, System]],
+    comparisons: Mapping[str, Mapping[str, Comparison]],
+    name: str,
+) -> dict[str, Comparison]:
+    """A system's comparisons of these pairs."""
+    names = [other.name for system, other in chosen if system.name == name]
+    return {other: comparisons[name][other] for other in names}
 
 
 def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
     """The system that the recipe is about; None if it does not exist.
 
-    Of the students, the largest share of the first method that is not a baseline, or of the last
-    baseline if all are. Without students, the first external system that is not a baseline.
+    Of the students, the largest subset of the first method that is not a baseline, or of the last
+    baseline if all are; of several students, the first in the recipe. Without students, the first
+    external system that is not a baseline.
     """
     baselines = recipe.eval.baseline
     if any(system.students for system in systems):
@@ -162,7 +230,7 @@ def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
         labels = recipe.train.labels[0]
         return max(
             candidates,
-            key=lambda system: (system.subset or 0.0, system.students[0].labels == labels),
+            key=lambda system: (subset_rank(system.subset), system.students[0].labels == labels),
         ).name
     external = [system.name for system in systems if system.kind == "external"]
     external_baselines = [name for name in external if name in baselines] or external[:1]
@@ -196,26 +264,33 @@ def _student_systems(
     progress: Progress,
     score_only: bool,
 ) -> list[System]:
-    """The students of each method, labels and share; baselines and larger shares first."""
+    """The students of each method, labels and subset: in the order of the recipe's students,
+    baselines and larger subsets first.
+    """
     groups: dict[str, list[TrainedStudent]] = {}
     for student in sorted(students, key=lambda student: student.seed):
         groups.setdefault(student.system, []).append(student)
     baselines = list(recipe.eval.baseline)
-    largest = max((student.subset for student in students), default=1.0)
+    largest = max((student.subset for student in students), key=subset_rank, default=1.0)
 
-    def rank(name: str) -> tuple[int, float, str]:
+    order = list(recipe.students)
+
+    def place(name: str) -> tuple[int, int]:
         first = groups[name][0]
+        position = len(baselines)
         if first.method in baselines:
-            return baselines.index(first.method), -first.subset, name
-        return len(baselines), -first.subset, name
+            position = baselines.index(first.method)
+        return order.index(first.student), position
 
+    names = sorted(groups)
+    names.sort(key=lambda name: subset_rank(groups[name][0].subset), reverse=True)
     systems = []
-    for name in sorted(groups, key=rank):
+    for name in sorted(names, key=place):
         members = groups[name]
         first = members[0]
         latency = read_latency(run, first, recipe)
         if not score_only:
-            is_timed = first.subset == largest  # a smaller share gives the same speed
+            is_timed = first.subset == largest  # a smaller subset gives the same speed
             latency = _predict(recipe, members, rows, run, progress, is_timed) or latency
         files = [
             score(task, rows, student_predictions(run, student), student.name)
@@ -228,11 +303,19 @@ def _student_systems(
                 files,
                 students=members,
                 training_rows=_training_rows(members)[first.subset],
+                settings_tried=_settings_tried(first),
                 megabytes=_megabytes(first),
                 latency=latency,
+                confidence_kinds=[_confidence_kind(student) for student in members],
             )
         )
     return systems
+
+
+def _confidence_kind(student: TrainedStudent) -> ConfidenceKind:
+    """The kind chosen on valid; the probability where the student was not calibrated."""
+    calibration = read_calibration(student.path)
+    return "probability" if calibration is None else calibration.confidence
 
 
 def _predict(
@@ -271,9 +354,16 @@ def _megabytes(student: TrainedStudent) -> float | None:
         return None
 
 
-def _training_rows(students: Sequence[TrainedStudent]) -> dict[float, int | None]:
-    """The number of train rows in each share, by the first of its students that recorded it."""
-    counts: dict[float, int | None] = {}
+def _settings_tried(student: TrainedStudent) -> int | None:
+    """The trials of one of several students; None for the only one."""
+    if student.student is None:
+        return None
+    return len(training_record(Path(student.path)).get("trials", ()))
+
+
+def _training_rows(students: Sequence[TrainedStudent]) -> dict[Subset, int | None]:
+    """The number of train rows in each subset, by the first of its students that recorded it."""
+    counts: dict[Subset, int | None] = {}
     for student in students:
         if counts.get(student.subset) is None:
             rows = training_record(Path(student.path)).get("rows")
@@ -291,10 +381,12 @@ def _students_of_recipe(recipe: Recipe, task: Task, run: RunFolder) -> list[Trai
     other settings or annotations than the recipe's.
     """
     train = recipe.train
+    recipes = recipe.students
     students = [
         student
         for student in run.students()
-        if student.method in train.methods
+        if student.student in recipes
+        and student.method in train.methods
         and student.seed in train.seeds
         and student.subset in train.subset
         and _has_wanted_labels(recipe, student)
@@ -309,7 +401,7 @@ def _students_of_recipe(recipe: Recipe, task: Task, run: RunFolder) -> list[Trai
     outdated = [
         student.name
         for student in students
-        if student.settings != recipe.training_of(student.method)
+        if student.settings != recipes[student.student].training_of(student.method)
         or student.source not in (None, source)
     ]
     if outdated:
@@ -328,8 +420,14 @@ def _has_wanted_labels(recipe: Recipe, student: TrainedStudent) -> bool:
 
 
 def missing_students(recipe: Recipe, students: Sequence[TrainedStudent]) -> list[str]:
-    """Students of seeds that the recipe asks for, of methods that other seeds exist of."""
+    """Students of seeds that the recipe asks for, of methods that other seeds exist of; and named
+    students of which none is trained.
+    """
     names = {student.name for student in students}
     systems = sorted({student.system for student in students})
     expected = [f"{system}-s{seed}" for system in systems for seed in recipe.train.seeds]
-    return [name for name in expected if name not in names]
+    untrained = set(recipe.students) - {student.student for student in students}
+    unfinished = [
+        f"any of {name}" for name in recipe.students if name is not None and name in untrained
+    ]
+    return [name for name in expected if name not in names] + unfinished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Scores, accuracy, label_efficiency
 from dsbs.evaluation.calibration import calibration_bins
 from dsbs.evaluation.metrics import RowValues, Scored, SystemPredictions, measure
+from dsbs.evaluation.selective import selective
 from dsbs.evaluation.significance import Difference, holm, paired_difference
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import (
@@ -28,6 +30,8 @@ from dsbs.records.results import (
     SystemKind,
     SystemResult,
 )
+from dsbs.records.subsets import Subset, rows_per_label, subset_rank
+from dsbs.students.calibration import ConfidenceKind
 from dsbs.tasks import Task
 
 
@@ -40,22 +44,29 @@ class System:
     files: list[Scored]
     students: list[TrainedStudent] = field(default_factory=list)  # by seed
     floor: str | None = None  # as the recipe names it
-    share: float | None = None  # of the train rows, for a floor that learns
+    learned_subset: Subset | None = None  # of the train rows, for a floor that learns
     labels: str | None = None  # whose labels such a floor learned
+    start_of: str | None = None  # the named student whose model a floor asks before training
     training_rows: int | None = None
+    settings_tried: int | None = None  # by tuning, of one of several students
     megabytes: float | None = None
     latency: list[Latency] = field(default_factory=list)
     usd_per_prediction: float | None = None
-    row_values: dict[str, RowValues] = field(default_factory=dict)
-    """Of the metrics by which systems are compared, beside accuracy."""
+    confidence_kinds: list[ConfidenceKind] = field(default_factory=list)  # chosen on valid
+    row_values: dict[str, RowValues] = field(default_factory=dict)  # of metrics that compare
 
     @property
     def method(self) -> str | None:
         return self.students[0].method if self.students else None
 
     @property
-    def subset(self) -> float | None:
-        return self.students[0].subset if self.students else self.share
+    def student(self) -> str | None:
+        """The name of its student in the recipe, if it has one."""
+        return self.students[0].student if self.students else self.start_of
+
+    @property
+    def subset(self) -> Subset | None:
+        return self.students[0].subset if self.students else self.learned_subset
 
     @property
     def member_names(self) -> list[str]:
@@ -99,10 +110,7 @@ def score_system(
     clusters: Clusters,
     teacher_rationales: Mapping[str, str | None] | None = None,
 ) -> SystemResult:
-    """Compute all metrics of a system, and set its ``row_values``.
-
-    ``teacher_rationales`` as in `SystemPredictions`.
-    """
+    """Compute all metrics of a system, as `SystemPredictions` has it, and set ``row_values``."""
     predictions = SystemPredictions(task, system.files, clusters, teacher_rationales)
     measures = measure(predictions)
     system.row_values = measures.compared
@@ -111,6 +119,7 @@ def score_system(
     result = SystemResult(
         name=system.name,
         kind=system.kind,
+        student=system.student,
         floor=system.floor,
         labels=system.labels,
         subset=system.subset,
@@ -122,7 +131,9 @@ def score_system(
         unreadable=statistics.mean(unreadable),
         metrics=measures.metrics,
         recall=measures.recall,
+        confusions=measures.confusions,
         calibration=calibration_bins(predictions),
+        selective=selective(system.files, task, system.confidence_kinds, clusters),
         megabytes=system.megabytes,
         ms_per_example=_ms_per_example(system),
         latency=system.latency,
@@ -139,6 +150,7 @@ def score_system(
         "seeds": [student.seed for student in system.students],
         "parameters": first.parameters,
         "train_s": round(train_s, 1),
+        "settings_tried": system.settings_tried,
     }
     return result.model_copy(update=student_facts)
 
@@ -159,15 +171,19 @@ def _ms_per_example(system: System) -> float | None:
 def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System, System]]:
     """The (system, baseline) pairs to compare; no two systems twice.
 
-    Each system with each baseline that learned from the same share of the rows, then each student
-    with further loss terms with its method without them. Systems that are not students count to
-    the largest share. If no baseline exists but external files do, the first of them is the
-    baseline. Floors are outside this family: see `compare_with_floors`.
+    Each system with each baseline that learned from the same subset of the rows and, of several
+    students, belongs to the same one; then each student with further loss terms with its method
+    without them. Systems that are not students count to the largest subset and to every student.
+    If no baseline exists but external files do, the first of them is the baseline. Students are
+    compared with one another by `student_pairs`. Floors are outside this family: see
+    `compare_with_floors`.
     """
     systems = [system for system in systems if system.kind != "floor"]
-    shares = [system.subset for system in systems if system.subset is not None]
-    largest = max(shares, default=None)
-    share = {system.name: largest if system.subset is None else system.subset for system in systems}
+    subsets = [system.subset for system in systems if system.subset is not None]
+    largest = max(subsets, key=subset_rank, default=None)
+    subset = {
+        system.name: largest if system.subset is None else system.subset for system in systems
+    }
     external = [system for system in systems if system.kind == "external"]
     baselines = [
         system for name in section.baseline for system in systems if _is_named(system, name)
@@ -180,13 +196,42 @@ def pairs(systems: Sequence[System], section: EvalSection) -> list[tuple[System,
 
     for baseline in baselines or external[:1]:
         for system in systems:
-            if share[system.name] == share[baseline.name] and system.name != baseline.name:
+            is_same = subset[system.name] == subset[baseline.name] and system.name != baseline.name
+            if is_same and _are_of_one_student(system, baseline):
                 add(system, baseline)
     for system in systems:
         plain = _without_terms(system, systems)
         if plain is not None:
             add(system, plain)
     return chosen
+
+
+def _are_of_one_student(system: System, other: System) -> bool:
+    """Whether two systems do not belong to different students."""
+    return not system.students or not other.students or system.student == other.student
+
+
+def student_pairs(systems: Sequence[System]) -> list[tuple[System, System]]:
+    """Pairs of different students by the same method, from the same labels and the largest subset
+    of the rows; the one that the recipe names first comes first.
+    """
+    candidates = [system for system in systems if system.students]
+    largest = max((system.subset for system in candidates), key=subset_rank, default=None)
+    candidates = [system for system in candidates if system.subset == largest]
+    return [
+        (first, second)
+        for first, second in itertools.combinations(candidates, 2)
+        if first.student != second.student
+        and (first.method, first.students[0].labels) == (second.method, second.students[0].labels)
+    ]
+
+
+def first_baselines(chosen: Sequence[tuple[System, System]]) -> list[System]:
+    """The first baseline of each student in pairs of systems and baselines."""
+    baselines: dict[str | None, System] = {}
+    for _, baseline in chosen:
+        baselines.setdefault(baseline.student, baseline)
+    return list(baselines.values())
 
 
 def _is_named(system: System, baseline: str) -> bool:
@@ -197,10 +242,12 @@ def _is_named(system: System, baseline: str) -> bool:
 
 
 def _without_terms(system: System, systems: Sequence[System]) -> System | None:
-    """The system of the same method, labels and share without further loss terms, if any."""
+    """The system of the same method, labels and subset without further loss terms, if any."""
     if system.method is None or base_of(system.method) == system.method:
         return None
     for other in systems:
+        if other.student != system.student:
+            continue
         is_plain = other.method == base_of(system.method) and other.subset == system.subset
         if is_plain and other.students[0].labels == system.students[0].labels:
             return other
@@ -242,20 +289,23 @@ def compare(
 def compare_with_floors(
     systems: Sequence[System], clusters: Clusters
 ) -> dict[str, dict[str, FloorComparison]]:
-    """Each student, and external system, against the floors of its share of the train rows:
+    """Each student, and external system, against the floors of its subset of the train rows:
     system -> floor -> comparison.
 
-    p values are not corrected. Systems that are not students count to the largest share, and a
+    p values are not corrected. Systems that are not students count to the largest subset, and a
     floor that learned from no rows is compared with all.
     """
-    largest = max((system.subset for system in systems if system.subset is not None), default=None)
+    subsets = [system.subset for system in systems if system.subset is not None]
+    largest = max(subsets, key=subset_rank, default=None)
     comparisons: dict[str, dict[str, FloorComparison]] = {}
     for system in systems:
         if system.kind not in ("student", "external"):
             continue
-        share = largest if system.subset is None else system.subset
+        subset = largest if system.subset is None else system.subset
         for floor in systems:
-            if floor.kind != "floor" or floor.subset not in (None, share):
+            if floor.kind != "floor" or floor.subset not in (None, subset):
+                continue
+            if floor.student not in (None, system.student):
                 continue
             difference = paired_difference(system.scores, floor.scores, clusters)
             comparisons.setdefault(system.name, {})[floor.name] = FloorComparison(
@@ -311,24 +361,28 @@ def label_efficiencies(
 ) -> list[LabelEfficiency]:
     """For each learning curve, the training rows that it takes to match each target.
 
-    A curve is a method's students on two or more shares of the training rows.
+    A curve is a method's students on two or more shares of the training rows. Of several students,
+    each is compared with its own systems.
     """
-    curves: dict[tuple[str, str], list[tuple[int, Scores]]] = {}
+    curves: dict[tuple[str | None, str, str], list[tuple[int, Scores]]] = {}
     for system in systems:
         if system.students and system.training_rows is not None:
             curves.setdefault(_curve_of(system), []).append((system.training_rows, system.scores))
     efficiencies = []
-    for (method, labels), points in curves.items():
+    for (student, method, labels), points in curves.items():
         sizes = sorted({rows for rows, _ in points})
         if len(sizes) < 2:
             continue
         points.sort(key=lambda point: point[0])
         for target in targets:
-            if target.students and _curve_of(target) == (method, labels):
+            if target.students and _curve_of(target) == (student, method, labels):
+                continue
+            if target.students and target.student != student:
                 continue
             rows, ci95 = label_efficiency(points, target.scores, clusters)
             efficiencies.append(
                 LabelEfficiency(
+                    student=student,
                     method=method,
                     labels=labels,
                     system=target.name,
@@ -342,23 +396,34 @@ def label_efficiencies(
     return efficiencies
 
 
-def _curve_of(system: System) -> tuple[str, str]:
-    return system.students[0].method, system.students[0].labels
+def _curve_of(system: System) -> tuple[str | None, str, str]:
+    first = system.students[0]
+    return first.student, first.method, first.labels
 
 
 def break_evens(
-    systems: Sequence[System], spent_usd: float | None, usd_per_prediction: float | None
+    systems: Sequence[System],
+    spent_usd: float | None,
+    usd_per_prediction: float | None,
+    usd_per_row: float | None = None,
 ) -> Iterator[BreakEven]:
     """For students of the teacher: after how many predictions they have saved its bill.
 
     ``spent_usd`` is the bill for the training rows, ``usd_per_prediction`` the teacher's price. A
-    student of a share of the rows is charged that share. Nothing if a price is unknown or zero.
+    student of a share of the rows is charged that share; one of so many rows per label is charged
+    ``usd_per_row`` for each. Nothing if a price is unknown or zero.
     """
     if not spent_usd or not usd_per_prediction:
         return
     for system in systems:
         if system.students and system.students[0].source is not None:
-            spent = spent_usd * system.students[0].subset
+            subset = system.students[0].subset
+            if rows_per_label(subset) is None:
+                spent = spent_usd * float(subset)
+            else:
+                spent = (usd_per_row or 0.0) * (system.training_rows or 0)
+            if not spent:
+                continue
             yield BreakEven(
                 system=system.name,
                 spent_usd=spent,

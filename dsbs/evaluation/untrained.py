@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsbs.config import Recipe
+from dsbs.config import StudentRecipe
 from dsbs.evaluation.floors import Floor, FloorAnswer, FloorInputs
 from dsbs.files import digest
 from dsbs.prompting import direct_instruction
@@ -15,7 +15,7 @@ from dsbs.students.weights import device, load_model, weights_fingerprint
 from dsbs.tasks import Task
 
 
-def _why_no_untrained(recipe: Recipe) -> str | None:
+def _why_no_untrained(recipe: StudentRecipe) -> str | None:
     source = recipe.train.init or recipe.student.source
     if source is None:
         return "the student starts from random weights"
@@ -24,7 +24,7 @@ def _why_no_untrained(recipe: Recipe) -> str | None:
     return None
 
 
-def _start_model(recipe: Recipe) -> str:
+def _start_model(recipe: StudentRecipe) -> str:
     """The model that the student is trained from."""
     return str(recipe.train.init or recipe.student.source)
 
@@ -87,6 +87,7 @@ UNTRAINED = Floor(
     title="untrained student",
     source="the student's model before training, asked without examples",
     learns=False,
+    asks_student=True,
     missing=_why_no_untrained,
     identity=_untrained_identity,
     predict=_predict_untrained,

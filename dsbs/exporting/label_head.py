@@ -25,7 +25,7 @@ tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
 for line in sys.stdin:
     ids = np.array([tokenizer.encode({read}).ids])
 {run}
-    rows = sorted(zip(labels, (p / p.sum()).tolist()), key=lambda row: -row[1])
+    rows = sorted(zip(labels, ({calibrated}).tolist()), key=lambda row: -row[1])
     answer = {{"label": rows[0][0], "probability": rows[0][1], "distribution": dict(rows)}}
     print(json.dumps(answer), flush=True)
 '''
@@ -153,10 +153,15 @@ def label_head_script(student: Student, runtime: str) -> str:
     text = f"{prefix!r} + line.strip()" if prefix else "line.strip()"
     if card.kind == "encoder":
         text = f'*{text}.split("</s>", 1)' if not prefix else f'*({text}).split("</s>", 1)'
+    calibrated = "p / p.sum()"
+    if student.temperature != 1:
+        power = f"(p / p.max()) ** {1 / student.temperature:.6g}"
+        calibrated = f"{power} / ({power}).sum()"
     is_onnx = runtime == "onnxruntime"
     return _SCRIPT.format(
         runtime=runtime,
         load=_ONNX_LOAD if is_onnx else _CT2_LOAD,
         run=_ONNX_RUN if is_onnx else _CT2_RUN,
         read=text,
+        calibrated=calibrated,
     )

@@ -44,13 +44,18 @@ from dsbs.formatting import escape_markdown, markdown_table, percent
 from dsbs.progress import NoProgress, Progress
 from dsbs.run_folder import RunFolder
 from dsbs.students.backends import BeamSearchBackend
+from dsbs.students.calibration import (
+    THRESHOLD,
+    read_threshold,
+    write_record,
+)
 from dsbs.students.card import CARD, StudentCard, read_card
 from dsbs.students.student import Student
 from dsbs.students.weights import weights_megabytes
 
 # Suffixes of the files that decide what a student writes.
 _STUDENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model")
-_RECORDS = {"train.json", "work.json", "compress.json"}
+_RECORDS = {"train.json", "work.json", "compress.json", THRESHOLD}
 # What writes an export, beside the format's own packages.
 _WRITERS = ("python", "dsbs", "torch", "transformers", "tokenizers")
 _SOURCES = {
@@ -87,6 +92,7 @@ def export(
     existing = read_exported(target)
     request = (fingerprint, format, quantize)
     if existing is not None and _fits(existing, request, examples_digest):
+        _copy_threshold(folder, target, quantize)
         return existing
     _check_target(target, existing, out)
     loaded = Student.load(folder)
@@ -109,6 +115,8 @@ def export(
         chosen.write(loaded, partial, quantize)
         exported_card = _exported_card(card, format)
         write_json(partial / CARD, exported_card.model_dump(mode="json"))
+        _copy_calibration(loaded, partial)
+        _copy_threshold(folder, partial, quantize)
         save_tokenizer(loaded, partial)
         writers = {name: version for name, version in versions().items() if name in _WRITERS}
         packages = {name: metadata.version(name) for name in chosen.packages}
@@ -178,6 +186,23 @@ def _exported_card(card: StudentCard, format: str) -> StudentCard:
     if card.head == "labels":
         changes["prefixes"] = label_prefixes(card)
     return card.model_copy(update=changes)
+
+
+def _copy_calibration(student: Student, target: Path) -> None:
+    if student.calibration is not None:
+        write_record(target, student.calibration)
+
+
+def _copy_threshold(folder: Path, target: Path, quantize: str) -> None:
+    """Give an export the student's threshold, if its answers are the same.
+
+    Those of quantized weights differ, and an export does not score labels.
+    """
+    threshold = read_threshold(folder)
+    if threshold is None or threshold.scores_labels or quantize != FLOAT32:
+        (target / THRESHOLD).unlink(missing_ok=True)
+    else:
+        write_record(target, threshold)
 
 
 def _target(folder: Path, format: str, quantize: str, out: str | Path | None) -> Path:

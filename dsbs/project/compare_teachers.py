@@ -33,14 +33,14 @@ class Contender:
     labels: dict[str, str | None]
     rationales: int
     """Accepted rationales."""
-    seconds_a_reply: float | None
+    seconds_per_reply: float | None
 
     @property
-    def parse_rate(self) -> Rate | None:
+    def acceptance_rate(self) -> Rate | None:
         return wilson(self.summary.accepted, self.summary.rows)
 
     @property
-    def usd_a_rationale(self) -> float | None:
+    def usd_per_rationale(self) -> float | None:
         """The cost of an accepted rationale, rejected ones included; None: the price is unknown."""
         if self.summary.usd is None or not self.rationales:
             return None
@@ -48,14 +48,14 @@ class Contender:
 
     def as_json(self) -> dict[str, Any]:
         summary = {key: value for key, value in self.summary.as_json().items() if key != "rows"}
-        rate = self.parse_rate
+        rate = self.acceptance_rate
         return {
             "name": self.name,
             **summary,
-            "parse_rate": None if rate is None else round(rate.value, 4),
+            "acceptance_rate": None if rate is None else round(rate.value, 4),
             "rationales": self.rationales,
-            "usd_a_rationale": self.usd_a_rationale,
-            "seconds_a_reply": self.seconds_a_reply,
+            "usd_per_rationale": self.usd_per_rationale,
+            "seconds_per_reply": self.seconds_per_reply,
         }
 
 
@@ -148,7 +148,7 @@ def _contender(
         summary=summary,
         labels={row.id: row.own_label for row in annotations},
         rationales=sum(row.accepted and row.rationale is not None for row in annotations),
-        seconds_a_reply=seconds,
+        seconds_per_reply=seconds,
     )
 
 

@@ -20,7 +20,7 @@ from dsbs.annotation.backends import (
     make_teacher,
     teacher_class,
 )
-from dsbs.config import EndpointSection, Recipe
+from dsbs.config import EndpointSection, Recipe, StudentSection
 from dsbs.config.load import load_recipe
 from dsbs.errors import DsbsError
 from dsbs.files import find_file
@@ -52,7 +52,7 @@ def examine(
     needs_bf16 = False
     if recipe is not None:
         folder = RunFolder.of(recipe, out).path
-        needs_bf16 = recipe.train.precision == "bf16"
+        needs_bf16 = any(student.train.precision == "bf16" for student in recipe.students.values())
     results += run_check("packages", machine.packages)
     results += run_check("extras", machine.extras)
     results += run_check("cores", machine.processor)
@@ -64,7 +64,7 @@ def examine(
         results += run_check("prompt", partial(_prompt, recipe))
         results += run_check("extras", partial(_needed_extras, recipe))
         results += run_check("teacher", partial(_teacher, recipe))
-        results += run_check("student", partial(_student, recipe))
+        results += run_check("student", partial(_students, recipe))
         results += run_check("train.teachers", partial(_local_teachers, recipe))
     return results
 
@@ -91,7 +91,7 @@ def _file(recipe: Recipe, key: str, source: str) -> Iterator[Check]:
         source,
         what="file",
         hint=f"check {key}; paths are relative to this folder or to the recipe's",
-        beside=recipe.folder,
+        folder=recipe.folder,
     )
     yield Check(key, "ok", f"{path}, {path.stat().st_size / 1e6:.2f} MB")
     hidden = (recipe.folder or Path()) / source
@@ -110,10 +110,11 @@ def _prompt(recipe: Recipe) -> Iterator[Check]:
 
 
 def _needed_extras(recipe: Recipe) -> Iterator[Check]:
-    model = recipe.student.model
+    students = recipe.students.values()
+    sources = [student.student.model for student in students if not student.train.init]
     needs = {
-        "lora": recipe.train.lora is not None,
-        "gguf": model is not None and not recipe.train.init and is_gguf(model),
+        "lora": any(student.train.lora is not None for student in students),
+        "gguf": any(model is not None and is_gguf(model) for model in sources),
         "ray": recipe.annotate.engine == "ray",
     }
     needs |= dict.fromkeys(recipe.report.trackers, True)
@@ -234,17 +235,27 @@ def shutdown_date(entry: dict[str, Any]) -> date | None:
     return None
 
 
-def _student(recipe: Recipe) -> Iterator[Check]:
-    start = recipe.train.init
-    if start is not None:
+def _students(recipe: Recipe) -> Iterator[Check]:
+    for name, student in recipe.students.items():
+        section = "student" if name is None else f"student.{name}"
+        start = student.train.init
+        if start is None:
+            yield _start(section, student.student)
+            continue
+        key = "train.init"
+        if name is not None:
+            key = f"{section}.train.init"
         if Path(start).expanduser().is_dir():
-            yield Check("train.init", "ok", start)
+            yield Check(key, "ok", start)
         else:
-            yield Check("train.init", "problem", start, "this folder does not exist")
-    elif recipe.student.source is not None:
-        yield _model("student.model", recipe.student.source)
-    else:
-        yield Check("student", "ok", f"from scratch, {recipe.student.size}")
+            yield Check(key, "problem", start, "this folder does not exist")
+
+
+def _start(key: str, section: StudentSection) -> Check:
+    """Whether a student's model exists."""
+    if section.source is None:
+        return Check(key, "ok", f"from scratch, {section.size}")
+    return _model(f"{key}.model", section.source)
 
 
 def _local_teachers(recipe: Recipe) -> Iterator[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -12,14 +13,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from dsbs.errors import DsbsError
+from dsbs.config import StudentRecipe
+from dsbs.errors import DsbsError, UserError
 from dsbs.files import versions
+from dsbs.students.card import count_parameters
 from dsbs.students.weights import usable_cores
 
 # The optional dependencies of pyproject.toml: modules, and what needs them. A test compares them.
@@ -39,6 +42,9 @@ EXTRAS = {
 }
 _CGROUP = Path("/sys/fs/cgroup")
 _GB = 1e9
+_BYTES_OF_WEIGHT = 4  # float32
+# Weight, gradient and the optimizer's state of a parameter. Adafactor's state is factored.
+_BYTES_IN_TRAINING = {"adamw": 16, "adafactor": 8}
 _LOW_MEMORY = 2 * _GB
 _LOW_DISK = 5 * _GB
 _FULL_DISK = 0.2 * _GB
@@ -144,16 +150,12 @@ def has_extra(extra: str) -> bool:
 
 def processor() -> Iterator[Check]:
     """Cores and memory that this process may use; a container's limits count, not the host's."""
-    import psutil
-
     cores = usable_cores()
     quota = _cpu_quota()
     if quota is not None:
         cores = max(1, min(cores, math.ceil(quota)))
     yield Check("cores", "ok", f"{cores} of {os.cpu_count() or 1}, {platform.machine()}")
-    memory = psutil.virtual_memory()
-    total = min(memory.total, _read_number(_CGROUP / "memory.max") or memory.total)
-    free = min(memory.available, total)
+    total, free = _memory()
     message = f"{free / _GB:.1f} of {total / _GB:.1f} GB free"
     if free < _LOW_MEMORY:
         hint = (
@@ -163,6 +165,70 @@ def processor() -> Iterator[Check]:
         yield Check("memory", "warning", message, hint)
     else:
         yield Check("memory", "ok", message)
+
+
+def _memory() -> tuple[int, int]:
+    """The bytes of memory that this process may use, and those that are free."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total = min(memory.total, _read_number(_CGROUP / "memory.max") or memory.total)
+    return total, min(memory.available, total)
+
+
+def training_memory() -> tuple[int, str]:
+    """The bytes of memory where models train, and its owner: the first GPU's, or this machine's."""
+    if Path("/dev/nvidiactl").exists():  # a GPU is asked in a process of its own, which takes long
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
+            probe = subprocess.run(
+                [sys.executable, "-c", _PROBE_TORCH],
+                capture_output=True,
+                encoding="utf-8",
+                check=True,
+                timeout=_TORCH_TIMEOUT_S,
+            )
+            gpu = json.loads(probe.stdout.splitlines()[-1])["gpus"][0]
+            return int(gpu["total"]), str(gpu["name"])
+    return _memory()[0], "this machine"
+
+
+def check_memory(recipe: StudentRecipe) -> None:
+    """Raises UserError where a student in training and its local teachers do not fit in memory.
+
+    Counted are weights, gradients and the optimizer's state; activations come on top.
+    """
+    if not recipe.train.teachers:
+        return
+    state = _BYTES_IN_TRAINING[recipe.train.optimizer]
+    student_bytes = _BYTES_OF_WEIGHT if recipe.train.lora else state
+    if all(getattr(term, "top_k", None) for term in recipe.train.terms if term.needs_teacher):
+        student_bytes = _BYTES_OF_WEIGHT  # the teachers are gone when the training begins
+    models = [("the student", recipe.train.init or recipe.student.source, student_bytes)]
+    for section in recipe.train.teachers:
+        if section.model is None:  # it is trained first, alone
+            _check_fit([("the training of a teacher", section.start, state)])
+        models.append(("a teacher", section.model or section.start, _BYTES_OF_WEIGHT))
+    _check_fit(models)
+
+
+def _check_fit(models: Sequence[tuple[str, str | None, int]]) -> None:
+    """``models``: name, source and bytes of each parameter."""
+    total = 0
+    parts: list[str] = []
+    for name, source, size in models:
+        parameters = count_parameters(source)
+        total += parameters * size
+        parts.append(
+            f"{name} {parameters * size / _GB:.1f} GB ({parameters / 1e6:,.0f} million parameters "
+            f"of {size} bytes)"
+        )
+    available, owner = training_memory()
+    if total > available:
+        raise UserError(
+            f"train.teachers: {' and '.join(parts)} need {total / _GB:.1f} GB before any "
+            f"activation, and {owner} has {available / _GB:.1f} GB",
+            hint="use a smaller teacher, train.lora or train.optimizer: adafactor",
+        )
 
 
 def accelerators(needs_bf16: bool = False) -> Iterator[Check]:

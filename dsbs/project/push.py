@@ -14,10 +14,11 @@ from typing import Any
 from dsbs.errors import DsbsError, UserError
 from dsbs.formatting import escape_markdown
 from dsbs.records.results import COMPRESSION_RECORD
+from dsbs.reporting.card import loading_text
 from dsbs.run_folder import TRAINING_RECORD
 from dsbs.students.card import CARD, StudentCard, read_card
 from dsbs.students.formats import PROMPT_FORMAT_FILE
-from dsbs.students.weights import WEIGHT_FILES
+from dsbs.students.weights import RATIONALE_FOLDER, WEIGHT_FILES
 
 README = "README.md"
 # Everything else stays: records, checkpoints, metrics, and golden.jsonl, which holds rows of data.
@@ -35,6 +36,7 @@ _UPLOADED = (
     "merges.txt",
     "chat_template*",
     "calibration.json",
+    "threshold.json",
     PROMPT_FORMAT_FILE,
     CARD,
     "export.json",
@@ -99,6 +101,7 @@ def plan_upload(student: str | Path) -> Upload:
     if (folder / "work.json").exists() and not any((folder / name).exists() for name in records):
         raise UserError(f"{folder} is not finished", hint="run the command that makes it again")
     files = [path.name for path in folder.iterdir() if path.is_file()]
+    files += [f"{RATIONALE_FOLDER}/{path.name}" for path in (folder / RATIONALE_FOLDER).glob("*")]
     names = sorted(name for name in files if _is_uploaded(name))
     if not any(_matches(name, WEIGHT_FILES) for name in names):
         raise UserError(f"{folder} has no weights", hint="run the command that makes it again")
@@ -106,12 +109,15 @@ def plan_upload(student: str | Path) -> Upload:
     if README not in names:
         names.append(README)
         contents[README] = _short_readme(card)
-    skipped = sorted(path.name for path in folder.iterdir() if path.name not in names)
+    uploaded = {name.partition("/")[0] for name in names}
+    skipped = sorted(path.name for path in folder.iterdir() if path.name not in uploaded)
     return Upload(folder, card, names, contents, skipped)
 
 
 def _is_uploaded(name: str) -> bool:
-    return _matches(name, _UPLOADED) and not _matches(name, _OF_TRAINING)
+    """Whether a file of a student, or of its rationale decoder, goes to the Hub."""
+    name = name.removeprefix(f"{RATIONALE_FOLDER}/")
+    return "/" not in name and _matches(name, _UPLOADED) and not _matches(name, _OF_TRAINING)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -136,7 +142,7 @@ def _short_readme(card: StudentCard) -> bytes:
 
     tags = ["dsbs", "distillation", *card.method.split("+"), "arxiv:2305.02301"]
     metadata = ModelCardData(tags=tags)
-    if card.format == "transformers":
+    if card.format == "transformers" and card.head == "text":
         metadata.library_name = "transformers"
     lines = [
         "---",
@@ -148,6 +154,10 @@ def _short_readme(card: StudentCard) -> bytes:
         f"A student for the task {escape_markdown(card.task.name)}, trained by dsbs with the "
         f"method {escape_markdown(card.method)} on {card.labels} labels. It has not been evaluated "
         "in this card.",
+        "",
+        "## Use",
+        "",
+        loading_text(card),
         "",
     ]
     return "\n".join(lines).encode()
@@ -180,11 +190,7 @@ def push(upload: Upload, repository: str, *, public: bool = False, force: bool =
             files = [file.rfilename for file in present.siblings or ()]
             if not force:
                 _check_same_student(hub, repository, files, upload)
-            stale = [
-                name
-                for name in files
-                if "/" not in name and _is_uploaded(name) and name not in upload.names
-            ]
+            stale = [name for name in files if _is_uploaded(name) and name not in upload.names]
         commit = hub.create_commit(
             repository,
             [*upload.operations, *(CommitOperationDelete(name) for name in stale)],

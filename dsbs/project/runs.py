@@ -10,8 +10,11 @@ from typing import Any, Literal
 from dsbs.config.diff import differences, entries
 from dsbs.config.load import load_recipe, read_recorded, recorded, resolved_values
 from dsbs.errors import UserError
-from dsbs.records.results import Comparison, Interval
+from dsbs.formatting import count, dollars, percent
+from dsbs.records.measures import Interval
+from dsbs.records.results import Comparison
 from dsbs.run_folder import MANIFEST, STAGES, TRAINING_RECORD, RunFolder, training_record
+from dsbs.serving.ledger import CascadeState, read_states
 from dsbs.training.grid import grid
 
 Status = Literal["done", "partial", "running", "interrupted", "failed", "broken"]
@@ -52,7 +55,7 @@ class RunState:
     """Finished students of the last training's recipe."""
     planned: int | None
     """Students of that recipe; None where it cannot be read."""
-    beside: dict[str, int]
+    other_models: dict[str, int]
     """Other models, if any: local teachers, compressed and exported students."""
     when: str | None
     """The latest start or end of a stage (ISO 8601)."""
@@ -68,7 +71,7 @@ class RunState:
             "path": _printable(str(self.path)),
             "stages": self.stages,
             "students": {"finished": self.finished, "planned": self.planned},
-            "beside": self.beside,
+            "other_models": self.other_models,
             "when": self.when,
             "headline": None if self.headline is None else self.headline.as_json(),
             "reportable": self.reportable,
@@ -113,7 +116,7 @@ def run_state(path: Path) -> RunState:
         stages=stages,
         finished=finished,
         planned=planned,
-        beside=_other_models(run),
+        other_models=_other_models(run),
         when=max(times, key=datetime.fromisoformat, default=None),
         headline=headline,
         reportable=reportable,
@@ -186,11 +189,12 @@ def _students(
     recipe = read_recorded(manifest)
     if recipe is None:
         return len(list(run.stage("train").glob(f"*/{TRAINING_RECORD}"))), None
-    specs = grid(recipe.train)
     finished = [
-        _settings(run.student(spec.name)) == recipe.training_of(spec.method) for spec in specs
+        _settings(run.student(spec.name)) == student.training_of(spec.method)
+        for name, student in recipe.students.items()
+        for spec in grid(student.train, name)
     ]
-    return sum(finished), len(specs)
+    return sum(finished), len(finished)
 
 
 def _other_models(run: RunFolder) -> dict[str, int]:
@@ -236,6 +240,8 @@ class ResolvedRecipe:
     source: str
     recipe: dict[str, Any]
     remarks: tuple[str, ...] = ()
+    served: tuple[CascadeState, ...] = ()
+    """What servers with the teacher behind a student counted."""
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -244,7 +250,8 @@ class ResolvedRecipe:
 
     def as_yaml(self) -> str:
         """The recipe as YAML, with a comment on every line that is not the default."""
-        header = [" ".join(remark.split()) for remark in (self.source, *self.remarks)]
+        remarks = (self.source, *self.remarks, *map(_served_remark, self.served))
+        header = [" ".join(remark.split()) for remark in remarks]
         lines = [f"# {remark}" for remark in header]
         return "\n".join([*lines, *(entry.as_yaml() for entry in entries(self.recipe))])
 
@@ -252,6 +259,7 @@ class ResolvedRecipe:
         return {
             "source": self.source,
             "remarks": list(self.remarks),
+            "served": [state.as_json() for state in self.served],
             "recipe": self.recipe,
             "not_default": self.changed,
         }
@@ -289,4 +297,24 @@ def resolve_recipe(source: str, overrides: list[str] | None = None) -> ResolvedR
         if keys:
             remarks.append(f"{stage} used another recipe, different in {', '.join(keys)}")
     started = manifests[newest].get("started")
-    return ResolvedRecipe(f"{path / newest / MANIFEST}, {started}", recipe, tuple(remarks))
+    source = f"{path / newest / MANIFEST}, {started}"
+    served = tuple(read_states(RunFolder(path).ledger))
+    return ResolvedRecipe(source, recipe, tuple(remarks), served)
+
+
+def _served_remark(state: CascadeState) -> str:
+    """A served student in one line."""
+    parts = [f"served: {_printable(state.student)}"]
+    if state.coverage is not None:
+        parts.append(f"sure of {percent(state.coverage)} of the rows")
+    agreement = state.agreement
+    if agreement is not None:
+        low, high = (percent(bound) for bound in agreement.ci95)
+        parts.append(
+            f"the teacher agrees with {percent(agreement.value)} ({low} to {high}) of "
+            f"{count(state.audited, 'audited answer')}"
+        )
+    parts.append(f"{dollars(state.usd)} for replies, {dollars(state.usd_today)} today")
+    if state.breach is not None:
+        parts.append(f"closed: {_printable(state.breach)}")
+    return "; ".join(parts)

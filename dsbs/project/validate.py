@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,32 +12,29 @@ from dsbs.annotation.backends import make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
+from dsbs.evaluation.cascade import check_cascade
 from dsbs.evaluation.floors import check_floors
-from dsbs.formatting import count, percent
+from dsbs.formatting import count
 from dsbs.project.leakage import Overlap, find_overlaps
+from dsbs.project.student_texts import (
+    RATIONALE,
+    Splits,
+    StudentTexts,
+    student_texts,
+    unreadable_labels,
+)
 from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
-from dsbs.records import Example, Unread
-from dsbs.students.card import check_student, head_of, input_limit
-from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
-from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
+from dsbs.records import Example
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import is_held_out, load, survey
-from dsbs.tasks.label_set import LabelSet
 from dsbs.tasks.templates import render
-from dsbs.training.distillation import check_terms
-from dsbs.training.grid import grid
-from dsbs.training.methods import method_of
-from dsbs.training.training_set import check_class_weights
+from dsbs.training.rows import check_subsets
+from dsbs.training.training_set import checked_students
 
-SAMPLE_SIZE = 2000  # rows of each split that are tokenized
 NGRAM = 8  # an exemplar and a row that share so many words in a row do not do so by chance
 _WORD = re.compile(r"\w+")
 _LIST_COMMA = r"[\w)], *"
 _MAX_IDS = 3  # row ids that a warning names
-_RATIONALE = "The text says so."
-_MAX_LABELS = 5  # labels that an error names
-
-Splits = Mapping[str, Sequence[Example]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +58,10 @@ class Validation:
 def validate(recipe: Recipe) -> Validation:
     """Check a recipe against its data. Raises UserError for what would stop a later command."""
     task = make_task(recipe.task)
-    head = head_of(recipe.student, recipe.train.init)
-    check_student(recipe, task)
-    check_terms(recipe.train, task, grid(recipe.train), head)
-    check_class_weights(recipe, task.labels)
+    students = [student for student, _ in checked_students(recipe, task)]
+    check_subsets(recipe, task)
     check_floors(recipe, task)
+    check_cascade(recipe)
     splits = {split: load(recipe, task, split) for split in ("train", "valid", "test")}
     first_prompt = None
     warnings: list[str] = []
@@ -76,26 +72,17 @@ def validate(recipe: Recipe) -> Validation:
         check_written_labels(task, prompt, splits["train"][0])
     if recipe.teacher.kind == "ensemble":
         warnings += _ensemble_warnings(recipe, splits)
-    texts = [
-        text
-        for row in splits["train"]
-        for text in (task.text(row.input), row.label, row.rationale)
-        if text
-    ]
-    texts += sorted({*(task.labels or ())} - {row.label for row in splits["train"]})
-    tokenizer = new_tokenizer(recipe.student, ["predict: explain: ", *texts], recipe.train.init)
-    input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
-    writes_labels = head == "text"  # a label head chooses them
-    if writes_labels and task.label_set is None:
-        labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
-        # First: a label that the student cannot write is the worst problem.
-        warnings[:0] = vocabulary_warnings(recipe.student, tokenizer, labels, {})
-    elif writes_labels and task.label_set is not None:
-        check_student_labels(recipe, task.label_set, tokenizer, input_format)
+    readers = [student_texts(student, task, splits) for student in students]
+    for reader in readers:
+        reader.check_teachers()
+    # First: a label that the student cannot write is the worst problem.
+    warnings[:0] = [warning for reader in readers for warning in reader.label_warnings(splits)]
     figures = {}
     for split, rows in splits.items():
-        figures[split] = _split_figures(recipe, task, tokenizer, input_format, rows)
-        warnings += _split_warnings(recipe, task, tokenizer, split, rows, figures[split])
+        figures[split] = _split_figures(task, rows)
+        for reader in readers:
+            figures[split] |= reader.figures(rows, figures[split].get("students", {}))
+        warnings += _split_warnings(recipe, task, split, rows, figures[split], readers)
     overlaps = find_overlaps(_distinct_splits(recipe, splits), task)
     warnings += [overlap.warning() for overlap in overlaps]
     return Validation(figures, first_prompt, warnings, overlaps)
@@ -111,22 +98,8 @@ def _ensemble_warnings(recipe: Recipe, splits: Splits) -> list[str]:
     return warnings
 
 
-def _split_figures(
-    recipe: Recipe,
-    task: Task,
-    tokenizer: Any,
-    input_format: InputFormat,
-    rows: Sequence[Example],
-) -> dict[str, Any]:
-    """Counts of rows and labels, and lengths in tokens."""
-    sample = rows[:SAMPLE_SIZE]
-    chooses = head_of(recipe.student, recipe.train.init) == "labels"
-    prefix = "" if chooses else "explain: "
-    inputs = input_format.read([prefix + task.text(row.input) for row in sample])
-    written = [text for row in sample for text in (row.label, row.rationale) if text]
-    if chooses:
-        written = [row.rationale for row in sample if row.rationale]
-    targets = input_format.write(written) if written else []
+def _split_figures(task: Task, rows: Sequence[Example]) -> dict[str, Any]:
+    """Counts of rows and labels."""
     labels = [row.label for row in rows if row.label is not None]
     figures: dict[str, Any] = {
         "rows": len(rows),
@@ -135,36 +108,16 @@ def _split_figures(
     }
     if task.labels is not None:
         figures["labels"] = dict(Counter(labels).most_common())
-    figures["inputs"] = _token_figures(
-        tokenizer, inputs, input_limit(recipe.student, recipe.train.init)
-    )
-    figures["targets"] = _token_figures(tokenizer, targets, recipe.student.max_target_tokens)
     return figures
-
-
-def _token_figures(
-    tokenizer: Any, sequences: Sequence[list[int]], limit: int
-) -> dict[str, Any] | None:
-    """Lengths in tokens, the share of texts over ``limit``, and the share of unknown tokens."""
-    if not sequences:
-        return None
-    lengths = sorted(len(token_ids) for token_ids in sequences)
-    unknown = sum(token_ids.count(tokenizer.unk_token_id) for token_ids in sequences)
-    return {
-        "median": lengths[len(lengths) // 2],
-        "longest": lengths[-1],
-        "truncated": sum(length > limit for length in lengths) / len(lengths),
-        "unknown": unknown / max(1, sum(lengths)),
-    }
 
 
 def _split_warnings(
     recipe: Recipe,
     task: Task,
-    tokenizer: Any,
     split: str,
     rows: Sequence[Example],
     figures: dict[str, Any],
+    readers: Sequence[StudentTexts],
 ) -> list[str]:
     warnings = []
     with_gold = figures["with_gold"]
@@ -177,20 +130,7 @@ def _split_warnings(
         missing = [label for label in task.labels if label not in figures["labels"]]
         if missing:
             warnings.append(f"{split}: no row is labeled {', '.join(missing)}")
-    for texts, key in (("inputs", "max_input_tokens"), ("targets", "max_target_tokens")):
-        if figures[texts] and figures[texts]["truncated"] > 0:
-            share = percent(figures[texts]["truncated"])
-            warnings.append(
-                f"{split}: {share} of {texts} are longer than student.{key} and are truncated"
-            )
-    texts_read = {
-        "inputs": [task.text(row.input) for row in rows],
-        "rationales": [row.rationale for row in rows if row.rationale],
-    }
-    warnings += [
-        f"{split}: {warning}"
-        for warning in vocabulary_warnings(recipe.student, tokenizer, [], texts_read)
-    ]
+    warnings += [warning for reader in readers for warning in reader.warnings(split, rows, figures)]
     if recipe.eval.split == split and with_gold < len(rows):
         unlabeled = count(len(rows) - with_gold, "row")
         warnings.append(f"{split}: {unlabeled} without a gold label, left out of the comparison")
@@ -220,66 +160,19 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
         template = f"{{{{ rationale }}}}\n{prompt.anchor[0]} {{{{ label }}}}"
     unreadable: list[tuple[str, str, str | None]] = []
     for label in task.labels or ():
-        view = task.view(example.input, label) | {"rationale": _RATIONALE}
-        answer = render(template, view, where="prompt: answer")
+        variables = task.template_variables(example.input, label) | {"rationale": RATIONALE}
+        answer = render(template, variables, where="prompt: answer")
         sample = parse_reply(answer, prompt, task, example.input, "stop")
         if sample.label != label:
             unreadable.append((label, answer, sample.label or sample.reason))
-        elif sample.rationale is None and _RATIONALE in answer:
+        elif sample.rationale is None and RATIONALE in answer:
             raise UserError(
                 f"the teacher's answer {answer!r:.120} is read without its rationale",
                 hint="change the prompt's answer, anchor or pattern so that they fit each other",
             )
     if unreadable:
         hint = "rename it, or change the prompt's anchor, pattern and stop"
-        raise _unreadable("the teacher's answer", unreadable, hint)
-
-
-def check_student_labels(
-    recipe: Recipe, label_set: LabelSet, tokenizer: Any, input_format: InputFormat
-) -> None:
-    """Raise UserError where a label that the student writes with its tokenizer reads as another
-    one, or as none.
-    """
-    methods = dict.fromkeys(spec.method for spec in grid(recipe.train))
-    views = [view for method in methods for view in method_of(method).views(recipe.train)]
-    unreadable: list[tuple[str, str, str | None]] = []
-    for target in {view.target: None for view in views if view.target != "rationale"}:
-        limit = recipe.student.max_target_tokens
-        if target == "label":
-            limit = min(limit, recipe.eval.max_label_tokens + 1)  # and the end token
-        texts = [compose_target(target, label, _RATIONALE) or "" for label in label_set.labels]
-        decoded = tokenizer.batch_decode(input_format.write(texts, limit), skip_special_tokens=True)
-        for label, text in zip(label_set.labels, decoded, strict=True):
-            reading = label_set.read(split_target(target, text.strip())[0])
-            if isinstance(reading, Unread):
-                unreadable.append((label, text, reading.reason))
-            elif reading != label:
-                unreadable.append((label, text, reading))
-    if unreadable:
-        raise _unreadable(
-            "the student's tokenizer",
-            unreadable,
-            "rename it, raise student.max_target_tokens and eval.max_label_tokens where it is cut, "
-            "or use a student.model with more characters",
-        )
-
-
-def _unreadable(
-    writer: str, unreadable: Sequence[tuple[str, str, str | None]], hint: str
-) -> UserError:
-    """The error for labels that are not read back: (label, text as written, what it reads as)."""
-    lines = [
-        f"{label!r} is written {text.strip()!r:.120}, which reads as {reading!r}"
-        for label, text, reading in unreadable[:_MAX_LABELS]
-    ]
-    if len(unreadable) > _MAX_LABELS:
-        lines.append(f"and {len(unreadable) - _MAX_LABELS} more")
-    return UserError(
-        f"{writer}: {count(len(unreadable), 'label')} would not be read back\n  "
-        + "\n  ".join(lines),
-        hint=hint,
-    )
+        raise unreadable_labels("the teacher's answer", unreadable, hint)
 
 
 # --- the prompt

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dsbs.records.subsets import Subset
+
 Reason = Literal[
     "unparsed",  # the answer anchor is missing, or what follows it cannot be read
     "empty",  # no text, no rationale, or nothing after the anchor
@@ -25,7 +27,7 @@ Provenance = Literal["own", "hinted", "recorded", "human", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
+class Unreadable:
     """Text in which no label can be read, and why. Never an empty answer in disguise."""
 
     reason: Reason
@@ -209,10 +211,10 @@ class TrainedStudent(_Record):
     """The trained parameters: LoRA's adapters, or all. None: not recorded."""
     fingerprint: str
     """Hash of everything that decides the weights."""
-    subset: float = 1.0
-    """The share of the train rows."""
+    subset: Subset = 1.0
+    """The train rows: a share of them, or rows per label."""
     settings: str = ""
-    """Hash of the recipe's settings: ``Recipe.training_of``."""
+    """Hash of the recipe's settings: ``StudentRecipe.training_of``."""
     tuned: dict[str, Any] = {}
     """The settings that train.tune chose."""
     source: str | None = None
@@ -221,6 +223,8 @@ class TrainedStudent(_Record):
     """False: trained on limited data."""
     cost: TrainingCost | None = None
     """None: trained before costs were recorded."""
+    student: str | None = Field(None, exclude_if=_is_none)
+    """The name of its section in the recipe. None: it is the only one."""
 
     @property
     def system(self) -> str:

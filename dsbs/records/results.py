@@ -7,18 +7,20 @@ ends in ``_ms``, money is in US dollars. Intervals are 95% confidence intervals.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsbs.errors import UserError
+from dsbs.records.measures import Cascade, Interval, Measure, ResultRecord, Selective
+from dsbs.records.subsets import Subset
 
-SCHEMA = "dsbs.results/4"
-_READABLE = ("dsbs.results/3", SCHEMA)  # 3 has no floors
+SCHEMA = "dsbs.results/5"
+_READABLE = ("dsbs.results/3", "dsbs.results/4", SCHEMA)  # 3: no floors; 4: a single student
 BATCH_SIZES = (1, 64)  # that a student is timed with
 
-Interval = tuple[float, float]
 SystemKind = Literal["teacher", "student", "external", "floor"]
 
 
@@ -43,27 +45,27 @@ def wilson(correct: int, n: int) -> Rate | None:
     )
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        populate_by_name=True,
-        use_attribute_docstrings=True,
+def exact_rate(correct: int, n: int) -> Rate | None:
+    """As ``wilson``, with the exact interval (Clopper and Pearson, 1934)."""
+    if n == 0:
+        return None
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="exact")
+    return Rate(
+        value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
     )
 
 
-class Measure(_Record):
-    """One metric of a system, on the rows for which it is defined."""
-
-    value: float
-    ci95: Interval | None = None
-    """None: not a mean over rows, and not resampled."""
-    n: int
-    """Rows."""
+def _is_none(value: object) -> bool:
+    return value is None
 
 
-class GradedComparison(_Record):
+def _is_empty(value: object) -> bool:
+    return not value
+
+
+class GradedComparison(ResultRecord):
     """A comparison by a metric that grades rows instead of calling them right or wrong."""
 
     delta: float
@@ -77,7 +79,7 @@ class GradedComparison(_Record):
     n: int
 
 
-class Comparison(_Record):
+class Comparison(ResultRecord):
     """A system against another one on the same rows."""
 
     delta: float
@@ -98,7 +100,7 @@ class Comparison(_Record):
     """By metric."""
 
 
-class FloorComparison(_Record):
+class FloorComparison(ResultRecord):
     """A student against a floor on the same rows, outside Holm's family of comparisons."""
 
     delta: float
@@ -117,7 +119,7 @@ class FloorComparison(_Record):
         return self.ci95[0] > 0
 
 
-class Bin(_Record):
+class Bin(ResultRecord):
     """Predictions with a probability in (low, high]: their mean probability and accuracy."""
 
     low: float
@@ -127,7 +129,7 @@ class Bin(_Record):
     accuracy: float
 
 
-class Latency(_Record):
+class Latency(ResultRecord):
     """Wall time of a call with ``batch_size`` rows that predicts labels, over ``calls`` calls."""
 
     batch_size: int
@@ -137,21 +139,34 @@ class Latency(_Record):
     device: str
 
 
-class SystemResult(_Record):
+class Confusion(ResultRecord):
+    """Rows of one label that a system gives another."""
+
+    gold: str
+    predicted: str
+    rows: float
+    """Mean over seeds."""
+    share: float
+    """Of the rows with the gold label."""
+
+
+class SystemResult(ResultRecord):
     """One system: the teacher, the students of one method over their seeds, a floor, or an external
     file.
     """
 
     name: str
     kind: SystemKind
+    student: str | None = Field(None, exclude_if=_is_none)
+    """Of several students: the name in the recipe."""
     method: str | None = None
     """Of students."""
     floor: str | None = None
     """The floor, as ``eval.floors`` names it."""
     labels: str | None = None
     """Whose labels a student or a floor learned: gold or teacher."""
-    subset: float | None = None
-    """Share of the training rows; None: it learned from none."""
+    subset: Subset | None = None
+    """The training rows: a share of them, or rows per label. None: it learned from none."""
     training_rows: int | None = None
     seeds: list[int] = []
     accuracy: float
@@ -165,8 +180,12 @@ class SystemResult(_Record):
     """By name, in the order of ``dsbs.config.registry.METRICS``."""
     recall: dict[str, Measure] = {}
     """By label of a closed set."""
+    confusions: list[Confusion] = []
+    """The pairs of labels that are most often confused, at most 20; empty for open labels."""
     calibration: list[Bin] = []
     """Empty where the probability of a label is unknown."""
+    selective: Selective | None = None
+    """None where the probability of a label is unknown."""
     parameters: int | None = None
     megabytes: float | None = None
     """Of the weight files, in units of 10^6 bytes."""
@@ -179,17 +198,28 @@ class SystemResult(_Record):
     """Of the teacher; None: unknown."""
     versus: dict[str, Comparison] = {}
     """By the system that it is compared with."""
+    versus_students: dict[str, Comparison] = Field({}, exclude_if=_is_empty)
+    """By the same method's system of another student, which the recipe names later."""
     versus_floors: dict[str, FloorComparison] = {}
     """Of students: by floor, of the same share of the training rows."""
+    settings_tried: int | None = Field(None, exclude_if=_is_none)
+    """Of several students: the settings that tuning tried. 0: not tuned."""
+
+    @property
+    def comparisons(self) -> dict[str, Comparison]:
+        """All of Holm's family: with other methods and files, and with other students."""
+        return self.versus | self.versus_students
 
 
-class LabelEfficiency(_Record):
+class LabelEfficiency(ResultRecord):
     """How many training rows a method needs to match another system's accuracy.
 
     Read off the method's learning curve, log-linear between its points. ``rows`` and the ends of
     ``ci95`` are None where the curve does not reach that accuracy within the rows tried.
     """
 
+    student: str | None = Field(None, exclude_if=_is_none)
+    """Of the curve, where the recipe has several."""
     method: str
     """Of the curve."""
     labels: str
@@ -205,7 +235,7 @@ class LabelEfficiency(_Record):
     """Rows of the curve's last point."""
 
 
-class BreakEven(_Record):
+class BreakEven(ResultRecord):
     """After how many predictions distilling is cheaper than calling the teacher for each."""
 
     system: str
@@ -215,10 +245,12 @@ class BreakEven(_Record):
     predictions: int
 
 
-class Results(_Record):
+class Results(ResultRecord):
     """The whole file."""
 
-    schema_: Literal["dsbs.results/3", "dsbs.results/4"] = Field("dsbs.results/4", alias="schema")
+    schema_: Literal["dsbs.results/3", "dsbs.results/4", "dsbs.results/5"] = Field(
+        "dsbs.results/5", alias="schema"
+    )
     run: str
     name: str
     """Of the recipe."""
@@ -242,6 +274,8 @@ class Results(_Record):
     systems: list[SystemResult]
     label_efficiency: list[LabelEfficiency] = []
     break_even: list[BreakEven] = []
+    cascades: list[Cascade] = []
+    """With ``eval.cascade``: for each prediction file with a confidence."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -284,7 +318,7 @@ def read_results(path: Path) -> Results:
 COMPRESSION_RECORD = "compress.json"
 
 
-class Measurement(_Record):
+class Measurement(ResultRecord):
     """Accuracy, size and latency of one student on the valid rows."""
 
     accuracy: float
@@ -303,7 +337,19 @@ class Measurement(_Record):
         return None
 
 
-class Compressed(_Record):
+HealFrom = Literal["original", "rows", "both"]
+
+
+def chain_name(chain: Sequence[str], healed_by: Sequence[HealFrom | None]) -> str:
+    """The name of a chain: its steps, each with what it healed from unless that is the original."""
+    names = []
+    for index, step in enumerate(chain):
+        healer = healed_by[index] if index < len(healed_by) else None
+        names.append(step if healer in (None, "original") else f"{step}@{healer}")
+    return "+".join(names)
+
+
+class Compressed(ResultRecord):
     """One compressed student. Its folder is a student's folder like any other."""
 
     schema_: Literal["dsbs.compress/1"] = Field("dsbs.compress/1", alias="schema")
@@ -315,6 +361,9 @@ class Compressed(_Record):
     """The steps in order, as on the command line: prune-ff=0.5, quantize=int8."""
     n: int
     """Number of valid rows."""
+    healed_by: tuple[HealFrom | None, ...] = ()
+    """What each step's healing learned from; None: it had none. Empty in records of earlier
+    versions, whose steps healed from rows."""
     original: Measurement
     compressed: Measurement
     agreement: float
@@ -329,10 +378,28 @@ class Compressed(_Record):
     """Whether the loss is within ``max_drop``."""
     seconds: float
     """Duration of the last step, with its healing."""
+    layers: dict[str, list[int]] = {}
+    """By stack, the original's layers that are left, from 1. Empty: no step dropped layers."""
+    dropped_layers: dict[str, list[int]] = {}
+    """By stack, the original's layers that the last step dropped."""
+    layer_scores: dict[str, dict[int, float]] = {}
+    """By stack, the importance of each of the original's layers that the last step could drop; the
+    least important were dropped."""
+    layers_by: str | None = None
+    """What that importance is: influence, loss, or position, which has no scores."""
+    rounds: int = 1
+    """In how many parts the last step removed its share."""
 
     @property
     def name(self) -> str:
-        return "+".join(self.chain)
+        return chain_name(self.chain, self.healed_by)
+
+    @property
+    def healer(self) -> HealFrom | None:
+        """What the last step's healing learned from; None: it had none."""
+        if self.healed_by:
+            return self.healed_by[-1]
+        return "rows" if self.healing_steps else None
 
     @property
     def recovered(self) -> float | None:

@@ -1,16 +1,74 @@
-"""Sentences about floors, label efficiency and break-even, for summaries and reports."""
+"""Sentences about comparisons, floors, several students, cascades, labels and break-even."""
 
 from __future__ import annotations
 
 from dsbs.formatting import (
+    ABSENT,
+    confidence_interval,
     count,
     dollars,
+    p_value,
     percent,
     points,
     sentence_list,
     signed_confidence_interval,
 )
-from dsbs.records.results import BreakEven, FloorComparison, LabelEfficiency, SystemResult
+from dsbs.records.measures import Cascade
+from dsbs.records.results import (
+    BreakEven,
+    Comparison,
+    FloorComparison,
+    GradedComparison,
+    LabelEfficiency,
+    Results,
+    SystemResult,
+)
+from dsbs.records.subsets import subset_rank
+
+ALPHA = 0.05  # a difference is reliable where its Holm-corrected p value is below this
+
+
+def is_reliable(comparison: Comparison | GradedComparison) -> bool:
+    """Whether the difference is significant after Holm's correction."""
+    return comparison.p_holm < ALPHA
+
+
+def comparison_sentence(baseline: str, comparison: Comparison) -> str:
+    """The difference from another system, or that there is none to rely on, with its caveats."""
+    uncertainty = f"{signed_confidence_interval(comparison.ci95)}, {p_value(comparison.p_holm)}"
+    if is_reliable(comparison):
+        return f"{distance(comparison)} accurate than {baseline} ({uncertainty})"
+    details = "; ".join([f"{points(comparison.delta)}, {uncertainty}", *caveats_of(comparison)])
+    return f"no reliable difference from {baseline} ({details})"
+
+
+def distance(comparison: Comparison) -> str:
+    """How far apart two systems are: 3.1 points more."""
+    direction = "more" if comparison.delta > 0 else "less"
+    distance = points(abs(comparison.delta)).removeprefix("+")
+    return f"{distance} {direction}"
+
+
+def caveats_of(comparison: Comparison) -> list[str]:
+    """Caveats of a comparison that is not significant."""
+    caveats = []
+    excludes_zero = not comparison.ci95[0] <= 0 <= comparison.ci95[1]
+    if excludes_zero and comparison.p < ALPHA:
+        caveats.append(
+            "the p value is corrected for the number of comparisons, the interval is not"
+        )
+    elif excludes_zero:
+        caveats.append("the interval and the p value rest on different approximations")
+    if comparison.minimum_detectable_effect is not None:
+        smallest = points(comparison.minimum_detectable_effect).removeprefix("+")
+        caveats.append(
+            f"with this test set, a difference below {smallest} would usually go unnoticed "
+            "(80% power)"
+        )
+    return caveats
+
+
+# --- floors
 
 
 def floor_warnings(system: SystemResult | None) -> list[str]:
@@ -58,9 +116,94 @@ def _floor_difference(comparison: FloorComparison) -> str:
     return f"{points(comparison.delta)}, {signed_confidence_interval(comparison.ci95)}"
 
 
+# --- several students
+
+
+def student_sentences(results: Results) -> list[str]:
+    """Of several students: which is best, what their methods add, and whether they were tuned
+    alike. Empty for a single student.
+    """
+    systems = [system for system in results.systems if system.kind == "student"]
+    largest = max((system.subset for system in systems), key=subset_rank, default=None)
+    systems = [system for system in systems if system.subset == largest]
+    names = dict.fromkeys(system.student for system in systems if system.student is not None)
+    if len(names) < 2:
+        return []
+    head = results.system(results.headline)
+    subject = (None, None) if head is None else (head.method, head.labels)
+    own_baselines = []
+    for system in systems:
+        if (system.method, system.labels) == subject and system.versus:
+            baseline, comparison = next(iter(system.versus.items()))
+            sentence = comparison_sentence(baseline, comparison)
+            own_baselines.append(f"{system.name} ({percent(system.accuracy)}): {sentence}.")
+    return [*_best_student_sentences(systems), *own_baselines, *_tuning_sentences(systems)]
+
+
+def _best_student_sentences(systems: list[SystemResult]) -> list[str]:
+    best = max(systems, key=lambda system: system.accuracy)
+    sentences = [
+        f"The most accurate student is {best.student} ({best.name}, {percent(best.accuracy)})."
+    ]
+    for other in systems:
+        is_counterpart = (other.method, other.labels) == (best.method, best.labels)
+        if other.student == best.student or not is_counterpart:
+            continue
+        comparison = best.versus_students.get(other.name)
+        if comparison is None and best.name in other.versus_students:
+            comparison = _reversed(other.versus_students[best.name])
+        if comparison is None:
+            continue
+        sentence = comparison_sentence(other.name, comparison)
+        sentences.append(f"By the same method, {best.name}: {sentence}.")
+    return sentences
+
+
+def _reversed(comparison: Comparison) -> Comparison:
+    """The comparison of the other system with this one. Graded ones are left out."""
+    low, high = comparison.ci95
+    return comparison.model_copy(
+        update={
+            "delta": -comparison.delta,
+            "ci95": (-high, -low),
+            "wins": comparison.losses,
+            "losses": comparison.wins,
+            "graded": {},
+        }
+    )
+
+
+def _tuning_sentences(systems: list[SystemResult]) -> list[str]:
+    """Whether all students tried equally many settings by each method."""
+    tried: dict[tuple[str | None, str | None], dict[str | None, int]] = {}
+    for system in systems:
+        if system.settings_tried is not None:
+            key = (system.method, system.labels)
+            tried.setdefault(key, {})[system.student] = system.settings_tried
+    for (method, _), counts in tried.items():
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {number}" for name, number in counts.items())
+            return [
+                f"The students were not tuned alike ({method} tried settings: {listed}), so a "
+                "difference between them may come from tuning."
+            ]
+    numbers = sorted({number for counts in tried.values() for number in counts.values()})
+    if not numbers:
+        return []
+    if numbers == [0]:
+        return ["No student was tuned; each was trained with its own learning rate and steps."]
+    listed = sentence_list([f"{number}" for number in numbers])
+    return [f"All students were tuned alike, on {listed} settings for each method."]
+
+
+# --- labels and prices
+
+
 def label_efficiency_sentence(efficiency: LabelEfficiency) -> str:
     """How many labels a method needs to be as accurate as another system."""
     method = f"{efficiency.method} with {efficiency.labels} labels"
+    if efficiency.student is not None:
+        method = f"{efficiency.student}: {method}"
     target = f"{efficiency.system} ({percent(efficiency.accuracy)})"
     low, high = efficiency.ci95
     if efficiency.rows is None:
@@ -91,3 +234,111 @@ def break_even_sentence(break_even: BreakEven) -> str:
         f"It recovers that after {count(break_even.predictions, 'prediction')}, "
         f"since the teacher costs {price} per 1,000 predictions."
     )
+
+
+# --- cascades
+
+
+def headline_cascade(results: Results) -> Cascade | None:
+    """The cascade of the headline system's student that was best on valid."""
+    cascades = (cascade for cascade in results.cascades if cascade.system == results.headline)
+    return next(cascades, None)
+
+
+def cascade_answer(results: Results) -> list[str]:
+    """What share of the requests could be switched over, at which loss, saving how much."""
+    cascade = headline_cascade(results)
+    if cascade is None:
+        return []
+    if cascade.threshold is None:
+        return [f"None of the teacher's requests could be switched over to {cascade.student}."]
+    share = percent(cascade.coverage.value)
+    if cascade.coverage.ci95 is not None:
+        share += f" ({confidence_interval(cascade.coverage.ci95)})"
+    loss = f"answering {percent(1 - cascade.agreement.value)} of all requests otherwise"
+    if cascade.of == "accuracy":
+        loss = (
+            f"with {percent(cascade.accuracy.value)} of all answers right instead of "
+            f"{percent(cascade.teacher_accuracy.value)}"
+        )
+    saving = f"saving {percent(cascade.coverage.value)} of the teacher's requests"
+    if cascade.usd_per_1000 is not None and cascade.teacher_usd_per_1000 is not None:
+        saved = dollars(cascade.teacher_usd_per_1000 - cascade.usd_per_1000)
+        saving = f"saving {saved} of {dollars(cascade.teacher_usd_per_1000)} per 1,000 requests"
+    return [
+        f"{cascade.student} could take over {share} of the teacher's requests, {loss} and {saving}."
+    ]
+
+
+def cascade_details(results: Results) -> list[str]:
+    """The guarantee behind the answer, or what is missing for one."""
+    cascade = headline_cascade(results)
+    if cascade is None:
+        return []
+    level = f"{100 * cascade.level:g}% confidence"
+    rows = f"{count(cascade.rows, 'calibration row')} of {cascade.source}"
+    goal = f"{100 * (cascade.target or 0):g}% {cascade.of}"
+    if cascade.margin is not None:
+        goal = f"a loss of at most {100 * cascade.margin:g} points against the teacher"
+    if cascade.bound is None:
+        return [f"No threshold keeps {goal} with {level} on {rows}.", _missing_rows(cascade)]
+    guaranteed = f"{cascade.of} of at least {percent(cascade.bound)}"
+    if cascade.margin is not None:
+        guaranteed = f"a loss of at most {points(cascade.bound).removeprefix('+')}"
+    tested = f"tested on {cascade.n:,} other rows"
+    if cascade.folds is not None:
+        tested = f"tested by cross-fitting in {cascade.folds} folds"
+    return [
+        f"Its threshold ({cascade.confidence} of at least {cascade.threshold:.3g}) guarantees "
+        f"{guaranteed} with {level} for requests drawn like the {rows}; it was {tested}."
+    ]
+
+
+def _missing_rows(cascade: Cascade) -> str:
+    if cascade.rows_needed is None:
+        return "More rows would not help: its surest answers are wrong too often."
+    if cascade.rows_needed <= cascade.rows:
+        return "More rows may help."
+    return f"It would take about {cascade.rows_needed:,} rows, or more."
+
+
+# --- tables of text
+
+
+def selective_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of selective prediction: each system with a confidence."""
+    headings = ["system", "confidence"]
+    rows = []
+    for system in results.systems:
+        if system.selective is None:
+            continue
+        measures = system.selective.measures
+        headings[2:] = list(measures)
+        row = [system.name, ", ".join(system.selective.confidence)]
+        for measure in measures.values():
+            low, high = measure.ci95 or (measure.value, measure.value)
+            row.append(f"{measure.value:.3f} [{low:.3f}, {high:.3f}]")
+        rows.append(row)
+    return headings, rows
+
+
+def cascade_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the cascades: each prediction file with a confidence."""
+    headings = ["student", "threshold", "guaranteed", "calibration rows", "coverage", "agreement"]
+    headings += ["accuracy", "teacher alone", "student alone", "per 1,000 requests"]
+    rows = [
+        [
+            cascade.student,
+            ABSENT if cascade.threshold is None else f"{cascade.threshold:.4f}",
+            ABSENT if cascade.bound is None else percent(cascade.bound),
+            f"{cascade.rows:,}",
+            percent(cascade.coverage.value),
+            percent(cascade.agreement.value),
+            percent(cascade.accuracy.value),
+            percent(cascade.teacher_accuracy.value),
+            percent(cascade.student_accuracy.value),
+            dollars(cascade.usd_per_1000),
+        ]
+        for cascade in results.cascades
+    ]
+    return headings, rows

@@ -1,10 +1,9 @@
-"""Summary of an evaluation: headline, gates, comparison sentences, results table and results.md."""
+"""Summary of an evaluation: headline, comparison sentences, results table and results.md."""
 
 from __future__ import annotations
 
 import math
 
-from dsbs.errors import UserError
 from dsbs.formatting import (
     ABSENT,
     confidence_interval,
@@ -25,20 +24,27 @@ from dsbs.formatting import (
 )
 from dsbs.records.results import (
     Comparison,
-    GradedComparison,
     Results,
     SystemResult,
 )
 from dsbs.records.sentences import (
+    ALPHA,
     break_even_sentence,
+    cascade_answer,
+    cascade_details,
+    cascade_rows,
+    caveats_of,
+    comparison_sentence,
+    distance,
     floor_details,
     floor_sentences,
     floor_warnings,
+    is_reliable,
     label_efficiency_sentence,
+    selective_rows,
+    student_sentences,
 )
 
-_ROUNDING = 1e-9  # a mean over seeds may differ from the exact share by less than this
-ALPHA = 0.05  # a difference is reliable where its Holm-corrected p value is below this
 TARGET_DIFFERENCE = 0.05  # the headline says how many rows would show this difference
 HEADINGS = (
     "system",
@@ -56,11 +62,6 @@ TEST_NAMES = {  # as results.json has them -> for people
     "sign-flip permutation": "exact sign-flip permutation test",
     "approximate randomization": "approximate randomization test",
 }
-
-
-def is_reliable(comparison: Comparison | GradedComparison) -> bool:
-    """Whether the difference is significant after Holm's correction."""
-    return comparison.p_holm < ALPHA
 
 
 def first_comparison(system: SystemResult) -> tuple[str | None, Comparison | None]:
@@ -100,36 +101,73 @@ def rows_needed(
 def headline(results: Results) -> str:
     """The headline system against its baseline, in plain words.
 
-    Floors that it does not beat come first.
+    Floors that it does not beat come first. With ``eval.cascade``, the second sentence says what
+    share of the requests it can take over from its teacher.
     """
-    sentence = " ".join([*floor_warnings(headline_comparison(results)[0]), _headline(results)])
+    system = headline_comparison(results)[0]
+    sentences = [*floor_warnings(system), *_headline(results)]
+    sentences[1:1] = cascade_answer(results)
+    sentence = " ".join(sentences)
     if results.reportable:
         return sentence
     return f"Smoke run, not reportable: {sentence}"
 
 
-def _headline(results: Results) -> str:
+def _headline(results: Results) -> list[str]:
     rows = count(results.n, f"{results.split} row")
     system, baseline = headline_comparison(results)
     if system is None:
-        return f"No systems were compared on these {rows}."
+        return [f"No systems were compared on these {rows}."]
     if baseline is None:
-        return (
+        return [
             f"{system.name} labels {percent(system.accuracy)} of these {rows} correctly "
-            f"({confidence_interval(system.ci95)}). It was not compared with a baseline."
-        )
+            f"({confidence_interval(system.ci95)}).",
+            "It was not compared with a baseline.",
+        ]
     comparison = system.versus[baseline]
     ci95 = signed_confidence_interval(comparison.ci95)
     if is_reliable(comparison):
-        return (
-            f"{system.name} is {_distance(comparison)} accurate than {baseline} "
+        return [
+            f"{system.name} is {distance(comparison)} accurate than {baseline} "
             f"on these {rows} ({ci95})."
-        )
+        ]
     sentence = (
         f"{system.name} and {baseline} cannot be told apart on these {rows} "
         f"({points(comparison.delta)}, {ci95})."
     )
-    return " ".join([sentence, *_rows_sentence(results.n, comparison)])
+    return [sentence, *_rows_sentence(results.n, comparison)]
+
+
+def closing(results: Results, train_accuracy: float | None = None) -> str:
+    """The last words of a run: its most accurate student, its teacher and its best floor.
+
+    ``train_accuracy`` is the teacher's on the train rows, for a run that did not annotate the
+    compared ones.
+    """
+    best = {
+        kind: max(group, key=lambda system: system.accuracy)
+        for kind in ("student", "teacher", "floor")
+        if (group := [system for system in results.systems if system.kind == kind])
+    }
+    rows = count(results.n, f"{results.split} row")
+    if "student" not in best:
+        return f"No student was compared on these {rows}."
+    student = best["student"]
+    students = sum(system.kind == "student" for system in results.systems)
+    name = student.name if students == 1 else f"{student.name}, the best of {students} students,"
+    references = []
+    if "teacher" in best:
+        references.append(f"the teacher {percent(best['teacher'].accuracy)}")
+    elif train_accuracy is not None:
+        references.append(f"the teacher {percent(train_accuracy)} of the train rows")
+    if "floor" in best:
+        floor = best["floor"]
+        references.append(f"the best floor, {floor.name}, {percent(floor.accuracy)}")
+    sentence = (
+        f"{name} labels {percent(student.accuracy)} of these {rows} correctly "
+        f"({confidence_interval(student.ci95)})"
+    )
+    return f"{'; '.join([sentence, *references])}."
 
 
 def _rows_sentence(rows: int, comparison: Comparison) -> list[str]:
@@ -150,7 +188,7 @@ def _two_digits(number: int) -> int:
 def headline_details(results: Results) -> list[str]:
     """Sentences to follow the headline: its p value, and its caveats."""
     system, baseline = headline_comparison(results)
-    floors = floor_details(system)
+    floors = [*cascade_details(results), *floor_details(system)]
     if results.baseline is None:
         return [*floors, "To compare students with fine-tuning, add finetune to train.methods."]
     if system is None or baseline is None:
@@ -163,94 +201,17 @@ def headline_details(results: Results) -> list[str]:
     ]
     if is_reliable(comparison):
         return [*details, *floors]
-    details += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in _caveats(comparison)]
+    details += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in caveats_of(comparison)]
     return [*details, "Finding no difference does not show that there is none.", *floors]
 
 
 def system_sentences(system: SystemResult) -> list[str]:
     """A sentence for each floor and each system that this one is compared with."""
     against_others = [
-        f"{system.name}: {_comparison_sentence(baseline, comparison)}."
-        for baseline, comparison in system.versus.items()
+        f"{system.name}: {comparison_sentence(baseline, comparison)}."
+        for baseline, comparison in system.comparisons.items()
     ]
     return floor_sentences(system) + against_others
-
-
-def _comparison_sentence(baseline: str, comparison: Comparison) -> str:
-    uncertainty = f"{signed_confidence_interval(comparison.ci95)}, {p_value(comparison.p_holm)}"
-    if is_reliable(comparison):
-        return f"{_distance(comparison)} accurate than {baseline} ({uncertainty})"
-    details = "; ".join([f"{points(comparison.delta)}, {uncertainty}", *_caveats(comparison)])
-    return f"no reliable difference from {baseline} ({details})"
-
-
-def _distance(comparison: Comparison) -> str:
-    direction = "more" if comparison.delta > 0 else "less"
-    distance = points(abs(comparison.delta)).removeprefix("+")
-    return f"{distance} {direction}"
-
-
-def _caveats(comparison: Comparison) -> list[str]:
-    """Caveats of a comparison that is not significant."""
-    caveats = []
-    excludes_zero = not comparison.ci95[0] <= 0 <= comparison.ci95[1]
-    if excludes_zero and comparison.p < ALPHA:
-        caveats.append(
-            "the p value is corrected for the number of comparisons, the interval is not"
-        )
-    elif excludes_zero:
-        caveats.append("the interval and the p value rest on different approximations")
-    if comparison.minimum_detectable_effect is not None:
-        smallest = points(comparison.minimum_detectable_effect).removeprefix("+")
-        caveats.append(
-            f"with this test set, a difference below {smallest} would usually go unnoticed "
-            "(80% power)"
-        )
-    return caveats
-
-
-def gate_failures(
-    results: Results, min_accuracy: float | None = None, min_delta: float | None = None
-) -> list[str]:
-    """A sentence for each gate that the headline system misses; empty if it passes all.
-
-    ``min_accuracy`` and ``min_delta`` (against its first baseline) are fractions, compared with the
-    point estimates, not with their intervals; None: no such gate. Raises UserError if there is no
-    headline system, or nothing that it is compared with.
-    """
-    if min_accuracy is None and min_delta is None:
-        return []
-    system = results.system(results.headline)
-    if system is None:
-        raise UserError(
-            f"{results.name} has no headline system (a student of the first method that is not a "
-            "baseline), so no gate can be checked",
-            hint="train the first of train.methods that is not in eval.baseline, "
-            "then evaluate again",
-        )
-    failures = []
-    if min_accuracy is not None and system.accuracy < min_accuracy - _ROUNDING:
-        failures.append(
-            f"{system.name}: accuracy {100 * system.accuracy:.2f}% "
-            f"({confidence_interval(system.ci95)}) is below the gate of {100 * min_accuracy:g}%"
-        )
-    if min_delta is None:
-        return failures
-    baseline, comparison = first_comparison(system)
-    if comparison is None:
-        raise UserError(
-            f"{system.name} is not compared with any system, so --min-delta cannot be checked",
-            hint="name in eval.baseline a method other than the first of train.methods, "
-            "and train it, e.g. finetune",
-        )
-    if comparison.delta < min_delta - _ROUNDING:
-        delta = signed(100 * comparison.delta, 2)
-        failures.append(
-            f"{system.name}: {delta} points against {baseline} "
-            f"({signed_confidence_interval(comparison.ci95)}, {p_value(comparison.p_holm)}) "
-            f"is below the gate of {100 * min_delta:+g} points"
-        )
-    return failures
 
 
 # --- tables
@@ -305,10 +266,13 @@ def results_markdown(results: Results) -> str:
     if details:
         lines += [markdown_paragraph(details), ""]
     lines += ["## Systems", "", *_escaped_table(*results_table(results))]
+    lines += _list_section("Students", student_sentences(results))
     lines += _comparisons_section(results)
     lines += _floors_section(results)
     lines += _graded_section(results)
     lines += _metrics_section(results)
+    lines += _table_section("Selective prediction", *selective_rows(results))
+    lines += _table_section("Cascade", *cascade_rows(results))
     lines += _list_section(
         "Labels needed", [label_efficiency_sentence(item) for item in results.label_efficiency]
     )
@@ -337,7 +301,7 @@ def _comparisons_section(results: Results) -> list[str]:
     )
     rows = []
     for system in results.systems:
-        for baseline, comparison in system.versus.items():
+        for baseline, comparison in system.comparisons.items():
             detectable = comparison.minimum_detectable_effect
             row = [
                 system.name,
@@ -401,7 +365,7 @@ def _graded_section(results: Results) -> list[str]:
     headings = ("system", "against", "metric", "difference", "95% CI", "p", "p (Holm)", "rows")
     rows = []
     for system in results.systems:
-        for baseline, comparison in system.versus.items():
+        for baseline, comparison in system.comparisons.items():
             for metric, graded in comparison.graded.items():
                 low, high = graded.ci95
                 row = [
@@ -439,6 +403,10 @@ def _metrics_section(results: Results) -> list[str]:
                 row.append(f"{measure.value:.3f} [{low:.3f}, {high:.3f}]")
         rows.append(row)
     return ["", "## Metrics", "", *_escaped_table(["system", *names], rows)]
+
+
+def _table_section(title: str, headings: list[str], rows: list[list[str]]) -> list[str]:
+    return ["", f"## {title}", "", *_escaped_table(headings, rows)] if rows else []
 
 
 def _escaped_table(headings: list[str] | tuple[str, ...], rows: list[list[str]]) -> list[str]:

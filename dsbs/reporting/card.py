@@ -15,6 +15,7 @@ from dsbs.config.terms import base_of
 from dsbs.errors import UserError
 from dsbs.files import atomic_write
 from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent
+from dsbs.records.measures import Measure
 from dsbs.records.results import SystemResult
 from dsbs.records.summary import system_sentences
 from dsbs.reporting.runs import EvaluatedRun
@@ -23,6 +24,7 @@ from dsbs.students.card import StudentCard, read_card
 from dsbs.tasks import make_task
 from dsbs.tasks.templates import fields_of
 
+_MAX_RECALLS = 20  # labels whose recall a card lists
 _SIGNATURE = re.compile(r"<!-- dsbs wrote this card, sha256 ([0-9a-f]{64}): .*? -->\n\Z")
 
 
@@ -62,19 +64,20 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     from jinja2 import Environment, PackageLoader
 
     folder = run.folder.student(name)
-    recipe = read_recorded({"recipe": run.recipe})
+    student = read_student(folder)
+    run_recipe = read_recorded({"recipe": run.recipe})
+    recipe = None if run_recipe is None else run_recipe.students.get(student.student)
     if recipe is None:
         raise UserError(
             f"{run.folder.path}: its recipe is from another version of dsbs",
             hint="run `dsbs eval` again",
         )
-    student = read_student(folder)
     card = read_card(folder)
     base_model = recipe.train.init or recipe.student.model
     data_id = _hub_id(recipe.task.data.train)
     metadata = ModelCardData(  # https://huggingface.co/docs/hub/model-cards
         license="unknown",  # a person has to set it
-        library_name="transformers",
+        library_name="transformers" if card.head == "text" else None,
         pipeline_tag=_pipeline_tag(card),
         base_model=_hub_id(base_model),
         datasets=[data_id] if data_id else None,
@@ -104,16 +107,22 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         reportable=run.results.reportable and student.reportable,
         accuracies=dict(zip(system.seeds, system.accuracy_per_seed, strict=False)),
         sentences=system_sentences(system),
-        metrics=system.metrics | {f"recall of {key}": m for key, m in system.recall.items()},
+        metrics=system.metrics | _recalls(system),
         labels=make_task(recipe.task).labels,
         base_model=_public_name(base_model),
         data=_public_name(recipe.task.data.train),
         annotator=_annotator(run, recipe),
-        item=json.dumps(_example_item(recipe), ensure_ascii=False),
-        fenced=fenced,
+        loading=_Markdown(loading_text(card, _example_item(recipe))),
     )
     text = f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n\n"
     return f"{text}<!-- dsbs wrote this card, sha256 {_sha256(text)}: an edited card is kept -->\n"
+
+
+def _recalls(system: SystemResult) -> dict[str, Measure]:
+    """The recall of each label, where there are few."""
+    if len(system.recall) > _MAX_RECALLS:
+        return {}
+    return {f"recall of {label}": measure for label, measure in system.recall.items()}
 
 
 def _pipeline_tag(card: StudentCard) -> str:
@@ -130,6 +139,39 @@ def fenced(text: str, language: str) -> str:
     """A code block. Its fence is longer than any in the text."""
     fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
     return _Markdown(f"{fence}{language}\n{text}\n{fence}")
+
+
+def loading_text(card: StudentCard, item: str | dict[str, Any] = "<text>") -> str:
+    """How to load a student and answer ``item``; for a label head, what its files hold."""
+    code = [
+        "import dsbs",
+        "",
+        f'student = dsbs.Student.load("{card.name}")',
+        f"(answer,) = student.predict([{json.dumps(item, ensure_ascii=False)}])",
+        "print(answer.label)",
+    ]
+    if card.explains and not (card.head == "labels" and card.format != "transformers"):
+        code[-2] = code[-2].removesuffix(")") + ", rationale=True)"
+    if card.head == "labels":
+        code[-1] = "print(answer.label, answer.distribution)"
+    text = fenced("\n".join(code), "python")
+    text += (
+        "\n\n`dsbs.Student.load` reads a folder; "
+        '`huggingface_hub.snapshot_download("OWNER/NAME")` downloads one.'
+    )
+    if card.head != "labels" or card.format != "transformers":
+        return text
+    pooled = "the last token's state"
+    if card.kind != "causal":
+        pooled = "the mean of the encoder's states over the input's tokens"
+    text += (
+        " `transformers` alone loads the pretrained model in this folder without the label head, "
+        "which is in `head.safetensors`: `weight` (labels, states) and `bias` (labels), applied to "
+        f"{pooled}. The order of the labels is `classes` in `student.json`."
+    )
+    if card.kind == "encoder" and card.explains:
+        text += " `rationale_decoder/` writes rationales; labels do not need it."
+    return text
 
 
 def _hub_id(source: str | None) -> str | None:

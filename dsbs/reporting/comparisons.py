@@ -8,8 +8,10 @@ from typing import Any
 
 from dsbs.config.registry import FLOORS, entry
 from dsbs.formatting import p_number, percent_number, points_number, signed_interval
-from dsbs.records.results import Comparison, FloorComparison, Interval, SystemResult
-from dsbs.records.summary import TEST_NAMES, is_reliable
+from dsbs.records.measures import Interval
+from dsbs.records.results import Comparison, FloorComparison, SystemResult
+from dsbs.records.sentences import is_reliable
+from dsbs.records.summary import TEST_NAMES
 from dsbs.reporting.runs import EvaluatedRun, name_among
 from dsbs.reporting.tables import BarAxis, Column, RowGroup, Table, TableRow, cells, optional
 
@@ -43,10 +45,10 @@ def comparison_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         comparison.test
         for run in runs
         for system in run.results.systems
-        for comparison in system.versus.values()
+        for comparison in system.comparisons.values()
     ]
     return difference_table(
-        runs, lambda system: system.versus.items(), _comparison_columns(tests), _tone
+        runs, lambda system: system.comparisons.items(), _comparison_columns(tests), _tone
     )
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dsbs.files import atomic_write
-from dsbs.records.results import Interval, Latency, Measure, Measurement, SystemResult
-from dsbs.records.summary import is_reliable
+from dsbs.records.measures import Interval, Measure
+from dsbs.records.results import Latency, Measurement, SystemResult
+from dsbs.records.sentences import is_reliable
+from dsbs.records.subsets import subset_rank
 from dsbs.reporting.compression import by_original
 from dsbs.reporting.runs import EvaluatedRun, run_titles
 
 Cell = str | int | float | bool | None
-TitledRuns = Iterable[tuple[str, EvaluatedRun]]
+TitledRuns = Sequence[tuple[str, EvaluatedRun]]
 # The first characters of a cell that a spreadsheet would calculate.
 _FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 _METRIC_COLUMNS = (
@@ -46,6 +48,8 @@ def write_csv_files(runs: Sequence[EvaluatedRun], folder: Path) -> list[Path]:
         "comparisons.csv": _comparison_rows(titled),
         "curve.csv": _curve_rows(titled),
         "metrics.csv": _metric_rows(titled),
+        "risk_coverage.csv": _risk_rows(titled),
+        "cascades.csv": _cascade_rows(titled),
         "compressed.csv": _compressed_rows(titled),
     }
     return [_write(folder / name, rows) for name, rows in tables.items()]
@@ -53,6 +57,7 @@ def write_csv_files(runs: Sequence[EvaluatedRun], folder: Path) -> list[Path]:
 
 def _system_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
     rows = []
+    is_named = _has_several_students(runs)
     for title, run in runs:
         for system in run.results.systems:
             row: dict[str, Cell] = {
@@ -62,6 +67,7 @@ def _system_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
                 "rows": run.results.n,
                 "system": system.name,
                 "kind": system.kind,
+                **({"student": system.student} if is_named else {}),
                 "method": system.method,
                 "floor": system.floor,
                 "labels": system.labels,
@@ -115,7 +121,7 @@ def _comparison_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
         }
         for title, run in runs
         for system in run.results.systems
-        for baseline, comparison in system.versus.items()
+        for baseline, comparison in system.comparisons.items()
     ]
     for title, run in runs:
         for system in run.results.systems:
@@ -138,9 +144,11 @@ def _comparison_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
 
 def _curve_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
     """All students and floors that learn; a single share of the rows makes a curve of one point."""
+    is_named = _has_several_students(runs)
     return [
         {
             "run": title,
+            **({"student": system.student} if is_named else {}),
             "method": system.method or system.floor,
             "labels": system.labels,
             "subset": system.subset,
@@ -154,8 +162,13 @@ def _curve_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
     ]
 
 
-def _curve_key(system: SystemResult) -> tuple[str, str, float]:
-    return system.method or system.floor or "", system.labels or "", system.subset or 0.0
+def _curve_key(system: SystemResult) -> tuple[str, str, str, tuple[bool, float]]:
+    method = system.method or system.floor or ""
+    return system.student or "", method, system.labels or "", subset_rank(system.subset)
+
+
+def _has_several_students(runs: TitledRuns) -> bool:
+    return any(system.student is not None for _, run in runs for system in run.results.systems)
 
 
 def _metric_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
@@ -171,6 +184,9 @@ def _metric_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
                 rows.append(start | {"metric": "accuracy", "seed": seed, "value": value, "n": n})
             for name, measure in system.metrics.items():
                 rows.append(start | {"metric": name} | _measure_columns(measure))
+            selective = {} if system.selective is None else system.selective.measures
+            for name, measure in selective.items():
+                rows.append(start | {"metric": name} | _measure_columns(measure))
             for label, measure in system.recall.items():
                 recall: dict[str, Cell] = {"metric": "recall", "label": label}
                 rows.append(start | recall | _measure_columns(measure))
@@ -183,6 +199,31 @@ def _measure_columns(measure: Measure) -> dict[str, Cell]:
         "n": measure.n,
         **_interval_columns("value", measure.ci95),
     }
+
+
+def _risk_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
+    """The points of each system's risk-coverage curve."""
+    return [
+        {"run": title, "system": system.name, "coverage": coverage, "risk": risk}
+        for title, run in runs
+        for system in run.results.systems
+        if system.selective is not None
+        for coverage, risk in system.selective.curve
+    ]
+
+
+def _cascade_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
+    """Students in front of their teacher."""
+    rows: list[dict[str, Cell]] = []
+    for title, run in runs:
+        for cascade in run.results.cascades:
+            row: dict[str, Cell] = {"run": title} | cascade.model_dump(exclude={"curve"})
+            for name, value in cascade:
+                if isinstance(value, Measure):
+                    row[name] = value.value
+                    row |= _interval_columns(name, value.ci95)
+            rows.append(row)
+    return rows
 
 
 def _compressed_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
@@ -201,6 +242,7 @@ def _compressed_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
                     "agreement": record.agreement,
                     "accuracy_before_healing": record.before_healing,
                     "healing_steps": record.healing_steps,
+                    "healed_by": record.healer,
                     "healing_recovered": record.recovered,
                     "max_drop": record.max_drop,
                     "accepted": record.accepted,

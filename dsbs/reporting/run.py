@@ -22,24 +22,28 @@ from dsbs.records.sentences import (
     break_even_sentence,
     floor_details,
     floor_warnings,
+    is_reliable,
     label_efficiency_sentence,
+    student_sentences,
 )
 from dsbs.records.summary import (
     headline,
     headline_comparison,
     headline_details,
-    is_reliable,
 )
 from dsbs.reporting.card import write_cards
 from dsbs.reporting.comparisons import comparison_table, floor_definitions, floor_table
 from dsbs.reporting.compression import (
     compression_table,
+    healer_sentences,
     healing_sentences,
     outdated_sentences,
 )
+from dsbs.reporting.confidence import cascade_table, selective_table
 from dsbs.reporting.csv_files import write_csv_files
 from dsbs.reporting.examples import NO_EXAMPLES, PackedExamples, pack_examples
 from dsbs.reporting.figures import Figure, draw_figures, write_figures
+from dsbs.reporting.labels import confusion_table, lists_labels, recall_note, recall_table
 from dsbs.reporting.runs import (
     EvaluatedRun,
     have_same_rows,
@@ -52,7 +56,6 @@ from dsbs.reporting.tables import (
     annotation_table,
     cost_table,
     rationale_table,
-    recall_table,
     tuning_table,
 )
 from dsbs.run_folder import RunFolder
@@ -159,6 +162,7 @@ def _render(
         runs=runs,
         descriptions=[(run.name, _description(run)) for run in runs],
         several=len(runs) > 1,
+        has_several_students=any(verdict(run).students for run in runs),
         smoke=[run.name for run in runs if not run.results.reportable],
         verdicts=[verdict(run) for run in runs],
         differences=recipe_differences(runs),
@@ -168,12 +172,18 @@ def _render(
         floors=floor_table(runs),
         floor_definitions=floor_definitions(runs),
         recalls=recall_table(runs),
+        recall_note=recall_note(runs),
+        recalls_by_label=lists_labels(runs),
+        confusions=confusion_table(runs),
         rationales=rationale_table(runs),
         costs=cost_table(runs),
+        selective=selective_table(runs),
+        cascades=cascade_table(runs),
         compressed=compression_table(runs),
-        healing=healing_sentences(runs) + outdated_sentences(runs),
-        figures=[drawing for drawing in drawings if not _is_frontier(drawing[0])],
-        frontiers=[drawing for drawing in drawings if _is_frontier(drawing[0])],
+        healing=healing_sentences(runs) + healer_sentences(runs) + outdated_sentences(runs),
+        figures=[drawing for drawing in drawings if _section(drawing[0]) == "curves"],
+        frontiers=[drawing for drawing in drawings if _section(drawing[0]) == "compressed"],
+        confidence=[drawing for drawing in drawings if _section(drawing[0]) == "confidence"],
         label_efficiency=[
             prefixed(label_efficiency_sentence(item), run, runs)
             for run in runs
@@ -194,8 +204,11 @@ def _render(
     )
 
 
-def _is_frontier(figure: Figure) -> bool:
-    return figure.name.startswith("frontier")
+def _section(figure: Figure) -> str:
+    """The section of the page that shows a figure."""
+    kind = figure.name.partition("-")[0]
+    sections = {"frontier": "compressed", "risk": "confidence", "cascade": "confidence"}
+    return sections.get(kind, "curves")
 
 
 def _finalize(value: Any) -> Any:
@@ -235,6 +248,8 @@ class Verdict:
     sentence: str
     details: str
     is_reliable: bool
+    students: list[str]
+    """Which of several students is best, and what each one's method adds."""
 
 
 def verdict(run: EvaluatedRun) -> Verdict:
@@ -251,14 +266,14 @@ def verdict(run: EvaluatedRun) -> Verdict:
                 *floor_details(system),
             ]
         )
-        return Verdict(run.name, sentence, details, is_reliable=False)
+        return Verdict(run.name, sentence, details, False, student_sentences(results))
     details = (
         f"{system.name} labels {percent(system.accuracy)} of the rows correctly, "
         f"{other.name} {percent(other.accuracy)}."
     )
     details = " ".join([details, *headline_details(results)])
     is_clear = is_reliable(system.versus[baseline]) and not floor_warnings(system)
-    return Verdict(run.name, sentence, details, is_clear)
+    return Verdict(run.name, sentence, details, is_clear, student_sentences(results))
 
 
 # Control characters and halves of surrogate pairs, which have no glyph, as escapes.

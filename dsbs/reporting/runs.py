@@ -17,6 +17,7 @@ from dsbs.files import read_jsonl
 from dsbs.formatting import ABSENT
 from dsbs.records import Prediction
 from dsbs.records.results import Compressed, Results, SystemResult
+from dsbs.records.subsets import Subset, subset_rank
 from dsbs.run_folder import (
     TRAINING_RECORD,
     RunFolder,
@@ -156,9 +157,14 @@ def prefixed(sentence: str, run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> 
 
 
 def series_title(system: SystemResult) -> str:
-    """The name that a method's students, or a floor, have at every share of the data; other systems
-    keep their name.
+    """The name that a method's students, or a floor, have at every subset of the rows; other
+    systems keep their name. That of one of several students begins with its name.
     """
+    return ": ".join(filter(None, [system.student, method_title(system)]))
+
+
+def method_title(system: SystemResult) -> str:
+    """The name of a series without the student's."""
     if system.floor is not None:
         return system.floor
     if system.method is None:
@@ -166,15 +172,46 @@ def series_title(system: SystemResult) -> str:
     return f"{system.method}, {system.labels} labels"
 
 
-def full_data_systems(systems: Sequence[SystemResult]) -> list[SystemResult]:
-    """The teacher, external systems, and each method's students, and floors, of the largest share
-    of rows.
+def student_names(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """The names of students, where the runs have several in a recipe; in order, each once."""
+    names = [
+        system.student
+        for run in runs
+        for system in run.results.systems
+        if system.kind == "student" and system.student is not None
+    ]
+    return list(dict.fromkeys(names))
+
+
+def student_groups(
+    run: EvaluatedRun, runs: Sequence[EvaluatedRun]
+) -> list[tuple[str | None, list[SystemResult]]]:
+    """The run's systems by student, with titles: first the named students, then all others. A run
+    of a single student is one group.
     """
-    largest: dict[str, float] = {}
+    name = name_among(run, runs)
+    students = student_names([run])
+    if not students:
+        return [(name, run.results.systems)]
+    groups = {
+        student: [s for s in run.results.systems if s.student == student] for student in students
+    }
+    unnamed = [system for system in run.results.systems if system.student not in students]
+    titled = [(f"student {student}", systems) for student, systems in groups.items()]
+    if unnamed:
+        titled.append(("other systems", unnamed))
+    return [(prefixed(title, run, runs), systems) for title, systems in titled]
+
+
+def full_data_systems(systems: Sequence[SystemResult]) -> list[SystemResult]:
+    """The teacher, external systems, and each method's students, and floors, of the largest
+    subset of rows.
+    """
+    largest: dict[str, Subset] = {}
     for system in systems:
         if system.subset is not None:
             title = series_title(system)
-            largest[title] = max(system.subset, largest.get(title, 0.0))
+            largest[title] = max(system.subset, largest.get(title, system.subset), key=subset_rank)
     return [
         system
         for system in systems

@@ -21,8 +21,9 @@ from dsbs.formatting import (
     percent_number,
     setting_text,
 )
-from dsbs.records.results import Interval, Measure, SystemResult
-from dsbs.reporting.runs import EvaluatedRun, name_among
+from dsbs.records.measures import Interval, Measure
+from dsbs.records.results import SystemResult
+from dsbs.reporting.runs import EvaluatedRun, name_among, student_groups, student_names
 
 _AXIS_STEP = 0.1  # an axis of accuracies ends at multiples of this
 
@@ -137,22 +138,46 @@ def accuracy_table(runs: Sequence[EvaluatedRun]) -> Table:
             note="outputs without a label of the task; they count as wrong",
         ),
     ]
+    if student_names(runs):
+        columns += _size_and_time()
     columns += [_metric_column(name) for name in _metric_names(systems, rationale=False)]
     groups = []
     for run in runs:
-        baseline = run.results.system(run.results.baseline)
-        reference = None if baseline is None else baseline.accuracy
-        rows = [
-            TableRow(
-                system.name,
-                cells(columns, system),
-                strong=system.name == run.results.headline,
-                bar=axis.bar(system.ci95, system.accuracy, reference),
-            )
-            for system in run.results.systems
-        ]
-        groups.append(RowGroup(name_among(run, runs), rows))
+        for title, members in student_groups(run, runs):
+            baseline = _baseline_among(run, members)
+            reference = None if baseline is None else baseline.accuracy
+            rows = [
+                TableRow(
+                    system.name,
+                    cells(columns, system),
+                    strong=system.name == run.results.headline,
+                    bar=axis.bar(system.ci95, system.accuracy, reference),
+                )
+                for system in members
+            ]
+            groups.append(RowGroup(title, rows))
     return Table(columns, groups, axis)
+
+
+def _baseline_among(run: EvaluatedRun, systems: Sequence[SystemResult]) -> SystemResult | None:
+    """The baseline of a student's systems, or of the run."""
+    names = [name for system in systems for name in system.versus]
+    baselines = [system for system in systems if system.student and system.name in names]
+    return next(iter(baselines), run.results.system(run.results.baseline))
+
+
+def _size_and_time() -> list[Column]:
+    """What students of several sizes are chosen by, beside accuracy."""
+    return [
+        Column("parameters", lambda system: optional(parameter_count, system.parameters)),
+        Column(
+            "ms, batch 1",
+            lambda system: next(
+                (milliseconds_number(x.p50_ms) for x in system.latency if x.batch_size == 1), None
+            ),
+            note="median wall time of a call with one row, label only",
+        ),
+    ]
 
 
 def cost_table(runs: Sequence[EvaluatedRun]) -> Table | None:
@@ -190,25 +215,17 @@ def cost_table(runs: Sequence[EvaluatedRun]) -> Table | None:
             is_text=True,
         ),
     ]
-    return _system_table(columns, runs)
-
-
-def recall_table(runs: Sequence[EvaluatedRun]) -> Table | None:
-    """Recall of each label of a closed set. None for other tasks."""
-    labels = dict.fromkeys(
-        label for run in runs for system in run.results.systems for label in system.recall
-    )
-    return _system_table([Column(label, _recall_cell(label)) for label in labels], runs)
+    return system_table(columns, runs)
 
 
 def rationale_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     """The metrics of the rationales that students write. None if none was measured."""
     systems = [system for run in runs for system in run.results.systems]
     names = _metric_names(systems, rationale=True)
-    return _system_table([_metric_column(name) for name in names], runs)
+    return system_table([_metric_column(name) for name in names], runs)
 
 
-def _system_table(columns: Sequence[Column], runs: Sequence[EvaluatedRun]) -> Table | None:
+def system_table(columns: Sequence[Column], runs: Sequence[EvaluatedRun]) -> Table | None:
     """The columns in which some system has a value, and the systems that have some value."""
     filled = [
         column
@@ -219,13 +236,16 @@ def _system_table(columns: Sequence[Column], runs: Sequence[EvaluatedRun]) -> Ta
         return None
     groups = []
     for run in runs:
-        rows = [
-            TableRow(system.name, cells(filled, system), strong=system.name == run.results.headline)
-            for system in run.results.systems
-            if any(column.cell(system) for column in filled)
-        ]
-        if rows:
-            groups.append(RowGroup(name_among(run, runs), rows))
+        for title, systems in student_groups(run, runs):
+            rows = [
+                TableRow(
+                    system.name, cells(filled, system), strong=system.name == run.results.headline
+                )
+                for system in systems
+                if any(column.cell(system) for column in filled)
+            ]
+            if rows:
+                groups.append(RowGroup(title, rows))
     return Table(filled, groups)
 
 
@@ -239,12 +259,13 @@ def _latency_cell(batch_size: int) -> Callable[[SystemResult], str | None]:
     return cell
 
 
-def _recall_cell(label: str) -> Callable[[SystemResult], str | None]:
-    return lambda system: _measure_cell(system.recall.get(label))
+def measure_cell(measure: Measure | None) -> str | None:
+    """A fraction in percent."""
+    return optional(percent_number, _value_of(measure))
 
 
-def _measure_cell(measure: Measure | None) -> str | None:
-    return optional(percent_number, measure and measure.value)
+def _value_of(measure: Measure | None) -> float | None:
+    return None if measure is None else measure.value
 
 
 def _metric_names(systems: Sequence[SystemResult], *, rationale: bool) -> list[str]:
@@ -258,10 +279,17 @@ def _metric_column(name: str) -> Column:
     if not title[1:2].isupper():  # ROUGE-L keeps its capitals
         title = title[:1].lower() + title[1:]
     directions = {True: "; higher is better", False: "; lower is better", None: ""}
+    note = metric.source + directions[metric.higher_is_better]
+    if not metric.is_fraction:
+        return Column(
+            title,
+            lambda system: optional("{:.3f}".format, _value_of(system.metrics.get(name))),
+            note=note,
+        )
     return Column(
         f"{title},\u00a0%",
-        lambda system: _measure_cell(system.metrics.get(name)),
-        note=metric.source + directions[metric.higher_is_better],
+        lambda system: measure_cell(system.metrics.get(name)),
+        note=note,
     )
 
 

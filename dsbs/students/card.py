@@ -5,13 +5,14 @@ architectures that a student can have.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dsbs.config import Recipe, StudentSection, TaskSection, base_of
-from dsbs.errors import UserError
+from dsbs.config import StudentRecipe, StudentSection, TaskSection, base_of
+from dsbs.errors import UserError, needs_extra
 from dsbs.students.weights import (
     expand_local,
     gguf_file,
@@ -100,6 +101,13 @@ def read_card(path: str | Path) -> StudentCard:
     try:
         return StudentCard.model_validate_json(file.read_text(encoding="utf-8"))
     except OSError:
+        students = sorted(file.parent for file in Path(path).glob(f"train/*/{CARD}"))
+        if students:
+            raise UserError(
+                f"{path} is a run folder, not a student",
+                hint=f"give one of its students, e.g. {students[-1]}; `dsbs predict RECIPE` takes "
+                "the best one",
+            ) from None
         raise UserError(
             f"{path} does not contain a student (no {CARD})",
             hint="give a folder such as runs/demo/train/step-by-step-gold-s0",
@@ -170,6 +178,34 @@ def _config_values(source: str) -> dict[str, Any] | None:
         raise loading_error("configuration", source, error) from None
 
 
+def count_parameters(source: str | None) -> int:
+    """The parameters of a model, from the headers of its files; 0 where they are not on this disk.
+
+    ``source`` is a Hub id, a local folder or a GGUF file; None: random weights, which are few.
+    """
+    if source is None:
+        return 0
+    if is_gguf(source):
+        with needs_extra("gguf", "a model from a GGUF file"):
+            from gguf import GGUFReader
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(gguf_file(source)).tensors)
+    folder = Path(expand_local(source))
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source, "config.json")
+        if not isinstance(cached, str):
+            return 0
+        folder = Path(cached).parent
+    parameters = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header.pop("__metadata__", None)
+        parameters += sum(math.prod(tensor["shape"]) for tensor in header.values())
+    return parameters
+
+
 # Types whose first position is the padding token's id + 1.
 _OFFSET_TYPES = (
     "camembert", "ibert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
@@ -198,6 +234,31 @@ def head_of(section: StudentSection, init: str | None = None) -> Head:
     return "labels" if architecture_of(init or section.source) == "encoder" else "text"
 
 
+def saved_classes(init: str | None) -> tuple[str, ...] | None:
+    """The labels of the label head in a student's folder; empty: it scores choices. None: the
+    folder has no label head.
+    """
+    if init is None or not (Path(init).expanduser() / CARD).is_file():
+        return None
+    card = read_card(Path(init).expanduser())
+    return card.classes if card.head == "labels" else None
+
+
+def new_head_warning(recipe: StudentRecipe, task: Task) -> str | None:
+    """The warning that ``train.init`` has a label head that this recipe cannot use, if so."""
+    saved = saved_classes(recipe.train.init)
+    classes = task.labels or ()
+    is_used = head_of(recipe.student, recipe.train.init) == "labels"
+    if saved is None or not is_used or sorted(saved) == sorted(classes):
+        return None
+    labels = ", ".join(saved[:5]) + (", …" if len(saved) > 5 else "")
+    return (
+        f"train.init: the label head in {recipe.train.init} is for "
+        f"{labels or 'choices that differ between rows'}, not for this task's labels; students "
+        "start with its encoder and a new head"
+    )
+
+
 def input_limit(section: StudentSection, init: str | None = None) -> int:
     """Maximum tokens of an input: ``student.max_input_tokens``, or the positions of an encoder."""
     source = init or section.source
@@ -212,7 +273,7 @@ def input_limit(section: StudentSection, init: str | None = None) -> int:
     return min(section.max_input_tokens, int(positions))
 
 
-def check_student(recipe: Recipe, task: Task) -> None:
+def check_student(recipe: StudentRecipe, task: Task) -> None:
     """Raises UserError for keys that do not apply to the student, and for too many tokens."""
     section = recipe.student
     source = recipe.train.init or section.source
@@ -235,7 +296,7 @@ def check_student(recipe: Recipe, task: Task) -> None:
         )
 
 
-def _check_label_head(recipe: Recipe, task: Task) -> None:
+def _check_label_head(recipe: StudentRecipe, task: Task) -> None:
     if task.labels is None and not task.has_choices:
         raise UserError(
             f"student.head: labels needs a closed set of labels, and {task.name} has none",
@@ -255,20 +316,13 @@ def _check_label_head(recipe: Recipe, task: Task) -> None:
         )
 
 
-def _check_decoder(recipe: Recipe, source: str, head: Head) -> None:
+def _check_decoder(recipe: StudentRecipe, source: str, head: Head) -> None:
     section = recipe.student
     if recipe.train.task_token == "decoder" and head == "text":
         raise UserError(
             "train.task_token: decoder needs a decoder with a start token of its own, and "
             f"{source} is decoder-only",
             hint="remove train.task_token: prefixes distinguish the views",
-        )
-    kinds = {term.kind for term in recipe.train.terms}
-    if kinds and (head == "text" or kinds != {"labels"}):
-        raise UserError(
-            "train.terms: only T5 students and encoders learn loss terms of other kinds than "
-            f"labels, and {source} is decoder-only; labels needs student.head: labels",
-            hint="remove train.terms, and their names from train.methods",
         )
     limit = max_positions(source)
     answer_tokens = max(section.max_target_tokens, recipe.eval.max_label_tokens)

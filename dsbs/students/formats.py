@@ -100,9 +100,9 @@ class SpecialTokens:
     @classmethod
     def of(cls, tokenizer: Any) -> SpecialTokens:
         """Raises UserError where a tokenizer has no token that ends a text."""
-        end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        end = tokenizer.sep_token_id
         if end is None:
-            raise _no_end_token()
+            end = _end_token(tokenizer)
         starts = (tokenizer.cls_token_id, tokenizer.bos_token_id, end)
         start = next(token_id for token_id in starts if token_id is not None)
         pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -268,6 +268,8 @@ class PromptFormat(BaseModel):
     """Tokens that are read as ordinary characters in a text."""
     stops: list[int]
     """Ids that end an answer."""
+    end: int | None = None
+    """The one that training ends an answer with. None: an export of an earlier version."""
 
 
 class Prompts:
@@ -338,6 +340,7 @@ class ChatFormat:
             tail=self.tail,
             special=sorted(special),
             stops=sorted({self.end, _end_token(tokenizer)}),
+            end=self.end,
         )
         self._prompts = Prompts(self.prompt_format, self._tokenize)
 
@@ -395,6 +398,13 @@ class ExportedPrompts(Prompts):
         super().__init__(prompt_format, tokenize)
         self.tokenizer: Any = tokenizer
 
+    def write(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of answers, each with its end token. See ``InputFormat``."""
+        if self._format.end is None and len(self.stops) > 1:
+            raise UserError("this export is from an earlier version", hint="export it again")
+        end = self.stops[0] if self._format.end is None else self._format.end
+        return [[*token_ids, end] for token_ids in self._tokenize(texts, True)]
+
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The texts of answers' ids, with or without their end tokens."""
         answer_rows = [[index for index in row if index not in self.stops] for row in rows]
@@ -404,15 +414,11 @@ class ExportedPrompts(Prompts):
 
 def _end_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
-        raise _no_end_token()
+        raise UserError(
+            "the student's tokenizer has no end token",
+            hint="set eos_token in its tokenizer_config.json",
+        )
     return int(tokenizer.eos_token_id)
-
-
-def _no_end_token() -> UserError:
-    return UserError(
-        "the student's tokenizer has no end token",
-        hint="set eos_token in its tokenizer_config.json",
-    )
 
 
 def _chat_parts(tokenizer: Any) -> tuple[str, str, int]:
@@ -420,11 +426,8 @@ def _chat_parts(tokenizer: Any) -> tuple[str, str, int]:
     user = {"role": "user", "content": _PLACEHOLDER}
     answer = {"role": "assistant", "content": _PLACEHOLDER}
     # A student answers at once: templates of reasoning models (Qwen3) can leave thinking out.
-    options: dict[str, Any] = {
-        "tokenize": False,
-        "enable_thinking": False,
-        "date_string": TEMPLATE_DATE,
-    }
+    options: dict[str, Any] = {"tokenize": False, "enable_thinking": False}
+    options["date_string"] = TEMPLATE_DATE
     try:
         options["chat_template"] = _FIXED_DATE + tokenizer.get_chat_template()
         prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, **options)

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from dsbs.config import StudentSection
-from dsbs.students.card import Architecture, architecture_of
+from dsbs.students.card import Architecture, architecture_of, saved_classes
 from dsbs.students.formats import SpecialTokens, start_token
 from dsbs.students.weights import (
+    RATIONALE_FOLDER,
     check_vocabulary,
     expand_local,
     load_model,
@@ -36,7 +37,6 @@ from dsbs.students.weights import (
 )
 
 HEAD_FILE = "head.safetensors"
-RATIONALE_FOLDER = "rationale_decoder"
 _INITIAL_DEVIATION = 0.02  # of new layers' weights, as BERT's (Devlin et al., 2019)
 
 
@@ -88,12 +88,15 @@ class LabelHeadModel(nn.Module):
             reader = reader.get_encoder()
         elif self.architecture == "causal":
             reader = reader.get_decoder()
-        if getattr(self.config, "type_vocab_size", 0) > 1:
-            options["token_type_ids"] = self._segments(input_ids)
+        segments = self.segments(input_ids)
+        if segments is not None:
+            options["token_type_ids"] = segments
         return reader(input_ids=input_ids, attention_mask=attention_mask, **options)
 
-    def _segments(self, input_ids: Tensor) -> Tensor:
-        """input_ids (B, S) -> (B, S): 0 up to the first separator, then 1."""
+    def segments(self, input_ids: Tensor) -> Tensor | None:
+        """input_ids (B, S) -> (B, S): 0 up to the first separator, then 1; None: not used."""
+        if getattr(self.config, "type_vocab_size", 0) <= 1:
+            return None
         is_separator = (input_ids == self.config.sep_token_id).long()
         segments: Tensor = (is_separator.cumsum(1) - is_separator).clamp(max=1)
         return segments
@@ -228,6 +231,7 @@ def new_label_head(
     section: StudentSection,
     tokenizer: Any,
     labels: int,
+    classes: tuple[str, ...],
     seed: int,
     init: str | None = None,
     *,
@@ -235,13 +239,16 @@ def new_label_head(
 ) -> LabelHeadModel:
     """The model that training starts from: pretrained weights, and new layers by ``seed`` alone.
 
-    ``explains``: an encoder gets a rationale decoder of ``student.rationale_decoder.layers``.
+    A head saved in ``init`` is kept where it has the same labels, in any order. ``explains``: an
+    encoder gets a rationale decoder of ``student.rationale_decoder.layers``.
     """
     start = init or section.source
     architecture = architecture_of(start)
     rate = 0.1 if section.dropout is None else section.dropout
-    if init is not None and _saved_labels(init) == labels:
+    saved = saved_classes(init)
+    if init is not None and saved is not None and sorted(saved) == sorted(classes):
         model = load_label_head(init, labels, section.dropout)
+        _reorder(model.classifier, [saved.index(label) for label in classes])
         if explains and architecture == "encoder" and model.rationale_decoder is None:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -266,10 +273,12 @@ def new_label_head(
     return model
 
 
-def _saved_labels(folder: str) -> int | None:
-    """The number of labels of the head in a folder; None: there is none."""
-    file = Path(folder).expanduser() / HEAD_FILE
-    return len(load_file(str(file))["bias"]) if file.is_file() else None
+def _reorder(classifier: nn.Linear, order: list[int]) -> None:
+    """Give a head's outputs another order. Empty: its one output scores choices."""
+    if order:
+        with torch.no_grad():
+            classifier.weight.copy_(classifier.weight[order].clone())
+            classifier.bias.copy_(classifier.bias[order].clone())
 
 
 def load_label_head(source: str, labels: int, dropout: float | None = None) -> LabelHeadModel:
@@ -301,7 +310,7 @@ def load_body(source: str, dropout: float | None = None) -> Any:
     if dropout is not None:
         changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     try:
-        model_class = low_rank_class(expand_local(source)) or AutoModel
+        model_class = low_rank_class(expand_local(source), writes=False) or AutoModel
         return model_class.from_pretrained(
             **pretrained_arguments(source), dtype=torch.float32, **changes
         )

@@ -52,7 +52,8 @@ class Options:
     batch_size: int = 64
     max_label_tokens: int = 64
     top: int = 0
-    """How many of the likeliest labels to add, with their probabilities."""
+    """How many of the likeliest labels to add, with their probabilities. A student that writes its
+    label scores every label of the closed set."""
 
 
 # --- one process
@@ -82,6 +83,7 @@ def _predict(student: Student, rows: list[Row], options: Options) -> list[dict[s
         batch_size=options.batch_size,
         max_label_tokens=options.max_label_tokens,
         canonical=True,
+        score_labels=options.top > 0,
     )
     predictions = []
     for (row_id, _), answer in zip(rows, answers, strict=True):
@@ -94,7 +96,7 @@ def _predict(student: Student, rows: list[Row], options: Options) -> list[dict[s
             "truncated": answer.truncated,
         }
         if options.top:
-            prediction["top"] = _top(student, answer, options.top)
+            prediction["top"] = _top(answer, options.top)
         if options.rationale:
             prediction["rationale"] = answer.rationale
             prediction["rationale_is_causal"] = student.card.reasons_first
@@ -102,13 +104,8 @@ def _predict(student: Student, rows: list[Row], options: Options) -> list[dict[s
     return predictions
 
 
-def _top(student: Student, answer: Answer, number: int) -> list[dict[str, Any]]:
-    if answer.distribution is None:
-        raise UserError(
-            f"{student.card.name} writes its label as text, so it has no probabilities of others",
-            hint="leave --top out, or train a student with student.head: labels",
-        )
-    likeliest = sorted(answer.distribution.items(), key=lambda item: -item[1])
+def _top(answer: Answer, number: int) -> list[dict[str, Any]]:
+    likeliest = sorted((answer.distribution or {}).items(), key=lambda item: -item[1])
     return [{"label": label, "probability": share} for label, share in likeliest[:number]]
 
 

@@ -11,13 +11,22 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.files import write_json
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.students.backends import (
     Backend,
     GeneratedText,
     ScoringBackend,
     load_backend,
     make_backend,
+)
+from dsbs.students.calibration import (
+    Calibration,
+    ConfidenceKind,
+    confidence_of,
+    rationale_agreement,
+    read_calibration,
+    tempered,
+    write_record,
 )
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
@@ -47,16 +56,19 @@ class Answer:
     latency_ms: float
     """Wall time of the label's batch divided by its rows."""
     distribution: dict[str, float] | None = None
-    """The probability of each label, in [0, 1]; None: the label was written as text, and no label
-    was scored."""
+    """The calibrated probability of each label, in [0, 1]; None: the label was written as text, and
+    no label was scored."""
 
 
 class Student:
     """A trained student: ``load`` one, then ``predict``."""
 
-    def __init__(self, backend: Backend, card: StudentCard) -> None:
+    def __init__(
+        self, backend: Backend, card: StudentCard, calibration: Calibration | None = None
+    ) -> None:
         self.backend = backend
         self.card = card
+        self.calibration = calibration
         self.task = make_task(card.task)
 
     @classmethod
@@ -80,12 +92,19 @@ class Student:
                     hint=f"restore the {CARD} that was saved with this model, or train the "
                     "student again",
                 )
-        return cls(load_backend(Path(path), card), card)
+        return cls(load_backend(Path(path), card), card, read_calibration(path))
 
     def save(self, folder: Path) -> None:
-        """Write model, tokenizer and card."""
+        """Write model, tokenizer, card and calibration."""
         self.backend.save(folder)
         write_json(folder / CARD, self.card.model_dump(mode="json"))
+        if self.calibration is not None:
+            write_record(folder, self.calibration)
+
+    @property
+    def temperature(self) -> float:
+        """The divisor of the logits in distributions over the labels; 1: not calibrated."""
+        return 1.0 if self.calibration is None else self.calibration.temperature
 
     def predict(
         self,
@@ -119,6 +138,9 @@ class Student:
             item if isinstance(item, str) else self.task.text(row)
             for item, row in zip(items, rows, strict=True)
         ]
+        scores_labels = score_labels and self.card.head == "text"
+        if scores_labels:
+            self._check_scoring()
         target, prefix = next(iter(self.card.prefixes.items()))
         max_tokens = max_label_tokens
         if self.card.reasons_first:
@@ -132,7 +154,7 @@ class Student:
             batch_size,
             probabilities=target == "label",
         )
-        if score_labels and self.card.head == "text":
+        if scores_labels:
             distributions = self.label_distributions([prefix + text for text in texts], batch_size)
             generated = [
                 output._replace(distribution=distribution)
@@ -147,30 +169,59 @@ class Student:
             for parts in zip(generated, explanations, rows, strict=True)
         ]
 
-    @property
-    def scores_labels(self) -> bool:
-        """Whether ``score_labels`` applies: it writes the label of a closed set, and that alone.
+    def confidence(
+        self, answer: Answer, fields: Mapping[str, Any], kind: ConfidenceKind | None = None
+    ) -> float | None:
+        """The confidence of an answer to a row's ``fields``, in [0, 1].
 
-        In a sequence with a rationale, no end token follows the label.
+        ``kind`` None: the one chosen on the validation rows, or the probability. The kind views
+        needs the answer's rationale. None: the label is unreadable, or the confidence unknown.
         """
-        return self.card.writes_label_alone and self.task.labels is not None
+        if answer.label is None:
+            return None
+        if kind is None:
+            kind = "probability" if self.calibration is None else self.calibration.confidence
+        agreement = None
+        if kind == "views" and answer.rationale is not None:
+            agreement = rationale_agreement(answer.label, answer.rationale, self.task, fields)
+        return confidence_of(kind, answer.probability, answer.distribution, agreement)
+
+    @property
+    def has_distribution(self) -> bool:
+        """Whether it can give the probability of every label, with ``score_labels`` or without."""
+        try:
+            self._check_scoring()
+        except UserError:
+            return self.card.head == "labels"
+        return True
+
+    def _check_scoring(self) -> None:
+        """Raises UserError where ``score_labels`` does not apply.
+
+        It applies to a student that writes the label of a closed set, and that alone: in a sequence
+        with a rationale, no end token follows the label.
+        """
+        if not self.card.writes_label_alone or self.task.labels is None:
+            raise UserError(
+                f"{self.card.name} has no probability for every label: it does not write the label "
+                "of a closed set alone",
+                hint="leave score_labels (--top) out, or use a student with a label head",
+            )
+        if not isinstance(self.backend, ScoringBackend):
+            raise UserError(
+                f"{self.card.name}: {self.card.kind} students in {self.card.format} format cannot "
+                "score labels",
+                hint="use the student that it was exported from, or leave score_labels (--top) out",
+            )
 
     def label_distributions(self, texts: Sequence[str], batch_size: int) -> list[tuple[float, ...]]:
         """The probability of each of the task's labels as the answer to ``texts``, with prefixes.
 
-        The probability of a label's text with its end token, normalized over the labels.
+        The probability of a label's text with its end token, normalized over the labels and not
+        calibrated.
         """
-        if not self.scores_labels:
-            raise UserError(
-                f"{self.card.name} cannot score labels: it does not write the label of a closed "
-                "set alone",
-                hint="leave score_labels out",
-            )
-        if not isinstance(self.backend, ScoringBackend):
-            raise UserError(
-                f"{self.card.name}: students in {self.card.format} format cannot score labels",
-                hint="use the student that it was exported from",
-            )
+        self._check_scoring()
+        assert isinstance(self.backend, ScoringBackend)
         labels = self.task.labels or ()
         distributions: dict[int, tuple[float, ...]] = {}
         for batch in _longest_first(texts, batch_size):
@@ -228,14 +279,15 @@ class Student:
         distribution = None
         if generated.distribution is not None:
             classes = self.card.classes or self.task.labels or self.task.choice_texts(fields)
-            distribution = dict(zip(classes, generated.distribution, strict=True))
+            shares = tempered(generated.distribution, self.temperature)
+            distribution = dict(zip(classes, shares, strict=True))
         label = self.task.answer(raw, fields, distribution)
         probability = generated.probability
         if distribution is not None:
             probability = distribution.get(str(label), probability)
         return Answer(
             raw=raw,
-            label=None if isinstance(label, Unread) else label,
+            label=None if isinstance(label, Unreadable) else label,
             probability=probability,
             truncated=truncated,
             rationale=rationale,

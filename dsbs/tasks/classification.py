@@ -6,7 +6,7 @@ from typing import Any
 
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.tasks import Fields, OwnDataTask
 from dsbs.tasks.label_set import LabelSet
 
@@ -38,7 +38,7 @@ class Classification(OwnDataTask):
             hint="fix the row, or add the label to task.labels",
         )
 
-    def read_label(self, text: str, fields: Fields) -> str | Unread:
+    def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         return self.label_set.read(text)
 
     def _listing(self) -> str:

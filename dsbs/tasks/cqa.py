@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.tasks import (
     Fields,
     Task,
@@ -79,14 +79,14 @@ class Cqa(Task):
         question = _plain(fields["question"])
         return {choice: f"{question}</s>{_plain(choice)}" for choice in fields["choices"]}
 
-    def view(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
-        variables = super().view(fields, label)
+    def template_variables(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
+        variables = super().template_variables(fields, label)
         variables["lettered_choices"] = _lettered(fields["choices"])
         if label is not None:
             variables["letter"] = LETTERS[fields["choices"].index(label)]
         return variables
 
-    def read_label(self, text: str, fields: Fields) -> str | Unread:
+    def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         """By the choice's own text; else by the letter, as the words may be spelled differently;
         else by exactly one choice's words.
         """
@@ -100,22 +100,22 @@ class Cqa(Task):
                 return label
         answer = tidy(line)
         if not answer:
-            return Unread("empty")
+            return Unreadable("empty")
         letters = {match.lower() for match in _LETTER.findall(answer)}
         if letters:
             stated = {label[1] for label in _LETTER_SET.not_negated(answer)}
             letters -= {*LETTERS} - stated
             if not letters:
-                return Unread("label-outside-set", answer)
+                return Unreadable("label-outside-set", answer)
         elif leading := _LEADING.match(answer):
             letters = {leading.group(1).lower()}
         if len(letters) > 1:
-            return Unread("several-answers", answer)
+            return Unreadable("several-answers", answer)
         if letters:
             index = LETTERS.find(letters.pop())
             if 0 <= index < len(choices):
                 return choices[index]
-            return Unread("label-outside-set", answer)
+            return Unreadable("label-outside-set", answer)
         return labels.read(text)
 
     def correct(self, predicted: str, gold: str) -> bool:

@@ -8,17 +8,17 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import Recipe
+from dsbs.config import LabelSource, Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
-from dsbs.records import Example
+from dsbs.records import Annotation, Example
 from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of, fold
-from dsbs.tasks.tables import source_rows
+from dsbs.tasks.tables import format_of, source_rows
 
 _MAX_PROBLEMS = 5  # in one message
 _CONTENT_ID = re.compile(r"row-[0-9a-f]{16}")  # made from a row's content
@@ -51,6 +51,8 @@ def stream(recipe: Recipe, task: Task, split: str) -> Iterator[Example]:
         rows = (row for row in rows if _side(row, "test") < data.test_fraction)
     if split == "valid" and data.valid is None:
         rows = (row for row in rows if is_held_out(recipe, row))
+    if split == "train" and data.served is not None:
+        rows = itertools.chain(rows, _examples(recipe, task, data.served, split))
     return itertools.islice(rows, recipe.task.limit)
 
 
@@ -88,16 +90,22 @@ def position(row_id: str, purpose: str) -> float:
 
 
 def subset_order(ids: Sequence[str]) -> list[int]:
-    """Indices of train rows by a hash of their ids: a share of the rows is the first so many."""
+    """Indices of train rows by a hash of their ids: a subset is the first so many."""
     return sorted(range(len(ids)), key=lambda i: position(ids[i], "subset"))
 
 
-def share_indices(order: Sequence[int], share: float) -> list[int]:
-    """The indices of a share's rows, ascending, from their ``subset_order``.
-
-    The rows of a smaller share are among those of a larger one.
+def labels_by_row(
+    rows: Sequence[Example], annotations: Callable[[], Mapping[str, Annotation]]
+) -> tuple[LabelSource, dict[str, str]]:
+    """Whose labels count rows per label, and the labels by id: the gold ones or, where no row has
+    one, the teacher's of the accepted ``annotations``.
     """
-    return sorted(order[: max(1, round(share * len(order)))])
+    gold = {row.id: row.label for row in rows if row.label is not None}
+    if gold:
+        return "gold", gold
+    by_id = annotations()
+    accepted = (by_id[row.id] for row in rows if row.id in by_id and by_id[row.id].accepted)
+    return "teacher", {row.id: row.own_label for row in accepted if row.own_label}
 
 
 def validation_rows(rows: Iterable[Example], limit: int | None) -> list[Example]:
@@ -173,8 +181,11 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
     if problems:
         raise _all_problems(problems)
     if is_empty:
+        state = "is empty"
+        if format_of(source) in ("csv", "tsv"):
+            state = "has no rows: a header alone, or nothing at all"
         raise UserError(
-            f"{source} is empty", hint=f"add rows, or name another file in task.data.{split}"
+            f"{source} {state}", hint=f"add rows, or name another file in task.data.{split}"
         )
 
 
@@ -185,6 +196,13 @@ def _short_hash(*texts: str) -> int:
 
 def _all_problems(errors: list[UserError]) -> UserError:
     hint = errors[-1].hint
+    # A column that the file lacks is reported once, not for every row.
+    reasons = [error.problem.partition(": ")[2] for error in errors]
+    errors = [
+        error
+        for index, error in enumerate(errors)
+        if not (reasons[index].startswith("no column") and reasons[index] in reasons[:index])
+    ]
     if len(errors) == 1:
         return UserError(errors[0].problem, hint=hint)
     more = " (and perhaps more)" if len(errors) >= _MAX_PROBLEMS else ""

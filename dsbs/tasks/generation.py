@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.tasks import Fields, OwnDataTask, fold, tidy, unwrapped
 
 _CURRENCY = re.compile(r"(-?)\s*[$€£¥]\s*")
@@ -18,9 +18,9 @@ class Generation(OwnDataTask):
     def is_free_text(self) -> bool:
         return not self.section.numeric
 
-    def read_label(self, text: str, fields: Fields) -> str | Unread:
+    def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         if not tidy(text):
-            return Unread("empty")
+            return Unreadable("empty")
         return _tidy_answer(text)
 
     def correct(self, predicted: str, gold: str) -> bool:

@@ -24,7 +24,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
 from dsbs.config.sections import label_key, plain_text
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.tasks import BRACKETS, EMPHASIS, first_line, tidy, unwrapped
 
 _Key = TypeVar("_Key")
@@ -101,7 +101,7 @@ class LabelSet:
                 return label
         return None
 
-    def read(self, text: str) -> str | Unread:
+    def read(self, text: str) -> str | Unreadable:
         """The label that a text is or, in its first line, states (steps 1 to 5).
 
         A line that begins a label at the end of the text was truncated.
@@ -112,16 +112,16 @@ class LabelSet:
         line = first_line(text)
         answer = tidy(line)
         if not answer:
-            return Unread("empty")
+            return Unreadable("empty")
         stated = self._mentions.stated(plain_text(line))
         if len(stated) == 1:
             return stated.pop()
         if stated:
-            return Unread("several-answers", answer)
+            return Unreadable("several-answers", answer)
         is_last_line = text.rstrip(" *_`\"'").endswith(line.rstrip(" *_`\"'"))
         if is_last_line and self._begins_label(label_key(answer)):
-            return Unread("truncated", answer)
-        return Unread("label-outside-set", answer)
+            return Unreadable("truncated", answer)
+        return Unreadable("label-outside-set", answer)
 
     def concluded(self, claim: str) -> str | None:
         """The label that a sentence's last words are. "a" and "i" are words there, not letters."""

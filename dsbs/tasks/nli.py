@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.tasks import Fields, Task
 from dsbs.tasks.label_set import LabelSet
 
@@ -46,7 +46,7 @@ class Nli(Task):
         """Premise, T5's end-of-sequence token, hypothesis: the published code's input."""
         return f"{fields['premise']}</s>{fields['hypothesis']}"
 
-    def read_label(self, text: str, fields: Fields) -> str | Unread:
+    def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         return _LABEL_SET.read(text)
 
 

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.tasks import Fields, Task, first_line, tidy
 
 _WORDS_ONLY = re.compile(r"^[\s.,!*$]*(?:[A-Za-z][A-Za-z'’.,!\s-]*)?$")
@@ -44,33 +44,33 @@ class Svamp(Task):
     def text(self, fields: Fields) -> str:
         return f"{fields['body']}\n{fields['question']}"
 
-    def read_label(self, text: str, fields: Fields) -> str | Unread:
+    def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         """The complete expression in the answer's sentence: of "(16 * 17) * 4" not just "(16 *
         17)".
         """
         line = first_line(text)
         if not tidy(line):
-            return Unread("empty")
+            return Unreadable("empty")
         end = _SENTENCE_END.search(line)
         sentence = line[: end.start()] if end else line
         sentence = sentence.strip(" *`\"'").replace("$", "")
         left, equals, right = sentence.partition("=")
         parsed = _leading_expression(left)
-        if isinstance(parsed, Unread):
+        if isinstance(parsed, Unreadable):
             if not end and line.count("(") > line.count(")"):
-                return Unread("truncated", sentence)
+                return Unreadable("truncated", sentence)
             return parsed
         if equals:
             result = _leading_expression(right)
-            if isinstance(result, Unread) or not same_value(parsed, result):
-                return Unread("unparsed", sentence)
+            if isinstance(result, Unreadable) or not same_value(parsed, result):
+                return Unreadable("unparsed", sentence)
         return parsed
 
     def correct(self, predicted: str, gold: str) -> bool:
         return same_value(predicted, gold)
 
 
-def _leading_expression(text: str) -> str | Unread:
+def _leading_expression(text: str) -> str | Unreadable:
     """The expression at the start of a text, which words such as a unit may follow ("(10 * 45)
     seeds").
     """
@@ -86,7 +86,7 @@ def _leading_expression(text: str) -> str | Unread:
         has_several = len(numbers) > 1 and re.search(r"\b(and|or)\b|,\s", text)
     else:
         has_several = re.match(r"\s*(and|or|,)\b", tail)
-    return Unread("several-answers" if has_several else "unparsed", text.strip())
+    return Unreadable("several-answers" if has_several else "unparsed", text.strip())
 
 
 # Limits count what the canonical text keeps, so that the canonical text can be parsed again.

@@ -40,7 +40,7 @@ def source_rows(source: str, folder: Path | None) -> Iterator[Row]:
         source,
         what="data file",
         hint="check task.data; paths are relative to the working directory or to the recipe",
-        beside=folder,
+        folder=folder,
     )
     yield from read_table(path)
 

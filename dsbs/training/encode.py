@@ -158,12 +158,15 @@ class Encoder:
         Of the rows with a label; rows with equal inputs share the mean of theirs.
         """
         voted = [row for row in rows if row.votes is not None and row.label(labels) is not None]
-        indices = self._tokens.indices(view.prefix, [row.text for row in voted], self._max_input)
         votes: dict[bytes, list[tuple[float, ...]]] = {}
-        for row, index in zip(voted, indices, strict=True):
-            key = self._tokens[index].astype(np.int64).tobytes()
+        for row, key in zip(voted, self.input_keys(voted, view), strict=True):
             votes.setdefault(key, []).append(row.votes or ())
         return {key: np.asarray(np.mean(v, axis=0), np.float32) for key, v in votes.items()}
+
+    def input_keys(self, rows: Sequence[Row], view: View) -> list[bytes]:
+        """The bytes of each row's input ids (int64), as a packed batch holds them."""
+        indices = self._tokens.indices(view.prefix, [row.text for row in rows], self._max_input)
+        return [self._tokens[index].astype(np.int64).tobytes() for index in indices]
 
     def truncation_warnings(self, rows: EncodedRows) -> Iterator[str]:
         """Warnings of inputs and targets that reach their limit: what is longer is cut."""
@@ -248,7 +251,8 @@ def soft_labels_hash(soft_labels: Mapping[bytes, NDArray[np.float32]]) -> str:
 class PackedBatch:
     """One view's B sequences of a batch, concatenated without padding; N input and M target tokens.
 
-    ``soft_labels`` and ``teacher_top_k`` are set for the loss terms that need them.
+    ``soft_labels``, ``teacher_top_k`` and ``teacher_inputs`` are set for the loss terms that need
+    them.
     """
 
     rows: Tensor
@@ -265,6 +269,9 @@ class PackedBatch:
     """(B, L) probabilities of the task's labels; zeros where a row has none."""
     teacher_top_k: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By term: ids (M, K) and log-probabilities (M, K) of the teachers' K likeliest tokens."""
+    teacher_inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By local teacher that does not read the student's tokens: its own ids (N,) of the B inputs,
+    and their lengths (B,)."""
 
     def to(self, device: Any, *, non_blocking: bool = False) -> PackedBatch:
         """This batch on ``device``."""
@@ -275,16 +282,15 @@ class PackedBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        moved: dict[str, Tensor] = {}
+        moved: dict[str, Any] = {}
         for name in ("rows", "source", "source_lengths", "target", "target_lengths"):
             moved[name] = change(getattr(self, name))
         if self.soft_labels is not None:
             moved["soft_labels"] = change(self.soft_labels)
-        top_k = {
-            term: (change(ids), change(logprobs))
-            for term, (ids, logprobs) in self.teacher_top_k.items()
-        }
-        return replace(self, **moved, teacher_top_k=top_k)
+        for name in ("teacher_top_k", "teacher_inputs"):
+            pairs = getattr(self, name).items()
+            moved[name] = {key: (change(first), change(second)) for key, (first, second) in pairs}
+        return replace(self, **moved)
 
 
 def collate(rows: Sequence[Encoded]) -> dict[str, PackedBatch]:
@@ -325,9 +331,10 @@ def count_inputs(batch: Mapping[str, PackedBatch]) -> int:
     )
 
 
-def count_examples(batch: Mapping[str, PackedBatch]) -> int:
-    """Examples of a batch, without empty rows."""
-    rows = (packed.rows[supervised_rows(packed)].tolist() for packed in batch.values())
+def count_examples(batch: Mapping[str, PackedBatch], view: str | None = None) -> int:
+    """Examples of a batch, or of one of its views, without empty rows."""
+    views = [packed for name, packed in batch.items() if view in (None, name)]
+    rows = (packed.rows[supervised_rows(packed)].tolist() for packed in views)
     return len(set().union(*rows))
 
 
@@ -369,4 +376,28 @@ def pad(packed: PackedBatch, pad_id: int, start: int) -> dict[str, Any]:
         "attention_mask": pad_sequence([torch.ones_like(ids) for ids in sources], batch_first=True),
         "decoder_input_ids": shifted,
         "labels": labels,
+    }
+
+
+def pad_prompts(packed: PackedBatch, pad_id: int) -> dict[str, Any]:
+    """The padded tensors that a decoder takes: prompt and target in one row.
+
+    ``input_ids`` and ``attention_mask`` (B, S), ``labels`` (B, S), at each position the token that
+    follows it; IGNORED within the prompt.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids: list[Tensor] = []
+    labels: list[Tensor] = []
+    sources = torch.split(packed.source, packed.source_lengths.tolist())
+    targets = torch.split(packed.target, packed.target_lengths.tolist())
+    for source, target in zip(sources, targets, strict=True):
+        ids.append(torch.cat([source, target[:-1]]))
+        prompt = torch.full_like(source[:-1], IGNORED)
+        labels.append(torch.cat([prompt, target]))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }

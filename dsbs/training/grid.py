@@ -23,6 +23,7 @@ from dsbs.config import LabelSource, TrainSection
 from dsbs.files import write_json
 from dsbs.formatting import setting_text
 from dsbs.records import TrainedStudent
+from dsbs.records.subsets import Subset, subset_rank, subset_suffix
 from dsbs.run_folder import TRAINING_RECORD, RunFolder, training_record
 from dsbs.training.methods import method_of
 
@@ -48,8 +49,8 @@ class StudentSpec:
     seed: int
     section: TrainSection
     """Its training settings, tuned ones included."""
-    subset: float = 1.0
-    """Its share of the train rows."""
+    subset: Subset = 1.0
+    """The train rows that it learns from."""
     learns_votes: bool = False
     """Whether a term of its method has its targets from the annotations."""
     alias: str | None = None
@@ -61,8 +62,12 @@ class StudentSpec:
     setting: dict[str, Any] = field(default_factory=dict)
     """The tuned settings; empty where nothing is tuned."""
     trials: tuple[Trial, ...] = ()
+    student: str | None = None
+    """The name of its section in the recipe. None: it is the only one."""
     keep_zeros: bool = False
     """Whether weights that are zero at the start stay zero, as magnitude pruning needs it."""
+    without_targets: tuple[str, ...] = ()
+    """Views whose own loss does not count: terms alone train them."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -73,8 +78,8 @@ class StudentSpec:
     @property
     def system(self) -> str:
         """The common name of the students of all seeds."""
-        share = "" if self.subset == 1 else f"-n{self.subset:g}"
-        return f"{self.method}-{self.labels}{share}"
+        student = "" if self.student is None else f"{self.student}-"
+        return f"{student}{self.method}-{self.labels}{subset_suffix(self.subset)}"
 
     @property
     def name(self) -> str:
@@ -101,12 +106,23 @@ class StudentSpec:
         return next((trial for trial in self.trials if trial.setting == self.setting), None)
 
 
-def grid(train: TrainSection) -> list[StudentSpec]:
-    """Every student of a recipe: all methods of one seed and subset before the next."""
+def grid(train: TrainSection, student: str | None = None) -> list[StudentSpec]:
+    """Every student of one section: all methods of one seed and subset before the next.
+
+    ``student`` is the section's name where the recipe has several.
+    """
     return [
-        StudentSpec(name, labels, seed, train, subset, learns_votes=_learns_votes(train, name))
+        StudentSpec(
+            name,
+            labels,
+            seed,
+            train,
+            subset,
+            learns_votes=_learns_votes(train, name),
+            student=student,
+        )
         for seed in train.seeds
-        for subset in sorted(train.subset, reverse=True)
+        for subset in sorted(train.subset, key=subset_rank, reverse=True)
         for name in train.methods
         for labels in method_of(name).labels or train.labels
     ]
@@ -205,7 +221,7 @@ class StudentFolder:
             return
         if self.path.exists():
             RunFolder.set_aside(self.path, present)
-        RunFolder.take_back(self.path, self.fingerprint, _fingerprint_of)
+        RunFolder.restore(self.path, self.fingerprint, _fingerprint_of)
 
     def begin(self, settings: str) -> None:
         """Create the directory; where a trial trained this very student, copy it.

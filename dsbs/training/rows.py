@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import LabelSource, Recipe, SelectSection
+from dsbs.config import LabelSource, Recipe, SelectSection, StudentRecipe
 from dsbs.errors import UserError
+from dsbs.formatting import count
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation, Example, Sample
+from dsbs.records.subsets import Subset, rows_per_label, subset_indices, subset_text
 from dsbs.run_folder import RunFolder
 from dsbs.students.card import Target, head_of
 from dsbs.students.formats import compose_target
 from dsbs.tasks import CHOICE_SEPARATOR, Task
 from dsbs.tasks.data import (
     is_held_out,
+    labels_by_row,
     load,
     position,
-    share_indices,
     subset_order,
     validation_rows,
 )
@@ -90,14 +92,16 @@ class Data:
     """Labels and rationales of all accepted annotations of train rows, selected or not."""
     max_per_label: int | None = None
     """``train.select.max_per_label``: annotations that a student learns from, per label."""
+    labels: list[str | None] = field(default_factory=list)
+    """Each train row's label, by which a subset has so many rows per label."""
 
-    def subset(self, share: float) -> list[Row]:
-        """The rows of a share, in their own order; a smaller share's are among a larger one's.
+    def subset(self, subset: Subset) -> list[Row]:
+        """A subset's rows, in their own order; a smaller subset's are among a larger one's.
 
         Annotations beyond ``max_per_label`` are left out: those rows keep their gold label. The
         annotations of a smaller maximum are among those of a larger one.
         """
-        rows = [self.train[i] for i in share_indices(self.order, share)]
+        rows = [self.train[i] for i in subset_indices(self.order, subset, self.labels)]
         if self.max_per_label is None:
             return rows
         counts: Counter[str] = Counter()
@@ -111,7 +115,7 @@ class Data:
         return [row.without_annotation() if row.id in surplus else row for row in rows]
 
 
-def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) -> Data:
+def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[StudentSpec]) -> Data:
     """Join rows and annotations by id.
 
     Raises UserError where a student of ``specs`` lacks the labels or rationales it learns from.
@@ -155,15 +159,25 @@ def gather(recipe: Recipe, task: Task, run: Path, specs: Sequence[StudentSpec]) 
         for text in (annotation.own_label, annotation.rationale)
         if text
     ]
-    order = subset_order([row.id for row in rows])
-    data = Data(rows, valid, valid_labels, fields, order, teacher_texts, section.max_per_label)
+    trainable = [example for example in examples if example.id in ids]
+    _, labels = labels_by_row(trainable, lambda: annotations)
+    data = Data(
+        train=rows,
+        valid=valid,
+        valid_labels=valid_labels,
+        fields=fields,
+        order=subset_order([row.id for row in rows]),
+        teacher_texts=teacher_texts,
+        max_per_label=section.max_per_label,
+        labels=[labels.get(row.id) for row in rows],
+    )
     for spec in specs:
         _check_targets(data, spec)
     return data
 
 
 def _valid(
-    recipe: Recipe, task: Task, run: Path, annotations: dict[str, Annotation]
+    recipe: StudentRecipe, task: Task, run: Path, annotations: dict[str, Annotation]
 ) -> tuple[list[Row], LabelSource, dict[str, dict[str, Any]]]:
     """Validation rows in the order of a hash, whose labels they have, and their inputs by id."""
     examples = load(recipe, task, "valid")
@@ -193,7 +207,7 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
     rows = data.subset(spec.subset)
     kind = "train row"
     if spec.subset != 1:
-        kind = f"row of train.subset {spec.subset:g} ({len(rows)} rows)"
+        kind = f"row of train.subset {subset_text(spec.subset)} ({len(rows)} rows)"
     check = "check the annotations' reject_reason"
     if not any(row.label(spec.labels) for row in rows):
         hint = f"{check} and train.select"
@@ -217,6 +231,38 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
             "vote",
             hint=f"{check} and provenance (a hinted answer does not vote), and train.select",
         )
+
+
+def check_subsets(recipe: Recipe, task: Task) -> None:
+    """Raises UserError where ``train.subset`` counts rows per label and labels are free text."""
+    if task.labels is not None:
+        return
+    for subset in recipe.train.subset:
+        if rows_per_label(subset) is not None:
+            raise UserError(
+                f"train.subset: {subset} needs a closed set of labels, and {task.name} has none",
+                hint="use shares of the train rows, such as 0.25",
+            )
+
+
+def few_rows_warnings(recipe: Recipe, task: Task, data: Data) -> list[str]:
+    """A warning for each subset for which some labels have too few train rows."""
+    warnings = []
+    counts = Counter(data.labels)
+    for subset in recipe.train.subset:
+        number = rows_per_label(subset)
+        if number is None:
+            continue
+        few = [
+            f"{label} ({counts[label]})" for label in task.labels or () if counts[label] < number
+        ]
+        if few:
+            listed = ", ".join(few[:5]) + (", …" if len(few) > 5 else "")
+            warnings.append(
+                f"train.subset: {subset} takes all rows of {count(len(few), 'label')} with fewer: "
+                f"{listed}"
+            )
+    return warnings
 
 
 def count_trainable(recipe: Recipe, task: Task) -> int:
@@ -259,7 +305,9 @@ def _passes(row: Annotation, section: SelectSection, task: Task) -> bool:
     return section.provenance is None or row.provenance in section.provenance
 
 
-def _annotations(recipe: Recipe, task: Task, run: Path, *, needed: bool) -> dict[str, Annotation]:
+def _annotations(
+    recipe: StudentRecipe, task: Task, run: Path, *, needed: bool
+) -> dict[str, Annotation]:
     """The train annotations; where no method needs them, those that exist, for the vocabulary."""
     folder = RunFolder(run)
     if not needed and not folder.annotations("train").is_file():
@@ -329,13 +377,13 @@ def vocabulary_text(data: Data, labels: Sequence[str] = ()) -> Iterator[str]:
     The same for every method, label source and selection, so that none changes another's student.
     """
     texts = data.teacher_texts
-    count = len(data.train)
+    total = len(data.train)
     for i, row in enumerate(data.train):
         yield "predict: explain: " + row.text
         if row.gold:
             yield row.gold
         # Spread over the rows: learning may stop halfway.
-        yield from texts[i * len(texts) // count : (i + 1) * len(texts) // count]
+        yield from texts[i * len(texts) // total : (i + 1) * len(texts) // total]
     yield from sorted({*labels} - {*texts} - {row.gold for row in data.train})
 
 

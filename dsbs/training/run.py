@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.config import Recipe
+from dsbs.config import Recipe, StudentRecipe
 from dsbs.errors import UserError
 from dsbs.progress import NoProgress, Progress
 from dsbs.records import TrainedStudent
+from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students.card import check_student, head_of, input_limit
+from dsbs.students.card import head_of, input_limit, new_head_warning
 from dsbs.students.formats import new_input_format
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream, survey
-from dsbs.training.distillation import check_terms
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
+from dsbs.training.distillation.teacher_source import check_teachers
 from dsbs.training.distributed import is_main_process, world_size
 from dsbs.training.encode import Encoder
-from dsbs.training.grid import StudentSpec, Trial, Tuner, grid, trial_specs
+from dsbs.training.grid import StudentSpec, Trial, Tuner, trial_specs
 from dsbs.training.methods import method_of, views_of
-from dsbs.training.rows import Data, count_rationales, count_trainable, gather, vocabulary_text
+from dsbs.training.rows import (
+    Data,
+    check_subsets,
+    count_rationales,
+    count_trainable,
+    few_rows_warnings,
+    gather,
+    vocabulary_text,
+)
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
-from dsbs.training.training_set import check_class_weights
+from dsbs.training.training_set import checked_students
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,52 +63,104 @@ class TrainResult:
 def train(
     recipe: Recipe, *, out: str | Path | None = None, progress: Progress | None = None
 ) -> TrainResult:
-    """Train every student of the recipe's grid into ``train/<method>-<labels>-s<seed>/``.
+    """Train every student of the recipe's grid into ``train/<method>-<labels>-s<seed>/``;
+    the name of a named student stands before the method.
 
     Finished students that fit the recipe and the data are kept; an interrupted one continues from
     its last checkpoint. Raises UserError where the run lacks what a method learns from.
     """
     progress = (progress if is_main_process() else None) or NoProgress()
     run_folder = RunFolder.of(recipe, out)
-    run = run_folder.path
-    folder = run_folder.stage("train")
     task = make_task(recipe.task)
-    specs = grid(recipe.train)
-    check_student(recipe, task)
-    check_terms(recipe.train, task, specs, head_of(recipe.student, recipe.train.init))
-    check_class_weights(recipe, task.labels)
-    data = gather(recipe, task, run, specs)
+    checked = list(checked_students(recipe, task))
+    check_subsets(recipe, task)
+    grids = [
+        StudentGrid(student, specs, gather(student, task, run_folder.path, specs))
+        for student, specs in checked
+    ]
     if recipe.report.trackers:
         from dsbs.training.callbacks import check_trackers
 
         check_trackers(recipe)
-    _check_precision(recipe)
-    _check_processes(recipe)
+    for student_grid in grids:
+        _check_precision(student_grid.recipe)
+        _check_processes(student_grid.recipe)
     hashes: dict[str, str] = {
         split: survey(stream(recipe, task, split)).hash for split in ("train", "valid")
     }
+    students: list[TrainedStudent] = []
+    teachers: list[TrainedStudent] = []
     with ExitStack() as stack:
         record: dict[str, Any] = {}
         if is_main_process():
             stack.enter_context(run_folder.lock("train"))
             record = stack.enter_context(run_folder.record("train", recipe, hashes))
-        vocabulary = vocabulary_text(data, task.labels or ())
-        tokenizer = new_tokenizer(recipe.student, vocabulary, recipe.train.init)
-        input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
-        tokens = Tokens(tokenizer, folder / "tokens", progress, input_format)
+        tokens = [student_grid.tokens(run_folder, progress) for student_grid in grids]
         if is_main_process():
-            for warning in _warnings(recipe, task, data, tokenizer, tokens):
+            warnings = few_rows_warnings(recipe, task, grids[0].data)
+            for student_grid, texts in zip(grids, tokens, strict=True):
+                warnings += student_grid.warnings(texts)
+            for warning in warnings:
                 progress.say(f"warning: {warning}")
+        for student_grid, texts in zip(grids, tokens, strict=True):
+            trained = student_grid.train(run_folder, texts, progress)
+            students += trained.students
+            teachers += trained.teachers
+        record["students"] = [student.name for student in students]
+        if is_main_process():
+            used = frozenset[str]().union(*(texts.used for texts in tokens))
+            tokens[0].sweep(used)
+    return TrainResult(run_folder.path, students, teachers, reportable=recipe.task.limit is None)
 
-        def train_teacher(teacher_recipe: Recipe, spec: StudentSpec) -> TrainedStudent:
-            teacher = StudentRun(teacher_recipe, spec, data, tokenizer, tokens, folder)
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    students: list[TrainedStudent]
+    teachers: list[TrainedStudent]
+
+
+@dataclass(frozen=True, slots=True)
+class StudentGrid:
+    """What is trained of one section of ``student``: its methods, shares and seeds."""
+
+    recipe: StudentRecipe
+    specs: list[StudentSpec]
+    data: Data
+
+    def tokens(self, run: RunFolder, progress: Progress) -> Tokens:
+        """The tokenizer of these students, with its cache in the run."""
+        recipe = self.recipe
+        task = make_task(recipe.task)
+        vocabulary = vocabulary_text(self.data, task.labels or ())
+        tokenizer = new_tokenizer(recipe.student, vocabulary, recipe.train.init)
+        check_teachers(recipe, task, self.specs, tokenizer)
+        input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
+        return Tokens(tokenizer, run.stage("train") / "tokens", progress, input_format)
+
+    def warnings(self, tokens: Tokens) -> list[str]:
+        """Warnings of text that the students cannot read or write, each once."""
+        warnings = _warnings(self.recipe, self.specs, self.data, tokens)
+        name = self.recipe.student_name
+        return warnings if name is None else [f"{name}: {warning}" for warning in warnings]
+
+    def train(self, run: RunFolder, tokens: Tokens, progress: Progress) -> _Trained:
+        """Train the students, those of the grid's order."""
+        recipe = self.recipe
+        folder = run.stage("train")
+        tokenizer = tokens.tokenizer
+
+        def train_teacher(
+            teacher_recipe: StudentRecipe, spec: StudentSpec, shares_tokens: bool
+        ) -> TrainedStudent:
+            read = tokens if shares_tokens else _tokens_of_teacher(teacher_recipe, progress)
+            teacher = StudentRun(teacher_recipe, spec, self.data, read.tokenizer, read, folder)
             return teacher.run(progress)
 
-        teachers = LocalTeachers(recipe, run, tokenizer, train_teacher)
+        teachers = LocalTeachers(recipe, run.path, tokenizer, train_teacher)
 
         def student_run(spec: StudentSpec) -> StudentRun:
             return StudentRun(
-                recipe, spec, data, tokenizer, tokens, folder, teachers.for_student(spec)
+                recipe, spec, self.data, tokenizer, tokens, folder, teachers.for_student(spec)
             )
 
         def run_trial(spec: StudentSpec) -> Trial:
@@ -108,18 +170,23 @@ def train(
 
         tuner = Tuner(recipe.train.seeds, run_trial)
         students = []
-        for number, spec in enumerate(specs, 1):
+        for number, spec in enumerate(self.specs, 1):
             students.append(student_run(tuner.tuned(spec)).run(progress))
-            teachers.release(specs[number:])
-        record["students"] = [student.name for student in students]
-        if is_main_process():
-            tokens.sweep()
-    return TrainResult(run, students, teachers.trained, reportable=recipe.task.limit is None)
+            teachers.release(self.specs[number:])
+        return _Trained(students, teachers.trained)
 
 
-def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: Tokens) -> list[str]:
-    """Warnings of text that the students cannot read or write, each once and before training."""
-    specs = grid(recipe.train)
+def _tokens_of_teacher(recipe: StudentRecipe, progress: Progress) -> Tokens:
+    """The tokens of a local teacher that has another vocabulary than its student."""
+    tokenizer = new_tokenizer(recipe.student, ())
+    return Tokens(tokenizer, None, progress, new_input_format(recipe.student, tokenizer))
+
+
+def _warnings(
+    recipe: StudentRecipe, specs: Sequence[StudentSpec], data: Data, tokens: Tokens
+) -> list[str]:
+    task = make_task(recipe.task)
+    tokenizer = tokens.tokenizer
     labels = {
         label
         for source in {spec.labels for spec in specs}
@@ -133,7 +200,8 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
     written = labels.union(task.labels or ())
     if head == "labels":
         written = set()
-    warnings = vocabulary_warnings(recipe.student, tokenizer, written, texts)
+    warnings = [*filter(None, [new_head_warning(recipe, task)])]
+    warnings += vocabulary_warnings(recipe.student, tokenizer, written, texts)
     encoder = Encoder(
         tokens,
         input_limit(recipe.student, recipe.train.init),
@@ -141,7 +209,7 @@ def _warnings(recipe: Recipe, task: Task, data: Data, tokenizer: Any, tokens: To
         task.labels or () if head == "labels" else (),
         scores_choices=head == "labels" and task.has_choices,
     )
-    rows = data.subset(max(recipe.train.subset))
+    rows = data.subset(max(recipe.train.subset, key=subset_rank))
     systems = dict.fromkeys((spec.method, spec.labels) for spec in specs)
     for method, source in systems:
         encoded = encoder.rows(rows, views_of(method, recipe.train, head), source)
@@ -158,39 +226,42 @@ def planned(
     """
     run_folder = RunFolder.of(recipe, out)
     folder = run_folder.stage("train")
-    specs = grid(recipe.train)
     task = make_task(recipe.task)
-    check_student(recipe, task)
-    check_terms(recipe.train, task, specs, head_of(recipe.student, recipe.train.init))
-    check_class_weights(recipe, task.labels)
-    data: Data | int = count_trainable(recipe, task)
-    if annotated:
-        data = gather(recipe, task, run_folder.path, specs)
+    checked = list(checked_students(recipe, task))
+    check_subsets(recipe, task)
     plan = []
-    for teacher_recipe, spec in planned_teachers(recipe, specs):
-        entry = _plan(teacher_recipe, spec, data, folder)
-        plan.append(entry | {"name": spec.title})
-    for spec in specs:
-        entry = _plan(recipe, spec, data, folder)
-        if spec.seed == recipe.train.seeds[0]:
-            entry["trials"] = len(trial_specs(spec))
-        plan.append(entry)
+    for student, specs in checked:
+        data: Data | int = count_trainable(recipe, task)
+        if annotated:
+            data = gather(student, task, run_folder.path, specs)
+        for teacher_recipe, spec in planned_teachers(student, specs):
+            entry = _plan(teacher_recipe, task, spec, data, folder)
+            plan.append(entry | {"name": spec.title})
+        for spec in specs:
+            entry = _plan(student, task, spec, data, folder)
+            if spec.seed == student.train.seeds[0]:
+                entry["trials"] = len(trial_specs(spec))
+            plan.append(entry)
     return plan
 
 
-def _plan(recipe: Recipe, spec: StudentSpec, data: Data | int, folder: Path) -> dict[str, Any]:
+def _plan(
+    recipe: StudentRecipe, task: Task, spec: StudentSpec, data: Data | int, folder: Path
+) -> dict[str, Any]:
     """``data``: the rows, or their number where they are not annotated yet."""
     settings = recipe.training_of(spec.method)
     rationales = None
     valid = None
     if isinstance(data, int):
-        rows = max(1, round(spec.subset * data))
+        rows = _most_rows(spec.subset, data, task)
     else:
         rows = sum(bool(row.label(spec.labels)) for row in data.subset(spec.subset))
         rationales = count_rationales(data, spec)
         valid = len(data.valid)
+    named = {} if spec.student is None else {"student": spec.student}
     return {
         "name": spec.name,
+        **named,
         "rows": rows,
         "rationales": rationales,
         "valid": valid,
@@ -200,7 +271,15 @@ def _plan(recipe: Recipe, spec: StudentSpec, data: Data | int, folder: Path) -> 
     }
 
 
-def _most_steps(recipe: Recipe, rows: int) -> int:
+def _most_rows(subset: Subset, rows: int, task: Task) -> int:
+    """The rows of a subset of ``rows`` rows at most."""
+    number = rows_per_label(subset)
+    if number is None:
+        return max(1, round(float(subset) * rows))
+    return min(rows, number * len(task.labels or ()))
+
+
+def _most_steps(recipe: StudentRecipe, rows: int) -> int:
     """Optimizer steps of a student with ``rows`` rows, or of its longest trial."""
     tune = recipe.train.tune
     settings = tune.settings if tune else [{}]
@@ -217,7 +296,7 @@ def _is_done(settings: str, record: Path) -> bool:
     return bool(student.get("settings") == settings)
 
 
-def _check_processes(recipe: Recipe) -> None:
+def _check_processes(recipe: StudentRecipe) -> None:
     sizes = (recipe.train.tune and recipe.train.tune.batch_size) or (recipe.train.batch_size,)
     uneven = [size for size in sizes if size % world_size()]
     if uneven:
@@ -227,7 +306,7 @@ def _check_processes(recipe: Recipe) -> None:
         )
 
 
-def _check_precision(recipe: Recipe) -> None:
+def _check_precision(recipe: StudentRecipe) -> None:
     if recipe.train.precision == "bf16" and not supports_bf16():
         raise UserError(
             "train.precision: bf16 needs an NVIDIA GPU that supports it; on some CPUs it ends in "

@@ -7,20 +7,21 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsbs.config import Recipe
+from dsbs.config import StudentRecipe
 from dsbs.errors import DsbsError, PartialError
 from dsbs.files import full_disk_as_partial, now, versions
 from dsbs.progress import Progress, running
 from dsbs.prompting import learned_source
 from dsbs.records import TrainedStudent
+from dsbs.students.calibration import Calibration
 from dsbs.students.card import StudentCard
 from dsbs.students.student import Student
 from dsbs.students.weights import device, load_model, new_model
 from dsbs.tasks import make_task
 from dsbs.training.adapters import add_adapters, count_trainable, merge_adapters
+from dsbs.training.distillation.cached_logprobs import ModelOutputs, cache_logprobs
 from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.distillation.objective import DistillationLoss
-from dsbs.training.distillation.response import cache_logprobs
 from dsbs.training.distributed import (
     free_memory,
     is_main_process,
@@ -33,7 +34,12 @@ from dsbs.training.grid import StudentFolder, StudentSpec, Trial
 from dsbs.training.rows import Data, count_rationales
 from dsbs.training.tokens import Tokens
 from dsbs.training.training_set import TrainingSet
-from dsbs.training.validation import max_new_tokens, validate, validation_interval
+from dsbs.training.validation import (
+    calibrated,
+    max_new_tokens,
+    validate,
+    validation_interval,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -47,7 +53,7 @@ class StudentRun:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: StudentRecipe,
         spec: StudentSpec,
         data: Data,
         tokenizer: Any,
@@ -197,6 +203,7 @@ class StudentRun:
             self.spec.seed,
             self.recipe.train.init,
             labels=self.training_set.outputs,
+            classes=self.training_set.classes,
             explains=self.training_set.learns_rationales,
         )
 
@@ -244,6 +251,7 @@ class StudentRun:
             data_collator=terms.collate if terms else collate,
             views=self.training_set.views,
             terms=terms,
+            without_targets=self.spec.without_targets,
             section=section,
             class_weights=self.training_set.class_weights,
             scores_choices=self.training_set.scores_choices,
@@ -275,7 +283,9 @@ class StudentRun:
             section,
             self.training_set.views,
             self.teachers,
-            model.config.vocab_size,
+            ModelOutputs(
+                self.training_set.head, self.training_set.outputs or model.config.vocab_size
+            ),
             self._logprobs,
             self.training_set.rows,
             batch_size,
@@ -288,10 +298,15 @@ class StudentRun:
             self.training_set.views,
             teachers=self.teachers,
             label_ids=self.training_set.label_ids,
+            head=self.training_set.head,
             soft_labels=self.training_set.soft_labels,
             cached=cached,
         )
         loss.attach_projections(model, self.spec.seed)
+        if not loss.needs_teachers:  # their log-probabilities are on disk
+            for teacher in self.teachers:
+                teacher.release()
+            free_memory()
         return loss
 
     def _tensorboard(self, student: Student, metrics: MetricsLogger) -> TensorBoardLogger:
@@ -378,9 +393,11 @@ class StudentRun:
         trainable = count_trainable(student.backend.model)
         model = self._load_checkpoint(self.folder.checkpoints / f"checkpoint-{best}")
         student = Student.of(model, self.tokenizer, student.card)
+        student.calibration = self._calibration(student)
         student.save(self.folder.path)
         trained = TrainedStudent(
             name=self.spec.name,
+            student=self.spec.student,
             **self.spec.identity,
             path=str(self.folder.path),
             valid_accuracy=accuracies[best],
@@ -409,3 +426,16 @@ class StudentRun:
         if self.teachers:
             record["teachers"] = [teacher.record for teacher in self.teachers]
         self.folder.finish(record)
+
+    def _calibration(self, student: Student) -> Calibration | None:
+        """The finished student's calibration, on the CPU where the GPU is full."""
+        view = self.training_set.views[0]
+        try:
+            student.backend.model.to(device())
+            return calibrated(student, self.recipe, self.data, view)
+        except (RuntimeError, MemoryError) as error:
+            if device() == "cpu" or not is_out_of_memory(error):
+                raise
+        free_memory()
+        student.backend.model.to("cpu")
+        return calibrated(student, self.recipe, self.data, view)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,24 @@ class Tokens:
             self._classes = np.arange(first, first + count, dtype=np.int32)
         return self._classes
 
-    def sweep(self) -> None:
-        """Remove cache files that this run did not use: of other texts, or of a killed run."""
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    @property
+    def used(self) -> frozenset[str]:
+        """The names of the cache files that were read or written."""
+        return frozenset(self._used)
+
+    def sweep(self, used: Collection[str] = ()) -> None:
+        """Remove cache files that this run did not use: of other texts, or of a killed run.
+
+        ``used`` are the cache files of the run's other tokenizers.
+        """
         if self._folder is None or not self._folder.is_dir():
             return
         for path in self._folder.iterdir():
-            if path.stem not in self._used:
+            if path.stem not in self._used and path.stem not in used:
                 path.unlink(missing_ok=True)
 
     def _load(

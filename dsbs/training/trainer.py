@@ -34,7 +34,8 @@ from dsbs.training.encode import (
 )
 from dsbs.training.losses import summed_nll, view_weights, weighted_loss
 from dsbs.training.methods import View
-from dsbs.training.packed import ForwardRunner, is_decoder_only, summed_losses
+from dsbs.training.packed import ForwardRunner, is_decoder_only
+from dsbs.training.packed.decoder import DecoderRunner, summed_losses
 from dsbs.training.packed.label_head import (
     LabelHeadRunner,
     has_label_head,
@@ -98,7 +99,8 @@ def training_arguments(
 class StepTrainer(Seq2SeqTrainer):
     """Trains on packed batches; ``views`` is the student's method.
 
-    ``terms`` are the loss terms beside the views' (None: none). ``validate`` returns the figures of
+    ``terms`` are the loss terms beside the views' (None: none); the losses of the views in
+    ``without_targets`` are logged and not learned. ``validate`` returns the figures of
     a validation, "accuracy" among them. ``class_weights`` and ``scores_choices`` are a label
     head's (see ``LabelHeadRunner``).
     """
@@ -110,6 +112,7 @@ class StepTrainer(Seq2SeqTrainer):
         section: ResolvedTrainSection,
         validate: Callable[[], dict[str, float]],
         terms: DistillationLoss | None = None,
+        without_targets: Sequence[str] = (),
         class_weights: Sequence[float] = (),
         scores_choices: bool = False,
         **kwargs: Any,
@@ -120,6 +123,7 @@ class StepTrainer(Seq2SeqTrainer):
         self._views = views
         self._section = section
         self._terms = terms
+        self._without_targets = without_targets
         self._validate = validate
         self._counts: dict[str, float] = {}
         names: list[str] = [view.target for view in views if view.supervised]
@@ -159,7 +163,11 @@ class StepTrainer(Seq2SeqTrainer):
         """Raises UserError for what a sharded model cannot compute."""
         hint = "start without FSDP settings"
         if self._terms is not None:
-            raise UserError("loss terms are not supported with FSDP", hint=hint)
+            raise UserError(
+                "loss terms are not supported with FSDP: every process would hold its local "
+                "teachers whole, which FSDP is there to avoid",
+                hint=f"{hint}; train.lora and train.gradient_checkpointing save memory as well",
+            )
         if self._balance is not None:
             raise UserError(
                 "train.rationale_weight: balanced is not supported with FSDP",
@@ -266,7 +274,9 @@ class StepTrainer(Seq2SeqTrainer):
         step = {"step": StepTotals(counts, weights)} if self._terms else {}
         losses: dict[str, torch.Tensor] = model(batch=inputs, **step)
         sums = {name: losses[name] for name in inputs}
-        loss = weighted_loss(sums, counts, weights)
+        # 0, but part of the graph, for views that terms alone train
+        learned = {name: sums[name] * (name not in self._without_targets) for name in sums}
+        loss = weighted_loss(learned, counts, weights)
         for term in self._terms.terms if self._terms else ():
             loss = loss + term.weight * losses[term.title]
         # Distributed training averages gradients over processes; the counts are summed over them,
@@ -411,21 +421,15 @@ def patch_forward(
     forward. Without ``batch`` it computes what it did before.
     """
     forward = model.forward
-    if is_decoder_only(model):
-        if terms is not None:
-            raise UserError(
-                "a decoder-only student that writes its labels learns no loss terms",
-                hint="leave the terms out of train.methods",
-            )
-        runner = None
-    else:
-        runner = ForwardRunner(
-            model,
-            views,
-            without_padding=without_padding,
-            hidden_states=terms is not None and terms.hidden_states,
-            labels=terms.label_ids if terms else (),
-        )
+    runner_class = DecoderRunner if is_decoder_only(model) else ForwardRunner
+    runner = runner_class(
+        model,
+        views,
+        without_padding=without_padding,
+        hidden_states=terms is not None and terms.hidden_states,
+        labels=terms.label_ids if terms else (),
+    )
+    only_losses = is_decoder_only(model) and terms is None
 
     def packed_forward(
         *args: Any,
@@ -435,7 +439,7 @@ def patch_forward(
     ) -> Any:
         if batch is None:
             return forward(*args, **kwargs)
-        if runner is None:
+        if only_losses:
             return summed_losses(model, batch, without_padding=without_padding)
         output = runner(batch)
         sums = {name: summed_nll(output.logits[name], rows.target) for name, rows in batch.items()}

@@ -1,24 +1,26 @@
-"""Training set: one student's views, terms, and rows as token ids."""
+"""Training set: one student's views, terms, and rows as token ids; and whether a recipe's students
+can learn what it asks for.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
-from dsbs.config import Recipe, unknown
+from dsbs.config import Recipe, StudentRecipe, unknown
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
-from dsbs.students.card import head_of, input_limit
+from dsbs.students.card import check_student, head_of, input_limit
 from dsbs.students.tokenizer import tokenizer_hash
 from dsbs.students.weights import weights_fingerprint
-from dsbs.tasks import make_task
-from dsbs.training.distillation import terms_of
+from dsbs.tasks import Task, make_task
+from dsbs.training.distillation import check_terms, terms_of
 from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fingerprint
 from dsbs.training.encode import Encoder, encoded_hash, soft_labels_hash
-from dsbs.training.grid import StudentSpec
+from dsbs.training.grid import StudentSpec, grid
 from dsbs.training.methods import View, views_of
 from dsbs.training.rows import Data
 from dsbs.training.tokens import Tokens
@@ -29,7 +31,7 @@ class TrainingSet:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: StudentRecipe,
         spec: StudentSpec,
         data: Data,
         tokens: Tokens,
@@ -61,6 +63,12 @@ class TrainingSet:
         self.soft_labels = {}
         if spec.learns_votes:
             self.soft_labels = encoder.soft_labels(rows, self.views[0], spec.labels)
+        own_inputs = [teacher.own_inputs for teacher in teachers if teacher.own_inputs is not None]
+        if own_inputs:
+            labeled = [row for row in rows if row.label(spec.labels) is not None]
+            keys = encoder.input_keys(labeled, self.views[0])
+            for teacher_inputs in own_inputs:
+                teacher_inputs.add(keys, [row.text for row in labeled])
         self.label_ids: list[list[int]] = []
         if self.head == "text" and any(term.needs_label_scores for term in self.terms):
             self.label_ids = encoder.texts(task.labels or ())
@@ -110,7 +118,28 @@ class TrainingSet:
         return digest(*parts)
 
 
-def check_class_weights(recipe: Recipe, labels: Sequence[str] | None) -> None:
+def checked_students(
+    recipe: Recipe, task: Task
+) -> Iterator[tuple[StudentRecipe, list[StudentSpec]]]:
+    """The recipe of each of its students, and what is to be trained of it.
+
+    Raises UserError, which names the student if it has a name, for settings that do not apply.
+    """
+    for name, student in recipe.students.items():
+        specs = grid(student.train, name)
+        try:
+            check_student(student, task)
+            head = head_of(student.student, student.train.init)
+            check_terms(student.train, task, specs, head)
+            check_class_weights(student, task.labels)
+        except UserError as error:
+            if name is None:
+                raise
+            raise UserError(f"student {name}: {error.problem}", hint=error.hint) from None
+        yield student, specs
+
+
+def check_class_weights(recipe: StudentRecipe, labels: Sequence[str] | None) -> None:
     """Raises UserError where ``train.class_weights`` does not apply or names an unknown label."""
     setting = recipe.train.class_weights
     if setting is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dsbs.config import Recipe, ResolvedTrainSection
-from dsbs.records import Unread
+from dsbs.config import ResolvedTrainSection, StudentRecipe
+from dsbs.records import Unreadable
+from dsbs.students.calibration import Calibration, calibrate, rationale_agreement
 from dsbs.students.formats import split_target, start_token
 from dsbs.students.student import Student
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
-from dsbs.training.rows import Data
+from dsbs.training.rows import Data, Row
 
 _MAX_SHARE = 0.2  # of a training's time, unless train.eval_every is set
 _MAX_COUNT = 20
@@ -49,7 +50,7 @@ def _tokens(rows: EncodedRows) -> int:
 
 
 def validate(
-    student: Student, recipe: Recipe, data: Data, rows: Sequence[Encoded], view: View
+    student: Student, recipe: StudentRecipe, data: Data, rows: Sequence[Encoded], view: View
 ) -> dict[str, float]:
     """Accuracy on valid, label loss in nats per token, and the score that chooses the best step.
 
@@ -68,36 +69,89 @@ def validate(
     }
 
 
-def _choose(student: Student, recipe: Recipe, data: Data, view: View) -> tuple[float, float]:
+def calibrated(
+    student: Student, recipe: StudentRecipe, data: Data, view: View
+) -> Calibration | None:
+    """The calibration of a finished student on valid. None: it has no distribution over labels.
+
+    Students that write their label have one where ``eval.score_labels`` is set.
+    """
+    if student.card.head == "text":
+        if not recipe.eval.score_labels or not student.has_distribution:
+            return None
+        inputs = [view.prefix + row.text for row in data.valid]
+        distributions = student.label_distributions(inputs, recipe.eval.batch_size)
+    else:
+        distributions = _distributions(student, recipe, data, view)
+    classes = _right_classes(student, data)
+    agreements = None
+    if recipe.eval.rationales and "rationale" in student.card.prefixes:
+        agreements = _rationale_agreements(student, recipe, data, distributions)
+    return calibrate(distributions, classes, data.valid_labels, agreements)
+
+
+def _rationale_agreements(
+    student: Student, recipe: StudentRecipe, data: Data, distributions: Sequence[tuple[float, ...]]
+) -> list[float]:
+    """Whether each valid row's rationale states the student's label."""
+    card = student.card
+    inputs = [card.prefixes["rationale"] + row.text for row in data.valid]
+    start = card.starts.get("rationale", "pad")
+    written = student.generate(inputs, card.max_target_tokens, recipe.eval.batch_size, start)
+    agreements = []
+    for row, rationale, distribution in zip(data.valid, written, distributions, strict=True):
+        label = _choices(student, row)[distribution.index(max(distribution))]
+        fields = data.fields[row.id]
+        agreements.append(rationale_agreement(label, rationale.text, student.task, fields))
+    return agreements
+
+
+def _choices(student: Student, row: Row) -> Sequence[str]:
+    """The labels that a row's distribution is over, in its order."""
+    classes = student.card.classes or student.task.labels
+    return classes or [choice for choice, _ in row.choices]
+
+
+def _choose(student: Student, recipe: StudentRecipe, data: Data, view: View) -> tuple[float, float]:
     """A label head's accuracy and mean cross-entropy of the classes, in nats."""
-    inputs = [view.prefix + row.label_text for row in data.valid]
-    answers = student.generate(inputs, 0, recipe.eval.batch_size)
     correct = 0
     loss = 0.0
-    for answer, row in zip(answers, data.valid, strict=True):
-        assert answer.distribution is not None  # a label head has one
-        classes = student.card.classes or [choice for choice, _ in row.choices]
-        right = classes.index(str(row.label(data.valid_labels)))
-        correct += answer.distribution.index(max(answer.distribution)) == right
-        loss -= math.log(max(answer.distribution[right], _SMALLEST))
+    distributions = _distributions(student, recipe, data, view)
+    for distribution, right in zip(distributions, _right_classes(student, data), strict=True):
+        correct += distribution.index(max(distribution)) == right
+        loss -= math.log(max(distribution[right], _SMALLEST))
     return correct / len(data.valid), loss / len(data.valid)
 
 
-def max_new_tokens(recipe: Recipe, view: View) -> int:
+def _distributions(
+    student: Student, recipe: StudentRecipe, data: Data, view: View
+) -> list[tuple[float, ...]]:
+    """A label head's distributions on valid, not calibrated."""
+    inputs = [view.prefix + row.label_text for row in data.valid]
+    answers = student.generate(inputs, 0, recipe.eval.batch_size)
+    return [answer.distribution or () for answer in answers]
+
+
+def _right_classes(student: Student, data: Data) -> list[int]:
+    """The index of each valid row's label in its distribution."""
+    return [_choices(student, row).index(str(row.label(data.valid_labels))) for row in data.valid]
+
+
+def max_new_tokens(recipe: StudentRecipe, view: View) -> int:
     """The most tokens that a student generates for a label."""
     if view.target == "rationale-then-label":  # the label comes last
         return recipe.student.max_target_tokens
     return recipe.eval.max_label_tokens
 
 
-def _accuracy(student: Student, recipe: Recipe, data: Data, view: View) -> float:
+def _accuracy(student: Student, recipe: StudentRecipe, data: Data, view: View) -> float:
     task = student.task
     inputs = [view.prefix + row.text for row in data.valid]
     generations = student.generate(inputs, max_new_tokens(recipe, view), recipe.eval.batch_size)
     correct = 0
     for generation, row in zip(generations, data.valid, strict=True):
         label = task.read_label(split_target(view.target, generation.text)[0], data.fields[row.id])
-        if not isinstance(label, Unread):
+        if not isinstance(label, Unreadable):
             correct += task.correct(label, str(row.label(data.valid_labels)))
     return correct / len(data.valid)
 
@@ -107,7 +161,8 @@ def _label_loss(student: Student, batch_size: int, rows: Sequence[Encoded], view
     import torch
 
     from dsbs.training.losses import summed_nll
-    from dsbs.training.packed import is_decoder_only, summed_losses
+    from dsbs.training.packed import is_decoder_only
+    from dsbs.training.packed.decoder import summed_losses
 
     model = student.backend.model
     total = 0.0

@@ -473,7 +473,7 @@ def test_a_plan_without_a_limit_estimates_the_likely_cost(
         assert first.likely_usd == pytest.approx(6 * 0.8)
         annotate(load_recipe(path, [*settings, "annotate.splits=[train]"]), out=tmp_path / "run")
         second = plan(load_recipe(path, settings), tmp_path / "run")
-        assert (second.requests, second.tokens_a_reply) == (2, 7)
+        assert (second.requests, second.tokens_per_reply) == (2, 7)
         assert question(server.bodies[0])
 
 

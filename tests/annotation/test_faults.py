@@ -219,9 +219,9 @@ def test_an_event_stream_that_nobody_asked_for_is_put_together() -> None:
 
 
 def test_reasoning_tokens_that_are_counted_beside_the_others_are_billed() -> None:
-    beside = BILL | {"total_tokens": 47, "completion_tokens_details": {"reasoning_tokens": 30}}
-    among = beside | {"total_tokens": 17, "completion_tokens_details": {"reasoning_tokens": 4}}
-    for usage, tokens in ((beside, 35), (among, 5)):
+    folder = BILL | {"total_tokens": 47, "completion_tokens_details": {"reasoning_tokens": 30}}
+    among = folder | {"total_tokens": 17, "completion_tokens_details": {"reasoning_tokens": 4}}
+    for usage, tokens in ((folder, 35), (among, 5)):
         outcome = reading(with_content("x", usage))
         assert isinstance(outcome, Reply) and outcome.completion_tokens == tokens
 

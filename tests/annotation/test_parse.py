@@ -57,6 +57,11 @@ def test_the_first_turn_ends_where_an_invented_example_begins(
     assert first_turn(text, STOP) == (turn, ran_on)
 
 
+@pytest.mark.parametrize("text", ["\n\na\nb\n\nPremise: c", "a\nb\n\n", "\na\nb"])
+def test_a_blank_line_may_end_the_first_turn(text: str) -> None:
+    assert first_turn(text, ("\n\n",))[0] == "a\nb"
+
+
 @pytest.mark.parametrize(("reply", "label"), [("Answer:\nT", "T"), ("Answer: Q", "Q")])
 def test_an_answer_that_begins_a_stop_string_is_no_invented_example(reply: str, label: str) -> None:
     section = TaskSection(name="classification", labels=["T", "Q"], data={"train": "-"})

@@ -165,7 +165,7 @@ def test_a_pilot_buys_a_stratified_sample_and_projects_the_bill(
             "shipping": 5,
         }
         assert (
-            result["parse_rate"] == 1.0
+            result["acceptance_rate"] == 1.0
             and result["label_accuracy"] == 1.0
             and result["label_accuracy_ci95"][0] < 0.8
         )
@@ -174,8 +174,8 @@ def test_a_pilot_buys_a_stratified_sample_and_projects_the_bill(
         )
         foreseen = plan(recipe, tmp_path / "run")
         assert (foreseen.requests, foreseen.cached, foreseen.is_timed) == (40, 10, True)
-        assert 0.01 <= foreseen.seconds_a_reply < 0.5
-        assert foreseen.seconds == pytest.approx(40 * foreseen.seconds_a_reply / 8)
+        assert 0.01 <= foreseen.seconds_per_reply < 0.5
+        assert foreseen.seconds == pytest.approx(40 * foreseen.seconds_per_reply / 8)
         annotate(recipe, out=tmp_path / "run")
         assert server.requests == 50, "the pilot's replies are part of the run"
 
@@ -215,7 +215,7 @@ def test_the_pilot_as_a_command(toy: Callable[..., Path], tmp_path: Path) -> Non
         )
     assert result.returncode == 0, result.stderr
     assert (
-        "parse rate 100.0%" in result.stdout
+        "acceptance rate 100.0%" in result.stdout
         and "All 14 rows" in result.stdout
         and "price unknown" in result.stdout
     )
@@ -298,7 +298,9 @@ def test_teachers_are_compared_on_the_same_rows(toy: Callable[..., Path], tmp_pa
         2 * 0.5**10
     )
     assert second["agreement"] == {first["name"]: 0.5}
-    assert second["usd_a_rationale"] == pytest.approx(0.025) and first["usd_a_rationale"] is None
+    assert (
+        second["usd_per_rationale"] == pytest.approx(0.025) and first["usd_per_rationale"] is None
+    )
     assert "lazy" in shown.stdout and "50.0%" in shown.stdout
 
 
@@ -320,4 +322,4 @@ def test_a_plan_respects_a_local_servers_concurrency(
     planned = plan(
         load_recipe(toy(train=20, test=10), [teacher, "annotate.concurrency=64"]), tmp_path / "run"
     )
-    assert planned.seconds == pytest.approx(planned.requests * planned.seconds_a_reply / 4)
+    assert planned.seconds == pytest.approx(planned.requests * planned.seconds_per_reply / 4)

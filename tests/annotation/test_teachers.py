@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import good_answer, run_dsbs, write_csv
@@ -13,18 +15,22 @@ from loopback import read_rows
 
 from dsbs import UserError, annotate, load_recipe, validate
 from dsbs.annotation.backends import LocalTeacher, Reply, Request, teacher_class
+from dsbs.annotation.backends.llamacpp import LlamaCppEndpoint
 from dsbs.annotation.backends.recorded import RecordedTeacher
 from dsbs.annotation.planning import plan
+from dsbs.config import EndpointSection, TeacherSection
 from dsbs.config.registry import TEACHERS
 from dsbs.records import Example
 from dsbs.students.weights import gguf_file, gguf_fingerprint
 
+_URL = "http://127.0.0.1:1/v1"
+
 
 def test_a_gguf_file_is_found_or_its_absence_explained(tmp_path: Path) -> None:
     (tmp_path / "mine.gguf").write_bytes(b"GGUF" * 1000)
-    assert gguf_file("mine.gguf", beside=tmp_path) == tmp_path / "mine.gguf"
+    assert gguf_file("mine.gguf", folder=tmp_path) == tmp_path / "mine.gguf"
     with pytest.raises(UserError, match=r"GGUF file other\.gguf does not exist"):
-        gguf_file("other.gguf", beside=tmp_path)
+        gguf_file("other.gguf", folder=tmp_path)
 
 
 def test_two_models_of_one_name_and_size_have_two_fingerprints(tmp_path: Path) -> None:
@@ -48,11 +54,60 @@ def test_the_embedded_model_answers_through_the_same_client(
     path = toy(train=2, test=2, annotate={"max_tokens": 24, "concurrency": 2})
     recipe = load_recipe(path, [f"teacher={json.dumps(teacher)}"])
     first = annotate(recipe, out=tmp_path / "run")
-    assert first.splits["train"].requests == 2 and first.splits["train"].usage.completion_tokens
+    usage = first.splits["train"].usage
+    assert first.splits["train"].requests == 2 and usage.completion_tokens
+    assert usage.cached_tokens, "the second request has its beginning from the first one's slot"
     again = annotate(recipe, out=tmp_path / "run")
     assert again.splits["train"].requests == 0, (
         "another port, the same weights: nothing is asked again"
     )
+
+
+class RecordingEndpoint(LlamaCppEndpoint):
+    """A llama.cpp endpoint whose exchanges are noted in place of being sent."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(TeacherSection(model="m"), EndpointSection(base_url=_URL), None, "m")
+        self.slots = 3
+        self.status = status
+        self.urls: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.open = 0
+
+    async def _exchange(
+        self, send: object, url: str, timeout_s: float, **body: bytes
+    ) -> tuple[int, bytes, dict[str, str]]:
+        self.urls.append(url.removeprefix("http://127.0.0.1:1"))
+        self.bodies.append(json.loads(body["data"]))
+        self.open += 1
+        is_alone = len(self.urls) == 1 or "/slots/" in url
+        assert self.open == 1 or not is_alone, "the first request and the copies are alone"
+        await asyncio.sleep(0)
+        self.open -= 1
+        if "/slots/" in url:
+            return self.status, b"{}", {}
+        return 200, json.dumps({"choices": [{"text": "a", "finish_reason": "stop"}]}).encode(), {}
+
+
+@pytest.mark.parametrize("status", [200, 501])
+def test_the_first_requests_slot_is_copied_to_the_others(status: int) -> None:
+    endpoint = RecordingEndpoint(status)
+
+    async def complete() -> None:
+        request = Request({"prompt": "p"}, 0)
+        await asyncio.gather(*(endpoint.complete(request) for _ in range(3)))
+        await endpoint.close()
+
+    asyncio.run(complete())
+    copies = [url for url in endpoint.urls if "/slots/" in url]
+    assert (
+        copies
+        == ["/slots/0?action=save", "/slots/1?action=restore", "/slots/2?action=restore"][
+            : 3 if status == 200 else 1
+        ]
+    )
+    answered = [body for body in endpoint.bodies if "prompt" in body]
+    assert [body.get("id_slot") for body in answered] == [0, None, None]
 
 
 class ToyTeacher(LocalTeacher):

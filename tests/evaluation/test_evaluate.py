@@ -140,10 +140,10 @@ def test_results_of_an_older_schema_say_how_to_rebuild_them(tmp_path: Path) -> N
     run = RunFolder(tmp_path)
     run.results.parent.mkdir(parents=True)
     run.results.write_text('{"schema": "dsbs.results/2"}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"dsbs\.results/2.*reads 'dsbs\.results/4'") as error:
+    with pytest.raises(UserError, match=r"dsbs\.results/2.*reads 'dsbs\.results/5'") as error:
         run.read_results()
     assert "--score-only" in (error.value.hint or "")
-    run.results.write_text('{"schema": "dsbs.results/4"}', encoding="utf-8")
+    run.results.write_text('{"schema": "dsbs.results/5"}', encoding="utf-8")
     with pytest.raises(UserError, match="is not valid"):
         run.read_results()
     run.results.write_text("{", encoding="utf-8")

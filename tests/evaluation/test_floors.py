@@ -116,20 +116,26 @@ def test_floors_are_compared_outside_holms_family_and_said_first(
     assert kinds == {"tfidf": "external", "majority": "floor"}
 
 
-def test_floors_learn_from_the_rows_of_each_share(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_floors_learn_from_the_rows_of_each_subset(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
     recipe = load_recipe(
         toy(train=60, eval={"floors": ["majority", "tfidf"]}),
-        ["train.methods=[finetune]", "train.subset=[0.25, 1.0]"],
+        ["train.methods=[finetune]", "train.subset=[2-per-label, 0.25, 1.0]"],
     )
     task = make_task(recipe.task)
     data = gather(recipe, task, tmp_path, grid(recipe.train))
     labeled = floors._labeled_rows(recipe, task, RunFolder(tmp_path))
-    for share in (0.25, 1.0):
-        ids = [row.id for row, _ in labeled.of_share(share)]
-        assert ids == [row.id for row in data.subset(share)]
+    for subset in ("2-per-label", 0.25, 1.0):
+        ids = [row.id for row, _ in labeled.of_subset(subset)]
+        assert ids == [row.id for row in data.subset(subset)]
     assert [row.id for row, _ in labeled.valid] == [row.id for row in data.valid]
-    systems, _ = make_floors(recipe, tmp_path / "run", {0.25: 13, 1.0: 54})
-    assert set(systems) == {"majority", "majority-n0.25", "tfidf", "tfidf-n0.25"}
+    systems, _ = make_floors(recipe, tmp_path / "run", {"2-per-label": 4, 0.25: 13, 1.0: 54})
+    assert list(systems) == [
+        f"{floor}{suffix}"
+        for floor in ("majority", "tfidf")
+        for suffix in ("", "-n0.25", "-2-per-label")
+    ]
     assert systems["tfidf-n0.25"].subset == 0.25 and systems["tfidf-n0.25"].training_rows == 13
 
 

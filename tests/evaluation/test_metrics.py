@@ -15,7 +15,7 @@ from dsbs import UserError
 from dsbs.config import TaskSection
 from dsbs.config.registry import METRICS
 from dsbs.evaluation.bootstrap import Clusters
-from dsbs.evaluation.calibration import binned, calibration_bins, calibration_error
+from dsbs.evaluation.calibration import calibration_bins
 from dsbs.evaluation.metrics import (
     Measures,
     Scored,
@@ -26,6 +26,7 @@ from dsbs.evaluation.metrics import (
     score,
 )
 from dsbs.records import Example, Prediction
+from dsbs.students.calibration import binned, calibration_error
 from dsbs.tasks import Task, make_task
 
 NLI = make_task(TaskSection(name="esnli", data={"train": "-"}))
@@ -295,3 +296,15 @@ def test_log_loss_brier_and_auroc_by_hand_and_by_scikit_learn() -> None:
     expected = roc_auc_score([True, True, False, False], confidences)
     assert metrics["confidence_auroc"].value == pytest.approx(expected)
     assert "log_loss" not in measured(NLI, [scored(NLI, gold, gold)]).metrics
+
+
+def test_the_most_confused_pairs_are_counted_over_seeds() -> None:
+    gold = ["entailment", "entailment", "neutral", "contradiction"]
+    first = scored(NLI, gold, ["neutral", "neutral", "neutral", "what"])
+    second = scored(NLI, gold, ["neutral", "entailment", "contradiction", "contradiction"])
+    pairs = measured(NLI, [first, second]).confusions
+    assert [(pair.gold, pair.predicted, pair.rows, pair.share) for pair in pairs] == [
+        ("entailment", "neutral", 1.5, 0.75),
+        ("neutral", "contradiction", 0.5, 0.5),
+    ]
+    assert measured(SVAMP, [scored(SVAMP, ["1"], ["2"])]).confusions == []

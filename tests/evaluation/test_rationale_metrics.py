@@ -16,7 +16,7 @@ from dsbs.evaluation.bootstrap import Clusters
 from dsbs.evaluation.metrics import Scored, SystemPredictions, measure, score
 from dsbs.evaluation.rationales import ROUGE_L, rouge_l, words
 from dsbs.records import Example, Prediction
-from dsbs.records.results import Measure
+from dsbs.records.measures import Measure
 from dsbs.tasks import Task, make_task
 
 NLI = make_task(TaskSection(name="esnli", data={"train": "-"}))

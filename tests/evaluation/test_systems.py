@@ -25,6 +25,7 @@ from dsbs.evaluation.systems import (
     teacher_bill,
 )
 from dsbs.records import Example, Prediction, TrainedStudent
+from dsbs.records.subsets import Subset, subset_suffix
 from dsbs.records.summary import label_efficiency_sentence
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
@@ -126,8 +127,8 @@ def test_clusters_are_numbered_by_equal_values() -> None:
     assert clusters_of(rows, None) is None
 
 
-def student(method: str, subset: float = 1.0, source: str | None = "s") -> TrainedStudent:
-    name = method + ("" if subset == 1.0 else f"-n{subset:g}") + "-s0"
+def student(method: str, subset: Subset = 1.0, source: str | None = "s") -> TrainedStudent:
+    name = f"{method}{subset_suffix(subset)}-s0"
     return TrainedStudent(
         name=name,
         method=method,
@@ -147,7 +148,7 @@ def student(method: str, subset: float = 1.0, source: str | None = "s") -> Train
 
 
 def system(
-    method: str, subset: float = 1.0, right: float = 0.5, rows: int = 100, source: str | None = "s"
+    method: str, subset: Subset = 1.0, right: float = 0.5, rows: int = 100, source: str | None = "s"
 ) -> System:
     trained = student(method, subset, source)
     correct = np.arange(100) < 100 * right
@@ -275,6 +276,9 @@ def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:
         0.5,
         250,
     )
+    few_shot = system("step-by-step", "5-per-label", rows=20)
+    (break_even,) = break_evens([few_shot], 1.0, 0.002, 0.001)
+    assert (break_even.spent_usd, break_even.predictions) == (0.02, 10)
     assert list(break_evens([learned], None, 0.002)) == [] == list(break_evens([learned], 1.0, 0.0))
 
 

@@ -54,7 +54,23 @@ def test_a_float_export_writes_and_scores_as_transformers_does(
             other.raw, other.rationale, other.truncated, other.rationale_truncated,
         )  # fmt: skip
         assert one.probability == pytest.approx(other.probability, rel=1e-3)
+    if form == "ct2":
+        with pytest.raises(UserError, match="seq2seq students in ct2 format cannot score labels"):
+            Student.load(done.path).predict(ROWS[:1], score_labels=True)
+    else:
+        assert_scores_labels_alike(Student.load(done.path), Student.load(student))
     assert_saves_what_it_loads(Student.load(done.path), tmp_path / "copy")
+
+
+def assert_scores_labels_alike(ours: Student, theirs: Student) -> None:
+    """With labels of several lengths, and more of them than are scored together."""
+    labels = ["billing", "shipping", "a much longer label than that"]
+    for ours_row, theirs_row in zip(
+        ours.backend.score(ROWS[:5], labels),  # type: ignore[attr-defined]
+        theirs.backend.score(ROWS[:5], labels),  # type: ignore[attr-defined]
+        strict=True,
+    ):
+        assert ours_row == pytest.approx(theirs_row, abs=2e-2, rel=1e-3)
 
 
 def test_the_converters_own_scale_would_be_found_out(

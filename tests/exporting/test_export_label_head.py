@@ -13,9 +13,28 @@ from encoder_models import label_head_student, save_label_head, texts
 
 from dsbs.errors import UserError
 from dsbs.exporting.run import export
+from dsbs.students.calibration import (
+    Threshold,
+    calibrate,
+    read_calibration,
+    read_threshold,
+    write_record,
+)
 from dsbs.students.student import Student
 
 ROWS = texts(20)
+THRESHOLD = Threshold(
+    student="f",
+    confidence="margin",
+    temperature=1.0,
+    threshold=0.8,
+    of="agreement",
+    target=0.98,
+    level=0.95,
+    bound=0.982,
+    rows=500,
+    coverage=0.6,
+)
 BLOCK = """
 import runpy, sys
 class Refuse:
@@ -43,7 +62,9 @@ def test_a_float_export_gives_the_students_distribution(
     tmp_path: Path, family: str, form: str
 ) -> None:
     folder = save_label_head(tmp_path, family, num_hidden_layers=2)
+    write_record(folder, THRESHOLD)
     exported = export(folder, form, quantize="float32", examples=ROWS)
+    assert read_threshold(exported.path) == THRESHOLD, "its answers are the student's"
     assert exported.equivalence.greedy_agreement == 1.0
     assert exported.equivalence.score_difference is not None
     assert exported.equivalence.score_difference < 1e-3
@@ -54,6 +75,11 @@ def test_a_float_export_gives_the_students_distribution(
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.label == theirs.label
         assert ours.distribution == pytest.approx(theirs.distribution, abs=1e-5)
+        margin = student.confidence(ours, {}, THRESHOLD.confidence)
+        likeliest = sorted(ours.distribution.values())
+        assert margin == pytest.approx(likeliest[-1] - likeliest[-2])
+        assert THRESHOLD.is_sure(margin) == (likeliest[-1] - likeliest[-2] >= 0.8)
+    assert not THRESHOLD.is_sure(None)
     (tmp_path / "copy").mkdir()
     student.save(tmp_path / "copy")
     copied = Student.load(tmp_path / "copy").predict(ROWS[:3], batch_size=7)
@@ -67,8 +93,16 @@ def test_int8_is_smaller_and_the_script_prints_what_the_backend_gives(
     tmp_path: Path, form: str
 ) -> None:
     folder = tmp_path / "student"
-    label_head_student("bert", prefix="it's: ").save(folder)
+    student = label_head_student("bert", prefix="it's: ")
+    uncalibrated = student.predict(ROWS[:1])[0].distribution
+    student.calibration = calibrate([(0.9, 0.1)] * 20, [0, 1] * 10, "gold")
+    assert student.temperature > 5
+    assert student.predict(ROWS[:1])[0].distribution != pytest.approx(uncalibrated, abs=1e-3)
+    student.save(folder)
+    write_record(folder, THRESHOLD)
     exported = export(folder, form, quantize="int8", examples=ROWS)
+    assert read_calibration(exported.path) == student.calibration
+    assert read_threshold(exported.path) is None, "quantized weights answer otherwise"
     script = (exported.path / "predict.py").read_text(encoding="utf-8")
     assert len(script.splitlines()) <= 15
     other = "ctranslate2" if form == "onnx" else "onnxruntime"

@@ -149,6 +149,29 @@ def test_exports_and_compressed_students_are_students(tmp_path: Path, hub: type[
     assert "compress.json" not in plan_upload(compressed).names
 
 
+def test_a_label_head_goes_with_its_rationale_decoder(tmp_path: Path, hub: type[FakeHub]) -> None:
+    student = make_student(tmp_path, head="labels", classes=TEAMS, kind="encoder")
+    (student / "head.safetensors").write_bytes(b"head")
+    decoder = student / "rationale_decoder"
+    decoder.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors", "optimizer.pt"):
+        (decoder / name).write_text("{}")
+    upload = plan_upload(student)
+    push(upload, "me/tickets")
+    files = hub.repositories["me/tickets"]["files"]
+    expected = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {name for name in files if "/" in name} == {f"rationale_decoder/{n}" for n in expected}
+    assert files["head.safetensors"] == b"head" and "rationale_decoder" not in upload.skipped
+    readme = files["README.md"].decode()
+    assert "`head.safetensors`" in readme and "library_name" not in readme
+    assert 'dsbs.Student.load("step-by-step-gold-s0")' in readme
+
+    for name in expected:
+        (decoder / name).unlink()
+    removed = push(plan_upload(student), "me/tickets").removed
+    assert sorted(removed) == sorted(f"rationale_decoder/{name}" for name in expected)
+
+
 def test_a_dry_run_shows_files_and_sizes_and_never_asks_the_hub(
     tmp_path: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:

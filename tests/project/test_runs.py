@@ -68,10 +68,11 @@ def test_other_words_of_a_manifest_are_told_as_they_are(status: str, tmp_path: P
 
 
 def test_students_are_counted_against_the_grid_and_by_their_settings(tmp_path: Path) -> None:
-    recipe = load_recipe("recipes/demo.yaml")
+    changes = ["student={init: scratch}", "train.labels=[gold, teacher]"]
+    recipe = load_recipe("recipes/demo.yaml", changes)
     run = tmp_path / "demo"
     manifest(run / "train", "interrupted", recipe=recipe.model_dump(mode="json"))
-    student(run, "step-by-step-gold-s0", recipe.training)
+    student(run, "step-by-step-gold-s0", recipe.students[None].training)
     student(run, "finetune-gold-s0", "of another recipe")
     assert (run_state(run).finished, run_state(run).planned) == (1, 4)
     manifest(
@@ -146,7 +147,9 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
     run = make_run(tmp_path / "runs" / "made", subsets=(1.0,), seeds=(0,))
     make_run(tmp_path / "runs" / "plain", name="plain", subsets=(1.0,), seeds=(0,))
     alone = run_dsbs("ls", str(tmp_path / "runs" / "plain"), cwd=tmp_path)
-    assert run_state(run).beside == {} and "other models" not in alone.stdout, "no column of dashes"
+    assert run_state(run).other_models == {} and "other models" not in alone.stdout, (
+        "no column of dashes"
+    )
     for record in (
         "train/teachers/mini-s0/train.json",
         "train/trials/a/b/train.json",
@@ -159,7 +162,7 @@ def test_what_was_made_of_students_and_for_them_is_counted_beside_them(tmp_path:
     ):
         (run / record).parent.mkdir(parents=True, exist_ok=True)
         (run / record).write_text("{}", encoding="utf-8")
-    assert run_state(run).beside == {"local teachers": 1, "compressed": 1, "exported": 2}
+    assert run_state(run).other_models == {"local teachers": 1, "compressed": 1, "exported": 2}
     done = run_dsbs("ls", cwd=tmp_path)
     assert done.returncode == 0 and {
         "other",

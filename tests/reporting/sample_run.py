@@ -12,6 +12,7 @@ from conftest import write_jsonl
 
 from dsbs.config import Recipe
 from dsbs.records import Annotation, Prediction, TeacherName
+from dsbs.records.measures import Measure
 from dsbs.records.results import (
     Bin,
     BreakEven,
@@ -19,7 +20,6 @@ from dsbs.records.results import (
     Compressed,
     LabelEfficiency,
     Latency,
-    Measure,
     Measurement,
     Results,
     SystemResult,
@@ -49,11 +49,13 @@ def make_run(
     texts: dict[int, str] | None = None,
     prose: Callable[[], str] | None = None,
     size: str = "nano",
+    students: dict[str, str] | None = None,
 ) -> Path:
     """Write a run with a teacher, fine-tuning, standard distillation and step-by-step.
 
     ``texts`` replaces the text and the rationale of the rows with those numbers, ``prose`` writes
-    all others and each student's rationales.
+    all others and each student's rationales. ``students`` are the sizes of several students by
+    name; the first is as accurate as a single one, and each later one 8 points less.
     """
     draw = random.Random(name)
     recipe = Recipe.model_validate(
@@ -61,16 +63,21 @@ def make_run(
             "name": name,
             "task": {"name": "esnli", "data": {"train": "train.jsonl", "test": "test.jsonl"}},
             "teacher": {"kind": "openai", "model": "a-teacher"},
-            "student": {"init": "scratch", "size": size},
+            "student": _student_sections(size, students),
             "train": {"subset": subsets, "seeds": seeds},
         }
     )
     examples = [_example(number, texts or {}, prose) for number in range(rows)]
     systems = [_system("teacher", 0.85, rows, usd=TEACHER_USD)]
-    for subset in sorted(subsets, reverse=True):
-        systems += [
-            _student_system(system, subset, seeds, rows, PARAMETERS[size]) for system in ACCURACIES
-        ]
+    for student, its_size in (students or {"": size}).items():
+        for subset in sorted(subsets, reverse=True):
+            systems += [
+                _student_system(system, subset, seeds, rows, PARAMETERS[its_size])
+                for system in ACCURACIES
+            ]
+        if students:
+            systems = [_named(system, student, students) for system in systems]
+    prefix = f"{next(iter(students))}-" if students else ""
     results = Results(
         recipe=recipe.model_dump(mode="json"),
         data={"test": "b" * 64},
@@ -79,8 +86,8 @@ def make_run(
         task="esnli",
         split="test",
         n=rows,
-        baseline="finetune-gold",
-        headline="step-by-step-gold",
+        baseline=f"{prefix}finetune-gold",
+        headline=f"{prefix}step-by-step-gold",
         reportable=True,
         systems=systems,
         label_efficiency=[
@@ -314,6 +321,42 @@ def _student_system(
     )
 
 
+def _student_sections(size: str, students: dict[str, str] | None) -> dict[str, Any]:
+    if students is None:
+        return {"init": "scratch", "size": size}
+    return {name: {"init": "scratch", "size": its_size} for name, its_size in students.items()}
+
+
+def _named(system: SystemResult, student: str, students: dict[str, str]) -> SystemResult:
+    """One of several students' systems; others are returned as they are."""
+    if system.kind != "student" or system.student is not None:
+        return system
+    number = list(students).index(student)
+    lower = 0.08 * number
+    (comparison,) = _student_system("step-by-step-gold", 1.0, (0,), 60, 1).versus.values()
+    later = list(students)[number + 1 :] if system.subset == 1.0 else []
+    return system.model_copy(
+        update={
+            "name": f"{student}-{system.name}",
+            "student": student,
+            "accuracy": system.accuracy - lower,
+            "ci95": tuple(end - lower for end in system.ci95),
+            "latency": [
+                latency.model_copy(
+                    update={
+                        "p50_ms": latency.p50_ms / 3**number,
+                        "p95_ms": latency.p95_ms / 3**number,
+                    }
+                )
+                for latency in system.latency
+            ],
+            "versus": {f"{student}-{name}": value for name, value in system.versus.items()},
+            "versus_students": {f"{other}-{system.name}": comparison for other in later},
+            "settings_tried": 2,
+        }
+    )
+
+
 def _system(
     name: str, accuracy: float, rows: int, *, usd: float | None = None, **fields: Any
 ) -> SystemResult:
@@ -365,6 +408,7 @@ def _write_student(folder: Path, system: SystemResult, seed: int, task: dict[str
         "peak_memory_of": "process",
     }
     student = identity | {
+        "student": system.student,
         "path": str(folder),
         "valid_accuracy": system.accuracy,
         "best_step": 40,

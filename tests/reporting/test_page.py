@@ -98,6 +98,8 @@ def test_text_from_data_is_shown_as_text(folder: Path) -> None:
     def add_hostile_text(results: dict[str, Any]) -> None:
         for system in results["systems"]:
             system["recall"] = {HOSTILE: system["recall"]["neutral"]}
+            pair = {"gold": HOSTILE, "predicted": HOSTILE, "rows": 1.0, "share": 0.5}
+            system["confusions"] = [pair]
         results.update(task=HOSTILE, cluster=HOSTILE, clusters=7)
 
     prompt = {"instruction": HOSTILE, "template": "x", "exemplars": [], "anchor": [HOSTILE]}
@@ -109,6 +111,20 @@ def test_text_from_data_is_shown_as_text(folder: Path) -> None:
     assert page.text.count(HOSTILE_SHOWN) >= 5
     assert "49 {%" not in page.text
     assert "\x00" not in page.text
+
+
+def test_of_many_labels_the_worst_are_rows_and_confused_pairs_are_named(folder: Path) -> None:
+    def add_labels(results: dict[str, Any]) -> None:
+        for system in results["systems"]:
+            measure = system["recall"]["neutral"]
+            system["recall"] = {f"label-{i}": measure | {"value": i / 77} for i in range(77)}
+            pair = {"gold": "label-1", "predicted": "label-2", "rows": 12.5, "share": 0.25}
+            system["confusions"] = [pair]
+
+    text = ParsedPage(render([change_results(folder, add_labels)], [])).text
+    assert "label-19" in text and "label-20" not in text
+    assert "The 20 of 77 labels with the lowest recall of step-by-step-gold" in text
+    assert "Most confused labels" in text and "12.5" in text
 
 
 def test_a_report_is_self_contained_and_in_the_run_folder(folder: Path) -> None:

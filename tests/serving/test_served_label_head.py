@@ -45,6 +45,30 @@ def test_every_route_gives_the_distribution() -> None:
     assert content[0]["logprob"] == pytest.approx(max(logprobs.values()), abs=1e-4)
 
 
+def test_a_student_that_writes_its_label_scores_every_label_on_request() -> None:
+    student = made(BOTH)
+    (expected,) = student.predict([TEXT], score_labels=True)
+    assert expected.distribution is not None
+    plain, scored, completed = answers(
+        student,
+        ("/predict", {"inputs": [TEXT]}),
+        ("/predict", {"inputs": [TEXT], "distribution": True}),
+        ("/v1/completions", {"prompt": TEXT, "logprobs": 2}),
+    )
+    assert "distribution" not in plain[1]["predictions"][0]
+    prediction = scored[1]["predictions"][0]
+    assert prediction["distribution"] == pytest.approx(expected.distribution)
+    assert prediction["label"] == expected.label
+    logprobs = {label: math.log(share) for label, share in expected.distribution.items()}
+    top = completed[1]["choices"][0]["logprobs"]["top_logprobs"][0]
+    assert top == pytest.approx(logprobs, abs=1e-4)
+
+    ((status, body),) = answers(
+        made({"label-then-rationale": ""}), ("/predict", {"inputs": [TEXT], "distribution": True})
+    )
+    assert status == 400 and body["error"]["code"] == "no_distribution"
+
+
 def test_without_a_request_there_are_no_log_probabilities() -> None:
     completed, chatted = answers(
         label_head_student(),
@@ -57,6 +81,6 @@ def test_without_a_request_there_are_no_log_probabilities() -> None:
 
 def test_a_text_that_is_more_than_the_label_has_no_log_probabilities() -> None:
     request = ("/v1/completions", {"prompt": TEXT, "logprobs": 1})
-    for student, settings in ((made(BOTH), {}), (label_head_student(), {"anchor": "Answer:"})):
-        ((status, body),) = answers(student, request, **settings)
+    for student in (made(BOTH), label_head_student()):
+        ((status, body),) = answers(student, request, anchor="Answer:")
         assert status == 400 and "logprobs" in body["error"]["message"]

@@ -183,11 +183,20 @@ def test_rows_are_read_as_they_are_needed(student: Path, tmp_path: Path) -> None
     assert most_ahead <= 16, "one chunk"
 
 
-def test_a_text_student_has_no_other_labels(tmp_path: Path) -> None:
+def test_a_student_that_writes_its_label_scores_the_others(tmp_path: Path) -> None:
     from exporting.tiny_t5 import make_student
 
-    with pytest.raises(UserError, match="writes its label as text"):
-        predict(make_student(tmp_path), tmp_path / "a.jsonl", Options(top=2))
+    student = make_student(tmp_path)
+    predict(student, tmp_path / "a.jsonl", Options(top=1))
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    answers = Student.load(student).predict([row["text"] for _, row in ROWS], score_labels=True)
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer.distribution is not None
+        likeliest = max(answer.distribution, key=answer.distribution.__getitem__)
+        assert [entry["label"] for entry in row["top"]] == [likeliest]
+    with pytest.raises(UserError, match="has no probability for every label"):
+        both = make_student(tmp_path / "both", prefixes={"label-then-rationale": ""})
+        predict(both, tmp_path / "b.jsonl", Options(top=1))
 
 
 @pytest.mark.parametrize(

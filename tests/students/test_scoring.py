@@ -75,7 +75,7 @@ def decoder() -> Student:
 def test_scores_equal_a_pass_for_each_answer(
     kind: str, together: int, decoder: Student, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "_SCORED_TOGETHER", together)
+    monkeypatch.setattr(scoring, "SCORED_TOGETHER", together)
     students = {
         "t5": t5_student,
         "causal": lambda: decoder,
@@ -124,8 +124,8 @@ def test_an_unreadable_label_becomes_the_likeliest_one() -> None:
 
 def test_students_that_cannot_score_labels_say_why() -> None:
     both = t5_student({"label-then-rationale": ""})
-    with pytest.raises(UserError, match="does not write the label of a closed set alone"):
+    with pytest.raises(UserError, match="has no probability for every label"):
         both.predict(["x"], score_labels=True)
     task = TaskSection(name="generation", data=DataSection(train="x.csv"))
-    with pytest.raises(UserError, match="does not write the label of a closed set alone"):
+    with pytest.raises(UserError, match="has no probability for every label"):
         t5_student(task=task).predict(["x"], score_labels=True)

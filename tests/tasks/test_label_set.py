@@ -14,7 +14,7 @@ from dsbs.annotation.parse import parse_reply
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.prompting import Prompt
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.tasks import Task, concluded_label, make_task
 from dsbs.tasks.label_set import LabelSet
 
@@ -124,7 +124,7 @@ def test_two_labels_named_are_several_answers(labels: list[str]) -> None:
     own = accepted(labels)
     assume(not any(a != b and (a in b or b in a) for a in labels for b in labels))
     read = own.read_label(f"{labels[0]} or {labels[1]}", {})
-    assert isinstance(read, Unread) and read.reason == "several-answers"
+    assert isinstance(read, Unreadable) and read.reason == "several-answers"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_the_least_tidying_that_finds_a_label_decides(
     ],
 )
 def test_a_text_that_may_be_something_else_is_no_label(labels: list[str], text: str) -> None:
-    assert isinstance(task(labels).read_label(text, {}), Unread)
+    assert isinstance(task(labels).read_label(text, {}), Unreadable)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_letter_a_number_or_a_common_word_counts_where_an_answer_stands(
     ],
 )
 def test_an_article_a_pronoun_or_a_count_is_no_label(own: Task, text: str) -> None:
-    assert isinstance(own.read_label(text, {}), Unread)
+    assert isinstance(own.read_label(text, {}), Unreadable)
 
 
 # --- negation
@@ -260,7 +260,7 @@ def test_a_negated_label_is_never_the_label(sentence: str, label: str) -> None:
         f"**{sentence.format(label)}**",
         f"So: {sentence.format(label)}.",
     ):
-        assert isinstance(own.read_label(text, {}), Unread), text
+        assert isinstance(own.read_label(text, {}), Unreadable), text
     assert (
         concluded_label(f"It says so. So the answer is {sentence.format(label)}.", own, {}) is None
     )
@@ -322,7 +322,9 @@ def test_a_choice_reads_as_itself(choices: list[str], text: str, label: str) -> 
 @pytest.mark.parametrize("text", ["not the bank", "not (a)", "It isn't the sea", "a boat"])
 def test_a_negated_choice_is_no_answer(text: str) -> None:
     cqa = make_task(TaskSection(name="cqa", data={"train": "-"}))
-    assert isinstance(cqa.read_label(text, {"question": "?", "choices": ["bank", "sea"]}), Unread)
+    assert isinstance(
+        cqa.read_label(text, {"question": "?", "choices": ["bank", "sea"]}), Unreadable
+    )
 
 
 def test_a_gold_letter_that_is_also_another_choices_text_must_be_in_parentheses() -> None:

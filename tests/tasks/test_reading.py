@@ -8,7 +8,7 @@ import pytest
 
 from dsbs.config import TaskSection
 from dsbs.config.registry import TASKS
-from dsbs.records import Unread
+from dsbs.records import Unreadable
 from dsbs.tasks import Task, make_task
 
 
@@ -22,8 +22,8 @@ FRAUD = task("classification", labels=["card", "card fraud", "spam", "not spam",
 QUESTION = {"question": "Where?", "choices": ["bank", "river bank", "Apple pie", "the sea", "city"]}
 
 
-def reason(read: str | Unread) -> str:
-    assert isinstance(read, Unread), f"read as {read!r}"
+def reason(read: str | Unreadable) -> str:
+    assert isinstance(read, Unreadable), f"read as {read!r}"
     return read.reason
 
 

@@ -488,6 +488,12 @@ def test_a_label_column_that_is_not_there_is_a_mistake_not_unlabeled_rows(tmp_pa
     assert "no column 'taem' (columns: text, team)" in message
 
 
+def test_a_missing_column_is_reported_once_for_the_file(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "team": "billing"} for i in range(20)]
+    message = problem(write_csv(tmp_path / "a.csv", rows), columns={"label": "taem"}).problem
+    assert message == f"{tmp_path / 'a.csv'}:2: no column 'taem' (columns: text, team)"
+
+
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_an_empty_file_is_said_to_be_empty(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.jsonl").write_text(text)
@@ -496,7 +502,7 @@ def test_an_empty_file_is_said_to_be_empty(tmp_path: Path, text: str) -> None:
 
 def test_a_table_with_a_header_alone_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,text,label\n")
-    assert "a.csv is empty" in problem(tmp_path / "a.csv").problem
+    assert "a.csv has no rows: a header alone" in problem(tmp_path / "a.csv").problem
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import causal_models
 import pytest
 import torch
 from conftest import good_answer, on_two_processes, write_jsonl
@@ -17,8 +18,13 @@ from loopback import LoopbackServer
 from safetensors.torch import load_file
 from transformers import GemmaTokenizer
 
-from dsbs import Student, UserError, annotate, load_recipe, train
-from dsbs.config import Recipe
+from dsbs import Student, UserError, annotate, load_recipe, train, validate
+from dsbs.config import Recipe, StudentSection
+from dsbs.students.calibration import read_calibration
+from dsbs.students.card import StudentCard, new_head_warning
+from dsbs.students.tokenizer import load_tokenizer
+from dsbs.students.weights import new_model
+from dsbs.tasks import make_task
 from dsbs.training import run as training_run
 from dsbs.training.grid import last_checkpoint
 
@@ -61,9 +67,54 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def record_rows(folder: Path) -> int:
+    record = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    return int(record["valid_rows"])
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_saved_head_is_kept_by_the_names_of_its_labels(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = str(save_encoder(tmp_path / "encoder"))
+    tokenizer = load_tokenizer(source)
+    section = StudentSection(model=source)
+    recipe = load_recipe(
+        toy(), [f"student={{model: {source}}}", f"train.init={tmp_path / 'saved'}"]
+    )
+    card = StudentCard(
+        name="saved",
+        method="finetune",
+        labels="gold",
+        seed=0,
+        task=recipe.task,
+        prefixes={"label": ""},
+        max_input_tokens=16,
+        max_target_tokens=16,
+        kind="encoder",
+        head="labels",
+        classes=("a", "b", "c"),
+    )
+    saved = new_model(section, tokenizer, 0, labels=3, classes=card.classes)
+    Student.of(saved, tokenizer, card).save(tmp_path / "saved")
+
+    def started(*classes: str) -> torch.Tensor:
+        model = new_model(
+            section, tokenizer, 1, str(tmp_path / "saved"), labels=len(classes), classes=classes
+        )
+        return model.classifier.weight.detach()
+
+    head = saved.classifier.weight.detach()
+    assert torch.equal(started("a", "b", "c"), head)
+    assert torch.equal(started("c", "a", "b"), head[[2, 0, 1]])
+    for other in (("a", "b", "d"), ("a", "b")):
+        assert not torch.isin(started(*other), head).any(), "a new head"
+    warning = new_head_warning(recipe, make_task(recipe.task))
+    assert warning is not None and "is for a, b, c, not for this task's labels" in warning
 
 
 @pytest.mark.parametrize("changes", [[], [LORA], ["train.gradient_checkpointing=true"]])
@@ -83,10 +134,23 @@ def test_a_student_learns_predicts_and_explains(
         assert answer.distribution is not None and answer.rationale is not None
         assert sum(answer.distribution.values()) == pytest.approx(1)
     assert not list(folder.rglob("adapter*"))
+    calibration = read_calibration(folder)
+    assert calibration is not None
+    assert (calibration.rows, calibration.labels) == (record_rows(folder), "gold")
+    assert calibration.after.log_loss <= calibration.before.log_loss + 1e-9
 
 
 @pytest.mark.parametrize(
-    "changes", [[LORA], ["train.rationale_weight={share: 0.5, every: 4}"]], ids=["lora", "balanced"]
+    "changes",
+    [
+        [LORA],
+        ["train.rationale_weight={share: 0.5, every: 4}"],
+        [
+            "train.methods=step-by-step+response+feature",
+            "train.terms=[{kind: response}, {kind: feature, weight: 0.1}]",
+        ],
+    ],
+    ids=["lora", "balanced", "terms"],
 )
 def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     recipe: Callable[..., Recipe],
@@ -96,6 +160,9 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
 ) -> None:
     from dsbs.training.callbacks import MetricsLogger
 
+    if "+" in changes[0]:
+        larger = save_encoder(tmp_path / "larger", layers=3)
+        changes = [*changes, f"train.teachers=[{{start: {larger}, max_steps: 2}}]"]
     settings = recipe("train.max_steps=10", "train.eval_every=3", *changes)
     undisturbed = trained(settings, tmp_path)
     expected = weights(undisturbed)
@@ -105,7 +172,7 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
 
     def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         passed(self, args, state, control, **kwargs)
-        if state.global_step == 8:
+        if state.global_step == 8 and state.max_steps == 10:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -193,22 +260,38 @@ def test_tuning_tries_rationale_weights_where_there_are_rationales(
     assert "rationale_weight" not in result.students[1].tuned
 
 
+@pytest.mark.parametrize("teacher", ["larger", "itself", "other vocabulary", "decoder"])
 def test_loss_terms_work_on_classes_and_encoder_states(
-    recipe: Callable[..., Recipe], tmp_path: Path
+    recipe: Callable[..., Recipe], tmp_path: Path, teacher: str
 ) -> None:
-    larger = save_encoder(tmp_path / "larger", layers=4)
+    """From an encoder of the family, a trained student, another encoder, and a decoder."""
+    if teacher == "itself":
+        source = f"model: {trained(recipe('train.max_steps=2'), tmp_path)}"
+    elif teacher == "decoder":
+        source = f"start: {causal_models.save(tmp_path / 'teacher')}, max_steps: 1"
+    else:
+        words = ["zebra"] if teacher == "other vocabulary" else []
+        folder = save_encoder(tmp_path / "teacher", layers=4, words=words)
+        source = f"start: {folder}, max_steps: 1"
+    names = ["labels", "feature", "relation", "soft", "response", "kept"]
     settings = recipe(
         "train.terms=[{kind: labels}, {kind: feature}, {kind: relation}, "
-        "{kind: labels, name: soft, source: teachers}]",
-        f"train.teachers=[{{start: {larger}}}]",
-        "train.methods=[step-by-step+labels+feature+relation+soft]",
-        "train.max_steps=3",
+        "{kind: labels, name: soft, source: teachers, temperature: 2.0}, "
+        "{kind: response, temperature: 2.0}, "
+        "{kind: response, name: kept, temperature: 2.0, top_k: 9}]",
+        f"train.teachers=[{{{source}}}]",
+        f"train.methods=[{'+'.join(['step-by-step', *names])}]",
+        "student.max_input_tokens=64",
+        "train.max_steps=2",
+        "train.micro_batch_size=8",
     )
+    validate(settings)
     folder = trained(settings, tmp_path)
     losses = next(row for row in lines(folder) if "loss" in row)
-    assert all(losses[f"{term}_loss"] > 0 for term in ("labels", "feature", "relation", "soft")), (
-        losses
-    )
+    assert all(losses[f"{term}_loss"] > 0 for term in names), losses
+    # KL over the classes, whether as labels or as response, computed or from disk
+    assert losses["soft_loss"] == pytest.approx(losses["response_loss"], rel=1e-4)
+    assert losses["kept_loss"] == pytest.approx(losses["response_loss"], rel=1e-4)
     assert Student.load(folder).predict(["My invoice is wrong."])[0].label
 
 
@@ -217,11 +300,11 @@ def test_loss_terms_work_on_classes_and_encoder_states(
     [
         (
             [
-                "train.terms=[{kind: response}]",
-                "train.methods=[finetune+response]",
+                "train.terms=[{kind: response, targets: rationale}]",
+                "train.methods=[step-by-step+response]",
                 "train.teachers=[{start: x}]",
             ],
-            "response compares the tokens",
+            "add label to targets",
         ),
         (["train.class_weights={biling: 2}"], "did you mean 'billing'"),
         (

@@ -275,7 +275,9 @@ def test_the_order_of_targets_makes_no_other_student_and_the_rank_does(
     pretrained: str, toy: Callable[..., Path]
 ) -> None:
     one, same, other = (
-        recipe_on(pretrained, toy, f"train.lora={{rank: {rank}, targets: {targets}}}").training
+        recipe_on(pretrained, toy, f"train.lora={{rank: {rank}, targets: {targets}}}")
+        .students[None]
+        .training
         for rank, targets in ((4, "[v, q]"), (4, "[q, v]"), (8, "[q, v]"))
     )
     assert one == same != other

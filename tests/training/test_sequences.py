@@ -180,12 +180,15 @@ def test_how_a_step_is_cut_changes_no_students_identity(annotated: Callable[...,
     same = annotated(
         "train.micro_batch_size=4", "train.gradient_checkpointing=true", "train.padding=batch"
     )
-    assert same.training == annotated().training
+    assert same.students[None].training == annotated().students[None].training
     assert (
-        annotated("train.loss_mean=micro", "train.micro_batch_size=4").training
-        != annotated("train.loss_mean=micro").training
+        annotated("train.loss_mean=micro", "train.micro_batch_size=4").students[None].training
+        != annotated("train.loss_mean=micro").students[None].training
     )
-    assert annotated("train.max_steps=7").training != annotated().training
+    assert (
+        annotated("train.max_steps=7").students[None].training
+        != annotated().students[None].training
+    )
 
 
 def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(

@@ -35,7 +35,7 @@ class RecordedTeacher(Teacher):
             recipe.teacher.completions,
             what="completions file",
             hint="check teacher.completions",
-            beside=recipe.folder,
+            folder=recipe.folder,
         )
         # a temporary file that is deleted with the connection: the rows need not fit into memory
         self._by_id = sqlite3.connect("", isolation_level=None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from dsbs.files import atomic_write
 from dsbs.reporting.figures.calibration import recall_figure, reliability_figure
 from dsbs.reporting.figures.canvas import Figure, is_own_file
+from dsbs.reporting.figures.confidence import cascade_figure, risk_figure
 from dsbs.reporting.figures.curves import break_even, learning_curve, training_curves
 from dsbs.reporting.figures.scatter import frontier_figure, size_figure, speed_figure
 from dsbs.reporting.runs import EvaluatedRun
@@ -25,6 +26,8 @@ def draw_figures(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         break_even,
         recall_figure,
         reliability_figure,
+        cascade_figure,
+        risk_figure,
         training_curves,
     )
     return [figure for draw in drawers for figure in draw(runs)]

@@ -25,6 +25,7 @@ from dsbs.reporting.figures.style import (
     log_axis,
     marker_settings,
     rows_label,
+    series_entries,
     series_styles,
     thin_ticks,
 )
@@ -58,13 +59,13 @@ _OTHER_DASHES = (
 
 
 def curve_points(results: Results) -> Curve:
-    """The students of each series by training rows; {} if none has two shares of the rows."""
+    """The students of each series by training rows; {} if none has two subsets of the rows."""
     curves: Curve = {}
     for system in results.systems:
         if system.kind == "student" and system.training_rows:
             curves.setdefault(series_title(system), []).append(system)
-    shares = [len({system.training_rows for system in curve}) for curve in curves.values()]
-    if max(shares, default=0) < 2:
+    sizes = [len({system.training_rows for system in curve}) for curve in curves.values()]
+    if max(sizes, default=0) < 2:
         return {}
     return {
         title: sorted(curve, key=lambda system: system.training_rows or 0)
@@ -73,11 +74,14 @@ def curve_points(results: Results) -> Curve:
 
 
 def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
-    """Accuracy against training rows: a line for each method with its interval as a band."""
+    """Accuracy against training rows: a line for each method with its interval as a band.
+
+    A panel for each run and, of several students, for each student.
+    """
     curves = [
         (title, run.results, points)
-        for title, run in zip(run_titles(runs), runs, strict=True)
-        if (points := curve_points(run.results))
+        for run_title, run in zip(run_titles(runs), runs, strict=True)
+        for title, points in _by_student(run_title, len(runs) > 1, curve_points(run.results))
     ]
     if not curves:
         return []
@@ -91,11 +95,13 @@ def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         "curve", width=width, height=height, panels=len(curves), columns=2, share="y"
     ) as canvas:
         handles: dict[str, Any] = {}
+        drawn: list[str] = []
         for axes, (run_title, results, points) in zip(canvas.axes, curves, strict=True):
+            student = next(iter(points.values()))[0].student
             for title, systems in points.items():
                 _draw_curve(canvas, axes, systems, styles[title])
-                handles[title] = legend_handle(styles[title])
-            for title, systems in _other_series(results).items():
+                drawn.append(title)
+            for title, systems in _other_series(results, student).items():
                 handles[title] = _draw_other(axes, systems, styles[title])
             counts = (s.training_rows or 0 for systems in points.values() for s in systems)
             ticks = thin_ticks(counts, width * 0.4, 0.5)
@@ -106,9 +112,11 @@ def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
             accuracy_axis(axes, "")
             if axes in canvas.first_column:
                 axes.set_ylabel(rows_label(results))
-            if len(runs) > 1:
+            if len(curves) > 1:
                 axes.set_title(shorten(run_title))
-        canvas.legend([(handles[title], shorten(title)) for title in styles if title in handles])
+        entries = series_entries(runs, styles, drawn)
+        entries += [(handles[title], shorten(title)) for title in styles if title in handles]
+        canvas.legend(entries)
         caption = (
             "All methods were trained on the same nested subsets of the rows. "
             "Bands are 95% confidence intervals over test rows. Gray lines are floors."
@@ -116,11 +124,25 @@ def learning_curve(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         return [canvas.finish("Accuracy against training rows", caption)]
 
 
-def _other_series(results: Results) -> Curve:
-    """The teacher, external systems and floors of each series, by training rows."""
+def _by_student(run_title: str, names_run: bool, curves: Curve) -> list[tuple[str, Curve]]:
+    """The curves of each panel with its title: those of each student, or all of them."""
+    panels: dict[str, Curve] = {}
+    for series, systems in curves.items():
+        title = run_title
+        student = systems[0].student
+        if student is not None:
+            title = f"{run_title}: {student}" if names_run else student
+        panels.setdefault(title, {})[series] = systems
+    return list(panels.items())
+
+
+def _other_series(results: Results, student: str | None) -> Curve:
+    """The teacher, external systems and floors of each series, by training rows; of those that
+    belong to a student, this one's.
+    """
     series: Curve = {}
     for system in results.systems:
-        if system.kind != "student":
+        if system.kind != "student" and system.student in (None, student):
             series.setdefault(series_title(system), []).append(system)
     return {
         title: sorted(systems, key=lambda system: system.training_rows or 0)
@@ -129,7 +151,7 @@ def _other_series(results: Results) -> Curve:
 
 
 def _draw_other(axes: Any, systems: list[SystemResult], style: Style) -> Any:
-    """A line without markers through floors of several shares, else a level; its legend entry."""
+    """A line without markers through floors of several subsets, else a level; its legend entry."""
     rows = [system.training_rows for system in systems]
     if len(systems) < 2 or not all(rows):
         return draw_level(axes, systems[-1], style)
@@ -217,7 +239,7 @@ def _draw_break_even(name: str, suffix: str, run: EvaluatedRun, styles: dict[str
 
 
 def _bills(run: EvaluatedRun) -> list[tuple[BreakEven, list[str]]]:
-    """The bills for the largest share of rows, the headline's first, each with its systems."""
+    """The bills for the largest subset of rows, the headline's first, each with its systems."""
     systems = {system.name for system in full_data_systems(run.results.systems)}
     bills: dict[float, tuple[BreakEven, list[str]]] = {}
     headline = run.results.headline
@@ -295,7 +317,7 @@ def _draw_training(
         canvas.legend(entries)
         caption = (
             "Means over seeds, up to the step that all of them reached; faint lines are single "
-            "seeds. Students of the largest share of the rows. Label and rationale losses are of "
+            "seeds. Students of the largest subset of the rows. Label and rationale losses are of "
             "different texts."
         )
         if set(drawn) - set(_LOSSES):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsbs.formatting import milliseconds, percent, sentence_list
@@ -24,6 +24,7 @@ from dsbs.reporting.figures.style import (
     log_axis,
     numbered_style,
     run_handles,
+    series_entries,
     series_styles,
     spread_apart,
     thin_ticks,
@@ -33,6 +34,10 @@ from dsbs.reporting.runs import EvaluatedRun, full_data_systems, run_titles, ser
 _NEIGHBOURS = 45  # points that fit side by side on an axis
 _MAX_CHAINS = 12  # compression chains with a style of their own
 _OTHER_CHAINS = "other chains"
+_HEALER_MARKERS: dict[str | None, str] = {
+    "rows": "$r$",
+    "both": "$b$",
+}  # letters: healing from the original has none
 _STUDENT_FILLS = [fill for fill in FILLS if fill != "none"]  # an empty marker means rejected
 
 
@@ -81,7 +86,7 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
                 fill=fill,
             )
             lines.setdefault(title, []).append((x, system.accuracy))
-        entries = [(legend_handle(styles[title], line=False), shorten(title)) for title in order]
+        entries = series_entries(runs, styles, order, line=False)
         if is_run_by_size:  # otherwise a line would jump between runs
             for title, line in lines.items():
                 color = styles[title].color
@@ -92,9 +97,9 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         ticks = thin_ticks(sizes, 4.3, 0.6)
         labels = [f"{size / 1e6:.3g} M" for size in ticks]
         if is_run_by_size and len(sizes) <= 4:
-            names = [shorten(title) for title in run_titles(runs)]
+            names = _names_of_sizes(runs, points)
             labels = [
-                f"{label}\n{names[runs_by_size[int(size)][0]]}"
+                f"{label}\n{shorten(names[int(size)])}"
                 for label, size in zip(labels, ticks, strict=True)
             ]
         axes.set_xscale("log")
@@ -105,10 +110,22 @@ def size_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         accuracy_axis(axes, accuracy_label(runs))
         canvas.legend(entries)
         caption = (
-            "Students of the largest share of the rows; bars are 95% confidence intervals over "
+            "Students of the largest subset of the rows; bars are 95% confidence intervals over "
             "test rows. Students of one size are drawn side by side. Gray lines are floors."
         )
         return [canvas.finish("Accuracy against parameters", caption)]
+
+
+def _names_of_sizes(
+    runs: Sequence[EvaluatedRun], points: Sequence[tuple[int, SystemResult]]
+) -> dict[int, str]:
+    """The student of each size, or the run where students have no names."""
+    titles = run_titles(runs)
+    names: dict[int, dict[str, None]] = {}
+    for number, system in points:
+        name = titles[number] if system.student is None else system.student
+        names.setdefault(system.parameters or 0, {})[name] = None
+    return {size: ", ".join(named) for size, named in names.items()}
 
 
 def speed_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
@@ -146,11 +163,7 @@ def speed_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
                 fill=FILLS[number % len(FILLS)],
             )
         timed = {series_title(system) for _, system, _ in points}
-        entries = [
-            (legend_handle(style, line=False), shorten(title))
-            for title, style in styles.items()
-            if title in timed
-        ]
+        entries = series_entries(runs, styles, timed, line=False)
         if len({number for number, _, _ in points}) > 1:
             entries += run_handles(runs)
         entries += draw_levels(axes, runs, styles)
@@ -162,7 +175,7 @@ def speed_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
         caption = (
             "The time of a student's label, one row at a time: the marker is the median, the bar "
             "to the right ends at the 95th percentile; vertical bars are 95% confidence intervals "
-            "of the accuracy. Students of the largest share of the rows; those with nearly equal "
+            "of the accuracy. Students of the largest subset of the rows; those with nearly equal "
             "times are drawn side by side. The teacher's time is not measured."
         )
         return [canvas.finish("Accuracy against time", caption)]
@@ -220,12 +233,22 @@ def frontier_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
 
 
 def _chain_styles(records: Sequence[Compressed]) -> dict[str, Style]:
-    """A style for each chain, the same for all students and runs of a page."""
-    chains = list(dict.fromkeys(record.name for record in records))
-    styles = {
-        chain: numbered_style(chain, number) for number, chain in enumerate(chains[:_MAX_CHAINS])
-    }
-    return styles | {chain: Style(_OTHER_CHAINS, MUTE, "o") for chain in chains[_MAX_CHAINS:]}
+    """A style for each chain, the same for all students and runs of a page.
+
+    Students of one chain that were healed in different ways share its color and differ in their
+    marker.
+    """
+    steps = list(dict.fromkeys(record.chain for record in records))
+    styles: dict[str, Style] = {}
+    for record in records:
+        number = steps.index(record.chain)
+        if number >= _MAX_CHAINS:
+            styles[record.name] = Style(_OTHER_CHAINS, MUTE, "o")
+            continue
+        style = numbered_style(record.name, number)
+        marker = _HEALER_MARKERS.get(record.healer if record.healed_by else None)
+        styles[record.name] = replace(style, marker=marker or style.marker)
+    return styles
 
 
 def _draw_frontier(

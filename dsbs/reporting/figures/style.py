@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 from dsbs.config import registry
 from dsbs.config.terms import base_of, names_of_terms
 from dsbs.formatting import interval, percent
-from dsbs.records.results import Interval, Results, SystemResult
+from dsbs.records.measures import Interval
+from dsbs.records.results import Results, SystemResult
 from dsbs.reporting.figures.canvas import INK, MUTE, PAPER, Canvas, shorten
-from dsbs.reporting.runs import EvaluatedRun, full_data_systems, run_titles, series_title
+from dsbs.reporting.runs import (
+    EvaluatedRun,
+    full_data_systems,
+    method_title,
+    run_titles,
+    series_title,
+    student_names,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +35,7 @@ _STARS = tuple((corners, 1, angle) for angle in (0, 45) for corners in (4, 3, 6,
 _DASHED = (0, (3, 1.2))
 _LONG_DASHED = (0, (6, 3))
 _TERM_DASHES = (0, (6, 1.2, 1.2, 1.2))
+_STUDENT_DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _FLOOR_DASHES = ((0, (1, 1.5)), (0, (4, 2)), (0, (4, 1.5, 1, 1.5)), (0, (8, 2, 1, 2)))
 _FLOOR_MARKERS = ("1", "2", "3", "4")  # three-legged, unlike those of students
 FILLS = ("full", "none", "left", "bottom", "right", "top")  # of markers, by run
@@ -51,14 +60,43 @@ def series_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
 
     A registered method has the color of its record. With additional loss terms it keeps the color
     and gets a star as marker. A method's second source of labels, and external systems, get what is
-    left of the palette. Floors are gray, each with dashes of its own.
+    left of the palette. Floors are gray, each with dashes of its own. Of several students, each has
+    a marker and dashes of its own, in the colors of the methods.
     """
+    by_method = _method_styles(runs)
+    names = student_names(runs)
+    systems = [system for run in runs for system in run.results.systems]
+    titles: dict[str, Style] = {}
+    for method, style in by_method.items():
+        for name in [None, *names]:
+            for system in systems:
+                if system.student == name and method_title(system) == method:
+                    titles[series_title(system)] = _student_style(style, system, names)
+    return titles
+
+
+def _student_style(style: Style, system: SystemResult, names: Sequence[str]) -> Style:
+    """A method's style for one of several students; otherwise as it is."""
+    title = series_title(system)
+    if system.student is None or system.kind != "student":
+        return replace(style, title=title)
+    marker, dashes = student_marks(names.index(system.student))
+    return Style(title, style.color, marker, dashes)
+
+
+def student_marks(number: int) -> tuple[Any, Any]:
+    """The marker and the dashes of a student by its place in the recipe."""
+    return _MARKERS[number % len(_MARKERS)], _STUDENT_DASHES[number % len(_STUDENT_DASHES)]
+
+
+def _method_styles(runs: Sequence[EvaluatedRun]) -> dict[str, Style]:
+    """A style for each method, teacher, floor and external system, in the order of legends."""
     methods: dict[str, str] = {}
     teachers = set()
     floors: list[str] = []
     for run in runs:
         for system in run.results.systems:
-            title = series_title(system)
+            title = method_title(system)
             methods.setdefault(title, system.method or "")
             if system.kind == "teacher":
                 teachers.add(title)
@@ -183,6 +221,8 @@ def marker_settings(style: Style, fill: str = "full") -> dict[str, Any]:
         "markeredgecolor": PAPER if fill == "full" else style.color,
         "markeredgewidth": 0.8,
     }
+    if style.marker in _FLOOR_MARKERS:  # three lines, which have nothing to fill
+        return settings | {"markeredgecolor": style.color, "markeredgewidth": 1.2}
     if fill == "none":
         return settings | {"markerfacecolor": PAPER}
     return settings | {"fillstyle": fill, "markerfacecoloralt": PAPER}
@@ -193,6 +233,35 @@ def legend_handle(style: Style, *, line: bool = True, fill: str = "full") -> Any
     from matplotlib.lines import Line2D
 
     return Line2D([], [], linestyle=style.line if line else "none", **marker_settings(style, fill))
+
+
+def series_entries(
+    runs: Sequence[EvaluatedRun],
+    styles: dict[str, Style],
+    titles: Iterable[str],
+    *,
+    line: bool = True,
+) -> list[tuple[Any, str]]:
+    """Legend entries for series, in the order of ``styles``.
+
+    Of several students, one for each method's color and one for each student's marker.
+    """
+    drawn = set(titles)
+    names = student_names(runs)
+    systems = {series_title(s): s for run in runs for s in run.results.systems}
+    entries: dict[str, Any] = {}
+    for title, style in styles.items():
+        if title not in drawn:
+            continue
+        if systems[title].student is None:
+            entries[title] = legend_handle(style, line=line)
+        else:
+            entries.setdefault(method_title(systems[title]), line_handle(style.color, "-", 5))
+    students = [name for name in names if any(systems[title].student == name for title in drawn)]
+    for name in students:
+        marker, dashes = student_marks(names.index(name))
+        entries[f"student {name}"] = legend_handle(Style("", MUTE, marker, dashes), line=line)
+    return [(handle, shorten(title)) for title, handle in entries.items()]
 
 
 def line_handle(color: str, dashes: Any, width: float = 1.7) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class _CTranslate2Backend:
     def save(self, folder: Path) -> None:
         for name in self.files:
             shutil.copyfile(self._folder / name, folder / name)
+
+    def _tokens(self, token_ids: Iterable[int]) -> list[str]:
+        return [self._pieces[index] for index in token_ids]
 
     @property
     def parameters(self) -> None:
@@ -110,7 +113,7 @@ class CTranslate2Backend(_CTranslate2Backend):
     ) -> list[GeneratedText]:
         encodings = self.tokenizer.encode_batch(list(texts))
         results = self.model.translate_batch(
-            [[self._pieces[index] for index in encoding.ids] for encoding in encodings],
+            [self._tokens(encoding.ids) for encoding in encodings],
             target_prefix=[[self._start_tokens[start]]] * len(texts),
             max_batch_size=self._batch_size,
             beam_size=beams,
@@ -172,7 +175,7 @@ class CTranslate2DecoderBackend(_CTranslate2Backend):
         """See ``Backend``."""
         prompts = self._prompts.read(texts, self._max_input_tokens)
         results = self.model.generate_batch(
-            [[self._pieces[index] for index in prompt] for prompt in prompts],
+            [self._tokens(prompt) for prompt in prompts],
             max_batch_size=self._batch_size,
             beam_size=1,
             max_length=max_new_tokens,
@@ -194,6 +197,27 @@ class CTranslate2DecoderBackend(_CTranslate2Backend):
                 self._prompts.decode(rows), rows, results, strict=True
             )
         ]
+
+    def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+        """See ``ScoringBackend``."""
+        prompts = self._prompts.read(texts, self._max_input_tokens)
+        targets = self._prompts.write(answers)
+        results = self.model.score_batch(
+            [self._tokens([*prompt, *target]) for prompt in prompts for target in targets],
+            max_batch_size=self._batch_size,
+            max_input_length=0,
+        )
+        lengths = [len(target) for _ in prompts for target in targets]
+        scores = [
+            math.fsum(result.log_probs[-length:])
+            for result, length in zip(results, lengths, strict=True)
+        ]
+        return _by_text(scores, len(answers))
+
+
+def _by_text(scores: Sequence[float], answers: int) -> list[list[float]]:
+    """One list for each text, of ``answers`` scores."""
+    return [list(scores[first : first + answers]) for first in range(0, len(scores), answers)]
 
 
 def runtime_device(runtime: Any) -> str:

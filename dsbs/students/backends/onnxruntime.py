@@ -11,8 +11,9 @@ from typing import Any
 
 from dsbs.errors import needs_extra
 from dsbs.students.backends import GeneratedText, export_error, omp_threads
+from dsbs.students.backends.scoring import SCORED_TOGETHER
 from dsbs.students.card import Start, StudentCard
-from dsbs.students.tokenizer import load_export_tokenizer
+from dsbs.students.tokenizer import load_export_tokenizer, without_limit
 
 ENCODER = "encoder.onnx"
 DECODER = "decoder.onnx"
@@ -113,6 +114,48 @@ class OnnxBackend:
                 decoded, is_open, log_probabilities, strict=True
             )
         ]
+
+    def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+        """See ``ScoringBackend``. The inputs are encoded once, and decoded for every answer."""
+        import numpy as np
+
+        targets = [
+            encoding.ids for encoding in without_limit(self.tokenizer).encode_batch(list(answers))
+        ]
+        scores = np.zeros((len(texts), len(answers)))
+        rows_together = max(1, SCORED_TOGETHER // len(answers))
+        for first in range(0, len(texts), rows_together):
+            rows = slice(first, first + rows_together)
+            feed = self._encode(texts[rows], "pad")
+            for first_answer in range(0, len(answers), SCORED_TOGETHER):
+                columns = slice(first_answer, first_answer + SCORED_TOGETHER)
+                scores[rows, columns] = self._score(feed, targets[columns])
+        return [list(map(float, row)) for row in scores]
+
+    def _score(self, feed: dict[str, Any], targets: Sequence[Sequence[int]]) -> Any:
+        """Log-probabilities (rows, answers) of answers' ids after the encoded rows of ``feed``."""
+        import numpy as np
+
+        rows = len(feed["token"])
+        answer_ids = np.full((len(targets), max(map(len, targets))), self._pad_id, dtype=np.int64)
+        is_token = np.zeros_like(answer_ids, dtype=bool)
+        for index, ids in enumerate(targets):
+            answer_ids[index, : len(ids)] = ids
+            is_token[index, : len(ids)] = True
+        answer_ids = np.tile(answer_ids, (rows, 1))
+        is_token = np.tile(is_token, (rows, 1))
+        feed = {name: value.repeat(len(targets), axis=0) for name, value in feed.items()}
+        totals = np.zeros(len(answer_ids))
+        for step in range(answer_ids.shape[1]):
+            logits, *cache = self.model.run(None, feed)  # (rows * answers, V)
+            feed |= dict(zip(self._cache_shapes, cache, strict=True))
+            token = answer_ids[:, step : step + 1]
+            top = logits.max(-1)
+            normalizer = np.exp(logits - top[:, None], dtype=np.float64).sum(-1)
+            chosen = np.take_along_axis(logits, token, axis=-1)[:, 0]
+            totals += np.where(is_token[:, step], chosen - top - np.log(normalizer), 0.0)
+            feed["token"] = token
+        return totals.reshape(rows, len(targets))
 
     def _encode(self, texts: Sequence[str], start: Start) -> dict[str, Any]:
         """The decoder's inputs for its first step."""

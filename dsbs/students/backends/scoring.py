@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_SCORED_TOGETHER = 256  # answers in one pass, so that a thousand labels need little memory
+SCORED_TOGETHER = 256  # answers in one pass, so that a thousand labels need little memory
 
 
 def padded(rows: Sequence[Sequence[int]], device: Any, pad: int = 0) -> tuple[Any, Any]:
@@ -29,7 +29,7 @@ def score_blocks(
     import torch
 
     token_ids, is_token = answers
-    num_rows = max(1, _SCORED_TOGETHER // len(token_ids))
+    num_rows = max(1, SCORED_TOGETHER // len(token_ids))
     scores: list[list[float]] = []
     for start in range(0, num_texts, num_rows):
         rows = slice(start, min(start + num_rows, num_texts))
@@ -37,7 +37,7 @@ def score_blocks(
         blocks = [
             log_probabilities(rows, ids.repeat(size, 1), mask.repeat(size, 1)).view(size, -1)
             for ids, mask in zip(
-                token_ids.split(_SCORED_TOGETHER), is_token.split(_SCORED_TOGETHER), strict=True
+                token_ids.split(SCORED_TOGETHER), is_token.split(SCORED_TOGETHER), strict=True
             )
         ]
         scores += torch.cat(blocks, 1).tolist()

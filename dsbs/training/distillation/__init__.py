@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dsbs.training.packed import ForwardOutput
 
 Ensemble = Literal["logprobs", "probabilities"]
+EXAMPLES = "(examples)"  # among a step's counts: the examples of the first view, each once
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class StepTotals:
     """The optimizer step of a micro-batch: the counts over all of it, and the views' weights."""
 
     counts: Mapping[str, float]
-    """Target tokens by view and ``Term.count`` by term, over all micro-batches and processes."""
+    """Target tokens by view, ``Term.count`` by term and the EXAMPLES, over all micro-batches and
+    processes."""
     weights: Mapping[str, float]
     """By view."""
 
@@ -59,6 +61,8 @@ class Projection:
     pairs: int
     """How many pairs of layers the term compares in this teacher, counting every stack as one with
     as many pairs as this one."""
+    of_means: bool = False
+    """Whether means over an example's input are compared: the teacher reads other tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +74,16 @@ class TermInputs:
     step: StepTotals
     student: ForwardOutput
     teachers: Sequence[ForwardOutput]
-    """One per local teacher; empty if no term of the student needs them."""
+    """One per local teacher; empty if no term of the student needs them. One that reads other
+    tokens than the student has no logits."""
     teacher_weights: Sequence[float]
     ensemble: Ensemble
     projections: Mapping[str, Sequence[tuple[Projection, Any]]]
     """By term, its projections and their ``torch.nn.Linear``."""
     cached_vocabulary: Mapping[str, int]
     """By term with cached teacher log-probabilities, how many vocabulary entries they cover."""
+    head: Head = "text"
+    """The student's."""
 
     @property
     def first_view(self) -> PackedBatch | None:
@@ -103,11 +110,13 @@ class Term(TermSettings):
     """Whether it compares the hidden states of student and teachers."""
     needs_label_scores: ClassVar[bool] = False
     """Whether it compares the probabilities of the task's label texts."""
+    compares_tokens: ClassVar[bool] = True
+    """Whether a text student's teacher must read and write the student's tokens."""
 
     heads: ClassVar[tuple[Head, ...]] = ("text",)
     """The heads of students that can learn it."""
 
-    def problem(self, method: str, views: Sequence[View], task: Task) -> str | None:
+    def problem(self, method: str, views: Sequence[View], task: Task, head: Head) -> str | None:
         """Why a student of ``method`` cannot learn the term, e.g. "needs a fixed set of labels".
 
         None if it can. ``views`` are the method's, without those whose weight stays 0.
@@ -123,9 +132,16 @@ class Term(TermSettings):
         return 0
 
     def projections(
-        self, student_config: Any, teacher_configs: Sequence[Any], student_head: Head = "text"
+        self,
+        student_config: Any,
+        teacher_configs: Sequence[Any],
+        student_head: Head = "text",
+        shares_tokens: Sequence[bool] = (),
     ) -> list[Projection]:
-        """The projections that the term trains beside the student."""
+        """The projections that the term trains beside the student.
+
+        ``shares_tokens``: whether each teacher reads the student's tokens; empty: all do.
+        """
         return []
 
     def loss(self, inputs: TermInputs) -> Tensor | float:
@@ -151,12 +167,12 @@ def check_terms(
         for term in terms_of(section, spec.method):
             if head not in term.heads:
                 raise UserError(
-                    f"train.terms: {term.title} compares the tokens that student and teacher "
-                    "write, and student.head is labels",
-                    hint="use kind: labels, which compares distributions over the labels, or "
-                    "student.head: text",
+                    f"train.terms: {term.title} compares written tokens, and student.head is "
+                    "labels",
+                    hint="use kind: response or labels, which compare distributions over the "
+                    "labels, or student.head: text",
                 )
-            problem = term.problem(spec.method, views, task)
+            problem = term.problem(spec.method, views, task, head)
             if problem:
                 raise UserError(
                     f"train.terms: {term.title} {problem}",
@@ -169,6 +185,14 @@ def as_float(tensor: Tensor) -> Tensor:
     import torch
 
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def logprobs_at(logits: Tensor, temperature: float) -> Tensor:
+    """logits (M, V) -> (M, V) log-probabilities of softmax(logits / T)."""
+    wide = as_float(logits)
+    if temperature != 1:
+        wide = wide / temperature
+    return wide.log_softmax(dim=-1)
 
 
 def ensemble_logprobs(
@@ -187,7 +211,9 @@ def ensemble_logprobs(
     import torch
 
     total = sum(weights)
-    logprobs = [(as_float(teacher) / temperature).log_softmax(dim=-1) for teacher in logits]
+    logprobs = [logprobs_at(teacher, temperature) for teacher in logits]
+    if len(logprobs) == 1:
+        return logprobs[0]
     pairs = list(zip(logprobs, weights, strict=True))
     if ensemble == "logprobs":
         mean = torch.stack([teacher * (weight / total) for teacher, weight in pairs]).sum(dim=0)

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from dsbs.config.sections import as_tuple
 from dsbs.errors import UserError
 from dsbs.students.card import Head
-from dsbs.training.distillation import Projection, Term, TermInputs, as_float
+from dsbs.training.distillation import EXAMPLES, Projection, Term, TermInputs, as_float
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
 
@@ -31,13 +31,17 @@ class FeatureTerm(Term):
 
     layers: Layers = "uniform"
     """Which student layer is compared with which teacher layer, both counted from 1."""
+    compare: Literal["values", "directions"] = "values"
+    """values: the mean squared difference after a learned linear map. directions: 1 − the cosine,
+    without a map, for a teacher of the student's width."""
     stacks: Annotated[
         tuple[Literal["encoder", "decoder"], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("encoder", "decoder")
-    """Whose hidden states are compared. With a label head, the encoder's alone."""
+    """Whose hidden states are compared. Of a decoder-only model, encoder means the input's tokens
+    and decoder the target's. With a label head, the input's alone."""
 
-    learns_projections: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = False
     heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = "It also learned the hidden states of a local teacher."
     citation: ClassVar[str] = "Romero et al., 2015, arXiv:1412.6550"
@@ -46,17 +50,27 @@ class FeatureTerm(Term):
     def needs_teacher(self) -> bool:
         return True
 
+    @property
+    def learns_projections(self) -> bool:
+        return self.compare == "values"
+
     def projections(
-        self, student_config: Any, teacher_configs: Sequence[Any], student_head: Head = "text"
+        self,
+        student_config: Any,
+        teacher_configs: Sequence[Any],
+        student_head: Head = "text",
+        shares_tokens: Sequence[bool] = (),
     ) -> list[Projection]:
         """One for each pair of layers that the term compares. Raises UserError for a bad layer."""
         from dsbs.students.heads import hidden_size
 
         projections: list[Projection] = []
-        stacks = self.stacks
-        if student_head == "labels":
-            stacks = ("encoder",)
         for teacher, teacher_config in enumerate(teacher_configs):
+            self._check_widths(hidden_size(student_config), hidden_size(teacher_config))
+            of_means = bool(shares_tokens) and not shares_tokens[teacher]
+            stacks = self.stacks
+            if student_head == "labels" or of_means:
+                stacks = ("encoder",)
             for stack in stacks:
                 try:
                     pairs = layer_map(
@@ -77,10 +91,19 @@ class FeatureTerm(Term):
                         student_width=hidden_size(student_config),
                         teacher_width=hidden_size(teacher_config),
                         pairs=len(pairs) * len(stacks),
+                        of_means=of_means,
                     )
                     for student_layer, teacher_layer in pairs
                 ]
         return projections
+
+    def _check_widths(self, student: int, teacher: int) -> None:
+        if self.compare == "directions" and student != teacher:
+            raise UserError(
+                f"train.terms: {self.title}: compare: directions needs equal widths, and the "
+                f"student's hidden states have {student} values, the teacher's {teacher}",
+                hint="use compare: values",
+            )
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Input tokens that a supervised row reads, each input once."""
@@ -91,7 +114,9 @@ class FeatureTerm(Term):
         return sum(length for length, is_supervised in pairs if is_supervised)
 
     def loss(self, inputs: TermInputs) -> Tensor | float:
-        """The mean over stacks of the mean over their layer pairs, each a mean over tokens."""
+        """The mean over stacks of the mean over their layer pairs, each a mean over tokens, or
+        over the examples of a teacher that reads other tokens.
+        """
         source_mask, target_mask = _token_masks(inputs)
         masks = {"encoder": source_mask, "decoder": target_mask}
         # a micro-batch may lack a view, and with loss_mean: micro its counts do
@@ -101,13 +126,28 @@ class FeatureTerm(Term):
         loss: Tensor | float = 0.0
         for projection, linear in inputs.projections[self.title]:
             stack = projection.stack
-            mask = masks[stack]
-            teacher_output = inputs.teachers[projection.teacher]
-            student = inputs.student.states(stack)[projection.student_layer - 1][mask]
-            teacher = teacher_output.states(stack)[projection.teacher_layer - 1][mask]
+            outputs = (inputs.student, inputs.teachers[projection.teacher])
+            layers = (projection.student_layer - 1, projection.teacher_layer - 1)
+            if projection.of_means:
+                if inputs.first_view is None:
+                    continue
+                count = inputs.step.counts[EXAMPLES]
+                states = [
+                    output.example_means(layer)
+                    for output, layer in zip(outputs, layers, strict=True)
+                ]
+            else:
+                count = counts[stack]
+                states = [
+                    output.states(stack)[layer][masks[stack]]
+                    for output, layer in zip(outputs, layers, strict=True)
+                ]
             share = shares[projection.teacher] / projection.pairs
-            summed = feature_loss(linear(student), teacher)
-            loss = loss + summed * (share / max(1, counts[stack]))
+            if self.compare == "directions":
+                summed = direction_loss(*states)
+            else:
+                summed = feature_loss(linear(states[0]), states[1])
+            loss = loss + summed * (share / max(1, count))
         return loss
 
 
@@ -125,9 +165,9 @@ def _token_masks(inputs: TermInputs) -> tuple[Tensor, Tensor]:
 
 
 def _depth(config: Any, stack: str) -> int:
-    names: tuple[str, ...] = ("num_decoder_layers",)
-    if stack == "encoder":
-        names = ("num_layers", "num_hidden_layers")
+    names: tuple[str, ...] = ("num_layers", "num_hidden_layers")
+    if stack == "decoder" and config.is_encoder_decoder:
+        names = ("num_decoder_layers",)
     encoder = getattr(config, "encoder", None)
     for owner in (config, getattr(encoder, "text_config", None), encoder):
         for name in names:
@@ -170,3 +210,15 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     hidden states', squared.
     """
     return (as_float(student) - as_float(teacher).detach()).square().mean(dim=-1).sum()
+
+
+def direction_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """student (N, D) and teacher (N, D) hidden states -> (): Σ_n 1 − cos(s_n, t_n).
+
+    Half the squared distance of the states divided by their lengths (Sun et al. 2019,
+    arXiv:1908.09355, equation 7).
+    """
+    from torch.nn.functional import cosine_similarity
+
+    cosines = cosine_similarity(as_float(student), as_float(teacher).detach(), dim=-1)
+    return (1 - cosines).sum()

@@ -34,6 +34,7 @@ class LabelsTerm(Term):
     """Divides the log-probabilities; its square multiplies the term."""
 
     needs_label_scores: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = False
     heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = "It also learned a distribution over the labels."
     citation: ClassVar[str] = "Hinton et al., 2015, arXiv:1503.02531"
@@ -46,7 +47,7 @@ class LabelsTerm(Term):
     def learns_votes(self) -> bool:
         return self.source == "annotations"
 
-    def problem(self, method: str, views: Sequence[View], task: Task) -> str | None:
+    def problem(self, method: str, views: Sequence[View], task: Task, head: Head) -> str | None:
         if task.labels is None:
             return f"needs a fixed set of labels, and {task.name} has none"
         if views[0].target != "label":

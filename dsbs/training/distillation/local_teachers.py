@@ -2,36 +2,39 @@
 
 A teacher is a trained student's folder, or is trained first by the same recipe: with the base
 method, labels and rows of its student, so that it knows the same prefixes and targets. It is kept,
-resumed and set aside like a student, in ``train/teachers/<k>-<size>-<method>-<labels>/``. All
-teachers have the student's vocabulary.
+resumed and set aside like a student, in ``train/teachers/<k>-<size>-<method>-<labels>/``. A teacher
+that does not read the student's tokens reads the same texts in its own format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsbs.config import (
     LocalTeacherSection,
-    Recipe,
-    StudentSection,
+    StudentRecipe,
     TrainSection,
     base_of,
 )
-from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records import TrainedStudent
-from dsbs.students.card import Architecture, Head, architecture_of, head_of, read_card
+from dsbs.students.card import read_card
 from dsbs.students.tokenizer import load_tokenizer, tokenizer_hash
 from dsbs.students.weights import load_model, weights_fingerprint
 from dsbs.tasks import make_task
-from dsbs.training.distillation import terms_of
+from dsbs.training.distillation.own_inputs import OwnInputs, on_own_inputs
+from dsbs.training.distillation.teacher_source import (
+    TeacherSource,
+    check_teacher,
+    teacher_section,
+    teacher_source,
+)
 from dsbs.training.distributed import free_memory
 from dsbs.training.grid import StudentSpec
-from dsbs.training.methods import View, views_of
+from dsbs.training.methods import View
 
 if TYPE_CHECKING:
     from dsbs.training.encode import PackedBatch
@@ -39,7 +42,8 @@ if TYPE_CHECKING:
 
     TeacherRunner = Callable[[Mapping[str, PackedBatch]], ForwardOutput]
 
-TrainTeacher = Callable[[Recipe, StudentSpec], TrainedStudent]
+# The third argument: whether it reads the student's tokens.
+TrainTeacher = Callable[[StudentRecipe, StudentSpec, bool], TrainedStudent]
 
 
 @dataclass(slots=True)
@@ -51,8 +55,11 @@ class LocalTeacher:
     weight: float
     """Relative to the other teachers'."""
     fingerprint: str
-    """Hash of what decides its weights."""
+    """Hash of what decides its weights and its inputs."""
     _model: Any = field(default=None, repr=False)
+    _vocabulary: int | None = field(default=None, repr=False)
+    own_inputs: OwnInputs | None = field(default=None, repr=False)
+    """None: it reads the student's tokens."""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -71,6 +78,13 @@ class LocalTeacher:
         return self._model
 
     @property
+    def vocabulary(self) -> int:
+        """The number of its vocabulary entries."""
+        if self._vocabulary is None:
+            self._vocabulary = int(self.model().config.vocab_size)
+        return self._vocabulary
+
+    @property
     def is_loaded(self) -> bool:
         return self._model is not None
 
@@ -87,70 +101,99 @@ def teacher_runners(
     *,
     hidden_states: bool = False,
     label_ids: Sequence[Sequence[int]] = (),
+    scores_labels: bool = False,
 ) -> list[TeacherRunner]:
-    """A forward runner for each teacher, on ``device``."""
-    from dsbs.training.packed import ForwardRunner
+    """A forward runner for each teacher, on ``device``.
+
+    ``label_ids`` are the label texts in the student's tokens; ``scores_labels``: whether teachers
+    with own inputs score the labels.
+    """
+    return [
+        _teacher_runner(
+            teacher, views, section, device, hidden_states, label_ids, scores_labels=scores_labels
+        )
+        for teacher in teachers
+    ]
+
+
+def _teacher_runner(
+    teacher: LocalTeacher,
+    views: Sequence[View],
+    section: TrainSection,
+    device: Any,
+    hidden_states: bool,
+    label_ids: Sequence[Sequence[int]],
+    *,
+    scores_labels: bool,
+) -> TeacherRunner:
+    from dsbs.training.packed import ForwardRunner, is_decoder_only
+    from dsbs.training.packed.decoder import DecoderRunner
     from dsbs.training.packed.label_head import LabelHeadRunner, has_label_head
     from dsbs.training.packed.t5 import is_t5
 
-    runners: list[TeacherRunner] = []
-    for teacher in teachers:
-        model = teacher.model().to(device)
-        if has_label_head(model):
-            head_runner = LabelHeadRunner(
-                model,
-                views,
-                without_padding=section.padding == "none",
-                hidden_states=hidden_states,
-            )
-            runners.append(head_runner)
-            continue
-        without_padding = section.padding == "none" and is_t5(model)
-        runner = ForwardRunner(
+    own_inputs = teacher.own_inputs
+    first_view = views[0].target
+    if own_inputs is not None:
+        views = (own_inputs.view,)
+        label_ids = own_inputs.label_ids if scores_labels else ()
+    model = teacher.model().to(device)
+    without_padding = section.padding == "none"
+    runner: TeacherRunner
+    if has_label_head(model):
+        runner = LabelHeadRunner(
+            model, views, without_padding=without_padding, hidden_states=hidden_states
+        )
+    else:
+        runner_class = DecoderRunner if is_decoder_only(model) else ForwardRunner
+        runner = runner_class(
             model,
             views,
-            without_padding=without_padding,
+            without_padding=without_padding and (is_t5(model) or is_decoder_only(model)),
             hidden_states=hidden_states,
             labels=label_ids,
         )
-        runners.append(runner)
-    return runners
+    return runner if own_inputs is None else on_own_inputs(runner, teacher.fingerprint, first_view)
+
+
+def add_own_inputs(teachers: Sequence[LocalTeacher], packed: PackedBatch | None) -> None:
+    """Put the inputs of teachers that do not read the student's tokens beside its first view's."""
+    for teacher in teachers:
+        if teacher.own_inputs is not None and packed is not None:
+            packed.teacher_inputs[teacher.fingerprint] = teacher.own_inputs.of(packed)
 
 
 class LocalTeachers:
     """The local teachers of a recipe; ``train`` trains one and returns its record."""
 
-    def __init__(self, recipe: Recipe, run: Path, tokenizer: Any, train: TrainTeacher) -> None:
+    def __init__(
+        self, recipe: StudentRecipe, run: Path, tokenizer: Any, train: TrainTeacher
+    ) -> None:
         self._recipe = recipe
         self._train_folder = run / "train"
         self._tokenizer = tokenizer
         self._train = train
         self._teachers: dict[tuple[int, Path], LocalTeacher] = {}
+        self._sources: dict[int, TeacherSource] = {}
         self.trained: list[TrainedStudent] = []
-
-    @cached_property
-    def _head(self) -> Head:
-        return head_of(self._recipe.student, self._recipe.train.init)
-
-    @cached_property
-    def _kind(self) -> Architecture:
-        return architecture_of(self._recipe.train.init or self._recipe.student.source)
 
     def for_student(self, spec: StudentSpec) -> tuple[LocalTeacher, ...]:
         """A student's teachers, trained if need be. Raises UserError for one that does not fit."""
-        terms = [term for term in terms_of(self._recipe.train, spec.method) if term.needs_teacher]
-        if not terms:
+        if not _needs_teacher(self._recipe, spec):
             return ()
-        views = views_of(spec.method, self._recipe.train, self._head)
-        needed = {name for term in terms for name in term.teacher_views(views)}
-        needed_views = [view for view in views if view.target in needed]
         teachers: list[LocalTeacher] = []
         for number, section in enumerate(self._recipe.train.teachers, 1):
+            source = self._source(number, section)
+            check_teacher(self._recipe, source, spec)
             if section.model:
-                teachers.append(self._from_folder(number, section, section.model, needed_views))
+                teachers.append(self._from_folder(number, section, source))
             else:
-                teachers.append(self._trained_first(number, section, spec))
+                teachers.append(self._trained_first(number, section, source, spec))
         return tuple(teachers)
+
+    def _source(self, number: int, section: LocalTeacherSection) -> TeacherSource:
+        if number not in self._sources:
+            self._sources[number] = teacher_source(self._recipe, section, self._tokenizer)
+        return self._sources[number]
 
     def release(self, later: Sequence[StudentSpec]) -> None:
         """Free the memory of the teachers that no student in ``later`` needs."""
@@ -177,81 +220,53 @@ class LocalTeachers:
         return teacher.path(self._train_folder)
 
     def _trained_first(
-        self, number: int, section: LocalTeacherSection, spec: StudentSpec
+        self, number: int, section: LocalTeacherSection, source: TeacherSource, spec: StudentSpec
     ) -> LocalTeacher:
-        if section.start is None and self._kind == "encoder":
-            raise UserError(
-                "train.teachers: an encoder's teacher starts from a pretrained one, as it has the "
-                "student's vocabulary",
-                hint="add start: a larger encoder of the same family, or model: a trained student",
-            )
         recipe, teacher = teacher_spec(self._recipe, number, section, spec)
         folder = teacher.path(self._train_folder)
         key = (number, folder)
         if key not in self._teachers:
-            if section.start is not None:
-                self._check_vocabulary(section.start, f"train.teachers: start: {section.start}")
-            record = self._train(recipe, teacher)
+            record = self._train(recipe, teacher, source.difference is None)
             self.trained.append(record)
             self._teachers[key] = LocalTeacher(
-                teacher.title, folder, section.weight, record.fingerprint
+                teacher.title,
+                folder,
+                section.weight,
+                record.fingerprint,
+                own_inputs=self._own_inputs(folder, source),
             )
         return self._teachers[key]
 
     def _from_folder(
-        self, number: int, section: LocalTeacherSection, model: str, views: Sequence[View]
+        self, number: int, section: LocalTeacherSection, source: TeacherSource
     ) -> LocalTeacher:
-        folder = Path(model).expanduser()
-        card = read_card(folder)
-        if (card.kind, card.format, card.head) != (self._kind, "transformers", self._head):
-            raise UserError(
-                f"train.teachers: {model} is a {card.kind} model with head {card.head} in the "
-                f"format {card.format}",
-                hint="a local teacher has its student's architecture and head: here it is a "
-                f"{self._kind} model with head {self._head}, as `dsbs train` saves it",
-            )
-        if self._head == "labels" and card.classes != make_task(self._recipe.task).labels:
-            raise UserError(
-                f"train.teachers: {model} has other labels, or the same in another order",
-                hint="use a teacher that was trained with this recipe's task.labels",
-            )
-        for view in views:
-            prefix = card.prefixes.get(view.target)
-            start = card.starts.get(view.target, "pad")
-            if (prefix, start) != (view.prefix, view.start):
-                learned = ", ".join(
-                    f"{target} with prefix {prefix!r}" for target, prefix in card.prefixes.items()
-                )
-                raise UserError(
-                    f"train.teachers: {model} was not trained on the {view.target} with prefix "
-                    f"{view.prefix!r} (it was trained on {learned})",
-                    hint="use a teacher trained with the same base method as its student "
-                    f"(this one: {card.method}), or leave model out to train one by this recipe",
-                )
+        folder = Path(str(source.folder))
         key = (number, folder)
         if key not in self._teachers:
-            self._check_vocabulary(str(folder), f"train.teachers: {model}")
-            weights = digest(*weights_fingerprint(str(folder)))
-            self._teachers[key] = LocalTeacher(card.name, folder, section.weight, weights)
+            card = read_card(folder)
+            fingerprint = digest(*weights_fingerprint(str(folder)))
+            own_inputs = self._own_inputs(folder, source)
+            if own_inputs is not None:
+                tokens = tokenizer_hash(load_tokenizer(str(folder)))
+                fingerprint = digest(fingerprint, tokens, card.model_dump_json())
+            self._teachers[key] = LocalTeacher(
+                card.name, folder, section.weight, fingerprint, own_inputs=own_inputs
+            )
         return self._teachers[key]
 
-    def _check_vocabulary(self, source: str, setting: str) -> None:
-        if tokenizer_hash(load_tokenizer(source)) != tokenizer_hash(self._tokenizer):
-            raise UserError(
-                f"{setting} has a different vocabulary from the student's",
-                hint="start both from the same family of models, train both from scratch on the "
-                "same data, or leave model and start out: then a teacher with the student's "
-                "vocabulary is trained",
-            )
+    def _own_inputs(self, folder: Path, source: TeacherSource) -> OwnInputs | None:
+        if source.difference is None:
+            return None
+        return OwnInputs(str(folder), read_card(folder), make_task(self._recipe.task).labels)
 
 
-def _needs_teacher(recipe: Recipe, spec: StudentSpec) -> bool:
+def _needs_teacher(recipe: StudentRecipe, spec: StudentSpec) -> bool:
     return any(term.needs_teacher for term in recipe.train.terms_of(spec.method))
 
 
 def teacher_spec(
-    recipe: Recipe, number: int, section: LocalTeacherSection, spec: StudentSpec
-) -> tuple[Recipe, StudentSpec]:
+    recipe: StudentRecipe, number: int, section: LocalTeacherSection, spec: StudentSpec
+) -> tuple[StudentRecipe, StudentSpec]:
     """The recipe and the spec that train a student's ``number``-th teacher (from 1).
 
     Where neither its section nor the recipe sets them, its learning rate and steps are the defaults
@@ -277,8 +292,7 @@ def teacher_spec(
             **changes,
         }
     )
-    values = {"model": section.start, "init": None, "size": section.size}
-    student = StudentSection(**recipe.student.model_dump() | values)
+    student = teacher_section(recipe, section)
     teacher_recipe = recipe.model_copy(update={"train": train, "student": student})
     origin = Path(section.start).name if section.start else section.size
     name = f"{number}-{origin}-{system}"
@@ -291,15 +305,16 @@ def teacher_spec(
         alias=name,
         heading=f"teacher {name}",
         directory=f"teachers/{name}",
+        student=spec.student,
     )
     return teacher_recipe, teacher
 
 
 def planned_teachers(
-    recipe: Recipe, specs: Sequence[StudentSpec]
-) -> list[tuple[Recipe, StudentSpec]]:
+    recipe: StudentRecipe, specs: Sequence[StudentSpec]
+) -> list[tuple[StudentRecipe, StudentSpec]]:
     """Every teacher that must be trained for ``specs``, once each, in the order of training."""
-    planned: dict[str, tuple[Recipe, StudentSpec]] = {}
+    planned: dict[str, tuple[StudentRecipe, StudentSpec]] = {}
     for spec in specs:
         if not _needs_teacher(recipe, spec):
             continue

@@ -14,17 +14,21 @@ from numpy.typing import NDArray
 
 from dsbs.config import TrainSection
 from dsbs.students.card import Head
-from dsbs.training.distillation import Projection, StepTotals, Term, TermInputs
-from dsbs.training.distillation.local_teachers import LocalTeacher, teacher_runners
-from dsbs.training.encode import Encoded, PackedBatch, collate, rows_of
+from dsbs.training.distillation import EXAMPLES, Projection, StepTotals, Term, TermInputs
+from dsbs.training.distillation.local_teachers import (
+    LocalTeacher,
+    add_own_inputs,
+    teacher_runners,
+)
+from dsbs.training.encode import Encoded, PackedBatch, collate, count_examples, rows_of
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dsbs.training.distillation.cached_logprobs import TeacherLogprobs
     from dsbs.training.distillation.local_teachers import TeacherRunner
-    from dsbs.training.distillation.response import TeacherLogprobs
     from dsbs.training.packed import ForwardOutput
 
 PROJECTIONS = "projections"  # the student's attribute with the projections, while it trains
@@ -46,6 +50,7 @@ class DistillationLoss:
         *,
         teachers: Sequence[LocalTeacher] = (),
         label_ids: Sequence[Sequence[int]] = (),
+        head: Head = "text",
         soft_labels: Mapping[bytes, NDArray[np.float32]] | None = None,
         cached: Mapping[str, TeacherLogprobs] | None = None,
     ) -> None:
@@ -54,13 +59,14 @@ class DistillationLoss:
         self.label_ids: Sequence[Sequence[int]] = ()
         if any(term.needs_label_scores for term in terms):
             self.label_ids = label_ids
+        self._head = head
         self._section = section
         self._views = views
         self._teachers = teachers
         self._soft_labels = soft_labels or {}
         self._cached = cached or {}
         self._needs_votes = any(term.learns_votes for term in terms)
-        self._needs_teachers = any(
+        self.needs_teachers = any(
             term.needs_teacher and term.title not in self._cached for term in terms
         )
         self._runners: list[TeacherRunner] | None = None
@@ -74,28 +80,33 @@ class DistillationLoss:
         """
         import torch
 
-        from dsbs.training.packed.label_head import has_label_head
-
         modules: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for term in self.terms:
-                if not term.learns_projections:
+                if not term.needs_hidden_states:
                     continue
                 configs = [teacher.model().config for teacher in self._teachers]
                 self._projections[term.title] = []
-                head: Head = "labels" if has_label_head(model) else "text"
-                for projection in term.projections(model.config, configs, head):
-                    linear = torch.nn.Linear(projection.student_width, projection.teacher_width)
-                    modules[projection.name] = linear
+                shares_tokens = [teacher.own_inputs is None for teacher in self._teachers]
+                projections = term.projections(model.config, configs, self._head, shares_tokens)
+                for projection in projections:
+                    linear: Any = torch.nn.Identity()
+                    if term.learns_projections:
+                        linear = torch.nn.Linear(projection.student_width, projection.teacher_width)
+                        modules[projection.name] = linear
                     self._projections[term.title].append((projection, linear))
         if modules:
             setattr(model, PROJECTIONS, torch.nn.ModuleDict(modules))
 
     def collate(self, rows: Sequence[Encoded]) -> dict[str, PackedBatch]:
-        """A batch with the terms' targets: soft labels and cached teacher log-probabilities."""
+        """A batch with what the terms need: soft labels, cached teacher log-probabilities, and the
+        inputs of teachers that do not read the student's.
+        """
         batch = collate(rows)
         first = batch.get(self._views[0].target)
+        if self.needs_teachers:
+            add_own_inputs(self._teachers, first)
         if first is not None and self._needs_votes:
             first.soft_labels = self._soft_labels_of(first)
         for term, cached in self._cached.items():
@@ -119,8 +130,11 @@ class DistillationLoss:
         return torch.from_numpy(np.stack(rows))
 
     def counts(self, batch: Mapping[str, PackedBatch]) -> dict[str, int]:
-        """By term, a batch's share of what the term is a mean over (see ``Term.count``)."""
-        return {term.title: term.count(batch, self._views) for term in self.terms}
+        """By term, a batch's share of what the term is a mean over (see ``Term.count``); and its
+        EXAMPLES.
+        """
+        counts = {term.title: term.count(batch, self._views) for term in self.terms}
+        return counts | {EXAMPLES: count_examples(batch, self._views[0].target)}
 
     def losses(
         self, student: ForwardOutput, batch: Mapping[str, PackedBatch], step: StepTotals
@@ -137,12 +151,14 @@ class DistillationLoss:
             ensemble=self._section.ensemble,
             projections=self._projections,
             cached_vocabulary={term: cached.vocabulary for term, cached in self._cached.items()},
+            head=self._head,
         )
         # 0, but part of the graph: distributed training waits for a gradient of every parameter
         zero = any_logits[:0].sum()
         for projections in self._projections.values():
             for _, linear in projections:
-                zero = zero + linear.weight[:0].sum() + linear.bias[:0].sum()
+                for parameter in linear.parameters():
+                    zero = zero + parameter[:0].sum()
         return {term.title: zero + term.loss(inputs) for term in self.terms}
 
     def _teacher_outputs(
@@ -151,7 +167,7 @@ class DistillationLoss:
         """One per local teacher; none if no term needs them."""
         import torch
 
-        if not self._needs_teachers:
+        if not self.needs_teachers:
             return []
         if self._runners is None:
             self._runners = teacher_runners(
@@ -161,6 +177,7 @@ class DistillationLoss:
                 device,
                 hidden_states=self.hidden_states,
                 label_ids=self.label_ids,
+                scores_labels=self._head == "labels" or bool(self.label_ids),
             )
         with torch.no_grad():
             return [runner(batch) for runner in self._runners]

@@ -33,6 +33,7 @@ class RelationTerm(Term):
 
     is_of_one_pass: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = False
     heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
     description: ClassVar[str] = (
         "It also learned how a local teacher relates examples to each other."
@@ -51,41 +52,30 @@ class RelationTerm(Term):
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Examples of the first view, each once however many targets it has."""
-        from dsbs.training.encode import supervised_rows
+        from dsbs.training.encode import count_examples
 
-        packed = batch.get(views[0].target)
-        if packed is None:
-            return 0
-        return len(set(packed.rows[supervised_rows(packed)].tolist()))
+        return count_examples(batch, views[0].target)
 
     def loss(self, inputs: TermInputs) -> Tensor | float:
-        """An example is the mean over its tokens of the encoder's last layer, first view's input.
+        """An example is the mean over its tokens of the last layer's states, of the first view's
+        input.
 
         The term relates the examples of one forward pass; a step averages its passes by their
         examples.
         """
-        from dsbs.training.encode import supervised_rows
-        from dsbs.training.packed import distinct_inputs, row_means
-
-        packed = inputs.first_view
-        if packed is None:
+        if inputs.first_view is None:
             return 0.0
-        distinct = distinct_inputs(inputs.batch, inputs.views)
-        indices = distinct.indices[inputs.views[0].target]
-        supervised = supervised_rows(packed).tolist()
-        pairs = zip(indices, supervised, strict=True)
-        examples = list(dict.fromkeys(index for index, is_supervised in pairs if is_supervised))
-        student = row_means(inputs.student.encoder_states[-1], distinct.lengths)[examples]
+        student = inputs.student.example_means(-1)
         loss: Tensor | float = 0.0
         for output, share in zip(inputs.teachers, inputs.teacher_shares, strict=True):
-            teacher = row_means(output.encoder_states[-1], distinct.lengths)[examples]
+            teacher = output.example_means(-1)
             relation: Tensor | float = 0.0
             if self.distance:
                 relation = self.distance * distance_loss(student, teacher)
             if self.angle:
                 relation = relation + self.angle * angle_loss(student, teacher)
             loss = loss + relation * share
-        return loss * (len(examples) / max(1, inputs.step.counts[self.title]))
+        return loss * (len(student) / max(1, inputs.step.counts[self.title]))
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:

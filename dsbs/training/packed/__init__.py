@@ -4,29 +4,26 @@ padding.
 Student and local teachers share a vocabulary, so that token m is the same token in every model's
 output, with padding or without.
 
-A decoder-only student's row is its prompt followed by its target, and rows of similar length go
-through the model together.
-
 Shapes: N tokens of all distinct inputs, M_v target tokens of view v, M of all views in the batch's
 order, V vocabulary entries, D = d_model, B rows of the first view, L labels of the task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from dsbs.students.formats import start_token
+from dsbs.training.distillation import as_float
 from dsbs.training.encode import PackedBatch, pad, supervised_rows
-from dsbs.training.losses import IGNORED, summed_nll
 from dsbs.training.methods import View
-from dsbs.training.packed.t5 import TargetBlock, group_by_length, packed_logits, without_wrapper
+from dsbs.training.packed.t5 import TargetBlock, packed_logits, without_wrapper
 
 Batch = Mapping[str, PackedBatch]  # by view
 
@@ -38,12 +35,20 @@ class ForwardOutput:
     logits: dict[str, Tensor]
     """By view, (M_v, V)."""
     encoder_states: list[Tensor]
-    """(N, D) after each layer, in order; empty unless requested."""
+    """(N, D) of the input tokens after each layer, in order; empty unless requested."""
     decoder_states: list[Tensor]
-    """(M, D) after each layer, in order; empty unless requested."""
+    """(M, D) of the target tokens after each layer, in order; empty unless requested."""
     label_scores: Tensor | None
     """(B, L) log-probability of each label's text in nats; None unless requested, and without a row
     of the first view."""
+    inputs: DistinctInputs
+    """The inputs of ``encoder_states``."""
+    first_view: str
+
+    def example_means(self, layer: int) -> Tensor:
+        """(E, D): the mean over its input's tokens of each example of the first view, once."""
+        means = row_means(self.encoder_states[layer], self.inputs.lengths)
+        return means[self.inputs.examples(self.first_view)]
 
     def states(self, stack: Literal["encoder", "decoder"]) -> list[Tensor]:
         return self.encoder_states if stack == "encoder" else self.decoder_states
@@ -62,6 +67,11 @@ class DistinctInputs:
     @property
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.ids]
+
+    def examples(self, view: str) -> list[int]:
+        """The indices of the inputs that a view's rows read, without fillers, each once."""
+        indices = dict.fromkeys(self.indices.get(view, ()))
+        return [index for index in indices if self.is_supervised[index]]
 
 
 def distinct_inputs(batch: Batch, views: Sequence[View]) -> DistinctInputs:
@@ -155,6 +165,8 @@ class ForwardRunner:
             encoder_states,
             [layer[:tokens] for layer in decoder_states],
             label_scores,
+            inputs,
+            self._first,
         )
 
     def _blocks(self, view: str, packed: PackedBatch, inputs: DistinctInputs) -> list[TargetBlock]:
@@ -207,6 +219,8 @@ class ForwardRunner:
             [torch.cat(layers) for layers in zip(*encoder_states, strict=True)],
             [torch.cat(layers) for layers in zip(*decoder_states, strict=True)],
             label_scores,
+            inputs,
+            self._first,
         )
 
     def _padded_label_scores(self, memory: Tensor, mask: Tensor) -> Tensor:
@@ -231,7 +245,7 @@ class ForwardRunner:
         scores: list[Tensor] = []
         for label, label_logits in zip(self._labels, logits, strict=True):
             target = label.to(label_logits.device).repeat(rows)
-            nll = torch.nn.functional.cross_entropy(label_logits.float(), target, reduction="none")
+            nll = cross_entropy(as_float(label_logits), target, reduction="none")
             scores.append(-nll.view(rows, -1).sum(1))
         return torch.stack(scores, dim=1)
 
@@ -247,95 +261,6 @@ def row_means(states: Tensor, lengths: Sequence[int]) -> Tensor:
     return rows.sum(1) / torch.as_tensor(lengths, device=states.device)[:, None]
 
 
-Row = tuple[Tensor, Tensor]  # ids of prompt and target
-
-
 def is_decoder_only(model: Any) -> bool:
     """Whether a model, or the one inside LoRA's wrapper, has no encoder."""
     return not model.config.is_encoder_decoder
-
-
-def target_logits(model: Any, batch: PackedBatch, *, without_padding: bool) -> Tensor:
-    """One view's N prompt and M target tokens -> logits (M, V), teacher-forced, in their order."""
-    rows = _rows(batch)
-    logits: list[Tensor] = [batch.target] * len(rows)
-    for group in _groups(rows, without_padding):
-        group_logits = _group_logits(model, [rows[i] for i in group])
-        lengths = [len(rows[i][1]) for i in group]
-        for i, row_logits in zip(group, torch.split(group_logits, lengths), strict=True):
-            logits[i] = row_logits
-    return torch.cat(logits)
-
-
-def summed_losses(
-    model: Any, batch: Mapping[str, PackedBatch], *, without_padding: bool
-) -> dict[str, Tensor]:
-    """By view, the summed cross-entropy () in nats of its target tokens, end tokens included.
-
-    ``without_padding`` groups the rows of all views by length, which leaves almost no padding;
-    otherwise each view is one padded batch.
-    """
-    rows = [(view, row) for view, packed in batch.items() for row in _rows(packed)]
-    if without_padding:
-        passes = [rows]
-    else:
-        passes = [[row for row in rows if row[0] == view] for view in batch]
-    losses: dict[str, Tensor] = {}
-    for pass_rows in passes:
-        for group in _groups([row for _, row in pass_rows], without_padding):
-            group_rows = [pass_rows[i] for i in group]
-            logits = _group_logits(model, [row for _, row in group_rows])
-            first = 0
-            # a group keeps the order of its rows, so that those of one view are neighbors
-            for view in dict.fromkeys(view for view, _ in group_rows):
-                target = torch.cat([row[1] for row_view, row in group_rows if row_view == view])
-                nll = summed_nll(logits[first : first + len(target)], target)
-                losses[view] = losses[view] + nll if view in losses else nll
-                first += len(target)
-    return losses
-
-
-def _rows(batch: PackedBatch) -> list[Row]:
-    sources = torch.split(batch.source, batch.source_lengths.tolist())
-    targets = torch.split(batch.target, batch.target_lengths.tolist())
-    return list(zip(sources, targets, strict=True))
-
-
-def _groups(rows: Sequence[Row], without_padding: bool) -> Iterator[list[int]]:
-    """Indices of the rows that go through the model together, each group in ascending order."""
-    if not without_padding:
-        yield list(range(len(rows)))
-        return
-    lengths = [len(source) + len(target) for source, target in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    for bound in group_by_length([lengths[i] for i in order]):
-        yield sorted(order[bound])
-
-
-def _group_logits(model: Any, rows: Sequence[Row]) -> Tensor:
-    """Rows padded on the right -> logits (M, V) of their target tokens.
-
-    No attention mask is needed: padding comes last, where no real token attends.
-    """
-    ids = pad_sequence(
-        [torch.cat([source, target[:-1]]) for source, target in rows], batch_first=True
-    )
-    predicts_target = torch.zeros_like(ids, dtype=torch.bool)
-    for row_mask, (source, target) in zip(predicts_target, rows, strict=True):
-        row_mask[len(source) - 1 : len(source) + len(target) - 1] = True
-    with _head_on(predicts_target, without_wrapper(model).get_output_embeddings()):
-        logits: Tensor = model(input_ids=ids.masked_fill(ids == IGNORED, 0), use_cache=False).logits
-    return logits
-
-
-@contextmanager
-def _head_on(selected: Tensor, head: Any) -> Iterator[None]:
-    """Apply a model's head to the ``selected`` (B, L) hidden states of (B, L, D) only.
-
-    The logits of prompts would take most of a step's memory, and nothing uses them.
-    """
-    hook = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0][selected],))
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -19,8 +19,16 @@ from dsbs.students.heads import LabelHeadModel
 from dsbs.training.encode import PackedBatch
 from dsbs.training.losses import IGNORED, summed_nll
 from dsbs.training.methods import View
-from dsbs.training.packed import Batch, DistinctInputs, ForwardOutput, distinct_inputs
-from dsbs.training.packed.t5 import group_by_length, without_wrapper
+from dsbs.training.packed import (
+    Batch,
+    DistinctInputs,
+    ForwardOutput,
+    distinct_inputs,
+    row_means,
+)
+from dsbs.training.packed.encoder import Rationales, encode_and_write, pack_encoder
+from dsbs.training.packed.layout import group_by_length
+from dsbs.training.packed.t5 import without_wrapper
 
 if TYPE_CHECKING:
     from dsbs.training.distillation import StepTotals
@@ -53,6 +61,7 @@ class LabelHeadRunner:
         self._model: LabelHeadModel = without_wrapper(model)
         self._views = views
         self._without_padding = without_padding
+        self._packs = without_padding and pack_encoder(self._model)
         self._hidden_states = hidden_states
         self._class_weights = (
             torch.tensor(class_weights, dtype=torch.float64) if class_weights else None
@@ -72,7 +81,49 @@ class LabelHeadRunner:
         And the output that terms are computed from. ``writes``: whether to compute rationales.
         """
         inputs = self._inputs(batch)
+        read = self._packed if self._packs else self._grouped
+        label_logits, rationale_loss, states = read(batch, inputs, writes)
         losses: dict[str, Tensor] = {}
+        if rationale_loss is not None:
+            losses["rationale"] = rationale_loss
+        label_loss = self._label_loss(label_logits, batch["label"])
+        if writes and "rationale" not in losses:  # all processes have gradients of the same weights
+            for parameter in self._rationale_only:
+                label_loss = label_loss + parameter.flatten()[:0].sum()
+        output = ForwardOutput(
+            logits={"label": label_logits},
+            encoder_states=states,
+            decoder_states=[],
+            label_scores=label_logits.log_softmax(-1),
+            inputs=inputs,
+            first_view="label",
+        )
+        return {"label": label_loss} | losses, output
+
+    def _packed(
+        self, batch: Batch, inputs: DistinctInputs, writes: bool
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Label logits (B, L), rationale loss () or None, and states (N, D), where requested.
+
+        Of one pass over all inputs.
+        """
+        rationales = None
+        if writes and "rationale" in batch:
+            packed = batch["rationale"]
+            ids = torch.split(packed.target, packed.target_lengths.tolist())
+            rationales = Rationales(ids, inputs.indices["rationale"])
+        states, rationale_loss = encode_and_write(
+            self._model, inputs.ids, rationales, hidden_states=self._hidden_states
+        )
+        pooled = row_means(states[-1], inputs.lengths)[inputs.indices["label"]]
+        logits = self._model.classify(pooled)
+        return logits, rationale_loss, states if self._hidden_states else []
+
+    def _grouped(
+        self, batch: Batch, inputs: DistinctInputs, writes: bool
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """The same, from a pass over each group of padded inputs."""
+        rationale_loss: Tensor | None = None
         logits: list[Tensor] = []
         order: list[int] = []
         states: dict[int, list[Tensor]] = {}
@@ -93,24 +144,12 @@ class LabelHeadRunner:
                 logits.append(group_logits)
                 order += rows["label"]
             if rationale is not None:
-                total = losses.get("rationale")
-                losses["rationale"] = rationale if total is None else total + rationale
+                rationale_loss = rationale if rationale_loss is None else rationale_loss + rationale
             for slot, index in enumerate(group if layers else ()):
                 states[index] = [layer[slot, : len(inputs.ids[index])] for layer in layers]
         label_logits = torch.cat(logits)[torch.tensor(order).argsort().to(logits[0].device)]
-        label_loss = self._label_loss(label_logits, batch["label"])
-        if writes and "rationale" not in losses:  # all processes have gradients of the same weights
-            for parameter in self._rationale_only:
-                label_loss = label_loss + parameter.flatten()[:0].sum()
-        output = ForwardOutput(
-            logits={"label": label_logits},
-            encoder_states=[
-                torch.cat(layer) for layer in zip(*map(states.get, sorted(states)), strict=True)
-            ],
-            decoder_states=[],
-            label_scores=label_logits.log_softmax(-1),
-        )
-        return {"label": label_loss} | losses, output
+        layers = [torch.cat(layer) for layer in zip(*map(states.get, sorted(states)), strict=True)]
+        return label_logits, rationale_loss, layers
 
     def _inputs(self, batch: Batch) -> DistinctInputs:
         """The inputs of a batch: label and rationale share an example's, unless it has choices."""
@@ -153,7 +192,7 @@ class LabelHeadRunner:
         None where a view has no row. And the states (B, S, D) after each layer, where requested.
         """
         if self._model.architecture == "causal":
-            return *self._causal_group(batch, ids, rows, slots), []
+            return self._causal_group(batch, ids, rows, slots)
         padded, mask = _pad(ids, self._pad_id)
         layers: list[Tensor] = []
         if self._hidden_states:
@@ -184,7 +223,7 @@ class LabelHeadRunner:
         prompts: Sequence[Tensor],
         rows: Mapping[str, list[int]],
         slots: Mapping[str, list[int]],
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
         """A decoder's part: a rationale follows its prompt, whose last state gives the label.
 
         No attention mask is needed: padding comes last, where no real token attends.
@@ -201,7 +240,12 @@ class LabelHeadRunner:
             nothing = prompt.new_zeros(0)
             sequences += [(prompt, target) for target in written] or [(prompt, nothing)]
         padded, _ = _pad([torch.cat([prompt, target[:-1]]) for prompt, target in sequences])
-        states = self._model.states(padded.clamp(min=0), torch.ones_like(padded))
+        read_ids = padded.clamp(min=0)
+        mask = torch.ones_like(padded)
+        layers: list[Tensor] = []
+        if self._hidden_states:
+            layers = self._model.layer_states(read_ids, mask)
+        states = layers[-1] if layers else self._model.states(read_ids, mask)
         logits = None
         if rows.get("label"):
             read = slots["label"]
@@ -214,7 +258,7 @@ class LabelHeadRunner:
                 row_mask[len(prompt) - 1 : len(prompt) + len(target) - 1] = len(target) > 0
             token_logits = self._model.body.get_output_embeddings()(states[predicts])
             rationale = summed_nll(token_logits, torch.cat([target for _, target in sequences]))
-        return logits, rationale
+        return logits, rationale, [layer[first_of] for layer in layers]
 
     def label_count(self, packed: PackedBatch) -> float:
         """What the label loss of a batch is a mean over: its rows, or the sum of their weights."""

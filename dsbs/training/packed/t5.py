@@ -2,17 +2,16 @@
 
 Runs the modules and weights of transformers' T5 (Raffel et al., 2020, arXiv:1910.10683) and gives
 each row the logits that it would get in a padded batch: relative positions count within a row, and
-cross-attention reaches only the row's own input. This saves the arithmetic on padding, which is
-most of it where short labels meet long rationales, and, on a CPU, most of the cost of drawing
-dropout masks.
+cross-attention reaches only the row's own input. Where short labels meet long rationales, most of
+a padded batch would be padding.
 
 Shapes: N tokens of all input rows, M tokens of all target rows, V vocabulary entries,
-D = d_model, H heads, K = d_kv. Attention pads rows of similar length into groups of B rows by S
-slots; P is the number of slots in all groups together.
+D = d_model, H heads, K = d_kv; attention works on groups of B rows by S slots (see ``layout``).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,147 +21,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-_MIN_GROUP_ROWS = 16  # fewer rows per group would mean many small matrix products
-_MAX_LENGTH_RATIO = 1.2  # of a group's longest row to its shortest
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedGroup:
-    """B rows padded to S slots, which begin at slot ``first`` of the P."""
-
-    first: int
-    rows: int
-    size: int
-    real: Tensor
-    """(B, S): False at padding."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupLayout:
-    """The groups of a set of rows, and the way from packed tokens to their slots."""
-
-    tokens: Tensor
-    """(N,) packed index of the token in each real slot, in the order of the slots."""
-    slots: Tensor
-    """(N,) index of those slots among the P."""
-    size: int
-    """P."""
-    groups: list[PaddedGroup]
-
-    def to(self, device: torch.device) -> GroupLayout:
-        """This layout on ``device``."""
-        if device.type == "cpu":
-            return self
-        groups = [
-            PaddedGroup(group.first, group.rows, group.size, group.real.to(device))
-            for group in self.groups
-        ]
-        return GroupLayout(self.tokens.to(device), self.slots.to(device), self.size, groups)
-
-
-def layout_groups(
-    lengths: Sequence[int], starts: Sequence[int], order: Sequence[int], bounds: Sequence[slice]
-) -> GroupLayout:
-    """Lay out rows of ``lengths`` that start at packed token ``starts``.
-
-    ``bounds`` cut ``order``, the rows' indices, into groups.
-    """
-    groups: list[PaddedGroup] = []
-    tokens: list[Tensor] = []
-    slots: list[Tensor] = []
-    first = 0
-    for bound in bounds:
-        rows = order[bound]
-        row_lengths = torch.tensor([lengths[row] for row in rows])
-        positions = torch.arange(int(row_lengths.max()))
-        real = positions < row_lengths[:, None]
-        tokens.append((torch.tensor([starts[row] for row in rows])[:, None] + positions)[real])
-        slots.append(real.flatten().nonzero().squeeze(1) + first)
-        groups.append(PaddedGroup(first, len(rows), len(positions), real))
-        first += real.numel()
-    return GroupLayout(torch.cat(tokens), torch.cat(slots), first, groups)
-
-
-def group_by_length(lengths: Sequence[int]) -> list[slice]:
-    """Cut ascending lengths into groups whose padded size is little more than their tokens."""
-    bounds: list[slice] = []
-    begin = 0
-    for end in range(1, len(lengths) + 1):
-        if end < len(lengths):
-            is_small = end - begin < _MIN_GROUP_ROWS
-            if is_small or lengths[end] <= _MAX_LENGTH_RATIO * lengths[begin] + 2:
-                continue
-        bounds.append(slice(begin, end))
-        begin = end
-    return bounds
-
-
-class _Pad(torch.autograd.Function):
-    """x (N, W) -> (P, W): packed tokens to their slots, zeros at padding.
-
-    Each token has one slot, so that the backward pass copies and never accumulates.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, slots: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(tokens, slots)
-        ctx.rows = x.shape[0]
-        return x.new_zeros(size, x.shape[1]).index_copy_(0, slots, x.index_select(0, tokens))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        tokens, slots = ctx.saved_tensors
-        packed = grad.new_zeros(ctx.rows, grad.shape[1])
-        packed.index_copy_(0, tokens, grad.index_select(0, slots))
-        return packed, None, None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """x (P, W) -> (N, W): the inverse of ``_Pad``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, slots)
-        ctx.size = x.shape[0]
-        return x.new_empty(len(tokens), x.shape[1]).index_copy_(0, tokens, x.index_select(0, slots))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        tokens, slots = ctx.saved_tensors
-        padded = grad.new_zeros(ctx.size, grad.shape[1])
-        padded.index_copy_(0, slots, grad.index_select(0, tokens))
-        return padded, None, None
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: int, rectified: bool) -> Tensor:
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        bits = draws.view(torch.int16)
-        keep = (bits[: x.numel()] >= threshold - 32768).view(x.shape)
-        if rectified:
-            keep &= x > 0
-        ctx.save_for_backward(keep)
-        ctx.scale = 65536 / (65536 - threshold)
-        return x * keep.to(x.dtype).mul_(ctx.scale)  # multiplying by booleans takes twice as long
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad * ctx.saved_tensors[0].to(grad.dtype).mul_(ctx.scale), None, None
-
-
-def dropout(x: Tensor, p: float, training: bool, *, rectified: bool = False) -> Tensor:
-    """Dropout at a fifth of torch's cost on a CPU; of relu(x) if ``rectified``.
-
-    The distribution is torch's with ``p`` rounded to 1/65536. A CPU draws one 64-bit number for
-    four elements instead of one for each, and the survivors are scaled by their exact share.
-    """
-    if not training or p == 0 or x.is_cuda:
-        if rectified:
-            x = functional.relu(x)
-        return functional.dropout(x, p, training)
-    dropped: Tensor = _Dropout.apply(x, round(p * 65536), rectified)
-    return dropped
+from dsbs.training.packed.layout import (
+    GroupLayout,
+    additive_mask,
+    attend,
+    decoder_layouts,
+    dropout,
+    layout_by_length,
+    row_starts,
+)
 
 
 def without_wrapper(model: Any) -> Any:
@@ -205,38 +72,23 @@ def packed_logits(
     entry is taken after its final norm.
     """
     device = source.device
-    source_starts = _starts(source_lengths)
-    target_starts = _starts(target_lengths)
-    by_length = sorted(range(len(source_lengths)), key=source_lengths.__getitem__)
-    bounds = group_by_length([source_lengths[row] for row in by_length])
-    encoder_layout = layout_groups(source_lengths, source_starts, by_length, bounds).to(device)
-
+    source_layout = layout_by_length(source_lengths, device)
     input_rows = [row for block in blocks for row in block.inputs]
     start_tokens = [block.start for block in blocks for _ in block.inputs]
-    input_lengths = [source_lengths[row] for row in input_rows]
-    input_starts = [source_starts[row] for row in input_rows]
-    order: list[int] = []
-    bounds = []
-    cross_layouts: list[GroupLayout] = []
-    for block in blocks:
-        first = len(order)
-        rows = sorted(
-            range(first, first + len(block.inputs)),
-            key=lambda row: (target_lengths[row], input_lengths[row]),
-        )
-        block_bounds = group_by_length([target_lengths[row] for row in rows])
-        layout = layout_groups(input_lengths, input_starts, rows, block_bounds)
-        cross_layouts.append(layout.to(device))
-        order += rows
-        bounds += [slice(first + bound.start, first + bound.stop) for bound in block_bounds]
-    decoder_layout = layout_groups(target_lengths, target_starts, order, bounds).to(device)
-
+    ends = list(itertools.accumulate(len(block.inputs) for block in blocks))
+    decoder_layout, cross_layouts = decoder_layouts(
+        source_lengths,
+        target_lengths,
+        input_rows,
+        [range(end - len(block.inputs), end) for block, end in zip(blocks, ends, strict=True)],
+        device,
+    )
     decoder_input = target.roll(1)
-    decoder_input[torch.tensor(target_starts, device=device)] = torch.tensor(
+    decoder_input[torch.tensor(row_starts(target_lengths), device=device)] = torch.tensor(
         start_tokens, device=device
     )
     encoder_states, decoder_states = hidden_states or (None, None)
-    memory = _stack(model.encoder, source, encoder_layout, None, (), encoder_states)
+    memory = _stack(model.encoder, source, source_layout, None, (), encoder_states)
     hidden = _stack(
         model.decoder, decoder_input, decoder_layout, memory, cross_layouts, decoder_states
     )
@@ -244,16 +96,6 @@ def packed_logits(
         hidden = hidden * (model.model_dim**-0.5)
     logits: Tensor = model.lm_head(hidden)
     return logits
-
-
-def _starts(lengths: Sequence[int]) -> list[int]:
-    """The first packed token of each row."""
-    starts: list[int] = []
-    total = 0
-    for length in lengths:
-        starts.append(total)
-        total += length
-    return starts
 
 
 def _stack(
@@ -276,7 +118,7 @@ def _stack(
         stack.block[0].layer[0].SelfAttention, layout, causal=memory is not None
     )
     masks = [
-        _mask(group.real, hidden.dtype)[:, None, None]
+        additive_mask(group.real, hidden.dtype)[:, None, None]
         for cross_layout in cross_layouts
         for group in cross_layout.groups
     ]
@@ -328,16 +170,9 @@ def _position_biases(attention: Any, layout: GroupLayout, *, causal: bool) -> li
     for group in layout.groups:
         bias = full_bias[:, :, : group.size, : group.size]
         if not causal:  # in a causal row padding comes last, where no real token attends
-            bias = bias + _mask(group.real, bias.dtype)[:, None, None]
+            bias = bias + additive_mask(group.real, bias.dtype)[:, None, None]
         biases.append(bias)
     return biases
-
-
-def _mask(real: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, S) -> (B, S): 0 at real slots, the lowest number at padding."""
-    return torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill_(
-        ~real, torch.finfo(dtype).min
-    )
 
 
 def _attention(
@@ -362,12 +197,10 @@ def _attention(
         ``split`` and ``unbind`` put their gradients together in one tensor; with slices each would
         fill a tensor of the full size with zeros.
         """
-        padded = _Pad.apply(projected, layout.tokens, layout.slots, layout.size)
-        chunks = torch.split(padded, [group.rows * group.size for group in layout.groups])
         shape = (projected.shape[1] // width, module.n_heads, module.key_value_proj_dim)
         return [
             chunk.view(group.rows, group.size, *shape).permute(2, 0, 3, 1, 4).unbind()
-            for chunk, group in zip(chunks, layout.groups, strict=True)
+            for chunk, group in zip(layout.pad(projected), layout.groups, strict=True)
         ]
 
     heads: list[Sequence[Tensor]]
@@ -378,13 +211,11 @@ def _attention(
         keys_values = [pair for layout in key_layouts for pair in split_heads(projected, layout)]
         queries = split_heads(module.q(x), query_layout)
         heads = [(*query, *pair) for query, pair in zip(queries, keys_values, strict=True)]
-    outputs: list[Tensor] = []
-    for (query, key, value), bias in zip(heads, biases, strict=True):
-        scores = torch.matmul(query, key.transpose(2, 3)) + bias
-        weights = dropout(torch.softmax(scores, dim=-1), p, training)
-        outputs.append(torch.matmul(weights, value).transpose(1, 2).reshape(-1, width))
-    packed = _Unpad.apply(torch.cat(outputs), query_layout.tokens, query_layout.slots)
-    attended: Tensor = module.o(packed)
+    outputs = [
+        attend(query, key, value, bias, p, training)
+        for (query, key, value), bias in zip(heads, biases, strict=True)
+    ]
+    attended: Tensor = module.o(query_layout.unpad(outputs))
     return attended
 
 

@@ -81,7 +81,11 @@ def test_adding_a_term_retrains_nothing_else(
     run = tmp_path / "run"
     (plain,) = train(recipe_with(), out=run).students
     both = recipe_with("train.methods=[finetune, finetune+response]", *RESPONSE[1:])
-    assert both.training_of("finetune") == recipe_with().training == plain.settings
+    assert (
+        both.students[None].training_of("finetune")
+        == recipe_with().students[None].training
+        == plain.settings
+    )
     (first, second) = train(both, out=run).students
     assert first.fingerprint == plain.fingerprint
     assert second.settings != plain.settings
@@ -168,15 +172,15 @@ def test_a_trained_student_can_be_the_teacher_if_vocabulary_and_prefixes_match(
     teacher = f"train.teachers=[{{model: '{trained.path}'}}]"
     (student,) = train(recipe_with(*RESPONSE[:2], teacher), out=tmp_path / "second").students
     assert student.method == "finetune+response"
-    words = [f"{word} {word[::-1]} {word}s" for word in PANGRAM.split()]
-    learn_vocabulary(words * 9, 90).save_pretrained(trained.path)
-    with pytest.raises(UserError, match="has a different vocabulary from the student's"):
-        train(recipe_with(*RESPONSE[:2], teacher), out=tmp_path / "third")
     card_path = Path(trained.path) / "student.json"
     card = json.loads(card_path.read_text(encoding="utf-8"))
     card["prefixes"] = {"label": "say: "}
     card_path.write_text(json.dumps(card), encoding="utf-8")
     with pytest.raises(UserError, match="was not trained on the label with prefix ''"):
+        train(recipe_with(*RESPONSE[:2], teacher), out=tmp_path / "third")
+    words = [f"{word} {word[::-1]} {word}s" for word in PANGRAM.split()]
+    learn_vocabulary(words * 9, 90).save_pretrained(trained.path)
+    with pytest.raises(UserError, match="has a different vocabulary from the student's"):
         train(recipe_with(*RESPONSE[:2], teacher), out=tmp_path / "fourth")
 
 
@@ -289,7 +293,7 @@ def test_a_recipe_with_terms_survives_a_round_trip_through_json(
     restored = Recipe.model_validate(json.loads(json.dumps(recipe.model_dump(mode="json"))))
     assert restored.model_dump() == recipe.model_dump()
     method = "finetune+response+hints"
-    assert restored.training_of(method) == recipe.training_of(method)
+    assert restored.students[None].training_of(method) == recipe.students[None].training_of(method)
 
 
 def test_students_of_one_base_method_share_their_teacher(
@@ -300,7 +304,7 @@ def test_students_of_one_base_method_share_their_teacher(
         "train.methods=[finetune, finetune+response]",
         "train.tune={learning_rate: [0.1, 0.2]}",
     )
-    ((teacher_recipe, teacher),) = planned_teachers(recipe, grid(recipe.train))
+    ((teacher_recipe, teacher),) = planned_teachers(recipe.students[None], grid(recipe.train))
     assert teacher.path(Path("train")) == Path("train/teachers/1-nano-finetune-gold")
     assert teacher.method == "finetune"
     assert teacher_recipe.train.tune is None
@@ -313,7 +317,7 @@ def test_a_teacher_trains_with_the_defaults_of_its_own_start(
 ) -> None:
     def settings(*overrides: str) -> tuple[float, int]:
         recipe = recipe_with(*RESPONSE[:2], *overrides)
-        ((teacher_recipe, _),) = planned_teachers(recipe, grid(recipe.train))
+        ((teacher_recipe, _),) = planned_teachers(recipe.students[None], grid(recipe.train))
         resolved = teacher_recipe.resolved_train
         return resolved.learning_rate, resolved.max_steps
 
@@ -336,7 +340,7 @@ def test_a_teacher_trains_with_the_recipes_learning_rate_even_if_it_is_a_default
         for teacher in ("size: nano", "start: elsewhere"):
             teachers = f"train.teachers=[{{{teacher}}}]"
             recipe = recipe_with(*RESPONSE[:2], student, f"train.learning_rate={rate}", teachers)
-            ((teacher_recipe, _),) = planned_teachers(recipe, grid(recipe.train))
+            ((teacher_recipe, _),) = planned_teachers(recipe.students[None], grid(recipe.train))
             assert teacher_recipe.resolved_train.learning_rate == rate
 
 
@@ -391,7 +395,8 @@ def test_only_relation_depends_on_the_micro_batch_size(
     one_pass = recipe_with(*overrides)
     two_passes = recipe_with(*overrides, "train.micro_batch_size=4")
     is_equal = {
-        method: one_pass.training_of(method) == two_passes.training_of(method)
+        method: one_pass.students[None].training_of(method)
+        == two_passes.students[None].training_of(method)
         for method in one_pass.train.methods
     }
     assert is_equal == {"finetune": True, "finetune+response": True, "finetune+relation": False}

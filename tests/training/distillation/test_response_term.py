@@ -18,6 +18,21 @@ from torch import Tensor
 from dsbs.training.distillation import ensemble_logprobs
 from dsbs.training.distillation.response import Divergence, response_loss, top_k_response_loss
 
+# trl 1.16.0's mean loss per token by β and temperature (see benchmarks/peers/trl_peer.py).
+TRL = {
+    (0, 0.5): 5.034701531280624,
+    (0, 1.0): 2.337757172934416,
+    (0, 4.0): 0.26263073758162064,
+    (0.3, 0.5): 0.4107618305914408,
+    (0.3, 1.0): 0.3108659711865295,
+    (0.3, 4.0): 0.052683834451689796,
+    (0.5, 0.5): 0.4711018441468967,
+    (0.5, 1.0): 0.35801499266553466,
+    (0.5, 4.0): 0.06217563909101957,
+    (1, 0.5): 4.985116647833301,
+    (1, 1.0): 2.3058656209127846,
+    (1, 4.0): 0.2599650981744134,
+}
 DIVERGENCES: tuple[Divergence, ...] = ("kl", "reverse", "js")
 ROWS = 4
 VOCABULARY = 9
@@ -70,6 +85,42 @@ def test_the_loss_is_its_divergence_times_the_squared_temperature(
     assert loss.dtype == torch.float64
     expected = expected_loss(student, teacher, divergence, temperature, 0.3)
     assert float(loss) == pytest.approx(expected, rel=1e-10)
+
+
+def published_logits() -> tuple[Tensor, Tensor]:
+    """Student's and teacher's logits (5, 7), as in benchmarks/peers/trl_peer.py."""
+    positions = torch.arange(42, dtype=torch.float64)
+    student = (3 * torch.sin(positions)).view(6, 7)
+    teacher = (3 * torch.cos(1.7 * positions)).view(6, 7)
+    return student[:5], teacher[:5]  # the last token is padding there
+
+
+@pytest.mark.parametrize(("share", "temperature"), TRL)
+def test_the_loss_is_that_of_trl_times_the_squared_temperature(
+    share: float, temperature: float
+) -> None:
+    """trl's mean per token of generalized_jsd_loss, printed by benchmarks/peers/trl_peer.py."""
+    divergence: Divergence = "js"
+    if share in (0, 1):
+        divergence = "reverse" if share else "kl"
+        loss = loss_of(*published_logits(), divergence, temperature=temperature)
+    else:
+        loss = loss_of(*published_logits(), divergence, temperature=temperature, share=share)
+    expected = TRL[share, temperature] * temperature**2
+    assert float(loss) / 5 == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_loss_is_torchtunes_forward_kl_without_the_teachers_entropy() -> None:
+    """torchtune.modules.loss.ForwardKLLoss: −Σ p log q, a mean over the tokens that count.
+
+    https://meta-pytorch.org/torchtune/0.4/tutorials/llama_kd_tutorial.html
+    """
+    student, teacher = (logits.numpy() for logits in published_logits())
+    p = softmax(teacher, axis=-1)
+    cross_entropy = -(p * np.log(softmax(student, axis=-1))).sum(-1).mean()
+    entropy = -(p * np.log(p)).sum(-1).mean()
+    loss = float(loss_of(*published_logits())) / 5
+    assert loss == pytest.approx(float(cross_entropy - entropy), rel=1e-6)
 
 
 def test_js_with_equal_shares_is_the_squared_jensen_shannon_distance() -> None:

@@ -15,7 +15,13 @@ import torch
 from conftest import on_two_processes, run_dsbs, start_dsbs
 from loopback import LoopbackServer
 from safetensors.torch import load_file
-from tiny_training import distillation_loss, loss_lines, tiny_t5, train_steps, weights_hash
+from tiny_training import (
+    distillation_loss,
+    loss_lines,
+    tiny_model,
+    train_steps,
+    weights_hash,
+)
 
 from dsbs import annotate, load_recipe, train
 from dsbs.config import LoraSection
@@ -28,13 +34,15 @@ RESPONSE = ("train.methods=finetune+response", "train.terms=[{kind: response}]",
 WORKER = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parents[1])]
 import torch
 from tiny_training import distillation_loss, train_steps
 out = Path(sys.argv[2])
-model, _ = train_steps(out, distillation_loss(sys.argv[3:]), micro_batch=2, processes=2)
-if torch.distributed.get_rank() == 0:
-    torch.save(model.state_dict(), out / "weights.pt")
+for kind in sys.argv[3].split(","):
+    terms = distillation_loss(sys.argv[4:], kind=kind)
+    model, lines = train_steps(out, terms, micro_batch=2, steps=2, processes=2, kind=kind)
+    if torch.distributed.get_rank() == 0:
+        torch.save((model.state_dict(), lines), out / f"{kind}.pt")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -61,48 +69,69 @@ def four_samples(body: dict[str, Any], number: int) -> str:
 def test_two_processes_learn_terms_as_one_does(tmp_path: Path) -> None:
     """Over gloo; the rows without a rationale are split unevenly between the two."""
     titles = ["response", "feature"]
-    expected, _ = train_steps(tmp_path / "one", distillation_loss(titles))
+    kinds = ["t5", "decoder"]
     script = tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     here = str(Path(__file__).parent)
-    on_two_processes(str(script), here, str(tmp_path), *titles)
-    weights = torch.load(tmp_path / "weights.pt")
-    changes = [
-        float((value - expected.state_dict()[name]).abs().max())
-        for name, value in tiny_t5().state_dict().items()
-    ]
-    assert max(changes) > 1e-4, "it learned"
-    for name, value in expected.state_dict().items():
-        assert torch.allclose(weights[name], value, atol=1e-5), name
+    on_two_processes(str(script), here, str(tmp_path), ",".join(kinds), *titles)
+    for kind in kinds:
+        terms = distillation_loss(titles, kind=kind)
+        expected, expected_lines = train_steps(tmp_path / "one", terms, steps=2, kind=kind)
+        weights, lines = torch.load(tmp_path / f"{kind}.pt")
+        changes = [
+            float((value - expected.state_dict()[name]).abs().max())
+            for name, value in tiny_model(kind).state_dict().items()
+        ]
+        assert max(changes) > 1e-4, "it learned"
+        for name, value in expected.state_dict().items():
+            assert torch.allclose(weights[name], value, atol=1e-5), (kind, name)
+        for title in titles:  # logged is the sum over the processes
+            assert [line[f"{title}_loss"] for line in lines] == pytest.approx(
+                [line[f"{title}_loss"] for line in expected_lines], rel=1e-3
+            )
 
 
-@pytest.mark.parametrize("padding", ["none", "batch"])
-def test_gradient_checkpointing_changes_no_step_with_a_term(tmp_path: Path, padding: Any) -> None:
-    checkpointing = tiny_t5()
+@pytest.mark.parametrize(
+    ("kind", "padding"), [("t5", "none"), ("t5", "batch"), ("decoder", "none")]
+)
+def test_gradient_checkpointing_changes_no_step_with_a_term(
+    tmp_path: Path, kind: str, padding: Any
+) -> None:
+    checkpointing = tiny_model(kind)
     checkpointing.activation_checkpointing_enable()
-    plain, lines = train_steps(tmp_path, distillation_loss(["response"]), padding=padding)
-    student, _ = train_steps(
-        tmp_path, distillation_loss(["response"]), model=checkpointing, padding=padding
-    )
+    runs = [
+        train_steps(
+            tmp_path,
+            distillation_loss(["response"], kind=kind),
+            model=model,
+            kind=kind,
+            padding=padding,
+        )
+        for model in (None, checkpointing)
+    ]
+    (plain, lines), (student, _) = runs
     assert lines[0]["response_loss"] > 0
     for name, value in plain.state_dict().items():
         assert torch.allclose(student.state_dict()[name], value, atol=1e-6), name
 
 
-def test_adapters_learn_a_term_and_merge_into_a_plain_student(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["t5", "decoder"])
+def test_adapters_learn_a_term_and_merge_into_a_plain_student(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("peft")
-    targets = ("q", "k", "v", "o", "wi", "wo")
-    model = add_adapters(tiny_t5(), LoraSection(rank=4, alpha=8, targets=targets))
-    student, lines = train_steps(tmp_path, distillation_loss(["response"]), steps=20, model=model)
+    more = ("wi", "wo") if kind == "t5" else ("gate_proj", "up_proj", "down_proj")
+    section = LoraSection(rank=4, alpha=8, targets=("q", "k", "v", "o", *more))
+    model = add_adapters(tiny_model(kind), section)
+    terms = distillation_loss(["response"], kind=kind)
+    student, lines = train_steps(tmp_path, terms, steps=20, model=model, kind=kind)
     assert lines[-1]["response_loss"] < lines[0]["response_loss"]
     base = {
         name.replace(".base_layer", ""): value
         for name, value in student.get_base_model().state_dict().items()
     }
-    for name, value in tiny_t5().state_dict().items():
+    for name, value in tiny_model(kind).state_dict().items():
         assert torch.equal(base[name], value), name
     student.save_pretrained(tmp_path / "adapters")
-    plain = merge_adapters(tiny_t5(), tmp_path / "adapters").eval()
+    plain = merge_adapters(tiny_model(kind), tmp_path / "adapters").eval()
     batch = {"input_ids": torch.tensor([[3, 4, 1]]), "labels": torch.tensor([[6, 7, 1]])}
     assert torch.allclose(plain(**batch).logits, student.eval()(**batch).logits, atol=1e-5)
 

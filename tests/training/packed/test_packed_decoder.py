@@ -21,7 +21,7 @@ from dsbs.training.adapters import add_adapters, count_trainable, merge_adapters
 from dsbs.training.encode import Encoded, Encoder, PackedBatch, collate
 from dsbs.training.grid import last_checkpoint
 from dsbs.training.methods import View
-from dsbs.training.packed import summed_losses, target_logits
+from dsbs.training.packed.decoder import summed_losses, target_logits
 from dsbs.training.rows import Row
 from dsbs.training.tokens import Tokens
 from dsbs.training.trainer import StepTrainer
@@ -29,6 +29,10 @@ from dsbs.training.trainer import StepTrainer
 WEIGHT = 0.5
 VIEWS = (View("label", "predict: ", 1.0), View("rationale", "explain: ", WEIGHT))
 STEPS = 6
+TERMS = (
+    "train.methods=finetune+response+feature",
+    "train.terms=[{kind: response}, {kind: feature, weight: 0.01}]",
+)
 
 
 def encoded_rows(count: int = 8) -> list[Encoded]:
@@ -244,29 +248,36 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("lora", ["train.lora=null", "train.lora={rank: 4, dropout: 0.1}"])
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("train.lora={rank: 4, dropout: 0.1}",), TERMS],
+    ids=["all weights", "lora", "terms"],
+)
 def test_an_interrupted_training_resumes_to_the_weights_of_an_uninterrupted_one(
     recipe_for: Callable[..., Recipe],
     llama: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    lora: str,
+    changes: tuple[str, ...],
 ) -> None:
     from dsbs.training.callbacks import MetricsLogger
 
-    recipe = recipe_for(llama, lora, "student.dropout=0.1", "train.gradient_checkpointing=true")
+    teacher = f"train.teachers=[{{start: {llama}, max_steps: 2}}]"
+    teachers = [teacher] if changes is TERMS else []
+    dropout = ("student.dropout=0.1", "train.gradient_checkpointing=true")
+    recipe = recipe_for(llama, *dropout, *changes, *teachers)
     uninterrupted = Path(train(recipe, out=tmp_path / "uninterrupted").students[0].path)
     on_step_end = MetricsLogger.on_step_end
 
     def interrupted(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         on_step_end(self, args, state, control, **kwargs)
-        if state.global_step == 8:
+        if state.global_step == 8 and state.max_steps == 12:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MetricsLogger, "on_step_end", interrupted)
         train(recipe, out=tmp_path / "interrupted")
-    folder = tmp_path / "interrupted" / "train" / "finetune-gold-s0"
+    folder = tmp_path / "interrupted" / "train" / uninterrupted.name
     checkpoint = last_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-6"
@@ -317,14 +328,6 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(
     [
         (("train.task_token=decoder",), r"train\.task_token: decoder"),
         (
-            (
-                "train.methods=[finetune+feature]",
-                "train.terms=[{kind: feature}]",
-                "train.teachers=[{size: nano}]",
-            ),
-            "T5 students",
-        ),
-        (
             ("student.max_input_tokens=240",),
             r"max_input_tokens \(240\) and student\.max_target_tokens \(32\).*256 tokens",
         ),
@@ -334,7 +337,7 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(
         ),
         (("student.max_input_tokens=8",), "leaves no tokens"),
     ],
-    ids=["task token", "terms", "positions", "label tokens", "template"],
+    ids=["task token", "positions", "label tokens", "template"],
 )
 def test_settings_that_a_decoder_does_not_support_are_refused_before_training(
     recipe_for: Callable[..., Recipe],
@@ -371,7 +374,7 @@ def test_the_default_template_changes_no_students_settings(toy: Callable[..., Pa
     path = toy()
 
     def settings(*overrides: str) -> str:
-        return load_recipe(path, ["student={model: x}", *overrides]).training
+        return load_recipe(path, ["student={model: x}", *overrides]).students[None].training
 
     assert settings() == settings("student.template=auto")
     assert settings() != settings("student.template=chat")

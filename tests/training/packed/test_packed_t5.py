@@ -13,7 +13,8 @@ from transformers import MT5Config, MT5ForConditionalGeneration
 from dsbs.config import TrainSection
 from dsbs.training.encode import Encoded, collate, pad
 from dsbs.training.methods import method_of
-from dsbs.training.packed.t5 import TargetBlock, dropout, is_t5, packed_logits
+from dsbs.training.packed.layout import dropout
+from dsbs.training.packed.t5 import TargetBlock, is_t5, packed_logits
 from dsbs.training.trainer import patch_forward
 
 

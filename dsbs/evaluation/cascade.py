@@ -1,0 +1,303 @@
+"""Cascade: each student in front of its teacher, its threshold and what it shows on test rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dsbs.config import CascadeSection, Recipe
+from dsbs.errors import UserError
+from dsbs.evaluation.bootstrap import Floats
+from dsbs.evaluation.metrics import Scored
+from dsbs.evaluation.selective import confidence_values, kinds_of
+from dsbs.evaluation.systems import System
+from dsbs.evaluation.thresholds import Bools, CascadeRows, Fitted, fit_and_test, fit_on
+from dsbs.formatting import count
+from dsbs.records import Example, TrainedStudent
+from dsbs.records.measures import Cascade, CascadePoint, Measure
+from dsbs.records.results import wilson
+from dsbs.run_folder import RunFolder
+from dsbs.students.calibration import ConfidenceKind, Threshold, read_calibration, write_record
+from dsbs.students.card import CARD, read_card
+from dsbs.tasks import Task, make_task
+from dsbs.tasks.data import load, position, validation_rows
+
+_POINTS = 40  # of a curve
+
+
+def check_cascade(recipe: Recipe, run: RunFolder | None = None) -> None:
+    """Raises UserError where ``eval.cascade`` lacks the teacher's answers, or calibration rows.
+
+    ``run`` None: before anything is annotated.
+    """
+    section = recipe.eval.cascade
+    if section is None:
+        return
+    split = recipe.eval.split
+    if split != "test":
+        raise UserError(
+            f"eval.cascade needs test rows, and eval.split is {split}", hint="set eval.split: test"
+        )
+    is_annotated = split in recipe.annotate.splits and recipe.teacher.kind != "human"
+    if not is_annotated or (run is not None and not run.annotations(split).is_file()):
+        raise UserError(
+            f"eval.cascade needs the teacher's answers on the {split} rows",
+            hint=f"name {split} in annotate.splits and run `dsbs annotate`, or remove eval.cascade",
+        )
+    if section.calibration == "valid":
+        if recipe.task.data.valid is not None and "valid" not in recipe.annotate.splits:
+            raise UserError(
+                "eval.cascade.calibration: valid needs the teacher's answers on the validation "
+                "rows",
+                hint="name valid in annotate.splits, or use a share of the test rows, e.g. "
+                "calibration: 0.5",
+            )
+        calibration_examples(recipe, make_task(recipe.task))
+
+
+def calibration_examples(recipe: Recipe, task: Task) -> list[Example]:
+    """The validation rows beyond ``train.valid_limit``. Raises UserError where there are none."""
+    assert recipe.eval.cascade is not None
+    rows = load(recipe, task, "valid")
+    labeled = [row for row in rows if row.label is not None]
+    selected = {row.id for row in validation_rows(labeled or rows, recipe.train.valid_limit)}
+    rest = [row for row in rows if row.id not in selected]
+    if recipe.eval.cascade.of == "accuracy":
+        rest = [row for row in rest if row.label is not None]
+    if not rest:
+        raise UserError(
+            f"eval.cascade.calibration: valid: all {count(len(rows), 'validation row')} are used "
+            "to choose the students' best steps",
+            hint=f"set train.valid_limit below {len(rows)} and train again, or use a share of the "
+            "test rows, e.g. calibration: 0.5",
+        )
+    return rest
+
+
+def teacher_labels(
+    rows: Sequence[Example], run: RunFolder, source: str, split: str
+) -> list[str | None]:
+    """The teacher's labels of validation rows, which may be rows of the train split."""
+    annotations = run.load_annotations(split, source)
+    missing = [row.id for row in rows if row.id not in annotations]
+    if missing:
+        raise UserError(
+            f"{count(len(missing), 'calibration row')} without an annotation (first: {missing[0]})",
+            hint=f"name {split} in annotate.splits and run `dsbs annotate`",
+        )
+    return [annotations[row.id].own_label for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """A student's answers and its teacher's labels, by row; ``labels`` None: unreadable."""
+
+    file: Scored
+    labels: Sequence[str | None]
+
+    def rows(self, task: Task, kind: ConfidenceKind) -> CascadeRows | None:
+        """The rows with a label of the teacher. None: the confidence is unknown."""
+        confidence = confidence_values(self.file, task, kind)
+        if confidence is None:
+            return None
+        pairs = list(zip(self.file.labels, self.labels, strict=True))
+        agrees = [a is not None and b is not None and task.correct(a, b) for a, b in pairs]
+        correct = [
+            label is not None and row.label is not None and task.correct(label, row.label)
+            for label, row in zip(self.labels, self.file.rows, strict=True)
+        ]
+        rows = CascadeRows(
+            confidence, np.array(agrees, bool), self.file.correct, np.array(correct, bool)
+        )
+        return rows.of(self.has_teacher)
+
+    @property
+    def has_teacher(self) -> Bools:
+        return np.array([label is not None for label in self.labels])
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the teacher costs, in dollars and milliseconds; None: unknown."""
+
+    usd_per_request: float | None = None
+    ms_per_request: float | None = None
+    bills: Mapping[str, float] = field(default_factory=dict)
+    """For the training rows, in dollars, by the system that learned from them."""
+
+
+def cascades(
+    recipe: Recipe,
+    task: Task,
+    systems: Sequence[System],
+    costs: Costs,
+    calibration: Mapping[str, Answers] | None = None,
+) -> list[Cascade]:
+    """The cascade of each prediction file with a confidence, and ``threshold.json`` of students.
+
+    ``calibration``: the answers to validation rows, by prediction file. None: a share of the rows.
+    """
+    section = recipe.eval.cascade
+    teacher = next((system for system in systems if system.kind == "teacher"), None)
+    if section is None or teacher is None:
+        return []
+    labels = teacher.files[0].labels
+    results = []
+    for system in systems:
+        if system is teacher:
+            continue
+        kinds = kinds_of(system.files, system.confidence_kinds)
+        for number in _best_first(system):
+            name = system.member_names[number]
+            file = system.files[number]
+            kind = kinds[number]
+            answers = Answers(file, labels)
+            rows = answers.rows(task, kind)
+            if rows is None or not len(rows):
+                continue
+            if calibration is None:
+                positions = _positions(file.rows, recipe.eval.cluster)[answers.has_teacher]
+                fitted = fit_and_test(rows, positions, section, float(section.calibration))
+            else:
+                of_file = calibration.get(name)
+                held_out = None if of_file is None else of_file.rows(task, kind)
+                if held_out is None:
+                    continue
+                fitted = fit_on(held_out, rows, section)
+            result = _result(system, name, kind, section, fitted, costs)
+            left_out = len(labels) - len(rows)
+            results.append(result.model_copy(update={"left_out": left_out}))
+            if system.students:
+                _write_threshold(recipe, system.students[number], fitted, kind, section)
+    return results
+
+
+def _best_first(system: System) -> list[int]:
+    """The indices of a system's files, the student that was best on valid first."""
+    accuracies = [student.valid_accuracy for student in system.students] or [0.0]
+    return sorted(range(len(accuracies)), key=lambda number: -accuracies[number])
+
+
+def _positions(rows: Sequence[Example], cluster: str | None) -> Floats:
+    """Each row's position in [0, 1) by a hash of its id; equal for the rows of a cluster."""
+    keys = [row.id if cluster is None else str(row.input[cluster]) for row in rows]
+    return np.array([position(key, "cascade") for key in keys])
+
+
+def _result(
+    system: System,
+    name: str,
+    kind: ConfidenceKind,
+    section: CascadeSection,
+    fitted: Fitted,
+    costs: Costs,
+) -> Cascade:
+    test = fitted.test
+    choice = fitted.choice
+    answered = fitted.answered
+    coverage = float(answered.mean()) if len(test) else 0.0
+    bound = choice.bound
+    if bound is not None and section.margin is None:
+        bound = 1 - bound
+    result = Cascade(
+        system=system.name,
+        student=name,
+        confidence=kind,
+        threshold=choice.threshold,
+        of=section.of,
+        target=None if section.margin is not None else section.goal,
+        margin=section.margin,
+        level=section.confidence,
+        bound=bound,
+        source="valid" if section.calibration == "valid" else "test",
+        rows=fitted.rows,
+        folds=fitted.folds,
+        rows_needed=choice.rows_needed,
+        n=len(test),
+        coverage=_share(answered),
+        agreement=_share(~answered | test.agrees),
+        accuracy=_share(np.where(answered, test.correct, test.teacher_correct)),
+        teacher_accuracy=_share(test.teacher_correct),
+        student_accuracy=_share(test.correct),
+        curve=_curve(test, costs),
+    )
+    return result.model_copy(update=_blended(system, coverage, costs))
+
+
+def _share(values: Bools) -> Measure:
+    rate = wilson(int(values.sum()), len(values))
+    if rate is None:
+        return Measure(value=0.0, n=0)
+    return Measure(value=rate.value, ci95=rate.ci95, n=rate.n)
+
+
+def _blended(system: System, coverage: float, costs: Costs) -> dict[str, float | int | None]:
+    """Money and time of a request of the cascade."""
+    values: dict[str, float | int | None] = {"teacher_ms": costs.ms_per_request}
+    price = costs.usd_per_request
+    if price is not None:
+        values["teacher_usd_per_1000"] = 1000 * price
+        values["usd_per_1000"] = 1000 * price * (1 - coverage)
+    single = [latency.p50_ms for latency in system.latency if latency.batch_size == 1]
+    if single and costs.ms_per_request is not None:
+        values["ms_per_request"] = single[0] + (1 - coverage) * costs.ms_per_request
+    if price and coverage and system.name in costs.bills:
+        values["break_even"] = math.ceil(costs.bills[system.name] / (price * coverage))
+    return values
+
+
+def _curve(test: CascadeRows, costs: Costs) -> list[CascadePoint]:
+    readable = np.sort(test.confidence[test.confidence >= 0])[::-1]
+    index = np.unique(np.linspace(0, len(readable) - 1, _POINTS).astype(np.int64))
+    points = []
+    for threshold in [None, *readable[index].tolist()] if len(readable) else []:
+        answered = test.answered(threshold)
+        share = float(answered.mean())
+        usd = None
+        if costs.usd_per_request is not None:
+            usd = 1000 * costs.usd_per_request * (1 - share)
+        is_correct = np.where(answered, test.correct, test.teacher_correct)
+        point = CascadePoint(
+            coverage=share,
+            agreement=float((~answered | test.agrees).mean()),
+            accuracy=float(is_correct.mean()),
+            usd_per_1000=usd,
+        )
+        points.append(point)
+    return points
+
+
+def _write_threshold(
+    recipe: Recipe,
+    student: TrainedStudent,
+    fitted: Fitted,
+    kind: ConfidenceKind,
+    section: CascadeSection,
+) -> None:
+    """Write ``threshold.json`` beside a student, unless its folder is elsewhere."""
+    folder = Path(student.path)
+    if not (folder / CARD).is_file():
+        return
+    calibration = read_calibration(folder)
+    bound = fitted.choice.bound
+    if bound is not None and section.margin is None:
+        bound = 1 - bound
+    record = Threshold(
+        student=student.fingerprint,
+        scores_labels=recipe.eval.score_labels and read_card(folder).writes_label_alone,
+        confidence=kind,
+        temperature=1.0 if calibration is None else calibration.temperature,
+        threshold=fitted.choice.threshold,
+        of=section.of,
+        target=None if section.margin is not None else section.goal,
+        margin=section.margin,
+        level=section.confidence,
+        bound=bound,
+        rows=fitted.rows,
+        coverage=fitted.coverage,
+    )
+    write_record(folder, record)
