@@ -314,7 +314,7 @@ def load_body(source: str, dropout: float | None = None) -> Any:
     if dropout is not None:
         changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     try:
-        model_class = low_rank_class(expand_local(source)) or AutoModel
+        model_class = low_rank_class(expand_local(source), writes=False) or AutoModel
         return model_class.from_pretrained(
             **pretrained_arguments(source), dtype=torch.float32, **changes
         )
