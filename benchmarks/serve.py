@@ -14,8 +14,8 @@ memory did not level off, or the shutdown was not clean.
 With --fallback a teacher is behind the student, which needs its threshold.json. The teacher is a
 server of this script: it takes a second for a reply, answers every twentieth request with a 429,
 and breaks every connection for ten seconds (a sixth of shorter loads) in the middle. Every row is
-made unique, so that none is answered from the store. Its replies must be as many as the deferred and
-audited rows, and the student's answers at most twice as late at p99 as without a teacher.
+made unique, so that none is answered from the store. Its replies must be as many as the deferred
+and audited rows, and the student's answers at most twice as late at p99 as without a teacher.
 """
 
 from __future__ import annotations

@@ -117,6 +117,13 @@ Breach = Annotated[
         "a warning."
     ),
 ]
+NoNovelty = Annotated[
+    bool,
+    typer.Option(
+        "--no-novelty",
+        help="Let the student answer inputs that are unlike its validation rows, if it is sure.",
+    ),
+]
 ResetAudit = Annotated[
     bool,
     typer.Option("--reset-audit", help="Begin the audit anew: the student answers again."),
@@ -151,6 +158,7 @@ def serve(
     teacher_timeout_s: TeacherTimeout = 30.0,
     audit: Audit = 0.02,
     on_breach: Breach = OnBreach.fallback,
+    no_novelty: NoNovelty = False,
     reset_audit: ResetAudit = False,
     as_json: Json = False,
 ) -> None:
@@ -190,6 +198,7 @@ def serve(
         teacher_timeout_s=teacher_timeout_s,
         max_waiting=queue,
         max_usd=max_usd,
+        asks_novel=not no_novelty,
         reset_audit=reset_audit,
     )
     with _cascade(student, fallback, overrides, out, cascade_settings) as cascade:

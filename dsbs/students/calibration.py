@@ -31,10 +31,16 @@ _OF_DISTRIBUTIONS: tuple[ConfidenceKind, ...] = ("probability", "margin", "entro
 NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
 
 Floats = NDArray[np.float64]
+_NOVELTY_QUANTILE = 0.99
 _SMALLEST = 1e-12  # a probability that counts in a loss
+_SMALLEST_SCALE = 1e-6  # of a state that is the same in every row
 # Limits of the temperature, so that a student that is right on every row does not become certain.
 _LOWEST = 0.2
 _HIGHEST = 10.0
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class _Record(BaseModel):
@@ -57,6 +63,25 @@ class CalibrationQuality(_Record):
     """In nats."""
 
 
+class Novelty(_Record):
+    """When an input is unlike the validation rows, by the pooled states that the label head reads.
+
+    The distance is the root mean square of the states' deviations from ``center``, in units of
+    ``scale``.
+    """
+
+    center: list[float]
+    scale: list[float]
+    limit: float
+    """The distance that 99% of the validation rows stay within."""
+
+    def distances(self, states: Floats) -> list[float]:
+        """(rows, D) -> a distance a row."""
+        deviations = (states - np.array(self.center)) / np.array(self.scale)
+        distances: list[float] = np.sqrt((deviations**2).mean(axis=1)).tolist()
+        return distances
+
+
 class Calibration(_Record):
     """``calibration.json``."""
 
@@ -73,6 +98,8 @@ class Calibration(_Record):
     """The kind with the lowest area under the risk-coverage curve on these rows."""
     aurc: dict[ConfidenceKind, float]
     """That area, by kind."""
+    novelty: Novelty | None = Field(None, exclude_if=_is_none)
+    """None: the student has no pooled states of one input, or was calibrated before this existed."""
 
 
 class Threshold(_Record):
@@ -236,6 +263,15 @@ def calibrate(
         confidence=min(aurc, key=lambda kind: round(aurc[kind], 9)),
         aurc=aurc,
     )
+
+
+def fit_novelty(states: Floats) -> Novelty:
+    """Fit the center, the scale and the limit on the validation rows' pooled states (rows, D)."""
+    center = states.mean(axis=0)
+    scale = np.maximum(states.std(axis=0), _SMALLEST_SCALE)
+    whole = Novelty(center=center.round(6).tolist(), scale=scale.round(9).tolist(), limit=0.0)
+    limit = float(np.quantile(whole.distances(states), _NOVELTY_QUANTILE, method="higher"))
+    return whole.model_copy(update={"limit": limit})
 
 
 def fit_temperature(distributions: Floats, classes: NDArray[np.int64]) -> float:

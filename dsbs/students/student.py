@@ -22,6 +22,7 @@ from dsbs.students.backends import (
 from dsbs.students.calibration import (
     Calibration,
     ConfidenceKind,
+    Novelty,
     confidence_of,
     rationale_agreement,
     read_calibration,
@@ -58,6 +59,8 @@ class Answer:
     distribution: dict[str, float] | None = None
     """The calibrated probability of each label, in [0, 1]; None: the label was written as text, and
     no label was scored."""
+    distance: float | None = None
+    """Of the input from the validation rows (`Novelty`), where a server asks for it."""
 
 
 class Student:
@@ -105,6 +108,16 @@ class Student:
     def temperature(self) -> float:
         """The divisor of the logits in distributions over the labels; 1: not calibrated."""
         return 1.0 if self.calibration is None else self.calibration.temperature
+
+    def measure_novelty(self) -> Novelty | None:
+        """Give each answer of `predict` its distance from here on. None: it has none."""
+        from dsbs.students.backends.label_head import LabelHeadBackend
+
+        novelty = None if self.calibration is None else self.calibration.novelty
+        if novelty is None or not isinstance(self.backend, LabelHeadBackend):
+            return None
+        self.backend.novelty = novelty
+        return novelty
 
     def predict(
         self,
@@ -294,6 +307,7 @@ class Student:
             rationale_truncated=rationale_truncated,
             latency_ms=generated.latency_ms,
             distribution=distribution,
+            distance=generated.distance,
         )
 
     def generate(
