@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsbs.errors import UserError
-from dsbs.files import write_json
+from dsbs.files import atomic_write, write_json
 from dsbs.records.results import Bin
 from dsbs.tasks import Fields, Task, concluded_label
 
 CALIBRATION = "calibration.json"
 THRESHOLD = "threshold.json"
+NOVELTY = "novelty.npz"
 # probability: of the likeliest label; margin: the difference to the second; entropy: 1 minus the
 # entropy divided by that of equally likely labels; views: first whether the written rationale
 # states the same label, then the probability.
@@ -32,15 +35,11 @@ NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred
 
 Floats = NDArray[np.float64]
 _NOVELTY_QUANTILE = 0.99
+_NOVELTY_ROWS = (20, 1000)  # fewer are no measure; more are not needed
 _SMALLEST = 1e-12  # a probability that counts in a loss
-_SMALLEST_SCALE = 1e-6  # of a state that is the same in every row
 # Limits of the temperature, so that a student that is right on every row does not become certain.
 _LOWEST = 0.2
 _HIGHEST = 10.0
-
-
-def _is_none(value: object) -> bool:
-    return value is None
 
 
 class _Record(BaseModel):
@@ -63,25 +62,6 @@ class CalibrationQuality(_Record):
     """In nats."""
 
 
-class Novelty(_Record):
-    """When an input is unlike the validation rows, by the pooled states that the label head reads.
-
-    The distance is the root mean square of the states' deviations from ``center``, in units of
-    ``scale``.
-    """
-
-    center: list[float]
-    scale: list[float]
-    limit: float
-    """The distance that 99% of the validation rows stay within."""
-
-    def distances(self, states: Floats) -> list[float]:
-        """(rows, D) -> a distance a row."""
-        deviations = (states - np.array(self.center)) / np.array(self.scale)
-        distances: list[float] = np.sqrt((deviations**2).mean(axis=1)).tolist()
-        return distances
-
-
 class Calibration(_Record):
     """``calibration.json``."""
 
@@ -98,8 +78,6 @@ class Calibration(_Record):
     """The kind with the lowest area under the risk-coverage curve on these rows."""
     aurc: dict[ConfidenceKind, float]
     """That area, by kind."""
-    novelty: Novelty | None = Field(None, exclude_if=_is_none)
-    """None: the student has no pooled states of one input, or was calibrated before this existed."""
 
 
 class Threshold(_Record):
@@ -265,15 +243,6 @@ def calibrate(
     )
 
 
-def fit_novelty(states: Floats) -> Novelty:
-    """Fit the center, the scale and the limit on the validation rows' pooled states (rows, D)."""
-    center = states.mean(axis=0)
-    scale = np.maximum(states.std(axis=0), _SMALLEST_SCALE)
-    whole = Novelty(center=center.round(6).tolist(), scale=scale.round(9).tolist(), limit=0.0)
-    limit = float(np.quantile(whole.distances(states), _NOVELTY_QUANTILE, method="higher"))
-    return whole.model_copy(update={"limit": limit})
-
-
 def fit_temperature(distributions: Floats, classes: NDArray[np.int64]) -> float:
     """The temperature in [0.2, 10] with the smallest log loss. The loss is convex in 1/T."""
     from scipy.optimize import minimize_scalar
@@ -367,3 +336,62 @@ def areas(counts: Floats, sums: Floats) -> Floats:
     mean_loss = sums / np.maximum(counts, 1)
     per_group = sums + (losses_below - mean_loss * below) * reciprocals
     return np.asarray(per_group.sum(axis=1) / total)
+
+
+# --- novelty
+
+
+@dataclass(frozen=True, slots=True)
+class Novelty:
+    """``novelty.npz``: when an input is unlike the validation rows.
+
+    The distance is that to the nearest of them (Sun et al., 2022): 1 minus the cosine of the pooled
+    states that the label head reads.
+    """
+
+    rows: NDArray[np.float16]
+    """Their pooled states, of length 1: (rows, D)."""
+    limit: float
+    """99% of them are within this distance of the nearest other one."""
+
+    def distances(self, states: Floats) -> list[float]:
+        """(inputs, D) -> a distance an input."""
+        similarities = _unit(states) @ self.rows.astype(np.float64).T
+        distances: list[float] = (1 - similarities.max(axis=1)).tolist()
+        return distances
+
+
+def fit_novelty(states: Floats) -> Novelty | None:
+    """Fit the limit on the validation rows' pooled states (rows, D). None: too few rows."""
+    fewest, most = _NOVELTY_ROWS
+    if len(states) < fewest:
+        return None
+    rows = _unit(states[:most]).astype(np.float16)
+    similarities = rows.astype(np.float64) @ rows.astype(np.float64).T
+    np.fill_diagonal(similarities, -1)
+    distances = 1 - similarities.max(axis=1)
+    return Novelty(rows, float(np.quantile(distances, _NOVELTY_QUANTILE, method="higher")))
+
+
+def _unit(states: Floats) -> Floats:
+    lengths = np.linalg.norm(states, axis=1, keepdims=True)
+    return np.asarray(states / np.maximum(lengths, _SMALLEST))
+
+
+def write_novelty(folder: Path, novelty: Novelty) -> None:
+    with atomic_write(folder / NOVELTY, binary=True) as file:
+        np.savez_compressed(file, rows=novelty.rows, limit=novelty.limit)
+
+
+def read_novelty(folder: Path) -> Novelty | None:
+    """The novelty of a student; None: it has none. Raises UserError for another content."""
+    try:
+        with np.load(folder / NOVELTY, allow_pickle=False) as file:
+            return Novelty(np.asarray(file["rows"], np.float16), float(file["limit"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile):
+        raise UserError(
+            f"{folder / NOVELTY} cannot be read",
+            hint="remove it: unusual inputs are then not noticed",
+        ) from None

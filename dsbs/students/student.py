@@ -26,7 +26,9 @@ from dsbs.students.calibration import (
     confidence_of,
     rationale_agreement,
     read_calibration,
+    read_novelty,
     tempered,
+    write_novelty,
     write_record,
 )
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
@@ -72,6 +74,7 @@ class Student:
         self.backend = backend
         self.card = card
         self.calibration = calibration
+        self.novelty: Novelty | None = None
         self.task = make_task(card.task)
 
     @classmethod
@@ -95,14 +98,18 @@ class Student:
                     hint=f"restore the {CARD} that was saved with this model, or train the "
                     "student again",
                 )
-        return cls(load_backend(Path(path), card), card, read_calibration(path))
+        student = cls(load_backend(Path(path), card), card, read_calibration(path))
+        student.novelty = read_novelty(Path(path))
+        return student
 
     def save(self, folder: Path) -> None:
-        """Write model, tokenizer, card and calibration."""
+        """Write model, tokenizer, card, calibration and novelty."""
         self.backend.save(folder)
         write_json(folder / CARD, self.card.model_dump(mode="json"))
         if self.calibration is not None:
             write_record(folder, self.calibration)
+        if self.novelty is not None:
+            write_novelty(folder, self.novelty)
 
     @property
     def temperature(self) -> float:
@@ -113,11 +120,10 @@ class Student:
         """Give each answer of `predict` its distance from here on. None: it has none."""
         from dsbs.students.backends.label_head import LabelHeadBackend
 
-        novelty = None if self.calibration is None else self.calibration.novelty
-        if novelty is None or not isinstance(self.backend, LabelHeadBackend):
+        if self.novelty is None or not isinstance(self.backend, LabelHeadBackend):
             return None
-        self.backend.novelty = novelty
-        return novelty
+        self.backend.novelty = self.novelty
+        return self.novelty
 
     def predict(
         self,

@@ -96,16 +96,15 @@ def calibrated(
     agreements = None
     if recipe.eval.rationales and "rationale" in student.card.prefixes:
         agreements = _rationale_agreements(student, recipe, data, distributions)
-    calibration = calibrate(distributions, classes, data.valid_labels, agreements)
-    return calibration.model_copy(update={"novelty": _novelty(student, recipe, data, view)})
+    return calibrate(distributions, classes, data.valid_labels, agreements)
 
 
-def _novelty(student: Student, recipe: StudentRecipe, data: Data, view: View) -> Novelty | None:
+def novelty_of(student: Student, recipe: StudentRecipe, data: Data, view: View) -> Novelty | None:
     """How far inputs may be from the valid rows. None: a row has no pooled states of its own."""
     backend = student.backend
     if not isinstance(backend, LabelHeadBackend) or student.card.scores_choices:
         return None
-    inputs = sorted((view.prefix + row.label_text for row in data.valid), key=len)
+    inputs = [view.prefix + row.label_text for row in data.valid]
     states = [
         backend.pooled_states(inputs[first : first + recipe.eval.batch_size]).double().cpu().numpy()
         for first in range(0, len(inputs), recipe.eval.batch_size)
