@@ -51,6 +51,7 @@ MaxWait = Annotated[
         min=0, max=1000, help="Milliseconds that an idle model waits for more rows to batch."
     ),
 ]
+MaxBody = Annotated[int, typer.Option(min=1, help="Largest request body, in kilobytes.")]
 Queue = Annotated[
     int, typer.Option(min=1, help="Rows that may wait; any more are refused with status 429.")
 ]
@@ -139,9 +140,7 @@ def serve(
     token_env: TokenEnv = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together, at most.")] = 64,
     max_wait_ms: MaxWait = 5.0,
-    max_body_kb: Annotated[
-        int, typer.Option(min=1, help="Largest request body, in kilobytes.")
-    ] = 1024,
+    max_body_kb: MaxBody = 1024,
     max_rows: Annotated[int, typer.Option(min=1, max=10_000, help="Rows per request.")] = 256,
     queue: Queue = 2048,
     threads: Threads = None,

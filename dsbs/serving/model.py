@@ -168,7 +168,7 @@ class Model:
         task = self.student.task
         with contextlib.suppress(UserError):
             fields = task.fields({task.section.columns.get("text", "text"): text}, field)
-            if task.text(fields) == text.strip():
+            if task.text(fields).split() == text.split():
                 return fields
         row = _parse_row(text, f"{field}: the teacher needs the fields of a {task.name} row")
         parsed: Mapping[str, Any] = self._read(row, field)  # type: ignore[assignment]

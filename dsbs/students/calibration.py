@@ -35,7 +35,8 @@ NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred
 
 Floats = NDArray[np.float64]
 _NOVELTY_QUANTILE = 0.99
-_NOVELTY_ROWS = (20, 1000)  # fewer are no measure; more are not needed
+_FEWEST_NOVELTY_ROWS = 20  # fewer are no measure
+_MAX_NOVELTY_ROWS = 1000  # more are not needed
 _SMALLEST = 1e-12  # a probability that counts in a loss
 # Limits of the temperature, so that a student that is right on every row does not become certain.
 _LOWEST = 0.2
@@ -363,10 +364,9 @@ class Novelty:
 
 def fit_novelty(states: Floats) -> Novelty | None:
     """Fit the limit on the validation rows' pooled states (rows, D). None: too few rows."""
-    fewest, most = _NOVELTY_ROWS
-    if len(states) < fewest:
+    if len(states) < _FEWEST_NOVELTY_ROWS:
         return None
-    rows = _unit(states[:most]).astype(np.float16)
+    rows = _unit(states[:_MAX_NOVELTY_ROWS]).astype(np.float16)
     similarities = rows.astype(np.float64) @ rows.astype(np.float64).T
     np.fill_diagonal(similarities, -1)
     distances = 1 - similarities.max(axis=1)
