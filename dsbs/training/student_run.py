@@ -252,6 +252,7 @@ class StudentRun:
             data_collator=terms.collate if terms else collate,
             views=self.training_set.views,
             terms=terms,
+            without_targets=self.spec.without_targets,
             section=section,
             class_weights=self.training_set.class_weights,
             scores_choices=self.training_set.scores_choices,

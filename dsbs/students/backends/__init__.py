@@ -52,7 +52,7 @@ class Backend(Protocol):
 
     @property
     def parameters(self) -> int | None:
-        """Number of parameters; None: unknown for this format."""
+        """Number of parameters that a label needs; None: unknown for this format."""
         ...
 
 

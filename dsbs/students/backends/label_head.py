@@ -51,6 +51,12 @@ class LabelHeadBackend(TransformersBackend):
         model = load_model(str(path), labels=card.outputs).to(device())
         return cls(model, load_tokenizer(str(path)), card)
 
+    @property
+    def parameters(self) -> int:
+        """See ``Backend``: without the layers that only write rationales."""
+        used = (self.model.reader, self.model.classifier)
+        return sum(parameter.numel() for part in used for parameter in part.parameters())
+
     def generate(
         self,
         texts: Sequence[str],
