@@ -107,13 +107,16 @@ class LabelHeadModel(nn.Module):
 
     def label_logits(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """states (B, S, D), attention_mask (B, S) -> (B, L)."""
+        return self.classify(self.pool(states, attention_mask))
+
+    def pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """states (B, S, D), attention_mask (B, S) -> (B, D)."""
         if self.architecture == "causal":
             last = attention_mask.sum(1) - 1
-            pooled = states[torch.arange(len(states), device=states.device), last]
-        else:
-            mask = attention_mask[..., None].to(states.dtype)
-            pooled = (states * mask).sum(1) / mask.sum(1)
-        return self.classify(pooled)
+            return states[torch.arange(len(states), device=states.device), last]
+        mask = attention_mask[..., None].to(states.dtype)
+        pooled: Tensor = (states * mask).sum(1) / mask.sum(1)
+        return pooled
 
     def classify(self, pooled: Tensor) -> Tensor:
         """pooled states (B, D) -> (B, L)."""

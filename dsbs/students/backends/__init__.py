@@ -22,6 +22,8 @@ class GeneratedText(NamedTuple):
     latency_ms: float = 0.0  # wall time of its batch divided by the rows; backends leave it at 0
     # of the student's classes, in their order; None: the label was written
     distribution: tuple[float, ...] | None = None
+    # of the input from the validation rows, by `Novelty`; None: it is not measured
+    distance: float | None = None
 
 
 class Backend(Protocol):
