@@ -51,6 +51,7 @@ MaxWait = Annotated[
         min=0, max=1000, help="Milliseconds that an idle model waits for more rows to batch."
     ),
 ]
+MaxBody = Annotated[int, typer.Option(min=1, help="Largest request body, in kilobytes.")]
 Queue = Annotated[
     int, typer.Option(min=1, help="Rows that may wait; any more are refused with status 429.")
 ]
@@ -117,6 +118,13 @@ Breach = Annotated[
         "a warning."
     ),
 ]
+NoNovelty = Annotated[
+    bool,
+    typer.Option(
+        "--no-novelty",
+        help="Let the student answer inputs that are unlike its validation rows, if it is sure.",
+    ),
+]
 ResetAudit = Annotated[
     bool,
     typer.Option("--reset-audit", help="Begin the audit anew: the student answers again."),
@@ -132,9 +140,7 @@ def serve(
     token_env: TokenEnv = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together, at most.")] = 64,
     max_wait_ms: MaxWait = 5.0,
-    max_body_kb: Annotated[
-        int, typer.Option(min=1, help="Largest request body, in kilobytes.")
-    ] = 1024,
+    max_body_kb: MaxBody = 1024,
     max_rows: Annotated[int, typer.Option(min=1, max=10_000, help="Rows per request.")] = 256,
     queue: Queue = 2048,
     threads: Threads = None,
@@ -151,6 +157,7 @@ def serve(
     teacher_timeout_s: TeacherTimeout = 30.0,
     audit: Audit = 0.02,
     on_breach: Breach = OnBreach.fallback,
+    no_novelty: NoNovelty = False,
     reset_audit: ResetAudit = False,
     as_json: Json = False,
 ) -> None:
@@ -190,6 +197,7 @@ def serve(
         teacher_timeout_s=teacher_timeout_s,
         max_waiting=queue,
         max_usd=max_usd,
+        asks_novel=not no_novelty,
         reset_audit=reset_audit,
     )
     with _cascade(student, fallback, overrides, out, cascade_settings) as cascade:

@@ -50,6 +50,8 @@ class CascadeSettings:
     """Rows that may wait for the teacher."""
     max_usd: float | None = None
     """US dollars a day for the teacher. None: the recipe's annotate.max_usd, else no limit."""
+    asks_novel: bool = True
+    """Whether the teacher answers inputs that are unlike the validation rows."""
     reset_audit: bool = False
     """Whether to forget a breach, and the audits that led to it."""
 
@@ -126,7 +128,7 @@ class Cascade:
         self.ledger = ledger
         self._task = task
         self._teacher = teacher
-        self._settings = settings
+        self.settings = settings
         self._waiting = 0
         self._audits: asyncio.Queue[tuple[Mapping[str, Any], str]] = asyncio.Queue(AUDIT_QUEUE)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -179,7 +181,7 @@ class Cascade:
             else:
                 requests[index] = self._in_background(self._ask(item.value, "deferred"))
         if requests:
-            await asyncio.wait(requests.values(), timeout=self._settings.teacher_timeout_s)
+            await asyncio.wait(requests.values(), timeout=self.settings.teacher_timeout_s)
         for index, task in requests.items():
             routed[index] = self._with_teacher(outcomes[index], task)
         return routed
@@ -197,7 +199,7 @@ class Cascade:
     ) -> Routed:
         """The teacher's answer to a row, or the student's where it has none. Raises ApiError."""
         result: TeacherAnswer | TeacherError = TeacherError(
-            f"no answer within {self._settings.teacher_timeout_s:g} s"
+            f"no answer within {self.settings.teacher_timeout_s:g} s"
         )
         if task.done() and not task.cancelled():
             result = task.result()
@@ -215,7 +217,7 @@ class Cascade:
             )
             return Routed(Outcome(answer, None, outcome.confidence), "teacher", threshold)
         self.ledger.count("failed")
-        if self._settings.on_teacher_failure == "error":
+        if self.settings.on_teacher_failure == "error":
             raise ApiError(502, f"the teacher: {result}", "teacher_failed", {"Retry-After": "5"})
         return Routed(outcome, "student", threshold, str(result))
 
@@ -223,7 +225,7 @@ class Cascade:
         self, fields: Any, purpose: Literal["deferred", "audits"]
     ) -> TeacherAnswer | TeacherError:
         """Ask the teacher. It is counted even if the client does not wait for it."""
-        if self._waiting >= self._settings.max_waiting:
+        if self._waiting >= self.settings.max_waiting:
             return TeacherError("too many rows wait")
         self._waiting += 1
         try:
@@ -241,7 +243,7 @@ class Cascade:
 
     def _maybe_audit(self, item: Item, outcome: Outcome) -> None:
         label = outcome.answer.label
-        if label is None or random.random() >= self._settings.audit:
+        if label is None or random.random() >= self.settings.audit:
             return
         assert not isinstance(item.value, str)
         try:
@@ -275,7 +277,7 @@ class Cascade:
             f"the teacher agrees with {percent(agreement.value)} of {state.audited} audited answers"
             f" (95% interval {low} to {high}); the target needs {percent(1 - risk)}"
         )
-        if self._settings.on_breach == "fallback":
+        if self.settings.on_breach == "fallback":
             self.ledger.set_breach(reason)
             logger.error("%s: the teacher answers everything from now on", reason)
         elif self._warning is None:
@@ -310,7 +312,7 @@ class Cascade:
         totals = {
             "sure": "Rows that the student was sure of.",
             "unsure": "Rows below the threshold.",
-            "novel": "Rows that the student was sure of and that are unlike its calibration rows.",
+            "novel": "Rows that the student was sure of and unlike its validation rows.",
             "deferred": "Rows that the teacher answered for a request.",
             "audited": "Answers of the student that the teacher was asked about.",
             "audits_dropped": "Audits left out because too many waited.",

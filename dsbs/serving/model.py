@@ -55,19 +55,27 @@ class Outcome:
     answer: Answer
     completion: Completion | None  # None: the options ask for none
     confidence: float | None = None  # None: unknown, or there is no threshold
-    is_novel: bool = False  # whether the input is unlike the calibration rows
+    is_novel: bool = False  # whether the input is unlike the validation rows
 
 
 class Model:
     """A student with the server's settings. Raises UserError where it cannot reply as they say.
 
-    ``threshold`` is that of a cascade; None: the student answers everything.
+    ``threshold`` is that of a cascade; None: the student answers everything. ``finds_novel``: it
+    measures how far inputs are from the validation rows, if it can.
     """
 
     def __init__(
-        self, student: Student, settings: Settings, threshold: Threshold | None = None
+        self,
+        student: Student,
+        settings: Settings,
+        threshold: Threshold | None = None,
+        *,
+        finds_novel: bool = False,
     ) -> None:
         self.student = student
+        novelty = student.measure_novelty() if finds_novel else None
+        self._distance_limit = None if novelty is None else novelty.limit
         self.threshold = threshold
         self.name = student.card.name
         self._replies_with_rationale = settings.reply == "step-by-step"
@@ -160,7 +168,7 @@ class Model:
         task = self.student.task
         with contextlib.suppress(UserError):
             fields = task.fields({task.section.columns.get("text", "text"): text}, field)
-            if task.text(fields) == text.strip():
+            if task.text(fields).split() == text.split():
                 return fields
         row = _parse_row(text, f"{field}: the teacher needs the fields of a {task.name} row")
         parsed: Mapping[str, Any] = self._read(row, field)  # type: ignore[assignment]
@@ -194,7 +202,10 @@ class Model:
         outcomes = []
         for item, answer in zip(items, answers, strict=True):
             completion = self._completion(item, answer) if options.completes else None
-            outcomes.append(Outcome(answer, completion, self._confidence(item, answer)))
+            confidence = self._confidence(item, answer)
+            limit = self._distance_limit
+            is_novel = limit is not None and (answer.distance or 0.0) > limit
+            outcomes.append(Outcome(answer, completion, confidence, is_novel))
         return outcomes
 
     def _predict(self, items: Sequence[Item], options: GenerationOptions) -> list[Answer]:

@@ -57,7 +57,8 @@ def serve(
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(threads)
         threshold = None if cascade is None else cascade.threshold
-        model = Model(Student.load(path), settings, threshold)
+        finds_novel = cascade is not None and cascade.settings.asks_novel
+        model = Model(Student.load(path), settings, threshold, finds_novel=finds_novel)
         model.warm_up()
         address, bound_port = listener.getsockname()[:2]
         url_host = f"[{address}]" if ":" in address else address

@@ -179,7 +179,9 @@ async def here(
 ) -> AsyncIterator[Here]:
     chosen = Settings(**settings)
     threshold = None if cascade is None else cascade.threshold
-    service = Service(Model(student, chosen, threshold), chosen, cascade)
+    service = Service(
+        Model(student, chosen, threshold, finds_novel=cascade is not None), chosen, cascade
+    )
     bound = socket.create_server(("127.0.0.1", 0))
     ready = asyncio.Event()
     server = HttpServer(make_app(service, token, local=local), service, ready.set)

@@ -29,7 +29,12 @@ from dsbs.project.runs import resolve_recipe
 from dsbs.records.results import exact_rate
 from dsbs.serving.cascade import FALSE_ALARMS, Cascade, CascadeSettings, log_evidence
 from dsbs.serving.ledger import read_states
-from dsbs.students.calibration import Threshold, write_record
+from dsbs.students.calibration import (
+    Threshold,
+    fit_novelty,
+    read_novelty,
+    write_record,
+)
 
 STUDENT = label_head_student()
 TEXTS = [row["text"] for row in toy_rows(40)]
@@ -291,6 +296,36 @@ def test_all_goes_to_the_teacher_where_no_threshold_holds(setup: Setup) -> None:
         _, body = asyncio.run(main(server))
     assert {row["source"] for row in body["predictions"]} == {"teacher"}
     assert {row["threshold"] for row in body["predictions"]} == {None}
+
+
+def test_an_input_unlike_the_validation_rows_is_the_teachers_however_sure(setup: Setup) -> None:
+    student = label_head_student()
+    states = student.backend.pooled_states(TEXTS).double().numpy()  # type: ignore[attr-defined]
+    assert fit_novelty(states[:5]) is None
+    student.novelty = fit_novelty(states)
+    assert student.novelty is not None
+    student.save(setup.student)
+    read = read_novelty(setup.student)
+    assert read is not None and read.limit == student.novelty.limit
+    assert max(read.distances(states)) <= read.limit
+    write_record(setup.student, threshold(0.0))
+    strange = "parcel invoice " * 8
+
+    async def main(server: LoopbackServer) -> tuple[Any, str]:
+        with setup.cascade(server) as cascade:
+            async with here(student, cascade=cascade) as running:
+                asked = await post(f"{running.url}/predict", {"inputs": [*TEXTS, strange]})
+                return asked, (await get(f"{running.url}/metrics"))[1]
+
+    with LoopbackServer(good_answer) as server:
+        (_, body), metrics = asyncio.run(main(server))
+    sources = [prediction["source"] for prediction in body["predictions"]]
+    assert sources == ["student"] * len(TEXTS) + ["teacher"]
+    assert "dsbs_cascade_novel_total 1\n" in metrics
+    assert server.requests == 1
+    own = [prediction["distribution"] for prediction in body["predictions"][:-1]]
+    for distribution, answer in zip(own, OWN.values(), strict=True):
+        assert distribution == pytest.approx(answer.distribution, abs=1e-5)
 
 
 # --- audit
