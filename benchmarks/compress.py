@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.compression import attentions, feed_forwards
+from dsbs.compression.layers import evenly_spaced, keep_layers
 from dsbs.compression.low_rank import LowRankStep, factorize
-from dsbs.compression.pruning import drop_layers, keep_heads, keep_units
+from dsbs.compression.pruning import keep_heads, keep_units
 from dsbs.records.results import BATCH_SIZES
 from dsbs.students.weights import SIZES, weights_megabytes
 
@@ -60,7 +61,9 @@ def units(model: Any) -> Any:
 
 
 def layers(model: Any) -> Any:
-    return drop_layers(model, 0.5)
+    totals = {"encoder": model.config.num_layers, "decoder": model.config.num_decoder_layers}
+    kept = {stack: evenly_spaced(total, total - total // 2) for stack, total in totals.items()}
+    return keep_layers(model, kept)
 
 
 def low_rank(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py STUDENT INPUTS.jsonl   # 200 clients, 60 s each way, loopback
     python benchmarks/serve.py STUDENT INPUTS.jsonl --clients 20 --seconds 10
+    python benchmarks/serve.py STUDENT INPUTS.jsonl --fallback --clients 100 --seconds 60
 
 INPUTS.jsonl has one row of the student's task per line. Each client sends its next request as soon
 as the last one is answered. The server runs in its own process; its resident memory is read every
@@ -9,6 +10,12 @@ half second once it is ready. The peer in the same run is the same server with -
 --max-wait-ms 0. At the end of each load, SIGTERM is sent while every client has a request in
 flight: each must be answered or never have been accepted. Exit code 1 where a request failed, the
 memory did not level off, or the shutdown was not clean.
+
+With --fallback a teacher is behind the student, which needs its threshold.json. The teacher is a
+server of this script: it takes a second for a reply, answers every twentieth request with a 429,
+and breaks every connection for ten seconds (a sixth of shorter loads) in the middle. Every row is
+made unique, so that none is answered from the store. Its replies must be as many as the deferred
+and audited rows, and the student's answers at most twice as late at p99 as without a teacher.
 """
 
 from __future__ import annotations
@@ -16,10 +23,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -28,6 +37,8 @@ from typing import Any
 
 import aiohttp
 import psutil
+
+from dsbs.serving.ledger import read_states
 
 
 class Memory(threading.Thread):
@@ -45,9 +56,102 @@ class Memory(threading.Thread):
             self.sizes.append(self._process.memory_info().rss / 2**20)
 
 
-async def load(url: str, rows: list[Any], clients: int, seconds: float, pid: int) -> dict[str, Any]:
-    """Send requests for ``seconds``, then SIGTERM; return counts, latencies and throughput."""
+class SlowTeacher:
+    """A teacher in a process of its own: slow, throttling, and dead for a while."""
+
+    def __init__(self, label: str, seconds: float) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.answered = context.Value("i", 0)
+        port = context.Value("i", 0)
+        dead = (seconds / 3, min(10.0, seconds / 6))
+        self._process = context.Process(
+            target=_serve_teacher, args=(label, dead, self.answered, port), daemon=True
+        )
+        self._process.start()
+        while not port.value:
+            time.sleep(0.05)
+        self.url = f"http://127.0.0.1:{port.value}/v1"
+
+    def stop(self) -> None:
+        self._process.kill()
+
+
+def _serve_teacher(label: str, dead: tuple[float, float], answered: Any, port: Any) -> None:
+    from aiohttp import web
+
+    begin, length = dead
+    started: list[float] = []
+    requests = 0
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal requests
+        now = time.monotonic()
+        started.append(now)
+        requests += 1
+        if begin <= now - started[0] < begin + length:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response(status=503)
+        if requests % 20 == 0:
+            return web.json_response({}, status=429)
+        await asyncio.sleep(1)
+        message = {"role": "assistant", "content": f"It seems so.\nAnswer: {label}"}
+        usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+        answered.value += 1
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        return web.json_response({"choices": [choice], "usage": usage})
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port.value = runner.addresses[0][1]
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+
+
+def unique(row: Any, number: int) -> Any:
+    """The row with a number in its longest text."""
+    if isinstance(row, str):
+        return f"{row} {number}"
+    field = max(row, key=lambda name: len(str(row[name])))
+    return row | {field: f"{row[field]} {number}"}
+
+
+class Sources:
+    """Who answered, and how late the student's answers were."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._of_student: list[float] = []
+
+    def add(self, prediction: dict[str, Any], latency_s: float) -> None:
+        source = prediction.get("source", "student")
+        if "teacher_failure" in prediction:
+            source = "failed"
+        self._counts[source] += 1
+        if source == "student":
+            self._of_student.append(latency_s)
+
+    def as_json(self) -> dict[str, Any]:
+        ordered = sorted(self._of_student) or [0.0]
+        p99 = round(1000 * ordered[len(ordered) * 99 // 100], 1)
+        return {"sources": dict(self._counts), "student p99 ms": p99}
+
+
+async def load(
+    url: str, rows: list[Any], clients: int, seconds: float, pid: int, *, repeats: bool = True
+) -> dict[str, Any]:
+    """Send requests for ``seconds``, then SIGTERM; return counts, latencies and throughput.
+
+    ``repeats`` False: every row is unique.
+    """
     latencies: list[float] = []
+    sources = Sources()
     statuses: Counter[str] = Counter()
     draining: Counter[str] = Counter()
     flying = 0
@@ -62,10 +166,11 @@ async def load(url: str, rows: list[Any], clients: int, seconds: float, pid: int
             count = statuses if time.monotonic() < stop else draining
             began = time.perf_counter()
             flying += 1
+            row = rows[turn % len(rows)]
+            if not repeats:
+                row = unique(row, turn)
             try:
-                async with session.post(
-                    f"{url}/predict", json={"inputs": [rows[turn % len(rows)]]}
-                ) as response:
+                async with session.post(f"{url}/predict", json={"inputs": [row]}) as response:
                     answer = await response.json()
                     good = response.status == 200 and len(answer["predictions"]) == 1
                     count[
@@ -75,6 +180,8 @@ async def load(url: str, rows: list[Any], clients: int, seconds: float, pid: int
                     ] += 1
                     if count is statuses:
                         latencies.append(time.perf_counter() - began)
+                    if count is statuses and good:
+                        sources.add(answer["predictions"][0], latencies[-1])
             except (aiohttp.ClientError, OSError) as error:
                 count[type(error).__name__] += 1
                 if count is draining:
@@ -100,6 +207,7 @@ async def load(url: str, rows: list[Any], clients: int, seconds: float, pid: int
 
     ordered = sorted(latencies)
     return {
+        **sources.as_json(),
         "requests": len(latencies),
         "failed": {status: count for status, count in statuses.items() if status != "200"},
         "while stopping": dict(draining),
@@ -112,7 +220,9 @@ async def load(url: str, rows: list[Any], clients: int, seconds: float, pid: int
     }
 
 
-def measured(options: argparse.Namespace, rows: list[Any], *more: str) -> dict[str, Any]:
+def measured(
+    options: argparse.Namespace, rows: list[Any], *more: str, repeats: bool = True
+) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
@@ -134,7 +244,14 @@ def measured(options: argparse.Namespace, rows: list[Any], *more: str) -> dict[s
     before = psutil.Process(server["pid"]).memory_info().rss / 2**20
     try:
         result = asyncio.run(
-            load(server["url"], rows, options.clients, options.seconds, server["pid"])
+            load(
+                server["url"],
+                rows,
+                options.clients,
+                options.seconds,
+                server["pid"],
+                repeats=repeats,
+            )
         )
         process.wait(60)
     finally:
@@ -168,6 +285,42 @@ def problems(result: dict[str, Any]) -> list[str]:
     return [problem for problem, failed in failures.items() if failed]
 
 
+def with_teacher(options: argparse.Namespace, rows: list[Any]) -> list[str]:
+    """Load the student alone and then before a teacher; return reasons why that failed."""
+    task = json.loads((Path(options.student) / "student.json").read_text(encoding="utf-8"))["task"]
+    alone = measured(options, rows, repeats=False)
+    print(f"alone: {json.dumps(alone)}", flush=True)
+    teacher = SlowTeacher(task["labels"][0], options.seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        settings = {
+            "name": "load",
+            "task": task,
+            "teacher": {
+                "model": "slow",
+                "base_url": teacher.url,
+                "price": {"input": 1, "output": 1},
+            },
+        }
+        recipe.write_text(json.dumps(settings), encoding="utf-8")
+        more = ("--fallback", str(recipe), "--out", folder, "--on-breach", "warn")
+        result = measured(options, rows, *more, repeats=False)
+        (state,) = read_states(Path(folder) / "serve" / "ledger.sqlite")
+    teacher.stop()
+    counts = dict(state.counts)
+    result |= {"counts": counts, "teacher's replies": teacher.answered.value, "usd": state.usd}
+    print(f"with a teacher: {json.dumps(result)}", flush=True)
+    bought = counts.get("deferred", 0) + counts.get("audited", 0)
+    failures = {
+        "the teacher's replies are not those counted": bought != teacher.answered.value,
+        "the dollars are not those of the replies": abs(state.usd - bought * 110e-6) > 1e-9,
+        "the student's answers wait for the teacher": result["student p99 ms"]
+        > 2 * alone["student p99 ms"],
+    }
+    missed = [problem for problem, failed in failures.items() if failed]
+    return [*problems(alone), *problems(result), *missed]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,6 +329,7 @@ def main() -> None:
     parser.add_argument("inputs", type=Path, help="JSONL, a row or {input: row} a line")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--fallback", action="store_true", help="with a slow teacher behind it")
     options = parser.parse_args()
     rows = [
         json.loads(line)
@@ -186,6 +340,10 @@ def main() -> None:
     print(
         f"{options.clients} clients, {options.seconds:g} s, {len(rows)} different rows", flush=True
     )
+    if options.fallback:
+        missed = with_teacher(options, rows)
+        print("\n".join(missed) or "no request failed, memory levelled off, all replies counted")
+        sys.exit(1 if missed else 0)
     results = {}
     missed = []
     for name, more in {

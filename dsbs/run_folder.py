@@ -5,6 +5,7 @@ A run is the folder ``runs/<name>/``. Only this module knows where a stage's fil
     annotate/<split>.jsonl  annotate/replies.sqlite  shards/<i>-of-<n>/
     train/<student>/train.json  train/teachers/<name>/
     eval/predictions/<system>.jsonl  eval/results.json
+    serve/ledger.sqlite  serve/rows.jsonl
     compress/<student>/<chain>/  report/  report.html
     <stage>/manifest.json  <stage>/.lock  …/aside/
 """
@@ -188,6 +189,16 @@ class RunFolder:
         read.
         """
         return read_results(self.results)
+
+    @property
+    def ledger(self) -> Path:
+        """What a server with the teacher behind it has counted."""
+        return self.path / "serve" / "ledger.sqlite"
+
+    @property
+    def served_rows(self) -> Path:
+        """The rows that such a server asked the teacher, as input rows."""
+        return self.path / "serve" / "rows.jsonl"
 
     @property
     def report(self) -> Path:

@@ -65,6 +65,14 @@ RUNS = [
         id="predict",
         marks=[needs_data, pytest.mark.slow],
     ),
+    pytest.param(
+        "prune.py",
+        "benchmarks/prune-minilm.yaml --out OUT --heal-steps 1 --rows 8 task.limit=60 "
+        "train.subset=1 train.seeds=0 train.max_epochs=null train.max_steps=1 eval.latency_calls=0",
+        "| original |",
+        id="prune",
+        marks=[needs_data, pytest.mark.slow],
+    ),
 ]
 
 
@@ -73,7 +81,8 @@ def run_script(path: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.Comp
 
 
 @pytest.mark.parametrize(("script", "arguments", "expected"), RUNS)
-def test_a_benchmark_runs(script: str, arguments: str, expected: str) -> None:
+def test_a_benchmark_runs(script: str, arguments: str, expected: str, tmp_path: Path) -> None:
+    arguments = arguments.replace("OUT", str(tmp_path))
     done = run_script(ROOT / "benchmarks" / script, *arguments.split())
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
@@ -134,7 +143,7 @@ def test_every_benchmark_has_a_test() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "memory.py", "compress.py", "predict.py", "students.py"]
+    "script", ["train.py", "memory.py", "compress.py", "predict.py", "prune.py", "students.py"]
 )
 def test_benchmarks_that_start_torch_use_passive_waiting(script: str) -> None:
     text = (ROOT / "benchmarks" / script).read_text(encoding="utf-8")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from encoder_models import label_head_student
 from transformers import BertConfig, BertLMHeadModel
 
 from dsbs import DsbsError, Student, UserError
@@ -277,6 +279,17 @@ def test_sizes_have_about_the_parameters_they_promise() -> None:
     assert 1.5 < counts["nano"] < 2.5 and 9 < counts["mini"] < 13 and 30 < counts["small"] < 50, (
         counts
     )
+
+
+@pytest.mark.parametrize("family", ["distilbert", "t5"])
+def test_a_label_heads_parameters_are_those_that_a_label_needs(family: str) -> None:
+    student = label_head_student(family)
+    model = student.backend.model
+    model.rationale_decoder = torch.nn.Linear(16, 16)
+    ids = torch.tensor([[5, 6, 7]])
+    model(ids, torch.ones_like(ids)).sum().backward()
+    needed = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    assert student.backend.parameters == sum(parameter.numel() for parameter in needed)
 
 
 def test_a_folder_without_a_student_is_the_users_mistake(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class Requester:
         for example in examples:
             try:
                 await self.go_on.wait()
-                replies = await self._request_row(example, summary)
+                replies = await self.request_row(example, summary)
             except StoppedError:
                 return
             except Exception as error:  # bugs too: replies in flight are paid and must be stored
@@ -172,7 +172,7 @@ class Requester:
             if figures.rows % _ROWS_PER_YIELD == 0:
                 await asyncio.sleep(0)  # stored replies never wait; let other tasks run
 
-    async def _request_row(self, example: Example, summary: SplitSummary) -> RowReplies:
+    async def request_row(self, example: Example, summary: SplitSummary) -> RowReplies:
         replies = RowReplies()
         while requests := self.annotator.next_requests(example, replies):
             outcomes = await self._request_all(requests, summary)

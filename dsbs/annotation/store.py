@@ -294,16 +294,21 @@ class ReplyStore:
 
         Raises PartialError where there is not enough.
         """
-        self._holds_reserve = True
         size = max(_MIN_RESERVE, in_flight * _RESERVE_PER_REPLY)
         try:
+            self._holds_reserve = True
             allocate(self._reserve, size)
         except OSError as error:
-            self._reserve.unlink(missing_ok=True)
+            self._release_reserve()
             raise PartialError(
                 f"not enough disk space beside {self.path} ({error.strerror})",
                 hint="free some space or pass --out, then run the same command: nothing was sent",
             ) from None
+
+    @property
+    def holds_reserve(self) -> bool:
+        """Whether a reply will find space on the disk."""
+        return self._holds_reserve
 
     def put(
         self, key: str, max_tokens: int, endpoint: str, model: str | None, sample: int, reply: Reply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
     from dsbs.annotation.planning import PilotResult, Plan
     from dsbs.annotation.run import Buying
     from dsbs.annotation.summary import AnnotateResult
+    from dsbs.config import Recipe
+
+
+FromServe = Annotated[
+    bool,
+    typer.Option(
+        "--from-serve",
+        help="Add the rows that a server asked this teacher (`dsbs serve --fallback`) to the train "
+        "rows. Their replies are stored and cost nothing.",
+    ),
+]
 
 
 def annotate(
@@ -62,6 +74,7 @@ def annotate(
         str | None,
         typer.Option(metavar="I/N", help="Annotate shard I of N only; join with `dsbs merge`."),
     ] = None,
+    from_serve: FromServe = False,
     retry_refused: Annotated[
         bool,
         typer.Option(
@@ -76,6 +89,8 @@ def annotate(
     from dsbs.tasks.shards import Shard
 
     loaded = load(recipe, overrides, set_keys)
+    if from_serve:
+        loaded = _with_served_rows(loaded, out)
     parsed_shard = None if shard is None else Shard.parse(shard)
     modes = {"--pilot": pilot, "--batch": batch, "--batch-export": batch_export}
     _check_exclusive(modes | {"--shard": shard})
@@ -106,6 +121,23 @@ def annotate(
         retry_refused=retry_refused,
     )
     _print_result(result, as_json)
+
+
+def _with_served_rows(recipe: Recipe, out: str | None) -> Recipe:
+    """The recipe with the rows that a server asked, which are written to a file first."""
+    from dsbs.run_folder import RunFolder
+    from dsbs.serving.ledger import write_rows
+
+    run = RunFolder.of(recipe, out)
+    target = run.served_rows
+    rows = write_rows(run.ledger, target, recipe.task.columns)
+    print(
+        f"{count(rows, 'served row')}: {target}. To train on them: task.data.served={target}",
+        file=sys.stderr,
+    )
+    data = recipe.task.data.model_copy(update={"served": str(target.absolute())})
+    task = recipe.task.model_copy(update={"data": data})
+    return recipe.model_copy(update={"task": task})
 
 
 def merge(

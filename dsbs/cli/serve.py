@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsbs.cli.common import Json, print_json
+from dsbs.cli.common import Json, Out, SetKeys, load, print_json, progress
+from dsbs.errors import UserError
 
 if TYPE_CHECKING:
+    from dsbs.serving.cascade import Cascade, CascadeSettings
     from dsbs.serving.run import ServerInfo
+
+
+class OnTeacherFailure(StrEnum):
+    student = "student"
+    error = "error"
+
+
+class OnBreach(StrEnum):
+    fallback = "fallback"
+    warn = "warn"
 
 
 class Reply(StrEnum):
@@ -38,6 +51,7 @@ MaxWait = Annotated[
         min=0, max=1000, help="Milliseconds that an idle model waits for more rows to batch."
     ),
 ]
+MaxBody = Annotated[int, typer.Option(min=1, help="Largest request body, in kilobytes.")]
 Queue = Annotated[
     int, typer.Option(min=1, help="Rows that may wait; any more are refused with status 429.")
 ]
@@ -61,6 +75,60 @@ Anchor = Annotated[
         show_default=False,
     ),
 ]
+Fallback = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        help="Recipe whose teacher answers the rows that the student is not sure of, by the "
+        "student's threshold.json.",
+        show_default=False,
+    ),
+]
+MaxUsd = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="With --fallback: US dollars for the teacher a day (UTC). Default: annotate.max_usd "
+        "of the recipe, else no limit.",
+        show_default=False,
+    ),
+]
+TeacherFailure = Annotated[
+    OnTeacherFailure,
+    typer.Option(
+        help="Where the teacher has no answer: the student's, marked as such; or an error (502)."
+    ),
+]
+TeacherTimeout = Annotated[
+    float, typer.Option(min=0.1, help="Seconds that a row waits for the teacher.")
+]
+Audit = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of the student's answers that the teacher is asked about too, after the "
+        "response.",
+    ),
+]
+Breach = Annotated[
+    OnBreach,
+    typer.Option(
+        help="Where the audit shows that the target is missed: the teacher answers everything, or "
+        "a warning."
+    ),
+]
+NoNovelty = Annotated[
+    bool,
+    typer.Option(
+        "--no-novelty",
+        help="Let the student answer inputs that are unlike its validation rows, if it is sure.",
+    ),
+]
+ResetAudit = Annotated[
+    bool,
+    typer.Option("--reset-audit", help="Begin the audit anew: the student answers again."),
+]
 
 
 def serve(
@@ -72,9 +140,7 @@ def serve(
     token_env: TokenEnv = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together, at most.")] = 64,
     max_wait_ms: MaxWait = 5.0,
-    max_body_kb: Annotated[
-        int, typer.Option(min=1, help="Largest request body, in kilobytes.")
-    ] = 1024,
+    max_body_kb: MaxBody = 1024,
     max_rows: Annotated[int, typer.Option(min=1, max=10_000, help="Rows per request.")] = 256,
     queue: Queue = 2048,
     threads: Threads = None,
@@ -83,13 +149,25 @@ def serve(
     drain_s: Annotated[
         int, typer.Option(min=0, help="Seconds for open requests when the server is stopped.")
     ] = 30,
+    fallback: Fallback = None,
+    overrides: SetKeys = None,
+    out: Out = None,
+    max_usd: MaxUsd = None,
+    on_teacher_failure: TeacherFailure = OnTeacherFailure.student,
+    teacher_timeout_s: TeacherTimeout = 30.0,
+    audit: Audit = 0.02,
+    on_breach: Breach = OnBreach.fallback,
+    no_novelty: NoNovelty = False,
+    reset_audit: ResetAudit = False,
     as_json: Json = False,
 ) -> None:
-    """Serve a student: POST /predict, OpenAI's completions and chat, /health and /metrics.
+    """Serve a student: POST /predict, OpenAI's completions and chat, /health, /metrics and /docs.
 
-    Rows of all clients are batched. SIGTERM and Ctrl-C stop the server once open requests are
-    answered. With --json, one line on stdout reports that the server is ready.
+    Rows of all clients are batched. With --fallback, a teacher answers what the student is not sure
+    of. SIGTERM and Ctrl-C stop the server once open requests are answered. With --json, one line
+    on stdout reports that the server is ready.
     """
+    from dsbs.serving.cascade import CascadeSettings
     from dsbs.serving.run import serve as run
     from dsbs.serving.settings import Settings
 
@@ -107,7 +185,47 @@ def serve(
     def announce(server: ServerInfo) -> None:
         _announce(server, as_json)
 
-    run(student, settings, announce, host=host, port=port, token_env=token_env, threads=threads)
+    if fallback is None and (overrides or out or max_usd is not None or reset_audit):
+        raise UserError(
+            "--set, --out, --max-usd and --reset-audit are about the teacher, and there is none",
+            hint="add --fallback RECIPE",
+        )
+    cascade_settings = CascadeSettings(
+        audit=audit,
+        on_teacher_failure=on_teacher_failure.value,
+        on_breach=on_breach.value,
+        teacher_timeout_s=teacher_timeout_s,
+        max_waiting=queue,
+        max_usd=max_usd,
+        asks_novel=not no_novelty,
+        reset_audit=reset_audit,
+    )
+    with _cascade(student, fallback, overrides, out, cascade_settings) as cascade:
+        run(
+            student,
+            settings,
+            announce,
+            host=host,
+            port=port,
+            token_env=token_env,
+            threads=threads,
+            cascade=cascade,
+        )
+
+
+def _cascade(
+    student: str,
+    fallback: str | None,
+    overrides: list[str] | None,
+    out: str | None,
+    settings: CascadeSettings,
+) -> AbstractContextManager[Cascade | None]:
+    """The student before the teacher of a recipe; None without a recipe."""
+    if fallback is None:
+        return nullcontext()
+    from dsbs.project.live_teacher import open_cascade
+
+    return open_cascade(student, load(fallback, overrides), settings, progress(), out=out)
 
 
 def _announce(server: ServerInfo, as_json: bool) -> None:

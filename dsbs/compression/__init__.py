@@ -21,10 +21,13 @@ from dsbs.students.weights import load_model
 class Examples(Protocol):
     """Rows for the steps that look at what a student does with them."""
 
-    def batches(self, model: Any, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
-        """A few hundred train rows, padded, one target at a time.
+    def batches(
+        self, model: Any, tokenizer: Any, split: Literal["train", "valid"] = "train"
+    ) -> Iterator[Mapping[str, Any]]:
+        """A few hundred rows, padded, one target at a time; of valid, the label alone.
 
-        Each batch has input_ids and attention_mask (B, S), decoder_input_ids and labels (B, T).
+        Each batch has input_ids and attention_mask (B, S), and for T5 decoder_input_ids and labels
+        (B, T), for a decoder labels (B, S), for a label head labels (B,).
         """
         ...
 
@@ -41,34 +44,51 @@ class Step(Protocol):
     sparse: bool  # whether weights that are zero must stay zero from now on
     learns_from_rows: bool  # whether the step uses train rows
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else decides the result, where it is not the default."""
+        ...
+
     def make(self, source: Path, target: Path, examples: Examples) -> None:
         """Write a smaller student into the empty folder ``target``. Raises UserError."""
         ...
 
 
+LayersBy = Literal["influence", "loss", "position"]
+
+
 class WeightStep(ABC):
-    """A step that makes a student of another one by changing its weights: of a T5, or of an encoder
-    with a label head.
+    """A step that changes weights: of a T5 that writes its label, a decoder, or an encoder with a
+    label head.
     """
 
     name: ClassVar[str]
     heals = True
     sparse = False
     learns_from_rows = False
+    rounds = 1
+    """In how many parts the share is removed; importance is measured before each."""
+    layers_by: LayersBy = "loss"
+    """What the importance of a layer is."""
 
     def __init__(self, value: str) -> None:
         self.share = parse_share(self.name, value)
         self.value = f"{self.share:g}"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See ``Step``."""
+        return {}
+
     @abstractmethod
     def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
-        """The smaller model, or the smaller encoder of a label head's ``model``.
+        """The smaller model, or the smaller body of a label head's ``model``.
 
         Raises UserError where this step makes ``model`` no smaller.
         """
 
     def make(self, source: Path, target: Path, examples: Examples) -> None:
-        """Raises UserError where ``source`` is neither of them in transformers' own format."""
+        """Raises UserError where ``source`` is none of them in transformers' own format."""
         card = read_card(source)
         if card.scores_choices:
             raise UserError(
@@ -76,26 +96,29 @@ class WeightStep(ABC):
                 "student",
                 hint="train a smaller student.model",
             )
-        is_encoder = card.kind == "encoder" and card.head == "labels"
-        is_t5 = card.kind == "seq2seq" and card.head == "text"
-        if card.format != "transformers" or not (is_encoder or is_t5):
+        is_supported = card.kind == "causal" or (card.kind, card.head) in (
+            ("seq2seq", "text"),
+            ("encoder", "labels"),
+        )
+        if card.format != "transformers" or not is_supported:
             kind = f"a {card.kind} student with head {card.head}"
             if card.format != "transformers":
                 kind = f"in {card.format} format"
             raise UserError(
                 f"{source} is {kind}; {self.name} changes the weights of a T5 that writes its "
-                "label, or of an encoder",
+                "label, of a decoder, or of an encoder",
                 hint="make quantize the last step of a chain",
             )
         tokenizer = load_tokenizer(str(source))
         model = load_model(str(source), labels=len(card.classes))
-        if is_t5 and model.config.model_type not in ("t5", "mt5"):
+        if card.kind == "seq2seq" and model.config.model_type not in ("t5", "mt5"):
             raise UserError(
-                f"{source} is a {model.config.model_type} model; {self.name} supports T5 only",
+                f"{source} is a {model.config.model_type} model; of encoder-decoders, {self.name} "
+                "supports T5 only",
                 hint="use quantize",
             )
         changed = self.change(model, tokenizer, examples)
-        if is_encoder and changed is not model:
+        if is_label_head(model) and not is_label_head(changed):
             changed = model.with_body(changed)
         changed.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -103,8 +126,24 @@ class WeightStep(ABC):
 
 
 def is_label_head(model: Any) -> bool:
-    """Whether a model chooses its label; its encoder is then ``model.body``."""
+    """Whether a model chooses its label; its encoder or decoder is then ``model.body``."""
     return hasattr(model, "label_logits")
+
+
+def body_of(model: Any) -> Any:
+    """The pretrained model below a label head, or the model itself."""
+    return model.body if is_label_head(model) else model
+
+
+def check_family(body: Any, step: str) -> None:
+    """Raises UserError for an encoder or a decoder whose modules a step does not know."""
+    from dsbs.compression.decoders import decoder_shape, is_decoder
+    from dsbs.compression.encoders import shape_of
+
+    if is_decoder(body):
+        decoder_shape(body, step)
+    elif not body.config.is_encoder_decoder:
+        shape_of(body, step)
 
 
 def read_step(text: str) -> Step:
@@ -147,6 +186,14 @@ def remaining(name: str, removed_share: float, count: int, noun: str) -> int:
     return left
 
 
+def left_after_rounds(total: int, left: int, rounds: int) -> list[int]:
+    """How many of ``total`` stay after each round, each fewer than the round before; at last
+    ``left``.
+    """
+    counts = [total - round((total - left) * number / rounds) for number in range(1, rounds + 1)]
+    return sorted(set(counts) - {total}, reverse=True)
+
+
 def rebuild(model: Any, weights: Mapping[str, Any], **shape: Any) -> Any:
     """A model of the same class with another shape, and ``weights`` by transformers' names."""
     config = copy.deepcopy(model.config)
@@ -171,33 +218,44 @@ def make_model(model: Any, config: Any, weights: Mapping[str, Any]) -> Any:
 
 
 def select(
-    weights: dict[str, Any], module: str, indices: Any, side: Literal["inputs", "outputs"]
+    weights: dict[str, Any],
+    module: str,
+    indices: Any,
+    side: Literal["inputs", "outputs"],
+    *,
+    transposed: bool = False,
 ) -> None:
     """Keep only some outputs (rows) or inputs (columns) of a matrix, by ``indices`` (K,) in order.
 
-    Changes ``weights``. Of a low-rank pair, the outer factor is changed.
+    Changes ``weights``. Of a low-rank pair, the outer factor is changed. ``transposed``: outputs
+    are columns, as in GPT-2.
     """
     dense = f"{module}.weight"
     if side == "outputs":
         name = dense if dense in weights else f"{module}.up.weight"
-        weights[name] = weights[name][indices]
+        weights[name] = weights[name][:, indices] if transposed else weights[name][indices]
         bias = f"{name.removesuffix('.weight')}.bias"
         if bias in weights:
             weights[bias] = weights[bias][indices]
     else:
         name = dense if dense in weights else f"{module}.down.weight"
-        weights[name] = weights[name][:, indices]
+        weights[name] = weights[name][indices] if transposed else weights[name][:, indices]
 
 
 def matrices(model: Any) -> Iterator[tuple[str, Any]]:
     """Every attention and feed-forward matrix, or low-rank pair, with its name."""
     import torch
 
+    from dsbs.compression.decoders import DECODERS
     from dsbs.students.encoder_shapes import SHAPES
     from dsbs.students.low_rank import LowRank
 
-    if model.config.model_type in SHAPES:
-        shape = SHAPES[model.config.model_type]
+    model_type = model.config.model_type
+    if model_type in DECODERS:
+        yield from DECODERS[model_type].matrices(model)
+        return
+    if model_type in SHAPES:
+        shape = SHAPES[model_type]
         for index, layer in enumerate(shape.all_layers(model)):
             for name in shape.matrices_of(layer):
                 yield f"{shape.layers}.{index}.{name}", layer.get_submodule(name)

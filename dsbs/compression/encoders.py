@@ -76,28 +76,6 @@ def keep_encoder_units(body: Any, shape: EncoderShape, units: Mapping[str, Any])
     return rebuild(body, weights, **{shape.unit_count: len(next(iter(units.values())))})
 
 
-def keep_encoder_layers(body: Any, shape: EncoderShape, layers: list[int]) -> Any:
-    """An encoder with these layers, in order; the first stays, which some families treat apart."""
-    prefix = f"{shape.layers}."
-
-    def new_name(name: str) -> str | None:
-        """The name in the new model; None for a layer that is dropped."""
-        if not name.startswith(prefix):
-            return name
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        if int(index) not in layers:
-            return None
-        return f"{prefix}{layers.index(int(index))}.{rest}"
-
-    weights = {new: value for name, value in body.state_dict().items() if (new := new_name(name))}
-    changes: dict[str, Any] = {shape.layer_count: len(layers)}
-    if ranks := getattr(body.config, "low_rank", None):
-        changes["low_rank"] = {new: rank for name, rank in ranks.items() if (new := new_name(name))}
-    if layer_types := getattr(body.config, "layer_types", None):
-        changes["layer_types"] = [layer_types[index] for index in layers]
-    return rebuild(body, weights, **changes)
-
-
 def _in_parts(indices: Any, count: int, parts: int) -> Any:
     """``indices`` in each of ``parts`` blocks of ``count`` rows."""
     import torch

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from dsbs.compression import (
     Examples,
     WeightStep,
-    encoders,
-    is_label_head,
+    body_of,
+    check_family,
+    decoders,
     make_model,
     matrices,
     parse_share,
@@ -48,10 +49,14 @@ class LowRankStep(WeightStep):
         return int((cumulative_share < self.share).sum().item()) + 1
 
     def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
-        body = model
-        if is_label_head(model):
-            body = model.body
-            encoders.shape_of(body, self.name)
+        body = body_of(model)
+        check_family(body, self.name)
+        if getattr(decoders.DECODERS.get(body.config.model_type), "transposed", False):
+            raise UserError(
+                f"low-rank does not support {body.config.model_type}, whose matrices are no linear "
+                "layers",
+                hint="use prune-ff or drop-layers",
+            )
         changed = factorize(body, self)
         if changed is None:
             raise UserError(

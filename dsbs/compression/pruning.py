@@ -1,4 +1,4 @@
-"""Pruning steps: remove attention heads, feed-forward units or layers, or zero small weights.
+"""Pruning steps: remove attention heads or feed-forward units, or zero small weights.
 
 Heads and units are removed by importance (Michel et al., 2019, arXiv:1905.10650, section 4.1).
 Each unit gets a gate ξ = 1. Its importance is the mean over examples of |∂L(x)/∂ξ|. That equals
@@ -8,17 +8,21 @@ becomes 0.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsbs.compression import (
     Examples,
     WeightStep,
     attentions,
+    body_of,
+    check_family,
+    decoders,
     encoders,
     feed_forwards,
     is_label_head,
+    left_after_rounds,
     matrices,
     rebuild,
     remaining,
@@ -28,27 +32,45 @@ from dsbs.compression import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK = re.compile(r"^(encoder|decoder)\.block\.(\d+)\.(.*)$")
+Gated = Mapping[str, tuple[Any, int]]  # by layer, the matrix that reads its parts; their number
+_Keep = Callable[[Any, "dict[str, Tensor]"], Any]
 
 
 class _ByImportance(WeightStep):
-    """A step that removes the least important heads or units."""
+    """A step that removes the least important heads or units, in one round or several."""
 
     learns_from_rows = True
+    noun: str
 
-    def _most_important(
-        self,
-        gated: Mapping[str, tuple[Any, int]],
-        noun: str,
-        model: Any,
-        tokenizer: Any,
-        examples: Examples,
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {} if self.rounds == 1 else {"rounds": self.rounds}
+
+    @abstractmethod
+    def parts(self, model: Any) -> tuple[Gated, _Keep]:
+        """The parts that can be removed, and a function that keeps those with some indices.
+
+        The function takes the model's body and, by layer, equally many indices (K,) in order.
+        """
+
+    def most_important(
+        self, model: Any, gated: Gated, count: int, batches: Iterable[Mapping[str, Any]]
     ) -> dict[str, Tensor]:
-        """By layer, the indices to keep, equally many."""
-        total = next(iter(gated.values()))[1]
-        count = remaining(self.name, self.share, total, noun)
-        values = importance(model, gated, examples.batches(model, tokenizer))
+        """By layer, the indices (count,) to keep."""
+        values = importance(model, gated, batches)
         return {name: largest(layer_values, count) for name, layer_values in values.items()}
+
+    def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
+        gated, _ = self.parts(model)
+        total = next(iter(gated.values()))[1]
+        left = remaining(self.name, self.share, total, self.noun)
+        for count in left_after_rounds(total, left, self.rounds):
+            gated, keep = self.parts(model)
+            batches = examples.batches(model, tokenizer)
+            indices = self.most_important(model, gated, count, batches)
+            body = keep(body_of(model), indices)
+            model = model.with_body(body) if is_label_head(model) else body
+        return model
 
 
 # --- heads
@@ -61,20 +83,30 @@ class PruneHeads(_ByImportance):
     share one relative position bias with a column for each head. Each layer therefore loses the
     same number of heads. A self-attention head is removed from all layers of its stack, by its
     importance summed over them. Cross-attention has no bias and loses different heads per layer,
-    and so does each layer of an encoder.
+    and so does each layer of an encoder. A decoder loses whole groups of heads that share a key.
     """
 
     name = "prune-heads"
+    noun = "heads"
 
-    def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
+    def parts(self, model: Any) -> tuple[Gated, _Keep]:
+        body = body_of(model)
+        if decoders.is_decoder(body):
+            decoder = decoders.decoder_shape(body, self.name)
+            gated = decoders.gated_groups(body, decoder)
+            return gated, lambda body, groups: decoders.keep_groups(body, decoder, groups)
         if is_label_head(model):
-            shape = encoders.shape_of(model.body, self.name)
-            gated = encoders.gated_heads(model.body, shape)
-            heads = self._most_important(gated, "heads", model, tokenizer, examples)
-            return encoders.keep_encoder_heads(model.body, shape, heads)
-        count = remaining(self.name, self.share, model.config.num_heads, "heads")
-        heads = most_important_heads(model, count, examples.batches(model, tokenizer))
-        return keep_heads(model, heads)
+            shape = encoders.shape_of(body, self.name)
+            gated = encoders.gated_heads(body, shape)
+            return gated, lambda body, heads: encoders.keep_encoder_heads(body, shape, heads)
+        return {name: (module.o, module.n_heads) for name, module in attentions(body)}, keep_heads
+
+    def most_important(
+        self, model: Any, gated: Gated, count: int, batches: Iterable[Mapping[str, Any]]
+    ) -> dict[str, Tensor]:
+        if model is body_of(model) and not decoders.is_decoder(model):
+            return most_important_heads(model, count, batches)
+        return super().most_important(model, gated, count, batches)
 
 
 def most_important_heads(
@@ -126,18 +158,20 @@ class PruneFeedForward(_ByImportance):
     """``prune-ff=SHARE``: removes equally many feed-forward units from every layer."""
 
     name = "prune-ff"
+    noun = "units"
 
-    def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
+    def parts(self, model: Any) -> tuple[Gated, _Keep]:
+        body = body_of(model)
+        if decoders.is_decoder(body):
+            decoder = decoders.decoder_shape(body, self.name)
+            gated = decoders.gated_decoder_units(body, decoder)
+            return gated, lambda body, units: decoders.keep_decoder_units(body, decoder, units)
         if is_label_head(model):
-            shape = encoders.shape_of(model.body, self.name)
-            gated = encoders.gated_units(model.body, shape)
-            units = self._most_important(gated, "units", model, tokenizer, examples)
-            return encoders.keep_encoder_units(model.body, shape, units)
-        count = remaining(self.name, self.share, model.config.d_ff, "units")
-        gated = {name: (module.wo, model.config.d_ff) for name, module in feed_forwards(model)}
-        unit_importance = importance(model, gated, examples.batches(model, tokenizer))
-        units = {name: largest(values, count) for name, values in unit_importance.items()}
-        return keep_units(model, units)
+            shape = encoders.shape_of(body, self.name)
+            gated = encoders.gated_units(body, shape)
+            return gated, lambda body, units: encoders.keep_encoder_units(body, shape, units)
+        units = body.config.d_ff
+        return {name: (module.wo, units) for name, module in feed_forwards(body)}, keep_units
 
 
 def keep_units(model: Any, units: dict[str, Tensor]) -> Any:
@@ -149,73 +183,6 @@ def keep_units(model: Any, units: dict[str, Tensor]) -> Any:
             select(weights, f"{name}.{matrix}", kept_units, "outputs")
         select(weights, f"{name}.wo", kept_units, "inputs")
     return rebuild(model, weights, d_ff=len(next(iter(units.values()))))
-
-
-# --- layers
-
-
-class DropLayers(WeightStep):
-    """``drop-layers=SHARE``: keeps evenly spaced layers of encoder and decoder.
-
-    Shleifer and Rush, 2020, arXiv:2010.13002, initialize students in this way. The result can also
-    be named in ``train.init``.
-    """
-
-    name = "drop-layers"
-
-    def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
-        if is_label_head(model):
-            shape = encoders.shape_of(model.body, self.name)
-            layers = len(shape.all_layers(model.body))
-            count = remaining(self.name, self.share, layers, "layers")
-            kept_layers = evenly_spaced(layers, count)
-            return encoders.keep_encoder_layers(model.body, shape, kept_layers)
-        return drop_layers(model, self.share)
-
-
-def drop_layers(model: Any, removed_share: float) -> Any:
-    """A model with fewer layers, at least one per stack.
-
-    Raises UserError where the encoder would lose none.
-    """
-    encoder_layers = model.config.num_layers
-    decoder_layers = model.config.num_decoder_layers
-    encoder_count = remaining(DropLayers.name, removed_share, encoder_layers, "encoder layers")
-    decoder_count = max(1, decoder_layers - round(removed_share * decoder_layers))
-    return keep_layers(
-        model,
-        evenly_spaced(encoder_layers, encoder_count),
-        evenly_spaced(decoder_layers, decoder_count),
-    )
-
-
-def evenly_spaced(layers: int, count: int) -> list[int]:
-    """``count`` layer indices from 0, with the first, and the last where there are two or more."""
-    return [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
-
-
-def keep_layers(model: Any, encoder: list[int], decoder: list[int]) -> Any:
-    """A model with these layers, in order.
-
-    Each list starts with 0: the first layer of a stack has the relative position bias.
-    """
-    layers = {"encoder": encoder, "decoder": decoder}
-
-    def new_name(name: str) -> str | None:
-        """The name in the new model; None for a layer that is dropped."""
-        match = _BLOCK.match(name)
-        if match is None:
-            return name
-        stack, layer, rest = match.groups()
-        if int(layer) not in layers[stack]:
-            return None
-        return f"{stack}.block.{layers[stack].index(int(layer))}.{rest}"
-
-    weights = {new: value for name, value in model.state_dict().items() if (new := new_name(name))}
-    shape: dict[str, Any] = {"num_layers": len(encoder), "num_decoder_layers": len(decoder)}
-    if ranks := getattr(model.config, "low_rank", None):
-        shape["low_rank"] = {new: rank for name, rank in ranks.items() if (new := new_name(name))}
-    return rebuild(model, weights, **shape)
 
 
 # --- weights
@@ -233,10 +200,8 @@ class Magnitude(WeightStep):
     sparse = True
 
     def change(self, model: Any, _tokenizer: Any, _examples: Examples) -> Any:
-        body = model
-        if is_label_head(model):
-            body = model.body
-            encoders.shape_of(body, self.name)
+        body = body_of(model)
+        check_family(body, self.name)
         zero_smallest(body, self.share)
         return model
 
@@ -264,14 +229,12 @@ def zero_smallest(model: Any, share: float) -> None:
 # --- importance
 
 
-def importance(
-    model: Any, gated: Mapping[str, tuple[Any, int]], batches: Iterable[Mapping[str, Any]]
-) -> dict[str, Tensor]:
+def importance(model: Any, gated: Gated, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Importance (G,) in nats of the G equal parts of each module's input.
 
     ``gated`` maps a name to (module, G). ``batches`` have input_ids and attention_mask (B, S),
-    decoder_input_ids and labels (B, T), or labels (B,) for a label head. The loss of an example is
-    its mean token cross-entropy, or that of its class.
+    decoder_input_ids and labels (B, T), or the labels of a decoder or a label head (see
+    ``Examples``). The loss of an example is its mean token cross-entropy, or that of its class.
     Every example has gates of its own, so that one batch gives the derivative of each example.
     """
     import torch
@@ -298,7 +261,7 @@ def importance(
             for name, (module, count) in gated.items()
         ]
         for batch in batches:
-            loss = _example_losses(model, batch).sum()
+            loss = example_losses(model, batch).sum()
             gradients = torch.autograd.grad(loss, [gates[name] for name in gated])
             for name, gradient in zip(gated, gradients, strict=True):
                 totals[name] += gradient.flatten(1).abs().sum(0).cpu().float()
@@ -309,7 +272,7 @@ def importance(
     return {name: total / rows for name, total in totals.items()}
 
 
-def _example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
+def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Cross-entropy (B,) of each example, in nats: of its class, or the mean over its tokens."""
     import torch
 

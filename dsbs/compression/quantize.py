@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dsbs.compression import Examples
 from dsbs.errors import UserError
@@ -29,6 +30,10 @@ class Quantize:
                 hint=f"quantize={', quantize='.join(_NUMBER_FORMATS)}",
             )
         self.value = value
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
 
     def make(self, source: Path, target: Path, examples: Examples) -> None:
         from dsbs.exporting.run import export
@@ -69,6 +74,7 @@ def _is_supported(source: Path) -> bool:
     """Whether CTranslate2 supports the student's architecture."""
     from transformers import AutoConfig
 
+    from dsbs.exporting.ct2 import unsupported_feature
     from dsbs.exporting.label_head import CT2_LOADERS
     from dsbs.students.backends.ctranslate2 import DECODER_LOADERS
     from dsbs.students.low_rank import is_changed
@@ -81,4 +87,4 @@ def _is_supported(source: Path) -> bool:
     if card.head == "labels":
         is_encoder = card.kind == "encoder" and not is_changed(str(source))
         return is_encoder and config.model_type in CT2_LOADERS
-    return config.model_type in DECODER_LOADERS
+    return config.model_type in DECODER_LOADERS and unsupported_feature(config) is None

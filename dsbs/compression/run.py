@@ -10,12 +10,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import inf
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from dsbs.compression import Step, read_step
+from dsbs.compression import LayersBy
+from dsbs.compression.healing import choose_source
+from dsbs.compression.layers import LAYERS_FILE, dropped_layers
+from dsbs.compression.planning import Options, PlannedStep, plan
 from dsbs.compression.source import (
     WORK,
     Evaluator,
@@ -38,6 +40,7 @@ from dsbs.records.results import (
     BATCH_SIZES,
     COMPRESSION_RECORD,
     Compressed,
+    HealFrom,
     Measurement,
     read_compression_record,
 )
@@ -46,12 +49,11 @@ from dsbs.students.calibration import write_record
 from dsbs.students.card import CARD, read_card
 
 MAX_DROP = 0.02
-_HEALING_STEPS_DIVISOR = 10  # healing takes a tenth of the original's steps
-_HEALING_RATE_DIVISOR = 3  # and a third of its learning rate
 _ROUNDING_ERROR = 1e-9  # two equal shares of rows may differ by less than this
-_HEALING_FILES = (TRAINING_RECORD, WORK, "checkpoints", "tensorboard")
+_HEALING_FILES = (TRAINING_RECORD, WORK, LAYERS_FILE, "checkpoints", "tensorboard")
 TABLE_HEADINGS = (
     "steps",
+    "healed by",
     "accuracy, %",
     "change, points",
     "recovered, %",
@@ -90,7 +92,7 @@ class CompressResult:
         latency = [
             text for size in BATCH_SIZES for text in (_milliseconds(original.median_ms(size)), "")
         ]
-        first = ["original", percent_number(original.accuracy), "", ""]
+        first = ["original", "", percent_number(original.accuracy), "", ""]
         first += [f"{original.megabytes:.2f}", "", *latency, "", ""]
         return [first, *(_table_row(record) for record in self.steps)]
 
@@ -117,6 +119,7 @@ def _table_row(record: Compressed) -> list[str]:
     after = record.compressed
     row = [
         record.name,
+        record.healer or "",
         percent_number(after.accuracy),
         points_number(after.accuracy - before.accuracy),
         _recovered(record),
@@ -144,116 +147,32 @@ def _milliseconds(time_ms: float | None) -> str:
     return "" if time_ms is None else milliseconds_number(time_ms)
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedStep:
-    """One step of the chain: its source, its target folder, and its healing."""
-
-    step: Step
-    chain: tuple[str, ...]
-    source: Path
-    folder: Path
-    healing_steps: int
-    learning_rate: float
-    keep_zeros: bool
-    fingerprint: str
-
-    @property
-    def name(self) -> str:
-        return "+".join(self.chain)
-
-    @property
-    def work(self) -> Path:
-        return self.folder.parent / "work" / f"{self.folder.name}-{self.fingerprint[:12]}"
-
-    @property
-    def done(self) -> bool:
-        is_complete = (self.folder / COMPRESSION_RECORD).is_file()
-        return is_complete and fingerprint_of(self.folder) == self.fingerprint
-
-
-def plan(
-    source: SourceStudent,
-    methods: Sequence[str],
-    valid: str,
-    heal_steps: int | None = None,
-    heal_learning_rate: float | None = None,
-) -> list[PlannedStep]:
-    """The steps of the chain. ``valid`` is a hash of the valid rows.
-
-    Raises UserError for an unknown step, or for one after quantization.
-    """
-    if not methods:
-        raise UserError(
-            "no compression step is given",
-            hint="e.g. --method prune-ff=0.5 --method quantize=int8",
-        )
-    if heal_learning_rate is not None and not 0 < heal_learning_rate < inf:  # nor NaN
-        raise UserError(
-            f"--heal-learning-rate {heal_learning_rate:g} would train nothing",
-            hint="give a number above 0, or --heal-steps 0 for no healing",
-        )
-    section = source.recipe.resolved_train.tuned(source.student.tuned)
-    if heal_steps is None:
-        trained_steps = section.max_steps
-        if section.max_epochs is not None:
-            trained_steps = source.student.steps
-        heal_steps = max(1, trained_steps // _HEALING_STEPS_DIVISOR)
-    if heal_learning_rate is None:
-        heal_learning_rate = section.learning_rate / _HEALING_RATE_DIVISOR
-    chain = source.chain
-    folder = source.start
-    fingerprint = source.fingerprint
-    sparse = any(text.startswith("magnitude=") for text in chain)
-    steps = [(text.partition("=")[0], read_step(text)) for text in methods]
-    last = chain[-1] if chain else ""
-    planned = []
-    for name, step in steps:
-        text = f"{name}={step.value}"
-        if last.startswith("quantize="):
-            raise UserError(
-                f"{text} comes after {last}, whose weights cannot be changed",
-                hint="make quantize the last step",
-            )
-        last = text
-        chain = (*chain, text)
-        sparse = sparse or step.sparse
-        healing_steps = heal_steps if step.heals else 0
-        settings = [
-            healing_steps,
-            heal_learning_rate if healing_steps else None,
-            source.recipe.eval.max_label_tokens,
-        ]
-        fingerprint = digest(fingerprint, text, canonical_json(settings), valid)
-        target = source.folder / "+".join(chain)
-        planned.append(
-            PlannedStep(
-                step, chain, folder, target, healing_steps, heal_learning_rate, sparse, fingerprint
-            )
-        )
-        folder = target
-    return planned
-
-
 def compress(
     student: str | Path,
     methods: Sequence[str],
     *,
     max_drop: float = MAX_DROP,
+    heal_from: HealFrom | None = None,
     heal_steps: int | None = None,
     heal_learning_rate: float | None = None,
+    rounds: int = 1,
+    layers_by: LayersBy = "loss",
     progress: Progress | None = None,
 ) -> CompressResult:
     """Make smaller students of a trained one, one step after another. See ``dsbs compress``.
 
     ``student`` is a folder ``<run>/train/<name>``, or a compressed student of a run, whose chain
     continues. ``max_drop`` is the largest acceptable loss of accuracy on valid, in [0, 1].
+    ``heal_from`` None: the original where it fits in memory beside its copy, else the rows;
     ``heal_steps`` None: a tenth of the original's steps; ``heal_learning_rate`` None: a third of
-    its learning rate. Writes ``<run>/compress/<student>/<chain>/``. Raises UserError for a student,
-    step or run that cannot be compressed.
+    its learning rate. ``rounds``: in how many parts a share is removed. Writes
+    ``<run>/compress/<student>/<chain>/``. Raises UserError for a student, step or run that cannot
+    be compressed.
     """
     progress = progress or NoProgress()
     source = find_source(student)
-    data, steps = prepare(source, methods, heal_steps, heal_learning_rate, progress)
+    options = Options(heal_from, heal_steps, heal_learning_rate, rounds, layers_by)
+    data, steps = prepare(source, methods, options, progress)
     evaluator = Evaluator(data.recipe, Path(source.student.path), data.data, progress)
     if source.student.settings != source.recipe.training:
         progress.say(
@@ -283,19 +202,25 @@ def compress(
 
 
 def prepare(
-    source: SourceStudent,
-    methods: Sequence[str],
-    heal_steps: int | None,
-    heal_learning_rate: float | None,
-    progress: Progress,
+    source: SourceStudent, methods: Sequence[str], options: Options, progress: Progress
 ) -> tuple[FineTuneData, list[PlannedStep]]:
     """The chain and the rows it needs; makes nothing. Raises UserError like ``compress``."""
-    needs_train = any(
-        step.healing_steps or step.step.learns_from_rows
-        for step in plan(source, methods, "", heal_steps)
-    )
+    if options.rounds < 1:
+        raise UserError("--rounds counts from 1", hint="e.g. --rounds 3")
+    for name, value, values in (
+        ("--heal-from", options.heal_from, (None, *get_args(HealFrom))),
+        ("--layers-by", options.layers_by, get_args(LayersBy)),
+    ):
+        if value not in values:
+            choices = [str(allowed) for allowed in values if allowed]
+            raise UserError(f"{name} {value}: not a choice", hint=f"use {', '.join(choices)}")
+    steps = plan(source, methods, "", options)
+    if any(step.healing.steps for step in steps):
+        heal_from = choose_source(options.heal_from, source.student, progress)
+        options = replace(options, heal_from=heal_from)
+    needs_train = any(step.healing.steps or step.step.learns_from_rows for step in steps)
     data = FineTuneData(source, progress, needs_train=needs_train)
-    return data, plan(source, methods, _valid_hash(data), heal_steps, heal_learning_rate)
+    return data, plan(source, methods, _valid_hash(data), options)
 
 
 def _valid_hash(data: FineTuneData) -> str:
@@ -324,22 +249,18 @@ def _make(
         partial = _empty(step.work / "partial")
         step.step.make(step.source, partial, data)
         move(partial, start)
+    cut = dropped_layers(step.source, start)
     best = start
     before_healing = None
-    if step.healing_steps:
+    if step.healing.steps:
         before_healing = evaluator.accuracy(start)
+        learned = {"both": "rows and original"}.get(str(step.healing.source), step.healing.source)
         progress.say(
             f"{step.name}: {percent(before_healing)} on valid; "
-            f"healing for {count(step.healing_steps, 'step')}"
+            f"healing for {count(step.healing.steps, 'step')} from the {learned}"
         )
-        healed = data.heal(
-            start,
-            step.work / "healed",
-            title=f"heal {step.name}",
-            steps=step.healing_steps,
-            learning_rate=step.learning_rate,
-            keep_zeros=step.keep_zeros,
-        )
+        healing = replace(step.healing, layers=cut["layers"])
+        healed = data.heal(start, step.work / "healed", healing, f"heal {step.name}")
         if evaluator.accuracy(healed) >= before_healing:
             best = healed
     original, compressed, agreement = evaluator.compare(best, step.name)
@@ -347,15 +268,18 @@ def _make(
         student=source.student.name,
         fingerprint=source.student.fingerprint,
         chain=step.chain,
+        healed_by=step.healed_by,
         n=evaluator.n,
         original=original,
         compressed=compressed,
         agreement=agreement,
         before_healing=before_healing,
-        healing_steps=step.healing_steps,
+        healing_steps=step.healing.steps,
         max_drop=max_drop,
         accepted=_is_within(max_drop, original, compressed),
         seconds=round(time.monotonic() - started, 2),
+        **cut,
+        **step.step.settings,
     )
     # A copy: an interrupted command looks for the healing's own records in ``work/``.
     complete = _empty(step.work / "whole")

@@ -9,8 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dsbs.compression.healing import (
+    Healing,
+    depths_of,
+    healing_terms,
+    original_as_teacher,
+    taught_views,
+    with_terms,
+)
 from dsbs.config import LabelSource, ResolvedTrainSection, StudentRecipe, base_of
 from dsbs.config.load import read_recorded
 from dsbs.errors import UserError
@@ -20,6 +28,7 @@ from dsbs.records import TrainedStudent
 from dsbs.records.results import (
     BATCH_SIZES,
     COMPRESSION_RECORD,
+    HealFrom,
     Latency,
     Measurement,
     read_compression_record,
@@ -32,7 +41,8 @@ from dsbs.students.student import Answer, Student
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import make_task
-from dsbs.training.encode import Encoded, Encoder, collate, pad
+from dsbs.training.distillation.local_teachers import LocalTeacher
+from dsbs.training.encode import Encoded, Encoder, collate, pad, pad_prompts
 from dsbs.training.grid import StudentSpec
 from dsbs.training.methods import View, views_of
 from dsbs.training.rows import Data, gather
@@ -42,6 +52,8 @@ from dsbs.training.tokens import Tokens
 WORK = "work.json"  # the fingerprint of everything that made a compressed student
 _IMPORTANCE_ROWS = 256
 _BATCH_SIZE = 32
+_DECODER_ROWS = 64  # of valid, which are read once for every layer
+_DECODER_BATCH_SIZE = 8  # a decoder's logits cover the prompt as well
 _EXPORT_EXAMPLES = 64  # texts on which an export is compared with its student
 _VALIDATIONS = 4  # while a student heals
 
@@ -55,6 +67,7 @@ class SourceStudent:
     student: TrainedStudent
     start: Path  # the folder that the next step starts from
     chain: tuple[str, ...]  # the steps up to ``start``
+    healed_by: tuple[HealFrom | None, ...]  # what each of them healed from
     fingerprint: str  # of ``start``
 
     @property
@@ -82,11 +95,12 @@ def find_source(student: str | Path) -> SourceStudent:
                 hint=f"compress {trained.path} itself: its chains are then made again",
             )
         fingerprint = fingerprint_of(folder) or ""
-        return SourceStudent(
-            run, _read_recipe(run, trained), trained, folder, record.chain, fingerprint
-        )
+        healed_by = record.healed_by or (None,) * len(record.chain)
+        recipe = _read_recipe(run, trained)
+        return SourceStudent(run, recipe, trained, folder, record.chain, healed_by, fingerprint)
     trained = read_student(folder)
-    return SourceStudent(run, _read_recipe(run, trained), trained, folder, (), trained.fingerprint)
+    recipe = _read_recipe(run, trained)
+    return SourceStudent(run, recipe, trained, folder, (), (), trained.fingerprint)
 
 
 def fingerprint_of(folder: Path) -> str | None:
@@ -116,7 +130,7 @@ def _read_recipe(run: RunFolder, student: TrainedStudent) -> StudentRecipe:
 class FineTuneData:
     """Rows and settings of the original's training. Raises UserError where they have changed.
 
-    Healing uses the method alone, without LoRA adapters and without distillation terms.
+    Healing trains all weights, without LoRA adapters and without the recipe's own terms.
     """
 
     def __init__(self, source: SourceStudent, progress: Progress, *, needs_train: bool) -> None:
@@ -140,6 +154,7 @@ class FineTuneData:
             method, labels, student.seed, self.section, student.subset, student=student.student
         )
         card = read_card(student.path)
+        self._card = card
         self.views: tuple[View, ...] = views_of(method, self.section, card.head)
         self._classes = card.classes
         self._kind = card.kind
@@ -164,11 +179,19 @@ class FineTuneData:
         folder = self._source.run.stage("train") / "tokens"
         return Tokens(tokenizer, folder, self._progress, input_format_of(tokenizer, self._kind))
 
-    def batches(self, model: Any, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
-        """See ``Examples``: up to 256 train rows, the first ones by a hash of their ids."""
+    def batches(
+        self, model: Any, tokenizer: Any, split: Literal["train", "valid"] = "train"
+    ) -> Iterator[Mapping[str, Any]]:
+        """See ``Examples``: up to 256 rows; of train, the first ones by a hash of their ids."""
         student = self.recipe.student
-        count = min(_IMPORTANCE_ROWS, len(self.data.subset(self.spec.subset)))
-        chosen = [self.data.train[i] for i in self.data.order[:count]]
+        chosen = self.data.valid[: _IMPORTANCE_ROWS if self._kind != "causal" else _DECODER_ROWS]
+        views = self.views[:1]
+        labels = self.data.valid_labels
+        if split == "train":
+            count = min(_IMPORTANCE_ROWS, len(self.data.subset(self.spec.subset)))
+            chosen = [self.data.train[i] for i in self.data.order[:count]]
+            views = self.views
+            labels = self.spec.labels
         encoder = Encoder(
             self._tokens(tokenizer),
             student.max_input_tokens,
@@ -176,18 +199,20 @@ class FineTuneData:
             self._classes,
         )
         if self._classes:
-            yield from self._class_batches(encoder.rows(chosen, self.views[:1], self.spec.labels))
+            yield from self._class_batches(encoder.rows(chosen, self.views[:1], labels))
             return
-        rows = encoder.rows(chosen, self.views, self.spec.labels)
-        for first in range(0, len(rows), _BATCH_SIZE):
-            packed = collate(rows[first : first + _BATCH_SIZE])
-            for view in self.views:
-                if view.target in packed:
-                    yield pad(
-                        packed[view.target],
-                        tokenizer.pad_token_id,
-                        start_token(model.config, view.start),
-                    )
+        rows = encoder.rows(chosen, views, labels)
+        batch_size = _DECODER_BATCH_SIZE if self._kind == "causal" else _BATCH_SIZE
+        for first in range(0, len(rows), batch_size):
+            packed = collate(rows[first : first + batch_size])
+            for view in views:
+                if view.target not in packed:
+                    continue
+                if self._kind == "causal":
+                    yield pad_prompts(packed[view.target], tokenizer.pad_token_id)
+                else:
+                    start = start_token(model.config, view.start)
+                    yield pad(packed[view.target], tokenizer.pad_token_id, start)
 
     @staticmethod
     def _class_batches(rows: Sequence[Encoded]) -> Iterator[Mapping[str, Any]]:
@@ -205,39 +230,46 @@ class FineTuneData:
         """See ``Examples``."""
         return [row.text for row in self.data.valid[:_EXPORT_EXAMPLES]]
 
-    def heal(
-        self,
-        start: Path,
-        folder: Path,
-        *,
-        title: str,
-        steps: int,
-        learning_rate: float,
-        keep_zeros: bool,
-    ) -> Path:
+    def heal(self, start: Path, folder: Path, healing: Healing, title: str) -> Path:
         """Train the student in ``start`` further into ``folder``, which is returned.
 
         The step with the best validation is kept. An interrupted healing resumes.
         """
+        steps = healing.steps
         section = self.section.model_copy(
             update={
                 "init": str(start),
                 "max_steps": steps,
                 "max_epochs": None,
-                "learning_rate": learning_rate,
+                "learning_rate": healing.learning_rate,
                 "warmup_steps": min(self.section.warmup_steps, steps // 10),
                 "eval_every": max(1, steps // _VALIDATIONS),
                 "log_every": min(self.section.log_every, max(1, steps // 10)),
             }
         )
+        teachers: list[LocalTeacher] = []
+        untaught: tuple[str, ...] = ()
+        if healing.source != "rows":
+            original = self._source.student
+            terms = healing_terms(self._card, healing.layers, depths_of(original.path))
+            section = with_terms(section, terms)
+            teachers.append(original_as_teacher(original))
+        if healing.source == "original":
+            untaught = taught_views(self._card)
         tokenizer = load_tokenizer(str(start))
         spec = replace(
-            self.spec, section=section, heading=title, directory=str(folder), keep_zeros=keep_zeros
+            self.spec,
+            method=section.methods[0],
+            section=section,
+            heading=title,
+            directory=str(folder),
+            keep_zeros=healing.keep_zeros,
+            without_targets=untaught,
         )
         recipe = self.recipe.model_copy(update={"train": section})
         train_folder = self._source.run.stage("train")
         student_run = StudentRun(
-            recipe, spec, self.data, tokenizer, self._tokens(tokenizer), train_folder
+            recipe, spec, self.data, tokenizer, self._tokens(tokenizer), train_folder, teachers
         )
         student_run.run(self._progress)
         return folder

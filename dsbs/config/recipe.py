@@ -40,6 +40,9 @@ class DataSection(Section):
     train: str
     """The rows that students learn from. Validation and test rows are split off where they are not
     given."""
+    served: str | None = None
+    """More train rows, which ``dsbs annotate --from-serve`` writes: those that a server asked the
+    teacher. They are never validation or test rows. None: there are none."""
     valid: str | None = None
     """The validation rows. None: a part of train, chosen by a hash of the ids."""
     test: str | None = None

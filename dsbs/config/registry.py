@@ -82,7 +82,7 @@ COMPRESSION_STEPS = {
     "prune-heads": "dsbs.compression.pruning:PruneHeads",
     "prune-ff": "dsbs.compression.pruning:PruneFeedForward",
     "magnitude": "dsbs.compression.pruning:Magnitude",
-    "drop-layers": "dsbs.compression.pruning:DropLayers",
+    "drop-layers": "dsbs.compression.layers:DropLayers",
     "low-rank": "dsbs.compression.low_rank:LowRankStep",
 }
 

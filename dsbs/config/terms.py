@@ -136,8 +136,6 @@ class TermSettings(Section):
     """Its source, e.g. "Hinton et al., 2015, arXiv:1503.02531"."""
     is_of_one_pass: ClassVar[bool] = False
     """Whether it relates the rows of one forward pass, so that it depends on the micro-batch."""
-    learns_projections: ClassVar[bool] = False
-    """Whether it trains weights of its own, which LoRA's adapters cannot hold."""
 
     @property
     def title(self) -> str:
@@ -146,6 +144,11 @@ class TermSettings(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether it compares the student with ``train.teachers``."""
+        return False
+
+    @property
+    def learns_projections(self) -> bool:
+        """Whether it trains weights of its own, which LoRA's adapters cannot hold."""
         return False
 
     @property

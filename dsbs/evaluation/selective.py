@@ -7,8 +7,10 @@ the rows. Rows of equal confidence count as in random order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsbs.evaluation.bootstrap import (
     Clusters,
@@ -35,6 +37,7 @@ NAMES = ("aurc", "e_aurc", *(f"accuracy_at_{100 * share:.0f}" for share in COVER
 UNREADABLE = -1.0  # the confidence of an answer without a label
 _POINTS = 50  # of a curve
 _DRAWS = 10_000_000  # rows in all resamples together, which take about a second
+_TOGETHER = 200_000  # rows of resamples in memory at once
 _MAX_GROUPS = 500  # of rows of equal confidence, in a resample
 
 
@@ -103,11 +106,11 @@ def risk_measures(
 ) -> dict[str, Measure]:
     """Measures of the risk-coverage curve, averaged over seeds, with bootstrap intervals.
 
-    ``confidence`` and ``losses``: (rows,) for each seed; the same rows are drawn for all.
+    ``confidence`` and ``losses`` (0 or 1): (rows,) for each seed; the same rows are drawn for all.
     """
     n = len(losses[0])
     pairs = list(zip(confidence, losses, strict=True))
-    all_rows = np.ones((1, n))
+    all_rows = np.ones((1, n), dtype=np.uint8)
     point = np.mean([_Order(*pair).measures(all_rows) for pair in pairs], axis=0)[0]
     orders = [_Order(*pair, max_groups=_MAX_GROUPS) for pair in pairs]
     # What joining groups changes is small, and the same in all resamples.
@@ -115,8 +118,12 @@ def risk_measures(
     units = n if clusters is None else len(np.unique(clusters))
     resamples = max(1000, min(2000, _DRAWS // n))
     drawn = []
-    for weights in resampled_counts(np.ones(units, dtype=np.int64), resamples):
-        row_weights = weights if clusters is None else weights[:, clusters]
+    weights = _resamples(units, resamples)
+    batch = max(1, _TOGETHER // n)
+    for start in range(0, resamples, batch):
+        row_weights = weights[start : start + batch]
+        if clusters is not None:
+            row_weights = row_weights[:, clusters]
         drawn.append(np.mean([order.measures(row_weights) for order in orders], axis=0))
     values = np.concatenate(drawn) + shift
     shares = (1.0, 1.0, *COVERAGES)
@@ -128,6 +135,13 @@ def risk_measures(
         )
         for i, name in enumerate(NAMES)
     }
+
+
+@lru_cache(maxsize=1)
+def _resamples(units: int, number: int) -> NDArray[np.uint8]:
+    """How often each unit occurs in each resample, (number, units); the same for all systems."""
+    counts = np.ones(units, dtype=np.int64)
+    return np.concatenate([w.astype(np.uint8) for w in resampled_counts(counts, number)])
 
 
 def _interval(value: float, resamples: Floats, units: float) -> tuple[float, float]:
@@ -149,13 +163,13 @@ class _Order:
         self._starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
         if max_groups is not None and len(self._starts) > max_groups:
             self._starts = self._starts[np.arange(max_groups) * len(self._starts) // max_groups]
-        self._losses = losses[self._rows]
+        self._losses = losses[self._rows].astype(np.uint8)
 
-    def measures(self, weights: Floats) -> Floats:
+    def measures(self, weights: NDArray[np.uint8]) -> Floats:
         """How often each row was drawn, (resamples, rows) -> (resamples, measures)."""
         ordered = weights[:, self._rows]
-        counts = np.add.reduceat(ordered, self._starts, axis=1)
-        sums = np.add.reduceat(ordered * self._losses, self._starts, axis=1)
+        counts = np.add.reduceat(ordered, self._starts, axis=1, dtype=np.float64)
+        sums = np.add.reduceat(ordered * self._losses, self._starts, axis=1, dtype=np.float64)
         area = areas(counts, sums)
         accuracies = [1 - _risk_at(counts, sums, share) for share in COVERAGES]
         return np.stack([area, area - _smallest_areas(counts, sums), *accuracies], axis=1)

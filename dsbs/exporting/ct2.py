@@ -147,7 +147,7 @@ def _check_decoder(student: Student) -> None:
             f"the format ct2 supports {', '.join(DECODER_LOADERS)} and T5, not {config.model_type}",
             hint="try --format torch",
         )
-    feature = _unsupported_feature(config)
+    feature = unsupported_feature(config)
     if feature:
         raise UserError(
             f"{student.card.name} has {feature}, which CTranslate2's converter ignores",
@@ -155,7 +155,7 @@ def _check_decoder(student: Student) -> None:
         )
 
 
-def _unsupported_feature(config: Any) -> str | None:
+def unsupported_feature(config: Any) -> str | None:
     """A feature of a configuration that the converter silently ignores."""
     if config.model_type == "gpt2":
         if config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,18 @@ _SAMPLE = (
     "'quoted' -- naïve"
 )
 # The file's type by --quantize: of matrices; norms and biases stay in float32.
-_FILE_TYPES = {"float16": "MOSTLY_F16", "float32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}
-_Q8_BLOCK = 32  # values that share a scale in q8_0
+_FILE_TYPES = {
+    "float16": "MOSTLY_F16",
+    "float32": "ALL_F32",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+    "q4_k_m": "MOSTLY_Q4_K_M",
+}
+_MATRIX_TYPES = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k_m": "Q4_K"}  # of most matrices
+_FOUR_BITS = ("q4_0", "q4_k_m")
+# Where a row is no multiple of the type's block, in llama.cpp's order.
+_NARROWER_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
+_OF_LAYER = re.compile(r"^blk\.(\d+)\.(attn_v|ffn_down)\.weight$")
 
 
 class GgufFormat:
@@ -62,6 +74,12 @@ class GgufFormat:
         with needs_extra("gguf", "the format gguf"):
             import gguf  # noqa: F401
         xllamacpp("comparing the format gguf in llama.cpp")
+        if quantize in _FOUR_BITS and llama_quantizer() is None:
+            raise UserError(
+                f"--quantize {quantize} needs llama.cpp's own quantizer, which the installed "
+                "package xllamacpp does not offer",
+                hint="use --quantize q8_0, or another version of xllamacpp",
+            )
         config = student.backend.model.config
         if config.model_type not in _ARCHITECTURES:
             raise UserError(
@@ -92,9 +110,8 @@ class GgufFormat:
             _add_configuration(writer, student, quantize)
             _add_tokenizer(writer, student)
             for name, tensor in _tensors(student.backend.model):
-                data_type = _data_type(tensor, quantize)
-                data = gguf.quants.quantize(tensor, data_type)
-                writer.add_tensor(name, data, raw_dtype=data_type)
+                data_type = tensor_type(name, tensor.shape, config, quantize)
+                writer.add_tensor(name, quantized(tensor, data_type), raw_dtype=data_type)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -128,15 +145,71 @@ def _unsupported_features(config: Any) -> list[str]:
     return features
 
 
-def _data_type(tensor: Any, quantize: str) -> Any:
+def tensor_type(name: str, shape: Sequence[int], config: Any, quantize: str) -> Any:
+    """The type of a tensor, by its name in the file, as llama.cpp's own quantizer chooses it.
+
+    Norms and biases stay in float32. With 4 bits, the output matrix (the embeddings, where it
+    shares them) has 6 bits or more, and with q4_k_m so have the values and the outer feed-forward
+    matrices of some layers: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-quant.cpp
+    """
     import gguf
 
     types = gguf.GGMLQuantizationType
-    if tensor.ndim == 1 or quantize == "float32":  # llama.cpp wants norms and biases in float32
+    if len(shape) == 1 or quantize == "float32":
         return types.F32
-    if quantize == "q8_0" and tensor.shape[-1] % _Q8_BLOCK == 0:
-        return types.Q8_0
-    return types.F16
+    if quantize == "float16":
+        return types.F16
+    chosen = _MATRIX_TYPES[quantize]
+    output = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
+    if quantize in _FOUR_BITS and name == output:
+        chosen = "Q6_K"
+    layer = _OF_LAYER.match(name)
+    if quantize == "q4_k_m" and layer and _has_more_bits(int(layer[1]), config.num_hidden_layers):
+        chosen = "Q6_K"
+    while shape[-1] % gguf.GGML_QUANT_SIZES[types[chosen]][0]:
+        chosen = _NARROWER_BLOCKS.get(chosen, "F16")
+    return types[chosen]
+
+
+def _has_more_bits(layer: int, layers: int) -> bool:
+    """Whether a layer is in the first or the last eighth, or a third one in between."""
+    first = layers // 8
+    return layer < first or layer >= 7 * layers // 8 or (layer - first) % 3 == 2
+
+
+def llama_quantizer() -> Any:
+    """llama.cpp's C function ``ggml_quantize_chunk``; None where the wheel does not export it."""
+    runtime = xllamacpp("quantizing for llama.cpp")
+    try:
+        function = ctypes.CDLL(runtime.xllamacpp.__file__).ggml_quantize_chunk
+    except (AttributeError, OSError):
+        return None
+    numbers = [ctypes.c_int64] * 3  # first value, rows, values of a row
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *numbers, ctypes.c_void_p]
+    function.restype = ctypes.c_size_t
+    return function
+
+
+def quantized(tensor: Any, data_type: Any) -> Any:
+    """tensor (R, C) or (C,) in float32 -> the bytes of its rows, or the tensor in floats."""
+    import gguf
+    import numpy as np
+
+    if data_type.name not in _NARROWER_BLOCKS:  # the package gguf has the simpler types
+        return gguf.quants.quantize(tensor, data_type)
+    values = np.ascontiguousarray(tensor, np.float32)
+    rows = values.shape[0]
+    row_bytes = gguf.quants.quant_shape_to_byte_shape(values.shape, data_type)[-1]
+    data = np.empty((rows, row_bytes), np.uint8)
+    written = llama_quantizer()(
+        int(data_type), values.ctypes.data, data.ctypes.data, 0, rows, values.shape[1], None
+    )
+    if written != data.nbytes:
+        raise DsbsError(
+            f"llama.cpp's quantizer wrote {written} bytes for {data.nbytes}",
+            hint="use --quantize q8_0, or another version of xllamacpp",
+        )
+    return data
 
 
 def _add_configuration(writer: Any, student: Student, quantize: str) -> None:

@@ -10,9 +10,11 @@ from typing import Any, Literal
 from dsbs.config.diff import differences, entries
 from dsbs.config.load import load_recipe, read_recorded, recorded, resolved_values
 from dsbs.errors import UserError
+from dsbs.formatting import count, dollars, percent
 from dsbs.records.measures import Interval
 from dsbs.records.results import Comparison
 from dsbs.run_folder import MANIFEST, STAGES, TRAINING_RECORD, RunFolder, training_record
+from dsbs.serving.ledger import CascadeState, read_states
 from dsbs.training.grid import grid
 
 Status = Literal["done", "partial", "running", "interrupted", "failed", "broken"]
@@ -238,6 +240,8 @@ class ResolvedRecipe:
     source: str
     recipe: dict[str, Any]
     remarks: tuple[str, ...] = ()
+    served: tuple[CascadeState, ...] = ()
+    """What servers with the teacher behind a student counted."""
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -246,7 +250,8 @@ class ResolvedRecipe:
 
     def as_yaml(self) -> str:
         """The recipe as YAML, with a comment on every line that is not the default."""
-        header = [" ".join(remark.split()) for remark in (self.source, *self.remarks)]
+        remarks = (self.source, *self.remarks, *map(_served_remark, self.served))
+        header = [" ".join(remark.split()) for remark in remarks]
         lines = [f"# {remark}" for remark in header]
         return "\n".join([*lines, *(entry.as_yaml() for entry in entries(self.recipe))])
 
@@ -254,6 +259,7 @@ class ResolvedRecipe:
         return {
             "source": self.source,
             "remarks": list(self.remarks),
+            "served": [state.as_json() for state in self.served],
             "recipe": self.recipe,
             "not_default": self.changed,
         }
@@ -291,4 +297,24 @@ def resolve_recipe(source: str, overrides: list[str] | None = None) -> ResolvedR
         if keys:
             remarks.append(f"{stage} used another recipe, different in {', '.join(keys)}")
     started = manifests[newest].get("started")
-    return ResolvedRecipe(f"{path / newest / MANIFEST}, {started}", recipe, tuple(remarks))
+    source = f"{path / newest / MANIFEST}, {started}"
+    served = tuple(read_states(RunFolder(path).ledger))
+    return ResolvedRecipe(source, recipe, tuple(remarks), served)
+
+
+def _served_remark(state: CascadeState) -> str:
+    """A served student in one line."""
+    parts = [f"served: {_printable(state.student)}"]
+    if state.coverage is not None:
+        parts.append(f"sure of {percent(state.coverage)} of the rows")
+    agreement = state.agreement
+    if agreement is not None:
+        low, high = (percent(bound) for bound in agreement.ci95)
+        parts.append(
+            f"the teacher agrees with {percent(agreement.value)} ({low} to {high}) of "
+            f"{count(state.audited, 'audited answer')}"
+        )
+    parts.append(f"{dollars(state.usd)} for replies, {dollars(state.usd_today)} today")
+    if state.breach is not None:
+        parts.append(f"closed: {_printable(state.breach)}")
+    return "; ".join(parts)

@@ -207,8 +207,9 @@ class TrainedStudent(_Record):
     examples_per_s: float
     wall_s: float
     parameters: int
+    """Those that predicting a label needs: a rationale decoder is not counted."""
     trainable_parameters: int | None = None
-    """The trained parameters: LoRA's adapters, or all. None: not recorded."""
+    """LoRA's adapters, or all, a rationale decoder included. None: not recorded."""
     fingerprint: str
     """Hash of everything that decides the weights."""
     subset: Subset = 1.0

@@ -39,7 +39,7 @@ class Selective(ResultRecord):
     """Selective prediction: what a system is worth on the answers that it is surest of."""
 
     confidence: list[str]
-    """Its kind, or those of several seeds: probability, margin or entropy."""
+    """Its kind, or those of several seeds: probability, margin, entropy or views."""
     measures: dict[str, Measure]
     """aurc, the area under the risk-coverage curve; e_aurc, its excess over that of the best order
     of the same answers; accuracy_at_50, _70, _80 and _90, on these percentages of the rows."""

@@ -7,6 +7,7 @@ ends in ``_ms``, money is in US dollars. Intervals are 95% confidence intervals.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,18 @@ def wilson(correct: int, n: int) -> Rate | None:
     from scipy.stats import binomtest
 
     interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return Rate(
+        value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
+    )
+
+
+def exact_rate(correct: int, n: int) -> Rate | None:
+    """As ``wilson``, with the exact interval (Clopper and Pearson, 1934)."""
+    if n == 0:
+        return None
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="exact")
     return Rate(
         value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
     )
@@ -324,6 +337,18 @@ class Measurement(ResultRecord):
         return None
 
 
+HealFrom = Literal["original", "rows", "both"]
+
+
+def chain_name(chain: Sequence[str], healed_by: Sequence[HealFrom | None]) -> str:
+    """The name of a chain: its steps, each with what it healed from unless that is the original."""
+    names = []
+    for index, step in enumerate(chain):
+        healer = healed_by[index] if index < len(healed_by) else None
+        names.append(step if healer in (None, "original") else f"{step}@{healer}")
+    return "+".join(names)
+
+
 class Compressed(ResultRecord):
     """One compressed student. Its folder is a student's folder like any other."""
 
@@ -336,6 +361,9 @@ class Compressed(ResultRecord):
     """The steps in order, as on the command line: prune-ff=0.5, quantize=int8."""
     n: int
     """Number of valid rows."""
+    healed_by: tuple[HealFrom | None, ...] = ()
+    """What each step's healing learned from; None: it had none. Empty in records of earlier
+    versions, whose steps healed from rows."""
     original: Measurement
     compressed: Measurement
     agreement: float
@@ -350,10 +378,28 @@ class Compressed(ResultRecord):
     """Whether the loss is within ``max_drop``."""
     seconds: float
     """Duration of the last step, with its healing."""
+    layers: dict[str, list[int]] = {}
+    """By stack, the original's layers that are left, from 1. Empty: no step dropped layers."""
+    dropped_layers: dict[str, list[int]] = {}
+    """By stack, the original's layers that the last step dropped."""
+    layer_scores: dict[str, dict[int, float]] = {}
+    """By stack, the importance of each of the original's layers that the last step could drop; the
+    least important were dropped."""
+    layers_by: str | None = None
+    """What that importance is: influence, loss, or position, which has no scores."""
+    rounds: int = 1
+    """In how many parts the last step removed its share."""
 
     @property
     def name(self) -> str:
-        return "+".join(self.chain)
+        return chain_name(self.chain, self.healed_by)
+
+    @property
+    def healer(self) -> HealFrom | None:
+        """What the last step's healing learned from; None: it had none."""
+        if self.healed_by:
+            return self.healed_by[-1]
+        return "rows" if self.healing_steps else None
 
     @property
     def recovered(self) -> float | None:

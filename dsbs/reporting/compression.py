@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dsbs.formatting import (
     ABSENT,
@@ -11,6 +12,7 @@ from dsbs.formatting import (
     milliseconds_number,
     percent_number,
     points_number,
+    sentence_list,
 )
 from dsbs.records.results import BATCH_SIZES, Compressed, Measurement, wilson
 from dsbs.reporting.runs import EvaluatedRun, prefixed
@@ -18,6 +20,7 @@ from dsbs.reporting.tables import Column, RowGroup, Table, TableRow, optional
 
 POOR_HEALING = 0.5  # healing that recovers a smaller share of the loss is pointed out
 UNCHANGED = "as trained"
+HEALERS = {"original": "original", "rows": "rows", "both": "rows and original", None: ABSENT}
 
 
 def by_original(records: Sequence[Compressed]) -> list[list[Compressed]]:
@@ -58,19 +61,29 @@ def _columns(records: Sequence[Compressed]) -> list[Column]:
             f"ms, batch\u00a0{size}": f"median time of a call on {', '.join(devices)}; {ratio}"
             for size in BATCH_SIZES
         },
-        "recovered": "share of the lost accuracy that retraining after the last step regained",
+        "healed by": "what the training after the last step learned from",
+        "recovered": "share of the lost accuracy that this training regained",
         "result": f"rejected if it lost more than {allowed} points (--max-drop)",
     }
     return [Column(heading, lambda _: None, note=note) for heading, note in notes.items()]
 
 
 def _groups(run: EvaluatedRun, runs: Sequence[EvaluatedRun]) -> list[RowGroup]:
-    """A group for each original, its chains from the largest file size to the smallest."""
+    """A group for each original, its chains from the largest file size to the smallest.
+
+    The students of one chain, healed in different ways, follow one another.
+    """
     groups = []
     originals = by_original(run.compressed)
     students = [records[0].student for records in originals]
     for records in originals:
-        ordered = sorted(records, key=lambda record: -record.compressed.megabytes)
+        largest: dict[tuple[str, ...], float] = {}
+        for record in records:
+            size = record.compressed.megabytes
+            largest[record.chain] = max(largest.get(record.chain, 0.0), size)
+        ordered = sorted(
+            records, key=lambda record: (-largest[record.chain], record.chain, record.name)
+        )
         title = ordered[0].student
         if students.count(title) > 1:
             title += f" on {count(ordered[0].n, 'row')}"
@@ -90,6 +103,7 @@ def _original_row(record: Compressed) -> TableRow:
         *(_time_cell(original, size) for size in BATCH_SIZES),
         ABSENT,
         ABSENT,
+        ABSENT,
     ]
     return TableRow(UNCHANGED, cells, strong=True)
 
@@ -107,7 +121,8 @@ def _row(record: Compressed) -> TableRow:
     for size in BATCH_SIZES:
         ratio = _ratio(original.median_ms(size), compressed.median_ms(size))
         cells.append(_time_cell(compressed, size) + ratio)
-    cells += [_healing_cell(record), "accepted" if record.accepted else "rejected"]
+    outcome = "accepted" if record.accepted else "rejected"
+    cells += [HEALERS[record.healer], _healing_cell(record), outcome]
     return TableRow(record.name, cells)
 
 
@@ -159,6 +174,33 @@ def healing_sentences(runs: Sequence[EvaluatedRun]) -> list[str]:
             sentence = (
                 f"{record.student}, {record.name}: "
                 f"{count(record.healing_steps, 'step')} of healing {effect}."
+            )
+            sentences.append(prefixed(sentence, run, runs))
+    return sentences
+
+
+def healer_sentences(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """A sentence for each chain that was healed in several ways: how much each of them recovered.
+
+    Only last steps that started from the same student and healed equally long are compared.
+    """
+    sentences = []
+    for run in runs:
+        groups: dict[tuple[Any, ...], list[Compressed]] = {}
+        for record in run.compressed:
+            start = (record.student, record.n, record.chain, record.healed_by[:-1])
+            groups.setdefault((*start, record.healing_steps), []).append(record)
+        for (student, rows, chain, _, steps), records in groups.items():
+            shares = [
+                f"{100 * record.recovered:.0f}% ({HEALERS[record.healer]})"
+                for record in records
+                if record.recovered is not None
+            ]
+            if len(shares) < 2:
+                continue
+            sentence = (
+                f"{student}, {'+'.join(chain)}: of the accuracy lost on {count(rows, 'row')}, "
+                f"{count(steps, 'step')} of healing recovered {sentence_list(shares)}."
             )
             sentences.append(prefixed(sentence, run, runs))
     return sentences

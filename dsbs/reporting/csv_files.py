@@ -242,6 +242,7 @@ def _compressed_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
                     "agreement": record.agreement,
                     "accuracy_before_healing": record.before_healing,
                     "healing_steps": record.healing_steps,
+                    "healed_by": record.healer,
                     "healing_recovered": record.recovered,
                     "max_drop": record.max_drop,
                     "accepted": record.accepted,

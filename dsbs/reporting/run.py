@@ -35,6 +35,7 @@ from dsbs.reporting.card import write_cards
 from dsbs.reporting.comparisons import comparison_table, floor_definitions, floor_table
 from dsbs.reporting.compression import (
     compression_table,
+    healer_sentences,
     healing_sentences,
     outdated_sentences,
 )
@@ -179,7 +180,7 @@ def _render(
         selective=selective_table(runs),
         cascades=cascade_table(runs),
         compressed=compression_table(runs),
-        healing=healing_sentences(runs) + outdated_sentences(runs),
+        healing=healing_sentences(runs) + healer_sentences(runs) + outdated_sentences(runs),
         figures=[drawing for drawing in drawings if _section(drawing[0]) == "curves"],
         frontiers=[drawing for drawing in drawings if _section(drawing[0]) == "compressed"],
         confidence=[drawing for drawing in drawings if _section(drawing[0]) == "confidence"],

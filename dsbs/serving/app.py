@@ -11,49 +11,48 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import h11
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsbs.serving.batching import Batcher
+from dsbs.serving.cascade import Cascade, Routed
 from dsbs.serving.chat_completions import (
     ChatForm,
     CompletionForm,
+    PredictForm,
     chat_response,
     completions_response,
 )
 from dsbs.serving.middleware import CONTENT_TYPE, App, BodyReader, Metrics, Middleware, Receive
-from dsbs.serving.model import Completion, GenerationOptions, Item, Model, Outcome
+from dsbs.serving.model import GenerationOptions, Item, Model, Outcome
+from dsbs.serving.openapi import PAGES, add_documentation, described
 from dsbs.serving.settings import ApiError, Settings, client_gone, stopping
 
-OPEN_PATHS = frozenset({"/health"})  # health checks seldom have the token
+# Health checks seldom have the token, and a browser that shows the documentation cannot send it.
+OPEN_PATHS = frozenset({"/health", *PAGES})
 
 
 # Rows, their options, texts that end an answer, and how many log-probabilities (None: none).
 _ParsedCompletion = tuple[list[Item], GenerationOptions, list[str], int | None]
 
 
-class PredictForm(BaseModel, frozen=True, extra="forbid"):
-    """The body of ``POST /predict``."""
-
-    inputs: list[Any]  # texts, or rows of fields
-    rationale: bool = False
-    max_label_tokens: int | None = Field(None, ge=1)  # None: 64
-    distribution: bool = False  # label heads always give it
-
-
 class Service:
-    """State that the routes share: the student, its queue and metrics, and the shutdown flag."""
+    """State that the routes share: the student, its queue and metrics, and the shutdown flag.
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    ``cascade``: the teacher behind the student. None: there is none.
+    """
+
+    def __init__(self, model: Model, settings: Settings, cascade: Cascade | None = None) -> None:
         self.model = model
+        self.cascade = cascade
         self.settings = settings
         self.metrics = Metrics()
         self.body_reader = BodyReader(settings)
@@ -72,25 +71,25 @@ class Service:
     async def predict(self, request: Request) -> Response:
         async with self._body(request) as body:
             items, options = self._parse_predict(body)
-            outcomes = await self._outcomes(items, options, request.receive)
+            answers = await self._answers(items, options, request.receive)
         is_causal = self.model.student.card.reasons_first
         predictions = [
-            _prediction(outcome, with_rationale=options.rationale, is_causal=is_causal)
-            for outcome in outcomes
+            _prediction(answer, with_rationale=options.rationale, is_causal=is_causal)
+            for answer in answers
         ]
         return JSONResponse({"predictions": predictions, "student": self.model.name})
 
     async def completions(self, request: Request) -> Response:
         async with self._body(request) as body:
             items, options, stops, top = self._parse_completions(body)
-            completions = await self._completions(items, options, request.receive)
-        return JSONResponse(completions_response(self.model.name, completions, stops, top))
+            answers = await self._answers(items, options, request.receive)
+        return JSONResponse(completions_response(self.model.name, answers, stops, top))
 
     async def chat(self, request: Request) -> Response:
         async with self._body(request) as body:
             items, options, stops, top = self._parse_chat(body)
-            completions = await self._completions(items, options, request.receive)
-        return JSONResponse(chat_response(self.model.name, completions[0], stops, top))
+            answers = await self._answers(items, options, request.receive)
+        return JSONResponse(chat_response(self.model.name, answers[0], stops, top))
 
     async def models(self) -> Response:
         model = {
@@ -104,7 +103,10 @@ class Service:
     async def health(self) -> Response:
         if self.is_stopping:
             raise stopping()
-        return JSONResponse({"status": "ready", "student": self.model.name})
+        health = {"status": "ready", "student": self.model.name}
+        if self.cascade is not None:
+            health |= self.cascade.health()
+        return JSONResponse(health)
 
     async def metrics_page(self) -> Response:
         page = self.metrics.page(
@@ -112,6 +114,8 @@ class Service:
             body_bytes=self.body_reader.bytes_in_flight,
             ready=not self.is_stopping,
         )
+        if self.cascade is not None:
+            page += "\n".join(self.cascade.metric_lines()) + "\n"
         return Response(page, headers={"content-type": CONTENT_TYPE})
 
     def _body(self, request: Request) -> AbstractAsyncContextManager[bytes]:
@@ -166,17 +170,11 @@ class Service:
 
     # --- answers
 
-    async def _completions(
+    async def _answers(
         self, items: list[Item], options: GenerationOptions, receive: Receive
-    ) -> list[Completion]:
-        outcomes = await self._outcomes(items, options, receive)
-        return [outcome.completion for outcome in outcomes if outcome.completion is not None]
-
-    async def _outcomes(
-        self, items: list[Item], options: GenerationOptions, receive: Receive
-    ) -> list[Outcome]:
-        """The model's answers. Raises ApiError: 429, 500, or 499 where the client leaves first."""
-        answers = asyncio.create_task(self.batcher.ask(items, options))
+    ) -> list[Routed]:
+        """The answers. Raises ApiError: 429, 500, 502, or 499 where the client leaves first."""
+        answers = asyncio.create_task(self._routed(items, options))
         disconnect = asyncio.create_task(_wait_for_disconnect(receive))
         try:
             await asyncio.wait({answers, disconnect}, return_when=asyncio.FIRST_COMPLETED)
@@ -187,6 +185,21 @@ class Service:
             answers.cancel()
             disconnect.cancel()
 
+    async def _routed(self, items: list[Item], options: GenerationOptions) -> list[Routed]:
+        outcomes = await self.batcher.ask(items, options)
+        if self.cascade is None:
+            return [Routed(outcome, cascade=False) for outcome in outcomes]
+        routed = await self.cascade.route(items, outcomes)
+        by_teacher = [index for index, answer in enumerate(routed) if answer.source == "teacher"]
+        if options.completes and by_teacher:
+            # The tokens of the teacher's texts are counted in the model's thread.
+            items = [replace(items[i], answer=routed[i].outcome.answer) for i in by_teacher]
+            texts = await self.batcher.ask(items, replace(options, predicts=False))
+            for i, text in zip(by_teacher, texts, strict=True):
+                outcome = replace(routed[i].outcome, completion=text.completion)
+                routed[i] = replace(routed[i], outcome=outcome)
+        return routed
+
 
 async def _wait_for_disconnect(receive: Receive) -> None:
     """Return once the client goes away; its body has been read already."""
@@ -194,8 +207,8 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-def _prediction(outcome: Outcome, *, with_rationale: bool, is_causal: bool) -> dict[str, Any]:
-    answer = outcome.answer
+def _prediction(routed: Routed, *, with_rationale: bool, is_causal: bool) -> dict[str, Any]:
+    answer = routed.outcome.answer
     prediction: dict[str, Any] = {
         "label": answer.label,
         "raw": answer.raw,
@@ -205,8 +218,10 @@ def _prediction(outcome: Outcome, *, with_rationale: bool, is_causal: bool) -> d
     if answer.distribution is not None:
         prediction["distribution"] = answer.distribution
     if with_rationale:
-        prediction |= {"rationale": answer.rationale, "rationale_is_causal": is_causal}
-    return prediction
+        by_student = routed.source == "student"
+        prediction["rationale"] = answer.rationale
+        prediction["rationale_is_causal"] = is_causal if by_student else None
+    return prediction | routed.fields()
 
 
 def make_app(service: Service, token: str | None, *, local: bool) -> App:
@@ -215,12 +230,18 @@ def make_app(service: Service, token: str | None, *, local: bool) -> App:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.batcher.start()
+        if service.cascade is not None:
+            service.cascade.start()
         yield
+        if service.cascade is not None:
+            await service.cascade.close()
         service.batcher.close()
 
-    # No documentation pages: FastAPI's load their scripts from other hosts.
     app = FastAPI(
-        lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+        title=f"dsbs serve: {service.model.name}",
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     routes: dict[str, tuple[str, Callable[..., Awaitable[Response]]]] = {
         "/predict": ("POST", service.predict),
@@ -231,7 +252,8 @@ def make_app(service: Service, token: str | None, *, local: bool) -> App:
         "/metrics": ("GET", service.metrics_page),
     }
     for path, (method, endpoint) in routes.items():
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+        app.add_api_route(path, endpoint, methods=[method], response_model=None, **described(path))
+    add_documentation(app, has_token=token is not None)
 
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> Response:
@@ -239,11 +261,11 @@ def make_app(service: Service, token: str | None, *, local: bool) -> App:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        if request.url.path in routes:
+        if request.url.path in routes or request.url.path in PAGES:
             message = f"{request.method} is not allowed on this path"
             code = "wrong_method"
         else:
-            message = f"no such path; the paths are {', '.join(routes)}"
+            message = f"no such path; the paths are {', '.join([*routes, *PAGES])}"
             code = "no_such_path"
         return await refuse(
             request, ApiError(error.status_code, message, code, error.headers or {})
@@ -256,7 +278,7 @@ def make_app(service: Service, token: str | None, *, local: bool) -> App:
         service.metrics,
         token=token,
         local=local,
-        paths=frozenset(routes),
+        paths=frozenset(routes) | PAGES,
         open_paths=OPEN_PATHS,
     )
 

@@ -15,10 +15,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from dsbs.serving.cascade import Routed
 from dsbs.serving.model import Completion
 from dsbs.serving.settings import ApiError
 
 _SMALLEST = 1e-30  # a probability of 0 has no finite logarithm, which JSON cannot hold
+
+
+class PredictForm(BaseModel, frozen=True, extra="forbid"):
+    """The body of ``POST /predict``."""
+
+    inputs: list[Any]  # texts, or rows of fields
+    rationale: bool = False
+    max_label_tokens: int | None = Field(None, ge=1)  # None: 64
+    distribution: bool = False  # label heads always give it
 
 
 class _Form(BaseModel, frozen=True, extra="ignore"):
@@ -162,35 +172,45 @@ def _unsupported(option: str, advice: str) -> ApiError:
 
 
 def completions_response(
-    student: str, completions: Sequence[Completion], stops: Sequence[str], top: int | None = None
+    student: str, answers: Sequence[Routed], stops: Sequence[str], top: int | None = None
 ) -> dict[str, Any]:
     """The response body of a completion; texts end before the first of ``stops``.
 
     ``top``: as the form's. A label counts as one token.
     """
+    completions = [_completion(answer) for answer in answers]
     choices = [
         {
             "index": index,
             **_stopped(completion, stops),
             "logprobs": _completion_logprobs(completion, top),
+            **answer.fields(),
         }
-        for index, completion in enumerate(completions)
+        for index, (answer, completion) in enumerate(zip(answers, completions, strict=True))
     ]
     return _response("cmpl", "text_completion", student, choices, completions)
 
 
 def chat_response(
-    student: str, completion: Completion, stops: Sequence[str], top: int | None = None
+    student: str, answer: Routed, stops: Sequence[str], top: int | None = None
 ) -> dict[str, Any]:
     """The response body of a chat completion. ``top``: as the form's."""
+    completion = _completion(answer)
     stopped = _stopped(completion, stops)
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": stopped["text"], "refusal": None},
         "finish_reason": stopped["finish_reason"],
         "logprobs": _chat_logprobs(completion, top),
+        **answer.fields(),
     }
     return _response("chatcmpl", "chat.completion", student, [choice], [completion])
+
+
+def _completion(answer: Routed) -> Completion:
+    completion = answer.outcome.completion
+    assert completion is not None  # the options of these routes ask for one
+    return completion
 
 
 def _likeliest(distribution: dict[str, float]) -> list[tuple[str, float]]:

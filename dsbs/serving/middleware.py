@@ -248,45 +248,45 @@ class Metrics:
         return "\n".join(self._lines(queued_rows, body_bytes, ready)) + "\n"
 
     def _lines(self, queued_rows: int, body_bytes: int, ready: bool) -> Iterator[str]:
-        yield from _head(
+        yield from head(
             "dsbs_requests_total",
             "counter",
             "Requests by path and status; 499: the client went away.",
         )
         for (path, status), count in sorted(self._requests.items()):
             yield f'dsbs_requests_total{{path="{path}",status="{status}"}} {count}'
-        yield from _head(
+        yield from head(
             "dsbs_request_seconds",
             "histogram",
             "Seconds from a request's headers to the end of its response.",
         )
         for path, seconds in sorted(self._seconds.items()):
             yield from seconds.lines("dsbs_request_seconds", f'path="{path}"')
-        yield from _head(
+        yield from head(
             "dsbs_batch_rows",
             "histogram",
             "Rows that the model decoded together; the sum counts all rows.",
         )
         yield from self._batches.lines("dsbs_batch_rows")
-        yield from _single(
+        yield from single(
             "dsbs_dropped_rows_total",
             "counter",
             "Rows whose client went away before the model got them.",
             self.dropped_rows,
         )
-        yield from _single("dsbs_queue_rows", "gauge", "Rows that wait for the model.", queued_rows)
-        yield from _single(
+        yield from single("dsbs_queue_rows", "gauge", "Rows that wait for the model.", queued_rows)
+        yield from single(
             "dsbs_body_bytes", "gauge", "Bytes of request bodies in memory.", body_bytes
         )
-        yield from _single("dsbs_ready", "gauge", "1: ready, 0: shutting down.", int(ready))
+        yield from single("dsbs_ready", "gauge", "1: ready, 0: shutting down.", int(ready))
 
 
-def _single(name: str, kind: str, description: str, value: int) -> Iterator[str]:
-    yield from _head(name, kind, description)
+def single(name: str, kind: str, description: str, value: float) -> Iterator[str]:
+    yield from head(name, kind, description)
     yield f"{name} {value}"
 
 
-def _head(name: str, kind: str, description: str) -> tuple[str, str]:
+def head(name: str, kind: str, description: str) -> tuple[str, str]:
     return f"# HELP {name} {description}", f"# TYPE {name} {kind}"
 
 

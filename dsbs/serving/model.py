@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from dsbs.errors import UserError
 from dsbs.serving.middleware import MAX_ROW_VALUES, count_values
 from dsbs.serving.settings import DEFAULT_ANCHOR, DEFAULT_LABEL_TOKENS, ApiError, Settings
+from dsbs.students.calibration import Threshold
 from dsbs.students.student import Answer, Student
 from dsbs.students.tokenizer import token_ids_of
 
@@ -23,6 +25,7 @@ class Item:
 
     value: str | Mapping[str, Any]  # a text, or a row of the task's own fields
     max_tokens: int | None = None  # of its completion; None: no limit
+    answer: Answer | None = None  # of a teacher, that only lacks its completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class GenerationOptions:
     rationale: bool
     label_tokens: int
     completes: bool = False  # whether to build completions
+    predicts: bool = True  # False: the items have their answers
     score_labels: bool = False  # of a student that writes its label: every label's probability
 
 
@@ -50,13 +54,29 @@ class Completion:
 class Outcome:
     answer: Answer
     completion: Completion | None  # None: the options ask for none
+    confidence: float | None = None  # None: unknown, or there is no threshold
+    is_novel: bool = False  # whether the input is unlike the validation rows
 
 
 class Model:
-    """A student with the server's settings. Raises UserError where it cannot reply as they say."""
+    """A student with the server's settings. Raises UserError where it cannot reply as they say.
 
-    def __init__(self, student: Student, settings: Settings) -> None:
+    ``threshold`` is that of a cascade; None: the student answers everything. ``finds_novel``: it
+    measures how far inputs are from the validation rows, if it can.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        settings: Settings,
+        threshold: Threshold | None = None,
+        *,
+        finds_novel: bool = False,
+    ) -> None:
         self.student = student
+        novelty = student.measure_novelty() if finds_novel else None
+        self._distance_limit = None if novelty is None else novelty.limit
+        self.threshold = threshold
         self.name = student.card.name
         self._replies_with_rationale = settings.reply == "step-by-step"
         if self._replies_with_rationale and not student.card.explains:
@@ -75,7 +95,20 @@ class Model:
     def has_distribution(self) -> bool:
         """Whether a completion is a label alone, and every label can have a probability."""
         is_label = not self._replies_with_rationale and not self._anchor
-        return is_label and self.student.has_distribution
+        return is_label and self._can_distribute
+
+    @property
+    def _can_distribute(self) -> bool:
+        """Whether every label can have a probability.
+
+        Scoring labels changes the confidence of a student that writes its label, so that a cascade
+        does what its threshold was chosen with.
+        """
+        threshold = self.threshold
+        is_text = self.student.card.head == "text"
+        if threshold is not None and is_text and not threshold.scores_labels:
+            return False
+        return self.student.has_distribution
 
     def predict_options(
         self, *, rationale: bool, max_label_tokens: int | None, distribution: bool = False
@@ -85,7 +118,7 @@ class Model:
         """
         if rationale and not self.student.card.explains:
             raise ApiError(400, f"{self.name} was trained without rationales", "no_rationales")
-        if distribution and not self.student.has_distribution:
+        if distribution and not self._can_distribute:
             raise ApiError(
                 400, f"{self.name} has no probability for every label", "no_distribution"
             )
@@ -115,7 +148,7 @@ class Model:
         if isinstance(value, str):
             if not value.strip():
                 raise ApiError(400, f"{field} is empty", "invalid_row")
-            return value
+            return value if self.threshold is None else self._fields_of_text(value, field)
         if not isinstance(value, dict):
             raise ApiError(400, f"{field} is neither a text nor a row of fields", "invalid_row")
         try:
@@ -129,6 +162,17 @@ class Model:
             ) from None
         self._check_length(text, field)
         return fields
+
+    def _fields_of_text(self, text: str, field: str) -> Mapping[str, Any]:
+        """The row with this text, which a teacher's prompt needs. Raises ApiError (400)."""
+        task = self.student.task
+        with contextlib.suppress(UserError):
+            fields = task.fields({task.section.columns.get("text", "text"): text}, field)
+            if task.text(fields).split() == text.split():
+                return fields
+        row = _parse_row(text, f"{field}: the teacher needs the fields of a {task.name} row")
+        parsed: Mapping[str, Any] = self._read(row, field)  # type: ignore[assignment]
+        return parsed
 
     def _check_length(self, text: str, field: str) -> None:
         """Raises ApiError (413)."""
@@ -152,20 +196,35 @@ class Model:
 
     def answer(self, items: Sequence[Item], options: GenerationOptions) -> list[Outcome]:
         """One batch. Only this thread uses the tokenizer, which is not safe for two."""
-        answers = self.student.predict(
+        answers = [item.answer for item in items if item.answer is not None]
+        if options.predicts:
+            answers = self._predict(items, options)
+        outcomes = []
+        for item, answer in zip(items, answers, strict=True):
+            completion = self._completion(item, answer) if options.completes else None
+            confidence = self._confidence(item, answer)
+            limit = self._distance_limit
+            is_novel = limit is not None and (answer.distance or 0.0) > limit
+            outcomes.append(Outcome(answer, completion, confidence, is_novel))
+        return outcomes
+
+    def _predict(self, items: Sequence[Item], options: GenerationOptions) -> list[Answer]:
+        threshold = self.threshold
+        return self.student.predict(
             [item.value for item in items],
-            rationale=options.rationale,
+            rationale=options.rationale
+            or (threshold is not None and threshold.confidence == "views"),
             batch_size=len(items),
             max_label_tokens=options.label_tokens,
             canonical=True,
-            score_labels=options.score_labels,
+            score_labels=options.score_labels
+            or (threshold is not None and threshold.scores_labels),
         )
-        if not options.completes:
-            return [Outcome(answer, None) for answer in answers]
-        return [
-            Outcome(answer, self._completion(item, answer))
-            for item, answer in zip(items, answers, strict=True)
-        ]
+
+    def _confidence(self, item: Item, answer: Answer) -> float | None:
+        if self.threshold is None or isinstance(item.value, str):
+            return None
+        return self.student.confidence(answer, item.value, self.threshold.confidence)
 
     def _completion(self, item: Item, answer: Answer) -> Completion:
         tokenizer = self.student.backend.tokenizer

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsbs.errors import UserError, needs_extra
+from dsbs.serving.cascade import Cascade
 from dsbs.serving.model import Model
 from dsbs.serving.settings import Settings
 from dsbs.students.student import Student
@@ -36,13 +37,15 @@ def serve(
     port: int = 8000,
     token_env: str | None = None,
     threads: int | None = None,
+    cascade: Cascade | None = None,
 ) -> None:
     """Serve the student in ``path`` until SIGTERM or SIGINT.
 
     ``on_ready`` is called once the server accepts requests. ``port`` 0 takes a free one.
     ``token_env`` names the environment variable that holds the token. ``threads`` is the number of
-    threads of the model; None: OMP_NUM_THREADS, or one per core. Raises UserError, and
-    KeyboardInterrupt after a SIGINT.
+    threads of the model; None: OMP_NUM_THREADS, or one per core. ``cascade`` has the teacher of
+    the rows that the student is not sure of. Raises UserError, and KeyboardInterrupt after a
+    SIGINT.
     """
     with needs_extra("serve", "dsbs serve"):
         from dsbs.serving.app import HttpServer, Service, make_app
@@ -53,7 +56,9 @@ def serve(
             os.environ["OMP_NUM_THREADS"] = str(threads)  # every runtime reads it when loaded
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(threads)
-        model = Model(Student.load(path), settings)
+        threshold = None if cascade is None else cascade.threshold
+        finds_novel = cascade is not None and cascade.settings.asks_novel
+        model = Model(Student.load(path), settings, threshold, finds_novel=finds_novel)
         model.warm_up()
         address, bound_port = listener.getsockname()[:2]
         url_host = f"[{address}]" if ":" in address else address
@@ -64,7 +69,7 @@ def serve(
             pid=os.getpid(),
             is_exposed=token is None and not is_loopback,
         )
-        service = Service(model, settings)
+        service = Service(model, settings, cascade)
         # Malformed requests are the clients' errors; uvicorn would log each as a warning.
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         app = make_app(service, token, local=token is None and is_loopback)

@@ -82,16 +82,20 @@ class LabelHeadModel(nn.Module):
         output = self._read(input_ids, attention_mask, output_hidden_states=True)
         return [*output.hidden_states[1:-1], output[0]]
 
-    def _read(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
-        reader = self.body
+    @property
+    def reader(self) -> Any:
+        """The part of the body that computes the states: a label needs no other part of it."""
         if self.architecture == "seq2seq":
-            reader = reader.get_encoder()
-        elif self.architecture == "causal":
-            reader = reader.get_decoder()
+            return self.body.get_encoder()
+        if self.architecture == "causal":
+            return self.body.get_decoder()
+        return self.body
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
         segments = self.segments(input_ids)
         if segments is not None:
             options["token_type_ids"] = segments
-        return reader(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return self.reader(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def segments(self, input_ids: Tensor) -> Tensor | None:
         """input_ids (B, S) -> (B, S): 0 up to the first separator, then 1; None: not used."""
@@ -103,13 +107,16 @@ class LabelHeadModel(nn.Module):
 
     def label_logits(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """states (B, S, D), attention_mask (B, S) -> (B, L)."""
+        return self.classify(self.pool(states, attention_mask))
+
+    def pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """states (B, S, D), attention_mask (B, S) -> (B, D)."""
         if self.architecture == "causal":
             last = attention_mask.sum(1) - 1
-            pooled = states[torch.arange(len(states), device=states.device), last]
-        else:
-            mask = attention_mask[..., None].to(states.dtype)
-            pooled = (states * mask).sum(1) / mask.sum(1)
-        return self.classify(pooled)
+            return states[torch.arange(len(states), device=states.device), last]
+        mask = attention_mask[..., None].to(states.dtype)
+        pooled: Tensor = (states * mask).sum(1) / mask.sum(1)
+        return pooled
 
     def classify(self, pooled: Tensor) -> Tensor:
         """pooled states (B, D) -> (B, L)."""
@@ -310,7 +317,7 @@ def load_body(source: str, dropout: float | None = None) -> Any:
     if dropout is not None:
         changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     try:
-        model_class = low_rank_class(expand_local(source)) or AutoModel
+        model_class = low_rank_class(expand_local(source), writes=False) or AutoModel
         return model_class.from_pretrained(
             **pretrained_arguments(source), dtype=torch.float32, **changes
         )

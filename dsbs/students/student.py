@@ -22,10 +22,13 @@ from dsbs.students.backends import (
 from dsbs.students.calibration import (
     Calibration,
     ConfidenceKind,
+    Novelty,
     confidence_of,
     rationale_agreement,
     read_calibration,
+    read_novelty,
     tempered,
+    write_novelty,
     write_record,
 )
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
@@ -58,6 +61,8 @@ class Answer:
     distribution: dict[str, float] | None = None
     """The calibrated probability of each label, in [0, 1]; None: the label was written as text, and
     no label was scored."""
+    distance: float | None = None
+    """Of the input from the validation rows (`Novelty`), where a server asks for it."""
 
 
 class Student:
@@ -69,6 +74,7 @@ class Student:
         self.backend = backend
         self.card = card
         self.calibration = calibration
+        self.novelty: Novelty | None = None
         self.task = make_task(card.task)
 
     @classmethod
@@ -92,19 +98,32 @@ class Student:
                     hint=f"restore the {CARD} that was saved with this model, or train the "
                     "student again",
                 )
-        return cls(load_backend(Path(path), card), card, read_calibration(path))
+        student = cls(load_backend(Path(path), card), card, read_calibration(path))
+        student.novelty = read_novelty(Path(path))
+        return student
 
     def save(self, folder: Path) -> None:
-        """Write model, tokenizer, card and calibration."""
+        """Write model, tokenizer, card, calibration and novelty."""
         self.backend.save(folder)
         write_json(folder / CARD, self.card.model_dump(mode="json"))
         if self.calibration is not None:
             write_record(folder, self.calibration)
+        if self.novelty is not None:
+            write_novelty(folder, self.novelty)
 
     @property
     def temperature(self) -> float:
         """The divisor of the logits in distributions over the labels; 1: not calibrated."""
         return 1.0 if self.calibration is None else self.calibration.temperature
+
+    def measure_novelty(self) -> Novelty | None:
+        """Give each answer of `predict` its distance from here on. None: it has none."""
+        from dsbs.students.backends.label_head import LabelHeadBackend
+
+        if self.novelty is None or not isinstance(self.backend, LabelHeadBackend):
+            return None
+        self.backend.novelty = self.novelty
+        return self.novelty
 
     def predict(
         self,
@@ -294,6 +313,7 @@ class Student:
             rationale_truncated=rationale_truncated,
             latency_ms=generated.latency_ms,
             distribution=distribution,
+            distance=generated.distance,
         )
 
     def generate(

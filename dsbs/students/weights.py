@@ -113,8 +113,10 @@ def load_model(source: str, dropout: float | None = None, *, labels: int = 0) ->
         model_class: Any = AutoModelForCausalLM
         dropout_key = "attention_dropout"
         if is_seq2seq:
-            model_class = low_rank_class(expand_local(source)) or AutoModelForSeq2SeqLM
+            model_class = AutoModelForSeq2SeqLM
             dropout_key = "dropout_rate"
+        if not from_gguf:
+            model_class = low_rank_class(expand_local(source), writes=True) or model_class
         changes: dict[str, Any] = {} if dropout is None else {dropout_key: dropout}
         if is_seq2seq and config.model_type.startswith("t5gemma"):
             # PyTorch's own attention leaves out the soft cap of the scores, and gives NaN where a
@@ -184,9 +186,9 @@ def pretrained_arguments(source: str) -> dict[str, Any]:
     }
 
 
-def low_rank_class(folder: str) -> Any:
-    """The class of a T5 or an encoder that `dsbs compress` has given low-rank matrices or fewer
-    heads (see ``low_rank``); None for any other model.
+def low_rank_class(folder: str, *, writes: bool) -> Any:
+    """The class of a model that `dsbs compress` has given low-rank matrices or fewer heads (see
+    ``low_rank``); None for any other model. ``writes``: a T5 or a decoder, not an encoder.
     """
     if not (Path(folder) / "config.json").is_file():
         return None
@@ -195,6 +197,7 @@ def low_rank_class(folder: str) -> Any:
     if not is_changed(folder):
         return None
     from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_MAPPING,
         AutoConfig,
         MT5ForConditionalGeneration,
@@ -203,8 +206,8 @@ def low_rank_class(folder: str) -> Any:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not config.is_encoder_decoder:
-        encoder_class: Any = MODEL_MAPPING[type(config)]
-        return with_low_rank(encoder_class)
+        mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING if writes else MODEL_MAPPING
+        return with_low_rank(mapping[type(config)])
     if config.model_type == "mt5":
         return with_low_rank(MT5ForConditionalGeneration)
     return with_low_rank(T5ForConditionalGeneration)

@@ -51,6 +51,8 @@ def stream(recipe: Recipe, task: Task, split: str) -> Iterator[Example]:
         rows = (row for row in rows if _side(row, "test") < data.test_fraction)
     if split == "valid" and data.valid is None:
         rows = (row for row in rows if is_held_out(recipe, row))
+    if split == "train" and data.served is not None:
+        rows = itertools.chain(rows, _examples(recipe, task, data.served, split))
     return itertools.islice(rows, recipe.task.limit)
 
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.students.weights import device
 
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # PyTorch has no class for these errors.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "MPS backend out of memory")
 
@@ -65,6 +68,21 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(message in str(error) for message in _OUT_OF_MEMORY)
+
+
+def device_memory() -> int:
+    """The bytes of memory of the device that models train on; a container's limit counts."""
+    import psutil
+    import torch
+
+    if device() == "cuda":
+        return int(torch.cuda.mem_get_info()[1])
+    if device() == "mps":
+        return int(torch.mps.recommended_max_memory())
+    total = int(psutil.virtual_memory().total)
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        total = min(total, int(_CGROUP_LIMIT.read_text(encoding="utf-8")))
+    return total
 
 
 def free_memory() -> None:

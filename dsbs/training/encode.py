@@ -377,3 +377,27 @@ def pad(packed: PackedBatch, pad_id: int, start: int) -> dict[str, Any]:
         "decoder_input_ids": shifted,
         "labels": labels,
     }
+
+
+def pad_prompts(packed: PackedBatch, pad_id: int) -> dict[str, Any]:
+    """The padded tensors that a decoder takes: prompt and target in one row.
+
+    ``input_ids`` and ``attention_mask`` (B, S), ``labels`` (B, S), at each position the token that
+    follows it; IGNORED within the prompt.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids: list[Tensor] = []
+    labels: list[Tensor] = []
+    sources = torch.split(packed.source, packed.source_lengths.tolist())
+    targets = torch.split(packed.target, packed.target_lengths.tolist())
+    for source, target in zip(sources, targets, strict=True):
+        ids.append(torch.cat([source, target[:-1]]))
+        prompt = torch.full_like(source[:-1], IGNORED)
+        labels.append(torch.cat([prompt, target]))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }

@@ -66,6 +66,8 @@ class StudentSpec:
     """The name of its section in the recipe. None: it is the only one."""
     keep_zeros: bool = False
     """Whether weights that are zero at the start stay zero, as magnitude pruning needs it."""
+    without_targets: tuple[str, ...] = ()
+    """Views whose own loss does not count: terms alone train them."""
 
     @property
     def identity(self) -> dict[str, Any]:

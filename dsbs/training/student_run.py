@@ -37,6 +37,7 @@ from dsbs.training.training_set import TrainingSet
 from dsbs.training.validation import (
     calibrated,
     max_new_tokens,
+    novelty_of,
     validate,
     validation_interval,
 )
@@ -251,6 +252,7 @@ class StudentRun:
             data_collator=terms.collate if terms else collate,
             views=self.training_set.views,
             terms=terms,
+            without_targets=self.spec.without_targets,
             section=section,
             class_weights=self.training_set.class_weights,
             scores_choices=self.training_set.scores_choices,
@@ -393,6 +395,7 @@ class StudentRun:
         model = self._load_checkpoint(self.folder.checkpoints / f"checkpoint-{best}")
         student = Student.of(model, self.tokenizer, student.card)
         student.calibration = self._calibration(student)
+        student.novelty = novelty_of(student, self.recipe, self.data, self.training_set.views[0])
         student.save(self.folder.path)
         trained = TrainedStudent(
             name=self.spec.name,

@@ -99,7 +99,8 @@ def training_arguments(
 class StepTrainer(Seq2SeqTrainer):
     """Trains on packed batches; ``views`` is the student's method.
 
-    ``terms`` are the loss terms beside the views' (None: none). ``validate`` returns the figures of
+    ``terms`` are the loss terms beside the views' (None: none); the losses of the views in
+    ``without_targets`` are logged and not learned. ``validate`` returns the figures of
     a validation, "accuracy" among them. ``class_weights`` and ``scores_choices`` are a label
     head's (see ``LabelHeadRunner``).
     """
@@ -111,6 +112,7 @@ class StepTrainer(Seq2SeqTrainer):
         section: ResolvedTrainSection,
         validate: Callable[[], dict[str, float]],
         terms: DistillationLoss | None = None,
+        without_targets: Sequence[str] = (),
         class_weights: Sequence[float] = (),
         scores_choices: bool = False,
         **kwargs: Any,
@@ -121,6 +123,7 @@ class StepTrainer(Seq2SeqTrainer):
         self._views = views
         self._section = section
         self._terms = terms
+        self._without_targets = without_targets
         self._validate = validate
         self._counts: dict[str, float] = {}
         names: list[str] = [view.target for view in views if view.supervised]
@@ -271,7 +274,9 @@ class StepTrainer(Seq2SeqTrainer):
         step = {"step": StepTotals(counts, weights)} if self._terms else {}
         losses: dict[str, torch.Tensor] = model(batch=inputs, **step)
         sums = {name: losses[name] for name in inputs}
-        loss = weighted_loss(sums, counts, weights)
+        # 0, but part of the graph, for views that terms alone train
+        learned = {name: sums[name] * (name not in self._without_targets) for name in sums}
+        loss = weighted_loss(learned, counts, weights)
         for term in self._terms.terms if self._terms else ():
             loss = loss + term.weight * losses[term.title]
         # Distributed training averages gradients over processes; the counts are summed over them,

@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from dsbs.config import ResolvedTrainSection, StudentRecipe
 from dsbs.records import Unreadable
-from dsbs.students.calibration import Calibration, calibrate, rationale_agreement
+from dsbs.students.backends.label_head import LabelHeadBackend
+from dsbs.students.calibration import (
+    Calibration,
+    Novelty,
+    calibrate,
+    fit_novelty,
+    rationale_agreement,
+)
 from dsbs.students.formats import split_target, start_token
 from dsbs.students.student import Student
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
@@ -88,6 +97,19 @@ def calibrated(
     if recipe.eval.rationales and "rationale" in student.card.prefixes:
         agreements = _rationale_agreements(student, recipe, data, distributions)
     return calibrate(distributions, classes, data.valid_labels, agreements)
+
+
+def novelty_of(student: Student, recipe: StudentRecipe, data: Data, view: View) -> Novelty | None:
+    """How far inputs may be from the valid rows. None: a row has no pooled states of its own."""
+    backend = student.backend
+    if not isinstance(backend, LabelHeadBackend) or student.card.scores_choices:
+        return None
+    inputs = [view.prefix + row.label_text for row in data.valid]
+    states = [
+        backend.pooled_states(inputs[first : first + recipe.eval.batch_size]).double().cpu().numpy()
+        for first in range(0, len(inputs), recipe.eval.batch_size)
+    ]
+    return fit_novelty(np.concatenate(states))
 
 
 def _rationale_agreements(

@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 
 from dsbs import UserError, compress, load_recipe, train
 from dsbs.compression import WeightStep, read_step
-from dsbs.compression.run import TABLE_HEADINGS
+from dsbs.compression.planning import Options
+from dsbs.compression.run import TABLE_HEADINGS, prepare
+from dsbs.compression.source import find_source
 from dsbs.config import registry
 from dsbs.errors import GateError
+from dsbs.progress import NoProgress
 from dsbs.run_folder import RunFolder
 from dsbs.students.student import Student
 from dsbs.students.weights import load_model
@@ -271,7 +274,14 @@ def test_zeros_stay_zero_while_the_rest_heals_and_in_later_steps_too(run: Path) 
 
 
 def test_healing_brings_back_what_was_lost_by_its_own_learning_rate(run: Path) -> None:
-    (record,) = compress(run / "train" / NAME, ["drop-layers=0.5"], max_drop=1, heal_steps=20).steps
+    (record,) = compress(
+        run / "train" / NAME,
+        ["drop-layers=0.5"],
+        max_drop=1,
+        heal_from="rows",
+        heal_steps=20,
+        layers_by="position",
+    ).steps
     assert record.before_healing is not None
     lost = record.original.accuracy - record.before_healing
     assert lost > 0.2 and record.compressed.accuracy - record.before_healing >= lost / 2
@@ -283,6 +293,71 @@ def test_healing_brings_back_what_was_lost_by_its_own_learning_rate(run: Path) -
     ]
     rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
     assert 0.0006 < max(rates) <= 0.002 / 3
+
+
+@pytest.mark.parametrize("heal_from", ["original", "both"])
+def test_the_original_teaches_its_smaller_copy(run: Path, heal_from: Any) -> None:
+    result = compress(
+        run / "train" / NAME,
+        ["drop-layers=0.5", "prune-ff=0.5"],
+        max_drop=1,
+        heal_from=heal_from,
+        heal_steps=2,
+    )
+    suffix = "" if heal_from == "original" else "@both"
+    names = [f"drop-layers=0.5{suffix}", f"drop-layers=0.5{suffix}+prune-ff=0.5{suffix}"]
+    assert [folder.name for folder in result.folders] == names
+    for record, folder in zip(result.steps, result.folders, strict=True):
+        assert record.healer == heal_from and record.chain[0] == "drop-layers=0.5"
+        assert record.layers.keys() == {"encoder", "decoder"}, "the second step keeps the first's"
+        assert [len(kept) for kept in record.layers.values()] == [2, 1]
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            if "loss" not in row:
+                continue
+            terms = row["response_loss"]
+            terms += 0.5 * (row["encoder-feature_loss"] + row["decoder-feature_loss"])
+            of_targets = row["label_loss"] if heal_from == "both" else 0.0
+            assert row["loss"] == pytest.approx(of_targets + terms, rel=1e-4)
+        assert Student.load(folder).card.method == "finetune"
+        assert not (folder / "layers.json").exists()
+    first, second = result.steps
+    assert first.layers_by == "loss" and second.layers_by is None
+    assert first.dropped_layers.keys() == first.layer_scores.keys() == first.layers.keys()
+    assert sorted(first.layers["encoder"] + first.dropped_layers["encoder"]) == [1, 2, 3, 4]
+    scores = first.layer_scores["encoder"]
+    kept = [scores[layer] for layer in first.layers["encoder"][1:]]
+    assert min(kept) >= max(scores[layer] for layer in first.dropped_layers["encoder"])
+    assert second.dropped_layers == {} and second.layers == first.layers
+
+
+def test_a_model_too_large_to_stand_beside_its_copy_is_healed_by_its_rows(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsbs.compression import healing
+
+    notes: list[str] = []
+
+    class Progress(NoProgress):
+        def say(self, message: str) -> None:
+            notes.append(message)
+
+    monkeypatch.setattr(healing, "device_memory", lambda: 10_000_000)
+    source = find_source(run / "train" / NAME)
+    _, (step,) = prepare(source, ["prune-ff=0.5"], Options(heal_steps=2), Progress())
+    assert step.healing.source == "rows" and step.name == "prune-ff=0.5@rows"
+    needed = source.student.parameters * 20 / 1e9
+    assert f"need about {needed:.1f} GB" in notes[0] and "this machine has 0.0 GB" in notes[0]
+    with pytest.raises(UserError, match="--heal-from both: the original and a copy"):
+        prepare(source, ["prune-ff=0.5"], Options("both", heal_steps=2), Progress())
+    _, (step,) = prepare(source, ["prune-ff=0.5"], Options("both", heal_steps=0), Progress())
+    assert step.healing.source is None and step.name == "prune-ff=0.5"
+
+
+def test_a_choice_that_does_not_exist_is_told(run: Path) -> None:
+    for options in ({"heal_from": "teacher"}, {"layers_by": "size"}, {"rounds": 0}):
+        with pytest.raises(UserError):
+            compress(run / "train" / NAME, ["prune-ff=0.5"], **options)  # type: ignore[arg-type]
 
 
 def test_a_quantized_student_is_the_last_of_its_chain_and_four_times_smaller(run: Path) -> None:

@@ -17,12 +17,12 @@ from dsbs.compression.encoders import (
     gated_heads,
     gated_units,
     keep_encoder_heads,
-    keep_encoder_layers,
     keep_encoder_units,
     shape_of,
 )
+from dsbs.compression.layers import DropLayers, keep_layers
 from dsbs.compression.low_rank import LowRankStep, factorize
-from dsbs.compression.pruning import DropLayers, PruneFeedForward, PruneHeads, importance
+from dsbs.compression.pruning import PruneFeedForward, PruneHeads, importance
 from dsbs.errors import UserError
 from dsbs.students.encoder_shapes import heads_of
 from dsbs.students.student import Student
@@ -39,7 +39,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 class Rows:
     """Stands in for the rows of a run."""
 
-    def batches(self, _model: Any, _tokenizer: Any) -> Any:
+    def batches(self, _model: Any, _tokenizer: Any, _split: str = "train") -> Any:
         yield BATCH
 
     def inputs(self) -> list[str]:
@@ -100,7 +100,7 @@ def test_a_smaller_encoder_computes_what_is_left_and_is_loaded_again(
     if low_rank is not None:  # none of its matrices may be smaller at full energy
         thinner = fewer_units.with_body(low_rank)
         assert torch.allclose(logits(thinner), logits(fewer_units), atol=1e-2)
-    shallow = thinner.with_body(keep_encoder_layers(thinner.body, shape, [0, 3]))
+    shallow = thinner.with_body(keep_layers(thinner.body, {"encoder": [0, 3]}))
     shallow.save_pretrained(tmp_path / "smaller")
     assert torch.allclose(logits(loaded(tmp_path / "smaller")), logits(shallow), atol=1e-5)
 
@@ -177,7 +177,14 @@ def test_a_chain_heals_the_head_and_ends_in_int8(tmp_path: Path) -> None:
         ["prune-heads=0.5", "drop-layers=0.5", "quantize=int8"],
         heal_steps=2,
         max_drop=1.0,
+        layers_by="loss",
     )
+    lines = (result.folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    row = next(row for row in map(json.loads, lines) if "loss" in row)
+    terms = row["response_loss"] + row["encoder-feature_loss"]
+    assert row["loss"] == pytest.approx(terms, rel=1e-4), "healed by the original"
+    dropped = result.steps[1]
+    assert dropped.layers == {"encoder": [1]} and dropped.layer_scores["encoder"].keys() == {1, 2}
     heads, layers, int8 = (Student.load(folder) for folder in result.folders)
     assert heads_of(heads.backend.model.body.config) == 2
     assert len(layers.backend.model.body.encoder.layer) == 1

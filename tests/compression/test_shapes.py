@@ -10,13 +10,11 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from dsbs.compression import attentions, feed_forwards
+from dsbs.compression.layers import evenly_spaced, keep_layers
 from dsbs.compression.low_rank import LowRankStep, factorize, factors
 from dsbs.compression.pruning import (
-    drop_layers,
-    evenly_spaced,
     importance,
     keep_heads,
-    keep_layers,
     keep_units,
     largest,
     most_important_heads,
@@ -113,7 +111,7 @@ def test_of_some_layers_a_model_is_the_whole_one_whose_other_layers_add_nothing(
     make: Any, shape: dict[str, Any]
 ) -> None:
     model = make(**shape)
-    smaller = keep_layers(model, [0, 3], [0, 2])
+    smaller = keep_layers(model, {"encoder": [0, 3], "decoder": [0, 2]})
     for name, module in (*attentions(model), *feed_forwards(model)):
         if name.startswith(("encoder.block.1.", "encoder.block.2.", "decoder.block.1.")):
             silence(
@@ -132,18 +130,12 @@ def test_kept_layers_are_evenly_spaced_from_the_first() -> None:
     ]
 
 
-def test_half_of_three_layers_leaves_one() -> None:
-    config = drop_layers(t5(), 0.5).config
-    assert (config.num_layers, config.num_decoder_layers) == (2, 1)
-
-
 def test_a_pruned_students_folder_is_a_plain_t5s(tmp_path: Path) -> None:
     model = t5()
     smaller = keep_heads(model, {name: torch.tensor([0, 2]) for name, _ in attentions(model)})
     smaller = keep_layers(
         keep_units(smaller, {name: torch.arange(8) for name, _ in feed_forwards(smaller)}),
-        [0, 3],
-        [0, 2],
+        {"encoder": [0, 3], "decoder": [0, 2]},
     )
     smaller.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float64).eval()

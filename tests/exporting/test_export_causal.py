@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import causal_models
@@ -103,7 +104,14 @@ def test_a_float_export_writes_and_scores_as_transformers_does(
 
 @pytest.mark.parametrize(
     ("form", "quantize"),
-    [("ct2", "int8"), ("torch", "int8"), ("gguf", "q8_0"), ("gguf", "float16")],
+    [
+        ("ct2", "int8"),
+        ("torch", "int8"),
+        ("gguf", "q8_0"),
+        ("gguf", "float16"),
+        ("gguf", "q4_0"),
+        ("gguf", "q4_k_m"),
+    ],
 )
 def test_a_quantized_export_is_smaller_and_near(
     tmp_path: Path, make: Make, form: str, quantize: str
@@ -193,6 +201,44 @@ def test_a_gguf_file_holds_the_students_weights_and_its_tokenizer(
     assert other.convert_tokens_to_ids("<|over|>") == other.eos_token_id, (
         "what ends a turn ends its answers"
     )
+
+
+def test_gguf_types_are_those_of_llama_cpps_quantizer() -> None:
+    def types(name: str, width: int, quantize: str, *, tied: bool = True, layers: int = 12) -> str:
+        config = SimpleNamespace(tie_word_embeddings=tied, num_hidden_layers=layers)
+        return str(gguf.tensor_type(name, (8, width), config, quantize).name)
+
+    assert types("blk.0.attn_q.weight", 512, "q4_0") == "Q4_0"
+    assert types("token_embd.weight", 512, "q4_0") == "Q6_K"
+    assert types("token_embd.weight", 512, "q4_0", tied=False) == "Q4_0"
+    assert types("output.weight", 512, "q4_0", tied=False) == "Q6_K"
+    assert types("blk.0.attn_k.weight", 512, "q4_k_m") == "Q4_K"
+    more = [types(f"blk.{i}.ffn_down.weight", 512, "q4_k_m") == "Q6_K" for i in range(12)]
+    assert [i for i, has_more in enumerate(more) if has_more] == [0, 3, 6, 9, 10, 11]
+    # SmolLM2-135M's rows of 576 values are no multiple of 256
+    assert types("blk.1.attn_v.weight", 576, "q4_k_m") == "Q5_0"
+    assert types("token_embd.weight", 576, "q4_k_m") == "Q8_0"
+    assert types("blk.1.attn_q.weight", 40, "q4_k_m") == "F16"
+
+
+def test_gguf_matrices_of_4_and_6_bits_come_from_llama_cpp(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+    from gguf import GGMLQuantizationType, quants
+
+    matrix = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    # the types that the package gguf can quantize, too, prove that the C function is called well
+    monkeypatch.setattr(gguf, "_NARROWER_BLOCKS", dict.fromkeys(("Q4_K", "Q6_K", "Q4_0"), "F16"))
+    of_package = quants.quantize(matrix, GGMLQuantizationType.Q4_0)
+    assert (gguf.quantized(matrix, GGMLQuantizationType.Q4_0) == of_package).all()
+    for name, error in (("Q4_K", 0.1), ("Q6_K", 0.025)):
+        data_type = GGMLQuantizationType[name]
+        restored = quants.dequantize(gguf.quantized(matrix, data_type), data_type)
+        assert float(np.sqrt(((restored - matrix) ** 2).mean())) < error
+    monkeypatch.setattr(gguf, "llama_quantizer", lambda: None)
+    with pytest.raises(UserError, match="q4_k_m needs llama"):
+        export(make(tmp_path), "gguf", quantize="q4_k_m", examples=ROWS)
 
 
 def test_llama_cpps_chat_asks_a_gguf_student_as_it_was_trained(tmp_path: Path, make: Make) -> None:

@@ -14,6 +14,7 @@ from dsbs.errors import UserError
 from dsbs.records.results import Measurement
 from dsbs.reporting.compression import (
     compression_table,
+    healer_sentences,
     healing_sentences,
     outdated_sentences,
 )
@@ -97,6 +98,29 @@ def test_healing_that_recovered_less_than_half_is_pointed_out(folder: Path) -> N
     compress(folder, STUDENT, ("low-rank=0.1",), 0.5, 3.0, 8.0, **harmed)
     sentence = healing_sentences([load_run(folder)])[0]
     assert sentence.endswith("recovered none of the 11.2 points lost and cost 2.0 more.")
+
+
+def test_students_healed_in_different_ways_stand_side_by_side(folder: Path) -> None:
+    for healer, accuracy in (("rows", 0.58), ("original", 0.61), ("both", 0.6)):
+        healing = {"before_healing": 0.532, "healing_steps": 50, "healed_by": (healer,)}
+        compress(folder, STUDENT, ("drop-layers=0.5",), accuracy, 5.0, 4.0, **healing)
+    run = load_run(folder)
+    rows = cells_by_chain(table_of(run))
+    names = ["drop-layers=0.5", "drop-layers=0.5@both", "drop-layers=0.5@rows"]
+    start = list(rows).index(names[0])
+    assert list(rows)[start : start + 3] == names
+    assert [rows[name]["healed by"] for name in names] == ["original", "rows and original", "rows"]
+    assert rows["prune-ff=0.5"]["healed by"] == "rows", "in a record of an earlier version"
+    assert rows["quantize=int8"]["healed by"] == "–"
+    assert [rows[name]["recovered"] for name in names] == ["78%", "68%", "48%"]
+    (sentence,) = healer_sentences([run])
+    assert sentence == (
+        f"{STUDENT}, drop-layers=0.5: of the accuracy lost on 1,000 rows, 50 steps of healing "
+        "recovered 78% (original), 68% (rows and original) and 48% (rows)."
+    )
+    (figure,) = frontier_figure([run])
+    texts = [element.text for element in ElementTree.fromstring(figure.svg).iter(f"{SVG}text")]
+    assert set(names) <= set(texts)
 
 
 def test_without_a_loss_there_is_nothing_to_recover(folder: Path) -> None:

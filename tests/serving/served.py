@@ -22,6 +22,7 @@ from forked import Forked
 
 from dsbs.config import DataSection, TaskSection
 from dsbs.serving.app import HttpServer, Service, make_app
+from dsbs.serving.cascade import Cascade
 from dsbs.serving.model import Model
 from dsbs.serving.settings import Settings
 from dsbs.students.card import StudentCard, Target
@@ -169,10 +170,18 @@ class Here:
 
 @asynccontextmanager
 async def here(
-    student: Student, token: str | None = None, *, local: bool = False, **settings: Any
+    student: Student,
+    token: str | None = None,
+    *,
+    local: bool = False,
+    cascade: Cascade | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Here]:
     chosen = Settings(**settings)
-    service = Service(Model(student, chosen), chosen)
+    threshold = None if cascade is None else cascade.threshold
+    service = Service(
+        Model(student, chosen, threshold, finds_novel=cascade is not None), chosen, cascade
+    )
     bound = socket.create_server(("127.0.0.1", 0))
     ready = asyncio.Event()
     server = HttpServer(make_app(service, token, local=local), service, ready.set)

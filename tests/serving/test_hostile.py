@@ -342,7 +342,7 @@ def test_without_a_token_on_loopback_no_web_page_of_another_host_is_answered(
 NOT_HERE = {
     "GET /nothing": 404,
     "GET /predict/": 404,
-    "GET /docs": 404,
+    "GET /redoc": 404,
     "GET /predict": 405,
     "DELETE /v1/models": 405,
     "POST /health": 405,
@@ -365,7 +365,7 @@ def test_an_unknown_path_is_a_404_and_a_wrong_method_a_405(
         status(answer) == expected
         and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
     )
-    assert "nothing" not in metrics and "docs" not in metrics, (
+    assert "nothing" not in metrics and "redoc" not in metrics, (
         "clients must not make lines of metrics"
     )
 

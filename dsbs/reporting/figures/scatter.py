@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsbs.formatting import milliseconds, percent, sentence_list
@@ -34,6 +34,10 @@ from dsbs.reporting.runs import EvaluatedRun, full_data_systems, run_titles, ser
 _NEIGHBOURS = 45  # points that fit side by side on an axis
 _MAX_CHAINS = 12  # compression chains with a style of their own
 _OTHER_CHAINS = "other chains"
+_HEALER_MARKERS: dict[str | None, str] = {
+    "rows": "$r$",
+    "both": "$b$",
+}  # letters: healing from the original has none
 _STUDENT_FILLS = [fill for fill in FILLS if fill != "none"]  # an empty marker means rejected
 
 
@@ -229,12 +233,22 @@ def frontier_figure(runs: Sequence[EvaluatedRun]) -> list[Figure]:
 
 
 def _chain_styles(records: Sequence[Compressed]) -> dict[str, Style]:
-    """A style for each chain, the same for all students and runs of a page."""
-    chains = list(dict.fromkeys(record.name for record in records))
-    styles = {
-        chain: numbered_style(chain, number) for number, chain in enumerate(chains[:_MAX_CHAINS])
-    }
-    return styles | {chain: Style(_OTHER_CHAINS, MUTE, "o") for chain in chains[_MAX_CHAINS:]}
+    """A style for each chain, the same for all students and runs of a page.
+
+    Students of one chain that were healed in different ways share its color and differ in their
+    marker.
+    """
+    steps = list(dict.fromkeys(record.chain for record in records))
+    styles: dict[str, Style] = {}
+    for record in records:
+        number = steps.index(record.chain)
+        if number >= _MAX_CHAINS:
+            styles[record.name] = Style(_OTHER_CHAINS, MUTE, "o")
+            continue
+        style = numbered_style(record.name, number)
+        marker = _HEALER_MARKERS.get(record.healer if record.healed_by else None)
+        styles[record.name] = replace(style, marker=marker or style.marker)
+    return styles
 
 
 def _draw_frontier(

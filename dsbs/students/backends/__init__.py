@@ -22,6 +22,8 @@ class GeneratedText(NamedTuple):
     latency_ms: float = 0.0  # wall time of its batch divided by the rows; backends leave it at 0
     # of the student's classes, in their order; None: the label was written
     distribution: tuple[float, ...] | None = None
+    # of the input from the validation rows, by `Novelty`; None: it is not measured
+    distance: float | None = None
 
 
 class Backend(Protocol):
@@ -50,7 +52,7 @@ class Backend(Protocol):
 
     @property
     def parameters(self) -> int | None:
-        """Number of parameters; None: unknown for this format."""
+        """Number of parameters that a label needs; None: unknown for this format."""
         ...
 
 

@@ -20,6 +20,7 @@ from dsbs.students.backends.transformers import (
     EncoderDecoderBackend,
     TransformersBackend,
 )
+from dsbs.students.calibration import Novelty
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import PAIR_SEPARATOR, SpecialTokens, input_format_of
 from dsbs.students.tokenizer import load_export_tokenizer, load_tokenizer
@@ -42,12 +43,19 @@ class LabelHeadBackend(TransformersBackend):
     def __init__(self, model: Any, tokenizer: Any, card: StudentCard) -> None:
         super().__init__(model, tokenizer, card)
         self._card = card
+        self.novelty: Novelty | None = None
         self.input_format = input_format_of(tokenizer, card.kind, card.template)
 
     @classmethod
     def load(cls, path: Path, card: StudentCard) -> LabelHeadBackend:
         model = load_model(str(path), labels=card.outputs).to(device())
         return cls(model, load_tokenizer(str(path)), card)
+
+    @property
+    def parameters(self) -> int:
+        """See ``Backend``: without the layers that only write rationales."""
+        used = (self.model.reader, self.model.classifier)
+        return sum(parameter.numel() for part in used for parameter in part.parameters())
 
     def generate(
         self,
@@ -63,6 +71,8 @@ class LabelHeadBackend(TransformersBackend):
         if start == "eos":
             return self._write(texts, max_new_tokens)
         self.model.eval()
+        if self.novelty is not None:
+            return self._measure(texts, self.novelty)
         choices = [text.split(CHOICE_SEPARATOR) for text in texts]
         with torch.inference_mode():
             logits = self.model(**self._encode([text for row in choices for text in row])).float()
@@ -71,6 +81,29 @@ class LabelHeadBackend(TransformersBackend):
         scores = logits[:, 0].split(list(map(len, choices)))
         names = [[text.partition(PAIR_SEPARATOR)[2] for text in row] for row in choices]
         return _likeliest([row.softmax(-1).tolist() for row in scores], names)
+
+    def pooled_states(self, texts: Sequence[str]) -> Any:
+        """What the label head reads: (texts, D)."""
+        import torch
+
+        self.model.eval()
+        with torch.inference_mode():
+            encoded = self._encode(texts)
+            return self.model.pool(self.model.states(**encoded), encoded["attention_mask"])
+
+    def _measure(self, texts: Sequence[str], novelty: Novelty) -> list[GeneratedText]:
+        """Labels, and how far the inputs are from the validation rows."""
+        import torch
+
+        pooled = self.pooled_states(texts)
+        with torch.inference_mode():
+            shares = self.model.classify(pooled).float().softmax(-1).tolist()
+        distances = novelty.distances(pooled.double().cpu().numpy())
+        labels = _likeliest(shares, [self._card.classes] * len(texts))
+        return [
+            label._replace(distance=distance)
+            for label, distance in zip(labels, distances, strict=True)
+        ]
 
     def _write(self, texts: Sequence[str], max_new_tokens: int) -> list[GeneratedText]:
         """Rationales, by greedy decoding."""

@@ -31,13 +31,15 @@ class FeatureTerm(Term):
 
     layers: Layers = "uniform"
     """Which student layer is compared with which teacher layer, both counted from 1."""
+    compare: Literal["values", "directions"] = "values"
+    """values: the mean squared difference after a learned linear map. directions: 1 − the cosine,
+    without a map, for a teacher of the student's width."""
     stacks: Annotated[
         tuple[Literal["encoder", "decoder"], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("encoder", "decoder")
     """Whose hidden states are compared. Of a decoder-only model, encoder means the input's tokens
     and decoder the target's. With a label head, the input's alone."""
 
-    learns_projections: ClassVar[bool] = True
     needs_hidden_states: ClassVar[bool] = True
     compares_tokens: ClassVar[bool] = False
     heads: ClassVar[tuple[Head, ...]] = ("text", "labels")
@@ -47,6 +49,10 @@ class FeatureTerm(Term):
     @property
     def needs_teacher(self) -> bool:
         return True
+
+    @property
+    def learns_projections(self) -> bool:
+        return self.compare == "values"
 
     def projections(
         self,
@@ -60,6 +66,7 @@ class FeatureTerm(Term):
 
         projections: list[Projection] = []
         for teacher, teacher_config in enumerate(teacher_configs):
+            self._check_widths(hidden_size(student_config), hidden_size(teacher_config))
             of_means = bool(shares_tokens) and not shares_tokens[teacher]
             stacks = self.stacks
             if student_head == "labels" or of_means:
@@ -89,6 +96,14 @@ class FeatureTerm(Term):
                     for student_layer, teacher_layer in pairs
                 ]
         return projections
+
+    def _check_widths(self, student: int, teacher: int) -> None:
+        if self.compare == "directions" and student != teacher:
+            raise UserError(
+                f"train.terms: {self.title}: compare: directions needs equal widths, and the "
+                f"student's hidden states have {student} values, the teacher's {teacher}",
+                hint="use compare: values",
+            )
 
     def count(self, batch: Mapping[str, PackedBatch], views: Sequence[View]) -> int:
         """Input tokens that a supervised row reads, each input once."""
@@ -128,7 +143,10 @@ class FeatureTerm(Term):
                     for output, layer in zip(outputs, layers, strict=True)
                 ]
             share = shares[projection.teacher] / projection.pairs
-            summed = feature_loss(linear(states[0]), states[1])
+            if self.compare == "directions":
+                summed = direction_loss(*states)
+            else:
+                summed = feature_loss(linear(states[0]), states[1])
             loss = loss + summed * (share / max(1, count))
         return loss
 
@@ -192,3 +210,15 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     hidden states', squared.
     """
     return (as_float(student) - as_float(teacher).detach()).square().mean(dim=-1).sum()
+
+
+def direction_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """student (N, D) and teacher (N, D) hidden states -> (): Σ_n 1 − cos(s_n, t_n).
+
+    Half the squared distance of the states divided by their lengths (Sun et al. 2019,
+    arXiv:1908.09355, equation 7).
+    """
+    from torch.nn.functional import cosine_similarity
+
+    cosines = cosine_similarity(as_float(student), as_float(teacher).detach(), dim=-1)
+    return (1 - cosines).sum()

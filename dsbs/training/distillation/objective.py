@@ -84,15 +84,17 @@ class DistillationLoss:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for term in self.terms:
-                if not term.learns_projections:
+                if not term.needs_hidden_states:
                     continue
                 configs = [teacher.model().config for teacher in self._teachers]
                 self._projections[term.title] = []
                 shares_tokens = [teacher.own_inputs is None for teacher in self._teachers]
                 projections = term.projections(model.config, configs, self._head, shares_tokens)
                 for projection in projections:
-                    linear = torch.nn.Linear(projection.student_width, projection.teacher_width)
-                    modules[projection.name] = linear
+                    linear: Any = torch.nn.Identity()
+                    if term.learns_projections:
+                        linear = torch.nn.Linear(projection.student_width, projection.teacher_width)
+                        modules[projection.name] = linear
                     self._projections[term.title].append((projection, linear))
         if modules:
             setattr(model, PROJECTIONS, torch.nn.ModuleDict(modules))
@@ -155,7 +157,8 @@ class DistillationLoss:
         zero = any_logits[:0].sum()
         for projections in self._projections.values():
             for _, linear in projections:
-                zero = zero + linear.weight[:0].sum() + linear.bias[:0].sum()
+                for parameter in linear.parameters():
+                    zero = zero + parameter[:0].sum()
         return {term.title: zero + term.loss(inputs) for term in self.terms}
 
     def _teacher_outputs(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsbs.training.distillation.feature import feature_loss, layer_map
+from dsbs.training.distillation.feature import direction_loss, feature_loss, layer_map
 
 
 @pytest.mark.parametrize(
@@ -104,3 +104,15 @@ def test_the_loss_of_no_tokens_is_zero_with_a_gradient() -> None:
     loss = feature_loss(torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 3))
     assert float(loss.detach()) == 0
     assert loss.requires_grad
+
+
+def test_directions_are_compared_by_half_the_squared_distance_of_unit_vectors() -> None:
+    student, teacher = states()
+    units = [
+        values / np.sqrt((values**2).sum(axis=1, keepdims=True))
+        for values in (student.numpy(), teacher.numpy())
+    ]
+    expected = ((units[0] - units[1]) ** 2).sum() / 2
+    assert float(direction_loss(student, teacher)) == pytest.approx(expected, abs=1e-12)
+    assert float(direction_loss(3 * student, teacher)) == pytest.approx(expected, abs=1e-12)
+    assert float(direction_loss(student, student)) == pytest.approx(0, abs=1e-12)
