@@ -55,9 +55,9 @@ class _Int8Graph:
         del self._graph.node[:]
         self._graph.node.extend(self._nodes)
         used = {name for node in self._nodes for name in node.input}
-        kept = [tensor for tensor in self._graph.initializer if tensor.name in used]
+        constants = [tensor for tensor in self._graph.initializer if tensor.name in used]
         del self._graph.initializer[:]
-        self._graph.initializer.extend(kept)
+        self._graph.initializer.extend(constants)
         del self._graph.value_info[:]  # types and shapes before quantization
 
     def _attention_values(self) -> Iterator[str]:
