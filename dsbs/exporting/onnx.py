@@ -89,7 +89,10 @@ class OnnxFormat:
                 else:
                     _write_graphs(student, folder, quantize)
                 if quantize == "int8":
-                    _quantize(folder)
+                    from dsbs.exporting.onnx_int8 import quantize_onnx
+
+                    for file in folder.glob("*.onnx"):
+                        quantize_onnx(file)
         except (RuntimeError, AttributeError) as error:  # of PyTorch's exporter
             message = " ".join(str(error).split())[:240]
             raise DsbsError(
@@ -107,16 +110,6 @@ class OnnxFormat:
             max_tokens=view.max_tokens,
             end_id=student.backend.model.config.eos_token_id,
         )
-
-
-def _quantize(folder: Path) -> None:
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    for file in folder.glob("*.onnx"):
-        graph = onnx.load(file)
-        del graph.graph.value_info[:]  # shapes that are wrong after quantization
-        quantize_dynamic(graph, file, weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _write_graphs(student: Student, folder: Path, quantize: str) -> None:
@@ -152,7 +145,7 @@ def _write_graphs(student: Student, folder: Path, quantize: str) -> None:
         dynamic_shapes=(text_shape, text_shape),
     )
     torch.onnx.export(
-        # The quantizer transposes the head's matrix in place, so it needs a copy.
+        # A tied matrix is transposed as the graph runs, and only constants are quantized.
         DecoderStep(model, untied=quantize != FLOAT32),
         (token_ids[:, :1], mask, list(states), cache),
         folder / DECODER,
