@@ -155,7 +155,7 @@ def test_mistakes_have_their_lines_and_names(toy: Callable[..., Path]) -> None:
         ({"rationale_decodr": {"layers": 1}}, "did you mean 'rationale_decoder'?"),
         ({"t5": {}, "model": "x"}, "t5: names of students beside keys of a single one (model)"),
         ({"model": "x", "train": {"max_steps": 3}}, "only students with names have settings"),
-        ({"model": {"size": "nano"}}, "student.model: input should be a valid string"),
+        ({"model": {"size": "nano"}}, "student.model: must be text (given: a mapping)"),
     ],
 )
 def test_keys_tell_one_student_from_several(

@@ -419,7 +419,7 @@ def test_a_student_outside_of_a_run_is_refused(run: Path) -> None:
     lone = shutil.copytree(run / "train" / NAME, run.parent / "lone")
     with pytest.raises(UserError, match="not part of a run"):
         compress(lone, ["prune-ff=0.5"])
-    with pytest.raises(UserError, match="does not contain a student"):
+    with pytest.raises(UserError, match="is a run folder, not a student"):
         compress(run, ["prune-ff=0.5"])
 
 
