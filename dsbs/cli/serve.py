@@ -185,11 +185,6 @@ def serve(
     def announce(server: ServerInfo) -> None:
         _announce(server, as_json)
 
-    if fallback is None and (overrides or out or max_usd is not None or reset_audit):
-        raise UserError(
-            "--set, --out, --max-usd and --reset-audit are about the teacher, and there is none",
-            hint="add --fallback RECIPE",
-        )
     cascade_settings = CascadeSettings(
         audit=audit,
         on_teacher_failure=on_teacher_failure.value,
@@ -200,6 +195,14 @@ def serve(
         asks_novel=not no_novelty,
         reset_audit=reset_audit,
     )
+    is_default = cascade_settings == CascadeSettings(max_waiting=queue)
+    if fallback is None and (overrides or out or not is_default):
+        raise UserError(
+            "an option about the teacher is given (--set, --out, --max-usd, --audit, --on-breach, "
+            "--on-teacher-failure, --teacher-timeout-s, --no-novelty or --reset-audit), and there "
+            "is no teacher",
+            hint="add --fallback RECIPE",
+        )
     with _cascade(student, fallback, overrides, out, cascade_settings) as cascade:
         run(
             student,

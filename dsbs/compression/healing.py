@@ -20,16 +20,14 @@ from dsbs.progress import Progress
 from dsbs.records import TrainedStudent
 from dsbs.records.results import HealFrom
 from dsbs.students.card import StudentCard
+from dsbs.students.weights import BYTES_IN_TRAINING, BYTES_OF_WEIGHT
 from dsbs.training.distillation import Term
 from dsbs.training.distillation.feature import FeatureTerm
 from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.distillation.response import ResponseTerm
 from dsbs.training.distributed import device_memory
 
-# Bytes of a weight in float32: of a model that only predicts; and of one that trains, with its
-# gradient and AdamW's two moments.
-_FROZEN_BYTES = 4
-_TRAINED_BYTES = 16
+_TRAINED_BYTES = BYTES_IN_TRAINING["adamw"]
 
 Stack = Literal["encoder", "decoder"]
 
@@ -54,13 +52,13 @@ def choose_source(
 
     Raises UserError where the request does not fit.
     """
-    needed = original.parameters * (_FROZEN_BYTES + _TRAINED_BYTES)
+    needed = original.parameters * (BYTES_OF_WEIGHT + _TRAINED_BYTES)
     available = device_memory()
     if requested == "rows" or needed <= available:
         return requested or "original"
     problem = (
         f"the original and a copy of it in training need about {_gigabytes(needed)} "
-        f"({count(original.parameters, 'weight')}, {_FROZEN_BYTES} and {_TRAINED_BYTES} bytes "
+        f"({count(original.parameters, 'weight')}, {BYTES_OF_WEIGHT} and {_TRAINED_BYTES} bytes "
         f"each), and this machine has {_gigabytes(available)}"
     )
     if requested is not None:

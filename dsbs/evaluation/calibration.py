@@ -15,9 +15,7 @@ from dsbs.evaluation.bootstrap import Floats
 from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
 from dsbs.records.measures import Measure
 from dsbs.records.results import Bin
-from dsbs.students.calibration import binned, calibration_error
-
-_SMALLEST = 1e-12  # a probability that counts in the log loss
+from dsbs.students.calibration import binned, brier_scores, calibration_error, log_losses
 
 _Score = Callable[[Floats, NDArray[np.int64]], Floats]
 
@@ -76,20 +74,11 @@ def _of_distributions(predictions: SystemPredictions, score: _Score) -> RowValue
 
 
 def _log_loss(predictions: SystemPredictions) -> RowValues | None:
-    def score(probabilities: Floats, gold: NDArray[np.int64]) -> Floats:
-        of_gold = probabilities[np.arange(len(gold)), gold]
-        return np.asarray(-np.log(np.maximum(of_gold, _SMALLEST)))
-
-    return _of_distributions(predictions, score)
+    return _of_distributions(predictions, log_losses)
 
 
 def _brier(predictions: SystemPredictions) -> RowValues | None:
-    def score(probabilities: Floats, gold: NDArray[np.int64]) -> Floats:
-        errors = probabilities.copy()
-        errors[np.arange(len(gold)), gold] -= 1
-        return np.asarray((errors**2).sum(axis=1))
-
-    return _of_distributions(predictions, score)
+    return _of_distributions(predictions, brier_scores)
 
 
 def _confidence_auroc(predictions: SystemPredictions) -> Measure | None:

@@ -23,7 +23,13 @@ from dsbs.config import StudentRecipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.files import versions
 from dsbs.students.card import count_parameters
-from dsbs.students.weights import usable_cores
+from dsbs.students.weights import (
+    BYTES_IN_TRAINING,
+    BYTES_OF_WEIGHT,
+    CGROUP,
+    usable_cores,
+    usable_memory,
+)
 
 # The optional dependencies of pyproject.toml: modules, and what needs them. A test compares them.
 EXTRAS = {
@@ -40,11 +46,7 @@ EXTRAS = {
     "re2": (("re2",), "pattern in a prompt file"),
     "serve": (("fastapi", "uvicorn"), "dsbs serve"),
 }
-_CGROUP = Path("/sys/fs/cgroup")
 _GB = 1e9
-_BYTES_OF_WEIGHT = 4  # float32
-# Weight, gradient and the optimizer's state of a parameter. Adafactor's state is factored.
-_BYTES_IN_TRAINING = {"adamw": 16, "adafactor": 8}
 _LOW_MEMORY = 2 * _GB
 _LOW_DISK = 5 * _GB
 _FULL_DISK = 0.2 * _GB
@@ -155,7 +157,7 @@ def processor() -> Iterator[Check]:
     if quota is not None:
         cores = max(1, min(cores, math.ceil(quota)))
     yield Check("cores", "ok", f"{cores} of {os.cpu_count() or 1}, {platform.machine()}")
-    total, free = _memory()
+    total, free = usable_memory()
     message = f"{free / _GB:.1f} of {total / _GB:.1f} GB free"
     if free < _LOW_MEMORY:
         hint = (
@@ -165,15 +167,6 @@ def processor() -> Iterator[Check]:
         yield Check("memory", "warning", message, hint)
     else:
         yield Check("memory", "ok", message)
-
-
-def _memory() -> tuple[int, int]:
-    """The bytes of memory that this process may use, and those that are free."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    total = min(memory.total, _read_number(_CGROUP / "memory.max") or memory.total)
-    return total, min(memory.available, total)
 
 
 def training_memory() -> tuple[int, str]:
@@ -189,7 +182,7 @@ def training_memory() -> tuple[int, str]:
             )
             gpu = json.loads(probe.stdout.splitlines()[-1])["gpus"][0]
             return int(gpu["total"]), str(gpu["name"])
-    return _memory()[0], "this machine"
+    return usable_memory()[0], "this machine"
 
 
 def check_memory(recipe: StudentRecipe) -> None:
@@ -199,15 +192,15 @@ def check_memory(recipe: StudentRecipe) -> None:
     """
     if not recipe.train.teachers:
         return
-    state = _BYTES_IN_TRAINING[recipe.train.optimizer]
-    student_bytes = _BYTES_OF_WEIGHT if recipe.train.lora else state
+    state = BYTES_IN_TRAINING[recipe.train.optimizer]
+    student_bytes = BYTES_OF_WEIGHT if recipe.train.lora else state
     if all(getattr(term, "top_k", None) for term in recipe.train.terms if term.needs_teacher):
-        student_bytes = _BYTES_OF_WEIGHT  # the teachers are gone when the training begins
+        student_bytes = BYTES_OF_WEIGHT  # the teachers are gone when the training begins
     models = [("the student", recipe.train.init or recipe.student.source, student_bytes)]
     for section in recipe.train.teachers:
         if section.model is None:  # it is trained first, alone
             _check_fit([("the training of a teacher", section.start, state)])
-        models.append(("a teacher", section.model or section.start, _BYTES_OF_WEIGHT))
+        models.append(("a teacher", section.model or section.start, BYTES_OF_WEIGHT))
     _check_fit(models)
 
 
@@ -326,15 +319,8 @@ def _nearest_existing(path: Path) -> Path:
 def _cpu_quota() -> float | None:
     """Cores that a container may use (cgroup v2, ``cpu.max``); None: no known limit."""
     try:
-        quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
         return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
-def _read_number(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-from zipfile import BadZipFile
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from dsbs.errors import UserError
-from dsbs.files import atomic_write, write_json
+from dsbs.files import write_json
+from dsbs.records.measures import ResultRecord
 from dsbs.records.results import Bin
 from dsbs.tasks import Fields, Task, concluded_label
 
 CALIBRATION = "calibration.json"
 THRESHOLD = "threshold.json"
-NOVELTY = "novelty.npz"
 # probability: of the likeliest label; margin: the difference to the second; entropy: 1 minus the
 # entropy divided by that of equally likely labels; views: first whether the written rationale
 # states the same label, then the probability.
@@ -34,26 +32,14 @@ _OF_DISTRIBUTIONS: tuple[ConfidenceKind, ...] = ("probability", "margin", "entro
 NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
 
 Floats = NDArray[np.float64]
-_NOVELTY_QUANTILE = 0.99
-_FEWEST_NOVELTY_ROWS = 20  # fewer are no measure
-_MAX_NOVELTY_ROWS = 1000  # more are not needed
+_Values = TypeVar("_Values", float, Floats)
 _SMALLEST = 1e-12  # a probability that counts in a loss
 # Limits of the temperature, so that a student that is right on every row does not become certain.
 _LOWEST = 0.2
 _HIGHEST = 10.0
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        populate_by_name=True,
-        use_attribute_docstrings=True,
-    )
-
-
-class CalibrationQuality(_Record):
+class CalibrationQuality(ResultRecord):
     """How well the distributions agree with the labels of some rows."""
 
     ece: float
@@ -63,7 +49,7 @@ class CalibrationQuality(_Record):
     """In nats."""
 
 
-class Calibration(_Record):
+class Calibration(ResultRecord):
     """``calibration.json``."""
 
     schema_: Literal["dsbs.calibration/1"] = Field("dsbs.calibration/1", alias="schema")
@@ -81,7 +67,7 @@ class Calibration(_Record):
     """That area, by kind."""
 
 
-class Threshold(_Record):
+class Threshold(ResultRecord):
     """``threshold.json``: when the student answers and when it asks its teacher.
 
     The student answers where the confidence is at least ``threshold``.
@@ -178,7 +164,7 @@ def confidence_of(
     if kind == "views":
         if probability is None or agreement is None:
             return None
-        return (probability + 2 * agreement) / 3
+        return _confidence_of_views(probability, agreement)
     if distribution is None or kind == "probability":
         return probability
     if len(distribution) < 2:
@@ -192,6 +178,11 @@ def rationale_agreement(label: str, rationale: str, task: Task, fields: Fields) 
     if concluded is None:
         return 0.5
     return float(task.correct(concluded, label))
+
+
+def _confidence_of_views(probability: _Values, agreement: _Values) -> _Values:
+    """In [0, 1]: the agreement first, and the probability among equal ones."""
+    return (probability + 2 * agreement) / 3
 
 
 def confidences(kind: ConfidenceKind, distributions: Floats) -> Floats:
@@ -231,8 +222,8 @@ def calibrate(
     is_wrong = (shares.argmax(axis=1) != gold).astype(np.float64)
     aurc = {kind: area_under_risk(confidences(kind, after), is_wrong) for kind in _OF_DISTRIBUTIONS}
     if agreements is not None:
-        both = (after.max(axis=1) + 2 * np.asarray(agreements)) / 3
-        aurc["views"] = area_under_risk(both, is_wrong)
+        of_views = _confidence_of_views(after.max(axis=1), np.asarray(agreements))
+        aurc["views"] = area_under_risk(of_views, is_wrong)
     return Calibration(
         temperature=temperature,
         rows=len(gold),
@@ -249,7 +240,7 @@ def fit_temperature(distributions: Floats, classes: NDArray[np.int64]) -> float:
     from scipy.optimize import minimize_scalar
 
     def loss(inverse: float) -> float:
-        return _quality_log_loss(_tempered_rows(distributions, 1 / inverse), classes)
+        return float(log_losses(_tempered_rows(distributions, 1 / inverse), classes).mean())
 
     fitted = minimize_scalar(loss, bounds=(1 / _HIGHEST, 1 / _LOWEST), method="bounded")
     return round(float(1 / fitted.x), 4)
@@ -260,19 +251,25 @@ def _tempered_rows(distributions: Floats, temperature: float) -> Floats:
     return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
 
-def _quality_log_loss(distributions: Floats, classes: NDArray[np.int64]) -> float:
+def log_losses(distributions: Floats, classes: NDArray[np.int64]) -> Floats:
+    """(rows, labels), and the right labels' indices (rows,) -> (rows,), in nats."""
     of_class = distributions[np.arange(len(classes)), classes]
-    return float(-np.log(np.maximum(of_class, _SMALLEST)).mean())
+    return np.asarray(-np.log(np.maximum(of_class, _SMALLEST)))
+
+
+def brier_scores(distributions: Floats, classes: NDArray[np.int64]) -> Floats:
+    """(rows, labels), and the right labels' indices (rows,) -> (rows,), in [0, 2]."""
+    errors = distributions.copy()
+    errors[np.arange(len(classes)), classes] -= 1
+    return np.asarray((errors**2).sum(axis=1))
 
 
 def _quality(distributions: Floats, classes: NDArray[np.int64]) -> CalibrationQuality:
-    errors = distributions.copy()
-    errors[np.arange(len(classes)), classes] -= 1
     bins = binned(distributions.max(axis=1), distributions.argmax(axis=1) == classes)
     return CalibrationQuality(
         ece=calibration_error(bins),
-        brier=float((errors**2).sum(axis=1).mean()),
-        log_loss=_quality_log_loss(distributions, classes),
+        brier=float(brier_scores(distributions, classes).mean()),
+        log_loss=float(log_losses(distributions, classes).mean()),
     )
 
 
@@ -337,61 +334,3 @@ def areas(counts: Floats, sums: Floats) -> Floats:
     mean_loss = sums / np.maximum(counts, 1)
     per_group = sums + (losses_below - mean_loss * below) * reciprocals
     return np.asarray(per_group.sum(axis=1) / total)
-
-
-# --- novelty
-
-
-@dataclass(frozen=True, slots=True)
-class Novelty:
-    """``novelty.npz``: when an input is unlike the validation rows.
-
-    The distance is that to the nearest of them (Sun et al., 2022): 1 minus the cosine of the pooled
-    states that the label head reads.
-    """
-
-    rows: NDArray[np.float16]
-    """Their pooled states, of length 1: (rows, D)."""
-    limit: float
-    """99% of them are within this distance of the nearest other one."""
-
-    def distances(self, states: Floats) -> list[float]:
-        """(inputs, D) -> a distance an input."""
-        similarities = _unit(states) @ self.rows.astype(np.float64).T
-        distances: list[float] = (1 - similarities.max(axis=1)).tolist()
-        return distances
-
-
-def fit_novelty(states: Floats) -> Novelty | None:
-    """Fit the limit on the validation rows' pooled states (rows, D). None: too few rows."""
-    if len(states) < _FEWEST_NOVELTY_ROWS:
-        return None
-    rows = _unit(states[:_MAX_NOVELTY_ROWS]).astype(np.float16)
-    similarities = rows.astype(np.float64) @ rows.astype(np.float64).T
-    np.fill_diagonal(similarities, -1)
-    distances = 1 - similarities.max(axis=1)
-    return Novelty(rows, float(np.quantile(distances, _NOVELTY_QUANTILE, method="higher")))
-
-
-def _unit(states: Floats) -> Floats:
-    lengths = np.linalg.norm(states, axis=1, keepdims=True)
-    return np.asarray(states / np.maximum(lengths, _SMALLEST))
-
-
-def write_novelty(folder: Path, novelty: Novelty) -> None:
-    with atomic_write(folder / NOVELTY, binary=True) as file:
-        np.savez_compressed(file, rows=novelty.rows, limit=novelty.limit)
-
-
-def read_novelty(folder: Path) -> Novelty | None:
-    """The novelty of a student; None: it has none. Raises UserError for another content."""
-    try:
-        with np.load(folder / NOVELTY, allow_pickle=False) as file:
-            return Novelty(np.asarray(file["rows"], np.float16), float(file["limit"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile):
-        raise UserError(
-            f"{folder / NOVELTY} cannot be read",
-            hint="remove it: unusual inputs are then not noticed",
-        ) from None

@@ -22,17 +22,15 @@ from dsbs.students.backends import (
 from dsbs.students.calibration import (
     Calibration,
     ConfidenceKind,
-    Novelty,
     confidence_of,
     rationale_agreement,
     read_calibration,
-    read_novelty,
     tempered,
-    write_novelty,
     write_record,
 )
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
+from dsbs.students.novelty import Novelty, read_novelty, write_novelty
 from dsbs.tasks import CHOICE_SEPARATOR, make_task
 
 

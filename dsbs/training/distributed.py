@@ -11,14 +11,11 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from dsbs.errors import UserError
-from dsbs.students.weights import device
+from dsbs.students.weights import device, usable_memory
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # PyTorch has no class for these errors.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "MPS backend out of memory")
 
@@ -72,17 +69,13 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def device_memory() -> int:
     """The bytes of memory of the device that models train on; a container's limit counts."""
-    import psutil
     import torch
 
     if device() == "cuda":
         return int(torch.cuda.mem_get_info()[1])
     if device() == "mps":
         return int(torch.mps.recommended_max_memory())
-    total = int(psutil.virtual_memory().total)
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        total = min(total, int(_CGROUP_LIMIT.read_text(encoding="utf-8")))
-    return total
+    return usable_memory()[0]
 
 
 def free_memory() -> None:

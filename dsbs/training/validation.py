@@ -10,14 +10,9 @@ import numpy as np
 from dsbs.config import ResolvedTrainSection, StudentRecipe
 from dsbs.records import Unreadable
 from dsbs.students.backends.label_head import LabelHeadBackend
-from dsbs.students.calibration import (
-    Calibration,
-    Novelty,
-    calibrate,
-    fit_novelty,
-    rationale_agreement,
-)
+from dsbs.students.calibration import Calibration, calibrate, rationale_agreement
 from dsbs.students.formats import split_target, start_token
+from dsbs.students.novelty import Novelty, fit_novelty
 from dsbs.students.student import Student
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
@@ -38,24 +33,22 @@ def validation_interval(
 
     A training has twenty validations, or fewer where they would take more than a fifth of its time,
     and always one at its last step. The time is estimated from the numbers of rows and tokens, not
-    measured, so that the best step is the same on every machine.
+    measured, so that the best step is the same on every machine. Of a training, only the first view
+    counts: with a rationale beside the label, a method has no more steps to choose from.
     """
     if section.eval_every is not None:
         return section.eval_every
-    step_cost = (1 + _BACKWARD) * section.batch_size * _tokens(train) / len(train)
-    longest = max(int(targets.max(initial=1)) for _, targets in valid.lengths().values())
-    generated = min(max_new_tokens, 2 * longest)  # a student in training often writes on
-    inputs = sum(int(sources.sum()) for sources, _ in valid.lengths().values())
+    train_inputs, train_targets = next(iter(train.lengths().values()))
+    tokens = train_inputs.sum() + train_targets.sum()
+    step_cost = (1 + _BACKWARD) * section.batch_size * tokens / len(train)
+    inputs, targets = next(iter(valid.lengths().values()))
+    # A student in training often writes on after its label.
+    generated = min(max_new_tokens, 2 * int(targets.max(initial=1)))
     # Inputs are read twice: to generate labels, and for the loss.
-    validation_cost = inputs + _tokens(valid) + _DECODING * generated * len(valid)
+    validation_cost = 2 * inputs.sum() + targets.sum() + _DECODING * generated * len(valid)
     budget = _MAX_SHARE / (1 - _MAX_SHARE) * section.max_steps * step_cost
     count = min(_MAX_COUNT, max(1, int(budget / validation_cost)))
     return math.ceil(section.max_steps / count)
-
-
-def _tokens(rows: EncodedRows) -> int:
-    lengths = rows.lengths().values()
-    return sum(int(sources.sum()) + int(targets.sum()) for sources, targets in lengths)
 
 
 def validate(

@@ -17,6 +17,7 @@ from conftest import ROOT, run_dsbs
 from dsbs.project import machine
 from dsbs.project.doctor import examine
 from dsbs.project.machine import Check, run_check
+from dsbs.students import weights
 
 KEY = "sk-a-very-secret-key"
 
@@ -318,7 +319,8 @@ def test_gpus_are_told_with_their_memory_and_a_recipe_that_wants_bf16_needs_one(
 
 
 def test_a_container_s_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(weights, "CGROUP", tmp_path)
     (tmp_path / "cpu.max").write_text("50000 100000\n", encoding="ascii")
     (tmp_path / "memory.max").write_text("1000000000\n", encoding="ascii")
     cores, memory = machine.processor()

@@ -29,12 +29,8 @@ from dsbs.project.runs import resolve_recipe
 from dsbs.records.results import exact_rate
 from dsbs.serving.cascade import FALSE_ALARMS, Cascade, CascadeSettings, log_evidence
 from dsbs.serving.ledger import read_states
-from dsbs.students.calibration import (
-    Threshold,
-    fit_novelty,
-    read_novelty,
-    write_record,
-)
+from dsbs.students.calibration import Threshold, write_record
+from dsbs.students.novelty import fit_novelty, read_novelty
 
 STUDENT = label_head_student()
 TEXTS = [row["text"] for row in toy_rows(40)]

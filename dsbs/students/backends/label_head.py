@@ -20,9 +20,9 @@ from dsbs.students.backends.transformers import (
     EncoderDecoderBackend,
     TransformersBackend,
 )
-from dsbs.students.calibration import Novelty
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import PAIR_SEPARATOR, SpecialTokens, input_format_of
+from dsbs.students.novelty import Novelty
 from dsbs.students.tokenizer import load_export_tokenizer, load_tokenizer
 from dsbs.students.weights import device, load_model
 from dsbs.tasks import CHOICE_SEPARATOR
