@@ -151,6 +151,8 @@ def test_a_smoke_run_and_a_run_without_baselines_say_so() -> None:
         "correctly (95% CI [40.0, 60.0]). It was not compared with a baseline."
     )
     assert "add finetune to train.methods" in headline_details(alone)[0]
+    finetuned = results(system("finetune-gold", method="finetune"), baseline=None)
+    assert headline_details(finetuned) == []
     assert "smoke: not reportable" in results_markdown(alone)
     nothing = results(headline=None, baseline=None)
     assert headline(nothing) == "No systems were compared on these 1,234 test rows."

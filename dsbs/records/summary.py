@@ -190,6 +190,8 @@ def headline_details(results: Results) -> list[str]:
     system, baseline = headline_comparison(results)
     floors = [*cascade_details(results), *floor_details(system)]
     if results.baseline is None:
+        if any(system.method == "finetune" for system in results.systems):
+            return floors
         return [*floors, "To compare students with fine-tuning, add finetune to train.methods."]
     if system is None or baseline is None:
         return floors
