@@ -15,7 +15,15 @@ from dsbs.evaluation.bootstrap import Floats
 from dsbs.evaluation.metrics import Scored
 from dsbs.evaluation.selective import confidence_values, kinds_of
 from dsbs.evaluation.systems import System
-from dsbs.evaluation.thresholds import Bools, CascadeRows, Fitted, fit_and_test, fit_on
+from dsbs.evaluation.thresholds import (
+    FOLDS,
+    Bools,
+    CascadeRows,
+    Fitted,
+    fewest_rows,
+    fit_and_test,
+    fit_on,
+)
 from dsbs.formatting import count
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.measures import Cascade, CascadePoint, Measure
@@ -57,6 +65,20 @@ def check_cascade(recipe: Recipe, run: RunFolder | None = None) -> None:
                 "calibration: 0.5",
             )
         calibration_examples(recipe, make_task(recipe.task))
+
+
+def rows_warning(recipe: Recipe, test_rows: int) -> str | None:
+    """Why no threshold can hold with so few test rows. None: one can."""
+    section = recipe.eval.cascade
+    if section is None or section.calibration == "valid":
+        return None
+    needed = fewest_rows(section)
+    if max(section.calibration * test_rows, test_rows * (FOLDS - 1) // FOLDS) >= needed:
+        return None
+    return (
+        f"eval.cascade: a threshold needs at least {count(needed, 'calibration row')}, more than "
+        f"{count(test_rows, 'test row')} can give: the teacher would answer everything"
+    )
 
 
 def calibration_examples(recipe: Recipe, task: Task) -> list[Example]:

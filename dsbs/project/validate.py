@@ -12,7 +12,7 @@ from dsbs.annotation.backends import make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.evaluation.cascade import check_cascade
+from dsbs.evaluation.cascade import check_cascade, rows_warning
 from dsbs.evaluation.floors import check_floors
 from dsbs.formatting import count
 from dsbs.project.leakage import Overlap, find_overlaps
@@ -83,6 +83,8 @@ def validate(recipe: Recipe) -> Validation:
         for reader in readers:
             figures[split] |= reader.figures(rows, figures[split].get("students", {}))
         warnings += _split_warnings(recipe, task, split, rows, figures[split], readers)
+    few_rows = rows_warning(recipe, len(splits["test"]))
+    warnings += [few_rows] if few_rows else []
     overlaps = find_overlaps(_distinct_splits(recipe, splits), task)
     warnings += [overlap.warning() for overlap in overlaps]
     return Validation(figures, first_prompt, warnings, overlaps)

@@ -243,8 +243,8 @@ def loading_error(part: str, source: str, error: Exception) -> DsbsError:
     message = " ".join(str(error).split())[:240]
     return DsbsError(
         f"cannot load the {part} of student {source!r} ({type(error).__name__}: {message})",
-        hint="check student.model and the network, give a local folder, or use "
-        "student: {init: scratch}",
+        hint="check student.model and the network, or give a local folder; "
+        "student.model: minilm-l6 and student: {init: scratch} need no network",
     )
 
 
@@ -327,9 +327,11 @@ def check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
 
 
 def silence_transformers() -> None:
-    """Turn off the progress bars and notes of transformers, which would interrupt ours."""
+    """Turn off the progress bars and notes of transformers and the Hub, which would interrupt ours."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()  # its retries, each of them twice
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

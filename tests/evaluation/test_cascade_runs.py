@@ -14,6 +14,7 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, evaluate, load_recipe, report, train
 from dsbs.config import Recipe
+from dsbs.evaluation.cascade import rows_warning
 from dsbs.records.gates import gate_failures
 from dsbs.records.summary import headline, headline_details
 from dsbs.students.calibration import read_calibration, read_threshold
@@ -160,3 +161,12 @@ def test_contradictions_are_recipe_errors(
 ) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe(toy(eval={"cascade": section}))
+
+
+@pytest.mark.parametrize(("rows", "warns"), [(100, True), (187, False), (298, False)])
+def test_too_few_rows_for_any_threshold_are_said_beforehand(
+    toy: Callable[..., Path], rows: int, warns: bool
+) -> None:
+    """A target of 0.98 needs 149 calibration rows: half of 298, or four fifths of 187."""
+    recipe = load_recipe(toy(), ["eval.cascade.target=0.98"])
+    assert (rows_warning(recipe, rows) is not None) == warns
