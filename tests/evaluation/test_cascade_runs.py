@@ -143,8 +143,9 @@ def test_calibration_on_validation_rows_leaves_all_test_rows(
     train(limited, out=run)
     progress = Messages()
     results = evaluate(limited, out=run, progress=progress)
-    purposes = [text.split(":")[0] for text in progress.said if text.startswith("predict ")]
-    assert sorted(purposes) == ["predict calibration rows", "predict test"]
+    (name,) = [file.stem for file in (run / "eval" / "predictions" / "calibration").iterdir()]
+    purposes = [text.split(":")[0] for text in progress.said if text.endswith(f": {name}")]
+    assert purposes == ["predict test", "predict calibration rows"]
     (cascade,) = results.cascades
     assert (cascade.source, cascade.n) == ("valid", TEST_ROWS)
     assert 1 < cascade.rows < 20
