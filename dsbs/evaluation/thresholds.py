@@ -90,9 +90,9 @@ def upper_bound(events: int | NDArray[np.int64], n: int, level: float) -> Floats
     """
     from scipy.stats import beta
 
-    others = np.subtract(n, events)
-    bounds = beta.ppf(level, np.add(events, 1), np.maximum(others, 1))
-    return np.where(others > 0, bounds, 1.0)
+    non_events = np.subtract(n, events)
+    bounds = beta.ppf(level, np.add(events, 1), np.maximum(non_events, 1))
+    return np.where(non_events > 0, bounds, 1.0)
 
 
 def most_events(n: int, risk: float, level: float) -> int:

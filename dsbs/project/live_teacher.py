@@ -197,7 +197,7 @@ def open_cascade(
         annotate = recipe.annotate.model_copy(update={"max_usd": settings.max_usd})
         recipe = recipe.model_copy(update={"annotate": annotate})
     run = RunFolder.of(recipe, out)
-    asked = make_teacher(recipe)  # before any file is written: a missing key leaves no trace
+    teacher = make_teacher(recipe)  # before any file is written: a missing key leaves no trace
     with run.lock("serve"), open_store(run) as store:
         ledger = Ledger(run.ledger, card.name, threshold)
         if settings.reset_audit:
@@ -217,11 +217,11 @@ def open_cascade(
                 "warning: threshold.json is of accuracy, which an audit cannot measure: it reports "
                 "agreement and never closes the student"
             )
-        teacher = LiveTeacher(recipe, asked, store, ledger)
+        live = LiveTeacher(recipe, teacher, store, ledger)
         try:
-            yield Cascade(threshold, make_task(card.task), teacher, ledger, settings)
+            yield Cascade(threshold, make_task(card.task), live, ledger, settings)
         finally:
-            teacher.close()
+            live.close()
             ledger.close()
 
 
