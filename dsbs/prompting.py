@@ -281,9 +281,14 @@ def _check_form(prompt: Prompt, path: str) -> None:
     needs_anchor = prompt.order == "rationale-first" and prompt.pattern is None
     has_blank = not all(anchor.strip() for anchor in prompt.anchor)
     has_blank |= not all(stop.strip(" \t") for stop in prompt.stop)  # a line break may be a stop
-    if has_blank or (needs_anchor and not prompt.anchor):
+    if has_blank:
         raise UserError(
             f"{path}: an empty string in anchor or stop",
+            hint="remove it, or give the words that precede the label, e.g. 'Answer:'",
+        )
+    if needs_anchor and not prompt.anchor:
+        raise UserError(
+            f"{path}: anchor is empty, so that the label after a rationale cannot be found",
             hint="give the words that precede the label, e.g. 'Answer:'; only with "
             "order: label-first may anchor be empty ([]), where replies begin with the label",
         )

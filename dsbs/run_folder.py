@@ -192,7 +192,7 @@ class RunFolder:
 
     @property
     def ledger(self) -> Path:
-        """What a server with the teacher behind it has counted."""
+        """Counts, audits and spending of ``dsbs serve --fallback``."""
         return self.path / "serve" / "ledger.sqlite"
 
     @property

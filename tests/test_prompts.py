@@ -339,6 +339,7 @@ def test_the_hash_changes_with_any_part_of_an_exemplar_and_with_their_order() ->
         ),
         ("template: x\nanchor: ''\n", "an empty string in anchor"),
         ("template: x\nstop: ['Q:', ' ']\n", "an empty string in anchor or stop"),
+        ("template: x\nanchor: []\n", "anchor is empty, so that the label"),
         ("template: [x\n", "not valid YAML"),
         ("", "own.yaml"),
         ("- x\n", "own.yaml"),

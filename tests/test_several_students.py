@@ -142,7 +142,7 @@ def test_mistakes_have_their_lines_and_names(toy: Callable[..., Path]) -> None:
     for expected in (
         "student.a/b: 'a/b': a name may contain only letters",
         "student.lora.train: train.lora adapts pretrained weights",
-        "student.T5: T5 and t5 differ in case alone",
+        "student.T5: T5 and t5 differ only in case",
         "student.T5.train: train.batch_size must be a multiple of train.micro_batch_size",
     ):
         assert expected in text

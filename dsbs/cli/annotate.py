@@ -130,6 +130,13 @@ def _with_served_rows(recipe: Recipe, out: str | None) -> Recipe:
 
     run = RunFolder.of(recipe, out)
     target = run.served_rows
+    named = recipe.task.data.served
+    folders = (Path(), recipe.folder or Path())  # as data files are found
+    if named is not None and target.resolve() not in [(f / named).resolve() for f in folders]:
+        raise UserError(
+            f"task.data.served names {named}, and --from-serve writes {target}",
+            hint="remove task.data.served, or annotate its rows without --from-serve",
+        )
     rows = write_rows(run.ledger, target, recipe.task.columns)
     print(
         f"{count(rows, 'served row')}: {target}. To train on them: task.data.served={target}",

@@ -48,7 +48,8 @@ MinCoverage = Annotated[
         min=0,
         max=1,
         metavar="Z",
-        help="Exit with code 4 if it can answer less than Z of the requests (eval.cascade).",
+        help="Exit with code 4 if the headline student can answer less than Z of the requests "
+        "(eval.cascade).",
         show_default=False,
     ),
 ]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,21 +14,6 @@ from dsbs.errors import UserError
 if TYPE_CHECKING:
     from dsbs.serving.cascade import Cascade, CascadeSettings
     from dsbs.serving.run import ServerInfo
-
-
-class OnTeacherFailure(StrEnum):
-    student = "student"
-    error = "error"
-
-
-class OnBreach(StrEnum):
-    fallback = "fallback"
-    warn = "warn"
-
-
-class Reply(StrEnum):
-    label = "label"
-    step_by_step = "step-by-step"
 
 
 Student = Annotated[
@@ -60,7 +44,7 @@ Threads = Annotated[
     typer.Option(min=1, help="Threads of the model. Default: one per core.", show_default=False),
 ]
 ReplyFormat = Annotated[
-    Reply,
+    Literal["label", "step-by-step"],
     typer.Option(
         help="What the OpenAI endpoints write: the label; or rationale, line break, anchor and "
         "label, the format that `dsbs annotate` reads from a teacher."
@@ -94,7 +78,7 @@ MaxUsd = Annotated[
     ),
 ]
 TeacherFailure = Annotated[
-    OnTeacherFailure,
+    Literal["student", "error"],
     typer.Option(
         help="Where the teacher has no answer: the student's, marked as such; or an error (502)."
     ),
@@ -112,7 +96,7 @@ Audit = Annotated[
     ),
 ]
 Breach = Annotated[
-    OnBreach,
+    Literal["fallback", "warn"],
     typer.Option(
         help="Where the audit shows that the target is missed: the teacher answers everything, or "
         "a warning."
@@ -144,7 +128,7 @@ def serve(
     max_rows: Annotated[int, typer.Option(min=1, max=10_000, help="Rows per request.")] = 256,
     queue: Queue = 2048,
     threads: Threads = None,
-    reply: ReplyFormat = Reply.label,
+    reply: ReplyFormat = "label",
     anchor: Anchor = None,
     drain_s: Annotated[
         int, typer.Option(min=0, help="Seconds for open requests when the server is stopped.")
@@ -153,10 +137,10 @@ def serve(
     overrides: SetKeys = None,
     out: Out = None,
     max_usd: MaxUsd = None,
-    on_teacher_failure: TeacherFailure = OnTeacherFailure.student,
+    on_teacher_failure: TeacherFailure = "student",
     teacher_timeout_s: TeacherTimeout = 30.0,
     audit: Audit = 0.02,
-    on_breach: Breach = OnBreach.fallback,
+    on_breach: Breach = "fallback",
     no_novelty: NoNovelty = False,
     reset_audit: ResetAudit = False,
     as_json: Json = False,
@@ -177,7 +161,7 @@ def serve(
         max_body_kb=max_body_kb,
         max_rows=max_rows,
         queue=queue,
-        reply=reply.value,
+        reply=reply,
         anchor=anchor,
         drain_s=drain_s,
     )
@@ -187,22 +171,17 @@ def serve(
 
     cascade_settings = CascadeSettings(
         audit=audit,
-        on_teacher_failure=on_teacher_failure.value,
-        on_breach=on_breach.value,
+        on_teacher_failure=on_teacher_failure,
+        on_breach=on_breach,
         teacher_timeout_s=teacher_timeout_s,
         max_waiting=queue,
         max_usd=max_usd,
         asks_novel=not no_novelty,
         reset_audit=reset_audit,
     )
-    is_default = cascade_settings == CascadeSettings(max_waiting=queue)
-    if fallback is None and (overrides or out or not is_default):
-        raise UserError(
-            "an option about the teacher is given (--set, --out, --max-usd, --audit, --on-breach, "
-            "--on-teacher-failure, --teacher-timeout-s, --no-novelty or --reset-audit), and there "
-            "is no teacher",
-            hint="add --fallback RECIPE",
-        )
+    if fallback is None:
+        is_default = cascade_settings == CascadeSettings(max_waiting=queue)
+        _check_no_teacher(bool(overrides or out or not is_default))
     with _cascade(student, fallback, overrides, out, cascade_settings) as cascade:
         run(
             student,
@@ -213,6 +192,17 @@ def serve(
             token_env=token_env,
             threads=threads,
             cascade=cascade,
+        )
+
+
+def _check_no_teacher(has_options: bool) -> None:
+    """Raises UserError where an option about the teacher has no effect."""
+    if has_options:
+        raise UserError(
+            "an option about the teacher is given (--set, --out, --max-usd, --audit, --on-breach, "
+            "--on-teacher-failure, --teacher-timeout-s, --no-novelty or --reset-audit), and there "
+            "is no teacher",
+            hint="add --fallback RECIPE",
         )
 
 

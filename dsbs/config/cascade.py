@@ -15,9 +15,9 @@ class CascadeSection(Section):
     """
 
     target: float | None = Field(None, gt=0, lt=1)
-    """The smallest acceptable share. Of agreement: of all requests, those that the student does not
-    answer otherwise than its teacher. Of accuracy: those that the cascade answers correctly. None:
-    0.98 of agreement, or ``margin``."""
+    """The smallest acceptable share. Of agreement: of all requests, those on which the answer does
+    not differ from the teacher's. Of accuracy: those that the cascade answers correctly. None: 0.98
+    of agreement, or ``margin``."""
     of: Literal["agreement", "accuracy"] = "agreement"
     """agreement: compare with the teacher's answers, which needs no gold labels; accuracy: compare
     with gold labels."""
@@ -50,9 +50,12 @@ class CascadeSection(Section):
         """The largest acceptable share of bad answers, or the margin."""
         if self.margin is not None:
             return self.margin
+        assert self.goal is not None
         return round(1 - self.goal, 12)
 
     @property
-    def goal(self) -> float:
-        """The target; 0.98 where none is given."""
+    def goal(self) -> float | None:
+        """The target, 0.98 where none is given. None: there is a margin in its place."""
+        if self.margin is not None:
+            return None
         return 0.98 if self.target is None else self.target

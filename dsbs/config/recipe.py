@@ -42,7 +42,8 @@ class DataSection(Section):
     given."""
     served: str | None = None
     """More train rows, which ``dsbs annotate --from-serve`` writes: those that a server asked the
-    teacher. They are never validation or test rows. None: there are none."""
+    teacher. They are never validation or test rows, and ``limit`` does not count them. None: there
+    are none."""
     valid: str | None = None
     """The validation rows. None: a part of train, chosen by a hash of the ids."""
     test: str | None = None
@@ -435,7 +436,9 @@ def _check_name(name: str, names: Iterable[str]) -> None:
     check_file_name(name)
     for other in names:
         if other != name and other.casefold() == name.casefold():
-            raise ValueError(f"{name} and {other} differ in case alone, as some folders cannot")
+            raise ValueError(
+                f"{name} and {other} differ only in case, and some file systems ignore case"
+            )
 
 
 def _problem(error: ValueError, path: tuple[str, ...]) -> InitErrorDetails:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -190,9 +191,8 @@ def cascades(
                 if held_out is None:
                     continue
                 fitted = fit_on(held_out, rows, section)
-            result = _result(system, name, kind, section, fitted, costs)
             left_out = len(labels) - len(rows)
-            results.append(result.model_copy(update={"left_out": left_out}))
+            results.append(_result(system, name, kind, section, fitted, costs, left_out))
             if system.students:
                 _write_threshold(recipe, system.students[number], fitted, kind, section)
     return results
@@ -217,49 +217,51 @@ def _result(
     section: CascadeSection,
     fitted: Fitted,
     costs: Costs,
+    left_out: int,
 ) -> Cascade:
     test = fitted.test
     choice = fitted.choice
     answered = fitted.answered
-    coverage = float(answered.mean()) if len(test) else 0.0
-    bound = choice.bound
-    if bound is not None and section.margin is None:
-        bound = 1 - bound
-    result = Cascade(
+    if not len(test):
+        raise UserError(
+            f"eval.cascade: no test rows are left beside {count(fitted.rows, 'calibration row')}",
+            hint="lower eval.cascade.calibration, or use valid",
+        )
+    return Cascade(
         system=system.name,
         student=name,
         confidence=kind,
         threshold=choice.threshold,
         of=section.of,
-        target=None if section.margin is not None else section.goal,
+        target=section.goal,
         margin=section.margin,
         level=section.confidence,
-        bound=bound,
+        bound=fitted.guaranteed(section),
         source="valid" if section.calibration == "valid" else "test",
         rows=fitted.rows,
         folds=fitted.folds,
         rows_needed=choice.rows_needed,
         n=len(test),
+        left_out=left_out,
         coverage=_share(answered),
         agreement=_share(~answered | test.agrees),
         accuracy=_share(np.where(answered, test.correct, test.teacher_correct)),
         teacher_accuracy=_share(test.teacher_correct),
         student_accuracy=_share(test.correct),
         curve=_curve(test, costs),
+        **_money_and_time(system, float(answered.mean()), costs),
     )
-    return result.model_copy(update=_blended(system, coverage, costs))
 
 
 def _share(values: Bools) -> Measure:
     rate = wilson(int(values.sum()), len(values))
-    if rate is None:
-        return Measure(value=0.0, n=0)
+    assert rate is not None  # there are test rows
     return Measure(value=rate.value, ci95=rate.ci95, n=rate.n)
 
 
-def _blended(system: System, coverage: float, costs: Costs) -> dict[str, float | int | None]:
-    """Money and time of a request of the cascade."""
-    values: dict[str, float | int | None] = {"teacher_ms": costs.ms_per_request}
+def _money_and_time(system: System, coverage: float, costs: Costs) -> dict[str, Any]:
+    """Money and time of a request of the cascade, by field."""
+    values: dict[str, Any] = {"teacher_ms": costs.ms_per_request}
     price = costs.usd_per_request
     if price is not None:
         values["teacher_usd_per_1000"] = 1000 * price
@@ -305,9 +307,6 @@ def _write_threshold(
     if not (folder / CARD).is_file():
         return
     calibration = read_calibration(folder)
-    bound = fitted.choice.bound
-    if bound is not None and section.margin is None:
-        bound = 1 - bound
     record = Threshold(
         student=student.fingerprint,
         scores_labels=recipe.eval.score_labels and read_card(folder).writes_label_alone,
@@ -315,10 +314,10 @@ def _write_threshold(
         temperature=1.0 if calibration is None else calibration.temperature,
         threshold=fitted.choice.threshold,
         of=section.of,
-        target=None if section.margin is not None else section.goal,
+        target=section.goal,
         margin=section.margin,
         level=section.confidence,
-        bound=bound,
+        bound=fitted.guaranteed(section),
         rows=fitted.rows,
         coverage=fitted.coverage,
     )

@@ -69,14 +69,20 @@ def predict_student(
     run: RunFolder,
     progress: Progress,
     load: StudentLoader | None = None,
-    path: Path | None = None,
+    *,
+    are_calibration: bool = False,
 ) -> Path:
     """Make the student's prediction file unless it is there, and return its path.
 
-    ``load`` is the student's `loader`, if the model is used elsewhere too. ``path`` None: the file
-    of the evaluated split.
+    ``load`` is the student's `loader`, if the model is used elsewhere too. ``are_calibration``: the
+    rows are a cascade's calibration rows, not those of the evaluated split.
     """
-    path = path or run.predictions(student.name)
+    if are_calibration:
+        path = calibration_file(run, student)
+        purpose = "calibration rows"
+    else:
+        path = run.predictions(student.name)
+        purpose = recipe.eval.split
     card = read_card(student.path)
     explain = recipe.eval.rationales and card.explains
     options = recipe.eval
@@ -93,7 +99,7 @@ def predict_student(
     fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
     if fits_or_restore(path, fingerprint):
         return path
-    progress.say(f"predict {options.split}: {student.name}")
+    progress.say(f"predict {purpose}: {student.name}")
     if calibration is None and has_distribution:
         progress.say(f"{student.name} is not calibrated: its probabilities are of temperature 1")
     model = Student.load(student.path) if load is None else load()
@@ -136,6 +142,11 @@ def predict_student(
     )
     write_jsonl(path, (prediction.model_dump_json(by_alias=True) for prediction in predictions))
     return path
+
+
+def calibration_file(run: RunFolder, student: TrainedStudent) -> Path:
+    """The student's prediction file of a cascade's calibration rows."""
+    return run.predictions(f"calibration/{student.name}")
 
 
 def rounded(distribution: Mapping[str, float] | None) -> dict[str, float] | None:

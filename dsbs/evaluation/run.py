@@ -21,6 +21,7 @@ from dsbs.evaluation.floors import check_floors, floor_systems
 from dsbs.evaluation.latency import measure_latency, read_latency
 from dsbs.evaluation.metrics import score
 from dsbs.evaluation.predictions import (
+    calibration_file,
     loader,
     predict_student,
     read_predictions,
@@ -192,9 +193,9 @@ def _calibration_answers(
     labels = teacher_labels(rows, run, source_fingerprint(recipe, task), split)
     answers = {}
     for student in students:
-        path = run.predictions(f"calibration/{student.name}")
+        path = calibration_file(run, student)
         if not score_only:
-            predict_student(recipe, student, rows, run, progress, path=path)
+            predict_student(recipe, student, rows, run, progress, are_calibration=True)
         if path.is_file():
             file = score(task, rows, read_predictions(path), student.name)
             answers[student.name] = Answers(file, labels)

@@ -21,7 +21,7 @@ from dsbs.evaluation.bootstrap import (
 )
 from dsbs.evaluation.calibration import distributions
 from dsbs.evaluation.metrics import Scored
-from dsbs.records.measures import Measure, Selective
+from dsbs.records.measures import COVERAGES, Measure, Selective
 from dsbs.students.calibration import (
     ConfidenceKind,
     areas,
@@ -32,7 +32,6 @@ from dsbs.students.calibration import (
 )
 from dsbs.tasks import Task
 
-COVERAGES = (0.5, 0.7, 0.8, 0.9)
 NAMES = ("aurc", "e_aurc", *(f"accuracy_at_{100 * share:.0f}" for share in COVERAGES))
 UNREADABLE = -1.0  # the confidence of an answer without a label
 _POINTS = 50  # of a curve

@@ -2,8 +2,8 @@
 
 A student answers where its confidence is at least the threshold, and its teacher elsewhere.
 
-Agreement. The risk is the share of all requests that the student answers, and answers otherwise
-than its teacher. It can only grow as the threshold is lowered, so thresholds are tested from the
+Agreement. The risk is the share of all requests that the student answers, and answers differently
+from its teacher. It can only grow as the threshold is lowered, so thresholds are tested from the
 strictest down, and the first whose exact binomial (Clopper-Pearson) upper bound exceeds the risk
 ends the search: fixed-sequence testing (Angelopoulos et al., Learn then Test, 2021). As the number
 of such answers grows with the risk, every row's confidence may serve as a threshold (Bates et al.,
@@ -83,13 +83,16 @@ def choose(rows: CascadeRows, section: CascadeSection) -> Choice:
 # --- bounds
 
 
-def upper_bound(events: int, n: int, level: float) -> float:
-    """The exact upper bound of a probability (Clopper and Pearson, 1934), one-sided."""
+def upper_bound(events: int | NDArray[np.int64], n: int, level: float) -> Floats:
+    """The exact upper bound of a probability (Clopper and Pearson, 1934), one-sided.
+
+    events: any shape -> the same shape.
+    """
     from scipy.stats import beta
 
-    if events >= n:
-        return 1.0
-    return float(beta.ppf(level, events + 1, n - events))
+    non_events = np.subtract(n, events)
+    bounds = beta.ppf(level, np.add(events, 1), np.maximum(non_events, 1))
+    return np.where(non_events > 0, bounds, 1.0)
 
 
 def most_events(n: int, risk: float, level: float) -> int:
@@ -137,7 +140,7 @@ def agreement_threshold(confidence: Floats, differs: Bools, risk: float, level: 
     last = holding[-1]
     # Where every readable answer of these rows may count, so may a less sure one.
     threshold = 0.0 if last == candidates[-1] else float(ordered[last])
-    return Choice(threshold, upper_bound(int(events[last]), n, level))
+    return Choice(threshold, float(upper_bound(int(events[last]), n, level)))
 
 
 def _rows_needed(share: float, risk: float, level: float) -> int | None:
@@ -173,7 +176,7 @@ def accuracy_threshold(rows: CascadeRows, risk: float, level: float) -> Choice:
     if last is None:
         share = float(teacher_wrong.mean()) if allowed >= 0 else 0.0
         return Choice(None, None, _rows_needed(share, risk, level))
-    return Choice(float(GRID[last]), upper_bound(int(wrong[last]), n, level))
+    return Choice(float(GRID[last]), float(upper_bound(int(wrong[last]), n, level)))
 
 
 def margin_threshold(rows: CascadeRows, margin: float, level: float) -> Choice:
@@ -182,15 +185,12 @@ def margin_threshold(rows: CascadeRows, margin: float, level: float) -> Choice:
     The loss is the share of rows that only the teacher has right, minus the share that only the
     student has right where it answers; each has an exact bound at half of the error probability.
     """
-    from scipy.stats import beta
-
     half = (1 + level) / 2
     n = len(rows)
     losses = _sums_above(rows.confidence, rows.teacher_correct & ~rows.correct)
     wins = _sums_above(rows.confidence, ~rows.teacher_correct & rows.correct)
-    most_lost = np.where(losses < n, beta.ppf(half, losses + 1, np.maximum(n - losses, 1)), 1.0)
-    least_won = np.where(wins > 0, beta.ppf(1 - half, np.maximum(wins, 1), n - wins + 1), 0.0)
-    bounds = most_lost - least_won
+    least_won = 1 - upper_bound(n - wins, n, half)
+    bounds = upper_bound(losses, n, half) - least_won
     last = _last_before_failure(bounds <= margin)
     if last is None:
         return Choice(None, None, _rows_needed(0.0, margin, half))
@@ -226,6 +226,15 @@ class Fitted:
     test: CascadeRows
     answered: Bools
     folds: int | None = None
+
+    def guaranteed(self, section: CascadeSection) -> float | None:
+        """The agreement or accuracy, at least, or with a margin the loss, at most. None: no
+        threshold holds.
+        """
+        bound = self.choice.bound
+        if bound is None or section.margin is not None:
+            return bound
+        return 1 - bound
 
 
 def fit_and_test(

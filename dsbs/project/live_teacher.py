@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotation.annotator import Annotator
-from dsbs.annotation.backends import Price, Reply, make_teacher, teacher_class
+from dsbs.annotation.backends import Price, Reply, Teacher, make_teacher, teacher_class
 from dsbs.annotation.endpoint_pool import Budget, StoppedError, StopSignal
 from dsbs.annotation.requester import Requester
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import RowsToRequest, SplitSummary
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.progress import Progress
+from dsbs.progress import NoProgress, Progress
 from dsbs.records import Example
 from dsbs.run_folder import TRAINING_RECORD, RunFolder, read_student
 from dsbs.serving.cascade import Cascade, CascadeSettings, TeacherAnswer, TeacherError
@@ -55,8 +55,8 @@ class _DailyBudget(Budget):
 
     async def reserve(self, prompt_tokens: int, tokens: int) -> float:
         if today() != self._day:
-            self._day = today()
             self.spent = self._ledger.usd_today()
+            self._day = today()
         try:
             return await super().reserve(prompt_tokens, tokens)
         except PartialError:
@@ -66,7 +66,8 @@ class _DailyBudget(Budget):
         before = self.spent
         super().count_bought(reply, prompt_tokens, reserved)
         if self.spent > before:
-            self._ledger.add_usd(self.spent - before)
+            with self._ledger.survive_errors():
+                self._ledger.add_usd(self.spent - before)
 
 
 class _ServedAnnotator(Annotator):
@@ -80,12 +81,11 @@ class _ServedAnnotator(Annotator):
 class LiveTeacher:
     """A recipe's teacher for single rows. See ``TeacherClient``."""
 
-    def __init__(
-        self, recipe: Recipe, store: ReplyStore, ledger: Ledger, progress: Progress
-    ) -> None:
+    def __init__(self, recipe: Recipe, teacher: Teacher, store: ReplyStore, ledger: Ledger) -> None:
         self._annotator = _ServedAnnotator(recipe)
-        self._teacher = make_teacher(recipe)
-        self._requester = Requester(self._annotator, self._teacher, store, progress)
+        self._teacher = teacher
+        # Its messages may quote the endpoint, which may quote a row.
+        self._requester = Requester(self._annotator, teacher, store, NoProgress())
         self._requester.rows = RowsToRequest("served rows", tuple, 0, SplitSummary())
         self._requester.budget = _DailyBudget(
             self._annotator.price, recipe.annotate.max_usd, ledger, self._requester.stop_signal
@@ -107,7 +107,10 @@ class LiveTeacher:
 
     def close(self) -> None:
         """See ``TeacherClient``."""
+        if self._loop.is_closed():
+            return
         if not self._thread.is_alive():
+            self._loop.run_until_complete(self._teacher.close())
             self._loop.close()
             return
         timeout_s = min(_DRAIN_S, self._annotator.recipe.teacher.timeout_s)
@@ -137,7 +140,12 @@ class LiveTeacher:
         except asyncio.CancelledError:
             raise TeacherError("the server is shutting down") from None
         except DsbsError as error:
-            logger.warning("the teacher: %s", error.problem)
+            # The problem may quote the endpoint, which may quote the row.
+            logger.warning(
+                "the teacher does not answer (%s): check its endpoint, key and account with "
+                "`dsbs doctor RECIPE`",
+                type(error).__name__,
+            )
             self._reopen_later()
             raise TeacherError("it does not answer") from None
         except Exception as error:
@@ -189,7 +197,7 @@ def open_cascade(
         annotate = recipe.annotate.model_copy(update={"max_usd": settings.max_usd})
         recipe = recipe.model_copy(update={"annotate": annotate})
     run = RunFolder.of(recipe, out)
-    make_teacher(recipe)  # before any file is written: a missing key leaves no trace
+    teacher = make_teacher(recipe)  # before any file is written: a missing key leaves no trace
     with run.lock("serve"), open_store(run) as store:
         ledger = Ledger(run.ledger, card.name, threshold)
         if settings.reset_audit:
@@ -209,11 +217,11 @@ def open_cascade(
                 "warning: threshold.json is of accuracy, which an audit cannot measure: it reports "
                 "agreement and never closes the student"
             )
-        teacher = LiveTeacher(recipe, store, ledger, progress)
+        live = LiveTeacher(recipe, teacher, store, ledger)
         try:
-            yield Cascade(threshold, make_task(card.task), teacher, ledger, settings)
+            yield Cascade(threshold, make_task(card.task), live, ledger, settings)
         finally:
-            teacher.close()
+            live.close()
             ledger.close()
 
 

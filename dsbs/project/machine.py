@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -171,7 +172,15 @@ def processor() -> Iterator[Check]:
 
 def training_memory() -> tuple[int, str]:
     """The bytes of memory where models train, and its owner: the first GPU's, or this machine's."""
-    if Path("/dev/nvidiactl").exists():  # a GPU is asked in a process of its own, which takes long
+    return _gpu_memory() or (usable_memory()[0], "this machine")
+
+
+@cache
+def _gpu_memory() -> tuple[int, str] | None:
+    """The first GPU's memory and name. It is asked once, in a process of its own: that takes long.
+    None: there is no GPU.
+    """
+    if Path("/dev/nvidiactl").exists():
         with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
             probe = subprocess.run(
                 [sys.executable, "-c", _PROBE_TORCH],
@@ -182,7 +191,7 @@ def training_memory() -> tuple[int, str]:
             )
             gpu = json.loads(probe.stdout.splitlines()[-1])["gpus"][0]
             return int(gpu["total"]), str(gpu["name"])
-    return usable_memory()[0], "this machine"
+    return None
 
 
 def check_memory(recipe: StudentRecipe) -> None:

@@ -51,6 +51,8 @@ class Example:
     """Where it is in its file: the line, or the number of the row. None: unknown."""
     copy_of: str | None = field(default=None, compare=False)
     """The id of the file's first row with the same input, if that is another row."""
+    is_served: bool = field(default=False, compare=False)
+    """Whether it is a row of ``task.data.served``, which is only ever trained on."""
 
 
 class _Record(BaseModel):

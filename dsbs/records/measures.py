@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Interval = tuple[float, float]
+COVERAGES = (0.5, 0.7, 0.8, 0.9)  # the shares of the rows in selective prediction
 
 
 class ResultRecord(BaseModel):
@@ -92,7 +93,7 @@ class Cascade(ResultRecord):
     coverage: Measure
     """The share of the test rows that the student answers."""
     agreement: Measure
-    """The share that it does not answer otherwise than its teacher."""
+    """The share on which the answer does not differ from the teacher's."""
     accuracy: Measure
     """Of the cascade."""
     teacher_accuracy: Measure

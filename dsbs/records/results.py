@@ -25,7 +25,7 @@ SystemKind = Literal["teacher", "student", "external", "floor"]
 
 
 class Rate(BaseModel, frozen=True):
-    """``correct`` of ``n`` with the 95% Wilson score interval (Wilson, 1927), as fractions."""
+    """``correct`` of ``n`` with a 95% interval, as fractions."""
 
     value: float
     ci95: Interval
@@ -34,24 +34,23 @@ class Rate(BaseModel, frozen=True):
 
 
 def wilson(correct: int, n: int) -> Rate | None:
-    """The rate of ``correct`` in ``n`` trials with its 95% interval; None for no trials."""
-    if n == 0:
-        return None
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return Rate(
-        value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
-    )
+    """The rate of ``correct`` in ``n`` trials with its score interval (Wilson, 1927); None for no
+    trials.
+    """
+    return _rate(correct, n, "wilson")
 
 
 def exact_rate(correct: int, n: int) -> Rate | None:
     """As ``wilson``, with the exact interval (Clopper and Pearson, 1934)."""
+    return _rate(correct, n, "exact")
+
+
+def _rate(correct: int, n: int, method: Literal["wilson", "exact"]) -> Rate | None:
     if n == 0:
         return None
     from scipy.stats import binomtest
 
-    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="exact")
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method=method)
     return Rate(
         value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
     )

@@ -255,7 +255,8 @@ def cascade_answer(results: Results) -> list[str]:
     share = percent(cascade.coverage.value)
     if cascade.coverage.ci95 is not None:
         share += f" ({confidence_interval(cascade.coverage.ci95)})"
-    loss = f"answering {percent(1 - cascade.agreement.value)} of all requests otherwise"
+    different = percent(1 - cascade.agreement.value)
+    loss = f"answering {different} of all requests differently from the teacher"
     if cascade.of == "accuracy":
         loss = (
             f"with {percent(cascade.accuracy.value)} of all answers right instead of "

@@ -139,7 +139,7 @@ def _headline(results: Results) -> list[str]:
 
 
 def closing(results: Results, train_accuracy: float | None = None) -> str:
-    """The last words of a run: its most accurate student, its teacher and its best floor.
+    """Closing summary of a run: its most accurate student, its teacher and its best floor.
 
     ``train_accuracy`` is the teacher's on the train rows, for a run that did not annotate the
     compared ones.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dsbs.formatting import dollars, interval, milliseconds_number, percent_number
+from dsbs.records.measures import COVERAGES
 from dsbs.records.results import SystemResult
 from dsbs.reporting.runs import EvaluatedRun, name_among
 from dsbs.reporting.tables import Column, RowGroup, Table, TableRow, cells, optional, system_table
@@ -32,11 +33,11 @@ def selective_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     ]
     columns += [
         Column(
-            f"accuracy on {share}%",
-            _selective_cell(f"accuracy_at_{share}"),
+            f"accuracy on {100 * share:.0f}%",
+            _selective_cell(f"accuracy_at_{100 * share:.0f}"),
             note="of the answers that the system is surest of, with its 95% CI (bootstrap)",
         )
-        for share in (50, 70, 80, 90)
+        for share in COVERAGES
     ]
     return system_table(columns, runs)
 
@@ -71,7 +72,7 @@ def cascade_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         Column(
             "agreement,\u00a0%",
             lambda cascade: percent_number(cascade.agreement.value),
-            note="the share that it does not answer otherwise than its teacher",
+            note="the share on which the answer does not differ from the teacher's",
         ),
         Column("95% CI", lambda cascade: optional(interval, cascade.agreement.ci95)),
         Column("accuracy,\u00a0%", lambda cascade: percent_number(cascade.accuracy.value)),

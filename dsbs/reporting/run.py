@@ -154,6 +154,7 @@ def _render(
     style = _template("page.css")
     script = _template("page.js")
     drawings = [(figure, Markup(figure.svg)) for figure in figures]
+    verdicts = [verdict(run) for run in runs]
     return environment.get_template("page.html").render(
         policy=_security_policy(script, style),
         style=Markup(style),
@@ -162,9 +163,9 @@ def _render(
         runs=runs,
         descriptions=[(run.name, _description(run)) for run in runs],
         several=len(runs) > 1,
-        has_several_students=any(verdict(run).students for run in runs),
+        has_several_students=any(each.students for each in verdicts),
         smoke=[run.name for run in runs if not run.results.reportable],
-        verdicts=[verdict(run) for run in runs],
+        verdicts=verdicts,
         differences=recipe_differences(runs),
         same_rows=have_same_rows(runs),
         accuracies=accuracy_table(runs),

@@ -1,4 +1,4 @@
-"""Cascade: the student answers the rows that it is sure of, and its teacher the unsure.
+"""Cascade: the student answers the rows that it is sure of, and its teacher answers the rest.
 
 A random share of the student's answers is audited: the teacher is asked as well, after the response
 was sent. Where the audit shows that the target of threshold.json is missed, the teacher answers
@@ -151,7 +151,8 @@ class Cascade:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.ledger.flush()
+        with self.ledger.survive_errors():
+            self.ledger.flush()
 
     def _in_background(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
@@ -162,7 +163,8 @@ class Cascade:
     async def _flush(self) -> None:
         while True:
             await asyncio.sleep(_FLUSH_S)
-            self.ledger.flush()
+            with self.ledger.survive_errors():
+                self.ledger.flush()
 
     # --- rows
 
@@ -234,7 +236,8 @@ class Cascade:
             return error
         finally:
             self._waiting -= 1
-        self.ledger.add_row(fields)
+        with self.ledger.survive_errors():
+            self.ledger.add_row(fields)
         if purpose == "deferred":
             self.ledger.count("deferred")
         return answer
@@ -259,7 +262,8 @@ class Cascade:
                 self.ledger.count("audits_failed")
             else:
                 agrees = self._task.correct(label, result.label)
-                self._judge(self.ledger.add_audit(agrees=agrees))
+                with self.ledger.survive_errors():
+                    self._judge(self.ledger.add_audit(agrees=agrees))
 
     def _judge(self, state: CascadeState) -> None:
         """Close the student where the audit shows that it misses the target."""
@@ -278,8 +282,8 @@ class Cascade:
             f" (95% interval {low} to {high}); the target needs {percent(1 - risk)}"
         )
         if self.settings.on_breach == "fallback":
-            self.ledger.set_breach(reason)
             logger.error("%s: the teacher answers everything from now on", reason)
+            self.ledger.set_breach(reason)
         elif self._warning is None:
             self._warning = reason
             logger.error("%s: the student goes on (--on-breach warn)", reason)

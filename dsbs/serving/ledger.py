@@ -2,16 +2,19 @@
 
 What the teacher was asked for is committed at once. Rows that the student answered are counted in
 memory and committed every second, so that a killed server loses the count of one second at most.
+A write that fails raises sqlite3.Error and leaves nothing half written.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from dsbs.files import canonical_json, digest, now, write_jsonl
 from dsbs.records.results import Rate, exact_rate
 from dsbs.students.calibration import Threshold
 
-LEDGER = "ledger.sqlite"
+logger = logging.getLogger(__name__)
 AUDIT_WINDOW = 1000  # audited rows, the latest ones, that agreement is measured on
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS cascades (
@@ -105,6 +108,7 @@ class Ledger:
         self.cascade = digest(student, record)
         self._lock = threading.Lock()
         self._pending: Counter[str] = Counter()
+        self._has_failed = False
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -122,22 +126,56 @@ class Ledger:
         self._state = _read_state(self._db, self.cascade, student)
         self._counts = Counter(self._state.counts)
 
+    # --- writing
+
+    @contextmanager
+    def survive_errors(self) -> Iterator[None]:
+        """Ends the block where a write fails, and logs the first failure: a full disk must not cost
+        a paid answer.
+        """
+        try:
+            yield
+        except sqlite3.Error as error:
+            if not self._has_failed:
+                self._has_failed = True
+                logger.error(
+                    "the ledger cannot be written (%s): rows are still answered, but audits, "
+                    "spending and rows for --from-serve may be lost; check the disk",
+                    getattr(error, "sqlite_errorname", type(error).__name__),
+                )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All writes of the block or none. The lock is held."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # some errors have rolled it back
+                self._db.execute("ROLLBACK")
+            raise
+
     # --- counting
 
-    def count(self, name: str, number: int = 1) -> None:
-        """Count rows; ``flush`` commits them."""
+    def count(self, name: str) -> None:
+        """Count a row; ``flush`` commits it."""
         with self._lock:
-            self._counts[name] += number
-            self._pending[name] += number
+            self._counts[name] += 1
+            self._pending[name] += 1
 
     def flush(self) -> None:
+        """Commit the counts. Where that fails they stay pending."""
         with self._lock:
             self._flush()
 
     def _flush(self) -> None:
-        pending = self._pending
-        self._pending = Counter()
-        for name, number in pending.items():
+        with self._transaction():
+            self._write_counts(self._pending)
+        self._pending.clear()
+
+    def _write_counts(self, counts: Counter[str]) -> None:
+        for name, number in counts.items():
             self._db.execute(
                 "INSERT INTO counts VALUES (?, ?, ?)"
                 " ON CONFLICT (cascade, name) DO UPDATE SET value = value + excluded.value",
@@ -156,15 +194,14 @@ class Ledger:
     def add_audit(self, *, agrees: bool) -> CascadeState:
         """Record an audited row. Returns the state with it."""
         with self._lock:
-            self._db.execute("BEGIN")
-            self._db.execute(
-                "INSERT INTO audits (cascade, agrees, created) VALUES (?, ?, ?)",
-                (self.cascade, int(agrees), now()),
-            )
+            with self._transaction():
+                self._db.execute(
+                    "INSERT INTO audits (cascade, agrees, created) VALUES (?, ?, ?)",
+                    (self.cascade, int(agrees), now()),
+                )
+                self._write_counts(self._pending + Counter(audited=1))
+            self._pending.clear()
             self._counts["audited"] += 1
-            self._pending["audited"] += 1
-            self._flush()
-            self._db.execute("COMMIT")
             self._refresh()
         return self.state
 
@@ -180,7 +217,9 @@ class Ledger:
     # --- breach
 
     def set_breach(self, reason: str) -> None:
+        """Close the student, even where that cannot be written."""
         with self._lock:
+            self._state = replace(self._state, breach=reason)
             self._db.execute("UPDATE cascades SET breach = ? WHERE id = ?", (reason, self.cascade))
             self._refresh()
 
@@ -192,12 +231,15 @@ class Ledger:
                 " (SELECT coalesce(max(number), 0) + 1 FROM audits) WHERE id = ?",
                 (self.cascade,),
             )
+            self._state = replace(self._state, breach=None)
             self._refresh()
 
     # --- reading
 
     def _refresh(self) -> None:
-        self._state = _read_state(self._db, self.cascade, self._state.student)
+        state = _read_state(self._db, self.cascade, self._state.student)
+        # A breach that could not be written holds until the server ends.
+        self._state = replace(state, breach=state.breach or self._state.breach)
 
     @property
     def breach(self) -> str | None:
@@ -207,24 +249,16 @@ class Ledger:
     @property
     def state(self) -> CascadeState:
         """What is counted, including what is not yet committed."""
-        state = self._state
-        return CascadeState(
-            state.student,
-            dict(self._counts),
-            state.audited,
-            state.agreed,
-            state.breach,
-            state.usd,
-            state.usd_today,
-        )
+        return replace(self._state, counts=dict(self._counts))
 
     def usd_today(self) -> float:
         with self._lock:
             return _usd(self._db, today())
 
     def close(self) -> None:
+        with self.survive_errors():
+            self.flush()
         with self._lock:
-            self._flush()
             self._db.close()
 
 

@@ -39,8 +39,9 @@ def stream(recipe: Recipe, task: Task, split: str) -> Iterator[Example]:
     """Yield the Examples of ``train``, ``valid`` or ``test`` in the order of the file.
 
     A test split that the data lacks is held out of the train file. So is a valid split, but
-    ``train`` still yields its rows: they are annotated like the rest (see ``is_held_out``). Raises
-    UserError for unusable rows, several at a time.
+    ``train`` still yields its rows: they are annotated like the rest (see ``is_held_out``). Served
+    rows follow the train file's, beyond ``task.limit``. Raises UserError for unusable rows, several
+    at a time.
     """
     data = recipe.task.data
     rows = _examples(recipe, task, split_source(recipe, split), split)
@@ -51,9 +52,11 @@ def stream(recipe: Recipe, task: Task, split: str) -> Iterator[Example]:
         rows = (row for row in rows if _side(row, "test") < data.test_fraction)
     if split == "valid" and data.valid is None:
         rows = (row for row in rows if is_held_out(recipe, row))
+    rows = itertools.islice(rows, recipe.task.limit)
     if split == "train" and data.served is not None:
-        rows = itertools.chain(rows, _examples(recipe, task, data.served, split))
-    return itertools.islice(rows, recipe.task.limit)
+        served = _examples(recipe, task, data.served, split)
+        rows = itertools.chain(rows, (replace(row, is_served=True) for row in served))
+    return rows
 
 
 def load(recipe: Recipe, task: Task, split: str) -> list[Example]:
@@ -70,7 +73,9 @@ def load(recipe: Recipe, task: Task, split: str) -> list[Example]:
 def is_held_out(recipe: Recipe, row: Example) -> bool:
     """Whether a train row is held out for validation, because the data has no validation split."""
     data = recipe.task.data
-    return data.valid is None and _side(row, "valid") < data.valid_fraction
+    if row.is_served or data.valid is not None:
+        return False
+    return _side(row, "valid") < data.valid_fraction
 
 
 def _side(row: Example, purpose: str) -> float:

@@ -86,7 +86,8 @@ def run_on_ray(
             include_dashboard=None if section.address else False,
         )
     try:
-        check_resources(dict(ray.cluster_resources()), section)  # type: ignore[no-untyped-call]
+        resources = dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+        check_resources(resources, section, user)
         task: Any = ray.remote(
             num_cpus=section.cpus_per_shard,
             num_gpus=section.gpus_per_shard,
@@ -147,7 +148,7 @@ def run_shard(
         return ShardResult(shard, None, error)
 
 
-def check_resources(available: dict[str, float], section: RaySection) -> None:
+def check_resources(available: dict[str, float], section: RaySection, user: str) -> None:
     """Raises UserError where the cluster can never start a shard: Ray would wait silently."""
     for resource, key, needed in (
         ("CPU", "cpus_per_shard", section.cpus_per_shard),
@@ -155,7 +156,10 @@ def check_resources(available: dict[str, float], section: RaySection) -> None:
     ):
         total = available.get(resource, 0)
         if needed > total:
+            hint = "start Ray on a larger machine"
+            if user.startswith("annotate."):  # it has keys of a recipe
+                hint = f"lower annotate.ray.{key}, or name a larger cluster in annotate.ray.address"
             raise UserError(
-                f"annotate.ray.{key}: {needed:g}, and the whole cluster has {total:g} {resource}",
-                hint="lower it, or name a larger cluster in annotate.ray.address",
+                f"{user}: a task needs {needed:g} {resource}, and the whole cluster has {total:g}",
+                hint=hint,
             )

@@ -72,8 +72,13 @@ def test_a_run_on_ray_writes_the_same_files(toy: Callable[..., Path], tmp_path: 
 
 def test_needing_more_than_the_cluster_has_is_an_error_at_once(toy: Callable[..., Path]) -> None:
     recipe = load_recipe(toy(), ["annotate.ray={shards: 1, cpus_per_shard: 640}"])
-    with pytest.raises(UserError, match="cpus_per_shard: 640, and the whole cluster has 2 CPU"):
-        check_resources({"CPU": 2.0}, recipe.annotate.ray)
+    message = "a task needs 640 CPU, and the whole cluster has 2"
+    with pytest.raises(UserError, match=f"annotate.engine ray: {message}") as annotating:
+        check_resources({"CPU": 2.0}, recipe.annotate.ray, "annotate.engine ray")
+    assert "annotate.ray.cpus_per_shard" in annotating.value.hint
+    with pytest.raises(UserError, match=f"--engine ray: {message}") as predicting:
+        check_resources({"CPU": 2.0}, recipe.annotate.ray, "--engine ray")
+    assert "annotate" not in predicting.value.hint
 
 
 def test_a_failure_on_a_worker_is_raised_by_the_driver(

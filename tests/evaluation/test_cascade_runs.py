@@ -15,6 +15,7 @@ from loopback import LoopbackServer
 from dsbs import UserError, annotate, evaluate, load_recipe, report, train
 from dsbs.config import Recipe
 from dsbs.evaluation.cascade import rows_warning
+from dsbs.progress import NoProgress
 from dsbs.records.gates import gate_failures
 from dsbs.records.summary import headline, headline_details
 from dsbs.students.calibration import read_calibration, read_threshold
@@ -110,6 +111,18 @@ def test_a_cascade_from_the_recipe_to_the_report(
     assert good.coverage.value == 1.0 or "below the gate of 100%" in failure
     with pytest.raises(UserError, match="--min-coverage"):
         gate_failures(results.model_copy(update={"cascades": []}), min_coverage=0.5)
+    alone = recipe("eval.cascade={target: 0.9, calibration: 0.99999}")
+    with pytest.raises(UserError, match=f"left beside {TEST_ROWS} calibration rows") as error:
+        evaluate(alone, out=tmp_path / "run")
+    assert "lower eval.cascade.calibration" in error.value.hint
+
+
+class Messages(NoProgress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 def test_calibration_on_validation_rows_leaves_all_test_rows(
@@ -129,7 +142,11 @@ def test_calibration_on_validation_rows_leaves_all_test_rows(
         "task.data.valid_fraction=0.3",
     )
     train(limited, out=run)
-    results = evaluate(limited, out=run)
+    progress = Messages()
+    results = evaluate(limited, out=run, progress=progress)
+    (name,) = [file.stem for file in (run / "eval" / "predictions" / "calibration").iterdir()]
+    purposes = [text.split(":")[0] for text in progress.said if text.endswith(f": {name}")]
+    assert purposes == ["predict test", "predict calibration rows"]
     (cascade,) = results.cascades
     assert (cascade.source, cascade.n) == ("valid", TEST_ROWS)
     assert 1 < cascade.rows < 20

@@ -21,14 +21,16 @@ from served import here, in_process
 from serving.test_serve_predict import post
 
 from dsbs import UserError, annotate, load_recipe
+from dsbs.annotation.backends.openai import OpenAITeacher
 from dsbs.cli.annotate import _with_served_rows
 from dsbs.config import Recipe
 from dsbs.progress import NoProgress
+from dsbs.project import live_teacher
 from dsbs.project.live_teacher import open_cascade
 from dsbs.project.runs import resolve_recipe
 from dsbs.records.results import exact_rate
 from dsbs.serving.cascade import FALSE_ALARMS, Cascade, CascadeSettings, log_evidence
-from dsbs.serving.ledger import read_states
+from dsbs.serving.ledger import Ledger, read_states
 from dsbs.students.calibration import Threshold, write_record
 from dsbs.students.novelty import fit_novelty, read_novelty
 
@@ -324,6 +326,107 @@ def test_an_input_unlike_the_validation_rows_is_the_teachers_however_sure(setup:
         assert distribution == pytest.approx(answer.distribution, abs=1e-5)
 
 
+def test_an_endpoints_error_text_reaches_no_log(
+    setup: Setup, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def echoes(body: dict[str, Any], number: int) -> Any:
+        error = {"error": {"message": f"no model for {UNSURE[0]!r}", "type": "model_not_found"}}
+        return 404, {}, json.dumps(error).encode()
+
+    async def main(server: LoopbackServer) -> Any:
+        with setup.cascade(server) as cascade:
+            async with here(STUDENT, cascade=cascade) as running:
+                return await post(f"{running.url}/predict", {"inputs": [UNSURE[0]]})
+
+    with LoopbackServer(echoes) as server:
+        _, body = asyncio.run(main(server))
+    assert body["predictions"][0]["teacher_failure"] == "it does not answer"
+    assert "dsbs doctor" in caplog.text
+    assert UNSURE[0] not in caplog.text + capsys.readouterr().err
+
+
+def test_a_teacher_that_was_never_asked_is_closed(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[OpenAITeacher] = []
+    closed: list[OpenAITeacher] = []
+
+    def make(recipe: Recipe) -> OpenAITeacher:
+        made.append(OpenAITeacher(recipe))
+        return made[-1]
+
+    async def close(teacher: OpenAITeacher) -> None:
+        closed.append(teacher)
+
+    monkeypatch.setattr(live_teacher, "make_teacher", make)
+    monkeypatch.setattr(OpenAITeacher, "close", close)
+    with setup.cascade(None):
+        pass
+    assert len(made) == 1 and closed == made
+
+
+# --- ledger
+
+
+def fail(ledger: Ledger) -> None:
+    """Let every write to the ledger fail, as on a full disk, after the transaction began."""
+    for table in ("counts", "audits", "rows", "spending"):
+        ledger._db.execute(
+            f"CREATE TEMP TRIGGER full_{table} BEFORE INSERT ON main.{table}"
+            " BEGIN SELECT RAISE(FAIL, 'full'); END"
+        )
+
+
+def mend(ledger: Ledger) -> None:
+    for table in ("counts", "audits", "rows", "spending"):
+        ledger._db.execute(f"DROP TRIGGER full_{table}")
+
+
+def test_a_ledger_that_cannot_be_written_costs_no_answer(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dsbs.serving.cascade._FLUSH_S", 0.01)
+
+    async def main(server: LoopbackServer) -> list[Any]:
+        with setup.cascade(server, audit=1.0) as cascade:
+            async with here(STUDENT, cascade=cascade) as running:
+                fail(cascade.ledger)
+                broken = await post(f"{running.url}/predict", {"inputs": TEXTS})
+                while "the ledger" not in caplog.text or server.requests < len(TEXTS):
+                    await asyncio.sleep(0.005)
+                await asyncio.sleep(0.05)  # some flushes that fail
+                mend(cascade.ledger)
+                again = await post(f"{running.url}/predict", {"inputs": TEXTS})
+                await audited(cascade, 1)
+                return [broken, again]
+
+    with LoopbackServer(as_student) as server:
+        answers = asyncio.run(main(server))
+    for status, body in answers:
+        assert status == 200
+        sources = [prediction["source"] for prediction in body["predictions"]]
+        assert sources == ["student" if text in SURE else "teacher" for text in TEXTS]
+    assert caplog.text.count("the ledger cannot be written") == 1
+    assert not any(text in caplog.text for text in TEXTS)
+    (state,) = read_states(setup.run / "serve" / "ledger.sqlite")
+    assert state.counts["sure"] == 2 * len(SURE), "counts wait until they can be written"
+    assert state.counts["teacher"] == 2 * len(UNSURE)
+    assert state.audited == state.counts["audited"] > 0
+
+
+def test_a_breach_that_cannot_be_written_closes_the_student(setup: Setup) -> None:
+    with setup.cascade(None) as cascade:
+        ledger = cascade.ledger
+        ledger._db.execute("PRAGMA query_only = ON")
+        with ledger.survive_errors():
+            ledger.set_breach("misses the target")
+        ledger._db.execute("PRAGMA query_only = OFF")
+        ledger.add_usd(0.01)
+        assert ledger.breach == "misses the target"
+        ledger.reset_audit()
+        assert ledger.breach is None
+
+
 # --- audit
 
 
@@ -453,6 +556,10 @@ def test_rows_that_were_asked_become_training_rows_for_nothing(setup: Setup) -> 
         second = annotate(_with_served_rows(recipe, str(setup.run)), out=setup.run)
         assert server.requests == sent
     assert second.splits["train"].accepted == first.splits["train"].accepted + len(texts)
+    same = setup.recipe(server, f"task.data.served={setup.run / 'serve' / 'rows.jsonl'}")
+    assert _with_served_rows(same, str(setup.run)).task.data.served is not None
+    with pytest.raises(UserError, match=r"task\.data\.served names others\.jsonl"):
+        _with_served_rows(setup.recipe(server, "task.data.served=others.jsonl"), str(setup.run))
 
 
 # --- bodies, documentation
@@ -505,6 +612,9 @@ def test_the_documentation_is_served_with_examples_that_work() -> None:
     assert names <= set(description["components"]["schemas"])
 
 
-def test_options_about_the_teacher_need_one(tmp_path: Path) -> None:
-    done = run_dsbs("serve", str(tmp_path), "--max-usd", "1", cwd=tmp_path)
+@pytest.mark.parametrize(
+    "option", [("--max-usd", "1"), ("--audit", "0.1"), ("--on-breach", "warn")]
+)
+def test_options_about_the_teacher_need_one(tmp_path: Path, option: tuple[str, str]) -> None:
+    done = run_dsbs("serve", str(tmp_path), *option, cwd=tmp_path)
     assert done.returncode == 2 and "--fallback RECIPE" in done.stderr

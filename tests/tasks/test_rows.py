@@ -842,3 +842,26 @@ def test_the_shared_rows_load_whole(shared_data: Path) -> None:
     )
     assert len(found) == 200
     assert all(row.completion and row.label for row in found)
+
+
+def test_served_rows_are_all_trained_on_and_none_is_held_out(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", numbered("own", 40))
+    served = write_jsonl(tmp_path / "served.jsonl", numbered("served", 40))
+    data = {"valid": None, "test": None, "valid_fraction": 0.4, "served": str(served)}
+    made = recipe(train, data=data, limit=20)
+    rows = rows_of(made)
+    own = [row for row in rows if not row.is_served]
+    assert len(own) == 20 and any(is_held_out(made, row) for row in own)
+    trained = [row.id for row in rows if not is_held_out(made, row)]
+    assert [row_id for row_id in trained if row_id.startswith("served")] == [
+        f"served-{number}" for number in range(40)
+    ]
+    for split in ("valid", "test"):
+        assert not any(row.id.startswith("served") for row in rows_of(made, split))
+
+
+def numbered(name: str, number: int) -> list[dict[str, str]]:
+    return [
+        {"id": f"{name}-{i}", "text": f"{name} text {i}", "label": LABELS[i % 2]}
+        for i in range(number)
+    ]
