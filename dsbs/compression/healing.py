@@ -22,12 +22,10 @@ from dsbs.records.results import HealFrom
 from dsbs.students.card import StudentCard
 from dsbs.students.weights import BYTES_IN_TRAINING, BYTES_OF_WEIGHT
 from dsbs.training.distillation import Term
-from dsbs.training.distillation.feature import FeatureTerm
+from dsbs.training.distillation.feature import FeatureTerm, depth_of
 from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.distillation.response import ResponseTerm
 from dsbs.training.distributed import device_memory
-
-_TRAINED_BYTES = BYTES_IN_TRAINING["adamw"]
 
 Stack = Literal["encoder", "decoder"]
 
@@ -46,19 +44,23 @@ class Healing:
 
 
 def choose_source(
-    requested: HealFrom | None, original: TrainedStudent, progress: Progress
+    requested: HealFrom | None,
+    original: TrainedStudent,
+    optimizer: str,
+    progress: Progress,
 ) -> HealFrom:
     """What to heal from: as requested, or the original where it fits in memory beside its copy.
 
     Raises UserError where the request does not fit.
     """
-    needed = original.parameters * (BYTES_OF_WEIGHT + _TRAINED_BYTES)
+    trained_bytes = BYTES_IN_TRAINING[optimizer]
+    needed = original.parameters * (BYTES_OF_WEIGHT + trained_bytes)
     available = device_memory()
     if requested == "rows" or needed <= available:
         return requested or "original"
     problem = (
         f"the original and a copy of it in training need about {_gigabytes(needed)} "
-        f"({count(original.parameters, 'weight')}, {BYTES_OF_WEIGHT} and {_TRAINED_BYTES} bytes "
+        f"({count(original.parameters, 'weight')}, {BYTES_OF_WEIGHT} and {trained_bytes} bytes "
         f"each), and this machine has {_gigabytes(available)}"
     )
     if requested is not None:
@@ -119,8 +121,7 @@ def depths_of(original: str) -> dict[str, int]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(original, trust_remote_code=False)
-    layers = int(config.num_hidden_layers)
-    return {"encoder": layers, "decoder": int(getattr(config, "num_decoder_layers", layers))}
+    return {stack: depth_of(config, stack) for stack in ("encoder", "decoder")}
 
 
 def implied_layer_map(layers: Sequence[int], depth: int) -> dict[int, int]:

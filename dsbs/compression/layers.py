@@ -62,7 +62,12 @@ class DropLayers(WeightStep):
     @property
     def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"layers_by": self.layers_by}
-        return settings if self.rounds == 1 else settings | {"rounds": self.rounds}
+        return settings if self._rounds == 1 else settings | {"rounds": self._rounds}
+
+    @property
+    def _rounds(self) -> int:
+        """One for the position, which needs no second measurement."""
+        return 1 if self.layers_by == "position" else self.rounds
 
     def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
         counts = self._counts(model)
@@ -91,8 +96,7 @@ class DropLayers(WeightStep):
             if not counts:
                 noun = "layers" if len(layer_stacks(model)) == 1 else f"{name} layers"
                 left = remaining(self.name, self.share, total, noun)
-            rounds = 1 if self.layers_by == "position" else self.rounds
-            counts[name] = left_after_rounds(total, left, rounds) or [total]
+            counts[name] = left_after_rounds(total, left, self._rounds) or [total]
         return counts
 
     def _round(self, model: Any, left: Mapping[str, int], batches: Sequence[Batch]) -> Any:

@@ -40,11 +40,14 @@ class _ByImportance(WeightStep):
     """A step that removes the least important heads or units, in one round or several."""
 
     learns_from_rows = True
-    noun: str
 
     @property
     def settings(self) -> dict[str, Any]:
         return {} if self.rounds == 1 else {"rounds": self.rounds}
+
+    @abstractmethod
+    def noun(self, model: Any) -> str:
+        """What the parts are called, in the plural."""
 
     @abstractmethod
     def parts(self, model: Any) -> tuple[Gated, _Keep]:
@@ -61,11 +64,11 @@ class _ByImportance(WeightStep):
         return {name: largest(layer_values, count) for name, layer_values in values.items()}
 
     def change(self, model: Any, tokenizer: Any, examples: Examples) -> Any:
-        gated, _ = self.parts(model)
-        total = next(iter(gated.values()))[1]
-        left = remaining(self.name, self.share, total, self.noun)
-        for count in left_after_rounds(total, left, self.rounds):
-            gated, keep = self.parts(model)
+        parts = self.parts(model)
+        total = next(iter(parts[0].values()))[1]
+        left = remaining(self.name, self.share, total, self.noun(model))
+        for number, count in enumerate(left_after_rounds(total, left, self.rounds)):
+            gated, keep = self.parts(model) if number else parts
             batches = examples.batches(model, tokenizer)
             indices = self.most_important(model, gated, count, batches)
             body = keep(body_of(model), indices)
@@ -87,7 +90,11 @@ class PruneHeads(_ByImportance):
     """
 
     name = "prune-heads"
-    noun = "heads"
+
+    def noun(self, model: Any) -> str:
+        if decoders.is_decoder(body_of(model)):
+            return "groups of heads with one key"
+        return "heads"
 
     def parts(self, model: Any) -> tuple[Gated, _Keep]:
         body = body_of(model)
@@ -104,7 +111,7 @@ class PruneHeads(_ByImportance):
     def most_important(
         self, model: Any, gated: Gated, count: int, batches: Iterable[Mapping[str, Any]]
     ) -> dict[str, Tensor]:
-        if model is body_of(model) and not decoders.is_decoder(model):
+        if not is_label_head(model) and model.config.is_encoder_decoder:
             return most_important_heads(model, count, batches)
         return super().most_important(model, gated, count, batches)
 
@@ -158,7 +165,9 @@ class PruneFeedForward(_ByImportance):
     """``prune-ff=SHARE``: removes equally many feed-forward units from every layer."""
 
     name = "prune-ff"
-    noun = "units"
+
+    def noun(self, model: Any) -> str:
+        return "units"
 
     def parts(self, model: Any) -> tuple[Gated, _Keep]:
         body = body_of(model)

@@ -51,40 +51,23 @@ class Quantize:
 
         Raises UserError where none supports the number format.
         """
-        from dsbs.students.low_rank import ranks_of
+        from transformers import AutoConfig
 
-        ranks = ranks_of(str(source))
-        if find_spec("ctranslate2") and not ranks and _is_supported(source):
+        from dsbs.exporting.ct2 import ct2_problem
+        from dsbs.students.weights import pretrained_arguments
+
+        card = read_card(source)
+        config = AutoConfig.from_pretrained(**pretrained_arguments(str(source)))
+        problem = ct2_problem(card, config)
+        if find_spec("ctranslate2") and problem is None:
             return "ct2"
         if self.value == "int8":
-            return "onnx" if read_card(source).head == "labels" else "torch"
-        if ranks:
+            return "onnx" if card.head == "labels" else "torch"
+        if problem:
             raise UserError(
-                f"quantize={self.value} needs CTranslate2, which does not support low-rank "
-                "matrices",
-                hint="quantize=int8 (by PyTorch), or pruning instead of low-rank",
+                f"quantize={self.value} needs CTranslate2, which cannot run {source}: {problem}",
+                hint="quantize=int8, which does not need it",
             )
         raise UserError(
-            f"quantize={self.value} needs the package ctranslate2 and a model that it supports",
-            hint="pip install 'dsbs[ct2]'",
+            f"quantize={self.value} needs the package ctranslate2", hint="pip install 'dsbs[ct2]'"
         )
-
-
-def _is_supported(source: Path) -> bool:
-    """Whether CTranslate2 supports the student's architecture."""
-    from transformers import AutoConfig
-
-    from dsbs.exporting.ct2 import unsupported_feature
-    from dsbs.exporting.label_head import CT2_LOADERS
-    from dsbs.students.backends.ctranslate2 import DECODER_LOADERS
-    from dsbs.students.low_rank import is_changed
-    from dsbs.students.weights import pretrained_arguments
-
-    card = read_card(source)
-    if card.kind == "seq2seq":
-        return card.head == "text"
-    config = AutoConfig.from_pretrained(**pretrained_arguments(str(source)))
-    if card.head == "labels":
-        is_encoder = card.kind == "encoder" and not is_changed(str(source))
-        return is_encoder and config.model_type in CT2_LOADERS
-    return config.model_type in DECODER_LOADERS and unsupported_feature(config) is None

@@ -45,8 +45,8 @@ from dsbs.records.results import (
     read_compression_record,
 )
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
-from dsbs.students.calibration import write_record
 from dsbs.students.card import CARD, read_card
+from dsbs.students.student import Student
 
 MAX_DROP = 0.02
 _ROUNDING_ERROR = 1e-9  # two equal shares of rows may differ by less than this
@@ -216,7 +216,9 @@ def prepare(
             raise UserError(f"{name} {value}: not a choice", hint=f"use {', '.join(choices)}")
     steps = plan(source, methods, "", options)
     if any(step.healing.steps for step in steps):
-        heal_from = choose_source(options.heal_from, source.student, progress)
+        heal_from = choose_source(
+            options.heal_from, source.student, source.recipe.train.optimizer, progress
+        )
         options = replace(options, heal_from=heal_from)
     needs_train = any(step.healing.steps or step.step.learns_from_rows for step in steps)
     data = FineTuneData(source, progress, needs_train=needs_train)
@@ -263,7 +265,8 @@ def _make(
         healed = data.heal(start, step.work / "healed", healing, f"heal {step.name}")
         if evaluator.accuracy(healed) >= before_healing:
             best = healed
-    original, compressed, agreement = evaluator.compare(best, step.name)
+    student = Student.load(best)
+    original, compressed, agreement = evaluator.compare(student, best, step.name)
     record = Compressed(
         student=source.student.name,
         fingerprint=source.student.fingerprint,
@@ -291,9 +294,8 @@ def _make(
     )
     write_json(complete / CARD, card.model_dump(mode="json"))
     write_json(complete / WORK, {"fingerprint": step.fingerprint})
-    calibration = evaluator.calibration(best)
-    if calibration is not None:
-        write_record(complete, calibration)
+    if best == start:  # a healed student has its own
+        evaluator.fit_distributions(student, complete, data.views[0])
     write_json(complete / COMPRESSION_RECORD, record.model_dump(mode="json", by_alias=True))
     move(complete, step.folder)
     return record

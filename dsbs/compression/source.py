@@ -34,10 +34,11 @@ from dsbs.records.results import (
     read_compression_record,
 )
 from dsbs.run_folder import RunFolder, read_student
-from dsbs.students.calibration import Calibration, calibrate
+from dsbs.students.calibration import write_record
 from dsbs.students.card import read_card
 from dsbs.students.formats import input_format_of, start_token
-from dsbs.students.student import Answer, Student
+from dsbs.students.novelty import write_novelty
+from dsbs.students.student import Student
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import make_task
@@ -48,6 +49,7 @@ from dsbs.training.methods import View, views_of
 from dsbs.training.rows import Data, gather
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
+from dsbs.training.validation import calibrated, novelty_of
 
 WORK = "work.json"  # the fingerprint of everything that made a compressed student
 _IMPORTANCE_ROWS = 256
@@ -182,7 +184,8 @@ class FineTuneData:
     def batches(
         self, model: Any, tokenizer: Any, split: Literal["train", "valid"] = "train"
     ) -> Iterator[Mapping[str, Any]]:
-        """See ``Examples``: up to 256 rows; of train, the first ones by a hash of their ids."""
+        """See ``Examples``: up to 256 rows, or 64 of valid for a
+        decoder; of train, the first ones by a hash of their ids."""
         student = self.recipe.student
         chosen = self.data.valid[: _IMPORTANCE_ROWS if self._kind != "causal" else _DECODER_ROWS]
         views = self.views[:1]
@@ -248,14 +251,14 @@ class FineTuneData:
             }
         )
         teachers: list[LocalTeacher] = []
-        untaught: tuple[str, ...] = ()
+        without_targets: tuple[str, ...] = ()
         if healing.source != "rows":
             original = self._source.student
             terms = healing_terms(self._card, healing.layers, depths_of(original.path))
             section = with_terms(section, terms)
             teachers.append(original_as_teacher(original))
         if healing.source == "original":
-            untaught = taught_views(self._card)
+            without_targets = taught_views(self._card)
         tokenizer = load_tokenizer(str(start))
         spec = replace(
             self.spec,
@@ -264,7 +267,7 @@ class FineTuneData:
             heading=title,
             directory=str(folder),
             keep_zeros=healing.keep_zeros,
-            without_targets=untaught,
+            without_targets=without_targets,
         )
         recipe = self.recipe.model_copy(update={"train": section})
         train_folder = self._source.run.stage("train")
@@ -286,7 +289,7 @@ class Evaluator:
         self._progress = progress
         self._inputs = [data.fields[row.id] for row in data.valid]
         self._labels = [str(row.label(data.valid_labels)) for row in data.valid]
-        self._label_source = data.valid_labels
+        self._data = data
         self._latencies_ms: list[float] = []  # of each row, in the last prediction
         self.n = len(self._labels)
 
@@ -301,13 +304,15 @@ class Evaluator:
     def accuracy(self, folder: Path) -> float:
         return self._accuracy(self._predict(Student.load(folder)))
 
-    def compare(self, folder: Path, title: str) -> tuple[Measurement, Measurement, float]:
-        """Measurements of the original and of the student in ``folder``, and their agreement.
+    def compare(
+        self, student: Student, folder: Path, title: str
+    ) -> tuple[Measurement, Measurement, float]:
+        """Measurements of the original and of ``student``, which is in ``folder``, and their
+        agreement.
 
         The agreement is the share of rows with the same label. Two outputs without a readable label
         count as the same.
         """
-        student = Student.load(folder)
         labels = self._predict(student)
         original_latency, latency = self._latencies([self._original, student], title)
         original = self._measurement(
@@ -326,19 +331,14 @@ class Evaluator:
         ]
         return original, compressed, sum(agreeing) / self.n
 
-    def calibration(self, folder: Path) -> Calibration | None:
-        """The calibration of the student in ``folder``; None: it writes its label."""
-        student = Student.load(folder)
-        if student.card.head == "text":
-            return None
-        student.calibration = None
-        distributions = [answer.distribution or {} for answer in self._answers(student)]
-        classes = [
-            list(distribution).index(label)
-            for distribution, label in zip(distributions, self._labels, strict=True)
-        ]
-        shares = [tuple(distribution.values()) for distribution in distributions]
-        return calibrate(shares, classes, self._label_source)
+    def fit_distributions(self, student: Student, folder: Path, view: View) -> None:
+        """Write the student's own calibration and novelty into ``folder``, where it has them."""
+        calibration = calibrated(student, self._recipe, self._data, view)
+        if calibration is not None:
+            write_record(folder, calibration)
+        novelty = novelty_of(student, self._recipe, self._data, view)
+        if novelty is not None:
+            write_novelty(folder, novelty)
 
     def _measurement(
         self,
@@ -365,17 +365,14 @@ class Evaluator:
                 students, self._inputs, calls, max_label_tokens, self._progress, budget_s
             )
 
-    def _answers(self, student: Student) -> list[Answer]:
+    def _predict(self, student: Student) -> list[str | None]:
         section = self._recipe.eval
-        return student.predict(
+        answers = student.predict(
             self._inputs,
             batch_size=section.batch_size,
             max_label_tokens=section.max_label_tokens,
             canonical=True,
         )
-
-    def _predict(self, student: Student) -> list[str | None]:
-        answers = self._answers(student)
         self._latencies_ms = [answer.latency_ms for answer in answers]
         return [answer.label for answer in answers]
 

@@ -165,12 +165,12 @@ def convert_ct2(
     quantization = None if quantize == FLOAT32 else quantize
     try:
         StudentConverter().convert(str(converted), quantization=quantization)
-    except (ValueError, NotImplementedError, AttributeError) as error:
+    except (ValueError, NotImplementedError) as error:
         other = "onnx" if student.card.head == "labels" else "torch"
         raise DsbsError(
-            f"CTranslate2 cannot convert {student.card.name} ({error})",
+            f"CTranslate2 cannot convert {student.card.name} ({type(error).__name__}: {error})",
             hint=f"try --format {other} --quantize int8",
-        ) from None
+        ) from error
     for path in converted.iterdir():
         path.rename(folder / path.name)
     converted.rmdir()

@@ -9,8 +9,14 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.exporting import FLOAT32, convert_ct2, decoder_script, label_view, write_prompt_format
-from dsbs.exporting.label_head import check_ct2, label_head_script, write_ct2
+from dsbs.exporting.label_head import (
+    check_separator,
+    label_head_ct2_problem,
+    label_head_script,
+    write_ct2,
+)
 from dsbs.students.backends.ctranslate2 import DECODER_LOADERS, ctranslate2
+from dsbs.students.card import StudentCard
 from dsbs.students.student import Student
 
 _SCRIPT = '''"""Print the student's output for each line of stdin."""
@@ -57,21 +63,14 @@ class Ct2Format:
     def check(self, student: Student, quantize: str) -> str | None:
         runtime = ctranslate2()
         config = student.backend.model.config
-        if student.card.head == "labels":
-            check_ct2(student)
-        elif student.card.kind == "causal":
-            _check_decoder(student)
-        elif config.model_type not in ("t5", "mt5"):
+        problem = ct2_problem(student.card, config)
+        if problem:
+            other = "onnx" if student.card.head == "labels" else "torch"
             raise UserError(
-                f"the format ct2 does not support models of type {config.model_type}",
-                hint="try --format onnx or torch",
+                f"{student.card.name} ({config.model_type}) cannot be exported: {problem}",
+                hint=f"use --format {other}",
             )
-        if getattr(config, "low_rank", None):
-            raise UserError(
-                f"{student.card.name} has low-rank matrices, which CTranslate2 does not support",
-                hint="use --format torch --quantize int8, or compress by pruning instead of "
-                "low-rank",
-            )
+        check_separator(student)
         if quantize not in runtime.get_supported_compute_types("cpu"):
             return (
                 f"this machine's CPU does not compute in {quantize}: the file is smaller, but not "
@@ -139,23 +138,23 @@ def _t5_loader() -> Any:
     return Loader()
 
 
-def _check_decoder(student: Student) -> None:
-    """Raises UserError for a model that the converter does not support, or gets wrong."""
-    config = student.backend.model.config
-    if config.model_type not in DECODER_LOADERS:
-        raise UserError(
-            f"the format ct2 supports {', '.join(DECODER_LOADERS)} and T5, not {config.model_type}",
-            hint="try --format torch",
-        )
-    feature = unsupported_feature(config)
-    if feature:
-        raise UserError(
-            f"{student.card.name} has {feature}, which CTranslate2's converter ignores",
-            hint="try --format torch",
-        )
+def ct2_problem(card: StudentCard, config: Any) -> str | None:
+    """Why the format ct2 does not support a student whose model has ``config``; None: it does."""
+    from dsbs.students.low_rank import KEY
+
+    if card.head == "labels":
+        return label_head_ct2_problem(card.kind, config)
+    if getattr(config, KEY, None):
+        return "it has low-rank matrices, which CTranslate2 does not support"
+    if card.kind == "causal" and config.model_type in DECODER_LOADERS:
+        feature = _unsupported_feature(config)
+        return f"it has {feature}, which CTranslate2's converter ignores" if feature else None
+    if config.model_type in ("t5", "mt5"):
+        return None
+    return f"the format ct2 supports {', '.join(DECODER_LOADERS)} and T5, not {config.model_type}"
 
 
-def unsupported_feature(config: Any) -> str | None:
+def _unsupported_feature(config: Any) -> str | None:
     """A feature of a configuration that the converter silently ignores."""
     if config.model_type == "gpt2":
         if config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx:

@@ -13,6 +13,8 @@ from typing import Any
 from dsbs.errors import UserError
 from dsbs.exporting import convert_ct2
 from dsbs.students.backends.label_head import GRAPH, HEAD
+from dsbs.students.card import Architecture
+from dsbs.students.formats import PAIR_SEPARATOR
 from dsbs.students.student import Student
 
 _SCRIPT = '''"""Print each stdin line's label and the probability of every label, as JSON."""
@@ -55,6 +57,17 @@ def check_onnx(student: Student) -> None:
             f"{student.card.name} is a decoder with a label head, which no export format supports",
             hint="serve the student itself, or train an encoder such as minilm-l6",
         )
+    check_separator(student)
+
+
+def check_separator(student: Student) -> None:
+    """Raises UserError for an encoder of which an export would read pairs of texts differently."""
+    if student.card.kind == "encoder" and student.backend.tokenizer.sep_token_id is None:
+        raise UserError(
+            f"{student.card.name} cannot be exported: its tokenizer has no separator token between "
+            "the two texts of a pair",
+            hint="serve the student itself, or train an encoder such as minilm-l6",
+        )
 
 
 def write_onnx_graph(student: Student, folder: Path) -> None:
@@ -93,21 +106,18 @@ def write_onnx_graph(student: Student, folder: Path) -> None:
     )
 
 
-def check_ct2(student: Student) -> None:
-    """Raises UserError for a label head that CTranslate2 does not run."""
-    config = student.backend.model.config
-    problem = None
-    if student.card.kind != "encoder" or config.model_type not in CT2_LOADERS:
-        problem = f"the format ct2 supports label heads on {', '.join(CT2_LOADERS)}"
-    elif getattr(config, "low_rank", None) or getattr(config, "kept_heads", None):
-        problem = "CTranslate2 does not support low-rank matrices and removed heads"
-    elif getattr(config, "position_embedding_type", None) not in (None, "absolute"):
-        problem = "CTranslate2 does not support relative positions"
-    if problem:
-        raise UserError(
-            f"{student.card.name} ({config.model_type}) cannot be exported: {problem}",
-            hint="use --format onnx",
-        )
+def label_head_ct2_problem(kind: Architecture, config: Any) -> str | None:
+    """Why CTranslate2 cannot run a label head on a model of ``kind``; None: it can."""
+    from dsbs.students.encoder_shapes import HEADS
+    from dsbs.students.low_rank import KEY
+
+    if kind != "encoder" or config.model_type not in CT2_LOADERS:
+        return f"the format ct2 supports label heads on {', '.join(CT2_LOADERS)}"
+    if getattr(config, KEY, None) or getattr(config, HEADS, None):
+        return "CTranslate2 does not support low-rank matrices and removed heads"
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        return "CTranslate2 does not support relative positions"
+    return None
 
 
 def write_ct2(student: Student, folder: Path, quantize: str) -> None:
@@ -152,7 +162,7 @@ def label_head_script(student: Student, runtime: str) -> str:
     prefix = next(iter(card.prefixes.values()))
     text = f"{prefix!r} + line.strip()" if prefix else "line.strip()"
     if card.kind == "encoder":
-        text = f'*{text}.split("</s>", 1)' if not prefix else f'*({text}).split("</s>", 1)'
+        text = f"*({text}).split({PAIR_SEPARATOR!r}, 1)"
     calibrated = "p / p.sum()"
     if student.temperature != 1:
         power = f"(p / p.max()) ** {1 / student.temperature:.6g}"

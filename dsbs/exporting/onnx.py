@@ -88,17 +88,19 @@ class OnnxFormat:
                     write_onnx_graph(student, folder)
                 else:
                     _write_graphs(student, folder, quantize)
-                if quantize == "int8":
-                    from dsbs.exporting.onnx_int8 import quantize_onnx
-
-                    for file in folder.glob("*.onnx"):
-                        quantize_onnx(file)
         except (RuntimeError, AttributeError) as error:  # of PyTorch's exporter
             message = " ".join(str(error).split())[:240]
             raise DsbsError(
-                f"PyTorch cannot export {student.card.name} to ONNX ({message})",
+                f"PyTorch cannot export {student.card.name} to ONNX "
+                f"({type(error).__name__}: {message})",
                 hint="try --format ct2 or torch",
-            ) from None
+            ) from error
+        if quantize == "int8":
+            from dsbs.exporting.onnx_int8 import quantize_onnx
+
+            with _quiet_exporter():
+                for file in folder.glob("*.onnx"):
+                    quantize_onnx(file)
 
     def script(self, student: Student, quantize: str) -> str:
         if student.card.head == "labels":

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from dsbs.errors import UserError
 from dsbs.files import write_json
@@ -33,6 +33,7 @@ NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred
 
 Floats = NDArray[np.float64]
 _Values = TypeVar("_Values", float, Floats)
+_Record = TypeVar("_Record", bound=ResultRecord)
 _SMALLEST = 1e-12  # a probability that counts in a loss
 # Limits of the temperature, so that a student that is right on every row does not become certain.
 _LOWEST = 0.2
@@ -105,29 +106,24 @@ class Threshold(ResultRecord):
 
 def read_calibration(folder: str | Path) -> Calibration | None:
     """The calibration of a student; None: it has none. Raises UserError for another content."""
-    path = Path(folder) / CALIBRATION
-    try:
-        return Calibration.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except (ValidationError, ValueError):
-        raise UserError(
-            f"{path} is not a calibration of a student",
-            hint="remove it: the student's probabilities are then uncalibrated",
-        ) from None
+    hint = "remove it: the student's probabilities are then uncalibrated"
+    return _read(Path(folder) / CALIBRATION, Calibration, hint)
 
 
 def read_threshold(folder: str | Path) -> Threshold | None:
     """The threshold of a student; None: it has none. Raises UserError for another content."""
-    path = Path(folder) / THRESHOLD
+    hint = "set eval.cascade and run `dsbs eval` again"
+    return _read(Path(folder) / THRESHOLD, Threshold, hint)
+
+
+def _read(path: Path, record: type[_Record], hint: str) -> _Record | None:
     try:
-        return Threshold.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError:
+        return record.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return None
-    except (ValidationError, ValueError):
+    except ValueError:
         raise UserError(
-            f"{path} is not a threshold of a student",
-            hint="set eval.cascade and run `dsbs eval` again",
+            f"{path} is not a {record.__name__.lower()} of a student", hint=hint
         ) from None
 
 

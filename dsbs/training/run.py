@@ -121,7 +121,7 @@ class _Trained:
 
 @dataclass(frozen=True, slots=True)
 class StudentGrid:
-    """What is trained of one section of ``student``: its methods, shares and seeds."""
+    """The students to train for one section of ``student``: one for each method, share and seed."""
 
     recipe: StudentRecipe
     specs: list[StudentSpec]
@@ -144,7 +144,7 @@ class StudentGrid:
         return warnings if name is None else [f"{name}: {warning}" for warning in warnings]
 
     def train(self, run: RunFolder, tokens: Tokens, progress: Progress) -> _Trained:
-        """Train the students, those of the grid's order."""
+        """Train the students of the grid, in its order."""
         recipe = self.recipe
         folder = run.stage("train")
         tokenizer = tokens.tokenizer

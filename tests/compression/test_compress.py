@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,10 @@ def test_a_model_too_large_to_stand_beside_its_copy_is_healed_by_its_rows(
         prepare(source, ["prune-ff=0.5"], Options("both", heal_steps=2), Progress())
     _, (step,) = prepare(source, ["prune-ff=0.5"], Options("both", heal_steps=0), Progress())
     assert step.healing.source is None and step.name == "prune-ff=0.5"
+    section = source.recipe.train.model_copy(update={"optimizer": "adafactor"})
+    recipe = source.recipe.model_copy(update={"train": section})
+    prepare(replace(source, recipe=recipe), ["prune-ff=0.5"], Options(heal_steps=2), Progress())
+    assert "4 and 8 bytes each" in notes[-1]
 
 
 def test_a_choice_that_does_not_exist_is_told(run: Path) -> None:
@@ -375,8 +380,9 @@ def test_a_quantized_student_is_the_last_of_its_chain_and_four_times_smaller(run
 
 def test_a_low_rank_student_is_quantized_by_torch_alone(run: Path) -> None:
     (folder,) = compress(run / "train" / NAME, ["low-rank=0.25"], max_drop=1, heal_steps=0).folders
-    with pytest.raises(UserError, match=r"low-rank"):
+    with pytest.raises(UserError, match=r"low-rank") as refusal:
         compress(folder, ["quantize=int16"])
+    assert "quantize=int8" in refusal.value.hint and "pip install" not in refusal.value.hint
     from dsbs import export
 
     with pytest.raises(UserError, match="low-rank matrices, which CTranslate2 does not support"):

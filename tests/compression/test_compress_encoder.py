@@ -156,7 +156,7 @@ def test_a_chain_heals_the_head_and_ends_in_int8(tmp_path: Path) -> None:
     tokenizer = word_tokenizer()
     encoder("bert", len(tokenizer), num_hidden_layers=2).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    write_csv(tmp_path / "train.csv", toy_rows(60))
+    write_csv(tmp_path / "train.csv", toy_rows(80))
     recipe: dict[str, Any] = {
         "name": "toy",
         "task": {
@@ -189,7 +189,10 @@ def test_a_chain_heals_the_head_and_ends_in_int8(tmp_path: Path) -> None:
     assert heads_of(heads.backend.model.body.config) == 2
     assert len(layers.backend.model.body.encoder.layer) == 1
     assert int8.card.format == "onnx", "CTranslate2 has no encoders with removed heads"
-    assert all(student.calibration is not None for student in (heads, layers, int8))
+    (folder,) = compress(trained.path, ["prune-ff=0.5"], heal_steps=0, max_drop=1.0).folders
+    unhealed = Student.load(folder)
+    assert all(student.calibration is not None for student in (heads, layers, int8, unhealed))
+    assert all(student.novelty is not None for student in (heads, layers, unhealed))
     assert [record.healing_steps for record in result.steps] == [2, 2, 0]
     healed = heads.backend.model.classifier.weight
     original = Student.load(trained.path).backend.model.classifier.weight

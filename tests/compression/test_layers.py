@@ -131,6 +131,7 @@ def test_the_choice_is_noted_and_rounds_measure_what_is_left(by: Any) -> None:
     assert len(choice.layers["decoder"]) == smaller.config.num_hidden_layers == 2
     if by == "position":
         assert choice.scores == {} and choice.layers == {"decoder": [1, 4]}
+        assert step.settings == {"layers_by": "position"}, "nothing is measured: one round"
         return
     measure = block_influence if by == "influence" else loss_increase
     first = measure(model, [BATCH])["decoder"]

@@ -12,6 +12,7 @@ import pytest
 from encoder_models import label_head_student, save_label_head, texts
 
 from dsbs.errors import UserError
+from dsbs.exporting import export_format
 from dsbs.exporting.run import export
 from dsbs.students.calibration import (
     Threshold,
@@ -130,3 +131,8 @@ def test_what_a_format_lacks_is_refused_with_another(tmp_path: Path) -> None:
     assert "--format onnx" in refusal.value.hint
     with pytest.raises(UserError, match="has a label head, which the format torch"):
         export(folder, "torch", examples=ROWS)
+    student = label_head_student("bert")
+    student.backend.tokenizer.sep_token = None
+    for form in ("onnx", "ct2"):
+        with pytest.raises(UserError, match="has no separator token"):
+            export_format(form).check(student, "float32")

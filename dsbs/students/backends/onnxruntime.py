@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,7 @@ class OnnxBackend:
         """See ``ScoringBackend``. The inputs are encoded once, and decoded for every answer."""
         import numpy as np
 
-        targets = [
-            encoding.ids for encoding in without_limit(self.tokenizer).encode_batch(list(answers))
-        ]
+        targets = [encoding.ids for encoding in self._answer_tokenizer.encode_batch(list(answers))]
         scores = np.zeros((len(texts), len(answers)))
         rows_together = max(1, SCORED_TOGETHER // len(answers))
         for first in range(0, len(texts), rows_together):
@@ -131,6 +130,10 @@ class OnnxBackend:
                 columns = slice(first_answer, first_answer + SCORED_TOGETHER)
                 scores[rows, columns] = self._score(feed, targets[columns])
         return [list(map(float, row)) for row in scores]
+
+    @cached_property
+    def _answer_tokenizer(self) -> Any:
+        return without_limit(self.tokenizer)
 
     def _score(self, feed: dict[str, Any], targets: Sequence[Sequence[int]]) -> Any:
         """Log-probabilities (rows, answers) of answers' ids after the encoded rows of ``feed``."""

@@ -58,9 +58,8 @@ class Projection:
     teacher_layer: int
     student_width: int
     teacher_width: int
-    pairs: int
-    """How many pairs of layers the term compares in this teacher, counting every stack as one with
-    as many pairs as this one."""
+    share: float
+    """Of this pair of layers in the teacher's loss: the mean over stacks of each one's mean."""
     of_means: bool = False
     """Whether means over an example's input are compared: the teacher reads other tokens."""
 

@@ -13,6 +13,7 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ from dsbs.training.methods import View
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dsbs.training.distillation.local_teachers import TeacherRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +206,15 @@ def _top_k_asker(
     import torch
 
     target_device = torch.device(device())
-    runners = teacher_runners(
-        teachers, views, section, target_device, scores_labels=head == "labels"
-    )
     weights = [teacher.weight for teacher in teachers]
 
+    @cache
+    def runners() -> list[TeacherRunner]:  # loads the teachers, which a full cache never needs
+        scores_labels = head == "labels"
+        return teacher_runners(teachers, views, section, target_device, scores_labels=scores_labels)
+
     def ask_teachers(batch: Mapping[str, PackedBatch]) -> dict[str, tuple[Tensor, Tensor]]:
+        loaded = runners()  # outside inference mode, as training may use the same models
         add_own_inputs(teachers, batch.get(views[0].target))
         inputs: dict[str, PackedBatch] = {
             view.target: batch[view.target].to(target_device)
@@ -217,7 +223,7 @@ def _top_k_asker(
         }
         answers: dict[str, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode():
-            outputs = [runner(inputs) for runner in runners]
+            outputs = [runner(inputs) for runner in loaded]
             for view in inputs:
                 rows = [
                     output.label_scores if head == "labels" else output.logits[view]

@@ -72,10 +72,9 @@ class FeatureTerm(Term):
             if student_head == "labels" or of_means:
                 stacks = ("encoder",)
             for stack in stacks:
+                depths = [depth_of(config, stack) for config in (student_config, teacher_config)]
                 try:
-                    pairs = layer_map(
-                        self.layers, _depth(student_config, stack), _depth(teacher_config, stack)
-                    )
+                    pairs = layer_map(self.layers, *depths)
                 except ValueError as error:
                     raise UserError(
                         f"train.terms: {self.title}: the {stack}'s {error}",
@@ -90,7 +89,7 @@ class FeatureTerm(Term):
                         teacher_layer=teacher_layer,
                         student_width=hidden_size(student_config),
                         teacher_width=hidden_size(teacher_config),
-                        pairs=len(pairs) * len(stacks),
+                        share=1 / (len(pairs) * len(stacks)),
                         of_means=of_means,
                     )
                     for student_layer, teacher_layer in pairs
@@ -142,7 +141,7 @@ class FeatureTerm(Term):
                     output.states(stack)[layer][masks[stack]]
                     for output, layer in zip(outputs, layers, strict=True)
                 ]
-            share = shares[projection.teacher] / projection.pairs
+            share = shares[projection.teacher] * projection.share
             if self.compare == "directions":
                 summed = direction_loss(*states)
             else:
@@ -164,7 +163,8 @@ def _token_masks(inputs: TermInputs) -> tuple[Tensor, Tensor]:
     return supervised.repeat_interleave(lengths), targets != IGNORED
 
 
-def _depth(config: Any, stack: str) -> int:
+def depth_of(config: Any, stack: str) -> int:
+    """The number of layers of the encoder or the decoder; a single stack has both names."""
     names: tuple[str, ...] = ("num_layers", "num_hidden_layers")
     if stack == "decoder" and config.is_encoder_decoder:
         names = ("num_decoder_layers",)

@@ -23,7 +23,7 @@ from dsbs.files import canonical_json, digest
 from dsbs.records import TrainedStudent
 from dsbs.students.card import read_card
 from dsbs.students.tokenizer import load_tokenizer, tokenizer_hash
-from dsbs.students.weights import load_model, weights_fingerprint
+from dsbs.students.weights import load_model, pretrained_arguments, weights_fingerprint
 from dsbs.tasks import make_task
 from dsbs.training.distillation.own_inputs import OwnInputs, on_own_inputs
 from dsbs.training.distillation.teacher_source import (
@@ -81,7 +81,13 @@ class LocalTeacher:
     def vocabulary(self) -> int:
         """The number of its vocabulary entries."""
         if self._vocabulary is None:
-            self._vocabulary = int(self.model().config.vocab_size)
+            from transformers import AutoConfig
+
+            if self._model is not None:
+                config = self._model.config
+            else:
+                config = AutoConfig.from_pretrained(**pretrained_arguments(str(self.folder)))
+            self._vocabulary = int(config.vocab_size)
         return self._vocabulary
 
     @property

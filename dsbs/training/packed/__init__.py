@@ -23,6 +23,7 @@ from dsbs.students.formats import start_token
 from dsbs.training.distillation import as_float
 from dsbs.training.encode import PackedBatch, pad, supervised_rows
 from dsbs.training.methods import View
+from dsbs.training.packed.layout import distinct_blocks
 from dsbs.training.packed.t5 import TargetBlock, packed_logits, without_wrapper
 
 Batch = Mapping[str, PackedBatch]  # by view
@@ -137,8 +138,11 @@ class ForwardRunner:
         tokens = sum(len(target) for target in targets)
         lengths = [n for packed in batch.values() for n in packed.target_lengths.tolist()]
         blocks: list[TargetBlock] = []
-        for view, packed in batch.items():
-            blocks += self._blocks(view, packed, inputs)
+        for view in batch:
+            indices = inputs.indices[view]
+            for block in distinct_blocks(indices):  # the rows' second targets follow all first ones
+                block_inputs = [indices[row] for row in block]
+                blocks.append(TargetBlock(block_inputs, self._starts[view]))
         scored_inputs = inputs.indices.get(self._first, []) if self._labels else []
         if scored_inputs:
             for label in self._labels:
@@ -168,17 +172,6 @@ class ForwardRunner:
             inputs,
             self._first,
         )
-
-    def _blocks(self, view: str, packed: PackedBatch, inputs: DistinctInputs) -> list[TargetBlock]:
-        """A view's rows in blocks in which no two share an input."""
-        blocks: list[list[int]] = [[]]
-        previous_row = -1
-        for row, index in zip(packed.rows.tolist(), inputs.indices[view], strict=True):
-            if row <= previous_row:  # the rows' second targets follow all first ones
-                blocks.append([])
-            previous_row = row
-            blocks[-1].append(index)
-        return [TargetBlock(block, self._starts[view]) for block in blocks]
 
     # --- padded
 

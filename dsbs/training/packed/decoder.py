@@ -24,7 +24,7 @@ from dsbs.training.encode import PackedBatch
 from dsbs.training.losses import IGNORED, summed_nll
 from dsbs.training.methods import View
 from dsbs.training.packed import Batch, DistinctInputs, ForwardOutput, distinct_inputs
-from dsbs.training.packed.layout import group_by_length
+from dsbs.training.packed.layout import similar_lengths
 from dsbs.training.packed.t5 import without_wrapper
 
 Row = tuple[Tensor, Tensor]  # ids of prompt and target
@@ -98,7 +98,7 @@ class DecoderRunner:
         rows = [(prompt, label) for prompt, _ in _rows(packed) for label in labels]
         groups = [list(range(len(rows)))]
         if self._without_padding:
-            groups = _similar_lengths(rows)
+            groups = similar_lengths(_lengths(rows))
         scores: list[Tensor] = []
         for group in groups:
             logits, _ = _group_output(self._model, [rows[i] for i in group])
@@ -109,12 +109,6 @@ class DecoderRunner:
             scores.append(-nll.new_zeros(len(group)).index_add(0, row_of, nll))
         flat = _in_order(groups, scores, [1] * len(rows))
         return flat.view(-1, len(labels))
-
-
-def target_logits(model: Any, batch: PackedBatch, *, without_padding: bool) -> Tensor:
-    """One view's N prompt and M target tokens -> logits (M, V), teacher-forced, in their order."""
-    runner = DecoderRunner(model, [View("label", "", 1.0)], without_padding=without_padding)
-    return runner({"label": batch}).logits["label"]
 
 
 def summed_losses(
@@ -160,7 +154,8 @@ def _prompt_lengths(batch: Batch, inputs: DistinctInputs) -> list[int]:
 def _groups(batch: Batch, without_padding: bool) -> Iterator[list[int]]:
     """Indices of the rows that go through the model together, each group in ascending order."""
     if without_padding:
-        yield from _similar_lengths([row for packed in batch.values() for row in _rows(packed)])
+        rows = [row for packed in batch.values() for row in _rows(packed)]
+        yield from similar_lengths(_lengths(rows))
         return
     first = 0
     for packed in batch.values():
@@ -168,10 +163,8 @@ def _groups(batch: Batch, without_padding: bool) -> Iterator[list[int]]:
         first += len(packed.rows)
 
 
-def _similar_lengths(rows: Sequence[Row]) -> list[list[int]]:
-    lengths = [len(source) + len(target) for source, target in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    return [sorted(order[bound]) for bound in group_by_length([lengths[i] for i in order])]
+def _lengths(rows: Sequence[Row]) -> list[int]:
+    return [len(source) + len(target) for source, target in rows]
 
 
 def _in_order(

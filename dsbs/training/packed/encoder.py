@@ -29,6 +29,7 @@ from dsbs.training.packed.layout import (
     additive_mask,
     attend,
     decoder_layouts,
+    distinct_blocks,
     dropout,
     layout_by_length,
     row_starts,
@@ -187,8 +188,9 @@ def encode_and_write(
     else:
         embedded, target_embedded = embeddings(source), decoder.get_input_embeddings()(written)
     states = _encode(model, inputs, embedded, lengths, hidden_states)
+    blocks = distinct_blocks(rationales.inputs)
     layout, memory = decoder_layouts(
-        lengths, target_lengths, rationales.inputs, _blocks(rationales.inputs), source.device
+        lengths, target_lengths, rationales.inputs, blocks, source.device
     )
     positions = torch.cat([torch.arange(n, device=source.device) for n in target_lengths])
     hidden = decoder.bert(
@@ -281,16 +283,3 @@ def _positions(body: Any, padded: Tensor) -> Tensor:
 def _no_mask(device: torch.device) -> Tensor:
     """A mask of four dimensions, which transformers hands on instead of making its own."""
     return torch.ones(1, 1, 1, 1, device=device)
-
-
-def _blocks(inputs: Sequence[int]) -> list[list[int]]:
-    """Indices of target rows in blocks in which no two share one of ``inputs``."""
-    blocks: list[list[int]] = []
-    counts: dict[int, int] = {}
-    for row, index in enumerate(inputs):
-        block = counts.get(index, 0)
-        counts[index] = block + 1
-        if block == len(blocks):
-            blocks.append([])
-        blocks[block].append(row)
-    return blocks

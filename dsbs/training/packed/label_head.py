@@ -27,7 +27,7 @@ from dsbs.training.packed import (
     row_means,
 )
 from dsbs.training.packed.encoder import Rationales, encode_and_write, pack_encoder
-from dsbs.training.packed.layout import group_by_length
+from dsbs.training.packed.layout import similar_lengths
 from dsbs.training.packed.t5 import without_wrapper
 
 if TYPE_CHECKING:
@@ -168,8 +168,7 @@ class LabelHeadRunner:
         lengths = inputs.lengths
         if not self._without_padding:
             return [list(range(len(lengths)))]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        return [sorted(order[bound]) for bound in group_by_length([lengths[i] for i in order])]
+        return similar_lengths(lengths)
 
     def _label_loss(self, logits: Tensor, packed: PackedBatch) -> Tensor:
         """logits (B, L), or (B, 1) of choices -> ()."""

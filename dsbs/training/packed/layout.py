@@ -140,6 +140,25 @@ def decoder_layouts(
     return targets.to(device), read_layouts
 
 
+def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of rows in groups of similar length, each group in ascending order."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [sorted(order[bound]) for bound in group_by_length([lengths[i] for i in order])]
+
+
+def distinct_blocks(inputs: Sequence[int]) -> list[list[int]]:
+    """Indices of target rows in blocks in which no two share one of ``inputs``."""
+    blocks: list[list[int]] = []
+    counts: dict[int, int] = {}
+    for row, index in enumerate(inputs):
+        block = counts.get(index, 0)
+        counts[index] = block + 1
+        if block == len(blocks):
+            blocks.append([])
+        blocks[block].append(row)
+    return blocks
+
+
 def group_by_length(lengths: Sequence[int]) -> list[slice]:
     """Cut ascending lengths into groups whose padded size is little more than their tokens."""
     bounds: list[slice] = []

@@ -21,7 +21,7 @@ from dsbs.training.adapters import add_adapters, count_trainable, merge_adapters
 from dsbs.training.encode import Encoded, Encoder, PackedBatch, collate
 from dsbs.training.grid import last_checkpoint
 from dsbs.training.methods import View
-from dsbs.training.packed.decoder import summed_losses, target_logits
+from dsbs.training.packed.decoder import DecoderRunner, summed_losses
 from dsbs.training.rows import Row
 from dsbs.training.tokens import Tokens
 from dsbs.training.trainer import StepTrainer
@@ -75,6 +75,12 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+
+
+def target_logits(model: Any, packed: PackedBatch, *, without_padding: bool) -> torch.Tensor:
+    """Logits (M, V) of one view's target tokens, teacher-forced, in their order."""
+    runner = DecoderRunner(model, [View("label", "", 1.0)], without_padding=without_padding)
+    return runner({"label": packed}).logits["label"]
 
 
 def packed_pairs(packed: PackedBatch) -> list[tuple[list[int], list[int]]]:
