@@ -327,11 +327,11 @@ def check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
 
 
 def silence_transformers() -> None:
-    """Turn off the progress bars and notes of transformers and the Hub, which would interrupt ours."""
+    """Turn off the progress bars and notes of transformers and the Hub, between ours."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    hub_logging.set_verbosity_error()  # its retries, each of them twice
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # each retry, twice
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

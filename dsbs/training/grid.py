@@ -189,7 +189,7 @@ class Tuner:
         return replace(spec, section=section, setting=best.setting, trials=trials)
 
 
-# A trial's files that do not become its student's.
+# What a trial's student does not take over.
 _OF_TRIAL = ("checkpoints", "tensorboard", TRAINING_RECORD)
 
 
@@ -234,7 +234,11 @@ class StudentFolder:
         if trial is None or _read_fingerprint(Path(trial.path)) != self.fingerprint:
             return
         for path in Path(trial.path).iterdir():
-            if path.name not in _OF_TRIAL and path.is_file():
+            if path.name in _OF_TRIAL:
+                continue
+            if path.is_dir():
+                shutil.copytree(path, self.path / path.name, dirs_exist_ok=True)
+            else:
                 shutil.copy2(path, self.path / path.name)
         record = training_record(Path(trial.path))
         changes = {"path": str(self.path), "settings": settings, "tuned": self._spec.setting}

@@ -156,7 +156,7 @@ def test_a_chain_heals_the_head_and_ends_in_int8(tmp_path: Path) -> None:
     tokenizer = word_tokenizer()
     encoder("bert", len(tokenizer), num_hidden_layers=2).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    write_csv(tmp_path / "train.csv", toy_rows(80))
+    write_csv(tmp_path / "train.csv", toy_rows(100))
     recipe: dict[str, Any] = {
         "name": "toy",
         "task": {

@@ -257,6 +257,8 @@ def test_tuning_tries_rationale_weights_where_there_are_rationales(
         "balanced-0.5-every-20",
     }
     assert "rationale_weight" in result.students[0].tuned
+    chosen = Student.load(result.students[0].path)
+    assert chosen.predict(["My parcel is wrong."], rationale=True)[0].rationale is not None
     assert "rationale_weight" not in result.students[1].tuned
 
 
