@@ -103,9 +103,7 @@ def test_a_headline_without_a_difference_says_how_many_rows_would_show_one() -> 
         "To detect a difference of 5 points you would need about 3,200 rows."
     )
     enough = against_base(delta=0.01, p_holm=0.71, minimum_detectable_effect=0.04)
-    assert headline(enough).endswith(
-        "With this many rows, a difference of 5 points would usually be detected."
-    )
+    assert headline(enough).endswith("on these 1,234 test rows (+1.0 points, 95% CI [−4.0, +6.0]).")
     unknown = against_base(delta=0.0, p_holm=1.0, minimum_detectable_effect=None)
     assert "5 points" not in headline(unknown)
 

@@ -171,12 +171,11 @@ def closing(results: Results, train_accuracy: float | None = None) -> str:
 
 
 def _rows_sentence(rows: int, comparison: Comparison) -> list[str]:
+    """How many rows would show a difference, where these are too few."""
     needed = rows_needed(rows, comparison)
-    if needed is None:
+    if needed is None or needed <= rows:
         return []
     target = f"a difference of {100 * TARGET_DIFFERENCE:g} points"
-    if needed <= rows:
-        return [f"With this many rows, {target} would usually be detected."]
     return [f"To detect {target} you would need about {_two_digits(needed):,} rows."]
 
 
