@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,8 +26,6 @@ from dsbs.records import Example
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 from dsbs.tasks.templates import render
-
-_AMBIGUOUS_IN_LIST = re.compile(r"[,;\n\r]|^\s|[\s.:]$")
 
 
 def _as_list(value: Any) -> Any:
@@ -323,7 +321,7 @@ def _check_form(prompt: Prompt, path: str) -> None:
 def zero_shot(recipe: Recipe, task: Task) -> Prompt:
     """A chain-of-thought prompt without exemplars, for tasks without a prompt file."""
     goal, choice = _goal_and_choice(recipe, task)
-    form = "Answer: <answer>" if task.labels is None else "Answer: <label>"
+    form = f"Answer: {task.answer_form()[1]}"
     order = recipe.annotate.order or "rationale-first"
     is_text = recipe.annotate.format == "text"
     if order == "label-first":
@@ -349,20 +347,10 @@ def direct_instruction(recipe: Recipe, task: Task) -> str:
 
 
 def _goal_and_choice(recipe: Recipe, task: Task) -> tuple[str, str]:
-    description = recipe.task.description or task.goal
+    goal = "Answer the question or do what the text asks."
     if task.labels is not None:
-        return description or "Decide which label fits the text.", _label_listing(task.labels)
-    choice = "Give the final answer only, as short as it can be"
-    choice += ", as a number." if recipe.task.numeric else "."
-    return description or "Answer the question or do what the text asks.", choice
-
-
-def _label_listing(labels: Sequence[str]) -> str:
-    """The sentence that lists the labels; one per line where a list with commas is ambiguous."""
-    if not any(_AMBIGUOUS_IN_LIST.search(label) for label in labels):
-        return f"The label is exactly one of: {', '.join(labels)}."
-    lines = "\n".join(f"- {' '.join(label.split())}" for label in labels)
-    return f"The label is exactly one of these, each on a line of its own:\n{lines}"
+        goal = "Decide which label fits the text."
+    return recipe.task.description or task.goal or goal, task.answer_form()[0]
 
 
 # Keys that do not change what the annotation of a row is. Every other key does.

@@ -8,16 +8,10 @@ error) and frozen.
 from __future__ import annotations
 
 from dsbs.config.cascade import CascadeSection
-from dsbs.config.recipe import (
-    DataSection,
-    EvalSection,
-    Recipe,
-    ReportSection,
-    StudentRecipe,
-    TaskSection,
-)
+from dsbs.config.recipe import EvalSection, Recipe, ReportSection, StudentRecipe
 from dsbs.config.sections import LabelSource, Section, unknown
 from dsbs.config.student import NamedStudentSection, StudentSection
+from dsbs.config.task import DataSection, FieldSection, TaskSection
 from dsbs.config.teacher import (
     AnnotateSection,
     EndpointSection,
@@ -41,6 +35,7 @@ __all__ = [
     "DataSection",
     "EndpointSection",
     "EvalSection",
+    "FieldSection",
     "LabelSource",
     "LocalTeacherSection",
     "LoraSection",

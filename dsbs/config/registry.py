@@ -15,6 +15,9 @@ Key = TypeVar("Key")
 # `task.name`: a subclass of dsbs.tasks.Task.
 TASKS = {
     "classification": "dsbs.tasks.classification:Classification",
+    "multilabel": "dsbs.tasks.multilabel:Multilabel",
+    "score": "dsbs.tasks.score:Score",
+    "extraction": "dsbs.tasks.extraction:Extraction",
     "generation": "dsbs.tasks.generation:Generation",
     "svamp": "dsbs.tasks.svamp:Svamp",
     "cqa": "dsbs.tasks.cqa:Cqa",

@@ -15,6 +15,7 @@ Reason = Literal[
     "truncated",  # the token budget ended before the answer did
     "spent-on-reasoning",  # the token budget ended in hidden reasoning text, before any answer
     "label-outside-set",  # a readable answer that is not one of the task's labels or choices
+    "not-in-input",  # a value that must occur in the input does not (task.fields: verbatim)
     "several-answers",  # two or more different answers
     "refused",  # the endpoint rejected the request, or the model declined
     "contradicts-rationale",  # the rationale concludes with another answer than the one given

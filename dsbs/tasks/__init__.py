@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import json
 import math
 import re
 import unicodedata
@@ -45,6 +46,7 @@ BRACKETS = {
 _FINAL = ".!;,:。！；，：、"
 # "- A", and "** A" of "**Answer:** A"
 _BULLET = re.compile(r"[-–—•>#:=]+\s+(?=\D)|[*_]+\s+")
+_AMBIGUOUS_IN_LIST = re.compile(r"[,;\n\r]|^\s|[\s.:]$")
 _LATEX = re.compile(r"\$*\\(?:boxed|text|textbf|mathrm)\{(.*)\}\$*")
 
 
@@ -83,6 +85,18 @@ class Task:
         return None if self.label_set is None else self.label_set.labels
 
     @property
+    def head_labels(self) -> tuple[str, ...]:
+        """The outputs of a label head: one for each label of the closed set. Empty: no label head
+        can learn the task, or it scores each row's choices.
+        """
+        return self.labels or ()
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether a row has any number of ``head_labels``, each with a probability of its own."""
+        return False
+
+    @property
     def is_free_text(self) -> bool:
         """Whether any text is an answer, so that two different texts may mean the same."""
         return False
@@ -110,11 +124,54 @@ class Task:
         """Check and complete the input fields. Raises UserError for an empty one."""
         return {field: input_text(value, field, where) for field, value in fields.items()}
 
+    def gold_cell(self, value: Any, name: str, where: str) -> Any:
+        """The value of a label's cell for ``gold``; None: the row is unlabeled."""
+        label = cell_text(value, name, where)
+        if label is None or label.strip() in self.no_label:
+            return None
+        if label.strip() in MISSING_WORDS and label.strip() not in self.head_labels:
+            return None
+        return value if isinstance(value, int | float) else label
+
+    def gold_columns(self, row: Fields, where: str) -> Any:
+        """The label of a row without a label's cell, from several columns. None: unlabeled."""
+        return None
+
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         """A row's own label in canonical form. Raises UserError for a value that is not a label of
         the task.
         """
         return str(value).strip()
+
+    def value(self, label: str) -> Any:
+        """A canonical label as JSON has it: a text, a number, a list or an object."""
+        return label
+
+    def number(self, label: str) -> float | None:
+        """The number that a label is on a scale. None: the labels have no order."""
+        return None
+
+    def label_schema(self) -> dict[str, Any]:
+        """The JSON schema of a label in a teacher's reply."""
+        if self.labels is None:
+            return {"type": "string"}
+        return {"type": "string", "enum": list(self.labels)}
+
+    def json_text(self, value: Any) -> str | None:
+        """The label of a JSON reply as text for ``read_label``. None: it can be no label.
+
+        Numbers keep their spelling: they come as text.
+        """
+        if isinstance(value, bool):
+            return json.dumps(value)
+        return value if isinstance(value, str) else None
+
+    def answer_form(self) -> tuple[str, str]:
+        """For a model: a sentence or two about the possible answers, and their placeholder."""
+        if self.labels is not None:
+            return label_listing(self.labels, "The label is exactly one of"), "<label>"
+        choice = "Give the final answer only, as short as it can be"
+        return choice + (", as a number." if self.section.numeric else "."), "<answer>"
 
     def text(self, fields: Fields) -> str:
         """The student's input, without any task prefix."""
@@ -160,6 +217,18 @@ class Task:
     def correct(self, predicted: str, gold: str) -> bool:
         """Whether two canonical labels mean the same."""
         return predicted == gold
+
+    def not_in_input(self, label: str, fields: Fields) -> list[str]:
+        """The parts of a label that must occur in the input, and do not."""
+        return []
+
+
+def label_listing(labels: Sequence[str], beginning: str) -> str:
+    """A sentence that lists labels; one per line where a list with commas is ambiguous."""
+    if not any(_AMBIGUOUS_IN_LIST.search(label) for label in labels):
+        return f"{beginning}: {', '.join(labels)}."
+    lines = "\n".join(f"- {' '.join(label.split())}" for label in labels)
+    return f"{beginning} these, each on a line of its own:\n{lines}"
 
 
 def column_of(row: Fields, names: Sequence[str]) -> str | None:

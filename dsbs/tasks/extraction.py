@@ -1,0 +1,270 @@
+"""Extraction: the values of named fields.
+
+A label is written as lines "field: value" in the recipe's order, with "null" for an absent value.
+It is read from such lines, in any order, or from text whose line breaks became spaces, as some
+tokenizers have it. A value therefore never contains a field's name with a colon.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dsbs.config import TaskSection
+from dsbs.errors import UserError
+from dsbs.records import Unreadable
+from dsbs.tasks import MISSING_WORDS, Fields, OwnDataTask, column_of, fold, tidy
+from dsbs.tasks.field_values import ABSENT, FieldType, field_type
+
+
+class Extraction(OwnDataTask):
+    def __init__(self, section: TaskSection) -> None:
+        super().__init__(section)
+        assert section.fields is not None  # checked by the recipe
+        self.field_types: dict[str, FieldType] = {
+            name: field_type(field) for name, field in section.fields.items()
+        }
+        names = sorted(self.field_types, key=len, reverse=True)
+        any_name = "|".join(_name_pattern(name) for name in names)
+        self._name_of = {_name_key(name): name for name in names}
+        self._beginning = re.compile(
+            rf"(?:^|(?<=[\s;,*_`>•-]))[*_`]*({any_name})[*_`]*\s*[:：][*_`]*(?=\s|$|\S)",
+            re.IGNORECASE,
+        )
+
+    @property
+    def is_free_text(self) -> bool:
+        return True
+
+    @property
+    def fields_to_extract(self) -> tuple[str, ...]:
+        return tuple(self.field_types)
+
+    # --- the label's forms
+
+    def value(self, label: str) -> dict[str, Any]:
+        """The values by field; None: absent."""
+        return {
+            name: None if text is None else self.field_types[name].value(text)
+            for name, text in self.parts(label).items()
+        }
+
+    def parts(self, label: str) -> dict[str, str | None]:
+        texts = self._texts(label)
+        return {
+            name: None if texts.get(name, ABSENT) == ABSENT else texts[name]
+            for name in self.field_types
+        }
+
+    def label_of(self, values: Mapping[str, str | None]) -> str:
+        """The written form of canonical values."""
+        lines = []
+        for name in self.field_types:
+            value = values.get(name)
+            lines.append(f"{name}: {ABSENT if value is None else value}")
+        return "\n".join(lines)
+
+    def label_schema(self) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": {name: kind.schema() for name, kind in self.field_types.items()},
+            "required": list(self.field_types),
+            "additionalProperties": False,
+        }
+
+    def json_text(self, value: Any) -> str | None:
+        if isinstance(value, dict):
+            try:
+                return json.dumps(value, ensure_ascii=False)
+            except TypeError:  # a name that is given twice with different values
+                return None
+        return super().json_text(value)
+
+    def answer_form(self) -> tuple[str, str]:
+        listing = "\n".join(
+            f"- {name}: {kind.instruction}" for name, kind in self.field_types.items()
+        )
+        lines = "\n".join(f"{name}: <value or null>" for name in self.field_types)
+        return (
+            f"The fields are:\n{listing}\nWrite null for a field that the text does not state.",
+            f"\n{lines}",
+        )
+
+    # --- gold values
+
+    def gold_cell(self, value: Any, name: str, where: str) -> Any:
+        if isinstance(value, Mapping):
+            return value
+        text = super().gold_cell(value, name, where)
+        if text is None:
+            return None
+        try:
+            value = json.loads(str(text))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{where}: {name} is {str(text)[:60]!r}, not an object with a value for each field",
+                hint='e.g. {"sender": "Ann", "amount": null}, or a column for each field',
+            )
+        return value
+
+    def gold_columns(self, row: Fields, where: str) -> dict[str, Any] | None:
+        values: dict[str, Any] = {}
+        for name in self.field_types:
+            column = column_of(row, (self.section.columns.get(name, name),))
+            if column is not None:
+                values[name] = row[column]
+        if all(_is_missing(value) for value in values.values()):
+            return None
+        return values
+
+    def gold(self, value: Any, fields: Fields, where: str) -> str:
+        unknown = [str(name) for name in value if _name_key(str(name)) not in self._name_of]
+        if unknown:
+            raise UserError(
+                f"{where}: the label has a field {unknown[0]!r} that task.fields does not have",
+                hint=f"the fields are: {', '.join(self.field_types)}",
+            )
+        values: dict[str, str | None] = {}
+        for key, cell in value.items():
+            name = self._name_of[_name_key(str(key))]
+            read = None if _is_missing(cell) else self._canonical(name, cell)
+            if isinstance(read, Unreadable):
+                raise UserError(
+                    f"{where}: {name} is {str(cell)[:60]!r}, {read.detail}",
+                    hint="fix the row, or change the field's type in task.fields",
+                )
+            values[name] = read
+        for name, kind in self.field_types.items():
+            if kind.section.required and values.get(name) is None:
+                raise UserError(
+                    f"{where}: {name} has no value, and task.fields says that it is required",
+                    hint="fill it in, remove the row, or leave required out",
+                )
+        return self.label_of(values)
+
+    def _canonical(self, name: str, value: Any) -> str | Unreadable | None:
+        """A value in its field's canonical form, which ``_texts`` can read. None: absent."""
+        text = self.field_types[name].canonical(value)
+        if isinstance(text, Unreadable) or not text:
+            return text or None
+        if self._beginning.search(text):
+            return Unreadable("unparsed", "which contains the name of a field with a colon")
+        return text
+
+    # --- replies and outputs
+
+    def read_label(self, text: str, fields: Fields) -> str | Unreadable:
+        if not tidy(text):
+            return Unreadable("empty")
+        given = _json_object(text)
+        if given is None:
+            texts = self._texts(text)
+            if texts.get("") is not None:
+                return Unreadable("several-answers", f"{texts['']} is given twice")
+            missing = [name for name in self.field_types if name not in texts]
+            if missing:
+                return Unreadable("unparsed", f"no {missing[0]}")
+            given = dict(texts)
+        values: dict[str, str | None] = {}
+        for key, value in given.items():
+            name = self._name_of.get(_name_key(str(key)))
+            if name is None:
+                return Unreadable("unparsed", f"unknown field {str(key)[:60]}")
+            read = self._read_value(name, value)
+            if isinstance(read, Unreadable):
+                return Unreadable(read.reason, f"{name}: {read.detail}")
+            values[name] = read
+        for name, kind in self.field_types.items():
+            if kind.section.required and values.get(name) is None:
+                return Unreadable("unparsed", f"no {name}")
+        return self.label_of(values)
+
+    def _read_value(self, name: str, value: Any) -> str | Unreadable | None:
+        if value is None or (isinstance(value, str) and _says_absent(value)):
+            return None
+        return self._canonical(name, value)
+
+    def not_in_input(self, label: str, fields: Fields) -> list[str]:
+        """The ``verbatim`` fields with a value that does not occur in the input."""
+        text = fold(self.text(fields))
+        return [
+            name
+            for name, value in self.parts(label).items()
+            if value is not None
+            and self.field_types[name].section.verbatim
+            and not all(fold(item) in text for item in self.field_types[name].items(value))
+        ]
+
+    def _texts(self, text: str) -> dict[str, str]:
+        """The text after each field's name. "" names a field with two different texts."""
+        matches = list(self._beginning.finditer(text))
+        texts: dict[str, str] = {}
+        for match, following in zip(matches, [*matches[1:], None], strict=True):
+            end = len(text) if following is None else following.start()
+            name = self._name_of[_name_key(match.group(1))]
+            value = _without_marks(text[match.end() : end], is_last=following is None)
+            if texts.setdefault(name, value) != value:
+                texts[""] = name
+        return texts
+
+    # --- equality
+
+    def correct(self, predicted: str, gold: str) -> bool:
+        """Whether all fields are equal; see ``FieldType.key``."""
+        return all(self.correct_parts(predicted, gold).values())
+
+    def correct_parts(self, predicted: str, gold: str) -> dict[str, bool]:
+        """Whether each field has the right value, or is rightly absent."""
+        ours, theirs = self.parts(predicted), self.parts(gold)
+        return {
+            name: kind.key(ours[name]) == kind.key(theirs[name])
+            for name, kind in self.field_types.items()
+        }
+
+    def _unassigned_columns(self, row: Fields) -> list[str]:
+        names = {self.section.columns.get(name, name).casefold() for name in self.field_types}
+        return [name for name in super()._unassigned_columns(row) if name.casefold() not in names]
+
+
+def _name_key(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def _name_pattern(name: str) -> str:
+    return r"[\s_-]+".join(re.escape(part) for part in re.split(r"[\s_-]+", name))
+
+
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and value.strip() in {"", *MISSING_WORDS})
+
+
+def _says_absent(text: str) -> bool:
+    return tidy(text).casefold() in ("", ABSENT)
+
+
+def _without_marks(text: str, *, is_last: bool) -> str:
+    """A value's text up to an empty line, without the bullet or mark before the next field."""
+    text = text.strip()
+    if is_last:
+        text = text.split("\n\n", 1)[0]
+    else:
+        text = re.sub(r"(?:\s[-*•>]|[;,])*$", "", text)
+    return " ".join(text.split())
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    start, end = text.find("{"), text.rfind("}")
+    if start < 0 or text[:start].strip("` \t\r\njson"):
+        return None
+    try:
+        value = json.loads(text[start : end + 1], parse_int=str, parse_float=str)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

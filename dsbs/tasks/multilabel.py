@@ -1,0 +1,174 @@
+"""Multilabel: any number of labels of a closed set, for one row.
+
+A label is written as the row's labels in alphabetical order, joined by "; ", or "none".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dsbs.config import TaskSection
+from dsbs.errors import UserError
+from dsbs.records import Unreadable
+from dsbs.tasks import Fields, OwnDataTask, label_listing, tidy
+from dsbs.tasks.label_set import LabelSet
+
+SEPARATOR = "; "
+NONE = "none"
+_NONE_WORDS = frozenset({"none", "[]", "no label", "no labels", "none of them", "none of these"})
+_BULLET = re.compile(r"^\s*(?:[-–—•*]|\d+[.)])\s+")
+_STRONG = re.compile(r"[;|\t\n；]")
+_WEAK = re.compile(r"\s*[,/&+、，]\s*(?:and\s+)?|\s+and\s+", re.IGNORECASE)
+_MAX_PIECES = 40  # of a reply
+
+
+class Multilabel(OwnDataTask):
+    def __init__(self, section: TaskSection) -> None:
+        super().__init__(section)
+        assert section.labels is not None  # checked by the recipe
+        self._label_set = LabelSet(section.labels)
+        self._separator = section.columns.get("separator")
+
+    @property
+    def head_labels(self) -> tuple[str, ...]:
+        return self._label_set.labels
+
+    @property
+    def has_several_labels(self) -> bool:
+        return True
+
+    def value(self, label: str) -> list[str]:
+        return [] if label == NONE else label.split(SEPARATOR)
+
+    def label_of(self, labels: Sequence[str]) -> str:
+        """The written form of a row's labels."""
+        return SEPARATOR.join(sorted(set(labels))) or NONE
+
+    def label_schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": {"type": "string", "enum": list(self.head_labels)}}
+
+    def json_text(self, value: Any) -> str | None:
+        if isinstance(value, list):
+            return json.dumps(value, ensure_ascii=False)
+        return super().json_text(value)
+
+    def answer_form(self) -> tuple[str, str]:
+        listing = label_listing(self.head_labels, "Each label that applies is one of")
+        return f"{listing}\nGive all labels that apply, or none.", "<labels, separated by ;>"
+
+    def gold_cell(self, value: Any, name: str, where: str) -> Any:
+        """A list as it is; a cell of text as the list that it holds."""
+        if isinstance(value, list | tuple):
+            return list(value)
+        text = super().gold_cell(value, name, where)
+        if isinstance(text, str) and self._separator and not text.lstrip().startswith("["):
+            return _items(text, self._separator)
+        return text
+
+    def gold(self, value: Any, fields: Fields, where: str) -> str:
+        if not isinstance(value, list):
+            items = _json_list(str(value))
+            value = _items(str(value), SEPARATOR.strip()) if items is None else items
+        labels = [self._label_set.of_value(item) for item in value]
+        for item, label in zip(value, labels, strict=True):
+            if label is None:
+                raise UserError(
+                    f"{where}: {str(item)[:60]!r} is not one of the task's labels",
+                    hint="fix the row, or add the label to task.labels; labels in one cell are "
+                    "separated by ; or by task.columns.separator",
+                )
+        return self.label_of([label for label in labels if label is not None])
+
+    def read_label(self, text: str, fields: Fields) -> str | Unreadable:
+        spelled = [self._label_set.spelled(part) for part in text.strip().split(SEPARATOR)]
+        if None not in spelled:
+            return self.label_of([label for label in spelled if label is not None])
+        answer = self._answer(text)
+        if not answer:
+            return Unreadable("empty")
+        items = _json_list(answer)
+        if (items is None and tidy(answer).casefold() in _NONE_WORDS) or answer.strip() == "[]":
+            return NONE
+        found: list[str] = []
+        if items is not None:
+            for item in items:
+                label = self._label_set.lookup(item) if isinstance(item, str) else None
+                if label is None:
+                    return Unreadable("label-outside-set", str(item))
+                found.append(label)
+            return self.label_of(found)
+        pieces = (_BULLET.sub("", line, count=1).strip() for line in _STRONG.split(answer))
+        for piece in filter(self._says_something, pieces):
+            labels = self._labels_in(piece)
+            if isinstance(labels, Unreadable):
+                return labels
+            found += labels
+        return self.label_of(found) if found else Unreadable("empty")
+
+    def _says_something(self, text: str) -> bool:
+        return bool(tidy(text)) or self._label_set.spelled(text) is not None
+
+    def _answer(self, text: str) -> str:
+        """The answer's first line, and the lines of a list that begins there."""
+        lines = text.strip("\n").split("\n")
+        while lines and not self._says_something(lines[0]):
+            del lines[0]
+        answer = lines[:1]
+        is_open = text.lstrip().startswith("[") and "]" not in "".join(answer)
+        for line in lines[1:]:
+            goes_on = is_open or answer[-1].rstrip().endswith((",", ";")) or _BULLET.match(line)
+            if not line.strip() or not goes_on:
+                break
+            answer.append(line)
+            is_open = is_open and "]" not in line
+        return "\n".join(answer)
+
+    def _labels_in(self, piece: str) -> list[str] | Unreadable:
+        """The labels of a piece that may be a list with commas: in the only way to read it."""
+        label = self._label_set.lookup(piece)
+        marks = list(_WEAK.finditer(piece))
+        if label is not None and (not marks or self._label_set.spelled(piece) is not None):
+            return [label]
+        if len(marks) > _MAX_PIECES:
+            return Unreadable("label-outside-set", tidy(piece))
+        readings = self._readings(piece, marks)
+        if len(readings) > 1:
+            return Unreadable("several-answers", tidy(piece))
+        if readings:
+            return sorted(readings.pop())
+        return [label] if label is not None else Unreadable("label-outside-set", tidy(piece))
+
+    def _readings(self, piece: str, marks: Sequence[re.Match[str]]) -> set[frozenset[str]]:
+        """The sets of labels as which a list can be read, with a label between any two marks."""
+        starts = [0, *(mark.end() for mark in marks)]
+        ends = [*(mark.start() for mark in marks), len(piece)]
+        # of the text from each start on; two of them are as good as more
+        readings: list[set[frozenset[str]]] = [set() for _ in starts] + [{frozenset()}]
+        for first in reversed(range(len(starts))):
+            if not piece[starts[first] :].strip():
+                readings[first].add(frozenset())
+            for last in range(first, len(ends)):
+                label = self._label_set.lookup(piece[starts[first] : ends[last]])
+                if label is not None and len(readings[first]) < 2:
+                    readings[first] |= {rest | {label} for rest in readings[last + 1]}
+        return readings[0]
+
+
+def _items(text: str, separator: str) -> list[str]:
+    if text.strip().casefold() in _NONE_WORDS:
+        return []
+    return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def _json_list(text: str) -> list[Any] | None:
+    text = text.strip().strip("`").strip()
+    if not text.startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
