@@ -161,17 +161,17 @@ class Extraction(OwnDataTask):
     def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         if not tidy(text):
             return Unreadable("empty")
-        given = _json_object(text)
-        if given is None:
+        value_of = _json_object(text)
+        if value_of is None:
             texts = self._texts(text)
             if texts.get("") is not None:
                 return Unreadable("several-answers", f"{texts['']} is given twice")
             missing = [name for name in self.field_types if name not in texts]
             if missing:
                 return Unreadable("unparsed", f"no {missing[0]}")
-            given = dict(texts)
+            value_of = dict(texts)
         values: dict[str, str | None] = {}
-        for key, value in given.items():
+        for key, value in value_of.items():
             name = self._name_of.get(_name_key(str(key)))
             if name is None:
                 return Unreadable("unparsed", f"unknown field {str(key)[:60]}")

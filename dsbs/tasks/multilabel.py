@@ -92,21 +92,21 @@ class Multilabel(OwnDataTask):
         items = _json_list(answer)
         if (items is None and tidy(answer).casefold() in _NONE_WORDS) or answer.strip() == "[]":
             return NONE
-        found: list[str] = []
+        labels: list[str] = []
         if items is not None:
             for item in items:
                 label = self._label_set.lookup(item) if isinstance(item, str) else None
                 if label is None:
                     return Unreadable("label-outside-set", str(item))
-                found.append(label)
-            return self.label_of(found)
+                labels.append(label)
+            return self.label_of(labels)
         pieces = (_BULLET.sub("", line, count=1).strip() for line in _STRONG.split(answer))
         for piece in filter(self._says_something, pieces):
-            labels = self._labels_in(piece)
-            if isinstance(labels, Unreadable):
-                return labels
-            found += labels
-        return self.label_of(found) if found else Unreadable("empty")
+            in_piece = self._labels_in(piece)
+            if isinstance(in_piece, Unreadable):
+                return in_piece
+            labels += in_piece
+        return self.label_of(labels) if labels else Unreadable("empty")
 
     def _says_something(self, text: str) -> bool:
         return bool(tidy(text)) or self._label_set.spelled(text) is not None
