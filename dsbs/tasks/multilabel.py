@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsbs.config import TaskSection
@@ -46,6 +46,22 @@ class Multilabel(OwnDataTask):
     def label_of(self, labels: Sequence[str]) -> str:
         """The written form of a row's labels."""
         return SEPARATOR.join(sorted(set(labels))) or NONE
+
+    def classes(self, label: str) -> tuple[str, ...]:
+        """The row's labels; a row without one belongs to a class of its own."""
+        return tuple(self.value(label)) or (NONE,)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return self.head_labels
+
+    def parts(self, label: str) -> dict[str, str | None]:
+        """Each possible label: its name where the row has it."""
+        labels = set(self.value(label))
+        return {name: name if name in labels else None for name in self.head_labels}
+
+    def label_of_parts(self, parts: Mapping[str, str | None]) -> str:
+        return self.label_of([name for name, value in parts.items() if value is not None])
 
     def label_schema(self) -> dict[str, Any]:
         return {"type": "array", "items": {"type": "string", "enum": list(self.head_labels)}}
