@@ -175,7 +175,12 @@ class FineTuneData:
     def data(self) -> Data:
         task = make_task(self.recipe.task)
         specs = [self.spec] if self._needs_train else []
-        return gather(self.recipe, task, self._source.run.path, specs)
+        data = gather(self.recipe, task, self._source.run.path, specs)
+        limit = self._card.max_text_tokens
+        if limit is None:
+            return data
+        tokenizer = load_tokenizer(str(self._source.student.path))
+        return data.shortened(tokenizer, limit, task.section.max_input.strategy)
 
     def _tokens(self, tokenizer: Any) -> Tokens:
         folder = self._source.run.stage("train") / "tokens"

@@ -11,6 +11,7 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 from dsbs.config.registry import TASKS
 from dsbs.config.sections import Section, label_key, plain_text, unknown
 
+LongInput = Literal["head", "tail", "head+tail", "windows"]
 _OWN_DATA_TASKS = ("classification", "multilabel", "score", "extraction", "generation")
 # The keys that describe the answers, and the tasks that they belong to.
 _KEYS = {
@@ -20,6 +21,7 @@ _KEYS = {
     "fields": ("extraction",),
     "numeric": ("generation",),
     "input": _OWN_DATA_TASKS,
+    "max_input": _OWN_DATA_TASKS,
 }
 _REQUIRED = {
     "classification": ("labels", "labels: [billing, shipping]"),
@@ -117,6 +119,16 @@ class FieldSection(Section):
         return self
 
 
+class MaxInputSection(Section):
+    """Texts longer than the student reads (``student.max_input_tokens``)."""
+
+    strategy: LongInput = "head"
+    """The part that is read. head: the beginning; tail: the end; head+tail: half of each; windows:
+    up to ``windows`` parts one after another, which a label head reads apart and pools."""
+    windows: int = Field(8, ge=2)
+    """windows: the most parts of a text. What follows them is not read."""
+
+
 class TaskSection(Section):
     """The task to learn, and its data."""
 
@@ -147,6 +159,8 @@ class TaskSection(Section):
     """One sentence for the default prompt: what to decide or answer. None: a general sentence."""
     numeric: bool = False
     """generation: compare answers as numbers (tolerance 1e-4) if both are numbers."""
+    max_input: MaxInputSection = MaxInputSection()
+    """Texts longer than the student reads."""
 
     @field_validator("name")
     @classmethod

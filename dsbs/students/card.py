@@ -64,6 +64,10 @@ class StudentCard(BaseModel):
     template: Template | None = None
     """How the prompts of a decoder-only student are written. None: it is not decoder-only."""
 
+    max_text_tokens: int | None = Field(None, exclude_if=lambda value: value is None)
+    """The most tokens of a text without prefix and template, which is cut as ``task.max_input``
+    says. None: an input that is too long is cut at its end."""
+
     @property
     def scores_choices(self) -> bool:
         """Whether it has one output, which scores a row's own choices."""

@@ -30,6 +30,7 @@ from dsbs.students.calibration import (
 )
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
+from dsbs.students.long_texts import shortened
 from dsbs.students.novelty import Novelty, read_novelty, write_novelty
 from dsbs.tasks import CHOICE_SEPARATOR, make_task
 
@@ -155,6 +156,10 @@ class Student:
             item if isinstance(item, str) else self.task.text(row)
             for item, row in zip(items, rows, strict=True)
         ]
+        if self.card.max_text_tokens is not None:
+            strategy = self.card.task.max_input.strategy
+            limit = self.card.max_text_tokens
+            texts = shortened(texts, self.backend.tokenizer, limit, strategy)
         scores_labels = score_labels and self.card.head == "text"
         if scores_labels:
             self._check_scoring()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dsbs.config import LabelSource, Recipe, SelectSection, StudentRecipe
+from dsbs.config.task import LongInput
 from dsbs.errors import UserError
 from dsbs.formatting import count
 from dsbs.prompting import source_fingerprint
@@ -18,6 +19,7 @@ from dsbs.records.subsets import Subset, rows_per_label, subset_indices, subset_
 from dsbs.run_folder import RunFolder
 from dsbs.students.card import Target, head_of
 from dsbs.students.formats import compose_target
+from dsbs.students.long_texts import shortened
 from dsbs.tasks import CHOICE_SEPARATOR, Task
 from dsbs.tasks.data import (
     is_held_out,
@@ -94,6 +96,17 @@ class Data:
     """``train.select.max_per_label``: annotations that a student learns from, per label."""
     labels: list[str | None] = field(default_factory=list)
     """Each train row's label, by which a subset has so many rows per label."""
+    max_text_tokens: int | None = None
+    """The most tokens of a row's text, where ``task.max_input`` has cut longer ones."""
+
+    def shortened(self, tokenizer: Any, limit: int, strategy: LongInput) -> Data:
+        """These rows with texts of at most ``limit`` tokens."""
+        changes: dict[str, list[Row]] = {}
+        for name in ("train", "valid"):
+            rows: list[Row] = getattr(self, name)
+            texts = shortened([row.text for row in rows], tokenizer, limit, strategy)
+            changes[name] = [replace(row, text=text) for row, text in zip(rows, texts, strict=True)]
+        return replace(self, train=changes["train"], valid=changes["valid"], max_text_tokens=limit)
 
     def subset(self, subset: Subset) -> list[Row]:
         """A subset's rows, in their own order; a smaller subset's are among a larger one's.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students.card import head_of, input_limit, new_head_warning
 from dsbs.students.formats import new_input_format
+from dsbs.students.long_texts import text_limit
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
 from dsbs.tasks import Task, make_task
@@ -102,7 +103,8 @@ def train(
                 warnings += student_grid.warnings(texts)
             for warning in warnings:
                 progress.say(f"warning: {warning}")
-        for student_grid, texts in zip(grids, tokens, strict=True):
+        for whole_grid, texts in zip(grids, tokens, strict=True):
+            student_grid = whole_grid.with_short_texts(texts)
             trained = student_grid.train(run_folder, texts, progress)
             students += trained.students
             teachers += trained.teachers
@@ -136,6 +138,20 @@ class StudentGrid:
         check_teachers(recipe, task, self.specs, tokenizer)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
         return Tokens(tokenizer, run.stage("train") / "tokens", progress, input_format)
+
+    def with_short_texts(self, tokens: Tokens) -> StudentGrid:
+        """These students on texts of which ``task.max_input`` has cut the longer ones."""
+        recipe = self.recipe
+        strategy = recipe.task.max_input.strategy
+        head = head_of(recipe.student, recipe.train.init)
+        methods = {spec.method for spec in self.specs}
+        views = [view for name in methods for view in views_of(name, recipe.train, head)]
+        prefixes = {view.prefix for view in views}
+        max_tokens = input_limit(recipe.student, recipe.train.init)
+        limit = text_limit(strategy, tokens.input_format, prefixes, max_tokens)
+        if limit is None:
+            return self
+        return replace(self, data=self.data.shortened(tokens.tokenizer, limit, strategy))
 
     def warnings(self, tokens: Tokens) -> list[str]:
         """Warnings of text that the students cannot read or write, each once."""
