@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import Fields, OwnDataTask, label_listing, tidy
+from dsbs.tasks import Fields, label_listing, tidy
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.own_data import OwnDataTask
 
 SEPARATOR = "; "
 NONE = "none"
@@ -26,6 +27,8 @@ _MAX_PIECES = 40  # of a reply
 
 
 class Multilabel(OwnDataTask):
+    goal = "Decide which labels fit the text."
+
     def __init__(self, section: TaskSection) -> None:
         super().__init__(section)
         assert section.labels is not None  # checked by the recipe
@@ -59,6 +62,12 @@ class Multilabel(OwnDataTask):
         listing = label_listing(self.head_labels, "Each label that applies is one of")
         return f"{listing}\nGive all labels that apply, or none.", "<labels, separated by ;>"
 
+    def json_placeholder(self) -> list[str]:
+        return ["<each label that applies>"]
+
+    def written_labels(self, gold: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys([*self.head_labels, NONE, *gold]))
+
     def gold_cell(self, value: Any, name: str, where: str) -> Any:
         """A list as it is; a cell of text as the list that it holds."""
         if isinstance(value, list | tuple):
@@ -86,7 +95,7 @@ class Multilabel(OwnDataTask):
         spelled = [self._label_set.spelled(part) for part in text.strip().split(SEPARATOR)]
         if None not in spelled:
             return self.label_of([label for label in spelled if label is not None])
-        answer = self._answer(text)
+        answer = text[slice(*self._answer_span(text))]
         if not answer:
             return Unreadable("empty")
         items = _json_list(answer)
@@ -111,11 +120,15 @@ class Multilabel(OwnDataTask):
     def _says_something(self, text: str) -> bool:
         return bool(tidy(text)) or self._label_set.spelled(text) is not None
 
-    def _answer(self, text: str) -> str:
-        """The answer's first line, and the lines of a list that begins there."""
-        lines = text.strip("\n").split("\n")
+    def label_end(self, text: str) -> int:
+        return self._answer_span(text)[1]
+
+    def _answer_span(self, text: str) -> tuple[int, int]:
+        """Where the answer's first line and the lines of a list that begins there are."""
+        lines = text.split("\n")
+        begin = 0
         while lines and not self._says_something(lines[0]):
-            del lines[0]
+            begin += len(lines.pop(0)) + 1
         answer = lines[:1]
         is_open = text.lstrip().startswith("[") and "]" not in "".join(answer)
         for line in lines[1:]:
@@ -124,7 +137,7 @@ class Multilabel(OwnDataTask):
                 break
             answer.append(line)
             is_open = is_open and "]" not in line
-        return "\n".join(answer)
+        return begin, begin + len("\n".join(answer))
 
     def _labels_in(self, piece: str) -> list[str] | Unreadable:
         """The labels of a piece that may be a list with commas: in the only way to read it."""

@@ -11,8 +11,16 @@ from dsbs.config.registry import TASKS
 from dsbs.records import Unreadable
 from dsbs.tasks import Task, make_task
 
+NEEDED: dict[str, dict[str, Any]] = {
+    "classification": {"labels": ["a", "b"]},
+    "multilabel": {"labels": ["a", "b"]},
+    "score": {"range": [1, 5]},
+    "extraction": {"fields": {"name": {"type": "text"}}},
+}
+
 
 def task(name: str, **settings: Any) -> Task:
+    settings = NEEDED.get(name, {}) | settings
     return make_task(TaskSection(name=name, data={"train": "-"}, **settings))
 
 
@@ -27,7 +35,7 @@ def reason(read: str | Unreadable) -> str:
     return read.reason
 
 
-@pytest.mark.parametrize("name", sorted(set(TASKS) - {"classification"}))
+@pytest.mark.parametrize("name", sorted(TASKS))
 @pytest.mark.parametrize("text", ["", "  ", "\n\n", "**", "...", '""', "_ _", "\t*\n `"])
 def test_an_answer_of_nothing_is_empty_in_every_task(name: str, text: str) -> None:
     assert reason(task(name).read_label(text, QUESTION)) == "empty"
