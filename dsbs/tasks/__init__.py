@@ -12,7 +12,7 @@ import math
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsbs.config import TaskSection, unknown
@@ -150,6 +150,46 @@ class Task:
         """The number that a label is on a scale. None: the labels have no order."""
         return None
 
+    @property
+    def has_order(self) -> bool:
+        """Whether the closed set's labels are points of a scale, the lowest first."""
+        return bool(self.labels) and self.number((self.labels or ("",))[0]) is not None
+
+    def classes(self, label: str) -> tuple[str, ...]:
+        """The classes that a row with this label belongs to, as rows per class are counted."""
+        return (label,)
+
+    # --- labels that consist of parts
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts of a label, each right or wrong by itself: a row's possible labels, or fields.
+        Empty: a label has no parts.
+        """
+        return ()
+
+    def parts(self, label: str) -> dict[str, str | None]:
+        """The values of a label's parts, in the order of ``part_names``. None: absent."""
+        return {}
+
+    def label_of_parts(self, parts: Mapping[str, str | None]) -> str:
+        """The written form of a label with these parts."""
+        raise NotImplementedError
+
+    def part_key(self, name: str, value: str | None) -> Hashable:
+        """Equal for values of a part that mean the same. None: absent."""
+        return value
+
+    def correct_parts(self, predicted: str, gold: str) -> dict[str, bool]:
+        """Whether each part is right, or rightly absent."""
+        ours, theirs = self.parts(predicted), self.parts(gold)
+        return {
+            name: self.part_key(name, ours[name]) == self.part_key(name, theirs[name])
+            for name in self.part_names
+        }
+
+    # --- reading and writing
+
     def label_schema(self) -> dict[str, Any]:
         """The JSON schema of a label in a teacher's reply."""
         if self.labels is None:
@@ -233,6 +273,11 @@ class Task:
     def correct(self, predicted: str, gold: str) -> bool:
         """Whether two canonical labels mean the same."""
         return predicted == gold
+
+    @property
+    def checks_input(self) -> bool:
+        """Whether some part of a label must occur in the input; see ``not_in_input``."""
+        return False
 
     def not_in_input(self, label: str, fields: Fields) -> list[str]:
         """The parts of a label that must occur in the input, and do not."""

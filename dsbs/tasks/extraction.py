@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from dsbs.config import TaskSection
@@ -47,7 +47,7 @@ class Extraction(OwnDataTask):
         return True
 
     @property
-    def fields_to_extract(self) -> tuple[str, ...]:
+    def part_names(self) -> tuple[str, ...]:
         return tuple(self.field_types)
 
     # --- the label's forms
@@ -67,11 +67,13 @@ class Extraction(OwnDataTask):
             for name in self.field_types
         }
 
-    def label_of(self, values: Mapping[str, str | None]) -> str:
-        """The written form of canonical values."""
+    def part_key(self, name: str, value: str | None) -> Hashable:
+        return self.field_types[name].key(value)
+
+    def label_of_parts(self, parts: Mapping[str, str | None]) -> str:
         lines = []
         for name in self.field_types:
-            value = values.get(name)
+            value = parts.get(name)
             lines.append(f"{name}: {ABSENT if value is None else value}")
         return "\n".join(lines)
 
@@ -159,7 +161,7 @@ class Extraction(OwnDataTask):
                     f"{where}: {name} has no value, and task.fields says that it is required",
                     hint="fill it in, remove the row, or leave required out",
                 )
-        return self.label_of(values)
+        return self.label_of_parts(values)
 
     def _canonical(self, name: str, value: Any) -> str | Unreadable | None:
         """A value in its field's canonical form, which ``_texts`` can read. None: absent."""
@@ -175,17 +177,17 @@ class Extraction(OwnDataTask):
     def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         if not tidy(text):
             return Unreadable("empty")
-        given = _json_object(text)
-        if given is None:
+        value_of = _json_object(text)
+        if value_of is None:
             texts = self._texts(text)
             if isinstance(texts, Unreadable):
                 return texts
             missing = [name for name in self.field_types if name not in texts]
             if missing:
                 return Unreadable("unparsed", f"no {missing[0]}")
-            given = dict(texts)
+            value_of = dict(texts)
         values: dict[str, str | None] = {}
-        for key, value in given.items():
+        for key, value in value_of.items():
             name = self._name_of.get(_name_key(str(key)))
             if name is None:
                 return Unreadable("unparsed", f"unknown field {str(key)[:60]}")
@@ -196,12 +198,16 @@ class Extraction(OwnDataTask):
         for name, kind in self.field_types.items():
             if kind.section.required and values.get(name) is None:
                 return Unreadable("unparsed", f"no {name}")
-        return self.label_of(values)
+        return self.label_of_parts(values)
 
     def _read_value(self, name: str, value: Any) -> str | Unreadable | None:
         if value is None or (isinstance(value, str) and _says_absent(value)):
             return None
         return self._canonical(name, value)
+
+    @property
+    def checks_input(self) -> bool:
+        return any(kind.section.verbatim for kind in self.field_types.values())
 
     def not_in_input(self, label: str, fields: Fields) -> list[str]:
         """The ``verbatim`` fields with a value that does not occur in the input."""
@@ -256,14 +262,6 @@ class Extraction(OwnDataTask):
     def correct(self, predicted: str, gold: str) -> bool:
         """Whether all fields are equal; see ``FieldType.key``."""
         return all(self.correct_parts(predicted, gold).values())
-
-    def correct_parts(self, predicted: str, gold: str) -> dict[str, bool]:
-        """Whether each field has the right value, or is rightly absent."""
-        ours, theirs = self.parts(predicted), self.parts(gold)
-        return {
-            name: kind.key(ours[name]) == kind.key(theirs[name])
-            for name, kind in self.field_types.items()
-        }
 
     def _unassigned_columns(self, row: Fields) -> list[str]:
         names = {self.section.columns.get(name, name).casefold() for name in self.field_types}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import unicodedata
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
 from dsbs.config import FieldSection
@@ -45,7 +46,7 @@ class FieldType(ABC):
         """The JSON schema of a value."""
         return {"type": ["string", "null"]}
 
-    def key(self, canonical: str | None) -> Any:
+    def key(self, canonical: str | None) -> Hashable:
         """Equal for values that mean the same. None: absent."""
         return None if canonical is None else fold(canonical)
 
@@ -95,7 +96,7 @@ class ListField(FieldType):
     def schema(self) -> dict[str, Any]:
         return {"type": ["array", "null"], "items": {"type": "string"}}
 
-    def key(self, canonical: str | None) -> Any:
+    def key(self, canonical: str | None) -> Hashable:
         """The order of the items does not matter."""
         return None if canonical is None else frozenset(map(fold, self.items(canonical)))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsbs.config import TaskSection
@@ -49,6 +49,22 @@ class Multilabel(OwnDataTask):
     def label_of(self, labels: Sequence[str]) -> str:
         """The written form of a row's labels."""
         return SEPARATOR.join(sorted(set(labels))) or NONE
+
+    def classes(self, label: str) -> tuple[str, ...]:
+        """The row's labels; a row without one belongs to a class of its own."""
+        return tuple(self.value(label)) or (NONE,)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return self.head_labels
+
+    def parts(self, label: str) -> dict[str, str | None]:
+        """Each possible label: its name where the row has it."""
+        labels = set(self.value(label))
+        return {name: name if name in labels else None for name in self.head_labels}
+
+    def label_of_parts(self, parts: Mapping[str, str | None]) -> str:
+        return self.label_of([name for name, value in parts.items() if value is not None])
 
     def label_schema(self) -> dict[str, Any]:
         return {"type": "array", "items": {"type": "string", "enum": list(self.head_labels)}}
@@ -101,21 +117,21 @@ class Multilabel(OwnDataTask):
         items = _json_list(answer)
         if (items is None and tidy(answer).casefold() in _NONE_WORDS) or answer.strip() == "[]":
             return NONE
-        found: list[str] = []
+        labels: list[str] = []
         if items is not None:
             for item in items:
                 label = self._label_set.lookup(item) if isinstance(item, str) else None
                 if label is None:
                     return Unreadable("label-outside-set", str(item))
-                found.append(label)
-            return self.label_of(found)
+                labels.append(label)
+            return self.label_of(labels)
         pieces = (_BULLET.sub("", line, count=1).strip() for line in _STRONG.split(answer))
         for piece in filter(self._says_something, pieces):
-            labels = self._labels_in(piece)
-            if isinstance(labels, Unreadable):
-                return labels
-            found += labels
-        return self.label_of(found) if found else Unreadable("empty")
+            in_piece = self._labels_in(piece)
+            if isinstance(in_piece, Unreadable):
+                return in_piece
+            labels += in_piece
+        return self.label_of(labels) if labels else Unreadable("empty")
 
     def _says_something(self, text: str) -> bool:
         return bool(tidy(text)) or self._label_set.spelled(text) is not None
