@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 from dsbs.config import TaskSection
@@ -241,7 +242,7 @@ class Extraction(OwnDataTask):
         """The text after each field's name."""
         matches = list(self._beginning.finditer(text))
         texts: dict[str, str] = {}
-        for match, following in zip(matches, [*matches[1:], None], strict=True):
+        for match, following in zip_longest(matches, matches[1:]):
             end = len(text) if following is None else following.start()
             name = self._name_of[_name_key(match.group(1))]
             lines = text[match.end() : end]
