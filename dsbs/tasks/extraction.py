@@ -7,6 +7,7 @@ tokenizers have it. A value therefore never contains a field's name with a colon
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -210,7 +211,7 @@ class Extraction(OwnDataTask):
         """The text after each field's name. "" names a field with two different texts."""
         matches = list(self._beginning.finditer(text))
         texts: dict[str, str] = {}
-        for match, following in zip(matches, [*matches[1:], None], strict=True):
+        for match, following in itertools.zip_longest(matches, matches[1:]):
             end = len(text) if following is None else following.start()
             name = self._name_of[_name_key(match.group(1))]
             value = _without_marks(text[match.end() : end], is_last=following is None)
