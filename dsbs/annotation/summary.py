@@ -35,6 +35,7 @@ REASONS: dict[Reason, str] = {
     "truncated": "annotate.max_tokens ended the reply before its answer",
     "spent-on-reasoning": "annotate.max_tokens was spent on hidden reasoning",
     "label-outside-set": "the answer is not one of the task's labels",
+    "not-in-input": "a value that must occur in the input does not",
     "several-answers": "the reply gives several different answers",
     "refused": "the endpoint rejected the request, or the model declined",
     "contradicts-rationale": "the rationale concludes with another answer",
