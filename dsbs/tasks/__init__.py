@@ -261,12 +261,13 @@ class Task:
     def answer(
         self, text: str, fields: Fields, distribution: Mapping[str, float] | None
     ) -> str | Unreadable:
-        """The label of a student's output: what ``text`` states, else the most likely label.
+        """The label of a student's output: what ``text`` states, else the most likely label, where
+        a row has one.
 
         ``distribution``: the probability of each label; None: unknown.
         """
         label = self.read_label(text, fields)
-        if isinstance(label, Unreadable) and distribution:
+        if isinstance(label, Unreadable) and distribution and not self.has_several_labels:
             return max(distribution, key=distribution.__getitem__)
         return label
 

@@ -7,11 +7,11 @@ tokenizers have it. A value therefore never contains a field's name with a colon
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping
-from itertools import zip_longest
 from typing import Any
 
 from dsbs.config import TaskSection
@@ -61,11 +61,13 @@ class Extraction(OwnDataTask):
         }
 
     def parts(self, label: str) -> dict[str, str | None]:
-        texts = self._texts(label)
-        assert isinstance(texts, dict)  # a canonical label can be read
+        texts = [
+            line.removeprefix(f"{name}: ")
+            for name, line in zip(self.field_types, label.split("\n"), strict=True)
+        ]
         return {
-            name: None if texts.get(name, ABSENT) == ABSENT else texts[name]
-            for name in self.field_types
+            name: None if text == ABSENT else text
+            for name, text in zip(self.field_types, texts, strict=True)
         }
 
     def part_key(self, name: str, value: str | None) -> Hashable:
@@ -171,7 +173,8 @@ class Extraction(OwnDataTask):
             return text or None
         if self._beginning.search(text):
             return Unreadable("unparsed", "which contains the name of a field with a colon")
-        return text
+        # a mark at the end separates fields where line breaks became spaces
+        return _value_text(text, is_last=False) or Unreadable("unparsed", "which is only a mark")
 
     # --- replies and outputs
 
@@ -242,7 +245,7 @@ class Extraction(OwnDataTask):
         """The text after each field's name."""
         matches = list(self._beginning.finditer(text))
         texts: dict[str, str] = {}
-        for match, following in zip_longest(matches, matches[1:]):
+        for match, following in itertools.zip_longest(matches, matches[1:]):
             end = len(text) if following is None else following.start()
             name = self._name_of[_name_key(match.group(1))]
             lines = text[match.end() : end]

@@ -346,3 +346,9 @@ def test_only_a_scale_has_an_order() -> None:
     assert task(name="score", range=[1, 5]).has_order
     assert not TAGS.has_order and not INVOICE.has_order
     assert not task(name="classification", labels=["1", "2"]).has_order
+
+
+@pytest.mark.parametrize("text", ["?", "No fields."])
+def test_text_without_a_field_is_unparsed(text: str) -> None:
+    read = INVOICE.read_label(text, {})
+    assert isinstance(read, Unreadable) and read.reason == "unparsed"
