@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dsbs.config import TaskSection
@@ -81,8 +81,8 @@ class Multilabel(OwnDataTask):
     def json_placeholder(self) -> list[str]:
         return ["<each label that applies>"]
 
-    def written_labels(self, gold: Iterable[str]) -> list[str]:
-        return list(dict.fromkeys([*self.head_labels, NONE, *gold]))
+    def written_labels(self) -> tuple[str, ...]:
+        return (*self.head_labels, NONE)
 
     def gold_cell(self, value: Any, name: str, where: str) -> Any:
         """A list as it is; a cell of text as the list that it holds."""
