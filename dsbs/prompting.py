@@ -402,7 +402,8 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
         for member in recipe.teacher.members:
             manifest = RunFolder.of_member(recipe, member).manifest("annotate")
             votes.append([member.weight, manifest.get("source")])
-        return digest("ensemble", canonical_json(votes))
+        by_mean = ["mean"] if recipe.annotate.score_vote == "mean" else []
+        return digest("ensemble", canonical_json(votes), *by_mean)
     teacher = recipe.teacher.model_dump(mode="json", exclude=_TEACHER_KEYS_WITHOUT_EFFECT)
     if teacher["reasoning_effort"] is None:
         del teacher["reasoning_effort"]  # earlier runs, which did not have it, are the same
@@ -413,6 +414,8 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
     sampling = recipe.annotate.model_dump(mode="json", exclude=_ANNOTATE_KEYS_WITHOUT_EFFECT)
     if sampling["format"] == "text":
         del sampling["format"]
+    if sampling["score_vote"] == "median":
+        del sampling["score_vote"]
     return digest(canonical_json(teacher), prompt_hash, canonical_json(sampling))
 
 

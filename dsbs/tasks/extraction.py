@@ -62,14 +62,11 @@ class Extraction(OwnDataTask):
         }
 
     def parts(self, label: str) -> dict[str, str | None]:
-        texts = [
-            line.removeprefix(f"{name}: ")
-            for name, line in zip(self.field_types, label.split("\n"), strict=True)
-        ]
-        return {
-            name: None if text == ABSENT else text
-            for name, text in zip(self.field_types, texts, strict=True)
-        }
+        texts = {}
+        for line in label.split("\n"):
+            name, _, text = line.partition(": ")
+            texts[name] = None if text == ABSENT else text
+        return {name: texts.get(name) for name in self.field_types}
 
     def part_key(self, name: str, value: str | None) -> Hashable:
         return self.field_types[name].key(value)
