@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbs.evaluation.aggregates import RowValues
 from dsbs.evaluation.bootstrap import Floats
-from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
+from dsbs.evaluation.metrics import Metric, Scored, SystemPredictions
 from dsbs.records.measures import Measure
 from dsbs.records.results import Bin
 from dsbs.students.calibration import binned, brier_scores, calibration_error, log_losses
@@ -61,7 +62,12 @@ def distributions(file: Scored, labels: Sequence[str]) -> Floats | None:
 
 
 def _of_distributions(predictions: SystemPredictions, score: _Score) -> RowValues | None:
-    """(seeds, rows): ``score`` of each file's distributions and its gold labels' indices."""
+    """(seeds, rows): ``score`` of each file's distributions and its gold labels' indices.
+
+    None also where the labels of a row have probabilities of their own, which are no distribution.
+    """
+    if predictions.task.has_several_labels:
+        return None
     labels = list(predictions.task.labels or ())
     values = []
     for file in predictions.files:

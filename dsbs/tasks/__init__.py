@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry
 from dsbs.errors import UserError
-from dsbs.records import Unreadable
-from dsbs.tasks.templates import fields_of, render
+from dsbs.records import Example, Unreadable
 
 if TYPE_CHECKING:
     from dsbs.tasks.label_set import LabelSet
@@ -30,8 +29,6 @@ CHOICE_SEPARATOR = "\x1e"
 
 # Columns that are never a row's input.
 RESERVED = ("id", "label", "rationale", "teacher", "teachers", "meta", "input")
-# Names of a data frame's index in files that pandas wrote.
-_INDEX_COLUMN = re.compile(r"|index|Unnamed: \d+|__index_level_\d+__")
 # How pandas spells a missing cell where it was turned into text.
 MISSING_WORDS = frozenset({"nan", "NaN", "NaT", "<NA>"})
 _SCALARS = (
@@ -67,6 +64,8 @@ class Task:
     """Whether reading a label needs its row's fields, so that plain text is not a valid input."""
     has_choices: ClassVar[bool] = False
     """Whether each row has choices of its own, one of which is its label."""
+    has_prompt_file: ClassVar[bool] = True
+    """Whether its default prompt is ``prompts/<name>.yaml``. Otherwise that is zero-shot."""
     no_label: ClassVar[tuple[str, ...]] = ("",)
     """Values of the label column in unlabeled rows."""
 
@@ -189,6 +188,13 @@ class Task:
             for name in self.part_names
         }
 
+    def part_figures(self, rows: Sequence[Example]) -> dict[str, dict[str, Any]]:
+        """Figures of the gold values of each part, where parts are more than yes or no: ``filled``
+        (share of the labeled rows), ``labels`` (rows for each of a closed set) and ``not_in_input``
+        (ids of rows whose value must occur in the input and does not).
+        """
+        return {}
+
     # --- reading and writing
 
     def label_schema(self) -> dict[str, Any]:
@@ -212,6 +218,23 @@ class Task:
             return label_listing(self.labels, "The label is exactly one of"), "<label>"
         choice = "Give the final answer only, as short as it can be"
         return choice + (", as a number." if self.section.numeric else "."), "<answer>"
+
+    def json_placeholder(self) -> Any:
+        """The label of a JSON reply in a prompt's instruction."""
+        return "<the answer>"
+
+    def label_end(self, text: str) -> int | None:
+        """Where the label that ``text`` begins with ends, if labels may have several lines.
+
+        None: a label has one line.
+        """
+        return None
+
+    def written_labels(self) -> tuple[str, ...]:
+        """Labels that must be read back as they are written. Empty: labels are free text, or differ
+        between rows.
+        """
+        return self.labels or ()
 
     def text(self, fields: Fields) -> str:
         """The student's input, without any task prefix."""
@@ -245,12 +268,13 @@ class Task:
     def answer(
         self, text: str, fields: Fields, distribution: Mapping[str, float] | None
     ) -> str | Unreadable:
-        """The label of a student's output: what ``text`` states, else the most likely label.
+        """The label of a student's output: what ``text`` states, else the most likely label, where
+        a row has one.
 
         ``distribution``: the probability of each label; None: unknown.
         """
         label = self.read_label(text, fields)
-        if isinstance(label, Unreadable) and distribution:
+        if isinstance(label, Unreadable) and distribution and not self.has_several_labels:
             return max(distribution, key=distribution.__getitem__)
         return label
 
@@ -424,7 +448,7 @@ def concluded_label(rationale: str, task: Task, fields: Fields) -> str | None:
     Only a stated conclusion counts: "the answer is …" for any task with distinct answers; for a
     closed set of labels also "so it is …" and a label after a final colon.
     """
-    if task.is_free_text:
+    if task.is_free_text or task.has_several_labels:  # a sentence may state one of several
         return None
     sentence = _SENTENCE.split(rationale.strip())[-1].strip().rstrip("\"'”’ ")
     if "(" not in sentence:
@@ -446,80 +470,6 @@ def _claims(sentence: str) -> Iterable[str]:
         yield it_is.group(1)
     if ":" in sentence:
         yield sentence.rpartition(":")[2]
-
-
-class OwnDataTask(Task):
-    """Base of the tasks whose input comes from ``task.input`` and ``task.columns``."""
-
-    def __init__(self, section: TaskSection) -> None:
-        super().__init__(section)
-        self._template_fields: list[str] | None = None
-        if section.input:
-            self._template_fields = sorted(fields_of(section.input, where="task.input"))
-
-    def fields(self, row: Fields, where: str) -> dict[str, Any]:
-        if self._template_fields is None:
-            return {"text": self._only_text(row, where)}
-        fields = {}
-        for field in self._template_fields:
-            column = column_of(row, (self.section.columns.get(field, field),))
-            if column is None:
-                raise missing_column(where, field, row)
-            fields[field] = row[column]
-        plain = {field: _as_json(value, field, where) for field, value in fields.items()}
-        if all(not str(value).strip() for value in plain.values()):
-            raise UserError(
-                f"{where}: {', '.join(plain)}: empty", hint="fill it in or remove the row"
-            )
-        if any(isinstance(value, list | dict) for value in plain.values()):
-            try:
-                self.text(plain)
-            except UserError as error:
-                raise UserError(f"{where}: {error.problem}", hint=error.hint) from None
-        return plain
-
-    def text(self, fields: Fields) -> str:
-        if self.section.input is None:
-            return str(fields["text"])
-        return render(self.section.input, fields, where="task.input").strip()
-
-    def template_variables(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
-        """The fields, and ``text``: the student's input."""
-        return super().template_variables(fields, label) | {"text": self.text(fields)}
-
-    def _only_text(self, row: Fields, where: str) -> str:
-        mapped = self.section.columns.get("text")
-        column = column_of(row, (mapped or "text",))
-        if column is None:
-            free = self._unassigned_columns(row)
-            if mapped or len(free) != 1:
-                raise missing_column(where, mapped or "text", row)
-            column = free[0]
-        return input_text(row[column], column, where)
-
-    def _unassigned_columns(self, row: Fields) -> list[str]:
-        """The columns that are not reserved, and not mapped to anything but the text."""
-        assigned = {name.casefold() for name in RESERVED}
-        for field, column in self.section.columns.items():
-            if field != "text":
-                assigned.add(column.casefold())
-        return [
-            name
-            for name in row
-            if name.strip().casefold() not in assigned and not _INDEX_COLUMN.fullmatch(name)
-        ]
-
-
-def _as_json(value: Any, name: str, where: str) -> Any:
-    """A value that JSON can hold: dates, decimals and the like become text, a missing cell ""."""
-    if isinstance(value, dict):
-        return {str(key): _as_json(item, name, where) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(item, name, where) for item in value]
-    text = cell_text(value, name, where)
-    if text is None or text.strip() in MISSING_WORDS:
-        return ""
-    return value if isinstance(value, int | float) else text
 
 
 def make_task(section: TaskSection) -> Task:

@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import Fields, OwnDataTask, label_listing, tidy
+from dsbs.tasks import Fields, label_listing, tidy
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.own_data import OwnDataTask
 
 SEPARATOR = "; "
 NONE = "none"
 _NONE_WORDS = frozenset({"none", "[]", "no label", "no labels", "none of them", "none of these"})
 _BULLET = re.compile(r"^\s*(?:[-–—•*]|\d+[.)])\s+")
-_STRONG = re.compile(r"[;|\t\n；]")
+_STRONG = re.compile(r"[;|\t；]")
 _WEAK = re.compile(r"\s*[,/&+、，]\s*(?:and\s+)?|\s+and\s+", re.IGNORECASE)
 _MAX_PIECES = 40  # of a reply
 
 
 class Multilabel(OwnDataTask):
+    goal = "Decide which labels fit the text."
+
     def __init__(self, section: TaskSection) -> None:
         super().__init__(section)
         assert section.labels is not None  # checked by the recipe
@@ -75,6 +78,12 @@ class Multilabel(OwnDataTask):
         listing = label_listing(self.head_labels, "Each label that applies is one of")
         return f"{listing}\nGive all labels that apply, or none.", "<labels, separated by ;>"
 
+    def json_placeholder(self) -> list[str]:
+        return ["<each label that applies>"]
+
+    def written_labels(self) -> tuple[str, ...]:
+        return (*self.head_labels, NONE)
+
     def gold_cell(self, value: Any, name: str, where: str) -> Any:
         """A list as it is; a cell of text as the list that it holds."""
         if isinstance(value, list | tuple):
@@ -102,7 +111,7 @@ class Multilabel(OwnDataTask):
         spelled = [self._label_set.spelled(part) for part in text.strip().split(SEPARATOR)]
         if None not in spelled:
             return self.label_of([label for label in spelled if label is not None])
-        answer = self._answer(text)
+        answer = text[slice(*self._answer_span(text))]
         if not answer:
             return Unreadable("empty")
         items = _json_list(answer)
@@ -116,22 +125,35 @@ class Multilabel(OwnDataTask):
                     return Unreadable("label-outside-set", str(item))
                 labels.append(label)
             return self.label_of(labels)
-        pieces = (_BULLET.sub("", line, count=1).strip() for line in _STRONG.split(answer))
-        for piece in filter(self._says_something, pieces):
+        for piece in filter(self._says_something, self._pieces(answer)):
             in_piece = self._labels_in(piece)
             if isinstance(in_piece, Unreadable):
                 return in_piece
             labels += in_piece
         return self.label_of(labels) if labels else Unreadable("empty")
 
+    def _pieces(self, answer: str) -> Iterator[str]:
+        """The lines of a list without bullets, or what is between the marks in a line."""
+        for line in answer.split("\n"):
+            label = _BULLET.sub("", line, count=1).strip()
+            if self._label_set.spelled(label) is not None:
+                yield label
+                continue
+            for piece in _STRONG.split(line):
+                yield _BULLET.sub("", piece, count=1).strip()
+
     def _says_something(self, text: str) -> bool:
         return bool(tidy(text)) or self._label_set.spelled(text) is not None
 
-    def _answer(self, text: str) -> str:
-        """The answer's first line, and the lines of a list that begins there."""
-        lines = text.strip("\n").split("\n")
+    def label_end(self, text: str) -> int:
+        return self._answer_span(text)[1]
+
+    def _answer_span(self, text: str) -> tuple[int, int]:
+        """Where the answer's first line and the lines of a list that begins there are."""
+        lines = text.split("\n")
+        begin = 0
         while lines and not self._says_something(lines[0]):
-            del lines[0]
+            begin += len(lines.pop(0)) + 1
         answer = lines[:1]
         is_open = text.lstrip().startswith("[") and "]" not in "".join(answer)
         for line in lines[1:]:
@@ -140,7 +162,7 @@ class Multilabel(OwnDataTask):
                 break
             answer.append(line)
             is_open = is_open and "]" not in line
-        return "\n".join(answer)
+        return begin, begin + len("\n".join(answer))
 
     def _labels_in(self, piece: str) -> list[str] | Unreadable:
         """The labels of a piece that may be a list with commas: in the only way to read it."""
