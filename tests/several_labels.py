@@ -56,12 +56,12 @@ TASKS: dict[str, dict[str, Any]] = {
 ROWS = {"multilabel": multilabel_rows, "score": score_rows, "extraction": extraction_rows}
 
 
-def recipe_file(folder: Path, kind: str, train: int = 64, test: int = 16, **sections: Any) -> Path:
+def recipe_file(folder: Path, kind: str, **sections: Any) -> Path:
     """A recipe of fine-tuned students on gold labels, with its rows."""
     files = {
-        "train": write_jsonl(folder / "train.jsonl", ROWS[kind](train)),
+        "train": write_jsonl(folder / "train.jsonl", ROWS[kind](96)),
         "valid": write_jsonl(folder / "valid.jsonl", ROWS[kind](16, start=2000)),
-        "test": write_jsonl(folder / "test.jsonl", ROWS[kind](test, start=1000)),
+        "test": write_jsonl(folder / "test.jsonl", ROWS[kind](16, start=1000)),
     }
     recipe: dict[str, Any] = {
         "name": "toy",
