@@ -123,8 +123,11 @@ def _is_cut(answer: Answer, label: str, prompt: Prompt, task: Task) -> bool:
 def _begins_another_label(label: str, answer: str, task: Task) -> bool:
     """Whether a cut label may have been a longer one: "card" the beginning of "card fraud".
 
-    Without a closed set, any text at the reply's end may have gone on.
+    Without a closed set, any text at the reply's end may have gone on, and so may several labels.
     """
+    end = task.label_end(answer.strip())
+    if end is not None:
+        return not answer.strip()[end:].strip(MARKUP) and not answer.rstrip().endswith(("}", "]"))
     if task.labels is None:
         return "\n" not in answer.strip() and not answer.rstrip().endswith("}")
     return any(other != label and other.startswith(label) for other in task.labels)

@@ -17,6 +17,7 @@ from dsbs.config.teacher import (
     EndpointSection,
     MemberSection,
     PriceSection,
+    ScoreVote,
     TeacherSection,
 )
 from dsbs.config.terms import BalanceSection, LocalTeacherSection, TermSettings, base_of
@@ -45,6 +46,7 @@ __all__ = [
     "Recipe",
     "ReportSection",
     "ResolvedTrainSection",
+    "ScoreVote",
     "Section",
     "SelectSection",
     "StudentRecipe",

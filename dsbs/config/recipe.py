@@ -210,6 +210,12 @@ class Recipe(Section):
         _check_lora(section, train)
 
     @model_validator(mode="after")
+    def _score_vote_needs_a_scale(self) -> Recipe:
+        if self.annotate.score_vote != "median" and self.task.range is None:
+            raise ValueError(f"annotate.score_vote belongs to score, not to {self.task.name}")
+        return self
+
+    @model_validator(mode="after")
     def _baselines_exist(self) -> Recipe:
         names = (*METHODS, *self.eval.predictions)
         for name in self.eval.baseline:

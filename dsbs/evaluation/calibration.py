@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbs.evaluation.aggregates import RowValues
 from dsbs.evaluation.bootstrap import Floats
-from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
+from dsbs.evaluation.metrics import Metric, Scored, SystemPredictions
 from dsbs.records.measures import Measure
 from dsbs.records.results import Bin
 from dsbs.students.calibration import (

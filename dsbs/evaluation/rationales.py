@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
+from dsbs.evaluation.aggregates import RowValues
+from dsbs.evaluation.metrics import Metric, Scored, SystemPredictions
 from dsbs.tasks import concluded_label
 
 _UNDEFINED = float("nan")

@@ -204,7 +204,7 @@ def _parse_warnings(prompt: Prompt, task: Task, renderer: PromptRenderer) -> lis
         fields = task.fields(exemplar.input, f"prompt, exemplar {number}")
         _, answer = renderer.exemplar(exemplar, number)
         parsed = parse_reply(answer, prompt, task, fields, "stop")
-        gold = task.gold(exemplar.label, fields, f"prompt, exemplar {number}")
+        gold = exemplar.gold(task, fields, f"prompt, exemplar {number}")
         if parsed.label is None:
             warnings.append(
                 f"{name} does not parse ({parsed.reason}): replies in its format will be rejected"
@@ -278,9 +278,7 @@ def _ngrams(words: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
 def _balance_warnings(prompt: Prompt, task: Task) -> list[str]:
     if task.labels is None or not prompt.exemplars:
         return []
-    counts = Counter(
-        task.gold(exemplar.label, exemplar.input, "prompt") for exemplar in prompt.exemplars
-    )
+    counts = Counter(exemplar.gold(task, exemplar.input, "prompt") for exemplar in prompt.exemplars)
     missing = [label for label in task.labels if not counts[label]]
     if missing:
         return [

@@ -122,7 +122,10 @@ class Annotation(_Record):
     provenance: Provenance = "none"
     samples: list[Sample] = []
     vote_share: float | None = None
-    """The majority label's share of the readable samples, in [0, 1]."""
+    """The winning label's share of the readable samples, in [0, 1]; where labels consist of parts,
+    the smallest of ``part_shares``."""
+    part_shares: dict[str, float] | None = Field(None, exclude_if=_is_none)
+    """The share of each winning part: a possible label, or a field. None: labels have no parts."""
     label_logprob: float | None = None
     """The mean over the winning samples, in nats."""
     accepted: bool = False

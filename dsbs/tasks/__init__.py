@@ -12,14 +12,13 @@ import math
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks.templates import fields_of, render
 
 if TYPE_CHECKING:
     from dsbs.tasks.label_set import LabelSet
@@ -30,8 +29,6 @@ CHOICE_SEPARATOR = "\x1e"
 
 # Columns that are never a row's input.
 RESERVED = ("id", "label", "rationale", "teacher", "teachers", "meta", "input")
-# Names of a data frame's index in files that pandas wrote.
-_INDEX_COLUMN = re.compile(r"|index|Unnamed: \d+|__index_level_\d+__")
 # How pandas spells a missing cell where it was turned into text.
 MISSING_WORDS = frozenset({"nan", "NaN", "NaT", "<NA>"})
 _SCALARS = (
@@ -67,6 +64,8 @@ class Task:
     """Whether reading a label needs its row's fields, so that plain text is not a valid input."""
     has_choices: ClassVar[bool] = False
     """Whether each row has choices of its own, one of which is its label."""
+    has_prompt_file: ClassVar[bool] = True
+    """Whether its default prompt is ``prompts/<name>.yaml``. Otherwise that is zero-shot."""
     no_label: ClassVar[tuple[str, ...]] = ("",)
     """Values of the label column in unlabeled rows."""
 
@@ -151,6 +150,46 @@ class Task:
         """The number that a label is on a scale. None: the labels have no order."""
         return None
 
+    @property
+    def has_order(self) -> bool:
+        """Whether the closed set's labels are points of a scale, the lowest first."""
+        return bool(self.labels) and self.number((self.labels or ("",))[0]) is not None
+
+    def classes(self, label: str) -> tuple[str, ...]:
+        """The classes that a row with this label belongs to, as rows per class are counted."""
+        return (label,)
+
+    # --- labels that consist of parts
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts of a label, each right or wrong by itself: a row's possible labels, or fields.
+        Empty: a label has no parts.
+        """
+        return ()
+
+    def parts(self, label: str) -> dict[str, str | None]:
+        """The values of a label's parts, in the order of ``part_names``. None: absent."""
+        return {}
+
+    def label_of_parts(self, parts: Mapping[str, str | None]) -> str:
+        """The written form of a label with these parts."""
+        raise NotImplementedError
+
+    def part_key(self, name: str, value: str | None) -> Hashable:
+        """Equal for values of a part that mean the same. None: absent."""
+        return value
+
+    def correct_parts(self, predicted: str, gold: str) -> dict[str, bool]:
+        """Whether each part is right, or rightly absent."""
+        ours, theirs = self.parts(predicted), self.parts(gold)
+        return {
+            name: self.part_key(name, ours[name]) == self.part_key(name, theirs[name])
+            for name in self.part_names
+        }
+
+    # --- reading and writing
+
     def label_schema(self) -> dict[str, Any]:
         """The JSON schema of a label in a teacher's reply."""
         if self.labels is None:
@@ -172,6 +211,23 @@ class Task:
             return label_listing(self.labels, "The label is exactly one of"), "<label>"
         choice = "Give the final answer only, as short as it can be"
         return choice + (", as a number." if self.section.numeric else "."), "<answer>"
+
+    def json_placeholder(self) -> Any:
+        """The label of a JSON reply in a prompt's instruction."""
+        return "<the answer>"
+
+    def label_end(self, text: str) -> int | None:
+        """Where the label that ``text`` begins with ends, if labels may have several lines.
+
+        None: a label has one line.
+        """
+        return None
+
+    def written_labels(self, gold: Iterable[str]) -> list[str]:
+        """The labels that must be read back as they are written: those of the closed set, or those
+        among a data set's ``gold`` labels. Empty: labels are free text or differ between rows.
+        """
+        return list(self.labels or ())
 
     def text(self, fields: Fields) -> str:
         """The student's input, without any task prefix."""
@@ -205,11 +261,13 @@ class Task:
     def answer(
         self, text: str, fields: Fields, distribution: Mapping[str, float] | None
     ) -> str | Unreadable:
-        """The label of a student's output: what ``text`` states, else what ``choose`` makes of the
-        probability of each label, ``distribution``. None: unknown.
+        """The label of a student's output: what ``text`` states, else what ``choose`` makes of
+        ``distribution``, where a row has one label.
+
+        ``distribution``: the probability of each label; None: unknown.
         """
         label = self.read_label(text, fields)
-        if isinstance(label, Unreadable) and distribution:
+        if isinstance(label, Unreadable) and distribution and not self.has_several_labels:
             return self.choose(tuple(distribution), tuple(distribution.values()))
         return label
 
@@ -231,7 +289,8 @@ class Task:
 
     def head_targets(self, label: str) -> tuple[int, ...]:
         """For each of ``head_labels``, whether a row with this canonical label has it: 1 or 0."""
-        return tuple(int(other == label) for other in self.head_labels)
+        given = self.classes(label)
+        return tuple(int(name in given) for name in self.head_labels)
 
     def expected_number(self, distribution: Mapping[str, float]) -> float | None:
         """The mean of the labels' numbers. None: the labels have no order."""
@@ -244,6 +303,11 @@ class Task:
     def correct(self, predicted: str, gold: str) -> bool:
         """Whether two canonical labels mean the same."""
         return predicted == gold
+
+    @property
+    def checks_input(self) -> bool:
+        """Whether some part of a label must occur in the input; see ``not_in_input``."""
+        return False
 
     def not_in_input(self, label: str, fields: Fields) -> list[str]:
         """The parts of a label that must occur in the input, and do not."""
@@ -406,7 +470,7 @@ def concluded_label(rationale: str, task: Task, fields: Fields) -> str | None:
     Only a stated conclusion counts: "the answer is …" for any task with distinct answers; for a
     closed set of labels also "so it is …" and a label after a final colon.
     """
-    if task.is_free_text:
+    if task.is_free_text or task.has_several_labels:  # a sentence may state one of several
         return None
     sentence = _SENTENCE.split(rationale.strip())[-1].strip().rstrip("\"'”’ ")
     if "(" not in sentence:
@@ -428,80 +492,6 @@ def _claims(sentence: str) -> Iterable[str]:
         yield it_is.group(1)
     if ":" in sentence:
         yield sentence.rpartition(":")[2]
-
-
-class OwnDataTask(Task):
-    """Base of the tasks whose input comes from ``task.input`` and ``task.columns``."""
-
-    def __init__(self, section: TaskSection) -> None:
-        super().__init__(section)
-        self._template_fields: list[str] | None = None
-        if section.input:
-            self._template_fields = sorted(fields_of(section.input, where="task.input"))
-
-    def fields(self, row: Fields, where: str) -> dict[str, Any]:
-        if self._template_fields is None:
-            return {"text": self._only_text(row, where)}
-        fields = {}
-        for field in self._template_fields:
-            column = column_of(row, (self.section.columns.get(field, field),))
-            if column is None:
-                raise missing_column(where, field, row)
-            fields[field] = row[column]
-        plain = {field: _as_json(value, field, where) for field, value in fields.items()}
-        if all(not str(value).strip() for value in plain.values()):
-            raise UserError(
-                f"{where}: {', '.join(plain)}: empty", hint="fill it in or remove the row"
-            )
-        if any(isinstance(value, list | dict) for value in plain.values()):
-            try:
-                self.text(plain)
-            except UserError as error:
-                raise UserError(f"{where}: {error.problem}", hint=error.hint) from None
-        return plain
-
-    def text(self, fields: Fields) -> str:
-        if self.section.input is None:
-            return str(fields["text"])
-        return render(self.section.input, fields, where="task.input").strip()
-
-    def template_variables(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
-        """The fields, and ``text``: the student's input."""
-        return super().template_variables(fields, label) | {"text": self.text(fields)}
-
-    def _only_text(self, row: Fields, where: str) -> str:
-        mapped = self.section.columns.get("text")
-        column = column_of(row, (mapped or "text",))
-        if column is None:
-            free = self._unassigned_columns(row)
-            if mapped or len(free) != 1:
-                raise missing_column(where, mapped or "text", row)
-            column = free[0]
-        return input_text(row[column], column, where)
-
-    def _unassigned_columns(self, row: Fields) -> list[str]:
-        """The columns that are not reserved, and not mapped to anything but the text."""
-        assigned = {name.casefold() for name in RESERVED}
-        for field, column in self.section.columns.items():
-            if field != "text":
-                assigned.add(column.casefold())
-        return [
-            name
-            for name in row
-            if name.strip().casefold() not in assigned and not _INDEX_COLUMN.fullmatch(name)
-        ]
-
-
-def _as_json(value: Any, name: str, where: str) -> Any:
-    """A value that JSON can hold: dates, decimals and the like become text, a missing cell ""."""
-    if isinstance(value, dict):
-        return {str(key): _as_json(item, name, where) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(item, name, where) for item in value]
-    text = cell_text(value, name, where)
-    if text is None or text.strip() in MISSING_WORDS:
-        return ""
-    return value if isinstance(value, int | float) else text
 
 
 def make_task(section: TaskSection) -> Task:

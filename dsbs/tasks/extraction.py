@@ -7,20 +7,28 @@ tokenizers have it. A value therefore never contains a field's name with a colon
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import MISSING_WORDS, Fields, OwnDataTask, column_of, fold, tidy
-from dsbs.tasks.field_values import ABSENT, FieldType, field_type
+from dsbs.tasks import MISSING_WORDS, Fields, column_of, fold, tidy
+from dsbs.tasks.field_values import ABSENT, ITEM_MARK, FieldType, field_type
+from dsbs.tasks.own_data import OwnDataTask
+
+_ITEM = re.compile(r"\s*(?:[-–—•*]|\d+[.)])\s+(?=\S)")  # below a list's name
+
+_EMPTY_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 class Extraction(OwnDataTask):
+    goal = "Find the values of the fields in the text."
+
     def __init__(self, section: TaskSection) -> None:
         super().__init__(section)
         assert section.fields is not None  # checked by the recipe
@@ -40,7 +48,7 @@ class Extraction(OwnDataTask):
         return True
 
     @property
-    def fields_to_extract(self) -> tuple[str, ...]:
+    def part_names(self) -> tuple[str, ...]:
         return tuple(self.field_types)
 
     # --- the label's forms
@@ -53,17 +61,19 @@ class Extraction(OwnDataTask):
         }
 
     def parts(self, label: str) -> dict[str, str | None]:
-        texts = self._texts(label)
-        return {
-            name: None if texts.get(name, ABSENT) == ABSENT else texts[name]
-            for name in self.field_types
-        }
+        texts = {}
+        for line in label.split("\n"):
+            name, _, text = line.partition(": ")
+            texts[name] = None if text == ABSENT else text
+        return {name: texts.get(name) for name in self.field_types}
 
-    def label_of(self, values: Mapping[str, str | None]) -> str:
-        """The written form of canonical values."""
+    def part_key(self, name: str, value: str | None) -> Hashable:
+        return self.field_types[name].key(value)
+
+    def label_of_parts(self, parts: Mapping[str, str | None]) -> str:
         lines = []
         for name in self.field_types:
-            value = values.get(name)
+            value = parts.get(name)
             lines.append(f"{name}: {ABSENT if value is None else value}")
         return "\n".join(lines)
 
@@ -92,6 +102,12 @@ class Extraction(OwnDataTask):
             f"The fields are:\n{listing}\nWrite null for a field that the text does not state.",
             f"\n{lines}",
         )
+
+    def json_placeholder(self) -> dict[str, str]:
+        return dict.fromkeys(self.field_types, f"<value or {ABSENT}>")
+
+    def written_labels(self, gold: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(gold))
 
     # --- gold values
 
@@ -145,7 +161,7 @@ class Extraction(OwnDataTask):
                     f"{where}: {name} has no value, and task.fields says that it is required",
                     hint="fill it in, remove the row, or leave required out",
                 )
-        return self.label_of(values)
+        return self.label_of_parts(values)
 
     def _canonical(self, name: str, value: Any) -> str | Unreadable | None:
         """A value in its field's canonical form, which ``_texts`` can read. None: absent."""
@@ -154,24 +170,25 @@ class Extraction(OwnDataTask):
             return text or None
         if self._beginning.search(text):
             return Unreadable("unparsed", "which contains the name of a field with a colon")
-        return text
+        # a mark at the end separates fields where line breaks became spaces
+        return _value_text(text, is_last=False) or Unreadable("unparsed", "which is only a mark")
 
     # --- replies and outputs
 
     def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         if not tidy(text):
             return Unreadable("empty")
-        given = _json_object(text)
-        if given is None:
+        value_of = _json_object(text)
+        if value_of is None:
             texts = self._texts(text)
-            if texts.get("") is not None:
-                return Unreadable("several-answers", f"{texts['']} is given twice")
+            if isinstance(texts, Unreadable):
+                return texts
             missing = [name for name in self.field_types if name not in texts]
             if missing:
                 return Unreadable("unparsed", f"no {missing[0]}")
-            given = dict(texts)
+            value_of = dict(texts)
         values: dict[str, str | None] = {}
-        for key, value in given.items():
+        for key, value in value_of.items():
             name = self._name_of.get(_name_key(str(key)))
             if name is None:
                 return Unreadable("unparsed", f"unknown field {str(key)[:60]}")
@@ -182,12 +199,16 @@ class Extraction(OwnDataTask):
         for name, kind in self.field_types.items():
             if kind.section.required and values.get(name) is None:
                 return Unreadable("unparsed", f"no {name}")
-        return self.label_of(values)
+        return self.label_of_parts(values)
 
     def _read_value(self, name: str, value: Any) -> str | Unreadable | None:
         if value is None or (isinstance(value, str) and _says_absent(value)):
             return None
         return self._canonical(name, value)
+
+    @property
+    def checks_input(self) -> bool:
+        return any(kind.section.verbatim for kind in self.field_types.values())
 
     def not_in_input(self, label: str, fields: Fields) -> list[str]:
         """The ``verbatim`` fields with a value that does not occur in the input."""
@@ -200,16 +221,41 @@ class Extraction(OwnDataTask):
             and not all(fold(item) in text for item in self.field_types[name].items(value))
         ]
 
-    def _texts(self, text: str) -> dict[str, str]:
-        """The text after each field's name. "" names a field with two different texts."""
+    def label_end(self, text: str) -> int:
+        """The end of the lines of the last field, or of the JSON object.
+
+        What follows all fields is not the label, even where it names one of them again.
+        """
+        span = _json_span(text)
+        if span is not None:
+            return span[1]
+        names = set()
+        end = 0
+        for match in self._beginning.finditer(text):
+            end = match.end() + _value_length(text[match.end() :])
+            names.add(self._name_of[_name_key(match.group(1))])
+            if len(names) == len(self.field_types):
+                break
+        return end or len(text.partition("\n")[0])
+
+    def _texts(self, text: str) -> dict[str, str] | Unreadable:
+        """The text after each field's name."""
         matches = list(self._beginning.finditer(text))
         texts: dict[str, str] = {}
-        for match, following in zip(matches, [*matches[1:], None], strict=True):
+        for match, following in itertools.zip_longest(matches, matches[1:]):
             end = len(text) if following is None else following.start()
             name = self._name_of[_name_key(match.group(1))]
-            value = _without_marks(text[match.end() : end], is_last=following is None)
+            lines = text[match.end() : end]
+            length = _value_length(lines)
+            rest = lines[length:] if following else _EMPTY_LINE.split(lines[length:])[0]
+            if any(map(str.isalnum, rest)):
+                return Unreadable("unparsed", f"{name} has lines without a field's name")
+            value = _value_text(lines[:length], is_last=following is None)
+            if "\n" in value and self.field_types[name].section.type != "list":
+                return Unreadable("several-answers", f"{name} has several values")
+            value = value.replace("\n", f" {ITEM_MARK} ")
             if texts.setdefault(name, value) != value:
-                texts[""] = name
+                return Unreadable("several-answers", f"{name} is given twice")
         return texts
 
     # --- equality
@@ -217,14 +263,6 @@ class Extraction(OwnDataTask):
     def correct(self, predicted: str, gold: str) -> bool:
         """Whether all fields are equal; see ``FieldType.key``."""
         return all(self.correct_parts(predicted, gold).values())
-
-    def correct_parts(self, predicted: str, gold: str) -> dict[str, bool]:
-        """Whether each field has the right value, or is rightly absent."""
-        ours, theirs = self.parts(predicted), self.parts(gold)
-        return {
-            name: kind.key(ours[name]) == kind.key(theirs[name])
-            for name, kind in self.field_types.items()
-        }
 
     def _unassigned_columns(self, row: Fields) -> list[str]:
         names = {self.section.columns.get(name, name).casefold() for name in self.field_types}
@@ -249,22 +287,59 @@ def _says_absent(text: str) -> bool:
     return tidy(text).casefold() in ("", ABSENT)
 
 
-def _without_marks(text: str, *, is_last: bool) -> str:
-    """A value's text up to an empty line, without the bullet or mark before the next field."""
+def _value_length(text: str) -> int:
+    """The length of a value after its field's name: the rest of the line or, where that is empty,
+    the lines below it with a bullet each.
+    """
+    first, *lines = text.split("\n")
+    length = len(first)
+    if not first.strip():
+        for line in lines:
+            if not _ITEM.match(line):
+                break
+            length += 1 + len(line)
+    return length
+
+
+def _value_text(text: str, *, is_last: bool) -> str:
+    """A value on one line, or its items on a line each, without bullets and without the mark before
+    the next field.
+    """
+    if text.strip() and not text.partition("\n")[0].strip():
+        items = (_ITEM.sub("", line, count=1) for line in text.strip("\n").split("\n"))
+        return "\n".join(" ".join(item.split()) for item in items if item.strip())
     text = text.strip()
-    if is_last:
-        text = text.split("\n\n", 1)[0]
-    else:
+    if not is_last:
         text = re.sub(r"(?:\s[-*•>]|[;,])*$", "", text)
     return " ".join(text.split())
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
-    start, end = text.find("{"), text.rfind("}")
+def _distinct_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name is given twice")
+    return values
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=str, parse_float=str, object_pairs_hook=_distinct_pairs, strict=False
+)
+
+
+def _json_span(text: str) -> tuple[int, int] | None:
+    """Where a JSON object is that the text begins with, apart from a code block's marks."""
+    start = text.find("{")
     if start < 0 or text[:start].strip("` \t\r\njson"):
         return None
     try:
-        value = json.loads(text[start : end + 1], parse_int=str, parse_float=str)
+        return start, _DECODER.raw_decode(text, start)[1]
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    span = _json_span(text)
+    if span is None or any(map(str.isalnum, _EMPTY_LINE.split(text[span[1] :])[0])):
+        return None
+    value: dict[str, Any] = _DECODER.decode(text[slice(*span)])
+    return value

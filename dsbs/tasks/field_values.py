@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import unicodedata
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
 from dsbs.config import FieldSection
@@ -17,7 +18,7 @@ from dsbs.tasks.label_set import LabelSet
 from dsbs.tasks.numbers import numbers_in, plain_number
 
 ABSENT = "null"
-_ITEM_MARK = "|"  # between the items of a list
+ITEM_MARK = "|"  # between the items of a list
 _DEFAULTS = (datetime.datetime(2001, 1, 1), datetime.datetime(2004, 2, 2))
 
 
@@ -45,7 +46,7 @@ class FieldType(ABC):
         """The JSON schema of a value."""
         return {"type": ["string", "null"]}
 
-    def key(self, canonical: str | None) -> Any:
+    def key(self, canonical: str | None) -> Hashable:
         """Equal for values that mean the same. None: absent."""
         return None if canonical is None else fold(canonical)
 
@@ -72,22 +73,22 @@ class TextField(FieldType):
 
 
 class ListField(FieldType):
-    instruction = f"a list of texts, separated by {_ITEM_MARK}"
+    instruction = f"a list of texts, separated by {ITEM_MARK}"
 
     def canonical(self, value: Any) -> str | Unreadable:
         if isinstance(value, dict | bool):
             return Unreadable("unparsed", "which is not a list")
-        items = value if isinstance(value, list) else str(value).split(_ITEM_MARK)
+        items = value if isinstance(value, list) else str(value).split(ITEM_MARK)
         texts = []
         for item in items:
-            if isinstance(item, list | dict | bool) or item is None or _ITEM_MARK in str(item):
-                return Unreadable("unparsed", f"of which an item is not text without {_ITEM_MARK}")
+            if isinstance(item, list | dict | bool) or item is None or ITEM_MARK in str(item):
+                return Unreadable("unparsed", f"of which an item is not text without {ITEM_MARK}")
             text = _tidy(str(item))
             if text.casefold() == ABSENT:
                 return Unreadable("unparsed", f"of which an item is {ABSENT}")
             if text:
                 texts.append(text)
-        return f" {_ITEM_MARK} ".join(dict.fromkeys(texts))
+        return f" {ITEM_MARK} ".join(dict.fromkeys(texts))
 
     def value(self, canonical: str) -> list[str]:
         return self.items(canonical)
@@ -95,12 +96,12 @@ class ListField(FieldType):
     def schema(self) -> dict[str, Any]:
         return {"type": ["array", "null"], "items": {"type": "string"}}
 
-    def key(self, canonical: str | None) -> Any:
+    def key(self, canonical: str | None) -> Hashable:
         """The order of the items does not matter."""
         return None if canonical is None else frozenset(map(fold, self.items(canonical)))
 
     def items(self, canonical: str) -> list[str]:
-        return [item.strip() for item in canonical.split(_ITEM_MARK)]
+        return [item.strip() for item in canonical.split(ITEM_MARK)]
 
 
 class NumberField(FieldType):

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import Fields, OwnDataTask, label_listing, tidy
+from dsbs.tasks import Fields, label_listing, tidy
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.own_data import OwnDataTask
 
 SEPARATOR = "; "
 NONE = "none"
@@ -26,6 +27,8 @@ _MAX_PIECES = 40  # of a reply
 
 
 class Multilabel(OwnDataTask):
+    goal = "Decide which labels fit the text."
+
     def __init__(self, section: TaskSection) -> None:
         super().__init__(section)
         assert section.labels is not None  # checked by the recipe
@@ -72,9 +75,21 @@ class Multilabel(OwnDataTask):
             default=None,
         )
 
-    def head_targets(self, label: str) -> tuple[int, ...]:
-        given = set(self.value(label))
-        return tuple(int(name in given) for name in self.head_labels)
+    def classes(self, label: str) -> tuple[str, ...]:
+        """The row's labels; a row without one belongs to a class of its own."""
+        return tuple(self.value(label)) or (NONE,)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return self.head_labels
+
+    def parts(self, label: str) -> dict[str, str | None]:
+        """Each possible label: its name where the row has it."""
+        labels = set(self.value(label))
+        return {name: name if name in labels else None for name in self.head_labels}
+
+    def label_of_parts(self, parts: Mapping[str, str | None]) -> str:
+        return self.label_of([name for name, value in parts.items() if value is not None])
 
     def label_schema(self) -> dict[str, Any]:
         return {"type": "array", "items": {"type": "string", "enum": list(self.head_labels)}}
@@ -87,6 +102,12 @@ class Multilabel(OwnDataTask):
     def answer_form(self) -> tuple[str, str]:
         listing = label_listing(self.head_labels, "Each label that applies is one of")
         return f"{listing}\nGive all labels that apply, or none.", "<labels, separated by ;>"
+
+    def json_placeholder(self) -> list[str]:
+        return ["<each label that applies>"]
+
+    def written_labels(self, gold: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys([*self.head_labels, NONE, *gold]))
 
     def gold_cell(self, value: Any, name: str, where: str) -> Any:
         """A list as it is; a cell of text as the list that it holds."""
@@ -115,36 +136,40 @@ class Multilabel(OwnDataTask):
         spelled = [self._label_set.spelled(part) for part in text.strip().split(SEPARATOR)]
         if None not in spelled:
             return self.label_of([label for label in spelled if label is not None])
-        answer = self._answer(text)
+        answer = text[slice(*self._answer_span(text))]
         if not answer:
             return Unreadable("empty")
         items = _json_list(answer)
         if (items is None and tidy(answer).casefold() in _NONE_WORDS) or answer.strip() == "[]":
             return NONE
-        found: list[str] = []
+        labels: list[str] = []
         if items is not None:
             for item in items:
                 label = self._label_set.lookup(item) if isinstance(item, str) else None
                 if label is None:
                     return Unreadable("label-outside-set", str(item))
-                found.append(label)
-            return self.label_of(found)
+                labels.append(label)
+            return self.label_of(labels)
         pieces = (_BULLET.sub("", line, count=1).strip() for line in _STRONG.split(answer))
         for piece in filter(self._says_something, pieces):
-            labels = self._labels_in(piece)
-            if isinstance(labels, Unreadable):
-                return labels
-            found += labels
-        return self.label_of(found) if found else Unreadable("empty")
+            in_piece = self._labels_in(piece)
+            if isinstance(in_piece, Unreadable):
+                return in_piece
+            labels += in_piece
+        return self.label_of(labels) if labels else Unreadable("empty")
 
     def _says_something(self, text: str) -> bool:
         return bool(tidy(text)) or self._label_set.spelled(text) is not None
 
-    def _answer(self, text: str) -> str:
-        """The answer's first line, and the lines of a list that begins there."""
-        lines = text.strip("\n").split("\n")
+    def label_end(self, text: str) -> int:
+        return self._answer_span(text)[1]
+
+    def _answer_span(self, text: str) -> tuple[int, int]:
+        """Where the answer's first line and the lines of a list that begins there are."""
+        lines = text.split("\n")
+        begin = 0
         while lines and not self._says_something(lines[0]):
-            del lines[0]
+            begin += len(lines.pop(0)) + 1
         answer = lines[:1]
         is_open = text.lstrip().startswith("[") and "]" not in "".join(answer)
         for line in lines[1:]:
@@ -153,7 +178,7 @@ class Multilabel(OwnDataTask):
                 break
             answer.append(line)
             is_open = is_open and "]" not in line
-        return "\n".join(answer)
+        return begin, begin + len("\n".join(answer))
 
     def _labels_in(self, piece: str) -> list[str] | Unreadable:
         """The labels of a piece that may be a list with commas: in the only way to read it."""

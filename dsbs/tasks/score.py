@@ -15,15 +15,18 @@ from typing import Any
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import Fields, OwnDataTask, first_line, tidy
+from dsbs.tasks import Fields, first_line, tidy
 from dsbs.tasks.label_set import LabelSet
 from dsbs.tasks.numbers import numbers_in, plain_number
+from dsbs.tasks.own_data import OwnDataTask
 
 # "4/5", "4 out of 5", "4 of 5": the scale's highest number after a point.
 _OF_HIGHEST = re.compile(r"\s*(?:/|\b(?:out\s+)?of\b)\s*", re.IGNORECASE)
 
 
 class Score(OwnDataTask):
+    goal = "Rate the text."
+
     def __init__(self, section: TaskSection) -> None:
         super().__init__(section)
         assert section.range is not None  # checked by the recipe
@@ -72,6 +75,9 @@ class Score(OwnDataTask):
         if self.section.step != 1:
             listing += f" in steps of {plain_number(Decimal(repr(self.section.step)))}"
         return f"{listing}.", "<score>"
+
+    def json_placeholder(self) -> str:
+        return "<the score, as a number>"
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         label = self.read_label(str(value), fields)

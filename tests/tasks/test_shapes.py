@@ -320,3 +320,35 @@ def test_columns_are_fields_and_the_rest_is_the_text() -> None:
 def test_gold_values_that_are_no_values(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         INVOICE.gold(values, {}, "rows.jsonl:4")
+
+
+# --- parts
+
+
+@given(st.lists(st.sampled_from(TAGS.head_labels), unique=True), Values)
+def test_a_label_consists_of_its_parts(labels: list[str], values: dict[str, Any]) -> None:
+    tags = TAGS.gold(labels, {}, "x")
+    assert TAGS.label_of_parts(TAGS.parts(tags)) == tags
+    assert [name for name, value in TAGS.parts(tags).items() if value] == [
+        name for name in TAGS.part_names if name in labels
+    ]
+    assert TAGS.classes(tags) == (tuple(sorted(labels)) or ("none",))
+    try:
+        fields = INVOICE.gold(values, {}, "x")
+    except UserError:
+        assume(False)
+        raise
+    assert INVOICE.label_of_parts(INVOICE.parts(fields)) == fields
+    assert tuple(INVOICE.parts(fields)) == INVOICE.part_names == tuple(FIELDS)
+
+
+def test_only_a_scale_has_an_order() -> None:
+    assert task(name="score", range=[1, 5]).has_order
+    assert not TAGS.has_order and not INVOICE.has_order
+    assert not task(name="classification", labels=["1", "2"]).has_order
+
+
+@pytest.mark.parametrize("text", ["?", "No fields."])
+def test_text_without_a_field_is_unparsed(text: str) -> None:
+    read = INVOICE.read_label(text, {})
+    assert isinstance(read, Unreadable) and read.reason == "unparsed"
