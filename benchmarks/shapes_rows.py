@@ -24,10 +24,10 @@ from typing import Any
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 INTENTS = (
     "activate_my_card", "age_limit", "apple_pay_or_google_pay", "atm_support", "automatic_top_up",
-    "beneficiary_not_allowed", "card_about_to_expire", "card_arrival", "card_swallowed", "change_pin",
-    "country_support", "edit_personal_details", "exchange_rate", "lost_or_stolen_card",
-    "passcode_forgotten", "pending_transfer", "request_refund", "terminate_account", "top_up_limits",
-    "verify_my_identity",
+    "beneficiary_not_allowed", "card_about_to_expire", "card_arrival", "card_swallowed",
+    "change_pin", "country_support", "edit_personal_details", "exchange_rate",
+    "lost_or_stolen_card", "passcode_forgotten", "pending_transfer", "request_refund",
+    "terminate_account", "top_up_limits", "verify_my_identity",
 )  # fmt: skip
 OPERATIONS = {"+": "addition", "-": "subtraction", "*": "multiplication", "/": "division"}
 SCORES = {"negative": -1, "neutral": 0, "positive": 1}

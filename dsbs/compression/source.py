@@ -180,7 +180,7 @@ class FineTuneData:
         if limit is None:
             return data
         tokenizer = load_tokenizer(str(self._source.student.path))
-        return data.shortened(tokenizer, limit, task.section.max_input.strategy)
+        return data.shortened(tokenizer, limit, task.section.max_input)
 
     def _tokens(self, tokenizer: Any) -> Tokens:
         folder = self._source.run.stage("train") / "tokens"

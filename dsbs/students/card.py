@@ -74,6 +74,11 @@ class StudentCard(BaseModel):
         return self.head == "labels" and not self.classes
 
     @property
+    def reads_windows(self) -> bool:
+        """Whether its label head pools the windows of long texts."""
+        return self.max_text_tokens is not None and self.task.max_input.strategy == "windows"
+
+    @property
     def outputs(self) -> int:
         """The outputs of its label head; 0: it writes its label."""
         return 1 if self.scores_choices else len(self.classes)
@@ -283,6 +288,12 @@ def check_student(recipe: StudentRecipe, task: Task) -> None:
     source = recipe.train.init or section.source
     architecture = architecture_of(source)
     head = head_of(section, recipe.train.init)
+    reads_windows = task.section.max_input.strategy == "windows"
+    if reads_windows and (head == "text" or recipe.train.terms):
+        raise UserError(
+            "task.max_input: windows are read by a label head that learns no loss terms",
+            hint="use strategy: head+tail, or student.head: labels without train.terms",
+        )
     if head == "labels":
         _check_label_head(recipe, task)
     elif architecture == "encoder":

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dsbs.config.task import LongInput
+from dsbs.config.task import LongInput, MaxInputSection
 from dsbs.errors import UserError
 from dsbs.students.formats import InputFormat
 from dsbs.students.tokenizer import without_limit
 
+# Between the windows of a text that a label head reads apart. Other readers cut it with the rest.
+WINDOW_SEPARATOR = "\x1d"
 _GAP = " … "  # between a text's head and tail
 _FEWEST = 12  # tokens of which a head and a tail can consist; fewer are the tail's
 _TRIES = 8
@@ -36,25 +38,33 @@ def text_limit(
     return limit
 
 
-def shortened(texts: Sequence[str], tokenizer: Any, limit: int, strategy: LongInput) -> list[str]:
-    """The part of each text that is read: its last tokens, or its first and last ones.
+def shortened(
+    texts: Sequence[str], tokenizer: Any, limit: int, section: MaxInputSection
+) -> list[str]:
+    """The part of each text that is read: its last tokens, its first and last ones, or its windows,
+    joined by WINDOW_SEPARATOR.
 
     A text of at most ``limit`` tokens stays as it is. Raises UserError for a tokenizer that does
     not say where its tokens are in a text.
     """
     return [
-        text if len(spans) <= limit else _cut(text, spans, tokenizer, limit, strategy)
+        text if len(spans) <= limit else _cut(text, spans, tokenizer, limit, section)
         for text, spans in zip(texts, _spans(tokenizer, texts), strict=True)
     ]
 
 
 def _cut(
-    text: str, spans: list[tuple[int, int]], tokenizer: Any, limit: int, strategy: LongInput
+    text: str, spans: list[tuple[int, int]], tokenizer: Any, limit: int, section: MaxInputSection
 ) -> str:
+    if section.strategy == "windows":
+        text = text.replace(WINDOW_SEPARATOR, " ")
+        firsts = range(0, min(len(spans), limit * section.windows), limit)
+        windows = [spans[first : first + limit] for first in firsts]
+        return WINDOW_SEPARATOR.join(text[window[0][0] : window[-1][1]] for window in windows)
     kept = limit
     part = text
     for _ in range(_TRIES):
-        part = _part(text, spans, kept, strategy)
+        part = _part(text, spans, kept, section.strategy)
         # Tokens at a cut may be others than in the whole text.
         excess = len(_spans(tokenizer, [part])[0]) - limit
         if excess <= 0 or kept <= excess:

@@ -168,9 +168,9 @@ class Student:
             for item, row in zip(items, rows, strict=True)
         ]
         if self.card.max_text_tokens is not None:
-            strategy = self.card.task.max_input.strategy
+            section = self.card.task.max_input
             limit = self.card.max_text_tokens
-            texts = shortened(texts, self.backend.tokenizer, limit, strategy)
+            texts = shortened(texts, self.backend.tokenizer, limit, section)
         scores_labels = score_labels and self.card.head == "text"
         if scores_labels:
             self._check_scoring()

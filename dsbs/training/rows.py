@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.config import LabelSource, Recipe, SelectSection, StudentRecipe
-from dsbs.config.task import LongInput
+from dsbs.config.task import MaxInputSection
 from dsbs.errors import UserError
 from dsbs.formatting import count
 from dsbs.prompting import source_fingerprint
@@ -99,12 +99,12 @@ class Data:
     max_text_tokens: int | None = None
     """The most tokens of a row's text, where ``task.max_input`` has cut longer ones."""
 
-    def shortened(self, tokenizer: Any, limit: int, strategy: LongInput) -> Data:
+    def shortened(self, tokenizer: Any, limit: int, section: MaxInputSection) -> Data:
         """These rows with texts of at most ``limit`` tokens."""
         changes: dict[str, list[Row]] = {}
         for name in ("train", "valid"):
             rows: list[Row] = getattr(self, name)
-            texts = shortened([row.text for row in rows], tokenizer, limit, strategy)
+            texts = shortened([row.text for row in rows], tokenizer, limit, section)
             changes[name] = [replace(row, text=text) for row, text in zip(rows, texts, strict=True)]
         return replace(self, train=changes["train"], valid=changes["valid"], max_text_tokens=limit)
 

@@ -142,16 +142,16 @@ class StudentGrid:
     def with_short_texts(self, tokens: Tokens) -> StudentGrid:
         """These students on texts of which ``task.max_input`` has cut the longer ones."""
         recipe = self.recipe
-        strategy = recipe.task.max_input.strategy
+        section = recipe.task.max_input
         head = head_of(recipe.student, recipe.train.init)
         methods = {spec.method for spec in self.specs}
         views = [view for name in methods for view in views_of(name, recipe.train, head)]
         prefixes = {view.prefix for view in views}
         max_tokens = input_limit(recipe.student, recipe.train.init)
-        limit = text_limit(strategy, tokens.input_format, prefixes, max_tokens)
+        limit = text_limit(section.strategy, tokens.input_format, prefixes, max_tokens)
         if limit is None:
             return self
-        return replace(self, data=self.data.shortened(tokens.tokenizer, limit, strategy))
+        return replace(self, data=self.data.shortened(tokens.tokenizer, limit, section))
 
     def warnings(self, tokens: Tokens) -> list[str]:
         """Warnings of text that the students cannot read or write, each once."""

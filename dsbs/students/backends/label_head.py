@@ -22,6 +22,7 @@ from dsbs.students.backends.transformers import (
 )
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import PAIR_SEPARATOR, SpecialTokens, input_format_of
+from dsbs.students.long_texts import WINDOW_SEPARATOR
 from dsbs.students.novelty import Novelty
 from dsbs.students.tokenizer import load_export_tokenizer, load_tokenizer
 from dsbs.students.weights import device, load_model
@@ -74,11 +75,13 @@ class LabelHeadBackend(TransformersBackend):
         self.model.eval()
         if self.novelty is not None:
             return self._measure(texts, self.novelty)
+        if not self._card.scores_choices:
+            pooled = self.pooled_states(texts)
+            with torch.inference_mode():
+                return self._answers.of(self._shares(self.model.classify(pooled).float()))
         choices = [text.split(CHOICE_SEPARATOR) for text in texts]
         with torch.inference_mode():
             logits = self.model(**self._encode([text for row in choices for text in row])).float()
-        if not self._card.scores_choices:
-            return self._answers.of(self._shares(logits))
         scores = logits[:, 0].split(list(map(len, choices)))
         names = [[text.partition(PAIR_SEPARATOR)[2] for text in row] for row in choices]
         return _likeliest([row.softmax(-1).tolist() for row in scores], names)
@@ -90,13 +93,20 @@ class LabelHeadBackend(TransformersBackend):
         return rows
 
     def pooled_states(self, texts: Sequence[str]) -> Any:
-        """What the label head reads: (texts, D)."""
+        """What the label head reads: (texts, D). Of a text with windows, their mean by tokens."""
         import torch
 
         self.model.eval()
+        windows = [text.split(WINDOW_SEPARATOR) for text in texts]
         with torch.inference_mode():
-            encoded = self._encode(texts)
-            return self.model.pool(self.model.states(**encoded), encoded["attention_mask"])
+            encoded = self._encode([text for row in windows for text in row])
+            pooled = self.model.pool(self.model.states(**encoded), encoded["attention_mask"])
+            if len(pooled) == len(texts):
+                return pooled
+            lengths = encoded["attention_mask"].sum(1, keepdim=True)
+            sizes = list(map(len, windows))
+            parts = zip(pooled.split(sizes), lengths.split(sizes), strict=True)
+            return torch.stack([(row * size).sum(0) / size.sum() for row, size in parts])
 
     def _measure(self, texts: Sequence[str], novelty: Novelty) -> list[GeneratedText]:
         """Labels, and how far the inputs are from the validation rows."""

@@ -100,6 +100,8 @@ class LabelHeadRunner:
         inputs = self._inputs(batch)
         read = self._packed if self._packs else self._grouped
         label_logits, rationale_loss, states = read(batch, inputs, writes)
+        if self._has_windows(batch):
+            label_logits = row_logits(label_logits, batch["label"])
         scores = label_logits
         if self._label_sets is not None:
             scores = torch.stack([label_logits, torch.zeros_like(label_logits)], -1).flatten(0, 1)
@@ -165,8 +167,10 @@ class LabelHeadRunner:
         return label_logits, rationale_loss, layers
 
     def _inputs(self, batch: Batch) -> DistinctInputs:
-        """The inputs of a batch: label and rationale share an example's, unless it has choices."""
-        if not self._scores_choices:
+        """The inputs of a batch: label and rationale share an example's, unless it has choices or
+        several windows.
+        """
+        if not self._scores_choices and not self._has_windows(batch):
             return distinct_inputs(batch, self._views)
         ids: list[Tensor] = []
         indices: dict[str, list[int]] = {}
@@ -176,6 +180,13 @@ class LabelHeadRunner:
             ids += sources
         return DistinctInputs(ids, [True] * len(ids), indices)
 
+    def _has_windows(self, batch: Batch) -> bool:
+        """Whether the label view has several sequences of one row."""
+        if self._scores_choices or "label" not in batch:
+            return False
+        rows = batch["label"].rows
+        return len(rows.unique()) < len(rows)
+
     def _groups(self, inputs: DistinctInputs) -> list[list[int]]:
         """Indices of the inputs that go through the model together."""
         lengths = inputs.lengths
@@ -184,16 +195,17 @@ class LabelHeadRunner:
         return similar_lengths(lengths)
 
     def _label_loss(self, logits: Tensor, packed: PackedBatch) -> Tensor:
-        """logits (B, L), or (B, 1) of choices -> ()."""
+        """logits (rows, L), or (B, 1) of choices -> ()."""
         if self._scores_choices:
             return choice_nll(logits[:, 0], packed)
         weights = self._class_weights
         if weights is not None:
             weights = weights.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
+        classes = packed.target[first_windows(packed)]
         if self._label_sets is None:
-            return summed_nll(logits, packed.target, weights)
-        given = self._label_sets.to(logits.device)[packed.target.clamp(min=0)]
-        targets = given.masked_fill((packed.target == IGNORED)[:, None], IGNORED)
+            return summed_nll(logits, classes, weights)
+        given = self._label_sets.to(logits.device)[classes.clamp(min=0)]
+        targets = given.masked_fill((classes == IGNORED)[:, None], IGNORED)
         return summed_binary_nll(logits, targets, weights)
 
     def _group(
@@ -283,7 +295,8 @@ class LabelHeadRunner:
         """
         if self._scores_choices:
             return int((packed.target == 1).sum())
-        classes = packed.target[packed.target != IGNORED]
+        classes = packed.target[first_windows(packed)]
+        classes = classes[classes != IGNORED]
         if self._class_weights is None or self._label_sets is not None:
             return len(classes)
         return float(self._class_weights[classes.cpu()].double().sum())
@@ -339,6 +352,27 @@ class LabelHeadRunner:
                 target_lengths=torch.tensor([len(target)], device=ids.device),
             )
         return batch
+
+
+def first_windows(packed: PackedBatch) -> Tensor:
+    """The index of each row's first sequence, in the order of the rows' first ones."""
+    first: dict[int, int] = {}
+    for index, row in enumerate(packed.rows.tolist()):
+        first.setdefault(row, index)
+    return torch.tensor(list(first.values()), device=packed.target.device)
+
+
+def row_logits(logits: Tensor, packed: PackedBatch) -> Tensor:
+    """Of a row's windows, the mean of their logits by tokens: (windows, L) -> (rows, L).
+
+    The classifier is linear, so that this is the classifier of the tokens' mean state.
+    """
+    rows = packed.rows.tolist()
+    slot_of = {row: slot for slot, row in enumerate(dict.fromkeys(rows))}
+    slots = torch.tensor([slot_of[row] for row in rows], device=logits.device)
+    lengths = packed.source_lengths.to(logits)[:, None]
+    total = logits.new_zeros(len(slot_of), logits.shape[1]).index_add(0, slots, logits * lengths)
+    return total / logits.new_zeros(len(slot_of), 1).index_add(0, slots, lengths)
 
 
 def choice_nll(scores: Tensor, packed: PackedBatch) -> Tensor:
