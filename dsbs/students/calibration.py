@@ -31,7 +31,6 @@ THRESHOLD = "threshold.json"
 ConfidenceKind = Literal["probability", "margin", "entropy", "views"]
 _OF_DISTRIBUTIONS: tuple[ConfidenceKind, ...] = ("probability", "margin", "entropy")
 NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
-
 Floats = NDArray[np.float64]
 _Values = TypeVar("_Values", float, Floats)
 _Record = TypeVar("_Record", bound=ResultRecord)
