@@ -18,6 +18,7 @@ from dsbs.project.validate import check_prompt
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt, read_prompt
 from dsbs.records import Example, Sample
 from dsbs.tasks import Task, make_task
+from dsbs.tasks.conclusion import concluded_label
 
 FIELDS = {
     "sender": {"type": "text"},
@@ -140,8 +141,6 @@ def test_a_list_that_the_budget_cut_is_no_label() -> None:
 
 
 def test_a_sentence_about_one_of_several_labels_contradicts_nothing() -> None:
-    from dsbs.tasks import concluded_label
-
     assert concluded_label("It is loud. So the label is noise.", TASKS["multilabel"], {}) is None
 
 
