@@ -296,8 +296,8 @@ class Task:
 
     def head_targets(self, label: str) -> tuple[int, ...]:
         """For each of ``head_labels``, whether a row with this canonical label has it: 1 or 0."""
-        given = self.classes(label)
-        return tuple(int(name in given) for name in self.head_labels)
+        classes = self.classes(label)
+        return tuple(int(name in classes) for name in self.head_labels)
 
     def expected_number(self, distribution: Mapping[str, float]) -> float | None:
         """The mean of the labels' numbers. None: the labels have no order."""
