@@ -14,6 +14,8 @@ import causal_models
 import numpy as np
 import pytest
 import torch
+from conftest import on_two_processes
+from forked import DSBS
 from label_heads import save_encoder
 from several_labels import ROWS, TAGS, recipe_file
 
@@ -152,6 +154,26 @@ def test_a_killed_training_of_several_labels_continues(
     assert all(torch.equal(again[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_student_of_one(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    # ten rows a step are no divisor of the rows: a process gets empty ones at the end
+    exact = ["student.dropout=0", "train.batch_size=10", "train.micro_batch_size=5"]
+    more = ["train.max_steps=12", "train.eval_every=6", "train.class_weights={refund: 3}"]
+    settings = recipe("multilabel", *exact, *more)
+    expected = load_file(trained(settings, tmp_path) / "head.safetensors")
+    (tmp_path / "run" / "train").rename(tmp_path / "one")
+    path = tmp_path / "both.yaml"
+    path.write_text(json.dumps(settings.model_dump(mode="json")), encoding="utf-8")
+    on_two_processes(DSBS, "train", str(path), "--out", str(tmp_path / "run"))
+    ours = load_file(tmp_path / "run" / "train" / "finetune-gold-s0" / "head.safetensors")
+    for name, value in expected.items():
+        assert torch.allclose(ours[name], value, atol=1e-5), name
+
+
 def test_terms_compare_the_probability_of_each_label(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -186,6 +208,28 @@ def test_terms_compare_the_probability_of_each_label(
             recipe("multilabel", *short, f"train.teachers=[{{model: {scored}}}]", *refused),
             out=tmp_path / "run",
         )
+
+
+def test_a_teacher_of_another_vocabulary_needs_a_head_for_several_labels(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    def settings(start: str) -> Recipe:
+        return recipe(
+            "multilabel",
+            f"train.teachers=[{{start: {start}, max_steps: 1}}]",
+            "train.terms=[{kind: response}]",
+            "train.methods=[finetune+response]",
+            "train.max_steps=2",
+            "train.eval_every=2",
+        )
+
+    encoder = save_encoder(tmp_path / "larger", layers=4, words=["zebra"])
+    folder = trained(settings(encoder), tmp_path)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert next(row for row in map(json.loads, lines) if "loss" in row)["response_loss"] > 0
+    decoder = causal_models.save(tmp_path / "decoder")
+    with pytest.raises(UserError, match="writes the labels of a row as one text"):
+        train(settings(decoder), out=tmp_path / "run")
 
 
 @pytest.mark.parametrize("form", ["onnx", "ct2"])

@@ -204,8 +204,8 @@ class LabelHeadRunner:
         classes = packed.target[first_windows(packed)]
         if self._label_sets is None:
             return summed_nll(logits, classes, weights)
-        given = self._label_sets.to(logits.device)[classes.clamp(min=0)]
-        targets = given.masked_fill((classes == IGNORED)[:, None], IGNORED)
+        label_sets = self._label_sets.to(logits.device)[classes.clamp(min=0)]
+        targets = label_sets.masked_fill((classes == IGNORED)[:, None], IGNORED)
         return summed_binary_nll(logits, targets, weights)
 
     def _group(
