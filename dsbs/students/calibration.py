@@ -276,8 +276,8 @@ def calibrate_each(
 ) -> Calibration:
     """`calibrate` for rows with several labels: one temperature, and a threshold for each label.
 
-    ``shares`` (rows, L) are probabilities of the labels ``names``; ``has_label`` (rows, L): whether a
-    row has each. The temperature is fitted on the summed binary log loss. ``precision``: see
+    ``shares`` (rows, L) are probabilities of the labels ``names``; ``has_label`` (rows, L): whether
+    a row has each. The temperature is fitted on the summed binary log loss. ``precision``: see
     `best_threshold`.
     """
     pairs = yes_and_no(shares)

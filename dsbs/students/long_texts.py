@@ -61,23 +61,23 @@ def _cut(
         firsts = range(0, min(len(spans), limit * section.windows), limit)
         windows = [spans[first : first + limit] for first in firsts]
         return WINDOW_SEPARATOR.join(text[window[0][0] : window[-1][1]] for window in windows)
-    kept = limit
+    tokens = limit
     part = text
     for _ in range(_TRIES):
-        part = _part(text, spans, kept, section.strategy)
+        part = _part(text, spans, tokens, section.strategy)
         # Tokens at a cut may be others than in the whole text.
         excess = len(_spans(tokenizer, [part])[0]) - limit
-        if excess <= 0 or kept <= excess:
+        if excess <= 0 or tokens <= excess:
             break
-        kept -= excess
+        tokens -= excess
     return part
 
 
-def _part(text: str, spans: list[tuple[int, int]], kept: int, strategy: LongInput) -> str:
-    if strategy == "tail" or kept < _FEWEST:
-        return text[spans[-kept][0] :].strip()
-    tail = kept // 2
-    return f"{text[: spans[kept - tail - 1][1]].strip()}{_GAP}{text[spans[-tail][0] :].strip()}"
+def _part(text: str, spans: list[tuple[int, int]], tokens: int, strategy: LongInput) -> str:
+    if strategy == "tail" or tokens < _FEWEST:
+        return text[spans[-tokens][0] :].strip()
+    tail = tokens // 2
+    return f"{text[: spans[tokens - tail - 1][1]].strip()}{_GAP}{text[spans[-tail][0] :].strip()}"
 
 
 def _spans(tokenizer: Any, texts: Sequence[str]) -> list[list[tuple[int, int]]]:

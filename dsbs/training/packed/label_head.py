@@ -27,7 +27,7 @@ from dsbs.training.packed import (
     row_means,
 )
 from dsbs.training.packed.encoder import Rationales, encode_and_write, pack_encoder
-from dsbs.training.packed.layout import similar_lengths
+from dsbs.training.packed.layout import first_windows, row_logits, similar_lengths
 from dsbs.training.packed.t5 import without_wrapper
 
 if TYPE_CHECKING:
@@ -352,27 +352,6 @@ class LabelHeadRunner:
                 target_lengths=torch.tensor([len(target)], device=ids.device),
             )
         return batch
-
-
-def first_windows(packed: PackedBatch) -> Tensor:
-    """The index of each row's first sequence, in the order of the rows' first ones."""
-    first: dict[int, int] = {}
-    for index, row in enumerate(packed.rows.tolist()):
-        first.setdefault(row, index)
-    return torch.tensor(list(first.values()), device=packed.target.device)
-
-
-def row_logits(logits: Tensor, packed: PackedBatch) -> Tensor:
-    """Of a row's windows, the mean of their logits by tokens: (windows, L) -> (rows, L).
-
-    The classifier is linear, so that this is the classifier of the tokens' mean state.
-    """
-    rows = packed.rows.tolist()
-    slot_of = {row: slot for slot, row in enumerate(dict.fromkeys(rows))}
-    slots = torch.tensor([slot_of[row] for row in rows], device=logits.device)
-    lengths = packed.source_lengths.to(logits)[:, None]
-    total = logits.new_zeros(len(slot_of), logits.shape[1]).index_add(0, slots, logits * lengths)
-    return total / logits.new_zeros(len(slot_of), 1).index_add(0, slots, lengths)
 
 
 def choice_nll(scores: Tensor, packed: PackedBatch) -> Tensor:
