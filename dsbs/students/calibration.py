@@ -21,7 +21,8 @@ from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.records.measures import ResultRecord
 from dsbs.records.results import Bin
-from dsbs.tasks import Fields, Task, concluded_label
+from dsbs.tasks import Fields, Task
+from dsbs.tasks.conclusion import concluded_label
 
 CALIBRATION = "calibration.json"
 THRESHOLD = "threshold.json"
