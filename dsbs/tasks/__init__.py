@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry
 from dsbs.errors import UserError
-from dsbs.records import Unreadable
+from dsbs.records import Example, Unreadable
 
 if TYPE_CHECKING:
     from dsbs.tasks.label_set import LabelSet
@@ -188,6 +188,13 @@ class Task:
             for name in self.part_names
         }
 
+    def part_figures(self, rows: Sequence[Example]) -> dict[str, dict[str, Any]]:
+        """Figures of the gold values of each part, where parts are more than yes or no: ``filled``
+        (share of the labeled rows), ``labels`` (rows for each of a closed set) and ``not_in_input``
+        (ids of rows whose value must occur in the input and does not).
+        """
+        return {}
+
     # --- reading and writing
 
     def label_schema(self) -> dict[str, Any]:
@@ -223,11 +230,11 @@ class Task:
         """
         return None
 
-    def written_labels(self, gold: Iterable[str]) -> list[str]:
-        """The labels that must be read back as they are written: those of the closed set, or those
-        among a data set's ``gold`` labels. Empty: labels are free text or differ between rows.
+    def written_labels(self) -> tuple[str, ...]:
+        """Labels that must be read back as they are written. Empty: labels are free text, or differ
+        between rows.
         """
-        return list(self.labels or ())
+        return self.labels or ()
 
     def text(self, fields: Fields) -> str:
         """The student's input, without any task prefix."""

@@ -11,12 +11,13 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
-from dsbs.records import Unreadable
+from dsbs.records import Example, Unreadable
 from dsbs.tasks import MISSING_WORDS, Fields, column_of, fold, tidy
 from dsbs.tasks.field_values import ABSENT, ITEM_MARK, FieldType, field_type
 from dsbs.tasks.own_data import OwnDataTask
@@ -106,8 +107,24 @@ class Extraction(OwnDataTask):
     def json_placeholder(self) -> dict[str, str]:
         return dict.fromkeys(self.field_types, f"<value or {ABSENT}>")
 
-    def written_labels(self, gold: Iterable[str]) -> list[str]:
-        return list(dict.fromkeys(gold))
+    def part_figures(self, rows: Sequence[Example]) -> dict[str, dict[str, Any]]:
+        labeled = [(row, self.parts(row.label)) for row in rows if row.label is not None]
+        missing = {
+            row.id: set(self.not_in_input(row.label, row.input))
+            for row in rows
+            if row.label is not None
+        }
+        figures: dict[str, dict[str, Any]] = {}
+        for name, kind in self.field_types.items():
+            values = [parts[name] for _, parts in labeled if parts[name] is not None]
+            figures[name] = {"filled": len(values) / max(1, len(labeled))}
+            if kind.section.labels is not None:
+                counts = Counter(values)
+                figures[name]["labels"] = {label: counts[label] for label in kind.section.labels}
+            if kind.section.verbatim:
+                ids = [row_id for row_id, names in missing.items() if name in names]
+                figures[name]["not_in_input"] = ids
+        return figures
 
     # --- gold values
 

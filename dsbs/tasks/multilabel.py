@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dsbs.config import TaskSection
@@ -21,7 +21,7 @@ SEPARATOR = "; "
 NONE = "none"
 _NONE_WORDS = frozenset({"none", "[]", "no label", "no labels", "none of them", "none of these"})
 _BULLET = re.compile(r"^\s*(?:[-–—•*]|\d+[.)])\s+")
-_STRONG = re.compile(r"[;|\t\n；]")
+_STRONG = re.compile(r"[;|\t；]")
 _WEAK = re.compile(r"\s*[,/&+、，]\s*(?:and\s+)?|\s+and\s+", re.IGNORECASE)
 _MAX_PIECES = 40  # of a reply
 
@@ -81,8 +81,8 @@ class Multilabel(OwnDataTask):
     def json_placeholder(self) -> list[str]:
         return ["<each label that applies>"]
 
-    def written_labels(self, gold: Iterable[str]) -> list[str]:
-        return list(dict.fromkeys([*self.head_labels, NONE, *gold]))
+    def written_labels(self) -> tuple[str, ...]:
+        return (*self.head_labels, NONE)
 
     def gold_cell(self, value: Any, name: str, where: str) -> Any:
         """A list as it is; a cell of text as the list that it holds."""
@@ -125,13 +125,22 @@ class Multilabel(OwnDataTask):
                     return Unreadable("label-outside-set", str(item))
                 labels.append(label)
             return self.label_of(labels)
-        pieces = (_BULLET.sub("", line, count=1).strip() for line in _STRONG.split(answer))
-        for piece in filter(self._says_something, pieces):
+        for piece in filter(self._says_something, self._pieces(answer)):
             in_piece = self._labels_in(piece)
             if isinstance(in_piece, Unreadable):
                 return in_piece
             labels += in_piece
         return self.label_of(labels) if labels else Unreadable("empty")
+
+    def _pieces(self, answer: str) -> Iterator[str]:
+        """The lines of a list without bullets, or what is between the marks in a line."""
+        for line in answer.split("\n"):
+            label = _BULLET.sub("", line, count=1).strip()
+            if self._label_set.spelled(label) is not None:
+                yield label
+                continue
+            for piece in _STRONG.split(line):
+                yield _BULLET.sub("", piece, count=1).strip()
 
     def _says_something(self, text: str) -> bool:
         return bool(tidy(text)) or self._label_set.spelled(text) is not None

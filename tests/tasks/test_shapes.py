@@ -97,6 +97,11 @@ def test_an_unknown_label_rejects_the_list_with_its_name(
     assert isinstance(read, Unreadable) and read.reason == reason and detail in read.detail
 
 
+def test_a_mark_that_is_a_label_is_no_separator() -> None:
+    marks = task(name="multilabel", labels=["0", "|"])
+    assert marks.read_label("- 0\n- |", {}) == "0; |"
+
+
 def test_a_list_with_two_readings_is_none_of_them() -> None:
     tags = task(name="multilabel", labels=["salt", "pepper", "salt and pepper"])
     assert tags.read_label("salt; pepper", {}) == "pepper; salt"
