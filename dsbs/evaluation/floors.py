@@ -287,6 +287,7 @@ def _probability(answer: FloorAnswer, label: str | None) -> float | None:
 class _LabeledRows:
     """The train rows with the labels that floors learn, and validation rows."""
 
+    task: Task
     source: LabelSource
     rows: list[Example]
     order: list[int]
@@ -298,7 +299,8 @@ class _LabeledRows:
     def of_subset(self, subset: Subset) -> list[tuple[Example, str]]:
         """The labeled rows of a subset of the train rows, the same as a student's."""
         labels = [self.labels.get(row.id) for row in self.rows]
-        rows = [self.rows[i] for i in subset_indices(self.order, subset, labels)]
+        classes = [() if label is None else self.task.classes(label) for label in labels]
+        rows = [self.rows[i] for i in subset_indices(self.order, subset, classes)]
         return [(row, self.labels[row.id]) for row in rows if row.id in self.labels]
 
 
@@ -316,6 +318,7 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
     with_gold = [row for row in stream(recipe, task, "valid") if row.label is not None]
     valid = validation_rows(with_gold, recipe.train.valid_limit)
     return _LabeledRows(
+        task=task,
         source=source,
         rows=rows,
         order=subset_order([row.id for row in rows]),
@@ -328,7 +331,8 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
 def learned_identity(inputs: FloorInputs) -> str:
     """The identity of a floor that learns."""
     rows = [[[row.input, label] for row, label in part] for part in (inputs.train, inputs.valid)]
-    return canonical_json([inputs.only_field, inputs.task.labels, rows])
+    labels = inputs.task.labels or inputs.task.part_names or None
+    return canonical_json([inputs.only_field, labels, rows])
 
 
 # --- majority
