@@ -175,7 +175,8 @@ class _SharedTrainSection(Section):
     """Weights of the labels in a label head's loss, Σ weight·loss / Σ weight over the step's rows:
     a mapping of labels to weights (a label that is not named has weight 1), or balanced: rows /
     (labels · rows of the label), from the student's own train rows. Validation is not weighted.
-    None: all rows count alike."""
+    None: all rows count alike. multilabel: the weight of a label where a row has it; balanced: rows
+    without the label / rows with it."""
     loss_mean: Literal["global", "micro"] = "global"
     """Token means over the optimizer step. micro: over each micro-batch, as in the published code.
     """

@@ -247,7 +247,7 @@ def saved_classes(init: str | None) -> tuple[str, ...] | None:
 def new_head_warning(recipe: StudentRecipe, task: Task) -> str | None:
     """The warning that ``train.init`` has a label head that this recipe cannot use, if so."""
     saved = saved_classes(recipe.train.init)
-    classes = task.labels or ()
+    classes = task.head_labels
     is_used = head_of(recipe.student, recipe.train.init) == "labels"
     if saved is None or not is_used or sorted(saved) == sorted(classes):
         return None
@@ -297,7 +297,7 @@ def check_student(recipe: StudentRecipe, task: Task) -> None:
 
 
 def _check_label_head(recipe: StudentRecipe, task: Task) -> None:
-    if task.labels is None and not task.has_choices:
+    if not task.head_labels and not task.has_choices:
         raise UserError(
             f"student.head: labels needs a closed set of labels, and {task.name} has none",
             hint="use student.head: text, with a T5 or a decoder",

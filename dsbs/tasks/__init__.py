@@ -268,15 +268,44 @@ class Task:
     def answer(
         self, text: str, fields: Fields, distribution: Mapping[str, float] | None
     ) -> str | Unreadable:
-        """The label of a student's output: what ``text`` states, else the most likely label, where
-        a row has one.
+        """The label of a student's output: what ``text`` states, else what ``choose`` makes of
+        ``distribution``, where a row has one label.
 
         ``distribution``: the probability of each label; None: unknown.
         """
         label = self.read_label(text, fields)
         if isinstance(label, Unreadable) and distribution and not self.has_several_labels:
-            return max(distribution, key=distribution.__getitem__)
+            return self.choose(tuple(distribution), tuple(distribution.values()))
         return label
+
+    def choose(
+        self,
+        labels: Sequence[str],
+        shares: Sequence[float],
+        thresholds: Mapping[str, float | None] | None = None,
+    ) -> str:
+        """The answer of a distribution over ``labels``: the likeliest, the first of equal ones.
+
+        ``thresholds`` are those of a task whose rows have several labels. None: 0.5 each.
+        """
+        return labels[shares.index(max(shares))]
+
+    def probability_of(self, label: str, distribution: Mapping[str, float]) -> float | None:
+        """The probability of an answer in a distribution over the labels. None: it has none."""
+        return distribution.get(label)
+
+    def head_targets(self, label: str) -> tuple[int, ...]:
+        """For each of ``head_labels``, whether a row with this canonical label has it: 1 or 0."""
+        given = self.classes(label)
+        return tuple(int(name in given) for name in self.head_labels)
+
+    def expected_number(self, distribution: Mapping[str, float]) -> float | None:
+        """The mean of the labels' numbers. None: the labels have no order."""
+        numbers = [self.number(label) for label in distribution]
+        if None in numbers or not numbers:
+            return None
+        pairs = zip(numbers, distribution.values(), strict=True)
+        return math.fsum(number * share for number, share in pairs if number is not None)
 
     def correct(self, predicted: str, gold: str) -> bool:
         """Whether two canonical labels mean the same."""

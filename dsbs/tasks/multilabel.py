@@ -50,6 +50,31 @@ class Multilabel(OwnDataTask):
         """The written form of a row's labels."""
         return SEPARATOR.join(sorted(set(labels))) or NONE
 
+    def choose(
+        self,
+        labels: Sequence[str],
+        shares: Sequence[float],
+        thresholds: Mapping[str, float | None] | None = None,
+    ) -> str:
+        """All labels whose probability reaches their threshold. One of None is never reached."""
+        reached = []
+        for label, share in zip(labels, shares, strict=True):
+            threshold = 0.5 if thresholds is None else thresholds.get(label, 0.5)
+            if threshold is not None and share >= threshold:
+                reached.append(label)
+        return self.label_of(reached)
+
+    def probability_of(self, label: str, distribution: Mapping[str, float]) -> float | None:
+        """That of the least sure label: of having it where it is given, else of not having it.
+
+        An upper bound of the probability that all are right.
+        """
+        given = set(self.value(label))
+        return min(
+            (share if name in given else 1 - share for name, share in distribution.items()),
+            default=None,
+        )
+
     def classes(self, label: str) -> tuple[str, ...]:
         """The row's labels; a row without one belongs to a class of its own."""
         return tuple(self.value(label)) or (NONE,)

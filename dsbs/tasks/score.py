@@ -6,7 +6,9 @@ plain decimal digits: 3, 3.5, -1.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -44,6 +46,25 @@ class Score(OwnDataTask):
 
     def value(self, label: str) -> Any:
         return _json_number(Decimal(label))
+
+    def choose(
+        self,
+        labels: Sequence[str],
+        shares: Sequence[float],
+        thresholds: Mapping[str, float | None] | None = None,
+    ) -> str:
+        """The median: the lowest point with at least half of the probability up to it.
+
+        It minimizes the expected absolute error, and is always a point of the scale.
+        """
+        ordered = sorted(zip(labels, shares, strict=True), key=lambda pair: float(pair[0]))
+        half = math.fsum(shares) / 2
+        below = 0.0
+        for label, share in ordered:
+            below += share
+            if below >= half:
+                return label
+        return ordered[-1][0]
 
     def label_schema(self) -> dict[str, Any]:
         return {"type": "number", "enum": [_json_number(point) for point in self._points]}

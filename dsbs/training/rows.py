@@ -368,6 +368,12 @@ def _rationales(annotation: Annotation, task: Task) -> list[str]:
     return list(rationales)
 
 
+def label_texts(*sources: tuple[Sequence[Row], LabelSource]) -> tuple[str, ...]:
+    """The distinct labels of rows, each with whose labels count, in alphabetical order."""
+    labels = (row.label(source) for rows, source in sources for row in rows)
+    return tuple(sorted({label for label in labels if label is not None}))
+
+
 def vocabulary_text(data: Data, labels: Sequence[str] = ()) -> Iterator[str]:
     """The text that a scratch vocabulary is learned from: train rows, the teacher's texts and those
     of the task's ``labels`` that neither has.

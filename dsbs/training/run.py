@@ -131,7 +131,7 @@ class StudentGrid:
         """The tokenizer of these students, with its cache in the run."""
         recipe = self.recipe
         task = make_task(recipe.task)
-        vocabulary = vocabulary_text(self.data, task.labels or ())
+        vocabulary = vocabulary_text(self.data, task.head_labels)
         tokenizer = new_tokenizer(recipe.student, vocabulary, recipe.train.init)
         check_teachers(recipe, task, self.specs, tokenizer)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
@@ -197,16 +197,19 @@ def _warnings(
     if any(method_of(spec.method).needs_rationales for spec in specs):
         texts["rationales"] = [rationale for row in data.train for rationale in row.rationales]
     head = head_of(recipe.student, recipe.train.init)
-    written = labels.union(task.labels or ())
+    written = labels.union(task.head_labels)
     if head == "labels":
         written = set()
     warnings = [*filter(None, [new_head_warning(recipe, task)])]
     warnings += vocabulary_warnings(recipe.student, tokenizer, written, texts)
+    classes: Sequence[str] = ()
+    if head == "labels":
+        classes = sorted(labels) if task.has_several_labels else task.head_labels
     encoder = Encoder(
         tokens,
         input_limit(recipe.student, recipe.train.init),
         recipe.student.max_target_tokens,
-        task.labels or () if head == "labels" else (),
+        classes,
         scores_choices=head == "labels" and task.has_choices,
     )
     rows = data.subset(max(recipe.train.subset, key=subset_rank))
