@@ -57,8 +57,6 @@ class FloorAnswer:
 
     raw: str
     distribution: dict[str, float] | None = None
-    probability: float | None = None
-    """Of the answer, where it is not the label's in the distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +255,9 @@ def _make_predictions(
     for row, answer in zip(inputs.rows, floor.predict(inputs), strict=True):
         label = inputs.task.answer(answer.raw, row.input, answer.distribution)
         read = None if isinstance(label, Unreadable) else label
+        probability = None
+        if read is not None and answer.distribution is not None:
+            probability = inputs.task.probability_of(read, answer.distribution)
         predictions.append(
             Prediction(
                 id=row.id,
@@ -265,19 +266,13 @@ def _make_predictions(
                 raw=answer.raw,
                 prediction=read,
                 correct=is_correct(inputs.task, read, row),
-                probability=_probability(answer, read),
+                probability=probability,
                 distribution=rounded(answer.distribution),
                 made_by=fingerprint,
                 model=labels,
             )
         )
     write_jsonl(path, (prediction.model_dump_json(by_alias=True) for prediction in predictions))
-
-
-def _probability(answer: FloorAnswer, label: str | None) -> float | None:
-    if answer.probability is not None:
-        return answer.probability
-    return (answer.distribution or {}).get(label or "")
 
 
 # --- rows

@@ -86,15 +86,8 @@ def _several_labels(inputs: FloorInputs) -> Iterator[FloorAnswer]:
     models = _best_on_valid(features, inputs, fit, quality)
     for rows in _row_batches(inputs):
         for shares in _probabilities(models, features.of(rows)):
-            chosen = {
-                name: name if share >= _THRESHOLD else None
-                for name, share in zip(names, shares, strict=True)
-            }
-            yield FloorAnswer(
-                inputs.task.label_of_parts(chosen),
-                dict(zip(names, shares.tolist(), strict=True)),
-                float(np.maximum(shares, 1 - shares).min()),
-            )
+            distribution = dict(zip(names, shares.tolist(), strict=True))
+            yield FloorAnswer(inputs.task.choose(names, shares.tolist()), distribution)
 
 
 def _label_matrix(inputs: FloorInputs, labels: Sequence[str]) -> NDArray[np.bool_]:
