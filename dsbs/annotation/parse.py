@@ -17,7 +17,8 @@ from dsbs.annotation.text_answer import MARKUP, Answer, gives_another_label, rea
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.prompting import Prompt
 from dsbs.records import Reason, Sample, Unreadable
-from dsbs.tasks import Fields, Task, concluded_label
+from dsbs.tasks import Fields, Task
+from dsbs.tasks.conclusion import concluded_label
 
 RationaleFrom = Literal["visible", "reasoning"]
 

@@ -333,7 +333,8 @@ def _section_at(path: KeyPath) -> type[Section] | None:
         if position == 1 and path[0] == "student" and key not in section.model_fields:
             section = NamedStudentSection  # the key is a name
             continue
-        section = section_of(section.model_fields[key].annotation)
+        if key in section.model_fields:  # otherwise the name of a field to extract
+            section = section_of(section.model_fields[key].annotation)
     if section is not None and "kind" in section.model_fields and path[:2] == ("train", "terms"):
         return None
     return section

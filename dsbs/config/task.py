@@ -195,6 +195,11 @@ class TaskSection(Section):
         return self
 
     def _check_multilabel(self) -> None:
+        if self.columns.get("separator") == "":
+            raise ValueError(
+                "task.columns.separator is empty: give the text between the labels in a cell, e.g. "
+                "separator: ','"
+            )
         for label in self.labels or ():
             if ";" in label or "\n" in label:
                 raise ValueError(

@@ -262,9 +262,8 @@ def _check_recipe(recipe: Recipe, card: StudentCard) -> None:
             hint="give a recipe whose teacher answers requests, e.g. teacher.kind: openai",
         )
     is_same = recipe.task.name == card.task.name and recipe.task.input == card.task.input
-    learned = make_task(card.task)
-    asked = make_task(recipe.task)
-    is_same = is_same and set(asked.head_labels) == set(learned.head_labels)
+    labels = set(make_task(recipe.task).head_labels)
+    is_same = is_same and labels == set(make_task(card.task).head_labels)
     if not is_same or recipe.task.fields != card.task.fields:
         raise UserError(
             f"--fallback: the recipe's task is not the one of {card.name}",

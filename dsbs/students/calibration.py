@@ -21,7 +21,8 @@ from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.records.measures import ResultRecord
 from dsbs.records.results import Bin
-from dsbs.tasks import Fields, Task, concluded_label
+from dsbs.tasks import Fields, Task
+from dsbs.tasks.conclusion import concluded_label
 
 CALIBRATION = "calibration.json"
 THRESHOLD = "threshold.json"
@@ -266,7 +267,7 @@ def _answers(
 
 def calibrate_each(
     shares: Floats,
-    given: NDArray[np.bool_],
+    has_label: NDArray[np.bool_],
     labels: str,
     names: Sequence[str],
     *,
@@ -275,22 +276,22 @@ def calibrate_each(
 ) -> Calibration:
     """`calibrate` for rows with several labels: one temperature, and a threshold for each label.
 
-    ``shares`` (rows, L) are probabilities of the labels ``names``, and ``given`` (rows, L) whether
-    a row has them. The temperature is fitted on the summed binary log loss. ``precision``: see
+    ``shares`` (rows, L) are probabilities of the labels ``names``; ``has_label`` (rows, L): whether
+    a row has each. The temperature is fitted on the summed binary log loss. ``precision``: see
     `best_threshold`.
     """
     pairs = yes_and_no(shares)
-    right = np.where(given, 0, 1).ravel()
+    right = np.where(has_label, 0, 1).ravel()
     temperature = fit_temperature(pairs, right)
     after = _tempered_rows(pairs, temperature)
     probabilities = after[:, 0].reshape(shares.shape)
     thresholds = [
         best_threshold(column, is_given, precision)
-        for column, is_given in zip(probabilities.T, given.T, strict=True)
+        for column, is_given in zip(probabilities.T, has_label.T, strict=True)
     ]
     limits = [math.inf if threshold is None else threshold for threshold in thresholds]
     chosen = probabilities >= np.array(limits)
-    is_wrong = (chosen != given).any(axis=1).astype(np.float64)
+    is_wrong = (chosen != has_label).any(axis=1).astype(np.float64)
     probability = np.where(chosen, probabilities, 1 - probabilities).min(axis=1)
     aurc: dict[ConfidenceKind, float] = {"probability": area_under_risk(probability, is_wrong)}
     if agreements is not None:

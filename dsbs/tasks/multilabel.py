@@ -70,9 +70,9 @@ class Multilabel(OwnDataTask):
 
         An upper bound of the probability that all are right.
         """
-        given = set(self.value(label))
+        labels = set(self.value(label))
         return min(
-            (share if name in given else 1 - share for name, share in distribution.items()),
+            (share if name in labels else 1 - share for name, share in distribution.items()),
             default=None,
         )
 

@@ -21,6 +21,7 @@ from loopback import LoopbackServer
 import dsbs
 from dsbs.cli.init import Template
 from dsbs.errors import UserError
+from dsbs.project.compare_teachers import compare_teachers
 from dsbs.project.init import SCHEMA, Kind, init
 
 KINDS = get_args(Kind)
@@ -153,6 +154,8 @@ def test_a_new_project_goes_through_all_stages(
         annotated = dsbs.annotate(recipe)
         assert server.requests == sum(split.rows for split in annotated.splits.values())
         assert set(server.keys) == {"Bearer a-key"}
+        compared = compare_teachers({"one": recipe, "two": recipe}, rows=10)
+        assert compared.agreement == {"one": {"two": 1.0}, "two": {"one": 1.0}}
     assert all(
         split.label_accuracy is not None and split.label_accuracy.value == 1.0
         for split in annotated.splits.values()
@@ -167,6 +170,7 @@ def test_a_new_project_goes_through_all_stages(
         "finetune-gold",
         "distill-teacher",
     }
+    assert dsbs.report(recipe).is_file()
 
 
 @pytest.mark.parametrize(

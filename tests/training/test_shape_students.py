@@ -210,6 +210,28 @@ def test_terms_compare_the_probability_of_each_label(
         )
 
 
+def test_a_teacher_of_another_vocabulary_needs_a_head_for_several_labels(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    def settings(start: str) -> Recipe:
+        return recipe(
+            "multilabel",
+            f"train.teachers=[{{start: {start}, max_steps: 1}}]",
+            "train.terms=[{kind: response}]",
+            "train.methods=[finetune+response]",
+            "train.max_steps=2",
+            "train.eval_every=2",
+        )
+
+    encoder = save_encoder(tmp_path / "larger", layers=4, words=["zebra"])
+    folder = trained(settings(encoder), tmp_path)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert next(row for row in map(json.loads, lines) if "loss" in row)["response_loss"] > 0
+    decoder = causal_models.save(tmp_path / "decoder")
+    with pytest.raises(UserError, match="writes the labels of a row as one text"):
+        train(settings(decoder), out=tmp_path / "run")
+
+
 @pytest.mark.parametrize("form", ["onnx", "ct2"])
 @pytest.mark.parametrize("kind", ["multilabel", "score"])
 def test_exports_answer_as_the_student(

@@ -192,8 +192,8 @@ class LabelHeadRunner:
             weights = weights.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
         if self._label_sets is None:
             return summed_nll(logits, packed.target, weights)
-        given = self._label_sets.to(logits.device)[packed.target.clamp(min=0)]
-        targets = given.masked_fill((packed.target == IGNORED)[:, None], IGNORED)
+        label_sets = self._label_sets.to(logits.device)[packed.target.clamp(min=0)]
+        targets = label_sets.masked_fill((packed.target == IGNORED)[:, None], IGNORED)
         return summed_binary_nll(logits, targets, weights)
 
     def _group(
