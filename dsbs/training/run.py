@@ -279,7 +279,8 @@ def _most_rows(subset: Subset, rows: int, task: Task) -> int:
     number = rows_per_label(subset)
     if number is None:
         return max(1, round(float(subset) * rows))
-    return min(rows, number * len(task.labels or ()))
+    # a row without any of several labels is of a class of its own
+    return min(rows, number * (len(task.head_labels) + task.has_several_labels))
 
 
 def _most_steps(recipe: StudentRecipe, rows: int) -> int:
