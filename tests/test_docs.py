@@ -33,6 +33,7 @@ from dsbs.records.results import (
     FloorComparison,
     LabelEfficiency,
     Latency,
+    PartResult,
     Results,
     SystemResult,
 )
@@ -252,6 +253,7 @@ def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
             Bin,
             Latency,
             LabelEfficiency,
+            PartResult,
             BreakEven,
             Selective,
             Cascade,

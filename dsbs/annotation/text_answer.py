@@ -14,8 +14,9 @@ from itertools import islice
 
 from dsbs.prompting import Prompt, compiled
 from dsbs.records import Reason
-from dsbs.tasks import EMPHASIS, Task, unwrapped
+from dsbs.tasks import Task
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.marks import EMPHASIS, unwrapped
 
 MARKUP = " \t\r\n*_#>"
 _DANGLING = re.compile(

@@ -51,9 +51,10 @@ class EvalSection(Section):
     """
     floors: Annotated[tuple[str, ...] | None, BeforeValidator(as_tuple)] = None
     """Cheap systems that a student should beat: majority (the most frequent label), tfidf (logistic
-    regression on words and characters), ``tfidf-FIELD`` (on one input field, as tfidf-hypothesis)
-    and untrained (the pretrained student's answer before training). None: majority and tfidf where
-    the task has a closed set of labels and they take less than a minute."""
+    regression on words and characters; ridge for scores, the nearest row for fields),
+    ``tfidf-FIELD`` (on one input field, as tfidf-hypothesis) and untrained (the pretrained
+    student's answer before training). None: majority and tfidf where the task has a closed set of
+    labels, or fields, and they take less than a minute."""
     score_labels: bool = False
     """Also score every label of a closed set with students that write their label, so that they
     have a distribution over the labels. An unreadable label becomes the most likely one."""

@@ -83,7 +83,7 @@ METRICS = {
 # `eval.floors`: a record, dsbs.evaluation.floors.Floor.
 FLOORS = {
     "majority": "dsbs.evaluation.floors:MAJORITY",
-    "tfidf": "dsbs.evaluation.floors:TFIDF",
+    "tfidf": "dsbs.evaluation.tfidf:TFIDF",
     "untrained": "dsbs.evaluation.untrained:UNTRAINED",
 }
 

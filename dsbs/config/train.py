@@ -67,14 +67,15 @@ class SelectSection(Section):
     agree_gold: bool = False
     """Only where the teacher's label is the gold label."""
     min_vote: float | None = Field(None, ge=0, le=1)
-    """Minimum share of the readable samples that the majority label has. None: any share."""
+    """Minimum share of the readable samples that the majority label has; of several labels or
+    fields, that the least sure one has. None: any share."""
     min_logprob: float | None = Field(None, le=0)
     """Minimum log-probability of the label, in nats; needs annotate.logprobs. None: any."""
     provenance: Annotated[tuple[Provenance, ...] | None, BeforeValidator(as_tuple)] = None
     """Where the rationale may come from. None: anywhere."""
     max_per_label: int | None = Field(None, gt=0)
     """Maximum annotations per teacher label that a student learns from, chosen by a hash of the
-    ids. None: no maximum."""
+    ids: the first so many of each, where rows have several labels. None: no maximum."""
 
 
 class TuneSection(Section):

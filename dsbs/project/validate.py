@@ -29,8 +29,7 @@ from dsbs.records import Example
 from dsbs.tasks import Fields, Task, make_task
 from dsbs.tasks.data import is_held_out, load, survey
 from dsbs.tasks.templates import render
-from dsbs.training.rows import check_subsets
-from dsbs.training.training_set import checked_students
+from dsbs.training.training_set import check_subsets, checked_students
 
 NGRAM = 8  # an exemplar and a row that share so many words in a row do not do so by chance
 _WORD = re.compile(r"\w+")

@@ -37,8 +37,7 @@ _Values = TypeVar("_Values", float, Floats)
 _Record = TypeVar("_Record", bound=ResultRecord)
 _SMALLEST = 1e-12  # a probability that counts in a loss
 # Limits of the temperature, so that a student that is right on every row does not become certain.
-_LOWEST = 0.2
-_HIGHEST = 10.0
+_LOWEST, _HIGHEST = 0.2, 10.0
 
 
 class CalibrationQuality(ResultRecord):

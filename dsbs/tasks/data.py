@@ -17,7 +17,8 @@ from dsbs.config import LabelSource, Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records import Annotation, Example
-from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of, fold
+from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of
+from dsbs.tasks.marks import fold
 from dsbs.tasks.tables import format_of, source_rows
 
 _MAX_PROBLEMS = 5  # in one message

@@ -18,8 +18,9 @@ from typing import Any
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Example, Unreadable
-from dsbs.tasks import MISSING_WORDS, Fields, column_of, fold, tidy
+from dsbs.tasks import MISSING_WORDS, Fields, column_of
 from dsbs.tasks.field_values import ABSENT, ITEM_MARK, FieldType, field_type
+from dsbs.tasks.marks import fold, tidy
 from dsbs.tasks.own_data import OwnDataTask
 
 _ITEM = re.compile(r"\s*(?:[-–—•*]|\d+[.)])\s+(?=\S)")  # below a list's name

@@ -13,8 +13,9 @@ from typing import Any
 
 from dsbs.config import FieldSection
 from dsbs.records import Unreadable
-from dsbs.tasks import fold, label_listing, unwrapped
+from dsbs.tasks import label_listing
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.marks import fold, unwrapped
 from dsbs.tasks.numbers import numbers_in, plain_number
 
 ABSENT = "null"

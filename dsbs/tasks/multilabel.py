@@ -13,8 +13,9 @@ from typing import Any
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import Fields, label_listing, tidy
+from dsbs.tasks import Fields, label_listing
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.marks import tidy
 from dsbs.tasks.own_data import OwnDataTask
 
 SEPARATOR = "; "

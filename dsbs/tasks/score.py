@@ -15,8 +15,9 @@ from typing import Any
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import Fields, first_line, tidy
+from dsbs.tasks import Fields
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.marks import first_line, tidy
 from dsbs.tasks.numbers import numbers_in, plain_number
 from dsbs.tasks.own_data import OwnDataTask
 

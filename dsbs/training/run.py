@@ -30,16 +30,14 @@ from dsbs.training.grid import StudentSpec, Trial, Tuner, trial_specs
 from dsbs.training.methods import method_of, views_of
 from dsbs.training.rows import (
     Data,
-    check_subsets,
     count_rationales,
     count_trainable,
-    few_rows_warnings,
     gather,
     vocabulary_text,
 )
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
-from dsbs.training.training_set import checked_students
+from dsbs.training.training_set import check_subsets, checked_students, few_rows_warnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +293,8 @@ def _most_rows(subset: Subset, rows: int, task: Task) -> int:
     number = rows_per_label(subset)
     if number is None:
         return max(1, round(float(subset) * rows))
-    return min(rows, number * len(task.labels or ()))
+    # a row without any of several labels is of a class of its own
+    return min(rows, number * (len(task.head_labels) + task.has_several_labels))
 
 
 def _most_steps(recipe: StudentRecipe, rows: int) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 from dsbs.config import Recipe, StudentRecipe, unknown
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
+from dsbs.formatting import count
+from dsbs.records.subsets import rows_per_label
 from dsbs.students.card import check_student, head_of, input_limit
 from dsbs.students.tokenizer import tokenizer_hash
 from dsbs.students.weights import weights_fingerprint
@@ -196,3 +198,33 @@ def _view_fields(view: View) -> dict[str, Any]:
     fields = asdict(view)
     fields["taught"] = fields.pop("supervised")
     return fields
+
+
+def check_subsets(recipe: Recipe, task: Task) -> None:
+    """Raises UserError where ``train.subset`` counts rows per label and labels are free text."""
+    if task.labels is not None or task.head_labels:
+        return
+    for subset in recipe.train.subset:
+        if rows_per_label(subset) is not None:
+            raise UserError(
+                f"train.subset: {subset} needs a closed set of labels, and {task.name} has none",
+                hint="use shares of the train rows, such as 0.25",
+            )
+
+
+def few_rows_warnings(recipe: Recipe, task: Task, data: Data) -> list[str]:
+    """A warning for each subset for which some labels have too few train rows."""
+    warnings = []
+    counts = Counter(label for classes in data.classes for label in classes)
+    for subset in recipe.train.subset:
+        number = rows_per_label(subset)
+        if number is None:
+            continue
+        few = [f"{label} ({counts[label]})" for label in task.head_labels if counts[label] < number]
+        if few:
+            listed = ", ".join(few[:5]) + (", …" if len(few) > 5 else "")
+            warnings.append(
+                f"train.subset: {subset} takes all rows of {count(len(few), 'label')} with fewer: "
+                f"{listed}"
+            )
+    return warnings

@@ -53,6 +53,8 @@ class LabelsTerm(Term):
                 f"compares one distribution over all labels, and a row of {task.name} has several "
                 "labels: use kind: response, which compares the probability of each label"
             )
+        if task.has_several_labels:
+            return f"needs one label for each row, and {task.name} has several"
         if task.labels is None:
             return f"needs a fixed set of labels, and {task.name} has none"
         if views[0].target != "label":
