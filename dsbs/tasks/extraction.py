@@ -302,7 +302,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _says_absent(text: str) -> bool:
-    return tidy(text).casefold() in ("", ABSENT)
+    return not text.strip() or tidy(text).casefold() == ABSENT
 
 
 def _value_length(text: str) -> int:
