@@ -275,9 +275,8 @@ def calibrate_each(
 ) -> Calibration:
     """`calibrate` for rows with several labels: one temperature, and a threshold for each label.
 
-    ``shares`` (rows, L) are probabilities of the labels ``names``; ``has_label`` (rows, L): whether
-    a row has each. The temperature is fitted on the summed binary log loss. ``precision``: see
-    `best_threshold`.
+    ``shares`` (rows, L): probabilities of the labels ``names``; ``has_label`` (rows, L): whether a
+    row has each. The temperature is fitted on the summed binary log loss; `best_threshold`.
     """
     pairs = yes_and_no(shares)
     right = np.where(has_label, 0, 1).ravel()
