@@ -189,7 +189,10 @@ class Extraction(OwnDataTask):
         if self._beginning.search(text):
             return Unreadable("unparsed", "which contains the name of a field with a colon")
         # a mark at the end separates fields where line breaks became spaces
-        return _value_text(text, is_last=False) or Unreadable("unparsed", "which is only a mark")
+        value_text = _value_text(text, is_last=False)
+        if not value_text or self.field_types[name].canonical(value_text) != value_text:
+            return Unreadable("unparsed", "which ends in a mark that separates fields")
+        return value_text
 
     # --- replies and outputs
 
