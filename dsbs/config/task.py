@@ -116,6 +116,14 @@ class FieldSection(Section):
             raise ValueError(f"verbatim belongs to fields of type text and list, not {self.type}")
         if self.type != "date" and self.day_first:
             raise ValueError(f"day_first belongs to fields of type date, not {self.type}")
+        for label in self.labels or ():
+            if label_key(label) == "null":
+                raise ValueError(f"the label {label!r} means that there is no value: remove it")
+            if label != " ".join(label.split()) or label.endswith((";", ",")):
+                raise ValueError(
+                    f"the label {label!r} must be on one line, with single spaces, and without a "
+                    "comma or semicolon at its end"
+                )
         return self
 
 

@@ -24,7 +24,6 @@ from dsbs.tasks.marks import fold, tidy
 from dsbs.tasks.own_data import OwnDataTask
 
 _ITEM = re.compile(r"\s*(?:[-–—•*]|\d+[.)])\s+(?=\S)")  # below a list's name
-
 _EMPTY_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
@@ -41,7 +40,7 @@ class Extraction(OwnDataTask):
         any_name = "|".join(_name_pattern(name) for name in names)
         self._name_of = {_name_key(name): name for name in names}
         self._beginning = re.compile(
-            rf"(?:^|(?<=[\s;,*_`>•-]))[*_`]*({any_name})[*_`]*\s*[:：][*_`]*(?=\s|$|\S)",
+            rf"(?:^|(?<=[\s;,*_`>•-]))(?P<marks>[*_`]*)(?P<name>{any_name})[*_`]*\s*[:：][*_`]*(?=\s|$|\S)",
             re.IGNORECASE,
         )
 
@@ -136,7 +135,7 @@ class Extraction(OwnDataTask):
         if text is None:
             return None
         try:
-            value = json.loads(str(text))
+            value = json.loads(str(text), object_pairs_hook=_distinct_pairs)
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
@@ -166,6 +165,11 @@ class Extraction(OwnDataTask):
         values: dict[str, str | None] = {}
         for key, cell in value.items():
             name = self._name_of[_name_key(str(key))]
+            if name in values:
+                raise UserError(
+                    f"{where}: the label has the field {name!r} twice",
+                    hint="a field's name is the same in any case, with - and _ for a space",
+                )
             read = None if _is_missing(cell) else self._canonical(name, cell)
             if isinstance(read, Unreadable):
                 raise UserError(
@@ -216,7 +220,8 @@ class Extraction(OwnDataTask):
             read = self._read_value(name, value)
             if isinstance(read, Unreadable):
                 return Unreadable(read.reason, f"{name}: {read.detail}")
-            values[name] = read
+            if values.setdefault(name, read) != read:
+                return Unreadable("several-answers", f"{name} is given twice")
         for name, kind in self.field_types.items():
             if kind.section.required and values.get(name) is None:
                 return Unreadable("unparsed", f"no {name}")
@@ -254,7 +259,7 @@ class Extraction(OwnDataTask):
         end = 0
         for match in self._beginning.finditer(text):
             end = match.end() + _value_length(text[match.end() :])
-            names.add(self._name_of[_name_key(match.group(1))])
+            names.add(self._name_of[_name_key(match["name"])])
             if len(names) == len(self.field_types):
                 break
         return end or len(text.partition("\n")[0])
@@ -265,13 +270,16 @@ class Extraction(OwnDataTask):
         texts: dict[str, str] = {}
         for match, following in itertools.zip_longest(matches, matches[1:]):
             end = len(text) if following is None else following.start()
-            name = self._name_of[_name_key(match.group(1))]
+            name = self._name_of[_name_key(match["name"])]
             lines = text[match.end() : end]
             length = _value_length(lines)
             rest = lines[length:] if following else _EMPTY_LINE.split(lines[length:])[0]
             if any(map(str.isalnum, rest)):
                 return Unreadable("unparsed", f"{name} has lines without a field's name")
             value = _value_text(lines[:length], is_last=following is None)
+            marks = match["marks"]
+            if marks and not match.group().endswith(marks):  # "**sender: Ann**"
+                value = value.removesuffix(marks).rstrip()
             if "\n" in value and self.field_types[name].section.type != "list":
                 return Unreadable("several-answers", f"{name} has several values")
             value = value.replace("\n", f" {ITEM_MARK} ")

@@ -6,6 +6,8 @@ A canonical value is text on one line. Reading it again gives the same value.
 from __future__ import annotations
 
 import datetime
+import json
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
@@ -15,11 +17,19 @@ from dsbs.config import FieldSection
 from dsbs.records import Unreadable
 from dsbs.tasks import label_listing
 from dsbs.tasks.label_set import LabelSet
-from dsbs.tasks.marks import fold, unwrapped
+from dsbs.tasks.marks import fold
 from dsbs.tasks.numbers import numbers_in, plain_number
 
 ABSENT = "null"
 ITEM_MARK = "|"  # between the items of a list
+_PAIRS = {'"': '"', "'": "'", "*": "*", "`": "`", "“": "”", "‘": "’"}
+_AFTER_QUOTE = ".,;:!"
+_SIGNED_CURRENCY = re.compile(r"(?<!\w)([-−–])\s*([$€£¥₹])")
+_NUMBER_WORD = re.compile(
+    r"\d\W*(?:hundred|thousand|lakh|million|mio|mln|mn|crore|billion|bn|trillion|dozen)s?\b",
+    re.IGNORECASE,
+)
+_YEAR = re.compile(r"(?<![\d:.+])(?:1[5-9]|2[01])\d\d(?!\d)")
 _DEFAULTS = (datetime.datetime(2001, 1, 1), datetime.datetime(2004, 2, 2))
 
 
@@ -79,7 +89,7 @@ class ListField(FieldType):
     def canonical(self, value: Any) -> str | Unreadable:
         if isinstance(value, dict | bool):
             return Unreadable("unparsed", "which is not a list")
-        items = value if isinstance(value, list) else str(value).split(ITEM_MARK)
+        items = value if isinstance(value, list) else _listed(str(value))
         texts = []
         for item in items:
             if isinstance(item, list | dict | bool) or item is None or ITEM_MARK in str(item):
@@ -111,7 +121,10 @@ class NumberField(FieldType):
     def canonical(self, value: Any) -> str | Unreadable:
         if isinstance(value, list | dict | bool):
             return Unreadable("unparsed", "which is not a number")
-        numbers = {number for number, _, _ in numbers_in(str(value))}
+        text = _SIGNED_CURRENCY.sub(r"\2\1", str(value))  # -$5
+        if _NUMBER_WORD.search(text):
+            return Unreadable("unparsed", "which has a number word: all digits are needed")
+        numbers = {number for number, _, _ in numbers_in(text)}
         if len(numbers) != 1:
             many = "more than one number" if numbers else "not a number"
             return Unreadable("several-answers" if numbers else "unparsed", f"which is {many}")
@@ -146,7 +159,11 @@ class DateField(FieldType):
             days.add(_iso_day(day))
         if len(days) > 1:
             return Unreadable("unparsed", "which lacks the year, the month or the day")
-        return days.pop()
+        day_text = days.pop()
+        # dateutil reads "2-3 May 2025" as 3 May 2002 at 20:25
+        if any(year != day_text[:4] for year in _YEAR.findall(text)):
+            return Unreadable("unparsed", "which is not a day")
+        return day_text
 
     def _day_first(self, text: str) -> bool:
         return self.section.day_first and not text[:4].isdecimal()
@@ -189,10 +206,32 @@ def field_type(section: FieldSection) -> FieldType:
     return _TYPES[section.type](section)
 
 
+def _listed(text: str) -> list[Any]:
+    """The items of a text: those of a JSON list, else what is between its marks."""
+    if text.lstrip().startswith("["):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, list):
+            return value
+    return text.split(ITEM_MARK)
+
+
 def _tidy(text: str) -> str:
-    """Text on one line, without quotes and emphasis around it."""
+    """Text on one line, without quotes or emphasis around all of it."""
     text = " ".join(text.split())
-    return [text, *unwrapped(text, free=True)][-1] if text[:1] in "\"'*_`“‘" else text
+    while text:
+        first, last = text[0], _PAIRS.get(text[0])
+        if last is None:
+            break
+        whole = text.rstrip(_AFTER_QUOTE)  # '"Ann".'
+        layers = len(whole) - len(whole.lstrip(first))
+        inner = whole[layers:-layers].strip()
+        if not inner or whole[-layers:] != last * layers or first in inner or last in inner:
+            break
+        text = inner
+    return text
 
 
 def _iso_day(day: datetime.date) -> str:

@@ -23,6 +23,7 @@ NONE = "none"
 _NONE_WORDS = frozenset({"none", "[]", "no label", "no labels", "none of them", "none of these"})
 _BULLET = re.compile(r"^\s*(?:[-–—•*]|\d+[.)])\s+")
 _STRONG = re.compile(r"[;|\t；]")
+_FENCE = re.compile(r"\s*```\w*\s*")  # the line that begins or ends a code block
 _WEAK = re.compile(r"\s*[,/&+、，]\s*(?:and\s+)?|\s+and\s+", re.IGNORECASE)
 _MAX_PIECES = 40  # of a reply
 
@@ -115,21 +116,23 @@ class Multilabel(OwnDataTask):
         if isinstance(value, list | tuple):
             return list(value)
         text = super().gold_cell(value, name, where)
-        if isinstance(text, str) and self._separator and not text.lstrip().startswith("["):
-            return _items(text, self._separator)
+        if isinstance(text, str) and self._separator and _json_list(text) is None:
+            return self._items(text, self._separator)
         return text
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         if not isinstance(value, list):
             items = _json_list(str(value))
-            value = _items(str(value), SEPARATOR.strip()) if items is None else items
+            value = self._items(str(value), SEPARATOR.strip()) if items is None else items
+        if self._means_none(value):
+            return NONE
         labels = [self._label_set.of_value(item) for item in value]
         for item, label in zip(value, labels, strict=True):
             if label is None:
                 raise UserError(
                     f"{where}: {str(item)[:60]!r} is not one of the task's labels",
-                    hint="fix the row, or add the label to task.labels; labels in one cell are "
-                    "separated by ; or by task.columns.separator",
+                    hint="fix the row, or add the label to task.labels; a cell with several labels "
+                    'separates them by ; or task.columns.separator, or is JSON: ["red", "blue"]',
                 )
         return self.label_of([label for label in labels if label is not None])
 
@@ -141,7 +144,7 @@ class Multilabel(OwnDataTask):
         if not answer:
             return Unreadable("empty")
         items = _json_list(answer)
-        if (items is None and tidy(answer).casefold() in _NONE_WORDS) or answer.strip() == "[]":
+        if self._means_none([answer] if items is None else items):
             return NONE
         labels: list[str] = []
         if items is not None:
@@ -169,7 +172,20 @@ class Multilabel(OwnDataTask):
                 yield _BULLET.sub("", piece, count=1).strip()
 
     def _says_something(self, text: str) -> bool:
-        return bool(tidy(text)) or self._label_set.spelled(text) is not None
+        says = bool(tidy(text)) and not _FENCE.fullmatch(text)
+        return says or self._label_set.spelled(text) is not None
+
+    def _items(self, text: str, separator: str) -> list[str]:
+        if self._means_none([text]):
+            return []
+        return [part.strip() for part in text.split(separator) if part.strip()]
+
+    def _means_none(self, items: Sequence[Any]) -> bool:
+        """Whether a list is empty, or has only a phrase that stands for no label."""
+        if len(items) != 1:
+            return not items
+        phrase = str(items[0])
+        return tidy(phrase).casefold() in _NONE_WORDS and self._label_set.lookup(phrase) is None
 
     def label_end(self, text: str) -> int:
         return self._answer_span(text)[1]
@@ -181,7 +197,7 @@ class Multilabel(OwnDataTask):
         while lines and not self._says_something(lines[0]):
             begin += len(lines.pop(0)) + 1
         answer = lines[:1]
-        is_open = text.lstrip().startswith("[") and "]" not in "".join(answer)
+        is_open = "".join(answer).lstrip().startswith("[") and "]" not in "".join(answer)
         for line in lines[1:]:
             goes_on = is_open or answer[-1].rstrip().endswith((",", ";")) or _BULLET.match(line)
             if not line.strip() or not goes_on:
@@ -219,12 +235,6 @@ class Multilabel(OwnDataTask):
                 if label is not None and len(readings[first]) < 2:
                     readings[first] |= {rest | {label} for rest in readings[last + 1]}
         return readings[0]
-
-
-def _items(text: str, separator: str) -> list[str]:
-    if text.strip().casefold() in _NONE_WORDS:
-        return []
-    return [part.strip() for part in text.split(separator) if part.strip()]
 
 
 def _json_list(text: str) -> list[Any] | None:

@@ -9,6 +9,7 @@ from decimal import Decimal
 
 # Marks as ASCII ones; a space that does not break a line separates thousands.
 _MARKS = str.maketrans("−–‒－＋．，’٫٬\u00a0\u202f", "---" + "-+.,'.,''")
+_WITHOUT_MARKS = str.maketrans("", "", ",.'")
 _NUMBER = re.compile(
     r"""
     (?<![\w.,])  # not inside a word or another number
@@ -71,8 +72,8 @@ def _number(text: str) -> Decimal | None:
         is_decimal = last in ",." and marks.count(last) == 1
         if is_decimal and last == "," and len(decimals) == 3 and len(marks) == 1:
             is_decimal = mantissa.startswith(("0,", "-0,", "+0,"))
-        for mark in set(marks):
-            mantissa = mantissa.replace(mark, "." if mark == last and is_decimal else "")
+        integer, _, decimals = mantissa.rpartition(last) if is_decimal else (mantissa, "", "")
+        mantissa = f"{integer.translate(_WITHOUT_MARKS)}.{decimals or 0}"
     number = Decimal(mantissa).scaleb(int(exponent or 0)).normalize()
     is_usual = abs(number.adjusted()) < _MAX_DIGITS and len(plain_number(number)) <= _MAX_DIGITS
     return number if is_usual else None

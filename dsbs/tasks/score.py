@@ -24,6 +24,8 @@ from dsbs.tasks.own_data import OwnDataTask
 # "4/5", "4 out of 5", "4 of 5": the scale's highest number after a point.
 _OF_HIGHEST = re.compile(r"\s*(?:/|\b(?:out\s+)?of\b)\s*", re.IGNORECASE)
 
+_ROUNDING = 1e-5  # of a step: what 32-bit numbers in a data file may be off
+
 
 class Score(OwnDataTask):
     goal = "Rate the text."
@@ -81,7 +83,10 @@ class Score(OwnDataTask):
         return "<the score, as a number>"
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
-        label = self.read_label(str(value), fields)
+        # all lines of a cell count, unlike those of a reply
+        label = self.read_label(" ".join(str(value).splitlines()), fields)
+        if isinstance(label, Unreadable):
+            label = self._computed_point(value) or label
         if isinstance(label, str):
             return label
         low, *_, high = self._points.values()
@@ -90,6 +95,16 @@ class Score(OwnDataTask):
             f"of {self.section.step:g}",
             hint="fix the row, or change task.range or task.step",
         )
+
+    def _computed_point(self, value: Any) -> str | None:
+        """The point that a binary fraction stands for, such as 0.30000000000000004 for 0.3."""
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        point = min(self._points, key=lambda point: abs(float(point) - number))
+        is_same = abs(float(point) - number) <= _ROUNDING * self.section.step
+        return self._points[point] if is_same else None
 
     def read_label(self, text: str, fields: Fields) -> str | Unreadable:
         """The point that the first line states. A number between two points is none of them."""

@@ -73,6 +73,8 @@ def _failures(tags: Task, text: str) -> list[Unreadable]:
         ('["a, b", "billing"]', ["a, b", "billing"]),
         ("None.", []),
         ("[]", []),
+        ('["none"]', []),
+        ('```json\n["billing",\n"shipping"]\n```', ["billing", "shipping"]),
         ("billing\nThe text mentions shipping, too.", ["billing"]),
     ],
 )
@@ -108,6 +110,18 @@ def test_a_list_with_two_readings_is_none_of_them() -> None:
     assert tags.read_label("salt and pepper", {}) == "salt and pepper", "spelled so"
     read = tags.read_label("pepper, salt and pepper", {})
     assert isinstance(read, Unreadable) and read.reason == "several-answers"
+
+
+def test_a_label_that_reads_like_none_is_a_label() -> None:
+    tags = task(name="multilabel", labels=["no labels", "other"])
+    assert tags.gold(tags.gold_cell("no labels", "label", "x"), {}, "x") == "no labels"
+    assert tags.read_label("No labels.", {}) == "no labels"
+    assert tags.read_label("none of them", {}) == "none"
+
+
+def test_a_label_that_begins_with_a_bracket_is_no_json() -> None:
+    tags = task(name="multilabel", labels=["[x]", "y"], columns={"separator": "|"})
+    assert tags.gold(tags.gold_cell("[x]|y", "label", "x"), {}, "x") == "[x]; y"
 
 
 def test_cells_of_labels() -> None:
@@ -157,6 +171,17 @@ def test_a_number_beside_the_scale_is_no_point(number: Any) -> None:
         assert read == str(int(number))
     else:
         assert isinstance(read, Unreadable) and read.reason == "label-outside-set"
+
+
+@pytest.mark.parametrize("value", [0.1 + 0.2, "0.30000000000000004", 0.30000001192092896])
+def test_a_computed_gold_score_is_the_point_that_it_stands_for(value: Any) -> None:
+    assert task(name="score", range=[0, 1], step=0.1).gold(value, {}, "x") == "0.3"
+
+
+@pytest.mark.parametrize("value", [0.3001, "0.3\n0.5", "nan", "inf"])
+def test_a_gold_score_beside_a_point_is_none(value: Any) -> None:
+    with pytest.raises(UserError, match="is not a number from 0 to 1"):
+        task(name="score", range=[0, 1], step=0.1).gold(value, {}, "x")
 
 
 @pytest.mark.parametrize(
@@ -250,6 +275,8 @@ CANONICAL = "sender: Ann Lee\nkind: invoice\ntotal amount: 1250\ndue: 2025-03-03
         "kind: invoice; sender: Ann Lee; total_amount: 1250; due: 2025/03/03; items: pen | ink",
         '{"sender": "Ann Lee", "kind": "invoice", "total_amount": 1250, "due": "2025-03-03", '
         '"items": ["pen", "ink"]}',
+        "\n".join(f"**{line}**" for line in REPLY.split("\n")),
+        REPLY.replace("pen | ink", '["pen", "ink"]'),
     ],
 )
 def test_replies_with_fields(text: str) -> None:
@@ -270,7 +297,9 @@ def test_replies_with_fields(text: str) -> None:
         ("kind: receipt", "label-outside-set"),
         ("total amount: 3 or 4", "several-answers"),
         ("total amount: some", "unparsed"),
+        ("total amount: 1.5 million", "unparsed"),
         ("due: March 2025", "unparsed"),
+        ("due: 2-3 March 2025", "unparsed"),
         ("due: soon", "unparsed"),
         ("due: 31 February 2025", "unparsed"),
         ("", "unparsed"),
@@ -281,6 +310,45 @@ def test_a_bad_value_is_no_other_value(line: str, reason: str) -> None:
     lines = [other for other in CANONICAL.split("\n") if not other.startswith(name or "items")]
     read = INVOICE.read_label("\n".join([*lines, line]), {})
     assert isinstance(read, Unreadable) and read.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1.234.567,8", 1234567.8),
+        ("1,234,567.8", 1234567.8),
+        ("1'234.5", 1234.5),
+        ("1,234", 1234),
+        ("1.234", 1.234),
+        ("0,234", 0.234),
+        ("1.234.567", 1234567),
+        ("-$5", -5),
+        ("$-5", -5),
+    ],
+)
+def test_marks_in_numbers(text: str, number: float) -> None:
+    written = INVOICE.gold({"total amount": text}, {}, "x")
+    assert INVOICE.value(written)["total amount"] == number
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('"Acme Inc."', "Acme Inc."),
+        ('"Acme Inc.".', "Acme Inc."),
+        ("**“Ann”**", "Ann"),
+        ('"A" and "B"', '"A" and "B"'),
+        ("'90s and '00s'", "'90s and '00s'"),
+        ("__init__", "__init__"),
+    ],
+)
+def test_only_quotes_around_all_of_a_text_are_removed(text: str, value: str) -> None:
+    assert INVOICE.value(INVOICE.gold({"sender": text}, {}, "x"))["sender"] == value
+
+
+def test_a_json_reply_with_two_values_of_a_field_has_none() -> None:
+    read = INVOICE.read_label('{"total amount": 5, "Total_Amount": 6}', {})
+    assert isinstance(read, Unreadable) and read.reason == "several-answers"
 
 
 def test_values_that_must_occur_in_the_input() -> None:
@@ -319,6 +387,7 @@ def test_columns_are_fields_and_the_rest_is_the_text() -> None:
         ({"sender": "see Due: Monday"}, "contains the name of a field"),
         ({"total amount": "many"}, "not a number"),
         ({"due": "03/2025"}, "lacks the year"),
+        ({"sender": "Ann", "Sender": "Bob"}, "has the field 'sender' twice"),
         ({"colour": "red"}, "a field 'colour' that task.fields does not have"),
     ],
 )
