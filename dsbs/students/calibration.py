@@ -339,7 +339,7 @@ def best_threshold(
         f1 = np.round(2 * hits / (rows + positives), 12)
         best = np.lexsort([np.abs(thresholds - 0.5), -f1])[0]
         return float(thresholds[best])
-    is_precise = hits >= precision * rows
+    is_precise = hits >= precision * rows - 1e-9  # 0.07 * 100 is more than 7
     if not is_precise.any():
         return None
     best = np.lexsort([rows, -np.where(is_precise, hits, -1)])[0]

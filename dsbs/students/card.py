@@ -31,6 +31,8 @@ Runtime = Architecture | Literal["labels"]  # of a student that writes, or of an
 Template = Literal["plain", "chat"]  # text and line break, or the tokenizer's chat template
 Format = Literal["transformers", "ct2", "onnx", "torch", "gguf"]
 Target = Literal["label", "rationale", "rationale-then-label", "label-then-rationale"]
+# What begins the second part of a text that has label and rationale.
+SECOND_PART = {"rationale-then-label": "Answer:", "label-then-rationale": "Because:"}
 # The decoder's first token: T5's padding token, or its end token, which every vocabulary has and no
 # other input starts with.
 Start = Literal["pad", "eos"]
@@ -294,6 +296,7 @@ def check_student(recipe: StudentRecipe, task: Task) -> None:
             "task.max_input: windows are read by a label head that learns no loss terms",
             hint="use strategy: head+tail, or student.head: labels without train.terms",
         )
+    _check_field_names(recipe, task)
     if head == "labels":
         _check_label_head(recipe, task)
     elif architecture == "encoder":
@@ -309,6 +312,20 @@ def check_student(recipe: StudentRecipe, task: Task) -> None:
             f"{source or 'this student'} is not one",
             hint="remove student.template",
         )
+
+
+def _check_field_names(recipe: StudentRecipe, task: Task) -> None:
+    if not task.part_names:
+        return
+    without_values = task.label_of_parts({})
+    for name in recipe.train.methods:
+        marker = SECOND_PART.get(base_of(name))
+        if marker is not None and marker in without_values:
+            raise UserError(
+                f"train.methods: {name} writes {marker!r} between label and rationale, and a field "
+                "of task.fields has that name",
+                hint="rename the field (task.columns maps names to columns), or remove the method",
+            )
 
 
 def _check_label_head(recipe: StudentRecipe, task: Task) -> None:

@@ -191,7 +191,9 @@ class Multilabel(OwnDataTask):
         return self._answer_span(text)[1]
 
     def _answer_span(self, text: str) -> tuple[int, int]:
-        """Where the answer's first line and the lines of a list that begins there are."""
+        """Where the answer's first line is, with the lines below it that go on with its list: each
+        a bullet or a label.
+        """
         lines = text.split("\n")
         begin = 0
         while lines and not self._says_something(lines[0]):
@@ -200,7 +202,7 @@ class Multilabel(OwnDataTask):
         is_open = "".join(answer).lstrip().startswith("[") and "]" not in "".join(answer)
         for line in lines[1:]:
             goes_on = is_open or answer[-1].rstrip().endswith((",", ";")) or _BULLET.match(line)
-            if not line.strip() or not goes_on:
+            if not line.strip() or not (goes_on or self._label_set.lookup(line)):
                 break
             answer.append(line)
             is_open = is_open and "]" not in line

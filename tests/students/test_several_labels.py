@@ -52,14 +52,20 @@ def test_a_precision_is_reached_with_the_most_right_rows_or_never(
     hits = {
         limit: int((is_given & (shares >= limit)).sum())
         for limit in shares
-        if (is_given & (shares >= limit)).sum() >= precision * (shares >= limit).sum()
+        if (is_given & (shares >= limit)).sum() >= precision * (shares >= limit).sum() - 1e-9
     }
     if threshold is None:
         assert max(hits.values(), default=0) == 0
         return
     is_chosen = shares >= threshold
-    assert (is_given & is_chosen).sum() >= precision * is_chosen.sum()
+    assert (is_given & is_chosen).sum() >= precision * is_chosen.sum() - 1e-9
     assert (is_given & is_chosen).sum() == max(hits.values())
+
+
+def test_a_precision_that_is_reached_exactly_counts() -> None:
+    is_given = np.arange(100) < 7
+    shares = np.full(100, 0.6)
+    assert best_threshold(shares, is_given, 0.07) is not None
 
 
 def test_each_probability_is_tempered_on_its_own() -> None:

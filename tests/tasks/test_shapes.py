@@ -74,6 +74,7 @@ def _failures(tags: Task, text: str) -> list[Unreadable]:
         ("None.", []),
         ("[]", []),
         ('["none"]', []),
+        ("billing\nShipping\n\nThe text mentions food and drink, too.", ["billing", "shipping"]),
         ('```json\n["billing",\n"shipping"]\n```', ["billing", "shipping"]),
         ("billing\nThe text mentions shipping, too.", ["billing"]),
     ],

@@ -318,3 +318,16 @@ def test_what_a_head_cannot_learn_is_refused(
         train(recipe(kind, *changes), out=tmp_path / "run")
     if kind == "extraction":
         assert "student.head: text" in refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    ("field", "method"),
+    [("Answer", "rationale-then-label"), ("Because", "label-then-rationale")],
+)
+def test_a_field_named_as_the_mark_between_label_and_rationale_is_refused(
+    tmp_path: Path, field: str, method: str
+) -> None:
+    path = recipe_file(tmp_path, "extraction", student={"init": "scratch"})
+    fields = f"task.fields={{{field}: {{type: number}}}}"
+    with pytest.raises(UserError, match="a field of task.fields has that name"):
+        train(load_recipe(path, [fields, f"train.methods=[{method}]"]), out=tmp_path / "run")
