@@ -59,7 +59,7 @@ class EvalSection(Section):
     """Also score every label of a closed set with students that write their label, so that they
     have a distribution over the labels. An unreadable label becomes the most likely one."""
     label_precision: float | None = Field(None, gt=0, le=1)
-    """multilabel with a label head: the precision on valid from which on each label is given. None:
+    """multilabel with a label head: the precision that each label must reach on valid. None:
     the probability with the highest F1 on valid. A student is not trained again for it."""
     cascade: CascadeSection | None = None
     """A student in front of its teacher. None: no threshold is chosen; {}: with its defaults."""

@@ -29,7 +29,7 @@ _REQUIRED = {
     "score": ("range", "range: [1, 5]"),
     "extraction": ("fields", "fields: {sender: {type: text}, amount: {type: number}}"),
 }
-_MAX_POINTS = 201  # of a scale: more are no classes
+_MAX_POINTS = 201  # of a scale: its points are classes
 _FIELD_NAME = re.compile(r"[^\W\d][\w -]{0,59}")
 
 
@@ -99,9 +99,9 @@ class FieldSection(Section):
     required: bool = False
     """Whether each row has a value. Other fields may be absent (null)."""
     verbatim: bool = False
-    """text and list: whether the value must occur in the input, in any case and white space."""
+    """text and list: whether the value must occur in the input, ignoring case and white space."""
     day_first: bool = False
-    """date: whether 03/04/2025 is the third of April. False: March 4th."""
+    """date: whether 03/04/2025 is the third of April. False: the fourth of March."""
 
     _read_labels = field_validator("labels", mode="before")(_labels_as_text)
     _check_labels = field_validator("labels")(_distinct_labels)
@@ -128,13 +128,13 @@ class FieldSection(Section):
 
 
 class MaxInputSection(Section):
-    """Texts longer than the student reads (``student.max_input_tokens``)."""
+    """How to cut texts that are longer than the student reads (``student.max_input_tokens``)."""
 
     strategy: LongInput = "head"
     """The part that is read. head: the beginning; tail: the end; head+tail: half of each; windows:
-    up to ``windows`` parts one after another, which a label head reads apart and pools."""
+    up to ``windows`` consecutive parts, which a label head reads one by one and averages."""
     windows: int = Field(8, ge=2)
-    """windows: the most parts of a text. What follows them is not read."""
+    """windows: the maximum number of parts. The rest of the text is not read."""
 
 
 class TaskSection(Section):
@@ -168,7 +168,7 @@ class TaskSection(Section):
     numeric: bool = False
     """generation: compare answers as numbers (tolerance 1e-4) if both are numbers."""
     max_input: MaxInputSection = MaxInputSection()
-    """Texts longer than the student reads."""
+    """How to cut texts that are longer than the student reads."""
 
     @field_validator("name")
     @classmethod
@@ -241,6 +241,6 @@ class TaskSection(Section):
         if steps >= _MAX_POINTS:
             raise ValueError(
                 f"task.range [{low:g}, {high:g}] in steps of {self.step:g} has {int(steps) + 1} "
-                f"points: {_MAX_POINTS} are supported; use a larger step, or generation with "
-                "numeric: true"
+                f"points: at most {_MAX_POINTS} are supported; use a larger step, or generation "
+                "with numeric: true"
             )

@@ -155,7 +155,7 @@ def _label_count_warnings(task: Task, split: str, figures: dict[str, Any]) -> li
     missing = [label for label in task.head_labels if label not in figures["labels"]]
     if task.has_order and len(missing) > _MAX_POINTS:
         points = f"{len(missing)} of the scale's {len(task.head_labels)} points"
-        warnings.append(f"{split}: {points} have no row; a larger task.step may do")
+        warnings.append(f"{split}: {points} have no row; consider a larger task.step")
     elif missing:
         warnings.append(f"{split}: no row is labeled {', '.join(missing)}")
     if task.has_several_labels and figures["with_gold"] > 1:
@@ -166,7 +166,7 @@ def _label_count_warnings(task: Task, split: str, figures: dict[str, Any]) -> li
         ]
         if always:
             warnings.append(
-                f"{split}: every row is labeled {', '.join(always)}, so it tells nothing"
+                f"{split}: every row is labeled {', '.join(always)}: there is nothing to learn"
             )
     return warnings
 

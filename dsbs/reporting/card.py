@@ -174,8 +174,7 @@ def loading_text(card: StudentCard, item: str | dict[str, Any] = "<text>") -> st
     if task.has_several_labels:
         text += (
             " A sigmoid of each output is the probability of its label; `calibration.json` has the "
-            "temperature that divides the outputs, and the probability from which on each label is "
-            "given."
+            "temperature that divides the outputs, and the threshold of each label's probability."
         )
     if card.kind == "encoder" and card.explains:
         text += " `rationale_decoder/` writes rationales; labels do not need it."

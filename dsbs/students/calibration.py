@@ -51,7 +51,7 @@ class CalibrationQuality(ResultRecord):
 
 
 class LabelThresholds(ResultRecord):
-    """The probability from which on each label is given, chosen on these rows."""
+    """The smallest probability with which each label is given, chosen on these rows."""
 
     precision: float | None
     """The precision that each label has at least. None: the highest F1."""
@@ -317,7 +317,7 @@ def yes_and_no(shares: Floats) -> Floats:
 def best_threshold(
     probabilities: Floats, is_given: NDArray[np.bool_], precision: float | None
 ) -> float | None:
-    """The probability from which on a label is given, midway between two rows'; both (rows,).
+    """The smallest probability with which a label is given, midway between two rows'; both (rows,).
 
     With ``precision``, that of the most right rows among those with at least this precision; None
     where there are none. Without, that of the highest F1 (Lipton et al., 2014, arXiv:1402.1892),

@@ -293,8 +293,8 @@ def check_student(recipe: StudentRecipe, task: Task) -> None:
     reads_windows = task.section.max_input.strategy == "windows"
     if reads_windows and (head == "text" or recipe.train.terms):
         raise UserError(
-            "task.max_input: windows are read by a label head that learns no loss terms",
-            hint="use strategy: head+tail, or student.head: labels without train.terms",
+            "task.max_input.strategy: windows needs a label head, and supports no train.terms",
+            hint="use head+tail, or student.head: labels without train.terms",
         )
     _check_field_names(recipe, task)
     if head == "labels":
@@ -322,8 +322,8 @@ def _check_field_names(recipe: StudentRecipe, task: Task) -> None:
         marker = SECOND_PART.get(base_of(name))
         if marker is not None and marker in without_values:
             raise UserError(
-                f"train.methods: {name} writes {marker!r} between label and rationale, and a field "
-                "of task.fields has that name",
+                f"train.methods: {name} separates label and rationale by {marker!r}, and a field "
+                "has that name",
                 hint="rename the field (task.columns maps names to columns), or remove the method",
             )
 

@@ -60,7 +60,7 @@ class Answer:
     """Wall time of the label's batch divided by its rows."""
     distribution: dict[str, float] | None = None
     """The calibrated probability of each label, in [0, 1]; None: the label was written as text, and
-    no label was scored. Where a row has several labels, each has its own, and they have no sum."""
+    no label was scored. Where a row has several labels, each has its own, and the sum is not 1."""
     distance: float | None = None
     """Of the input from the validation rows (`Novelty`), where a server asks for it."""
     value: Any = None
@@ -122,7 +122,7 @@ class Student:
 
     @property
     def label_thresholds(self) -> dict[str, float | None] | None:
-        """The probability from which on each of several labels is given. None: 0.5."""
+        """The smallest probability with which each of several labels is given. None: 0.5."""
         thresholds = None if self.calibration is None else self.calibration.label_thresholds
         return None if thresholds is None else thresholds.values
 

@@ -180,8 +180,8 @@ class Extraction(OwnDataTask):
         for name, kind in self.field_types.items():
             if kind.section.required and values.get(name) is None:
                 raise UserError(
-                    f"{where}: {name} has no value, and task.fields says that it is required",
-                    hint="fill it in, remove the row, or leave required out",
+                    f"{where}: {name} has no value, and task.fields requires one",
+                    hint="fill it in, remove the row, or remove required: true",
                 )
         return self.label_of_parts(values)
 
@@ -191,7 +191,7 @@ class Extraction(OwnDataTask):
         if isinstance(text, Unreadable) or not text:
             return text or None
         if self._beginning.search(text):
-            return Unreadable("unparsed", "which contains the name of a field with a colon")
+            return Unreadable("unparsed", "which has a field's name and a colon in it")
         # a mark at the end separates fields where line breaks became spaces
         value_text = _value_text(text, is_last=False)
         if not value_text or self.field_types[name].canonical(value_text) != value_text:

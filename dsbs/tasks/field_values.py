@@ -93,10 +93,10 @@ class ListField(FieldType):
         texts = []
         for item in items:
             if isinstance(item, list | dict | bool) or item is None or ITEM_MARK in str(item):
-                return Unreadable("unparsed", f"of which an item is not text without {ITEM_MARK}")
+                return Unreadable("unparsed", f"with an item that is not text or has a {ITEM_MARK}")
             text = _tidy(str(item))
             if text.casefold() == ABSENT:
-                return Unreadable("unparsed", f"of which an item is {ABSENT}")
+                return Unreadable("unparsed", f"with an item {ABSENT}")
             if text:
                 texts.append(text)
         return f" {ITEM_MARK} ".join(dict.fromkeys(texts))

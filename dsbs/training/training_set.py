@@ -162,7 +162,7 @@ def check_label_precision(recipe: StudentRecipe, task: Task) -> None:
     """Raises UserError where ``eval.label_precision`` is set and a row has one label."""
     if recipe.eval.label_precision is not None and not task.has_several_labels:
         raise UserError(
-            "eval.label_precision is for label heads of rows with several labels (multilabel), and "
+            "eval.label_precision is for label heads that give a row several labels (multilabel); "
             f"a row of {task.name} has one",
             hint="remove eval.label_precision",
         )

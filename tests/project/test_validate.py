@@ -121,7 +121,7 @@ def test_several_labels_are_counted_one_by_one(tmp_path: Path) -> None:
     figures = result.splits["train"]
     assert figures["labels"] == {"b": 4, "a": 2} and figures["labels_per_row"] == 1.5
     assert "train: no row is labeled c" in result.warnings
-    assert "train: every row is labeled b, so it tells nothing" in result.warnings
+    assert "train: every row is labeled b: there is nothing to learn" in result.warnings
     none = shape(tmp_path, {"name": "multilabel", "labels": ["a", "b"]}, [["a"], [], []])
     assert none.splits["train"]["labels"] == {"none": 2, "a": 1}
 

@@ -154,8 +154,11 @@ def test_the_loss_of_windows_is_that_of_their_tokens_mean_state() -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["student={init: scratch}"], "windows are read by a label head"),
-        (["train.terms=[{kind: labels}]", "train.methods=finetune+labels"], "loss terms"),
+        (["student={init: scratch}"], "windows needs a label head"),
+        (
+            ["train.terms=[{kind: labels}]", "train.methods=finetune+labels"],
+            "supports no train.terms",
+        ),
         (["student.max_input_tokens=2"], "leaves no tokens for the text"),
         (["task.max_input.windows=1"], "greater than or equal to 2"),
     ],

@@ -385,7 +385,7 @@ def test_columns_are_fields_and_the_rest_is_the_text() -> None:
     ("values", "problem"),
     [
         ({"sender": "null"}, "means that there is no value"),
-        ({"sender": "see Due: Monday"}, "contains the name of a field"),
+        ({"sender": "see Due: Monday"}, "has a field's name and a colon in it"),
         ({"total amount": "many"}, "not a number"),
         ({"due": "03/2025"}, "lacks the year"),
         ({"sender": "Ann", "Sender": "Bob"}, "has the field 'sender' twice"),

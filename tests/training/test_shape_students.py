@@ -329,5 +329,5 @@ def test_a_field_named_as_the_mark_between_label_and_rationale_is_refused(
 ) -> None:
     path = recipe_file(tmp_path, "extraction", student={"init": "scratch"})
     fields = f"task.fields={{{field}: {{type: number}}}}"
-    with pytest.raises(UserError, match="a field of task.fields has that name"):
+    with pytest.raises(UserError, match="and a field has that name"):
         train(load_recipe(path, [fields, f"train.methods=[{method}]"]), out=tmp_path / "run")
