@@ -30,6 +30,8 @@ _REQUIRED = {
     "extraction": ("fields", "fields: {sender: {type: text}, amount: {type: number}}"),
 }
 _MAX_POINTS = 201  # of a scale: its points are classes
+RESERVED_COLUMNS = ("id", "label", "rationale", "teacher", "teachers", "meta", "input")
+"""Columns that are never a row's input."""
 _FIELD_NAME = re.compile(r"[^\W\d][\w -]{0,59}")
 
 
@@ -193,6 +195,10 @@ class TaskSection(Section):
                 raise ValueError(
                     f"the field name {name!r}: use letters, digits, _, - and single spaces, "
                     "with a letter first"
+                )
+            if name.casefold() in (*RESERVED_COLUMNS, "text"):
+                raise ValueError(
+                    f"the field name {name!r} is that of a column with another meaning: rename it"
                 )
             other = names.setdefault(re.sub(r"[\s_-]+", " ", label_key(name)), name)
             if other != name:

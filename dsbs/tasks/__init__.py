@@ -26,8 +26,6 @@ Fields = Mapping[str, Any]
 # Between the inputs of a row's choices, in the text that a label head reads. No such input has it.
 CHOICE_SEPARATOR = "\x1e"
 
-# Columns that are never a row's input.
-RESERVED = ("id", "label", "rationale", "teacher", "teachers", "meta", "input")
 # How pandas spells a missing cell where it was turned into text.
 MISSING_WORDS = frozenset({"nan", "NaN", "NaT", "<NA>"})
 _SCALARS = (

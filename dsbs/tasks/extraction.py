@@ -146,10 +146,12 @@ class Extraction(OwnDataTask):
         return value
 
     def gold_columns(self, row: Fields, where: str) -> dict[str, Any] | None:
+        columns = self.section.columns
+        read = {columns.get(name, name) for name in self._template_fields or ()}
         values: dict[str, Any] = {}
         for name in self.field_types:
-            column = column_of(row, (self.section.columns.get(name, name),))
-            if column is not None:
+            column = column_of(row, (columns.get(name, name),))
+            if column is not None and column not in read:  # what the student reads is no gold value
                 values[name] = row[column]
         if all(_is_missing(value) for value in values.values()):
             return None

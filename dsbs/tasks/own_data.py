@@ -8,10 +8,10 @@ import re
 from typing import Any
 
 from dsbs.config import TaskSection
+from dsbs.config.task import RESERVED_COLUMNS
 from dsbs.errors import UserError
 from dsbs.tasks import (
     MISSING_WORDS,
-    RESERVED,
     Fields,
     Task,
     cell_text,
@@ -76,7 +76,7 @@ class OwnDataTask(Task):
 
     def _unassigned_columns(self, row: Fields) -> list[str]:
         """The columns that are not reserved, and not mapped to anything but the text."""
-        assigned = {name.casefold() for name in RESERVED}
+        assigned = {name.casefold() for name in RESERVED_COLUMNS}
         for field, column in self.section.columns.items():
             if field != "text":
                 assigned.add(column.casefold())

@@ -148,6 +148,8 @@ def with_fields(**fields: Any) -> dict[str, Any]:
         (with_fields(city={"type": "text", "reqired": True}), "did you mean"),
         (with_fields(**{"a:b": {"type": "text"}}), "the field name 'a:b'"),
         (with_fields(**{"1st": {"type": "text"}}), "the field name '1st'"),
+        (with_fields(text={"type": "text"}), "a column with another meaning"),
+        (with_fields(Label={"type": "text"}), "a column with another meaning"),
         (with_fields(Sender={"type": "text"}), "cannot be told apart"),
         ({"label": '{"kind": "invoice", "kind": "refund"}'}, "not an object with a value"),
         ({"label": "hello"}, "not an object with a value for each field"),

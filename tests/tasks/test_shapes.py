@@ -381,6 +381,13 @@ def test_columns_are_fields_and_the_rest_is_the_text() -> None:
     assert names.gold_columns({"mail": "Hi", "from": ""}, "x") is None
 
 
+def test_what_the_student_reads_is_no_gold_value() -> None:
+    mails = task(name="extraction", fields=FIELDS, input="{{ sender }}: {{ body }}")
+    row = {"sender": "Ann <ann@example.org>", "body": "Hi", "total amount": 3}
+    assert mails.gold_columns(row, "x") == {"total amount": 3}
+    assert mails.gold_columns(row | {"total amount": None}, "x") is None
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
