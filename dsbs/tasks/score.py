@@ -24,6 +24,7 @@ from dsbs.tasks.own_data import OwnDataTask
 # "4/5", "4 out of 5", "4 of 5": the scale's highest number after a point.
 _OF_HIGHEST = re.compile(r"\s*(?:/|\b(?:out\s+)?of\b)\s*", re.IGNORECASE)
 
+_COMPUTED = re.compile(r"[+-]?\d*\.\d{5,}(?:e[+-]?\d{1,3})?")
 _ROUNDING = 1e-5  # of a step: what 32-bit numbers in a data file may be off
 
 
@@ -98,10 +99,9 @@ class Score(OwnDataTask):
 
     def _computed_point(self, value: Any) -> str | None:
         """The point that a binary fraction stands for, such as 0.30000000000000004 for 0.3."""
-        try:
-            number = float(value)
-        except ValueError:
+        if not _COMPUTED.fullmatch(str(value)):
             return None
+        number = float(value)
         point = min(self._points, key=lambda point: abs(float(point) - number))
         is_same = abs(float(point) - number) <= _ROUNDING * self.section.step
         return self._points[point] if is_same else None

@@ -176,10 +176,12 @@ def test_a_number_beside_the_scale_is_no_point(number: Any) -> None:
 
 @pytest.mark.parametrize("value", [0.1 + 0.2, "0.30000000000000004", 0.30000001192092896])
 def test_a_computed_gold_score_is_the_point_that_it_stands_for(value: Any) -> None:
-    assert task(name="score", range=[0, 1], step=0.1).gold(value, {}, "x") == "0.3"
+    scale = task(name="score", range=[0, 1], step=0.1)
+    assert scale.gold(value, {}, "x") == "0.3"
+    assert scale.gold(0.3 - 0.1 - 0.1 - 0.1, {}, "x") == "0"
 
 
-@pytest.mark.parametrize("value", [0.3001, "0.3\n0.5", "nan", "inf"])
+@pytest.mark.parametrize("value", [0.3001, "0.3\n0.5", "nan", "inf", "0_1", 10**400])
 def test_a_gold_score_beside_a_point_is_none(value: Any) -> None:
     with pytest.raises(UserError, match="is not a number from 0 to 1"):
         task(name="score", range=[0, 1], step=0.1).gold(value, {}, "x")
