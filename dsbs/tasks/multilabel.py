@@ -182,9 +182,9 @@ class Multilabel(OwnDataTask):
 
     def _means_none(self, items: Sequence[Any]) -> bool:
         """Whether a list is empty, or has only a phrase that stands for no label."""
-        if len(items) != 1:
+        if len(items) != 1 or not isinstance(items[0], str):
             return not items
-        phrase = str(items[0])
+        phrase = items[0]
         return tidy(phrase).casefold() in _NONE_WORDS and self._label_set.lookup(phrase) is None
 
     def label_end(self, text: str) -> int:

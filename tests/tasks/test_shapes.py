@@ -132,6 +132,8 @@ def test_cells_of_labels() -> None:
     assert tags.gold(tags.gold_cell("none", "label", "x"), {}, "x") == "none"
     assert tags.gold([], {}, "x") == "none"
     assert tags.gold_cell("", "label", "x") is None
+    with pytest.raises(UserError, match="'None' is not one of the task's labels"):
+        tags.gold([None], {}, "x")
     with pytest.raises(UserError, match=r"rows.csv:3: 'd' is not one of the task's labels"):
         tags.gold(["a", "d"], {}, "rows.csv:3")
 
@@ -181,7 +183,7 @@ def test_a_computed_gold_score_is_the_point_that_it_stands_for(value: Any) -> No
     assert scale.gold(0.3 - 0.1 - 0.1 - 0.1, {}, "x") == "0"
 
 
-@pytest.mark.parametrize("value", [0.3001, "0.3\n0.5", "nan", "inf", "0_1", 10**400])
+@pytest.mark.parametrize("value", [0.3001, "0.3\n0.5", "nan", "inf", "0_1", 10**400, True])
 def test_a_gold_score_beside_a_point_is_none(value: Any) -> None:
     with pytest.raises(UserError, match="is not a number from 0 to 1"):
         task(name="score", range=[0, 1], step=0.1).gold(value, {}, "x")
