@@ -13,7 +13,8 @@ from dsbs.errors import UserError
 from dsbs.students.formats import InputFormat
 from dsbs.students.tokenizer import without_limit
 
-# Between the windows of a text that a label head reads apart. Other readers cut it with the rest.
+# Between the windows of a text, each of which a label head reads as an input of its own. Views that
+# write rationales read the text as one input, which ends in the first window.
 WINDOW_SEPARATOR = "\x1d"
 _GAP = " … "  # between a text's head and tail
 _FEWEST = 12  # tokens of which a head and a tail can consist; fewer are the tail's

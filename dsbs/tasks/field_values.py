@@ -225,10 +225,10 @@ def _tidy(text: str) -> str:
         first, last = text[0], _PAIRS.get(text[0])
         if last is None:
             break
-        whole = text.rstrip(_AFTER_QUOTE)  # '"Ann".'
-        layers = len(whole) - len(whole.lstrip(first))
-        inner = whole[layers:-layers].strip()
-        if not inner or whole[-layers:] != last * layers or first in inner or last in inner:
+        quoted = text.rstrip(_AFTER_QUOTE)  # '"Ann".'
+        layers = len(quoted) - len(quoted.lstrip(first))
+        inner = quoted[layers:-layers].strip()
+        if not inner or quoted[-layers:] != last * layers or first in inner or last in inner:
             break
         text = inner
     return text
