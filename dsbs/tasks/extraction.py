@@ -24,6 +24,7 @@ from dsbs.tasks.marks import fold, tidy
 from dsbs.tasks.own_data import OwnDataTask
 
 _ITEM = re.compile(r"\s*(?:[-–—•*]|\d+[.)])\s+(?=\S)")  # below a list's name
+_SEPARATING_MARKS = re.compile(r"(?:\s[-*•>]|\s?[;,])*$")  # at a value's end
 _EMPTY_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
@@ -339,10 +340,8 @@ def _value_text(text: str, *, is_last: bool) -> str:
     if text.strip() and not text.partition("\n")[0].strip():
         items = (_ITEM.sub("", line, count=1) for line in text.strip("\n").split("\n"))
         return "\n".join(" ".join(item.split()) for item in items if item.strip())
-    text = text.strip()
-    if not is_last:
-        text = re.sub(r"(?:\s[-*•>]|[;,])*$", "", text)
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return text if is_last else _SEPARATING_MARKS.sub("", text)
 
 
 def _distinct_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

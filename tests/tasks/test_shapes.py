@@ -19,6 +19,8 @@ from dsbs.tasks import Task, make_task
 Words = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12
 )
+# Texts of little else than what separates, wraps and ends values.
+Marks = st.text("ab1 \"'*`“”‘’.,;:|->#[]", min_size=1, max_size=8)
 
 
 def task(**keys: Any) -> Task:
@@ -223,13 +225,13 @@ INVOICE = task(name="extraction", fields=FIELDS)
 Values = st.fixed_dictionaries(
     {},
     optional={
-        "sender": Words,
+        "sender": Words | Marks,
         "kind": st.sampled_from(["invoice", "credit note"]),
         "total amount": st.one_of(
             st.integers(-(10**12), 10**12), st.floats(-1e9, 1e9, allow_subnormal=False)
         ),
         "due": st.dates(),
-        "items": st.lists(Words, max_size=4),
+        "items": st.lists(Words | Marks, max_size=4),
     },
 )
 
@@ -349,6 +351,13 @@ def test_marks_in_numbers(text: str, number: float) -> None:
 )
 def test_only_quotes_around_all_of_a_text_are_removed(text: str, value: str) -> None:
     assert INVOICE.value(INVOICE.gold({"sender": text}, {}, "x"))["sender"] == value
+
+
+def test_marks_between_fields_are_no_part_of_a_value() -> None:
+    written = INVOICE.gold({"sender": "Ann, ,;", "items": ["pen", "ink , ,"]}, {}, "x")
+    assert INVOICE.value(written)["sender"] == "Ann"
+    assert INVOICE.read_label(written, {}) == written
+    assert INVOICE.gold(INVOICE.value(written), {}, "x") == written
 
 
 def test_a_json_reply_with_two_values_of_a_field_has_none() -> None:
