@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,8 +27,6 @@ from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 from dsbs.tasks.templates import render
 
-_AMBIGUOUS_IN_LIST = re.compile(r"[,;\n\r]|^\s|[\s.:]$")
-
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
@@ -36,7 +34,6 @@ def _as_list(value: Any) -> Any:
 
 Order = Literal["rationale-first", "label-first"]
 
-_JSON_TEXTS = {"rationale": "<your reasoning>", "label": "<the answer>"}
 _MAX_PATTERN = 1000  # characters
 _PATTERN_GROUPS = {"label", "rationale"}
 _VARIABLE = re.compile(r"\{\{-?\s*(label|letter|rationale)\b")
@@ -57,13 +54,22 @@ def _default_answer(values: Mapping[str, Any]) -> str:
 
 
 class Exemplar(BaseModel):
-    """A worked example shown to the teacher. ``input`` has the task's fields."""
+    """A worked example shown to the teacher. ``input`` has the task's fields; ``label`` is text, a
+    list (multilabel) or an object (extraction).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     input: dict[str, Any]
     rationale: str
-    label: str
+    label: str | list[Any] | dict[str, Any]
+
+    def gold(self, task: Task, fields: Mapping[str, Any], where: str) -> str:
+        """The label in canonical form. Raises UserError where it is none of the task's."""
+        value = task.gold_cell(self.label, "label", where)
+        if value is None:
+            raise UserError(f"{where}: no label", hint="give the exemplar a label")
+        return task.gold(value, fields, where)
 
 
 class Prompt(BaseModel):
@@ -157,7 +163,8 @@ class PromptRenderer:
         blocks: list[str] = []
         instruction = prompt.instruction.strip()
         if prompt.format == "json":
-            instruction = f"{instruction}\n\n{_json_instruction(prompt.order)}".strip()
+            form = _json_instruction(prompt.order, task)
+            instruction = f"{instruction}\n\n{form}".strip()
         if instruction:
             messages.append({"role": "system", "content": instruction})
             blocks.append(instruction)
@@ -176,13 +183,15 @@ class PromptRenderer:
         """An exemplar's question and answer. Raises UserError if its fields do not fit the task."""
         where = f"prompt, exemplar {number}"
         fields = self.task.fields(exemplar.input, where)
-        variables = self.task.template_variables(
-            fields, self.task.gold(exemplar.label, fields, where)
-        )
-        variables["label"] = exemplar.label  # as the author spells it, not in canonical form
+        gold = exemplar.gold(self.task, fields, where)
+        variables = self.task.template_variables(fields, gold)
+        value = self.task.value(gold)
+        if isinstance(value, str) and isinstance(exemplar.label, str):
+            value = exemplar.label  # as the author spells it, not in canonical form
+            variables["label"] = value
         question = render(self.prompt.template, variables, where=f"{where}: template").rstrip()
         if self.prompt.format == "json":
-            texts = {"rationale": exemplar.rationale.strip(), "label": exemplar.label}
+            texts = {"rationale": exemplar.rationale.strip(), "label": value}
             return question, json.dumps(in_order(texts, self.prompt.order), ensure_ascii=False)
         answer = render(
             self.prompt.answer,
@@ -213,10 +222,11 @@ class PromptRenderer:
         )
 
 
-def _json_instruction(order: Order) -> str:
+def _json_instruction(order: Order, task: Task) -> str:
+    texts = {"rationale": "<your reasoning>", "label": task.json_placeholder()}
     return (
         "Write the reply as one JSON object and nothing else, in place of any other form: "
-        + json.dumps(in_order(_JSON_TEXTS, order))
+        + json.dumps(in_order(texts, order), ensure_ascii=False)
     )
 
 
@@ -226,10 +236,10 @@ def load_prompt(recipe: Recipe, task: Task) -> Prompt:
     """
     if recipe.annotate.prompt is not None:
         prompt = read_prompt(recipe.annotate.prompt, recipe.folder, recipe.annotate.order)
-    elif task.name in ("classification", "generation"):
-        prompt = zero_shot(recipe, task)
-    else:
+    elif task.has_prompt_file:
         prompt = read_prompt(f"prompts/{task.name}.yaml", None, recipe.annotate.order)
+    else:
+        prompt = zero_shot(recipe, task)
     return prompt.model_copy(update={"format": recipe.annotate.format})
 
 
@@ -323,18 +333,19 @@ def _check_form(prompt: Prompt, path: str) -> None:
 def zero_shot(recipe: Recipe, task: Task) -> Prompt:
     """A chain-of-thought prompt without exemplars, for tasks without a prompt file."""
     goal, choice = _goal_and_choice(recipe, task)
-    form = "Answer: <answer>" if task.labels is None else "Answer: <label>"
+    form = f"Answer: {task.answer_form()[1]}"
     order = recipe.annotate.order or "rationale-first"
     is_text = recipe.annotate.format == "text"
+    lines = "lines of their own" if "\n" in form else "a {} line of its own"
     if order == "label-first":
         how = "Give the answer first, then explain it in one to three sentences that rest on the "
         how += "text. "
         if is_text:
-            how += f"Write the answer on a first line of its own, in this form:\n{form}"
+            how += f"Write the answer on {lines.format('first')}, in this form:\n{form}"
     else:
         how = "First explain your reasoning in one to three sentences that rest on the text. "
         if is_text:
-            how += f"Then write the answer on a last line of its own, in this form:\n{form}"
+            how += f"Then write the answer on {lines.format('last')}, in this form:\n{form}"
     return Prompt(
         instruction=f"{goal}\n{choice}\n{how}",
         template="Text: {{ text }}",
@@ -349,20 +360,10 @@ def direct_instruction(recipe: Recipe, task: Task) -> str:
 
 
 def _goal_and_choice(recipe: Recipe, task: Task) -> tuple[str, str]:
-    description = recipe.task.description or task.goal
+    goal = "Answer the question or do what the text asks."
     if task.labels is not None:
-        return description or "Decide which label fits the text.", _label_listing(task.labels)
-    choice = "Give the final answer only, as short as it can be"
-    choice += ", as a number." if recipe.task.numeric else "."
-    return description or "Answer the question or do what the text asks.", choice
-
-
-def _label_listing(labels: Sequence[str]) -> str:
-    """The sentence that lists the labels; one per line where a list with commas is ambiguous."""
-    if not any(_AMBIGUOUS_IN_LIST.search(label) for label in labels):
-        return f"The label is exactly one of: {', '.join(labels)}."
-    lines = "\n".join(f"- {' '.join(label.split())}" for label in labels)
-    return f"The label is exactly one of these, each on a line of its own:\n{lines}"
+        goal = "Decide which label fits the text."
+    return recipe.task.description or task.goal or goal, task.answer_form()[0]
 
 
 # Keys that do not change what the annotation of a row is. Every other key does.
@@ -401,7 +402,8 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
         for member in recipe.teacher.members:
             manifest = RunFolder.of_member(recipe, member).manifest("annotate")
             votes.append([member.weight, manifest.get("source")])
-        return digest("ensemble", canonical_json(votes))
+        by_mean = ["mean"] if recipe.annotate.score_vote == "mean" else []
+        return digest("ensemble", canonical_json(votes), *by_mean)
     teacher = recipe.teacher.model_dump(mode="json", exclude=_TEACHER_KEYS_WITHOUT_EFFECT)
     if teacher["reasoning_effort"] is None:
         del teacher["reasoning_effort"]  # earlier runs, which did not have it, are the same
@@ -412,6 +414,8 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
     sampling = recipe.annotate.model_dump(mode="json", exclude=_ANNOTATE_KEYS_WITHOUT_EFFECT)
     if sampling["format"] == "text":
         del sampling["format"]
+    if sampling["score_vote"] == "median":
+        del sampling["score_vote"]
     return digest(canonical_json(teacher), prompt_hash, canonical_json(sampling))
 
 

@@ -368,7 +368,10 @@ def test_a_name_that_is_no_folder_name_is_refused(written: Written, name: str) -
         (["teacher.model=null"], "teacher.model is needed for kind openai"),
         (["task.labels=[a, b]"], "belongs to classification"),
         (["task.name=classification"], "task.labels is needed"),
-        (["task.input='{{ text }}'"], "task.input belongs to classification and generation"),
+        (
+            ["task.input='{{ text }}'"],
+            "task.input belongs to classification, multilabel, score, extraction and generation",
+        ),
         (["task.numeric=true"], "task.numeric belongs to generation"),
         (["train.rationale_weight=-1"], "train.rationale_weight"),
         (["train.methods=[distill, distill]"], "given twice"),

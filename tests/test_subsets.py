@@ -21,13 +21,28 @@ def test_so_many_rows_of_each_label_or_all_that_it_has_nested(
 ) -> None:
     order = list(range(len(labels)))
     random.shuffle(order)  # type: ignore[attr-defined]
-    few = subset_indices(order, f"{number}-per-label", labels)
-    many = subset_indices(order, f"{number + more}-per-label", labels)
+    classes = [() if label is None else (label,) for label in labels]
+    few = subset_indices(order, f"{number}-per-label", classes)
+    many = subset_indices(order, f"{number + more}-per-label", classes)
     assert few == sorted(few) and set(few) <= set(many)
     available = Counter(label for label in labels if label is not None)
     assert Counter(labels[index] for index in few) == {
         label: min(number, count) for label, count in available.items()
     }
+
+
+@given(st.lists(st.sets(st.sampled_from("abc")), min_size=1), st.integers(1, 6), st.integers(0, 6))
+def test_rows_of_several_labels_count_for_each(
+    classes: list[set[str]], number: int, more: int
+) -> None:
+    order = list(range(len(classes)))
+    few = subset_indices(order, f"{number}-per-label", classes)
+    assert set(few) <= set(subset_indices(order, f"{number + more}-per-label", classes))
+    for label in "abc":
+        of_label = [index for index in order if label in classes[index]]
+        assert set(of_label[:number]) <= set(few)
+    first = {i for label in "abc" for i in [i for i in order if label in classes[i]][:number]}
+    assert set(few) == first
 
 
 def test_systems_are_named_after_their_subset_shares_first() -> None:

@@ -8,9 +8,12 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import ROOT
+
+from dsbs.project.init import Kind
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +43,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "recipes/paper/svamp.yaml",
         "data/support/train.csv",
     ]
-    needed += [
-        f"data/templates/{kind}/recipe.yaml"
-        for kind in ("classification", "generation", "nli", "math")
-    ]
+    needed += [f"data/templates/{kind}/recipe.yaml" for kind in get_args(Kind)]
     assert not {f"dsbs/_shipped/{path}" for path in needed} - names
     assert {"dsbs/py.typed", "dsbs/reporting/templates/page.html"} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/"))]

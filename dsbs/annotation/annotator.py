@@ -23,7 +23,7 @@ from dsbs.annotation.backends.adaptation import reasoning_fields
 from dsbs.annotation.json_answer import response_format
 from dsbs.annotation.parse import label_logprob, read_sample
 from dsbs.annotation.store import ReplyStore, Stored, request_key, token_budget
-from dsbs.annotation.vote import majority, samples_needed
+from dsbs.annotation.vote import Vote, majority, samples_needed
 from dsbs.config import Recipe
 from dsbs.errors import PartialError, UserError
 from dsbs.files import canonical_json
@@ -125,7 +125,7 @@ class Annotator:
             return []
         needed = section.samples - len(samples)
         if section.stop_early:
-            needed = samples_needed(samples, section.samples, self.task)
+            needed = samples_needed(samples, section.samples, self.task, section.score_vote)
         if needed > 0:
             body = self._body(example, hint=False)
             return [Request(body, len(samples) + i) for i in range(needed)]
@@ -141,7 +141,7 @@ class Annotator:
         no_answer = ("refused", "no-reply")
         if example.label is None or all(sample.reason in no_answer for sample in samples):
             return False
-        label = majority(samples, self.task).label
+        label = self.vote(samples).label
         return label is None or not self.task.correct(label, example.label)
 
     def _body(self, example: Example, *, hint: bool) -> dict[str, Any]:
@@ -228,11 +228,12 @@ class Annotator:
     def annotation(self, example: Example, replies: RowReplies) -> Annotation:
         """One row of the output."""
         teacher = self.recipe.teacher
-        vote = majority(replies.unhinted, self.task)
+        vote = self.vote(replies.unhinted)
         label = vote.label
         rationale = vote.rationale
         reason = vote.reason
         share = vote.share
+        part_shares = vote.part_shares
         logprob = vote.logprob
         provenance = teacher_class(teacher.kind).provenance
         hinted = replies.hinted
@@ -243,7 +244,7 @@ class Annotator:
                 rationale = hinted.rationale
                 reason = None
                 provenance = "hinted"
-                share = None  # the votes were for another label
+                share = part_shares = None  # the votes were for another label
                 logprob = hinted.label_logprob
             elif reason is not None and hinted.reason is not None:
                 reason = hinted.reason
@@ -259,6 +260,7 @@ class Annotator:
             provenance=provenance if accepted else "none",
             samples=replies.samples,
             vote_share=share,
+            part_shares=part_shares,
             label_logprob=logprob,
             accepted=accepted,
             reject_reason=reason,
@@ -268,6 +270,10 @@ class Annotator:
             teacher=TeacherName(kind=teacher.kind, model=teacher.model),
             request_key=replies.key,
         )
+
+    def vote(self, samples: Sequence[Sample]) -> Vote:
+        """The vote of a row's samples without a hint."""
+        return majority(samples, self.task, self.recipe.annotate.score_vote)
 
     # --- replies that are stored
 

@@ -17,15 +17,11 @@ from dsbs.tasks import Task
 
 
 def response_format(task: Task, order: Order) -> dict[str, Any]:
-    """The ``response_format`` of a request: rationale and label in the prompt's order, the label
-    from the closed set.
+    """The ``response_format`` of a request: rationale and label in the prompt's order.
 
     Source: https://platform.openai.com/docs/guides/structured-outputs.
     """
-    label: dict[str, Any] = {"type": "string"}
-    if task.labels is not None:
-        label["enum"] = list(task.labels)
-    properties = in_order({"rationale": {"type": "string"}, "label": label}, order)
+    properties = in_order({"rationale": {"type": "string"}, "label": task.label_schema()}, order)
     schema = {
         "type": "object",
         "properties": properties,
@@ -38,7 +34,7 @@ def response_format(task: Task, order: Order) -> dict[str, Any]:
     }
 
 
-def read_json_answer(text: str, *, may_be_cut: bool) -> Answer:
+def read_json_answer(text: str, task: Task, *, may_be_cut: bool) -> Answer:
     """The answer in a reply's first turn, which has a ``{``.
 
     ``may_be_cut``: the token budget ended the reply, or it is not known what did.
@@ -51,31 +47,33 @@ def read_json_answer(text: str, *, may_be_cut: bool) -> Answer:
     value, start = answers[-1]
     rationale = value.get("rationale") or ""
     label = value["label"]
-    if isinstance(label, list) and len(label) == 1:
-        label = label[0]
-    if isinstance(label, list) or any(other["label"] != value["label"] for other, _ in answers):
+    is_repeated = any(other["label"] != label for other, _ in answers)
+    if is_repeated or isinstance(label, _Several):
         return Answer(reason="several-answers")
     if label is None:
         return Answer(reason="empty")
-    if isinstance(label, bool):
-        label = json.dumps(label)
-    if not isinstance(label, str):
+    label_text = task.json_text(label)
+    if label_text is None and isinstance(label, list):
+        if len(label) > 1:
+            return Answer(reason="several-answers")
+        label_text = label[0] if label else None
+    if not isinstance(label_text, str):
         return Answer(reason="unparsed")
     if isinstance(rationale, list) and all(isinstance(sentence, str) for sentence in rationale):
         rationale = " ".join(rationale)
     if not isinstance(rationale, str):
         rationale = ""
-    return Answer(rationale.strip(), label, _label_span(text, start))
+    return Answer(rationale.strip(), label_text, _label_span(text, start))
+
+
+class _Several:
+    """The values of a name that an object has twice with different values."""
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; the label is a list where it is given twice."""
     values: dict[str, Any] = {}
     for name, value in pairs:
-        if name == "label" and values.get(name, value) != value:
-            values[name] = [values[name], value]
-        else:
-            values[name] = value
+        values[name] = value if values.get(name, value) == value else _Several()
     return values
 
 

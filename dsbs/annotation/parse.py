@@ -17,7 +17,8 @@ from dsbs.annotation.text_answer import MARKUP, Answer, gives_another_label, rea
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.prompting import Prompt
 from dsbs.records import Reason, Sample, Unreadable
-from dsbs.tasks import Fields, Task, concluded_label
+from dsbs.tasks import Fields, Task
+from dsbs.tasks.conclusion import concluded_label
 
 RationaleFrom = Literal["visible", "reasoning"]
 
@@ -67,7 +68,7 @@ def parse_reply(
     may_be_cut = out_of_tokens and not ran_on
     ends_openly = finish_reason is None and not ran_on
     if prompt.format == "json" and "{" in turn:
-        answer = read_json_answer(turn, may_be_cut=may_be_cut or ends_openly)
+        answer = read_json_answer(turn, task, may_be_cut=may_be_cut or ends_openly)
         may_be_cut = False  # a whole object is not cut
     else:
         looks_cut = ends_openly and turn[-1] not in ".!?)\"'"
@@ -82,6 +83,8 @@ def parse_reply(
     label = task.read_label(answer.label, fields)
     if isinstance(label, Unreadable):
         return sample(None, rationale, _unreadable_reason(label, answer, prompt, may_be_cut))
+    if task.not_in_input(label, fields):
+        return sample(None, rationale, "not-in-input")
     if _gives_several(answer, label, prompt, task, fields):
         return sample(None, rationale, "several-answers")
     is_open = is_unknown_reason(finish_reason) and not ran_on
@@ -121,8 +124,11 @@ def _is_cut(answer: Answer, label: str, prompt: Prompt, task: Task) -> bool:
 def _begins_another_label(label: str, answer: str, task: Task) -> bool:
     """Whether a cut label may have been a longer one: "card" the beginning of "card fraud".
 
-    Without a closed set, any text at the reply's end may have gone on.
+    Without a closed set, any text at the reply's end may have gone on, and so may several labels.
     """
+    end = task.label_end(answer.strip())
+    if end is not None:
+        return not answer.strip()[end:].strip(MARKUP) and not answer.rstrip().endswith(("}", "]"))
     if task.labels is None:
         return "\n" not in answer.strip() and not answer.rstrip().endswith("}")
     return any(other != label and other.startswith(label) for other in task.labels)
@@ -316,7 +322,7 @@ def _words(text: str) -> list[str]:
 _CONTEXT_CHARACTERS = 80  # before a label, by which it is found behind thoughts
 
 
-def label_logprob(raw: str, text: str, prompt: Prompt, task: Task | None = None) -> float | None:
+def label_logprob(raw: str, text: str, prompt: Prompt, task: Task) -> float | None:
     """Sum of the log-probabilities, in nats, of the tokens of the label, or of its line.
 
     ``raw`` is the reply's JSON in one of the OpenAI API's two forms: chat
@@ -329,7 +335,7 @@ def label_logprob(raw: str, text: str, prompt: Prompt, task: Task | None = None)
     visible, _ = split_thoughts(text)
     turn, _ = first_turn(visible, prompt.stop, prompt.anchor)
     if prompt.format == "json" and "{" in turn:
-        answer = read_json_answer(turn, may_be_cut=False)
+        answer = read_json_answer(turn, task, may_be_cut=False)
     else:
         answer = read_text_answer(turn, prompt, task)
     before = turn[: answer.label_span[0]]

@@ -133,7 +133,7 @@ class Requester:
         summary = rows.summary
         started = time.monotonic()
         wasted_before = self.pool.wasted.copy()
-        figures = ProgressFigures(self.annotator.task)
+        figures = ProgressFigures(self.annotator.task, self.annotator.vote)
         examples = iter(rows.examples())  # shared: each row goes to one worker
         with running(self.progress, f"annotate {rows.title}", rows.total), self._interruptible():
             workers = [

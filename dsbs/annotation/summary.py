@@ -13,7 +13,7 @@ from typing import Any
 from dsbs.annotation.backends import RejectedError, total_usage
 from dsbs.annotation.backends.faults import is_unknown_reason
 from dsbs.annotation.store import ReplyStore
-from dsbs.annotation.vote import majority
+from dsbs.annotation.vote import Vote
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import write_jsonl
 from dsbs.formatting import count, dollars, listing, one_line, percent
@@ -35,6 +35,7 @@ REASONS: dict[Reason, str] = {
     "truncated": "annotate.max_tokens ended the reply before its answer",
     "spent-on-reasoning": "annotate.max_tokens was spent on hidden reasoning",
     "label-outside-set": "the answer is not one of the task's labels",
+    "not-in-input": "a value that must occur in the input does not",
     "several-answers": "the reply gives several different answers",
     "refused": "the endpoint rejected the request, or the model declined",
     "contradicts-rationale": "the rationale concludes with another answer",
@@ -294,14 +295,15 @@ class RowsToRequest:
 class ProgressFigures:
     """Figures for the progress line."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, vote: Callable[[Sequence[Sample]], Vote]) -> None:
         self._task = task
+        self._vote = vote
         self.rows = 0
         self._counts: Counter[str] = Counter()
 
     def add(self, example: Example, samples: Sequence[Sample]) -> None:
         self.rows += 1
-        vote = majority(samples, self._task)
+        vote = self._vote(samples)
         self._counts["accepted"] += vote.reason is None
         if example.label is not None:
             self._counts["gold"] += 1

@@ -14,8 +14,9 @@ from itertools import islice
 
 from dsbs.prompting import Prompt, compiled
 from dsbs.records import Reason
-from dsbs.tasks import EMPHASIS, Task, unwrapped
+from dsbs.tasks import Task
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.marks import EMPHASIS, unwrapped
 
 MARKUP = " \t\r\n*_#>"
 _DANGLING = re.compile(
@@ -89,8 +90,8 @@ def _rationale_first(turn: str, prompt: Prompt, task: Task | None) -> Answer | N
     end = start + len(anchor)
     label = _without_anchor_marks(turn[:start], turn[end:])
     begin = len(turn) - len(turn[end:].lstrip())
-    line = turn[begin:].split("\n", 1)[0].rstrip()
-    return Answer(rationale, label, (begin, begin + len(line)))
+    length = _label_length(turn[begin:], task)
+    return Answer(rationale, label, (begin, begin + length))
 
 
 def find_anchor(
@@ -147,7 +148,7 @@ def _label_first(turn: str, prompt: Prompt, task: Task | None) -> Answer | None:
         before = turn[: anchors[0].start()]
         begin = anchors[0].end()
     labels = None if task is None else task.label_set
-    label_end, rationale_begin = _bounds(turn, begin, prompt, labels)
+    label_end, rationale_begin = _bounds(turn, begin, prompt, task)
     label = _without_anchor_marks(before, turn[begin:label_end])
     line = turn[begin:label_end].strip()
     if not anchors and _DECLINES.match(line) and (labels is None or not labels.lookup(line)):
@@ -170,7 +171,14 @@ def _begins_line(turn: str, position: int) -> bool:
     return not turn[:position].rpartition("\n")[2].strip(MARKUP)
 
 
-def _bounds(turn: str, begin: int, prompt: Prompt, labels: LabelSet | None) -> tuple[int, int]:
+def _label_length(text: str, task: Task | None) -> int:
+    """The length of the label that ``text`` begins with: its line, or its lines."""
+    end = None if task is None else task.label_end(text)
+    label = text.partition("\n")[0] if end is None else text[:end]
+    return len(label.rstrip())
+
+
+def _bounds(turn: str, begin: int, prompt: Prompt, task: Task | None) -> tuple[int, int]:
     """Where the label after ``begin`` ends, and where its rationale begins."""
     heading, separator = _form(prompt.answer)
     if heading:
@@ -182,6 +190,10 @@ def _bounds(turn: str, begin: int, prompt: Prompt, labels: LabelSet | None) -> t
         begin = rules.end()
     rest = turn[begin:]
     begin += len(rest) - len(rest.lstrip(MARKUP))
+    end = None if task is None else task.label_end(turn[begin:])
+    if end is not None:
+        return begin + end, begin + end
+    labels = None if task is None else task.label_set
     if labels is not None:
         lines = turn[begin:].split("\n")
         for count in labels.line_counts:

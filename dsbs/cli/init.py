@@ -14,6 +14,9 @@ from dsbs.cli.common import Json, print_json
 
 class Template(StrEnum):
     classification = "classification"
+    multilabel = "multilabel"
+    score = "score"
+    extraction = "extraction"
     generation = "generation"
     nli = "nli"
     math = "math"
@@ -27,7 +30,8 @@ def init(
     template: Annotated[
         Template,
         typer.Option(
-            help="classification: a closed set of labels; generation: free text; "
+            help="classification: one of a closed set of labels; multilabel: any number of them; "
+            "score: a number on a scale; extraction: named fields; generation: free text; "
             "nli: premise and hypothesis; math: word problems and equations."
         ),
     ] = Template.classification,

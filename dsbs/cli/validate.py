@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 from dsbs.cli.common import Json, Overrides, RecipePath, SetKeys, indent, load, print_json
 from dsbs.formatting import count, percent
@@ -25,9 +26,13 @@ def validate(
         print_json(result.as_json())
         return
     for name, split in result.splits.items():
-        labels = ", ".join(f"{label} {count}" for label, count in split.get("labels", {}).items())
-        counts = f"{name}: {count(split['rows'], 'row')}, {split['with_gold']} with gold"
-        print(f"{counts} ({labels})" if labels else counts)
+        rows = f"{name}: {count(split['rows'], 'row')}, {split['with_gold']} with gold"
+        print(rows + _listing(split.get("labels", {})))
+        if "labels_per_row" in split:
+            print(f"  {split['labels_per_row']:.1f} labels a row")
+        for field, values in split.get("fields", {}).items():
+            filled = f"  {field}: {percent(values['filled'])} filled"
+            print(filled + _listing(values.get("labels", {})))
         lengths = split.get("students", {"": split})
         for student, texts in itertools.product(lengths, ("inputs", "targets")):
             figures = lengths[student][texts]
@@ -48,3 +53,8 @@ def validate(
     if result.warnings:
         closing = "The recipe is valid; see the warnings."
     print(closing)
+
+
+def _listing(numbers: Mapping[str, int]) -> str:
+    listing = ", ".join(f"{label} {number}" for label, number in numbers.items())
+    return f" ({listing})" if listing else ""

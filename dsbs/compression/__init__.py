@@ -96,6 +96,11 @@ class WeightStep(ABC):
                 "student",
                 hint="train a smaller student.model",
             )
+        if card.reads_windows:
+            raise UserError(
+                f"{source} reads long texts in windows, and {self.name} cannot change it",
+                hint="train it with task.max_input: {strategy: head+tail}",
+            )
         is_supported = card.kind == "causal" or (card.kind, card.head) in (
             ("seq2seq", "text"),
             ("encoder", "labels"),

@@ -282,13 +282,20 @@ def importance(model: Any, gated: Gated, batches: Iterable[Mapping[str, Any]]) -
 
 
 def example_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Cross-entropy (B,) of each example, in nats: of its class, or the mean over its tokens."""
+    """Cross-entropy (B,) of each example, in nats: of its class, or the mean over its tokens.
+
+    Of several labels, the mean of their binary cross-entropies.
+    """
     import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits
 
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     labels = inputs.pop("labels")
     if is_label_head(model):
         logits = model(**inputs).float()
+        if labels.ndim == 2:
+            each = binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+            return each.mean(dim=1)
         losses: Tensor = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         return losses
     logits = model(**inputs, use_cache=False).logits.float()

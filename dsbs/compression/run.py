@@ -250,6 +250,8 @@ def _make(
         progress.say(f"{step.name}: compress {step.source.name}")
         partial = _empty(step.work / "partial")
         step.step.make(step.source, partial, data)
+        # Before any measurement: the answers of several labels and of a scale depend on it.
+        evaluator.fit_distributions(Student.load(partial), partial, data.views[0])
         move(partial, start)
     cut = dropped_layers(step.source, start)
     best = start
@@ -294,8 +296,6 @@ def _make(
     )
     write_json(complete / CARD, card.model_dump(mode="json"))
     write_json(complete / WORK, {"fingerprint": step.fingerprint})
-    if best == start:  # a healed student has its own
-        evaluator.fit_distributions(student, complete, data.views[0])
     write_json(complete / COMPRESSION_RECORD, record.model_dump(mode="json", by_alias=True))
     move(complete, step.folder)
     return record

@@ -46,7 +46,7 @@ from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.encode import Encoded, Encoder, collate, pad, pad_prompts
 from dsbs.training.grid import StudentSpec
 from dsbs.training.methods import View, views_of
-from dsbs.training.rows import Data, gather
+from dsbs.training.rows import Data, gather, label_texts
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
 from dsbs.training.validation import calibrated, novelty_of
@@ -175,7 +175,12 @@ class FineTuneData:
     def data(self) -> Data:
         task = make_task(self.recipe.task)
         specs = [self.spec] if self._needs_train else []
-        return gather(self.recipe, task, self._source.run.path, specs)
+        data = gather(self.recipe, task, self._source.run.path, specs)
+        limit = self._card.max_text_tokens
+        if limit is None:
+            return data
+        tokenizer = load_tokenizer(str(self._source.student.path))
+        return data.shortened(tokenizer, limit, task.section.max_input)
 
     def _tokens(self, tokenizer: Any) -> Tokens:
         folder = self._source.run.stage("train") / "tokens"
@@ -195,14 +200,21 @@ class FineTuneData:
             chosen = [self.data.train[i] for i in self.data.order[:count]]
             views = self.views
             labels = self.spec.labels
+        task = make_task(self.recipe.task)
+        targets = self._classes
+        label_sets = None
+        if targets and task.has_several_labels:
+            targets = label_texts((chosen, labels))
+            label_sets = [task.head_targets(label) for label in targets]
         encoder = Encoder(
             self._tokens(tokenizer),
             student.max_input_tokens,
             student.max_target_tokens,
-            self._classes,
+            targets,
         )
-        if self._classes:
-            yield from self._class_batches(encoder.rows(chosen, self.views[:1], labels))
+        if targets:
+            rows = encoder.rows(chosen, self.views[:1], labels)
+            yield from self._class_batches(rows, label_sets)
             return
         rows = encoder.rows(chosen, views, labels)
         batch_size = _DECODER_BATCH_SIZE if self._kind == "causal" else _BATCH_SIZE
@@ -218,15 +230,25 @@ class FineTuneData:
                     yield pad(packed[view.target], tokenizer.pad_token_id, start)
 
     @staticmethod
-    def _class_batches(rows: Sequence[Encoded]) -> Iterator[Mapping[str, Any]]:
-        """Batches of a label head: input_ids and attention_mask (B, S), labels (B,)."""
+    def _class_batches(
+        rows: Sequence[Encoded], label_sets: Sequence[Sequence[int]] | None
+    ) -> Iterator[Mapping[str, Any]]:
+        """Batches of a label head: input_ids and attention_mask (B, S), labels (B,).
+
+        With ``label_sets``, whose indices are the targets, labels (B, L) of 1 and 0.
+        """
+        import torch
+
         for first in range(0, len(rows), _BATCH_SIZE):
             packed = collate(rows[first : first + _BATCH_SIZE])
             batch = pad(packed["label"], 0, 0)
+            targets = batch["labels"][:, 0]
+            if label_sets is not None:
+                targets = torch.tensor(label_sets)[targets]
             yield {
                 "input_ids": batch["input_ids"],
                 "attention_mask": batch["attention_mask"],
-                "labels": batch["labels"][:, 0],
+                "labels": targets,
             }
 
     def inputs(self) -> list[str]:

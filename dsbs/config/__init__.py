@@ -8,21 +8,16 @@ error) and frozen.
 from __future__ import annotations
 
 from dsbs.config.cascade import CascadeSection
-from dsbs.config.recipe import (
-    DataSection,
-    EvalSection,
-    Recipe,
-    ReportSection,
-    StudentRecipe,
-    TaskSection,
-)
+from dsbs.config.recipe import EvalSection, Recipe, ReportSection, StudentRecipe
 from dsbs.config.sections import LabelSource, Section, unknown
 from dsbs.config.student import NamedStudentSection, StudentSection
+from dsbs.config.task import DataSection, FieldSection, TaskSection
 from dsbs.config.teacher import (
     AnnotateSection,
     EndpointSection,
     MemberSection,
     PriceSection,
+    ScoreVote,
     TeacherSection,
 )
 from dsbs.config.terms import BalanceSection, LocalTeacherSection, TermSettings, base_of
@@ -41,6 +36,7 @@ __all__ = [
     "DataSection",
     "EndpointSection",
     "EvalSection",
+    "FieldSection",
     "LabelSource",
     "LocalTeacherSection",
     "LoraSection",
@@ -50,6 +46,7 @@ __all__ = [
     "Recipe",
     "ReportSection",
     "ResolvedTrainSection",
+    "ScoreVote",
     "Section",
     "SelectSection",
     "StudentRecipe",

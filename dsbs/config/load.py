@@ -107,9 +107,14 @@ def _locate(
 
 
 def _is_label(path: KeyPath) -> bool:
-    """Whether a value is one of a recipe's labels, or the label of a prompt's exemplar."""
+    """Whether a value is one of a recipe's labels, or (a part of) the label of a prompt's
+    exemplar.
+    """
     keys = tuple(key for key in path if key != "<<")
-    return keys[:2] == ("task", "labels") or (keys[:1] == ("exemplars",) and keys[-1] == "label")
+    if keys[:1] == ("exemplars",):
+        return keys[-1] == "label" or keys[2:3] == ("label",)
+    is_of_field = keys[:2] == ("task", "fields") and keys[3:4] == ("labels",)
+    return keys[:2] == ("task", "labels") or is_of_field
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
@@ -328,7 +333,8 @@ def _section_at(path: KeyPath) -> type[Section] | None:
         if position == 1 and path[0] == "student" and key not in section.model_fields:
             section = NamedStudentSection  # the key is a name
             continue
-        section = section_of(section.model_fields[key].annotation)
+        if key in section.model_fields:  # otherwise the name of a field to extract
+            section = section_of(section.model_fields[key].annotation)
     if section is not None and "kind" in section.model_fields and path[:2] == ("train", "terms"):
         return None
     return section

@@ -1,4 +1,4 @@
-"""Recipe: the whole file, and its sections ``task``, ``eval`` and ``report``."""
+"""Recipe: the whole file, and its sections ``eval`` and ``report``."""
 
 from __future__ import annotations
 
@@ -18,124 +18,16 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dsbs.config.cascade import CascadeSection
-from dsbs.config.registry import FLOORS, METHODS, TASKS
-from dsbs.config.sections import Section, as_tuple, folder_in, plain_text, unknown
+from dsbs.config.registry import FLOORS, METHODS
+from dsbs.config.sections import Section, as_tuple, folder_in, unknown
 from dsbs.config.student import NamedStudentSection, Students, StudentSection
+from dsbs.config.task import TaskSection
 from dsbs.config.teacher import AnnotateSection, TeacherSection
 from dsbs.config.terms import base_of
 from dsbs.config.train import ResolvedTrainSection, TrainSection
 from dsbs.files import FILE_NAME, canonical_json, check_file_name, digest
 
 Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
-_OWN_DATA_TASKS = ("classification", "generation")
-
-
-class DataSection(Section):
-    """The files with the rows.
-
-    Each is a path (.jsonl, .csv, .tsv, each also with .gz; .parquet) or
-    ``hub://<repository>[:<config>]/<split>``.
-    """
-
-    train: str
-    """The rows that students learn from. Validation and test rows are split off where they are not
-    given."""
-    served: str | None = None
-    """More train rows, which ``dsbs annotate --from-serve`` writes: those that a server asked the
-    teacher. They are never validation or test rows, and ``limit`` does not count them. None: there
-    are none."""
-    valid: str | None = None
-    """The validation rows. None: a part of train, chosen by a hash of the ids."""
-    test: str | None = None
-    """The test rows. None: a part of train, chosen by a hash of the ids."""
-    valid_fraction: float = Field(0.1, gt=0, lt=0.5)
-    """The share of the train rows used for validation if ``valid`` is None."""
-    test_fraction: float = Field(0.2, gt=0, lt=0.9)
-    """The share of the train file's rows used as test rows if ``test`` is None."""
-
-
-class TaskSection(Section):
-    """The task to learn, and its data."""
-
-    name: str
-    """A registered task; ``classification`` or ``generation`` for your own data."""
-    data: DataSection
-    """The files with the rows."""
-    limit: int | None = Field(None, gt=0)
-    """Maximum number of rows per split. None: all rows. Results of a limited run are not
-    reportable."""
-    labels: tuple[str, ...] | None = None
-    """classification: the closed set of labels, two or more, as they are spelled (007, no and 1.0
-    need no quotes). None: the task fixes them, or they are free text."""
-    input: str | None = None
-    """Jinja template of the student's input over the row's fields. None: the only text column."""
-    columns: dict[str, str] = {}
-    """Maps a name used here (id, label, rationale or an input field) to the file's column."""
-    description: str | None = None
-    """One sentence for the default prompt: what to decide or answer. None: a general sentence."""
-    numeric: bool = False
-    """generation: compare answers as numbers (tolerance 1e-4) if both are numbers."""
-
-    @field_validator("name")
-    @classmethod
-    def _known_task(cls, value: str) -> str:
-        if value not in TASKS:
-            raise ValueError(unknown("task", value, TASKS))
-        return value
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _labels_are_text(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        for number, label in enumerate(value, 1):
-            if not isinstance(label, str | int) or isinstance(label, bool):
-                raise ValueError(
-                    f'entry {number} is {label!r}, not text: quote it, as in labels: ["yes", "1.0"]'
-                )
-        return [str(label) for label in value]
-
-    @field_validator("labels")
-    @classmethod
-    def _labels_are_distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is None:
-            return None
-        if len(value) < 2:
-            raise ValueError("at least two labels are needed")
-        labels: dict[str, str] = {}
-        for label in value:
-            key = " ".join(plain_text(label).lower().split())
-            if not key:
-                raise ValueError("a label must not be empty")
-            if labels.setdefault(key, label) != label:
-                raise ValueError(
-                    f"{labels[key]!r} and {label!r} cannot be told apart: labels must differ in "
-                    "more than case, spaces, and the Unicode form of their characters"
-                )
-        if len(labels) < len(value):
-            repeated = next(label for label in value if value.count(label) > 1)
-            raise ValueError(f"the label {repeated!r} is given twice")
-        return value
-
-    @model_validator(mode="after")
-    def _keys_belong_to_the_task(self) -> TaskSection:
-        if self.name == "classification" and self.labels is None:
-            raise ValueError(
-                "task.labels is needed for classification, e.g. labels: [billing, shipping]"
-            )
-        if self.name != "classification" and self.labels is not None:
-            raise ValueError(
-                f"task.labels belongs to classification; the labels of {self.name} are fixed or "
-                "free text"
-            )
-        if self.name not in _OWN_DATA_TASKS and self.input is not None:
-            raise ValueError(
-                "task.input belongs to classification and generation; "
-                f"{self.name} has its own input"
-            )
-        if self.numeric and self.name != "generation":
-            raise ValueError("task.numeric belongs to generation")
-        return self
 
 
 class EvalSection(Section):
@@ -159,12 +51,16 @@ class EvalSection(Section):
     """
     floors: Annotated[tuple[str, ...] | None, BeforeValidator(as_tuple)] = None
     """Cheap systems that a student should beat: majority (the most frequent label), tfidf (logistic
-    regression on words and characters), ``tfidf-FIELD`` (on one input field, as tfidf-hypothesis)
-    and untrained (the pretrained student's answer before training). None: majority and tfidf where
-    the task has a closed set of labels and they take less than a minute."""
+    regression on words and characters; ridge for scores, the nearest row for fields),
+    ``tfidf-FIELD`` (on one input field, as tfidf-hypothesis) and untrained (the pretrained
+    student's answer before training). None: majority and tfidf where the task has a closed set of
+    labels, or fields, and they take less than a minute."""
     score_labels: bool = False
     """Also score every label of a closed set with students that write their label, so that they
     have a distribution over the labels. An unreadable label becomes the most likely one."""
+    label_precision: float | None = Field(None, gt=0, le=1)
+    """multilabel with a label head: the precision that each label must reach on valid. None:
+    the probability with the highest F1 on valid. A student is not trained again for it."""
     cascade: CascadeSection | None = None
     """A student in front of its teacher. None: no threshold is chosen; {}: with its defaults."""
     predictions: dict[str, str] = {}
@@ -313,6 +209,12 @@ class Recipe(Section):
         except ValidationError as error:
             raise ValueError(_first_message(error)) from None
         _check_lora(section, train)
+
+    @model_validator(mode="after")
+    def _score_vote_needs_a_scale(self) -> Recipe:
+        if self.annotate.score_vote != "median" and self.task.range is None:
+            raise ValueError(f"annotate.score_vote belongs to score, not to {self.task.name}")
+        return self
 
     @model_validator(mode="after")
     def _baselines_exist(self) -> Recipe:

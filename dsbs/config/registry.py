@@ -15,6 +15,9 @@ Key = TypeVar("Key")
 # `task.name`: a subclass of dsbs.tasks.Task.
 TASKS = {
     "classification": "dsbs.tasks.classification:Classification",
+    "multilabel": "dsbs.tasks.multilabel:Multilabel",
+    "score": "dsbs.tasks.score:Score",
+    "extraction": "dsbs.tasks.extraction:Extraction",
     "generation": "dsbs.tasks.generation:Generation",
     "svamp": "dsbs.tasks.svamp:Svamp",
     "cqa": "dsbs.tasks.cqa:Cqa",
@@ -57,7 +60,16 @@ METRICS = {
     "equation_string": "dsbs.evaluation.metrics:EQUATION_STRING",
     "equation_value": "dsbs.evaluation.metrics:EQUATION_VALUE",
     "parse_failure": "dsbs.evaluation.metrics:PARSE_FAILURE",
-    "macro_f1": "dsbs.evaluation.metrics:MACRO_F1",
+    "quadratic_kappa": "dsbs.evaluation.metrics_of_scores:QUADRATIC_KAPPA",
+    "spearman": "dsbs.evaluation.metrics_of_scores:SPEARMAN",
+    "mae": "dsbs.evaluation.metrics_of_scores:MEAN_ABSOLUTE_ERROR",
+    "within_one": "dsbs.evaluation.metrics_of_scores:WITHIN_ONE",
+    "micro_f1": "dsbs.evaluation.metrics_of_parts:MICRO_F1",
+    "macro_f1": "dsbs.evaluation.metrics_of_parts:MACRO_F1",
+    "micro_precision": "dsbs.evaluation.metrics_of_parts:MICRO_PRECISION",
+    "micro_recall": "dsbs.evaluation.metrics_of_parts:MICRO_RECALL",
+    "hamming": "dsbs.evaluation.metrics_of_parts:HAMMING",
+    "not_in_input": "dsbs.evaluation.metrics_of_parts:NOT_IN_INPUT",
     "log_loss": "dsbs.evaluation.calibration:LOG_LOSS",
     "brier": "dsbs.evaluation.calibration:BRIER",
     "confidence_auroc": "dsbs.evaluation.calibration:CONFIDENCE_AUROC",
@@ -71,7 +83,7 @@ METRICS = {
 # `eval.floors`: a record, dsbs.evaluation.floors.Floor.
 FLOORS = {
     "majority": "dsbs.evaluation.floors:MAJORITY",
-    "tfidf": "dsbs.evaluation.floors:TFIDF",
+    "tfidf": "dsbs.evaluation.tfidf:TFIDF",
     "untrained": "dsbs.evaluation.untrained:UNTRAINED",
 }
 

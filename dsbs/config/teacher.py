@@ -266,6 +266,9 @@ class RaySection(Section):
     """GPUs reserved for each task, for a transformers teacher."""
 
 
+ScoreVote = Literal["median", "mean"]
+
+
 class AnnotateSection(Section):
     """How the teacher is called."""
 
@@ -277,9 +280,11 @@ class AnnotateSection(Section):
     )
     """The splits to annotate."""
     samples: int = Field(1, ge=1)
-    """Replies per row; the majority label wins."""
+    """Replies per row; the majority label wins, or the majority of each label and field."""
+    score_vote: ScoreVote = "median"
+    """score: the vote of several samples is their median, or the point nearest to their mean."""
     stop_early: bool = True
-    """Request no further samples for a row once its majority label cannot change."""
+    """Request no further samples for a row once its vote cannot change."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature. 0: greedy decoding."""
     logprobs: bool = False

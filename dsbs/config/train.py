@@ -67,14 +67,15 @@ class SelectSection(Section):
     agree_gold: bool = False
     """Only where the teacher's label is the gold label."""
     min_vote: float | None = Field(None, ge=0, le=1)
-    """Minimum share of the readable samples that the majority label has. None: any share."""
+    """Minimum share of the readable samples that the majority label has; of several labels or
+    fields, that the least sure one has. None: any share."""
     min_logprob: float | None = Field(None, le=0)
     """Minimum log-probability of the label, in nats; needs annotate.logprobs. None: any."""
     provenance: Annotated[tuple[Provenance, ...] | None, BeforeValidator(as_tuple)] = None
     """Where the rationale may come from. None: anywhere."""
     max_per_label: int | None = Field(None, gt=0)
     """Maximum annotations per teacher label that a student learns from, chosen by a hash of the
-    ids. None: no maximum."""
+    ids: the first so many of each, where rows have several labels. None: no maximum."""
 
 
 class TuneSection(Section):
@@ -174,7 +175,8 @@ class _SharedTrainSection(Section):
     """Weights of the labels in a label head's loss, Σ weight·loss / Σ weight over the step's rows:
     a mapping of labels to weights (a label that is not named has weight 1), or balanced: rows /
     (labels · rows of the label), from the student's own train rows. Validation is not weighted.
-    None: all rows count alike."""
+    None: all rows count alike. multilabel: the weight of a label where a row has it; balanced: rows
+    without the label / rows with it."""
     loss_mean: Literal["global", "micro"] = "global"
     """Token means over the optimizer step. micro: over each micro-batch, as in the published code.
     """

@@ -1,7 +1,8 @@
 """Calibration: how well probabilities agree with what is right, and the metrics of it.
 
 A system has a probability for its answer, or a distribution over the task's labels. Metrics that
-need the distribution are defined where every prediction has one.
+need the distribution are defined where every prediction has one. Where a row has several labels,
+they are means over the labels, of a distribution over yes and no each.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbs.evaluation.aggregates import RowValues
 from dsbs.evaluation.bootstrap import Floats
-from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
+from dsbs.evaluation.metrics import Metric, Scored, SystemPredictions
 from dsbs.records.measures import Measure
 from dsbs.records.results import Bin
-from dsbs.students.calibration import binned, brier_scores, calibration_error, log_losses
+from dsbs.students.calibration import (
+    binned,
+    brier_scores,
+    calibration_error,
+    log_losses,
+    yes_and_no,
+)
 
 _Score = Callable[[Floats, NDArray[np.int64]], Floats]
 
@@ -62,12 +70,18 @@ def distributions(file: Scored, labels: Sequence[str]) -> Floats | None:
 
 def _of_distributions(predictions: SystemPredictions, score: _Score) -> RowValues | None:
     """(seeds, rows): ``score`` of each file's distributions and its gold labels' indices."""
-    labels = list(predictions.task.labels or ())
+    task = predictions.task
+    labels = list(task.head_labels)
     values = []
     for file in predictions.files:
         probabilities = distributions(file, labels)
         if probabilities is None:
             return None
+        if task.has_several_labels:
+            is_given = np.array([task.head_targets(label) for label in file.gold])
+            each = score(yes_and_no(probabilities), 1 - is_given.ravel())
+            values.append(each.reshape(is_given.shape).mean(axis=1))
+            continue
         gold = np.array([labels.index(label) for label in file.gold])
         values.append(score(probabilities, gold))
     return np.stack(values)

@@ -312,6 +312,7 @@ def _write_threshold(
         scores_labels=recipe.eval.score_labels and read_card(folder).writes_label_alone,
         confidence=kind,
         temperature=1.0 if calibration is None else calibration.temperature,
+        label_thresholds=None if calibration is None else calibration.label_thresholds,
         threshold=fitted.choice.threshold,
         of=section.of,
         target=section.goal,

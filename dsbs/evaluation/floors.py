@@ -8,11 +8,9 @@ labels, or from the teacher's where no train row has a gold label.
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dsbs.config import LabelSource, Recipe, StudentRecipe
 from dsbs.config.registry import FLOORS, entry
@@ -43,19 +41,19 @@ from dsbs.tasks.data import (
     validation_rows,
 )
 
-# Inverse strengths of the regularization of tfidf, the strongest first.
-_STRENGTHS = (0.1, 1.0, 10.0, 100.0)
-_DEFAULT_STRENGTH = 1.0  # without labels to choose by
 # tfidf's time grows with the characters of the train texts times the labels; so many take about 40
 # seconds on two cores (9,003 rows of Banking77 with 77 labels: 35 s; 8,869 of e-SNLI with 3: 7 s).
 _MAX_DEFAULT_COST = 60_000_000
 _COST_OF_FEATURES = 20  # of extracting them, in labels
-_ROWS_TOGETHER = 10_000  # answered in one matrix
 
 
 @dataclass(frozen=True, slots=True)
 class FloorAnswer:
-    """A floor's answer to a row; its distribution is None where it has none."""
+    """A floor's answer to a row.
+
+    ``distribution``: the probability of each label; where a row has several labels, each of them
+    has one of its own. None: it has none.
+    """
 
     raw: str
     distribution: dict[str, float] | None = None
@@ -98,7 +96,7 @@ class Floor:
     reads_field: bool = False
     """Whether it can be limited to one input field: ``tfidf-hypothesis``."""
     needs_labels: bool = False
-    """Whether it needs a closed set of labels."""
+    """Whether it needs a closed set of labels, or labels that consist of parts."""
     asks_student: bool = False
     """Whether it asks the student's model, so that there is one for each student."""
     missing: Callable[[StudentRecipe], str | None] = lambda _recipe: None
@@ -130,7 +128,7 @@ def check_floors(recipe: Recipe, task: Task) -> None:
                 f"eval.floors: {name}: only tfidf can be limited to an input field",
                 hint=f"use {name.partition('-')[0]}, or tfidf-{limited_to}",
             )
-        if floor.needs_labels and task.labels is None:
+        if floor.needs_labels and task.labels is None and not task.part_names:
             raise UserError(
                 f"eval.floors: {name} needs a closed set of labels, and {task.name} has none",
                 hint=f"remove {name} from eval.floors",
@@ -227,12 +225,12 @@ def _floor_names(
     """
     if recipe.eval.floors is not None:
         return list(recipe.eval.floors)
-    if task.labels is None:
+    if task.labels is None and not task.part_names:
         return []
     names = ["majority", "tfidf"]
     if labeled is not None:
         rows = sum(len(labeled.of_subset(subset)) for subset in subsets)
-        cost = rows * labeled.mean_characters * (len(task.labels) + _COST_OF_FEATURES)
+        cost = rows * labeled.mean_characters * (len(task.head_labels) + _COST_OF_FEATURES)
         if cost > _MAX_DEFAULT_COST:
             names.remove("tfidf")
     return [name for name in names if name not in recipe.eval.predictions]
@@ -257,6 +255,9 @@ def _make_predictions(
     for row, answer in zip(inputs.rows, floor.predict(inputs), strict=True):
         label = inputs.task.answer(answer.raw, row.input, answer.distribution)
         read = None if isinstance(label, Unreadable) else label
+        probability = None
+        if read is not None and answer.distribution is not None:
+            probability = inputs.task.probability_of(read, answer.distribution)
         predictions.append(
             Prediction(
                 id=row.id,
@@ -265,7 +266,7 @@ def _make_predictions(
                 raw=answer.raw,
                 prediction=read,
                 correct=is_correct(inputs.task, read, row),
-                probability=(answer.distribution or {}).get(read or ""),
+                probability=probability,
                 distribution=rounded(answer.distribution),
                 made_by=fingerprint,
                 model=labels,
@@ -281,6 +282,7 @@ def _make_predictions(
 class _LabeledRows:
     """The train rows with the labels that floors learn, and validation rows."""
 
+    task: Task
     source: LabelSource
     rows: list[Example]
     order: list[int]
@@ -292,7 +294,8 @@ class _LabeledRows:
     def of_subset(self, subset: Subset) -> list[tuple[Example, str]]:
         """The labeled rows of a subset of the train rows, the same as a student's."""
         labels = [self.labels.get(row.id) for row in self.rows]
-        rows = [self.rows[i] for i in subset_indices(self.order, subset, labels)]
+        classes = [() if label is None else self.task.classes(label) for label in labels]
+        rows = [self.rows[i] for i in subset_indices(self.order, subset, classes)]
         return [(row, self.labels[row.id]) for row in rows if row.id in self.labels]
 
 
@@ -310,6 +313,7 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
     with_gold = [row for row in stream(recipe, task, "valid") if row.label is not None]
     valid = validation_rows(with_gold, recipe.train.valid_limit)
     return _LabeledRows(
+        task=task,
         source=source,
         rows=rows,
         order=subset_order([row.id for row in rows]),
@@ -319,17 +323,21 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
     )
 
 
-def _learned(inputs: FloorInputs) -> str:
+def learned_identity(inputs: FloorInputs) -> str:
     """The identity of a floor that learns."""
     rows = [[[row.input, label] for row, label in part] for part in (inputs.train, inputs.valid)]
-    return canonical_json([inputs.only_field, inputs.task.labels, rows])
+    labels = inputs.task.labels or inputs.task.part_names or None
+    return canonical_json([inputs.only_field, labels, rows])
 
 
 # --- majority
 
 
-def _predict_majority(inputs: FloorInputs) -> list[FloorAnswer]:
-    """The most frequent label, the first of the task's at a tie; its shares as distribution."""
+def predict_majority(inputs: FloorInputs) -> list[FloorAnswer]:
+    """The most frequent label, the first of the task's at a tie; its shares as distribution.
+
+    A label of several parts is one answer.
+    """
     counts = Counter(dict.fromkeys(inputs.task.labels or (), 0))
     counts.update(label for _, label in inputs.train)
     label = max(counts, key=counts.__getitem__)
@@ -343,103 +351,6 @@ MAJORITY = Floor(
     title="majority label",
     source="the most frequent label of the train rows",
     learns=True,
-    identity=_learned,
-    predict=_predict_majority,
-)
-
-
-# --- TF-IDF
-
-
-def _predict_tfidf(inputs: FloorInputs) -> list[FloorAnswer]:
-    """Multinomial logistic regression; its strength is the best of `_STRENGTHS` on valid."""
-    labels = [label for _, label in inputs.train]
-    if len(set(labels)) < 2:
-        return _predict_majority(inputs)
-    features = _TfidfFeatures(inputs)
-    train = features.fit([row for row, _ in inputs.train])
-    strengths = _STRENGTHS if inputs.valid else (_DEFAULT_STRENGTH,)
-    models = [_fit(train, labels, strength) for strength in strengths]
-    best = models[0]
-    if inputs.valid:
-        valid = features.of([row for row, _ in inputs.valid])
-        gold = [label for _, label in inputs.valid]
-        best = max(models, key=lambda model: model.score(valid, gold))
-    classes = best.classes_.tolist()
-    answers = []
-    for first in range(0, len(inputs.rows), _ROWS_TOGETHER):
-        rows = inputs.rows[first : first + _ROWS_TOGETHER]
-        for shares in best.predict_proba(features.of(rows)).tolist():
-            distribution = dict.fromkeys(inputs.task.labels or (), 0.0)
-            distribution |= dict(zip(classes, shares, strict=True))
-            answers.append(
-                FloorAnswer(max(distribution, key=distribution.__getitem__), distribution)
-            )
-    return answers
-
-
-class _TfidfFeatures:
-    """Words and pairs of words, and sequences of two to four characters within words.
-
-    The texts of a pair have features of their own: a word of the hypothesis is not that of the
-    premise.
-    """
-
-    def __init__(self, inputs: FloorInputs) -> None:
-        self._inputs = inputs
-        self._is_pair = all(len(inputs.texts(row)) > 1 for row, _ in inputs.train)
-        self._unions: list[Any] = []  # one for each text of a row
-
-    def fit(self, rows: Sequence[Example]) -> Any:
-        """Learn the features of ``rows``, and return them: (rows, features), sparse."""
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.pipeline import make_union
-
-        self._unions = [
-            make_union(
-                TfidfVectorizer(
-                    token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True
-                ),
-                TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True),
-            ).fit(column)
-            for column in self._columns(rows)
-        ]
-        return self.of(rows)
-
-    def of(self, rows: Sequence[Example]) -> Any:
-        """The features of ``rows``, (rows, features), sparse."""
-        from scipy.sparse import hstack
-
-        columns = self._columns(rows)
-        parts = [
-            union.transform(column) for union, column in zip(self._unions, columns, strict=True)
-        ]
-        return hstack(parts).tocsr()
-
-    def _columns(self, rows: Sequence[Example]) -> list[list[str]]:
-        """The texts of all rows: their first and second ones, or both joined."""
-        texts = [self._inputs.texts(row) for row in rows]
-        if not self._is_pair:
-            return [[" ".join(parts) for parts in texts]]
-        return [[parts[0] for parts in texts], [" ".join(parts[1:]) for parts in texts]]
-
-
-def _fit(features: Any, labels: Sequence[str], strength: float) -> Any:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # its accuracy has long settled
-        return LogisticRegression(C=strength, tol=1e-3, max_iter=200).fit(features, labels)
-
-
-TFIDF = Floor(
-    title="TF-IDF with logistic regression",
-    source="logistic regression on TF-IDF of words, pairs of words and 2 to 4 characters; its "
-    "regularization is chosen on valid",
-    learns=True,
-    reads_field=True,
-    needs_labels=True,
-    identity=_learned,
-    predict=_predict_tfidf,
+    identity=learned_identity,
+    predict=predict_majority,
 )

@@ -2,7 +2,8 @@
 
 A metric is one `Metric` record, registered by its name in ``dsbs.config.registry.METRICS``. Rows
 are the units of all intervals: values of several seeds are averaged within a row first. Metrics
-of rationales are in ``rationales.py``.
+of labels with several parts are in ``metrics_of_parts.py``, those of numbers on a scale in
+``metrics_of_scores.py``, and those of rationales in ``rationales.py``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from numpy.typing import NDArray
 
 from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
+from dsbs.evaluation.aggregates import RowSums, RowValues
 from dsbs.evaluation.bootstrap import Clusters, Floats, counts_interval, mean_interval
 from dsbs.records import Example, Prediction, Unreadable
 from dsbs.records.measures import Measure
 from dsbs.records.results import Confusion
 from dsbs.tasks import Task
 
-RowValues = NDArray[np.float64]  # (seeds, rows); NaN where a metric is undefined for a row
 _MAX_CONFUSIONS = 20  # pairs of labels that results keep
 
 
@@ -131,11 +132,12 @@ class SystemPredictions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """A metric of a system, defined by either ``row_values`` or ``aggregate``.
+    """A metric of a system, defined by ``row_values``, ``sums`` or ``aggregate``.
 
-    Both return None where the metric does not apply to the task or the predictions. The mean of
-    ``row_values`` over rows is the metric's value, with a bootstrap interval; ``aggregate`` is for
-    what is not a mean over rows.
+    Each returns None where the metric does not apply to the task or the predictions; the first that
+    applies counts. The mean of ``row_values`` over rows is the metric's value; ``sums`` is for a
+    function of sums over rows, such as F1, and ``aggregate`` for anything else. The first two have
+    bootstrap intervals and paired tests.
     """
 
     title: str
@@ -145,6 +147,7 @@ class Metric:
     is_fraction: bool = True  # shown in percent
     compares_systems: bool = False  # systems are compared by it as well, beside accuracy
     row_values: Callable[[SystemPredictions], RowValues | None] | None = None
+    sums: Callable[[SystemPredictions], RowSums | None] | None = None
     aggregate: Callable[[SystemPredictions], Measure | None] | None = None
 
 
@@ -153,7 +156,8 @@ class Measures:
     """All metrics of one system."""
 
     metrics: dict[str, Measure] = field(default_factory=dict)  # in the registry's order
-    compared: dict[str, RowValues] = field(default_factory=dict)  # of `Metric.compares_systems`
+    # of `Metric.compares_systems`
+    compared: dict[str, RowValues | RowSums] = field(default_factory=dict)
     recall: dict[str, Measure] = field(default_factory=dict)  # by label that some row has
     confusions: list[Confusion] = field(default_factory=list)
 
@@ -163,15 +167,20 @@ def measure(predictions: SystemPredictions) -> Measures:
     measures = Measures(recall=recall(predictions), confusions=confusions(predictions))
     for name in METRICS:
         metric: Metric = entry(METRICS, name)
-        result = None
-        if metric.aggregate is not None:
-            result = metric.aggregate(predictions)
-        elif metric.row_values is not None:
+        values: RowValues | RowSums | None = None
+        if metric.row_values is not None:
             values = metric.row_values(predictions)
-            if values is not None:
-                result = mean_over_rows(values, predictions.clusters)
-                if metric.compares_systems:
-                    measures.compared[name] = values
+        if values is None and metric.sums is not None:
+            values = metric.sums(predictions)
+        result = None
+        if isinstance(values, RowSums):
+            result = values.measure(predictions.clusters)
+        elif values is not None:
+            result = mean_over_rows(values, predictions.clusters)
+        elif metric.aggregate is not None:
+            result = metric.aggregate(predictions)
+        if values is not None and metric.compares_systems:
+            measures.compared[name] = values
         if result is not None:
             measures.metrics[name] = result
     return measures
@@ -265,7 +274,7 @@ PARSE_FAILURE = Metric(
 # --- classes
 
 
-def _truth_and_predicted(
+def truth_and_predicted(
     predictions: SystemPredictions,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Class indices of the gold labels (rows,) and the predictions (seeds, rows).
@@ -286,7 +295,7 @@ def recall(predictions: SystemPredictions) -> dict[str, Measure]:
     labels = predictions.task.labels
     if not labels:
         return {}
-    truth, predicted = _truth_and_predicted(predictions)
+    truth, predicted = truth_and_predicted(predictions)
     recalls = {}
     for i, label in enumerate(labels):
         is_label = truth == i
@@ -305,7 +314,7 @@ def confusions(predictions: SystemPredictions) -> list[Confusion]:
     labels = predictions.task.labels
     if not labels:
         return []
-    truth, predicted = _truth_and_predicted(predictions)
+    truth, predicted = truth_and_predicted(predictions)
     counts: Counter[tuple[int, int]] = Counter()
     for row in predicted:
         is_error = (row != truth) & (row < len(labels))
@@ -321,13 +330,6 @@ def confusions(predictions: SystemPredictions) -> list[Confusion]:
         )
         for (gold, other), number in ordered[:_MAX_CONFUSIONS]
     ]
-
-
-def _macro_f1(predictions: SystemPredictions) -> Measure | None:
-    labels = predictions.task.labels
-    if not labels:
-        return None
-    return macro_f1(*_truth_and_predicted(predictions), len(labels), predictions.clusters)
 
 
 def macro_f1(
@@ -385,11 +387,3 @@ def macro_f1_of_counts(
         return np.asarray(np.mean(per_seed, axis=0))
 
     return statistic
-
-
-MACRO_F1 = Metric(
-    title="Macro-F1",
-    source="mean F1 of the classes that are gold or predicted in some row (scikit-learn)",
-    higher_is_better=True,
-    aggregate=_macro_f1,
-)

@@ -96,6 +96,8 @@ def predict_student(
     calibration = read_calibration(student.path)
     if calibration is not None and has_distribution:
         decoding.append(f"temperature={calibration.temperature:g}")
+        if calibration.label_thresholds is not None:
+            decoding.append(calibration.label_thresholds.model_dump_json())
     fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
     if fits_or_restore(path, fingerprint):
         return path

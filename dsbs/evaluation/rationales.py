@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dsbs.evaluation.metrics import Metric, RowValues, Scored, SystemPredictions
-from dsbs.tasks import concluded_label
+from dsbs.evaluation.aggregates import RowValues
+from dsbs.evaluation.metrics import Metric, Scored, SystemPredictions
+from dsbs.tasks.conclusion import concluded_label
 
 _UNDEFINED = float("nan")
 # In ASCII text the words of the rouge-score package, which ignores all other letters.

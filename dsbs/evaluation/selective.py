@@ -66,7 +66,9 @@ def confidence_values(file: Scored, task: Task, kind: ConfidenceKind) -> Floats 
         if kind == "views" and label is not None:
             rationale = prediction.rationale or ""
             agreement = rationale_agreement(label, rationale, task, row.input)
-        value = confidence_of(kind, prediction.probability, prediction.distribution, agreement)
+        # probabilities of several labels are no distribution: the row's is all that counts
+        shares_of_row = None if task.has_several_labels else prediction.distribution
+        value = confidence_of(kind, prediction.probability, shares_of_row, agreement)
         if label is None:
             value = UNREADABLE
         if value is None:

@@ -120,7 +120,7 @@ def permutation_test(differences: Floats) -> tuple[float, bool]:
             break
     observed -= 1e-12 * float(sizes.sum())  # sums that differ only by rounding are equal
     hits = tried = 0
-    for signs in _sign_patterns(len(sizes)):
+    for signs in sign_patterns(len(sizes)):
         hits += int((np.abs(signs @ sizes) >= observed).sum())
         tried += len(signs)
     if tried == 2 ** len(sizes):
@@ -155,7 +155,7 @@ def _exact_p(sizes: NDArray[np.int64], observed: int) -> float | None:
     return min(1.0, float(mass[sums >= observed].sum()))
 
 
-def _sign_patterns(units: int) -> Iterator[Floats]:
+def sign_patterns(units: int) -> Iterator[Floats]:
     """Arrays (b, units) of -1 and 1: all patterns if there are at most 9,999, else random ones."""
     if 2**units <= RESAMPLES:
         patterns = np.arange(2**units)[:, None] >> np.arange(units) & 1

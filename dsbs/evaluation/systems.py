@@ -14,11 +14,13 @@ import numpy as np
 from dsbs.config import EvalSection, base_of
 from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
+from dsbs.evaluation.aggregates import GradedDifference, RowSums, RowValues, graded_difference
 from dsbs.evaluation.bootstrap import Clusters, Scores, accuracy, label_efficiency
 from dsbs.evaluation.calibration import calibration_bins
-from dsbs.evaluation.metrics import RowValues, Scored, SystemPredictions, measure
+from dsbs.evaluation.metrics import Scored, SystemPredictions, measure
+from dsbs.evaluation.metrics_of_parts import part_results
 from dsbs.evaluation.selective import selective
-from dsbs.evaluation.significance import Difference, holm, paired_difference
+from dsbs.evaluation.significance import holm, paired_difference
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import (
     BreakEven,
@@ -53,7 +55,8 @@ class System:
     latency: list[Latency] = field(default_factory=list)
     usd_per_prediction: float | None = None
     confidence_kinds: list[ConfidenceKind] = field(default_factory=list)  # chosen on valid
-    row_values: dict[str, RowValues] = field(default_factory=dict)  # of metrics that compare
+    # of metrics that compare systems
+    compared: dict[str, RowValues | RowSums] = field(default_factory=dict)
 
     @property
     def method(self) -> str | None:
@@ -110,10 +113,10 @@ def score_system(
     clusters: Clusters,
     teacher_rationales: Mapping[str, str | None] | None = None,
 ) -> SystemResult:
-    """Compute all metrics of a system, as `SystemPredictions` has it, and set ``row_values``."""
+    """Compute all metrics of a system, as `SystemPredictions` has it, and set ``compared``."""
     predictions = SystemPredictions(task, system.files, clusters, teacher_rationales)
     measures = measure(predictions)
-    system.row_values = measures.compared
+    system.compared = measures.compared
     total = accuracy(system.scores, len(system.files), clusters)
     unreadable = [label is None for file in system.files for label in file.labels]
     result = SystemResult(
@@ -132,6 +135,7 @@ def score_system(
         metrics=measures.metrics,
         recall=measures.recall,
         confusions=measures.confusions,
+        parts=part_results(predictions),
         calibration=calibration_bins(predictions),
         selective=selective(system.files, task, system.confidence_kinds, clusters),
         megabytes=system.megabytes,
@@ -322,24 +326,16 @@ def compare_with_floors(
 def _compare_graded(
     metric: str, chosen: Sequence[tuple[System, System]], clusters: Clusters
 ) -> dict[tuple[str, str], GradedComparison]:
-    """The pairs' comparisons by a metric's row values, on the rows for which both have one."""
-    differences: dict[tuple[str, str], tuple[Difference, int]] = {}
+    """The pairs' comparisons by a metric that both systems have."""
+    differences: dict[tuple[str, str], GradedDifference] = {}
     for system, baseline in chosen:
-        if metric not in system.row_values or metric not in baseline.row_values:
-            continue
-        ours = system.row_values[metric]
-        theirs = baseline.row_values[metric]
-        both = ~(np.isnan(ours).all(axis=0) | np.isnan(theirs).all(axis=0))
-        if both.any():
-            differences[system.name, baseline.name] = (
-                paired_difference(
-                    np.nanmean(ours[:, both], axis=0),
-                    np.nanmean(theirs[:, both], axis=0),
-                    None if clusters is None else clusters[both],
-                ),
-                int(both.sum()),
+        if metric in system.compared and metric in baseline.compared:
+            difference = graded_difference(
+                system.compared[metric], baseline.compared[metric], clusters
             )
-    adjusted = holm([difference.p for difference, _ in differences.values()])
+            if difference is not None:
+                differences[system.name, baseline.name] = difference
+    adjusted = holm([difference.p for difference in differences.values()])
     return {
         pair: GradedComparison(
             delta=difference.delta,
@@ -347,9 +343,9 @@ def _compare_graded(
             p=difference.p,
             p_holm=p_holm,
             test=difference.test,
-            n=n,
+            n=difference.n,
         )
-        for (pair, (difference, n)), p_holm in zip(differences.items(), adjusted, strict=True)
+        for (pair, difference), p_holm in zip(differences.items(), adjusted, strict=True)
     }
 
 

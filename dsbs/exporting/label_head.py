@@ -27,8 +27,7 @@ tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
 for line in sys.stdin:
     ids = np.array([tokenizer.encode({read}).ids])
 {run}
-    rows = sorted(zip(labels, ({calibrated}).tolist()), key=lambda row: -row[1])
-    answer = {{"label": rows[0][0], "probability": rows[0][1], "distribution": dict(rows)}}
+{answer}
     print(json.dumps(answer), flush=True)
 '''
 _ONNX_LOAD = 'session = onnxruntime.InferenceSession(str(here / "model.onnx"))'
@@ -39,7 +38,26 @@ _CT2_LOAD = """model, head = ctranslate2.Encoder(str(here)), np.load(here / "hea
 _CT2_RUN = """\
     second = (np.cumsum(e := ids == head["separator"], 1) - e > 0).astype(int)
     states = model.forward_batch(ids.tolist(), token_type_ids=second.tolist()).last_hidden_state
-    p = np.exp((z := np.array(states)[0].mean(0) @ head["weight"].T + head["bias"]) - z.max())"""
+{shares}"""
+_CT2_STATES = """np.array(states)[0].mean(0) @ head["weight"].T + head["bias"]"""
+_CT2_SHARES = f"    p = np.exp((z := {_CT2_STATES}) - z.max())"
+_CT2_EACH = f"    p = 1 / (1 + np.exp(-({_CT2_STATES})))"
+# By how a task chooses its answer: from the probabilities p of the labels, in their order.
+_LIKELIEST = """\
+    rows = sorted(zip(labels, ({calibrated}).tolist()), key=lambda row: -row[1])
+    answer = {{"label": rows[0][0], "probability": rows[0][1], "distribution": dict(rows)}}"""
+_MEDIAN = """\
+    p = {calibrated}
+    point = int(np.searchsorted(np.cumsum(p), p.sum() / 2))
+    answer = {{"label": json.loads(labels[point]), "probability": float(p[point])}}
+    answer |= {{"expected_number": float(p @ np.array(labels, float))}}
+    answer |= {{"distribution": dict(zip(labels, p.tolist()))}}"""
+_REACHED = """\
+    p = {calibrated}
+    given = p >= np.array({limits})
+    answer = {{"label": sorted(label for label, is_given in zip(labels, given) if is_given)}}
+    answer |= {{"probability": float(np.where(given, p, 1 - p).min())}}
+    answer |= {{"distribution": dict(zip(labels, p.tolist()))}}"""
 # CTranslate2's converter for the encoder of each model type.
 CT2_LOADERS = {
     "bert": "BertLoader",
@@ -77,6 +95,7 @@ def write_onnx_graph(student: Student, folder: Path) -> None:
 
     model = deepcopy(student.backend.model).to("cpu").eval()
     model.rationale_decoder = None
+    has_several = student.task.has_several_labels
     # Its graph is smaller than that of fused attention, and ONNX Runtime fuses it again.
     model.body.set_attn_implementation("eager")
 
@@ -88,7 +107,7 @@ def write_onnx_graph(student: Student, folder: Path) -> None:
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             """input_ids and attention_mask (B, S) -> (B, L)."""
             logits: Tensor = self.model(input_ids, attention_mask)
-            return logits.softmax(-1)
+            return logits.sigmoid() if has_several else logits.softmax(-1)
 
     token_ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -163,15 +182,30 @@ def label_head_script(student: Student, runtime: str) -> str:
     text = f"{prefix!r} + line.strip()" if prefix else "line.strip()"
     if card.kind == "encoder":
         text = f"*({text}).split({PAIR_SEPARATOR!r}, 1)"
-    calibrated = "p / p.sum()"
-    if student.temperature != 1:
-        power = f"(p / p.max()) ** {1 / student.temperature:.6g}"
-        calibrated = f"{power} / ({power}).sum()"
     is_onnx = runtime == "onnxruntime"
+    shares = _CT2_EACH if student.task.has_several_labels else _CT2_SHARES
     return _SCRIPT.format(
         runtime=runtime,
         load=_ONNX_LOAD if is_onnx else _CT2_LOAD,
-        run=_ONNX_RUN if is_onnx else _CT2_RUN,
+        run=_ONNX_RUN if is_onnx else _CT2_RUN.replace("{shares}", shares),
         read=text,
-        calibrated=calibrated,
+        answer=_script_answer(student),
     )
+
+
+def _script_answer(student: Student) -> str:
+    """The lines of ``predict.py`` that make an answer of the probabilities, as ``Student`` does."""
+    task = student.task
+    power = f"{1 / student.temperature:.6g}"
+    if task.has_several_labels:
+        thresholds = student.label_thresholds or {}
+        limits = [thresholds.get(label, 0.5) for label in student.card.classes]
+        return _REACHED.format(
+            calibrated=f"p**{power} / (p**{power} + (1 - p) ** {power})",
+            limits=[2.0 if limit is None else limit for limit in limits],  # 2: never reached
+        )
+    calibrated = "p / p.sum()"
+    if student.temperature != 1:
+        calibrated = f"(p / p.max()) ** {power} / ((p / p.max()) ** {power}).sum()"
+    is_scale = task.number(student.card.classes[0]) is not None
+    return (_MEDIAN if is_scale else _LIKELIEST).format(calibrated=calibrated)

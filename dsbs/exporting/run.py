@@ -161,6 +161,11 @@ def _check_request(
             f"{card.name} scores the choices of each row, and no export format does",
             hint="use the student as it is: dsbs predict, dsbs serve and Python read it",
         )
+    if card.reads_windows:
+        raise UserError(
+            f"{card.name} reads long texts in windows, and no export format does",
+            hint="train it with task.max_input: {strategy: head+tail}, or use it as it is",
+        )
     if card.head == "labels" and "labels" not in chosen.kinds:
         raise UserError(
             f"{card.name} has a label head, which the format {format} does not support",

@@ -14,7 +14,7 @@ from dsbs.config.schema import recipe_schema
 from dsbs.errors import UserError
 from dsbs.files import check_file_name, find_file, move
 
-Kind = Literal["classification", "generation", "nli", "math"]
+Kind = Literal["classification", "multilabel", "score", "extraction", "generation", "nli", "math"]
 SCHEMA = "recipe.schema.json"
 # Editors look for the schema beside the recipe.
 _HEAD = f"# yaml-language-server: $schema={SCHEMA}\n"

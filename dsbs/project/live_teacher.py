@@ -236,7 +236,9 @@ def _threshold(path: str, card: StudentCard) -> Threshold:
     calibration = read_calibration(path)
     temperature = 1.0 if calibration is None else calibration.temperature
     folder = Path(path)
+    label_thresholds = None if calibration is None else calibration.label_thresholds
     is_same = temperature == threshold.temperature
+    is_same = is_same and label_thresholds == threshold.label_thresholds
     if (folder / TRAINING_RECORD).is_file():
         is_same = is_same and read_student(folder).fingerprint == threshold.student
     if not is_same:
@@ -260,7 +262,9 @@ def _check_recipe(recipe: Recipe, card: StudentCard) -> None:
             hint="give a recipe whose teacher answers requests, e.g. teacher.kind: openai",
         )
     is_same = recipe.task.name == card.task.name and recipe.task.input == card.task.input
-    if not is_same or set(recipe.task.labels or ()) != set(card.task.labels or ()):
+    labels = set(make_task(recipe.task).head_labels)
+    is_same = is_same and labels == set(make_task(card.task).head_labels)
+    if not is_same or recipe.task.fields != card.task.fields:
         raise UserError(
             f"--fallback: the recipe's task is not the one of {card.name}",
             hint="give the recipe that the student was trained with",

@@ -69,7 +69,20 @@ class StudentTexts:
             return []
         labels = [row.label for rows in splits.values() for row in rows if row.label is not None]
         warnings = vocabulary_warnings(self.recipe.student, self.tokenizer, labels, {})
+        warnings += self._length_warnings(labels) if self.task.part_names else []
         return [self._named(warning) for warning in warnings]
+
+    def _length_warnings(self, labels: Sequence[str]) -> list[str]:
+        """A warning about labels of several parts that end before their last part."""
+        limit = self.recipe.eval.max_label_tokens + 1  # and the end token
+        lengths = [len(token_ids) for token_ids in self.input_format.write(labels)]
+        too_long = sum(length > limit for length in lengths)
+        if not too_long:
+            return []
+        return [
+            f"{too_long} of {count(len(lengths), 'label')} are longer than eval.max_label_tokens "
+            f"and can never be right: set it to {max(lengths)} or more"
+        ]
 
     def figures(
         self, rows: Sequence[Example], figures: Mapping[str, dict[str, Any]]

@@ -18,6 +18,7 @@ from dsbs.formatting import count
 from dsbs.project.leakage import Overlap, find_overlaps
 from dsbs.project.student_texts import (
     RATIONALE,
+    SAMPLE_SIZE,
     Splits,
     StudentTexts,
     student_texts,
@@ -25,16 +26,16 @@ from dsbs.project.student_texts import (
 )
 from dsbs.prompting import Prompt, PromptRenderer, in_order, load_prompt
 from dsbs.records import Example
-from dsbs.tasks import Task, make_task
+from dsbs.tasks import Fields, Task, make_task
 from dsbs.tasks.data import is_held_out, load, survey
 from dsbs.tasks.templates import render
-from dsbs.training.rows import check_subsets
-from dsbs.training.training_set import checked_students
+from dsbs.training.training_set import check_subsets, checked_students
 
 NGRAM = 8  # an exemplar and a row that share so many words in a row do not do so by chance
 _WORD = re.compile(r"\w+")
 _LIST_COMMA = r"[\w)], *"
 _MAX_IDS = 3  # row ids that a warning names
+_MAX_POINTS = 10  # of a scale that a warning names
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ def validate(recipe: Recipe) -> Validation:
         first_prompt = PromptRenderer(prompt, task).render(splits["train"][0]).text
         warnings += check_prompt(recipe, prompt, task, splits)
         check_written_labels(task, prompt, splits["train"][0])
+        warnings += written_gold_warnings(task, prompt, splits["train"])
     if recipe.teacher.kind == "ensemble":
         warnings += _ensemble_warnings(recipe, splits)
     readers = [student_texts(student, task, splits) for student in students]
@@ -108,8 +110,17 @@ def _split_figures(task: Task, rows: Sequence[Example]) -> dict[str, Any]:
         "with_gold": len(labels),
         "hash": survey(rows).hash,
     }
-    if task.labels is not None:
-        figures["labels"] = dict(Counter(labels).most_common())
+    if task.head_labels:
+        counts = Counter(name for label in labels for name in task.classes(label))
+        figures["labels"] = dict(counts.most_common())
+        if task.has_order:
+            figures["labels"] = {name: counts[name] for name in task.head_labels if counts[name]}
+    if task.has_several_labels and labels:
+        sizes = [len(task.value(label)) for label in labels]
+        figures["labels_per_row"] = sum(sizes) / len(sizes)
+    fields = task.part_figures(rows)
+    if fields:
+        figures["fields"] = fields
     return figures
 
 
@@ -128,14 +139,54 @@ def _split_warnings(
             "train: no row has a label; if a column holds it, set task.columns: {label: <column>}; "
             "to learn the teacher's labels, set train.labels: teacher"
         )
-    if task.labels is not None and with_gold:
-        missing = [label for label in task.labels if label not in figures["labels"]]
-        if missing:
-            warnings.append(f"{split}: no row is labeled {', '.join(missing)}")
+    if task.head_labels and with_gold:
+        warnings += _label_count_warnings(task, split, figures)
+    if "fields" in figures and with_gold:
+        warnings += _field_warnings(split, figures["fields"])
     warnings += [warning for reader in readers for warning in reader.warnings(split, rows, figures)]
     if recipe.eval.split == split and with_gold < len(rows):
         unlabeled = count(len(rows) - with_gold, "row")
         warnings.append(f"{split}: {unlabeled} without a gold label, left out of the comparison")
+    return warnings
+
+
+def _label_count_warnings(task: Task, split: str, figures: dict[str, Any]) -> list[str]:
+    warnings = []
+    missing = [label for label in task.head_labels if label not in figures["labels"]]
+    if task.has_order and len(missing) > _MAX_POINTS:
+        points = f"{len(missing)} of the scale's {len(task.head_labels)} points"
+        warnings.append(f"{split}: {points} have no row; consider a larger task.step")
+    elif missing:
+        warnings.append(f"{split}: no row is labeled {', '.join(missing)}")
+    if task.has_several_labels and figures["with_gold"] > 1:
+        always = [
+            label
+            for label in task.head_labels
+            if figures["labels"].get(label) == figures["with_gold"]
+        ]
+        if always:
+            warnings.append(
+                f"{split}: every row is labeled {', '.join(always)}: there is nothing to learn"
+            )
+    return warnings
+
+
+def _field_warnings(split: str, fields: dict[str, dict[str, Any]]) -> list[str]:
+    warnings = []
+    for name, field in fields.items():
+        if not field["filled"]:
+            warnings.append(f"{split}: no row has a value for {name}")
+            continue
+        unused = [label for label, number in field.get("labels", {}).items() if not number]
+        if unused:
+            warnings.append(f"{split}: no row has {name} {', '.join(unused)}")
+        ids = field.get("not_in_input", [])
+        if ids:
+            more = f" and {len(ids) - _MAX_IDS} more" if len(ids) > _MAX_IDS else ""
+            warnings.append(
+                f"{split}: {name} is verbatim, but in {count(len(ids), 'row')} its gold value does "
+                f"not occur in the input: {', '.join(ids[:_MAX_IDS])}{more}"
+            )
     return warnings
 
 
@@ -152,6 +203,34 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
     """Raise UserError where a label that the teacher writes in the prompt's form reads as another
     one or as none, or its rationale as none.
     """
+    labeled = [(label, example.input) for label in task.written_labels()]
+    unreadable = _not_read_back(task, prompt, labeled)
+    if unreadable:
+        hint = "rename it, or change the prompt's anchor, pattern and stop"
+        raise unreadable_labels("the teacher's answer", unreadable, hint)
+
+
+def written_gold_warnings(task: Task, prompt: Prompt, rows: Sequence[Example]) -> list[str]:
+    """A warning about gold labels of several parts that the prompt's form cannot state."""
+    if not task.part_names:
+        return []
+    labeled = [(row.label, row.input) for row in rows[:SAMPLE_SIZE] if row.label is not None]
+    unreadable = _not_read_back(task, prompt, labeled)
+    # a gold value that the input lacks has a warning of its own
+    unreadable = [entry for entry in unreadable if entry[2] != "not-in-input"]
+    if not unreadable:
+        return []
+    label, _, reading = unreadable[0]
+    return [
+        f"prompt: {len(unreadable)} of {count(len(labeled), 'gold label')} would not be read back "
+        f"from the teacher's answer: {label!r:.120} reads as {reading!r:.120}"
+    ]
+
+
+def _not_read_back(
+    task: Task, prompt: Prompt, labeled: Iterable[tuple[str, Fields]]
+) -> list[tuple[str, str, str | None]]:
+    """The labels that read as another one or as none, as ``unreadable_labels`` has them."""
     template = prompt.answer
     has_own_form = prompt.exemplars or prompt.pattern is not None or prompt.order == "label-first"
     if prompt.format == "json":
@@ -161,10 +240,12 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
     elif not has_own_form:
         template = f"{{{{ rationale }}}}\n{prompt.anchor[0]} {{{{ label }}}}"
     unreadable: list[tuple[str, str, str | None]] = []
-    for label in task.labels or ():
-        variables = task.template_variables(example.input, label) | {"rationale": RATIONALE}
+    for label, fields in labeled:
+        variables = task.template_variables(fields, label) | {"rationale": RATIONALE}
+        if prompt.format == "json":
+            variables["label"] = task.value(label)
         answer = render(template, variables, where="prompt: answer")
-        sample = parse_reply(answer, prompt, task, example.input, "stop")
+        sample = parse_reply(answer, prompt, task, fields, "stop")
         if sample.label != label:
             unreadable.append((label, answer, sample.label or sample.reason))
         elif sample.rationale is None and RATIONALE in answer:
@@ -172,9 +253,7 @@ def check_written_labels(task: Task, prompt: Prompt, example: Example) -> None:
                 f"the teacher's answer {answer!r:.120} is read without its rationale",
                 hint="change the prompt's answer, anchor or pattern so that they fit each other",
             )
-    if unreadable:
-        hint = "rename it, or change the prompt's anchor, pattern and stop"
-        raise unreadable_labels("the teacher's answer", unreadable, hint)
+    return unreadable
 
 
 # --- the prompt
@@ -204,7 +283,7 @@ def _parse_warnings(prompt: Prompt, task: Task, renderer: PromptRenderer) -> lis
         fields = task.fields(exemplar.input, f"prompt, exemplar {number}")
         _, answer = renderer.exemplar(exemplar, number)
         parsed = parse_reply(answer, prompt, task, fields, "stop")
-        gold = task.gold(exemplar.label, fields, f"prompt, exemplar {number}")
+        gold = exemplar.gold(task, fields, f"prompt, exemplar {number}")
         if parsed.label is None:
             warnings.append(
                 f"{name} does not parse ({parsed.reason}): replies in its format will be rejected"
@@ -222,7 +301,7 @@ def _listing_warnings(recipe: Recipe, prompt: Prompt, task: Task) -> list[str]:
     """A prompt file that lists labels with commas, where a label has commas of its own."""
     if recipe.annotate.prompt is None:
         return []
-    for label in task.labels or ():
+    for label in task.head_labels:
         if "," not in label:
             continue
         pattern = rf"{_LIST_COMMA}{re.escape(label)}(?!\w)|(?<!\w){re.escape(label)}, *\w"
@@ -276,18 +355,24 @@ def _ngrams(words: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
 
 
 def _balance_warnings(prompt: Prompt, task: Task) -> list[str]:
-    if task.labels is None or not prompt.exemplars:
+    if not task.head_labels or not prompt.exemplars:
         return []
     counts = Counter(
-        task.gold(exemplar.label, exemplar.input, "prompt") for exemplar in prompt.exemplars
+        label
+        for exemplar in prompt.exemplars
+        for label in task.classes(exemplar.gold(task, exemplar.input, "prompt"))
     )
-    missing = [label for label in task.labels if not counts[label]]
+    missing = [label for label in task.head_labels if not counts[label]]
+    if task.has_order:
+        low, *_, high = task.head_labels
+        missing = [label for label in missing if label in (low, high)]
     if missing:
         return [
             f"prompt: no exemplar is labeled {', '.join(missing)}; "
             "a teacher rarely gives a label that it was not shown"
         ]
-    if max(counts.values()) > 2 * min(counts.values()):
+    is_balanced = max(counts.values()) <= 2 * min(counts.values())
+    if not is_balanced and not task.has_several_labels:
         numbers = ", ".join(f"{label} {number}" for label, number in counts.most_common())
         return [
             f"prompt: the exemplars are unbalanced over the labels ({numbers}); "

@@ -15,6 +15,7 @@ Reason = Literal[
     "truncated",  # the token budget ended before the answer did
     "spent-on-reasoning",  # the token budget ended in hidden reasoning text, before any answer
     "label-outside-set",  # a readable answer that is not one of the task's labels or choices
+    "not-in-input",  # a value that must occur in the input does not (task.fields: verbatim)
     "several-answers",  # two or more different answers
     "refused",  # the endpoint rejected the request, or the model declined
     "contradicts-rationale",  # the rationale concludes with another answer than the one given
@@ -121,7 +122,10 @@ class Annotation(_Record):
     provenance: Provenance = "none"
     samples: list[Sample] = []
     vote_share: float | None = None
-    """The majority label's share of the readable samples, in [0, 1]."""
+    """The winning label's share of the readable samples, in [0, 1]; where labels consist of parts,
+    the smallest of ``part_shares``."""
+    part_shares: dict[str, float] | None = Field(None, exclude_if=_is_none)
+    """The share of each winning part: a possible label, or a field. None: labels have no parts."""
     label_logprob: float | None = None
     """The mean over the winning samples, in nats."""
     accepted: bool = False

@@ -149,6 +149,22 @@ class Confusion(ResultRecord):
     """Of the rows with the gold label."""
 
 
+class PartResult(ResultRecord):
+    """A possible label of a row (several labels), or a field (extraction)."""
+
+    accuracy: Measure
+    """The share of the rows in which it is right, or rightly absent."""
+    precision: Measure | None
+    """Of the rows for which it is predicted. None: it never is."""
+    recall: Measure | None
+    """Of the rows that have it. None: none has."""
+    f1: Measure | None
+    gold: int
+    """Rows that have it."""
+    predicted: float
+    """Rows for which it is predicted, averaged over seeds."""
+
+
 class SystemResult(ResultRecord):
     """One system: the teacher, the students of one method over their seeds, a floor, or an external
     file.
@@ -181,6 +197,8 @@ class SystemResult(ResultRecord):
     """By label of a closed set."""
     confusions: list[Confusion] = []
     """The pairs of labels that are most often confused, at most 20; empty for open labels."""
+    parts: dict[str, PartResult] = Field({}, exclude_if=_is_empty)
+    """By possible label of a row, or by field, where labels consist of such parts."""
     calibration: list[Bin] = []
     """Empty where the probability of a label is unknown."""
     selective: Selective | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 Subset = float | str
 """A share in (0, 1], or ``5-per-label``: five rows of each label."""
@@ -39,11 +39,14 @@ def subset_rank(subset: Subset | None) -> tuple[bool, float]:
     return number is None, float(subset if number is None else number)
 
 
-def subset_indices(order: Sequence[int], subset: Subset, labels: Sequence[str | None]) -> list[int]:
+def subset_indices(
+    order: Sequence[int], subset: Subset, classes: Sequence[Collection[str]]
+) -> list[int]:
     """The indices of a subset's rows, ascending. A smaller subset's are among a larger one's.
 
-    ``order`` is the rows' ``subset_order``, ``labels`` their labels. A label with fewer rows than a
-    subset asks for gives all of them; rows without a label are in no subset per label.
+    ``order`` is the rows' ``subset_order``, ``classes`` each row's labels: a subset per label has
+    the first so many rows of each, some of which may be the same rows. A label with fewer rows than
+    a subset asks for gives all of them; rows without a label are in no subset per label.
     """
     number = rows_per_label(subset)
     if number is None:
@@ -51,8 +54,7 @@ def subset_indices(order: Sequence[int], subset: Subset, labels: Sequence[str | 
     counts: Counter[str] = Counter()
     indices = []
     for index in order:
-        label = labels[index]
-        if label is not None and counts[label] < number:
-            counts[label] += 1
+        if any(counts[label] < number for label in classes[index]):
             indices.append(index)
+        counts.update(classes[index])
     return sorted(indices)

@@ -143,17 +143,19 @@ def fenced(text: str, language: str) -> str:
 
 def loading_text(card: StudentCard, item: str | dict[str, Any] = "<text>") -> str:
     """How to load a student and answer ``item``; for a label head, what its files hold."""
+    task = make_task(card.task)
+    answer = "label" if task.label_schema().get("type") == "string" else "value"
     code = [
         "import dsbs",
         "",
         f'student = dsbs.Student.load("{card.name}")',
         f"(answer,) = student.predict([{json.dumps(item, ensure_ascii=False)}])",
-        "print(answer.label)",
+        f"print(answer.{answer})",
     ]
     if card.explains and not (card.head == "labels" and card.format != "transformers"):
         code[-2] = code[-2].removesuffix(")") + ", rationale=True)"
     if card.head == "labels":
-        code[-1] = "print(answer.label, answer.distribution)"
+        code[-1] = f"print(answer.{answer}, answer.distribution)"
     text = fenced("\n".join(code), "python")
     text += (
         "\n\n`dsbs.Student.load` reads a folder; "
@@ -169,6 +171,11 @@ def loading_text(card: StudentCard, item: str | dict[str, Any] = "<text>") -> st
         "which is in `head.safetensors`: `weight` (labels, states) and `bias` (labels), applied to "
         f"{pooled}. The order of the labels is `classes` in `student.json`."
     )
+    if task.has_several_labels:
+        text += (
+            " A sigmoid of each output is the probability of its label; `calibration.json` has the "
+            "temperature that divides the outputs, and the threshold of each label's probability."
+        )
     if card.kind == "encoder" and card.explains:
         text += " `rationale_decoder/` writes rationales; labels do not need it."
     return text

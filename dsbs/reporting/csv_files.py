@@ -172,7 +172,8 @@ def _has_several_students(runs: TitledRuns) -> bool:
 
 
 def _metric_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
-    """One value in each row: accuracy over all seeds and by seed, every metric, recall by label."""
+    """One value in each row: accuracy over all seeds and by seed, every metric, recall by label,
+    and the measures of each of several labels or fields."""
     rows: list[dict[str, Cell]] = []
     for title, run in runs:
         n = run.results.n
@@ -190,6 +191,11 @@ def _metric_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
             for label, measure in system.recall.items():
                 recall: dict[str, Cell] = {"metric": "recall", "label": label}
                 rows.append(start | recall | _measure_columns(measure))
+            for label, part in system.parts.items():
+                for name, value in part:
+                    if isinstance(value, Measure):
+                        of_part: dict[str, Cell] = {"metric": name, "label": label}
+                        rows.append(start | of_part | _measure_columns(value))
     return [{name: row.get(name) for name in _METRIC_COLUMNS} for row in rows]
 
 

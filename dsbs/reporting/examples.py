@@ -10,12 +10,13 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dsbs.records import Prediction
 from dsbs.reporting.runs import EvaluatedRun, name_among
+from dsbs.tasks import Task
 
 # Maximum length of a text in characters, tried in this order until the examples fit; None: no cut.
 _TEXT_LIMITS = (None, 20_000, 5_000, 2_000, 1_000, 600, 400, 300, 200, 120)
@@ -73,6 +74,33 @@ class _System:
     run: EvaluatedRun
     kind: str
     members: list[str]
+
+
+class _Parts:
+    """The parts of the labels of one task, for showing in which of them two labels differ."""
+
+    def __init__(self, task: Task, limit: int | None) -> None:
+        self._task = task
+        self._limit = limit
+        self._numbers: dict[Hashable, int] = {}
+        self._of: dict[str, dict[str, tuple[str, int]]] = {}
+
+    def add(self, label: str, shown: str) -> None:
+        """Add a label, which the page shows as ``shown``."""
+        if shown not in self._of:
+            self._of[shown] = {
+                name: (_cut(value, self._limit), self._number(name, value))
+                for name, value in self._task.parts(label).items()
+                if value is not None
+            }
+
+    def _number(self, name: str, value: str) -> int:
+        """Equal for values of a part that mean the same."""
+        key = name, self._task.part_key(name, value)
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def packed(self) -> dict[str, Any]:
+        return {"names": self._task.part_names, "of": self._of}
 
 
 def pack_examples(runs: Sequence[EvaluatedRun], max_chars: int) -> PackedExamples:
@@ -137,6 +165,8 @@ def _pack(
     limit: int | None,
 ) -> str:
     answers: dict[tuple[bool, str], int] = {}
+    tasks = [(run, run.task) for run in runs]
+    parts = [_Parts(task, limit) if task and task.part_names else None for _, task in tasks]
     shapes: dict[tuple[str, ...], int] = {}
     packed_rows = []
     for row in rows:
@@ -151,8 +181,9 @@ def _pack(
         teacher = next((i for i in numbers if systems[i].kind == "teacher"), None)
         versus = next(iter(system.run.results.systems[number - numbers[0]].versus), None)
         against = next((i for i in numbers if systems[i].name == versus), None)
+        place = next(i for i, run in enumerate(runs) if run is system.run)
         members = [
-            _pack_member(number, seed_place, systems, rows, answers, limit)
+            _pack_member(number, seed_place, systems, rows, answers, limit, parts[place])
             for seed_place in range(len(system.members))
         ]
         packed_systems.append(
@@ -163,6 +194,7 @@ def _pack(
                 "teacher": teacher,
                 "against": against,
                 "members": members,
+                **({} if parts[place] is None else {"parts": place}),
             }
         )
     headlines = (
@@ -175,6 +207,8 @@ def _pack(
         "rows": packed_rows,
         "headline": next(headlines, 0),
     }
+    if any(parts):
+        data["parts"] = [each and each.packed() for each in parts]
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 9, mtime=0)).decode()
 
@@ -186,10 +220,17 @@ def _pack_member(
     rows: Sequence[_Row],
     answers: dict[tuple[bool, str], int],
     limit: int | None,
+    parts: _Parts | None,
 ) -> dict[str, Any]:
     """One seed's answers: numbers in the list of answers, right or wrong, and probabilities."""
     system = systems[number]
     predictions = [row.predictions.get((number, seed_place)) for row in rows]
+    for row, prediction in zip(rows, predictions, strict=True):
+        if parts is not None and prediction is not None:
+            if row.gold is not None:
+                parts.add(row.gold, row.gold)
+            if prediction.prediction is not None:
+                parts.add(prediction.prediction, _cut(prediction.prediction, limit))
     member: dict[str, Any] = {
         "name": system.members[seed_place].removeprefix(f"{system.name}-"),
         "answers": [_answer_number(prediction, answers, limit) for prediction in predictions],

@@ -1,11 +1,13 @@
-"""Labels: the recall of each label, and the pairs of labels that are most often confused."""
+"""Labels: the recall of each label, the pairs that are most often confused, and the measures of
+each of several labels or fields.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dsbs.formatting import percent_number
-from dsbs.records.results import Confusion, SystemResult
+from dsbs.formatting import ABSENT, interval, percent_number
+from dsbs.records.results import Confusion, PartResult, SystemResult
 from dsbs.reporting.runs import EvaluatedRun, name_among
 from dsbs.reporting.tables import Column, RowGroup, Table, TableRow, measure_cell, system_table
 
@@ -75,9 +77,81 @@ def _confusion_row(pair: Confusion) -> TableRow:
     return TableRow(pair.gold, [pair.predicted, f"{pair.rows:,.4g}", percent_number(pair.share)])
 
 
+def part_table(runs: Sequence[EvaluatedRun]) -> Table | None:
+    """Measures of each of several labels, or of each field: those of each run's main system, of its
+    baseline and of the teacher. None for other tasks.
+
+    Of many labels, those with the lowest F1 of the main system.
+    """
+    groups = []
+    for run in runs:
+        main = main_system(run)
+        if main is None or not main.parts:
+            continue
+        ordered = list(main.parts)
+        if len(ordered) > _MAX_ROWS:
+            ordered = sorted(ordered, key=lambda name: _f1_of(main.parts[name]))[:_MAX_ROWS]
+        for system in _systems_with_parts(run, main):
+            title = " ".join(filter(None, [name_among(run, runs), system.name]))
+            rows = [TableRow(name, _part_cells(system.parts[name])) for name in ordered]
+            groups.append(RowGroup(title, rows))
+    columns = [
+        Column("right,\u00a0%", lambda _: None, note="rows where it is right, or rightly absent"),
+        Column(
+            "precision,\u00a0%",
+            lambda _: None,
+            note="of the rows for which it is predicted, those where it is right",
+        ),
+        Column(
+            "recall,\u00a0%",
+            lambda _: None,
+            note="of the rows that have it, those where it is found",
+        ),
+        Column("F1,\u00a0%", lambda _: None),
+        Column("95% CI of F1", lambda _: None),
+        Column("rows", lambda _: None, note="that have it by the gold labels"),
+        Column("predicted", lambda _: None, note="rows for which it is predicted; mean over seeds"),
+    ]
+    return Table(columns, groups) if groups else None
+
+
+def part_note(runs: Sequence[EvaluatedRun]) -> str | None:
+    """Which labels or fields the table leaves out, if any."""
+    for run in runs:
+        main = main_system(run)
+        if main is not None and len(main.parts) > _MAX_ROWS:
+            return (
+                f"The {_MAX_ROWS} of {len(main.parts)} labels with the lowest F1 of {main.name}; "
+                "all labels and systems are in report/metrics.csv."
+            )
+    return None
+
+
+def _systems_with_parts(run: EvaluatedRun, main: SystemResult) -> list[SystemResult]:
+    names = [main.name, next(iter(main.versus), None)]
+    shown = [run.results.system(name) for name in dict.fromkeys(names)]
+    shown += [each for each in run.results.systems if each.kind == "teacher" and each != main]
+    return [system for system in shown if system is not None and system.parts]
+
+
+def _part_cells(part: PartResult) -> list[str]:
+    measures = (part.accuracy, part.precision, part.recall, part.f1)
+    ci95 = None if part.f1 is None else part.f1.ci95
+    return [
+        *(measure_cell(measure) or ABSENT for measure in measures),
+        ABSENT if ci95 is None else interval(ci95),
+        f"{part.gold:,}",
+        f"{part.predicted:,.4g}",
+    ]
+
+
+def _f1_of(part: PartResult) -> float:
+    return 1.0 if part.f1 is None else part.f1.value
+
+
 def main_system(run: EvaluatedRun) -> SystemResult | None:
-    """The headline system, or the most accurate one with a recall, floors last."""
-    systems = [system for system in run.results.systems if system.recall]
+    """The headline system, or the most accurate one with measures by label, floors last."""
+    systems = [system for system in run.results.systems if system.recall or system.parts]
     headline = run.results.headline
     return max(
         systems,

@@ -43,7 +43,14 @@ from dsbs.reporting.confidence import cascade_table, selective_table
 from dsbs.reporting.csv_files import write_csv_files
 from dsbs.reporting.examples import NO_EXAMPLES, PackedExamples, pack_examples
 from dsbs.reporting.figures import Figure, draw_figures, write_figures
-from dsbs.reporting.labels import confusion_table, lists_labels, recall_note, recall_table
+from dsbs.reporting.labels import (
+    confusion_table,
+    lists_labels,
+    part_note,
+    part_table,
+    recall_note,
+    recall_table,
+)
 from dsbs.reporting.runs import (
     EvaluatedRun,
     have_same_rows,
@@ -176,6 +183,8 @@ def _render(
         recall_note=recall_note(runs),
         recalls_by_label=lists_labels(runs),
         confusions=confusion_table(runs),
+        parts=part_table(runs),
+        part_note=part_note(runs),
         rationales=rationale_table(runs),
         costs=cost_table(runs),
         selective=selective_table(runs),

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dsbs.config import TaskSection
 from dsbs.config.diff import MISSING, differences, inline_yaml
 from dsbs.config.load import recorded
 from dsbs.errors import UserError
@@ -25,6 +26,7 @@ from dsbs.run_folder import (
     read_student,
     training_record,
 )
+from dsbs.tasks import Task, make_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,14 @@ class EvaluatedRun:
                     f"{path}:{number}: not a prediction", hint="run `dsbs eval` again"
                 ) from None
         return predictions
+
+    @property
+    def task(self) -> Task | None:
+        """None where the recipe of the results cannot be read any more."""
+        try:
+            return make_task(TaskSection.model_validate(self.recipe.get("task")))
+        except ValidationError:
+            return None
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         """The annotated rows' inputs by id, for prediction files without inputs; {} if absent."""

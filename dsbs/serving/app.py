@@ -210,13 +210,15 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 def _prediction(routed: Routed, *, with_rationale: bool, is_causal: bool) -> dict[str, Any]:
     answer = routed.outcome.answer
     prediction: dict[str, Any] = {
-        "label": answer.label,
+        "label": answer.value,
         "raw": answer.raw,
         "probability": answer.probability,
         "truncated": answer.truncated,
     }
     if answer.distribution is not None:
         prediction["distribution"] = answer.distribution
+    if answer.expected_number is not None:
+        prediction["expected_number"] = answer.expected_number
     if with_rationale:
         by_student = routed.source == "student"
         prediction["rationale"] = answer.rationale

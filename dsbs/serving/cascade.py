@@ -216,6 +216,7 @@ class Cascade:
                 rationale=result.rationale,
                 rationale_truncated=None,
                 latency_ms=0.0,
+                value=self._task.value(result.label),
             )
             return Routed(Outcome(answer, None, outcome.confidence), "teacher", threshold)
         self.ledger.count("failed")

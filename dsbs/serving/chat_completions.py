@@ -219,11 +219,16 @@ def _likeliest(distribution: dict[str, float]) -> list[tuple[str, float]]:
     return [(label, math.log(max(share, _SMALLEST))) for label, share in ordered]
 
 
+def _answer_first(completion: Completion, labels: Sequence[tuple[str, float]]) -> tuple[str, float]:
+    """The label that was given, which is not the likeliest on a scale; else the likeliest."""
+    return next((pair for pair in labels if pair[0] == completion.label), labels[0])
+
+
 def _completion_logprobs(completion: Completion, top: int | None) -> dict[str, Any] | None:
     if top is None or completion.distribution is None:
         return None
     labels = _likeliest(completion.distribution)
-    label, logprob = labels[0]
+    label, logprob = _answer_first(completion, labels)
     return {
         "tokens": [label],
         "token_logprobs": [logprob],
@@ -235,11 +240,12 @@ def _completion_logprobs(completion: Completion, top: int | None) -> dict[str, A
 def _chat_logprobs(completion: Completion, top: int | None) -> dict[str, Any] | None:
     if top is None or completion.distribution is None:
         return None
-    entries = [
+    labels = _likeliest(completion.distribution)
+    answer, *entries = [
         {"token": label, "logprob": logprob, "bytes": list(label.encode())}
-        for label, logprob in _likeliest(completion.distribution)
+        for label, logprob in (_answer_first(completion, labels), *labels)
     ]
-    return {"content": [entries[0] | {"top_logprobs": entries[:top]}], "refusal": None}
+    return {"content": [answer | {"top_logprobs": entries[:top]}], "refusal": None}
 
 
 def _stopped(completion: Completion, stops: Sequence[str]) -> dict[str, str]:

@@ -48,6 +48,7 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     distribution: dict[str, float] | None = None  # of the label, the text's last part
+    label: str | None = None  # None: unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +94,10 @@ class Model:
 
     @property
     def has_distribution(self) -> bool:
-        """Whether a completion is a label alone, and every label can have a probability."""
+        """Whether a completion is one label alone, and every label can have a probability."""
         is_label = not self._replies_with_rationale and not self._anchor
-        return is_label and self._can_distribute
+        has_one = not self.student.task.has_several_labels
+        return is_label and has_one and self._can_distribute
 
     @property
     def _can_distribute(self) -> bool:
@@ -249,6 +251,7 @@ class Model:
             prompt_tokens=len(token_ids_of(tokenizer, prompt, special=True)),
             completion_tokens=len(token_ids),
             distribution=answer.distribution,
+            label=answer.label,
         )
 
 

@@ -1,14 +1,15 @@
 """Calibration of a student: its temperature, the confidence of an answer, and their records.
 
 A temperature T divides the logits (Guo et al., 2017), so that a distribution p becomes p^(1/T),
-normalized. The order of the labels, and with it the accuracy, stays as it is. ``calibration.json``
-and ``threshold.json`` are beside the student.
+normalized. The order of the labels, and with it the accuracy, stays as it is. Where a row has
+several labels, each one's probability and its rest are such a distribution, over yes and no.
+``calibration.json`` and ``threshold.json`` are beside the student.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -20,7 +21,8 @@ from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.records.measures import ResultRecord
 from dsbs.records.results import Bin
-from dsbs.tasks import Fields, Task, concluded_label
+from dsbs.tasks import Fields, Task
+from dsbs.tasks.conclusion import concluded_label
 
 CALIBRATION = "calibration.json"
 THRESHOLD = "threshold.json"
@@ -30,14 +32,12 @@ THRESHOLD = "threshold.json"
 ConfidenceKind = Literal["probability", "margin", "entropy", "views"]
 _OF_DISTRIBUTIONS: tuple[ConfidenceKind, ...] = ("probability", "margin", "entropy")
 NUM_BINS = 10  # Guo et al. (2017) use 15 for 10,000 rows and more; some hundred rows fill ten
-
 Floats = NDArray[np.float64]
 _Values = TypeVar("_Values", float, Floats)
 _Record = TypeVar("_Record", bound=ResultRecord)
 _SMALLEST = 1e-12  # a probability that counts in a loss
 # Limits of the temperature, so that a student that is right on every row does not become certain.
-_LOWEST = 0.2
-_HIGHEST = 10.0
+_LOWEST, _HIGHEST = 0.2, 10.0
 
 
 class CalibrationQuality(ResultRecord):
@@ -50,8 +50,20 @@ class CalibrationQuality(ResultRecord):
     """In nats."""
 
 
+class LabelThresholds(ResultRecord):
+    """The smallest probability with which each label is given, chosen on these rows."""
+
+    precision: float | None
+    """The precision that each label has at least. None: the highest F1."""
+    values: dict[str, float | None]
+    """By label, in [0, 1]. None: the label is never given, as no threshold has that precision."""
+
+
 class Calibration(ResultRecord):
-    """``calibration.json``."""
+    """``calibration.json``.
+
+    Of several labels, ``before`` and ``after`` are means over rows and labels, of yes and no.
+    """
 
     schema_: Literal["dsbs.calibration/1"] = Field("dsbs.calibration/1", alias="schema")
     temperature: float = Field(gt=0)
@@ -66,6 +78,8 @@ class Calibration(ResultRecord):
     """The kind with the lowest area under the risk-coverage curve on these rows."""
     aurc: dict[ConfidenceKind, float]
     """That area, by kind."""
+    label_thresholds: LabelThresholds | None = Field(None, exclude_if=lambda value: value is None)
+    """Of a label head whose rows have several labels. None: of another student."""
 
 
 class Threshold(ResultRecord):
@@ -81,6 +95,7 @@ class Threshold(ResultRecord):
     """Whether the labels of a student that writes its label are scored (``eval.score_labels``)."""
     confidence: ConfidenceKind
     temperature: float
+    label_thresholds: LabelThresholds | None = Field(None, exclude_if=lambda value: value is None)
     threshold: float | None
     """None: no threshold holds, and the teacher answers everything."""
     of: Literal["agreement", "accuracy"]
@@ -146,6 +161,11 @@ def tempered(distribution: Sequence[float], temperature: float) -> tuple[float, 
     return tuple(share / total for share in shares)
 
 
+def tempered_each(shares: Sequence[float], temperature: float) -> tuple[float, ...]:
+    """The probability of each of several labels, with its logit divided by ``temperature``."""
+    return tuple(tempered((share, 1 - share), temperature)[0] for share in shares)
+
+
 def confidence_of(
     kind: ConfidenceKind,
     probability: float | None,
@@ -202,12 +222,13 @@ def calibrate(
     classes: Sequence[int],
     labels: str,
     agreements: Sequence[float] | None = None,
+    choose: Callable[[Sequence[float]], int] | None = None,
 ) -> Calibration:
     """Fit a temperature on validation rows, and choose the kind of confidence.
 
     ``distributions`` may differ in their number of labels; ``classes`` are the right ones' indices,
     and ``labels`` says whose they are. ``agreements``: each row's `rationale_agreement`; None: no
-    rationales were written.
+    rationales were written. ``choose``: the index of a distribution's answer. None: the likeliest.
     """
     shares = np.zeros((len(classes), max(map(len, distributions))))
     for row, distribution in zip(shares, distributions, strict=True):
@@ -215,20 +236,114 @@ def calibrate(
     gold = np.asarray(classes)
     temperature = fit_temperature(shares, gold)
     after = _tempered_rows(shares, temperature)
-    is_wrong = (shares.argmax(axis=1) != gold).astype(np.float64)
+    answers = _answers(after, choose)
+    is_wrong = (answers != gold).astype(np.float64)
+    probability = after[np.arange(len(gold)), answers]
     aurc = {kind: area_under_risk(confidences(kind, after), is_wrong) for kind in _OF_DISTRIBUTIONS}
+    aurc["probability"] = area_under_risk(probability, is_wrong)
     if agreements is not None:
-        of_views = _confidence_of_views(after.max(axis=1), np.asarray(agreements))
+        of_views = _confidence_of_views(probability, np.asarray(agreements))
         aurc["views"] = area_under_risk(of_views, is_wrong)
     return Calibration(
         temperature=temperature,
         rows=len(gold),
         labels=labels,
-        before=_quality(shares, gold),
-        after=_quality(after, gold),
+        before=_quality(shares, gold, _answers(shares, choose)),
+        after=_quality(after, gold, answers),
         confidence=min(aurc, key=lambda kind: round(aurc[kind], 9)),
         aurc=aurc,
     )
+
+
+def _answers(
+    distributions: Floats, choose: Callable[[Sequence[float]], int] | None
+) -> NDArray[np.int64]:
+    """The index of each row's answer."""
+    if choose is None:
+        return np.asarray(distributions.argmax(axis=1), dtype=np.int64)
+    return np.array([choose(row) for row in distributions.tolist()], dtype=np.int64)
+
+
+def calibrate_each(
+    shares: Floats,
+    has_label: NDArray[np.bool_],
+    labels: str,
+    names: Sequence[str],
+    *,
+    precision: float | None = None,
+    agreements: Sequence[float] | None = None,
+) -> Calibration:
+    """`calibrate` for rows with several labels: one temperature, and a threshold for each label.
+
+    ``shares`` (rows, L): probabilities of the labels ``names``; ``has_label`` (rows, L): whether a
+    row has each. The temperature is fitted on the summed binary log loss; `best_threshold`.
+    """
+    pairs = yes_and_no(shares)
+    right = np.where(has_label, 0, 1).ravel()
+    temperature = fit_temperature(pairs, right)
+    after = _tempered_rows(pairs, temperature)
+    probabilities = after[:, 0].reshape(shares.shape)
+    thresholds = [
+        best_threshold(column, is_given, precision)
+        for column, is_given in zip(probabilities.T, has_label.T, strict=True)
+    ]
+    limits = [math.inf if threshold is None else threshold for threshold in thresholds]
+    chosen = probabilities >= np.array(limits)
+    is_wrong = (chosen != has_label).any(axis=1).astype(np.float64)
+    probability = np.where(chosen, probabilities, 1 - probabilities).min(axis=1)
+    aurc: dict[ConfidenceKind, float] = {"probability": area_under_risk(probability, is_wrong)}
+    if agreements is not None:
+        of_views = _confidence_of_views(probability, np.asarray(agreements))
+        aurc["views"] = area_under_risk(of_views, is_wrong)
+    return Calibration(
+        temperature=temperature,
+        rows=len(shares),
+        labels=labels,
+        before=_quality(pairs, right, pairs.argmax(axis=1)),
+        after=_quality(after, right, after.argmax(axis=1)),
+        confidence=min(aurc, key=lambda kind: round(aurc[kind], 9)),
+        aurc=aurc,
+        label_thresholds=LabelThresholds(
+            precision=precision, values=dict(zip(names, thresholds, strict=True))
+        ),
+    )
+
+
+def yes_and_no(shares: Floats) -> Floats:
+    """Probabilities of several labels (rows, L) -> (rows * L, 2): of having each, and of not."""
+    return np.stack([shares, 1 - shares], axis=-1).reshape(-1, 2)
+
+
+def best_threshold(
+    probabilities: Floats, is_given: NDArray[np.bool_], precision: float | None
+) -> float | None:
+    """The smallest probability with which a label is given, midway between two rows'; both (rows,).
+
+    With ``precision``, that of the most right rows among those with at least this precision; None
+    where there are none. Without, that of the highest F1 (Lipton et al., 2014, arXiv:1402.1892),
+    the nearest to 0.5 of equally good ones; 0.5 where no row has the label.
+    """
+    positives = int(is_given.sum())
+    if positives == 0:
+        return 0.5 if precision is None else None
+    order = np.argsort(-probabilities, kind="stable")
+    values = probabilities[order]
+    is_last = np.append(values[1:] != values[:-1], True)  # equal rows are given the label together
+    rows = np.flatnonzero(is_last) + 1
+    hits = is_given[order].cumsum()[is_last]
+    values = values[is_last]
+    below = np.append(values[1:], 0.0)
+    midway = (values + below) / 2
+    thresholds = np.where(midway > below, midway, values)
+    if precision is None:
+        f1 = np.round(2 * hits / (rows + positives), 12)
+        best = np.lexsort([np.abs(thresholds - 0.5), -f1])[0]
+        return float(thresholds[best])
+    is_precise = hits >= precision * rows - 1e-9  # 0.07 * 100 is more than 7
+    if not is_precise.any():
+        return None
+    best = np.lexsort([rows, -np.where(is_precise, hits, -1)])[0]
+    return float(thresholds[best])
 
 
 def fit_temperature(distributions: Floats, classes: NDArray[np.int64]) -> float:
@@ -260,8 +375,10 @@ def brier_scores(distributions: Floats, classes: NDArray[np.int64]) -> Floats:
     return np.asarray((errors**2).sum(axis=1))
 
 
-def _quality(distributions: Floats, classes: NDArray[np.int64]) -> CalibrationQuality:
-    bins = binned(distributions.max(axis=1), distributions.argmax(axis=1) == classes)
+def _quality(
+    distributions: Floats, classes: NDArray[np.int64], answers: NDArray[np.int64]
+) -> CalibrationQuality:
+    bins = binned(distributions[np.arange(len(answers)), answers], answers == classes)
     return CalibrationQuality(
         ece=calibration_error(bins),
         brier=float(brier_scores(distributions, classes).mean()),

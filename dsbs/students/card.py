@@ -31,6 +31,8 @@ Runtime = Architecture | Literal["labels"]  # of a student that writes, or of an
 Template = Literal["plain", "chat"]  # text and line break, or the tokenizer's chat template
 Format = Literal["transformers", "ct2", "onnx", "torch", "gguf"]
 Target = Literal["label", "rationale", "rationale-then-label", "label-then-rationale"]
+# What begins the second part of a text that has label and rationale.
+SECOND_PART = {"rationale-then-label": "Answer:", "label-then-rationale": "Because:"}
 # The decoder's first token: T5's padding token, or its end token, which every vocabulary has and no
 # other input starts with.
 Start = Literal["pad", "eos"]
@@ -64,10 +66,19 @@ class StudentCard(BaseModel):
     template: Template | None = None
     """How the prompts of a decoder-only student are written. None: it is not decoder-only."""
 
+    max_text_tokens: int | None = Field(None, exclude_if=lambda value: value is None)
+    """The most tokens of a text without prefix and template, which is cut as ``task.max_input``
+    says. None: an input that is too long is cut at its end."""
+
     @property
     def scores_choices(self) -> bool:
         """Whether it has one output, which scores a row's own choices."""
         return self.head == "labels" and not self.classes
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether its label head pools the windows of long texts."""
+        return self.max_text_tokens is not None and self.task.max_input.strategy == "windows"
 
     @property
     def outputs(self) -> int:
@@ -247,7 +258,7 @@ def saved_classes(init: str | None) -> tuple[str, ...] | None:
 def new_head_warning(recipe: StudentRecipe, task: Task) -> str | None:
     """The warning that ``train.init`` has a label head that this recipe cannot use, if so."""
     saved = saved_classes(recipe.train.init)
-    classes = task.labels or ()
+    classes = task.head_labels
     is_used = head_of(recipe.student, recipe.train.init) == "labels"
     if saved is None or not is_used or sorted(saved) == sorted(classes):
         return None
@@ -279,6 +290,13 @@ def check_student(recipe: StudentRecipe, task: Task) -> None:
     source = recipe.train.init or section.source
     architecture = architecture_of(source)
     head = head_of(section, recipe.train.init)
+    reads_windows = task.section.max_input.strategy == "windows"
+    if reads_windows and (head == "text" or recipe.train.terms):
+        raise UserError(
+            "task.max_input.strategy: windows needs a label head, and supports no train.terms",
+            hint="use head+tail, or student.head: labels without train.terms",
+        )
+    _check_field_names(recipe, task)
     if head == "labels":
         _check_label_head(recipe, task)
     elif architecture == "encoder":
@@ -296,8 +314,22 @@ def check_student(recipe: StudentRecipe, task: Task) -> None:
         )
 
 
+def _check_field_names(recipe: StudentRecipe, task: Task) -> None:
+    if not task.part_names:
+        return
+    without_values = task.label_of_parts({})
+    for name in recipe.train.methods:
+        marker = SECOND_PART.get(base_of(name))
+        if marker is not None and marker in without_values:
+            raise UserError(
+                f"train.methods: {name} separates label and rationale by {marker!r}, and a field "
+                "has that name",
+                hint="rename the field (task.columns maps names to columns), or remove the method",
+            )
+
+
 def _check_label_head(recipe: StudentRecipe, task: Task) -> None:
-    if task.labels is None and not task.has_choices:
+    if not task.head_labels and not task.has_choices:
         raise UserError(
             f"student.head: labels needs a closed set of labels, and {task.name} has none",
             hint="use student.head: text, with a T5 or a decoder",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from dsbs.config import StudentSection
 from dsbs.errors import UserError
 from dsbs.files import digest
-from dsbs.students.card import Architecture, Start, Target, Template, architecture_of
+from dsbs.students.card import SECOND_PART, Architecture, Start, Target, Template, architecture_of
 
 PROMPT_FORMAT_FILE = "wording.json"  # in the folder of an exported decoder
 # Templates that write today's date would make another student of the same rows tomorrow.
@@ -22,8 +22,6 @@ _FIXED_DATE = "{% macro strftime_now(format) %}" + TEMPLATE_DATE + "{% endmacro 
 _PLACEHOLDER = "\ue000text\ue000"  # for a text in a template; from Unicode's private use area
 # Between premise and hypothesis in the published code: T5's end token. Encoders read a pair there.
 PAIR_SEPARATOR = "</s>"
-_LABEL_MARKER = " Answer: "
-_RATIONALE_MARKER = " Because: "
 Tokenize = Callable[[Sequence[str], bool], list[list[int]]]
 """Texts to token ids. True: read special tokens in a text as ordinary characters."""
 
@@ -42,9 +40,10 @@ def compose_target(target: Target, label: str | None, rationale: str | None) -> 
         return rationale
     if label is None:
         return None
+    marker = SECOND_PART[target]
     if target == "rationale-then-label":
-        return f"{rationale or ''}{_LABEL_MARKER}{label}".strip()
-    return f"{label}{_RATIONALE_MARKER}{rationale}" if rationale else label
+        return f"{rationale or ''} {marker} {label}".strip()
+    return f"{label} {marker} {rationale}" if rationale else label
 
 
 def split_target(target: Target, text: str) -> tuple[str, str | None]:
@@ -53,20 +52,19 @@ def split_target(target: Target, text: str) -> tuple[str, str | None]:
     The label is empty where a sequence ended before it.
     """
     if target == "rationale-then-label":
-        rationale, marker, label = text.rpartition(_LABEL_MARKER.strip())
+        rationale, marker, label = text.rpartition(SECOND_PART[target])
         if not marker:
             return "", text.strip() or None
         return label.strip(), rationale.strip() or None
     if target == "label-then-rationale":
-        label, _, rationale = text.partition(_RATIONALE_MARKER.strip())
+        label, _, rationale = text.partition(SECOND_PART[target])
         return label.strip(), rationale.strip() or None
     return text, None
 
 
 def has_label_part(target: Target, text: str) -> bool:
     """Whether a text of one sequence got as far as its second part's marker."""
-    marker = _LABEL_MARKER if target == "rationale-then-label" else _RATIONALE_MARKER
-    return marker.strip() in text
+    return SECOND_PART[target] in text
 
 
 def start_token(config: Any, start: Start) -> int:

@@ -90,11 +90,13 @@ def _predict(student: Student, rows: list[Row], options: Options) -> list[dict[s
         prediction: dict[str, Any] = {
             "id": row_id,
             "prediction": answer.label,
-            "label": answer.label,
+            "label": answer.value,
             "raw": answer.raw,
             "probability": answer.probability,
             "truncated": answer.truncated,
         }
+        if answer.expected_number is not None:
+            prediction["expected_number"] = answer.expected_number
         if options.top:
             prediction["top"] = _top(answer, options.top)
         if options.rationale:
@@ -380,6 +382,11 @@ def write_table(out: Path, predictions: Iterable[dict[str, Any]], options: Optio
         with atomic_write(out) as file:
             return _counted(predictions, lambda row: file.write(_line(row)))
     names = ["id", "prediction", "label", "raw", "probability", "truncated"]
+    rows = iter(predictions)
+    first = list(islice(rows, 1))
+    predictions = chain(first, rows)
+    if any("expected_number" in row for row in first):
+        names.append("expected_number")
     if options.top:
         names.append("top")
     if options.rationale:
@@ -400,6 +407,7 @@ def _write_parquet(file: Any, predictions: Iterable[dict[str, Any]], names: list
     share = pa.struct([("label", pa.string()), ("probability", pa.float64())])
     types = {
         "probability": pa.float64(),
+        "expected_number": pa.float64(),
         "truncated": pa.bool_(),
         "top": pa.list_(share),
         "rationale_is_causal": pa.bool_(),

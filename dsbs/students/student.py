@@ -26,10 +26,12 @@ from dsbs.students.calibration import (
     rationale_agreement,
     read_calibration,
     tempered,
+    tempered_each,
     write_record,
 )
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
 from dsbs.students.formats import has_label_part, split_target
+from dsbs.students.long_texts import shortened
 from dsbs.students.novelty import Novelty, read_novelty, write_novelty
 from dsbs.tasks import CHOICE_SEPARATOR, make_task
 
@@ -45,10 +47,10 @@ class Answer:
     raw: str
     """The label as written."""
     label: str | None
-    """None: ``raw`` is not a label of the task."""
+    """In canonical form. None: ``raw`` is not a label of the task."""
     probability: float | None
     """Of ``label`` where there is a distribution, else of ``raw``, in [0, 1]; None: a rationale is
-    in the same sequence."""
+    in the same sequence. Of several labels, that of the least sure one."""
     truncated: bool
     """Whether the token limit ended the label."""
     rationale: str | None
@@ -58,9 +60,13 @@ class Answer:
     """Wall time of the label's batch divided by its rows."""
     distribution: dict[str, float] | None = None
     """The calibrated probability of each label, in [0, 1]; None: the label was written as text, and
-    no label was scored."""
+    no label was scored. Where a row has several labels, each has its own, and the sum is not 1."""
     distance: float | None = None
     """Of the input from the validation rows (`Novelty`), where a server asks for it."""
+    value: Any = None
+    """``label`` as JSON has it: a text, a number, a list of labels or an object of fields."""
+    expected_number: float | None = None
+    """The mean of the distribution over the points of a scale. None: there is none."""
 
 
 class Student:
@@ -114,6 +120,12 @@ class Student:
         """The divisor of the logits in distributions over the labels; 1: not calibrated."""
         return 1.0 if self.calibration is None else self.calibration.temperature
 
+    @property
+    def label_thresholds(self) -> dict[str, float | None] | None:
+        """The smallest probability with which each of several labels is given. None: 0.5."""
+        thresholds = None if self.calibration is None else self.calibration.label_thresholds
+        return None if thresholds is None else thresholds.values
+
     def measure_novelty(self) -> Novelty | None:
         """Give each answer of `predict` its distance from here on. None: it has none."""
         from dsbs.students.backends.label_head import LabelHeadBackend
@@ -155,6 +167,10 @@ class Student:
             item if isinstance(item, str) else self.task.text(row)
             for item, row in zip(items, rows, strict=True)
         ]
+        if self.card.max_text_tokens is not None:
+            section = self.card.task.max_input
+            limit = self.card.max_text_tokens
+            texts = shortened(texts, self.backend.tokenizer, limit, section)
         scores_labels = score_labels and self.card.head == "text"
         if scores_labels:
             self._check_scoring()
@@ -218,6 +234,12 @@ class Student:
         It applies to a student that writes the label of a closed set, and that alone: in a sequence
         with a rationale, no end token follows the label.
         """
+        if self.card.head == "text" and self.task.has_several_labels:
+            raise UserError(
+                f"{self.card.name} has no probability for every label: it writes all labels of a "
+                "row as one text, and there are too many such texts to score",
+                hint="leave score_labels (--top) out, or use a student with a label head",
+            )
         if not self.card.writes_label_alone or self.task.labels is None:
             raise UserError(
                 f"{self.card.name} has no probability for every label: it does not write the label "
@@ -296,15 +318,20 @@ class Student:
         distribution = None
         if generated.distribution is not None:
             classes = self.card.classes or self.task.labels or self.task.choice_texts(fields)
-            shares = tempered(generated.distribution, self.temperature)
+            temper = tempered_each if self.task.has_several_labels else tempered
+            shares = temper(generated.distribution, self.temperature)
             distribution = dict(zip(classes, shares, strict=True))
-        label = self.task.answer(raw, fields, distribution)
+            if self.card.classes:
+                raw = self.task.choose(tuple(distribution), shares, self.label_thresholds)
+        answer = self.task.answer(raw, fields, distribution)
+        label = None if isinstance(answer, Unreadable) else answer
         probability = generated.probability
-        if distribution is not None:
-            probability = distribution.get(str(label), probability)
+        if distribution is not None and label is not None:
+            of_label = self.task.probability_of(label, distribution)
+            probability = probability if of_label is None else of_label
         return Answer(
             raw=raw,
-            label=None if isinstance(label, Unreadable) else label,
+            label=label,
             probability=probability,
             truncated=truncated,
             rationale=rationale,
@@ -312,6 +339,8 @@ class Student:
             latency_ms=generated.latency_ms,
             distribution=distribution,
             distance=generated.distance,
+            value=None if label is None else self.task.value(label),
+            expected_number=self.task.expected_number(distribution) if distribution else None,
         )
 
     def generate(

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import json
 import math
 import re
-import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsbs.config import TaskSection, unknown
 from dsbs.config.registry import TASKS, entry
 from dsbs.errors import UserError
-from dsbs.records import Unreadable
-from dsbs.tasks.templates import fields_of, render
+from dsbs.records import Example, Unreadable
 
 if TYPE_CHECKING:
     from dsbs.tasks.label_set import LabelSet
@@ -27,25 +26,12 @@ Fields = Mapping[str, Any]
 # Between the inputs of a row's choices, in the text that a label head reads. No such input has it.
 CHOICE_SEPARATOR = "\x1e"
 
-# Columns that are never a row's input.
-RESERVED = ("id", "label", "rationale", "teacher", "teachers", "meta", "input")
-# Names of a data frame's index in files that pandas wrote.
-_INDEX_COLUMN = re.compile(r"|index|Unnamed: \d+|__index_level_\d+__")
 # How pandas spells a missing cell where it was turned into text.
 MISSING_WORDS = frozenset({"nan", "NaN", "NaT", "<NA>"})
 _SCALARS = (
     int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, uuid.UUID
 )  # fmt: skip
-_WRAPPING = " \t\r\n*_`\"'“”‘’"
-EMPHASIS = "*_`\"'"
-BRACKETS = {
-    "(": ")", "[": "]", "{": "}", "<": ">", "“": "”", "‘": "’", "„": "“”", "«": "»", "「": "」",
-    "『": "』", "【": "】", "（": "）",
-}  # fmt: skip
-_FINAL = ".!;,:。！；，：、"
-# "- A", and "** A" of "**Answer:** A"
-_BULLET = re.compile(r"[-–—•>#:=]+\s+(?=\D)|[*_]+\s+")
-_LATEX = re.compile(r"\$*\\(?:boxed|text|textbf|mathrm)\{(.*)\}\$*")
+_AMBIGUOUS_IN_LIST = re.compile(r"[,;\n\r]|^\s|[\s.:]$")
 
 
 class Task:
@@ -65,6 +51,8 @@ class Task:
     """Whether reading a label needs its row's fields, so that plain text is not a valid input."""
     has_choices: ClassVar[bool] = False
     """Whether each row has choices of its own, one of which is its label."""
+    has_prompt_file: ClassVar[bool] = True
+    """Whether its default prompt is ``prompts/<name>.yaml``. Otherwise that is zero-shot."""
     no_label: ClassVar[tuple[str, ...]] = ("",)
     """Values of the label column in unlabeled rows."""
 
@@ -81,6 +69,18 @@ class Task:
     def labels(self) -> tuple[str, ...] | None:
         """The labels of the closed set, if there is one."""
         return None if self.label_set is None else self.label_set.labels
+
+    @property
+    def head_labels(self) -> tuple[str, ...]:
+        """The outputs of a label head: one for each label of the closed set. Empty: no label head
+        can learn the task, or it scores each row's choices.
+        """
+        return self.labels or ()
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether a row has any number of ``head_labels``, each with a probability of its own."""
+        return False
 
     @property
     def is_free_text(self) -> bool:
@@ -110,11 +110,118 @@ class Task:
         """Check and complete the input fields. Raises UserError for an empty one."""
         return {field: input_text(value, field, where) for field, value in fields.items()}
 
+    def gold_cell(self, value: Any, name: str, where: str) -> Any:
+        """The value of a label's cell for ``gold``; None: the row is unlabeled."""
+        label = cell_text(value, name, where)
+        if label is None or label.strip() in self.no_label:
+            return None
+        if label.strip() in MISSING_WORDS and label.strip() not in self.head_labels:
+            return None
+        return value if isinstance(value, int | float) else label
+
+    def gold_columns(self, row: Fields, where: str) -> Any:
+        """The label of a row without a label's cell, from several columns. None: unlabeled."""
+        return None
+
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         """A row's own label in canonical form. Raises UserError for a value that is not a label of
         the task.
         """
         return str(value).strip()
+
+    def value(self, label: str) -> Any:
+        """A canonical label as JSON has it: a text, a number, a list or an object."""
+        return label
+
+    def number(self, label: str) -> float | None:
+        """The number that a label is on a scale. None: the labels have no order."""
+        return None
+
+    @property
+    def has_order(self) -> bool:
+        """Whether the closed set's labels are points of a scale, the lowest first."""
+        return bool(self.labels) and self.number((self.labels or ("",))[0]) is not None
+
+    def classes(self, label: str) -> tuple[str, ...]:
+        """The classes that a row with this label belongs to, as rows per class are counted."""
+        return (label,)
+
+    # --- labels that consist of parts
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts of a label, each right or wrong by itself: a row's possible labels, or fields.
+        Empty: a label has no parts.
+        """
+        return ()
+
+    def parts(self, label: str) -> dict[str, str | None]:
+        """The values of a label's parts, in the order of ``part_names``. None: absent."""
+        return {}
+
+    def label_of_parts(self, parts: Mapping[str, str | None]) -> str:
+        """The written form of a label with these parts."""
+        raise NotImplementedError
+
+    def part_key(self, name: str, value: str | None) -> Hashable:
+        """Equal for values of a part that mean the same. None: absent."""
+        return value
+
+    def correct_parts(self, predicted: str, gold: str) -> dict[str, bool]:
+        """Whether each part is right, or rightly absent."""
+        ours, theirs = self.parts(predicted), self.parts(gold)
+        return {
+            name: self.part_key(name, ours[name]) == self.part_key(name, theirs[name])
+            for name in self.part_names
+        }
+
+    def part_figures(self, rows: Sequence[Example]) -> dict[str, dict[str, Any]]:
+        """Figures of the gold values of each part, where parts are more than yes or no: ``filled``
+        (share of the labeled rows), ``labels`` (rows for each of a closed set) and ``not_in_input``
+        (ids of rows whose value must occur in the input and does not).
+        """
+        return {}
+
+    # --- reading and writing
+
+    def label_schema(self) -> dict[str, Any]:
+        """The JSON schema of a label in a teacher's reply."""
+        if self.labels is None:
+            return {"type": "string"}
+        return {"type": "string", "enum": list(self.labels)}
+
+    def json_text(self, value: Any) -> str | None:
+        """The label of a JSON reply as text for ``read_label``. None: it can be no label.
+
+        Numbers keep their spelling: they come as text.
+        """
+        if isinstance(value, bool):
+            return json.dumps(value)
+        return value if isinstance(value, str) else None
+
+    def answer_form(self) -> tuple[str, str]:
+        """For a model: a sentence or two about the possible answers, and their placeholder."""
+        if self.labels is not None:
+            return label_listing(self.labels, "The label is exactly one of"), "<label>"
+        choice = "Give the final answer only, as short as it can be"
+        return choice + (", as a number." if self.section.numeric else "."), "<answer>"
+
+    def json_placeholder(self) -> Any:
+        """The label of a JSON reply in a prompt's instruction."""
+        return "<the answer>"
+
+    def label_end(self, text: str) -> int | None:
+        """Where the label that ``text`` begins with ends, if labels may have several lines.
+
+        None: a label has one line.
+        """
+        return None
+
+    def written_labels(self) -> tuple[str, ...]:
+        """Labels that must be read back as they are written. Empty: labels are free text, or differ
+        between rows.
+        """
+        return self.labels or ()
 
     def text(self, fields: Fields) -> str:
         """The student's input, without any task prefix."""
@@ -148,18 +255,65 @@ class Task:
     def answer(
         self, text: str, fields: Fields, distribution: Mapping[str, float] | None
     ) -> str | Unreadable:
-        """The label of a student's output: what ``text`` states, else the most likely label.
+        """The label of a student's output: what ``text`` states, else what ``choose`` makes of
+        ``distribution``, where a row has one label.
 
         ``distribution``: the probability of each label; None: unknown.
         """
         label = self.read_label(text, fields)
-        if isinstance(label, Unreadable) and distribution:
-            return max(distribution, key=distribution.__getitem__)
+        if isinstance(label, Unreadable) and distribution and not self.has_several_labels:
+            return self.choose(tuple(distribution), tuple(distribution.values()))
         return label
+
+    def choose(
+        self,
+        labels: Sequence[str],
+        shares: Sequence[float],
+        thresholds: Mapping[str, float | None] | None = None,
+    ) -> str:
+        """The answer of a distribution over ``labels``: the likeliest, the first of equal ones.
+
+        ``thresholds`` are those of a task whose rows have several labels. None: 0.5 each.
+        """
+        return labels[shares.index(max(shares))]
+
+    def probability_of(self, label: str, distribution: Mapping[str, float]) -> float | None:
+        """The probability of an answer in a distribution over the labels. None: it has none."""
+        return distribution.get(label)
+
+    def head_targets(self, label: str) -> tuple[int, ...]:
+        """For each of ``head_labels``, whether a row with this canonical label has it: 1 or 0."""
+        classes = self.classes(label)
+        return tuple(int(name in classes) for name in self.head_labels)
+
+    def expected_number(self, distribution: Mapping[str, float]) -> float | None:
+        """The mean of the labels' numbers. None: the labels have no order."""
+        numbers = [self.number(label) for label in distribution]
+        if None in numbers or not numbers:
+            return None
+        pairs = zip(numbers, distribution.values(), strict=True)
+        return math.fsum(number * share for number, share in pairs if number is not None)
 
     def correct(self, predicted: str, gold: str) -> bool:
         """Whether two canonical labels mean the same."""
         return predicted == gold
+
+    @property
+    def checks_input(self) -> bool:
+        """Whether some part of a label must occur in the input; see ``not_in_input``."""
+        return False
+
+    def not_in_input(self, label: str, fields: Fields) -> list[str]:
+        """The parts of a label that must occur in the input, and do not."""
+        return []
+
+
+def label_listing(labels: Sequence[str], beginning: str) -> str:
+    """A sentence that lists labels; one per line where a list with commas is ambiguous."""
+    if not any(_AMBIGUOUS_IN_LIST.search(label) for label in labels):
+        return f"{beginning}: {', '.join(labels)}."
+    lines = "\n".join(f"- {' '.join(label.split())}" for label in labels)
+    return f"{beginning} these, each on a line of its own:\n{lines}"
 
 
 def column_of(row: Fields, names: Sequence[str]) -> str | None:
@@ -223,189 +377,6 @@ def input_text(value: Any, name: str, where: str) -> str:
     if text is None or not text.strip():
         raise UserError(f"{where}: {name} is empty", hint="fill it in or remove the row")
     return text
-
-
-def tidy(text: str) -> str:
-    """An answer without the wrapping that models add: spaces, quotes, Markdown emphasis, a final
-    full stop.
-    """
-    text = text.strip(_WRAPPING)
-    return text.rstrip(".!;,:").strip(_WRAPPING)
-
-
-def first_line(text: str) -> str:
-    """The first line with more than spaces and Markdown marks."""
-    return next((line for line in text.split("\n") if line.strip(_WRAPPING)), "")
-
-
-def fold(text: str) -> str:
-    """Text for comparison: case, white space and composed or decomposed characters do not
-    matter.
-    """
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-    return " ".join(text.split()).casefold()
-
-
-def unwrapped(text: str, *, free: bool = False) -> Iterator[str]:
-    """The text with less and less wrapping around it, one layer at a time.
-
-    ``free``: an answer in free text, whose brackets and single marks may be its own.
-    """
-    text = text.strip()
-    while text:
-        yield text
-        text = _without_layer(text, free).strip()
-
-
-def _without_layer(text: str, free: bool) -> str:
-    """The text without its bullet, else its outermost pair of marks, else its final stop, else a
-    mark at one end.
-
-    Empty where there is nothing to remove.
-    """
-    latex = _LATEX.fullmatch(text)
-    if latex:
-        return latex.group(1)
-    bullet = _BULLET.match(text)
-    if bullet:
-        return text[bullet.end() :]
-    first = text[0]
-    last = text[-1]
-    leading = len(text) - len(text.lstrip(first))
-    trailing = len(text) - len(text.rstrip(last))
-    if first == last and first in EMPHASIS:
-        layer = min(leading, trailing)
-        return text[layer:-layer]
-    if not free and last in BRACKETS.get(first, "") and last not in text[1:-1]:
-        return text[1:-1]
-    if last in _FINAL:
-        return text[: -trailing if free else -1]
-    # "**Answer: A***" leaves "A***"
-    if first in EMPHASIS and (leading > 1 or not free):
-        return text[min(leading, 2) :]
-    if last in EMPHASIS and (trailing > 1 or not free):
-        return text[: -min(trailing, 2)]
-    return ""
-
-
-# --- the label that a rationale concludes with
-
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_ANSWER_IS = re.compile(
-    r"\b(?:the|my) (?:final |correct |right )?(?:answer|label|category|class|choice|option)"
-    r" (?:is|must be|should be|would be|has to be):? *(.+)$",
-    re.IGNORECASE,
-)
-_SO = re.compile(r"\b(?:so|therefore|thus|hence),? ", re.IGNORECASE)
-_IT_IS = re.compile(
-    r"(?:it|this|that|the \w+) (?:is|must be|belongs to|goes to) (?:an? |the )?(.+)", re.IGNORECASE
-)
-
-
-def concluded_label(rationale: str, task: Task, fields: Fields) -> str | None:
-    """The canonical label that a rationale's last sentence concludes with; None where it states
-    none.
-
-    Only a stated conclusion counts: "the answer is …" for any task with distinct answers; for a
-    closed set of labels also "so it is …" and a label after a final colon.
-    """
-    if task.is_free_text:
-        return None
-    sentence = _SENTENCE.split(rationale.strip())[-1].strip().rstrip("\"'”’ ")
-    if "(" not in sentence:
-        sentence = sentence.rstrip(")")
-    answer = _ANSWER_IS.search(sentence)
-    if answer:
-        label = task.read_label(answer.group(1), fields)
-        return label if isinstance(label, str) else None
-    if task.label_set is None:
-        return None
-    labels = {task.label_set.concluded(claim) for claim in _claims(sentence)} - {None}
-    return labels.pop() if len(labels) == 1 else None
-
-
-def _claims(sentence: str) -> Iterable[str]:
-    """The parts of a sentence that may state a label."""
-    it_is = _IT_IS.fullmatch(_SO.split(sentence)[-1])
-    if it_is:
-        yield it_is.group(1)
-    if ":" in sentence:
-        yield sentence.rpartition(":")[2]
-
-
-class OwnDataTask(Task):
-    """Base of the tasks whose input comes from ``task.input`` and ``task.columns``."""
-
-    def __init__(self, section: TaskSection) -> None:
-        super().__init__(section)
-        self._template_fields: list[str] | None = None
-        if section.input:
-            self._template_fields = sorted(fields_of(section.input, where="task.input"))
-
-    def fields(self, row: Fields, where: str) -> dict[str, Any]:
-        if self._template_fields is None:
-            return {"text": self._only_text(row, where)}
-        fields = {}
-        for field in self._template_fields:
-            column = column_of(row, (self.section.columns.get(field, field),))
-            if column is None:
-                raise missing_column(where, field, row)
-            fields[field] = row[column]
-        plain = {field: _as_json(value, field, where) for field, value in fields.items()}
-        if all(not str(value).strip() for value in plain.values()):
-            raise UserError(
-                f"{where}: {', '.join(plain)}: empty", hint="fill it in or remove the row"
-            )
-        if any(isinstance(value, list | dict) for value in plain.values()):
-            try:
-                self.text(plain)
-            except UserError as error:
-                raise UserError(f"{where}: {error.problem}", hint=error.hint) from None
-        return plain
-
-    def text(self, fields: Fields) -> str:
-        if self.section.input is None:
-            return str(fields["text"])
-        return render(self.section.input, fields, where="task.input").strip()
-
-    def template_variables(self, fields: Fields, label: str | None = None) -> dict[str, Any]:
-        """The fields, and ``text``: the student's input."""
-        return super().template_variables(fields, label) | {"text": self.text(fields)}
-
-    def _only_text(self, row: Fields, where: str) -> str:
-        mapped = self.section.columns.get("text")
-        column = column_of(row, (mapped or "text",))
-        if column is None:
-            free = self._unassigned_columns(row)
-            if mapped or len(free) != 1:
-                raise missing_column(where, mapped or "text", row)
-            column = free[0]
-        return input_text(row[column], column, where)
-
-    def _unassigned_columns(self, row: Fields) -> list[str]:
-        """The columns that are not reserved, and not mapped to anything but the text."""
-        assigned = {name.casefold() for name in RESERVED}
-        for field, column in self.section.columns.items():
-            if field != "text":
-                assigned.add(column.casefold())
-        return [
-            name
-            for name in row
-            if name.strip().casefold() not in assigned and not _INDEX_COLUMN.fullmatch(name)
-        ]
-
-
-def _as_json(value: Any, name: str, where: str) -> Any:
-    """A value that JSON can hold: dates, decimals and the like become text, a missing cell ""."""
-    if isinstance(value, dict):
-        return {str(key): _as_json(item, name, where) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(item, name, where) for item in value]
-    text = cell_text(value, name, where)
-    if text is None or text.strip() in MISSING_WORDS:
-        return ""
-    return value if isinstance(value, int | float) else text
 
 
 def make_task(section: TaskSection) -> Task:

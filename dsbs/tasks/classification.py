@@ -7,8 +7,9 @@ from typing import Any
 from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import Fields, OwnDataTask
+from dsbs.tasks import Fields
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.own_data import OwnDataTask
 
 _MAX_SHOWN = 12  # labels in one message
 

@@ -11,18 +11,9 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import (
-    Fields,
-    Task,
-    cell_text,
-    column_of,
-    first_line,
-    fold,
-    missing_column,
-    tidy,
-    unwrapped,
-)
+from dsbs.tasks import Fields, Task, cell_text, column_of, missing_column
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.marks import first_line, fold, tidy, unwrapped
 
 LETTERS = "abcdefghij"
 _LETTER_SET = LabelSet(f"({letter})" for letter in LETTERS)

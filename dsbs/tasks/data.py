@@ -17,7 +17,8 @@ from dsbs.config import LabelSource, Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records import Annotation, Example
-from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of, fold
+from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of
+from dsbs.tasks.marks import fold
 from dsbs.tasks.tables import format_of, source_rows
 
 _MAX_PROBLEMS = 5  # in one message
@@ -282,14 +283,11 @@ def _completion(row: dict[str, Any], model: str | None) -> str | None:
 
 
 def _label(task: Task, row: dict[str, Any], inner: dict[str, Any], where: str) -> Any:
-    """A row's label, as text or a number; None: the row is unlabeled."""
+    """A row's label as ``Task.gold`` reads it; None: the row is unlabeled."""
     value = _cell(task, "label", task.label_columns, row, inner, where)
-    label = cell_text(value, "label", where)
-    if label is None or label.strip() in task.no_label:
-        return None
-    if label.strip() in MISSING_WORDS and label.strip() not in (task.labels or ()):
-        return None
-    return value if isinstance(value, int | float) else label
+    if value is None:
+        return task.gold_columns(inner, where)
+    return task.gold_cell(value, "label", where)
 
 
 _NUMBER_ID = re.compile(r"0*(\d+?)(?:\.0+)?")

@@ -7,7 +7,9 @@ from __future__ import annotations
 import re
 
 from dsbs.records import Unreadable
-from dsbs.tasks import Fields, OwnDataTask, fold, tidy, unwrapped
+from dsbs.tasks import Fields
+from dsbs.tasks.marks import fold, tidy, unwrapped
+from dsbs.tasks.own_data import OwnDataTask
 
 _CURRENCY = re.compile(r"(-?)\s*[$€£¥]\s*")
 _NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|-?\d+(?:\.\d+)?|-?\.\d+")

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dsbs.config.sections import label_key, plain_text
 from dsbs.records import Unreadable
-from dsbs.tasks import BRACKETS, EMPHASIS, first_line, tidy, unwrapped
+from dsbs.tasks.marks import BRACKETS, EMPHASIS, first_line, tidy, unwrapped
 
 _Key = TypeVar("_Key")
 

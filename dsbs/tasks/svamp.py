@@ -16,7 +16,8 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.records import Unreadable
-from dsbs.tasks import Fields, Task, first_line, tidy
+from dsbs.tasks import Fields, Task
+from dsbs.tasks.marks import first_line, tidy
 
 _WORDS_ONLY = re.compile(r"^[\s.,!*$]*(?:[A-Za-z][A-Za-z'’.,!\s-]*)?$")
 _ARITHMETIC = re.compile(r"[\d\s.,()+*/-]*")

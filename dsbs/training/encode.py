@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from dsbs.config import LabelSource
 from dsbs.files import digest
 from dsbs.formatting import percent
+from dsbs.students.long_texts import WINDOW_SEPARATOR
 from dsbs.training.losses import IGNORED
 from dsbs.training.methods import View
 from dsbs.training.rows import Row
@@ -108,13 +110,19 @@ class Encoder:
                 for i, texts in enumerate(targets)
                 if texts and rows[i].label(labels) and view.supervised
             ]
+            sources = [[rows[i].text] * len(targets[i]) for i in chosen]
+            written = [targets[i] for i in chosen]
+            if self._class_of and view.target == "label":
+                # each window of a text is a sequence with the row's class
+                sources = [rows[i].text.split(WINDOW_SEPARATOR) for i in chosen]
+                written = [
+                    texts * len(windows) for texts, windows in zip(written, sources, strict=True)
+                ]
             counts = np.zeros(len(rows), np.int64)
-            counts[chosen] = [len(targets[i]) for i in chosen]
-            inputs = self._tokens.indices(
-                view.prefix, [rows[i].text for i in chosen], self._max_input
-            )
-            outputs = self._outputs(view, [text for i in chosen for text in targets[i]])
-            pairs = np.stack([np.repeat(inputs, counts[chosen]), outputs], axis=1)
+            counts[chosen] = list(map(len, sources))
+            inputs = self._tokens.indices(view.prefix, list(chain(*sources)), self._max_input)
+            outputs = self._outputs(view, list(chain(*written)))
+            pairs = np.stack([inputs, outputs], axis=1)
             ends = np.concatenate([[0], np.cumsum(counts)])
             encoded[view.target] = ViewTargets(pairs, ends)
         return EncodedRows(self._tokens, encoded)

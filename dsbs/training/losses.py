@@ -38,6 +38,27 @@ def summed_nll(logits: Tensor, labels: Tensor, class_weights: Tensor | None = No
     )
 
 
+def summed_binary_nll(
+    logits: Tensor, targets: Tensor, positive_weights: Tensor | None = None
+) -> Tensor:
+    """The binary cross-entropies of L labels, averaged over them and summed over rows: () in nats.
+
+        Σ_b 1/L Σ_l −w_l y_bl log σ(z_bl) − (1 − y_bl) log(1 − σ(z_bl))
+
+    ``logits`` z (B, L); ``targets`` y (B, L), 1 or 0, and IGNORED in rows that do not count;
+    ``positive_weights`` w (L,), as torch.nn.BCEWithLogitsLoss has them in ``pos_weight``.
+    """
+    import torch
+
+    counted = targets[:, 0] != IGNORED
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))[counted]
+    weights = None if positive_weights is None else positive_weights.to(wide.dtype)
+    summed: Tensor = torch.nn.functional.binary_cross_entropy_with_logits(
+        wide, targets[counted].to(wide.dtype), pos_weight=weights, reduction="sum"
+    )
+    return summed / logits.shape[1]
+
+
 def weighted_loss(
     sums: Mapping[str, Tensor], counts: Mapping[str, float], weights: Mapping[str, float]
 ) -> Tensor:

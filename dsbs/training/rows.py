@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dsbs.config import LabelSource, Recipe, SelectSection, StudentRecipe
+from dsbs.config.task import MaxInputSection
 from dsbs.errors import UserError
-from dsbs.formatting import count
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation, Example, Sample
-from dsbs.records.subsets import Subset, rows_per_label, subset_indices, subset_text
+from dsbs.records.subsets import Subset, subset_indices, subset_text
 from dsbs.run_folder import RunFolder
 from dsbs.students.card import Target, head_of
 from dsbs.students.formats import compose_target
+from dsbs.students.long_texts import shortened
 from dsbs.tasks import CHOICE_SEPARATOR, Task
 from dsbs.tasks.data import (
     is_held_out,
@@ -44,8 +45,8 @@ class Row:
     """True where the rationales lead to the gold label and not to the teacher's own."""
     votes: tuple[float, ...] | None = None
     """(L,) shares of the task's labels in the annotation's samples. None: unknown or not needed."""
-    annotated: str | None = None
-    """The label of the annotation that the row learns from. None: from none."""
+    annotated: tuple[str, ...] | None = None
+    """The classes of the annotation that the row learns from. None: from none."""
     choices: tuple[tuple[str, str], ...] = ()
     """A row's own choices and the input that scores each. Empty: the labels are the task's."""
 
@@ -92,8 +93,21 @@ class Data:
     """Labels and rationales of all accepted annotations of train rows, selected or not."""
     max_per_label: int | None = None
     """``train.select.max_per_label``: annotations that a student learns from, per label."""
-    labels: list[str | None] = field(default_factory=list)
-    """Each train row's label, by which a subset has so many rows per label."""
+    classes: list[tuple[str, ...]] = field(default_factory=list)
+    """Each train row's labels, by which a subset has so many rows per label."""
+    max_text_tokens: int | None = None
+    """The most tokens of a row's text, where ``task.max_input`` has cut longer ones."""
+
+    def shortened(self, tokenizer: Any, limit: int, section: MaxInputSection) -> Data:
+        """These rows with texts of at most ``limit`` tokens."""
+
+        def short(rows: list[Row]) -> list[Row]:
+            texts = shortened([row.text for row in rows], tokenizer, limit, section)
+            return [replace(row, text=text) for row, text in zip(rows, texts, strict=True)]
+
+        return replace(
+            self, train=short(self.train), valid=short(self.valid), max_text_tokens=limit
+        )
 
     def subset(self, subset: Subset) -> list[Row]:
         """A subset's rows, in their own order; a smaller subset's are among a larger one's.
@@ -101,7 +115,7 @@ class Data:
         Annotations beyond ``max_per_label`` are left out: those rows keep their gold label. The
         annotations of a smaller maximum are among those of a larger one.
         """
-        rows = [self.train[i] for i in subset_indices(self.order, subset, self.labels)]
+        rows = [self.train[i] for i in subset_indices(self.order, subset, self.classes)]
         if self.max_per_label is None:
             return rows
         counts: Counter[str] = Counter()
@@ -109,9 +123,9 @@ class Data:
         for row in sorted(rows, key=lambda row: position(row.id, "select")):
             if row.annotated is None:
                 continue
-            counts[row.annotated] += 1
-            if counts[row.annotated] > self.max_per_label:
+            if all(counts[label] >= self.max_per_label for label in row.annotated):
                 surplus.add(row.id)
+            counts.update(row.annotated)
         return [row.without_annotation() if row.id in surplus else row for row in rows]
 
 
@@ -169,7 +183,7 @@ def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[Student
         order=subset_order([row.id for row in rows]),
         teacher_texts=teacher_texts,
         max_per_label=section.max_per_label,
-        labels=[labels.get(row.id) for row in rows],
+        classes=[task.classes(labels[row.id]) if row.id in labels else () for row in rows],
     )
     for spec in specs:
         _check_targets(data, spec)
@@ -231,38 +245,6 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
             "vote",
             hint=f"{check} and provenance (a hinted answer does not vote), and train.select",
         )
-
-
-def check_subsets(recipe: Recipe, task: Task) -> None:
-    """Raises UserError where ``train.subset`` counts rows per label and labels are free text."""
-    if task.labels is not None:
-        return
-    for subset in recipe.train.subset:
-        if rows_per_label(subset) is not None:
-            raise UserError(
-                f"train.subset: {subset} needs a closed set of labels, and {task.name} has none",
-                hint="use shares of the train rows, such as 0.25",
-            )
-
-
-def few_rows_warnings(recipe: Recipe, task: Task, data: Data) -> list[str]:
-    """A warning for each subset for which some labels have too few train rows."""
-    warnings = []
-    counts = Counter(data.labels)
-    for subset in recipe.train.subset:
-        number = rows_per_label(subset)
-        if number is None:
-            continue
-        few = [
-            f"{label} ({counts[label]})" for label in task.labels or () if counts[label] < number
-        ]
-        if few:
-            listed = ", ".join(few[:5]) + (", …" if len(few) > 5 else "")
-            warnings.append(
-                f"train.subset: {subset} takes all rows of {count(len(few), 'label')} with fewer: "
-                f"{listed}"
-            )
-    return warnings
 
 
 def count_trainable(recipe: Recipe, task: Task) -> int:
@@ -350,7 +332,7 @@ def _row(
         rationales=tuple(_rationales(annotation, task))[: 1 if first_only else None],
         hinted=annotation.provenance == "hinted",
         votes=tuple(shares) if shares else None,
-        annotated=annotation.label or "",
+        annotated=task.classes(annotation.label) if annotation.label else ("",),
         choices=choices,
     )
 
@@ -368,6 +350,12 @@ def _rationales(annotation: Annotation, task: Task) -> list[str]:
         ):
             rationales[sample.rationale] = None
     return list(rationales)
+
+
+def label_texts(*sources: tuple[Sequence[Row], LabelSource]) -> tuple[str, ...]:
+    """The distinct labels of rows, each with whose labels count, in alphabetical order."""
+    labels = (row.label(source) for rows, source in sources for row in rows)
+    return tuple(sorted({label for label in labels if label is not None}))
 
 
 def vocabulary_text(data: Data, labels: Sequence[str] = ()) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dsbs.records.subsets import Subset, rows_per_label, subset_rank
 from dsbs.run_folder import TRAINING_RECORD, RunFolder
 from dsbs.students.card import head_of, input_limit, new_head_warning
 from dsbs.students.formats import new_input_format
+from dsbs.students.long_texts import text_limit
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.students.weights import supports_bf16
 from dsbs.tasks import Task, make_task
@@ -29,16 +30,14 @@ from dsbs.training.grid import StudentSpec, Trial, Tuner, trial_specs
 from dsbs.training.methods import method_of, views_of
 from dsbs.training.rows import (
     Data,
-    check_subsets,
     count_rationales,
     count_trainable,
-    few_rows_warnings,
     gather,
     vocabulary_text,
 )
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
-from dsbs.training.training_set import checked_students
+from dsbs.training.training_set import check_subsets, checked_students, few_rows_warnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,8 @@ def train(
                 warnings += student_grid.warnings(texts)
             for warning in warnings:
                 progress.say(f"warning: {warning}")
-        for student_grid, texts in zip(grids, tokens, strict=True):
+        for whole_grid, texts in zip(grids, tokens, strict=True):
+            student_grid = whole_grid.with_short_texts(texts)
             trained = student_grid.train(run_folder, texts, progress)
             students += trained.students
             teachers += trained.teachers
@@ -131,11 +131,25 @@ class StudentGrid:
         """The tokenizer of these students, with its cache in the run."""
         recipe = self.recipe
         task = make_task(recipe.task)
-        vocabulary = vocabulary_text(self.data, task.labels or ())
+        vocabulary = vocabulary_text(self.data, task.head_labels)
         tokenizer = new_tokenizer(recipe.student, vocabulary, recipe.train.init)
         check_teachers(recipe, task, self.specs, tokenizer)
         input_format = new_input_format(recipe.student, tokenizer, recipe.train.init)
         return Tokens(tokenizer, run.stage("train") / "tokens", progress, input_format)
+
+    def with_short_texts(self, tokens: Tokens) -> StudentGrid:
+        """These students on texts of which ``task.max_input`` has cut the longer ones."""
+        recipe = self.recipe
+        section = recipe.task.max_input
+        head = head_of(recipe.student, recipe.train.init)
+        methods = {spec.method for spec in self.specs}
+        views = [view for name in methods for view in views_of(name, recipe.train, head)]
+        prefixes = {view.prefix for view in views}
+        max_tokens = input_limit(recipe.student, recipe.train.init)
+        limit = text_limit(section.strategy, tokens.input_format, prefixes, max_tokens)
+        if limit is None:
+            return self
+        return replace(self, data=self.data.shortened(tokens.tokenizer, limit, section))
 
     def warnings(self, tokens: Tokens) -> list[str]:
         """Warnings of text that the students cannot read or write, each once."""
@@ -197,16 +211,19 @@ def _warnings(
     if any(method_of(spec.method).needs_rationales for spec in specs):
         texts["rationales"] = [rationale for row in data.train for rationale in row.rationales]
     head = head_of(recipe.student, recipe.train.init)
-    written = labels.union(task.labels or ())
+    written = labels.union(task.head_labels)
     if head == "labels":
         written = set()
     warnings = [*filter(None, [new_head_warning(recipe, task)])]
     warnings += vocabulary_warnings(recipe.student, tokenizer, written, texts)
+    classes: Sequence[str] = ()
+    if head == "labels":
+        classes = sorted(labels) if task.has_several_labels else task.head_labels
     encoder = Encoder(
         tokens,
         input_limit(recipe.student, recipe.train.init),
         recipe.student.max_target_tokens,
-        task.labels or () if head == "labels" else (),
+        classes,
         scores_choices=head == "labels" and task.has_choices,
     )
     rows = data.subset(max(recipe.train.subset, key=subset_rank))
@@ -276,7 +293,8 @@ def _most_rows(subset: Subset, rows: int, task: Task) -> int:
     number = rows_per_label(subset)
     if number is None:
         return max(1, round(float(subset) * rows))
-    return min(rows, number * len(task.labels or ()))
+    # a row without any of several labels is of a class of its own
+    return min(rows, number * (len(task.head_labels) + task.has_several_labels))
 
 
 def _most_steps(recipe: StudentRecipe, rows: int) -> int:

@@ -36,6 +36,7 @@ from dsbs.training.tokens import Tokens
 from dsbs.training.training_set import TrainingSet
 from dsbs.training.validation import (
     calibrated,
+    follow_label_precision,
     max_new_tokens,
     novelty_of,
     validate,
@@ -106,6 +107,8 @@ class StudentRun:
             progress.say(f"{self.spec.title}: already trained, kept")
             if is_main_process():
                 self.folder.follow_recipe(self._origin())
+                view = self.training_set.views[0]
+                follow_label_precision(self.folder.path, self.recipe, self.data, view, progress)
             wait()
             return self.folder.student()
         wait()
@@ -256,6 +259,7 @@ class StudentRun:
             section=section,
             class_weights=self.training_set.class_weights,
             scores_choices=self.training_set.scores_choices,
+            label_sets=self.training_set.label_sets,
             validate=lambda: self._validate(student),
             callbacks=callbacks,
         )
@@ -354,6 +358,7 @@ class StudentRun:
             starts={view.target: view.start for view in self.training_set.views},
             max_input_tokens=self.training_set.max_input_tokens,
             max_target_tokens=self.training_set.max_target_tokens,
+            max_text_tokens=self.data.max_text_tokens,
             kind=self.input_format.kind,
             head=self.training_set.head,
             classes=self.training_set.classes,

@@ -101,8 +101,8 @@ class StepTrainer(Seq2SeqTrainer):
 
     ``terms`` are the loss terms beside the views' (None: none); the losses of the views in
     ``without_targets`` are logged and not learned. ``validate`` returns the figures of
-    a validation, "accuracy" among them. ``class_weights`` and ``scores_choices`` are a label
-    head's (see ``LabelHeadRunner``).
+    a validation, "accuracy" among them. ``class_weights``, ``scores_choices`` and ``label_sets``
+    are a label head's (see ``LabelHeadRunner``).
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class StepTrainer(Seq2SeqTrainer):
         without_targets: Sequence[str] = (),
         class_weights: Sequence[float] = (),
         scores_choices: bool = False,
+        label_sets: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         dataset = PaddedDataset(kwargs.pop("train_dataset"), views[0].target)
@@ -153,6 +154,7 @@ class StepTrainer(Seq2SeqTrainer):
                 hidden_states=terms is not None and terms.hidden_states,
                 class_weights=class_weights,
                 scores_choices=scores_choices,
+                label_sets=label_sets,
             )
             self._label_head.freeze_unused()
             patch_label_head(self.model, self._label_head, terms)

@@ -13,6 +13,8 @@ from typing import Any
 from dsbs.config import Recipe, StudentRecipe, unknown
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
+from dsbs.formatting import count
+from dsbs.records.subsets import rows_per_label
 from dsbs.students.card import check_student, head_of, input_limit
 from dsbs.students.tokenizer import tokenizer_hash
 from dsbs.students.weights import weights_fingerprint
@@ -22,7 +24,7 @@ from dsbs.training.distillation.local_teachers import LocalTeacher, teachers_fin
 from dsbs.training.encode import Encoder, encoded_hash, soft_labels_hash
 from dsbs.training.grid import StudentSpec, grid
 from dsbs.training.methods import View, views_of
-from dsbs.training.rows import Data
+from dsbs.training.rows import Data, label_texts
 from dsbs.training.tokens import Tokens
 
 
@@ -45,19 +47,24 @@ class TrainingSet:
         self.scores_choices = self.head == "labels" and task.has_choices
         self.classes: tuple[str, ...] = ()
         if self.head == "labels":
-            self.classes = task.labels or ()
+            self.classes = task.head_labels
         self.views: tuple[View, ...] = views_of(spec.method, spec.section, self.head)
         self.terms = terms_of(spec.section, spec.method)
         self.max_input_tokens = input_limit(recipe.student, recipe.train.init)
         self.max_target_tokens = recipe.student.max_target_tokens
+        rows = data.subset(spec.subset)
+        targets = self.classes
+        self.label_sets: list[tuple[int, ...]] | None = None
+        if self.classes and task.has_several_labels:
+            targets = label_texts((rows, spec.labels), (data.valid, data.valid_labels))
+            self.label_sets = [task.head_targets(label) for label in targets]
         encoder = Encoder(
             tokens,
             self.max_input_tokens,
             self.max_target_tokens,
-            self.classes,
+            targets,
             scores_choices=self.scores_choices,
         )
-        rows = data.subset(spec.subset)
         self.rows = encoder.rows(rows, self.views, spec.labels)
         self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)
         self.soft_labels = {}
@@ -84,7 +91,10 @@ class TrainingSet:
 
     @cached_property
     def class_weights(self) -> tuple[float, ...]:
-        """The weight of each class in the label loss; empty: all have 1."""
+        """The weight of each class in the label loss; empty: all have 1.
+
+        Of several labels, that of the rows with the label against those without it.
+        """
         setting = self._spec.section.class_weights
         if setting is None:
             return ()
@@ -92,6 +102,12 @@ class TrainingSet:
             return tuple(setting.get(label, 1.0) for label in self.classes)
         counts = Counter(int(row["label"][0][1][0]) for row in self.rows if "label" in row)
         rows = counts.total()
+        if self.label_sets is not None:
+            with_label = [
+                sum(number * self.label_sets[index][label] for index, number in counts.items())
+                for label in range(len(self.classes))
+            ]
+            return tuple((rows - number) / number if number else 1.0 for number in with_label)
         return tuple(
             rows / (len(self.classes) * counts[index]) if counts[index] else 1.0
             for index in range(len(self.classes))
@@ -115,6 +131,8 @@ class TrainingSet:
             parts.append(teachers_fingerprint(self._teachers))
         if self.soft_labels:
             parts.append(soft_labels_hash(self.soft_labels))
+        if self.label_sets is not None:
+            parts.append(canonical_json(self.label_sets))
         return digest(*parts)
 
 
@@ -131,7 +149,8 @@ def checked_students(
             check_student(student, task)
             head = head_of(student.student, student.train.init)
             check_terms(student.train, task, specs, head)
-            check_class_weights(student, task.labels)
+            check_class_weights(student, task.head_labels)
+            check_label_precision(student, task)
         except UserError as error:
             if name is None:
                 raise
@@ -139,7 +158,17 @@ def checked_students(
         yield student, specs
 
 
-def check_class_weights(recipe: StudentRecipe, labels: Sequence[str] | None) -> None:
+def check_label_precision(recipe: StudentRecipe, task: Task) -> None:
+    """Raises UserError where ``eval.label_precision`` is set and a row has one label."""
+    if recipe.eval.label_precision is not None and not task.has_several_labels:
+        raise UserError(
+            "eval.label_precision is for label heads that give a row several labels (multilabel); "
+            f"a row of {task.name} has one",
+            hint="remove eval.label_precision",
+        )
+
+
+def check_class_weights(recipe: StudentRecipe, labels: Sequence[str]) -> None:
     """Raises UserError where ``train.class_weights`` does not apply or names an unknown label."""
     setting = recipe.train.class_weights
     if setting is None:
@@ -150,7 +179,7 @@ def check_class_weights(recipe: StudentRecipe, labels: Sequence[str] | None) -> 
             "for each of its tokens",
             hint="use student.head: labels, or remove train.class_weights",
         )
-    if labels is None:
+    if not labels:
         raise UserError(
             f"train.class_weights needs a closed set of labels, and the choices of "
             f"{recipe.task.name} differ between rows",
@@ -169,3 +198,33 @@ def _view_fields(view: View) -> dict[str, Any]:
     fields = asdict(view)
     fields["taught"] = fields.pop("supervised")
     return fields
+
+
+def check_subsets(recipe: Recipe, task: Task) -> None:
+    """Raises UserError where ``train.subset`` counts rows per label and labels are free text."""
+    if task.labels is not None or task.head_labels:
+        return
+    for subset in recipe.train.subset:
+        if rows_per_label(subset) is not None:
+            raise UserError(
+                f"train.subset: {subset} needs a closed set of labels, and {task.name} has none",
+                hint="use shares of the train rows, such as 0.25",
+            )
+
+
+def few_rows_warnings(recipe: Recipe, task: Task, data: Data) -> list[str]:
+    """A warning for each subset for which some labels have too few train rows."""
+    warnings = []
+    counts = Counter(label for classes in data.classes for label in classes)
+    for subset in recipe.train.subset:
+        number = rows_per_label(subset)
+        if number is None:
+            continue
+        few = [f"{label} ({counts[label]})" for label in task.head_labels if counts[label] < number]
+        if few:
+            listed = ", ".join(few[:5]) + (", …" if len(few) > 5 else "")
+            warnings.append(
+                f"train.subset: {subset} takes all rows of {count(len(few), 'label')} with fewer: "
+                f"{listed}"
+            )
+    return warnings

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsbs.config import ResolvedTrainSection, StudentRecipe
+from dsbs.progress import Progress
 from dsbs.records import Unreadable
 from dsbs.students.backends.label_head import LabelHeadBackend
-from dsbs.students.calibration import Calibration, calibrate, rationale_agreement
+from dsbs.students.calibration import (
+    Calibration,
+    calibrate,
+    calibrate_each,
+    rationale_agreement,
+    read_calibration,
+    write_record,
+    yes_and_no,
+)
 from dsbs.students.formats import split_target, start_token
 from dsbs.students.novelty import Novelty, fit_novelty
 from dsbs.students.student import Student
@@ -85,11 +96,43 @@ def calibrated(
         distributions = student.label_distributions(inputs, recipe.eval.batch_size)
     else:
         distributions = _distributions(student, recipe, data, view)
-    classes = _right_classes(student, data)
     agreements = None
     if recipe.eval.rationales and "rationale" in student.card.prefixes:
         agreements = _rationale_agreements(student, recipe, data, distributions)
-    return calibrate(distributions, classes, data.valid_labels, agreements)
+    task = student.task
+    if task.has_several_labels:
+        return calibrate_each(
+            np.array(distributions, dtype=np.float64),
+            _head_targets(student, data) == 1,
+            data.valid_labels,
+            student.card.classes,
+            precision=recipe.eval.label_precision,
+            agreements=agreements,
+        )
+    choose = None
+    if student.card.classes:
+        classes = student.card.classes
+
+        def choose(shares: Sequence[float]) -> int:
+            return classes.index(task.choose(classes, shares))
+
+    right = _right_classes(student, data)
+    return calibrate(distributions, right, data.valid_labels, agreements, choose)
+
+
+def follow_label_precision(
+    folder: Path, recipe: StudentRecipe, data: Data, view: View, progress: Progress
+) -> None:
+    """Choose the thresholds of a finished student anew if ``eval.label_precision`` has changed."""
+    calibration = read_calibration(folder)
+    thresholds = None if calibration is None else calibration.label_thresholds
+    if thresholds is None or thresholds.precision == recipe.eval.label_precision:
+        return
+    student = Student.load(folder)
+    progress.say(f"{student.card.name}: new thresholds for eval.label_precision")
+    new = calibrated(student, recipe, data, view)
+    assert new is not None  # a label head has one
+    write_record(folder, new)
 
 
 def novelty_of(student: Student, recipe: StudentRecipe, data: Data, view: View) -> Novelty | None:
@@ -115,7 +158,7 @@ def _rationale_agreements(
     written = student.generate(inputs, card.max_target_tokens, recipe.eval.batch_size, start)
     agreements = []
     for row, rationale, distribution in zip(data.valid, written, distributions, strict=True):
-        label = _choices(student, row)[distribution.index(max(distribution))]
+        label = student.task.choose(_choices(student, row), distribution)
         fields = data.fields[row.id]
         agreements.append(rationale_agreement(label, rationale.text, student.task, fields))
     return agreements
@@ -123,19 +166,35 @@ def _rationale_agreements(
 
 def _choices(student: Student, row: Row) -> Sequence[str]:
     """The labels that a row's distribution is over, in its order."""
-    classes = student.card.classes or student.task.labels
+    classes = student.card.classes or student.task.head_labels
     return classes or [choice for choice, _ in row.choices]
 
 
 def _choose(student: Student, recipe: StudentRecipe, data: Data, view: View) -> tuple[float, float]:
-    """A label head's accuracy and mean cross-entropy of the classes, in nats."""
-    correct = 0
-    loss = 0.0
+    """A label head's accuracy and mean cross-entropy of the classes, in nats.
+
+    Of several labels, those with a probability of 0.5 count as given, and the loss is their mean.
+    """
     distributions = _distributions(student, recipe, data, view)
+    correct = sum(
+        student.task.choose(_choices(student, row), distribution) == row.label(data.valid_labels)
+        for row, distribution in zip(data.valid, distributions, strict=True)
+    )
+    if student.task.has_several_labels:
+        shares = yes_and_no(np.array(distributions, dtype=np.float64))
+        is_given = _head_targets(student, data).ravel()
+        of_right = shares[np.arange(len(shares)), 1 - is_given]
+        return correct / len(data.valid), float(-np.log(np.maximum(of_right, _SMALLEST)).mean())
+    loss = 0.0
     for distribution, right in zip(distributions, _right_classes(student, data), strict=True):
-        correct += distribution.index(max(distribution)) == right
         loss -= math.log(max(distribution[right], _SMALLEST))
     return correct / len(data.valid), loss / len(data.valid)
+
+
+def _head_targets(student: Student, data: Data) -> NDArray[np.int64]:
+    """(rows, L): 1 for each label that a valid row has, else 0."""
+    labels = [str(row.label(data.valid_labels)) for row in data.valid]
+    return np.array([student.task.head_targets(label) for label in labels])
 
 
 def _distributions(

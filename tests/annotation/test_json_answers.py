@@ -96,7 +96,9 @@ def test_the_labels_tokens_are_found_in_an_object() -> None:
     tokens = [*pieces, ('"}', -2.0)]
     content = [{"token": token, "logprob": logprob} for token, logprob in tokens]
     raw = json.dumps({"choices": [{"logprobs": {"content": content}}]})
-    assert label_logprob(raw, "".join(token for token, _ in tokens), PROMPT) == pytest.approx(-0.75)
+    assert label_logprob(raw, "".join(token for token, _ in tokens), PROMPT, TASK) == pytest.approx(
+        -0.75
+    )
 
 
 def test_the_schema_has_the_prompts_order_and_the_labels_as_an_enum() -> None:

@@ -192,25 +192,25 @@ def test_the_labels_tokens_are_summed_and_no_others() -> None:
         ("Text: x", -7.0),
     ]
     text = "".join(token for token, _ in tokens)
-    assert label_logprob(chat(*tokens), text, PROMPT) == pytest.approx(-0.75)
+    assert label_logprob(chat(*tokens), text, PROMPT, ROUTING) == pytest.approx(-0.75)
 
 
 def test_a_draft_in_the_thoughts_is_not_the_answer() -> None:
     tokens = [("<think>so Answer:", -1.0), (" A</think>", -5.0), ("Answer:", -1.0), (" A", -0.25)]
     prompt = Prompt(template="{{ text }}")
-    assert label_logprob(chat(*tokens), "".join(t for t, _ in tokens), prompt) == pytest.approx(
-        -0.25
-    )
+    assert label_logprob(
+        chat(*tokens), "".join(t for t, _ in tokens), prompt, ROUTING
+    ) == pytest.approx(-0.25)
     parts = [(b"Answer: ", -1.0), ("é".encode()[:1], -0.5), ("é".encode()[1:], -0.25)]
     content = [{"token": str(piece), "bytes": list(piece), "logprob": p} for piece, p in parts]
     raw = json.dumps({"choices": [{"logprobs": {"content": content}}]})
-    assert label_logprob(raw, "Answer: é", prompt) == pytest.approx(-0.75)
+    assert label_logprob(raw, "Answer: é", prompt, ROUTING) == pytest.approx(-0.75)
 
 
 def test_the_completions_form_and_replies_without_log_probabilities() -> None:
     logprobs = {"tokens": ["Answer", ": ", "billing"], "token_logprobs": [None, -1, -0.125]}
     legacy = json.dumps({"choices": [{"logprobs": logprobs}]})
-    assert label_logprob(legacy, "Answer: billing", PROMPT) == pytest.approx(-0.125)
+    assert label_logprob(legacy, "Answer: billing", PROMPT, ROUTING) == pytest.approx(-0.125)
     for raw in ('{"choices": [{}]}', '{"choices": [{"logprobs": null}]}', "{}"):
-        assert label_logprob(raw, "Answer: billing", PROMPT) is None
-    assert label_logprob(chat(("no anchor", -1.0)), "no anchor", PROMPT) is None
+        assert label_logprob(raw, "Answer: billing", PROMPT, ROUTING) is None
+    assert label_logprob(chat(("no anchor", -1.0)), "no anchor", PROMPT, ROUTING) is None

@@ -306,8 +306,8 @@ def test_a_metric_that_grades_rows_is_compared_where_both_have_it() -> None:
     systems = [system("finetune"), system("distill"), system("step-by-step")]
     draw = np.random.default_rng(0)
     base = draw.uniform(0, 0.5, (2, 100))
-    systems[0].row_values["rouge_l"], systems[2].row_values["rouge_l"] = base, base + 0.25
-    systems[2].row_values["rouge_l"][:, :10] = np.nan
+    systems[0].compared["rouge_l"], systems[2].compared["rouge_l"] = base, base + 0.25
+    systems[2].compared["rouge_l"][:, :10] = np.nan
     comparisons = compare(pairs(systems, EvalSection()), None)
     graded = comparisons["step-by-step"]["finetune"].graded["rouge_l"]
     assert graded.delta == pytest.approx(0.25) and graded.n == 90 and graded.p_holm < 0.001

@@ -21,10 +21,33 @@ from loopback import LoopbackServer
 import dsbs
 from dsbs.cli.init import Template
 from dsbs.errors import UserError
+from dsbs.project.compare_teachers import compare_teachers
 from dsbs.project.init import SCHEMA, Kind, init
 
 KINDS = get_args(Kind)
-LABEL = {"generation": "answer"}
+# The columns of the label, where it is not "label".
+LABEL = {
+    "generation": ("answer",),
+    "multilabel": ("topics",),
+    "score": ("stars",),
+    "extraction": ("kind", "sender", "amount", "due", "items"),
+}
+
+
+def label_columns(kind: Kind) -> tuple[str, ...]:
+    return LABEL.get(kind, ("label",))
+
+
+def inputs_of(kind: Kind, row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(text for column, text in row.items() if column not in label_columns(kind))
+
+
+def label_of(kind: Kind, row: dict[str, str]) -> str:
+    """The row's label as a teacher writes it."""
+    if kind == "extraction":
+        lines = (f"{name}: {row[name] or 'null'}" for name in label_columns(kind))
+        return "\n" + "\n".join(lines)
+    return row[label_columns(kind)[0]]
 
 
 def rows(folder: Path, split: str) -> list[dict[str, str]]:
@@ -40,30 +63,37 @@ def test_the_command_offers_the_templates_that_ship() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_are_balanced_distinct_and_apart_from_one_another(kind: Kind) -> None:
     folder = ROOT / "data" / "templates" / kind
-    train, test = rows(folder, "train"), rows(folder, "test")
-    assert 24 <= len(train) + len(test) <= 100
-    inputs = [
-        " ".join(text for column, text in row.items() if column != LABEL.get(kind, "label"))
-        for row in train + test
-    ]
+    splits = [rows(folder, path.stem) for path in sorted(folder.glob("*.csv"))]
+    assert 24 <= sum(map(len, splits)) <= 120
+    inputs = [" ".join(inputs_of(kind, row)) for split in splits for row in split]
     prompt = yaml.safe_load((folder / "prompt.yaml").read_text(encoding="utf-8"))
     inputs += [" ".join(exemplar["input"].values()) for exemplar in prompt["exemplars"]]
     assert len({text.casefold() for text in inputs}) == len(inputs)
-    for split in (train, test):
-        labels = [row[LABEL.get(kind, "label")] for row in split]
+    for split in splits:
+        labels = [row[label_columns(kind)[0]] for row in split]
         if kind == "math":
             labels = [re.sub(r"[\d ]", "", label) for label in labels]  # the kind of arithmetic
+        if kind == "multilabel":
+            counts = Counter(label for cell in labels for label in cell.split("; "))
+            assert 2 * min(counts.values()) >= max(counts.values()) / 2 and counts["none"] >= 4
+            continue
         counts = Counter(labels)
-        assert len(set(counts.values())) == 1, counts
+        assert max(counts.values()) - min(counts.values()) <= (kind == "extraction"), counts
+    all_rows = [row for split in splits for row in split]
+    if kind in ("multilabel", "score", "extraction"):
+        assert sorted(map(len, splits)) == [20, 40, 60]
+    if kind == "extraction":
+        for name in ("sender", "due", "items"):
+            assert 0.05 < sum(not row[name] for row in all_rows) / len(all_rows) < 0.5, name
     if kind == "math":
-        for row in train + test:
+        for row in all_rows:
             numbers = set(re.findall(r"\d+", row["label"]))
             assert numbers <= set(re.findall(r"\d+", f"{row['body']} {row['question']}")), (
                 "a number that the problem lacks"
             )
             assert eval(row["label"]) == int(eval(row["label"])), row
     if kind == "generation":
-        assert all(re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", row["answer"]) for row in train + test)
+        assert all(re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", row["answer"]) for row in all_rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,14 +125,10 @@ def test_a_new_project_goes_through_all_stages(
     folder = init("mine", kind, tmp_path)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
-    label = LABEL.get(kind, "label")
     labels = {
-        tuple(value for column, value in row.items() if column != label): row[label]
-        for row in rows(folder, "train")
-    }
-    labels |= {
-        tuple(value for column, value in row.items() if column != label): row[label]
-        for row in rows(folder, "test")
+        inputs_of(kind, row): label_of(kind, row)
+        for path in folder.glob("*.csv")
+        for row in rows(folder, path.stem)
     }
     template = (
         "It is plain to see. The answer is ({})."
@@ -126,7 +152,10 @@ def test_a_new_project_goes_through_all_stages(
         ]
         recipe = dsbs.load_recipe("recipe.yaml", changes)
         annotated = dsbs.annotate(recipe)
-        assert server.requests == len(labels) and set(server.keys) == {"Bearer a-key"}
+        assert server.requests == sum(split.rows for split in annotated.splits.values())
+        assert set(server.keys) == {"Bearer a-key"}
+        compared = compare_teachers({"one": recipe, "two": recipe}, rows=10)
+        assert compared.agreement == {"one": {"two": 1.0}, "two": {"one": 1.0}}
     assert all(
         split.label_accuracy is not None and split.label_accuracy.value == 1.0
         for split in annotated.splits.values()
@@ -141,6 +170,7 @@ def test_a_new_project_goes_through_all_stages(
         "finetune-gold",
         "distill-teacher",
     }
+    assert dsbs.report(recipe).is_file()
 
 
 @pytest.mark.parametrize(

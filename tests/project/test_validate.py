@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import toy_rows, write_csv
+from conftest import toy_rows, write_csv, write_jsonl
 from test_student import make_student
 
 from dsbs import UserError, load_recipe, validate
+from dsbs.project.validate import Validation
 
 
 def test_a_sound_recipe_has_figures_and_no_warnings(toy: Callable[..., Path]) -> None:
@@ -97,3 +98,54 @@ def test_labels_of_every_kind_are_read_back_through_a_scratch_vocabulary(
     path.write_text(json.dumps(recipe))
     result = validate(load_recipe(path, ["eval.max_label_tokens=32"]))
     assert "\n- Food, drink\n- first second\n" in (result.first_prompt or "")
+
+
+def shape(tmp_path: Path, task: dict[str, object], labels: list[object]) -> Validation:
+    """The validation of rows with these labels, for train, valid and test alike."""
+    rows = [{"text": f"Ann wrote line {i}.", "label": label} for i, label in enumerate(labels)]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    recipe = {
+        "name": "r",
+        "task": {"data": {"train": path, "valid": path, "test": path}} | task,
+        "teacher": {"model": "m"},
+        "student": {"init": "scratch"},
+        "eval": {"max_label_tokens": 8},
+    }
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    return validate(load_recipe(tmp_path / "r.json"))
+
+
+def test_several_labels_are_counted_one_by_one(tmp_path: Path) -> None:
+    labels: list[object] = [["a", "b"], ["b"], ["b", "a"], ["b"]]
+    result = shape(tmp_path, {"name": "multilabel", "labels": ["a", "b", "c"]}, labels)
+    figures = result.splits["train"]
+    assert figures["labels"] == {"b": 4, "a": 2} and figures["labels_per_row"] == 1.5
+    assert "train: no row is labeled c" in result.warnings
+    assert "train: every row is labeled b: there is nothing to learn" in result.warnings
+    none = shape(tmp_path, {"name": "multilabel", "labels": ["a", "b"]}, [["a"], [], []])
+    assert none.splits["train"]["labels"] == {"none": 2, "a": 1}
+
+
+def test_the_points_of_a_scale_are_counted_in_their_order(tmp_path: Path) -> None:
+    result = shape(tmp_path, {"name": "score", "range": [1, 4]}, [4, 1, 4, 4, 2])
+    assert list(result.splits["train"]["labels"].items()) == [("1", 1), ("2", 1), ("4", 3)]
+    assert "train: no row is labeled 3" in result.warnings
+    wide = shape(tmp_path, {"name": "score", "range": [0, 100]}, [4, 1])
+    assert any("99 of the scale's 101 points have no row" in w for w in wide.warnings)
+
+
+def test_fields_are_counted_and_their_values_looked_for_in_the_input(tmp_path: Path) -> None:
+    fields = {
+        "name": {"type": "text", "verbatim": True},
+        "kind": {"type": "label", "labels": ["a", "b"]},
+        "due": {"type": "date"},
+    }
+    labels: list[object] = [{"name": "Ann", "kind": "a"}, {"name": "Bob"}, {"kind": "a"}, {}]
+    result = shape(tmp_path, {"name": "extraction", "fields": fields}, labels)
+    figures = result.splits["train"]["fields"]
+    assert figures["kind"] == {"filled": 0.5, "labels": {"a": 2, "b": 0}}
+    assert figures["name"]["filled"] == 0.5 and len(figures["name"]["not_in_input"]) == 1
+    messages = "\n".join(result.warnings)
+    assert "train: no row has kind b" in messages and "no row has a value for due" in messages
+    assert "train: name is verbatim, but in 1 row its gold value does not occur" in messages
+    assert "labels are longer than eval.max_label_tokens and can never be right" in messages

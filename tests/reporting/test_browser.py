@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_jsonl
 from sample_run import make_run
 
+from dsbs import evaluate
+from dsbs.config import Recipe
 from dsbs.reporting.run import PAGE_BYTES, report_runs
 
 pytest.importorskip(
@@ -134,6 +137,38 @@ def test_text_from_data_is_shown_as_text(browser: Browser, report: Path) -> None
         second_box = second.bounding_box()
         assert first_box and second_box
         assert first_box["x"] < second_box["x"], "a text does not turn its neighbors"
+
+
+def test_answers_show_the_fields_in_which_they_differ(browser: Browser, tmp_path: Path) -> None:
+    rows = [
+        {"id": "1", "text": "From Ann, 3", "label": {"sender": "Ann", "total": 3}},
+        {"id": "2", "text": "From Bob", "label": {"sender": "Bob", "total": None}},
+    ]
+    answers = ["sender: ann\ntotal: 4", "sender: bob\ntotal: null"]
+    lines = [{"id": str(i), "prediction": text} for i, text in enumerate(answers, 1)]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    recipe = Recipe.model_validate(
+        {
+            "name": "fields",
+            "task": {
+                "name": "extraction",
+                "fields": {"sender": {"type": "text"}, "total": {"type": "number"}},
+                "data": {"train": path, "test": path},
+            },
+            "teacher": {"kind": "human"},
+            "eval": {
+                "floors": [],
+                "predictions": {"rules": str(write_jsonl(tmp_path / "rules.jsonl", lines))},
+            },
+        }
+    )
+    evaluate(recipe, out=tmp_path / "run")
+    with open_page(browser, report_runs([tmp_path / "run"])) as page:
+        expected = ["total: 4 (gold: 3)", "as gold"]
+        for number, text in enumerate(expected):
+            row = page.locator("#rows > li").nth(number)
+            row.locator("summary").click()
+            expect(row.locator("tbody td").first).to_have_text(text)
 
 
 def test_filters_and_search_choose_rows(browser: Browser, report: Path) -> None:

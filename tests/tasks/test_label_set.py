@@ -15,7 +15,8 @@ from dsbs.config import TaskSection
 from dsbs.errors import UserError
 from dsbs.prompting import Prompt
 from dsbs.records import Unreadable
-from dsbs.tasks import Task, concluded_label, make_task
+from dsbs.tasks import Task, make_task
+from dsbs.tasks.conclusion import concluded_label
 from dsbs.tasks.label_set import LabelSet
 
 PROMPT = Prompt(template="Text: {{ text }}", stop=("\nText:",))

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from dsbs.config import TrainSection
-from dsbs.training.losses import IGNORED, summed_nll, view_weights, weighted_loss
+from dsbs.training.losses import (
+    IGNORED,
+    summed_binary_nll,
+    summed_nll,
+    view_weights,
+    weighted_loss,
+)
 from dsbs.training.methods import method_of
 
 
@@ -23,6 +29,24 @@ def test_summed_nll_leaves_padding_out_and_equals_the_definition() -> None:
     log_probs = logits - logits.exp().sum(-1, keepdim=True).log()
     expected = -(log_probs[0, 0, 1] + log_probs[0, 1, 4] + log_probs[1, 0, 0])
     assert float(summed_nll(logits, labels)) == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 7.0]])
+def test_the_binary_loss_is_the_mean_over_labels_and_leaves_padding_out(
+    weights: list[float] | None,
+) -> None:
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(3, 3, dtype=torch.float64)
+    targets = torch.tensor([[1, 0, 1], [IGNORED] * 3, [0, 0, 0]])
+    expected = 0.0
+    for row in (0, 2):
+        for label in range(3):
+            share = 1 / (1 + math.exp(-float(logits[row, label])))
+            weight = 1.0 if weights is None else weights[label]
+            is_given = targets[row, label] == 1
+            expected -= (weight * math.log(share) if is_given else math.log(1 - share)) / 3
+    tensor = None if weights is None else torch.tensor(weights)
+    assert float(summed_binary_nll(logits, targets, tensor)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("weight", [0.25, 1.0, 4.0])

@@ -76,7 +76,7 @@ def data(count: int, max_per_label: int | None) -> Data:
     """Two rows of three are annotated with the first label."""
     labels = ["shipping" if i % 3 == 0 else "billing" for i in range(count)]
     rows = [
-        Row(f"r{i}", "text", None, label, ("why",), annotated=label)
+        Row(f"r{i}", "text", None, label, ("why",), annotated=(label,))
         for i, label in enumerate(labels)
     ]
     order = sorted(range(count), key=lambda i: position(rows[i].id, "subset"))

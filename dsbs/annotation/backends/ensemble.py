@@ -25,7 +25,7 @@ from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.tasks import make_task
 
 # the task's keys that must agree between two runs for their labels to mean the same
-_TASK_KEYS = ("name", "labels", "numeric")
+_TASK_KEYS = ("name", "labels", "range", "step", "fields", "numeric")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +143,7 @@ class EnsembleTeacher(Teacher):
     def __init__(self, recipe: Recipe) -> None:
         self.members = read_members(recipe)
         self._task = make_task(recipe.task)
+        self._score_vote = recipe.annotate.score_vote
         self._name = TeacherName(
             kind="ensemble", model=" + ".join(member.model for member in self.members)
         )
@@ -235,7 +236,7 @@ class EnsembleTeacher(Teacher):
             self._rows_found[member.run, split] += 1
             rows.append(row)
             samples += _votes(member, row)
-        vote = weighted_majority(samples, self._task)
+        vote = weighted_majority(samples, self._task, self._score_vote)
         accepted = vote.reason is None
         return Annotation(
             id=example.id,
@@ -247,6 +248,7 @@ class EnsembleTeacher(Teacher):
             provenance=self._provenance(vote),
             samples=samples,
             vote_share=vote.share,
+            part_shares=vote.part_shares,
             label_logprob=vote.logprob,
             accepted=accepted,
             reject_reason=vote.reason,

@@ -127,6 +127,36 @@
       mark(system, row), " ", isolated((answers(system, row)[0] || ["–"])[0]));
   }
 
+  // Where an answer differs from the gold label, part by part; null where labels have no parts.
+  function differences(system, row, text) {
+    const parts = data.parts && data.parts[data.systems[system].parts];
+    const own = (object, key) => (object && Object.hasOwn(object, key) ? object[key] : null);
+    const [ours, gold] = parts ? [own(parts.of, text), own(parts.of, data.rows[row][1])] : [];
+    if (!ours || !gold) return null;
+    const lines = [];
+    for (const name of parts.names) {
+      const [a, b] = [own(ours, name), own(gold, name)];
+      if ((a ? a[1] : -1) === (b ? b[1] : -1)) continue;
+      if ((a || b)[0] === name) lines.push(a ? `+ ${name}` : `− ${name}`);
+      else lines.push(`${name}: ${a ? a[0] : "absent"} (gold: ${b ? b[0] : "absent"})`);
+    }
+    return lines;
+  }
+
+  // A system's answers, each on a line of its own or as its differences from the gold label.
+  function given(system, row) {
+    const counts = answers(system, row);
+    const several = data.systems[system].members.length > 1;
+    if (!counts.some(([text]) => differences(system, row, text))) {
+      return [isolated(counts.map(([text, n]) => (several ? `${text} ×${n}` : text)).join(", ") || "–")];
+    }
+    return counts.map(([text, n]) => {
+      const lines = differences(system, row, text) || [text];
+      const times = several ? [` ×${n}`] : [];
+      return element("div", null, ...(lines.length ? lines : ["as gold"]).map((line) => element("div", null, isolated(line))), ...times);
+    });
+  }
+
   function line(row) {
     const [id, gold, , fields] = data.rows[row];
     const excerpt = fields.length ? fields.flatMap((value) => [isolated(value.slice(0, EXCERPT)), " / "]).slice(0, -1) : [isolated(id)];
@@ -158,10 +188,9 @@
 
     const table = element("tbody");
     data.systems.forEach((system, s) => {
-      const given = answers(s, row).map(([text, n]) => (system.members.length > 1 ? `${text} ×${n}` : text)).join(", ");
       const probabilities = system.members.map((m) => (m.probability ? m.probability[row] : null)).filter((p) => p !== null && p !== undefined);
       table.append(element("tr", null, element("th", { scope: "row" }, isolated(title(system))),
-        element("td", null, isolated(given || "–")), element("td", null, mark(s, row)),
+        element("td", null, ...given(s, row)), element("td", null, mark(s, row)),
         element("td", { className: "n" }, probabilities.map((p) => `${p}%`).join(", ") || "–")));
     });
     const heads = ["system", "answer", "right", "probability"].map((h) => element("th", { scope: "col" }, h));

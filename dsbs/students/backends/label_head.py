@@ -22,10 +22,11 @@ from dsbs.students.backends.transformers import (
 )
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import PAIR_SEPARATOR, SpecialTokens, input_format_of
+from dsbs.students.long_texts import WINDOW_SEPARATOR
 from dsbs.students.novelty import Novelty
 from dsbs.students.tokenizer import load_export_tokenizer, load_tokenizer
 from dsbs.students.weights import device, load_model
-from dsbs.tasks import CHOICE_SEPARATOR
+from dsbs.tasks import CHOICE_SEPARATOR, make_task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,7 @@ class LabelHeadBackend(TransformersBackend):
     def __init__(self, model: Any, tokenizer: Any, card: StudentCard) -> None:
         super().__init__(model, tokenizer, card)
         self._card = card
+        self._answers = _Answers(card)
         self.novelty: Novelty | None = None
         self.input_format = input_format_of(tokenizer, card.kind, card.template)
 
@@ -73,23 +75,38 @@ class LabelHeadBackend(TransformersBackend):
         self.model.eval()
         if self.novelty is not None:
             return self._measure(texts, self.novelty)
+        if not self._card.scores_choices:
+            pooled = self.pooled_states(texts)
+            with torch.inference_mode():
+                return self._answers.of(self._shares(self.model.classify(pooled).float()))
         choices = [text.split(CHOICE_SEPARATOR) for text in texts]
         with torch.inference_mode():
             logits = self.model(**self._encode([text for row in choices for text in row])).float()
-        if not self._card.scores_choices:
-            return _likeliest(logits.softmax(-1).tolist(), [self._card.classes] * len(texts))
         scores = logits[:, 0].split(list(map(len, choices)))
         names = [[text.partition(PAIR_SEPARATOR)[2] for text in row] for row in choices]
         return _likeliest([row.softmax(-1).tolist() for row in scores], names)
 
+    def _shares(self, logits: Any) -> list[list[float]]:
+        """logits (B, L) -> the probability of each label, as ``Task.has_several_labels`` says."""
+        shares = logits.sigmoid() if self._answers.are_several else logits.softmax(-1)
+        rows: list[list[float]] = shares.tolist()
+        return rows
+
     def pooled_states(self, texts: Sequence[str]) -> Any:
-        """What the label head reads: (texts, D)."""
+        """What the label head reads: (texts, D). Of a text with windows, their mean by tokens."""
         import torch
 
         self.model.eval()
+        windows = [text.split(WINDOW_SEPARATOR) for text in texts]
         with torch.inference_mode():
-            encoded = self._encode(texts)
-            return self.model.pool(self.model.states(**encoded), encoded["attention_mask"])
+            encoded = self._encode([text for row in windows for text in row])
+            pooled = self.model.pool(self.model.states(**encoded), encoded["attention_mask"])
+            if len(pooled) == len(texts):
+                return pooled
+            lengths = encoded["attention_mask"].sum(1, keepdim=True)
+            sizes = list(map(len, windows))
+            parts = zip(pooled.split(sizes), lengths.split(sizes), strict=True)
+            return torch.stack([(row * size).sum(0) / size.sum() for row, size in parts])
 
     def _measure(self, texts: Sequence[str], novelty: Novelty) -> list[GeneratedText]:
         """Labels, and how far the inputs are from the validation rows."""
@@ -97,9 +114,9 @@ class LabelHeadBackend(TransformersBackend):
 
         pooled = self.pooled_states(texts)
         with torch.inference_mode():
-            shares = self.model.classify(pooled).float().softmax(-1).tolist()
+            shares = self._shares(self.model.classify(pooled).float())
         distances = novelty.distances(pooled.double().cpu().numpy())
-        labels = _likeliest(shares, [self._card.classes] * len(texts))
+        labels = self._answers.of(shares)
         return [
             label._replace(distance=distance)
             for label, distance in zip(labels, distances, strict=True)
@@ -129,6 +146,25 @@ class LabelHeadBackend(TransformersBackend):
         return {"input_ids": input_ids, "attention_mask": is_token.long()}
 
 
+class _Answers:
+    """Turns distributions over a student's classes into its answers."""
+
+    def __init__(self, card: StudentCard) -> None:
+        self._task = make_task(card.task)
+        self._classes = card.classes
+        self.are_several = self._task.has_several_labels
+
+    def of(self, distributions: Sequence[Sequence[float]]) -> list[GeneratedText]:
+        """What the task chooses of each distribution, as text; without a calibration."""
+        outputs = []
+        for shares in distributions:
+            label = self._task.choose(self._classes, shares)
+            distribution = dict(zip(self._classes, shares, strict=True))
+            probability = self._task.probability_of(label, distribution)
+            outputs.append(GeneratedText(label, False, probability, distribution=tuple(shares)))
+        return outputs
+
+
 def _likeliest(
     distributions: Sequence[Sequence[float]], labels: Sequence[Sequence[str]]
 ) -> list[GeneratedText]:
@@ -152,6 +188,7 @@ class _ExportedLabelHead(ABC):
         self.tokenizer = load_export_tokenizer(folder, card.max_input_tokens)
         self._folder = folder
         self._card = card
+        self._answers = _Answers(card)
 
     @classmethod
     def load(cls, path: Path, card: StudentCard) -> _ExportedLabelHead:
@@ -198,7 +235,7 @@ class _ExportedLabelHead(ABC):
                 token_ids[slot, : len(rows[row])] = rows[row]
                 mask[slot, : len(rows[row])] = 1
             result[group] = self.distributions(token_ids, mask)
-        return _likeliest(result.tolist(), [self._card.classes] * len(texts))
+        return self._answers.of(result.tolist())
 
     def _read(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as ``EncoderFormat`` or ``PlainFormat`` reads it."""
@@ -276,6 +313,9 @@ class CTranslate2LabelHeadBackend(_ExportedLabelHead):
         is_token = mask[..., None].astype(bool)
         pooled = np.where(is_token, states, 0).sum(1) / mask.sum(1, keepdims=True)
         logits = pooled @ self._weight.T + self._bias
+        if self._answers.are_several:
+            each: NDArray[np.float32] = 1 / (1 + np.exp(-logits))
+            return each
         exponentials = np.exp(logits - logits.max(1, keepdims=True))
         result: NDArray[np.float32] = exponentials / exponentials.sum(1, keepdims=True)
         return result

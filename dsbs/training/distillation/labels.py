@@ -48,6 +48,13 @@ class LabelsTerm(Term):
         return self.source == "annotations"
 
     def problem(self, method: str, views: Sequence[View], task: Task, head: Head) -> str | None:
+        if head == "labels" and task.has_several_labels:
+            return (
+                f"compares one distribution over all labels, and a row of {task.name} has several "
+                "labels: use kind: response, which compares the probability of each label"
+            )
+        if task.has_several_labels:
+            return f"needs one label for each row, and {task.name} has several"
         if task.labels is None:
             return f"needs a fixed set of labels, and {task.name} has none"
         if views[0].target != "label":

@@ -146,8 +146,13 @@ def _teacher_runner(
     without_padding = section.padding == "none"
     runner: TeacherRunner
     if has_label_head(model):
+        has_several = make_task(read_card(teacher.folder).task).has_several_labels
         runner = LabelHeadRunner(
-            model, views, without_padding=without_padding, hidden_states=hidden_states
+            model,
+            views,
+            without_padding=without_padding,
+            hidden_states=hidden_states,
+            label_sets=() if has_several else None,
         )
     else:
         runner_class = DecoderRunner if is_decoder_only(model) else ForwardRunner
@@ -263,7 +268,7 @@ class LocalTeachers:
     def _own_inputs(self, folder: Path, source: TeacherSource) -> OwnInputs | None:
         if source.difference is None:
             return None
-        return OwnInputs(str(folder), read_card(folder), make_task(self._recipe.task).labels)
+        return OwnInputs(str(folder), read_card(folder), make_task(self._recipe.task).head_labels)
 
 
 def _needs_teacher(recipe: StudentRecipe, spec: StudentSpec) -> bool:

@@ -32,10 +32,10 @@ _BATCH = 8192  # texts in one call of the tokenizer
 class OwnInputs:
     """The inputs of the teacher in ``folder``, by the bytes of its student's ids (int64).
 
-    ``labels`` are the task's; None: it has no closed set.
+    ``labels`` are the task's; empty: it has no closed set.
     """
 
-    def __init__(self, folder: str, card: StudentCard, labels: Sequence[str] | None) -> None:
+    def __init__(self, folder: str, card: StudentCard, labels: Sequence[str]) -> None:
         target, prefix = next(iter(card.prefixes.items()))
         self.view = View("label", prefix, 1.0, start=card.starts.get(target, "pad"))
         self._limit = card.max_input_tokens

@@ -66,6 +66,8 @@ class ResponseTerm(Term):
     def problem(self, method: str, views: Sequence[View], task: Task, head: Head) -> str | None:
         if head == "labels" and "label" not in self.targets:
             return "compares distributions over the labels with a label head: add label to targets"
+        if head == "labels" and task.has_several_labels and self.top_k is not None:
+            return f"compares every label of a row of {task.name}: leave top_k out"
         if self.compared_views(views):
             return None
         return f"compares {' and '.join(self.targets)} tokens, which {method} does not learn"
@@ -106,23 +108,36 @@ class ResponseTerm(Term):
             inputs.batch[view],
             inputs.student.logits[view],
             [teacher.logits[view] for teacher in teachers],
+            inputs.batch[view].target != IGNORED,
         )
 
     def _over_classes(self, inputs: TermInputs) -> Tensor | float:
-        """The divergences of class distributions, summed over the rows."""
+        """The divergences of class distributions, summed over the rows.
+
+        Of a row with several labels, the mean of their divergences, each over yes and no.
+        """
         packed = inputs.first_view
         student = inputs.student.label_scores
         if packed is None or student is None:
             return 0.0
         scores = [teacher.label_scores for teacher in inputs.teachers]
         teachers = [row_scores for row_scores in scores if row_scores is not None]
-        return self._divergence(inputs, packed, student, teachers)
+        per_row = len(student) // len(packed.target)
+        counted = (packed.target != IGNORED).repeat_interleave(per_row)
+        return self._divergence(inputs, packed, student, teachers, counted) / per_row
 
     def _divergence(
-        self, inputs: TermInputs, packed: PackedBatch, student: Tensor, teachers: Sequence[Tensor]
+        self,
+        inputs: TermInputs,
+        packed: PackedBatch,
+        student: Tensor,
+        teachers: Sequence[Tensor],
+        counted: Tensor,
     ) -> Tensor:
-        """student (M, V) and each teacher's (M, V) logits of the targets of ``packed`` -> ()."""
-        counted = packed.target != IGNORED
+        """student (M, V) and each teacher's (M, V) logits of the targets of ``packed`` -> ().
+
+        ``counted`` (M,): False for those of empty rows.
+        """
         all_counted = bool(counted.all())
 
         def select(rows: Tensor, vocabulary: int | None = None) -> Tensor:

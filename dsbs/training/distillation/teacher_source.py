@@ -13,6 +13,7 @@ from typing import Any
 from dsbs.config import LocalTeacherSection, StudentRecipe, StudentSection
 from dsbs.errors import UserError
 from dsbs.students.card import (
+    Head,
     StudentCard,
     architecture_of,
     check_student,
@@ -39,6 +40,7 @@ class TeacherSource:
     difference: str | None
     """Why it does not read and write the student's tokens, e.g. "has a different vocabulary". None:
     it does."""
+    head: Head = "text"
 
 
 def teacher_section(recipe: StudentRecipe, section: LocalTeacherSection) -> StudentSection:
@@ -104,7 +106,7 @@ def teacher_source(
             template = new_input_format(recipe.student, tokenizer, recipe.train.init).template
             if card.template != template:
                 difference = f"has the template {card.template}, and the student {template}"
-    return TeacherSource(setting, folder, card, difference)
+    return TeacherSource(setting, folder, card, difference, head)
 
 
 _A_MODEL = {
@@ -137,20 +139,27 @@ def check_teacher(recipe: StudentRecipe, source: TeacherSource, spec: StudentSpe
     terms = [term for term in terms_of(recipe.train, spec.method) if term.needs_teacher]
     if not terms:
         return
-    labels = make_task(recipe.task).labels
-    if card is not None and card.head == "labels" and card.classes != labels:
+    task = make_task(recipe.task)
+    is_head = card is not None and card.head == "labels"
+    if card is not None and is_head and card.classes != task.head_labels:
         raise UserError(
             f"{source.setting} has other labels, or the same in another order",
             hint="use a teacher that was trained with this recipe's task.labels",
         )
+    has_several = card is not None and make_task(card.task).has_several_labels
+    if card is not None and is_head and has_several != task.has_several_labels:
+        raise UserError(
+            f"{source.setting} was trained for {card.task.name}, and this task is {task.name}",
+            hint="use a teacher that was trained for this recipe's task",
+        )
     if source.difference is not None:
         for term in terms:
-            _check_own_inputs(recipe, source, term)
+            _check_own_inputs(recipe, task, source, term)
     elif card is not None:
         _check_prefixes(recipe, source, card, terms, spec)
 
 
-def _check_own_inputs(recipe: StudentRecipe, source: TeacherSource, term: Term) -> None:
+def _check_own_inputs(recipe: StudentRecipe, task: Task, source: TeacherSource, term: Term) -> None:
     """Raises UserError where a teacher that reads other tokens cannot serve a term."""
     head = head_of(recipe.student, recipe.train.init)
     if head == "text" and term.compares_tokens:
@@ -163,6 +172,13 @@ def _check_own_inputs(recipe: StudentRecipe, source: TeacherSource, term: Term) 
         )
     scores_labels = term.needs_label_scores or (head == "labels" and term.compares_tokens)
     card = source.card
+    if scores_labels and source.head == "text" and task.has_several_labels:
+        raise UserError(
+            f"train.terms: {term.title} compares the probability of each label, and "
+            f"{source.setting} writes the labels of a row as one text",
+            hint="use a teacher with student.head: labels, or feature or relation, which compare "
+            "states",
+        )
     if scores_labels and card is not None and card.head == "text" and not card.writes_label_alone:
         raise UserError(
             f"train.terms: {term.title} compares distributions over the labels, and "

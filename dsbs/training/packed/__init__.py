@@ -41,7 +41,8 @@ class ForwardOutput:
     """(M, D) of the target tokens after each layer, in order; empty unless requested."""
     label_scores: Tensor | None
     """(B, L) log-probability of each label's text in nats; None unless requested, and without a row
-    of the first view."""
+    of the first view. Of a head for several labels a row (B * L, 2): of yes and of no, for each
+    label of each row."""
     inputs: DistinctInputs
     """The inputs of ``encoder_states``."""
     first_view: str

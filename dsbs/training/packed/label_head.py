@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dsbs.students.heads import LabelHeadModel
 from dsbs.training.encode import PackedBatch
-from dsbs.training.losses import IGNORED, summed_nll
+from dsbs.training.losses import IGNORED, summed_binary_nll, summed_nll
 from dsbs.training.methods import View
 from dsbs.training.packed import (
     Batch,
@@ -27,7 +27,7 @@ from dsbs.training.packed import (
     row_means,
 )
 from dsbs.training.packed.encoder import Rationales, encode_and_write, pack_encoder
-from dsbs.training.packed.layout import similar_lengths
+from dsbs.training.packed.layout import first_windows, row_logits, similar_lengths
 from dsbs.training.packed.t5 import without_wrapper
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ class LabelHeadRunner:
 
     ``class_weights`` (L,) multiply the rows' label losses; empty: 1. ``scores_choices``: the label
     view has a sequence for each choice of a row, with target 1 for the right one and 0 for others,
-    and the label loss is that of a softmax over the row's choices.
+    and the label loss is that of a softmax over the row's choices. ``label_sets`` (K, L): the
+    targets are the indices of these sets of labels, 1 for each that a row has; the label loss is
+    that of a sigmoid for each label, and ``class_weights`` multiply the labels that a row has.
+    None: a row has one label.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class LabelHeadRunner:
         hidden_states: bool = False,
         class_weights: Sequence[float] = (),
         scores_choices: bool = False,
+        label_sets: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._model: LabelHeadModel = without_wrapper(model)
+        self._label_sets = None if label_sets is None else torch.tensor(label_sets)
         self._views = views
         self._without_padding = without_padding
         self._packs = without_padding and pack_encoder(self._model)
@@ -73,32 +78,42 @@ class LabelHeadRunner:
 
     def __call__(self, batch: Batch) -> ForwardOutput:
         """Label scores and states of a batch whose label view is ``batch["label"]``."""
-        return self.run(batch, writes=False)[1]
+        return self._read(batch, writes=False)[0]
 
-    def run(self, batch: Batch, *, writes: bool = True) -> tuple[dict[str, Tensor], ForwardOutput]:
+    def run(self, batch: Batch) -> tuple[dict[str, Tensor], ForwardOutput]:
         """By view, the summed cross-entropy () in nats: of classes, or of target tokens.
 
-        And the output that terms are computed from. ``writes``: whether to compute rationales.
+        And the output that terms are computed from.
         """
-        inputs = self._inputs(batch)
-        read = self._packed if self._packs else self._grouped
-        label_logits, rationale_loss, states = read(batch, inputs, writes)
+        output, rationale_loss = self._read(batch, writes=True)
         losses: dict[str, Tensor] = {}
         if rationale_loss is not None:
             losses["rationale"] = rationale_loss
-        label_loss = self._label_loss(label_logits, batch["label"])
-        if writes and "rationale" not in losses:  # all processes have gradients of the same weights
+        label_loss = self._label_loss(output.logits["label"], batch["label"])
+        if "rationale" not in losses:  # all processes have gradients of the same weights
             for parameter in self._rationale_only:
                 label_loss = label_loss + parameter.flatten()[:0].sum()
+        return {"label": label_loss} | losses, output
+
+    def _read(self, batch: Batch, *, writes: bool) -> tuple[ForwardOutput, Tensor | None]:
+        """The output of a batch, and the rationale loss () where ``writes`` and there is one."""
+        inputs = self._inputs(batch)
+        read = self._packed if self._packs else self._grouped
+        label_logits, rationale_loss, states = read(batch, inputs, writes)
+        if self._has_windows(batch):
+            label_logits = row_logits(label_logits, batch["label"])
+        scores = label_logits
+        if self._label_sets is not None:
+            scores = torch.stack([label_logits, torch.zeros_like(label_logits)], -1).flatten(0, 1)
         output = ForwardOutput(
             logits={"label": label_logits},
             encoder_states=states,
             decoder_states=[],
-            label_scores=label_logits.log_softmax(-1),
+            label_scores=scores.log_softmax(-1),
             inputs=inputs,
             first_view="label",
         )
-        return {"label": label_loss} | losses, output
+        return output, rationale_loss
 
     def _packed(
         self, batch: Batch, inputs: DistinctInputs, writes: bool
@@ -152,8 +167,10 @@ class LabelHeadRunner:
         return label_logits, rationale_loss, layers
 
     def _inputs(self, batch: Batch) -> DistinctInputs:
-        """The inputs of a batch: label and rationale share an example's, unless it has choices."""
-        if not self._scores_choices:
+        """The inputs of a batch: label and rationale share an example's, unless it has choices or
+        several windows.
+        """
+        if not self._scores_choices and not self._has_windows(batch):
             return distinct_inputs(batch, self._views)
         ids: list[Tensor] = []
         indices: dict[str, list[int]] = {}
@@ -163,6 +180,13 @@ class LabelHeadRunner:
             ids += sources
         return DistinctInputs(ids, [True] * len(ids), indices)
 
+    def _has_windows(self, batch: Batch) -> bool:
+        """Whether the label view has several sequences of one row."""
+        if self._scores_choices or "label" not in batch:
+            return False
+        rows = batch["label"].rows
+        return len(rows.unique()) < len(rows)
+
     def _groups(self, inputs: DistinctInputs) -> list[list[int]]:
         """Indices of the inputs that go through the model together."""
         lengths = inputs.lengths
@@ -171,13 +195,18 @@ class LabelHeadRunner:
         return similar_lengths(lengths)
 
     def _label_loss(self, logits: Tensor, packed: PackedBatch) -> Tensor:
-        """logits (B, L), or (B, 1) of choices -> ()."""
+        """logits (rows, L), or (B, 1) of choices -> ()."""
         if self._scores_choices:
             return choice_nll(logits[:, 0], packed)
         weights = self._class_weights
         if weights is not None:
             weights = weights.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
-        return summed_nll(logits, packed.target, weights)
+        classes = packed.target[first_windows(packed)]
+        if self._label_sets is None:
+            return summed_nll(logits, classes, weights)
+        label_sets = self._label_sets.to(logits.device)[classes.clamp(min=0)]
+        targets = label_sets.masked_fill((classes == IGNORED)[:, None], IGNORED)
+        return summed_binary_nll(logits, targets, weights)
 
     def _group(
         self,
@@ -260,11 +289,15 @@ class LabelHeadRunner:
         return logits, rationale, [layer[first_of] for layer in layers]
 
     def label_count(self, packed: PackedBatch) -> float:
-        """What the label loss of a batch is a mean over: its rows, or the sum of their weights."""
+        """What the label loss of a batch is a mean over: its rows, or the sum of their weights.
+
+        Weights of several labels change the loss of each label, not what a row counts.
+        """
         if self._scores_choices:
             return int((packed.target == 1).sum())
-        classes = packed.target[packed.target != IGNORED]
-        if self._class_weights is None:
+        classes = packed.target[first_windows(packed)]
+        classes = classes[classes != IGNORED]
+        if self._class_weights is None or self._label_sets is not None:
             return len(classes)
         return float(self._class_weights[classes.cpu()].double().sum())
 
@@ -308,7 +341,9 @@ class LabelHeadRunner:
         for view in self._views:
             if not view.supervised:
                 continue
-            target = ids[:1] if view.target == "label" else ids
+            target = ids
+            if view.target == "label":  # of choices, the right one; else any class
+                target = ids[:1] if self._scores_choices else ids[:1] - 1
             batch[view.target] = PackedBatch(
                 rows=ids[:1] - 1,
                 source=ids,

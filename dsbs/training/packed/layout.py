@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from dsbs.training.encode import PackedBatch
 
 _MIN_GROUP_ROWS = 16  # fewer rows per group would mean many small matrix products
 _MAX_LENGTH_RATIO = 1.2  # of a group's longest row to its shortest
@@ -261,3 +264,27 @@ def attend(
     weights = dropout(torch.softmax(scores, dim=-1), p, training)
     attended = torch.matmul(weights, value).transpose(1, 2)
     return attended.reshape(-1, query.shape[1] * query.shape[3])
+
+
+# --- windows of long texts
+
+
+def first_windows(packed: PackedBatch) -> Tensor:
+    """The index of each row's first sequence, in the order of the rows' first ones."""
+    first: dict[int, int] = {}
+    for index, row in enumerate(packed.rows.tolist()):
+        first.setdefault(row, index)
+    return torch.tensor(list(first.values()), device=packed.target.device)
+
+
+def row_logits(logits: Tensor, packed: PackedBatch) -> Tensor:
+    """Of a row's windows, the mean of their logits by tokens: (windows, L) -> (rows, L).
+
+    The classifier is linear, so that this is the classifier of the tokens' mean state.
+    """
+    rows = packed.rows.tolist()
+    slot_of = {row: slot for slot, row in enumerate(dict.fromkeys(rows))}
+    slots = torch.tensor([slot_of[row] for row in rows], device=logits.device)
+    lengths = packed.source_lengths.to(logits)[:, None]
+    total = logits.new_zeros(len(slot_of), logits.shape[1]).index_add(0, slots, logits * lengths)
+    return total / logits.new_zeros(len(slot_of), 1).index_add(0, slots, lengths)

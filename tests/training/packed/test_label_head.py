@@ -10,7 +10,7 @@ import label_heads
 import pytest
 import torch
 from label_heads import FAMILIES, SEPARATOR, choice_rows, label_head, rows
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 from transformers import Seq2SeqTrainingArguments
 
 from dsbs.config import TrainSection
@@ -64,7 +64,10 @@ def rationale_nll(model: LabelHeadModel, source: Any, target: Any) -> torch.Tens
 
 
 def losses_row_by_row(
-    model: LabelHeadModel, data: Sequence[Encoded], class_weights: Sequence[float] = ()
+    model: LabelHeadModel,
+    data: Sequence[Encoded],
+    class_weights: Sequence[float] = (),
+    label_sets: Sequence[Sequence[int]] | None = None,
 ) -> Losses:
     """By view, the mean cross-entropy of plain passes over single rows without padding."""
     total = {
@@ -80,9 +83,17 @@ def losses_row_by_row(
         else:
             [(source, (label,))] = row["label"]
             scores = class_logits(model, source)
-        weight = class_weights[label] if class_weights else 1.0
-        weight_sum += weight
-        total["label"] = total["label"] + weight * cross_entropy(scores, torch.tensor(label))
+        if label_sets is not None:
+            weight_sum += 1
+            for z, y, weight in zip(
+                scores, label_sets[label], class_weights or [1.0] * len(scores), strict=True
+            ):
+                nll = weight * y * softplus(-z) + (1 - y) * softplus(z)
+                total["label"] = total["label"] + nll / len(scores)
+        else:
+            weight = class_weights[label] if class_weights else 1.0
+            weight_sum += weight
+            total["label"] = total["label"] + weight * cross_entropy(scores, torch.tensor(label))
         for source, target in row.get("rationale", ()):
             total["rationale"] = total["rationale"] + rationale_nll(model, source, target)
             tokens += len(target)
@@ -119,10 +130,15 @@ def test_losses_and_gradients_equal_those_of_single_rows(
             assert torch.allclose(ours[name], gradient, atol=1e-6), (view, name)
 
 
-def descend(model: LabelHeadModel, data: Sequence[Encoded], weights: Sequence[float] = ()) -> None:
+def descend(
+    model: LabelHeadModel,
+    data: Sequence[Encoded],
+    weights: Sequence[float] = (),
+    label_sets: Sequence[Sequence[int]] | None = None,
+) -> None:
     """The independent loop: plain gradient descent on the formula."""
     for _ in range(STEPS):
-        losses = losses_row_by_row(model, data, weights)
+        losses = losses_row_by_row(model, data, weights, label_sets)
         loss = (losses["label"] + WEIGHT * losses["rationale"]) / (1 + WEIGHT)
         model.zero_grad()
         loss.backward()
@@ -137,6 +153,7 @@ def train(model: Any, folder: Path, micro_batch: int, **changes: Any) -> StepTra
     method = changes.pop("method", "step-by-step")
     data = changes.pop("data", rows())
     class_weights = changes.pop("class_weights", ())
+    label_sets = changes.pop("label_sets", None)
     section = TrainSection(
         batch_size=8, max_steps=STEPS, learning_rate=RATE, head_learning_rate=RATE, **changes
     )
@@ -170,6 +187,7 @@ def train(model: Any, folder: Path, micro_batch: int, **changes: Any) -> StepTra
         validate=lambda: {},
         class_weights=class_weights,
         scores_choices=model.classifier.out_features == 1,
+        label_sets=label_sets,
         optimizers=(torch.optim.SGD(model.parameters(), lr=RATE), None),
     )
     trainer.train()
@@ -199,6 +217,22 @@ def test_class_weights_give_a_weighted_mean_over_the_step(tmp_path: Path) -> Non
     descend(reference, rows(), weights)
     model = label_head("bert").double()
     train(model, tmp_path, 2, rationale_weight=WEIGHT, class_weights=weights)
+    assert_equal_weights(model, reference)
+
+
+LABEL_SETS = ((0, 0, 0), (1, 0, 1), (0, 1, 0))
+
+
+@pytest.mark.parametrize("weights", [(), (0.5, 3.0, 1.0)])
+@pytest.mark.parametrize(("family", "micro_batch"), [("bert", 1), ("bert", 8), ("t5", 4)])
+def test_several_labels_have_a_mean_of_binary_losses_over_the_step(
+    tmp_path: Path, family: str, micro_batch: int, weights: tuple[float, ...]
+) -> None:
+    reference = label_head(family).double()
+    descend(reference, rows(), weights, LABEL_SETS)
+    model = label_head(family).double()
+    changes = {"class_weights": weights, "label_sets": LABEL_SETS}
+    train(model, tmp_path, micro_batch, rationale_weight=WEIGHT, **changes)
     assert_equal_weights(model, reference)
 
 
