@@ -134,7 +134,9 @@ class Multilabel(OwnDataTask):
         return self.label_of([label for label in labels if label is not None])
 
     def read_label(self, text: str, fields: Fields) -> str | Unreadable:
-        spelled = [self._label_set.spelled(part) for part in text.strip().split(SEPARATOR)]
+        spelled = [
+            self._label_set.spelled(text_label) for text_label in text.strip().split(SEPARATOR)
+        ]
         if None not in spelled:
             return self.label_of([label for label in spelled if label is not None])
         answer = text[slice(*self._answer_span(text))]
@@ -224,7 +226,7 @@ class Multilabel(OwnDataTask):
 def _items(text: str, separator: str) -> list[str]:
     if text.strip().casefold() in _NONE_WORDS:
         return []
-    return [part.strip() for part in text.split(separator) if part.strip()]
+    return [item.strip() for item in text.split(separator) if item.strip()]
 
 
 def _json_list(text: str) -> list[Any] | None:
