@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dsbs.config import Recipe, base_of
+from dsbs.config import EvalSection, Recipe, base_of
 from dsbs.config.registry import METHODS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.metrics import Scored
@@ -20,8 +20,8 @@ from dsbs.files import canonical_json, digest, read_jsonl, write_jsonl
 from dsbs.progress import Progress
 from dsbs.records import Example, Prediction, TrainedStudent
 from dsbs.run_folder import RunFolder
-from dsbs.students.calibration import read_calibration
-from dsbs.students.card import read_card
+from dsbs.students.calibration import Calibration, read_calibration
+from dsbs.students.card import StudentCard, read_card
 from dsbs.students.student import Student
 from dsbs.tasks import Task
 
@@ -84,20 +84,13 @@ def predict_student(
         path = run.predictions(student.name)
         purpose = recipe.eval.split
     card = read_card(student.path)
-    explain = recipe.eval.rationales and card.explains
     options = recipe.eval
-    data = canonical_json([[row.id, row.input] for row in rows])
-    # A student that reasons first writes its rationale in any case.
-    decoding = ["rationales"] if explain and not card.reasons_first else []
+    explain = options.rationales and card.explains
     scores_labels = options.score_labels and card.writes_label_alone
-    if scores_labels:
-        decoding.append("score-labels")
     has_distribution = scores_labels or card.head == "labels"
     calibration = read_calibration(student.path)
-    if calibration is not None and has_distribution:
-        decoding.append(f"temperature={calibration.temperature:g}")
-        if calibration.label_thresholds is not None:
-            decoding.append(calibration.label_thresholds.model_dump_json())
+    data = canonical_json([[row.id, row.input] for row in rows])
+    decoding = _decoding(card, options, calibration if has_distribution else None)
     fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
     if fits_or_restore(path, fingerprint):
         return path
@@ -144,6 +137,23 @@ def predict_student(
     )
     write_jsonl(path, (prediction.model_dump_json(by_alias=True) for prediction in predictions))
     return path
+
+
+def _decoding(
+    card: StudentCard, options: EvalSection, calibration: Calibration | None
+) -> list[str]:
+    """What decides a student's predictions beside its weights, its inputs and the token limit."""
+    decoding = []
+    # A student that reasons first writes its rationale in any case.
+    if options.rationales and card.explains and not card.reasons_first:
+        decoding.append("rationales")
+    if options.score_labels and card.writes_label_alone:
+        decoding.append("score-labels")
+    if calibration is not None:
+        decoding.append(f"temperature={calibration.temperature:g}")
+        if calibration.label_thresholds is not None:
+            decoding.append(calibration.label_thresholds.model_dump_json())
+    return decoding
 
 
 def calibration_file(run: RunFolder, student: TrainedStudent) -> Path:

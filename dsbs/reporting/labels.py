@@ -134,19 +134,19 @@ def _systems_with_parts(run: EvaluatedRun, main: SystemResult) -> list[SystemRes
     return [system for system in shown if system is not None and system.parts]
 
 
-def _part_cells(part: PartResult) -> list[str]:
-    measures = (part.accuracy, part.precision, part.recall, part.f1)
-    ci95 = None if part.f1 is None else part.f1.ci95
+def _part_cells(result: PartResult) -> list[str]:
+    measures = (result.accuracy, result.precision, result.recall, result.f1)
+    ci95 = None if result.f1 is None else result.f1.ci95
     return [
         *(measure_cell(measure) or ABSENT for measure in measures),
         ABSENT if ci95 is None else interval(ci95),
-        f"{part.gold:,}",
-        f"{part.predicted:,.4g}",
+        f"{result.gold:,}",
+        f"{result.predicted:,.4g}",
     ]
 
 
-def _f1_of(part: PartResult) -> float:
-    return 1.0 if part.f1 is None else part.f1.value
+def _f1_of(result: PartResult) -> float:
+    return 1.0 if result.f1 is None else result.f1.value
 
 
 def main_system(run: EvaluatedRun) -> SystemResult | None:

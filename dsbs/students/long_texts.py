@@ -63,15 +63,15 @@ def _cut(
         windows = [spans[first : first + limit] for first in firsts]
         return WINDOW_SEPARATOR.join(text[window[0][0] : window[-1][1]] for window in windows)
     tokens = limit
-    part = text
+    short = text
     for _ in range(_TRIES):
-        part = _part(text, spans, tokens, section.strategy)
+        short = _part(text, spans, tokens, section.strategy)
         # Tokens at a cut may be others than in the whole text.
-        excess = len(_spans(tokenizer, [part])[0]) - limit
+        excess = len(_spans(tokenizer, [short])[0]) - limit
         if excess <= 0 or tokens <= excess:
             break
         tokens -= excess
-    return part
+    return short
 
 
 def _part(text: str, spans: list[tuple[int, int]], tokens: int, strategy: LongInput) -> str:

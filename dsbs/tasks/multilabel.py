@@ -137,7 +137,8 @@ class Multilabel(OwnDataTask):
         return self.label_of([label for label in labels if label is not None])
 
     def read_label(self, text: str, fields: Fields) -> str | Unreadable:
-        spelled = [self._label_set.spelled(part) for part in text.strip().split(SEPARATOR)]
+        pieces = text.strip().split(SEPARATOR)
+        spelled = [self._label_set.spelled(piece) for piece in pieces]
         if None not in spelled:
             return self.label_of([label for label in spelled if label is not None])
         answer = text[slice(*self._answer_span(text))]
