@@ -3,7 +3,7 @@
     python benchmarks/drift.py runs/rounds             # the run of benchmarks/rounds.py
 
 `dsbs serve --fallback --audit 1` answers test rows of benchmarks/rounds.py in a random order. The
-teacher of the first half gives its recorded labels. Then its labels permute for one class: every
+teacher of the first rows gives its recorded labels. Then its labels permute for one class: every
 row of the class gets the label of another one. Counted are the audited rows from then on until the
 audit closes the student.
 
@@ -23,7 +23,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,11 +91,10 @@ def expected(
 
 
 def closed_after(
-    run: Path, rows: Sequence[TestRow], teacher: DriftingTeacher, url: str
+    run: Path, rows: Sequence[TestRow], change: int, teacher: DriftingTeacher, url: str
 ) -> tuple[int, int | None]:
-    """The audited rows until the change, and from there until the server closes the student.
-
-    None: they were too few.
+    """The audited rows of the first ``change`` rows, and from there until the server closes the
+    student. None: they were too few.
     """
     settings = ("teacher.kind=openai", "teacher.model=drifting", f"teacher.base_url={url}")
     changes = [argument for setting in settings for argument in ("--set", setting)]
@@ -109,7 +108,7 @@ def closed_after(
         ) as server,
     ):
         for begin in range(0, len(rows), BATCH):
-            if begin >= len(rows) / 2 and not teacher.drifted:
+            if begin >= change and not teacher.drifted:
                 before = counted(server, "audited")
                 teacher.drifted = True
             ask(server, [{"input": row.input} for row in rows[begin : begin + BATCH]])
@@ -133,11 +132,13 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--label", help="the class whose label changes")
-    parser.add_argument("--rows", type=int, default=1200, help="that each server answers")
+    parser.add_argument("--before", type=int, default=600, help="rows until the change")
+    parser.add_argument("--after", type=int, default=900, help="rows after it, at most")
     parser.add_argument("--servers", type=int, default=8)
     options = parser.parse_args()
-    rows = answered_rows(options.run)
-    threshold = read_threshold(options.run / "train" / STUDENT)
+    folder = options.run / "train" / STUDENT
+    rows = answered_rows(options.run, folder)
+    threshold = read_threshold(folder)
     assert threshold is not None
     assert threshold.target is not None
     answered = [row for row in rows if row.is_answered]
@@ -147,29 +148,30 @@ def main() -> None:
     # A row of the class on which the student differed may have another answer than ``instead``.
     differs = sum(not row.agrees for row in answered) / len(answered)
     drifted = sum(not row.agrees or row.teacher == label for row in answered) / len(answered)
-    risk = (1 - threshold.target) / coverage(threshold, rows[: options.rows // 2])
-    audited = round(options.rows * len(answered) / len(rows) / 2)
+    risk = (1 - threshold.target) / coverage(threshold, rows[: options.before])
+    share = len(answered) / len(rows)
+    before, after = round(options.before * share), round(options.after * share)
     print(
         f"{label} becomes {instead}; the target allows {percent(risk)} of the student's answers to "
         f"differ; {percent(differs)} differ before the change and {percent(drifted)} after it"
     )
-    draws, too_early = expected(audited, audited, (differs, drifted), risk)
+    draws, too_early = expected(before, after, (differs, drifted), risk)
     quantiles = [float(q) for q in np.quantile(draws, (0.05, 0.5, 0.95), method="higher")]
     print(
-        f"expected: mean {draws[np.isfinite(draws)].mean():.0f}, median {quantiles[1]:g}, 90% of "
-        f"{quantiles[0]:g} to {quantiles[2]:g} audited rows after {audited}; closed before the "
+        f"expected: median {quantiles[1]:g}, 90% of the draws {quantiles[0]:g} to "
+        f"{quantiles[2]:g} audited rows after the first {before}; closed before the "
         f"change in {percent(too_early)}, never in {percent(float(np.isinf(draws).mean()))}"
     )
     teacher = DriftingTeacher(rows, label, instead)
     url = LoopbackTeacher(teacher.answer, 0).url
     numbers = []
     for seed in range(options.servers):
-        order = random.Random(seed).sample(rows, options.rows)
-        before, number = closed_after(options.run, order, teacher, url)
-        print(f"server {seed + 1}: {before} audited rows, then {number}", flush=True)
+        order = random.Random(seed).sample(rows, options.before + options.after)
+        audited, number = closed_after(options.run, order, options.before, teacher, url)
+        print(f"server {seed + 1}: {audited} audited rows, then {number}", flush=True)
         numbers.append(math.inf if number is None else number)
     inside = sum(quantiles[0] <= number <= quantiles[2] for number in numbers)
-    print(f"served: mean {mean(numbers):.0f}; {inside} of {len(numbers)} within the 90%")
+    print(f"served: median {median(numbers):g}; {inside} of {len(numbers)} within the 90%")
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ class TestRow:
     input: dict[str, Any]
     teacher: str
     agrees: bool
+    confidence: float
     is_sure: bool
     is_novel: bool
 
@@ -185,11 +186,10 @@ class TestRow:
         return self.is_sure and not self.is_novel
 
 
-def answered_rows(run: Path) -> list[TestRow]:
-    """The test rows, which the student of a run answers at its threshold."""
+def answered_rows(run: Path, folder: Path) -> list[TestRow]:
+    """The test rows of a run, and a student's answers at its threshold."""
     from dsbs import Student
 
-    folder = run / "train" / STUDENT
     student = Student.load(folder)
     threshold = read_threshold(folder)
     novelty = student.measure_novelty()
@@ -205,6 +205,7 @@ def answered_rows(run: Path) -> list[TestRow]:
                 input=row["input"],
                 teacher=row["own_label"],
                 agrees=answer.label == row["own_label"],
+                confidence=confidence or 0.0,
                 is_sure=threshold.is_sure(confidence),
                 is_novel=(answer.distance or 0.0) > novelty.limit,
             )
@@ -212,11 +213,22 @@ def answered_rows(run: Path) -> list[TestRow]:
     return result
 
 
-def test_figures(run: Path) -> dict[str, Any]:
-    """What the student does with the test rows at its threshold, with and without novelty."""
-    rows = answered_rows(run)
-    threshold = read_threshold(run / "train" / STUDENT)
+def largest_coverage(rows: Sequence[TestRow], target: float) -> float:
+    """The largest coverage at which the rows themselves keep the target: equal agreement."""
+    coverage = differs = 0
+    for number, row in enumerate(sorted(rows, key=lambda row: -row.confidence), 1):
+        differs += not row.agrees
+        if differs <= (1 - target) * len(rows):
+            coverage = number
+    return coverage / len(rows)
+
+
+def test_figures(run: Path, folder: Path) -> dict[str, Any]:
+    """What a student does with the test rows at its threshold, with and without novelty."""
+    rows = answered_rows(run, folder)
+    threshold = read_threshold(folder)
     assert threshold is not None
+    assert threshold.target is not None
 
     def cascade(answered: list[bool]) -> dict[str, float]:
         differs = sum(
@@ -228,6 +240,7 @@ def test_figures(run: Path) -> dict[str, Any]:
         "test rows": len(rows),
         "threshold": threshold.threshold,
         "agreement of the student": sum(row.agrees for row in rows) / len(rows),
+        "coverage at the target": largest_coverage(rows, threshold.target),
         "novel": sum(row.is_novel for row in rows) / len(rows),
         "without novelty": cascade([row.is_sure for row in rows]),
         "with novelty": cascade([row.is_answered for row in rows]),
@@ -290,7 +303,7 @@ def play(options: argparse.Namespace, record: Record) -> None:
             dsbs("eval", *learned)
             annotated = [row for _, row in read_jsonl(out / "annotate" / "train.jsonl")]
             figures["train rows"] = sum(row["accepted"] for row in annotated)
-            figures |= test_figures(out)
+            figures |= test_figures(out, out / "train" / STUDENT)
             record.save()
         if "served" not in figures:
             begin = number * options.serve
@@ -329,6 +342,7 @@ def print_tables(rounds: Sequence[dict[str, Any]]) -> None:
                 percent(figures["agreement of the student"]),
                 percent(bare["coverage"]),
                 percent(bare["agreement"]),
+                percent(figures["coverage at the target"]),
                 percent(served_rows["deferred"]),
                 percent(served_rows["agreement"]),
             ]
@@ -337,7 +351,7 @@ def print_tables(rounds: Sequence[dict[str, Any]]) -> None:
         agreements = [bare["agreement"], whole["agreement"]]
         novelty.append([str(number), *map(percent, shares + agreements)])
     headings = ["student", "rows trained on", "student agrees", "coverage", "cascade agrees"]
-    headings += ["deferred while serving", "served answers agree"]
+    headings += ["coverage at the target", "deferred while serving", "served answers agree"]
     print("\n".join(["", *markdown_table(headings, lines), ""]))
     headings = ["student", "novel test rows", "coverage without", "with", "agreement without"]
     print("\n".join(markdown_table([*headings, "with"], novelty)))
