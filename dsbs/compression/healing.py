@@ -19,8 +19,9 @@ from dsbs.formatting import count
 from dsbs.progress import Progress
 from dsbs.records import TrainedStudent
 from dsbs.records.results import HealFrom
-from dsbs.students.card import StudentCard
+from dsbs.students.card import StudentCard, read_card
 from dsbs.students.weights import BYTES_IN_TRAINING, BYTES_OF_WEIGHT
+from dsbs.tasks import make_task
 from dsbs.training.distillation import Term
 from dsbs.training.distillation.feature import FeatureTerm, depth_of
 from dsbs.training.distillation.local_teachers import LocalTeacher
@@ -75,7 +76,10 @@ def _gigabytes(number: float) -> str:
 
 def original_as_teacher(original: TrainedStudent) -> LocalTeacher:
     folder = Path(original.path)
-    return LocalTeacher(original.name, folder, 1.0, original.fingerprint)
+    has_several = make_task(read_card(folder).task).has_several_labels
+    return LocalTeacher(
+        original.name, folder, 1.0, original.fingerprint, has_several_labels=has_several
+    )
 
 
 def healing_terms(

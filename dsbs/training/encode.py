@@ -84,17 +84,20 @@ class Encoder:
         classes: Sequence[str] = (),
         *,
         scores_choices: bool = False,
+        reads_windows: bool = False,
     ) -> None:
         """``classes``: the labels of a label head, whose targets are their indices.
 
         ``scores_choices``: the label view has a sequence for each choice of a row, with target 1
-        for the right one and 0 for the others.
+        for the right one and 0 for the others. ``reads_windows``: it has one for each window of a
+        text.
         """
         self._tokens = tokens
         self._max_input = max_input_tokens
         self._max_target = max_target_tokens
         self._class_of = {label: index for index, label in enumerate(classes)}
         self._scores_choices = scores_choices
+        self._reads_windows = reads_windows
 
     def rows(self, rows: Sequence[Row], views: Sequence[View], labels: LabelSource) -> EncodedRows:
         """The rows with a target in at least one view; a view without a target is left out."""
@@ -112,7 +115,7 @@ class Encoder:
             ]
             sources = [[rows[i].text] * len(targets[i]) for i in chosen]
             written = [targets[i] for i in chosen]
-            if self._class_of and view.target == "label":
+            if self._reads_windows and view.target == "label":
                 # each window of a text is a sequence with the row's class
                 sources = [rows[i].text.split(WINDOW_SEPARATOR) for i in chosen]
                 written = [

@@ -260,6 +260,7 @@ class StudentRun:
             class_weights=self.training_set.class_weights,
             scores_choices=self.training_set.scores_choices,
             label_sets=self.training_set.label_sets,
+            reads_windows=self.training_set.reads_windows,
             validate=lambda: self._validate(student),
             callbacks=callbacks,
         )

@@ -100,9 +100,8 @@ class StepTrainer(Seq2SeqTrainer):
     """Trains on packed batches; ``views`` is the student's method.
 
     ``terms`` are the loss terms beside the views' (None: none); the losses of the views in
-    ``without_targets`` are logged and not learned. ``validate`` returns the figures of
-    a validation, "accuracy" among them. ``class_weights``, ``scores_choices`` and ``label_sets``
-    are a label head's (see ``LabelHeadRunner``).
+    ``without_targets`` are logged and not learned. ``validate`` returns its figures, "accuracy"
+    among them. What follows belongs to label heads (see ``LabelHeadRunner``).
     """
 
     def __init__(
@@ -116,6 +115,7 @@ class StepTrainer(Seq2SeqTrainer):
         class_weights: Sequence[float] = (),
         scores_choices: bool = False,
         label_sets: Sequence[Sequence[int]] | None = None,
+        reads_windows: bool = False,
         **kwargs: Any,
     ) -> None:
         dataset = PaddedDataset(kwargs.pop("train_dataset"), views[0].target)
@@ -129,11 +129,10 @@ class StepTrainer(Seq2SeqTrainer):
         self._counts: dict[str, float] = {}
         names: list[str] = [view.target for view in views if view.supervised]
         names += [term.title for term in terms.terms] if terms else []
+        # This process's share of each loss, summed over the steps since the last line.
         self._logged = dict.fromkeys(names, 0.0)
-        """This process's share of each loss, summed over the steps since the last line."""
         self._last_logged_step: int | None = None
-        # In all steps and processes, an interrupted run's included.
-        self._totals = {"tokens": 0, "examples": 0}
+        self._totals = {"tokens": 0, "examples": 0}  # of all processes and interrupted runs
         self._balance: RationaleBalance | None = None
         if section.balance is not None and "rationale" in names:
             self._balance = RationaleBalance(section.balance)
@@ -155,6 +154,7 @@ class StepTrainer(Seq2SeqTrainer):
                 class_weights=class_weights,
                 scores_choices=scores_choices,
                 label_sets=label_sets,
+                reads_windows=reads_windows,
             )
             self._label_head.freeze_unused()
             patch_label_head(self.model, self._label_head, terms)

@@ -45,6 +45,7 @@ class TrainingSet:
         self._teachers = teachers
         self.head = head_of(recipe.student, recipe.train.init)
         self.scores_choices = self.head == "labels" and task.has_choices
+        self.reads_windows = recipe.task.max_input.strategy == "windows"
         self.classes: tuple[str, ...] = ()
         if self.head == "labels":
             self.classes = task.head_labels
@@ -64,6 +65,7 @@ class TrainingSet:
             self.max_target_tokens,
             targets,
             scores_choices=self.scores_choices,
+            reads_windows=self.reads_windows,
         )
         self.rows = encoder.rows(rows, self.views, spec.labels)
         self.valid = encoder.rows(data.valid, self.views[:1], data.valid_labels)

@@ -143,7 +143,7 @@ def test_the_loss_of_windows_is_that_of_their_tokens_mean_state() -> None:
         logits = model.classifier(torch.cat(states).mean(0))
         expected += float(torch.logsumexp(logits, 0) - logits[label])
     for without_padding in (True, False):
-        runner = LabelHeadRunner(model, views, without_padding=without_padding)
+        runner = LabelHeadRunner(model, views, without_padding=without_padding, reads_windows=True)
         parts = [collate(encoded), collate(encoded[:1]), collate(encoded[1:])]
         whole, first, rest = (float(runner.run(part)[0]["label"]) for part in parts)
         assert whole == pytest.approx(expected, abs=1e-9)

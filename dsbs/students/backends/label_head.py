@@ -97,7 +97,9 @@ class LabelHeadBackend(TransformersBackend):
         import torch
 
         self.model.eval()
-        windows = [text.split(WINDOW_SEPARATOR) for text in texts]
+        windows = [[text] for text in texts]
+        if self._card.reads_windows:
+            windows = [text.split(WINDOW_SEPARATOR) for text in texts]
         with torch.inference_mode():
             encoded = self._encode([text for row in windows for text in row])
             pooled = self.model.pool(self.model.states(**encoded), encoded["attention_mask"])

@@ -60,6 +60,8 @@ class LocalTeacher:
     _vocabulary: int | None = field(default=None, repr=False)
     own_inputs: OwnInputs | None = field(default=None, repr=False)
     """None: it reads the student's tokens."""
+    has_several_labels: bool = False
+    """Whether its label head gives a row any number of labels (`Task.has_several_labels`)."""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -146,13 +148,12 @@ def _teacher_runner(
     without_padding = section.padding == "none"
     runner: TeacherRunner
     if has_label_head(model):
-        has_several = make_task(read_card(teacher.folder).task).has_several_labels
         runner = LabelHeadRunner(
             model,
             views,
             without_padding=without_padding,
             hidden_states=hidden_states,
-            label_sets=() if has_several else None,
+            label_sets=() if teacher.has_several_labels else None,
         )
     else:
         runner_class = DecoderRunner if is_decoder_only(model) else ForwardRunner
@@ -245,6 +246,7 @@ class LocalTeachers:
                 section.weight,
                 record.fingerprint,
                 own_inputs=self._own_inputs(folder, source),
+                has_several_labels=self._has_several_labels,
             )
         return self._teachers[key]
 
@@ -261,9 +263,18 @@ class LocalTeachers:
                 tokens = tokenizer_hash(load_tokenizer(str(folder)))
                 fingerprint = digest(fingerprint, tokens, card.model_dump_json())
             self._teachers[key] = LocalTeacher(
-                card.name, folder, section.weight, fingerprint, own_inputs=own_inputs
+                card.name,
+                folder,
+                section.weight,
+                fingerprint,
+                own_inputs=own_inputs,
+                has_several_labels=self._has_several_labels,
             )
         return self._teachers[key]
+
+    @property
+    def _has_several_labels(self) -> bool:
+        return make_task(self._recipe.task).has_several_labels
 
     def _own_inputs(self, folder: Path, source: TeacherSource) -> OwnInputs | None:
         if source.difference is None:

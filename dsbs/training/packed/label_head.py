@@ -48,7 +48,8 @@ class LabelHeadRunner:
     and the label loss is that of a softmax over the row's choices. ``label_sets`` (K, L): the
     targets are the indices of these sets of labels, 1 for each that a row has; the label loss is
     that of a sigmoid for each label, and ``class_weights`` multiply the labels that a row has.
-    None: a row has one label.
+    None: a row has one label. ``reads_windows``: the label view has a sequence for each window of a
+    row's text, with equal targets, and the label follows from all of them.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class LabelHeadRunner:
         class_weights: Sequence[float] = (),
         scores_choices: bool = False,
         label_sets: Sequence[Sequence[int]] | None = None,
+        reads_windows: bool = False,
     ) -> None:
         self._model: LabelHeadModel = without_wrapper(model)
         self._label_sets = None if label_sets is None else torch.tensor(label_sets)
@@ -72,6 +74,7 @@ class LabelHeadRunner:
             torch.tensor(class_weights, dtype=torch.float64) if class_weights else None
         )
         self._scores_choices = scores_choices
+        self._reads_windows = reads_windows
         self._rationale_only: list[Tensor] = []
         pad_id = getattr(self._model.config, "pad_token_id", None)
         self._pad_id = 0 if pad_id is None else int(pad_id)
@@ -181,11 +184,15 @@ class LabelHeadRunner:
         return DistinctInputs(ids, [True] * len(ids), indices)
 
     def _has_windows(self, batch: Batch) -> bool:
-        """Whether the label view has several sequences of one row."""
-        if self._scores_choices or "label" not in batch:
+        """Whether the label view has several windows of one row."""
+        if not self._reads_windows or "label" not in batch:
             return False
         rows = batch["label"].rows
         return len(rows.unique()) < len(rows)
+
+    def _classes(self, packed: PackedBatch) -> Tensor:
+        """The class of each row of the label view (rows,)."""
+        return packed.target[first_windows(packed)] if self._reads_windows else packed.target
 
     def _groups(self, inputs: DistinctInputs) -> list[list[int]]:
         """Indices of the inputs that go through the model together."""
@@ -201,7 +208,7 @@ class LabelHeadRunner:
         weights = self._class_weights
         if weights is not None:
             weights = weights.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
-        classes = packed.target[first_windows(packed)]
+        classes = self._classes(packed)
         if self._label_sets is None:
             return summed_nll(logits, classes, weights)
         label_sets = self._label_sets.to(logits.device)[classes.clamp(min=0)]
@@ -295,7 +302,7 @@ class LabelHeadRunner:
         """
         if self._scores_choices:
             return int((packed.target == 1).sum())
-        classes = packed.target[first_windows(packed)]
+        classes = self._classes(packed)
         classes = classes[classes != IGNORED]
         if self._class_weights is None or self._label_sets is not None:
             return len(classes)
