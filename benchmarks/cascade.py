@@ -22,6 +22,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ from dsbs.evaluation.thresholds import agreement_threshold
 from dsbs.files import read_jsonl
 from dsbs.formatting import markdown_table, percent
 from dsbs.students.calibration import confidence_of, read_calibration
+from dsbs.students.card import read_card
+from dsbs.tasks import make_task
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
@@ -63,6 +66,7 @@ def read_rows(run: Path, student: str) -> Rows:
     """The test rows of a run with a label of the teacher, and the student's answers."""
     labels = {row["id"]: row["own_label"] for _, row in read_jsonl(run / "annotate" / "test.jsonl")}
     calibration = read_calibration(run / "train" / student)
+    task = make_task(read_card(run / "train" / student).task)
     kind = "probability" if calibration is None else calibration.confidence
     predictions = [
         row
@@ -72,12 +76,18 @@ def read_rows(run: Path, student: str) -> Rows:
     confidence = [
         confidence_of(kind, row["probability"], row.get("distribution")) for row in predictions
     ]
+
+    def agrees(row: dict[str, Any]) -> bool:
+        # As the task compares them: "8" and "( 3.0 + 5.0 )" are one answer.
+        prediction = row["prediction"]
+        return prediction is not None and task.correct(prediction, labels[row["id"]])
+
     print(f"{run.name}, {student}: {len(predictions):,} rows, confidence by {kind}")
     return Rows(
         [row["id"] for row in predictions],
         np.array([row["probability"] for row in predictions], dtype=np.float64),
         np.array(confidence, dtype=np.float64),
-        np.array([row["prediction"] != labels[row["id"]] for row in predictions]),
+        np.array([not agrees(row) for row in predictions]),
     )
 
 
