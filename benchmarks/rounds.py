@@ -270,8 +270,10 @@ def settings(options: argparse.Namespace, out: Path, teacher: str) -> list[str]:
     train = read_rows("train")[: options.first]
     files = {
         "train": write_rows(out / "data" / "train.jsonl", train),
-        "valid": write_rows(out / "data" / "valid.jsonl", read_rows("valid")),
-        "test": write_rows(out / "data" / "test.jsonl", read_rows("test"), gold=True),
+        "valid": write_rows(out / "data" / "valid.jsonl", read_rows("valid")[: options.limit]),
+        "test": write_rows(
+            out / "data" / "test.jsonl", read_rows("test")[: options.limit], gold=True
+        ),
     }
     changes = [f"task.data.{split}={path}" for split, path in files.items()]
     changes += ["teacher.kind=openai", "teacher.model=qwen3-30b-a3b", f"teacher.base_url={teacher}"]
@@ -370,6 +372,7 @@ def main() -> None:
     parser.add_argument("--serve", type=int, default=2500, help="rows served in a round")
     parser.add_argument("--steps", type=int, default=300, help="of each student's training")
     parser.add_argument("--target", type=float, default=0.95, help="of agreement")
+    parser.add_argument("--limit", type=int, help="of validation rows and of test rows")
     parser.add_argument("--port", type=int, default=8417, help="of the teacher; part of its name")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

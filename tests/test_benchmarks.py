@@ -142,8 +142,33 @@ def test_the_load_test_of_the_server_runs(tmp_path: Path) -> None:
     assert "times the requests per second" in done.stdout, done.stderr
 
 
+@needs_data
+@pytest.mark.slow
+def test_rounds_of_served_rows_and_a_drifting_teacher_run(tmp_path: Path) -> None:
+    sizes = "--rounds 2 --first 60 --serve 40 --steps 2 --limit 400 --target 0.4 --port 0"
+    rounds = ROOT / "benchmarks" / "rounds.py"
+    done = run_script(rounds, "--out", str(tmp_path), *sizes.split())
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads((tmp_path / "rounds.json").read_text(encoding="utf-8"))
+    assert first["train rows"] == 60
+    assert first["served"]["failed"] == second["served"]["failed"] == 0
+    deferred = round(40 * first["served"]["deferred"])
+    assert 60 + deferred <= second["train rows"] <= 100, "with those audited"
+    again = run_script(rounds, "--out", str(tmp_path), *sizes.split())
+    assert "dsbs" not in again.stderr, "nothing is repeated"
+    assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
+    drift = run_script(
+        ROOT / "benchmarks" / "drift.py",
+        str(tmp_path),
+        *("--before", "20", "--after", "20", "--servers", "1"),
+    )
+    assert drift.returncode == 0, drift.stderr
+    assert "expected: median" in drift.stdout and "server 1:" in drift.stdout
+
+
 def test_every_benchmark_has_a_test() -> None:
-    tested = {run.values[0] for run in RUNS} | {"train.py", "memory.py", "serve.py"}  # below
+    tested = {run.values[0] for run in RUNS}
+    tested |= {"train.py", "memory.py", "serve.py", "rounds.py", "drift.py"}  # below
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == tested
 
 
