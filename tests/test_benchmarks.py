@@ -36,8 +36,6 @@ RUNS = [
     pytest.param(
         "shapes_rows.py", "--out OUT", "score/train.jsonl: 818", id="shapes", marks=needs_data
     ),
-    pytest.param("rounds.py", "--help", "rounds of learning", id="rounds"),  # an hour's work
-    pytest.param("drift.py", "--help", "audited rows", id="drift"),  # on a run of rounds.py
     pytest.param("scale.py", "--rows 50 --file", "50 rows:", id="scale-file"),
     pytest.param(
         "rescore.py", "--rows 30 --systems 3 --runs 1", "30 rows, 3 systems", id="rescore"
