@@ -141,7 +141,7 @@ def test_the_loss_of_windows_is_that_of_their_tokens_mean_state() -> None:
     for row, label in zip(windows, classes, strict=True):
         states = [model.states(torch.tensor([ids]), torch.ones(1, len(ids)))[0] for ids in row]
         logits = model.classifier(torch.cat(states).mean(0))
-        expected += float(torch.logsumexp(logits, 0) - logits[label])
+        expected += (torch.logsumexp(logits, 0) - logits[label]).item()
     for without_padding in (True, False):
         runner = LabelHeadRunner(model, views, without_padding=without_padding, reads_windows=True)
         parts = [collate(encoded), collate(encoded[:1]), collate(encoded[1:])]
