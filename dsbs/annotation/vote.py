@@ -47,14 +47,15 @@ def majority(samples: Sequence[Sample], task: Task, scores: ScoreVote = "median"
     if task.part_names or task.has_order:
         return _composed(samples, task, scores)
     winner = max(groups, key=len)
-    sound = [sample for sample in winner if sample.reason is None]
+    rationale, run, reason = _rationale(winner)
     logprobs = [sample.label_logprob for sample in winner if sample.label_logprob is not None]
     return Vote(
         label=winner[0].label,
-        rationale=next((sample.rationale for sample in sound if sample.rationale), None),
+        rationale=rationale,
         share=len(winner) / sum(len(group) for group in groups),
         logprob=sum(logprobs) / len(logprobs) if logprobs else None,
-        reason=None if sound else winner[0].reason,
+        reason=reason,
+        run=run,
     )
 
 
@@ -80,15 +81,14 @@ def weighted_majority(samples: Sequence[Sample], task: Task, scores: ScoreVote =
     ]
     winner = _surest(tied)
     by_weight = sorted(winner, key=lambda sample: -_member_weight(sample, samples))
-    sound = [sample for sample in by_weight if sample.reason is None]
-    explained = next((sample for sample in sound if sample.rationale), None)
+    rationale, run, reason = _rationale(by_weight)
     return Vote(
         label=winner[0].label,
-        rationale=None if explained is None else explained.rationale,
+        rationale=rationale,
         share=math.fsum(sample.vote for sample in winner) / math.fsum(weights),
         logprob=_mean_logprob(winner),
-        reason=None if sound else by_weight[0].reason,
-        run=None if explained is None else explained.run,
+        reason=reason,
+        run=run,
     )
 
 
@@ -115,16 +115,15 @@ def _composed(samples: Sequence[Sample], task: Task, scores: ScoreVote) -> Vote:
     winning = [s for s, d in zip(readable, distance, strict=True) if d == 0]
     closest = [s for s, d in zip(readable, distance, strict=True) if d == min(distance)]
     closest.sort(key=lambda sample: -_member_weight(sample, samples))
-    sound = [sample for sample in closest if sample.reason is None]
-    explained = next((sample for sample in sound if sample.rationale), None)
+    rationale, run, reason = _rationale(closest)
     share = math.fsum(sample.vote for sample in winning) / total
     return Vote(
         label=label,
-        rationale=None if explained is None else explained.rationale,
+        rationale=rationale,
         share=share if part_shares is None else min(part_shares.values()),
         logprob=_mean_logprob(winning),
-        reason=None if sound else closest[0].reason,
-        run=None if explained is None else explained.run,
+        reason=reason,
+        run=run,
         part_shares=part_shares,
     )
 
@@ -200,6 +199,20 @@ def _middle_score(readable: Sequence[Sample], task: Task, scores: ScoreVote) -> 
 
 
 # --- shared by all votes
+
+
+def _rationale(samples: Sequence[Sample]) -> tuple[str | None, str | None, Reason | None]:
+    """The first rationale without a flaw and the ensemble's member that gave it.
+
+    And the first sample's reason, which rejects the row, where all samples are flawed.
+    """
+    sound = [sample for sample in samples if sample.reason is None]
+    if not sound:
+        return None, None, samples[0].reason
+    for sample in sound:
+        if sample.rationale:
+            return sample.rationale, sample.run, None
+    return None, None, None
 
 
 def _surest(groups: list[list[Sample]]) -> list[Sample]:

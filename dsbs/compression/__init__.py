@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from dsbs.config import unknown
 from dsbs.config.registry import COMPRESSION_STEPS, entry
@@ -16,6 +16,8 @@ from dsbs.files import write_json
 from dsbs.students.card import CARD, read_card
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import load_model
+
+Shape = TypeVar("Shape")
 
 
 class Examples(Protocol):
@@ -220,6 +222,17 @@ def make_model(model: Any, config: Any, weights: Mapping[str, Any]) -> Any:
     if hasattr(model, "generation_config"):
         rebuilt.generation_config = model.generation_config
     return rebuilt.eval()
+
+
+def supported_shape(body: Any, shapes: Mapping[str, Shape], problem: str) -> Shape:
+    """The names of a model's modules, by its type. Raises UserError for one without an entry."""
+    model_type = body.config.model_type
+    if model_type not in shapes:
+        raise UserError(
+            f"{problem} of type {model_type}",
+            hint=f"it supports {', '.join(shapes)}; quantize=int8 supports all",
+        )
+    return shapes[model_type]
 
 
 def select(

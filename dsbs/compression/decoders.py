@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsbs.compression import rebuild, select
+from dsbs.compression import rebuild, select, supported_shape
 from dsbs.errors import UserError
 
 
@@ -78,13 +78,7 @@ def is_decoder(body: Any) -> bool:
 
 def decoder_shape(body: Any, step: str) -> DecoderShape:
     """The names of a decoder's modules. Raises UserError for one that is not supported."""
-    model_type = body.config.model_type
-    if model_type not in DECODERS:
-        raise UserError(
-            f"{step} does not support decoders of type {model_type}",
-            hint=f"it supports {', '.join(DECODERS)}; quantize=int8 supports all",
-        )
-    return DECODERS[model_type]
+    return supported_shape(body, DECODERS, f"{step} does not support decoders")
 
 
 def units_of(body: Any, shape: DecoderShape) -> int:

@@ -10,20 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dsbs.compression import rebuild, select
-from dsbs.errors import UserError
+from dsbs.compression import rebuild, select, supported_shape
 from dsbs.students.encoder_shapes import HEADS, SHAPES, EncoderShape, head_size, heads_of
 
 
 def shape_of(body: Any, step: str) -> EncoderShape:
     """The names of an encoder's modules. Raises UserError for one that is not supported."""
-    model_type = body.config.model_type
-    if model_type not in SHAPES:
-        raise UserError(
-            f"{step} does not support encoders of type {model_type}",
-            hint=f"it supports {', '.join(SHAPES)}; quantize=int8 supports all",
-        )
-    return SHAPES[model_type]
+    return supported_shape(body, SHAPES, f"{step} does not support encoders")
 
 
 def layer_names(body: Any, shape: EncoderShape) -> Iterator[tuple[str, Any]]:

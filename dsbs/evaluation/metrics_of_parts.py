@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbs.evaluation.aggregates import RowSums, RowValues, interval_of
+from dsbs.evaluation.aggregates import RowSums, RowValues, Statistic, interval_of
 from dsbs.evaluation.bootstrap import Clusters, Floats
 from dsbs.evaluation.metrics import (
     Metric,
@@ -91,25 +91,12 @@ def _f1(sums: Floats) -> Floats:
     return np.asarray(2 * sums[:, 0] / (sums[:, 1] + sums[:, 2]))
 
 
-def _micro_sums(predictions: SystemPredictions) -> Floats | None:
-    """(rows, 3): found, predicted and gold parts of each row."""
+def _micro_sums(predictions: SystemPredictions, statistic: Statistic) -> RowSums | None:
+    """Found, predicted and gold parts of each row, (rows, 3)."""
     outcomes = _outcomes(predictions)
-    return None if outcomes is None else outcomes.counts.sum(axis=2).T
-
-
-def _micro_precision(predictions: SystemPredictions) -> RowSums | None:
-    sums = _micro_sums(predictions)
-    return None if sums is None else RowSums.of(sums, _precision)
-
-
-def _micro_recall(predictions: SystemPredictions) -> RowSums | None:
-    sums = _micro_sums(predictions)
-    return None if sums is None else RowSums.of(sums, _recall)
-
-
-def _micro_f1(predictions: SystemPredictions) -> RowSums | None:
-    sums = _micro_sums(predictions)
-    return None if sums is None else RowSums.of(sums, _f1)
+    if outcomes is None:
+        return None
+    return RowSums.of(outcomes.counts.sum(axis=2).T, statistic)
 
 
 def _macro_f1_of_parts(predictions: SystemPredictions) -> RowSums | None:
@@ -125,7 +112,6 @@ def _macro_f1_of_parts(predictions: SystemPredictions) -> RowSums | None:
         f1 = np.where(occurs, 2 * hits / (predicted + gold), 0.0)
         return np.asarray(f1.sum(axis=1) / occurs.sum(axis=1))
 
-    assert len(counts) == 3
     return RowSums.of(counts.transpose(1, 0, 2).reshape(-1, 3 * num_parts), statistic)
 
 
@@ -158,21 +144,21 @@ MICRO_F1 = Metric(
     source="F1 of all labels, or filled fields, of all rows together",
     higher_is_better=True,
     compares_systems=True,
-    sums=_micro_f1,
+    sums=lambda predictions: _micro_sums(predictions, _f1),
 )
 MICRO_PRECISION = Metric(
     title="Precision",
     source="share of the predicted labels, or filled fields, that the gold label has as well",
     higher_is_better=True,
     compares_systems=True,
-    sums=_micro_precision,
+    sums=lambda predictions: _micro_sums(predictions, _precision),
 )
 MICRO_RECALL = Metric(
     title="Recall",
     source="share of the gold labels, or filled fields, that are predicted",
     higher_is_better=True,
     compares_systems=True,
-    sums=_micro_recall,
+    sums=lambda predictions: _micro_sums(predictions, _recall),
 )
 MACRO_F1 = Metric(
     title="Macro-F1",
@@ -248,9 +234,11 @@ def _measures_of_parts(counts: Floats, clusters: Clusters) -> list[list[Measure 
                 row.append(None)
                 continue
             value = float(values[kind, i])
-            defined = is_defined if clusters is None else np.unique(clusters[is_defined])
-            units = int(is_defined.sum()) if clusters is None else len(defined)
+            num_rows = int(is_defined.sum())
+            units = num_rows
+            if clusters is not None:
+                units = len(np.unique(clusters[is_defined]))
             interval = interval_of(value, resamples[:, kind, i], units, 0.0, 1.0)
-            row.append(Measure(value=value, ci95=interval, n=int(is_defined.sum())))
+            row.append(Measure(value=value, ci95=interval, n=num_rows))
         measures.append(row)
     return measures

@@ -69,7 +69,7 @@ def _several_labels(inputs: FloorInputs) -> Iterator[FloorAnswer]:
     The strength with the highest share of right parts on valid. A label that all train rows have,
     or none, keeps that share of 1 or 0.
     """
-    names = inputs.task.part_names
+    names = inputs.task.head_labels
     gold = _label_matrix(inputs, [label for _, label in inputs.train])
     features = _Features(inputs)
 
@@ -92,8 +92,7 @@ def _several_labels(inputs: FloorInputs) -> Iterator[FloorAnswer]:
 
 def _label_matrix(inputs: FloorInputs, labels: Sequence[str]) -> NDArray[np.bool_]:
     """(rows, labels): whether a row has a label."""
-    parts = [inputs.task.parts(label) for label in labels]
-    return np.array([[value is not None for value in row.values()] for row in parts])
+    return np.array([inputs.task.head_targets(label) for label in labels], dtype=np.bool_)
 
 
 def _probabilities(models: Sequence[Any], features: Any) -> Floats:

@@ -58,8 +58,7 @@ def plain_number(number: Decimal) -> str:
 
 
 def _plain_digit(character: str) -> str:
-    digit = unicodedata.decimal(character, None) if not character.isascii() else None
-    return character if digit is None else str(digit)
+    return str(unicodedata.decimal(character, character))
 
 
 def _number(text: str) -> Decimal | None:

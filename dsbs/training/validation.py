@@ -17,6 +17,7 @@ from dsbs.students.calibration import (
     Calibration,
     calibrate,
     calibrate_each,
+    log_losses,
     rationale_agreement,
     read_calibration,
     write_record,
@@ -183,8 +184,7 @@ def _choose(student: Student, recipe: StudentRecipe, data: Data, view: View) -> 
     if student.task.has_several_labels:
         shares = yes_and_no(np.array(distributions, dtype=np.float64))
         is_given = _head_targets(student, data).ravel()
-        of_right = shares[np.arange(len(shares)), 1 - is_given]
-        return correct / len(data.valid), float(-np.log(np.maximum(of_right, _SMALLEST)).mean())
+        return correct / len(data.valid), float(log_losses(shares, 1 - is_given).mean())
     loss = 0.0
     for distribution, right in zip(distributions, _right_classes(student, data), strict=True):
         loss -= math.log(max(distribution[right], _SMALLEST))

@@ -192,7 +192,9 @@ class LabelHeadRunner:
 
     def _classes(self, packed: PackedBatch) -> Tensor:
         """The class of each row of the label view (rows,)."""
-        return packed.target[first_windows(packed)] if self._reads_windows else packed.target
+        if not self._reads_windows:
+            return packed.target
+        return packed.target[first_windows(packed)]
 
     def _groups(self, inputs: DistinctInputs) -> list[list[int]]:
         """Indices of the inputs that go through the model together."""
