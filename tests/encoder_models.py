@@ -42,9 +42,10 @@ TASK = TaskSection.model_validate(
 )
 
 
-def word_tokenizer() -> Any:
-    """Whole words, with separators around a text or a pair."""
-    words = sorted({word for row in toy_rows(80) for word in row["text"].split()})
+def word_tokenizer(more: str = "") -> Any:
+    """Whole words of the toy rows and of ``more``, with separators around a text or a pair."""
+    texts = [*(row["text"] for row in toy_rows(80)), more]
+    words = sorted({word for text in texts for word in text.split()})
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Strip()

@@ -315,6 +315,11 @@ def write_rows(path: Path, target: Path, columns: Mapping[str, str]) -> int:
         stored = db.execute("SELECT id, input FROM rows ORDER BY rowid").fetchall()
     finally:
         db.close()
+    if not stored:
+        raise UserError(
+            f"{path} has no rows: the teacher has not been asked yet",
+            hint="send requests to `dsbs serve STUDENT --fallback RECIPE` first",
+        )
 
     def lines() -> Iterator[str]:
         for row_id, text in stored:
