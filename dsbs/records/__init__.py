@@ -233,6 +233,8 @@ class TrainedStudent(_Record):
     """None: trained before costs were recorded."""
     student: str | None = Field(None, exclude_if=_is_none)
     """The name of its section in the recipe. None: it is the only one."""
+    reviews: str | None = Field(None, exclude_if=_is_none)
+    """Hash of the reviews that its rows follow. None: there were none."""
 
     @property
     def system(self) -> str:
