@@ -220,23 +220,23 @@ def _confidence_of_part(
     probabilities, is_right, aurocs = [], [], []
     for file, right_of_seed in zip(predictions.files, right, strict=True):
         pairs = [
-            (prediction.field_probabilities[name], bool(correct))
+            (shares[name], bool(correct))
             for prediction, correct in zip(file.predictions, right_of_seed, strict=True)
-            if prediction.field_probabilities is not None
+            if name in (shares := prediction.field_probabilities or {})
         ]
         if not pairs:
             return {}
-        shares = np.array([share for share, _ in pairs])
+        of_rows = np.array([share for share, _ in pairs])
         correct_rows = np.array([correct for _, correct in pairs])
-        probabilities.append(shares)
+        probabilities.append(of_rows)
         is_right.append(correct_rows)
-        aurocs.append(auroc(shares, correct_rows))
-    known = [value for value in aurocs if value is not None]
+        aurocs.append(auroc(of_rows, correct_rows))
+    of_seeds = [value for value in aurocs if value is not None]
     rows = min(map(len, is_right))
     bins = binned(np.concatenate(probabilities), np.concatenate(is_right))
     return {
         "ece": Measure(value=calibration_error(bins), n=rows),
-        "confidence_auroc": Measure(value=float(np.mean(known)), n=rows) if known else None,
+        "confidence_auroc": Measure(value=float(np.mean(of_seeds)), n=rows) if of_seeds else None,
     }
 
 
