@@ -84,7 +84,8 @@ def predict_student(
     options = recipe.eval
     explain = options.rationales and card.explains
     scores_labels = options.score_labels and card.writes_label_alone
-    has_distribution = scores_labels or card.head == "labels"
+    writes_fields = card.writes_label_alone and card.task.fields is not None
+    has_distribution = scores_labels or card.head == "labels" or writes_fields
     calibration = read_calibration(student.path)
     data = canonical_json([[row.id, row.input] for row in rows])
     decoding = _decoding(card, options, calibration if has_distribution else None)
@@ -122,6 +123,7 @@ def predict_student(
             correct=is_correct(model.task, answer.label, row),
             probability=answer.probability,
             distribution=rounded(answer.distribution),
+            field_probabilities=rounded(answer.field_probabilities),
             truncated=answer.truncated,
             rationale=answer.rationale,
             rationale_truncated=answer.rationale_truncated,
