@@ -21,10 +21,10 @@ from dsbs.evaluation.floors import check_floors, floor_systems
 from dsbs.evaluation.latency import measure_latency, read_latency
 from dsbs.evaluation.metrics import score
 from dsbs.evaluation.predictions import (
-    calibration_file,
     loader,
     predict_student,
     read_predictions,
+    rows_file,
     student_predictions,
     update_marks,
 )
@@ -201,9 +201,9 @@ def _calibration_answers(
     labels = teacher_labels(rows, run, source_fingerprint(recipe, task), split)
     answers = {}
     for student in students:
-        path = calibration_file(run, student)
+        path = rows_file(run, student, "calibration")
         if not score_only:
-            predict_student(recipe, student, rows, run, progress, are_calibration=True)
+            predict_student(recipe, student, rows, run, progress, kind="calibration")
         if path.is_file():
             file = score(task, rows, read_predictions(path), student.name)
             answers[student.name] = Answers(file, labels)
