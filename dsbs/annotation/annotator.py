@@ -117,6 +117,15 @@ class Annotator:
 
     # --- requests
 
+    def first_replies(self, example: Example) -> RowReplies:
+        """What a row brings: nothing, or its recorded completion (``annotate.use_recorded``)."""
+        replies = RowReplies()
+        if self.recipe.annotate.use_recorded and example.completion is not None:
+            sample = self._sample(example, Reply(text=example.completion), hinted=False)
+            if sample.reason is None:
+                replies.samples.append(sample)
+        return replies
+
     def next_requests(self, example: Example, replies: RowReplies) -> list[Request]:
         """The requests that are certainly needed next, all at once; empty when the row is done."""
         section = self.recipe.annotate
@@ -236,6 +245,8 @@ class Annotator:
         part_shares = vote.part_shares
         logprob = vote.logprob
         provenance = teacher_class(teacher.kind).provenance
+        if replies.key is None and not replies.replies:  # nothing was asked
+            provenance = "recorded"
         hinted = replies.hinted
         if hinted is not None and example.label is not None:
             agrees = hinted.label is not None and self.task.correct(hinted.label, example.label)
@@ -297,7 +308,7 @@ class Annotator:
 
     def stored_replies(self, store: ReplyStore, example: Example) -> RowReplies:
         """A row's stored replies, gone through in the order in which they were requested."""
-        replies = RowReplies()
+        replies = self.first_replies(example)
         while requests := self.next_requests(example, replies):
             for request in requests:
                 self.add_reply(example, replies, request, self.look_up(store, request))

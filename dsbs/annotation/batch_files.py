@@ -16,7 +16,6 @@ from typing import Any
 
 from dsbs.annotation.annotator import (
     Annotator,
-    RowReplies,
     estimated_tokens,
     max_requests_reached,
 )
@@ -107,7 +106,7 @@ class PendingRequests:
 
     def _of_row(self, example: Example) -> Iterator[Pending]:
         """The missing requests of a row's next wave; later waves depend on its replies."""
-        replies = RowReplies()
+        replies = self.annotator.first_replies(example)
         model = self.annotator.recipe.teacher.model
         adaptation = self.store.adaptation(self.annotator.identities[0], model)
         while requests := self.annotator.next_requests(example, replies):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbs.annotation.annotator import ASSUMED_TOKENS, CHARACTERS_PER_TOKEN, Annotator, RowReplies
+from dsbs.annotation.annotator import ASSUMED_TOKENS, CHARACTERS_PER_TOKEN, Annotator
 from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_class
 from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
 from dsbs.annotation.requester import send_requests
@@ -94,7 +94,7 @@ def plan(
         for example in annotator.examples(split):
             rows += 1
             first_prompt = first_prompt or annotator.renderer.render(example).text
-            replies = RowReplies()
+            replies = annotator.first_replies(example)
             while wave := annotator.next_requests(example, replies):
                 for request in wave:
                     outcome = annotator.look_up(store, request)

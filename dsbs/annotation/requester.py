@@ -173,7 +173,7 @@ class Requester:
                 await asyncio.sleep(0)  # stored replies never wait; let other tasks run
 
     async def request_row(self, example: Example, summary: SplitSummary) -> RowReplies:
-        replies = RowReplies()
+        replies = self.annotator.first_replies(example)
         while requests := self.annotator.next_requests(example, replies):
             outcomes = await self._request_all(requests, summary)
             for request, outcome in zip(requests, outcomes, strict=True):
@@ -439,7 +439,8 @@ class Requester:
         for number, example in enumerate(self.rows.examples()):
             if number == 0 or number % step:
                 continue
-            for request in self.annotator.next_requests(example, RowReplies())[:1]:
+            replies = self.annotator.first_replies(example)
+            for request in self.annotator.next_requests(example, replies)[:1]:
                 key = self.store.keys(request, self.identities).now[0]
                 if key in self.refusals.messages or key in self.pending_keys:
                     continue

@@ -279,6 +279,9 @@ class AnnotateSection(Section):
         "test",
     )
     """The splits to annotate."""
+    use_recorded: bool = False
+    """Take the completion that a row brings (``teacher.completion``) as its first reply, so that
+    only rows without one are asked, and those whose completion cannot be read."""
     samples: int = Field(1, ge=1)
     """Replies per row; the majority label wins, or the majority of each label and field."""
     score_vote: ScoreVote = "median"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import good_answer
+from conftest import good_answer, write_jsonl
 from loopback import LoopbackServer, completion, question, read_rows
 
 from dsbs import DsbsError, UserError, annotate, load_recipe
@@ -57,6 +57,34 @@ def test_a_rerun_sends_nothing_and_writes_the_same_bytes(
         assert server.requests == 52
     assert (tmp_path / "run" / "annotate" / "train.jsonl").read_bytes() == first
     assert again.splits["train"].cached == 40 and again.splits["train"].requests == 0
+
+
+def test_a_recorded_completion_is_used_and_only_the_rest_is_asked(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    recorded = "It is about a bill.\nAnswer: billing"
+    completions = {"r0": recorded, "r2": "I cannot say.", "r3": recorded}
+    rows = [
+        {"id": f"r{i}", "input": {"text": f"My invoice number {i} is wrong."}}
+        | ({"teacher": {"completion": completions[f"r{i}"]}} if f"r{i}" in completions else {})
+        for i in range(6)
+    ]
+    write_jsonl(tmp_path / "log.jsonl", rows)
+    log = ["task.data.train=log.jsonl", "annotate.splits=train", "task.columns={}"]
+    with LoopbackServer(good_answer) as server:
+        url = f"teacher.base_url={server.url}"
+        recipe = load_recipe(toy(), [*log, url, "annotate.use_recorded=true"])
+        assert plan(recipe, tmp_path / "run").requests == 4
+        result = annotate(recipe, out=tmp_path / "run")
+        assert server.requests == result.splits["train"].requests == 4
+        written = {row["id"]: row for row in read_rows(tmp_path / "run")}
+        assert [written[f"r{i}"]["provenance"] for i in (0, 1, 2, 3)] == [
+            "recorded", "own", "own", "recorded",
+        ]  # fmt: skip
+        assert written["r0"]["rationale"] == "It is about a bill." and written["r0"]["accepted"]
+        assert written["r0"]["usage"]["prompt_tokens"] is None
+        annotate(load_recipe(toy(), [*log, url]), out=tmp_path / "all")
+        assert server.requests == 10  # without the key, every row is asked
 
 
 def test_another_url_buys_everything_again_and_going_back_buys_nothing(
