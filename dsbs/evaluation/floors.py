@@ -304,7 +304,8 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
 
     Raises UserError where no row has a label.
     """
-    rows = [row for row in load(recipe, task, "train") if not is_held_out(recipe, row)]
+    annotated = run.next_rounds().of(load(recipe, task, "train"))
+    rows = [row for row in annotated if not is_held_out(recipe, row)]
     source, labels = labels_by_row(
         rows, lambda: run.load_annotations("train", source_fingerprint(recipe, task))
     )

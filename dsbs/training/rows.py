@@ -134,7 +134,7 @@ def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[Student
 
     Raises UserError where a student of ``specs`` lacks the labels or rationales it learns from.
     """
-    examples = load(recipe, task, "train")
+    examples = RunFolder(run).next_rounds().of(load(recipe, task, "train"))
     needs_teacher = any(spec.needs_teacher for spec in specs)
     annotations = _annotations(recipe, task, run, needed=needs_teacher)
     missing = [
@@ -247,9 +247,9 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
         )
 
 
-def count_trainable(recipe: Recipe, task: Task) -> int:
+def count_trainable(recipe: Recipe, task: Task, run: RunFolder) -> int:
     """The number of train rows that are not held out for validation."""
-    examples = load(recipe, task, "train")
+    examples = run.next_rounds().of(load(recipe, task, "train"))
     return sum(not is_held_out(recipe, example) for example in examples)
 
 
