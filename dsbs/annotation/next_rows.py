@@ -62,7 +62,7 @@ def choose(
 
     A round whose rows are not all annotated is continued: nothing new is chosen. ``write`` False:
     only say what would be chosen. Returns the rounds with the new one. Raises UserError where no
-    row is left, or the student that the recipe names cannot be asked.
+    row is left, or the student that the recipe names does not exist.
     """
     progress = progress or NoProgress()
     if "train" not in recipe.annotate.splits:
@@ -97,6 +97,25 @@ def finish_round(run: RunFolder, *, is_complete: bool) -> None:
     if is_complete and rounds.unfinished is not None:
         last = rounds.unfinished.model_copy(update={"done": True})
         run.write_next_rounds(NextRounds(rounds=(*rounds.rounds[:-1], last)))
+
+
+def remaining(recipe: Recipe, task: Task, rounds: NextRounds) -> int | None:
+    """The number of rows that ``choose`` may still choose; None: there is no round."""
+    if not rounds.rounds:
+        return None
+    return sum(not rounds.has(row) for rows in _choosable(recipe, task) for row in rows)
+
+
+def _choosable(recipe: Recipe, task: Task) -> tuple[list[Example], list[Example]]:
+    """The rows to train on, and those held out for validation if they need the teacher's labels.
+
+    Served rows are in neither: they are always annotated.
+    """
+    rows = [row for row in load(recipe, task, "train") if not row.is_served]
+    held_out = [row for row in rows if is_held_out(recipe, row)]
+    if any(row.label is not None for row in held_out):
+        held_out = []  # they validate by their gold labels
+    return [row for row in rows if not is_held_out(recipe, row)], held_out
 
 
 def _annotated_before(recipe: Recipe, run: RunFolder) -> tuple[str, ...]:
@@ -146,7 +165,7 @@ def _sentence(entry: NextRound) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Student:
-    """A student of the run that can be asked."""
+    """A student of the run, and how sure it is."""
 
     record: TrainedStudent
     student: Student
@@ -182,12 +201,9 @@ class _Choice:
         self._run = run
         self._progress = progress
         self._task: Task = make_task(recipe.task)
-        rows = [row for row in load(recipe, self._task, "train") if not row.is_served]
-        held_out = [row for row in rows if is_held_out(recipe, row)]
-        if any(row.label is not None for row in held_out):
-            held_out = []  # they validate by their gold labels
-        self._valid = self._in_order(held_out)
-        self._train = self._in_order([row for row in rows if not is_held_out(recipe, row)])
+        train, valid = _choosable(recipe, self._task)
+        self._train = self._in_order(train)
+        self._valid = self._in_order(valid)
         self._annotated = frozenset(rounds.chosen)
 
     def _in_order(self, rows: list[Example]) -> list[Example]:
@@ -248,20 +264,20 @@ class _Choice:
         self, pool: list[Example], number: int
     ) -> tuple[list[Example], dict[str, Any]]:
         """``number`` rows of ``pool``, and by what they were chosen."""
-        asked = self._student()
+        current = self._student()
         by = self._section.by
         uncertainty = None
-        if asked is not None and by != "diversity":
+        if current is not None and by != "diversity":
             with running(self._progress, "ask the student", None):
-                uncertainty = asked.uncertainty(pool)
+                uncertainty = current.uncertainty(pool)
             if uncertainty is None:
                 self._progress.say(
-                    f"next: the answers of {asked.record.name} have no probability; the rows are "
+                    f"next: the answers of {current.record.name} have no probability; the rows are "
                     "chosen by diversity"
                 )
         how: dict[str, Any] = {"by": by if uncertainty is not None else "diversity"}
-        if asked is not None:
-            how |= {"student": asked.record.name, "fingerprint": asked.record.fingerprint}
+        if current is not None:
+            how |= {"student": current.record.name, "fingerprint": current.record.fingerprint}
         if uncertainty is not None:
             pool, uncertainty = self._distinct(pool, uncertainty)
             if by == "uncertainty":
@@ -269,7 +285,7 @@ class _Choice:
             if by == "both":
                 pool = pool[: _UNCERTAIN * number]
         with running(self._progress, "compare the rows", None):
-            states, how["states"] = self._states(asked, pool)
+            states, how["states"] = self._states(current, pool)
             weights = np.ones(len(pool), dtype=np.float32)
             if uncertainty is not None:
                 weights = uncertainty[: len(pool)]
@@ -309,11 +325,11 @@ class _Choice:
         record = students[name]
         return _Student(record, Student.load(record.path))
 
-    def _states(self, asked: _Student | None, rows: Sequence[Example]) -> tuple[Floats, str]:
+    def _states(self, current: _Student | None, rows: Sequence[Example]) -> tuple[Floats, str]:
         """States of length 1, (rows, D), and whose they are."""
-        if asked is not None:
-            states = asked.student.pooled_states([row.input for row in rows], _BATCH)
-            return _unit(states), asked.record.name
+        if current is not None:
+            states = current.student.pooled_states([row.input for row in rows], _BATCH)
+            return _unit(states), current.record.name
         texts = [self._task.text(row.input).replace(PAIR_SEPARATOR, " ") for row in rows]
         try:
             return _unit(_encoder_states(texts)), EMBEDDED_ENCODER

@@ -29,7 +29,7 @@ from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import Teacher, make_teacher, teacher_class
 from dsbs.annotation.batch import buy_batches
 from dsbs.annotation.batch_files import export, import_output
-from dsbs.annotation.next_rows import finish_round
+from dsbs.annotation.next_rows import finish_round, remaining
 from dsbs.annotation.requester import send_requests
 from dsbs.annotation.shards import annotate_on_ray
 from dsbs.annotation.store import ReplyStore, open_store
@@ -41,7 +41,7 @@ from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation
 from dsbs.run_folder import RunFolder
-from dsbs.tasks.data import stream, survey
+from dsbs.tasks.data import survey
 from dsbs.tasks.shards import Shard
 
 Buying = Literal["online", "batch", "nothing"]  # how missing replies are bought
@@ -133,16 +133,8 @@ def annotate(
         summaries,
         reportable=recipe.task.limit is None,
         can_continue=kind.is_asked,
-        remaining=_remaining(annotator) if "train" in summaries else None,
+        remaining=remaining(recipe, annotator.task, rounds),
     )
-
-
-def _remaining(annotator: Annotator) -> int | None:
-    """The train rows that no round has chosen; None: there is no round."""
-    rounds = annotator.rounds
-    if not rounds.rounds:
-        return None
-    return sum(not rounds.has(row) for row in stream(annotator.recipe, annotator.task, "train"))
 
 
 def _manifest_entries(annotator: Annotator, teacher: Teacher | None) -> dict[str, Any]:

@@ -287,8 +287,8 @@ class DecoderBackend(TransformersBackend):
         input_ids, mask = self._pad_left(self.input_format.read(texts, self._max_input_tokens))
         with torch.inference_mode():
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            output = self.model.base_model(input_ids, mask, position_ids=positions)
-            return mean_states(output.last_hidden_state, mask)
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+            return mean_states(self.model.base_model(**inputs).last_hidden_state, mask)
 
     def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         """Prompts and their mask, (B, T) each, so that all answers begin at the same position.
