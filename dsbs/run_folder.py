@@ -3,6 +3,7 @@
 A run is the folder ``runs/<name>/``. Only this module knows where a stage's files are in it:
 
     annotate/<split>.jsonl  annotate/replies.sqlite  annotate/next.json  shards/<i>-of-<n>/
+    review/<split>.jsonl
     train/<student>/train.json  train/teachers/<name>/
     eval/predictions/<system>.jsonl  eval/results.json
     serve/ledger.sqlite  serve/rows.jsonl
@@ -40,6 +41,7 @@ from dsbs.records.results import (
     read_compression_record,
     read_results,
 )
+from dsbs.records.reviews import Review, read_reviews, write_reviews
 
 STAGES = ("annotate", "train", "eval")
 MANIFEST = "manifest.json"
@@ -144,6 +146,14 @@ class RunFolder:
     @property
     def _next_rounds_file(self) -> Path:
         return self.path / "annotate" / "next.json"
+
+    def reviews(self, split: str) -> Path:
+        """People's decisions on the annotations of a split: see ``dsbs.records.reviews``."""
+        return self.path / "review" / f"{split}.jsonl"
+
+    def read_reviews(self, split: str) -> dict[str, list[Review]]:
+        """The decisions on the split's rows by id. Raises UserError for a line that is none."""
+        return read_reviews(self.reviews(split))
 
     def shard(self, name: str) -> RunFolder:
         """The run folder of a shard, by its name ("2-of-8")."""
@@ -334,6 +344,11 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
                 f"{path}:{number}: not an annotation ({field}: {first['msg']})",
                 hint="run `dsbs annotate` again: it rebuilds the file from the stored replies",
             ) from None
+
+
+def append_review(folder: RunFolder, split: str, review: Review) -> None:
+    """Save a decision, and return once it is on the disk. Raises DsbsError where it cannot be."""
+    write_reviews(folder.reviews(split), [review])
 
 
 def training_record(folder: Path) -> dict[str, Any]:
