@@ -20,7 +20,7 @@ from dsbs.files import canonical_json
 from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress
 from dsbs.records import Example, NextRounds
-from dsbs.records.results import Rate, wilson
+from dsbs.records.measures import Rate, wilson
 from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import position
 from dsbs.tasks.shards import Shard

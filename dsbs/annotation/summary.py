@@ -19,7 +19,7 @@ from dsbs.files import write_jsonl
 from dsbs.formatting import count, dollars, listing, one_line, percent
 from dsbs.progress import Progress
 from dsbs.records import Annotation, Example, Reason, Sample, Usage
-from dsbs.records.results import Rate, wilson
+from dsbs.records.measures import Rate, wilson
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 
