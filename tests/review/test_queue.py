@@ -277,7 +277,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def test_a_runs_rows_have_the_students_answer_likely_labels_and_near_duplicates(
-    recipe: Recipe, tmp_path: Path
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path / "run")
     annotate(recipe, out=run.path)
@@ -289,6 +289,12 @@ def test_a_runs_rows_have_the_students_answer_likely_labels_and_near_duplicates(
     assert rows["r100"].label is None and not rows["r100"].is_accepted
     first = {item.row.id for item in ordered(list(rows.values()), make_task(recipe.task))[:4]}
     assert {"r3", "r14"} <= first
+
+    # The search is kept until a label changes.
+    kept = run.review_signs("train").read_bytes()
+    monkeypatch.setattr("dsbs.review.queue.near_pairs", None)
+    assert {row.id: row for row in load_rows(recipe, run)} == rows
+    assert run.review_signs("train").read_bytes() == kept
 
     [student] = train(recipe, out=run.path).students
     rows = {row.id: row for row in load_rows(recipe, run)}
