@@ -21,6 +21,7 @@ from dsbs.evaluation.floors import (
     predict_majority,
 )
 from dsbs.records import Example
+from dsbs.tasks import Task
 from dsbs.tasks.data import position
 
 # Inverse strengths of the regularization, the strongest first.
@@ -198,11 +199,11 @@ def learned_labels(inputs: FloorInputs, folds: int) -> dict[str, tuple[str, floa
 def _label_issues(task: Task, labels: Sequence[str], shares: Any) -> tuple[Any, Any]:
     """(rows,) whether a label is likely wrong, and (rows,) how likely it is right."""
     if task.has_several_labels:
-        from cleanlab.filter import find_label_issues
         from cleanlab.multilabel_classification import get_label_quality_scores
+        from cleanlab.multilabel_classification.filter import find_label_issues as issues_of_sets
 
         sets = [np.flatnonzero(task.head_targets(label)).tolist() for label in labels]
-        issues = find_label_issues(sets, shares, multi_label=True, n_jobs=1)
+        issues = issues_of_sets(sets, shares, n_jobs=1)
         return issues, get_label_quality_scores(sets, shares)
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores as quality_scores

@@ -115,7 +115,7 @@ def load_rows(
     if with_student:
         rows = _with_student(recipe, run, split, rows, examples, progress)
     searched = _signs_of(recipe, task, run.review_signs(split), rows, examples, progress)
-    return _with_alike(task, _with_learned_labels(rows, searched.learned), signs_found.pairs)
+    return _with_alike(task, _with_learned_labels(rows, searched.learned), searched.pairs)
 
 
 def _with_student(
