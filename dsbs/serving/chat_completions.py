@@ -78,8 +78,8 @@ class _Form(BaseModel, frozen=True, extra="ignore"):
         None: text. ``explains``: replies have a rationale. Raises ApiError (400) where the label
         has no other form than its text, or the schema has no place for it.
         """
-        wanted = {"type": "text"} if self.response_format is None else self.response_format
-        kind = wanted.get("type") if isinstance(wanted, dict) else None
+        requested = {"type": "text"} if self.response_format is None else self.response_format
+        kind = requested.get("type") if isinstance(requested, dict) else None
         if kind == "text":
             return None
         form = task.label_schema()["type"]
@@ -88,7 +88,7 @@ class _Form(BaseModel, frozen=True, extra="ignore"):
                 "response_format",
                 'the format is the one learned in training; send {"type": "text"} or leave it out',
             )
-        properties: Any = wanted if kind == "json_schema" else {}
+        properties: Any = requested if kind == "json_schema" else {}
         for key in ("json_schema", "schema", "properties"):
             properties = properties.get(key) if isinstance(properties, dict) else None
         names = tuple(map(str, properties)) if isinstance(properties, dict) else ()
