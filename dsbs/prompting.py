@@ -392,6 +392,7 @@ _ANNOTATE_KEYS_WITHOUT_EFFECT = {
     "concurrency",
     "max_usd",
     "max_requests",
+    "next",
     "batch",
     "engine",
     "ray",

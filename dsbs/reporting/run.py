@@ -24,6 +24,7 @@ from dsbs.records.sentences import (
     floor_warnings,
     is_reliable,
     label_efficiency_sentence,
+    review_sentences,
     student_sentences,
 )
 from dsbs.records.summary import (
@@ -205,6 +206,11 @@ def _render(
             prefixed(break_even_sentence(item), run, runs)
             for run in runs
             for item in run.results.break_even
+        ],
+        reviews=[
+            prefixed(sentence, run, runs)
+            for run in runs
+            for sentence in review_sentences(run.results)
         ],
         examples=examples,
         fewest_seeds=min(
