@@ -183,7 +183,7 @@ def cut_torn_line(path: Path) -> dict[str, Any] | None:
     """
     with suppress(FileNotFoundError), path.open("r+b") as file:
         while (end := file.seek(0, os.SEEK_END)) > 0:
-            start = _last_line_start(file, end)
+            start = last_line_start(file, end)
             file.seek(start)
             line = file.read()
             row = None
@@ -195,7 +195,7 @@ def cut_torn_line(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _last_line_start(file: IO[bytes], end: int) -> int:
+def last_line_start(file: IO[bytes], end: int) -> int:
     """Where the last line starts, complete or not, in a file of ``end`` bytes."""
     stop = end - 1  # its own line break
     while stop > 0:

@@ -3,6 +3,7 @@
 A run is the folder ``runs/<name>/``. Only this module knows where a stage's files are in it:
 
     annotate/<split>.jsonl  annotate/replies.sqlite  shards/<i>-of-<n>/
+    review/<split>.jsonl
     train/<student>/train.json  train/teachers/<name>/
     eval/predictions/<system>.jsonl  eval/results.json
     serve/ledger.sqlite  serve/rows.jsonl
@@ -40,6 +41,7 @@ from dsbs.records.results import (
     read_compression_record,
     read_results,
 )
+from dsbs.records.reviews import Review, write_reviews
 
 STAGES = ("annotate", "train", "eval")
 MANIFEST = "manifest.json"
@@ -123,6 +125,10 @@ class RunFolder:
                 hint=hint,
             )
         return {row.id: row for row in read_annotations(path)}
+
+    def reviews(self, split: str) -> Path:
+        """People's decisions on the annotations of a split: see ``dsbs.records.reviews``."""
+        return self.path / "review" / f"{split}.jsonl"
 
     def shard(self, name: str) -> RunFolder:
         """The run folder of a shard, by its name ("2-of-8")."""
@@ -309,6 +315,11 @@ def read_annotations(path: Path) -> Iterator[Annotation]:
                 f"{path}:{number}: not an annotation ({field}: {first['msg']})",
                 hint="run `dsbs annotate` again: it rebuilds the file from the stored replies",
             ) from None
+
+
+def append_review(folder: RunFolder, split: str, review: Review) -> None:
+    """Save a decision, and return once it is on the disk. Raises DsbsError where it cannot be."""
+    write_reviews(folder.reviews(split), [review])
 
 
 def training_record(folder: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ REASONS: dict[Reason, str] = {
     "too-short": "the rationale has fewer words than annotate.min_rationale_words",
     "hint-leaked": "the rationale mentions the hint",
     "no-reply": "there is no reply",
+    "rejected-in-review": "a person rejected it",
 }
 
 _ADVICE = {

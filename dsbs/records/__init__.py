@@ -23,8 +23,9 @@ Reason = Literal[
     "too-short",  # the rationale has fewer words than annotate.min_rationale_words
     "hint-leaked",  # a rationale written with the answer as a hint mentions the hint
     "no-reply",  # every attempt failed; the next run tries again
+    "rejected-in-review",  # by a person: see dsbs.records.reviews; never in the annotation file
 ]
-Provenance = Literal["own", "hinted", "recorded", "human", "none"]
+Provenance = Literal["own", "hinted", "recorded", "human", "reviewed", "none"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,332 @@
+"""Reviews: people's decisions on annotations, in ``review/<split>.jsonl``.
+
+An overlay: annotations and data are never changed. Every decision is a line, also one that takes
+another back. Of each reviewer the latest decision on a row counts, and of several reviewers the
+latest in time.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Literal, Protocol
+
+from filelock import FileLock, Timeout
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from dsbs.errors import DsbsError, PartialError, UserError
+from dsbs.files import last_line_start, make_folder
+from dsbs.records import Annotation, Example, Sample, _Record
+
+Decision = Literal["accepted", "corrected", "rejected", "skipped", "undone"]
+Reviews = Mapping[str, Sequence["Review"]]
+"""The decisions on each row by its id, in the order of the file."""
+_LOCK_WAIT_S = 30.0
+
+
+class Review(_Record):
+    """One decision of a reviewer on a row.
+
+    ``accepted``: label and rationale are right. ``corrected``: one of them is replaced.
+    ``rejected``: the annotation is not used. ``skipped``: no opinion. ``undone``: the reviewer's
+    decision before this one is taken back.
+    """
+
+    schema_: Literal["dsbs.review/1"] = Field("dsbs.review/1", alias="schema")
+    id: str
+    decision: Decision
+    label: str | None = None
+    """The right label in canonical form, where it is another than the annotation's."""
+    rationale: str | None = None
+    """The rationale as edited. None: unchanged."""
+    gold_is_wrong: bool = False
+    gold: str | None = None
+    """The right gold label, if gold is wrong. None: the label accepted or given here; of a rejected
+    annotation, unknown."""
+    comment: str | None = None
+    reviewer: str = Field(min_length=1)
+    time: str
+    """UTC, ISO 8601."""
+    sampled: bool = False
+    """Whether the row was shown as one of the random ones."""
+
+    @field_validator("time")
+    @classmethod
+    def _has_zone(cls, value: str) -> str:
+        if datetime.fromisoformat(value).tzinfo is None:
+            raise ValueError("the time has no zone, e.g. +00:00")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_decision(self) -> Review:
+        if self.gold is not None and not self.gold_is_wrong:
+            raise ValueError("gold is given, and gold_is_wrong is false")
+        if self.gold_is_wrong and self.decision in ("skipped", "undone"):
+            raise ValueError(f"gold_is_wrong is not for {self.decision} rows")
+        if self.decision == "corrected":
+            if self.label is None and self.rationale is None:
+                raise ValueError("a correction needs a label or a rationale")
+        elif self.label is not None or self.rationale is not None:
+            raise ValueError(f"label and rationale are for corrections, not for {self.decision}")
+        return self
+
+    @property
+    def when(self) -> datetime:
+        return datetime.fromisoformat(self.time)
+
+
+class _Equality(Protocol):
+    """What is needed of a task: whether two canonical labels mean the same."""
+
+    def correct(self, predicted: str, gold: str) -> bool: ...
+
+
+# --- the file
+
+
+def read_reviews(path: Path) -> dict[str, list[Review]]:
+    """Every decision by the row's id, in the order of the file; empty where there is no file.
+
+    A half-written last line is left out: nobody was told that it is saved. Raises UserError with
+    the line's number for any other line that is no review.
+    """
+    try:
+        with path.open("rb") as file:
+            end = _complete_length(file)
+            file.seek(0)
+            lines = file.read(end).split(b"\n")
+    except FileNotFoundError:
+        return {}
+    reviews: dict[str, list[Review]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            review = Review.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "line"
+            raise UserError(
+                f"{path}:{number}: not a review ({field}: {first['msg']})",
+                hint="fix or remove the line; the other decisions are kept",
+            ) from None
+        reviews.setdefault(review.id, []).append(review)
+    return reviews
+
+
+def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
+    """Append decisions, and return once they are on the disk.
+
+    Safe for several threads and processes at once, and if killed at any moment; a half-written
+    last line is cut off first. Raises PartialError for a full disk, and DsbsError where another
+    process keeps the file.
+    """
+    data = "".join(review.model_dump_json(by_alias=True) + "\n" for review in reviews).encode()
+    make_folder(path.parent)
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_WAIT_S):
+            _append(path, data)
+    except Timeout:
+        raise DsbsError(
+            f"{path} is in use by another process", hint="wait for it to end, then try again"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PartialError(
+            f"cannot write {path} ({error.strerror})", hint="free some space, then try again"
+        ) from None
+
+
+def _append(path: Path, data: bytes) -> None:
+    is_new = not path.exists()
+    with path.open("ab+", buffering=0) as file:
+        end = _complete_length(file)
+        file.truncate(end)
+        if end and not _ends_line(file, end):  # as an editor may leave it
+            data = b"\n" + data
+        try:
+            written = file.write(data)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)  # not acknowledged, so it must not count
+            raise
+    if is_new and hasattr(os, "O_DIRECTORY"):  # the folder's entry must last as well
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _complete_length(file: IO[bytes]) -> int:
+    """The length of the file without a last line that a killed process left half-written."""
+    end = file.seek(0, os.SEEK_END)
+    if end == 0 or _ends_line(file, end):
+        return end
+    start = last_line_start(file, end)
+    file.seek(start)
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(file.read(end - start)), dict):
+            return end
+    return start
+
+
+def _ends_line(file: IO[bytes], end: int) -> bool:
+    file.seek(end - 1)
+    return file.read(1) == b"\n"
+
+
+# --- which decisions count
+
+
+def current_reviews(reviews: Iterable[Review]) -> dict[str, Review]:
+    """Each reviewer's latest decision on a row that is not taken back, skipped ones too."""
+    decisions: dict[str, list[Review]] = {}
+    for review in reviews:
+        earlier = decisions.setdefault(review.reviewer, [])
+        if review.decision != "undone":
+            earlier.append(review)
+        elif earlier:
+            earlier.pop()
+    return {name: stack[-1] for name, stack in decisions.items() if stack}
+
+
+def deciding_review(reviews: Iterable[Review]) -> Review | None:
+    """The decision on a row that counts: of the reviewers' current ones, the latest in time. None:
+    there is none, or they were all skipped.
+    """
+    current = [
+        review for review in current_reviews(reviews).values() if review.decision != "skipped"
+    ]
+    return max(reversed(current), key=lambda review: review.when, default=None)
+
+
+def deciding_reviews(reviews: Reviews) -> dict[str, Review]:
+    """The decision that counts on each row that has one."""
+    decided = ((row_id, deciding_review(of_row)) for row_id, of_row in reviews.items())
+    return {row_id: review for row_id, review in decided if review is not None}
+
+
+# --- the overlay
+
+
+def proposal(annotation: Annotation, task: _Equality) -> tuple[str | None, str | None]:
+    """The label and the rationale of an annotation that a reviewer decides on. Those of a rejected
+    one are the teacher's own answer and the rationale of a reply with it; None: there is none.
+    """
+    if annotation.label is not None:
+        return annotation.label, annotation.rationale
+    label = annotation.own_label
+    return label, annotation.rationale or _rationale_of(annotation.samples, label, task)
+
+
+def apply_reviews(
+    annotations: Mapping[str, Annotation], reviews: Reviews, task: _Equality
+) -> dict[str, Annotation]:
+    """The annotations as people left them, by id; those that nobody decided on are the same
+    objects.
+
+    A rejected one is no longer accepted. One that was accepted or corrected has provenance
+    ``reviewed``, and its label is the teacher's own too. The rationale of another label does not
+    stay: without a new one, that of a reply with the right label takes its place, if there is one.
+    """
+    decided = deciding_reviews(reviews)
+    return {
+        row_id: _reviewed(annotation, decided[row_id], task) if row_id in decided else annotation
+        for row_id, annotation in annotations.items()
+    }
+
+
+def apply_gold(
+    rows: Iterable[Example], reviews: Reviews, annotations: Mapping[str, Annotation]
+) -> list[Example]:
+    """The rows with the gold labels that people corrected. ``annotations``: before any review.
+
+    For rows of train and valid. Test rows keep their gold labels.
+    """
+    decided = deciding_reviews(reviews)
+    return [
+        replace(row, label=right_gold(row.label, annotations.get(row.id), decided[row.id]))
+        if row.id in decided
+        else row
+        for row in rows
+    ]
+
+
+def right_label(annotation: Annotation | None, review: Review) -> str | None:
+    """The label that a reviewer takes to be right; None: unknown."""
+    if review.decision not in ("accepted", "corrected"):
+        return None
+    if review.label is not None or annotation is None:
+        return review.label
+    return annotation.label or annotation.own_label
+
+
+def right_gold(gold: str | None, annotation: Annotation | None, review: Review) -> str | None:
+    """The gold label of a row after a review; None: unknown."""
+    if not review.gold_is_wrong:
+        return gold
+    return review.gold or right_label(annotation, review)
+
+
+def _reviewed(annotation: Annotation, review: Review, task: _Equality) -> Annotation:
+    gold = right_gold(annotation.gold, annotation, review)
+    label = right_label(annotation, review)
+    if label is None:
+        is_rejected = review.decision == "rejected"
+        rejection = {"accepted": False, "reject_reason": "rejected-in-review"}
+        return annotation.model_copy(update={"gold": gold} | (rejection if is_rejected else {}))
+    proposed, rationale = proposal(annotation, task)
+    samples = annotation.samples
+    own_label = annotation.own_label
+    if review.label is not None or own_label is None or not task.correct(own_label, label):
+        own_label = label
+    if annotation.own_label is None or not task.correct(annotation.own_label, label):
+        # The teacher's votes for other labels are not taught; its reasons for this one are.
+        right = (s for s in samples if s.label is not None and task.correct(s.label, label))
+        update = {"hinted": False, "label_logprob": None}
+        samples = [sample.model_copy(update=update) for sample in right]
+    if proposed is None or not task.correct(proposed, label):
+        accepted = [sample for sample in samples if sample.reason is None]
+        rationale = _rationale_of(accepted, label, task)
+    if review.rationale is not None:
+        samples = [
+            sample.model_copy(update={"rationale": None})
+            if sample.rationale == rationale
+            else sample
+            for sample in samples
+        ]
+        rationale = review.rationale
+    return annotation.model_copy(
+        update={
+            "gold": gold,
+            "label": label,
+            "own_label": own_label,
+            "rationale": rationale,
+            "provenance": "reviewed",
+            "samples": samples or [Sample(text=label, label=label, rationale=rationale)],
+            "accepted": True,
+            "reject_reason": None,
+            "reject_detail": None,
+        }
+    )
+
+
+def _rationale_of(samples: Iterable[Sample], label: str | None, task: _Equality) -> str | None:
+    """The rationale of the first reply with a label."""
+    if label is None:
+        return None
+    for sample in samples:
+        if sample.rationale and sample.label is not None and task.correct(sample.label, label):
+            return sample.rationale
+    return None
