@@ -157,18 +157,28 @@ function openLabel(row, goldIsWrong = false) {
   form.focus.focus();
 }
 
-// Save the label of the form: sent at once, so that a value that is not a label stays in the form.
+// What the server makes of a label that was typed; one that was chosen needs no check.
+function checkedLabel(row, label, more) {
+  if (["fields", "text"].includes(boot.form.kind)) return call("/label", { id: row.id, ...more });
+  const key = String(Array.isArray(label) ? [...label].sort() : label);
+  const isOf = (other) => other && key === String(Array.isArray(other.value) ? [...other.value].sort() : other.text);
+  if (more.gold_is_wrong && isOf(row.gold)) return { problem: "This is the gold label: it cannot be right and wrong." };
+  return { text: key, value: label, same: isOf(row.label) };
+}
+
+// Save the label of the form; one that the task does not have stays in the form.
 async function saveLabel(row, label, withRationale = false) {
   if (label === undefined) { at("label-problem").textContent = "Choose a label."; return; }
   const more = { label, gold_is_wrong: !at("gold-too").hidden && at("gold-wrong-too").checked };
   try {
-    const checked = await call("/label", { id: row.id, ...more });
+    const checked = await checkedLabel(row, label, more);
+    if (checked.problem) throw Object.assign(new Error(checked.problem), { isProblem: true });
     if (!at("label-dialog").open) return;
     at("label-dialog").close();
     if (withRationale) { openRationale(row, more, checked); return; }
     finish(row, checked.same ? "accepted" : "corrected", checked.same ? { gold_is_wrong: more.gold_is_wrong } : more);
   } catch (error) {
-    at("label-problem").textContent = error.status ? error.message : "The server does not answer; your entry stays here until it does.";
+    at("label-problem").textContent = error.isProblem || error.status ? error.message : "The server does not answer; your entry stays here until it does.";
   }
 }
 
@@ -248,7 +258,8 @@ const ACTION_OF = { ...Object.fromEntries(KEYS.filter(([key, name]) => name && k
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || document.querySelector("dialog[open]")) return;
   if (event.target.closest("input, select, textarea")) {
-    if (event.key === "Escape") { at("choose").open = false; at("row").focus(); }
+    const isDone = event.key === "Escape" || (event.key === "Enter" && event.target.matches("[type=search], [type=text]"));
+    if (isDone) { event.preventDefault(); leaveFilters(); } // Escape alone would empty a search
     return;
   }
   const letters = at("use-keys").checked;
@@ -268,6 +279,12 @@ function onKey(event) {
 function openFilters(control) {
   at("choose").open = true;
   control.focus();
+}
+
+function leaveFilters() {
+  document.activeElement.blur(); // what was typed counts now
+  at("choose").open = false;
+  at("row").focus();
 }
 
 // --- start
@@ -309,7 +326,7 @@ function startFilters() {
   let wait = 0;
   at("filters").addEventListener("change", (event) => { if (event.target.id !== "reviewer") loadQueue(); });
   at("query").addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(loadQueue, 200); });
-  at("filters").addEventListener("submit", (event) => { event.preventDefault(); at("choose").open = false; loadQueue(); });
+  at("filters").addEventListener("submit", (event) => event.preventDefault());
   at("reviewer").value = me;
   at("reviewer").addEventListener("change", () => {
     me = at("reviewer").value.trim() || boot.reviewer;

@@ -13,6 +13,7 @@ let page = 0;
 let isList = false;
 let last = null; // the row that I decided on before this page was opened
 let renders = 0;
+let isSearch = false; // the chosen rows depend on their content
 const rows = new Map(); // by number, as the server sent them
 const decided = []; // numbers of the rows decided on here, the latest last
 
@@ -106,13 +107,23 @@ function decisionTime() {
 
 // Decide on a row. The decision is shown at once, and called saved once it is.
 function decide(row, decision, more = {}) {
-  const review = { id: row.id, decision, reviewer: me, time: decisionTime(), ...more };
+  const review = { id: row.id, decision, reviewer: me, time: decisionTime(), order: shownOrder(), ...more };
   const key = `${PREFIX}out:${review.time}:${crypto.getRandomValues(new Uint32Array(1))[0]}`;
   store.setItem(key, JSON.stringify(review));
   outbox.push([key, review]);
-  row.mine = decision === "undone" ? null : { ...review, isWaiting: true };
+  row.mine = waiting(review);
   return send();
 }
+
+// A decision that is not on disk yet, as a row shows it.
+function waiting(review) {
+  if (review.decision === "undone") return null;
+  const label = review.label === undefined ? null : { text: String(review.label), value: review.label };
+  return { ...review, label, isWaiting: true };
+}
+
+// The order that showed a row; null where somebody looked for it: then it is no random row, whatever it is.
+const shownOrder = () => (isSearch ? null : at("order").value);
 
 function takeUnsaved() {
   const keys = Array.from({ length: store.length }, (_, i) => store.key(i)).filter((key) => key.startsWith(`${PREFIX}out:`)).sort();
@@ -188,7 +199,7 @@ async function load(numbers) {
   const answer = await call(`/rows?${new URLSearchParams({ n: missing.join(","), reviewer: me })}`);
   for (const row of answer.rows) if (!rows.has(row.n)) rows.set(row.n, row);
   // A decision on its way is newer than what the server knows.
-  for (const [, review] of outbox) for (const row of answer.rows) if (row.id === review.id) row.mine = review.decision === "undone" ? null : { ...review, isWaiting: true };
+  for (const [, review] of outbox) for (const row of answer.rows) if (row.id === review.id) row.mine = waiting(review);
 }
 
 // Load rows however long the server takes; false where something newer is shown meanwhile.
@@ -230,6 +241,8 @@ async function loadQueue() {
   }
   if (!outbox.length) at("down").hidden = true;
   position = page = 0;
+  const { state, label, reason, by, q, gold, student } = filters();
+  isSearch = !["open", "all"].includes(state) || Boolean(label || reason || by || q || gold || student);
   const total = queue.length;
   at("chosen").textContent = `${number(total)} ${total === 1 ? "row" : "rows"}: ${at("state").selectedOptions[0].text}, ${at("order").selectedOptions[0].text}`;
   await (isList ? showList() : showRow(0, false));
@@ -281,7 +294,7 @@ function reviewText(review, who) {
 }
 
 function tags(row) {
-  const mine = row.mine ? [element("span", { className: "tag mine" }, inline(reviewText({ ...row.mine, label: row.mine.label || null }, "you")))] : [];
+  const mine = row.mine ? [element("span", { className: "tag mine" }, inline(reviewText(row.mine, "you")))] : [];
   const others = row.others.map((review) => element("span", { className: "tag" }, inline(reviewText(review, review.reviewer))));
   const why = row.why.map((text) => element("span", { className: "tag" }, inline(text)));
   return [...mine, ...others, ...why];
@@ -290,7 +303,7 @@ const showTags = (row) => at("why").replaceChildren(...tags(row));
 
 function compared(title, label, row, note = "") {
   const mark = !row.label ? "" : label.same ? element("span", { className: "same" }, " ✓ as the teacher") : element("span", { className: "differs" }, " ≠ differs");
-  return element("div", null, element("h3", null, inline(title), note), element("div", null, labelNode(label, ""), mark));
+  return element("div", null, element("h3", null, inline(title), note), element("div", { className: "compared" }, labelNode(label, ""), mark));
 }
 
 function rowNodes(row) {
@@ -306,7 +319,7 @@ function rowNodes(row) {
   if (row.gold) others.append(compared("gold", row.gold, row));
   for (const student of row.students) {
     const sure = student.probability === null ? "" : `, ${Math.round(100 * student.probability)}% sure`;
-    others.append(student.label ? compared(student.name, student.label, row, sure) : element("div", null, element("h3", null, inline(student.name)), element("p", { className: "none" }, "no readable answer")));
+    others.append(student.label ? compared(`student ${student.name}`, student.label, row, sure) : element("div", null, element("h3", null, inline(`student ${student.name}`)), element("p", { className: "none" }, "no readable answer")));
   }
   return [element("p", { className: "why", id: "why" }, ...tags(row)), input, element("div", null, answer, others)];
 }
@@ -341,9 +354,10 @@ async function showList() {
 
 function line(row, to) {
   const gist = (title, text, className = "") => element("span", { className: `gist ${className}` }, element("small", null, title), inline(text));
+  const isOther = row.gold && row.label && !row.gold.same;
   const state = row.mine ? DECISIONS[row.mine.decision] : "–";
   const open = element("button", { type: "button" }, element("span", { className: "excerpt" }, inline(row.fields.map(([, text]) => text.slice(0, 240)).join(" / "))),
-    gist("teacher", plain(row.label)), gist("gold", plain(row.gold), row.gold && !row.gold.same ? "differs" : ""), gist("you", state));
+    gist("teacher", plain(row.label)), gist("gold", `${isOther ? "≠ " : ""}${plain(row.gold)}`, isOther ? "differs" : ""), gist("you", state));
   open.addEventListener("click", () => { setList(false); showRow(to); });
   return element("li", null, open);
 }
@@ -391,7 +405,7 @@ async function loadResults() {
 // Show a row by its number, whether or not it is among the chosen ones.
 function goTo(n) {
   let to = queue.indexOf(n);
-  if (to < 0) { to = Math.min(position, queue.length); queue.splice(to, 0, n); }
+  if (to < 0) { to = Math.min(position, queue.length); queue.splice(to, 0, n); isSearch = true; }
   setList(false);
   return showRow(to);
 }

@@ -1,0 +1,1 @@
+"""Review: people look at annotations and decide."""
