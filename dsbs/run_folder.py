@@ -41,7 +41,7 @@ from dsbs.records.results import (
     read_compression_record,
     read_results,
 )
-from dsbs.records.reviews import Review, write_reviews
+from dsbs.records.reviews import Review, read_reviews, write_reviews
 
 STAGES = ("annotate", "train", "eval")
 MANIFEST = "manifest.json"
@@ -129,6 +129,10 @@ class RunFolder:
     def reviews(self, split: str) -> Path:
         """People's decisions on the annotations of a split: see ``dsbs.records.reviews``."""
         return self.path / "review" / f"{split}.jsonl"
+
+    def read_reviews(self, split: str) -> dict[str, list[Review]]:
+        """The decisions on the split's rows by id. Raises UserError for a line that is none."""
+        return read_reviews(self.reviews(split))
 
     def shard(self, name: str) -> RunFolder:
         """The run folder of a shard, by its name ("2-of-8")."""

@@ -41,7 +41,8 @@ TASK = make_task(
 
 def review(decision: str = "accepted", *, at: int = 0, **fields: Any) -> Review:
     time = f"2026-11-26T10:{at // 60:02}:{at % 60:02}+00:00"
-    values = {"id": "1", "reviewer": "ada", "time": time, "decision": decision} | fields
+    values = {"id": "1", "shown": "cat", "reviewer": "ada", "time": time, "decision": decision}
+    values |= fields
     return Review.model_validate(values)
 
 
@@ -140,7 +141,7 @@ from dsbs.records.reviews import Review
 from dsbs.run_folder import RunFolder, append_review
 for n in itertools.count():
     time = "2026-11-26T10:00:00+00:00"
-    review = Review(id=str(n), decision="accepted", reviewer="ada", time=time)
+    review = Review(id=str(n), decision="rejected", reviewer="ada", time=time)
     append_review(RunFolder({str(tmp_path)!r}), "train", review)
     print(n, flush=True)
 """
@@ -167,6 +168,7 @@ def test_a_wrong_line_is_an_error_with_its_number(tmp_path: Path) -> None:
     "fields",
     [
         {"decision": "corrected"},
+        {"decision": "accepted", "shown": None},
         {"decision": "accepted", "label": "dog"},
         {"gold": "dog"},
         {"decision": "skipped", "gold_is_wrong": True},
@@ -248,8 +250,6 @@ def test_a_row_that_was_rejected_or_hinted_is_used_once_somebody_accepts_it() ->
         "cat", "reviewed", "It purrs.",
     )  # fmt: skip
     assert {sample.label for sample in hinted.samples} == {"cat"}
-    without = overlaid([review()], label=None, own_label=None, accepted=False)
-    assert not without.accepted
 
 
 def test_gold_marked_wrong_is_the_one_given_else_the_label_that_is_right() -> None:
@@ -257,7 +257,7 @@ def test_gold_marked_wrong_is_the_one_given_else_the_label_that_is_right() -> No
     annotations = {"1": annotation(gold="bird")}
 
     def gold(decision: Review) -> str | None:
-        first, second = apply_gold(rows, {"1": [decision]}, annotations)
+        first, second = apply_gold(rows, {"1": [decision]})
         assert second is rows[1]
         overlay = apply_reviews(annotations, {"1": [decision]}, TASK)["1"]
         assert overlay.gold == first.label
@@ -268,3 +268,10 @@ def test_gold_marked_wrong_is_the_one_given_else_the_label_that_is_right() -> No
     assert gold(review("corrected", label="dog", gold_is_wrong=True)) == "dog"
     assert gold(review("rejected", gold_is_wrong=True, gold="dog")) == "dog"
     assert gold(review("rejected", gold_is_wrong=True)) is None
+
+
+def test_a_decision_outlasts_a_new_annotation_of_the_row() -> None:
+    dog = {"label": "dog", "own_label": "dog", "rationale": "It barks."}
+    accepted = overlaid([review()], **dog)
+    assert (accepted.label, accepted.rationale) == ("cat", "It purrs.")
+    assert overlaid([review("rejected")], **dog) == annotation(**dog)

@@ -29,6 +29,7 @@ from dsbs.formatting import count
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.measures import Cascade, CascadePoint, Measure
 from dsbs.records.results import wilson
+from dsbs.records.reviews import Reviews, apply_gold
 from dsbs.run_folder import RunFolder
 from dsbs.students.calibration import ConfidenceKind, Threshold, read_calibration, write_record
 from dsbs.students.card import CARD, read_card
@@ -82,10 +83,14 @@ def rows_warning(recipe: Recipe, test_rows: int) -> str | None:
     )
 
 
-def calibration_examples(recipe: Recipe, task: Task) -> list[Example]:
-    """The validation rows beyond ``train.valid_limit``. Raises UserError where there are none."""
+def calibration_examples(
+    recipe: Recipe, task: Task, reviews: Reviews | None = None
+) -> list[Example]:
+    """The validation rows beyond ``train.valid_limit``, with the gold labels that people corrected.
+    Raises UserError where there are none.
+    """
     assert recipe.eval.cascade is not None
-    rows = load(recipe, task, "valid")
+    rows = apply_gold(load(recipe, task, "valid"), reviews or {})
     labeled = [row for row in rows if row.label is not None]
     selected = {row.id for row in validation_rows(labeled or rows, recipe.train.valid_limit)}
     rest = [row for row in rows if row.id not in selected]
@@ -104,7 +109,10 @@ def calibration_examples(recipe: Recipe, task: Task) -> list[Example]:
 def teacher_labels(
     rows: Sequence[Example], run: RunFolder, source: str, split: str
 ) -> list[str | None]:
-    """The teacher's labels of validation rows, which may be rows of the train split."""
+    """The teacher's labels of validation rows, which may be rows of the train split.
+
+    Its own ones whatever people made of them: it will answer the same in a cascade.
+    """
     annotations = run.load_annotations(split, source)
     missing = [row.id for row in rows if row.id not in annotations]
     if missing:

@@ -27,12 +27,14 @@ from dsbs.evaluation.systems import System
 from dsbs.files import canonical_json, digest, write_jsonl
 from dsbs.progress import Progress
 from dsbs.prompting import source_fingerprint
-from dsbs.records import Example, Prediction, Unreadable
+from dsbs.records import Annotation, Example, Prediction, Unreadable
+from dsbs.records.reviews import apply_gold, apply_reviews
 from dsbs.records.subsets import Subset, subset_indices, subset_rank, subset_suffix
 from dsbs.run_folder import RunFolder
 from dsbs.students.formats import PAIR_SEPARATOR
 from dsbs.tasks import Task
 from dsbs.tasks.data import (
+    annotated_split,
     is_held_out,
     labels_by_row,
     load,
@@ -304,13 +306,20 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
 
     Raises UserError where no row has a label.
     """
-    rows = [row for row in load(recipe, task, "train") if not is_held_out(recipe, row)]
-    source, labels = labels_by_row(
-        rows, lambda: run.load_annotations("train", source_fingerprint(recipe, task))
-    )
+    reviews = run.read_reviews("train")
+
+    def annotations() -> dict[str, Annotation]:
+        originals = run.load_annotations("train", source_fingerprint(recipe, task))
+        return apply_reviews(originals, reviews, task)
+
+    examples = apply_gold(load(recipe, task, "train"), reviews)
+    rows = [row for row in examples if not is_held_out(recipe, row)]
+    source, labels = labels_by_row(rows, annotations)
     if not labels:
         raise UserError("no train row has a label", hint="label some rows, or run dsbs annotate")
-    with_gold = [row for row in stream(recipe, task, "valid") if row.label is not None]
+    valid_reviews = run.read_reviews(annotated_split(recipe, "valid"))
+    valid_rows = apply_gold(stream(recipe, task, "valid"), valid_reviews)
+    with_gold = [row for row in valid_rows if row.label is not None]
     valid = validation_rows(with_gold, recipe.train.valid_limit)
     return _LabeledRows(
         task=task,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dsbs.evaluation.aggregates import RowSums, RowValues, Statistic, interval_of
 from dsbs.evaluation.bootstrap import Clusters, Floats
+from dsbs.evaluation.calibration import auroc
 from dsbs.evaluation.metrics import (
     Metric,
     SystemPredictions,
@@ -23,6 +24,7 @@ from dsbs.evaluation.metrics import (
 )
 from dsbs.records.measures import Measure
 from dsbs.records.results import PartResult
+from dsbs.students.calibration import binned, calibration_error
 from dsbs.tasks import Task
 
 
@@ -206,8 +208,36 @@ def part_results(predictions: SystemPredictions) -> dict[str, PartResult]:
             f1=f1,
             gold=int(outcomes.gold[:, i].sum()),
             predicted=float(counts[1, :, i].sum()),
+            **_confidence_of_part(predictions, name, outcomes.right[:, :, i]),
         )
     return results
+
+
+def _confidence_of_part(
+    predictions: SystemPredictions, name: str, right: NDArray[np.bool_]
+) -> dict[str, Measure | None]:
+    """How well a field's probabilities agree with what is right, (seeds, rows)."""
+    probabilities, is_right, aurocs = [], [], []
+    for file, right_of_seed in zip(predictions.files, right, strict=True):
+        pairs = [
+            (shares[name], bool(correct))
+            for prediction, correct in zip(file.predictions, right_of_seed, strict=True)
+            if name in (shares := prediction.field_probabilities or {})
+        ]
+        if not pairs:
+            return {}
+        of_rows = np.array([share for share, _ in pairs])
+        correct_rows = np.array([correct for _, correct in pairs])
+        probabilities.append(of_rows)
+        is_right.append(correct_rows)
+        aurocs.append(auroc(of_rows, correct_rows))
+    of_seeds = [value for value in aurocs if value is not None]
+    rows = min(map(len, is_right))
+    bins = binned(np.concatenate(probabilities), np.concatenate(is_right))
+    return {
+        "ece": Measure(value=calibration_error(bins), n=rows),
+        "confidence_auroc": Measure(value=float(np.mean(of_seeds)), n=rows) if of_seeds else None,
+    }
 
 
 def _measures_of_parts(counts: Floats, clusters: Clusters) -> list[list[Measure | None]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -70,24 +71,21 @@ def predict_student(
     progress: Progress,
     load: StudentLoader | None = None,
     *,
-    are_calibration: bool = False,
+    kind: Literal["calibration", "review"] | None = None,
 ) -> Path:
     """Make the student's prediction file unless it is there, and return its path.
 
-    ``load`` is the student's `loader`, if the model is used elsewhere too. ``are_calibration``: the
-    rows are a cascade's calibration rows, not those of the evaluated split.
+    ``load`` is the student's `loader`, if the model is used elsewhere too. ``kind``: the rows are
+    a cascade's calibration rows, or rows that people review. None: those of the evaluated split.
     """
-    if are_calibration:
-        path = calibration_file(run, student)
-        purpose = "calibration rows"
-    else:
-        path = run.predictions(student.name)
-        purpose = recipe.eval.split
+    path = run.predictions(student.name) if kind is None else rows_file(run, student, kind)
+    purpose = recipe.eval.split if kind is None else f"{kind} rows"
     card = read_card(student.path)
     options = recipe.eval
     explain = options.rationales and card.explains
     scores_labels = options.score_labels and card.writes_label_alone
-    has_distribution = scores_labels or card.head == "labels"
+    writes_fields = card.writes_label_alone and card.task.fields is not None
+    has_distribution = scores_labels or card.head == "labels" or writes_fields
     calibration = read_calibration(student.path)
     data = canonical_json([[row.id, row.input] for row in rows])
     decoding = _decoding(card, options, calibration if has_distribution else None)
@@ -125,6 +123,7 @@ def predict_student(
             correct=is_correct(model.task, answer.label, row),
             probability=answer.probability,
             distribution=rounded(answer.distribution),
+            field_probabilities=rounded(answer.field_probabilities),
             truncated=answer.truncated,
             rationale=answer.rationale,
             rationale_truncated=answer.rationale_truncated,
@@ -156,9 +155,11 @@ def _decoding(
     return decoding
 
 
-def calibration_file(run: RunFolder, student: TrainedStudent) -> Path:
-    """The student's prediction file of a cascade's calibration rows."""
-    return run.predictions(f"calibration/{student.name}")
+def rows_file(
+    run: RunFolder, student: TrainedStudent, kind: Literal["calibration", "review"]
+) -> Path:
+    """The student's prediction file of rows of another kind than those of the evaluated split."""
+    return run.predictions(f"{kind}/{student.name}")
 
 
 def rounded(distribution: Mapping[str, float] | None) -> dict[str, float] | None:

@@ -21,10 +21,10 @@ from dsbs.evaluation.floors import check_floors, floor_systems
 from dsbs.evaluation.latency import measure_latency, read_latency
 from dsbs.evaluation.metrics import score
 from dsbs.evaluation.predictions import (
-    calibration_file,
     loader,
     predict_student,
     read_predictions,
+    rows_file,
     student_predictions,
     update_marks,
 )
@@ -47,13 +47,14 @@ from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source, source_fingerprint
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import Comparison, Latency, Results
+from dsbs.records.reviews import reviews_mark
 from dsbs.records.subsets import Subset, subset_rank
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
 from dsbs.students.calibration import ConfidenceKind, read_calibration
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import Task, make_task
-from dsbs.tasks.data import load, survey
+from dsbs.tasks.data import annotated_split, load, survey
 
 
 def evaluate(
@@ -77,6 +78,13 @@ def evaluate(
     missing = missing_students(recipe, students)
     if missing:
         progress.say(f"not trained, or not finished: {', '.join(missing)}")
+    reviews = reviews_mark(run.read_reviews("train"), run.read_reviews("valid"))
+    earlier = [student.name for student in students if student.reviews != reviews]
+    if earlier:
+        progress.say(
+            f"people's reviews have changed since the training of {', '.join(earlier)}: `dsbs "
+            "train` keeps those that they do not touch"
+        )
     split = recipe.eval.split
     rows = [row for row in load(recipe, task, split) if row.label is not None]
     if not rows:
@@ -188,14 +196,14 @@ def _calibration_answers(
     section = recipe.eval.cascade
     if section is None or section.calibration != "valid":
         return None
-    rows = calibration_examples(recipe, task)
-    split = "train" if recipe.task.data.valid is None else "valid"
+    split = annotated_split(recipe, "valid")
+    rows = calibration_examples(recipe, task, run.read_reviews(split))
     labels = teacher_labels(rows, run, source_fingerprint(recipe, task), split)
     answers = {}
     for student in students:
-        path = calibration_file(run, student)
+        path = rows_file(run, student, "calibration")
         if not score_only:
-            predict_student(recipe, student, rows, run, progress, are_calibration=True)
+            predict_student(recipe, student, rows, run, progress, kind="calibration")
         if path.is_file():
             file = score(task, rows, read_predictions(path), student.name)
             answers[student.name] = Answers(file, labels)

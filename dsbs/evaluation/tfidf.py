@@ -21,6 +21,7 @@ from dsbs.evaluation.floors import (
     predict_majority,
 )
 from dsbs.records import Example
+from dsbs.tasks.data import position
 
 # Inverse strengths of the regularization, the strongest first.
 _STRENGTHS = (0.1, 1.0, 10.0, 100.0)
@@ -73,21 +74,28 @@ def _several_labels(inputs: FloorInputs) -> Iterator[FloorAnswer]:
     gold = _label_matrix(inputs, [label for _, label in inputs.train])
     features = _Features(inputs)
 
-    def fit(train: Any, strength: float) -> list[Any]:
-        return [
-            float(column[0]) if column.min() == column.max() else _logistic(train, column, strength)
-            for column in gold.T
-        ]
-
     def quality(models: list[Any], valid: Any, labels: Sequence[str]) -> float:
         is_chosen = _probabilities(models, valid) >= _THRESHOLD
         return float((is_chosen == _label_matrix(inputs, labels)).mean())
 
-    models = _best_on_valid(features, inputs, fit, quality)
+    models = _best_on_valid(
+        features,
+        inputs,
+        lambda train, strength: _one_for_each(train, gold, strength),
+        quality,
+    )
     for rows in _row_batches(inputs):
         for shares in _probabilities(models, features.of(rows)):
             distribution = dict(zip(names, shares.tolist(), strict=True))
             yield FloorAnswer(inputs.task.choose(names, shares.tolist()), distribution)
+
+
+def _one_for_each(train: Any, gold: NDArray[np.bool_], strength: float) -> list[Any]:
+    """A model for each label, or the share of the rows with it where that is 0 or 1."""
+    return [
+        float(column[0]) if column.min() == column.max() else _logistic(train, column, strength)
+        for column in gold.T
+    ]
 
 
 def _label_matrix(inputs: FloorInputs, labels: Sequence[str]) -> NDArray[np.bool_]:
@@ -140,6 +148,36 @@ def _nearest(inputs: FloorInputs) -> Iterator[FloorAnswer]:
         similarities = (normalize(features.of(rows)) @ train.T).toarray()
         for nearest in similarities.argmax(axis=1):
             yield FloorAnswer(inputs.train[nearest][1])
+
+
+def cross_validated(inputs: FloorInputs, folds: int) -> Floats:
+    """(train rows, labels): the probability of each label according to models that did not learn
+    from the row, in the order of ``inputs.task.head_labels``.
+
+    Logistic regression of the default strength; where a row has several labels, one for each.
+    """
+    task = inputs.task
+    names = list(task.head_labels)
+    shares = np.zeros((len(inputs.train), len(names)))
+    fold_of = np.array([int(position(row.id, "fold") * folds) for row, _ in inputs.train])
+    for fold in range(folds):
+        rest = [pair for pair, other in zip(inputs.train, fold_of, strict=True) if other != fold]
+        indices = np.flatnonzero(fold_of == fold).tolist()
+        held_out = [inputs.train[index][0] for index in indices]
+        labels = [label for _, label in rest]
+        if not held_out or len(set(labels)) < 2:
+            continue
+        features = _Features(inputs)
+        train = features.fit([row for row, _ in rest])
+        if task.has_several_labels:
+            models = _one_for_each(train, _label_matrix(inputs, labels), _DEFAULT_STRENGTH)
+            shares[indices] = _probabilities(models, features.of(held_out))
+        else:
+            model = _logistic(train, labels, _DEFAULT_STRENGTH)
+            columns = np.array([names.index(name) for name in model.classes_])
+            predicted = model.predict_proba(features.of(held_out))
+            shares[np.array(indices)[:, None], columns] = predicted
+    return shares
 
 
 def _best_on_valid(

@@ -92,7 +92,7 @@ def export(
     existing = read_exported(target)
     request = (fingerprint, format, quantize)
     if existing is not None and _fits(existing, request, examples_digest):
-        _copy_threshold(folder, target, quantize)
+        _copy_threshold(folder, target, quantize, format)
         return existing
     _check_target(target, existing, out)
     loaded = Student.load(folder)
@@ -116,7 +116,7 @@ def export(
         exported_card = _exported_card(card, format)
         write_json(partial / CARD, exported_card.model_dump(mode="json"))
         _copy_calibration(loaded, partial)
-        _copy_threshold(folder, partial, quantize)
+        _copy_threshold(folder, partial, quantize, format)
         save_tokenizer(loaded, partial)
         writers = {name: version for name, version in versions().items() if name in _WRITERS}
         packages = {name: metadata.version(name) for name in chosen.packages}
@@ -198,13 +198,15 @@ def _copy_calibration(student: Student, target: Path) -> None:
         write_record(target, student.calibration)
 
 
-def _copy_threshold(folder: Path, target: Path, quantize: str) -> None:
+def _copy_threshold(folder: Path, target: Path, quantize: str, format: str) -> None:
     """Give an export the student's threshold, if its answers are the same.
 
-    Those of quantized weights differ, and an export does not score labels.
+    Those of quantized weights differ, an export does not score labels, and CTranslate2 has no
+    probability of each field.
     """
     threshold = read_threshold(folder)
-    if threshold is None or threshold.scores_labels or quantize != FLOAT32:
+    lacks_fields = format == "ct2" and read_card(folder).task.fields is not None
+    if threshold is None or threshold.scores_labels or quantize != FLOAT32 or lacks_fields:
         (target / THRESHOLD).unlink(missing_ok=True)
     else:
         write_record(target, threshold)

@@ -143,13 +143,26 @@ def _contradictions(
 # --- near-equal inputs
 
 
+def near_pairs(rows: Sequence[Example], task: Task) -> list[tuple[int, int]]:
+    """The pairs of indices, the smaller one first, of rows with equal or nearly equal inputs.
+
+    Of many rows that are alike, not every pair.
+    """
+    inputs = [comparable(row.input) for row in rows]
+    pairs = _near_equal(inputs, inputs, range(len(inputs)), bool(task.inputs), all_of_them=True)
+    return sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
+
+
 def _near_equal(
     originals: Sequence[tuple[str, ...]],
     inputs: Sequence[tuple[str, ...]],
     indices: Sequence[int],
     by_field: bool,
+    *,
+    all_of_them: bool = False,
 ) -> Iterator[tuple[int, int]]:
-    """Yield (index, index of the original) for inputs that are nearly one of the originals.
+    """Yield (index, index of the original) for inputs that are nearly one of the originals, the
+    first one or all of them.
 
     ``by_field``: every field must be similar, else the whole. Two hypotheses about one long
     premise are two examples.
@@ -168,7 +181,8 @@ def _near_equal(
                 pairs = zip(originals[candidate], inputs[index], strict=False)
             if all(_ratio_is_high(fuzz.ratio, *pair) for pair in pairs):
                 yield index, candidate
-                break
+                if not all_of_them:
+                    break
 
 
 def _ratio_is_high(ratio: Any, text: str, other: str) -> bool:

@@ -160,6 +160,9 @@ class Prediction(_Record):
     distribution: dict[str, float] | None = Field(None, exclude_if=_is_none)
     """The probability of each label. None: the system has none, as where a label is written and
     labels are not scored."""
+    field_probabilities: dict[str, float] | None = Field(None, exclude_if=_is_none)
+    """The probability of each field's value; ``probability`` is the smallest. None: there are no
+    fields, or they have none."""
     truncated: bool | None = None
     """Whether the token budget ended the text."""
     rationale: str | None = None
@@ -233,6 +236,8 @@ class TrainedStudent(_Record):
     """None: trained before costs were recorded."""
     student: str | None = Field(None, exclude_if=_is_none)
     """The name of its section in the recipe. None: it is the only one."""
+    reviews: str | None = Field(None, exclude_if=_is_none)
+    """Hash of the reviews that its rows follow. None: there were none."""
 
     @property
     def system(self) -> str:

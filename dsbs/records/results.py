@@ -163,6 +163,11 @@ class PartResult(ResultRecord):
     """Rows that have it."""
     predicted: float
     """Rows for which it is predicted, averaged over seeds."""
+    ece: Measure | None = Field(None, exclude_if=_is_none)
+    """Expected calibration error of a field's probability, over the readable answers of all seeds.
+    None: it has no probability."""
+    confidence_auroc: Measure | None = Field(None, exclude_if=_is_none)
+    """The chance that a right value of a field is surer than a wrong one, averaged over seeds."""
 
 
 class SystemResult(ResultRecord):

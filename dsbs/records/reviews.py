@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.files import last_line_start, make_folder
+from dsbs.files import canonical_json, digest, last_line_start, make_folder
 from dsbs.records import Annotation, Example, Sample, _Record
 
 Decision = Literal["accepted", "corrected", "rejected", "skipped", "undone"]
@@ -43,6 +43,9 @@ class Review(_Record):
     decision: Decision
     label: str | None = None
     """The right label in canonical form, where it is another than the annotation's."""
+    shown: str | None = None
+    """The annotation's label that was decided on. It stays right, or rejected, where the row is
+    annotated anew and gets another one."""
     rationale: str | None = None
     """The rationale as edited. None: unchanged."""
     gold_is_wrong: bool = False
@@ -74,7 +77,22 @@ class Review(_Record):
                 raise ValueError("a correction needs a label or a rationale")
         elif self.label is not None or self.rationale is not None:
             raise ValueError(f"label and rationale are for corrections, not for {self.decision}")
+        if self.decision in ("accepted", "corrected") and self.right_label is None:
+            raise ValueError("shown is missing: the label that was decided on")
         return self
+
+    @property
+    def right_label(self) -> str | None:
+        """The row's label according to the reviewer; None: unknown."""
+        if self.decision not in ("accepted", "corrected"):
+            return None
+        return self.label if self.label is not None else self.shown
+
+    def right_gold(self, gold: str | None) -> str | None:
+        """The row's gold label after the review, where it was ``gold``; None: unknown."""
+        if not self.gold_is_wrong:
+            return gold
+        return self.gold if self.gold is not None else self.right_label
 
     @property
     def when(self) -> datetime:
@@ -217,6 +235,21 @@ def deciding_reviews(reviews: Reviews) -> dict[str, Review]:
     return {row_id: review for row_id, review in decided if review is not None}
 
 
+def reviews_mark(*splits: Reviews) -> str | None:
+    """Hash of the decisions that count, by which a student's record says what it learned after.
+    None: there are none.
+    """
+    decided = [deciding_reviews(reviews) for reviews in splits]
+    if not any(decided):
+        return None
+    unmarked = {"time", "comment", "reviewer", "sampled"}
+    texts = [
+        [review.model_dump_json(exclude=unmarked) for _, review in sorted(reviews.items())]
+        for reviews in decided
+    ]
+    return digest(canonical_json(texts))
+
+
 # --- the overlay
 
 
@@ -247,46 +280,27 @@ def apply_reviews(
     }
 
 
-def apply_gold(
-    rows: Iterable[Example], reviews: Reviews, annotations: Mapping[str, Annotation]
-) -> list[Example]:
-    """The rows with the gold labels that people corrected. ``annotations``: before any review.
+def apply_gold(rows: Iterable[Example], reviews: Reviews) -> list[Example]:
+    """The rows with the gold labels that people corrected.
 
     For rows of train and valid. Test rows keep their gold labels.
     """
     decided = deciding_reviews(reviews)
     return [
-        replace(row, label=right_gold(row.label, annotations.get(row.id), decided[row.id]))
-        if row.id in decided
-        else row
+        replace(row, label=decided[row.id].right_gold(row.label)) if row.id in decided else row
         for row in rows
     ]
 
 
-def right_label(annotation: Annotation | None, review: Review) -> str | None:
-    """The label that a reviewer takes to be right; None: unknown."""
-    if review.decision not in ("accepted", "corrected"):
-        return None
-    if review.label is not None or annotation is None:
-        return review.label
-    return annotation.label or annotation.own_label
-
-
-def right_gold(gold: str | None, annotation: Annotation | None, review: Review) -> str | None:
-    """The gold label of a row after a review; None: unknown."""
-    if not review.gold_is_wrong:
-        return gold
-    return review.gold or right_label(annotation, review)
-
-
 def _reviewed(annotation: Annotation, review: Review, task: _Equality) -> Annotation:
-    gold = right_gold(annotation.gold, annotation, review)
-    label = right_label(annotation, review)
-    if label is None:
-        is_rejected = review.decision == "rejected"
-        rejection = {"accepted": False, "reject_reason": "rejected-in-review"}
-        return annotation.model_copy(update={"gold": gold} | (rejection if is_rejected else {}))
+    gold = review.right_gold(annotation.gold)
+    label = review.right_label
     proposed, rationale = proposal(annotation, task)
+    if label is None:
+        changes: dict[str, object] = {"gold": gold}
+        if proposed is None or review.shown is None or task.correct(proposed, review.shown):
+            changes |= {"accepted": False, "reject_reason": "rejected-in-review"}
+        return annotation.model_copy(update=changes)
     samples = annotation.samples
     own_label = annotation.own_label
     if review.label is not None or own_label is None or not task.correct(own_label, label):

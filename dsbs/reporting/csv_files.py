@@ -285,15 +285,28 @@ def _write(path: Path, rows: list[dict[str, Cell]]) -> Path:
     return path
 
 
+def text_cell(text: str) -> str:
+    """Text as a cell that no spreadsheet calculates: what would be is quoted by a leading '."""
+    text = text.encode(errors="replace").decode()  # no file holds half a surrogate pair
+    text = text.replace("\0", "\ufffd")
+    return f"'{text}" if _is_formula(text.lstrip("'")) else text
+
+
+def text_of_cell(cell: str) -> str:
+    """The text that ``text_cell`` made a cell of."""
+    is_quoted = cell.startswith("'") and _is_formula(cell.lstrip("'"))
+    return cell[1:] if is_quoted else cell
+
+
+def _is_formula(text: str) -> bool:
+    return text.lstrip().startswith(_FORMULA_STARTS)
+
+
 def _cell(value: Any) -> str:
-    """Numbers as they are; text that a spreadsheet would calculate is quoted by a leading '."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, bool):
         return {True: "yes", False: "no"}[value]
     if isinstance(value, int | float):
         return repr(value)
-    text = str(value).encode(errors="replace").decode()  # no file holds half a surrogate pair
-    if text.lstrip().startswith(_FORMULA_STARTS):
-        return f"'{text}"
-    return text.replace("\0", "\ufffd")
+    return text_cell(str(value))

@@ -84,8 +84,15 @@ def part_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     Of many labels, those with the lowest F1 of the main system.
     """
     groups = []
-    for run in runs:
-        main = main_system(run)
+    mains = [(run, main_system(run)) for run in runs]
+    has_confidence = any(
+        part.ece is not None
+        for run, main in mains
+        if main is not None
+        for system in _systems_with_parts(run, main)
+        for part in system.parts.values()
+    )
+    for run, main in mains:
         if main is None or not main.parts:
             continue
         ordered = list(main.parts)
@@ -93,7 +100,10 @@ def part_table(runs: Sequence[EvaluatedRun]) -> Table | None:
             ordered = sorted(ordered, key=lambda name: _f1_of(main.parts[name]))[:_MAX_ROWS]
         for system in _systems_with_parts(run, main):
             title = " ".join(filter(None, [name_among(run, runs), system.name]))
-            rows = [TableRow(name, _part_cells(system.parts[name])) for name in ordered]
+            rows = [
+                TableRow(name, _part_cells(system.parts[name], with_confidence=has_confidence))
+                for name in ordered
+            ]
             groups.append(RowGroup(title, rows))
     columns = [
         Column("right,\u00a0%", lambda _: None, note="rows where it is right, or rightly absent"),
@@ -112,6 +122,15 @@ def part_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         Column("rows", lambda _: None, note="that have it by the gold labels"),
         Column("predicted", lambda _: None, note="rows for which it is predicted; mean over seeds"),
     ]
+    if has_confidence:
+        columns += [
+            Column(
+                "AUROC,\u00a0%",
+                lambda _: None,
+                note="the chance that a right value has a higher probability than a wrong one",
+            ),
+            Column("ECE,\u00a0%", lambda _: None, note="calibration error of the probabilities"),
+        ]
     return Table(columns, groups) if groups else None
 
 
@@ -134,15 +153,19 @@ def _systems_with_parts(run: EvaluatedRun, main: SystemResult) -> list[SystemRes
     return [system for system in shown if system is not None and system.parts]
 
 
-def _part_cells(result: PartResult) -> list[str]:
+def _part_cells(result: PartResult, *, with_confidence: bool) -> list[str]:
     measures = (result.accuracy, result.precision, result.recall, result.f1)
     ci95 = None if result.f1 is None else result.f1.ci95
-    return [
+    cells = [
         *(measure_cell(measure) or ABSENT for measure in measures),
         ABSENT if ci95 is None else interval(ci95),
         f"{result.gold:,}",
         f"{result.predicted:,.4g}",
     ]
+    if with_confidence:
+        confidence = (result.confidence_auroc, result.ece)
+        cells += [measure_cell(measure) or ABSENT for measure in confidence]
+    return cells
 
 
 def _f1_of(result: PartResult) -> float:

@@ -1,1 +1,1 @@
-"""Review: people look at annotations and decide."""
+"""Review: what people are shown of annotations, in which order, and what they say of them."""

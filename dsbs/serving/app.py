@@ -227,6 +227,8 @@ def _prediction(routed: Routed, *, with_rationale: bool, is_causal: bool) -> dic
         prediction["distribution"] = answer.distribution
     if answer.expected_number is not None:
         prediction["expected_number"] = answer.expected_number
+    if answer.field_probabilities is not None:
+        prediction["field_probabilities"] = answer.field_probabilities
     if with_rationale:
         by_student = routed.source == "student"
         prediction["rationale"] = answer.rationale

@@ -2,7 +2,7 @@
 
 A temperature T divides the logits (Guo et al., 2017), so that a distribution p becomes p^(1/T),
 normalized. The order of the labels, and with it the accuracy, stays as it is. Where a row has
-several labels, each one's probability and its rest are such a distribution, over yes and no.
+several labels or fields, each one's probability and its rest are such a distribution.
 ``calibration.json`` and ``threshold.json`` are beside the student.
 """
 
@@ -24,8 +24,7 @@ from dsbs.records.results import Bin
 from dsbs.tasks import Fields, Task
 from dsbs.tasks.conclusion import concluded_label
 
-CALIBRATION = "calibration.json"
-THRESHOLD = "threshold.json"
+CALIBRATION, THRESHOLD = "calibration.json", "threshold.json"
 # probability: of the likeliest label; margin: the difference to the second; entropy: 1 minus the
 # entropy divided by that of equally likely labels; views: first whether the written rationale
 # states the same label, then the probability.
@@ -62,7 +61,7 @@ class LabelThresholds(ResultRecord):
 class Calibration(ResultRecord):
     """``calibration.json``.
 
-    Of several labels, ``before`` and ``after`` are means over rows and labels, of yes and no.
+    Of several labels or fields, ``before`` and ``after`` are means over rows and labels.
     """
 
     schema_: Literal["dsbs.calibration/1"] = Field("dsbs.calibration/1", alias="schema")
@@ -268,7 +267,7 @@ def calibrate_each(
     shares: Floats,
     has_label: NDArray[np.bool_],
     labels: str,
-    names: Sequence[str],
+    names: Sequence[str] | None,
     *,
     precision: float | None = None,
     agreements: Sequence[float] | None = None,
@@ -277,16 +276,20 @@ def calibrate_each(
 
     ``shares`` (rows, L): probabilities of the labels ``names``; ``has_label`` (rows, L): whether a
     row has each. The temperature is fitted on the summed binary log loss; `best_threshold`.
+    ``names`` None: the probabilities that the values of fields are right, all of which are given.
     """
     pairs = yes_and_no(shares)
     right = np.where(has_label, 0, 1).ravel()
     temperature = fit_temperature(pairs, right)
     after = _tempered_rows(pairs, temperature)
     probabilities = after[:, 0].reshape(shares.shape)
-    thresholds = [
-        best_threshold(column, is_given, precision)
-        for column, is_given in zip(probabilities.T, has_label.T, strict=True)
-    ]
+    thresholds: list[float | None] = [0.0] * shares.shape[1]
+    label_thresholds = None
+    if names is not None:
+        columns = zip(probabilities.T, has_label.T, strict=True)
+        thresholds = [best_threshold(*pair, precision) for pair in columns]
+        by_label = dict(zip(names, thresholds, strict=True))
+        label_thresholds = LabelThresholds(precision=precision, values=by_label)
     limits = [math.inf if threshold is None else threshold for threshold in thresholds]
     chosen = probabilities >= np.array(limits)
     is_wrong = (chosen != has_label).any(axis=1).astype(np.float64)
@@ -303,9 +306,7 @@ def calibrate_each(
         after=_quality(after, right, after.argmax(axis=1)),
         confidence=min(aurc, key=lambda kind: round(aurc[kind], 9)),
         aurc=aurc,
-        label_thresholds=LabelThresholds(
-            precision=precision, values=dict(zip(names, thresholds, strict=True))
-        ),
+        label_thresholds=label_thresholds,
     )
 
 

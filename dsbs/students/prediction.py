@@ -97,6 +97,8 @@ def _predict(student: Student, rows: list[Row], options: Options) -> list[dict[s
         }
         if answer.expected_number is not None:
             prediction["expected_number"] = answer.expected_number
+        if student.card.task.fields is not None:
+            prediction["field_probabilities"] = answer.field_probabilities
         if options.top:
             prediction["top"] = _top(answer, options.top)
         if options.rationale:
@@ -385,8 +387,8 @@ def write_table(out: Path, predictions: Iterable[dict[str, Any]], options: Optio
     rows = iter(predictions)
     first = list(islice(rows, 1))
     predictions = chain(first, rows)
-    if any("expected_number" in row for row in first):
-        names.append("expected_number")
+    optional = ("expected_number", "field_probabilities")
+    names += [name for name in optional if any(name in row for row in first)]
     if options.top:
         names.append("top")
     if options.rationale:
@@ -395,7 +397,9 @@ def write_table(out: Path, predictions: Iterable[dict[str, Any]], options: Optio
         with atomic_write(out) as file:
             writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
-            return _counted(predictions, lambda row: writer.writerow(_cells(row, "top")))
+            return _counted(
+                predictions, lambda row: writer.writerow(_cells(row, "top", "field_probabilities"))
+            )
     with atomic_write(out, binary=True) as file:
         return _write_parquet(file, predictions, names)
 
@@ -410,6 +414,7 @@ def _write_parquet(file: Any, predictions: Iterable[dict[str, Any]], names: list
         "expected_number": pa.float64(),
         "truncated": pa.bool_(),
         "top": pa.list_(share),
+        "field_probabilities": pa.map_(pa.string(), pa.float64()),
         "rationale_is_causal": pa.bool_(),
     }
     schema = pa.schema([(name, types.get(name, pa.string())) for name in names])

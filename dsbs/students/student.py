@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of
 from dsbs.students.formats import has_label_part, split_target
 from dsbs.students.long_texts import shortened
 from dsbs.students.novelty import Novelty, read_novelty, write_novelty
+from dsbs.students.tokenizer import text_ends
 from dsbs.tasks import CHOICE_SEPARATOR, make_task
 
 
@@ -50,7 +52,7 @@ class Answer:
     """In canonical form. None: ``raw`` is not a label of the task."""
     probability: float | None
     """Of ``label`` where there is a distribution, else of ``raw``, in [0, 1]; None: a rationale is
-    in the same sequence. Of several labels, that of the least sure one."""
+    in the same sequence. Of several labels or fields, that of the least sure one."""
     truncated: bool
     """Whether the token limit ended the label."""
     rationale: str | None
@@ -67,6 +69,9 @@ class Answer:
     """``label`` as JSON has it: a text, a number, a list of labels or an object of fields."""
     expected_number: float | None = None
     """The mean of the distribution over the points of a scale. None: there is none."""
+    field_probabilities: dict[str, float] | None = None
+    """The calibrated probability of each field's value, in [0, 1]. None: there are no fields, the
+    label is unreadable, or ``probability`` is that of ``raw`` or unknown, as in CTranslate2."""
 
 
 class Student:
@@ -329,6 +334,11 @@ class Student:
         if distribution is not None and label is not None:
             of_label = self.task.probability_of(label, distribution)
             probability = probability if of_label is None else of_label
+        field_probabilities = None
+        if label is not None:
+            field_probabilities = self.field_probabilities(generated, self.temperature)
+        if field_probabilities is not None:
+            probability = min(field_probabilities.values())
         return Answer(
             raw=raw,
             label=label,
@@ -341,7 +351,34 @@ class Student:
             distance=generated.distance,
             value=None if label is None else self.task.value(label),
             expected_number=self.task.expected_number(distribution) if distribution else None,
+            field_probabilities=field_probabilities,
         )
+
+    def field_probabilities(
+        self, generated: GeneratedText, temperature: float = 1.0
+    ) -> dict[str, float] | None:
+        """The probability of each field's value in a readable text, in [0, 1], given the fields
+        before it. None: there are no fields, or the tokens' probabilities are unknown.
+
+        The product over the value's tokens and the one after them, which ends the value: what
+        remains of the text's probability are the fields' names. A geometric mean would be no
+        probability, and would let one doubtful token hide in a long value.
+        """
+        spans = self.task.part_spans(generated.text) if generated.tokens else {}
+        if not spans:
+            return None
+        ends = text_ends(self.backend.tokenizer, [token_id for token_id, _ in generated.tokens])
+        starts = [0, *ends[:-1]]
+        values = []
+        for name in self.task.part_names:
+            start, end = spans[name]
+            first = min(bisect_right(ends, start), bisect_left(starts, start))
+            after = max(first, bisect_left(starts, end))
+            if after == first or ends[after - 1] <= end:  # else the last one ends the value itself
+                after += 1
+            tokens = generated.tokens[first:after]
+            values.append(min(1.0, math.exp(math.fsum(value for _, value in tokens))))
+        return dict(zip(self.task.part_names, tempered_each(values, temperature), strict=True))
 
     def generate(
         self,

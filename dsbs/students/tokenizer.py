@@ -179,6 +179,18 @@ def token_ids_of(tokenizer: Any, text: str, *, special: bool = False) -> list[in
             tokenizer.enable_truncation(**truncation)
 
 
+def text_ends(tokenizer: Any, token_ids: Sequence[int]) -> list[int]:
+    """The length of the text that ends with each token, without blanks at its start.
+
+    ``tokenizer`` is transformers' or one of the package tokenizers. Special tokens have no text.
+    """
+    ends: list[int] = []
+    for count in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(list(token_ids[:count]), skip_special_tokens=True).lstrip()
+        ends.append(max(len(text), ends[-1] if ends else 0))
+    return ends
+
+
 # --- characters that a vocabulary lacks
 
 

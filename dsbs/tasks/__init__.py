@@ -175,6 +175,13 @@ class Task:
             for name in self.part_names
         }
 
+    def part_spans(self, text: str) -> dict[str, tuple[int, int]]:
+        """By part, where its value is in a text that a student wrote: start and end.
+
+        Empty: the parts have no places of their own.
+        """
+        return {}
+
     def part_figures(self, rows: Sequence[Example]) -> dict[str, dict[str, Any]]:
         """Figures of the gold values of each part, where parts are more than yes or no: ``filled``
         (share of the labeled rows), ``labels`` (rows for each of a closed set) and ``not_in_input``

@@ -36,6 +36,13 @@ def split_source(recipe: Recipe, split: str) -> str:
     return sources[split]
 
 
+def annotated_split(recipe: Recipe, split: str) -> str:
+    """The split whose annotations and reviews have the rows of ``split``: held-out validation rows
+    are annotated with the train rows.
+    """
+    return "train" if split == "valid" and recipe.task.data.valid is None else split
+
+
 def stream(recipe: Recipe, task: Task, split: str) -> Iterator[Example]:
     """Yield the Examples of ``train``, ``valid`` or ``test`` in the order of the file.
 

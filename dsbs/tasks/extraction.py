@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dsbs.config import TaskSection
@@ -107,6 +107,14 @@ class Extraction(OwnDataTask):
 
     def json_placeholder(self) -> dict[str, str]:
         return dict.fromkeys(self.field_types, f"<value or {ABSENT}>")
+
+    def part_spans(self, text: str) -> dict[str, tuple[int, int]]:
+        spans: dict[str, tuple[int, int]] = {}
+        for name, match, end in self._found(text):
+            value = text[match.end() : end]
+            length = len(value[: _value_length(value)].rstrip())
+            spans.setdefault(name, (match.end(), match.end() + length))
+        return spans
 
     def part_figures(self, rows: Sequence[Example]) -> dict[str, dict[str, Any]]:
         labeled = [(row, self.parts(row.label)) for row in rows if row.label is not None]
@@ -267,19 +275,24 @@ class Extraction(OwnDataTask):
                 break
         return end or len(text.partition("\n")[0])
 
-    def _texts(self, text: str) -> dict[str, str] | Unreadable:
-        """The text after each field's name."""
+    def _found(self, text: str) -> Iterator[tuple[str, re.Match[str], int]]:
+        """Each field that the text names, where, and the end of what follows its name."""
         matches = list(self._beginning.finditer(text))
-        texts: dict[str, str] = {}
         for match, following in itertools.zip_longest(matches, matches[1:]):
             end = len(text) if following is None else following.start()
-            name = self._name_of[_name_key(match["name"])]
+            yield self._name_of[_name_key(match["name"])], match, end
+
+    def _texts(self, text: str) -> dict[str, str] | Unreadable:
+        """The text after each field's name."""
+        texts: dict[str, str] = {}
+        for name, match, end in self._found(text):
+            is_last = end == len(text)
             lines = text[match.end() : end]
             length = _value_length(lines)
-            rest = lines[length:] if following else _EMPTY_LINE.split(lines[length:])[0]
+            rest = _EMPTY_LINE.split(lines[length:])[0] if is_last else lines[length:]
             if any(map(str.isalnum, rest)):
                 return Unreadable("unparsed", f"{name} has lines without a field's name")
-            value = _value_text(lines[:length], is_last=following is None)
+            value = _value_text(lines[:length], is_last=is_last)
             marks = match["marks"]
             if marks and not match.group().endswith(marks):  # "**sender: Ann**"
                 value = value.removesuffix(marks).rstrip()

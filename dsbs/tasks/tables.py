@@ -5,6 +5,8 @@ here.
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
 import logging
 from collections import Counter
@@ -90,6 +92,34 @@ def _delimited_rows(path: Path, file_format: str) -> Iterator[Row]:
             else:
                 names = [name.strip() for name in cells[: _width(cells)]]
                 _check_header(path, names)
+
+
+def spreadsheet_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file that a spreadsheet saved, each with its number there: 2 is the first
+    row below the names.
+
+    Commas, semicolons or tabs between the cells; UTF-8, or UTF-16 with a byte order mark. Raises
+    UserError for a file that is no table.
+    """
+    names: list[str] = []
+    with open_text(path) as file:
+        lines = io.StringIO(file.read(), newline="")  # any line ends, also within a cell
+        first = lines.readline()
+        offset = 1
+        if first.lower().startswith("sep="):  # Excel's way to name the separator
+            first = lines.readline()
+            offset = 2
+        delimiter = max(",;\t", key=first.count)
+        records = _csv_records(path, itertools.chain([first], lines), delimiter)
+        for number, (_, cells) in enumerate(records, offset):
+            if not any(cell.strip() for cell in cells):
+                continue
+            if names:
+                padded = cells + [""] * (len(names) - len(cells))
+                yield number, _named_cells(f"{path}: row {number}", names, padded)
+            else:
+                names = [name.strip() for name in cells[: _width(cells)]]
+                _check_names(str(path), names)
 
 
 def _plain_cells(line: str) -> list[str]:

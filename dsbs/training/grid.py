@@ -248,7 +248,10 @@ class StudentFolder:
     def follow_recipe(self, origin: Mapping[str, Any]) -> None:
         """Update a kept student's record: another grid of settings may lead to equal weights."""
         record = self.read_record()
-        changed = record | {"student": record["student"] | origin, "trials": self._trials}
+        student = record["student"] | origin
+        if student["reviews"] is None:
+            del student["reviews"]  # as in the records of runs without reviews
+        changed = record | {"student": student, "trials": self._trials}
         if changed != record:
             self._write(changed)
 

@@ -14,6 +14,7 @@ from dsbs.config.task import MaxInputSection
 from dsbs.errors import UserError
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation, Example, Sample
+from dsbs.records.reviews import apply_gold, apply_reviews, reviews_mark
 from dsbs.records.subsets import Subset, subset_indices, subset_text
 from dsbs.run_folder import RunFolder
 from dsbs.students.card import Target, head_of
@@ -21,6 +22,7 @@ from dsbs.students.formats import compose_target
 from dsbs.students.long_texts import shortened
 from dsbs.tasks import CHOICE_SEPARATOR, Task
 from dsbs.tasks.data import (
+    annotated_split,
     is_held_out,
     labels_by_row,
     load,
@@ -90,13 +92,16 @@ class Data:
     order: list[int]
     """Indices of the train rows by a hash of their ids: a subset is the first so many."""
     teacher_texts: list[str]
-    """Labels and rationales of all accepted annotations of train rows, selected or not."""
+    """Labels and rationales of all accepted annotations of train rows, selected or not, before any
+    review; and what people wrote with other characters."""
     max_per_label: int | None = None
     """``train.select.max_per_label``: annotations that a student learns from, per label."""
     classes: list[tuple[str, ...]] = field(default_factory=list)
     """Each train row's labels, by which a subset has so many rows per label."""
     max_text_tokens: int | None = None
     """The most tokens of a row's text, where ``task.max_input`` has cut longer ones."""
+    reviews: str | None = None
+    """Hash of the reviews that the rows follow. None: there are none."""
 
     def shortened(self, tokenizer: Any, limit: int, section: MaxInputSection) -> Data:
         """These rows with texts of at most ``limit`` tokens."""
@@ -134,9 +139,11 @@ def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[Student
 
     Raises UserError where a student of ``specs`` lacks the labels or rationales it learns from.
     """
-    examples = load(recipe, task, "train")
+    reviews = RunFolder(run).read_reviews("train")
+    examples = apply_gold(load(recipe, task, "train"), reviews)
     needs_teacher = any(spec.needs_teacher for spec in specs)
-    annotations = _annotations(recipe, task, run, needed=needs_teacher)
+    originals = _annotations(recipe, task, run, needed=needs_teacher)
+    annotations = apply_reviews(originals, reviews, task)
     missing = [
         example.id for example in examples if needs_teacher and example.id not in annotations
     ]
@@ -166,13 +173,11 @@ def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[Student
     ]
     valid, valid_labels, fields = _valid(recipe, task, run, annotations)
     ids = {row.id for row in rows}
-    teacher_texts = [
-        text
-        for annotation in matched
-        if annotation.accepted and annotation.id in ids
-        for text in (annotation.own_label, annotation.rationale)
-        if text
-    ]
+    teacher_texts = _texts(originals[row.id] for row in matched if row.id in ids)
+    # A vocabulary is all students' together: reviews change it only where it lacks a character.
+    characters = set().union(*teacher_texts, *(row.text for row in rows))
+    reviewed_texts = _texts(row for row in matched if row.id in ids)
+    teacher_texts += [text for text in reviewed_texts if not characters.issuperset(text)]
     trainable = [example for example in examples if example.id in ids]
     _, labels = labels_by_row(trainable, lambda: annotations)
     data = Data(
@@ -184,6 +189,7 @@ def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[Student
         teacher_texts=teacher_texts,
         max_per_label=section.max_per_label,
         classes=[task.classes(labels[row.id]) if row.id in labels else () for row in rows],
+        reviews=reviews_mark(reviews, RunFolder(run).read_reviews("valid")),
     )
     for spec in specs:
         _check_targets(data, spec)
@@ -194,13 +200,15 @@ def _valid(
     recipe: StudentRecipe, task: Task, run: Path, annotations: dict[str, Annotation]
 ) -> tuple[list[Row], LabelSource, dict[str, dict[str, Any]]]:
     """Validation rows in the order of a hash, whose labels they have, and their inputs by id."""
-    examples = load(recipe, task, "valid")
+    folder = RunFolder(run)
+    reviews = folder.read_reviews(annotated_split(recipe, "valid"))
+    examples = apply_gold(load(recipe, task, "valid"), reviews)
     source: LabelSource = "teacher"
     if any(example.label is not None for example in examples):
         source = "gold"
     elif recipe.task.data.valid is not None:
-        fingerprint = source_fingerprint(recipe, task)
-        annotations = annotations | RunFolder(run).load_annotations("valid", fingerprint)
+        originals = folder.load_annotations("valid", source_fingerprint(recipe, task))
+        annotations = annotations | apply_reviews(originals, reviews, task)
     ordered = validation_rows(examples, None)
     with_choices = task.has_choices and head_of(recipe.student, recipe.train.init) == "labels"
     rows = [
@@ -214,6 +222,17 @@ def _valid(
         )
     fields = {example.id: example.input for example in examples}
     return labeled[: recipe.train.valid_limit], source, fields
+
+
+def _texts(annotations: Iterable[Annotation]) -> list[str]:
+    """The labels and rationales of the accepted ones."""
+    return [
+        text
+        for annotation in annotations
+        if annotation.accepted
+        for text in (annotation.own_label, annotation.rationale)
+        if text
+    ]
 
 
 def _check_targets(data: Data, spec: StudentSpec) -> None:
@@ -266,7 +285,9 @@ def select_annotations(
     """The accepted annotations that pass ``train.select``, ``max_per_label`` aside.
 
     A filter applies at training time, so changing it costs no teacher call. Rows left out still
-    have their gold label. ``max_per_label`` is applied to a student's rows: see ``Data.subset``.
+    have their gold label. What a person accepted or corrected passes all but ``agree_gold``: votes
+    and log-probabilities say less of it. ``max_per_label`` is applied to a student's rows: see
+    ``Data.subset``.
     """
     return (row for row in annotations if row.accepted and _passes(row, section, task))
 
@@ -276,6 +297,8 @@ def _passes(row: Annotation, section: SelectSection, task: Task) -> bool:
         row.gold is None or row.label is None or not task.correct(row.label, row.gold)
     ):
         return False
+    if row.provenance == "reviewed":
+        return True
     if section.min_vote is not None and (
         row.vote_share is None or row.vote_share < section.min_vote
     ):

@@ -94,7 +94,12 @@ class StudentRun:
         source = None
         if self.spec.needs_teacher:
             source = learned_source(self.recipe, make_task(self.recipe.task))
-        return {"settings": self.settings, "tuned": self.spec.setting, "source": source}
+        return {
+            "settings": self.settings,
+            "tuned": self.spec.setting,
+            "source": source,
+            "reviews": self.data.reviews,
+        }
 
     # --- training
 

@@ -88,8 +88,11 @@ def calibrated(
 ) -> Calibration | None:
     """The calibration of a finished student on valid. None: it has no distribution over labels.
 
-    Students that write their label have one where ``eval.score_labels`` is set.
+    Students that write their label have one where ``eval.score_labels`` is set, or where they write
+    fields.
     """
+    if student.card.writes_label_alone and student.card.task.fields is not None:
+        return _calibrated_fields(student, recipe, data, view)
     if student.card.head == "text":
         if not recipe.eval.score_labels or not student.has_distribution:
             return None
@@ -119,6 +122,27 @@ def calibrated(
 
     right = _right_classes(student, data)
     return calibrate(distributions, right, data.valid_labels, agreements, choose)
+
+
+def _calibrated_fields(
+    student: Student, recipe: StudentRecipe, data: Data, view: View
+) -> Calibration | None:
+    """The calibration of the fields of readable answers. None: no answer is readable."""
+    task = student.task
+    inputs = [view.prefix + row.text for row in data.valid]
+    tokens = max_new_tokens(recipe, view)
+    generated = student.generate(inputs, tokens, recipe.eval.batch_size, probabilities=True)
+    shares, is_right = [], []
+    for output, row in zip(generated, data.valid, strict=True):
+        label = task.read_label(output.text, data.fields[row.id])
+        probabilities = student.field_probabilities(output)
+        if not isinstance(label, Unreadable) and probabilities is not None:
+            shares.append(list(probabilities.values()))
+            correct = task.correct_parts(label, str(row.label(data.valid_labels)))
+            is_right.append(list(correct.values()))
+    if not shares:
+        return None
+    return calibrate_each(np.array(shares), np.array(is_right), data.valid_labels, None)
 
 
 def follow_label_precision(

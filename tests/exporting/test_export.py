@@ -54,6 +54,11 @@ def test_a_float_export_writes_and_scores_as_transformers_does(
             other.raw, other.rationale, other.truncated, other.rationale_truncated,
         )  # fmt: skip
         assert one.probability == pytest.approx(other.probability, rel=1e-3)
+    outputs = Student.load(done.path).generate(ROWS[:3], 6, 2, probabilities=True)
+    expected = Student.load(student).generate(ROWS[:3], 6, 2, probabilities=True)
+    for output, like in zip(outputs, expected, strict=True):
+        logs = dict(output.tokens), dict(like.tokens)
+        assert logs[0] == ({} if form == "ct2" else pytest.approx(logs[1], abs=1e-3)) and logs[1]
     if form == "ct2":
         with pytest.raises(UserError, match="seq2seq students in ct2 format cannot score labels"):
             Student.load(done.path).predict(ROWS[:1], score_labels=True)

@@ -91,6 +91,8 @@ def test_a_float_export_writes_and_scores_as_transformers_does(
     for one, other in zip(mine, theirs, strict=True):
         assert (one.text, one.truncated) == (other.text, other.truncated)
         assert one.probability == pytest.approx(other.probability, rel=1e-3)
+        logs = dict(one.tokens), dict(other.tokens)
+        assert logs[0] == ({} if form == "ct2" else pytest.approx(logs[1], abs=1e-3)) and logs[1]
     export_backend, backend = (Student.load(path).backend for path in (done.path, student))
     if form != "gguf":
         labels = ["billing", "shipping", "a much longer label"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 from several_labels import TAGS, TASKS
 
 from dsbs.config import TaskSection
+from dsbs.students.backends import GeneratedText
 from dsbs.students.calibration import best_threshold, calibrate, calibrate_each, tempered_each
+from dsbs.students.card import StudentCard
+from dsbs.students.student import Student
 from dsbs.tasks import Task, make_task
 
 Share = st.floats(0, 1)
@@ -144,3 +148,53 @@ def test_calibration_judges_the_answer_that_is_given() -> None:
     )
     assert found.aurc["probability"] == 0.0, "both are right"
     assert calibrate(rows, [2, 2], "gold").aurc["probability"] == 1.0
+
+
+class Pieces:
+    """A tokenizer that decodes ids to the pieces of a text; the last id is an end token."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = pieces
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return "".join(self.pieces[index] for index in token_ids if index < len(self.pieces))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "values"),
+    [
+        # as byte-level decoders write: the line break, and the end token, end a value
+        (("kind", ":", " bill", "\n", "num", "ber:", " ", "1", "2"), [(2, 3), (6, 7, 8, 9)]),
+        # as T5 writes: without line breaks, and a blank at the start
+        ((" kind", ":", " box", " number", ":", " 12"), [(2, 3), (5, 6)]),
+        ((" kind: b", "ox nu", "mber: null"), [(0, 1), (2, 3)]),
+        (("kind", ":", " bill", "\n", "number", ":"), [(2, 3), (6,)]),
+    ],
+)
+def test_a_fields_probability_is_that_of_its_values_tokens_and_of_the_one_that_ends_it(
+    pieces: tuple[str, ...], values: list[tuple[int, ...]]
+) -> None:
+    shares = [0.9 - 0.05 * index for index in range(len(pieces) + 1)]
+    tokens = tuple((index, math.log(share)) for index, share in enumerate(shares))
+    backend: Any = SimpleNamespace(tokenizer=Pieces(*pieces))
+    section = TaskSection.model_validate(TASKS["extraction"] | {"data": {"train": "rows.csv"}})
+    card = StudentCard(
+        name="tiny",
+        method="finetune",
+        labels="gold",
+        seed=0,
+        task=section,
+        prefixes={"label": ""},
+        max_input_tokens=24,
+        max_target_tokens=12,
+        kind="causal",
+    )
+    student = Student(backend, card)
+    output = GeneratedText("".join(pieces).strip(), False, math.prod(shares), tokens=tokens)
+    expected = [math.prod(shares[index] for index in indices) for indices in values]
+    probabilities = student.field_probabilities(output)
+    assert probabilities == pytest.approx(dict(zip(("kind", "number"), expected, strict=True)))
+    tempered = student.field_probabilities(output, 2.0) or {}
+    assert list(tempered.values()) == pytest.approx(tempered_each(expected, 2.0))
+    assert student.field_probabilities(output._replace(tokens=())) is None

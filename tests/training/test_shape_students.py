@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +20,15 @@ from forked import DSBS
 from label_heads import save_encoder
 from several_labels import ROWS, TAGS, recipe_file
 
-from dsbs import Student, UserError, compress, load_recipe, train
+from dsbs import Student, UserError, compress, evaluate, load_recipe, report, train
 from dsbs.config import Recipe
 from dsbs.exporting.run import export
-from dsbs.students.calibration import read_calibration
+from dsbs.students.calibration import (
+    Threshold,
+    read_calibration,
+    read_threshold,
+    write_record,
+)
 from dsbs.students.card import read_card
 from dsbs.students.novelty import fit_novelty
 from dsbs.students.prediction import Options, predict_file
@@ -293,6 +299,14 @@ def test_a_student_that_writes_answers_in_every_kind(tmp_path: Path, kind: str, 
     assert len(readable) >= 9, [answer.raw for answer in answers]
     for answer in readable:
         assert answer.value == student_.task.value(str(answer.label))
+        if kind == "extraction":
+            assert list(answer.field_probabilities or {}) == ["kind", "number"]
+            assert answer.probability == min((answer.field_probabilities or {}).values())
+            assert student_.confidence(answer, {}) == answer.probability
+        else:
+            assert answer.field_probabilities is None
+    if kind == "extraction":
+        fields_have_probabilities(settings, student_, folder, tmp_path)
     if kind == "score":
         assert student_.has_distribution
         (scored,) = student_.predict([rows[0]["text"]], score_labels=True)
@@ -301,6 +315,50 @@ def test_a_student_that_writes_answers_in_every_kind(tmp_path: Path, kind: str, 
         assert not student_.has_distribution
         with pytest.raises(UserError, match="no probability for every label"):
             student_.predict([rows[0]["text"]], score_labels=True)
+
+
+def fields_have_probabilities(
+    recipe: Recipe, student: Student, folder: Path, tmp_path: Path
+) -> None:
+    """From calibration and results to the tables of `dsbs predict` and an export."""
+    import pyarrow.parquet as pq
+
+    calibration = read_calibration(folder)
+    assert calibration is not None and calibration.label_thresholds is None
+    assert calibration.after.log_loss <= calibration.before.log_loss + 1e-9
+    inputs = texts("extraction", 5)
+    (raw,) = student.generate(inputs[:1], 31, 1, probabilities=True)
+    assert math.fsum(value for _, value in raw.tokens) == pytest.approx(
+        math.log(raw.probability or 0), abs=1e-6
+    )
+    before = student.field_probabilities(raw) or {}
+    assert math.prod(before.values()) >= (raw.probability or 0) - 1e-9, "without the names"
+    (result,) = evaluate(recipe, out=tmp_path / "run").systems
+    for part in result.parts.values():
+        assert part.ece is not None and 0 <= part.ece.value <= 1 and part.ece.n <= 16
+    page = report(recipe, out=tmp_path / "run").read_text(encoding="utf-8")
+    assert "AUROC" in page and "calibration error of the probabilities" in page
+    rows = [(f"r{i}", {"text": text}) for i, text in enumerate(inputs)]
+    for suffix in ("jsonl", "csv", "parquet"):
+        predict_file(folder, lambda: rows, tmp_path / f"fields.{suffix}", Options(), source="rows")
+    written = (tmp_path / "fields.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [json.loads(line)["field_probabilities"] for line in written]
+    assert any(lines)
+    with (tmp_path / "fields.csv").open(encoding="utf-8", newline="") as file:
+        cells = [row["field_probabilities"] for row in csv.DictReader(file)]
+    assert [json.loads(cell) if cell else None for cell in cells] == lines
+    table = pq.read_table(tmp_path / "fields.parquet").to_pylist()
+    pairs = [row["field_probabilities"] for row in table]
+    assert [pair and dict(pair) for pair in pairs] == lines
+    threshold = Threshold(
+        student="", confidence="probability", temperature=calibration.temperature, threshold=0.5,
+        of="agreement", target=0.9, level=0.95, bound=0.9, rows=9, coverage=0.5,
+    )  # fmt: skip
+    write_record(folder, threshold)
+    exported = export(folder, "ct2", quantize="float32", examples=inputs).path
+    assert read_threshold(exported) is None, "it is one of the least sure field"
+    answer, *_ = Student.load(exported).predict(inputs)
+    assert answer.field_probabilities is None and answer.probability is not None
 
 
 @pytest.mark.parametrize(

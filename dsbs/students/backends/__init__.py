@@ -24,6 +24,9 @@ class GeneratedText(NamedTuple):
     distribution: tuple[float, ...] | None = None
     # of the input from the validation rows, by `Novelty`; None: it is not measured
     distance: float | None = None
+    # the text's token ids with their log-probabilities in nats, the end token included; empty: no
+    # probability was asked for, or the runtime gives only that of the whole text
+    tokens: tuple[tuple[int, float], ...] = ()
 
 
 class Backend(Protocol):

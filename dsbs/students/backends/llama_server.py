@@ -142,6 +142,7 @@ class LlamaServerBackend:
                 text,
                 choice["finish_reason"] == "length",
                 _probability(row) if probabilities else None,
+                tokens=_tokens(row) if probabilities else (),
             )
             for text, choice, row in zip(texts_out, choices, rows, strict=True)
         ]
@@ -168,3 +169,7 @@ class LlamaServerBackend:
 
 def _probability(tokens: Sequence[Mapping[str, float]]) -> float:
     return min(1.0, math.exp(sum(token["logprob"] for token in tokens)))
+
+
+def _tokens(tokens: Sequence[Mapping[str, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((int(token["id"]), float(token["logprob"])) for token in tokens)

@@ -88,17 +88,19 @@ class OnnxBackend:
         feed = self._encode(texts, start)
         rows: list[list[int]] = [[] for _ in texts]
         is_open = np.ones(len(rows), dtype=bool)
-        log_probabilities = np.zeros(len(rows))
+        log_probabilities: list[list[float]] = [[] for _ in texts]
         for _ in range(max_new_tokens):
             # scores (B, V), then keys and values (B, H, T, D) of each layer
             scores, *cache = self.model.run(None, feed)
             feed |= dict(zip(self._cache_shapes, cache, strict=True))
             best = scores.argmax(-1)
+            open_rows = np.flatnonzero(is_open).tolist()
             if probabilities:
                 top = scores.max(-1)
                 normalizer = np.exp(scores - top[:, None], dtype=np.float64).sum(-1)
-                log_probabilities -= np.where(is_open, np.log(normalizer), 0.0)
-            for row in np.flatnonzero(is_open).tolist():
+                for row in open_rows:
+                    log_probabilities[row].append(-math.log(normalizer[row]))
+            for row in open_rows:
                 rows[row].append(int(best[row]))
             is_open &= best != self._end_id
             if not is_open.any():
@@ -109,10 +111,11 @@ class OnnxBackend:
             GeneratedText(
                 text.strip(),
                 bool(truncated),
-                math.exp(log_probability) if probabilities else None,
+                math.exp(sum(of_tokens)) if probabilities else None,
+                tokens=tuple(zip(token_ids, of_tokens, strict=True)) if probabilities else (),
             )
-            for text, truncated, log_probability in zip(
-                decoded, is_open, log_probabilities, strict=True
+            for text, truncated, token_ids, of_tokens in zip(
+                decoded, is_open, rows, log_probabilities, strict=True
             )
         ]
 

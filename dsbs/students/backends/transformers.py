@@ -57,15 +57,31 @@ class GreedyLogProbabilities:
         self._steps.append(scores.amax(-1) - scores.logsumexp(-1))
         return scores
 
-    def probabilities(self, is_output: Any) -> list[float]:
-        """Joint probability of each row's tokens, in [0, 1]. ``is_output`` (B, T) marks them."""
+    def add_to(
+        self, generated: Sequence[GeneratedText], token_ids: Any, is_output: Any
+    ) -> list[GeneratedText]:
+        """The outputs with their tokens and the joint probability of these, in [0, 1].
+
+        ``is_output`` (B, T) marks each row's ``token_ids`` (B, T), its end token included.
+        """
         import torch
 
         # On some devices decoding takes one step too many.
         # On the CPU, since Apple GPUs have no float64.
         log_probabilities = torch.stack(self._steps[: is_output.shape[1]], 1).cpu().double()
-        total = torch.where(is_output.cpu(), log_probabilities, 0.0).sum(1).clamp(max=0.0)
-        return [float(probability) for probability in total.exp()]
+        is_output = is_output.cpu()
+        total = torch.where(is_output, log_probabilities, 0.0).sum(1).clamp(max=0.0)
+        rows = zip(token_ids.cpu(), log_probabilities, is_output, strict=True)
+        tokens = [
+            tuple(zip(ids[keep].tolist(), values[keep].tolist(), strict=True))
+            for ids, values, keep in rows
+        ]
+        return [
+            output._replace(probability=probability, tokens=of_row)
+            for output, probability, of_row in zip(
+                generated, total.exp().tolist(), tokens, strict=True
+            )
+        ]
 
 
 class EncoderDecoderBackend(TransformersBackend):
@@ -95,14 +111,12 @@ class EncoderDecoderBackend(TransformersBackend):
                 do_sample=False,
                 logits_processor=[recorder] if probabilities else None,
             )
-            # (B, T), without the start token
-            is_end = self._is_end(token_ids[:, 1:]).long()
-            has_end = is_end.any(1).tolist()
-            row_probabilities: Sequence[float | None] = [None] * len(texts)
-            if probabilities:
-                row_probabilities = recorder.probabilities(is_end.cumsum(1) - is_end == 0)
+            written_ids = token_ids[:, 1:]  # (B, T), without the start token
+            is_end = self._is_end(written_ids).long()
+            is_output = is_end.cumsum(1) - is_end == 0
         decoded = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return _generated(decoded, has_end, row_probabilities)
+        generated = _generated(decoded, is_end.any(1).tolist())
+        return recorder.add_to(generated, written_ids, is_output) if probabilities else generated
 
     def beam_search(
         self, texts: Sequence[str], max_new_tokens: int, start: Start, beams: int
@@ -128,7 +142,12 @@ class EncoderDecoderBackend(TransformersBackend):
         has_end = self._is_end(token_ids[:, 1:]).any(1).tolist()
         row_probabilities = output.sequences_scores.cpu().double().clamp(max=0.0).exp().tolist()
         decoded = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return _generated(decoded, has_end, row_probabilities)
+        return [
+            output._replace(probability=probability)
+            for output, probability in zip(
+                _generated(decoded, has_end), row_probabilities, strict=True
+            )
+        ]
 
     def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
         """See ``ScoringBackend``. The inputs are encoded once, and decoded for every answer."""
@@ -220,14 +239,12 @@ class DecoderBackend(TransformersBackend):
             stops = torch.tensor(self.input_format.stops, device=token_ids.device)
             is_end = torch.isin(token_ids, stops).long()  # (B, T)
             is_output = is_end.cumsum(1) - is_end == 0  # up to the first end token, inclusive
-            row_probabilities: Sequence[float | None] = [None] * len(texts)
-            if probabilities:
-                row_probabilities = recorder.probabilities(is_output)
         answers = [
             row[keep] for row, keep in zip(token_ids, is_output & (is_end == 0), strict=True)
         ]
         decoded = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return _generated(decoded, is_end.any(1).tolist(), row_probabilities)
+        generated = _generated(decoded, is_end.any(1).tolist())
+        return recorder.add_to(generated, token_ids, is_output) if probabilities else generated
 
     def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
         """See ``ScoringBackend``. A prompt is read once, and its cache serves every answer."""
@@ -279,12 +296,10 @@ class DecoderBackend(TransformersBackend):
         return input_ids.to(self.model.device), mask.to(self.model.device)
 
 
-def _generated(
-    texts: Sequence[str], has_end: Sequence[bool], probabilities: Sequence[float | None]
-) -> list[GeneratedText]:
+def _generated(texts: Sequence[str], has_end: Sequence[bool]) -> list[GeneratedText]:
     return [
-        GeneratedText(text.strip(), not ended, probability)
-        for text, ended, probability in zip(texts, has_end, probabilities, strict=True)
+        GeneratedText(text.strip(), not ended, None)
+        for text, ended in zip(texts, has_end, strict=True)
     ]
 
 
