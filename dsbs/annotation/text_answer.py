@@ -83,7 +83,7 @@ def read_text_answer(
 
 
 def _rationale_first(turn: str, prompt: Prompt, task: Task | None) -> Answer | None:
-    start, anchor = find_anchor(turn, prompt.anchor, None if task is None else task.label_set)
+    start, anchor = find_anchor(turn, prompt.anchor, task)
     if start < 0:
         return None
     rationale = _DANGLING.sub("", turn[:start].strip(MARKUP)).strip(MARKUP)
@@ -94,15 +94,21 @@ def _rationale_first(turn: str, prompt: Prompt, task: Task | None) -> Answer | N
     return Answer(rationale, label, (begin, begin + length))
 
 
-def find_anchor(
-    turn: str, anchors: tuple[str, ...], labels: LabelSet | None = None
-) -> tuple[int, str]:
+def find_anchor(turn: str, anchors: tuple[str, ...], task: Task | None = None) -> tuple[int, str]:
     """The last occurrence of the first anchor that occurs, and its text; -1 without one.
 
     The last one, because a rationale may mention "the answer" before it is given. An earlier one,
-    if all that follows it is a label, which then contains the anchor itself.
+    if all that follows it is a label, which then contains the anchor itself; with labels in free
+    text, one that begins a line and whose label goes on to the last one.
     """
     matches = _occurrences(turn, anchors)
+    if matches and task is not None and task.is_free_text:
+        last = matches[-1]
+        for match in reversed(matches[:-1]):
+            if _begins_line(turn, match.start()) and _has_in_label(turn, match, last, task):
+                last = match
+        return last.start(), last.group()
+    labels = None if task is None else task.label_set
     for match in matches[:-1]:
         layers = unwrapped(turn[match.end() :])
         if labels is not None and any(labels.spelled(layer) for layer in layers):
@@ -110,6 +116,17 @@ def find_anchor(
     if matches:
         return matches[-1].start(), matches[-1].group()
     return -1, ""
+
+
+def _has_in_label(turn: str, match: re.Match[str], later: re.Match[str], task: Task) -> bool:
+    """Whether the free text after one anchor contains the other: in its line or, of labels with
+    several lines, before their end.
+    """
+    text = turn[match.end() :]
+    end = task.label_end(text)
+    if end is None:
+        return "\n" not in turn[match.end() : later.start()]
+    return task.begins_label(text) and match.end() + end >= later.end()
 
 
 def _occurrences(turn: str, anchors: tuple[str, ...]) -> list[re.Match[str]]:
@@ -182,7 +199,7 @@ def _bounds(turn: str, begin: int, prompt: Prompt, task: Task | None) -> tuple[i
     """Where the label after ``begin`` ends, and where its rationale begins."""
     heading, separator = _form(prompt.answer)
     if heading:
-        match = re.compile(rf"(?<!\w){re.escape(heading)}", re.IGNORECASE).search(turn, begin)
+        match = _heading_of(turn, begin, heading, task)
         if match is not None and turn[begin : match.start()].strip(MARKUP):
             return match.start(), match.end()
     rules = _RULES.match(turn, begin)
@@ -203,6 +220,23 @@ def _bounds(turn: str, begin: int, prompt: Prompt, task: Task | None) -> tuple[i
     line = turn[begin:].partition("\n")[0]
     label_end, rationale_begin = _bounds_in_line(line, separator, labels)
     return begin + label_end, begin + rationale_begin
+
+
+def _heading_of(turn: str, begin: int, heading: str, task: Task | None) -> re.Match[str] | None:
+    """The heading of the rationale: the first one after ``begin``.
+
+    A label in free text may contain it: then the first that begins a line after such a label.
+    """
+    expression = re.compile(rf"(?<!\w){re.escape(heading)}", re.IGNORECASE)
+    matches = list(expression.finditer(turn, begin))
+    if task is not None and task.is_free_text:
+        text = turn[begin:]
+        label_end = task.label_end(text) if task.begins_label(text) else None
+        first = begin if label_end is None else begin + label_end
+        for match in matches:
+            if match.start() >= first and _begins_line(turn, match.start()):
+                return match
+    return matches[0] if matches else None
 
 
 def _bounds_in_line(line: str, separator: str, labels: LabelSet | None) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +33,8 @@ Tokenize = Callable[[Sequence[str], bool], list[list[int]]]
 def compose_target(target: Target, label: str | None, rationale: str | None) -> str | None:
     """The text that a student learns to write; None where the row lacks a part that is needed.
 
-    In one sequence, a label without a rationale is written alone.
+    In one sequence, a label without a rationale is written alone. `split_target` reads the same
+    parts, even where one of them has the marker that stands between them.
     """
     if target == "label":
         return label
@@ -41,9 +43,28 @@ def compose_target(target: Target, label: str | None, rationale: str | None) -> 
     if label is None:
         return None
     marker = SECOND_PART[target]
+    label, rationale = _escaped(label, marker), _escaped(rationale or "", marker)
     if target == "rationale-then-label":
-        return f"{rationale or ''} {marker} {label}".strip()
+        return f"{rationale} {marker} {label}".strip()
     return f"{label} {marker} {rationale}" if rationale else label
+
+
+def _escaped(text: str, marker: str) -> str:
+    """A part without the marker: each becomes one with an apostrophe, "Answer':".
+
+    One with apostrophes gets one more, so that `_unescaped` restores the part.
+    """
+    return _marks(marker).sub(r"\g<word>'\g<apostrophes>:", text)
+
+
+def _unescaped(text: str, marker: str) -> str:
+    return _marks(marker).sub(lambda match: f"{match['word']}{match['apostrophes'][1:]}:", text)
+
+
+@cache
+def _marks(marker: str) -> re.Pattern[str]:
+    """The marker with any number of apostrophes before its colon."""
+    return re.compile(rf"(?P<word>{re.escape(marker[:-1])})(?P<apostrophes>'*):")
 
 
 def split_target(target: Target, text: str) -> tuple[str, str | None]:
@@ -51,15 +72,17 @@ def split_target(target: Target, text: str) -> tuple[str, str | None]:
 
     The label is empty where a sequence ended before it.
     """
-    if target == "rationale-then-label":
-        rationale, marker, label = text.rpartition(SECOND_PART[target])
-        if not marker:
-            return "", text.strip() or None
-        return label.strip(), rationale.strip() or None
+    if target not in SECOND_PART:
+        return text, None
+    marker = SECOND_PART[target]
     if target == "label-then-rationale":
-        label, _, rationale = text.partition(SECOND_PART[target])
-        return label.strip(), rationale.strip() or None
-    return text, None
+        label, _, rationale = text.partition(marker)
+    elif marker in text:
+        rationale, _, label = text.rpartition(marker)
+    else:
+        label, rationale = "", text
+    rationale = _unescaped(rationale, marker).strip()
+    return _unescaped(label, marker).strip(), rationale or None
 
 
 def has_label_part(target: Target, text: str) -> bool:

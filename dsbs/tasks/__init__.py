@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import difflib
 import json
 import math
 import re
@@ -96,14 +97,12 @@ class Task:
         """The canonical input fields of a raw row. Raises UserError naming a missing column."""
         fields = {}
         for field, aliases in self.inputs.items():
-            names = (field, *aliases)
-            if field in self.section.columns:
-                names = (self.section.columns[field],)
-            column = column_of(row, names)
+            mapped = self.section.columns.get(field)
+            column = column_of(row, (field, *aliases) if mapped is None else (mapped,))
             if column is not None:
                 fields[field] = row[column]
-            elif field not in self.optional:
-                raise missing_column(where, field, row)
+            elif field not in self.optional or mapped is not None:
+                raise missing_column(where, field, row, mapped)
         return self.check_fields(fields, row, where)
 
     def check_fields(self, fields: dict[str, Any], row: Fields, where: str) -> dict[str, Any]:
@@ -122,6 +121,11 @@ class Task:
     def gold_columns(self, row: Fields, where: str) -> Any:
         """The label of a row without a label's cell, from several columns. None: unlabeled."""
         return None
+
+    @property
+    def mapped_gold(self) -> dict[str, str]:
+        """The columns that ``task.columns`` names for the parts of a label, by part."""
+        return {}
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         """A row's own label in canonical form. Raises UserError for a value that is not a label of
@@ -223,6 +227,10 @@ class Task:
         None: a label has one line.
         """
         return None
+
+    def begins_label(self, text: str) -> bool:
+        """Whether ``text`` begins with a label, where any text may be one: not with other words."""
+        return True
 
     def written_labels(self) -> tuple[str, ...]:
         """Labels that must be read back as they are written. Empty: labels are free text, or differ
@@ -336,13 +344,21 @@ def column_of(row: Fields, names: Sequence[str]) -> str | None:
     return None
 
 
-def missing_column(where: str, field: str, row: Fields) -> UserError:
-    """The error for a row without a field's column."""
+def missing_column(
+    where: str, field: str, row: Fields, mapped: str | None = None, advice: str = ""
+) -> UserError:
+    """The error for a row without a field's column, or without the one that ``task.columns`` names
+    for it (``mapped``).
+    """
     columns = [str(column) for column in row if column not in ("teacher", "meta")]
-    return UserError(
-        f"{where}: no column {field!r} (columns: {', '.join(columns) or 'none'})",
-        hint=f"rename the column, or map it: task.columns: {{{field}: <column>}}",
-    )
+    listed = ", ".join(columns) or "none"
+    name = field if mapped is None else mapped
+    hint = f"rename the column, or map it: task.columns: {{{field}: <column>}}"
+    if mapped is not None:
+        hint = f"task.columns.{field} must name a column of the file{advice}"
+    for near in difflib.get_close_matches(name, columns, n=1):
+        hint = f"did you mean {near!r}? {hint}"
+    return UserError(f"{where}: no column {name!r} (columns: {listed})", hint=hint)
 
 
 def cell_text(value: Any, name: str, where: str) -> str | None:

@@ -17,7 +17,7 @@ from dsbs.config import LabelSource, Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest
 from dsbs.records import Annotation, Example
-from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of
+from dsbs.tasks import MISSING_WORDS, Fields, Task, cell_text, column_of, missing_column
 from dsbs.tasks.marks import fold
 from dsbs.tasks.tables import format_of, source_rows
 
@@ -167,11 +167,13 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
     finds_copies = source == data.train and (data.valid is None or data.test is None)
     problems: list[UserError] = []
     is_empty = True
+    unseen = _UnseenColumns(task, source)
     rows = source_rows(source, recipe.folder)
     while len(problems) < _MAX_PROBLEMS:
         try:
             where, row = next(rows)
             is_empty = False
+            unseen.check(row, where)
             example = _example(task, row, where, recorded_model)
             key = _short_hash(example.id)
             counts[key] = counts.get(key, 0) + 1
@@ -180,6 +182,7 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
                     raise _repeated_id(recipe, task, source, where, example.id)
                 example = replace(example, id=f"{example.id}~{counts[key]}")
         except StopIteration:
+            problems += unseen.problems()
             break
         except UserError as error:
             # A row that cannot be read ends the generator; one that cannot be used does not.
@@ -200,6 +203,54 @@ def _examples(recipe: Recipe, task: Task, source: str, split: str) -> Iterator[E
         raise UserError(
             f"{source} {state}", hint=f"add rows, or name another file in task.data.{split}"
         )
+
+
+class _UnseenColumns:
+    """The columns that ``task.columns`` names for parts of a label and that a file lacks.
+
+    A mistake in such a name would make the part absent in all rows. In JSON lines, a row may lack a
+    name that others have.
+    """
+
+    def __init__(self, task: Task, source: str) -> None:
+        self._task = task
+        self._source = source
+        self._unseen = task.mapped_gold
+        self._columns: dict[str, Any] = {}
+        self._is_table = format_of(source) != "jsonl"
+        self._needs_columns = False
+
+    def check(self, row: dict[str, Any], where: str) -> None:
+        """Raises UserError where a row of a table lacks a column."""
+        task = self._task
+        if not self._unseen or _inner(row) is not row:
+            return
+        if _cell(task, "label", task.label_columns, row, row, where) is not None:
+            return  # all parts are in one cell
+        self._needs_columns = True
+        self._columns |= row
+        self._unseen = {
+            name: column
+            for name, column in self._unseen.items()
+            if column_of(row, (column,)) is None
+        }
+        if self._is_table:
+            self._raise(where)
+
+    def problems(self) -> list[UserError]:
+        """The error of a file whose rows all lack a column, if there is one."""
+        if self._is_table or not self._needs_columns:
+            return []
+        try:
+            self._raise(self._source)
+        except UserError as error:
+            return [error]
+        return []
+
+    def _raise(self, where: str) -> None:
+        for name, column in self._unseen.items():
+            advice = "; where no row has a value, its cells may be empty"
+            raise missing_column(where, name, self._columns, column, advice)
 
 
 def _short_hash(*texts: str) -> int:
@@ -344,8 +395,5 @@ def _cell(
         if column is not None:
             return cells[column]
     if mapped is not None and inner is row:
-        raise UserError(
-            f"{where}: no column {mapped!r} (columns: {', '.join(map(str, row))})",
-            hint=f"task.columns.{name} must name a column of the file",
-        )
+        raise missing_column(where, name, row, mapped)
     return None

@@ -155,16 +155,28 @@ class Extraction(OwnDataTask):
         return value
 
     def gold_columns(self, row: Fields, where: str) -> dict[str, Any] | None:
-        columns = self.section.columns
-        read = {columns.get(name, name) for name in self._template_fields or ()}
         values: dict[str, Any] = {}
         for name in self.field_types:
-            column = column_of(row, (columns.get(name, name),))
-            if column is not None and column not in read:  # what the student reads is no gold value
+            column = column_of(row, (self.section.columns.get(name, name),))
+            if column is not None and column not in self._input_columns:
                 values[name] = row[column]
         if all(_is_missing(value) for value in values.values()):
             return None
         return values
+
+    @property
+    def mapped_gold(self) -> dict[str, str]:
+        return {
+            name: column
+            for name, column in self.section.columns.items()
+            if name in self.field_types and column not in self._input_columns
+        }
+
+    @property
+    def _input_columns(self) -> set[str]:
+        """The columns that ``task.input`` reads: what the student reads is no gold value."""
+        columns = self.section.columns
+        return {columns.get(name, name) for name in self._template_fields or ()}
 
     def gold(self, value: Any, fields: Fields, where: str) -> str:
         unknown = [str(name) for name in value if _name_key(str(name)) not in self._name_of]
@@ -274,6 +286,11 @@ class Extraction(OwnDataTask):
             if len(names) == len(self.field_types):
                 break
         return end or len(text.partition("\n")[0])
+
+    def begins_label(self, text: str) -> bool:
+        match = self._beginning.search(text)
+        is_first = match is not None and not any(map(str.isalnum, text[: match.start()]))
+        return is_first or _json_span(text) is not None
 
     def _found(self, text: str) -> Iterator[tuple[str, re.Match[str], int]]:
         """Each field that the text names, where, and the end of what follows its name."""

@@ -39,9 +39,10 @@ class OwnDataTask(Task):
             return {"text": self._only_text(row, where)}
         fields = {}
         for field in self._template_fields:
-            column = column_of(row, (self.section.columns.get(field, field),))
+            mapped = self.section.columns.get(field)
+            column = column_of(row, (mapped or field,))
             if column is None:
-                raise missing_column(where, field, row)
+                raise missing_column(where, field, row, mapped)
             fields[field] = row[column]
         plain = {field: _as_json(value, field, where) for field, value in fields.items()}
         if all(not str(value).strip() for value in plain.values()):
@@ -70,7 +71,7 @@ class OwnDataTask(Task):
         if column is None:
             free = self._unassigned_columns(row)
             if mapped or len(free) != 1:
-                raise missing_column(where, mapped or "text", row)
+                raise missing_column(where, "text", row, mapped)
             column = free[0]
         return input_text(row[column], column, where)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import write_jsonl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsbs
@@ -218,3 +218,62 @@ def test_recorded_and_human_teachers(kind: str, teacher: str, tmp_path: Path) ->
     path.write_text(json.dumps(recipe), encoding="utf-8")
     result = dsbs.annotate(dsbs.load_recipe(path), out=tmp_path / "run")
     assert all(split.accepted == split.rows for split in result.splits.values())
+
+
+FREE = {
+    "generation": make_task(TaskSection(name="generation", data={"train": "-"})),
+    "extraction": make_task(
+        TaskSection.model_validate(
+            {
+                "name": "extraction",
+                "data": {"train": "-"},
+                "fields": {"reason": {"type": "text"}, "note": {"type": "text"}},
+            }
+        )
+    ),
+}
+FORMS = {
+    "rationale-first": "{{ rationale }}\nAnswer: {{ label }}",
+    "label-first": "Answer: {{ label }}\nReason: {{ rationale }}",
+}
+# words, anchors and headings that may be a text's own
+PIECES = st.sampled_from(
+    [
+        "Answer:",
+        "answer is",
+        "**Answer:**",
+        "Reason:",
+        "Reasonings:",
+        "Because:",
+        "7",
+        "the box",
+        "Ann",
+    ]
+)
+
+
+def sentence(pieces: list[str]) -> str:
+    return " ".join(["It says", *pieces, "there"])
+
+
+Texts = st.lists(PIECES, max_size=5)
+
+
+@settings(max_examples=60)
+@given(Texts, Texts, Texts)
+@pytest.mark.parametrize("order", list(FORMS))
+@pytest.mark.parametrize("kind", list(FREE))
+def test_free_text_with_anchors_is_read_back(
+    kind: str, order: str, why: list[str], first: list[str], second: list[str]
+) -> None:
+    task = FREE[kind]
+    label = sentence(first)
+    if kind == "extraction":  # a value with a field's name and a colon is refused as gold
+        values = [text.replace("Reason:", "Answer:") for text in (label, sentence(second))]
+        label = task.gold(dict(zip(("reason", "note"), values, strict=True)), {}, "row")
+    prompt = Prompt.model_validate(
+        {"template": "{{ text }}", "order": order, "answer": FORMS[order], "anchor": ["Answer:"]}
+    )
+    written = FORMS[order].replace("{{ rationale }}", sentence(why)).replace("{{ label }}", label)
+    sample = parse_reply(written, prompt, task, {"text": "-"}, "stop")
+    assert (sample.label, sample.rationale, sample.reason) == (label, sentence(why), None)

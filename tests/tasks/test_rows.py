@@ -494,6 +494,32 @@ def test_a_missing_column_is_reported_once_for_the_file(tmp_path: Path) -> None:
     assert message == f"{tmp_path / 'a.csv'}:2: no column 'taem' (columns: text, team)"
 
 
+def test_a_mapped_column_of_a_field_is_in_the_file(tmp_path: Path) -> None:
+    fields = {"sender": {"type": "text"}, "total": {"type": "number"}}
+    columns = {"sender": "from", "total": "amount"}
+    rows = [{"text": f"t{i}", "from": "Ann", "amuont": str(i)} for i in range(20)]
+    keys: dict[str, Any] = {
+        "name": "extraction",
+        "labels": None,
+        "fields": fields,
+        "columns": columns,
+    }
+    for name, where in (("a.csv", "a.csv:2"), ("a.jsonl", "a.jsonl")):
+        write = write_csv if name.endswith(".csv") else write_jsonl
+        error = problem(write(tmp_path / name, rows), **keys)
+        expected = f"{tmp_path / where}: no column 'amount' (columns: text, from, amuont)"
+        assert error.problem == expected
+        assert error.hint.startswith("did you mean 'amuont'? task.columns.total must name")
+    sparse = [{"text": "a", "from": "Ann"}, {"text": "b", "amount": 3}]
+    labels = [row.label for row in read(write_jsonl(tmp_path / "b.jsonl", sparse), **keys)]
+    assert labels == ["sender: Ann\ntotal: null", "sender: null\ntotal: 3"], "rows may lack a name"
+    whole = [{"text": "a", "label": {"sender": "Ann", "total": 3}}]
+    read(write_jsonl(tmp_path / "c.jsonl", whole), **keys)
+    empty = [{"text": "a", "from": "Ann", "amount": ""}, {"text": "b", "from": "", "amount": ""}]
+    labels = [row.label for row in read(write_csv(tmp_path / "b.csv", empty), **keys)]
+    assert labels == ["sender: Ann\ntotal: null", None], "an empty column is no mistake"
+
+
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_an_empty_file_is_said_to_be_empty(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.jsonl").write_text(text)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import good_answer, launcher, on_two_processes, run_python
 from forked import DSBS
+from hypothesis import given
+from hypothesis import strategies as st
 from loopback import LoopbackServer
 
 from dsbs import Student, annotate, evaluate, load_recipe, train
 from dsbs.config import Recipe
+from dsbs.students.card import SECOND_PART
 from dsbs.students.formats import compose_target, split_target
 from dsbs.tasks import make_task
 from dsbs.training.grid import grid
@@ -27,6 +31,22 @@ def test_what_is_put_together_comes_apart_again(target: str, rationale: str | No
     label, why = split_target(target, text)  # type: ignore[arg-type]
     assert label == "shipping"
     assert why == (None if target == "label" else rationale)
+
+
+PIECES = st.sampled_from(["Answer:", "Answer':", "Because:", "Because''':", "'", ":", "a box"])
+
+
+@given(
+    st.sampled_from(["rationale-then-label", "label-then-rationale"]),
+    st.lists(PIECES, min_size=1),
+    st.lists(PIECES),
+)
+def test_texts_with_the_mark_between_them_come_apart_again(
+    target: Any, label: list[str], rationale: list[str]
+) -> None:
+    text = compose_target(target, " ".join(label), " ".join(rationale))
+    assert text is not None and text.count(SECOND_PART[target]) <= 1
+    assert split_target(target, text) == (" ".join(label), " ".join(rationale) or None)
 
 
 def test_a_sequence_that_never_came_to_its_label_has_none() -> None:
