@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dsbs.cli.common import Json, Out, Overrides, SetKeys, load, merged, print_json
+from dsbs.cli.common import Json, Out, Overrides, SetKeys, load, merged, print_json, progress
 from dsbs.errors import UserError
-from dsbs.formatting import count
+from dsbs.formatting import count, listing
 
 if TYPE_CHECKING:
     from dsbs.config import Recipe
@@ -37,7 +37,7 @@ def review(
     ] = None,
     order: Annotated[
         Literal["mistakes", "random", "file"],
-        typer.Option(help="The order of the rows at first: likely mistakes, random, or the file's."),
+        typer.Option(help="The rows' first order: likely mistakes, random, or the file's."),
     ] = "mistakes",
     port: Annotated[
         int,
@@ -90,7 +90,7 @@ def review(
     else:
         from dsbs.review.run import review as serve
 
-        progress = serve(
+        state = serve(
             recipe,
             folder,
             lambda page: _announce(page, folder, split, as_json),
@@ -98,14 +98,13 @@ def review(
             split=split,
             port=port,
             order=order,
+            progress=progress(),
             opens_browser=not no_browser and not as_json and _has_screen(),
         )
-        print(f"{count(progress['reviewed'], 'row')} reviewed", file=sys.stderr)
+        print(f"{count(state['reviewed'], 'row')} reviewed", file=sys.stderr)
 
 
-def _recipe_and_run(
-    run: str, overrides: list[str], out: str | None
-) -> tuple[Recipe, RunFolder]:
+def _recipe_and_run(run: str, overrides: list[str], out: str | None) -> tuple[Recipe, RunFolder]:
     """The recipe and the run folder that an argument names."""
     from dsbs.review.run import recorded_recipe
     from dsbs.run_folder import RunFolder
@@ -148,11 +147,13 @@ def _announce(page: PageInfo, folder: RunFolder, split: str, as_json: bool) -> N
 
 def _export(recipe: Recipe, folder: RunFolder, split: str, path: Path, as_json: bool) -> None:
     from dsbs.records.reviews import read_reviews
-    from dsbs.review.queue import load_rows
+    from dsbs.review.queue import load_rows, ordered
     from dsbs.review.spreadsheet import export_csv
+    from dsbs.tasks import make_task
 
-    rows = load_rows(recipe, folder, split)
-    export_csv(path, rows, read_reviews(folder.reviews(split)))
+    rows = load_rows(recipe, folder, split, progress=progress())
+    reviews = read_reviews(folder.reviews(split))
+    export_csv(path, ordered(rows, make_task(recipe.task), reviews=reviews), reviews)
     if as_json:
         print_json({"file": str(path), "rows": len(rows)})
     else:
@@ -162,10 +163,14 @@ def _export(recipe: Recipe, folder: RunFolder, split: str, path: Path, as_json: 
 def _import(
     recipe: Recipe, folder: RunFolder, split: str, path: Path, reviewer: str, as_json: bool
 ) -> None:
+    from dsbs.review.queue import load_rows
     from dsbs.review.spreadsheet import import_csv
+    from dsbs.tasks import make_task
 
-    result = import_csv(path, recipe, folder, split, reviewer)
+    rows = load_rows(recipe, folder, split, with_student=False)
+    result = import_csv(path, rows, make_task(recipe.task), folder, split, reviewer)
     if as_json:
-        print_json({"decisions": result.decisions, "unchanged": result.unchanged})
+        print_json({"saved": result.saved, "unchanged": result.unchanged})
     else:
-        print(f"{count(result.decisions, 'decision')} saved, {result.unchanged:,} rows unchanged")
+        saved = listing(result.saved) or "none"
+        print(f"saved: {saved}; {result.unchanged:,} unchanged, {result.undecided:,} undecided")

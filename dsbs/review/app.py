@@ -201,7 +201,7 @@ def _boot(desk: Desk, key: PageKey) -> dict[str, Any]:
         "reviewer": desk.reviewer,
         "form": _label_form(desk.task),
         "labels": list(desk.task.head_labels),
-        "orders": [[name, title] for title, name in ORDERS.items()],
+        "orders": list(ORDERS.items()),
         "order": desk.order,
         "reasons": desk.reasons(),
         "has_gold": any(row.gold is not None for row in desk.rows),

@@ -12,23 +12,23 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
+from dsbs.evaluation.reviewed import agreement, estimate
 from dsbs.formatting import percent
 from dsbs.records.reviews import (
     Decision,
     Review,
     current_reviews,
     read_reviews,
-    right_label,
 )
-from dsbs.review.queue import FILTERS, Order, QueueItem, ReviewRow, agreement, estimate, ordered
+from dsbs.review.queue import FILTERS, Order, QueueItem, ReviewRow, ordered
 from dsbs.run_folder import RunFolder, append_review
 from dsbs.serving.settings import ApiError, Settings
 from dsbs.tasks import Task
 
-ORDERS: dict[str, Order] = {
-    "likely mistakes first": "mistakes",
+ORDERS: dict[Order, str] = {
+    "mistakes": "likely mistakes first",
     "random": "random",
-    "as in the file": "file",
+    "file": "as in the file",
 }
 _MAX_DIFFERENCES = 200  # in one answer
 _CLOCK_SKEW = timedelta(minutes=1)
@@ -51,8 +51,8 @@ class ReviewForm(LabelForm):
     rationale: str | None = Field(None, max_length=100_000)
     reviewer: str = Field(min_length=1, max_length=80)
     time: datetime
-    order: str | None = None
-    """The order in which the row was shown. None: it was looked for, so that it is no random one."""
+    order: Order | None = None
+    """The order that showed the row. None: it was looked for, so that it is no random one."""
 
     @field_validator("reviewer")
     @classmethod
@@ -89,8 +89,8 @@ class Desk:
         self._at = {row.id: n for n, row in enumerate(self.rows)}
         self._reviews: dict[str, list[Review]] = {}
         self._version: tuple[int, int] | None = None
-        self._orders: dict[str, list[int]] = {}
-        self._items: dict[str, dict[int, QueueItem]] = {}
+        self._orders: dict[Order, list[int]] = {}
+        self._items: dict[Order, dict[int, QueueItem]] = {}
         self.refresh()
         self.queue_order(self.order)  # whatever is slow happens before the page opens
 
@@ -127,8 +127,7 @@ class Desk:
 
     def queue(self, query: Mapping[str, str]) -> dict[str, Any]:
         """The numbers of the rows that a page's filters choose, in the order that it asks for."""
-        orders = {name: name for name in ORDERS.values()}
-        order = orders.get(query.get("order", self.order))
+        order = next((name for name in ORDERS if name == query.get("order", self.order)), None)
         if order is None or query.get("reason", "") not in ("", *FILTERS):
             raise ApiError(400, "no such order or reason", "no_such_choice")
         with self._lock:
@@ -183,22 +182,22 @@ class Desk:
                 return any(review.decision == decision for review in current.values())
 
     def _is_disputed(self, n: int) -> bool:
-        annotation = self.rows[n].annotation
         labels = [
-            right_label(annotation, review)
+            review.right_label
             for review in self._current(n).values()
             if review.decision != "skipped"
         ]
+        first = labels[0] if labels else None
         return any(
-            (label is None) != (labels[0] is None)
-            or (label and labels[0] and not self.task.correct(label, labels[0]))
-            for label in labels[1:]
+            label is not first
+            and (label is None or first is None or not self.task.correct(label, first))
+            for label in labels
         )
 
-    def _has_label(self, row: ReviewRow, wanted: str) -> bool:
+    def _has_label(self, row: ReviewRow, text: str) -> bool:
         if row.label is None:
             return False
-        low = wanted.strip().lower()
+        low = text.strip().lower()
         if low in (label.lower() for label in self.task.head_labels):
             return low in (label.lower() for label in self.task.classes(row.label))
         return low in row.label.lower()
@@ -233,17 +232,12 @@ class Desk:
         current = self._current(n)
         mine = current.get(reviewer)
         # Another's decision is shown once the reviewer has decided: it would influence theirs.
-        others = [review for name, review in current.items() if mine and name != reviewer]
+        shown = [review for name, review in current.items() if mine and name != reviewer]
         students = []
         if row.student is not None:
             label = None if row.student_label is None else self._shown_label(row, row.student_label)
-            students = [
-                {
-                    "name": row.student,
-                    "label": label,
-                    "probability": row.student_probability,
-                }
-            ]
+            probability = row.student_probability
+            students = [{"name": row.student, "label": label, "probability": probability}]
         return {
             "n": n,
             "id": row.id,
@@ -256,7 +250,7 @@ class Desk:
             "choices": row.input.get("choices") if self.task.has_choices else None,
             "why": self._why(n),
             "mine": None if mine is None else self._shown_review(row, mine),
-            "others": [self._shown_review(row, review) for review in others],
+            "others": [self._shown_review(row, review) for review in shown],
         }
 
     def _shown_label(self, row: ReviewRow, label: str) -> dict[str, Any]:
@@ -283,13 +277,14 @@ class Desk:
         samples = row.annotation.samples
         lines = []
         if len(samples) > 1 and row.vote_share is not None:
-            others = {
+            other_labels = {
                 sample.label: None
                 for sample in samples
                 if sample.label is not None and not self._same(row, sample.label)
             }
-            also = f"; others: {', '.join(map(_one_line, others))}" if others else ""
-            lines.append(f"{percent(row.vote_share)} of {len(samples)} replies{also}")
+            also = ", ".join(map(_one_line, other_labels))
+            line = f"{percent(row.vote_share)} of {len(samples)} replies"
+            lines.append(f"{line}; others: {also}" if also else line)
         reason = row.annotation.reject_reason
         if not row.is_accepted and reason is not None:
             lines.append(f"not used for training so far: {reason}")
@@ -311,36 +306,30 @@ class Desk:
 
     def _last_of(self, reviewer: str) -> int | None:
         """The number of the row that a reviewer decided on last."""
-        reviews = (
-            current_reviews(of_row).get(reviewer)
-            for row_id, of_row in self._reviews.items()
-            if row_id in self._at
-        )
-        mine = [review for review in reviews if review is not None]
+        current = (current_reviews(of_row).get(reviewer) for of_row in self._reviews.values())
+        mine = [review for review in current if review is not None and review.id in self._at]
         return self._at[max(mine, key=lambda review: review.when).id] if mine else None
 
     def summary(self) -> dict[str, Any]:
         """The teacher's estimated accuracy, and how far the reviewers agree."""
         with self._lock:
             self.refresh()
-            sentences = [estimate(self.rows, self._reviews, self.task).sentence]
+            annotations = {row.id: row.annotation for row in self.rows}
+            sentences = [estimate(annotations, self._reviews, self.task).sentence]
             differences = []
-            agreed = agreement(self.rows, self._reviews, self.task)
+            agreed = agreement(self._reviews, self.task)
             if agreed is not None:
                 sentences.append(agreed.sentence)
-                for row_id, *pair in agreed.differences[:_MAX_DIFFERENCES]:
-                    n = self._at[row_id]
-                    texts = [self._difference(self.rows[n], review) for review in pair]
-                    differences.append({"n": n, "id": row_id, "texts": texts})
+                differences = [
+                    {"n": self._at[row_id], "id": row_id, "texts": [*map(_opinion, pair)]}
+                    for row_id, *pair in agreed.differences[:_MAX_DIFFERENCES]
+                    if row_id in self._at
+                ]
             return {
                 "progress": self.progress(),
                 "sentences": sentences,
                 "differences": differences,
             }
-
-    def _difference(self, row: ReviewRow, review: Review) -> str:
-        label = right_label(row.annotation, review)
-        return f"{review.reviewer}: {review.decision if label is None else _one_line(label)}"
 
     # --- decisions
 
@@ -431,6 +420,7 @@ class Desk:
             id=row.id,
             decision=decision,
             label=label,
+            shown=None if decision == "undone" else row.label,
             rationale=rationale,
             gold_is_wrong=form.gold_is_wrong,
             reviewer=form.reviewer,
@@ -438,7 +428,7 @@ class Desk:
             sampled=self._is_sampled(self._at[row.id], form.order),
         )
 
-    def _is_sampled(self, n: int, order: str | None) -> bool:
+    def _is_sampled(self, n: int, order: Order | None) -> bool:
         items = {} if order is None else self._items.get(order, {})
         return n in items and items[n].sampled
 
@@ -447,6 +437,11 @@ def _field_text(value: Any) -> str:
     if isinstance(value, list):
         return "\n".join(map(str, value))
     return str(value)
+
+
+def _opinion(review: Review) -> str:
+    label = review.right_label
+    return f"{review.reviewer}: {review.decision if label is None else _one_line(label)}"
 
 
 def _one_line(label: str) -> str:

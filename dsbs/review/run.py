@@ -17,6 +17,8 @@ from typing import Any
 from dsbs.config import Recipe
 from dsbs.config.load import read_recorded
 from dsbs.errors import UserError, needs_extra
+from dsbs.progress import Progress
+from dsbs.review.queue import Order, load_rows
 from dsbs.run_folder import RunFolder
 from dsbs.serving.run import bind
 
@@ -54,7 +56,8 @@ def review(
     reviewer: str,
     split: str = "train",
     port: int = 0,
-    order: str = "mistakes",
+    order: Order = "mistakes",
+    progress: Progress | None = None,
     opens_browser: bool = False,
 ) -> dict[str, Any]:
     """Serve the page on 127.0.0.1 until SIGTERM or SIGINT. Returns its progress.
@@ -65,19 +68,18 @@ def review(
     the run is being reviewed already.
     """
     from dsbs.review.desk import Desk
-    from dsbs.review.queue import load_rows
     from dsbs.tasks import make_task
 
-    with needs_extra("serve", "dsbs review"):
+    with needs_extra("review", "dsbs review"):
         from dsbs.review.app import PageKey, make_app
         from dsbs.serving.app import HttpServer
 
     folder = run.stage("review")
-    rows = load_rows(recipe, run, split)
     with run.lock("review"):
         session = _read_session(folder / _SESSION)
         listener = _listen(port, session.get("port"))
         try:
+            rows = load_rows(recipe, run, split, progress=progress)
             bound: int = listener.getsockname()[1]
             token = session.get("token") or secrets.token_urlsafe(32)
             desk = Desk(run, recipe, make_task(recipe.task), split, rows, reviewer, order)
@@ -115,9 +117,7 @@ def _read_session(path: Path) -> dict[str, Any]:
         session = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    is_private = os.name == "nt" or (
-        status.st_uid == os.geteuid() and status.st_mode & 0o077 == 0
-    )
+    is_private = os.name == "nt" or (status.st_uid == os.geteuid() and status.st_mode & 0o077 == 0)
     if not is_private or not isinstance(session, dict):
         return {}
     port, token = session.get("port"), session.get("token")
@@ -141,6 +141,8 @@ def _write_private(path: Path, text: str) -> None:
 
 def _open_browser(path: Path, url: str) -> None:
     """Open the page by a private file that leads to it: other users see a browser's arguments."""
-    content = f'<!doctype html><meta http-equiv="refresh" content="0; url={url}"><title>dsbs</title>'
+    content = (
+        f'<!doctype html><meta http-equiv="refresh" content="0; url={url}"><title>dsbs</title>'
+    )
     _write_private(path, content)
     webbrowser.open(path.resolve().as_uri())

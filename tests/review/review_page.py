@@ -59,12 +59,18 @@ def annotation(
 
 
 def write_run(folder: Path, task: dict[str, Any], annotations: Sequence[Annotation]) -> RunFolder:
-    """A run whose annotation is finished."""
-    rows = [{"id": row.id, "text": row.input["text"], "label": row.gold} for row in annotations]
-    data = {"train": str(write_jsonl(folder.with_suffix(".jsonl"), rows))}
+    """A run whose annotation is finished; all rows are train rows."""
+    path = str(folder.with_suffix(".jsonl"))
+    data = {"train": path, "valid": path, "test": path}
     recipe = Recipe.model_validate(
         {"name": "sample", "task": task | {"data": data}, "teacher": {"kind": "human"}}
     )
+    value = make_task(recipe.task).value
+    rows = [
+        {"id": row.id, "text": row.input["text"], "label": row.gold and value(row.gold)}
+        for row in annotations
+    ]
+    write_jsonl(Path(path), rows)
     run = RunFolder(folder)
     with run.record("annotate", recipe, {}) as manifest:
         manifest["source"] = source_fingerprint(recipe, make_task(recipe.task))

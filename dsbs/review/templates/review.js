@@ -271,8 +271,17 @@ async function showRow(to, takesFocus = true) {
   at("row").setAttribute("aria-label", `Row ${position + 1} of ${queue.length}`);
   at("row").hidden = false;
   enableActions(row);
+  if (row.mine && !row.mine.isWaiting) refresh(row).catch(() => {});
   if (takesFocus) { scrollTo(0, 0); at("row").focus({ preventScroll: true }); }
   if (!rows.has(queue[Math.min(position + AHEAD / 2, queue.length - 1)])) load(queue.slice(position, position + AHEAD)).catch(() => {});
+}
+
+// What others decided on a row of mine meanwhile.
+async function refresh(row) {
+  const [now] = (await call(`/rows?${new URLSearchParams({ n: row.n, reviewer: me })}`)).rows;
+  if (outbox.some(([, review]) => review.id === row.id)) return;
+  Object.assign(row, now);
+  if (current() === row) showTags(row);
 }
 
 function enableActions(row) {
@@ -381,9 +390,10 @@ async function toggleList() {
 
 async function moveInList(by) {
   const lines = [...at("rows").querySelectorAll("button")];
+  if (!lines.length) return;
   const to = Math.max(0, lines.indexOf(document.activeElement) + by);
   if (to >= lines.length && !at("next-page").disabled) { page++; await showList(); at("rows").querySelector("button").focus(); return; }
-  if (lines.length) lines[Math.min(to, lines.length - 1)].focus();
+  lines[Math.min(to, lines.length - 1)].focus();
 }
 
 // --- results so far
