@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsbs.errors import DsbsError, PartialError, UserError
     from dsbs.evaluation.run import evaluate
     from dsbs.exporting.run import export
+    from dsbs.importing.run import ImportOptions, import_log
     from dsbs.project.validate import validate
     from dsbs.reporting.run import report, report_runs
     from dsbs.students.student import Student
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DsbsError",
+    "ImportOptions",
     "PartialError",
     "Student",
     "UserError",
@@ -38,6 +40,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "import_log",
     "load_recipe",
     "report",
     "report_runs",
@@ -46,6 +49,7 @@ __all__ = [
 ]
 _MODULES = {
     "DsbsError": "dsbs.errors",
+    "ImportOptions": "dsbs.importing.run",
     "PartialError": "dsbs.errors",
     "Student": "dsbs.students.student",
     "UserError": "dsbs.errors",
@@ -53,6 +57,7 @@ _MODULES = {
     "compress": "dsbs.compression.run",
     "evaluate": "dsbs.evaluation.run",
     "export": "dsbs.exporting.run",
+    "import_log": "dsbs.importing.run",
     "load_recipe": "dsbs.config.load",
     "report": "dsbs.reporting.run",
     "report_runs": "dsbs.reporting.run",

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, Literal, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -93,18 +93,21 @@ _ENCODINGS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_GZIP_MARK = b"\x1f\x8b"
 _BLOCK = 64 * 1024  # bytes read at once from the end of a file
 _HEAD_BYTES = 64 * 1024  # of a file, by which its line ends are recognized
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """Open text, gzipped or not: UTF-8, or UTF-16 with a byte order mark.
+def open_text(path: Path, *, errors: Literal["strict", "replace"] = "strict") -> Iterator[TextIO]:
+    """Open text, gzipped or not, whatever its name: UTF-8, or UTF-16 with a byte order mark.
 
     Only ``\\n`` ends a line (in a file without any, ``\\r``): data hold other Unicode line
-    separators.
+    separators. ``errors="replace"`` reads bytes that are not text as U+FFFD.
     """
-    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with path.open("rb") as raw:
+        is_gzip = path.suffix.lower() == ".gz" or raw.read(2) == _GZIP_MARK
+    opener: Any = gzip.open if is_gzip else open
     encoding = "utf-8-sig"
     newline = "\n"
     try:
@@ -116,7 +119,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
                 break
         if b"\r" in head and b"\n" not in head:
             newline = "\r"
-        with opener(path, "rt", encoding=encoding, newline=newline) as file:
+        with opener(path, "rt", encoding=encoding, newline=newline, errors=errors) as file:
             yield file
     except UnicodeDecodeError as error:
         raise UserError(

@@ -387,6 +387,7 @@ _ANNOTATE_KEYS_WITHOUT_EFFECT = {
     "concurrency",
     "max_usd",
     "max_requests",
+    "next",
     "batch",
     "engine",
     "ray",

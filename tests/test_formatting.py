@@ -28,7 +28,7 @@ from dsbs.formatting import (
     signed,
     signed_confidence_interval,
 )
-from dsbs.records.results import wilson
+from dsbs.records.measures import wilson
 
 # Links of bare addresses need another package, and have a test of their own.
 PARSER = MarkdownIt("gfm-like", {"linkify": False})

@@ -12,16 +12,15 @@ RANKS = {
     "errors": 0, "files": 1, "progress": 1, "formatting": 1, "records": 2,
     "config": 3, "tasks": 4, "run_folder": 4, "prompting": 5, "students": 5,
     "annotation": 7, "training": 7, "evaluation": 7, "reporting": 7, "exporting": 7, "serving": 7,
-    "compression": 8, "project": 8, "review": 9,
+    "compression": 8, "importing": 8, "project": 8, "review": 9,
     "": 10, "cli": 10, "__main__": 11,
 }  # fmt: skip
 STAGES = {"annotation", "training", "evaluation", "reporting", "exporting", "serving"}
 HEAVY = {
     "accelerate", "aiohttp", "cleanlab", "ctranslate2", "datasets", "datasketch", "evaluate",
     "fastapi", "gguf", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openai", "peft",
-    "pyarrow", "rapidfuzz", "ray", "scipy", "sentencepiece", "sklearn", "statsmodels",
-    "torch", "transformers", "uvicorn",
-    "xllamacpp",
+    "presidio_analyzer", "pyarrow", "rapidfuzz", "ray", "scipy", "sentencepiece", "sklearn",
+    "statsmodels", "torch", "transformers", "uvicorn", "xllamacpp",
 }  # fmt: skip
 # Names that do not say what a variable holds.
 PLACEHOLDERS = {

@@ -38,6 +38,7 @@ repeated, and replies are not bought twice.
 """
 MORE = {  # pages that say more than the help does
     "init": "[Managing runs and recipes](projects.md)",
+    "import": "[Importing a log](importing.md)",
     "doctor": "[Managing runs and recipes](projects.md)",
     "validate": "[Tutorial](tutorial.md), "
     "[Choosing a teacher](teachers.md#the-prompt-before-a-reply-is-paid-for)",

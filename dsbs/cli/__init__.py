@@ -17,6 +17,7 @@ from dsbs.errors import DsbsError
 # In the order of `dsbs --help`: each command's function and its help in a line.
 COMMANDS = {
     "init": ("dsbs.cli.init:init", "Create a recipe, a prompt and sample data"),
+    "import": ("dsbs.cli.import_log:import_log", "Turn a log of calls into rows and a recipe"),
     "doctor": ("dsbs.cli.doctor:doctor", "Check this machine, and a recipe's data and endpoints"),
     "validate": ("dsbs.cli.validate:validate", "Check a recipe against its data"),
     "run": ("dsbs.cli.run:run", "Run all stages: annotate, train, eval, report"),

@@ -221,6 +221,8 @@ def print_annotate_result(result: AnnotateResult) -> None:
     print_smoke_warning(result.reportable)
     for split, summary in result.splits.items():
         print_split(split, summary)
+        if split == "train" and result.remaining is not None:
+            print(f"  {result.remaining:,} rows remain that --next has not chosen")
     print(f"annotations: {result.run / 'annotate'}")
 
 
@@ -232,6 +234,12 @@ def print_split(name: str, summary: SplitSummary) -> None:
     overall = rate(summary.label_accuracy)
     accepted = rate(summary.label_accuracy_accepted)
     print(f"  label accuracy {overall}, of accepted rows {accepted}")
+    if summary.chosen:
+        print(
+            f"  {count(summary.chosen, 'row')} chosen by --next; label accuracy on the "
+            f"{summary.random:,} random ones {rate(summary.label_accuracy_random)}, an estimate "
+            "for all rows"
+        )
     if summary.hinted:
         print(f"  with a hint: {listing(summary.hinted)}")
     if not summary.requests and not summary.cached:  # a teacher on disk

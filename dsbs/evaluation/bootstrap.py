@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsbs.records.results import wilson
+from dsbs.records.measures import wilson
 
 RESAMPLES = 9_999
 SEED = 20230503

@@ -27,8 +27,7 @@ from dsbs.evaluation.thresholds import (
 )
 from dsbs.formatting import count
 from dsbs.records import Example, TrainedStudent
-from dsbs.records.measures import Cascade, CascadePoint, Measure
-from dsbs.records.results import wilson
+from dsbs.records.measures import Cascade, CascadePoint, Measure, wilson
 from dsbs.records.reviews import Reviews, apply_gold
 from dsbs.run_folder import RunFolder
 from dsbs.students.calibration import ConfidenceKind, Threshold, read_calibration, write_record

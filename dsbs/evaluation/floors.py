@@ -312,7 +312,8 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
         originals = run.load_annotations("train", source_fingerprint(recipe, task))
         return apply_reviews(originals, reviews, task)
 
-    examples = apply_gold(load(recipe, task, "train"), reviews)
+    annotated = run.next_rounds().of(load(recipe, task, "train"))
+    examples = apply_gold(annotated, reviews)
     rows = [row for row in examples if not is_held_out(recipe, row)]
     source, labels = labels_by_row(rows, annotations)
     if not labels:

@@ -5,14 +5,31 @@ agree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
+
+from dsbs.config import Recipe
+from dsbs.errors import UserError
+from dsbs.evaluation.bootstrap import Clusters, mean_interval
+from dsbs.evaluation.systems import System
 from dsbs.formatting import confidence_interval, count, percent
+from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation
-from dsbs.records.results import Rate, wilson
-from dsbs.records.reviews import Review, Reviews, current_reviews, deciding_reviews
+from dsbs.records.measures import Rate, wilson
+from dsbs.records.reviews import (
+    CorrectedAccuracy,
+    Review,
+    ReviewedSplit,
+    Reviews,
+    apply_reviews,
+    current_reviews,
+    deciding_reviews,
+    proposal,
+)
+from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 from dsbs.tasks.data import position
 
@@ -113,6 +130,112 @@ def is_right(annotation: Annotation, review: Review, task: Task) -> bool:
         truth = review.right_gold(annotation.gold)
     label = annotation.own_label
     return label is not None and truth is not None and task.correct(label, truth)
+
+
+# --- what reviews changed
+
+
+def reviewed_splits(
+    recipe: Recipe, task: Task, run: RunFolder, systems: Sequence[System], clusters: Clusters
+) -> dict[str, ReviewedSplit]:
+    """What reviews changed, by split. ``systems``: of the evaluated split, whose own gold labels
+    their figures keep; the corrected ones are counted beside them.
+    """
+    splits = {}
+    for split in ("train", "valid", "test"):
+        reviews = run.read_reviews(split)
+        if not any(map(current_reviews, reviews.values())):
+            continue
+        try:
+            annotations = run.load_annotations(split, source_fingerprint(recipe, task))
+        except UserError:  # no student learned from them either
+            annotations = {}
+        changes = _changes(annotations, reviews, task)
+        if split == recipe.eval.split and changes.gold_changed:
+            corrected = _corrected_accuracies(systems, deciding_reviews(reviews), task, clusters)
+            changes = changes.model_copy(update={"corrected": corrected})
+        splits[split] = changes
+    return splits
+
+
+def _changes(annotations: Mapping[str, Annotation], reviews: Reviews, task: Task) -> ReviewedSplit:
+    decided = deciding_reviews(reviews)
+    overlaid = apply_reviews(annotations, reviews, task)
+    labels_changed = rationales_changed = 0
+    for row_id, review in decided.items():
+        label = None
+        if row_id in annotations:
+            label, _ = proposal(annotations[row_id], task)
+        right = review.right_label
+        if right is not None:
+            labels_changed += label is None or not task.correct(right, label)
+        rationales_changed += review.rationale is not None
+    before = list(annotations.values())
+    after = list(overlaid.values())
+    teacher_labels = [row.own_label for row in before]
+    gold_after = [row.gold for row in after]
+    return ReviewedSplit(
+        rows=len(annotations),
+        reviewed=len(decided),
+        reviewers=len({name for of_row in reviews.values() for name in current_reviews(of_row)}),
+        accepted=sum(review.decision == "accepted" for review in decided.values()),
+        rejected=sum(review.decision == "rejected" for review in decided.values()),
+        labels_changed=labels_changed,
+        rationales_changed=rationales_changed,
+        gold_changed=sum(review.gold_is_wrong for review in decided.values()),
+        teacher_before=_share_right(teacher_labels, [row.gold for row in before], task),
+        teacher_after=_share_right(teacher_labels, gold_after, task),
+        labels_before=_accuracy_of_accepted(before, task),
+        labels_after=_accuracy_of_accepted(after, task),
+        true_accuracy=estimate(annotations, reviews, task).rate,
+    )
+
+
+def _share_right(
+    labels: Sequence[str | None], gold: Sequence[str | None], task: Task
+) -> Rate | None:
+    """The share of the rows with a gold label whose label is right; no label is wrong."""
+    marks = [
+        label is not None and task.correct(label, right)
+        for label, right in zip(labels, gold, strict=True)
+        if right is not None
+    ]
+    return wilson(sum(marks), len(marks))
+
+
+def _accuracy_of_accepted(rows: Sequence[Annotation], task: Task) -> Rate | None:
+    accepted = [row for row in rows if row.accepted]
+    return _share_right([row.own_label for row in accepted], [row.gold for row in accepted], task)
+
+
+def _corrected_accuracies(
+    systems: Sequence[System], decided: Mapping[str, Review], task: Task, clusters: Clusters
+) -> dict[str, CorrectedAccuracy]:
+    rows = systems[0].files[0].rows
+    gold = [
+        decided[row.id].right_gold(row.label) if row.id in decided else row.label for row in rows
+    ]
+    has_gold = np.array([label is not None for label in gold])
+    if not has_gold.any():
+        return {}
+    accuracies = {}
+    for system in systems:
+        marks = [
+            [
+                label is not None and right is not None and task.correct(label, right)
+                for label, right in zip(file.labels, gold, strict=True)
+            ]
+            for file in system.files
+        ]
+        scores = np.mean(np.array(marks, dtype=np.float64), axis=0)[has_gold]
+        of_rows = None if clusters is None else clusters[has_gold]
+        accuracies[system.name] = CorrectedAccuracy(
+            before=float(system.scores.mean()),
+            value=float(scores.mean()),
+            ci95=mean_interval(scores, of_rows),
+            n=len(scores),
+        )
+    return accuracies
 
 
 # --- two reviewers

@@ -29,6 +29,7 @@ from dsbs.evaluation.predictions import (
     update_marks,
 )
 from dsbs.evaluation.recorded import TEACHER, add_external, predict_teacher
+from dsbs.evaluation.reviewed import reviewed_splits
 from dsbs.evaluation.systems import (
     System,
     break_evens,
@@ -106,9 +107,11 @@ def evaluate(
         results = _compare(recipe, task, run, systems, clusters, data)
         calibration = _calibration_answers(recipe, task, run, students, progress, score_only)
         costs = _teacher_costs(run, results)
-        results = results.model_copy(
-            update={"cascades": cascades(recipe, task, systems, costs, calibration)}
-        )
+        changes = {
+            "cascades": cascades(recipe, task, systems, costs, calibration),
+            "reviews": reviewed_splits(recipe, task, run, systems, clusters),
+        }
+        results = results.model_copy(update=changes)
         write_json(run.results, results.as_json())
         with atomic_write(run.stage("eval") / "results.md") as file:
             file.write(results_markdown(results) + "\n")

@@ -19,7 +19,7 @@ from dsbs.errors import UserError
 from dsbs.files import write_json
 from dsbs.progress import NoProgress, Progress
 from dsbs.records import Example
-from dsbs.records.results import Rate, wilson
+from dsbs.records.measures import Rate, wilson
 from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.tasks import Task
 

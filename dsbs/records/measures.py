@@ -14,6 +14,38 @@ Interval = tuple[float, float]
 COVERAGES = (0.5, 0.7, 0.8, 0.9)  # the shares of the rows in selective prediction
 
 
+class Rate(BaseModel, frozen=True):
+    """``correct`` of ``n`` with a 95% interval, as fractions."""
+
+    value: float
+    ci95: Interval
+    correct: int
+    n: int
+
+
+def wilson(correct: int, n: int) -> Rate | None:
+    """The rate of ``correct`` in ``n`` trials with its score interval (Wilson, 1927); None for no
+    trials.
+    """
+    return _rate(correct, n, "wilson")
+
+
+def exact_rate(correct: int, n: int) -> Rate | None:
+    """As ``wilson``, with the exact interval (Clopper and Pearson, 1934)."""
+    return _rate(correct, n, "exact")
+
+
+def _rate(correct: int, n: int, method: Literal["wilson", "exact"]) -> Rate | None:
+    if n == 0:
+        return None
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method=method)
+    return Rate(
+        value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
+    )
+
+
 class ResultRecord(BaseModel):
     """A closed and frozen record of ``eval/results.json``."""
 

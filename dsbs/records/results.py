@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from dsbs.errors import UserError
 from dsbs.records.measures import Cascade, Interval, Measure, ResultRecord, Selective
+from dsbs.records.reviews import ReviewedSplit
 from dsbs.records.subsets import Subset
 
 SCHEMA = "dsbs.results/5"
@@ -22,38 +23,6 @@ _READABLE = ("dsbs.results/3", "dsbs.results/4", SCHEMA)  # 3: no floors; 4: a s
 BATCH_SIZES = (1, 64)  # that a student is timed with
 
 SystemKind = Literal["teacher", "student", "external", "floor"]
-
-
-class Rate(BaseModel, frozen=True):
-    """``correct`` of ``n`` with a 95% interval, as fractions."""
-
-    value: float
-    ci95: Interval
-    correct: int
-    n: int
-
-
-def wilson(correct: int, n: int) -> Rate | None:
-    """The rate of ``correct`` in ``n`` trials with its score interval (Wilson, 1927); None for no
-    trials.
-    """
-    return _rate(correct, n, "wilson")
-
-
-def exact_rate(correct: int, n: int) -> Rate | None:
-    """As ``wilson``, with the exact interval (Clopper and Pearson, 1934)."""
-    return _rate(correct, n, "exact")
-
-
-def _rate(correct: int, n: int, method: Literal["wilson", "exact"]) -> Rate | None:
-    if n == 0:
-        return None
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method=method)
-    return Rate(
-        value=correct / n, ci95=(float(interval.low), float(interval.high)), correct=correct, n=n
-    )
 
 
 def _is_none(value: object) -> bool:
@@ -298,6 +267,8 @@ class Results(ResultRecord):
     break_even: list[BreakEven] = []
     cascades: list[Cascade] = []
     """With ``eval.cascade``: for each prediction file with a confidence."""
+    reviews: dict[str, ReviewedSplit] = Field({}, exclude_if=_is_empty)
+    """By split that people reviewed."""
 
     model_config = ConfigDict(populate_by_name=True)
 

@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import canonical_json, digest, last_line_start, make_folder
 from dsbs.records import Annotation, Example, Sample, _Record
+from dsbs.records.measures import Interval, Rate, ResultRecord
 
 Decision = Literal["accepted", "corrected", "rejected", "skipped", "undone"]
 Reviews = Mapping[str, Sequence["Review"]]
@@ -97,6 +98,46 @@ class Review(_Record):
     @property
     def when(self) -> datetime:
         return datetime.fromisoformat(self.time)
+
+
+class ReviewedSplit(ResultRecord):
+    """What people's reviews of a split changed. Rates have Wilson's 95% intervals."""
+
+    rows: int
+    """Annotated rows."""
+    reviewed: int
+    """Rows with a decision."""
+    reviewers: int
+    accepted: int
+    rejected: int
+    labels_changed: int
+    rationales_changed: int
+    gold_changed: int
+    teacher_before: Rate | None = None
+    """The teacher's own labels against the data's gold labels. None: there are none."""
+    teacher_after: Rate | None = None
+    """The same against the gold labels as people corrected them."""
+    labels_before: Rate | None = None
+    """The labels of accepted annotations against the data's gold labels."""
+    labels_after: Rate | None = None
+    """The labels that training uses, people's corrections among them, against the corrected gold
+    labels."""
+    true_accuracy: Rate | None = None
+    """The teacher's, by the random rows alone. None: too few of them were reviewed."""
+    corrected: dict[str, CorrectedAccuracy] = {}
+    """Of the evaluated split, where people corrected gold labels: the systems' accuracies, by
+    name."""
+
+
+class CorrectedAccuracy(ResultRecord):
+    """A system's accuracy by the data's gold labels, and by those that people corrected."""
+
+    before: float
+    value: float
+    """By the corrected ones."""
+    ci95: Interval
+    n: int
+    """Rows with a gold label after the corrections."""
 
 
 class _Equality(Protocol):

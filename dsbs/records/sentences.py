@@ -10,6 +10,7 @@ from dsbs.formatting import (
     p_value,
     percent,
     points,
+    rate,
     sentence_list,
     signed_confidence_interval,
 )
@@ -23,6 +24,7 @@ from dsbs.records.results import (
     Results,
     SystemResult,
 )
+from dsbs.records.reviews import ReviewedSplit
 from dsbs.records.subsets import subset_rank
 
 ALPHA = 0.05  # a difference is reliable where its Holm-corrected p value is below this
@@ -237,6 +239,56 @@ def break_even_sentence(break_even: BreakEven) -> str:
 
 
 # --- cascades
+
+
+def review_sentences(results: Results) -> list[str]:
+    """How many labels people changed in each split, and what that did to accuracies."""
+    return [
+        sentence
+        for split, reviewed in results.reviews.items()
+        for sentence in _split_sentences(split, reviewed)
+    ]
+
+
+def _split_sentences(split: str, reviewed: ReviewedSplit) -> list[str]:
+    changes = sentence_list(
+        [
+            f"{count(reviewed.labels_changed, 'label')} changed",
+            f"{count(reviewed.rationales_changed, 'rationale')} edited",
+            f"{count(reviewed.rejected, 'annotation')} rejected",
+            f"{count(reviewed.gold_changed, 'gold label')} corrected",
+        ]
+    )
+    sentences = [
+        f"{split}: {count(reviewed.reviewers, 'reviewer')} decided on {reviewed.reviewed:,} of "
+        f"{count(reviewed.rows, 'annotated row')}: {changes}."
+    ]
+    if reviewed.teacher_before and reviewed.teacher_after and reviewed.gold_changed:
+        sentences.append(
+            f"{split}: the teacher's measured accuracy is {rate(reviewed.teacher_before)} by the "
+            f"data's gold labels and {rate(reviewed.teacher_after)} by the corrected ones."
+        )
+    elif reviewed.teacher_before:
+        sentences.append(
+            f"{split}: the teacher's measured accuracy is {rate(reviewed.teacher_before)} before "
+            "and after, as no gold label changed."
+        )
+    if reviewed.labels_before and reviewed.labels_after and split != "test":
+        sentences.append(
+            f"{split}: of the teacher's labels in training, {rate(reviewed.labels_before)} were "
+            f"right before the review, and {rate(reviewed.labels_after)} are now."
+        )
+    if reviewed.true_accuracy:
+        sentences.append(
+            f"{split}: the teacher's true accuracy is {rate(reviewed.true_accuracy)}, by "
+            f"{count(reviewed.true_accuracy.n, 'random row')} that people decided on."
+        )
+    for name, accuracy in reviewed.corrected.items():
+        sentences.append(
+            f"{split}: {name} is right on {percent(accuracy.before)} by the data's gold labels, "
+            f"which all other figures are of, and on {rate(accuracy)} by the corrected ones."
+        )
+    return sentences
 
 
 def headline_cascade(results: Results) -> Cascade | None:

@@ -41,6 +41,7 @@ from dsbs.records.sentences import (
     floor_warnings,
     is_reliable,
     label_efficiency_sentence,
+    review_sentences,
     selective_rows,
     student_sentences,
 )
@@ -274,6 +275,7 @@ def results_markdown(results: Results) -> str:
     lines += _metrics_section(results)
     lines += _table_section("Selective prediction", *selective_rows(results))
     lines += _table_section("Cascade", *cascade_rows(results))
+    lines += _list_section("Reviews", review_sentences(results))
     lines += _list_section(
         "Labels needed", [label_efficiency_sentence(item) for item in results.label_efficiency]
     )

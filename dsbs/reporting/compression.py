@@ -14,7 +14,8 @@ from dsbs.formatting import (
     points_number,
     sentence_list,
 )
-from dsbs.records.results import BATCH_SIZES, Compressed, Measurement, wilson
+from dsbs.records.measures import wilson
+from dsbs.records.results import BATCH_SIZES, Compressed, Measurement
 from dsbs.reporting.runs import EvaluatedRun, prefixed
 from dsbs.reporting.tables import Column, RowGroup, Table, TableRow, optional
 

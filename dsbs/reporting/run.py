@@ -24,6 +24,7 @@ from dsbs.records.sentences import (
     floor_warnings,
     is_reliable,
     label_efficiency_sentence,
+    review_sentences,
     student_sentences,
 )
 from dsbs.records.summary import (
@@ -156,59 +157,61 @@ def _render(
     script = template_text("base.js", "page.js")
     drawings = [(figure, Markup(figure.svg)) for figure in figures]
     verdicts = [verdict(run) for run in runs]
-    return (
-        page_environment()
-        .get_template("page.html")
-        .render(
-            policy=_security_policy(script, style),
-            style=Markup(style),
-            script=Markup(script),
-            title=", ".join(run.name for run in runs),
-            runs=runs,
-            descriptions=[(run.name, _description(run)) for run in runs],
-            several=len(runs) > 1,
-            has_several_students=any(each.students for each in verdicts),
-            smoke=[run.name for run in runs if not run.results.reportable],
-            verdicts=verdicts,
-            differences=recipe_differences(runs),
-            same_rows=have_same_rows(runs),
-            accuracies=accuracy_table(runs),
-            comparisons=comparison_table(runs),
-            floors=floor_table(runs),
-            floor_definitions=floor_definitions(runs),
-            recalls=recall_table(runs),
-            recall_note=recall_note(runs),
-            recalls_by_label=lists_labels(runs),
-            confusions=confusion_table(runs),
-            parts=part_table(runs),
-            part_note=part_note(runs),
-            rationales=rationale_table(runs),
-            costs=cost_table(runs),
-            selective=selective_table(runs),
-            cascades=cascade_table(runs),
-            compressed=compression_table(runs),
-            healing=healing_sentences(runs) + healer_sentences(runs) + outdated_sentences(runs),
-            figures=[drawing for drawing in drawings if _section(drawing[0]) == "curves"],
-            frontiers=[drawing for drawing in drawings if _section(drawing[0]) == "compressed"],
-            confidence=[drawing for drawing in drawings if _section(drawing[0]) == "confidence"],
-            label_efficiency=[
-                prefixed(label_efficiency_sentence(item), run, runs)
-                for run in runs
-                for item in run.results.label_efficiency
-            ],
-            trials=tuning_table(runs),
-            annotation=annotation_table(runs),
-            break_even=[
-                prefixed(break_even_sentence(item), run, runs)
-                for run in runs
-                for item in run.results.break_even
-            ],
-            examples=examples,
-            fewest_seeds=min(
-                (len(s.seeds) for run in runs for s in run.results.systems if s.seeds), default=1
-            ),
-            provenance=[_provenance(run) for run in runs],
-        )
+    template = page_environment().get_template("page.html")
+    return template.render(
+        policy=_security_policy(script, style),
+        style=Markup(style),
+        script=Markup(script),
+        title=", ".join(run.name for run in runs),
+        runs=runs,
+        descriptions=[(run.name, _description(run)) for run in runs],
+        several=len(runs) > 1,
+        has_several_students=any(each.students for each in verdicts),
+        smoke=[run.name for run in runs if not run.results.reportable],
+        verdicts=verdicts,
+        differences=recipe_differences(runs),
+        same_rows=have_same_rows(runs),
+        accuracies=accuracy_table(runs),
+        comparisons=comparison_table(runs),
+        floors=floor_table(runs),
+        floor_definitions=floor_definitions(runs),
+        recalls=recall_table(runs),
+        recall_note=recall_note(runs),
+        recalls_by_label=lists_labels(runs),
+        confusions=confusion_table(runs),
+        parts=part_table(runs),
+        part_note=part_note(runs),
+        rationales=rationale_table(runs),
+        costs=cost_table(runs),
+        selective=selective_table(runs),
+        cascades=cascade_table(runs),
+        compressed=compression_table(runs),
+        healing=healing_sentences(runs) + healer_sentences(runs) + outdated_sentences(runs),
+        figures=[drawing for drawing in drawings if _section(drawing[0]) == "curves"],
+        frontiers=[drawing for drawing in drawings if _section(drawing[0]) == "compressed"],
+        confidence=[drawing for drawing in drawings if _section(drawing[0]) == "confidence"],
+        label_efficiency=[
+            prefixed(label_efficiency_sentence(item), run, runs)
+            for run in runs
+            for item in run.results.label_efficiency
+        ],
+        trials=tuning_table(runs),
+        annotation=annotation_table(runs),
+        break_even=[
+            prefixed(break_even_sentence(item), run, runs)
+            for run in runs
+            for item in run.results.break_even
+        ],
+        reviews=[
+            prefixed(sentence, run, runs)
+            for run in runs
+            for sentence in review_sentences(run.results)
+        ],
+        examples=examples,
+        fewest_seeds=min(
+            (len(s.seeds) for run in runs for s in run.results.systems if s.seeds), default=1
+        ),
+        provenance=[_provenance(run) for run in runs],
     )
 
 

@@ -180,15 +180,12 @@ def _page(desk: Desk, key: PageKey) -> tuple[str, str]:
         "frame-ancestors 'none'"
     )
     boot = json.dumps(_boot(desk, key)).replace("<", "\\u003c")  # no tag can end the element
-    page = (
-        page_environment(_PACKAGE)
-        .get_template("review.html")
-        .render(
-            title=f"{desk.recipe.name}, {desk.split}",
-            style=Markup(style),
-            script=Markup(script),
-            boot=Markup(boot),
-        )
+    template = page_environment(_PACKAGE).get_template("review.html")
+    page = template.render(
+        title=f"{desk.recipe.name}, {desk.split}",
+        style=Markup(style),
+        script=Markup(script),
+        boot=Markup(boot),
     )
     return page, policy
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from dsbs.errors import UserError
 from dsbs.files import canonical_json, digest, now, write_jsonl
-from dsbs.records.results import Rate, exact_rate
+from dsbs.records.measures import Rate, exact_rate
 from dsbs.students.calibration import Threshold
 
 logger = logging.getLogger(__name__)

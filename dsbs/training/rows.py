@@ -139,8 +139,9 @@ def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[Student
 
     Raises UserError where a student of ``specs`` lacks the labels or rationales it learns from.
     """
-    reviews = RunFolder(run).read_reviews("train")
-    examples = apply_gold(load(recipe, task, "train"), reviews)
+    run_folder = RunFolder(run)
+    reviews = run_folder.read_reviews("train")
+    examples = apply_gold(run_folder.next_rounds().of(load(recipe, task, "train")), reviews)
     needs_teacher = any(spec.needs_teacher for spec in specs)
     originals = _annotations(recipe, task, run, needed=needs_teacher)
     annotations = apply_reviews(originals, reviews, task)
@@ -266,9 +267,9 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
         )
 
 
-def count_trainable(recipe: Recipe, task: Task) -> int:
+def count_trainable(recipe: Recipe, task: Task, run: RunFolder) -> int:
     """The number of train rows that are not held out for validation."""
-    examples = load(recipe, task, "train")
+    examples = run.next_rounds().of(load(recipe, task, "train"))
     return sum(not is_held_out(recipe, example) for example in examples)
 
 

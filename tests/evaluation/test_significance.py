@@ -17,7 +17,7 @@ from statsmodels.stats.proportion import proportion_confint
 from dsbs.evaluation.bootstrap import accuracy, mean_interval
 from dsbs.evaluation.significance import holm, paired_difference
 from dsbs.formatting import rate
-from dsbs.records.results import wilson
+from dsbs.records.measures import wilson
 
 Floats = NDArray[np.float64]
 

@@ -28,7 +28,7 @@ from dsbs.progress import NoProgress
 from dsbs.project import live_teacher
 from dsbs.project.live_teacher import open_cascade
 from dsbs.project.runs import resolve_recipe
-from dsbs.records.results import exact_rate
+from dsbs.records.measures import exact_rate
 from dsbs.serving.cascade import FALSE_ALARMS, Cascade, CascadeSettings, log_evidence
 from dsbs.serving.ledger import Ledger, read_states
 from dsbs.students.calibration import Threshold, write_record

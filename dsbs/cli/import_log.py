@@ -1,0 +1,157 @@
+"""``dsbs import``: rows and a recipe from a log of calls to a large model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsbs.cli.common import DryRun, Json, indent, print_json, progress
+from dsbs.formatting import count, listing, percent
+
+if TYPE_CHECKING:
+    from dsbs.importing.run import ImportResult
+
+_MAX_LABELS = 20
+_MAX_TEXT = 600  # characters of a text that is shown
+
+
+def import_log(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Log files, or directories with them: JSON or JSON lines, gzipped or not. A "
+            "batch's input and output files belong together.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="ROWS.jsonl",
+            help="File of the rows; test rows, prompt and recipe are written beside it.",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Import the calls of this model. Default: the most frequent.", show_default=False
+        ),
+    ] = None,
+    prompt: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Import the calls with the log's N-th most frequent prompt.",
+        ),
+    ] = 1,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Maximum number of rows.", show_default=False),
+    ] = None,
+    split_test: Annotated[
+        float,
+        typer.Option(min=0, max=0.9, metavar="SHARE", help="Share of the rows used as test rows."),
+    ] = 0.2,
+    redact: Annotated[
+        bool,
+        typer.Option(
+            help="Replace keys, e-mail addresses, card and phone numbers, IBANs and IP addresses."
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace files of an earlier import.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a log of calls to a large model into rows, a prompt file and a recipe.
+
+    Reads OpenAI stored completions and batches, Azure and Bedrock logs, Anthropic messages and
+    batches, OpenTelemetry GenAI spans, and lines with messages.
+    """
+    from dsbs.importing.run import ImportOptions
+    from dsbs.importing.run import import_log as run
+
+    options = ImportOptions(
+        model=model,
+        prompt=prompt,
+        limit=limit,
+        test_share=split_test,
+        redact=redact,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    result = run(sources, out, options, progress=progress())
+    if as_json:
+        print_json(result.as_json())
+        return
+    _print_log(result)
+    _print_job(result)
+    _print_files(result)
+
+
+def _print_log(result: ImportResult) -> None:
+    from dsbs.importing.formats import TITLES
+
+    tally = result.tally
+    formats = {TITLES[name]: number for name, number in tally.formats.items()}
+    print(f"{count(tally.entries, 'entry', 'entries')}: {listing(formats)}")
+    for reason, number in tally.skipped.most_common():
+        where = tally.first_skipped.get(reason)
+        print(f"  skipped, {reason}: {number:,}" + (f" (first: {where})" if where else ""))
+    models = {name or "(not named)": number for name, number in result.models.items()}
+    print(f"models: {listing(models)}; imported: {result.model or '(not named)'}")
+    tokens = "tokens: not counted in the log"
+    if tally.prompt_tokens or tally.completion_tokens:
+        tokens = f"tokens: {tally.prompt_tokens:,} prompt, {tally.completion_tokens:,} completion"
+    print(tokens)
+    if len(result.prompts) > 1:
+        print("prompts (choose with --prompt):")
+        for number, prompt in enumerate(result.prompts, 1):
+            mark = "*" if number == result.prompt else " "
+            begins = prompt["begins"] or "(no system text)"
+            print(f" {mark}{number}. {count(prompt['calls'], 'call')}: {begins}")
+
+
+def _print_job(result: ImportResult) -> None:
+    from dsbs.importing.redaction import hide_keys
+
+    print(f"constant part of the prompt:\n{indent(_short(hide_keys(result.constant_text)))}")
+    print(f"template:\n{indent(_short(hide_keys(result.template)))}")
+    print("input fields, with the first row's:")
+    for name, value in result.first_row.get("input", {}).items():
+        print(f"  {name}: {_short(hide_keys(str(value)), 200)}")
+    print(f"replies: {result.reply_form}; task: {result.task['name']}")
+    if result.labels:
+        labels = list(result.labels.items())
+        shown = ", ".join(f"{name} {number:,}" for name, number in labels[:_MAX_LABELS])
+        more = f", and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
+        print(f"{count(len(labels), 'label')}, in a sample: {shown}{more}")
+    rows = sum(result.rows.values())
+    unread = f"; not read: {listing(result.unread)}" if result.unread else ""
+    print(f"replies read: {percent(result.read / rows)} of {count(rows, 'row')}{unread}")
+    if result.private:
+        advice = "" if result.redacted else "; --redact replaces them"
+        print(f"private: {listing(result.private)}{advice}")
+    if result.redacted:
+        print(f"redacted: {listing(result.redacted)}")
+
+
+def _print_files(result: ImportResult) -> None:
+    for name, path in result.files.items():
+        print(f"{name}: {path}")
+    if not result.gold and result.rows.get("test"):
+        print(
+            "The log has no gold labels: the labels of the test rows are the teacher's, so that "
+            "results say how often a student agrees with it. Correct them to measure accuracy."
+        )
+    if result.files:
+        print("next:\n  " + "\n  ".join(result.next))
+    else:
+        print("dry run: nothing was written")
+
+
+def _short(text: str, length: int = _MAX_TEXT) -> str:
+    return text if len(text) <= length else f"{text[:length]} … ({len(text):,} characters)"

@@ -1,0 +1,1 @@
+"""Logs of calls to large models as rows: formats, prompts, replies, redaction."""

@@ -1,0 +1,315 @@
+"""Calls of a log: files are streamed into a temporary database, where halves of calls meet.
+
+Memory does not grow with the log. The database is a file without a name, which disappears with the
+process; a few-shot prompt that thousands of calls share is in it once.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsbs.errors import UserError
+from dsbs.files import canonical_json, digest
+from dsbs.importing.bodies import Message, Record
+from dsbs.importing.formats import read_object
+from dsbs.importing.sources import Tally, read_values
+from dsbs.progress import Progress
+
+_PROGRESS_EVERY = 500  # entries
+_HINT = (
+    "dsbs import reads JSON: logs of OpenAI, Azure, Bedrock, Anthropic and OpenTelemetry, and "
+    "lines with messages"
+)
+_TABLES = """
+PRAGMA synchronous=OFF;
+PRAGMA journal_mode=OFF;
+CREATE TABLE contexts (n INTEGER PRIMARY KEY, hash TEXT UNIQUE, messages TEXT);
+CREATE TABLE calls (n INTEGER PRIMARY KEY, id TEXT, context INTEGER, question TEXT, prefill TEXT,
+                    completion TEXT, reasoning TEXT, model TEXT, gold TEXT);
+CREATE TABLE seen (key BLOB PRIMARY KEY, times INTEGER) WITHOUT ROWID;
+CREATE TABLE requests (n INTEGER PRIMARY KEY, key TEXT, part INTEGER, messages TEXT, model TEXT,
+                       problem TEXT);
+CREATE TABLE replies (n INTEGER PRIMARY KEY, key TEXT, id TEXT, completion TEXT, reasoning TEXT,
+                      model TEXT, problem TEXT, gold TEXT);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call: the messages before its last question, the question, and the reply."""
+
+    id: str | None
+    context: int
+    question: str
+    completion: str
+    reasoning: str | None
+    model: str | None
+    gold: Any = None
+
+
+class CallStore:
+    """All calls of a log, on disk."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("", isolation_level=None)
+        self._db.executescript(_TABLES)
+        self._db.execute("BEGIN")
+        self.tally = Tally()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def read(self, files: Sequence[Path], progress: Progress) -> None:
+        """Read all entries of ``files``. Raises UserError where none has a known format."""
+        progress.start("reading entries", None)
+        for path in files:
+            for where, value in read_values(path, self.tally):
+                self._add_object(where, value)
+                if self.tally.entries % _PROGRESS_EVERY == 0:
+                    progress.update(self.tally.entries)
+        progress.finish()
+        self._join()
+        if not self.tally.formats:
+            raise self._nothing(files)
+
+    def _nothing(self, files: Sequence[Path]) -> UserError:
+        first = self.tally.first_skipped
+        reasons = ", ".join(
+            f"{reason} {number:,} (first: {first[reason]})" if reason in first else reason
+            for reason, number in self.tally.skipped.most_common()
+        )
+        names = ", ".join(map(str, files[:3])) + (" …" if len(files) > 3 else "")
+        problem = f"{names}: no entry of a log was recognized"
+        return UserError(f"{problem}: {reasons}" if reasons else f"{names}: empty", hint=_HINT)
+
+    def _add_object(self, where: str, value: dict[str, Any]) -> None:
+        self.tally.entries += 1
+        is_known = False
+        try:
+            for name, record in read_object(value):
+                is_known = True
+                self._add(record, name, where)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            self.tally.skip("malformed entry", where)
+            return
+        if not is_known:
+            self.tally.skip("unknown format", where)
+
+    def _add(self, record: Record, name: str, where: str) -> None:
+        self.tally.formats[name] += 1
+        self.tally.prompt_tokens += record.usage.prompt or 0
+        self.tally.completion_tokens += record.usage.completion or 0
+        texts = [text for _, text in record.messages or ()]
+        if any("\0" in text for text in (*texts, record.completion or "")):
+            record.problem = "a NUL character"
+        if record.half is not None and record.key is not None:
+            self._add_half(record)
+        elif record.problem is not None:
+            self.tally.skip(record.problem, where)
+        elif record.messages is None:
+            self.tally.skip("no prompt", where)
+        elif record.completion is None:
+            self.tally.skip("no reply", where)
+        else:
+            gold = None if record.gold is None else canonical_json(record.gold)
+            self._add_call(record, record.messages, record.completion, gold)
+
+    def _add_half(self, record: Record) -> None:
+        gold = None if record.gold is None else canonical_json(record.gold)
+        if record.half == "request":
+            messages = _json(record.messages or ())
+            values = (record.key, record.is_part, messages, record.model, record.problem)
+            self._db.execute(
+                "INSERT INTO requests (key, part, messages, model, problem) VALUES (?, ?, ?, ?, ?)",
+                values,
+            )
+        else:
+            self._db.execute(
+                "INSERT INTO replies (key, id, completion, reasoning, model, problem, gold) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    record.key,
+                    record.id,
+                    record.completion,
+                    record.reasoning,
+                    record.model,
+                    record.problem,
+                    gold,
+                ),
+            )
+
+    def _add_call(
+        self, record: Record, messages: list[Message], completion: str, gold: str | None
+    ) -> None:
+        """Split a prompt into its context, its last question and the beginning of the reply that
+        the request may give.
+        """
+        messages = [message for message in messages if message[1].strip()]
+        prefill = ""
+        while messages and messages[-1][0] == "assistant":
+            prefill = messages.pop()[1] + prefill
+        if not messages:
+            self.tally.skip("no prompt")
+            return
+        context = self._context(messages[:-1])
+        self._db.execute(
+            "INSERT INTO calls (id, context, question, completion, reasoning, model, gold) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.id,
+                context,
+                messages[-1][1],
+                prefill + completion,
+                record.reasoning,
+                record.model,
+                gold,
+            ),
+        )
+
+    def _context(self, messages: list[Message]) -> int:
+        text = _json(messages)
+        key = digest(text)
+        row = self._db.execute("SELECT n FROM contexts WHERE hash = ?", (key,)).fetchone()
+        if row is None:
+            cursor = self._db.execute(
+                "INSERT INTO contexts (hash, messages) VALUES (?, ?)", (key, text)
+            )
+            return int(cursor.lastrowid or 0)
+        return int(row[0])
+
+    # --- halves
+
+    def _join(self) -> None:
+        """Make calls of the requests and replies with the same key."""
+        self._db.execute("CREATE INDEX request_keys ON requests (key)")
+        self._db.execute("CREATE INDEX reply_keys ON replies (key)")
+        replies = self._db.execute(
+            "SELECT key, id, completion, reasoning, model, problem, gold FROM replies ORDER BY n"
+        )
+        answered = {
+            key
+            for (key,) in self._db.execute(
+                "SELECT DISTINCT key FROM replies WHERE completion IS NULL "
+                "AND key IN (SELECT key FROM replies WHERE completion IS NOT NULL)"
+            )
+        }
+        for key, row_id, completion, reasoning, model, problem, gold in replies:
+            if completion is None and key in answered:
+                continue  # a span whose messages are records of their own
+            if problem is not None or completion is None:
+                self.tally.skip(problem or "no reply")
+                continue
+            messages, request_model, reason = self._request(key)
+            if messages is None:
+                self.tally.skip(reason)
+                continue
+            if model is None and key in answered:
+                request_model = self._span_model(key)
+            record = Record(id=row_id, reasoning=reasoning, model=model or request_model)
+            self._add_call(record, messages, completion, gold)
+        (unanswered,) = self._db.execute(
+            "SELECT count(DISTINCT key) FROM requests WHERE key NOT IN (SELECT key FROM replies)"
+        ).fetchone()
+        if unanswered:
+            self.tally.skip("no reply", number=unanswered)
+
+    def _request(self, key: str) -> tuple[list[Message] | None, str | None, str]:
+        """The messages of the request with a key, and its model; or why there is none."""
+        rows = self._db.execute(
+            "SELECT part, messages, model, problem FROM requests WHERE key = ? ORDER BY n "
+            "LIMIT 1000",
+            (key,),
+        ).fetchall()
+        problem = next((problem for *_, problem in rows if problem), None)
+        if problem is not None:
+            return None, None, problem
+        requests = [(messages, model) for part, messages, model, _ in rows if not part]
+        if requests:
+            if len({messages for messages, _ in requests}) > 1:
+                return None, None, "several requests with one custom_id"
+            messages, model = requests[0]
+            return _messages(messages), model, ""
+        if rows:
+            parts = [message for _, messages, *_ in rows for message in _messages(messages)]
+            return parts, next((row[2] for row in rows if row[2]), None), ""
+        return None, None, "no prompt in the log"
+
+    def _span_model(self, key: str) -> str | None:
+        row = self._db.execute(
+            "SELECT model FROM replies WHERE key = ? AND model IS NOT NULL", (key,)
+        ).fetchone()
+        return None if row is None else row[0]
+
+    def times_seen(self, kind: str, text: str) -> int:
+        """How often a text of a kind was seen, this time included."""
+        (times,) = self._db.execute(
+            "INSERT INTO seen VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 "
+            "RETURNING times",
+            (bytes.fromhex(digest(kind, text)[:32]),),
+        ).fetchone()
+        return int(times)
+
+    # --- what there is
+
+    def models(self) -> dict[str, int]:
+        """Calls by model; "" where the log does not name it."""
+        rows = self._db.execute(
+            "SELECT coalesce(model, ''), count(*) FROM calls GROUP BY 1 ORDER BY 2 DESC, 1"
+        )
+        return dict(rows.fetchall())
+
+    def contexts(self, model: str) -> list[tuple[int, list[Message], int]]:
+        """Each context of a model's calls: its number, messages and calls, most frequent first."""
+        rows = self._db.execute(
+            "SELECT context, count(*) FROM calls WHERE coalesce(model, '') = ? "
+            "GROUP BY context ORDER BY 2 DESC, 1",
+            (model,),
+        ).fetchall()
+        return [(number, self.context(number), calls) for number, calls in rows]
+
+    def context(self, number: int) -> list[Message]:
+        (text,) = self._db.execute(
+            "SELECT messages FROM contexts WHERE n = ?", (number,)
+        ).fetchone()
+        return _messages(text)
+
+    def calls(
+        self, model: str, contexts: Sequence[int], limit: int | None = None
+    ) -> Iterator[Call]:
+        """The calls of a model with one of ``contexts``, in the order of the log.
+
+        ``limit`` takes so many of them, evenly spread.
+        """
+        self._db.execute("CREATE TEMP TABLE IF NOT EXISTS chosen (context INTEGER PRIMARY KEY)")
+        self._db.execute("DELETE FROM chosen")
+        self._db.executemany("INSERT INTO chosen VALUES (?)", [(number,) for number in contexts])
+        source = (
+            "FROM calls WHERE coalesce(model, '') = ? AND context IN (SELECT context FROM chosen)"
+        )
+        stride = 1
+        if limit is not None:
+            (total,) = self._db.execute(f"SELECT count(*) {source}", (model,)).fetchone()
+            stride = max(1, -(-total // limit))
+        rows = self._db.execute(
+            f"SELECT id, context, question, completion, reasoning, model, gold {source} ORDER BY n",
+            (model,),
+        )
+        for number, (row_id, context, question, completion, reasoning, name, gold) in enumerate(
+            rows
+        ):
+            if number % stride == 0:
+                value = None if gold is None else json.loads(gold)
+                yield Call(row_id, context, question, completion, reasoning, name, value)
+
+
+def _json(messages: Sequence[Message]) -> str:
+    return json.dumps(messages, ensure_ascii=False)
+
+
+def _messages(text: str) -> list[Message]:
+    return [(role, content) for role, content in json.loads(text)]

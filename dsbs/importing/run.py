@@ -1,0 +1,364 @@
+"""Import of a log: rows with the teacher's completions, a prompt file and a recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsbs.errors import UserError
+from dsbs.files import atomic_write, digest
+from dsbs.formatting import listing
+from dsbs.importing.bodies import Message
+from dsbs.importing.calls import Call, CallStore
+from dsbs.importing.formats import TITLES
+from dsbs.importing.prompts import SAMPLE, find_form, prompt_groups
+from dsbs.importing.recipe import ImportedFiles, Job
+from dsbs.importing.redaction import Redactor, count_private
+from dsbs.importing.sources import Tally, source_files
+from dsbs.progress import NoProgress, Progress
+
+_MAX_PROMPTS = 20  # that are listed
+_MIN_GOLD = 0.9  # of the rows, for gold labels to be learned
+_PROGRESS_EVERY = 500  # calls
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """What to import, and how.
+
+    ``model`` and ``prompt`` (from 1) choose among those of the log; None: the most frequent.
+    ``test_share`` of the rows are test rows.
+    """
+
+    model: str | None = None
+    prompt: int = 1
+    limit: int | None = None
+    test_share: float = 0.2
+    redact: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(slots=True)
+class ImportResult:
+    """What a log has, and what was written."""
+
+    tally: Tally
+    models: dict[str, int]
+    model: str
+    prompts: list[dict[str, Any]]
+    prompt: int
+    constant_text: str
+    template: str
+    fields: tuple[str, ...]
+    first_row: dict[str, Any]
+    task: dict[str, Any]
+    labels: dict[str, int]
+    reply_form: str
+    rows: dict[str, int] = field(default_factory=dict)
+    read: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
+    private: dict[str, int] = field(default_factory=dict)
+    redacted: dict[str, int] = field(default_factory=dict)
+    gold: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    next: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        tally = self.tally
+        return {
+            "entries": tally.entries,
+            "formats": dict(tally.formats),
+            "skipped": dict(tally.skipped),
+            "first_skipped": tally.first_skipped,
+            "tokens": {"prompt": tally.prompt_tokens, "completion": tally.completion_tokens},
+            "models": self.models,
+            "model": self.model,
+            "prompts": self.prompts,
+            "prompt": self.prompt,
+            "constant_text": self.constant_text,
+            "template": self.template,
+            "fields": list(self.fields),
+            "first_row": self.first_row,
+            "task": self.task,
+            "labels": self.labels,
+            "reply_form": self.reply_form,
+            "rows": self.rows,
+            "read": self.read,
+            "unread": self.unread,
+            "private": self.private,
+            "redacted": self.redacted,
+            "gold": self.gold,
+            "files": self.files,
+            "next": self.next,
+        }
+
+
+def import_log(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    options: ImportOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> ImportResult:
+    """Turn a log of calls to a large model into rows and a recipe.
+
+    ``sources`` are files or folders: JSON lines, JSON documents, each also gzipped; their formats
+    are recognized by content. Writes ``out`` (train rows, ``.jsonl``) and beside it
+    ``<stem>-test.jsonl``, ``<stem>-prompt.yaml`` and the recipe ``<stem>.yaml``. Raises UserError
+    where there is nothing to import, and where a file exists (see ``options.overwrite``).
+    """
+    options = options or ImportOptions()
+    progress = progress or NoProgress()
+    files = ImportedFiles.beside(Path(out))
+    if files.train.suffix != ".jsonl":
+        raise UserError(f"{out}: rows are written as JSON lines", hint="use --out rows.jsonl")
+    if not options.dry_run and files.train.exists() and not options.overwrite:
+        raise _exists(files.train)
+    redactor = Redactor() if options.redact else None
+    store = CallStore()
+    try:
+        store.read(source_files(sources), progress)
+        importer = _Importer(store, options, redactor, files)
+        return importer.run(progress)
+    finally:
+        store.close()
+
+
+def _exists(path: Path) -> UserError:
+    return UserError(
+        f"{path} exists already", hint="use another --out, or --overwrite to replace it"
+    )
+
+
+class _Importer:
+    """One import: chooses model and prompt, recognizes the job, and writes its rows."""
+
+    def __init__(
+        self,
+        store: CallStore,
+        options: ImportOptions,
+        redactor: Redactor | None,
+        files: ImportedFiles,
+    ) -> None:
+        self._store = store
+        self._options = options
+        self._redactor = redactor
+        self._files = files
+        self._contexts: dict[int, list[Message]] = {}
+        self._private: Counter[str] = Counter()
+        models = store.models()
+        if not models:
+            raise _no_calls(store.tally)
+        self._model = _chosen_model(models, options.model)
+        groups = prompt_groups(store, self._model)
+        if not 1 <= options.prompt <= len(groups):
+            raise UserError(
+                f"--prompt {options.prompt}: the calls have {len(groups)} different prompts",
+                hint="run the command with --dry-run to see them",
+            )
+        self._form = find_form(store, self._model, *groups[options.prompt - 1])
+        sample = list(store.calls(self._model, self._form.contexts, SAMPLE))
+        completions = [self._clean(call.completion) for call in sample]
+        reasoned = sum(call.reasoning is not None for call in sample)
+        self._job = Job(
+            self._form, completions, self._clean, has_reasoning=2 * reasoned > len(sample)
+        )
+        count_private(self._form.constant_text(), self._private)
+        self._result = ImportResult(
+            tally=store.tally,
+            models=models,
+            model=self._model,
+            prompts=[self._described(*group) for group in groups[:_MAX_PROMPTS]],
+            prompt=options.prompt,
+            constant_text=self._clean(self._form.constant_text()),
+            template=self._job.prompt.template,
+            fields=self._form.fields,
+            first_row={},
+            task=self._job.reply_form.task,
+            labels=self._job.reply_form.labels,
+            reply_form=self._job.reply_form.description,
+        )
+
+    def _described(self, contexts: tuple[int, ...], calls: int) -> dict[str, Any]:
+        """One of the log's prompts, by its first message."""
+        messages = self._store.context(contexts[0])
+        text = messages[0][1] if messages else ""
+        return {"calls": calls, "begins": self._clean(" ".join(text.split())[:120])}
+
+    def _clean(self, value: Any) -> Any:
+        """A text, or a value with all its texts, redacted if that is wanted."""
+        return value if self._redactor is None else self._redactor.value(value)
+
+    # --- rows
+
+    def _rows(self, progress: Progress) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each row with its split; the result is up to date when they end."""
+        result = self._result
+        unread: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
+        progress.start("writing rows", self._form.calls)
+        for number, call in enumerate(self._store.calls(self._model, self._form.contexts)):
+            if self._options.limit is not None and rows.total() >= self._options.limit:
+                break
+            values = self._form.values(self._context(call), call.question)
+            if values is None:
+                result.tally.skip("another template")
+                continue
+            identity = json.dumps([call.id, values, call.completion], sort_keys=True)
+            if call.id is not None and self._store.times_seen("call", identity) > 1:
+                result.tally.skip("repeated entry")
+                continue
+            split, row, reason = self._row(call, values)
+            result.first_row = result.first_row or row
+            rows[split] += 1
+            if reason is None:
+                result.read += 1
+            else:
+                unread[reason] += 1
+            if number % _PROGRESS_EVERY == 0:
+                progress.update(number)
+            yield split, row
+        progress.finish()
+        result.rows = dict(rows)
+        result.unread = dict(unread.most_common())
+
+    def _row(self, call: Call, values: dict[str, Any]) -> tuple[str, dict[str, Any], str | None]:
+        """A call's split, its row, and why its reply is not read (None: it is)."""
+        for text in (*map(str, values.values()), call.completion):
+            count_private(text, self._private)
+        values = self._clean(values)
+        completion = self._clean(self._job.completion(call))
+        row_id = call.id or f"row-{digest(json.dumps(values, sort_keys=True), completion)[:16]}"
+        times = self._store.times_seen("id", row_id)
+        if times > 1:
+            row_id = f"{row_id}~{times}"
+        split = "test" if _position(values) < self._options.test_share else "train"
+        row: dict[str, Any] = {"id": row_id, "input": values}
+        sample = self._job.sample(completion, values)
+        label = self._job.gold(call.gold, values)
+        if label is not None:
+            self._result.gold += 1
+        elif split == "test" and sample.label is not None:
+            label = self._job.task.value(sample.label)
+            row["meta"] = {"label_from": "teacher"}
+        if label is not None:
+            row["label"] = self._clean(label)
+        row["teacher"] = {"model": call.model or "unknown", "completion": completion}
+        return split, row, sample.reason
+
+    def _context(self, call: Call) -> list[Message]:
+        if call.context not in self._contexts:
+            if len(self._contexts) > 1000:
+                self._contexts.clear()
+            self._contexts[call.context] = self._store.context(call.context)
+        return self._contexts[call.context]
+
+    # --- files
+
+    def run(self, progress: Progress) -> ImportResult:
+        """Write everything, or with ``dry_run`` only look at it. Raises UserError where no call
+        gives a row.
+        """
+        result = self._result
+        if self._redactor is not None:
+            self._redactor.counts.clear()  # the sample is redacted again
+        if self._options.dry_run:
+            for _ in self._rows(progress):
+                pass
+            self._check_rows()
+        else:
+            self._write(progress)
+        result.private = {name: number for name, number in self._private.items() if number}
+        if self._redactor is not None:
+            result.redacted = dict(self._redactor.counts)
+        stages = ("validate", "annotate", "train", "eval", "report")
+        result.next = [f"dsbs {stage} {self._files.recipe}" for stage in stages]
+        return result
+
+    def _check_rows(self) -> None:
+        if not self._result.rows:
+            reasons = listing(self._result.tally.skipped)
+            raise UserError(
+                f"no call of the log gives a row ({reasons})",
+                hint="choose other calls with --model or --prompt",
+            )
+
+    def _write(self, progress: Progress) -> None:
+        """The train rows last: where they are, all is written."""
+        files = self._files
+        result = self._result
+        with atomic_write(files.train) as train:
+            with atomic_write(files.test) as test:
+                for split, row in self._rows(progress):
+                    file = train if split == "train" else test
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._check_rows()
+                texts = self._texts()
+                self._check_free(texts)
+                for path, text in texts.items():
+                    with atomic_write(path) as file:
+                        file.write(text)
+            if not result.rows.get("test"):
+                files.test.unlink()
+        written = {"rows": files.train, "recipe": files.recipe, "prompt": files.prompt}
+        if result.rows.get("test"):
+            written["test rows"] = files.test
+        result.files = {name: str(path) for name, path in written.items()}
+
+    def _texts(self) -> dict[Path, str]:
+        """The recipe and the prompt file."""
+        result = self._result
+        recipe = self._job.recipe_text(
+            self._files,
+            formats=", ".join(TITLES[name] for name in result.tally.formats),
+            model=self._model,
+            has_test_file=bool(result.rows.get("test")),
+            has_gold=result.gold >= _MIN_GOLD * sum(result.rows.values()),
+        )
+        return {self._files.recipe: recipe, self._files.prompt: self._job.prompt_text()}
+
+    def _check_free(self, texts: dict[Path, str]) -> None:
+        """Raise UserError where a file would be replaced by another. An import that was killed may
+        have left the same recipe.
+        """
+        if self._options.overwrite:
+            return
+        is_same = {
+            path: path.exists() and path.read_text(encoding="utf-8", errors="replace") == text
+            for path, text in texts.items()
+        }
+        for path in (*texts, self._files.test):
+            if path.exists() and not is_same.get(path, is_same[self._files.recipe]):
+                raise _exists(path)
+
+
+def _no_calls(tally: Tally) -> UserError:
+    reasons = ", ".join(f"{name} {number:,}" for name, number in tally.skipped.most_common())
+    hint = "import the log of calls that succeeded"
+    if tally.skipped.get("no prompt in the log"):
+        hint = (
+            "replies alone are no calls: add the file with the requests (a batch's input file, the "
+            "messages of stored completions)"
+        )
+    return UserError(f"the log has no complete call ({reasons})", hint=hint)
+
+
+def _chosen_model(models: dict[str, int], model: str | None) -> str:
+    if model is None:
+        return next(iter(models))
+    if model not in models:
+        names = ", ".join(name or "(not named)" for name in models)
+        raise UserError(f"the log has no model {model!r}", hint=f"use --model with one of: {names}")
+    return model
+
+
+def _position(values: dict[str, Any]) -> float:
+    """A row's position in [0, 1) by its input: copies of an input are in the same split."""
+    text = " ".join(json.dumps(values, sort_keys=True, ensure_ascii=False).casefold().split())
+    return int(hashlib.sha256(f"test:{text}".encode()).hexdigest()[:13], 16) / 16**13
