@@ -37,6 +37,7 @@ from dsbs.records.results import (
     Results,
     SystemResult,
 )
+from dsbs.records.reviews import CorrectedAccuracy, Review, ReviewedSplit
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -226,6 +227,7 @@ def documented_fields(heading: str) -> list[str]:
     [
         ("## annotate/&lt;split&gt;.jsonl", Annotation),
         ("## eval/predictions/&lt;name&gt;.jsonl", Prediction),
+        ("## review/&lt;split&gt;.jsonl", Review),
         ("### Results", Results),
         ("### SystemResult", SystemResult),
     ],
@@ -258,6 +260,8 @@ def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
             Selective,
             Cascade,
             CascadePoint,
+            ReviewedSplit,
+            CorrectedAccuracy,
         )
     }
     assert {name: sorted(fields) for name, fields in documented.items()} == {

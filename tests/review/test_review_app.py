@@ -12,8 +12,10 @@ import pytest
 from conftest import run_dsbs
 from review_page import Page, classification, decisions, reviewing
 
-from dsbs.records.reviews import read_reviews
-from dsbs.run_folder import RunFolder
+from dsbs.records.reviews import apply_reviews, read_reviews
+from dsbs.review.run import recorded_recipe
+from dsbs.run_folder import RunFolder, read_annotations
+from dsbs.tasks import make_task
 
 NOW = "2026-01-01T00:00:00.{:03}Z"
 
@@ -131,6 +133,12 @@ def test_a_correction_keeps_only_what_was_changed(page: Page, run: RunFolder) ->
     assert (saved["r6"].label, saved["r6"].rationale) == ("account", "Mine.")
     assert saved["r6"].gold_is_wrong
     assert (saved["r8"].label, saved["r8"].rationale) == (None, "")
+    recipe = recorded_recipe(run)
+    annotations = {row.id: row for row in read_annotations(run.annotations("train"))}
+    learned = apply_reviews(annotations, {"r8": [saved["r8"]]}, make_task(recipe.task))["r8"]
+    assert (learned.label, learned.rationale) == ("account", None), (
+        "a wrong rationale is not learned"
+    )
 
 
 def test_a_killed_server_hands_its_token_on_and_a_stopped_one_does_not(tmp_path: Path) -> None:
