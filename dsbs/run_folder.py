@@ -3,7 +3,7 @@
 A run is the folder ``runs/<name>/``. Only this module knows where a stage's files are in it:
 
     annotate/<split>.jsonl  annotate/replies.sqlite  annotate/next.json  shards/<i>-of-<n>/
-    review/<split>.jsonl
+    review/<split>.jsonl  review/<split>-signs.json
     train/<student>/train.json  train/teachers/<name>/
     eval/predictions/<system>.jsonl  eval/results.json
     serve/ledger.sqlite  serve/rows.jsonl
@@ -150,6 +150,10 @@ class RunFolder:
     def reviews(self, split: str) -> Path:
         """People's decisions on the annotations of a split: see ``dsbs.records.reviews``."""
         return self.path / "review" / f"{split}.jsonl"
+
+    def review_signs(self, split: str) -> Path:
+        """Signs of mistakes that take long to find, kept for the next time."""
+        return self.path / "review" / f"{split}-signs.json"
 
     def read_reviews(self, split: str) -> dict[str, list[Review]]:
         """The decisions on the split's rows by id. Raises UserError for a line that is none."""

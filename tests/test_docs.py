@@ -38,6 +38,7 @@ from dsbs.records.results import (
     Results,
     SystemResult,
 )
+from dsbs.records.reviews import CorrectedAccuracy, Review, ReviewedSplit
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -228,6 +229,7 @@ def documented_fields(heading: str) -> list[str]:
     [
         ("## annotate/&lt;split&gt;.jsonl", Annotation),
         ("## eval/predictions/&lt;name&gt;.jsonl", Prediction),
+        ("## review/&lt;split&gt;.jsonl", Review),
         ("### Results", Results),
         ("### SystemResult", SystemResult),
     ],
@@ -260,6 +262,8 @@ def test_the_fields_of_the_results_parts_are_told_and_no_others() -> None:
             Selective,
             Cascade,
             CascadePoint,
+            ReviewedSplit,
+            CorrectedAccuracy,
         )
     }
     assert {name: sorted(fields) for name, fields in documented.items()} == {
