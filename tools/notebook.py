@@ -31,6 +31,7 @@ def execute(path: Path, folder: Path) -> Any:
         timeout=300,
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
+        coalesce_streams=True,
     ).execute()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
