@@ -212,7 +212,8 @@ class Annotator:
         section = self.recipe.annotate
         hint = None
         if hinted:
-            hint = self.renderer.hint(example).replace(str(example.label), "…")
+            hint = self.renderer.hint(example)
+            hint = hint.replace(self.renderer.hinted_label(example), "…")
         sample = read_sample(
             reply.text,
             self.prompt,

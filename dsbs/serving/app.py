@@ -141,19 +141,31 @@ class Service:
 
     def _parse_completions(self, body: bytes) -> _ParsedCompletion:
         form = self.body_reader.parse(body, CompletionForm)
-        form.check_supported(has_distribution=self.model.has_distribution)
-        items = self._items(form.inputs, "prompt", form.max_tokens)
+        json_names = self._checked(form)
+        items = self._items(form.inputs, "prompt", form.max_tokens, json_names)
         return items, self.model.completion_options(form.top), form.stops, form.top
 
     def _parse_chat(self, body: bytes) -> _ParsedCompletion:
         form = self.body_reader.parse(body, ChatForm)
-        form.check_supported(has_distribution=self.model.has_distribution)
+        json_names = self._checked(form)
         max_tokens = form.max_completion_tokens or form.max_tokens
-        items = self._items([form.input], "messages", max_tokens)
+        items = self._items([form.input], "messages", max_tokens, json_names)
         return items, self.model.completion_options(form.top), form.stops, form.top
 
+    def _checked(self, form: CompletionForm | ChatForm) -> tuple[str, ...] | None:
+        """The form's ``json_names``. Raises ApiError (400) for what the student cannot do."""
+        explains = self.model.replies_with_rationale
+        json_names = form.json_names(self.model.student.task, explains=explains)
+        # a label in an object is not the text's one token
+        form.check_supported(has_distribution=self.model.has_distribution and not json_names)
+        return json_names
+
     def _items(
-        self, inputs: Sequence[Any], field: str, max_tokens: int | None = None
+        self,
+        inputs: Sequence[Any],
+        field: str,
+        max_tokens: int | None = None,
+        json_names: tuple[str, ...] | None = None,
     ) -> list[Item]:
         """Raises ApiError (400, 413)."""
         if not inputs:
@@ -164,7 +176,7 @@ class Service:
                 413, f"{field} has {len(inputs)} rows; the limit is {max_rows}", "too_many_rows"
             )
         return [
-            self.model.item(value, f"{field}.{index}", max_tokens)
+            self.model.item(value, f"{field}.{index}", max_tokens, json_names)
             for index, value in enumerate(inputs)
         ]
 

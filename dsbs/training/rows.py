@@ -141,7 +141,8 @@ def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[Student
     """
     run_folder = RunFolder(run)
     reviews = run_folder.read_reviews("train")
-    examples = apply_gold(run_folder.next_rounds().of(load(recipe, task, "train")), reviews)
+    annotated = run_folder.next_rounds().of(load(recipe, task, "train"))
+    examples = apply_gold(annotated, reviews, task)
     needs_teacher = any(spec.needs_teacher for spec in specs)
     originals = _annotations(recipe, task, run, needed=needs_teacher)
     annotations = apply_reviews(originals, reviews, task)
@@ -203,7 +204,7 @@ def _valid(
     """Validation rows in the order of a hash, whose labels they have, and their inputs by id."""
     folder = RunFolder(run)
     reviews = folder.read_reviews(annotated_split(recipe, "valid"))
-    examples = apply_gold(load(recipe, task, "valid"), reviews)
+    examples = apply_gold(load(recipe, task, "valid"), reviews, task)
     source: LabelSource = "teacher"
     if any(example.label is not None for example in examples):
         source = "gold"
