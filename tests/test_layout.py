@@ -78,6 +78,7 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
     imported_late = {
         "dsbs/exporting/onnx.py",
         "dsbs/exporting/onnx_int8.py",
+        "dsbs/review/app.py",
         "dsbs/serving/app.py",
         "dsbs/sklearn.py",  # by its users alone
         "dsbs/students/encoder_shapes.py",

@@ -48,7 +48,7 @@ class Review(_Record):
     """The annotation's label that was decided on. It stays right, or rejected, where the row is
     annotated anew and gets another one."""
     rationale: str | None = None
-    """The rationale as edited. None: unchanged."""
+    """The rationale as edited. Empty: it is wrong, and there is none instead. None: unchanged."""
     gold_is_wrong: bool = False
     gold: str | None = None
     """The right gold label, if gold is wrong. None: the label accepted or given here; of a rejected
@@ -386,7 +386,7 @@ def _reviewed(annotation: Annotation, review: Review, task: _Labels) -> Annotati
             else sample
             for sample in samples
         ]
-        rationale = review.rationale
+        rationale = review.rationale or None
     return annotation.model_copy(
         update={
             "gold": gold,

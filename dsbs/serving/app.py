@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 from fastapi import FastAPI, Request, Response
@@ -31,7 +31,15 @@ from dsbs.serving.chat_completions import (
     chat_response,
     completions_response,
 )
-from dsbs.serving.middleware import CONTENT_TYPE, App, BodyReader, Metrics, Middleware, Receive
+from dsbs.serving.middleware import (
+    CONTENT_TYPE,
+    App,
+    BearerCheck,
+    BodyReader,
+    Metrics,
+    Middleware,
+    Receive,
+)
 from dsbs.serving.model import GenerationOptions, Item, Model, Outcome
 from dsbs.serving.openapi import PAGES, add_documentation, described
 from dsbs.serving.settings import ApiError, Settings, client_gone, stopping
@@ -292,10 +300,8 @@ def make_app(service: Service, token: str | None, *, local: bool) -> App:
         service.settings,
         service.body_reader,
         service.metrics,
-        token=token,
-        local=local,
+        check=BearerCheck(token, local=local, open_paths=OPEN_PATHS),
         paths=frozenset(routes) | PAGES,
-        open_paths=OPEN_PATHS,
     )
 
 
@@ -357,10 +363,17 @@ def deadline_protocol(header_timeout_s: float, send_timeout_s: float) -> type[H1
     return DeadlineProtocol
 
 
+class Stoppable(Protocol):
+    """What a server needs to know of its application: limits, and whom to tell that it stops."""
+
+    settings: Settings
+    is_stopping: bool
+
+
 class HttpServer(Server):
     """Stops on SIGTERM and SIGINT: accepts no connections and drains for ``settings.drain_s``."""
 
-    def __init__(self, app: App, service: Service, on_ready: Callable[[], None]) -> None:
+    def __init__(self, app: App, service: Stoppable, on_ready: Callable[[], None]) -> None:
         settings = service.settings
         super().__init__(
             Config(
