@@ -202,11 +202,16 @@ class PromptRenderer:
 
     def hint(self, example: Example) -> str:
         """The text that gives an example's gold label away."""
-        return render(
-            self.prompt.hint,
-            self.task.template_variables(example.input, example.label),
-            where="prompt: hint",
-        ).strip()
+        variables = self.task.template_variables(example.input, example.label)
+        variables["label"] = self.hinted_label(example)
+        return render(self.prompt.hint, variables, where="prompt: hint").strip()
+
+    def hinted_label(self, example: Example) -> str:
+        """The gold label as a hint has it: within a sentence, lines of fields have no clear end."""
+        label = str(example.label)
+        if self.task.label_schema()["type"] == "object":
+            return json.dumps(self.task.value(label), ensure_ascii=False)
+        return label
 
     def render(self, example: Example, *, hint: bool = False) -> Rendered:
         """The prompt for an example; with ``hint``, one that gives its gold label away."""
@@ -387,6 +392,7 @@ _ANNOTATE_KEYS_WITHOUT_EFFECT = {
     "concurrency",
     "max_usd",
     "max_requests",
+    "next",
     "batch",
     "engine",
     "ray",

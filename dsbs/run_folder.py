@@ -2,8 +2,8 @@
 
 A run is the folder ``runs/<name>/``. Only this module knows where a stage's files are in it:
 
-    annotate/<split>.jsonl  annotate/replies.sqlite  shards/<i>-of-<n>/
-    review/<split>.jsonl
+    annotate/<split>.jsonl  annotate/replies.sqlite  annotate/next.json  shards/<i>-of-<n>/
+    review/<split>.jsonl  review/<split>-signs.json
     train/<student>/train.json  train/teachers/<name>/
     eval/predictions/<system>.jsonl  eval/results.json
     serve/ledger.sqlite  serve/rows.jsonl
@@ -33,7 +33,7 @@ from dsbs.files import (
     versions,
     write_json,
 )
-from dsbs.records import Annotation, TrainedStudent
+from dsbs.records import Annotation, NextRounds, TrainedStudent
 from dsbs.records.results import (
     COMPRESSION_RECORD,
     Compressed,
@@ -126,9 +126,34 @@ class RunFolder:
             )
         return {row.id: row for row in read_annotations(path)}
 
+    def next_rounds(self) -> NextRounds:
+        """The rounds of ``annotate --next``. Raises UserError where they cannot be read."""
+        path = self._next_rounds_file
+        try:
+            return NextRounds.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return NextRounds()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({type(error).__name__}): it says which train rows "
+                "`dsbs annotate --next` chose",
+                hint="restore it, or move it away to annotate all train rows",
+            ) from None
+
+    def write_next_rounds(self, rounds: NextRounds) -> None:
+        write_json(self._next_rounds_file, rounds.model_dump(mode="json", by_alias=True))
+
+    @property
+    def _next_rounds_file(self) -> Path:
+        return self.path / "annotate" / "next.json"
+
     def reviews(self, split: str) -> Path:
         """People's decisions on the annotations of a split: see ``dsbs.records.reviews``."""
         return self.path / "review" / f"{split}.jsonl"
+
+    def review_signs(self, split: str) -> Path:
+        """Signs of mistakes that take long to find, kept for the next time."""
+        return self.path / "review" / f"{split}-signs.json"
 
     def read_reviews(self, split: str) -> dict[str, list[Review]]:
         """The decisions on the split's rows by id. Raises UserError for a line that is none."""
@@ -152,6 +177,10 @@ class RunFolder:
         """Every finished student, by name. Raises UserError for a record that cannot be read."""
         records = sorted(self.stage("train").glob(f"*/{TRAINING_RECORD}"))
         return [read_student(record.parent) for record in records]
+
+    def trained_at(self, student: TrainedStudent) -> float:
+        """When a student of the run was trained, in seconds since 1970."""
+        return (self.student(student.name) / TRAINING_RECORD).stat().st_mtime
 
     def local_teachers(self) -> list[Path]:
         """The folders of the finished local teachers that the run trained itself."""

@@ -43,6 +43,9 @@ _SERVER.set_forkserver_preload(
         "rich.table",
         "uvicorn",
         "fastapi",
+        "sklearn.linear_model",
+        "cleanlab.filter",
+        "cleanlab.rank",
         "dsbs.cli",
         "dsbs.annotation.run",
         "dsbs.training.run",
@@ -50,6 +53,7 @@ _SERVER.set_forkserver_preload(
         "dsbs.reporting.run",
         "dsbs.compression.run",
         "dsbs.exporting.run",
+        "dsbs.review.run",
         "dsbs.students.student",
     ]
 )

@@ -55,6 +55,13 @@ RUNS = [
         marks=pytest.mark.slow,
     ),
     pytest.param(
+        "next_rows.py",
+        "--out OUT --datasets banking77 --seeds 0 --sizes 4 8 --pool 40 --test 4 --steps 1",
+        "| both | 8 |",
+        id="next-rows",
+        marks=[needs_data, pytest.mark.slow],
+    ),
+    pytest.param(
         "students.py",
         "--tiny --runs 1 --variants ct2-int8",
         "| ct2-int8 |",
@@ -171,7 +178,16 @@ def test_every_benchmark_has_a_test() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "memory.py", "compress.py", "predict.py", "prune.py", "students.py"]
+    "script",
+    [
+        "train.py",
+        "memory.py",
+        "compress.py",
+        "predict.py",
+        "prune.py",
+        "students.py",
+        "next_rows.py",
+    ],
 )
 def test_benchmarks_that_start_torch_use_passive_waiting(script: str) -> None:
     text = (ROOT / "benchmarks" / script).read_text(encoding="utf-8")

@@ -31,6 +31,7 @@ from dsbs.records.reviews import (
 )
 from dsbs.run_folder import RunFolder, append_review
 from dsbs.tasks import make_task
+from dsbs.training.rows import vote_distribution
 
 TASK = make_task(
     TaskSection.model_validate(
@@ -257,7 +258,7 @@ def test_gold_marked_wrong_is_the_one_given_else_the_label_that_is_right() -> No
     annotations = {"1": annotation(gold="bird")}
 
     def gold(decision: Review) -> str | None:
-        first, second = apply_gold(rows, {"1": [decision]})
+        first, second = apply_gold(rows, {"1": [decision]}, TASK)
         assert second is rows[1]
         overlay = apply_reviews(annotations, {"1": [decision]}, TASK)["1"]
         assert overlay.gold == first.label
@@ -275,3 +276,20 @@ def test_a_decision_outlasts_a_new_annotation_of_the_row() -> None:
     accepted = overlaid([review()], **dog)
     assert (accepted.label, accepted.rationale) == ("cat", "It purrs.")
     assert overlaid([review("rejected")], **dog) == annotation(**dog)
+
+
+def test_votes_for_other_labels_are_not_taught_after_a_correction() -> None:
+    before = overlaid([review()])
+    assert vote_distribution(before, ["cat", "dog", "bird"], TASK) == [2 / 3, 1 / 3, 0]
+    for label, votes in (("dog", [0, 1, 0]), ("bird", [0, 0, 1])):
+        corrected = overlaid([review("corrected", label=label)])
+        assert vote_distribution(corrected, ["cat", "dog", "bird"], TASK) == votes
+
+
+def test_a_label_that_the_task_has_no_longer_is_an_error_that_names_the_row() -> None:
+    fish = review("corrected", label="fish")
+    with pytest.raises(UserError, match="ada's review of row '1' has label 'fish'"):
+        overlaid([fish])
+    wrong = review("rejected", gold_is_wrong=True, gold="fish")
+    with pytest.raises(UserError, match="which is not one of the task's labels"):
+        apply_gold([Example("1", {"text": "an animal"}, "cat")], {"1": [wrong]}, TASK)

@@ -29,7 +29,7 @@ from dsbs.errors import PartialError, UserError
 from dsbs.files import canonical_json
 from dsbs.formatting import count
 from dsbs.prompting import Prompt, PromptRenderer, load_prompt
-from dsbs.records import Annotation, Example, Reason, Sample, TeacherName
+from dsbs.records import Annotation, Example, NextRounds, Reason, Sample, TeacherName
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream
 from dsbs.tasks.shards import Shard
@@ -86,9 +86,12 @@ class Annotator:
     Buying, deriving, planning and batches all use it, so that they agree on what a row needs.
     """
 
-    def __init__(self, recipe: Recipe, shard: Shard | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, shard: Shard | None = None, rounds: NextRounds | None = None
+    ) -> None:
         self.recipe = recipe
         self.shard = shard
+        self.rounds = rounds or NextRounds()
         self.task: Task = make_task(recipe.task)
         self.prompt: Prompt | None = None
         self.renderer: PromptRenderer | None = None
@@ -110,9 +113,10 @@ class Annotator:
         return teacher_class(self.recipe.teacher.kind).identities(self.recipe)
 
     def examples(self, split: str) -> Iterator[Example]:
-        """The split's rows, or the shard's part of them."""
+        """The split's rows, or the shard's part of them; of train, those that rounds chose."""
         for example in stream(self.recipe, self.task, split):
-            if self.shard is None or self.shard.has(example.id):
+            is_chosen = split != "train" or self.rounds.has(example)
+            if is_chosen and (self.shard is None or self.shard.has(example.id)):
                 yield example
 
     # --- requests
@@ -208,7 +212,8 @@ class Annotator:
         section = self.recipe.annotate
         hint = None
         if hinted:
-            hint = self.renderer.hint(example).replace(str(example.label), "…")
+            hint = self.renderer.hint(example)
+            hint = hint.replace(self.renderer.hinted_label(example), "…")
         sample = read_sample(
             reply.text,
             self.prompt,

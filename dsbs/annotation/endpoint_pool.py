@@ -8,9 +8,11 @@ decrease: Chiu and Jain 1989), its own pause after a Retry-After, and its own ra
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 import random
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from dsbs.annotation.backends import (
@@ -186,7 +188,8 @@ class EndpointPool:
         self._say = say
         self._throttled_since: float | None = None  # without a reply in between
         self._notice_at = 0.0
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._tickets = itertools.count()
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []  # the line, by ticket
         self._has_timer = False
         stop_signal.on_stop(lambda: self._wake(len(self._waiters)))
 
@@ -207,11 +210,11 @@ class EndpointPool:
         PartialError where no endpoint will answer for long, and the endpoint's RejectedError or
         DsbsError.
         """
-        failures = 0
-        throttles = 0
+        failures = throttles = 0
+        ticket = next(self._tickets)  # a request that failed keeps its place in the line
         last: EndpointState | None = None
         while True:
-            state = await self._enter(tokens, last)
+            state = await self._enter(tokens, last, ticket)
             try:
                 before_attempt()
                 outcome = await self._send(state, request, tokens)
@@ -290,8 +293,8 @@ class EndpointPool:
                 self._say(f"{error.problem}; continuing with the other endpoints")
         self._wake(len(self._waiters))  # those that waited for this endpoint need another one
 
-    async def _enter(self, tokens: int, last: EndpointState | None) -> EndpointState:
-        """Wait for an endpoint's turn; another one than ``last`` where there is a choice."""
+    async def _enter(self, tokens: int, last: EndpointState | None, ticket: int) -> EndpointState:
+        """Wait in line, by ticket, for an endpoint; not for ``last`` where there is a choice."""
         while True:
             if self.stop_signal.is_set:
                 raise StoppedError
@@ -300,7 +303,9 @@ class EndpointPool:
                 raise errors[0]
             now = time.monotonic()
             ready_at = None
-            if sum(state.in_flight for state in self.states) < self.max_in_flight:
+            if self._waiters and self._waiters[0][0] < ticket:
+                self._wake(1)  # the timer may be this one's, and the first waits for it
+            elif sum(state.in_flight for state in self.states) < self.max_in_flight:
                 free = [state for state in self.states if state.has_capacity]
                 state = self._next_state(free, last, now)
                 if state is not None:
@@ -308,7 +313,7 @@ class EndpointPool:
                     return state
                 ready_at = min((state.ready_at for state in free), default=None)
             self._give_up_on_long_pauses(now)
-            await self._wait(None if ready_at is None else ready_at - now)
+            await self._wait(ticket, None if ready_at is None else ready_at - now)
 
     def _next_state(
         self, free: Sequence[EndpointState], last: EndpointState | None, now: float
@@ -328,15 +333,16 @@ class EndpointPool:
     def _give_up_on_long_pauses(self, now: float) -> None:
         waits = [state.paused_until - now for state in self.states if state.closed is None]
         if waits and min(waits) > LONGEST_RETRY_AFTER_S:
+            self._wake(1)  # the next in line gives up as well
             raise PartialError(
                 f"the endpoint asks to come back in {min(waits):.0f} s",
                 hint="run the same command then: the replies so far are stored",
             )
 
-    async def _wait(self, seconds: float | None) -> None:
+    async def _wait(self, ticket: int, seconds: float | None) -> None:
         """Wait until a request comes back, ``seconds`` have passed or the run ends."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        bisect.insort(self._waiters, (ticket, waiter))
         timeout = None
         if seconds is not None and not self._has_timer:
             timeout = seconds  # one timer is enough: the waiter that gets in wakes the next
@@ -345,6 +351,7 @@ class EndpointPool:
             await asyncio.wait({waiter}, timeout=timeout)
         finally:
             waiter.cancel()
+            self._waiters.remove((ticket, waiter))
             if timeout is not None:
                 self._has_timer = False
 
@@ -359,8 +366,9 @@ class EndpointPool:
         self._wake(min(capacity, self.max_in_flight - in_flight))
 
     def _wake(self, count: int) -> None:
-        while count > 0 and self._waiters:
-            waiter = self._waiters.popleft()
+        for _, waiter in self._waiters:
+            if count <= 0:
+                return
             if not waiter.done():
                 waiter.set_result(None)
                 count -= 1

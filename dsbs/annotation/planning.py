@@ -19,7 +19,7 @@ from dsbs.errors import UserError
 from dsbs.files import canonical_json
 from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress
-from dsbs.records import Example
+from dsbs.records import Example, NextRounds
 from dsbs.records.measures import Rate, wilson
 from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import position
@@ -75,16 +75,21 @@ def plan(
     shard: Shard | None = None,
     *,
     batch: bool = False,
+    rounds: NextRounds | None = None,
 ) -> Plan:
-    """What ``annotate`` would send; nothing is sent or written. Hints are not foreseen."""
-    annotator = Annotator(recipe, shard)
+    """What ``annotate`` would send; nothing is sent or written. Hints are not foreseen.
+
+    ``rounds`` None: those of the run.
+    """
+    run = RunFolder.of(recipe, out)
+    annotator = Annotator(recipe, shard, rounds or run.next_rounds())
     if not teacher_class(recipe.teacher.kind).is_asked:
         raise UserError(
             f"no requests are sent to a teacher of kind {recipe.teacher.kind}",
             hint="run without --dry-run: it costs nothing",
         )
     assert annotator.renderer is not None
-    store = _existing_store(RunFolder.of(recipe, out), shard)
+    store = _existing_store(run, shard)
     first_prompt = ""
     rows = 0
     requests = 0

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import Teacher, make_teacher, teacher_class
 from dsbs.annotation.batch import buy_batches
 from dsbs.annotation.batch_files import export, import_output
+from dsbs.annotation.next_rows import finish_round, remaining
 from dsbs.annotation.requester import send_requests
 from dsbs.annotation.shards import annotate_on_ray
 from dsbs.annotation.store import ReplyStore, open_store
@@ -38,6 +39,7 @@ from dsbs.errors import DsbsError, UserError
 from dsbs.formatting import count, listing
 from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
+from dsbs.records import Annotation
 from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import survey
 from dsbs.tasks.shards import Shard
@@ -71,8 +73,9 @@ def annotate(
     buys_online = kind.is_asked and buying == "online"
     if recipe.annotate.engine == "ray" and buys_online and shard is None:
         return _annotate_on_ray(recipe, out, progress, retry_refused=retry_refused)
-    annotator = Annotator(recipe, shard)
     parent_run = RunFolder.of(recipe, out)
+    rounds = parent_run.next_rounds()
+    annotator = Annotator(recipe, shard, rounds)
     run = parent_run if shard is None else parent_run.shard(str(shard))
     surveys = {str(split): survey(annotator.examples(split)) for split in recipe.annotate.splits}
     summaries = {split: SplitSummary() for split in surveys}
@@ -122,8 +125,15 @@ def annotate(
             raise stopped
         if any(summary.rejected["no-reply"] for summary in summaries.values()):
             record["status"] = "partial"
+        if shard is None and "train" in summaries:
+            is_complete = not kind.is_asked or not summaries["train"].rejected["no-reply"]
+            finish_round(parent_run, is_complete=is_complete)
     return AnnotateResult(
-        run.path, summaries, reportable=recipe.task.limit is None, can_continue=kind.is_asked
+        run.path,
+        summaries,
+        reportable=recipe.task.limit is None,
+        can_continue=kind.is_asked,
+        remaining=remaining(recipe, annotator.task, rounds),
     )
 
 
@@ -174,7 +184,7 @@ def _derive(
     """Write the annotations that the stored replies make."""
     for split, summary in summaries.items():
         annotations = annotator.derive(store, annotator.examples(split))
-        write_annotations(run.annotations(split), annotations, annotator.task, summary)
+        _write(annotator, run, split, annotations, summary)
 
 
 def _read(
@@ -189,13 +199,26 @@ def _read(
         started = time.monotonic()
         with running(progress, f"read {split}", None):
             annotations = teacher.annotations(annotator.examples(split), split)
-            path = run.annotations(split)
-            write_annotations(path, annotations, annotator.task, summary, progress)
+            _write(annotator, run, split, annotations, summary, progress)
         summary.wall_s = time.monotonic() - started
         for warning in teacher.warnings(split, summary.rows):
             progress.say(warning)
     if all(summary.rows == summary.rejected["no-reply"] for summary in summaries.values()):
         raise teacher.no_annotations()
+
+
+def _write(
+    annotator: Annotator,
+    run: RunFolder,
+    split: str,
+    annotations: Iterable[Annotation],
+    summary: SplitSummary,
+    progress: Progress | None = None,
+) -> None:
+    """Write a split's annotations; those of train rows say how the rows were chosen."""
+    if split == "train":
+        annotations = map(annotator.rounds.marked, annotations)
+    write_annotations(run.annotations(split), annotations, annotator.task, summary, progress)
 
 
 def _import(
@@ -279,7 +302,7 @@ def export_batch(recipe: Recipe, path: Path, *, out: str | Path | None = None) -
             f"no requests are sent to a teacher of kind {recipe.teacher.kind}",
             hint="run without --batch-export",
         )
-    annotator = Annotator(recipe)
     run = RunFolder.of(recipe, out)
+    annotator = Annotator(recipe, rounds=run.next_rounds())
     with run.lock("annotate"), open_store(run) as store:
         return export(annotator, store, run, path)

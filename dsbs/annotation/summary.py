@@ -61,6 +61,7 @@ class SplitSummary:
     outcomes of the rows that were requested again with a hint. ``usd`` is the cost of all replies
     in the rows, whenever they were bought (None: not known). Rows with the same request share its
     replies, which count once. ``first_rejected`` is the first rejected row per reason.
+    ``chosen`` counts the rows that ``--next`` chose, ``random`` those of them in the random sample.
     ``details`` counts why rows have no reply, by reason and message; ``unknown_finish_reasons``
     counts replies with a finish reason that no provider documents.
     """
@@ -73,6 +74,10 @@ class SplitSummary:
     correct_accepted: int = 0
     with_gold: int = 0
     accepted_with_gold: int = 0
+    chosen: int = 0
+    random: int = 0
+    random_correct: int = 0
+    random_with_gold: int = 0
     hinted: Counter[str] = field(default_factory=Counter)
     requests: int = 0
     wasted: Counter[str] = field(default_factory=Counter)
@@ -94,6 +99,11 @@ class SplitSummary:
         correct = gold is not None and own_label is not None and task.correct(own_label, gold)
         self.with_gold += gold is not None
         self.correct += correct
+        self.chosen += annotation.chosen_by is not None
+        if annotation.chosen_by == "random":
+            self.random += 1
+            self.random_with_gold += gold is not None
+            self.random_correct += correct
         if annotation.samples and annotation.samples[-1].hinted:
             outcome: str = annotation.samples[-1].reason or "still another label"
             if annotation.provenance == "hinted":
@@ -147,6 +157,13 @@ class SplitSummary:
         """Over the accepted rows with gold that needed no hint."""
         return wilson(self.correct_accepted, self.accepted_with_gold)
 
+    @property
+    def label_accuracy_random(self) -> Rate | None:
+        """Over the random sample of a split whose rows ``--next`` chose: an unbiased estimate of
+        that over all rows.
+        """
+        return wilson(self.random_correct, self.random_with_gold)
+
     def warnings(self, split: str) -> list[str]:
         """Why rows are rejected or have no rationale: what is frequent, and what to do."""
         warnings = [
@@ -178,7 +195,7 @@ class SplitSummary:
     def as_json(self) -> dict[str, Any]:
         overall = self.label_accuracy
         accepted = self.label_accuracy_accepted
-        return {
+        figures: dict[str, Any] = {
             "rows": self.rows,
             "accepted": self.accepted,
             "without_rationale": self.without_rationale,
@@ -199,6 +216,15 @@ class SplitSummary:
             "usd": None if self.usd is None else round(self.usd, 6),
             "wall_s": round(self.wall_s, 3),
         }
+        if self.chosen:
+            random = self.label_accuracy_random
+            figures |= {
+                "chosen": self.chosen,
+                "random": self.random,
+                "label_accuracy_random": None if random is None else round(random.value, 4),
+                "label_accuracy_random_ci95": rounded_interval(random),
+            }
+        return figures
 
 
 def message_form(message: str) -> str:
@@ -227,13 +253,15 @@ class AnnotateResult:
     """The closing summary of ``dsbs annotate``.
 
     ``reportable`` is False for a run on limited data. ``can_continue``: whether running again may
-    bring missing replies.
+    bring missing replies. ``remaining``: train rows that ``--next`` has not chosen; None: it chose
+    none, and all rows are annotated.
     """
 
     run: Path
     splits: dict[str, SplitSummary]
     reportable: bool
     can_continue: bool = True
+    remaining: int | None = None
 
     def error(self) -> DsbsError | None:
         """The error that ends the command although every file was written; None: all is well."""
@@ -256,11 +284,12 @@ class AnnotateResult:
         )
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        result: dict[str, Any] = {
             "run": str(self.run),
             "reportable": self.reportable,
             "splits": {name: summary.as_json() for name, summary in self.splits.items()},
         }
+        return result if self.remaining is None else result | {"remaining": self.remaining}
 
 
 def write_annotations(

@@ -27,6 +27,7 @@ COMMANDS = {
         "dsbs.cli.compare_teachers:compare_teachers",
         "Compare several teachers on a sample",
     ),
+    "review": ("dsbs.cli.review:review", "Accept, correct or reject annotations in a browser"),
     "train": ("dsbs.cli.train:train", "Train the students of a recipe"),
     "eval": ("dsbs.cli.evaluate:evaluate", "Score and compare all systems"),
     "report": ("dsbs.cli.report:report", "Write an HTML report of one run or several"),

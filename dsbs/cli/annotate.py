@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from dsbs.annotation.run import Buying
     from dsbs.annotation.summary import AnnotateResult
     from dsbs.config import Recipe
+    from dsbs.records import NextRounds
 
 
+_SHOWN_IDS = 5  # of the rows that --next would choose
 FromServe = Annotated[
     bool,
     typer.Option(
@@ -56,6 +58,16 @@ def annotate(
             min=1,
             metavar="N",
             help="Annotate a stratified sample of N rows, estimate the full cost, and stop.",
+        ),
+    ] = None,
+    next_rows: Annotated[
+        int | None,
+        typer.Option(
+            "--next",
+            min=1,
+            metavar="N",
+            help="Choose the N train rows that teach most (annotate.next) and annotate only the "
+            "rows chosen so far.",
         ),
     ] = None,
     batch: Annotated[
@@ -86,6 +98,7 @@ def annotate(
     """Ask the teacher for a rationale and a label for every row."""
     from dsbs.annotation import planning
     from dsbs.annotation import run as stage
+    from dsbs.annotation.backends import teacher_class
     from dsbs.tasks.shards import Shard
 
     loaded = load(recipe, overrides, set_keys)
@@ -95,8 +108,18 @@ def annotate(
     modes = {"--pilot": pilot, "--batch": batch, "--batch-export": batch_export}
     _check_exclusive(modes | {"--shard": shard})
     _check_exclusive(modes | {"--batch-import": batch_import})
+    _check_exclusive({"--next": next_rows, "--pilot": pilot, "--shard": shard})
+    rounds = None
+    if next_rows is not None:
+        from dsbs.annotation.next_rows import choose
+
+        rounds = choose(loaded, next_rows, out=out, write=not dry_run, progress=progress())
     if dry_run:
-        _print_plan(planning.plan(loaded, out, parsed_shard, batch=batch), as_json)
+        if rounds is None or teacher_class(loaded.teacher.kind).is_asked:
+            plan = planning.plan(loaded, out, parsed_shard, batch=batch, rounds=rounds)
+            _print_plan(plan, rounds, as_json)
+        else:
+            _print_plan(None, rounds, as_json)
         return
     if pilot is not None:
         _print_pilot(planning.pilot(loaded, pilot, out=out, progress=progress()), as_json)
@@ -172,10 +195,16 @@ def _check_exclusive(options: Mapping[str, Any]) -> None:
         raise UserError(f"{' and '.join(used)} exclude each other", hint="use one of them")
 
 
-def _print_plan(plan: Plan, as_json: bool) -> None:
+def _print_plan(plan: Plan | None, rounds: NextRounds | None, as_json: bool) -> None:
+    """``plan`` None: no requests are sent to the teacher."""
+    entry = None if rounds is None else rounds.rounds[-1]
     if as_json:
-        print_json(plan.as_json())
-    else:
+        figures = {} if plan is None else plan.as_json()
+        print_json(figures if entry is None else figures | {"next": entry.model_dump()})
+        return
+    if entry is not None:
+        print(f"next: {', '.join(entry.rows[:_SHOWN_IDS])} … (all with --json)")
+    if plan is not None:
         print_annotate_plan(plan)
 
 

@@ -8,7 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -221,7 +221,22 @@ def print_annotate_result(result: AnnotateResult) -> None:
     print_smoke_warning(result.reportable)
     for split, summary in result.splits.items():
         print_split(split, summary)
+        _print_reviews(result.run, split)
+        if split == "train" and result.remaining is not None:
+            print(f"  {result.remaining:,} rows remain that --next has not chosen")
     print(f"annotations: {result.run / 'annotate'}")
+
+
+def _print_reviews(run: Path, split: str) -> None:
+    from dsbs.records.reviews import deciding_reviews
+    from dsbs.run_folder import RunFolder
+
+    with suppress(UserError):  # a damaged line is the error of training, not of this command
+        decided = len(deciding_reviews(RunFolder(run).read_reviews(split)))
+        if decided:
+            print(
+                f"  people decided on {count(decided, 'row')} (review/{split}.jsonl), which count"
+            )
 
 
 def print_split(name: str, summary: SplitSummary) -> None:
@@ -232,6 +247,12 @@ def print_split(name: str, summary: SplitSummary) -> None:
     overall = rate(summary.label_accuracy)
     accepted = rate(summary.label_accuracy_accepted)
     print(f"  label accuracy {overall}, of accepted rows {accepted}")
+    if summary.chosen:
+        print(
+            f"  {count(summary.chosen, 'row')} chosen by --next; label accuracy on the "
+            f"{summary.random:,} random ones {rate(summary.label_accuracy_random)}, an estimate "
+            "for all rows"
+        )
     if summary.hinted:
         print(f"  with a hint: {listing(summary.hinted)}")
     if not summary.requests and not summary.cached:  # a teacher on disk

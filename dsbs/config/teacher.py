@@ -266,6 +266,21 @@ class RaySection(Section):
     """GPUs reserved for each task, for a transformers teacher."""
 
 
+class NextSection(Section):
+    """Which rows ``dsbs annotate --next N`` chooses."""
+
+    by: Literal["both", "uncertainty", "diversity", "random"] = "both"
+    """uncertainty: the rows of whose label a student is least sure. diversity: rows unlike one
+    another and unlike those annotated already. both: uncertain rows that differ. Without a student
+    yet, diversity."""
+    random_share: float = Field(0.2, gt=0, le=1)
+    """The share of the rows that is chosen at random, so that estimates stay unbiased."""
+    seed: int = 0
+    """The seed of what is chosen at random."""
+    student: str | None = None
+    """The name of the run's student that is asked, e.g. distill-teacher-s0. None: the newest."""
+
+
 ScoreVote = Literal["median", "mean"]
 
 
@@ -315,6 +330,8 @@ class AnnotateSection(Section):
     maximum."""
     max_requests: int | None = Field(None, ge=0)
     """Stop (exit code 3) after this many requests of one command. None: no maximum."""
+    next: NextSection = NextSection()
+    """The choice of rows with ``dsbs annotate --next``."""
     batch: BatchSection = BatchSection()
     """The provider's batch API."""
     engine: Literal["local", "ray"] = "local"

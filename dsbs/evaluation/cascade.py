@@ -89,7 +89,7 @@ def calibration_examples(
     Raises UserError where there are none.
     """
     assert recipe.eval.cascade is not None
-    rows = apply_gold(load(recipe, task, "valid"), reviews or {})
+    rows = apply_gold(load(recipe, task, "valid"), reviews or {}, task)
     labeled = [row for row in rows if row.label is not None]
     selected = {row.id for row in validation_rows(labeled or rows, recipe.train.valid_limit)}
     rest = [row for row in rows if row.id not in selected]

@@ -312,13 +312,14 @@ def _labeled_rows(recipe: Recipe, task: Task, run: RunFolder) -> _LabeledRows:
         originals = run.load_annotations("train", source_fingerprint(recipe, task))
         return apply_reviews(originals, reviews, task)
 
-    examples = apply_gold(load(recipe, task, "train"), reviews)
+    annotated = run.next_rounds().of(load(recipe, task, "train"))
+    examples = apply_gold(annotated, reviews, task)
     rows = [row for row in examples if not is_held_out(recipe, row)]
     source, labels = labels_by_row(rows, annotations)
     if not labels:
         raise UserError("no train row has a label", hint="label some rows, or run dsbs annotate")
     valid_reviews = run.read_reviews(annotated_split(recipe, "valid"))
-    valid_rows = apply_gold(stream(recipe, task, "valid"), valid_reviews)
+    valid_rows = apply_gold(stream(recipe, task, "valid"), valid_reviews, task)
     with_gold = [row for row in valid_rows if row.label is not None]
     valid = validation_rows(with_gold, recipe.train.valid_limit)
     return _LabeledRows(

@@ -71,7 +71,7 @@ class Estimate:
             )
         else:
             text = (
-                f"The teacher is right on {percent(self.rate.value)} of the rows "
+                f"The teacher is right on {percent(self.rate.value)} of the annotated rows "
                 f"({confidence_interval(self.rate.ci95)}), by {count(self.rate.n, 'random row')}."
             )
         if self.other:

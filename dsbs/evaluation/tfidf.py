@@ -21,6 +21,7 @@ from dsbs.evaluation.floors import (
     predict_majority,
 )
 from dsbs.records import Example
+from dsbs.tasks import Task
 from dsbs.tasks.data import position
 
 # Inverse strengths of the regularization, the strongest first.
@@ -159,25 +160,61 @@ def cross_validated(inputs: FloorInputs, folds: int) -> Floats:
     task = inputs.task
     names = list(task.head_labels)
     shares = np.zeros((len(inputs.train), len(names)))
+    features = _Features(inputs).fit([row for row, _ in inputs.train])  # which use no labels
     fold_of = np.array([int(position(row.id, "fold") * folds) for row, _ in inputs.train])
     for fold in range(folds):
-        rest = [pair for pair, other in zip(inputs.train, fold_of, strict=True) if other != fold]
-        indices = np.flatnonzero(fold_of == fold).tolist()
-        held_out = [inputs.train[index][0] for index in indices]
-        labels = [label for _, label in rest]
-        if not held_out or len(set(labels)) < 2:
+        rest = np.flatnonzero(fold_of != fold)
+        held_out = np.flatnonzero(fold_of == fold)
+        labels = [inputs.train[index][1] for index in rest.tolist()]
+        if not len(held_out) or len(set(labels)) < 2:
             continue
-        features = _Features(inputs)
-        train = features.fit([row for row, _ in rest])
+        train = features[rest]
         if task.has_several_labels:
             models = _one_for_each(train, _label_matrix(inputs, labels), _DEFAULT_STRENGTH)
-            shares[indices] = _probabilities(models, features.of(held_out))
+            shares[held_out] = _probabilities(models, features[held_out])
         else:
             model = _logistic(train, labels, _DEFAULT_STRENGTH)
             columns = np.array([names.index(name) for name in model.classes_])
-            predicted = model.predict_proba(features.of(held_out))
-            shares[np.array(indices)[:, None], columns] = predicted
+            shares[held_out[:, None], columns] = model.predict_proba(features[held_out])
     return shares
+
+
+def learned_labels(inputs: FloorInputs, folds: int) -> dict[str, tuple[str, float, bool]]:
+    """Confident learning (Northcutt, Jiang and Chuang, 2021) on the train rows, cross-validated.
+
+    By id: the label of models that did not learn from the row, the probability that they give the
+    row's own label, and whether that label is likely a mistake. Needs cleanlab.
+    """
+    task = inputs.task
+    shares = cross_validated(inputs, folds)
+    issues, quality = _label_issues(task, [label for _, label in inputs.train], shares)
+    return {
+        row.id: (task.choose(task.head_labels, of_row.tolist()), float(probability), bool(is_issue))
+        for (row, _), of_row, probability, is_issue in zip(
+            inputs.train, shares, quality, issues, strict=True
+        )
+    }
+
+
+def _label_issues(task: Task, labels: Sequence[str], shares: Any) -> tuple[Any, Any]:
+    """(rows,) whether a label is likely wrong, and (rows,) how likely it is right."""
+    if task.has_several_labels:
+        from cleanlab.multilabel_classification import get_label_quality_scores
+        from cleanlab.multilabel_classification.filter import find_label_issues as issues_of_sets
+
+        sets = [np.flatnonzero(task.head_targets(label)).tolist() for label in labels]
+        issues = issues_of_sets(sets, shares, n_jobs=1)
+        return issues, get_label_quality_scores(sets, shares)
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores as quality_scores
+
+    used = sorted(set(labels), key=task.head_labels.index)
+    columns = [task.head_labels.index(name) for name in used]
+    shares = np.clip(shares[:, columns], 1e-6, None)
+    shares /= shares.sum(axis=1, keepdims=True)
+    numbers = np.array([used.index(label) for label in labels])
+    issues = find_label_issues(numbers, shares, n_jobs=1)
+    return issues, quality_scores(numbers, shares)
 
 
 def _best_on_valid(

@@ -13,12 +13,19 @@ import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from dsbs.annotation.annotator import Annotator
 from dsbs.annotation.backends import Price, Reply, Teacher, make_teacher, teacher_class
-from dsbs.annotation.endpoint_pool import Budget, StoppedError, StopSignal
+from dsbs.annotation.endpoint_pool import (
+    Budget,
+    EndpointPool,
+    EndpointState,
+    StoppedError,
+    StopSignal,
+)
 from dsbs.annotation.requester import Requester
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import RowsToRequest, SplitSummary
@@ -36,6 +43,8 @@ from dsbs.tasks import make_task
 logger = logging.getLogger(__name__)
 _REOPEN_S = 60.0  # after which an endpoint that wanted no more requests is asked again
 _DRAIN_S = 30.0  # for replies in flight at the end
+# When the client of the row that a task asks about goes, in its loop's seconds. None: never.
+_leaves_at: ContextVar[float | None] = ContextVar("_leaves_at", default=None)
 _REASONS = {
     "refused": "it refuses the row",
     "no-reply": "no reply",
@@ -70,6 +79,22 @@ class _DailyBudget(Budget):
                 self._ledger.add_usd(self.spent - before)
 
 
+class _ServedPool(EndpointPool):
+    """A pool whose requests leave the line when nobody waits for them any more.
+
+    Otherwise they would be sent before those of rows that still wait: once a teacher was slow or
+    dead for a while, no reply would come in time again.
+    """
+
+    async def _enter(self, tokens: int, last: EndpointState | None, ticket: int) -> EndpointState:
+        try:
+            async with asyncio.timeout_at(_leaves_at.get()):
+                return await super()._enter(tokens, last, ticket)
+        except TimeoutError:
+            self._wake(1)  # this one was perhaps about to get in
+            raise TeacherError("no answer in time: too many rows wait for it") from None
+
+
 class _ServedAnnotator(Annotator):
     """A recipe's annotator for rows that come from clients."""
 
@@ -86,6 +111,12 @@ class LiveTeacher:
         self._teacher = teacher
         # Its messages may quote the endpoint, which may quote a row.
         self._requester = Requester(self._annotator, teacher, store, NoProgress())
+        self._requester.pool = _ServedPool(
+            teacher.endpoints,
+            self._requester.max_in_flight,
+            self._requester.stop_signal,
+            NoProgress().say,
+        )
         self._requester.rows = RowsToRequest("served rows", tuple, 0, SplitSummary())
         self._requester.budget = _DailyBudget(
             self._annotator.price, recipe.annotate.max_usd, ledger, self._requester.stop_signal
@@ -101,9 +132,9 @@ class LiveTeacher:
     def start(self) -> None:
         self._thread.start()
 
-    def ask(self, fields: Mapping[str, Any]) -> Future[TeacherAnswer]:
+    def ask(self, fields: Mapping[str, Any], wait_s: float | None = None) -> Future[TeacherAnswer]:
         """See ``TeacherClient``."""
-        return asyncio.run_coroutine_threadsafe(self._ask(fields), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._ask(fields, wait_s), self._loop)
 
     def close(self) -> None:
         """See ``TeacherClient``."""
@@ -130,7 +161,8 @@ class LiveTeacher:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._teacher.close()
 
-    async def _ask(self, fields: Mapping[str, Any]) -> TeacherAnswer:
+    async def _ask(self, fields: Mapping[str, Any], wait_s: float | None) -> TeacherAnswer:
+        _leaves_at.set(None if wait_s is None else self._loop.time() + wait_s)
         try:
             return await self._answer(Example(id="served", input=dict(fields)))
         except TeacherError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -101,6 +103,10 @@ class Sample(_Record):
         return 1.0 if self.weight is None else self.weight
 
 
+Criterion = Literal["both", "uncertainty", "diversity", "random"]
+"""How the next rows to annotate are chosen."""
+
+
 class TeacherName(_Record):
     """The teacher's kind and model."""
 
@@ -138,6 +144,72 @@ class Annotation(_Record):
     """US dollars for the row's replies. None: the price or a number of tokens is unknown."""
     teacher: TeacherName
     request_key: str | None = None
+    chosen_by: Criterion | None = Field(None, exclude_if=_is_none)
+    """How `dsbs annotate --next` chose the row. random: it is in the random sample. None: it did
+    not choose it."""
+
+
+class NextRound(_Record):
+    """One round of ``dsbs annotate --next``: the train rows it chose, and by what."""
+
+    by: Criterion | Literal["earlier"]
+    """earlier: the rows that were annotated before the first round."""
+    rows: tuple[str, ...]
+    """The ids of the rows to annotate."""
+    random: tuple[str, ...] = ()
+    """Ids that this round adds to the random sample; earlier rounds may have chosen some."""
+    seed: int = 0
+    unlabelled: int = 0
+    """Rows that could be chosen."""
+    compared: int = 0
+    """Those of them that were compared by uncertainty or diversity."""
+    states: str | None = None
+    """Whose states measured diversity: a student, minilm-l6 or TF-IDF. None: nobody's."""
+    student: str | None = None
+    """The student that was asked. None: there was none, or none was needed."""
+    fingerprint: str | None = None
+    """The student's."""
+    started: str = ""
+    done: bool = False
+    """Whether its rows are annotated. Until then, the same command continues the round."""
+
+
+class NextRounds(_Record):
+    """``annotate/next.json``: the rounds of ``dsbs annotate --next`` in a run.
+
+    Once there is a round, the run's train rows are those that rounds have chosen.
+    """
+
+    schema_: Literal["dsbs.next/1"] = Field("dsbs.next/1", alias="schema")
+    rounds: tuple[NextRound, ...] = ()
+
+    @property
+    def unfinished(self) -> NextRound | None:
+        """The round whose rows are not annotated yet: always the last one."""
+        if self.rounds and not self.rounds[-1].done:
+            return self.rounds[-1]
+        return None
+
+    @cached_property
+    def chosen(self) -> dict[str, Criterion | Literal["earlier"]]:
+        """How each row was chosen, by its id; rows of the random sample are ``random``."""
+        chosen = {row: entry.by for entry in self.rounds for row in entry.rows}
+        return chosen | {row: "random" for entry in self.rounds for row in entry.random}
+
+    def has(self, row: Example) -> bool:
+        """Whether a train row is annotated and trained on. Without rounds, every row is."""
+        return not self.rounds or row.is_served or row.id in self.chosen
+
+    def of(self, rows: Sequence[Example]) -> list[Example]:
+        """The train rows that are annotated and trained on."""
+        return [row for row in rows if self.has(row)]
+
+    def marked(self, annotation: Annotation) -> Annotation:
+        """A train row's annotation with how the row was chosen."""
+        by = self.chosen.get(annotation.id, "earlier")
+        if by == "earlier":
+            return annotation
+        return annotation.model_copy(update={"chosen_by": by})
 
 
 class Prediction(_Record):

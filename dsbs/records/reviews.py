@@ -15,14 +15,14 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import canonical_json, digest, last_line_start, make_folder
-from dsbs.records import Annotation, Example, Sample, _Record
+from dsbs.records import Annotation, Example, Sample, Unreadable, _Record
 from dsbs.records.measures import Interval, Rate, ResultRecord
 
 Decision = Literal["accepted", "corrected", "rejected", "skipped", "undone"]
@@ -48,7 +48,7 @@ class Review(_Record):
     """The annotation's label that was decided on. It stays right, or rejected, where the row is
     annotated anew and gets another one."""
     rationale: str | None = None
-    """The rationale as edited. None: unchanged."""
+    """The rationale as edited. Empty: it is wrong, and there is none instead. None: unchanged."""
     gold_is_wrong: bool = False
     gold: str | None = None
     """The right gold label, if gold is wrong. None: the label accepted or given here; of a rejected
@@ -140,10 +140,13 @@ class CorrectedAccuracy(ResultRecord):
     """Rows with a gold label after the corrections."""
 
 
-class _Equality(Protocol):
-    """What is needed of a task: whether two canonical labels mean the same."""
+class _Labels(Protocol):
+    """What is needed of a task."""
 
+    @property
+    def head_labels(self) -> tuple[str, ...]: ...
     def correct(self, predicted: str, gold: str) -> bool: ...
+    def read_label(self, text: str, fields: Mapping[str, Any]) -> str | Unreadable: ...
 
 
 # --- the file
@@ -294,7 +297,7 @@ def reviews_mark(*splits: Reviews) -> str | None:
 # --- the overlay
 
 
-def proposal(annotation: Annotation, task: _Equality) -> tuple[str | None, str | None]:
+def proposal(annotation: Annotation, task: _Labels) -> tuple[str | None, str | None]:
     """The label and the rationale of an annotation that a reviewer decides on. Those of a rejected
     one are the teacher's own answer and the rationale of a reply with it; None: there is none.
     """
@@ -305,7 +308,7 @@ def proposal(annotation: Annotation, task: _Equality) -> tuple[str | None, str |
 
 
 def apply_reviews(
-    annotations: Mapping[str, Annotation], reviews: Reviews, task: _Equality
+    annotations: Mapping[str, Annotation], reviews: Reviews, task: _Labels
 ) -> dict[str, Annotation]:
     """The annotations as people left them, by id; those that nobody decided on are the same
     objects.
@@ -313,6 +316,7 @@ def apply_reviews(
     A rejected one is no longer accepted. One that was accepted or corrected has provenance
     ``reviewed``, and its label is the teacher's own too. The rationale of another label does not
     stay: without a new one, that of a reply with the right label takes its place, if there is one.
+    Raises UserError for a label outside the task's closed set.
     """
     decided = deciding_reviews(reviews)
     return {
@@ -321,19 +325,39 @@ def apply_reviews(
     }
 
 
-def apply_gold(rows: Iterable[Example], reviews: Reviews) -> list[Example]:
+def apply_gold(rows: Iterable[Example], reviews: Reviews, task: _Labels) -> list[Example]:
     """The rows with the gold labels that people corrected.
 
-    For rows of train and valid. Test rows keep their gold labels.
+    For rows of train and valid. Test rows keep their gold labels. Raises UserError as
+    ``apply_reviews`` does.
     """
     decided = deciding_reviews(reviews)
-    return [
-        replace(row, label=decided[row.id].right_gold(row.label)) if row.id in decided else row
-        for row in rows
-    ]
+
+    def corrected(row: Example) -> Example:
+        review = decided.get(row.id)
+        if review is None or not review.gold_is_wrong:
+            return row
+        label = review.right_gold(row.label)
+        _check_label(label, row.input, review, task)
+        return replace(row, label=label)
+
+    return [corrected(row) for row in rows]
 
 
-def _reviewed(annotation: Annotation, review: Review, task: _Equality) -> Annotation:
+def _check_label(
+    label: str | None, fields: Mapping[str, Any], review: Review, task: _Labels
+) -> None:
+    if label is None or not task.head_labels:
+        return
+    if isinstance(task.read_label(label, fields), Unreadable):
+        raise UserError(
+            f"{review.reviewer}'s review of row {review.id!r} has label {label!r}, which is not "
+            "one of the task's labels",
+            hint="add it to task.labels, or review the row again",
+        )
+
+
+def _reviewed(annotation: Annotation, review: Review, task: _Labels) -> Annotation:
     gold = review.right_gold(annotation.gold)
     label = review.right_label
     proposed, rationale = proposal(annotation, task)
@@ -342,6 +366,7 @@ def _reviewed(annotation: Annotation, review: Review, task: _Equality) -> Annota
         if proposed is None or review.shown is None or task.correct(proposed, review.shown):
             changes |= {"accepted": False, "reject_reason": "rejected-in-review"}
         return annotation.model_copy(update=changes)
+    _check_label(label, annotation.input, review, task)
     samples = annotation.samples
     own_label = annotation.own_label
     if review.label is not None or own_label is None or not task.correct(own_label, label):
@@ -361,7 +386,7 @@ def _reviewed(annotation: Annotation, review: Review, task: _Equality) -> Annota
             else sample
             for sample in samples
         ]
-        rationale = review.rationale
+        rationale = review.rationale or None
     return annotation.model_copy(
         update={
             "gold": gold,
@@ -377,7 +402,7 @@ def _reviewed(annotation: Annotation, review: Review, task: _Equality) -> Annota
     )
 
 
-def _rationale_of(samples: Iterable[Sample], label: str | None, task: _Equality) -> str | None:
+def _rationale_of(samples: Iterable[Sample], label: str | None, task: _Labels) -> str | None:
     """The rationale of the first reply with a label."""
     if label is None:
         return None

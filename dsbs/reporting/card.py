@@ -14,14 +14,25 @@ from dsbs.config.load import read_recorded
 from dsbs.config.terms import base_of
 from dsbs.errors import UserError
 from dsbs.files import atomic_write
-from dsbs.formatting import confidence_interval, count, escape_markdown, integer, percent
+from dsbs.formatting import (
+    ABSENT,
+    confidence_interval,
+    count,
+    escape_markdown,
+    integer,
+    interval,
+    markdown_table,
+    percent,
+)
 from dsbs.records.measures import Measure
 from dsbs.records.results import SystemResult
 from dsbs.records.summary import system_sentences
+from dsbs.reporting.labels import part_cells, part_columns
 from dsbs.reporting.runs import EvaluatedRun
+from dsbs.reporting.tables import measure_cell
 from dsbs.run_folder import read_student
 from dsbs.students.card import StudentCard, read_card
-from dsbs.tasks import make_task
+from dsbs.tasks import Task, make_task
 from dsbs.tasks.templates import fields_of
 
 _MAX_RECALLS = 20  # labels whose recall a card lists
@@ -84,6 +95,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         tags=["dsbs", "distillation", *student.method.split("+"), "arxiv:2305.02301"],
     )
     terms = recipe.train.terms_of(student.method)
+    parts = part_table(system, make_task(recipe.task))
     environment = Environment(  # escapes Markdown instead of HTML
         loader=PackageLoader("dsbs.reporting"),
         finalize=_escape,
@@ -107,7 +119,8 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         reportable=run.results.reportable and student.reportable,
         accuracies=dict(zip(system.seeds, system.accuracy_per_seed, strict=False)),
         sentences=system_sentences(system),
-        metrics=system.metrics | _recalls(system),
+        metrics=system.metrics | _recalls(system, has_table=bool(parts)),
+        parts=_Markdown(parts),
         labels=make_task(recipe.task).labels,
         base_model=_public_name(base_model),
         data=_public_name(recipe.task.data.train),
@@ -118,9 +131,31 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
     return f"{text}<!-- dsbs wrote this card, sha256 {_sha256(text)}: an edited card is kept -->\n"
 
 
-def _recalls(system: SystemResult) -> dict[str, Measure]:
-    """The recall of each label, where there are few."""
-    if len(system.recall) > _MAX_RECALLS:
+def part_table(system: SystemResult, task: Task) -> str:
+    """A table of each label of several, each field, or each point of a scale; else empty."""
+    if system.parts:
+        with_confidence = any(part.ece is not None for part in system.parts.values())
+        columns = part_columns(with_confidence=with_confidence)
+        kind = "label" if task.has_several_labels else "field"
+        headings = [kind, *(column.heading for column in columns)]
+        rows = [
+            [escape_markdown(name), *part_cells(part, with_confidence=with_confidence)]
+            for name, part in system.parts.items()
+        ]
+    elif task.has_order and system.recall:
+        headings = ["score", "recall,\u00a0%", "95% CI", "rows"]
+        rows = [
+            [point, measure_cell(of) or ABSENT, interval(of.ci95) if of.ci95 else ABSENT, str(of.n)]
+            for point, of in system.recall.items()
+        ]
+    else:
+        return ""
+    return "\n".join(markdown_table(headings, rows))
+
+
+def _recalls(system: SystemResult, *, has_table: bool) -> dict[str, Measure]:
+    """The recall of each label, where there are few, and no table has it."""
+    if len(system.recall) > _MAX_RECALLS or has_table:
         return {}
     return {f"recall of {label}": measure for label, measure in system.recall.items()}
 

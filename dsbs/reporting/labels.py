@@ -101,10 +101,16 @@ def part_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         for system in _systems_with_parts(run, main):
             title = " ".join(filter(None, [name_among(run, runs), system.name]))
             rows = [
-                TableRow(name, _part_cells(system.parts[name], with_confidence=has_confidence))
+                TableRow(name, part_cells(system.parts[name], with_confidence=has_confidence))
                 for name in ordered
             ]
             groups.append(RowGroup(title, rows))
+    columns = part_columns(with_confidence=has_confidence)
+    return Table(columns, groups) if groups else None
+
+
+def part_columns(*, with_confidence: bool) -> list[Column]:
+    """The columns of ``part_cells``."""
     columns = [
         Column("right,\u00a0%", lambda _: None, note="rows where it is right, or rightly absent"),
         Column(
@@ -122,7 +128,7 @@ def part_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         Column("rows", lambda _: None, note="that have it by the gold labels"),
         Column("predicted", lambda _: None, note="rows for which it is predicted; mean over seeds"),
     ]
-    if has_confidence:
+    if with_confidence:
         columns += [
             Column(
                 "AUROC,\u00a0%",
@@ -131,7 +137,7 @@ def part_table(runs: Sequence[EvaluatedRun]) -> Table | None:
             ),
             Column("ECE,\u00a0%", lambda _: None, note="calibration error of the probabilities"),
         ]
-    return Table(columns, groups) if groups else None
+    return columns
 
 
 def part_note(runs: Sequence[EvaluatedRun]) -> str | None:
@@ -153,7 +159,8 @@ def _systems_with_parts(run: EvaluatedRun, main: SystemResult) -> list[SystemRes
     return [system for system in shown if system is not None and system.parts]
 
 
-def _part_cells(result: PartResult, *, with_confidence: bool) -> list[str]:
+def part_cells(result: PartResult, *, with_confidence: bool) -> list[str]:
+    """Measures of a label or field, in percent, and its rows."""
     measures = (result.accuracy, result.precision, result.recall, result.f1)
     ci95 = None if result.f1 is None else result.f1.ci95
     cells = [

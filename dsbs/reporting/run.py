@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -67,6 +67,9 @@ from dsbs.reporting.tables import (
     tuning_table,
 )
 from dsbs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 PAGE_BYTES = 3_000_000  # maximum size of the page
 _EXAMPLE_NOTES_BYTES = 1000  # reserved for the sentences about the examples
@@ -148,22 +151,14 @@ def render(runs: Sequence[EvaluatedRun], figures: Sequence[Figure]) -> str:
 def _render(
     runs: Sequence[EvaluatedRun], figures: Sequence[Figure], examples: PackedExamples
 ) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("dsbs.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalize,
-    )
-    style = _template("page.css")
-    script = _template("page.js")
+    style = template_text("base.css", "page.css")
+    script = template_text("base.js", "page.js")
     drawings = [(figure, Markup(figure.svg)) for figure in figures]
     verdicts = [verdict(run) for run in runs]
-    return environment.get_template("page.html").render(
+    template = page_environment().get_template("page.html")
+    return template.render(
         policy=_security_policy(script, style),
         style=Markup(style),
         script=Markup(script),
@@ -232,8 +227,24 @@ def _finalize(value: Any) -> Any:
     return visible(value) if type(value) is str else value
 
 
-def _template(name: str) -> str:
-    return (resources.files("dsbs.reporting") / "templates" / name).read_text(encoding="utf-8")
+def page_environment(package: str = "dsbs.reporting") -> Environment:
+    """Jinja over a package's ``templates`` folder, for pages that escape every text from data."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader(package),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+
+
+def template_text(*names: str, package: str = "dsbs.reporting") -> str:
+    """The text of template files, one after the other."""
+    folder = resources.files(package) / "templates"
+    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 def _security_policy(script: str, style: str) -> str:
@@ -243,13 +254,14 @@ def _security_policy(script: str, style: str) -> str:
     data reaches one.
     """
     return (
-        f"default-src 'none'; script-src {_source_hash(script)}; "
-        f"style-src-elem {_source_hash(style)}; style-src-attr 'unsafe-inline'; "
+        f"default-src 'none'; script-src {source_hash(script)}; "
+        f"style-src-elem {source_hash(style)}; style-src-attr 'unsafe-inline'; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def _source_hash(text: str) -> str:
+def source_hash(text: str) -> str:
+    """An inline script's or style's source in a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

@@ -362,12 +362,20 @@ def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
             is_text=True,
         ),
     ]
+    by_run = [run.manifests["annotate"].get("splits", {}) for run in runs]
+    if any("label_accuracy_random" in split for splits in by_run for split in splits.values()):
+        columns.insert(
+            5,
+            Column(
+                "of random rows,\u00a0%",
+                lambda split: optional(percent_number, split.get("label_accuracy_random")),
+                note="where dsbs annotate --next chose the rows: the random ones alone estimate "
+                "the accuracy on all rows",
+            ),
+        )
     groups = []
-    for run in runs:
-        rows = [
-            TableRow(name, cells(columns, split))
-            for name, split in run.manifests["annotate"].get("splits", {}).items()
-        ]
+    for run, splits in zip(runs, by_run, strict=True):
+        rows = [TableRow(name, cells(columns, split)) for name, split in splits.items()]
         if rows:
             groups.append(RowGroup(name_among(run, runs), rows))
     return _table(columns, groups)

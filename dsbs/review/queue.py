@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.evaluation.floors import FloorInputs
 from dsbs.evaluation.predictions import best_student, predict_student, read_predictions
 from dsbs.evaluation.reviewed import random_order
+from dsbs.files import canonical_json, digest, write_json
 from dsbs.formatting import percent, sentence_list
 from dsbs.progress import NoProgress, Progress
 from dsbs.project.leakage import near_pairs
@@ -109,8 +114,8 @@ def load_rows(
         )
     if with_student:
         rows = _with_student(recipe, run, split, rows, examples, progress)
-    rows = _with_learned_labels(recipe, task, rows, examples, progress)
-    return _with_alike(task, rows, examples)
+    searched = _signs_of(recipe, task, run.review_signs(split), rows, examples, progress)
+    return _with_alike(task, _with_learned_labels(rows, searched.learned), searched.pairs)
 
 
 def _with_student(
@@ -150,40 +155,73 @@ def _with_student(
     ]
 
 
-def _with_learned_labels(
+class _Signs(BaseModel):
+    """What takes minutes to find on thousands of rows."""
+
+    mark: str
+    """Hash of what it was found in."""
+    learned: dict[str, tuple[str, float, bool]]
+    """By id: the label of models that did not learn from the row, the probability that they give
+    the row's own label, and whether that is likely a mistake."""
+    pairs: list[tuple[int, int]]
+    """The rows with nearly the same input, by their places."""
+
+
+def _signs_of(
     recipe: Recipe,
     task: Task,
-    rows: list[ReviewRow],
+    path: Path,
+    rows: Sequence[ReviewRow],
     examples: Sequence[Example],
     progress: Progress,
-) -> list[ReviewRow]:
-    """Confident learning (Northcutt, Jiang and Chuang, 2021) on TF-IDF, cross-validated."""
+) -> _Signs:
+    """The signs in ``path`` where they are of these rows and labels; else they are searched for."""
+    has_cleanlab = importlib.util.find_spec("cleanlab") is not None
+    content = [[row.id, row.input, row.label] for row in rows]
+    settings = recipe.task.model_dump(mode="json", exclude={"data"})
+    mark = digest("1", canonical_json(settings), canonical_json(content), str(has_cleanlab))
+    with suppress(OSError, ValueError):
+        stored = _Signs.model_validate_json(path.read_text(encoding="utf-8"))
+        if stored.mark == mark:
+            return stored
+    learned = {}
+    if has_cleanlab:
+        learned = _learned_labels(recipe, task, rows, examples, progress)
+    else:
+        progress.say("no confident learning: it needs `pip install 'dsbs[review]'`")
+    new = _Signs(mark=mark, learned=learned, pairs=near_pairs(examples, task))
+    write_json(path, new.model_dump())
+    return new
+
+
+def _learned_labels(
+    recipe: Recipe,
+    task: Task,
+    rows: Sequence[ReviewRow],
+    examples: Sequence[Example],
+    progress: Progress,
+) -> dict[str, tuple[str, float, bool]]:
+    """Empty where a row's labels are not those of a closed set, or it would take too long."""
+    from dsbs.evaluation.tfidf import learned_labels
+
     pairs = [
         (example, row.label)
         for example, row in zip(examples, rows, strict=True)
         if row.label is not None
     ]
-    names = task.head_labels
-    if not names or len({label for _, label in pairs}) < 2:
-        return rows
-    if importlib.util.find_spec("cleanlab") is None:
-        progress.say("no confident learning: it needs `pip install 'dsbs[review]'`")
-        return rows
-    if sum(len(row.text) for row in rows) * (len(names) + 20) > _MAX_COST:
-        progress.say("no confident learning: it would take minutes on so many rows and labels")
-        return rows
-    from dsbs.evaluation.tfidf import cross_validated
-
-    progress.say(f"cross-validate the labels of {len(pairs):,} rows")
+    if not task.head_labels or len({label for _, label in pairs}) < 2:
+        return {}
+    if sum(len(row.text) for row in rows) * (len(task.head_labels) + 20) > _MAX_COST:
+        progress.say("no confident learning: it would take long on so many rows and labels")
+        return {}
+    progress.say(f"cross-validate the labels of {len(pairs):,} rows, for likely mistakes")
     student = next(iter(recipe.students.values()))
-    shares = cross_validated(FloorInputs(student, task, [], train=pairs), _FOLDS)
-    issues, quality = _label_issues(task, [label for _, label in pairs], shares)
-    learned = {
-        example.id: (task.choose(names, list(row_shares)), float(row_quality), bool(is_issue))
-        for (example, _), row_shares, row_quality, is_issue in zip(
-            pairs, shares, quality, issues, strict=True
-        )
-    }
+    return learned_labels(FloorInputs(student, task, [], train=pairs), _FOLDS)
+
+
+def _with_learned_labels(
+    rows: Sequence[ReviewRow], learned: Mapping[str, tuple[str, float, bool]]
+) -> list[ReviewRow]:
     return [
         replace(
             row,
@@ -196,34 +234,12 @@ def _with_learned_labels(
     ]
 
 
-def _label_issues(task: Task, labels: Sequence[str], shares: Any) -> tuple[Any, Any]:
-    """(rows,) whether a label is likely wrong, and (rows,) how likely it is right."""
-    import numpy as np
-
-    if task.has_several_labels:
-        from cleanlab.filter import find_label_issues
-        from cleanlab.multilabel_classification import get_label_quality_scores
-
-        sets = [np.flatnonzero(task.head_targets(label)).tolist() for label in labels]
-        issues = find_label_issues(sets, shares, multi_label=True, n_jobs=1)
-        return issues, get_label_quality_scores(sets, shares)
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores as quality_scores
-
-    used = sorted(set(labels), key=task.head_labels.index)
-    columns = [task.head_labels.index(name) for name in used]
-    shares = np.clip(shares[:, columns], 1e-6, None)
-    shares /= shares.sum(axis=1, keepdims=True)
-    numbers = np.array([used.index(label) for label in labels])
-    issues = find_label_issues(numbers, shares, n_jobs=1)
-    return issues, quality_scores(numbers, shares)
-
-
-def _with_alike(task: Task, rows: list[ReviewRow], examples: Sequence[Example]) -> list[ReviewRow]:
-    """The rows with those of nearly the same input and another label."""
+def _with_alike(
+    task: Task, rows: Sequence[ReviewRow], pairs: Iterable[tuple[int, int]]
+) -> list[ReviewRow]:
     alike: dict[int, list[tuple[str, str]]] = {}
     agreeing: Counter[int] = Counter()
-    for first, second in near_pairs(examples, task):
+    for first, second in pairs:
         label, other = rows[first].label, rows[second].label
         if label is None or other is None:
             continue

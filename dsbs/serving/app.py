@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 from fastapi import FastAPI, Request, Response
@@ -31,7 +31,15 @@ from dsbs.serving.chat_completions import (
     chat_response,
     completions_response,
 )
-from dsbs.serving.middleware import CONTENT_TYPE, App, BodyReader, Metrics, Middleware, Receive
+from dsbs.serving.middleware import (
+    CONTENT_TYPE,
+    App,
+    BearerCheck,
+    BodyReader,
+    Metrics,
+    Middleware,
+    Receive,
+)
 from dsbs.serving.model import GenerationOptions, Item, Model, Outcome
 from dsbs.serving.openapi import PAGES, add_documentation, described
 from dsbs.serving.settings import ApiError, Settings, client_gone, stopping
@@ -141,19 +149,31 @@ class Service:
 
     def _parse_completions(self, body: bytes) -> _ParsedCompletion:
         form = self.body_reader.parse(body, CompletionForm)
-        form.check_supported(has_distribution=self.model.has_distribution)
-        items = self._items(form.inputs, "prompt", form.max_tokens)
+        json_names = self._checked(form)
+        items = self._items(form.inputs, "prompt", form.max_tokens, json_names)
         return items, self.model.completion_options(form.top), form.stops, form.top
 
     def _parse_chat(self, body: bytes) -> _ParsedCompletion:
         form = self.body_reader.parse(body, ChatForm)
-        form.check_supported(has_distribution=self.model.has_distribution)
+        json_names = self._checked(form)
         max_tokens = form.max_completion_tokens or form.max_tokens
-        items = self._items([form.input], "messages", max_tokens)
+        items = self._items([form.input], "messages", max_tokens, json_names)
         return items, self.model.completion_options(form.top), form.stops, form.top
 
+    def _checked(self, form: CompletionForm | ChatForm) -> tuple[str, ...] | None:
+        """The form's ``json_names``. Raises ApiError (400) for what the student cannot do."""
+        explains = self.model.replies_with_rationale
+        json_names = form.json_names(self.model.student.task, explains=explains)
+        # a label in an object is not the text's one token
+        form.check_supported(has_distribution=self.model.has_distribution and not json_names)
+        return json_names
+
     def _items(
-        self, inputs: Sequence[Any], field: str, max_tokens: int | None = None
+        self,
+        inputs: Sequence[Any],
+        field: str,
+        max_tokens: int | None = None,
+        json_names: tuple[str, ...] | None = None,
     ) -> list[Item]:
         """Raises ApiError (400, 413)."""
         if not inputs:
@@ -164,7 +184,7 @@ class Service:
                 413, f"{field} has {len(inputs)} rows; the limit is {max_rows}", "too_many_rows"
             )
         return [
-            self.model.item(value, f"{field}.{index}", max_tokens)
+            self.model.item(value, f"{field}.{index}", max_tokens, json_names)
             for index, value in enumerate(inputs)
         ]
 
@@ -280,10 +300,8 @@ def make_app(service: Service, token: str | None, *, local: bool) -> App:
         service.settings,
         service.body_reader,
         service.metrics,
-        token=token,
-        local=local,
+        check=BearerCheck(token, local=local, open_paths=OPEN_PATHS),
         paths=frozenset(routes) | PAGES,
-        open_paths=OPEN_PATHS,
     )
 
 
@@ -345,10 +363,17 @@ def deadline_protocol(header_timeout_s: float, send_timeout_s: float) -> type[H1
     return DeadlineProtocol
 
 
+class Stoppable(Protocol):
+    """What a server needs to know of its application: limits, and whom to tell that it stops."""
+
+    settings: Settings
+    is_stopping: bool
+
+
 class HttpServer(Server):
     """Stops on SIGTERM and SIGINT: accepts no connections and drains for ``settings.drain_s``."""
 
-    def __init__(self, app: App, service: Service, on_ready: Callable[[], None]) -> None:
+    def __init__(self, app: App, service: Stoppable, on_ready: Callable[[], None]) -> None:
         settings = service.settings
         super().__init__(
             Config(

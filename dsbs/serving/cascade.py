@@ -79,8 +79,11 @@ class TeacherClient(Protocol):
 
     def start(self) -> None: ...
 
-    def ask(self, fields: Mapping[str, Any]) -> Future[TeacherAnswer]:
-        """The answer to a row, from the store of replies or bought. Raises TeacherError."""
+    def ask(self, fields: Mapping[str, Any], wait_s: float | None = None) -> Future[TeacherAnswer]:
+        """The answer to a row, from the store of replies or bought. Raises TeacherError.
+
+        ``wait_s``: when nobody waits for it any more, so that no request is sent. None: never.
+        """
         ...
 
     def close(self) -> None:
@@ -232,7 +235,8 @@ class Cascade:
             return TeacherError("too many rows wait")
         self._waiting += 1
         try:
-            answer = await asyncio.wrap_future(self._teacher.ask(fields))
+            wait_s = self.settings.teacher_timeout_s if purpose == "deferred" else None
+            answer = await asyncio.wrap_future(self._teacher.ask(fields, wait_s))
         except TeacherError as error:
             return error
         finally:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from dsbs.serving.cascade import Routed
 from dsbs.serving.model import Completion
 from dsbs.serving.settings import ApiError
+from dsbs.tasks import Task
 
 _SMALLEST = 1e-30  # a probability of 0 has no finite logarithm, which JSON cannot hold
 
@@ -68,15 +69,44 @@ class _Form(BaseModel, frozen=True, extra="ignore"):
                 "presence_penalty, frequency_penalty, logit_bias",
                 "decoding is greedy; leave them out",
             )
-        response_format = self.response_format
-        is_text = isinstance(response_format, dict) and response_format.get("type") == "text"
-        if response_format is not None and not is_text:
+        if any(not stop for stop in self.stops):
+            raise ApiError(400, "stop: an empty string", "invalid_value")
+
+    def json_names(self, task: Task, *, explains: bool) -> tuple[str, ...] | None:
+        """The members of the JSON object that ``response_format`` asks for; (): the label as JSON.
+
+        None: text. ``explains``: replies have a rationale. Raises ApiError (400) where the label
+        has no other form than its text, or the schema has no place for it.
+        """
+        requested = {"type": "text"} if self.response_format is None else self.response_format
+        kind = requested.get("type") if isinstance(requested, dict) else None
+        if kind == "text":
+            return None
+        form = task.label_schema()["type"]
+        if kind not in ("json_object", "json_schema") or form == "string":
             raise _unsupported(
                 "response_format",
                 'the format is the one learned in training; send {"type": "text"} or leave it out',
             )
-        if any(not stop for stop in self.stops):
-            raise ApiError(400, "stop: an empty string", "invalid_value")
+        properties: Any = requested if kind == "json_schema" else {}
+        for key in ("json_schema", "schema", "properties"):
+            properties = properties.get(key) if isinstance(properties, dict) else None
+        names = tuple(map(str, properties)) if isinstance(properties, dict) else ()
+        if not names or (form == "object" and set(names) == set(task.part_names)):
+            return ()
+        if "rationale" in names and not explains:
+            raise _unsupported(
+                "response_format", "the schema has a rationale; serve with --reply step-by-step"
+            )
+        are_fields = form == "object" and not set(names).isdisjoint(task.part_names)
+        if are_fields or len(set(names) - {"rationale"}) != 1:
+            fields = f" or the fields {', '.join(task.part_names)}" if form == "object" else ""
+            raise _unsupported(
+                "response_format",
+                f"the schema has {', '.join(names)}; the answer is one {form}: give one name for "
+                f"it{fields}",
+            )
+        return names
 
     @property
     def stops(self) -> list[str]:

@@ -37,16 +37,14 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Receive, Send], Awaitable[None]]
+Check = Callable[[Any, dict[bytes, bytes]], None]  # of a request's scope and headers
 _LINGER_S = 1.0
 _LINGER_BYTES = 1 << 20
 _NO_RESPONSE = 499  # the client went away before there was a response
 
 
 class Middleware:
-    """Wraps the application. Every path but ``open_paths`` asks for ``token``; None: no path does.
-
-    ``local`` refuses requests that name another host, and requests from web pages of other hosts.
-    """
+    """Wraps the application. ``check`` raises ApiError for a request that is refused."""
 
     def __init__(
         self,
@@ -55,19 +53,15 @@ class Middleware:
         body_reader: BodyReader,
         metrics: Metrics,
         *,
-        token: str | None,
-        local: bool,
+        check: Check,
         paths: frozenset[str],
-        open_paths: frozenset[str],
     ) -> None:
         self._app = app
         self._body_reader = body_reader
         self._metrics = metrics
         self._send_timeout_s = settings.send_s
-        self._token = None if token is None else token.encode()
-        self._local = local
+        self._check = check
         self._paths = paths
-        self._open_paths = open_paths
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the lifespan events of the application
@@ -77,6 +71,7 @@ class Middleware:
         exchange = _Exchange(scope, receive, send, self._send_timeout_s)
         try:
             self._check(scope, exchange.headers)
+            self._body_reader.check_length(exchange.headers.get(b"content-length"))
             await self._app(scope, exchange.receive, exchange.send)
         except ApiError as error:
             await exchange.refuse(error)
@@ -97,8 +92,20 @@ class Middleware:
             elapsed = asyncio.get_running_loop().time() - started
             self._metrics.request(path, exchange.status, elapsed)
 
-    def _check(self, scope: Any, headers: dict[bytes, bytes]) -> None:
-        """Raises ApiError (401, 403, 413)."""
+
+class BearerCheck:
+    """Every path but ``open_paths`` asks for ``token``; None: no path does.
+
+    ``local`` refuses requests that name another host, and requests from web pages of other hosts.
+    """
+
+    def __init__(self, token: str | None, *, local: bool, open_paths: frozenset[str]) -> None:
+        self._token = None if token is None else token.encode()
+        self._local = local
+        self._open_paths = open_paths
+
+    def __call__(self, scope: Any, headers: dict[bytes, bytes]) -> None:
+        """Raises ApiError (401, 403)."""
         if self._local:
             _check_host(headers)
         if self._token is not None and scope["path"] not in self._open_paths:
@@ -108,7 +115,6 @@ class Middleware:
                 if token:
                     message = "the bearer token is wrong"
                 raise ApiError(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-        self._body_reader.check_length(headers.get(b"content-length"))
 
 
 def _check_host(headers: dict[bytes, bytes]) -> None:
@@ -120,8 +126,8 @@ def _check_host(headers: dict[bytes, bytes]) -> None:
     """
     host = headers.get(b"host")
     origin = headers.get(b"origin")
-    host_is_local = host is None or _is_loopback(b"//" + host)
-    origin_is_local = origin is None or _is_loopback(origin)
+    host_is_local = host is None or is_loopback(b"//" + host)
+    origin_is_local = origin is None or is_loopback(origin)
     if not (host_is_local and origin_is_local):
         raise ApiError(
             403,
@@ -131,7 +137,8 @@ def _check_host(headers: dict[bytes, bytes]) -> None:
         )
 
 
-def _is_loopback(url: bytes) -> bool:
+def is_loopback(url: bytes) -> bool:
+    """Whether a URL, or ``//`` and a Host header, names this machine's loopback address."""
     try:
         name = urlsplit(url.decode("latin-1")).hostname or ""
         return name == "localhost" or ipaddress.ip_address(name).is_loopback

@@ -26,6 +26,8 @@ class Item:
     value: str | Mapping[str, Any]  # a text, or a row of the task's own fields
     max_tokens: int | None = None  # of its completion; None: no limit
     answer: Answer | None = None  # of a teacher, that only lacks its completion
+    # the members of the JSON object that its completion is; (): the label as JSON; None: text
+    json_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,8 @@ class Model:
         self._distance_limit = None if novelty is None else novelty.limit
         self.threshold = threshold
         self.name = student.card.name
-        self._replies_with_rationale = settings.reply == "step-by-step"
-        if self._replies_with_rationale and not student.card.explains:
+        self.replies_with_rationale = settings.reply == "step-by-step"
+        if self.replies_with_rationale and not student.card.explains:
             raise UserError(
                 f"{self.name} was trained without rationales and cannot reply step by step",
                 hint="serve a step-by-step student, or pass --reply label --anchor 'Answer:' "
@@ -88,14 +90,14 @@ class Model:
             )
         self._anchor = settings.anchor
         if self._anchor is None:
-            self._anchor = DEFAULT_ANCHOR if self._replies_with_rationale else ""
+            self._anchor = DEFAULT_ANCHOR if self.replies_with_rationale else ""
         # Longer than any target of its training is a waste of time.
         self._max_label_tokens = max(DEFAULT_LABEL_TOKENS, student.card.max_target_tokens)
 
     @property
     def has_distribution(self) -> bool:
         """Whether a completion is one label alone, and every label can have a probability."""
-        is_label = not self._replies_with_rationale and not self._anchor
+        is_label = not self.replies_with_rationale and not self._anchor
         has_one = not self.student.task.has_several_labels
         return is_label and has_one and self._can_distribute
 
@@ -130,15 +132,21 @@ class Model:
     def completion_options(self, top: int | None) -> GenerationOptions:
         """Options of the completion endpoints; ``top`` as in ``_Form``."""
         return GenerationOptions(
-            self._replies_with_rationale,
+            self.replies_with_rationale,
             self._max_label_tokens,
             completes=True,
             score_labels=top is not None,
         )
 
-    def item(self, value: Any, field: str, max_tokens: int | None = None) -> Item:
+    def item(
+        self,
+        value: Any,
+        field: str,
+        max_tokens: int | None = None,
+        json_names: tuple[str, ...] | None = None,
+    ) -> Item:
         """A text or a row as the student reads it. Raises ApiError (400, 413)."""
-        return Item(self._read(value, field), max_tokens)
+        return Item(self._read(value, field), max_tokens, json_names=json_names)
 
     def _read(self, value: Any, field: str) -> str | Mapping[str, Any]:
         task = self.student.task
@@ -230,17 +238,15 @@ class Model:
 
     def _completion(self, item: Item, answer: Answer) -> Completion:
         tokenizer = self.student.backend.tokenizer
-        label = answer.raw if answer.label is None else answer.label
-        text = f"{self._anchor} {label}".strip()
-        if self._replies_with_rationale and answer.rationale:
-            text = f"{answer.rationale}\n{text}"
+        text = self._text(item, answer)
         all_token_ids = token_ids_of(tokenizer, text)
         token_ids = all_token_ids[: item.max_tokens]
         is_cut = len(token_ids) < len(all_token_ids)
         if is_cut:
             text = tokenizer.decode(token_ids, skip_special_tokens=True)
         is_unfinished = is_cut or answer.truncated
-        if self._replies_with_rationale:
+        has_rationale = item.json_names is None or "rationale" in item.json_names
+        if self.replies_with_rationale and has_rationale:
             is_unfinished = is_unfinished or bool(answer.rationale_truncated)
         prompt = item.value
         if not isinstance(prompt, str):
@@ -253,6 +259,19 @@ class Model:
             distribution=answer.distribution,
             label=answer.label,
         )
+
+    def _text(self, item: Item, answer: Answer) -> str:
+        if item.json_names is not None:  # of an unreadable label, null
+            value = answer.value
+            if item.json_names:
+                values = {"rationale": answer.rationale or ""}
+                value = {name: values.get(name, answer.value) for name in item.json_names}
+            return json.dumps(value, ensure_ascii=False)
+        label = answer.raw if answer.label is None else answer.label
+        text = f"{self._anchor} {label}".strip()
+        if self.replies_with_rationale and answer.rationale:
+            text = f"{answer.rationale}\n{text}"
+        return text
 
 
 def _parse_row(text: str, problem: str) -> Any:

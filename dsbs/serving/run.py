@@ -50,7 +50,7 @@ def serve(
     with needs_extra("serve", "dsbs serve"):
         from dsbs.serving.app import HttpServer, Service, make_app
     token = None if token_env is None else _read_token(token_env)
-    listener = _bind(host, port)
+    listener = bind(host, port)
     try:
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # every runtime reads it when loaded
@@ -103,7 +103,7 @@ def _read_token(variable: str) -> str:
     return token
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Bind without listening: clients connect once the student is loaded. Raises UserError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(

@@ -40,6 +40,13 @@ HEAD_FILE = "head.safetensors"
 _INITIAL_DEVIATION = 0.02  # of new layers' weights, as BERT's (Devlin et al., 2019)
 
 
+def mean_states(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean over the tokens: states (B, S, D), attention_mask (B, S) -> (B, D)."""
+    mask = attention_mask[..., None].to(states.dtype)
+    mean: Tensor = (states * mask).sum(1) / mask.sum(1)
+    return mean
+
+
 class LabelHeadModel(nn.Module):
     """``body`` with a linear layer over ``labels`` labels and, for encoders, a rationale decoder.
 
@@ -114,9 +121,7 @@ class LabelHeadModel(nn.Module):
         if self.architecture == "causal":
             last = attention_mask.sum(1) - 1
             return states[torch.arange(len(states), device=states.device), last]
-        mask = attention_mask[..., None].to(states.dtype)
-        pooled: Tensor = (states * mask).sum(1) / mask.sum(1)
-        return pooled
+        return mean_states(states, attention_mask)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """pooled states (B, D) -> (B, L)."""

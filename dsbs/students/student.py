@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsbs.errors import UserError
 from dsbs.files import write_json
@@ -17,6 +17,7 @@ from dsbs.students.backends import (
     Backend,
     GeneratedText,
     ScoringBackend,
+    StatesBackend,
     load_backend,
     make_backend,
 )
@@ -36,6 +37,10 @@ from dsbs.students.long_texts import shortened
 from dsbs.students.novelty import Novelty, read_novelty, write_novelty
 from dsbs.students.tokenizer import text_ends
 from dsbs.tasks import CHOICE_SEPARATOR, make_task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +173,7 @@ class Student:
                 hint="use a step-by-step student, or leave --rationale out",
             )
         rows = [self._fields(item, canonical) for item in items]
-        texts = [
-            item if isinstance(item, str) else self.task.text(row)
-            for item, row in zip(items, rows, strict=True)
-        ]
-        if self.card.max_text_tokens is not None:
-            section = self.card.task.max_input
-            limit = self.card.max_text_tokens
-            texts = shortened(texts, self.backend.tokenizer, limit, section)
+        texts = self._texts(items, rows)
         scores_labels = score_labels and self.card.head == "text"
         if scores_labels:
             self._check_scoring()
@@ -206,6 +204,42 @@ class Student:
             self._answer(target, *parts)
             for parts in zip(generated, explanations, rows, strict=True)
         ]
+
+    def pooled_states(
+        self, rows: Sequence[Mapping[str, Any]], batch_size: int = 64
+    ) -> NDArray[np.float32]:
+        """The states of rows with the task's fields, (rows, D): what a label head reads, else the
+        mean of the last states.
+
+        Raises UserError for an export, whose states cannot be read.
+        """
+        import numpy as np
+
+        if not isinstance(self.backend, StatesBackend):
+            raise UserError(
+                f"{self.card.name} is in {self.card.format} format: its states cannot be read",
+                hint="use the student that it was exported from",
+            )
+        prefix = next(iter(self.card.prefixes.values()))
+        texts = [prefix + text for text in self._texts(rows, rows)]
+        states: dict[int, NDArray[np.float32]] = {}
+        for batch in _longest_first(texts, batch_size):
+            vectors = self.backend.pooled_states([texts[i] for i in batch]).float().cpu().numpy()
+            states.update(zip(batch, vectors, strict=True))
+        return np.stack([states[i] for i in range(len(texts))])
+
+    def _texts(
+        self, items: Sequence[str | Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+    ) -> list[str]:
+        """The texts that the student reads, without prefix."""
+        texts = [
+            item if isinstance(item, str) else self.task.text(row)
+            for item, row in zip(items, rows, strict=True)
+        ]
+        if self.card.max_text_tokens is None:
+            return texts
+        section = self.card.task.max_input
+        return shortened(texts, self.backend.tokenizer, self.card.max_text_tokens, section)
 
     def confidence(
         self, answer: Answer, fields: Mapping[str, Any], kind: ConfidenceKind | None = None

@@ -139,8 +139,10 @@ def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[Student
 
     Raises UserError where a student of ``specs`` lacks the labels or rationales it learns from.
     """
-    reviews = RunFolder(run).read_reviews("train")
-    examples = apply_gold(load(recipe, task, "train"), reviews)
+    run_folder = RunFolder(run)
+    reviews = run_folder.read_reviews("train")
+    annotated = run_folder.next_rounds().of(load(recipe, task, "train"))
+    examples = apply_gold(annotated, reviews, task)
     needs_teacher = any(spec.needs_teacher for spec in specs)
     originals = _annotations(recipe, task, run, needed=needs_teacher)
     annotations = apply_reviews(originals, reviews, task)
@@ -202,7 +204,7 @@ def _valid(
     """Validation rows in the order of a hash, whose labels they have, and their inputs by id."""
     folder = RunFolder(run)
     reviews = folder.read_reviews(annotated_split(recipe, "valid"))
-    examples = apply_gold(load(recipe, task, "valid"), reviews)
+    examples = apply_gold(load(recipe, task, "valid"), reviews, task)
     source: LabelSource = "teacher"
     if any(example.label is not None for example in examples):
         source = "gold"
@@ -266,9 +268,9 @@ def _check_targets(data: Data, spec: StudentSpec) -> None:
         )
 
 
-def count_trainable(recipe: Recipe, task: Task) -> int:
+def count_trainable(recipe: Recipe, task: Task, run: RunFolder) -> int:
     """The number of train rows that are not held out for validation."""
-    examples = load(recipe, task, "train")
+    examples = run.next_rounds().of(load(recipe, task, "train"))
     return sum(not is_held_out(recipe, example) for example in examples)
 
 

@@ -248,7 +248,7 @@ def planned(
     check_subsets(recipe, task)
     plan = []
     for student, specs in checked:
-        data: Data | int = count_trainable(recipe, task)
+        data: Data | int = count_trainable(recipe, task, run_folder)
         if annotated:
             data = gather(student, task, run_folder.path, specs)
         for teacher_recipe, spec in planned_teachers(student, specs):

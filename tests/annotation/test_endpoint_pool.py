@@ -193,3 +193,44 @@ def test_a_stop_wakes_waiting_requests() -> None:
         )
 
     asyncio.run(main())
+
+
+def test_requests_get_in_by_their_turn_and_a_failed_one_keeps_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dsbs.annotation.endpoint_pool.FIRST_WAIT_S", 0.0)
+    sent: list[str] = []
+
+    class Gate(Scripted):
+        async def complete(self, request: Request) -> Reply:
+            name = str(request.body["model"])
+            sent.append(name)
+            await asyncio.sleep(0)
+            if name == "fails" and sent.count(name) == 1:
+                raise TransientError("dead", "connection")
+            return REPLY
+
+    async def main() -> None:
+        pool = EndpointPool([Gate()], 1, StopSignal(), lambda text: None)
+
+        async def client(*names: str) -> None:
+            for name in names:
+                await pool.deliver(Request({"model": name}, 0), 1, attempts=3)
+
+        await asyncio.gather(client("fails", "late"), client("b", "later"), client("c"))
+
+    asyncio.run(main())
+    assert sent == ["fails", "b", "fails", "c", "later", "late"], "new ones overtake nobody"
+
+
+def test_the_line_moves_on_when_its_first_request_is_given_up() -> None:
+    async def main() -> list[Any]:
+        pool = EndpointPool([Scripted(soon)], 1, StopSignal(), lambda text: None)
+        work = [asyncio.create_task(pool.deliver(REQUEST, 1, attempts=1)) for _ in range(4)]
+        await asyncio.sleep(0)
+        work[1].cancel()
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    _, cancelled, *others = asyncio.run(main())
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert [reply for _, reply in others] == [REPLY, REPLY]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from loopback import LoopbackServer, read_rows
+from loopback import LoopbackServer, question, read_rows
 from pydantic import ValidationError
+from several_labels import ROWS, TASKS, recipe_file
 
-from dsbs import annotate
+from dsbs import annotate, load_recipe
 from dsbs.annotation.vote import majority, samples_needed, weighted_majority
 from dsbs.config import Recipe, TaskSection
 from dsbs.prompting import source_fingerprint
@@ -192,3 +194,36 @@ def test_a_score_vote_needs_scores() -> None:
     }
     with pytest.raises(ValidationError, match=r"annotate.score_vote belongs to score, not to esn"):
         Recipe.model_validate(sections)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("kind", list(ROWS))
+def test_a_wrong_answer_is_asked_again_with_a_hint(kind: str, form: str, tmp_path: Path) -> None:
+    task = make_task(TaskSection.model_validate(TASKS[kind] | {"data": {"train": "-"}}))
+    wrong = {"multilabel": "none", "score": "5", "extraction": "kind: bill\nnumber: 7"}[kind]
+    gold = {row["text"]: task.gold(row["label"], {}, "row") for row in ROWS[kind](6)}
+
+    def teacher(body: dict[str, Any], number: int) -> str:
+        asked = question(body)
+        label = gold[next(text for text in gold if text in asked)]
+        shown = json.dumps(task.value(label)) if kind == "extraction" else label
+        if "right answer" in asked:
+            assert f"is: {shown}." in asked, "on one line, with a clear end"
+        else:
+            label = wrong
+        why = "The words of the message say so."
+        if form == "json":
+            return json.dumps({"rationale": why, "label": task.value(label)})
+        return f"{why}\nAnswer: {label}"
+
+    with LoopbackServer(teacher) as server:
+        path = recipe_file(tmp_path, kind, teacher={"model": "m", "base_url": server.url})
+        changes = ["annotate.hint=true", f"annotate.format={form}", "task.limit=6"]
+        annotate(load_recipe(path, [*changes, "annotate.splits=[train]"]), out=tmp_path / "run")
+    rows = read_rows(tmp_path / "run")
+    hinted = [row for row in rows if row["provenance"] == "hinted"]
+    assert len(hinted) == sum(label != wrong for label in gold.values()) >= 4
+    for row in rows:
+        assert row["accepted"] and row["label"] == row["gold"] and row["own_label"] == wrong
+        assert row.get("part_shares") is None or row not in hinted, "the votes were for another one"
+        assert row["rationale"] == "The words of the message say so."

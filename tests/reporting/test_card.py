@@ -19,11 +19,14 @@ from sample_run import change_record, change_results, make_run
 from dsbs import Student, UserError
 from dsbs.config import StudentSection, TaskSection, registry
 from dsbs.config.terms import TermSettings
-from dsbs.reporting.card import fenced, is_own_card, write_cards
+from dsbs.records.measures import Measure
+from dsbs.records.results import PartResult, SystemResult
+from dsbs.reporting.card import fenced, is_own_card, part_table, write_cards
 from dsbs.reporting.runs import load_run
 from dsbs.students.card import StudentCard
 from dsbs.students.tokenizer import learn_vocabulary
 from dsbs.students.weights import new_model
+from dsbs.tasks import make_task
 from dsbs.training.methods import FINETUNE
 
 TOY_METHOD = replace(
@@ -282,3 +285,20 @@ def test_a_new_method_and_a_new_term_describe_themselves(
     assert "It learned by playing. (Toy, 2026)" in card
     assert "It was also drawn towards toys. (Blocks, 2026)" in card
     assert "loss term toy-term: toy-term, weight 0.3" in card
+
+
+def test_a_card_has_a_table_of_labels_and_of_the_points_of_a_scale() -> None:
+    def table(section: dict[str, Any], **results: Any) -> list[str]:
+        task = make_task(TaskSection.model_validate(section | {"data": {"train": "-"}}))
+        return part_table(SystemResult.model_construct(**results), task).splitlines()
+
+    half = Measure(value=0.5, ci95=(0.25, 0.75), n=8)
+    part = PartResult(accuracy=half, precision=None, recall=half, f1=half, gold=8, predicted=3.5)
+    tags = {"name": "multilabel", "labels": ["a|b", "c"]}
+    *_, row, last = table(tags, parts={"a|b": part, "c": part}, recall={})
+    assert row == "| a\\|b | 50.0 | – | 50.0 | 50.0 | [25.0, 75.0] | 8 | 3.5 |"
+    assert last.startswith("| c | 50.0")
+    scale = {"name": "score", "range": [1, 2]}
+    heading, _, first, _ = table(scale, parts={}, recall={"1": half, "2": half})
+    assert heading.startswith("| score | recall") and first == "| 1 | 50.0 | [25.0, 75.0] | 8 |"
+    assert not table({"name": "classification", "labels": ["a", "b"]}, parts={}, recall={"a": half})

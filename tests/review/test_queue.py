@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from dsbs import annotate, load_recipe, train
 from dsbs.config import DataSection, Recipe, TaskSection
 from dsbs.errors import UserError
+from dsbs.evaluation.floors import FloorInputs
 from dsbs.evaluation.reviewed import agreement, estimate, random_order
-from dsbs.records import Annotation, TeacherName
+from dsbs.evaluation.tfidf import learned_labels
+from dsbs.records import Annotation, Example, TeacherName
 from dsbs.records.reviews import Review
 from dsbs.review.queue import FILTERS, QueueItem, ReviewRow, counts, load_rows, ordered, signs
 from dsbs.run_folder import RunFolder
@@ -203,7 +205,8 @@ def test_before_enough_random_rows_it_says_how_many_are_missing_and_which_count(
     late = estimate(annotations, reviews, TASK)
     assert late.rate is not None and (late.rate.correct, late.rate.n) == (95, 100)
     assert late.sentence == (
-        "The teacher is right on 95.0% of the rows (95% CI [88.8, 97.8]), by 100 random rows. "
+        "The teacher is right on 95.0% of the annotated rows (95% CI [88.8, 97.8]), by 100 random "
+        "rows. "
         "1 skipped random row may be harder than most."
     )
 
@@ -277,7 +280,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def test_a_runs_rows_have_the_students_answer_likely_labels_and_near_duplicates(
-    recipe: Recipe, tmp_path: Path
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path / "run")
     annotate(recipe, out=run.path)
@@ -290,9 +293,24 @@ def test_a_runs_rows_have_the_students_answer_likely_labels_and_near_duplicates(
     first = {item.row.id for item in ordered(list(rows.values()), make_task(recipe.task))[:4]}
     assert {"r3", "r14"} <= first
 
+    # The search is kept until a label changes.
+    kept = run.review_signs("train").read_bytes()
+    monkeypatch.setattr("dsbs.review.queue.near_pairs", None)
+    assert {row.id: row for row in load_rows(recipe, run)} == rows
+    assert run.review_signs("train").read_bytes() == kept
+
     [student] = train(recipe, out=run.path).students
     rows = {row.id: row for row in load_rows(recipe, run)}
     assert {row.student for row in rows.values()} == {student.name}
     assert all(row.student_probability is not None for row in rows.values())
     files = [path.name for path in (run.stage("eval") / "predictions" / "review").iterdir()]
     assert files == [f"{student.name}.jsonl"]
+
+
+def test_a_likely_mistake_among_several_labels_is_learned_too(recipe: Recipe) -> None:
+    task = make_task(TaskSection(name="multilabel", labels=TEAMS, data=DataSection(train="-")))
+    rows = [Example(row["id"], {"text": row["text"]}, row["team"]) for row in toy_rows(60)]
+    pairs = [(row, TEAMS[1] if row.id == "r4" else str(row.label)) for row in rows]
+    learned = learned_labels(FloorInputs(recipe.students[None], task, [], train=pairs), 5)
+    assert [row_id for row_id, (_, _, is_issue) in learned.items() if is_issue] == ["r4"]
+    assert learned["r4"][0] == TEAMS[0] and learned["r4"][1] < 0.5

@@ -250,6 +250,31 @@ def test_sure_rows_never_wait_and_a_late_reply_is_kept(setup: Setup) -> None:
     assert again["source"] == "teacher" and server.requests == 1
 
 
+def test_rows_that_nobody_waits_for_are_not_sent_once_the_teacher_is_back(setup: Setup) -> None:
+    back = threading.Event()
+
+    def dead(body: dict[str, Any], number: int) -> str:
+        back.wait(20)
+        return good_answer(body, number)
+
+    async def main(server: LoopbackServer) -> list[Any]:
+        with setup.cascade(server, "annotate.concurrency=1", teacher_timeout_s=0.3) as cascade:
+            async with here(STUDENT, cascade=cascade) as running:
+                url = f"{running.url}/predict"
+                posts = [post(url, {"inputs": [text]}) for text in UNSURE[:2]]
+                waited = await asyncio.gather(*posts)
+                back.set()
+                while not cascade.ledger.state.counts.get("deferred"):
+                    await asyncio.sleep(0.005)
+                return [*waited, await post(url, {"inputs": [UNSURE[2]]})]
+
+    with LoopbackServer(dead) as server:
+        answers = asyncio.run(main(server))
+    *waited, new = (body["predictions"][0] for _, body in answers)
+    assert all("no answer" in prediction["teacher_failure"] for prediction in waited)
+    assert new["source"] == "teacher" and server.requests == 2, "the second row was never sent"
+
+
 def test_a_day_has_a_limit_of_dollars_that_a_restart_keeps(setup: Setup) -> None:
     async def main(server: LoopbackServer) -> list[str]:
         cap = ("annotate.max_tokens=7", "annotate.concurrency=1")

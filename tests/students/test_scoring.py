@@ -111,6 +111,15 @@ def test_the_written_label_has_its_share_of_the_distribution(decoder: Student) -
             assert joint == pytest.approx(before.probability, rel=1e-3)
 
 
+def test_pooled_states_are_a_row_each_whatever_the_batch(decoder: Student) -> None:
+    rows = [{"text": text} for text in TEXTS[:7]]
+    for student in (t5_student(), decoder, trained_student("plain", "gpt2")):
+        states = student.pooled_states(rows)
+        assert states.shape == (7, student.backend.model.config.hidden_size)
+        assert states == pytest.approx(student.pooled_states(rows, batch_size=1), abs=1e-5)
+        assert len({tuple(row.round(4)) for row in states}) == 7
+
+
 def test_an_unreadable_label_becomes_the_likeliest_one() -> None:
     student = t5_student()
     (before,) = student.predict(["My invoice number 7 is wrong."], max_label_tokens=4)

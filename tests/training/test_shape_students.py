@@ -338,6 +338,8 @@ def fields_have_probabilities(
         assert part.ece is not None and 0 <= part.ece.value <= 1 and part.ece.n <= 16
     page = report(recipe, out=tmp_path / "run").read_text(encoding="utf-8")
     assert "AUROC" in page and "calibration error of the probabilities" in page
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "\n| field | right" in card and "| AUROC" in card and "\n| number | " in card
     rows = [(f"r{i}", {"text": text}) for i, text in enumerate(inputs)]
     for suffix in ("jsonl", "csv", "parquet"):
         predict_file(folder, lambda: rows, tmp_path / f"fields.{suffix}", Options(), source="rows")

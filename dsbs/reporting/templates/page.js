@@ -1,31 +1,13 @@
-"use strict";
-// The example browser. Data reaches the page through textContent only.
+// The example browser, over base.js. Data reaches the page through textContent only.
 (() => {
   const PAGE = 50;
   const EXCERPT = 240;
-  const at = (id) => document.getElementById(id);
-  const number = (n) => n.toLocaleString("en");
   let data, keys, shown = [], page = 0, waits = 0;
 
   async function unpack(packed) {
     const bytes = Uint8Array.from(atob(packed), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(stream).json();
-  }
-
-  // Show control characters, which have no glyph, as escapes.
-  function visible(text) {
-    return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`);
-  }
-
-  // An element with children: strings become text, never markup.
-  function element(name, properties, ...children) {
-    const node = document.createElement(name);
-    for (const [key, value] of Object.entries(properties || {})) {
-      if (key in node && key !== "dir") node[key] = value; else node.setAttribute(key, value);
-    }
-    node.append(...children.map((child) => (typeof child === "string" ? visible(child) : child)));
-    return node;
   }
 
   // Isolate text within a line, with its own bidirectional isolates balanced: an open one would change the text beside it.

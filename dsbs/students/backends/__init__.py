@@ -82,6 +82,15 @@ class ScoringBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class StatesBackend(Protocol):
+    """A backend whose model's states can be read."""
+
+    def pooled_states(self, texts: Sequence[str]) -> Any:
+        """The model's last states, one vector for each text: a tensor (texts, D)."""
+        ...
+
+
 def load_backend(path: Path, card: StudentCard) -> Backend:
     """Load the backend of a student's folder. Raises UserError for an unsupported format."""
     backend: Backend = _backend_class(card).load(path, card)

@@ -176,6 +176,18 @@ class EncoderDecoderBackend(TransformersBackend):
 
             return score_blocks(len(texts), answer_ids, log_probabilities)
 
+    def pooled_states(self, texts: Sequence[str]) -> Any:
+        """See ``StatesBackend``."""
+        import torch
+
+        from dsbs.students.heads import mean_states
+
+        self.model.eval()
+        batch = self._encode(texts)
+        with torch.inference_mode():
+            states = self.model.get_encoder()(**batch).last_hidden_state
+            return mean_states(states, batch["attention_mask"])
+
     def _is_end(self, token_ids: Any) -> Any:
         import torch
 
@@ -281,6 +293,19 @@ class DecoderBackend(TransformersBackend):
                 return joint_log_probability(torch.cat([first, later], 1), ids, is_token)
 
             return score_blocks(len(texts), answer_ids, log_probabilities)
+
+    def pooled_states(self, texts: Sequence[str]) -> Any:
+        """See ``StatesBackend``."""
+        import torch
+
+        from dsbs.students.heads import mean_states
+
+        self.model.eval()
+        input_ids, mask = self._pad_left(self.input_format.read(texts, self._max_input_tokens))
+        with torch.inference_mode():
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+            return mean_states(self.model.base_model(**inputs).last_hidden_state, mask)
 
     def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         """Prompts and their mask, (B, T) each, so that all answers begin at the same position.

@@ -1,0 +1,176 @@
+"""``dsbs review``: look at annotations and decide, in a browser or in a spreadsheet."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dsbs.cli.common import Json, Out, Overrides, SetKeys, load, merged, print_json, progress
+from dsbs.errors import UserError
+from dsbs.formatting import count, listing
+
+if TYPE_CHECKING:
+    from dsbs.config import Recipe
+    from dsbs.review.run import PageInfo
+    from dsbs.run_folder import RunFolder
+
+
+def review(
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN|RECIPE", help="A run folder with annotations, or its recipe."),
+    ],
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="The split whose annotations are reviewed.")] = "train",
+    reviewer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Who decides; it can be changed in the page. Default: the user's name.",
+            show_default=False,
+        ),
+    ] = None,
+    order: Annotated[
+        Literal["mistakes", "random", "file"],
+        typer.Option(help="The rows' first order: likely mistakes, random, or the file's."),
+    ] = "mistakes",
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="Port on 127.0.0.1. 0: the run's last one, or a free one."
+        ),
+    ] = 0,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the address, and open no browser.")
+    ] = False,
+    export_csv: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write rows and decisions to a CSV file instead of serving the page.",
+            show_default=False,
+        ),
+    ] = None,
+    import_csv: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take decisions from such a file after it was edited, instead of serving.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Out = None,
+    set_keys: SetKeys = None,
+    as_json: Json = False,
+) -> None:
+    """Review a run's annotations: accept, correct or reject labels and rationales.
+
+    Serves a page on this machine alone; its address has a secret token. Decisions are saved at once
+    to review/<split>.jsonl in the run; the next training uses them. Ctrl-C ends it.
+    """
+    name = reviewer.strip() if reviewer is not None else _user_name()
+    if not name or not name.isprintable() or len(name) > 80:
+        raise UserError(
+            "--reviewer: a name has 1 to 80 characters", hint="for example --reviewer ann"
+        )
+    if export_csv is not None and import_csv is not None:
+        raise UserError(
+            "--export-csv and --import-csv are given together", hint="run one after the other"
+        )
+    recipe, folder = _recipe_and_run(run, merged(overrides, set_keys), out)
+    if export_csv is not None:
+        _export(recipe, folder, split, Path(export_csv), as_json)
+    elif import_csv is not None:
+        _import(recipe, folder, split, Path(import_csv), name, as_json)
+    else:
+        from dsbs.review.run import review as serve
+
+        state = serve(
+            recipe,
+            folder,
+            lambda page: _announce(page, folder, split, as_json),
+            reviewer=name,
+            split=split,
+            port=port,
+            order=order,
+            progress=progress(),
+            opens_browser=not no_browser and not as_json and _has_screen(),
+        )
+        print(f"{count(state['reviewed'], 'row')} reviewed", file=sys.stderr)
+
+
+def _recipe_and_run(run: str, overrides: list[str], out: str | None) -> tuple[Recipe, RunFolder]:
+    """The recipe and the run folder that an argument names."""
+    from dsbs.review.run import recorded_recipe
+    from dsbs.run_folder import RunFolder
+
+    if not Path(run).is_dir():
+        recipe = load(run, overrides)
+        return recipe, RunFolder.of(recipe, out)
+    if overrides or out is not None:
+        raise UserError(
+            f"overrides and --out belong to a recipe, and {run} is a run folder",
+            hint="leave them out, or give the recipe instead of the folder",
+        )
+    folder = RunFolder(run)
+    return recorded_recipe(folder), folder
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user without a name
+        return "reviewer"
+
+
+def _has_screen() -> bool:
+    """Whether somebody sits at a terminal of a graphical desktop."""
+    has_desktop = sys.platform in ("win32", "darwin") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
+    return has_desktop and sys.stderr.isatty()
+
+
+def _announce(page: PageInfo, folder: RunFolder, split: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"url": page.url, "rows": page.rows, "reviewed": page.reviewed, "pid": page.pid})
+    else:
+        print(f"{count(page.rows, 'row')}, {page.reviewed:,} reviewed; open {page.url}")
+        print(f"decisions: {folder.reviews(split)} (Ctrl-C ends)", file=sys.stderr)
+    sys.stdout.flush()
+
+
+def _export(recipe: Recipe, folder: RunFolder, split: str, path: Path, as_json: bool) -> None:
+    from dsbs.records.reviews import read_reviews
+    from dsbs.review.queue import load_rows, ordered
+    from dsbs.review.spreadsheet import export_csv
+    from dsbs.tasks import make_task
+
+    rows = load_rows(recipe, folder, split, progress=progress())
+    reviews = read_reviews(folder.reviews(split))
+    export_csv(path, ordered(rows, make_task(recipe.task), reviews=reviews), reviews)
+    if as_json:
+        print_json({"file": str(path), "rows": len(rows)})
+    else:
+        print(f"{path}: {count(len(rows), 'row')}")
+
+
+def _import(
+    recipe: Recipe, folder: RunFolder, split: str, path: Path, reviewer: str, as_json: bool
+) -> None:
+    from dsbs.review.queue import load_rows
+    from dsbs.review.spreadsheet import import_csv
+    from dsbs.tasks import make_task
+
+    rows = load_rows(recipe, folder, split, with_student=False)
+    result = import_csv(path, rows, make_task(recipe.task), folder, split, reviewer)
+    if as_json:
+        print_json({"saved": result.saved, "unchanged": result.unchanged})
+    else:
+        saved = listing(result.saved) or "none"
+        print(f"saved: {saved}; {result.unchanged:,} unchanged, {result.undecided:,} undecided")
