@@ -40,6 +40,15 @@ def import_log(
             help="Import the calls of this model. Default: the most frequent.", show_default=False
         ),
     ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="The teacher's endpoint. The recipe then asks it for replies that the log lacks, "
+            "with the key in OPENAI_API_KEY.",
+            show_default=False,
+        ),
+    ] = None,
     prompt: Annotated[
         int,
         typer.Option(
@@ -76,6 +85,7 @@ def import_log(
 
     options = ImportOptions(
         model=model,
+        base_url=base_url,
         prompt=prompt,
         limit=limit,
         test_share=split_test,

