@@ -283,11 +283,13 @@ def _split_sentences(split: str, reviewed: ReviewedSplit) -> list[str]:
             f"{split}: the teacher's true accuracy is {rate(reviewed.true_accuracy)}, by "
             f"{count(reviewed.true_accuracy.n, 'random row')} that people decided on."
         )
-    for name, accuracy in reviewed.corrected.items():
+    if reviewed.corrected:
         sentences.append(
-            f"{split}: {name} is right on {percent(accuracy.before)} by the data's gold labels, "
-            f"which all other figures are of, and on {rate(accuracy)} by the corrected ones."
+            f"{split}: all other figures are by the data's gold labels. By the corrected ones:"
         )
+    for name, accuracy in reviewed.corrected.items():
+        before = percent(accuracy.before)
+        sentences.append(f"{split}: {name} is right on {rate(accuracy)}, instead of {before}.")
     return sentences
 
 

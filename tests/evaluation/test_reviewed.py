@@ -112,7 +112,7 @@ def test_results_and_report_show_accuracy_before_and_after_the_review(
         "before the review, and 100.0% (95% CI [83.2, 100.0]) are now.",
     ):
         assert sentence in page.replace("&#39;", "'") and sentence in markdown
-    assert "teacher is right on 90.0% by the data's gold labels, which all other" in markdown
+    assert "test: teacher is right on 100.0% (95% CI [69.2, 100.0]), instead of 90.0%." in markdown
 
 
 class Lines:
