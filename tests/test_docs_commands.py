@@ -185,6 +185,15 @@ def write_recipes(folder: Path, teacher: str) -> None:
 
 def write_data(folder: Path) -> None:
     rows = toy_rows(60)
+    calls = [
+        {"messages": [{"role": "user", "content": row["text"]},
+                      {"role": "assistant", "content": good_answer({"prompt": row["text"]}, 0)}]}
+        for row in rows
+    ]  # fmt: skip
+    for name in ("calls", "batch_input", "batch_output"):
+        write_jsonl(folder / f"{name}.jsonl", calls)
+    (folder / "logs").mkdir()
+    write_jsonl(folder / "logs" / "calls.jsonl", calls)
     write_csv(folder / "tickets.csv", rows)
     inputs = [{"id": row["id"], "input": {"text": row["text"]}} for row in rows]
     write_csv(folder / "rows.csv", rows[:5])

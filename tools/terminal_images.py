@@ -40,7 +40,7 @@ REASONS = {
     "account": "The customer wants to change or open an account.",
 }
 WITHOUT_REPLY = 12  # every so many rows
-STEPS = ["train.max_steps=90", "train.eval_every=30", "train.methods=distill"]
+STEPS = ["train.max_epochs=4", "train.methods=distill"]
 SHOWN = {
     "import": ["import", "calls.jsonl", "--out", "tickets.jsonl"],
     "validate": ["validate", "tickets.yaml"],

@@ -73,9 +73,8 @@ def test_from_a_log_to_a_student(tmp_path: Path) -> None:
     assert "dsbs validate rows.yaml" in command.stdout
     prompt = yaml.safe_load((tmp_path / "rows-prompt.yaml").read_text(encoding="utf-8"))
     assert (prompt["instruction"], prompt["template"]) == (SYSTEM, "Message: {{ text }}\nTeam:")
-    recipe = dsbs.load_recipe(
-        tmp_path / "rows.yaml", ["train.max_steps=4", "train.methods=[step-by-step]"]
-    )
+    small = ["student={init: scratch, size: nano}", "train.max_epochs=null", "train.max_steps=4"]
+    recipe = dsbs.load_recipe(tmp_path / "rows.yaml", [*small, "train.methods=[step-by-step]"])
     assert recipe.task.labels == ("billing", "login", "press", "shipping")
     checked = dsbs.validate(recipe)
     assert checked.first_prompt is not None
@@ -88,6 +87,13 @@ def test_from_a_log_to_a_student(tmp_path: Path) -> None:
     assert student.steps == 4
     results = dsbs.evaluate(recipe, out=run)
     assert results.n == 80 - train.rows
+    # with an endpoint, the recipe asks it for the replies that the log lacks
+    url = "http://127.0.0.1:9/v1"
+    live = run_dsbs("import", "log", "--out", "live.jsonl", "--base-url", url, cwd=tmp_path)
+    assert live.returncode == 0, live.stderr
+    recipe = dsbs.load_recipe(tmp_path / "live.yaml")
+    assert (recipe.teacher.kind, recipe.teacher.base_url) == ("openai", url)
+    assert recipe.annotate.use_recorded and recipe.annotate.splits == ("train", "test")
     # run again: nothing is overwritten unasked
     again = run_dsbs("import", "log", "--out", "rows.jsonl", cwd=tmp_path)
     assert again.returncode == 2
