@@ -94,12 +94,17 @@ class Desk:
         if ">" in words:
             output, words = self.folder / words[-1], words[: words.index(">")]
         assert words[0] == "dsbs", f"write down how to run it: {command}"
+        if words[1] == "import":  # beside the recipe of the desk
+            words = [word.replace("tickets.jsonl", "imported.jsonl") for word in words]
+            words.append("--overwrite")
         if words[1] in ("serve", "review") and "csv" not in command:
             self._start(words[1:])
             return
         ended = run_dsbs(*words[1:], cwd=self.folder, env=self.env, input=text)
         passed = (0, 4) if "--min-" in command else (0,)  # 4: below a gate
         assert ended.returncode in passed, f"{command}\n{ended.stderr[-2000:]}"
+        if words[1] == "import":
+            self.run("dsbs validate imported.yaml")
         if output is not None:
             output.write_text(ended.stdout, encoding="utf-8")
 
@@ -186,7 +191,7 @@ def write_recipes(folder: Path, teacher: str) -> None:
 def write_data(folder: Path) -> None:
     rows = toy_rows(60)
     calls = [
-        {"messages": [{"role": "user", "content": row["text"]},
+        {"model": "large", "messages": [{"role": "user", "content": row["text"]},
                       {"role": "assistant", "content": good_answer({"prompt": row["text"]}, 0)}]}
         for row in rows
     ]  # fmt: skip

@@ -160,6 +160,11 @@ class _Importer:
         if not models:
             raise _no_calls(store.tally)
         self._model = _chosen_model(models, options.model)
+        if options.base_url is not None and not self._model:
+            raise UserError(
+                "the log does not name its model, which --base-url needs",
+                hint="import without --base-url, then set teacher.model and teacher.base_url",
+            )
         groups = prompt_groups(store, self._model)
         if not 1 <= options.prompt <= len(groups):
             raise UserError(

@@ -87,17 +87,25 @@ def test_from_a_log_to_a_student(tmp_path: Path) -> None:
     assert student.steps == 4
     results = dsbs.evaluate(recipe, out=run)
     assert results.n == 80 - train.rows
-    # with an endpoint, the recipe asks it for the replies that the log lacks
-    url = "http://127.0.0.1:9/v1"
-    live = run_dsbs("import", "log", "--out", "live.jsonl", "--base-url", url, cwd=tmp_path)
-    assert live.returncode == 0, live.stderr
-    recipe = dsbs.load_recipe(tmp_path / "live.yaml")
-    assert (recipe.teacher.kind, recipe.teacher.base_url) == ("openai", url)
-    assert recipe.annotate.use_recorded and recipe.annotate.splits == ("train", "test")
     # run again: nothing is overwritten unasked
     again = run_dsbs("import", "log", "--out", "rows.jsonl", cwd=tmp_path)
     assert again.returncode == 2
     assert "rows.jsonl exists already" in again.stderr
+
+
+def test_with_an_endpoint_the_recipe_asks_it_for_missing_replies(tmp_path: Path) -> None:
+    log = [chat(text, f"It is plain.\nAnswer: {team}") for text, team in texts(20)]
+    write(tmp_path / "unnamed", log)
+    write(tmp_path / "named", [{"model": "large"} | entry for entry in log])
+    options = ImportOptions(base_url="http://127.0.0.1:9/v1")
+    with pytest.raises(UserError, match="does not name its model"):
+        import_log([tmp_path / "unnamed"], tmp_path / "rows.jsonl", options)
+    assert not (tmp_path / "rows.jsonl").exists()
+    import_log([tmp_path / "named"], tmp_path / "rows.jsonl", options)
+    recipe = dsbs.load_recipe(tmp_path / "rows.yaml")
+    assert (recipe.teacher.kind, recipe.teacher.model) == ("openai", "large")
+    assert recipe.teacher.base_url == options.base_url
+    assert recipe.annotate.use_recorded and recipe.annotate.splits == ("train", "test")
 
 
 def label_alone(text: str, team: str) -> str:
