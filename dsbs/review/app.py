@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
+from dsbs.errors import DsbsError
 from dsbs.files import digest
 from dsbs.reporting.run import page_environment, source_hash, template_text
 from dsbs.review.desk import ORDERS, Desk, LabelForm, ReviewForm
@@ -139,6 +140,11 @@ def make_app(desk: Desk, key: PageKey) -> App:
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> Response:
         return JSONResponse(error.as_json(), error.status, headers=_HEADERS)
+
+    @app.exception_handler(DsbsError)
+    async def say(request: Request, error: DsbsError) -> Response:
+        """A full disk, or a file that an editor broke: the page says so, and tries again."""
+        return await refuse(request, ApiError(503, error.problem, "unavailable"))
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from dsbs.config import Recipe
-from dsbs.errors import DsbsError, UserError
+from dsbs.errors import UserError
 from dsbs.evaluation.reviewed import agreement, estimate
 from dsbs.formatting import percent
 from dsbs.records.reviews import (
@@ -347,7 +347,7 @@ class Desk:
         """Put a decision on the disk, and return the row as it is now.
 
         One that is there already, as after a server that was killed before it could say so, is not
-        written twice. Raises ApiError (422, 503).
+        written twice. Raises ApiError (422), and DsbsError where it cannot be written.
         """
         row = self._row(form.id)
         n = self._at[row.id]
@@ -364,10 +364,7 @@ class Desk:
 
     def _append(self, review: Review) -> None:
         version = self._version
-        try:
-            append_review(self.run, self.split, review)
-        except DsbsError as error:
-            raise ApiError(503, error.problem, "not_saved") from None
+        append_review(self.run, self.split, review)
         now = self._file_version()
         line = len(review.model_dump_json(by_alias=True).encode()) + 1
         if now is not None and now[1] == (version[1] if version else 0) + line:

@@ -141,6 +141,19 @@ def test_a_correction_keeps_only_what_was_changed(page: Page, run: RunFolder) ->
     )
 
 
+def test_a_file_that_an_editor_broke_is_said_and_kept(page: Page, run: RunFolder) -> None:
+    path = run.reviews("train")
+    content = path.read_bytes() if path.exists() else b""
+    form = {"id": "r9", "decision": "accepted", "reviewer": "ed", "time": NOW.format(20)}
+    path.write_bytes(b"{}\n" + content)
+    status, body, _ = page.request("/reviews", form, headers=page.sent_by_the_page())
+    assert status == 503 and "train.jsonl:1: not a review" in body
+    assert path.read_bytes() == b"{}\n" + content
+    path.write_bytes(content)
+    assert page.request("/reviews", form, headers=page.sent_by_the_page())[0] == 200
+    assert "r9" in decisions(run, "ed")
+
+
 def test_a_killed_server_hands_its_token_on_and_a_stopped_one_does_not(tmp_path: Path) -> None:
     run = classification(tmp_path / "run", rows=3)
     session = run.stage("review") / "session.json"

@@ -319,7 +319,7 @@ function rowNodes(row) {
   const input = element("div", { className: "input" });
   for (const [name, text] of row.fields) input.append(element("div", { className: "field" }, element("h3", null, inline(name)), passage(text)));
   const answer = element("div", { className: "answer" }, element("h3", null, "teacher’s label"),
-    labelNode(row.label, `label ${row.label && typeof row.label.value === "object" ? "parted" : ""}`));
+    labelNode(row.label, "label"));
   for (const text of row.vote) answer.append(element("p", { className: "vote" }, inline(text)));
   const reason = row.mine && typeof row.mine.rationale === "string" ? row.mine.rationale : row.rationale;
   answer.append(element("div", { className: "rationale" }, element("h3", null, row.mine && row.mine.rationale ? "rationale, as you wrote it" : "its rationale"),
