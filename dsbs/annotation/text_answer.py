@@ -38,10 +38,11 @@ _HEADING = re.compile(
     r"[*_]*(?:\s*[:：][*_]*\s*|[ \t]*\n\s*)",
     re.IGNORECASE,
 )
+# (?<!\s): long runs of spaces are read once, not once from each space
 # where a label may end within a line: "neutral. The premise …", "neutral, because …"; behind the
 # other marks there may be a list of labels
-_SENTENCE_END = r"\.\s+|[,;]?\s+(?=(?:because|since|as)\b)"
-_LABEL_END = re.compile(rf"(?P<sure>{_SENTENCE_END})|[:,]\s+|\s+[-–—]+\s+", re.IGNORECASE)
+_SENTENCE_END = r"\.\s+|(?:[,;]|(?<!\s))\s+(?=(?:because|since|as)\b)"
+_LABEL_END = re.compile(rf"(?P<sure>{_SENTENCE_END})|[:,]\s+|(?<!\s)\s+[-–—]+\s+", re.IGNORECASE)
 # lines without words, and the fence of a code block
 _RULES = re.compile(r"(?:\s*(?:[-=*_]{3,}|`{3,}\w*)[ \t]*(?:\n|\Z))+")
 _LIST_NUMBER = re.compile(r"\s*\d+[.)]\s+")
@@ -244,7 +245,7 @@ def _bounds_in_line(line: str, separator: str, labels: LabelSet | None) -> tuple
     ends = list(_LABEL_END.finditer(line))
     own_ends = []
     if separator:
-        own_ends = list(re.finditer(rf"\s*{re.escape(separator)}(?=\s)\s*", line))
+        own_ends = list(re.finditer(rf"(?:(?<!\s)\s+)?{re.escape(separator)}(?=\s)\s*", line))
     if labels is None:
         if own_ends and line[own_ends[0].end() :]:
             return own_ends[0].span()

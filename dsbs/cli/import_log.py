@@ -102,7 +102,8 @@ def _print_log(result: ImportResult) -> None:
         where = tally.first_skipped.get(reason)
         print(f"  skipped, {reason}: {number:,}" + (f" (first: {where})" if where else ""))
     models = {name or "(not named)": number for name, number in result.models.items()}
-    print(f"models: {listing(models)}; imported: {result.model or '(not named)'}")
+    imported = f"; imported: {result.model or '(not named)'}" if len(models) > 1 else ""
+    print(f"models: {listing(models)}{imported}")
     tokens = "tokens: not counted in the log"
     if tally.prompt_tokens or tally.completion_tokens:
         tokens = f"tokens: {tally.prompt_tokens:,} prompt, {tally.completion_tokens:,} completion"
@@ -118,7 +119,10 @@ def _print_log(result: ImportResult) -> None:
 def _print_job(result: ImportResult) -> None:
     from dsbs.importing.redaction import hide_keys
 
-    print(f"constant part of the prompt:\n{indent(_short(hide_keys(result.constant_text)))}")
+    if result.instruction:
+        print(f"constant part of the prompt:\n{indent(_short(hide_keys(result.instruction)))}")
+    if result.exemplars:
+        print(f"worked examples in the prompt: {result.exemplars}")
     print(f"template:\n{indent(_short(hide_keys(result.template)))}")
     print("input fields, with the first row's:")
     for name, value in result.first_row.get("input", {}).items():

@@ -263,14 +263,15 @@ class CallStore:
         )
         return dict(rows.fetchall())
 
-    def contexts(self, model: str) -> list[tuple[int, list[Message], int]]:
-        """Each context of a model's calls: its number, messages and calls, most frequent first."""
+    def contexts(self, model: str) -> Iterator[tuple[int, list[Message], int]]:
+        """Each context of a model's calls: its number, messages and calls."""
         rows = self._db.execute(
             "SELECT context, count(*) FROM calls WHERE coalesce(model, '') = ? "
-            "GROUP BY context ORDER BY 2 DESC, 1",
+            "GROUP BY context ORDER BY context",
             (model,),
-        ).fetchall()
-        return [(number, self.context(number), calls) for number, calls in rows]
+        )
+        for number, calls in rows:
+            yield number, self.context(number), calls
 
     def context(self, number: int) -> list[Message]:
         (text,) = self._db.execute(

@@ -12,12 +12,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import SequenceMatcher
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsbs.config.sections import label_key
 from dsbs.config.task import RESERVED_COLUMNS
+from dsbs.files import digest
 from dsbs.importing.bodies import Message
 from dsbs.importing.calls import Call, CallStore
 
@@ -25,18 +25,32 @@ SAMPLE = 2000  # calls by which a prompt and its replies are recognized
 _MIN_SHARE = 0.005  # of a model's calls, for a context to be a prompt of its own
 _MIN_CALLS = 5
 _COMPARED = 40  # texts that a template is made of
-_MAX_TOKENS = 1500  # of a text between its constant ends
+_MAX_MARKS = 200  # that are compared
+_MAX_MARK_LENGTH = 40  # of the white space and marks around one
+_MAX_LISTING = 200_000  # characters of a prompt in which labels are looked for
 _MAX_FIELDS = 12
 MAX_LABEL_LENGTH = 80
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+(?P<item>.+?)\s*$")
 _LISTED = re.compile(r"\s*(?:[,;|/]|\bor\b|\band\b)\s*")
-_TOKEN = re.compile(r"\s+|\w+|[^\w\s]")
-# What makes a run of constant tokens a part of a template, and not a coincidence.
-_SEPARATOR = re.compile(r"\n|<[/\w]|\w\s?[:=]\s|[\"'`]{3}")
+# What may stand between two values: a tag, a name with a colon, a heading or another line.
+_MARK = re.compile(
+    r"</?[A-Za-z][\w-]{0,40}(?:\s[^<>\n]{0,60})?>"
+    r"|^[^\S\n]{0,20}[#*>-]{0,9}[^\S\n]{0,9}[^\W\d_][^\n:=]{0,60}[:=]"
+    r"|\"{3}|`{3}\w*|(?<=\s)[A-Z]\w{1,30}:|(?<=\s)\w{1,30}:(?=\s)",
+    re.MULTILINE,
+)
+_LINE = re.compile(r"^.{3,200}$", re.MULTILINE)
+_MARKS_BEFORE = re.compile(r"[\s\"'`*#(\[<-]*$")
+_MARKS_AFTER = re.compile(r"[\s\"'`*>-]*")
 # Where a constant beginning may end, and a constant end may begin.
-_ENDS = re.compile(r"\n|[:>\])]\s*|[\"'`]+|\s+[-–—]+\s+")
-_BEGINS = re.compile(r"\n|<|[\"'`]+|\s+[-–—]+\s+")
+_ENDS = re.compile(r"\n|[:>\])]\s*|[\"'`]+|\s[-–—]+\s")
+_BEGINS = re.compile(r"\n|<|[\"'`]+|\s[-–—]+\s")
 _LONG = 25  # characters of a constant part that need no mark
+_STAMP = re.compile(
+    r"\d+|\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b"
+    r"|\b(?:mon|tues?|wednes|thurs?|fri|satur|sun)(?:day)?\b",
+    re.IGNORECASE,
+)
 _NAMED = re.compile(
     r"(?:<(?P<tag>[A-Za-z][\w-]{0,40})[^<>]*>|(?P<name>[^\W\d][\w /-]{0,40}?)\s*[\"'`*]*\s*[:=]"
     r"|\#+\s*(?P<head>[^\W\d][\w -]{0,40}?)\s*)[\s\"'`*#\[(-]*$"
@@ -56,9 +70,15 @@ class Pieces:
     fields: tuple[str, ...] = ()
     keys: dict[str, str] | None = None
     """By key of the JSON object, the field's name."""
+    skeleton: str | None = None
+    """A message without dates and numbers, which are not constant and no input."""
 
     def values(self, text: str) -> dict[str, Any] | None:
         """The fields of a message. None: it has another form."""
+        if not self.fields and text == self.texts[0]:
+            return {}
+        if self.skeleton is not None:
+            return {} if _skeleton(text) == self.skeleton else None
         if self.keys is not None:
             return _json_values(text, self.keys)
         if not self.fields:
@@ -143,18 +163,25 @@ class PromptForm:
 def prompt_groups(store: CallStore, model: str) -> list[tuple[tuple[int, ...], int]]:
     """The contexts of each job in a model's calls, and its calls, most frequent first.
 
-    A context that many calls share is constant; the others belong together by their roles.
+    A context that many calls share, but for its dates and numbers, is one; the others belong
+    together by their roles.
     """
-    contexts = store.contexts(model)
-    total = sum(calls for *_, calls in contexts)
-    least = max(_MIN_CALLS, _MIN_SHARE * total)
-    groups: dict[Any, list[int]] = {}
-    counts: Counter[Any] = Counter()
-    for number, messages, calls in contexts:
-        key: Any = number if calls >= least else tuple(role for role, _ in messages)
-        groups.setdefault(key, []).append(number)
-        counts[key] += calls
-    return [(tuple(groups[key]), calls) for key, calls in counts.most_common()]
+    alike: dict[str, list[int]] = {}
+    calls_of: Counter[str] = Counter()
+    roles_of: dict[str, str] = {}
+    for number, messages, calls in store.contexts(model):
+        key = digest(*(_skeleton(text) for _, text in messages))
+        alike.setdefault(key, []).append(number)
+        calls_of[key] += calls
+        roles_of[key] = " ".join(role for role, _ in messages)
+    least = max(_MIN_CALLS, _MIN_SHARE * calls_of.total())
+    groups: dict[str, list[int]] = {}
+    counts: Counter[str] = Counter()
+    for key, numbers in alike.items():
+        group = key if calls_of[key] >= least else roles_of[key]
+        groups.setdefault(group, []).extend(numbers)
+        counts[group] += calls_of[key]
+    return [(tuple(groups[group]), calls) for group, calls in counts.most_common()]
 
 
 def find_form(store: CallStore, model: str, contexts: tuple[int, ...], calls: int) -> PromptForm:
@@ -175,26 +202,41 @@ def form_of(
     columns.append([call.question for call in sample])
     messages: list[Pieces] = []
     names: list[str] = []
-    for texts in columns:
-        pieces = _json_pieces(texts, names) or _pieces(texts, names)
+    for texts in reversed(columns):  # the question has the first choice of names
+        pieces = _stamped(texts) if messages else None
+        pieces = pieces or _json_pieces(texts, names) or _pieces(texts, names)
         names += pieces.fields
-        messages.append(pieces)
-    if len(names) == 1:  # the task calls its only input so
-        messages = [
-            Pieces(m.texts, ("text",), m.keys and dict.fromkeys(m.keys, "text")) if m.fields else m
-            for m in messages
-        ]
-    elif not names:
-        # one question again and again
+        messages.insert(0, pieces)
+    if not names:  # one question again and again
         messages[-1] = Pieces(("", ""), ("text",))
-    return PromptForm(contexts, calls, roles, tuple(messages))
+    form = PromptForm(contexts, calls, roles, tuple(messages))
+    if len(form.fields) == 1:  # the task calls its only input so
+        messages = [_renamed(message) if message.fields else message for message in messages]
+        form = replace(form, messages=tuple(messages))
+    return form
+
+
+def _stamped(texts: Sequence[str]) -> Pieces | None:
+    """Texts that differ in dates and numbers alone, as the last of them. None: they differ more."""
+    skeletons = {_skeleton(text) for text in set(texts)}
+    return Pieces((texts[-1],), skeleton=skeletons.pop()) if len(skeletons) == 1 else None
+
+
+def _skeleton(text: str) -> str:
+    return _STAMP.sub("0", text)
+
+
+def _renamed(message: Pieces) -> Pieces:
+    """A message whose only field is called ``text``."""
+    keys = None if message.keys is None else dict.fromkeys(message.keys, "text")
+    return Pieces(message.texts, ("text",), keys)
 
 
 # --- messages that are JSON objects
 
 
 def _json_pieces(texts: Sequence[str], names: Sequence[str]) -> Pieces | None:
-    values = [_json_object(text) for text in texts]
+    values = [json_object(text) for text in texts]
     objects = [value for value in values if value is not None]
     if len(objects) < 0.98 * len(texts) or len(set(texts)) == 1:
         return None
@@ -207,18 +249,19 @@ def _json_pieces(texts: Sequence[str], names: Sequence[str]) -> Pieces | None:
     return Pieces((), tuple(by_key.values()), by_key)
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
-    if not text.lstrip().startswith("{"):
+def json_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is, perhaps in a code fence."""
+    if not text.lstrip().startswith(("{", "```")):
         return None
     try:
-        value = json.loads(text)
+        value = json.loads(text[text.find("{") : text.rfind("}") + 1])
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def _json_values(text: str, keys: dict[str, str]) -> dict[str, Any] | None:
-    value = _json_object(text)
+    value = json_object(text)
     if value is None or not value.keys() <= keys.keys():
         return None
     return {name: _plain(value.get(key)) for key, name in keys.items()}
@@ -247,7 +290,22 @@ def _pieces(texts: Sequence[str], names: Sequence[str]) -> Pieces:
     fields: list[str] = []
     for text in texts_around[:-1]:
         fields.append(_field_name(_name_before(text), [*names, *fields]))
-    return Pieces(texts_around, tuple(fields))
+    return _without_constant_fields(Pieces(texts_around, tuple(fields)), distinct)
+
+
+def _without_constant_fields(pieces: Pieces, texts: Sequence[str]) -> Pieces:
+    """Pieces without the fields that have the same value in all ``texts``."""
+    rows = [values for text in texts if (values := pieces.values(text)) is not None]
+    around = [pieces.texts[0]]
+    fields: list[str] = []
+    for name, text in zip(pieces.fields, pieces.texts[1:], strict=True):
+        contents = {str(row[name]) for row in rows}
+        if len(contents) == 1 and len(rows) > 1 and len(pieces.fields) > 1:
+            around[-1] += contents.pop() + text
+        else:
+            fields.append(name)
+            around.append(text)
+    return Pieces(tuple(around), tuple(fields))
 
 
 def _common_start(texts: Sequence[str]) -> str:
@@ -286,59 +344,35 @@ def _snapped_end(text: str) -> str:
 
 
 def _separators(texts: Sequence[str]) -> list[str]:
-    """Constant texts inside of all ``texts``, in order."""
+    """Constant texts inside of all ``texts``, in order: tags, names with a colon, headings, lines,
+    each once in every text, with the white space and marks around them.
+    """
     stride = max(1, len(texts) // _COMPARED)
-    compared = sorted(texts[::stride][:_COMPARED], key=len)
-    runs = [_TOKEN.findall(compared[0])]
-    if len(runs[0]) > _MAX_TOKENS:
-        return []
-    for text in compared[1:]:
-        tokens = _TOKEN.findall(text)
-        if len(tokens) > _MAX_TOKENS:
+    compared = texts[::stride][:_COMPARED]
+    shortest = min(compared, key=len)
+    separators: list[str] = []
+    positions = [0] * len(compared)
+    matches = [*_MARK.finditer(shortest), *_LINE.finditer(shortest)]
+    matches.sort(key=lambda match: (match.start(), -match.end()))
+    for mark in list(dict.fromkeys(match.group() for match in matches))[:_MAX_MARKS]:
+        starts = [
+            text.find(mark, position) for text, position in zip(compared, positions, strict=True)
+        ]
+        is_constant = all(start >= 0 for start in starts) and all(
+            text.count(mark) == 1 for text in compared
+        )
+        if not is_constant:
             continue
-        runs = _common_runs(runs, tokens)
-        if not runs:
-            return []
-    separators = ["".join(run) for run in runs]
-    separators = [text for text in map(_trimmed, separators) if text][: _MAX_FIELDS - 1]
-    # most texts must have them all; else the values' own words are among them
-    while separators and not all(_has_in_order(text, separators) for text in texts):
-        separators = [s for s in separators if all(s in text for text in texts)][:-1] or []
-    return separators
-
-
-def _common_runs(runs: list[list[str]], tokens: list[str]) -> list[list[str]]:
-    """The parts of ``runs`` that ``tokens`` have as well, in the same order."""
-    joined: list[str] = []
-    for run in runs:
-        joined += [*run, "\0"]  # a token of no text
-    matcher = SequenceMatcher(None, joined, tokens, autojunk=False)
-    common = []
-    for start, _, size in matcher.get_matching_blocks():
-        run = joined[start : start + size]
-        if run and _SEPARATOR.search("".join(run)):
-            common.append(run)
-    return common
-
-
-def _trimmed(text: str) -> str:
-    """A separator without the words before its first mark, which are the value's own."""
-    match = re.search(r"\n|<|[\"'`]{3}|\w[\w ]*[:=]", text)
-    if match is None:
-        return ""
-    text = text[match.start() :]
-    end = max((m.end() for m in _ENDS.finditer(text)), default=len(text))
-    return text[:end] if end > 0 else text
-
-
-def _has_in_order(text: str, separators: Sequence[str]) -> bool:
-    position = 0
-    for separator in separators:
-        position = text.find(separator, position)
-        if position < 0:
-            return False
-        position += len(separator)
-    return True
+        befores = [text[p:i] for text, p, i in zip(compared, positions, starts, strict=True)]
+        afters = [text[i + len(mark) :] for text, i in zip(compared, starts, strict=True)]
+        ends = [text[: -_MAX_MARK_LENGTH - 1 : -1] for text in befores]
+        before = _MARKS_BEFORE.search(_common_start(ends)[::-1])
+        after = _MARKS_AFTER.match(_common_start([text[:_MAX_MARK_LENGTH] for text in afters]))
+        separator = f"{before.group() if before else ''}{mark}{after.group() if after else ''}"
+        separators.append(separator)
+        length = len(mark) + (len(after.group()) if after else 0)
+        positions = [start + length for start in starts]
+    return separators[: _MAX_FIELDS - 1]
 
 
 def _name_before(text: str) -> str:
@@ -384,9 +418,9 @@ def listed_labels(text: str, counts: Mapping[str, int], *, share: float) -> dict
 
 def _lists(text: str) -> Iterator[list[str]]:
     """Lists in a text: bullets, the names before their descriptions, and runs with commas."""
-    bullets: list[str] = []
-    named: list[str] = []
-    for line in [*text.splitlines(), ""]:
+    bullets, named = list[str](), list[str]()
+    text = text[:_MAX_LISTING]
+    for line in [*(" ".join(line.split()) for line in text.splitlines()), ""]:
         match = _BULLET.match(line)
         item = line.strip() if match is None else match["item"]
         name, colon, _ = re.sub(r"\s+[-–—]\s+", ": ", item).partition(":")

@@ -224,4 +224,11 @@ _Dumper.add_representer(str, _text_style)
 
 
 def _yaml(data: dict[str, Any], head: str) -> str:
-    return head + yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return head + yaml.dump(
+        data,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=100,
+        default_flow_style=None,
+    )

@@ -21,7 +21,7 @@ KEY = re.compile(
     r"|\bAIza[\w-]{35}"  # Google
     r"|\bgh[oprsu]_\w{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{20,}"
     r"|\bhf_\w{30,}|\bgsk_\w{30,}|\bxox[abprs]-[\w-]{10,}"
-    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"  # JSON web tokens
+    r"|(?<![\w-])eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"  # JSON web tokens
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
     r"|\b[Bb]earer\s+[\w.~+/-]{20,}=*",
     re.DOTALL,

@@ -14,12 +14,14 @@ from typing import Any
 
 from dsbs.annotation.thoughts import split_thoughts
 from dsbs.config.sections import label_key
-from dsbs.importing.prompts import MAX_LABEL_LENGTH, listed_labels
+from dsbs.importing.prompts import MAX_LABEL_LENGTH, json_object, listed_labels
 from dsbs.tasks.marks import tidy
 
 _MIN_SHARE = 0.8  # of the replies, that have a form
+_MIN_MARKED = 0.5  # of the replies, that have a mark such as "Answer:"
 _MAX_LABELS = 400
 _MIN_COVERED = 0.9  # of the replies, whose label is one of a closed set
+_MAX_LINE = 1000  # characters of a line in which a label is looked for
 _MAX_POINTS = 21  # of a scale
 _NUMBER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[-+]?\d+(?:\.\d+)?")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -118,8 +120,7 @@ def _by_json(texts: Sequence[str]) -> _Reading | None:
         label = named[0]
         rationale = rationale or next((key for key in label_keys if key != label), None)
     else:
-        prompt = {"order": "label-first", "anchor": [], "answer": "{{ label }}"}
-        return _Reading(values, prompt, "a JSON object with the fields", "fields")
+        return _Reading(values, dict(_LABEL_ALONE), "a JSON object with the fields", "fields")
     labels = [value[label] for value in values if value.get(label) is not None]
     what = "a JSON object" + (f" with {label!r} and {rationale!r}" if rationale else "")
     if label == "label" and rationale in (None, "rationale"):
@@ -132,19 +133,6 @@ def _by_json(texts: Sequence[str]) -> _Reading | None:
         "answer": _json_answer(label, rationale, order, labels),
     }
     return _Reading(labels, prompt, what, has_rationale=rationale is not None)
-
-
-def json_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that a reply is, perhaps in a code fence."""
-    start, end = text.find("{"), text.rfind("}")
-    fenced = text.startswith("```") or text.startswith("{")
-    if start < 0 or end < start or not fenced:
-        return None
-    try:
-        value = json.loads(text[start : end + 1])
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _is_free(values: Sequence[dict[str, Any]], key: str) -> bool:
@@ -199,7 +187,7 @@ def _json_answer(label: str, rationale: str | None, order: str, labels: Sequence
 def _by_tag(texts: Sequence[str]) -> _Reading | None:
     """``<answer>billing</answer>``, after a rationale."""
     names = Counter(name for text in texts for name in {m["name"] for m in _TAG.finditer(text)})
-    common = [name for name, number in names.items() if number >= _MIN_SHARE * len(texts)]
+    common = [name for name, number in names.items() if number >= _MIN_MARKED * len(texts)]
     names_of_labels = [name for name in common if name.lower() not in _RATIONALE_KEYS]
     if not names_of_labels:
         return None
@@ -222,7 +210,7 @@ def _by_tag(texts: Sequence[str]) -> _Reading | None:
 
 def _by_last_line(texts: Sequence[str]) -> _Reading | None:
     """A rationale, then an anchor such as ``Answer:`` and the label."""
-    lines = [text.splitlines()[-1].strip() if text else "" for text in texts]
+    lines = [text.splitlines()[-1].strip()[-_MAX_LINE:] if text else "" for text in texts]
     matches = [_last_anchor(line) for line in lines]
     counts = Counter(
         match[0]
@@ -232,7 +220,7 @@ def _by_last_line(texts: Sequence[str]) -> _Reading | None:
     if not counts:
         return None
     anchor, number = counts.most_common(1)[0]
-    if number < _MIN_SHARE * len(texts):
+    if number < _MIN_MARKED * len(texts):
         return None
     labels = [match[1] for match in matches if match is not None and match[0] == anchor]
     explained = [
@@ -326,8 +314,10 @@ def _task_of(reading: _Reading, constant_text: str) -> ReplyForm | None:
         form = _form(reading, "generation", {})
         form.task["numeric"] = True
         return form
+    if not texts or max(map(len, texts)) > 10 * MAX_LABEL_LENGTH:
+        return None
     several = [part for text in texts for part in _PARTS.split(text) if part]
-    if len(several) > 1.2 * len(texts) and max(map(len, texts)) < 10 * MAX_LABEL_LENGTH:
+    if len(several) > 1.2 * len(texts):
         counts = _closed_set(several, constant_text, total=len(several))
         if counts is not None:
             counts.pop("none", None)

@@ -53,7 +53,8 @@ class ImportResult:
     model: str
     prompts: list[dict[str, Any]]
     prompt: int
-    constant_text: str
+    instruction: str
+    exemplars: int
     template: str
     fields: tuple[str, ...]
     first_row: dict[str, Any]
@@ -81,7 +82,8 @@ class ImportResult:
             "model": self.model,
             "prompts": self.prompts,
             "prompt": self.prompt,
-            "constant_text": self.constant_text,
+            "instruction": self.instruction,
+            "exemplars": self.exemplars,
             "template": self.template,
             "fields": list(self.fields),
             "first_row": self.first_row,
@@ -176,7 +178,8 @@ class _Importer:
             model=self._model,
             prompts=[self._described(*group) for group in groups[:_MAX_PROMPTS]],
             prompt=options.prompt,
-            constant_text=self._clean(self._form.constant_text()),
+            instruction=self._job.prompt.instruction,
+            exemplars=len(self._job.prompt.exemplars),
             template=self._job.prompt.template,
             fields=self._form.fields,
             first_row={},
@@ -234,7 +237,10 @@ class _Importer:
             count_private(text, self._private)
         values = self._clean(values)
         completion = self._clean(self._job.completion(call))
-        row_id = call.id or f"row-{digest(json.dumps(values, sort_keys=True), completion)[:16]}"
+        row_id = (
+            self._clean(call.id)
+            or f"row-{digest(json.dumps(values, sort_keys=True), completion)[:16]}"
+        )
         times = self._store.times_seen("id", row_id)
         if times > 1:
             row_id = f"{row_id}~{times}"

@@ -39,6 +39,7 @@ _DECISIONS = {
     "skip": "skipped",
     "undo": "undone",
 }
+_NO_RATIONALE = "(none)"  # the rationale is wrong, and there is none instead
 _YES = ("yes", "y", "true", "1", "x")
 _NO = ("", "no", "n", "false", "0")
 _MAX_PROBLEMS = 20  # in one message
@@ -146,7 +147,7 @@ def _filled_in(review: Review | None) -> list[str]:
     return [
         review.decision,
         review.label or "",
-        review.rationale or "",
+        _NO_RATIONALE if review.rationale == "" else review.rationale or "",
         "yes" if review.gold_is_wrong else "",
         review.gold or "",
         review.comment or "",
@@ -207,6 +208,8 @@ def _review(
     rationale = cells["new_rationale"].strip() or None
     if rationale == row.rationale:
         rationale = None
+    elif rationale == _NO_RATIONALE:
+        rationale = ""
     if decision == "corrected" and label is None and rationale is None:
         raise ValueError("corrected, but new_label and new_rationale say nothing new")
     if decision != "corrected" and (label is not None or rationale is not None):

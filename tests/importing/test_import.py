@@ -203,11 +203,37 @@ def test_several_models_and_prompts(tmp_path: Path) -> None:
     assert sum(result.rows.values()) == 60
     assert not (tmp_path / "rows.jsonl").exists()
     other = imported(tmp_path, entries, prompt=2, dry_run=True)
-    assert other.constant_text.startswith("Is it polite?")
+    assert other.instruction == "Is it polite?"
     small = imported(tmp_path, entries, model="small", limit=5, dry_run=True)
     assert sum(small.rows.values()) == 5
     with pytest.raises(UserError, match="no model 'tiny'"):
         imported(tmp_path, entries, model="tiny")
+
+
+def test_dates_in_the_system_text_are_no_inputs(tmp_path: Path) -> None:
+    entries = [
+        chat(text, team, f"Today is 2025-{number % 12 + 1:02}-{number % 28 + 1:02}. Route it.")
+        for number, (text, team) in enumerate(texts(60))
+    ]
+    result = imported(tmp_path, entries, dry_run=True)
+    assert result.fields == ("text",)
+    assert result.instruction == "Today is 2025-12-04. Route it."
+    assert result.first_row["input"].keys() == {"text"}
+
+
+def test_a_killed_import_is_run_again_and_an_edited_recipe_is_kept(tmp_path: Path) -> None:
+    entries = [chat(text, team) for text, team in texts(60)]
+    imported(tmp_path, entries)
+    (tmp_path / "rows.jsonl").unlink()  # it is written last
+    imported(tmp_path, entries)
+    (tmp_path / "rows.jsonl").unlink()
+    recipe = tmp_path / "rows.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8") + "# mine\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows\.yaml exists already"):
+        imported(tmp_path, entries)
+    assert not (tmp_path / "rows.jsonl").exists()
+    imported(tmp_path, entries, overwrite=True)
+    assert "# mine" not in recipe.read_text(encoding="utf-8")
 
 
 def test_gold_labels_of_a_log_are_kept(tmp_path: Path) -> None:

@@ -102,12 +102,13 @@ def test_decisions_are_taken_back_from_what_a_spreadsheet_saved(
     rows = exported(run, tmp_path / "rows.csv")
     rows[0] |= {"decision": "Accepted", "gold_is_wrong": "x", "rationale": rows[0]["rationale"]}
     rows[1] |= {"new_label": " SHIPPING ", "new_rationale": "'=A1 is\r\na cell", "comment": "=1"}
-    rows[3] |= {"decision": "reject"}
+    rows[3] |= {"new_rationale": " (none) "}
     path = save(tmp_path / "back.csv", rows, **form)
-    assert take_back(path, run) == ({"accepted": 1, "corrected": 1, "rejected": 1}, 0, 1)
+    assert take_back(path, run) == ({"accepted": 1, "corrected": 2}, 0, 1)
     saved = deciding_reviews(run.read_reviews("train"))
     assert saved["007"].gold_is_wrong and saved["007"].right_gold("shipping") == "billing"
     assert (saved["b"].label, saved["b"].rationale) == ("shipping", "=A1 is\na cell")
+    assert (saved["d"].label, saved["d"].rationale) == (None, "")
     assert saved["b"].comment == "=1" and saved["b"].reviewer == "ada"
     # A file can be imported twice, and an export holds what was decided.
     assert take_back(path, run) == ({}, 3, 1)
