@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import run_dsbs
 
 import dsbs
 from dsbs.errors import UserError
+from dsbs.importing.redaction import _recognizers
 from dsbs.importing.run import ImportOptions, ImportResult, import_log
 
 KEY = "sk-proj-abcdefghijklmnopqrstuvwxyz012345"
@@ -336,6 +338,15 @@ def test_keys_and_addresses_are_counted_and_redacted(tmp_path: Path) -> None:
     assert result.redacted == {"KEY": 20, "EMAIL_ADDRESS": 20, "CREDIT_CARD": 20}
     written = "".join(json.dumps(row) for row in rows_of(tmp_path))
     assert not any(text in written for text in (KEY, "@example.com", "4111"))
+
+
+def test_redaction_without_its_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    _recognizers.cache_clear()
+    with pytest.raises(UserError, match=r"pip install 'dsbs\[redact\]'"):
+        imported(tmp_path, [chat("Hi", "billing")], redact=True)
 
 
 @pytest.mark.parametrize(

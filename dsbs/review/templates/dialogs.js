@@ -244,6 +244,7 @@ function act(name) {
   const button = at("actions").querySelector(`[data-do="${name}"]`);
   if (name === "back" || name === "next") { if (!isList) actions[name](); }
   else if (row && !button.disabled && !button.hidden) actions[name](row);
+  else if (row && !outbox.length) at("saved").textContent = "not possible for this row";
 }
 
 const KEYS = [
