@@ -358,6 +358,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, _Page]:
     }
 
 
+def test_pictures_of_commands_are_drawn_and_load_nothing(tmp_path: Path) -> None:
+    images = tool("terminal_images")
+    output = "about 3 s left\n" + "\n".join(f"line {i}" for i in range(50))
+    images.draw(["train", "tickets.yaml"], output, tmp_path / "train.svg")
+    svg = (tmp_path / "train.svg").read_text(encoding="utf-8")
+    assert "tickets.yaml" in svg and "line&#160;3" in svg
+    assert "line&#160;40" not in svg and "left" not in svg
+    for picture in [tmp_path / "train.svg", *(DOCS / "images").glob("*.svg")]:
+        assert not re.search(r"url\(.?http|href=", picture.read_text(encoding="utf-8")), picture
+    assert {picture.stem for picture in (DOCS / "images").glob("*.svg")} >= set(images.SHOWN)
+
+
 def test_links_between_pages_lead_to_a_page_and_a_heading(site: dict[Path, _Page]) -> None:
     assert {path.stem for path in site} == {page.stem for page in PAGES} | {"quickstart"}
     broken = []

@@ -27,7 +27,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
-COLUMNS = 110
+COLUMNS = 130
 LINES = 34  # of a picture; what is longer is cut
 SYSTEM = (
     "You route messages of an online shop to a team: billing, shipping, technical or account. "
