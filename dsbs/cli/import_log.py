@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsbs.cli.common import DryRun, Json, indent, print_json, progress
-from dsbs.formatting import count, listing, percent
+from dsbs.cli.common import DryRun, Json, print_json, progress, shown_prompt
+from dsbs.formatting import count, listing, one_line, percent
 
 if TYPE_CHECKING:
     from dsbs.importing.run import ImportResult
 
 _MAX_LABELS = 20
-_MAX_TEXT = 600  # characters of a text that is shown
+_MAX_TEXT = 600  # characters of a prompt
 
 
 def import_log(
@@ -130,13 +130,13 @@ def _print_job(result: ImportResult) -> None:
     from dsbs.importing.redaction import hide_keys
 
     if result.instruction:
-        print(f"constant part of the prompt:\n{indent(_short(hide_keys(result.instruction)))}")
+        print(f"constant part of the prompt:\n{shown_prompt(hide_keys(result.instruction), _MAX_TEXT)}")
     if result.exemplars:
         print(f"worked examples in the prompt: {result.exemplars}")
-    print(f"template:\n{indent(_short(hide_keys(result.template)))}")
+    print(f"template:\n{shown_prompt(hide_keys(result.template), _MAX_TEXT)}")
     print("input fields, with the first row's:")
     for name, value in result.first_row.get("input", {}).items():
-        print(f"  {name}: {_short(hide_keys(str(value)), 200)}")
+        print(f"  {name}: {one_line(hide_keys(str(value)), 200)}")
     print(f"replies: {result.reply_form}; task: {result.task['name']}")
     if result.labels:
         labels = list(result.labels.items())
@@ -165,7 +165,3 @@ def _print_files(result: ImportResult) -> None:
         print("next:\n  " + "\n  ".join(result.next))
     else:
         print("dry run: nothing was written")
-
-
-def _short(text: str, length: int = _MAX_TEXT) -> str:
-    return text if len(text) <= length else f"{text[:length]} … ({len(text):,} characters)"
