@@ -1,4 +1,4 @@
-"""``dsbs import``: rows and a recipe from a log of calls to a large model."""
+"""``dsbs import``: turn a log of calls to a large model into rows and a recipe."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def import_log(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SOURCE...",
-            help="Log files, or directories with them: JSON or JSON lines, gzipped or not. A "
-            "batch's input and output files belong together.",
+            metavar="SOURCE",
+            help="Log files or directories of them: JSON or JSON lines, also gzipped. Give a batch's "
+            "input and output files together.",
         ),
     ],
     out: Annotated[
@@ -31,7 +31,7 @@ def import_log(
         typer.Option(
             "--out",
             metavar="ROWS.jsonl",
-            help="File of the rows; test rows, prompt and recipe are written beside it.",
+            help="File for the train rows; test rows, prompt and recipe are written next to it.",
         ),
     ],
     model: Annotated[
@@ -44,8 +44,8 @@ def import_log(
         str | None,
         typer.Option(
             metavar="URL",
-            help="The teacher's endpoint. The recipe then asks it for replies that the log lacks, "
-            "with the key in OPENAI_API_KEY.",
+            help="The teacher's endpoint, from which the recipe requests the replies that the log "
+            "lacks. The key is read from OPENAI_API_KEY.",
             show_default=False,
         ),
     ] = None,
@@ -134,7 +134,7 @@ def _print_job(result: ImportResult) -> None:
     if result.exemplars:
         print(f"worked examples in the prompt: {result.exemplars}")
     print(f"template:\n{shown_prompt(hide_keys(result.template), _MAX_TEXT)}")
-    print("input fields, with the first row's:")
+    print("input fields, with the values of the first row:")
     for name, value in result.first_row.get("input", {}).items():
         print(f"  {name}: {one_line(hide_keys(str(value)), 200)}")
     print(f"replies: {result.reply_form}; task: {result.task['name']}")
@@ -158,8 +158,8 @@ def _print_files(result: ImportResult) -> None:
         print(f"{name}: {path}")
     if not result.gold and result.rows.get("test"):
         print(
-            "The log has no gold labels: the labels of the test rows are the teacher's, so that "
-            "results say how often a student agrees with it. Correct them to measure accuracy."
+            "The log has no gold labels: the test rows have the teacher's labels, so results show "
+            "how often a student agrees with the teacher. Correct them to measure accuracy."
         )
     if result.files:
         print("next:\n  " + "\n  ".join(result.next))
