@@ -33,7 +33,13 @@ from dsbs.annotation.next_rows import finish_round, remaining
 from dsbs.annotation.requester import send_requests
 from dsbs.annotation.shards import annotate_on_ray
 from dsbs.annotation.store import ReplyStore, open_store
-from dsbs.annotation.summary import AnnotateResult, RowsToRequest, SplitSummary, write_annotations
+from dsbs.annotation.summary import (
+    AnnotateResult,
+    RowsToRequest,
+    SplitSummary,
+    rationale_methods,
+    write_annotations,
+)
 from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.formatting import count, listing
@@ -164,7 +170,7 @@ def _say_warnings(
     unknown: Counter[str] = Counter()
     warnings = []
     for split, summary in summaries.items():
-        warnings += summary.warnings(split)
+        warnings += summary.warnings(split, rationale_methods(annotator.recipe))
         unknown += summary.unknown_finish_reasons
     if unknown:
         warnings.append(

@@ -1,5 +1,5 @@
-"""What people's reviews show: what they changed, the teacher's true accuracy, how far two reviewers
-agree.
+"""What people's reviews show: the changed labels, the teacher's true accuracy, and the agreement of
+two reviewers.
 """
 
 from __future__ import annotations
@@ -41,21 +41,25 @@ SAMPLE = 100  # random rows before the teacher's true accuracy is estimated
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The teacher's true accuracy on the rows of a split, from the random ones among the reviewed.
+    """The teacher's true accuracy on a split, estimated from reviewed random rows.
 
-    The random rows are the first ones of a fixed random order of all rows, as far as all of them
-    are decided. Which other rows were reviewed, and why, has no influence.
+    The random rows are the longest beginning of ``random_sample`` in which every row is decided.
+    Which other rows were reviewed, and why, has no influence.
     """
 
     rate: Rate | None
     """None: fewer than ``needed`` random rows are decided."""
     decided: int
-    """Random rows that are decided, or have no label of the teacher, which is wrong."""
+    """Random rows with a decision, and those without a label of the teacher, which count as
+    wrong."""
     needed: int
     skipped: int
-    """Random rows that nobody decided on, and somebody skipped: they do not count."""
+    """Random rows that were only skipped. They do not count."""
     other: int
-    """Other reviewed rows: they do not count."""
+    """Other reviewed rows. They do not count."""
+    of_split: bool = False
+    """Whether the estimate is for the whole split, of which `dsbs annotate --next` has annotated a
+    part. Otherwise it is for the annotated rows."""
 
     @property
     def missing(self) -> int:
@@ -63,15 +67,18 @@ class Estimate:
 
     @property
     def sentence(self) -> str:
-        """The estimate, or how many rows are missing for one; and which rows count."""
-        if self.rate is None:
+        """The estimate, or how many rows it still needs; and which rows do not count."""
+        if self.rate is None and not self.missing:
+            text = "The teacher's true accuracy cannot be estimated: there are no random rows."
+        elif self.rate is None:
             text = (
                 f"{count(self.missing, 'more random row')} to review before the teacher's true "
                 f"accuracy can be estimated ({self.decided} of {self.needed})."
             )
         else:
+            rows = "all rows of the split" if self.of_split else "the annotated rows"
             text = (
-                f"The teacher is right on {percent(self.rate.value)} of the annotated rows "
+                f"The teacher is right on {percent(self.rate.value)} of {rows} "
                 f"({confidence_interval(self.rate.ci95)}), by {count(self.rate.n, 'random row')}."
             )
         if self.other:
@@ -86,24 +93,42 @@ class Estimate:
 
 
 def random_order(ids: Iterable[str]) -> list[str]:
-    """The ids of a split's rows in the order in which random ones are reviewed: by a hash."""
+    """Ids in the order in which random rows are reviewed: by a hash."""
     return sorted(ids, key=lambda row_id: (position(row_id, "review"), row_id))
+
+
+def has_chosen_rows(annotations: Iterable[Annotation]) -> bool:
+    """Whether `dsbs annotate --next` chose some of the rows."""
+    return any(annotation.chosen_by is not None for annotation in annotations)
+
+
+def random_sample(annotations: Iterable[Annotation]) -> list[str]:
+    """The ids of the rows that estimate the teacher's accuracy, in random order.
+
+    All annotated rows, or, where `dsbs annotate --next` chose rows, its random ones: the others are
+    harder than most.
+    """
+    rows = list(annotations)
+    if has_chosen_rows(rows):
+        rows = [row for row in rows if row.chosen_by == "random"]
+    return random_order(row.id for row in rows)
 
 
 def estimate(
     annotations: Mapping[str, Annotation], reviews: Reviews, task: Task, needed: int = SAMPLE
 ) -> Estimate:
-    """Estimate the teacher's accuracy with Wilson's interval, once ``needed`` random rows are
-    decided, or all rows.
+    """Estimate the teacher's accuracy with Wilson's interval, once ``needed`` random rows, or all
+    of them, are decided.
 
     The teacher is right where its own label is the right one. A rejected row is judged by its gold
     label, and is wrong without one.
     """
     decided = deciding_reviews(reviews)
-    needed = min(needed, len(annotations))
+    sample = random_sample(annotations.values())
+    needed = min(needed, len(sample))
     correct = number = skipped = used = 0
     are_all = True
-    for row_id in random_order(annotations):
+    for row_id in sample:
         annotation = annotations[row_id]
         review = decided.get(row_id)
         if annotation.own_label is None:
@@ -120,7 +145,8 @@ def estimate(
             break
     reviewed = sum(row_id in annotations for row_id in decided)
     rate = wilson(correct, number) if number >= needed or are_all else None
-    return Estimate(rate, number, needed, skipped, reviewed - used)
+    of_split = has_chosen_rows(annotations.values())
+    return Estimate(rate, number, needed, skipped, reviewed - used, of_split)
 
 
 def is_right(annotation: Annotation, review: Review, task: Task) -> bool:

@@ -23,7 +23,8 @@ from dsbs.students.calibration import (
     write_record,
     yes_and_no,
 )
-from dsbs.students.formats import split_target, start_token
+from dsbs.students.formats import start_token
+from dsbs.students.targets import split_target
 from dsbs.students.novelty import Novelty, fit_novelty
 from dsbs.students.student import Student
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
