@@ -130,7 +130,9 @@ def _print_job(result: ImportResult) -> None:
     from dsbs.importing.redaction import hide_keys
 
     if result.instruction:
-        print(f"constant part of the prompt:\n{shown_prompt(hide_keys(result.instruction), _MAX_TEXT)}")
+        print(
+            f"constant part of the prompt:\n{shown_prompt(hide_keys(result.instruction), _MAX_TEXT)}"
+        )
     if result.exemplars:
         print(f"worked examples in the prompt: {result.exemplars}")
     print(f"template:\n{shown_prompt(hide_keys(result.template), _MAX_TEXT)}")

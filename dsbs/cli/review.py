@@ -43,7 +43,9 @@ def review(
     port: Annotated[
         int,
         typer.Option(
-            min=0, max=65535, help="Port on 127.0.0.1. 0: that of the run's previous page, or a free one."
+            min=0,
+            max=65535,
+            help="Port on 127.0.0.1. 0: that of the run's previous page, or a free one.",
         ),
     ] = 0,
     no_browser: Annotated[

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from dsbs.config import TeacherSection
 from dsbs.errors import UserError
 from dsbs.files import atomic_write, digest
 from dsbs.formatting import listing
@@ -159,11 +162,8 @@ class _Importer:
         if not models:
             raise _no_calls(store.tally)
         self._model = _chosen_model(models, options.model)
-        if options.base_url is not None and not self._model:
-            raise UserError(
-                "the log does not name its model, which --base-url needs",
-                hint="import without --base-url, then set teacher.model and teacher.base_url",
-            )
+        if options.base_url is not None:
+            _check_endpoint(self._model, options.base_url)
         groups = prompt_groups(store, self._model)
         if not 1 <= options.prompt <= len(groups):
             raise UserError(
@@ -369,6 +369,22 @@ def _chosen_model(models: dict[str, int], model: str | None) -> str:
         names = ", ".join(name or "(not named)" for name in models)
         raise UserError(f"the log has no model {model!r}", hint=f"use --model with one of: {names}")
     return model
+
+
+def _check_endpoint(model: str, base_url: str) -> None:
+    """Raise UserError where a recipe could not ask this model there."""
+    if not model:
+        raise UserError(
+            "the log does not name its model, which --base-url needs",
+            hint="import without --base-url, then set teacher.model and teacher.base_url",
+        )
+    try:
+        TeacherSection(model=model, base_url=base_url)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"--base-url: {message}", hint="give the endpoint, e.g. https://api.openai.com/v1"
+        ) from None
 
 
 def _position(values: dict[str, Any]) -> float:

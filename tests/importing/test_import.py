@@ -102,6 +102,8 @@ def test_with_an_endpoint_the_recipe_asks_it_for_missing_replies(tmp_path: Path)
     options = ImportOptions(base_url="http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="does not name its model"):
         import_log([tmp_path / "unnamed"], tmp_path / "rows.jsonl", options)
+    with pytest.raises(UserError, match="--base-url: 'here' is not an"):
+        import_log([tmp_path / "named"], tmp_path / "rows.jsonl", ImportOptions(base_url="here"))
     assert not (tmp_path / "rows.jsonl").exists()
     import_log([tmp_path / "named"], tmp_path / "rows.jsonl", options)
     recipe = dsbs.load_recipe(tmp_path / "rows.yaml")
