@@ -211,9 +211,7 @@ def test_where_next_chose_rows_the_estimate_and_the_queue_draw_from_its_random_r
     assert (result.needed, result.other) == (20, 70)
     assert result.sentence.startswith("The teacher is right on 100.0% of all rows of the split (")
 
-    rows = [
-        ReviewRow(i, {}, i, row.label, None, None, row) for i, row in annotations.items()
-    ]
+    rows = [ReviewRow(i, {}, i, row.label, None, None, row) for i, row in annotations.items()]
     items = ordered(rows, TASK)
     assert [item.row.id for item in items if item.sampled] == random_order(drawn)[:18]
     items = ordered(rows, TASK, order="random")
