@@ -263,7 +263,7 @@ class _Choice:
     def _most_useful(
         self, pool: list[Example], number: int
     ) -> tuple[list[Example], dict[str, Any]]:
-        """``number`` rows of ``pool``, and the fields of the round that say how they were chosen."""
+        """``number`` rows of ``pool``, and the round's fields on how they were chosen."""
         current = self._student()
         by = self._section.by
         uncertainty = None
@@ -315,7 +315,7 @@ class _Choice:
         if name is not None and name not in students:
             names = ", ".join(students) or "none"
             raise UserError(
-                f"annotate.next.student: {self._run.path} has no student {name} (students: {names})",
+                f"annotate.next.student: {self._run.path} has no student {name} ({names})",
                 hint="use a trained student, or leave the key out for the newest",
             )
         if name is None and students:
@@ -389,9 +389,8 @@ def _unit(states: Floats) -> Floats:
 
 
 def clustered(states: Floats, weights: Floats, number: int, seed: int) -> list[int]:
-    """Weighted k-means: for each of ``number`` clusters, the index of the row nearest to its center.
-
-    ``states`` (rows, D), ``weights`` (rows,).
+    """Weighted k-means: for each of ``number`` clusters, the index of the row nearest to its
+    center. ``states`` (rows, D), ``weights`` (rows,).
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning

@@ -1,7 +1,7 @@
 """Reviews: people's decisions on annotations, in ``review/<split>.jsonl``.
 
 An overlay: annotations and data are never changed. Every decision is a line, and so is undoing one.
-Each reviewer's latest decision on a row counts; of several reviewers' decisions, the latest in time.
+Each reviewer's latest decision on a row counts; of several reviewers', the latest in time.
 """
 
 from __future__ import annotations
@@ -263,8 +263,8 @@ def current_reviews(reviews: Iterable[Review]) -> dict[str, Review]:
 
 
 def deciding_review(reviews: Iterable[Review]) -> Review | None:
-    """The decision on a row that counts: the latest of the reviewers' current decisions. None: there
-    is none, or all of them are skips.
+    """The decision on a row that counts: the latest of the reviewers' current ones. None: there is
+    none, or all of them are skips.
     """
     current = [
         review for review in current_reviews(reviews).values() if review.decision != "skipped"
