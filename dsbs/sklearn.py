@@ -111,9 +111,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if len(self.classes_) < 2:
             return self
         if self.teacher is not None and self.out is None:
-            raise ValueError(
-                "with a teacher, out is required: the folder that stores its paid replies"
-            )
+            raise ValueError("with a teacher, out is required: a folder for its paid replies")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary if self.out is None else self.out).absolute()
             recipe_file = self._write(folder, items, targets)

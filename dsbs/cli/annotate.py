@@ -50,8 +50,8 @@ NextRows = Annotated[
         "--next",
         min=1,
         metavar="N",
-        help="Choose the N train rows that are expected to teach most (annotate.next), and annotate "
-        "only the rows chosen so far.",
+        help="Choose the N train rows that are expected to teach most (annotate.next), and "
+        "annotate only the rows chosen so far.",
     ),
 ]
 Batch = Annotated[
@@ -88,8 +88,8 @@ FromServe = Annotated[
     bool,
     typer.Option(
         "--from-serve",
-        help="Add the rows that a server sent to this teacher (`dsbs serve --fallback`) to the train "
-        "rows. Their replies are stored and cost nothing.",
+        help="Add the rows that a server sent to this teacher (`dsbs serve --fallback`) to the "
+        "train rows. Their replies are stored and cost nothing.",
     ),
 ]
 

@@ -187,8 +187,9 @@ def shown_prompt(text: str, max_length: int = 1500) -> str:
     """A prompt for the terminal, indented. A long one is cut in the middle."""
     if len(text) > max_length:
         end = max_length // 3
-        total = f"{len(text):,} characters; --json prints the whole text"
-        text = f"{text[: max_length - end]}\n[… the middle is cut: {total} …]\n{text[-end:]}"
+        hidden = f"{len(text) - max_length:,} of {len(text):,} characters not shown"
+        note = f"[… {hidden}; --json has the whole text …]"
+        text = f"{text[: max_length - end]}\n{note}\n{text[-end:]}"
     return "\n".join(f"  | {line}" for line in text.split("\n"))
 
 

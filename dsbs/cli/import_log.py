@@ -22,8 +22,8 @@ def import_log(
         list[Path],
         typer.Argument(
             metavar="SOURCE",
-            help="Log files or directories of them: JSON or JSON lines, also gzipped. Give a batch's "
-            "input and output files together.",
+            help="Log files or directories of them: JSON or JSON lines, also gzipped. Give a "
+            "batch's input and output files together.",
         ),
     ],
     out: Annotated[
@@ -130,9 +130,8 @@ def _print_job(result: ImportResult) -> None:
     from dsbs.importing.redaction import hide_keys
 
     if result.instruction:
-        print(
-            f"constant part of the prompt:\n{shown_prompt(hide_keys(result.instruction), _MAX_TEXT)}"
-        )
+        instruction = shown_prompt(hide_keys(result.instruction), _MAX_TEXT)
+        print(f"constant part of the prompt:\n{instruction}")
     if result.exemplars:
         print(f"worked examples in the prompt: {result.exemplars}")
     print(f"template:\n{shown_prompt(hide_keys(result.template), _MAX_TEXT)}")

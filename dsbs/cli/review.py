@@ -32,7 +32,7 @@ def review(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Name stored with each decision; can be changed on the page. Default: your user name.",
+            help="Name stored with each decision; editable on the page. Default: your user name.",
             show_default=False,
         ),
     ] = None,
@@ -45,7 +45,7 @@ def review(
         typer.Option(
             min=0,
             max=65535,
-            help="Port on 127.0.0.1. 0: that of the run's previous page, or a free one.",
+            help="Port on 127.0.0.1. 0: the run's previous one, or a free one.",
         ),
     ] = 0,
     no_browser: Annotated[

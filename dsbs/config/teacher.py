@@ -270,8 +270,8 @@ class NextSection(Section):
     """Which rows ``dsbs annotate --next N`` chooses."""
 
     by: Literal["both", "uncertainty", "diversity", "random"] = "both"
-    """uncertainty: the rows whose label a student is least sure of. diversity: rows that differ from
-    each other. both: uncertain rows that differ from each other. Before there is a student:
+    """uncertainty: the rows whose label a student is least sure of. diversity: rows that differ
+    from each other. both: uncertain rows that differ from each other. Before there is a student:
     diversity."""
     random_share: float = Field(0.2, gt=0, le=1)
     """Share of the rows that is chosen at random, for unbiased estimates."""

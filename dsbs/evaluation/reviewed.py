@@ -164,8 +164,8 @@ def is_right(annotation: Annotation, review: Review, task: Task) -> bool:
 def reviewed_splits(
     recipe: Recipe, task: Task, run: RunFolder, systems: Sequence[System], clusters: Clusters
 ) -> dict[str, ReviewedSplit]:
-    """What reviews changed, by split. ``systems``: of the evaluated split, whose own gold labels
-    their figures keep; the corrected ones are counted beside them.
+    """What reviews changed, by split. ``systems`` are those of the evaluated split: their figures
+    keep the data's gold labels, and accuracies by the corrected ones are added.
     """
     splits = {}
     for split in ("train", "valid", "test"):
@@ -174,7 +174,7 @@ def reviewed_splits(
             continue
         try:
             annotations = run.load_annotations(split, source_fingerprint(recipe, task))
-        except UserError:  # no student learned from them either
+        except UserError:  # then no student was trained on them either
             annotations = {}
         changes = _changes(annotations, reviews, task)
         if split == recipe.eval.split and changes.gold_changed:
@@ -220,7 +220,7 @@ def _changes(annotations: Mapping[str, Annotation], reviews: Reviews, task: Task
 def _share_right(
     labels: Sequence[str | None], gold: Sequence[str | None], task: Task
 ) -> Rate | None:
-    """The share of the rows with a gold label whose label is right; no label is wrong."""
+    """The share of right labels among the rows with gold; a missing label is wrong."""
     marks = [
         label is not None and task.correct(label, right)
         for label, right in zip(labels, gold, strict=True)
@@ -269,14 +269,14 @@ def _corrected_accuracies(
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far two reviewers agree on the rows that both decided on."""
+    """The agreement of two reviewers on the rows that both decided on."""
 
     reviewers: tuple[str, str]
     rows: int
     agreed: int
     kappa: float | None
-    """Cohen's (1960), over the right labels, or over the decisions where labels are free text.
-    A rejected row is an answer of its own. None: both gave one answer to all rows."""
+    """Cohen's kappa (1960) over the right labels, with rejection as a category of its own; over the
+    decisions if labels are free text or have parts. None: all answers are the same."""
     differences: list[tuple[str, Review, Review]]
     """The ids of the rows on which they differ, with their decisions."""
 
@@ -293,7 +293,7 @@ class Agreement:
 def agreement(
     reviews: Reviews, task: Task, reviewers: tuple[str, str] | None = None
 ) -> Agreement | None:
-    """Compare two reviewers: those given, or the two with the most rows in common.
+    """Compare two reviewers, by default the two with the most rows in common.
 
     None: no row was decided by two reviewers.
     """
@@ -337,7 +337,7 @@ def agreement(
 
 
 def _answer(review: Review, task: Task) -> str:
-    """A category of an answer, for kappa."""
+    """The category of a decision for kappa."""
     if task.is_free_text or task.part_names:
         return review.decision
     return "-" if review.right_label is None else f"={review.right_label}"

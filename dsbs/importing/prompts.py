@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import Any
 
 from dsbs.config.sections import label_key
@@ -283,8 +282,8 @@ def _pieces(texts: Sequence[str], names: Sequence[str]) -> Pieces:
     distinct = list(dict.fromkeys(texts))
     if len(distinct) == 1:
         return Pieces((distinct[0],))
-    first = _snapped_start(commonprefix(distinct))
-    last = _snapped_end(commonprefix([t[len(first) :][::-1] for t in distinct])[::-1])
+    first = _snapped_start(_common_start(distinct))
+    last = _snapped_end(_common_start([t[len(first) :][::-1] for t in distinct])[::-1])
     middles = [t[len(first) : len(t) - len(last)] for t in distinct]
     inner = _separators(middles)
     texts_around = (first, *inner, last)
@@ -307,6 +306,16 @@ def _without_constant_fields(pieces: Pieces, texts: Sequence[str]) -> Pieces:
             fields.append(name)
             around.append(text)
     return Pieces(tuple(around), tuple(fields))
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    """The longest common prefix: that of the first and the last in alphabetical order."""
+    first, last = min(texts), max(texts)
+    length = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
+    return first[:length]
 
 
 def _snapped_start(text: str) -> str:
@@ -357,8 +366,8 @@ def _separators(texts: Sequence[str]) -> list[str]:
         befores = [text[p:i] for text, p, i in zip(compared, positions, starts, strict=True)]
         afters = [text[i + len(mark) :] for text, i in zip(compared, starts, strict=True)]
         ends = [text[: -_MAX_MARK_LENGTH - 1 : -1] for text in befores]
-        before = _MARKS_BEFORE.search(commonprefix(ends)[::-1])
-        after = _MARKS_AFTER.match(commonprefix([text[:_MAX_MARK_LENGTH] for text in afters]))
+        before = _MARKS_BEFORE.search(_common_start(ends)[::-1])
+        after = _MARKS_AFTER.match(_common_start([text[:_MAX_MARK_LENGTH] for text in afters]))
         separator = f"{before.group() if before else ''}{mark}{after.group() if after else ''}"
         separators.append(separator)
         length = len(mark) + (len(after.group()) if after else 0)

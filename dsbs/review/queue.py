@@ -366,9 +366,9 @@ def ordered(
     waiting = [row.id for row in selected if row.id not in decided]
     sampled: set[str] = set()
     if order == "random":
-        others = [row_id for row_id in rank if by_id[row_id].label is not None]
-        first = {i: n for n, i in enumerate(dict.fromkeys([*random_ids, *others]))}
-        waiting.sort(key=lambda row_id: first.get(row_id, len(first)))
+        labeled = [row_id for row_id in rank if by_id[row_id].label is not None]
+        positions = {i: n for n, i in enumerate(dict.fromkeys([*random_ids, *labeled]))}
+        waiting.sort(key=lambda row_id: positions.get(row_id, len(positions)))
         sampled = set() if is_selection else set(random_ids)
     elif order == "mistakes":
         weights = {

@@ -240,9 +240,7 @@ def _decision(cells: Mapping[str, str]) -> str | None:
         if cells["new_label"].strip() or cells["new_rationale"].strip():
             return "corrected"
         if cells["new_gold"].strip() or _is_yes(cells["gold_is_wrong"]):
-            raise ValueError(
-                "gold_is_wrong without a decision on the label: write accepted or rejected"
-            )
+            raise ValueError("gold_is_wrong without a decision: write accepted or rejected")
         return None
     for beginning, decision in _DECISIONS.items():
         if word in (beginning, decision):

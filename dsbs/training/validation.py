@@ -24,9 +24,9 @@ from dsbs.students.calibration import (
     yes_and_no,
 )
 from dsbs.students.formats import start_token
-from dsbs.students.targets import split_target
 from dsbs.students.novelty import Novelty, fit_novelty
 from dsbs.students.student import Student
+from dsbs.students.targets import split_target
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
 from dsbs.training.rows import Data, Row

@@ -154,11 +154,16 @@ def test_fields_are_counted_and_their_values_looked_for_in_the_input(tmp_path: P
 def test_a_long_prompt_is_cut_in_the_middle_and_whole_as_json(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    labels = [*TEAMS, *(f"a team with the number {number}" for number in range(100))]
+    labels = [*TEAMS, *(f"team {number:03}" for number in range(300))]
     recipe = str(toy())
     setting = f"task.labels={json.dumps(labels)}"
-    shown = run_dsbs("validate", recipe, setting, cwd=tmp_path).stdout
-    assert "[… the middle is cut: " in shown and "invoice number 0" in shown
-    assert "number 50" not in shown.partition("The first prompt:")[2].partition("warning:")[0]
+    result = run_dsbs("validate", recipe, setting, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout
+    assert (
+        " characters not shown; --json has the whole text" in shown and "invoice number 0" in shown
+    )
+    assert "team 160" not in shown.partition("The first prompt:")[2].partition("warning:")[0]
+    assert "train: no row is labeled team 000, " in shown and " and 292 more" in shown
     printed = run_dsbs("validate", recipe, setting, "--json", cwd=tmp_path).stdout
-    assert "a team with the number 50" in json.loads(printed)["first_prompt"]
+    assert "team 160" in json.loads(printed)["first_prompt"]

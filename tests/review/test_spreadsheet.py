@@ -148,7 +148,7 @@ def test_all_unusable_rows_are_listed_and_nothing_is_imported(
         "new_label; if the rows were annotated anew, export them again",
         "  row 8: accepted, but new_label or new_rationale is filled in",
         "  row 9: corrected, but new_label and new_rationale change nothing",
-        "  row 10: gold_is_wrong without a decision on the label: write accepted or rejected",
+        "  row 10: gold_is_wrong without a decision: write accepted or rejected",
         "  row 12: row 11 has another decision for id 'd'",
     ]
     assert not run.reviews("train").exists()
