@@ -106,15 +106,8 @@ def annotate(
             with open_store(run, None if shard is None else parent_run) as store:
                 stopped = _import(annotator, store, run, stores, outputs, progress)
                 if teacher is not None:
-                    rows = [
-                        RowsToRequest(
-                            split,
-                            partial(annotator.examples, split),
-                            surveys[split].rows,
-                            summary,
-                        )
-                        for split, summary in summaries.items()
-                    ]
+                    counts = {split: rows.rows for split, rows in surveys.items()}
+                    rows = _rows_to_request(annotator, counts, summaries)
                     stopped = send_requests(
                         annotator, teacher, store, rows, progress, retry_refused=retry_refused
                     )
@@ -141,6 +134,15 @@ def annotate(
         can_continue=kind.is_asked,
         remaining=remaining(recipe, annotator.task, rounds),
     )
+
+
+def _rows_to_request(
+    annotator: Annotator, counts: dict[str, int], summaries: dict[str, SplitSummary]
+) -> list[RowsToRequest]:
+    return [
+        RowsToRequest(split, partial(annotator.examples, split), counts[split], summary)
+        for split, summary in summaries.items()
+    ]
 
 
 def _manifest_entries(annotator: Annotator, teacher: Teacher | None) -> dict[str, Any]:
