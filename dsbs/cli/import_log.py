@@ -61,7 +61,7 @@ def import_log(
         int | None,
         typer.Option(min=1, metavar="N", help="Maximum number of rows.", show_default=False),
     ] = None,
-    split_test: Annotated[
+    test_fraction: Annotated[
         float,
         typer.Option(min=0, max=0.9, metavar="SHARE", help="Share of the rows used as test rows."),
     ] = 0.2,
@@ -88,7 +88,7 @@ def import_log(
         base_url=base_url,
         prompt=prompt,
         limit=limit,
-        test_share=split_test,
+        test_fraction=test_fraction,
         redact=redact,
         overwrite=overwrite,
         dry_run=dry_run,

@@ -34,7 +34,7 @@ class ImportOptions:
     """What to import, and how.
 
     ``model`` and ``prompt`` (from 1) choose among those of the log; None: the most frequent.
-    ``test_share`` of the rows are test rows. ``base_url``: an OpenAI-compatible endpoint that the
+    ``test_fraction`` of the rows are test rows. ``base_url``: an OpenAI-compatible endpoint that the
     recipe asks where the log has no reply.
     """
 
@@ -42,7 +42,7 @@ class ImportOptions:
     base_url: str | None = None
     prompt: int = 1
     limit: int | None = None
-    test_share: float = 0.2
+    test_fraction: float = 0.2
     redact: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -250,7 +250,7 @@ class _Importer:
         times = self._store.times_seen("id", row_id)
         if times > 1:
             row_id = f"{row_id}~{times}"
-        split = "test" if _position(values) < self._options.test_share else "train"
+        split = "test" if _position(values) < self._options.test_fraction else "train"
         row: dict[str, Any] = {"id": row_id, "input": values}
         sample = self._job.sample(completion, values)
         label = self._job.gold(call.gold, values)

@@ -321,7 +321,7 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
         for number in range(1500):  # 30 MB
             file.write(line.replace("{}", f"question {number} {number * 7919}") + "\n")
     tracemalloc.start()
-    import_log([tmp_path / "log"], tmp_path / "rows.jsonl", ImportOptions(test_share=0))
+    import_log([tmp_path / "log"], tmp_path / "rows.jsonl", ImportOptions(test_fraction=0))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10 << 20
