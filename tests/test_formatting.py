@@ -81,7 +81,7 @@ def test_line_ends_and_bidirectional_characters_are_replaced() -> None:
 # --- numbers
 
 
-def test_fractions_and_differences() -> None:
+def test_shares_and_differences() -> None:
     assert percent(0.7315) == "73.2%"
     assert confidence_interval((0.452, 0.585)) == "95% CI [45.2, 58.5]"
     assert points(0.042) == "+4.2 points"

@@ -120,7 +120,7 @@ def test_a_teacher_labels_what_has_no_labels_and_is_asked_once(
         assert set(model.fit(TEXTS).predict(TEXTS)) <= set(TEAMS)
         model.fit(TEXTS)
         assert server.requests == 40
-        with pytest.raises(ValueError, match="give out, a folder that keeps them"):
+        with pytest.raises(ValueError, match="out is required"):
             classifier(teacher=teacher, labels=TEAMS).fit(TEXTS)
         with pytest.raises(ValueError, match="without y, give labels"):
             classifier(teacher=teacher, out=tmp_path).fit(TEXTS)

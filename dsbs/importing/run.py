@@ -34,7 +34,7 @@ class ImportOptions:
     """What to import, and how.
 
     ``model`` and ``prompt`` (from 1) choose among those of the log; None: the most frequent.
-    ``test_fraction`` of the rows are test rows. ``base_url``: an OpenAI-compatible endpoint that the
+    ``test_fraction``: the share of test rows. ``base_url``: an OpenAI-compatible endpoint that the
     recipe asks where the log has no reply.
     """
 
