@@ -230,6 +230,8 @@ async function loadQueue() {
       const answer = await call(`/queue?${new URLSearchParams(filters())}`);
       if (render !== renders) return;
       ({ rows: queue, last } = answer);
+      // The server may have looked before the last decisions reached it.
+      if (at("state").value === "open") queue = queue.filter((n) => !decided.includes(n) || !rows.get(n)?.mine);
       showProgress(answer.progress);
       break;
     } catch (error) {
