@@ -34,7 +34,8 @@ from dsbs.annotation.requester import send_requests
 from dsbs.annotation.shards import annotate_on_ray
 from dsbs.annotation.store import ReplyStore, open_store
 from dsbs.annotation.summary import AnnotateResult, RowsToRequest, SplitSummary, write_annotations
-from dsbs.config import Recipe
+from dsbs.config import Recipe, base_of
+from dsbs.config.registry import METHODS, entry
 from dsbs.errors import DsbsError, UserError
 from dsbs.formatting import count, listing
 from dsbs.progress import NoProgress, Progress, running
@@ -163,8 +164,10 @@ def _say_warnings(
 ) -> None:
     unknown: Counter[str] = Counter()
     warnings = []
+    methods = [base_of(method) for method in annotator.recipe.train.methods]
+    needs_rationales = any(entry(METHODS, method).needs_rationales for method in methods)
     for split, summary in summaries.items():
-        warnings += summary.warnings(split)
+        warnings += summary.warnings(split, needs_rationales=needs_rationales)
         unknown += summary.unknown_finish_reasons
     if unknown:
         warnings.append(

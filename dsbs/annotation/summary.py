@@ -164,8 +164,10 @@ class SplitSummary:
         """
         return wilson(self.random_correct, self.random_with_gold)
 
-    def warnings(self, split: str) -> list[str]:
-        """Why rows are rejected or have no rationale: what is frequent, and what to do."""
+    def warnings(self, split: str, *, needs_rationales: bool = True) -> list[str]:
+        """Why rows are rejected or (with ``needs_rationales``) have no rationale: what is frequent,
+        and what to do.
+        """
         warnings = [
             f"{split}: {count(number, 'row')} {reason}: {message} ({_ADVICE[reason]})"
             for (reason, message), number in self.details.most_common(_SHOWN_DETAILS)
@@ -181,7 +183,7 @@ class SplitSummary:
             if text is not None:
                 warning += f". The reply to row {example.id}: {text}"
             warnings.append(warning)
-        if self.without_rationale > NOTABLE_SHARE * self.accepted:
+        if needs_rationales and self.without_rationale > NOTABLE_SHARE * self.accepted:
             warnings.append(
                 f"{split}: {self.without_rationale:,} of {count(self.accepted, 'accepted row')} "
                 "without a rationale, because nothing stands before the answer (after it, with "

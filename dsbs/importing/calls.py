@@ -31,6 +31,7 @@ PRAGMA journal_mode=OFF;
 CREATE TABLE contexts (n INTEGER PRIMARY KEY, hash TEXT UNIQUE, messages TEXT);
 CREATE TABLE calls (n INTEGER PRIMARY KEY, id TEXT, context INTEGER, question TEXT, prefill TEXT,
                     completion TEXT, reasoning TEXT, model TEXT, gold TEXT);
+CREATE TABLE failed (n INTEGER PRIMARY KEY, context INTEGER, question TEXT, model TEXT);
 CREATE TABLE seen (key BLOB PRIMARY KEY, times INTEGER) WITHOUT ROWID;
 CREATE TABLE requests (n INTEGER PRIMARY KEY, key TEXT, part INTEGER, messages TEXT, model TEXT,
                        problem TEXT);
@@ -111,6 +112,8 @@ class CallStore:
             self._add_half(record)
         elif record.problem is not None:
             self.tally.skip(record.problem, where)
+            if record.problem == "error":
+                self._add_failed(record.messages, record.model)
         elif record.messages is None:
             self.tally.skip("no prompt", where)
         elif record.completion is None:
@@ -149,10 +152,7 @@ class CallStore:
         """Split a prompt into its context, its last question and the beginning of the reply that
         the request may give.
         """
-        messages = [message for message in messages if message[1].strip()]
-        prefill = ""
-        while messages and messages[-1][0] == "assistant":
-            prefill = messages.pop()[1] + prefill
+        messages, prefill = _without_prefill(messages)
         if not messages:
             self.tally.skip("no prompt")
             return
@@ -170,6 +170,15 @@ class CallStore:
                 gold,
             ),
         )
+
+    def _add_failed(self, messages: list[Message] | None, model: str | None) -> None:
+        """Keep the prompt of a call that ended with an error."""
+        messages, _ = _without_prefill(messages or [])
+        if messages:
+            self._db.execute(
+                "INSERT INTO failed (context, question, model) VALUES (?, ?, ?)",
+                (self._context(messages[:-1]), messages[-1][1], model),
+            )
 
     def _context(self, messages: list[Message]) -> int:
         text = _json(messages)
@@ -203,6 +212,9 @@ class CallStore:
                 continue  # a span whose messages are records of their own
             if problem is not None or completion is None:
                 self.tally.skip(problem or "no reply")
+                if problem == "error":
+                    messages, request_model, _ = self._request(key)
+                    self._add_failed(messages, model or request_model)
                 continue
             messages, request_model, reason = self._request(key)
             if messages is None:
@@ -306,6 +318,27 @@ class CallStore:
             if number % stride == 0:
                 value = None if gold is None else json.loads(gold)
                 yield Call(row_id, context, question, completion, reasoning, name, value)
+
+    def failed(self, model: str) -> Iterator[tuple[int, str]]:
+        """Context and question of the calls to a model that ended with an error, in the order of
+        the log. An error leaves the name in the request alone, an alias perhaps of the name that
+        replies have: only what names another model that replied is left out.
+        """
+        rows = self._db.execute(
+            "SELECT context, question FROM failed WHERE coalesce(model, '') = ? OR "
+            "coalesce(model, '') NOT IN (SELECT coalesce(model, '') FROM calls) ORDER BY n",
+            (model,),
+        )
+        yield from rows
+
+
+def _without_prefill(messages: Sequence[Message]) -> tuple[list[Message], str]:
+    """The messages up to the last question, and the beginning of the reply that follows it."""
+    messages = [message for message in messages if message[1].strip()]
+    prefill = ""
+    while messages and messages[-1][0] == "assistant":
+        prefill = messages.pop()[1] + prefill
+    return messages, prefill
 
 
 def _json(messages: Sequence[Message]) -> str:

@@ -33,7 +33,7 @@ class ImportOptions:
 
     ``model`` and ``prompt`` (from 1) choose among those of the log; None: the most frequent.
     ``test_share`` of the rows are test rows. ``base_url``: an OpenAI-compatible endpoint that the
-    recipe asks where the log has no reply.
+    recipe asks where the log has no reply: calls that ended with an error are then rows too.
     """
 
     model: str | None = None
@@ -65,6 +65,8 @@ class ImportResult:
     reply_form: str
     rows: dict[str, int] = field(default_factory=dict)
     read: int = 0
+    unanswered: int = 0
+    """Train rows of calls that ended with an error, whose reply is asked for later."""
     unread: dict[str, int] = field(default_factory=dict)
     private: dict[str, int] = field(default_factory=dict)
     redacted: dict[str, int] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class ImportResult:
             "reply_form": self.reply_form,
             "rows": self.rows,
             "read": self.read,
+            "unanswered": self.unanswered,
             "unread": self.unread,
             "private": self.private,
             "redacted": self.redacted,
@@ -216,7 +219,7 @@ class _Importer:
         for number, call in enumerate(self._store.calls(self._model, self._form.contexts)):
             if self._options.limit is not None and rows.total() >= self._options.limit:
                 break
-            values = self._form.values(self._context(call), call.question)
+            values = self._form.values(self._context(call.context), call.question)
             if values is None:
                 result.tally.skip("another template")
                 continue
@@ -224,6 +227,7 @@ class _Importer:
             if call.id is not None and self._store.times_seen("call", identity) > 1:
                 result.tally.skip("repeated entry")
                 continue
+            self._is_new_input(values)
             split, row, reason = self._row(call, values)
             result.first_row = result.first_row or row
             rows[split] += 1
@@ -234,6 +238,13 @@ class _Importer:
             if number % _PROGRESS_EVERY == 0:
                 progress.update(number)
             yield split, row
+        if self._options.base_url is not None:
+            for row in self._unanswered_rows():
+                if self._options.limit is not None and rows.total() >= self._options.limit:
+                    break
+                rows["train"] += 1
+                result.unanswered += 1
+                yield "train", row
         progress.finish()
         result.rows = dict(rows)
         result.unread = dict(unread.most_common())
@@ -248,11 +259,8 @@ class _Importer:
             self._clean(call.id)
             or f"row-{digest(json.dumps(values, sort_keys=True), completion)[:16]}"
         )
-        times = self._store.times_seen("id", row_id)
-        if times > 1:
-            row_id = f"{row_id}~{times}"
         split = "test" if _position(values) < self._options.test_share else "train"
-        row: dict[str, Any] = {"id": row_id, "input": values}
+        row: dict[str, Any] = {"id": self._unique(row_id), "input": values}
         sample = self._job.sample(completion, values)
         label = self._job.gold(call.gold, values)
         if label is not None:
@@ -265,12 +273,33 @@ class _Importer:
         row["teacher"] = {"model": call.model or "unknown", "completion": completion}
         return split, row, sample.reason
 
-    def _context(self, call: Call) -> list[Message]:
-        if call.context not in self._contexts:
+    def _unanswered_rows(self) -> Iterator[dict[str, Any]]:
+        """Train rows without a reply: the calls that ended with an error, but for those that were
+        repeated.
+        """
+        for context, question in self._store.failed(self._model):
+            values = self._form.values(self._context(context), question)
+            if values is None or not self._is_new_input(values):
+                continue
+            for text in map(str, values.values()):
+                count_private(text, self._private)
+            values = self._clean(values)
+            key = digest("unanswered", json.dumps(values, sort_keys=True))[:16]
+            yield {"id": self._unique(f"row-{key}"), "input": values}
+
+    def _unique(self, row_id: str) -> str:
+        times = self._store.times_seen("id", row_id)
+        return row_id if times == 1 else f"{row_id}~{times}"
+
+    def _is_new_input(self, values: dict[str, Any]) -> bool:
+        return self._store.times_seen("input", json.dumps(values, sort_keys=True)) == 1
+
+    def _context(self, context: int) -> list[Message]:
+        if context not in self._contexts:
             if len(self._contexts) > 1000:
                 self._contexts.clear()
-            self._contexts[call.context] = self._store.context(call.context)
-        return self._contexts[call.context]
+            self._contexts[context] = self._store.context(context)
+        return self._contexts[context]
 
     # --- files
 
