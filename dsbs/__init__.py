@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dsbs.students.student import Student
     from dsbs.training.run import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DsbsError",
     "ImportOptions",

@@ -115,6 +115,27 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(pages(nav)) == sorted([*written, "notebooks/quickstart.md"])
 
 
+def measured_figures() -> Iterator[tuple[str, str]]:
+    """The figures of the README's table, each with its row."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("## What was measured", 1)[1].split("\n\n", 2)[1]
+    for row in table.splitlines()[2:]:
+        shown = re.sub(r"\]\(.*?\)|`.*?`", "", row)
+        for figure in re.findall(r"[−+]?\d[\d,]*(?:\.\d+)?", shown):
+            yield figure.rstrip(",").lstrip("+"), row
+
+
+def test_every_figure_of_the_readme_is_on_a_page_of_results() -> None:
+    pages = [DOCS / "benchmarks.md", *(DOCS / "results").glob("*.md")]
+    words = " ".join(page.read_text(encoding="utf-8") for page in pages)
+    missing = [
+        (figure, row[:60])
+        for figure, row in measured_figures()
+        if not re.search(rf"(?<![\d.,]){re.escape(figure)}(?!\d|[.,]\d)", words)
+    ]
+    assert missing == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
     for line in code(page):

@@ -127,7 +127,7 @@ class Desk:
     def _with_names(self, word: str) -> str:
         student = "runs/tickets/train/step-by-step-gold-s0"
         word = re.sub(r"\bSTUDENT\b", student, word).replace(f":{PORT}", f":{self.port}")
-        return word.replace("runs/demo/", "runs/tickets/")
+        return word.replace("runs/demo", "runs/tickets")
 
     def _start(self, words: list[str]) -> None:
         self.stop()

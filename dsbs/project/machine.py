@@ -46,6 +46,8 @@ EXTRAS = {
     "gguf": (("gguf",), "students from GGUF files, dsbs export --format gguf"),
     "re2": (("re2",), "pattern in a prompt file"),
     "serve": (("fastapi", "uvicorn"), "dsbs serve"),
+    "review": (("fastapi", "uvicorn", "cleanlab"), "dsbs review"),
+    "redact": (("presidio_analyzer",), "dsbs import --redact"),
 }
 _GB = 1e9
 _LOW_MEMORY = 2 * _GB
