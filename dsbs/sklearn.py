@@ -1,4 +1,4 @@
-"""scikit-learn: a classifier that distils a large model, or your labels, into a small one.
+"""scikit-learn classifier: a small model, trained on a teacher's labels or on yours.
 
     from dsbs.sklearn import DistilledClassifier
 
@@ -6,8 +6,8 @@
     model.predict(["My parcel never came."])
     cross_val_score(model, texts, labels)
 
-``fit`` writes the rows and a recipe into a folder and runs the stages ``annotate`` (where there is
-a teacher) and ``train`` there. Needs scikit-learn, which this module alone imports at its top.
+``fit`` writes rows and a recipe into a folder and runs ``annotate`` (if there is a teacher) and
+``train`` there. This is the only module that imports scikit-learn at the top.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         ``student`` is ``student.model`` or the whole section. ``teacher`` is the recipe's section:
         ``{"model": …, "base_url": …, "api_key_env": …}``; None: learn from ``y`` alone. ``labels``
-        are the labels that a row may have (None: those in ``y``); ``description`` tells the
-        teacher what to decide. ``method`` None: step-by-step with a teacher, finetune without.
-        ``max_steps`` takes the place of ``max_epochs``. ``settings`` are further keys of the recipe
+        are the possible labels (None: those in ``y``); ``description`` tells the teacher what to
+        decide. ``method`` None: step-by-step with a teacher, finetune without.
+        ``max_steps`` overrides ``max_epochs``. ``settings`` are further keys of the recipe
         by their dotted names: ``{"train.warmup_steps": 10}``. ``out`` is the run folder, which
         keeps replies and students (None: a temporary one; a teacher needs one that stays).
         """
@@ -111,7 +111,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if len(self.classes_) < 2:
             return self
         if self.teacher is not None and self.out is None:
-            raise ValueError("replies of a teacher cost money: give out, a folder that keeps them")
+            raise ValueError("with a teacher, out is required: a folder for its paid replies")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary if self.out is None else self.out).absolute()
             recipe_file = self._write(folder, items, targets)
@@ -144,7 +144,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     # --- input
 
     def _items(self, X: Any, *, is_new: bool = False) -> list[Item]:  # noqa: N803
-        """Each row as a text or a mapping of fields; JSON can hold both. Raises ValueError."""
+        """Each row as a text or a mapping of fields, ready for JSON. Raises ValueError."""
         if _is_texts(X):
             return [str(text) for text in X]
         if isinstance(X, Sequence) and len(X) and all(isinstance(row, Mapping) for row in X):
@@ -155,7 +155,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             columns = [f"x{index}" for index in range(rows.shape[1])]
         wrong = [name for name in columns if not name.isidentifier()]
         if wrong:
-            raise ValueError(f"rename the column {wrong[0]!r}: a field's name is like a variable's")
+            raise ValueError(f"rename the column {wrong[0]!r}: a field name must be an identifier")
         return [
             {name: _cell(value) for name, value in zip(columns, row, strict=True)} for row in rows
         ]
@@ -166,10 +166,10 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if self.teacher is None:
                 raise ValueError(
                     "This DistilledClassifier estimator requires y to be passed, but the target y "
-                    "is None; only with a teacher and labels it is not needed"
+                    "is None; y is optional only with a teacher and labels"
                 )
             if self.labels is None:
-                raise ValueError("without y, give labels: those that a row may have")
+                raise ValueError("without y, labels is required: the possible labels")
             self.classes_ = np.unique(np.asarray(self.labels))
             return None
         y = column_or_1d(y, warn=True)
@@ -179,7 +179,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_ = np.unique(y if self.labels is None else np.asarray(self.labels))
         unknown = set(y.tolist()) - set(self.classes_.tolist())
         if unknown:
-            raise ValueError(f"y has a label that labels does not name: {min(map(str, unknown))}")
+            raise ValueError(f"y has a label that is not in labels: {min(map(str, unknown))}")
         return [_name(label) for label in y]
 
     # --- the run
@@ -207,9 +207,9 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return folder / "recipe.yaml"
 
     def _split(self, rows: list[Any], targets: list[str] | None) -> tuple[list[Any], list[Any]]:
-        """Rows to train on, and to choose the best step and the temperature on.
+        """Train rows, and validation rows that select the best step and the temperature.
 
-        Where there are too few for both, all rows are in both.
+        If the validation rows would be fewer than the labels, both are all rows.
         """
         held_out = round(self.validation_fraction * len(rows))
         if held_out < len(self.classes_):

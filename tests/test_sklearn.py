@@ -128,7 +128,7 @@ def test_a_teacher_labels_what_has_no_labels_and_is_asked_once(
 
 def test_mistakes_are_explained(classifier: Callable[..., DistilledClassifier]) -> None:
     for arguments, y, message in (
-        ({"labels": ["a", "b"]}, LABELS, "a label that labels does not name: billing"),
+        ({"labels": ["a", "b"]}, LABELS, "a label that is not in labels: billing"),
         ({}, LABELS[:3], "40 rows, and y has 3"),
         ({}, None, "requires y to be passed"),
     ):

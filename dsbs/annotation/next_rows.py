@@ -1,16 +1,16 @@
-"""Next rows: which unlabelled train rows to annotate, so that they teach most.
+"""Next rows: active learning chooses the unlabeled train rows to annotate.
 
-Part of them are the next ones of a random order of all rows: whatever else is chosen, the rows of
-that order so far are a random sample, on which estimates are unbiased. The rest are chosen by the
-newest student's uncertainty, by diversity, or by both:
+A share of each round comes from a fixed random order of all rows. The beginning of that order is a
+random sample whatever else is chosen, so estimates on it are unbiased. The other rows are chosen by
+the newest student's uncertainty, by diversity, or by both:
 
     uncertainty  1 minus the margin of the two most likely labels (Scheffer et al., 2001)
-    diversity    k-means over the pooled states: of each cluster, the row nearest to its centre
-    both         the same over the most uncertain rows, weighted by uncertainty (Zhdanov, 2019,
+    diversity    for each k-means cluster of the pooled states, the row nearest to its center
+    both         diversity among the most uncertain rows, weighted by uncertainty (Zhdanov, 2019,
                  arXiv:1901.05954)
 
-A round is written to ``annotate/next.json`` before its first request: the same command continues it
-after a kill.
+A round is written to ``annotate/next.json`` before its first request, so that the same command
+continues it after a kill.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from dsbs.tasks.data import comparable, is_held_out, load, position
 
 Floats = NDArray[np.float32]
 MAX_COMPARED = 20_000  # unlabelled rows, a random part of a larger pool
-_UNCERTAIN = 10  # most uncertain rows for each one that `both` chooses
+_UNCERTAIN = 10  # `both` chooses among this many times as many most uncertain rows
 _TFIDF_DIMENSIONS = 128
 _BATCH = 64
 
@@ -60,14 +60,14 @@ def choose(
 ) -> NextRounds:
     """Choose ``number`` train rows as the run's next round, which ``annotate`` then annotates.
 
-    A round whose rows are not all annotated is continued: nothing new is chosen. ``write`` False:
-    only say what would be chosen. Returns the rounds with the new one. Raises UserError where no
-    row is left, or the student that the recipe names does not exist.
+    If the last round's rows are not all annotated, it is continued and nothing new is chosen. With
+    ``write`` False nothing is stored. Returns all rounds, the new one last. Raises UserError if no
+    row is left or the recipe's student does not exist.
     """
     progress = progress or NoProgress()
     if "train" not in recipe.annotate.splits:
         raise UserError(
-            "--next chooses train rows, and annotate.splits does not name train",
+            "--next chooses train rows, but annotate.splits does not include train",
             hint="add train to annotate.splits",
         )
     run = RunFolder.of(recipe, out)
@@ -75,7 +75,7 @@ def choose(
         rounds = run.next_rounds()
         if rounds.unfinished is not None:
             rows = count(len(rounds.unfinished.rows), "row")
-            progress.say(f"next: the last round of {rows} is not annotated yet; it is continued")
+            progress.say(f"next: continuing the last round of {rows}, which is not fully annotated")
             return rounds
         entries = list(rounds.rounds)
         if not entries:
@@ -92,7 +92,7 @@ def choose(
 
 
 def finish_round(run: RunFolder, *, is_complete: bool) -> None:
-    """Note that the last round's rows are annotated, so that the next command chooses new ones."""
+    """Mark the last round as done if its rows are annotated: ``choose`` then starts a new one."""
     rounds = run.next_rounds()
     if is_complete and rounds.unfinished is not None:
         last = rounds.unfinished.model_copy(update={"done": True})
@@ -100,26 +100,26 @@ def finish_round(run: RunFolder, *, is_complete: bool) -> None:
 
 
 def remaining(recipe: Recipe, task: Task, rounds: NextRounds) -> int | None:
-    """The number of rows that ``choose`` may still choose; None: there is no round."""
+    """The number of rows that ``choose`` can still choose. None: there is no round."""
     if not rounds.rounds:
         return None
     return sum(not rounds.has(row) for rows in _choosable(recipe, task) for row in rows)
 
 
 def _choosable(recipe: Recipe, task: Task) -> tuple[list[Example], list[Example]]:
-    """The rows to train on, and those held out for validation if they need the teacher's labels.
+    """The train rows, and the rows held out for validation if they need the teacher's labels.
 
-    Served rows are in neither: they are always annotated.
+    Served rows are in neither, as they are always annotated.
     """
     rows = [row for row in load(recipe, task, "train") if not row.is_served]
     held_out = [row for row in rows if is_held_out(recipe, row)]
     if any(row.label is not None for row in held_out):
-        held_out = []  # they validate by their gold labels
+        held_out = []  # validation uses their gold labels
     return [row for row in rows if not is_held_out(recipe, row)], held_out
 
 
 def _annotated_before(recipe: Recipe, run: RunFolder) -> tuple[str, ...]:
-    """The train rows that have a reply already, of a pilot too."""
+    """The train rows that already have a reply, also from a pilot."""
     annotator = Annotator(recipe)
     rows = annotator.examples("train")
     if teacher_class(recipe.teacher.kind).is_asked:
@@ -144,7 +144,7 @@ def _annotated_before(recipe: Recipe, run: RunFolder) -> tuple[str, ...]:
 
 
 def _sentence(entry: NextRound) -> str:
-    """What was chosen, and by what."""
+    """How many rows were chosen, and by which criteria."""
     random = len(set(entry.random) & set(entry.rows))
     text = f"next: {count(len(entry.rows), 'row')} of {entry.unlabelled:,} without an annotation"
     if entry.by == "random":
@@ -165,7 +165,7 @@ def _sentence(entry: NextRound) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Student:
-    """A student of the run, and how sure it is."""
+    """A student of the run and the uncertainty of its predictions."""
 
     record: TrainedStudent
     student: Student
@@ -207,18 +207,18 @@ class _Choice:
         self._annotated = frozenset(rounds.chosen)
 
     def _in_order(self, rows: list[Example]) -> list[Example]:
-        """Rows in the random order, of which a random sample is the beginning."""
+        """Rows in the fixed random order."""
         return sorted(rows, key=lambda row: position(row.id, f"next-{self._section.seed}"))
 
     def make(self, number: int) -> NextRound:
-        """Choose ``number`` rows, or all that are left. Raises UserError where none is."""
+        """Choose ``number`` rows, or all that are left. Raises UserError if none is left."""
         unlabelled = {
             row.id for row in (*self._train, *self._valid) if row.id not in self._annotated
         }
         if not unlabelled:
             raise UserError(
-                "every train row is annotated: --next has none to choose",
-                hint="add rows to task.data.train, or choose in a new run (--out)",
+                "every train row is annotated; --next has no row to choose",
+                hint="add rows to task.data.train, or start a new run (--out)",
             )
         number = min(number, len(unlabelled))
         share = len(self._valid) / (len(self._valid) + len(self._train))
@@ -247,8 +247,8 @@ class _Choice:
         )
 
     def _sample(self, rows: Sequence[Example], number: int) -> tuple[list[Example], list[str]]:
-        """The next ``number`` rows of the order that are not annotated, and the ids of all up to
-        the last of these: that much of the order is a random sample.
+        """The next ``number`` rows of the random order that are not annotated, and the ids of all
+        rows up to the last of these, which are a random sample.
         """
         new: list[Example] = []
         ids = []
@@ -263,12 +263,12 @@ class _Choice:
     def _most_useful(
         self, pool: list[Example], number: int
     ) -> tuple[list[Example], dict[str, Any]]:
-        """``number`` rows of ``pool``, and by what they were chosen."""
+        """``number`` rows of ``pool``, and the round's fields on how they were chosen."""
         current = self._student()
         by = self._section.by
         uncertainty = None
         if current is not None and by != "diversity":
-            with running(self._progress, "ask the student", None):
+            with running(self._progress, "predicting with the student", None):
                 uncertainty = current.uncertainty(pool)
             if uncertainty is None:
                 self._progress.say(
@@ -284,7 +284,7 @@ class _Choice:
                 return pool[:number], how
             if by == "both":
                 pool = pool[: _UNCERTAIN * number]
-        with running(self._progress, "compare the rows", None):
+        with running(self._progress, "clustering the rows", None):
             states, how["states"] = self._states(current, pool)
             weights = np.ones(len(pool), dtype=np.float32)
             if uncertainty is not None:
@@ -295,8 +295,8 @@ class _Choice:
     def _distinct(
         self, pool: Sequence[Example], uncertainty: Floats
     ) -> tuple[list[Example], Floats]:
-        """The rows from the most to the least uncertain, with their uncertainty; repeated inputs
-        last, so that no label is bought twice while there are others.
+        """The rows by decreasing uncertainty, with their uncertainty. Repeated inputs come last, so
+        that no label is bought twice while there are other rows.
         """
         inputs: set[tuple[str, ...]] = set()
         repeated = np.zeros(len(pool), dtype=np.bool_)
@@ -315,8 +315,8 @@ class _Choice:
         if name is not None and name not in students:
             names = ", ".join(students) or "none"
             raise UserError(
-                f"annotate.next.student: {name} is not a student of {self._run.path} ({names})",
-                hint="name a trained student, or leave it out for the newest",
+                f"annotate.next.student: {self._run.path} has no student {name} ({names})",
+                hint="use a trained student, or leave the key out for the newest",
             )
         if name is None and students:
             name = max(students, key=lambda name: self._run.trained_at(students[name]))
@@ -326,7 +326,7 @@ class _Choice:
         return _Student(record, Student.load(record.path))
 
     def _states(self, current: _Student | None, rows: Sequence[Example]) -> tuple[Floats, str]:
-        """States of length 1, (rows, D), and whose they are."""
+        """States of unit length, (rows, D), and the name of their model."""
         if current is not None:
             states = current.student.pooled_states([row.input for row in rows], _BATCH)
             return _unit(states), current.record.name
@@ -389,8 +389,8 @@ def _unit(states: Floats) -> Floats:
 
 
 def clustered(states: Floats, weights: Floats, number: int, seed: int) -> list[int]:
-    """K-means with weights: for each of ``number`` clusters, the index of the row nearest to its
-    centre. ``states`` (rows, D), ``weights`` (rows,).
+    """Weighted k-means: for each of ``number`` clusters, the index of the row nearest to its
+    center. ``states`` (rows, D), ``weights`` (rows,).
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning

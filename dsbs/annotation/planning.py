@@ -13,7 +13,13 @@ from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_c
 from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
 from dsbs.annotation.requester import send_requests
 from dsbs.annotation.store import ReplyStore, open_store
-from dsbs.annotation.summary import RowsToRequest, SplitSummary, rounded_interval, write_annotations
+from dsbs.annotation.summary import (
+    RowsToRequest,
+    SplitSummary,
+    rationale_methods,
+    rounded_interval,
+    write_annotations,
+)
 from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.files import canonical_json
@@ -230,7 +236,8 @@ def pilot(
     run = RunFolder.of(recipe, out)
     path = run.annotations("pilot")
     summary, mean_seconds = annotate_sample(annotator, sample, run, path, progress)
-    for warning in [*summary.warnings("pilot"), *_reasoning_advice(recipe, summary)]:
+    warnings = summary.warnings("pilot", rationale_methods(recipe))
+    for warning in [*warnings, *_reasoning_advice(recipe, summary)]:
         progress.say(f"warning: {warning}")
     usd = None
     if summary.usd is not None and summary.rows:

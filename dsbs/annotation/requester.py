@@ -6,6 +6,7 @@ It stops when no request can succeed, when a limit of the recipe is reached, and
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -436,9 +437,7 @@ class Requester:
 
     async def _is_served_elsewhere(self) -> bool:
         step = max(1, self.rows.total // (ROWS_ELSEWHERE + 1))
-        for number, example in enumerate(self.rows.examples()):
-            if number == 0 or number % step:
-                continue
+        for example in itertools.islice(self.rows.examples(), step, None, step):
             replies = self.annotator.first_replies(example)
             for request in self.annotator.next_requests(example, replies)[:1]:
                 key = self.store.keys(request, self.identities).now[0]

@@ -33,9 +33,14 @@ from dsbs.annotation.next_rows import finish_round, remaining
 from dsbs.annotation.requester import send_requests
 from dsbs.annotation.shards import annotate_on_ray
 from dsbs.annotation.store import ReplyStore, open_store
-from dsbs.annotation.summary import AnnotateResult, RowsToRequest, SplitSummary, write_annotations
-from dsbs.config import Recipe, base_of
-from dsbs.config.registry import METHODS, entry
+from dsbs.annotation.summary import (
+    AnnotateResult,
+    RowsToRequest,
+    SplitSummary,
+    rationale_methods,
+    write_annotations,
+)
+from dsbs.config import Recipe
 from dsbs.errors import DsbsError, UserError
 from dsbs.formatting import count, listing
 from dsbs.progress import NoProgress, Progress, running
@@ -164,10 +169,8 @@ def _say_warnings(
 ) -> None:
     unknown: Counter[str] = Counter()
     warnings = []
-    methods = [base_of(method) for method in annotator.recipe.train.methods]
-    needs_rationales = any(entry(METHODS, method).needs_rationales for method in methods)
     for split, summary in summaries.items():
-        warnings += summary.warnings(split, needs_rationales=needs_rationales)
+        warnings += summary.warnings(split, rationale_methods(annotator.recipe))
         unknown += summary.unknown_finish_reasons
     if unknown:
         warnings.append(

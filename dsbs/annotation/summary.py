@@ -14,9 +14,11 @@ from dsbs.annotation.backends import RejectedError, total_usage
 from dsbs.annotation.backends.faults import is_unknown_reason
 from dsbs.annotation.store import ReplyStore
 from dsbs.annotation.vote import Vote
+from dsbs.config import Recipe, base_of
+from dsbs.config.registry import METHODS, entry
 from dsbs.errors import DsbsError, PartialError, UserError
 from dsbs.files import write_jsonl
-from dsbs.formatting import count, dollars, listing, one_line, percent
+from dsbs.formatting import count, dollars, listing, one_line, percent, sentence_list
 from dsbs.progress import Progress
 from dsbs.records import Annotation, Example, Reason, Sample, Usage
 from dsbs.records.measures import Rate, wilson
@@ -164,9 +166,10 @@ class SplitSummary:
         """
         return wilson(self.random_correct, self.random_with_gold)
 
-    def warnings(self, split: str, *, needs_rationales: bool = True) -> list[str]:
-        """Why rows are rejected or (with ``needs_rationales``) have no rationale: what is frequent,
-        and what to do.
+    def warnings(self, split: str, methods: Sequence[str] = ()) -> list[str]:
+        """Frequent reasons for rejected rows and missing rationales, each with what to do.
+
+        ``methods`` are the recipe's methods that learn rationales (``rationale_methods``).
         """
         warnings = [
             f"{split}: {count(number, 'row')} {reason}: {message} ({_ADVICE[reason]})"
@@ -183,14 +186,14 @@ class SplitSummary:
             if text is not None:
                 warning += f". The reply to row {example.id}: {text}"
             warnings.append(warning)
-        if needs_rationales and self.without_rationale > NOTABLE_SHARE * self.accepted:
+        if methods and self.without_rationale > NOTABLE_SHARE * self.accepted:
             warnings.append(
                 f"{split}: {self.without_rationale:,} of {count(self.accepted, 'accepted row')} "
-                "without a rationale, because nothing stands before the answer (after it, with "
-                "order: label-first): step-by-step learns nothing from them. Ask for reasons in "
-                "the prompt, or set annotate.order: label-first where the model answers first and "
-                "explains afterwards; of a model that reasons, the reasoning can be the rationale "
-                "(annotate.rationale_from: reasoning)"
+                "without a rationale: the reply has no text before the answer (with order: "
+                f"label-first, none after it), so {sentence_list(methods)} cannot learn a "
+                "rationale from them. Ask for reasons in the prompt; set annotate.order: "
+                "label-first if the model answers first and explains afterwards; or use the "
+                "reasoning of a reasoning model (annotate.rationale_from: reasoning)"
             )
         return warnings
 
@@ -227,6 +230,11 @@ class SplitSummary:
                 "label_accuracy_random_ci95": rounded_interval(random),
             }
         return figures
+
+
+def rationale_methods(recipe: Recipe) -> list[str]:
+    """The recipe's training methods that learn rationales."""
+    return [name for name in recipe.train.methods if entry(METHODS, base_of(name)).needs_rationales]
 
 
 def message_form(message: str) -> str:

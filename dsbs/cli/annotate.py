@@ -35,12 +35,61 @@ if TYPE_CHECKING:
 
 
 _SHOWN_IDS = 5  # of the rows that --next would choose
+PilotRows = Annotated[
+    int | None,
+    typer.Option(
+        "--pilot",
+        min=1,
+        metavar="N",
+        help="Annotate a stratified sample of N rows, estimate the full cost, and stop.",
+    ),
+]
+NextRows = Annotated[
+    int | None,
+    typer.Option(
+        "--next",
+        min=1,
+        metavar="N",
+        help="Choose the N train rows that are expected to teach most (annotate.next), and "
+        "annotate only the rows chosen so far.",
+    ),
+]
+Batch = Annotated[
+    bool,
+    typer.Option("--batch", help="Use the endpoint's Batch API: cheaper, done within hours."),
+]
+BatchExport = Annotated[
+    Path | None,
+    typer.Option(
+        "--batch-export",
+        metavar="FILE",
+        help="Write the requests for `vllm run-batch`; send nothing.",
+    ),
+]
+BatchImport = Annotated[
+    Path | None,
+    typer.Option(
+        "--batch-import", metavar="FILE", help="Read the output of `vllm run-batch`; send nothing."
+    ),
+]
+ShardName = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="I/N", help="Annotate shard I of N only; join with `dsbs merge`."
+    ),
+]
+RetryRefused = Annotated[
+    bool,
+    typer.Option(
+        "--retry-refused", help="Retry requests that the endpoint permanently rejected before."
+    ),
+]
 FromServe = Annotated[
     bool,
     typer.Option(
         "--from-serve",
-        help="Add the rows that a server asked this teacher (`dsbs serve --fallback`) to the train "
-        "rows. Their replies are stored and cost nothing.",
+        help="Add the rows that a server sent to this teacher (`dsbs serve --fallback`) to the "
+        "train rows. Their replies are stored and cost nothing.",
     ),
 ]
 
@@ -52,48 +101,14 @@ def annotate(
     out: Out = None,
     as_json: Json = False,
     dry_run: DryRun = False,
-    pilot: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Annotate a stratified sample of N rows, estimate the full cost, and stop.",
-        ),
-    ] = None,
-    next_rows: Annotated[
-        int | None,
-        typer.Option(
-            "--next",
-            min=1,
-            metavar="N",
-            help="Choose the N train rows that teach most (annotate.next) and annotate only the "
-            "rows chosen so far.",
-        ),
-    ] = None,
-    batch: Annotated[
-        bool,
-        typer.Option("--batch", help="Use the endpoint's Batch API: cheaper, done within hours."),
-    ] = False,
-    batch_export: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the requests for `vllm run-batch`; send nothing."),
-    ] = None,
-    batch_import: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Read the output of `vllm run-batch`; send nothing."),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Annotate shard I of N only; join with `dsbs merge`."),
-    ] = None,
+    pilot: PilotRows = None,
+    next_rows: NextRows = None,
+    batch: Batch = False,
+    batch_export: BatchExport = None,
+    batch_import: BatchImport = None,
+    shard: ShardName = None,
     from_serve: FromServe = False,
-    retry_refused: Annotated[
-        bool,
-        typer.Option(
-            "--retry-refused",
-            help="Retry requests that the endpoint permanently rejected before.",
-        ),
-    ] = False,
+    retry_refused: RetryRefused = False,
 ) -> None:
     """Ask the teacher for a rationale and a label for every row."""
     from dsbs.annotation import planning
@@ -147,7 +162,7 @@ def annotate(
 
 
 def _with_served_rows(recipe: Recipe, out: str | None) -> Recipe:
-    """The recipe with the rows that a server asked, which are written to a file first."""
+    """The recipe with the rows that a server sent to the teacher, which are written to a file."""
     from dsbs.run_folder import RunFolder
     from dsbs.serving.ledger import write_rows
 

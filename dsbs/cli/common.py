@@ -183,7 +183,13 @@ def _parse_object(text: str, where: str) -> dict[str, Any]:
     return row
 
 
-def indent(text: str) -> str:
+def shown_prompt(text: str, max_length: int = 1500) -> str:
+    """A prompt for the terminal, indented. A long one is cut in the middle."""
+    if len(text) > max_length:
+        end = max_length // 3
+        hidden = f"{len(text) - max_length:,} of {len(text):,} characters not shown"
+        note = f"[… {hidden}; --json has the whole text …]"
+        text = f"{text[: max_length - end]}\n{note}\n{text[-end:]}"
     return "\n".join(f"  | {line}" for line in text.split("\n"))
 
 
@@ -204,7 +210,7 @@ def print_annotate_plan(plan: Plan) -> None:
             f"about {dollars(plan.likely_usd)} at {plan.tokens_per_reply:,} completion tokens per "
             f"reply, {cost}"
         )
-    print(f"The first prompt:\n{indent(plan.first_prompt)}\n")
+    print(f"The first prompt:\n{shown_prompt(plan.first_prompt)}\n")
     requests = count(plan.requests, "request")
     print(f"{count(plan.rows, 'row')}: at most {requests} to send, {plan.cached:,} replies cached")
     print(

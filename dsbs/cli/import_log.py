@@ -1,4 +1,4 @@
-"""``dsbs import``: rows and a recipe from a log of calls to a large model."""
+"""``dsbs import``: turn a log of calls to a large model into rows and a recipe."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsbs.cli.common import DryRun, Json, indent, print_json, progress
-from dsbs.formatting import count, listing, percent
+from dsbs.cli.common import DryRun, Json, print_json, progress, shown_prompt
+from dsbs.formatting import count, listing, one_line, percent
 
 if TYPE_CHECKING:
     from dsbs.importing.run import ImportResult
 
 _MAX_LABELS = 20
-_MAX_TEXT = 600  # characters of a text that is shown
+_MAX_TEXT = 600  # characters of a prompt
 
 
 def import_log(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SOURCE...",
-            help="Log files, or directories with them: JSON or JSON lines, gzipped or not. A "
-            "batch's input and output files belong together.",
+            metavar="SOURCE",
+            help="Log files or directories of them: JSON or JSON lines, also gzipped. Give a "
+            "batch's input and output files together.",
         ),
     ],
     out: Annotated[
@@ -31,7 +31,7 @@ def import_log(
         typer.Option(
             "--out",
             metavar="ROWS.jsonl",
-            help="File of the rows; test rows, prompt and recipe are written beside it.",
+            help="File for the train rows; test rows, prompt and recipe are written next to it.",
         ),
     ],
     model: Annotated[
@@ -44,8 +44,8 @@ def import_log(
         str | None,
         typer.Option(
             metavar="URL",
-            help="The teacher's endpoint. The recipe then asks it for replies that the log lacks, "
-            "with the key in OPENAI_API_KEY.",
+            help="The teacher's endpoint, from which the recipe requests the replies that the log "
+            "lacks. The key is read from OPENAI_API_KEY.",
             show_default=False,
         ),
     ] = None,
@@ -130,13 +130,14 @@ def _print_job(result: ImportResult) -> None:
     from dsbs.importing.redaction import hide_keys
 
     if result.instruction:
-        print(f"constant part of the prompt:\n{indent(_short(hide_keys(result.instruction)))}")
+        instruction = shown_prompt(hide_keys(result.instruction), _MAX_TEXT)
+        print(f"constant part of the prompt:\n{instruction}")
     if result.exemplars:
         print(f"worked examples in the prompt: {result.exemplars}")
-    print(f"template:\n{indent(_short(hide_keys(result.template)))}")
-    print("input fields, with the first row's:")
+    print(f"template:\n{shown_prompt(hide_keys(result.template), _MAX_TEXT)}")
+    print("input fields, with the values of the first row:")
     for name, value in result.first_row.get("input", {}).items():
-        print(f"  {name}: {_short(hide_keys(str(value)), 200)}")
+        print(f"  {name}: {one_line(hide_keys(str(value)), 200)}")
     print(f"replies: {result.reply_form}; task: {result.task['name']}")
     if result.labels:
         labels = list(result.labels.items())
@@ -160,14 +161,10 @@ def _print_files(result: ImportResult) -> None:
         print(f"{name}: {path}")
     if not result.gold and result.rows.get("test"):
         print(
-            "The log has no gold labels: the labels of the test rows are the teacher's, so that "
-            "results say how often a student agrees with it. Correct them to measure accuracy."
+            "The log has no gold labels: the test rows have the teacher's labels, so results show "
+            "how often a student agrees with the teacher. Correct them to measure accuracy."
         )
     if result.files:
         print("next:\n  " + "\n  ".join(result.next))
     else:
         print("dry run: nothing was written")
-
-
-def _short(text: str, length: int = _MAX_TEXT) -> str:
-    return text if len(text) <= length else f"{text[:length]} … ({len(text):,} characters)"

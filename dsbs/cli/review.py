@@ -1,4 +1,4 @@
-"""``dsbs review``: look at annotations and decide, in a browser or in a spreadsheet."""
+"""``dsbs review``: review annotations in a browser or a spreadsheet."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dsbs.formatting import count, listing
 
 if TYPE_CHECKING:
     from dsbs.config import Recipe
+    from dsbs.review.queue import Order
     from dsbs.review.run import PageInfo
     from dsbs.run_folder import RunFolder
 
@@ -31,22 +32,24 @@ def review(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Who decides; it can be changed in the page. Default: the user's name.",
+            help="Name stored with each decision; editable on the page. Default: your user name.",
             show_default=False,
         ),
     ] = None,
     order: Annotated[
         Literal["mistakes", "random", "file"],
-        typer.Option(help="The rows' first order: likely mistakes, random, or the file's."),
+        typer.Option(help="Order of the rows; can be changed on the page."),
     ] = "mistakes",
     port: Annotated[
         int,
         typer.Option(
-            min=0, max=65535, help="Port on 127.0.0.1. 0: the run's last one, or a free one."
+            min=0,
+            max=65535,
+            help="Port on 127.0.0.1. 0: the run's previous one, or a free one.",
         ),
     ] = 0,
     no_browser: Annotated[
-        bool, typer.Option("--no-browser", help="Print the address, and open no browser.")
+        bool, typer.Option("--no-browser", help="Print the address instead of opening a browser.")
     ] = False,
     export_csv: Annotated[
         str | None,
@@ -60,7 +63,7 @@ def review(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Take decisions from such a file after it was edited, instead of serving.",
+            help="Read decisions from a CSV file that --export-csv wrote and people edited.",
             show_default=False,
         ),
     ] = None,
@@ -70,21 +73,21 @@ def review(
 ) -> None:
     """Review a run's annotations: accept, correct or reject labels and rationales.
 
-    Serves a page on this machine alone; its address has a secret token. Decisions are saved at once
-    to review/<split>.jsonl in the run; the next training uses them. Ctrl-C ends it.
+    Serves a page on this machine only; its address contains a secret token. Decisions are saved
+    immediately to review/<split>.jsonl in the run and used by the next training. Stop with Ctrl-C.
     """
     name = reviewer.strip() if reviewer is not None else _user_name()
     if not name or not name.isprintable() or len(name) > 80:
         raise UserError(
-            "--reviewer: a name has 1 to 80 characters", hint="for example --reviewer ann"
+            "--reviewer needs 1 to 80 printable characters", hint="for example --reviewer ann"
         )
     if export_csv is not None and import_csv is not None:
         raise UserError(
-            "--export-csv and --import-csv are given together", hint="run one after the other"
+            "--export-csv and --import-csv exclude each other", hint="run one after the other"
         )
     recipe, folder = _recipe_and_run(run, merged(overrides, set_keys), out)
     if export_csv is not None:
-        _export(recipe, folder, split, Path(export_csv), as_json)
+        _export(recipe, folder, split, order, Path(export_csv), as_json)
     elif import_csv is not None:
         _import(recipe, folder, split, Path(import_csv), name, as_json)
     else:
@@ -141,11 +144,13 @@ def _announce(page: PageInfo, folder: RunFolder, split: str, as_json: bool) -> N
         print_json({"url": page.url, "rows": page.rows, "reviewed": page.reviewed, "pid": page.pid})
     else:
         print(f"{count(page.rows, 'row')}, {page.reviewed:,} reviewed; open {page.url}")
-        print(f"decisions: {folder.reviews(split)} (Ctrl-C ends)", file=sys.stderr)
+        print(f"decisions: {folder.reviews(split)} (Ctrl-C stops the server)", file=sys.stderr)
     sys.stdout.flush()
 
 
-def _export(recipe: Recipe, folder: RunFolder, split: str, path: Path, as_json: bool) -> None:
+def _export(
+    recipe: Recipe, folder: RunFolder, split: str, order: Order, path: Path, as_json: bool
+) -> None:
     from dsbs.records.reviews import read_reviews
     from dsbs.review.queue import load_rows, ordered
     from dsbs.review.spreadsheet import export_csv
@@ -153,7 +158,8 @@ def _export(recipe: Recipe, folder: RunFolder, split: str, path: Path, as_json: 
 
     rows = load_rows(recipe, folder, split, progress=progress())
     reviews = read_reviews(folder.reviews(split))
-    export_csv(path, ordered(rows, make_task(recipe.task), reviews=reviews), reviews)
+    items = ordered(rows, make_task(recipe.task), order=order, reviews=reviews)
+    export_csv(path, items, reviews)
     if as_json:
         print_json({"file": str(path), "rows": len(rows)})
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-from dsbs.cli.common import Json, Overrides, RecipePath, SetKeys, indent, load, print_json
+from dsbs.cli.common import Json, Overrides, RecipePath, SetKeys, load, print_json, shown_prompt
 from dsbs.formatting import count, percent
 
 
@@ -45,7 +45,7 @@ def validate(
                 )
     if result.first_prompt is not None:
         print("\nThe first prompt:")
-        print(indent(result.first_prompt))
+        print(shown_prompt(result.first_prompt))
     print()
     for warning in result.warnings:
         print(f"warning: {warning}")

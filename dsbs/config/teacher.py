@@ -270,15 +270,16 @@ class NextSection(Section):
     """Which rows ``dsbs annotate --next N`` chooses."""
 
     by: Literal["both", "uncertainty", "diversity", "random"] = "both"
-    """uncertainty: the rows of whose label a student is least sure. diversity: rows unlike one
-    another and unlike those annotated already. both: uncertain rows that differ. Without a student
-    yet, diversity."""
+    """uncertainty: the rows whose label a student is least sure of. diversity: rows that differ
+    from each other. both: uncertain rows that differ from each other. Before there is a student:
+    diversity."""
     random_share: float = Field(0.2, gt=0, le=1)
-    """The share of the rows that is chosen at random, so that estimates stay unbiased."""
+    """Share of the rows that is chosen at random, for unbiased estimates."""
     seed: int = 0
-    """The seed of what is chosen at random."""
+    """Seed of the random choice."""
     student: str | None = None
-    """The name of the run's student that is asked, e.g. distill-teacher-s0. None: the newest."""
+    """Name of the student whose uncertainty and states are used, e.g. distill-teacher-s0. None: the
+    run's newest."""
 
 
 ScoreVote = Literal["median", "mean"]
@@ -295,8 +296,8 @@ class AnnotateSection(Section):
     )
     """The splits to annotate."""
     use_recorded: bool = False
-    """Take the completion that a row brings (``teacher.completion``) as its first reply, so that
-    only rows without one are asked, and those whose completion cannot be read."""
+    """Use a row's recorded completion (``teacher.completion``) as its first reply, so that requests
+    are sent only for rows without a readable one."""
     samples: int = Field(1, ge=1)
     """Replies per row; the majority label wins, or the majority of each label and field."""
     score_vote: ScoreVote = "median"
@@ -334,7 +335,7 @@ class AnnotateSection(Section):
     max_requests: int | None = Field(None, ge=0)
     """Stop (exit code 3) after this many requests of one command. None: no maximum."""
     next: NextSection = NextSection()
-    """The choice of rows with ``dsbs annotate --next``."""
+    """How ``dsbs annotate --next`` chooses rows."""
     batch: BatchSection = BatchSection()
     """The provider's batch API."""
     engine: Literal["local", "ray"] = "local"

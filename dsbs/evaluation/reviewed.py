@@ -1,5 +1,5 @@
-"""What people's reviews show: what they changed, the teacher's true accuracy, how far two reviewers
-agree.
+"""What people's reviews show: the changed labels, the teacher's true accuracy, and the agreement of
+two reviewers.
 """
 
 from __future__ import annotations
@@ -41,21 +41,25 @@ SAMPLE = 100  # random rows before the teacher's true accuracy is estimated
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The teacher's true accuracy on the rows of a split, from the random ones among the reviewed.
+    """The teacher's true accuracy on a split, estimated from reviewed random rows.
 
-    The random rows are the first ones of a fixed random order of all rows, as far as all of them
-    are decided. Which other rows were reviewed, and why, has no influence.
+    The random rows are the longest beginning of ``random_sample`` in which every row is decided.
+    Which other rows were reviewed, and why, has no influence.
     """
 
     rate: Rate | None
     """None: fewer than ``needed`` random rows are decided."""
     decided: int
-    """Random rows that are decided, or have no label of the teacher, which is wrong."""
+    """Random rows with a decision, and those without a label of the teacher, which count as
+    wrong."""
     needed: int
     skipped: int
-    """Random rows that nobody decided on, and somebody skipped: they do not count."""
+    """Random rows that were only skipped. They do not count."""
     other: int
-    """Other reviewed rows: they do not count."""
+    """Other reviewed rows. They do not count."""
+    of_split: bool = False
+    """Whether the estimate is for the whole split, of which `dsbs annotate --next` has annotated a
+    part. Otherwise it is for the annotated rows."""
 
     @property
     def missing(self) -> int:
@@ -63,15 +67,18 @@ class Estimate:
 
     @property
     def sentence(self) -> str:
-        """The estimate, or how many rows are missing for one; and which rows count."""
-        if self.rate is None:
+        """The estimate, or how many rows it still needs; and which rows do not count."""
+        if self.rate is None and not self.missing:
+            text = "The teacher's true accuracy cannot be estimated: there are no random rows."
+        elif self.rate is None:
             text = (
                 f"{count(self.missing, 'more random row')} to review before the teacher's true "
                 f"accuracy can be estimated ({self.decided} of {self.needed})."
             )
         else:
+            rows = "all rows of the split" if self.of_split else "the annotated rows"
             text = (
-                f"The teacher is right on {percent(self.rate.value)} of the annotated rows "
+                f"The teacher is right on {percent(self.rate.value)} of {rows} "
                 f"({confidence_interval(self.rate.ci95)}), by {count(self.rate.n, 'random row')}."
             )
         if self.other:
@@ -86,24 +93,42 @@ class Estimate:
 
 
 def random_order(ids: Iterable[str]) -> list[str]:
-    """The ids of a split's rows in the order in which random ones are reviewed: by a hash."""
+    """Ids in the order in which random rows are reviewed: by a hash."""
     return sorted(ids, key=lambda row_id: (position(row_id, "review"), row_id))
+
+
+def has_chosen_rows(annotations: Iterable[Annotation]) -> bool:
+    """Whether `dsbs annotate --next` chose some of the rows."""
+    return any(annotation.chosen_by is not None for annotation in annotations)
+
+
+def random_sample(annotations: Iterable[Annotation]) -> list[str]:
+    """The ids of the rows that estimate the teacher's accuracy, in random order.
+
+    All annotated rows, or, where `dsbs annotate --next` chose rows, its random ones: the others are
+    harder than most.
+    """
+    rows = list(annotations)
+    if has_chosen_rows(rows):
+        rows = [row for row in rows if row.chosen_by == "random"]
+    return random_order(row.id for row in rows)
 
 
 def estimate(
     annotations: Mapping[str, Annotation], reviews: Reviews, task: Task, needed: int = SAMPLE
 ) -> Estimate:
-    """Estimate the teacher's accuracy with Wilson's interval, once ``needed`` random rows are
-    decided, or all rows.
+    """Estimate the teacher's accuracy with Wilson's interval, once ``needed`` random rows, or all
+    of them, are decided.
 
     The teacher is right where its own label is the right one. A rejected row is judged by its gold
     label, and is wrong without one.
     """
     decided = deciding_reviews(reviews)
-    needed = min(needed, len(annotations))
+    sample = random_sample(annotations.values())
+    needed = min(needed, len(sample))
     correct = number = skipped = used = 0
     are_all = True
-    for row_id in random_order(annotations):
+    for row_id in sample:
         annotation = annotations[row_id]
         review = decided.get(row_id)
         if annotation.own_label is None:
@@ -120,7 +145,8 @@ def estimate(
             break
     reviewed = sum(row_id in annotations for row_id in decided)
     rate = wilson(correct, number) if number >= needed or are_all else None
-    return Estimate(rate, number, needed, skipped, reviewed - used)
+    of_split = has_chosen_rows(annotations.values())
+    return Estimate(rate, number, needed, skipped, reviewed - used, of_split)
 
 
 def is_right(annotation: Annotation, review: Review, task: Task) -> bool:
@@ -138,8 +164,8 @@ def is_right(annotation: Annotation, review: Review, task: Task) -> bool:
 def reviewed_splits(
     recipe: Recipe, task: Task, run: RunFolder, systems: Sequence[System], clusters: Clusters
 ) -> dict[str, ReviewedSplit]:
-    """What reviews changed, by split. ``systems``: of the evaluated split, whose own gold labels
-    their figures keep; the corrected ones are counted beside them.
+    """What reviews changed, by split. ``systems`` are those of the evaluated split: their figures
+    keep the data's gold labels, and accuracies by the corrected ones are added.
     """
     splits = {}
     for split in ("train", "valid", "test"):
@@ -148,7 +174,7 @@ def reviewed_splits(
             continue
         try:
             annotations = run.load_annotations(split, source_fingerprint(recipe, task))
-        except UserError:  # no student learned from them either
+        except UserError:  # then no student was trained on them either
             annotations = {}
         changes = _changes(annotations, reviews, task)
         if split == recipe.eval.split and changes.gold_changed:
@@ -194,7 +220,7 @@ def _changes(annotations: Mapping[str, Annotation], reviews: Reviews, task: Task
 def _share_right(
     labels: Sequence[str | None], gold: Sequence[str | None], task: Task
 ) -> Rate | None:
-    """The share of the rows with a gold label whose label is right; no label is wrong."""
+    """The share of right labels among the rows with gold; a missing label is wrong."""
     marks = [
         label is not None and task.correct(label, right)
         for label, right in zip(labels, gold, strict=True)
@@ -243,14 +269,14 @@ def _corrected_accuracies(
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far two reviewers agree on the rows that both decided on."""
+    """The agreement of two reviewers on the rows that both decided on."""
 
     reviewers: tuple[str, str]
     rows: int
     agreed: int
     kappa: float | None
-    """Cohen's (1960), over the right labels, or over the decisions where labels are free text.
-    A rejected row is an answer of its own. None: both gave one answer to all rows."""
+    """Cohen's kappa (1960) over the right labels, with rejection as a category of its own; over the
+    decisions if labels are free text or have parts. None: all answers are the same."""
     differences: list[tuple[str, Review, Review]]
     """The ids of the rows on which they differ, with their decisions."""
 
@@ -267,7 +293,7 @@ class Agreement:
 def agreement(
     reviews: Reviews, task: Task, reviewers: tuple[str, str] | None = None
 ) -> Agreement | None:
-    """Compare two reviewers: those given, or the two with the most rows in common.
+    """Compare two reviewers, by default the two with the most rows in common.
 
     None: no row was decided by two reviewers.
     """
@@ -311,7 +337,7 @@ def agreement(
 
 
 def _answer(review: Review, task: Task) -> str:
-    """A category of an answer, for kappa."""
+    """The category of a decision for kappa."""
     if task.is_free_text or task.part_names:
         return review.decision
     return "-" if review.right_label is None else f"={review.right_label}"

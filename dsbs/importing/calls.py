@@ -1,25 +1,31 @@
-"""Calls of a log: files are streamed into a temporary database, where halves of calls meet.
+"""Calls of a log: JSON files are streamed into a temporary database, which joins requests and
+replies.
 
-Memory does not grow with the log. The database is a file without a name, which disappears with the
-process; a few-shot prompt that thousands of calls share is in it once.
+Memory does not grow with the log. The database is an unnamed file that disappears with the process;
+a few-shot prompt that thousands of calls share is stored once.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dsbs.errors import UserError
-from dsbs.files import canonical_json, digest
+from dsbs.files import canonical_json, digest, open_text
 from dsbs.importing.bodies import Message, Record
 from dsbs.importing.formats import read_object
-from dsbs.importing.sources import Tally, read_values
 from dsbs.progress import Progress
 
+MAX_LINE = 64 << 20  # characters
+MAX_DOCUMENT = 128 << 20  # characters of a file that is one JSON value, which is read at once
+_VALUE = re.compile(r"[^\s,\x1e]")
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".log", ".txt", ".gz")
 _PROGRESS_EVERY = 500  # entries
 _HINT = (
     "dsbs import reads JSON: logs of OpenAI, Azure, Bedrock, Anthropic and OpenTelemetry, and "
@@ -38,6 +44,24 @@ CREATE TABLE requests (n INTEGER PRIMARY KEY, key TEXT, part INTEGER, messages T
 CREATE TABLE replies (n INTEGER PRIMARY KEY, key TEXT, id TEXT, completion TEXT, reasoning TEXT,
                       model TEXT, problem TEXT, gold TEXT);
 """
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of what was read: calls by format, skipped entries by reason, tokens."""
+
+    entries: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    first_skipped: dict[str, str] = field(default_factory=dict)
+    """By reason, the file and line of the first entry."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def skip(self, reason: str, where: str | None = None, number: int = 1) -> None:
+        self.skipped[reason] += number
+        if where is not None:
+            self.first_skipped.setdefault(reason, where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,27 +148,22 @@ class CallStore:
 
     def _add_half(self, record: Record) -> None:
         gold = None if record.gold is None else canonical_json(record.gold)
+        row: dict[str, Any] = {"key": record.key, "model": record.model, "problem": record.problem}
         if record.half == "request":
             messages = _json(record.messages or ())
-            values = (record.key, record.is_part, messages, record.model, record.problem)
-            self._db.execute(
-                "INSERT INTO requests (key, part, messages, model, problem) VALUES (?, ?, ?, ?, ?)",
-                values,
-            )
+            self._insert("requests", row | {"part": record.is_part, "messages": messages})
         else:
-            self._db.execute(
-                "INSERT INTO replies (key, id, completion, reasoning, model, problem, gold) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    record.key,
-                    record.id,
-                    record.completion,
-                    record.reasoning,
-                    record.model,
-                    record.problem,
-                    gold,
-                ),
-            )
+            reply = {"id": record.id, "completion": record.completion}
+            reply["reasoning"] = record.reasoning
+            self._insert("replies", row | reply | {"gold": gold})
+
+    def _insert(self, table: str, row: dict[str, Any]) -> int:
+        """Insert a row, and return its number."""
+        marks = ", ".join("?" * len(row))
+        cursor = self._db.execute(
+            f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", tuple(row.values())
+        )
+        return int(cursor.lastrowid or 0)
 
     def _add_call(
         self, record: Record, messages: list[Message], completion: str, gold: str | None
@@ -156,20 +175,10 @@ class CallStore:
         if not messages:
             self.tally.skip("no prompt")
             return
-        context = self._context(messages[:-1])
-        self._db.execute(
-            "INSERT INTO calls (id, context, question, completion, reasoning, model, gold) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                record.id,
-                context,
-                messages[-1][1],
-                prefill + completion,
-                record.reasoning,
-                record.model,
-                gold,
-            ),
-        )
+        row: dict[str, Any] = {"id": record.id, "context": self._context(messages[:-1])}
+        row |= {"question": messages[-1][1], "completion": prefill + completion}
+        row |= {"reasoning": record.reasoning, "model": record.model, "gold": gold}
+        self._insert("calls", row)
 
     def _add_failed(self, messages: list[Message] | None, model: str | None) -> None:
         """Keep the prompt of a call that ended with an error."""
@@ -185,10 +194,7 @@ class CallStore:
         key = digest(text)
         row = self._db.execute("SELECT n FROM contexts WHERE hash = ?", (key,)).fetchone()
         if row is None:
-            cursor = self._db.execute(
-                "INSERT INTO contexts (hash, messages) VALUES (?, ?)", (key, text)
-            )
-            return int(cursor.lastrowid or 0)
+            return self._insert("contexts", {"hash": key, "messages": text})
         return int(row[0])
 
     # --- halves
@@ -258,7 +264,7 @@ class CallStore:
         return None if row is None else row[0]
 
     def times_seen(self, kind: str, text: str) -> int:
-        """How often a text of a kind was seen, this time included."""
+        """How often a text of a kind was seen, including this time."""
         (times,) = self._db.execute(
             "INSERT INTO seen VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 "
             "RETURNING times",
@@ -266,7 +272,7 @@ class CallStore:
         ).fetchone()
         return int(times)
 
-    # --- what there is
+    # --- queries
 
     def models(self) -> dict[str, int]:
         """Calls by model; "" where the log does not name it."""
@@ -296,7 +302,7 @@ class CallStore:
     ) -> Iterator[Call]:
         """The calls of a model with one of ``contexts``, in the order of the log.
 
-        ``limit`` takes so many of them, evenly spread.
+        With ``limit``, at most about that many of them, evenly spread.
         """
         self._db.execute("CREATE TEMP TABLE IF NOT EXISTS chosen (context INTEGER PRIMARY KEY)")
         self._db.execute("DELETE FROM chosen")
@@ -347,3 +353,119 @@ def _json(messages: Sequence[Message]) -> str:
 
 def _messages(text: str) -> list[Message]:
     return [(role, content) for role, content in json.loads(text)]
+
+
+# --- files
+
+
+def source_files(sources: Sequence[str | Path]) -> list[Path]:
+    """The files of ``sources``, each a file or a folder. Raises UserError where there are none."""
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
+            if not inner:
+                raise UserError(
+                    f"{path} has no log files ({', '.join(_SUFFIXES)})", hint="name the files"
+                )
+            files += inner
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(
+                f"log {source} does not exist (working directory: {Path.cwd()})",
+                hint="give a file or a directory with the log's files",
+            )
+    return list(dict.fromkeys(files))
+
+
+def read_values(path: Path, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file and line, object) of JSON lines, or of a file that is one JSON value or several.
+
+    Lines that cannot be used are counted, never shown: they may hold secrets.
+    """
+    is_first = True
+    with open_text(path, errors="replace") as file:
+        for number, line in _lines(file):
+            where = f"{path}:{number}"
+            if line is None:
+                tally.skip(f"a line of more than {MAX_LINE >> 20} MB", where)
+                continue
+            text = line.strip().strip("\x1e")  # RFC 7464 begins a line with a record separator
+            if not text:
+                continue
+            try:
+                value = json.loads(text)
+            except RecursionError:
+                tally.skip("nested too deeply", where)
+            except ValueError:
+                document = _document(path) if is_first and text[0] in "{[" else None
+                if document is not None:
+                    yield from _values_of(document, path, tally)
+                    return
+                if text in ("{", "["):
+                    raise _not_lines(path) from None
+                tally.skip("not valid JSON", where)
+            else:
+                yield from _objects(where, value, tally)
+            is_first = False
+
+
+def _not_lines(path: Path) -> UserError:
+    return UserError(
+        f"{path} is not JSON lines, and larger than {MAX_DOCUMENT >> 20} MB",
+        hint=f"write one object per line: jq -c . {path.name}",
+    )
+
+
+def _lines(file: TextIO) -> Iterator[tuple[int, str | None]]:
+    """Each line with its number; None in place of one that is too long."""
+    number = 0
+    while line := file.readline(MAX_LINE):
+        number += 1
+        if line.endswith("\n") or len(line) < MAX_LINE:
+            yield number, line
+            continue
+        while (rest := file.readline(MAX_LINE)) and not rest.endswith("\n"):
+            pass
+        yield number, None
+
+
+def _document(path: Path) -> str | None:
+    """A whole file. None: it is too large."""
+    with open_text(path, errors="replace") as file:
+        text = file.read(MAX_DOCUMENT + 1)
+    return text if len(text) <= MAX_DOCUMENT else None
+
+
+def _values_of(text: str, path: Path, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a text whose JSON values may have several lines each."""
+    decoder = json.JSONDecoder()
+    line = 1
+    position = 0
+    while match := _VALUE.search(text, position):
+        start = match.start()
+        line += text.count("\n", position, start)
+        where = f"{path}:{line}"
+        try:
+            value, position = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            tally.skip("not valid JSON", where)
+            position = text.find("\n", start)
+            if position < 0:
+                return
+        else:
+            line += text.count("\n", start, position)
+            yield from _objects(where, value, tally)
+
+
+def _objects(where: str, value: Any, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(value, dict):
+        yield where, value
+    elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+        for entry in value:
+            if isinstance(entry, dict):
+                yield where, entry
+    else:
+        tally.skip("not an object", where)

@@ -14,12 +14,11 @@ from dsbs.errors import UserError
 from dsbs.files import atomic_write, digest
 from dsbs.formatting import listing
 from dsbs.importing.bodies import Message
-from dsbs.importing.calls import Call, CallStore
+from dsbs.importing.calls import Call, CallStore, Tally, source_files
 from dsbs.importing.formats import TITLES
 from dsbs.importing.prompts import SAMPLE, find_form, prompt_groups
 from dsbs.importing.recipe import ImportedFiles, Job
 from dsbs.importing.redaction import Redactor, count_private
-from dsbs.importing.sources import Tally, source_files
 from dsbs.progress import NoProgress, Progress
 
 _MAX_PROMPTS = 20  # that are listed

@@ -12,7 +12,8 @@ from dsbs.formatting import count, percent
 from dsbs.project.machine import check_memory
 from dsbs.records import Example, Unreadable
 from dsbs.students.card import head_of, input_limit, new_head_warning
-from dsbs.students.formats import InputFormat, compose_target, new_input_format, split_target
+from dsbs.students.formats import InputFormat, new_input_format
+from dsbs.students.targets import compose_target, split_target
 from dsbs.students.tokenizer import new_tokenizer, vocabulary_warnings
 from dsbs.tasks import Task
 from dsbs.tasks.label_set import LabelSet

@@ -36,6 +36,7 @@ _WORD = re.compile(r"\w+")
 _LIST_COMMA = r"[\w)], *"
 _MAX_IDS = 3  # row ids that a warning names
 _MAX_POINTS = 10  # of a scale that a warning names
+_SHOWN_LABELS = 8  # labels without a row in one warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,10 @@ def _label_count_warnings(task: Task, split: str, figures: dict[str, Any]) -> li
         points = f"{len(missing)} of the scale's {len(task.head_labels)} points"
         warnings.append(f"{split}: {points} have no row; consider a larger task.step")
     elif missing:
-        warnings.append(f"{split}: no row is labeled {', '.join(missing)}")
+        names = ", ".join(missing[:_SHOWN_LABELS])
+        if len(missing) > _SHOWN_LABELS:
+            names += f" and {len(missing) - _SHOWN_LABELS} more"
+        warnings.append(f"{split}: no row is labeled {names}")
     if task.has_several_labels and figures["with_gold"] > 1:
         always = [
             label

@@ -1,8 +1,7 @@
 """Reviews: people's decisions on annotations, in ``review/<split>.jsonl``.
 
-An overlay: annotations and data are never changed. Every decision is a line, also one that takes
-another back. Of each reviewer the latest decision on a row counts, and of several reviewers the
-latest in time.
+An overlay: annotations and data are never changed. Every decision is a line, and so is undoing one.
+Each reviewer's latest decision on a row counts; of several reviewers', the latest in time.
 """
 
 from __future__ import annotations
@@ -34,31 +33,31 @@ _LOCK_WAIT_S = 30.0
 class Review(_Record):
     """One decision of a reviewer on a row.
 
-    ``accepted``: label and rationale are right. ``corrected``: one of them is replaced.
-    ``rejected``: the annotation is not used. ``skipped``: no opinion. ``undone``: the reviewer's
-    decision before this one is taken back.
+    ``accepted``: label and rationale are right. ``corrected``: label or rationale is replaced.
+    ``rejected``: the annotation is not used. ``skipped``: no opinion. ``undone``: revokes the
+    reviewer's previous decision.
     """
 
     schema_: Literal["dsbs.review/1"] = Field("dsbs.review/1", alias="schema")
     id: str
     decision: Decision
     label: str | None = None
-    """The right label in canonical form, where it is another than the annotation's."""
+    """The right label in canonical form, if it differs from the annotation's."""
     shown: str | None = None
-    """The annotation's label that was decided on. It stays right, or rejected, where the row is
-    annotated anew and gets another one."""
+    """The annotation's label at the time of the decision. If the row is annotated again and gets
+    another label, an accepted one is still right, and a rejection no longer applies."""
     rationale: str | None = None
-    """The rationale as edited. Empty: it is wrong, and there is none instead. None: unchanged."""
+    """The edited rationale. Empty: it is wrong and nothing replaces it. None: unchanged."""
     gold_is_wrong: bool = False
     gold: str | None = None
-    """The right gold label, if gold is wrong. None: the label accepted or given here; of a rejected
+    """The right gold label, if gold is wrong. None: the accepted or new label; for a rejected
     annotation, unknown."""
     comment: str | None = None
     reviewer: str = Field(min_length=1)
     time: str
     """UTC, ISO 8601."""
     sampled: bool = False
-    """Whether the row was shown as one of the random ones."""
+    """Whether the row was shown as a random row."""
 
     @field_validator("time")
     @classmethod
@@ -141,7 +140,7 @@ class CorrectedAccuracy(ResultRecord):
 
 
 class _Labels(Protocol):
-    """What is needed of a task."""
+    """The part of a task that reviews need."""
 
     @property
     def head_labels(self) -> tuple[str, ...]: ...
@@ -252,7 +251,7 @@ def _ends_line(file: IO[bytes], end: int) -> bool:
 
 
 def current_reviews(reviews: Iterable[Review]) -> dict[str, Review]:
-    """Each reviewer's latest decision on a row that is not taken back, skipped ones too."""
+    """Each reviewer's latest decision on a row that is not undone, including skipped ones."""
     decisions: dict[str, list[Review]] = {}
     for review in reviews:
         earlier = decisions.setdefault(review.reviewer, [])
@@ -264,8 +263,8 @@ def current_reviews(reviews: Iterable[Review]) -> dict[str, Review]:
 
 
 def deciding_review(reviews: Iterable[Review]) -> Review | None:
-    """The decision on a row that counts: of the reviewers' current ones, the latest in time. None:
-    there is none, or they were all skipped.
+    """The decision on a row that counts: the latest of the reviewers' current ones. None: there is
+    none, or all of them are skips.
     """
     current = [
         review for review in current_reviews(reviews).values() if review.decision != "skipped"
@@ -280,9 +279,7 @@ def deciding_reviews(reviews: Reviews) -> dict[str, Review]:
 
 
 def reviews_mark(*splits: Reviews) -> str | None:
-    """Hash of the decisions that count, by which a student's record says what it learned after.
-    None: there are none.
-    """
+    """Hash of the decisions that count, for the record of a student. None: there are none."""
     decided = [deciding_reviews(reviews) for reviews in splits]
     if not any(decided):
         return None
@@ -298,8 +295,8 @@ def reviews_mark(*splits: Reviews) -> str | None:
 
 
 def proposal(annotation: Annotation, task: _Labels) -> tuple[str | None, str | None]:
-    """The label and the rationale of an annotation that a reviewer decides on. Those of a rejected
-    one are the teacher's own answer and the rationale of a reply with it; None: there is none.
+    """The label and rationale that a reviewer decides on. For a rejected annotation: the teacher's
+    own answer, and the rationale of a reply with that answer. None: there is none.
     """
     if annotation.label is not None:
         return annotation.label, annotation.rationale
@@ -310,13 +307,12 @@ def proposal(annotation: Annotation, task: _Labels) -> tuple[str | None, str | N
 def apply_reviews(
     annotations: Mapping[str, Annotation], reviews: Reviews, task: _Labels
 ) -> dict[str, Annotation]:
-    """The annotations as people left them, by id; those that nobody decided on are the same
-    objects.
+    """The annotations after the review, by id; those without a decision are the same objects.
 
-    A rejected one is no longer accepted. One that was accepted or corrected has provenance
-    ``reviewed``, and its label is the teacher's own too. The rationale of another label does not
-    stay: without a new one, that of a reply with the right label takes its place, if there is one.
-    Raises UserError for a label outside the task's closed set.
+    A rejected annotation is no longer accepted. An accepted or corrected one has provenance
+    ``reviewed``, and its label also replaces the teacher's own. The rationale of another label is
+    dropped; a new one, or that of a reply with the right label, replaces it. Raises UserError for a
+    label outside the task's closed set.
     """
     decided = deciding_reviews(reviews)
     return {

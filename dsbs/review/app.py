@@ -1,4 +1,4 @@
-"""The review page's application: who may ask, the page, and its routes."""
+"""Web application of the review page: access control, the page, and its routes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from dsbs.errors import DsbsError
 from dsbs.files import digest
 from dsbs.reporting.run import page_environment, source_hash, template_text
-from dsbs.review.desk import ORDERS, Desk, LabelForm, ReviewForm
+from dsbs.review.session import ORDERS, LabelForm, ReviewForm, ReviewSession
 from dsbs.serving.middleware import App, BodyReader, Form, Metrics, Middleware, is_loopback
 from dsbs.serving.settings import ApiError
 from dsbs.tasks import Task
@@ -36,14 +36,14 @@ _MAX_ROWS = 200  # of one answer
 _PACKAGE = "dsbs.review"
 
 
-# --- who may ask
+# --- access control
 
 
 @dataclass(frozen=True, slots=True)
 class PageKey:
-    """The token of a page's address, and what is derived from it.
+    """The secret token in a page's address, with the cookie name and CSRF token derived from it.
 
-    ``port`` keeps the cookies of several servers apart: browsers share cookies between ports.
+    ``port`` separates the cookies of several servers: browsers share cookies between ports.
     """
 
     token: str
@@ -55,15 +55,15 @@ class PageKey:
 
     @property
     def csrf(self) -> str:
-        """What the page sends in a header of its own, which pages of other origins cannot."""
+        """The value of the page's own header, which pages of other origins cannot send."""
         return hmac.new(self.token.encode(), b"csrf", hashlib.sha256).hexdigest()
 
     def check(self, scope: Any, headers: Mapping[bytes, bytes]) -> None:
-        """Raises ApiError (403), always the same.
+        """Raises ApiError (403), with the same message for every cause.
 
-        The page itself asks for the token, as a cookie or in its address; everything else for the
-        cookie and the header. A page whose host name was pointed at this address (DNS rebinding)
-        has that name in Host; one of another origin, also of another port, has its own in Origin.
+        The page requires the token in a cookie or in its address; all other routes require the
+        cookie and the header. Host reveals a page whose host name was pointed at this address (DNS
+        rebinding); Origin reveals one of another host or port.
         """
         host = headers.get(b"host", b"")
         origin = headers.get(b"origin")
@@ -94,10 +94,10 @@ def _equal(text: str, secret: str) -> bool:
 # --- the page and its routes
 
 
-def make_app(desk: Desk, key: PageKey) -> App:
-    """The whole application. Everything but the page is JSON, under the page's key."""
-    reader = BodyReader(desk.settings)
-    page, policy = _page(desk, key)
+def make_app(session: ReviewSession, key: PageKey) -> App:
+    """The application. All routes check the page's key; all but the page return JSON."""
+    reader = BodyReader(session.settings)
+    page, policy = _page(session, key)
 
     async def show(_: Request) -> Response:
         response = HTMLResponse(page, headers=_HEADERS | {"Content-Security-Policy": policy})
@@ -105,21 +105,21 @@ def make_app(desk: Desk, key: PageKey) -> App:
         return response
 
     async def queue(request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(desk.queue, dict(request.query_params))
+        return await asyncio.to_thread(session.queue, dict(request.query_params))
 
     async def rows(request: Request) -> dict[str, Any]:
-        numbers = _numbers(request.query_params.get("n", ""), len(desk.rows))
+        numbers = _numbers(request.query_params.get("n", ""), len(session.rows))
         reviewer = request.query_params.get("reviewer", "")
-        return await asyncio.to_thread(desk.shown_rows, numbers, reviewer)
+        return await asyncio.to_thread(session.shown_rows, numbers, reviewer)
 
     async def summary(_: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(desk.summary)
+        return await asyncio.to_thread(session.summary)
 
     async def label(request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(desk.check_label, await read(request, LabelForm))
+        return await asyncio.to_thread(session.check_label, await read(request, LabelForm))
 
     async def reviews(request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(desk.save, await read(request, ReviewForm))
+        return await asyncio.to_thread(session.save, await read(request, ReviewForm))
 
     async def read(request: Request, form: type[Form]) -> Form:
         async with reader.body(request.receive) as body:
@@ -143,7 +143,7 @@ def make_app(desk: Desk, key: PageKey) -> App:
 
     @app.exception_handler(DsbsError)
     async def say(request: Request, error: DsbsError) -> Response:
-        """A full disk, or a file that an editor broke: the page says so, and tries again."""
+        """A full disk or a damaged file: the page shows the message and tries again."""
         return await refuse(request, ApiError(503, error.problem, "unavailable"))
 
     @app.exception_handler(HTTPException)
@@ -151,7 +151,7 @@ def make_app(desk: Desk, key: PageKey) -> App:
         return await refuse(request, ApiError(error.status_code, "no such path", "no_such_path"))
 
     paths = frozenset({"/", *routes})
-    return Middleware(app, desk.settings, reader, Metrics(), check=key.check, paths=paths)
+    return Middleware(app, session.settings, reader, Metrics(), check=key.check, paths=paths)
 
 
 def _as_json(
@@ -171,9 +171,9 @@ def _numbers(text: str, rows: int) -> list[int]:
     return numbers
 
 
-def _page(desk: Desk, key: PageKey) -> tuple[str, str]:
-    """The page's HTML, and its Content-Security-Policy: nothing is loaded from elsewhere, and only
-    the page's own script and style apply.
+def _page(session: ReviewSession, key: PageKey) -> tuple[str, str]:
+    """The page's HTML and its Content-Security-Policy, which allows the page's own script and style
+    and no other source.
     """
     from markupsafe import Markup
 
@@ -185,10 +185,10 @@ def _page(desk: Desk, key: PageKey) -> tuple[str, str]:
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
-    boot = json.dumps(_boot(desk, key)).replace("<", "\\u003c")  # no tag can end the element
+    boot = json.dumps(_boot(session, key)).replace("<", "\\u003c")  # no tag can end the element
     template = page_environment(_PACKAGE).get_template("review.html")
     page = template.render(
-        title=f"{desk.recipe.name}, {desk.split}",
+        title=f"{session.recipe.name}, {session.split}",
         style=Markup(style),
         script=Markup(script),
         boot=Markup(boot),
@@ -196,24 +196,24 @@ def _page(desk: Desk, key: PageKey) -> tuple[str, str]:
     return page, policy
 
 
-def _boot(desk: Desk, key: PageKey) -> dict[str, Any]:
-    """What a page needs to know before it asks for rows."""
+def _boot(session: ReviewSession, key: PageKey) -> dict[str, Any]:
+    """What a page needs before it requests rows."""
     return {
-        "key": digest(str(desk.run.path.resolve()), desk.split)[:12],
+        "key": digest(str(session.run.path.resolve()), session.split)[:12],
         "csrf": key.csrf,
-        "reviewer": desk.reviewer,
-        "form": _label_form(desk.task),
-        "labels": list(desk.task.head_labels),
+        "reviewer": session.reviewer,
+        "form": _label_form(session.task),
+        "labels": list(session.task.head_labels),
         "orders": list(ORDERS.items()),
-        "order": desk.order,
-        "reasons": desk.reasons(),
-        "has_gold": any(row.gold is not None for row in desk.rows),
-        "has_students": any(row.student is not None for row in desk.rows),
+        "order": session.order,
+        "reasons": session.reasons(),
+        "has_gold": any(row.gold is not None for row in session.rows),
+        "has_students": any(row.student is not None for row in session.rows),
     }
 
 
 def _label_form(task: Task) -> dict[str, Any]:
-    """How a page asks for a label."""
+    """The form in which a page lets a reviewer enter a label."""
     if task.has_choices:
         return {"kind": "choices"}
     if task.has_several_labels:

@@ -1,4 +1,4 @@
-"""Queue: the rows that people review, likely mistakes first, with random ones among them."""
+"""Review queue: likely mistakes first, with random rows in between."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsbs.config import Recipe
 from dsbs.errors import UserError
 from dsbs.evaluation.floors import FloorInputs
 from dsbs.evaluation.predictions import best_student, predict_student, read_predictions
-from dsbs.evaluation.reviewed import random_order
+from dsbs.evaluation.reviewed import random_order, random_sample
 from dsbs.files import canonical_json, digest, write_json
 from dsbs.formatting import percent, sentence_list
 from dsbs.progress import NoProgress, Progress
@@ -29,20 +29,20 @@ from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import load
 
 Order = Literal["mistakes", "random", "file"]
-RANDOM_EVERY = 5  # one row of so many is a random one
+RANDOM_EVERY = 5  # every fifth row is a random one
 _FOLDS = 5  # of the cross-validation
-_SURE = 0.5  # the least probability of a student that is sure
+_SURE = 0.5  # a student is sure of a label with at least this probability
 _LOW_VOTE = 0.75
-# Characters times labels that confident learning takes: about three minutes on two cores.
+# Characters times labels up to which confident learning runs: about three minutes on two cores.
 _MAX_COST = 300_000_000
-# What a sign of a mistake weighs; those that are probabilities weigh as much as they say.
+# Weights of signs of a mistake. Where a sign has a probability, that is its weight.
 _GOLD_DIFFERS = 0.8
 _DUPLICATE_DIFFERS = 0.6
 
 
 @dataclass(frozen=True, slots=True)
 class ReviewRow:
-    """A row as a reviewer sees it. None: unknown, or there is none."""
+    """A row as a reviewer sees it. None: unknown or absent."""
 
     id: str
     input: dict[str, Any]
@@ -53,19 +53,19 @@ class ReviewRow:
     gold: str | None
     annotation: Annotation
     student: str | None = None
-    """The name of the student that was asked."""
+    """The name of the student that predicted ``student_label``."""
     student_label: str | None = None
     student_probability: float | None = None
     """Of ``student_label``, in [0, 1]."""
     learned_label: str | None = None
-    """The label that models give which did not learn from the row, where confident learning takes
-    the row's for a mistake."""
+    """The label that cross-validated models predict, where confident learning considers the row's
+    label a mistake."""
     label_quality: float | None = None
     """The probability of the row's label according to these models."""
     alike: tuple[tuple[str, str], ...] = ()
-    """(id, label) of rows with nearly the same input and another label."""
+    """(id, label) of near-duplicates with another label."""
     alike_agreeing: int = 0
-    """Rows with nearly the same input and this label."""
+    """The number of near-duplicates with the same label."""
 
     @property
     def is_accepted(self) -> bool:
@@ -82,9 +82,9 @@ class QueueItem:
 
     row: ReviewRow
     sampled: bool
-    """Whether it is there as a random row."""
+    """Whether it is in its place as a random row."""
     reasons: list[str] = field(default_factory=list)
-    """Why it may be wrong, in words."""
+    """Why its label may be wrong, as sentences."""
 
 
 def load_rows(
@@ -95,9 +95,9 @@ def load_rows(
     with_student: bool = True,
     progress: Progress | None = None,
 ) -> list[ReviewRow]:
-    """The annotated rows of a split in the order of its file, with all signs of mistakes.
+    """The annotated rows of a split in file order, with all signs of mistakes.
 
-    Asks the run's best student, if there is one, about all rows, and keeps its answers. Raises
+    The run's best student, if there is one, predicts all rows; its predictions are stored. Raises
     UserError where the split is not annotated with this recipe.
     """
     progress = progress or NoProgress()
@@ -114,8 +114,8 @@ def load_rows(
         )
     if with_student:
         rows = _with_student(recipe, run, split, rows, examples, progress)
-    searched = _signs_of(recipe, task, run.review_signs(split), rows, examples, progress)
-    return _with_alike(task, _with_learned_labels(rows, searched.learned), searched.pairs)
+    stored = _signs_of(recipe, task, run.review_signs(split), rows, examples, progress)
+    return _with_alike(task, _with_learned_labels(rows, stored.learned), stored.pairs)
 
 
 def _with_student(
@@ -156,15 +156,15 @@ def _with_student(
 
 
 class _Signs(BaseModel):
-    """What takes minutes to find on thousands of rows."""
+    """Signs of mistakes that take minutes to compute on thousands of rows."""
 
     mark: str
-    """Hash of what it was found in."""
+    """Hash of the rows and settings that they were computed from."""
     learned: dict[str, tuple[str, float, bool]]
-    """By id: the label of models that did not learn from the row, the probability that they give
-    the row's own label, and whether that is likely a mistake."""
+    """By id: the label that cross-validated models predict, the probability that they give the
+    row's own label, and whether that label is likely a mistake."""
     pairs: list[tuple[int, int]]
-    """The rows with nearly the same input, by their places."""
+    """Indices of near-duplicate rows."""
 
 
 def _signs_of(
@@ -175,7 +175,7 @@ def _signs_of(
     examples: Sequence[Example],
     progress: Progress,
 ) -> _Signs:
-    """The signs in ``path`` where they are of these rows and labels; else they are searched for."""
+    """The signs stored in ``path`` if they are of these rows and labels; otherwise new ones."""
     has_cleanlab = importlib.util.find_spec("cleanlab") is not None
     content = [[row.id, row.input, row.label] for row in rows]
     settings = recipe.task.model_dump(mode="json", exclude={"data"})
@@ -188,7 +188,7 @@ def _signs_of(
     if has_cleanlab:
         learned = _learned_labels(recipe, task, rows, examples, progress)
     else:
-        progress.say("no confident learning: it needs `pip install 'dsbs[review]'`")
+        progress.say("confident learning is skipped: it needs `pip install 'dsbs[review]'`")
     new = _Signs(mark=mark, learned=learned, pairs=near_pairs(examples, task))
     write_json(path, new.model_dump())
     return new
@@ -201,7 +201,7 @@ def _learned_labels(
     examples: Sequence[Example],
     progress: Progress,
 ) -> dict[str, tuple[str, float, bool]]:
-    """Empty where a row's labels are not those of a closed set, or it would take too long."""
+    """Empty for tasks without a closed label set, and where it would take too long."""
     from dsbs.evaluation.tfidf import learned_labels
 
     pairs = [
@@ -212,9 +212,9 @@ def _learned_labels(
     if not task.head_labels or len({label for _, label in pairs}) < 2:
         return {}
     if sum(len(row.text) for row in rows) * (len(task.head_labels) + 20) > _MAX_COST:
-        progress.say("no confident learning: it would take long on so many rows and labels")
+        progress.say("confident learning is skipped: too many rows and labels")
         return {}
-    progress.say(f"cross-validate the labels of {len(pairs):,} rows, for likely mistakes")
+    progress.say(f"cross-validating the labels of {len(pairs):,} rows to find likely mistakes")
     student = next(iter(recipe.students.values()))
     return learned_labels(FloorInputs(student, task, [], train=pairs), _FOLDS)
 
@@ -260,10 +260,10 @@ def _with_alike(
 
 
 def signs(row: ReviewRow, task: Task) -> list[tuple[float, str]]:
-    """Why a row may be wrong: (weight in (0, 1], sentence), the weightiest first."""
+    """Why a row's label may be wrong: (weight in (0, 1], sentence), by decreasing weight."""
     weighted = []
     label = row.label
-    if label is not None and row.gold is not None and not task.correct(label, row.gold):
+    if _gold_differs(row, task):
         weighted.append((_GOLD_DIFFERS, f"gold is {row.gold}"))
     own_label = row.annotation.own_label
     if label is not None and own_label is not None and not task.correct(own_label, label):
@@ -296,7 +296,7 @@ def signs(row: ReviewRow, task: Task) -> list[tuple[float, str]]:
 
 
 def _student_differs(row: ReviewRow, task: Task) -> bool:
-    """Whether the student is sure of another label."""
+    """Whether the student predicts another label and is sure of it."""
     if row.student_label is None or row.label is None:
         return False
     if row.student_probability is not None and row.student_probability < _SURE:
@@ -307,15 +307,15 @@ def _student_differs(row: ReviewRow, task: Task) -> bool:
 # --- filters and order
 
 
-def _is_disputed(row: ReviewRow, task: Task) -> bool:
+def _gold_differs(row: ReviewRow, task: Task) -> bool:
     return row.gold is not None and row.label is not None and not task.correct(row.label, row.gold)
 
 
 FILTERS: dict[str, tuple[str, Callable[[ReviewRow, Task], bool]]] = {
-    "gold-differs": ("the label is not the gold label", _is_disputed),
+    "gold-differs": ("the label is not the gold label", _gold_differs),
     "student-differs": ("the student is sure of another label", _student_differs),
     "unlikely": (
-        "confident learning takes the label for a mistake",
+        "confident learning considers the label a mistake",
         lambda row, _: row.learned_label is not None,
     ),
     "low-vote": (
@@ -325,7 +325,7 @@ FILTERS: dict[str, tuple[str, Callable[[ReviewRow, Task], bool]]] = {
     "duplicates": ("nearly the same text has another label", lambda row, _: bool(row.alike)),
     "not-accepted": ("the annotation is not used", lambda row, _: not row.is_accepted),
 }
-"""By name: what rows pass, in words and as a function."""
+"""By name: which rows pass, as a phrase and as a function."""
 
 
 def ordered(
@@ -340,11 +340,12 @@ def ordered(
 ) -> list[QueueItem]:
     """The rows in the order in which they are reviewed; decided ones are at the end.
 
-    ``mistakes``: by the sum of the weights of their ``signs``, and every fifth row the next one of
-    the random order, so that the teacher's accuracy can be estimated. ``random``: that order alone.
-    ``only``: names of ``FILTERS``, all of which a row passes; ``label``: the label that it has. A
-    selection has no random rows, as they would be random among the selected ones alone.
-    ``reviewer``: whose decisions count, skipped rows too. None: anybody's.
+    ``mistakes``: by the sum of the weights of their ``signs``; every fifth row is the next one of
+    the random sample, from which the teacher's accuracy is estimated. ``random``: the random
+    sample, then the other rows at random. ``only``: names of ``FILTERS``, all of which a row must
+    pass; ``label``: the label that it must have. With either, no row counts as random: it would be
+    random among the selected rows only. ``reviewer``: whose decisions count, skipped rows included.
+    None: anybody's.
     """
     for name in only:
         if name not in FILTERS:
@@ -358,16 +359,18 @@ def ordered(
     is_selection = bool(only) or label is not None
     decided = {row.id for row in selected if _is_decided(row.id, reviews or {}, reviewer)}
     by_id = {row.id: row for row in selected}
+    rank = {row_id: number for number, row_id in enumerate(random_order(by_id))}
     weighted = {row.id: signs(row, task) for row in selected}
-    random_ids = [row_id for row_id in random_order(by_id) if by_id[row_id].label is not None]
+    sample = random_sample(row.annotation for row in selected)
+    random_ids = [row_id for row_id in sample if by_id[row_id].label is not None]
     waiting = [row.id for row in selected if row.id not in decided]
     sampled: set[str] = set()
     if order == "random":
-        places = {row_id: place for place, row_id in enumerate(random_ids)}
-        waiting.sort(key=lambda row_id: places.get(row_id, len(places)))
-        sampled = set() if is_selection else set(places)
+        labeled = [row_id for row_id in rank if by_id[row_id].label is not None]
+        positions = {i: n for n, i in enumerate(dict.fromkeys([*random_ids, *labeled]))}
+        waiting.sort(key=lambda row_id: positions.get(row_id, len(positions)))
+        sampled = set() if is_selection else set(random_ids)
     elif order == "mistakes":
-        rank = {row_id: number for number, row_id in enumerate(random_order(by_id))}
         weights = {
             row_id: sum(weight for weight, _ in of_row) for row_id, of_row in weighted.items()
         }
@@ -391,7 +394,7 @@ def _mixed(likely: Sequence[str], random_ids: Sequence[str]) -> tuple[list[str],
         is_random = len(mixed) % RANDOM_EVERY == RANDOM_EVERY - 1
         source = next_random if is_random else next_likely
         row_id = next((i for i in source if i not in mixed), None)
-        if row_id is None:  # rows without a label are not among the random ones
+        if row_id is None:  # no random row is left: not every row is one
             row_id = next(i for i in next_likely if i not in mixed)
             is_random = False
         mixed[row_id] = None
@@ -405,23 +408,3 @@ def _is_decided(row_id: str, reviews: Reviews, reviewer: str | None) -> bool:
     if reviewer is None:
         return deciding_review(of_row) is not None
     return reviewer in current_reviews(of_row)
-
-
-# --- progress
-
-
-def counts(rows: Sequence[ReviewRow], reviews: Reviews) -> dict[str, int]:
-    """How many rows there are, are reviewed, and were given each decision."""
-    ids = {row.id for row in rows}
-    numbers = dict.fromkeys(("rows", "reviewed", "accepted", "corrected", "rejected", "skipped"), 0)
-    numbers["rows"] = len(ids)
-    for row_id, of_row in reviews.items():
-        if row_id not in ids:
-            continue
-        review = deciding_review(of_row)
-        if review is not None:
-            numbers["reviewed"] += 1
-            numbers[review.decision] += 1
-        elif current_reviews(of_row):
-            numbers["skipped"] += 1
-    return numbers

@@ -23,13 +23,13 @@ from dsbs.run_folder import RunFolder
 from dsbs.serving.run import bind
 
 HOST = "127.0.0.1"
-_SESSION = "session.json"  # of the server that runs, or was killed: its port and token
+_SESSION = "session.json"  # port and token of the server that runs or was killed
 _OPENER = "open.html"
 
 
 @dataclass(frozen=True, slots=True)
 class PageInfo:
-    """A page that is served. ``url`` has the token: whoever knows it may decide."""
+    """A page that is served. ``url`` contains the token, which gives access to the page."""
 
     url: str
     rows: int
@@ -38,7 +38,7 @@ class PageInfo:
 
 
 def recorded_recipe(run: RunFolder) -> Recipe:
-    """The recipe of a run's annotation. Raises UserError where there is none."""
+    """The recipe with which a run was annotated. Raises UserError if there is none."""
     recipe = read_recorded(run.manifest("annotate")) if run.path.is_dir() else None
     if recipe is None:
         raise UserError(
@@ -62,12 +62,12 @@ def review(
 ) -> dict[str, Any]:
     """Serve the page on 127.0.0.1 until SIGTERM or SIGINT. Returns its progress.
 
-    ``on_ready`` is called once the page can be opened. ``port`` 0 takes that of the run's earlier
-    page if it is free, so that a browser finds what it keeps. A server that takes the place of one
-    that was killed also takes its token: open pages go on. Raises UserError, and DsbsError where
-    the run is being reviewed already.
+    ``on_ready`` is called once the page can be opened. ``port`` 0 uses the port of the run's
+    previous page if it is free, so that the browser finds its unsaved decisions. A server that
+    replaces a killed one also uses its token, so that open pages reconnect. Raises UserError, and
+    DsbsError if the run already has a review server.
     """
-    from dsbs.review.desk import Desk
+    from dsbs.review.session import ReviewSession
     from dsbs.tasks import make_task
 
     with needs_extra("review", "dsbs review"):
@@ -76,31 +76,33 @@ def review(
 
     folder = run.stage("review")
     with run.lock("review"):
-        session = _read_session(folder / _SESSION)
-        listener = _listen(port, session.get("port"))
+        earlier = _read_session(folder / _SESSION)
+        listener = _listen(port, earlier.get("port"))
         try:
             rows = load_rows(recipe, run, split, progress=progress)
             bound: int = listener.getsockname()[1]
-            token = session.get("token") or secrets.token_urlsafe(32)
-            desk = Desk(run, recipe, make_task(recipe.task), split, rows, reviewer, order)
+            token = earlier.get("token") or secrets.token_urlsafe(32)
+            session = ReviewSession(
+                run, recipe, make_task(recipe.task), split, rows, reviewer, order
+            )
             key = PageKey(token, bound)
             url = f"http://{HOST}:{bound}/?token={token}"
             _write_private(folder / _SESSION, json.dumps({"port": bound, "token": token}))
 
             def announce() -> None:
-                reviewed = desk.progress()["reviewed"]
+                reviewed = session.progress()["reviewed"]
                 on_ready(PageInfo(url, len(rows), reviewed, os.getpid()))
                 if opens_browser:
                     _open_browser(folder / _OPENER, url)
 
             # Malformed requests are not worth a warning each, and no log has an address.
             logging.getLogger("uvicorn").setLevel(logging.ERROR)
-            HttpServer(make_app(desk, key), desk, announce).run(sockets=[listener])
+            HttpServer(make_app(session, key), session, announce).run(sockets=[listener])
         finally:
             listener.close()
             (folder / _OPENER).unlink(missing_ok=True)
         _write_private(folder / _SESSION, json.dumps({"port": bound}))
-        return desk.progress()
+        return session.progress()
 
 
 def _listen(port: int, earlier: int | None) -> socket.socket:
@@ -111,16 +113,16 @@ def _listen(port: int, earlier: int | None) -> socket.socket:
 
 
 def _read_session(path: Path) -> dict[str, Any]:
-    """The port and the token of an earlier server; {} unless the file is this user's alone."""
+    """Port and token of an earlier server; {} unless only this user can read the file."""
     try:
         status = path.stat()
-        session = json.loads(path.read_text(encoding="utf-8"))
+        earlier = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     is_private = os.name == "nt" or (status.st_uid == os.geteuid() and status.st_mode & 0o077 == 0)
-    if not is_private or not isinstance(session, dict):
+    if not is_private or not isinstance(earlier, dict):
         return {}
-    port, token = session.get("port"), session.get("token")
+    port, token = earlier.get("port"), earlier.get("token")
     valid: dict[str, Any] = {}
     if isinstance(port, int) and 0 < port < 65536:
         valid["port"] = port
@@ -140,7 +142,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _open_browser(path: Path, url: str) -> None:
-    """Open the page by a private file that leads to it: other users see a browser's arguments."""
+    """Open the page through a private redirect file: other users can see a browser's arguments."""
     content = (
         f'<!doctype html><meta http-equiv="refresh" content="0; url={url}"><title>dsbs</title>'
     )

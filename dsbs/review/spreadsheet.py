@@ -1,4 +1,4 @@
-"""Spreadsheets: the queue as a CSV file, and the decisions that people write into it."""
+"""Spreadsheets: the queue as a CSV file, and decisions read back from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dsbs.tasks import Task
 from dsbs.tasks.data import numeric_id
 from dsbs.tasks.tables import spreadsheet_rows
 
-# What is read back: the row and what was shown of it, and what the reviewer fills in.
+# Columns that are read back: the row as it was shown, and what the reviewer fills in.
 _SHOWN = ("id", "label", "rationale", "random")
 _FILLED_IN = ("decision", "new_label", "new_rationale", "gold_is_wrong", "new_gold", "comment")
 _DECISIONS = {
@@ -39,7 +39,7 @@ _DECISIONS = {
     "skip": "skipped",
     "undo": "undone",
 }
-_NO_RATIONALE = "(none)"  # the rationale is wrong, and there is none instead
+_NO_RATIONALE = "(none)"  # the rationale is wrong, and nothing replaces it
 _YES = ("yes", "y", "true", "1", "x")
 _NO = ("", "no", "n", "false", "0")
 _MAX_PROBLEMS = 20  # in one message
@@ -47,20 +47,20 @@ _MAX_CELL = 32_767  # characters; Excel cuts longer cells
 
 
 @dataclass(frozen=True, slots=True)
-class ImportResult:
-    """The decisions of a CSV file."""
+class SpreadsheetImport:
+    """What `import_csv` read."""
 
     saved: Counter[str]
     """By decision."""
     unchanged: int
-    """Rows whose decision was there before."""
+    """Rows whose decision was already saved."""
     undecided: int
 
 
 def export_csv(path: Path, items: Sequence[QueueItem], reviews: Reviews) -> None:
-    """Write the queue in its order, a row each, with the decisions that count so far.
+    """Write the queue in its order, one line per row, with the decisions that count so far.
 
-    Text that a spreadsheet would calculate has a leading ', which ``import_csv`` removes.
+    Text that a spreadsheet would evaluate gets a leading ', which ``import_csv`` removes.
     """
     fields = dict.fromkeys(name for item in items for name in item.row.input)
     taken = {*_SHOWN, *_FILLED_IN, "why", "vote", "gold", "student"}
@@ -96,12 +96,12 @@ def import_csv(
     run: RunFolder,
     split: str,
     reviewer: str,
-) -> ImportResult:
-    """Save the decisions of a file of ``export_csv``, which a spreadsheet may have saved.
+) -> SpreadsheetImport:
+    """Save the decisions in a file that ``export_csv`` wrote and a spreadsheet may have saved.
 
-    Columns may be in any order, and those that are not read may be missing. A row whose decision
-    was there before is not saved again, so that a file can be imported twice. Raises UserError with
-    the numbers of all rows that cannot be used, and then saves nothing.
+    Columns may be in any order, and those that are not read may be missing. A decision that is
+    already saved is not saved again, so a file can be imported twice. Raises UserError with the
+    numbers of all unusable rows, and then saves nothing.
     """
     by_id = {row.id: row for row in rows}
     reviews = run.read_reviews(split)
@@ -120,11 +120,11 @@ def import_csv(
                 continue
             earlier_row, earlier = decisions.get(row.id, (number, review))
             if earlier != review:
-                raise ValueError(f"row {earlier_row} decides otherwise on id {row.id!r}")
+                raise ValueError(f"row {earlier_row} has another decision for id {row.id!r}")
         except ValueError as error:
             problems.append(f"row {number}: {_reason(error)}")
             continue
-        if _is_there(review, reviews.get(row.id, ())):
+        if _is_saved(review, reviews.get(row.id, ())):
             unchanged += 1
         else:
             decisions[row.id] = (number, review)
@@ -133,7 +133,7 @@ def import_csv(
     new = [review for _, review in decisions.values()]
     if new:
         write_reviews(run.reviews(split), new)
-    return ImportResult(Counter(review.decision for review in new), unchanged, undecided)
+    return SpreadsheetImport(Counter(review.decision for review in new), unchanged, undecided)
 
 
 def _json(value: object) -> str:
@@ -167,7 +167,7 @@ def _read(path: Path) -> Iterable[tuple[int, dict[str, str]]]:
                 if name not in folded:
                     raise UserError(
                         f"{path}: no column {name!r} (columns: {', '.join(cells)})",
-                        hint="take the file that the export wrote, and keep its first row",
+                        hint="use the exported file, and keep its first row",
                     )
             is_empty = False
             names = (*_SHOWN, *_FILLED_IN)
@@ -187,7 +187,7 @@ def _text(cell: str) -> str:
 def _review(
     cells: Mapping[str, str], row: ReviewRow, task: Task, reviewer: str, time: str
 ) -> Review | None:
-    """The decision in a row; None: there is none. Raises ValueError for one that cannot be."""
+    """The decision in a row; None: there is none. Raises ValueError for an invalid one."""
     decision = _decision(cells)
     if decision is None:
         return None
@@ -198,7 +198,7 @@ def _review(
         )
     if cells["rationale"] and not _is_same_text(cells["rationale"], row.rationale or ""):
         raise ValueError(
-            "its rationale is another one in the run: write a new one into new_rationale; if the "
+            "its rationale differs from the run's: write a new one into new_rationale; if the "
             "rows were annotated anew, export them again"
         )
     label = _label(cells["new_label"], row, task, "new_label")
@@ -211,9 +211,9 @@ def _review(
     elif rationale == _NO_RATIONALE:
         rationale = ""
     if decision == "corrected" and label is None and rationale is None:
-        raise ValueError("corrected, but new_label and new_rationale say nothing new")
+        raise ValueError("corrected, but new_label and new_rationale change nothing")
     if decision != "corrected" and (label is not None or rationale is not None):
-        raise ValueError(f"{decision}, but new_label or new_rationale says otherwise")
+        raise ValueError(f"{decision}, but new_label or new_rationale is filled in")
     if decision in ("accepted", "corrected") and label is None and row.label is None:
         raise ValueError(f"{decision}, but the row has no label: write one into new_label")
     return Review.model_validate(
@@ -240,7 +240,7 @@ def _decision(cells: Mapping[str, str]) -> str | None:
         if cells["new_label"].strip() or cells["new_rationale"].strip():
             return "corrected"
         if cells["new_gold"].strip() or _is_yes(cells["gold_is_wrong"]):
-            raise ValueError("gold is wrong, and no decision on the label: accepted or rejected?")
+            raise ValueError("gold_is_wrong without a decision: write accepted or rejected")
         return None
     for beginning, decision in _DECISIONS.items():
         if word in (beginning, decision):
@@ -278,7 +278,7 @@ def _is_same_text(cell: str, text: str) -> bool:
     )
 
 
-def _is_there(review: Review, of_row: Sequence[Review]) -> bool:
+def _is_saved(review: Review, of_row: Sequence[Review]) -> bool:
     """Whether a decision is the reviewer's current one, or the one that counts."""
     current = current_reviews(of_row).get(review.reviewer)
     if review.decision == "undone":
@@ -299,7 +299,7 @@ def _unknown_id(cell: str, by_id: Mapping[str, ReviewRow]) -> str:
     row_id = cell.strip()
     for known_id in by_id:
         if numeric_id(known_id) == numeric_id(row_id):
-            return f"id {row_id!r} is {known_id!r} in the run: read as a number; make it text"
+            return f"id {row_id!r} is {known_id!r} in the run: format the id column as text"
     return f"no row of the run has id {row_id!r}"
 
 

@@ -32,9 +32,9 @@ from dsbs.students.calibration import (
     write_record,
 )
 from dsbs.students.card import CARD, Start, StudentCard, Target, architecture_of, read_card
-from dsbs.students.formats import has_label_part, split_target
 from dsbs.students.long_texts import shortened
 from dsbs.students.novelty import Novelty, read_novelty, write_novelty
+from dsbs.students.targets import has_label_part, split_target
 from dsbs.students.tokenizer import text_ends
 from dsbs.tasks import CHOICE_SEPARATOR, make_task
 

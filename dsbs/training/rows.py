@@ -18,8 +18,8 @@ from dsbs.records.reviews import apply_gold, apply_reviews, reviews_mark
 from dsbs.records.subsets import Subset, subset_indices, subset_text
 from dsbs.run_folder import RunFolder
 from dsbs.students.card import Target, head_of
-from dsbs.students.formats import compose_target
 from dsbs.students.long_texts import shortened
+from dsbs.students.targets import compose_target
 from dsbs.tasks import CHOICE_SEPARATOR, Task
 from dsbs.tasks.data import (
     annotated_split,

@@ -91,15 +91,10 @@ class StudentRun:
 
     def _origin(self) -> dict[str, Any]:
         """The record's fields on the recipe that the student comes from."""
-        source = None
+        origin = {"settings": self.settings, "tuned": self.spec.setting, "source": None}
         if self.spec.needs_teacher:
-            source = learned_source(self.recipe, make_task(self.recipe.task))
-        return {
-            "settings": self.settings,
-            "tuned": self.spec.setting,
-            "source": source,
-            "reviews": self.data.reviews,
-        }
+            origin["source"] = learned_source(self.recipe, make_task(self.recipe.task))
+        return origin | {"reviews": self.data.reviews}
 
     # --- training
 

@@ -23,9 +23,10 @@ from dsbs.students.calibration import (
     write_record,
     yes_and_no,
 )
-from dsbs.students.formats import split_target, start_token
+from dsbs.students.formats import start_token
 from dsbs.students.novelty import Novelty, fit_novelty
 from dsbs.students.student import Student
+from dsbs.students.targets import split_target
 from dsbs.training.encode import Encoded, EncodedRows, PackedBatch, collate, pad
 from dsbs.training.methods import View
 from dsbs.training.rows import Data, Row

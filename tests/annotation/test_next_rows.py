@@ -172,8 +172,8 @@ def test_the_command_shows_a_choice_without_writing_it_and_explains_mistakes(
     done = run_dsbs(*arguments, "--pilot", "3", cwd=tmp_path)
     assert done.returncode == 2 and "--next and --pilot exclude each other" in done.stderr
     for setting, message in {
-        "annotate.splits=test": "annotate.splits does not name train",
-        "annotate.next={student: none}": "none is not a student of",
+        "annotate.splits=test": "annotate.splits does not include train",
+        "annotate.next={student: none}": "has no student none",
     }.items():
         with pytest.raises(UserError, match=message):
             choose(load_recipe(path, [setting]), 10, out=run, write=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import toy_rows, write_csv, write_jsonl
+from conftest import TEAMS, run_dsbs, toy_rows, write_csv, write_jsonl
 from test_student import make_student
 
 from dsbs import UserError, load_recipe, validate
@@ -149,3 +149,21 @@ def test_fields_are_counted_and_their_values_looked_for_in_the_input(tmp_path: P
     assert "train: no row has kind b" in messages and "no row has a value for due" in messages
     assert "train: name is verbatim, but in 1 row its gold value does not occur" in messages
     assert "labels are longer than eval.max_label_tokens and can never be right" in messages
+
+
+def test_a_long_prompt_is_cut_in_the_middle_and_whole_as_json(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    labels = [*TEAMS, *(f"team {number:03}" for number in range(300))]
+    recipe = str(toy())
+    setting = f"task.labels={json.dumps(labels)}"
+    result = run_dsbs("validate", recipe, setting, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout
+    assert (
+        " characters not shown; --json has the whole text" in shown and "invoice number 0" in shown
+    )
+    assert "team 160" not in shown.partition("The first prompt:")[2].partition("warning:")[0]
+    assert "train: no row is labeled team 000, " in shown and " and 292 more" in shown
+    printed = run_dsbs("validate", recipe, setting, "--json", cwd=tmp_path).stdout
+    assert "team 160" in json.loads(printed)["first_prompt"]

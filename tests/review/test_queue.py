@@ -21,7 +21,7 @@ from dsbs.evaluation.reviewed import agreement, estimate, random_order
 from dsbs.evaluation.tfidf import learned_labels
 from dsbs.records import Annotation, Example, TeacherName
 from dsbs.records.reviews import Review
-from dsbs.review.queue import FILTERS, QueueItem, ReviewRow, counts, load_rows, ordered, signs
+from dsbs.review.queue import FILTERS, QueueItem, ReviewRow, load_rows, ordered, signs
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
 
@@ -152,18 +152,6 @@ def test_random_and_file_order_and_decided_rows_at_the_end() -> None:
     assert "r58" in ids(ordered(MANY, TASK, reviews=reviews, reviewer="ada"))[:2]
 
 
-def test_progress_counts_each_row_once() -> None:
-    reviews = {
-        "agreed": [decision("agreed"), decision("agreed", "shipping", reviewer="grace")],
-        "gold": [decision("gold", None)],
-        "vote": [decision("vote", decision="skipped")],
-        "elsewhere": [decision("elsewhere")],
-    }
-    numbers = counts(ROWS, reviews)
-    assert (numbers["rows"], numbers["reviewed"], numbers["skipped"]) == (8, 2, 1)
-    assert numbers["accepted"] + numbers["corrected"] == numbers["rejected"] == 1
-
-
 # --- the teacher's true accuracy
 
 
@@ -208,6 +196,32 @@ def test_before_enough_random_rows_it_says_how_many_are_missing_and_which_count(
         "The teacher is right on 95.0% of the annotated rows (95% CI [88.8, 97.8]), by 100 random "
         "rows. "
         "1 skipped random row may be harder than most."
+    )
+
+
+def test_where_next_chose_rows_the_estimate_and_the_queue_draw_from_its_random_rows() -> None:
+    # Chosen rows are hard: the teacher is wrong on all of them, and right on all random ones.
+    chosen = {f"c{n}": annotated(f"c{n}", chosen_by="both") for n in range(60)}
+    earlier = {f"e{n}": annotated(f"e{n}") for n in range(10)}
+    drawn = {f"r{n}": annotated(f"r{n}", chosen_by="random") for n in range(20)}
+    annotations = chosen | earlier | drawn
+    reviews = {i: [decision(i, "billing" if i in drawn else "shipping")] for i in annotations}
+    result = estimate(annotations, reviews, TASK)
+    assert result.rate is not None and (result.rate.correct, result.rate.n) == (20, 20)
+    assert (result.needed, result.other) == (20, 70)
+    assert result.sentence.startswith("The teacher is right on 100.0% of all rows of the split (")
+
+    rows = [ReviewRow(i, {}, i, row.label, None, None, row) for i, row in annotations.items()]
+    items = ordered(rows, TASK)
+    sampled = [item.row.id for item in items if item.sampled]
+    assert len(sampled) > 5 and sampled == [i for i in random_order(drawn) if i in sampled]
+    items = ordered(rows, TASK, order="random")
+    assert [item.row.id for item in items[:20]] == random_order(drawn)
+    assert [item.sampled for item in items] == [n < 20 for n in range(90)]
+
+    without = estimate(chosen, {i: reviews[i] for i in chosen}, TASK)
+    assert without.rate is None and without.sentence.startswith(
+        "The teacher's true accuracy cannot be estimated: there are no random rows. 60 other"
     )
 
 

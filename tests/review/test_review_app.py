@@ -98,7 +98,7 @@ def test_a_decision_is_on_disk_once_it_is_acknowledged(page: Page, run: RunFolde
         ({"decision": "corrected", "label": "cats"}, "'cats' is not one of"),
         ({"decision": "corrected", "label": {"a": [1]}}, "is not one of"),
         ({"decision": "corrected", "label": " "}, "the label is empty"),
-        ({"gold_is_wrong": True}, "it cannot be right and wrong"),
+        ({"gold_is_wrong": True}, "which you marked as wrong"),
         ({"decision": "deleted"}, "decision"),
         ({"reviewer": "\n"}, "reviewer"),
         ({"time": "yesterday"}, "time"),

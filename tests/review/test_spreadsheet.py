@@ -139,17 +139,17 @@ def test_all_unusable_rows_are_listed_and_nothing_is_imported(
     with pytest.raises(UserError) as error:
         take_back(path, run)
     assert error.value.problem.splitlines()[1:] == [
-        "  row 2: id '7' is '007' in the run: read as a number; make it text",
+        "  row 2: id '7' is '007' in the run: format the id column as text",
         "  row 3: new_label is 'returns', which is not a label of the task",
         "  row 4: accepted, but the row has no label: write one into new_label",
         "  row 5: decision is 'maybe', not one of accepted, corrected, rejected, skipped, undone",
         "  row 6: no row of the run has id 'nobody'",
         "  row 7: its label is 'shipping' here and 'billing' in the run: write another label into "
         "new_label; if the rows were annotated anew, export them again",
-        "  row 8: accepted, but new_label or new_rationale says otherwise",
-        "  row 9: corrected, but new_label and new_rationale say nothing new",
-        "  row 10: gold is wrong, and no decision on the label: accepted or rejected?",
-        "  row 12: row 11 decides otherwise on id 'd'",
+        "  row 8: accepted, but new_label or new_rationale is filled in",
+        "  row 9: corrected, but new_label and new_rationale change nothing",
+        "  row 10: gold_is_wrong without a decision: write accepted or rejected",
+        "  row 12: row 11 has another decision for id 'd'",
     ]
     assert not run.reviews("train").exists()
 

@@ -17,7 +17,7 @@ from loopback import LoopbackServer
 from dsbs import Student, annotate, evaluate, load_recipe, train
 from dsbs.config import Recipe
 from dsbs.students.card import SECOND_PART
-from dsbs.students.formats import compose_target, split_target
+from dsbs.students.targets import compose_target, split_target
 from dsbs.tasks import make_task
 from dsbs.training.grid import grid
 from dsbs.training.rows import gather

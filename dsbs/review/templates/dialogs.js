@@ -162,7 +162,7 @@ function checkedLabel(row, label, more) {
   if (["fields", "text"].includes(boot.form.kind)) return call("/label", { id: row.id, ...more });
   const key = String(Array.isArray(label) ? [...label].sort() : label);
   const isOf = (other) => other && key === String(Array.isArray(other.value) ? [...other.value].sort() : other.text);
-  if (more.gold_is_wrong && isOf(row.gold)) return { problem: "This is the gold label: it cannot be right and wrong." };
+  if (more.gold_is_wrong && isOf(row.gold)) return { problem: "This is the gold label, which you marked as wrong." };
   return { text: key, value: label, same: isOf(row.label) };
 }
 

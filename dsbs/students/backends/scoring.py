@@ -1,9 +1,11 @@
-"""Scoring: log-probabilities of answers that are given, in blocks that fit into memory."""
+"""Log-probabilities: of given answers, in blocks that fit into memory, and of decoded tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from dsbs.students.backends import GeneratedText
 
 SCORED_TOGETHER = 256  # answers in one pass, so that a thousand labels need little memory
 
@@ -53,3 +55,45 @@ def joint_log_probability(logits: Any, token_ids: Any, is_token: Any) -> Any:
 
     of_tokens = logits.float().log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
     return torch.where(is_token.cpu(), of_tokens.cpu().double(), 0.0).sum(1)
+
+
+class GreedyLogProbabilities:
+    """Logits processor that records the log-probability of each greedy token.
+
+    Keeping all scores would take batch × tokens × vocabulary floats; scoring afterwards, a second
+    forward pass.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Any] = []
+
+    def __call__(self, _ids: Any, scores: Any) -> Any:
+        """``scores`` (B, V) in nats up to a constant, returned unchanged; records (B,) values."""
+        self._steps.append(scores.amax(-1) - scores.logsumexp(-1))
+        return scores
+
+    def add_to(
+        self, generated: Sequence[GeneratedText], token_ids: Any, is_output: Any
+    ) -> list[GeneratedText]:
+        """The outputs with their tokens and the joint probability of these, in [0, 1].
+
+        ``is_output`` (B, T) marks each row's ``token_ids`` (B, T), its end token included.
+        """
+        import torch
+
+        # On some devices decoding takes one step too many.
+        # On the CPU, since Apple GPUs have no float64.
+        log_probabilities = torch.stack(self._steps[: is_output.shape[1]], 1).cpu().double()
+        is_output = is_output.cpu()
+        total = torch.where(is_output, log_probabilities, 0.0).sum(1).clamp(max=0.0)
+        rows = zip(token_ids.cpu(), log_probabilities, is_output, strict=True)
+        tokens = [
+            tuple(zip(ids[keep].tolist(), values[keep].tolist(), strict=True))
+            for ids, values, keep in rows
+        ]
+        return [
+            output._replace(probability=probability, tokens=of_row)
+            for output, probability, of_row in zip(
+                generated, total.exp().tolist(), tokens, strict=True
+            )
+        ]

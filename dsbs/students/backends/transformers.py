@@ -11,7 +11,12 @@ from typing import Any
 
 from dsbs.files import full_disk_as_partial
 from dsbs.students.backends import GeneratedText, export_error
-from dsbs.students.backends.scoring import joint_log_probability, padded, score_blocks
+from dsbs.students.backends.scoring import (
+    GreedyLogProbabilities,
+    joint_log_probability,
+    padded,
+    score_blocks,
+)
 from dsbs.students.card import Start, StudentCard
 from dsbs.students.formats import ChatFormat, end_tokens, input_format_of, start_token
 from dsbs.students.tokenizer import load_tokenizer
@@ -40,48 +45,6 @@ class TransformersBackend:
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
-
-
-class GreedyLogProbabilities:
-    """Logits processor that records the log-probability of each greedy token.
-
-    Keeping all scores would take batch × tokens × vocabulary floats; scoring afterwards, a second
-    forward pass.
-    """
-
-    def __init__(self) -> None:
-        self._steps: list[Any] = []
-
-    def __call__(self, _ids: Any, scores: Any) -> Any:
-        """``scores`` (B, V) in nats up to a constant, returned unchanged; records (B,) values."""
-        self._steps.append(scores.amax(-1) - scores.logsumexp(-1))
-        return scores
-
-    def add_to(
-        self, generated: Sequence[GeneratedText], token_ids: Any, is_output: Any
-    ) -> list[GeneratedText]:
-        """The outputs with their tokens and the joint probability of these, in [0, 1].
-
-        ``is_output`` (B, T) marks each row's ``token_ids`` (B, T), its end token included.
-        """
-        import torch
-
-        # On some devices decoding takes one step too many.
-        # On the CPU, since Apple GPUs have no float64.
-        log_probabilities = torch.stack(self._steps[: is_output.shape[1]], 1).cpu().double()
-        is_output = is_output.cpu()
-        total = torch.where(is_output, log_probabilities, 0.0).sum(1).clamp(max=0.0)
-        rows = zip(token_ids.cpu(), log_probabilities, is_output, strict=True)
-        tokens = [
-            tuple(zip(ids[keep].tolist(), values[keep].tolist(), strict=True))
-            for ids, values, keep in rows
-        ]
-        return [
-            output._replace(probability=probability, tokens=of_row)
-            for output, probability, of_row in zip(
-                generated, total.exp().tolist(), tokens, strict=True
-            )
-        ]
 
 
 class EncoderDecoderBackend(TransformersBackend):

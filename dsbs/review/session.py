@@ -1,4 +1,4 @@
-"""The desk of a review: the rows that a page shows, and decisions on their way to the disk."""
+"""Review session: the rows that the page shows, and the decisions that it saves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CLOCK_SKEW = timedelta(minutes=1)
 
 
 class LabelForm(BaseModel):
-    """A label that somebody chose or typed, as JSON has it: a text, a list, an object."""
+    """A label that a reviewer chose or typed, as JSON: a text, a list or an object."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,14 +45,15 @@ class LabelForm(BaseModel):
 
 
 class ReviewForm(LabelForm):
-    """A decision. ``time`` is when it was made: with row and reviewer it tells decisions apart."""
+    """A decision. Row, reviewer and ``time`` together identify it."""
 
     decision: Decision
     rationale: str | None = Field(None, max_length=100_000)
     reviewer: str = Field(min_length=1, max_length=80)
     time: datetime
     order: Order | None = None
-    """The order that showed the row. None: it was looked for, so that it is no random one."""
+    """The order in which the row was shown. None: the reviewer searched for it, so it does not
+    count as random."""
 
     @field_validator("reviewer")
     @classmethod
@@ -71,8 +72,8 @@ class ReviewForm(LabelForm):
 
 
 @dataclass
-class Desk:
-    """The rows of a split, and the decisions on them. Its methods block; threads may call them."""
+class ReviewSession:
+    """The rows of a split and the decisions on them. Methods block and are thread-safe."""
 
     run: RunFolder
     recipe: Recipe
@@ -92,12 +93,12 @@ class Desk:
         self._orders: dict[Order, list[int]] = {}
         self._items: dict[Order, dict[int, QueueItem]] = {}
         self.refresh()
-        self.queue_order(self.order)  # whatever is slow happens before the page opens
+        self.queue_order(self.order)  # slow work happens before the page opens
 
     # --- the decisions on disk
 
     def refresh(self) -> None:
-        """Read the decisions again if another process added some."""
+        """Read the decisions again if another process has added some."""
         version = self._file_version()
         if version != self._version:
             self._reviews = read_reviews(self.run.reviews(self.split))
@@ -126,10 +127,10 @@ class Desk:
             return self._orders[order]
 
     def queue(self, query: Mapping[str, str]) -> dict[str, Any]:
-        """The numbers of the rows that a page's filters choose, in the order that it asks for."""
+        """The numbers of the rows that pass a page's filters, in the requested order."""
         order = next((name for name in ORDERS if name == query.get("order", self.order)), None)
         if order is None or query.get("reason", "") not in ("", *FILTERS):
-            raise ApiError(400, "no such order or reason", "no_such_choice")
+            raise ApiError(400, "unknown order or reason", "no_such_choice")
         with self._lock:
             self.refresh()
             numbers = self.queue_order(order)
@@ -141,7 +142,7 @@ class Desk:
             }
 
     def _fits(self, n: int, query: Mapping[str, str]) -> bool:
-        """Whether a row passes all filters; the cheap ones first."""
+        """Whether a row passes all filters. Cheap ones are checked first."""
         row = self.rows[n]
         chosen = [query.get("reason"), query.get("gold") and "gold-differs"]
         chosen.append(query.get("student") and "student-differs")
@@ -203,14 +204,14 @@ class Desk:
         return low in row.label.lower()
 
     def _why(self, n: int) -> list[str]:
-        """Why a row is in its place, in words."""
+        """The reasons to review a row, as sentences."""
         orders = dict.fromkeys([self.order, *self._items])
         item = next(self._items[order][n] for order in orders if order in self._items)
         is_random = any(self._items[order][n].sampled for order in self._items)
         return [*item.reasons, *(["a random row, for the estimate"] if is_random else [])]
 
     def reasons(self) -> list[tuple[str, str]]:
-        """(name, words) of every reason that some row has."""
+        """(name, phrase) of each reason that applies to at least one row."""
         return [
             (name, words)
             for name, (words, fits) in FILTERS.items()
@@ -220,7 +221,7 @@ class Desk:
     def _same(self, row: ReviewRow, label: str) -> bool:
         return row.label is not None and self.task.correct(label, row.label)
 
-    # --- what a page shows
+    # --- responses to the page
 
     def shown_rows(self, numbers: Sequence[int], reviewer: str) -> dict[str, Any]:
         with self._lock:
@@ -231,7 +232,7 @@ class Desk:
         row = self.rows[n]
         current = self._current(n)
         mine = current.get(reviewer)
-        # Another's decision is shown once the reviewer has decided: it would influence theirs.
+        # Other decisions are shown only after the reviewer's own, which they would influence.
         shown = [review for name, review in current.items() if mine and name != reviewer]
         students = []
         if row.student is not None:
@@ -254,7 +255,7 @@ class Desk:
         }
 
     def _shown_label(self, row: ReviewRow, label: str) -> dict[str, Any]:
-        """A label, and where it differs from the teacher's."""
+        """A label, with its differences from the teacher's."""
         value = self.task.value(label)
         shown = {"text": label, "value": value, "same": self._same(row, label)}
         if isinstance(value, dict) and row.label is not None:
@@ -273,7 +274,7 @@ class Desk:
         }
 
     def _vote(self, row: ReviewRow) -> list[str]:
-        """The vote of the replies, and why an annotation is not used, in words."""
+        """Sentences about the vote, and about why an annotation is not used."""
         samples = row.annotation.samples
         lines = []
         if len(samples) > 1 and row.vote_share is not None:
@@ -291,8 +292,8 @@ class Desk:
         return lines
 
     def progress(self) -> dict[str, Any]:
-        """Rows, those that somebody decided on, and how many each reviewer did. Skipped ones count
-        as looked at.
+        """The numbers of rows, of reviewed rows, and of each reviewer's. Skipped rows count as
+        reviewed.
         """
         by: dict[str, int] = {}
         reviewed = 0
@@ -311,7 +312,7 @@ class Desk:
         return self._at[max(mine, key=lambda review: review.when).id] if mine else None
 
     def summary(self) -> dict[str, Any]:
-        """The teacher's estimated accuracy, and how far the reviewers agree."""
+        """The teacher's estimated accuracy and the reviewers' agreement."""
         with self._lock:
             self.refresh()
             annotations = {row.id: row.annotation for row in self.rows}
@@ -334,7 +335,7 @@ class Desk:
     # --- decisions
 
     def check_label(self, form: LabelForm) -> dict[str, Any]:
-        """A label in canonical form, and whether it is the teacher's; or what is wrong with it."""
+        """A label in canonical form, with whether it is the teacher's; or the problem with it."""
         row = self._row(form.id)
         try:
             label = self._read_label(row, form.label)
@@ -344,10 +345,10 @@ class Desk:
         return self._shown_label(row, label)
 
     def save(self, form: ReviewForm) -> dict[str, Any]:
-        """Put a decision on the disk, and return the row as it is now.
+        """Save a decision on disk, and return the updated row.
 
-        One that is there already, as after a server that was killed before it could say so, is not
-        written twice. Raises ApiError (422), and DsbsError where it cannot be written.
+        A decision that is already saved is not saved again: a killed server may not have
+        acknowledged it. Raises ApiError (422), and DsbsError if it cannot be written.
         """
         row = self._row(form.id)
         n = self._at[row.id]
@@ -393,12 +394,10 @@ class Desk:
         if row.gold is None:
             raise ApiError(422, "the row has no gold label", "no_gold")
         if label is not None and self.task.correct(label, row.gold):
-            raise ApiError(
-                422, "this is the gold label: it cannot be right and wrong", "same_as_gold"
-            )
+            raise ApiError(422, "this is the gold label, which you marked as wrong", "same_as_gold")
 
     def _review(self, row: ReviewRow, form: ReviewForm, time: str) -> Review:
-        """The decision as the file has it: only what a reviewer changed."""
+        """The decision as a line of the file, which has only what the reviewer changed."""
         decision = form.decision
         label = rationale = None
         if decision == "corrected":
