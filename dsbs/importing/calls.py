@@ -25,7 +25,6 @@ from dsbs.progress import Progress
 MAX_LINE = 64 << 20  # characters
 MAX_DOCUMENT = 128 << 20  # characters of a file that is one JSON value, which is read at once
 _VALUE = re.compile(r"[^\s,\x1e]")
-_SUFFIXES = (".jsonl", ".json", ".ndjson", ".log", ".txt", ".gz")
 _PROGRESS_EVERY = 500  # entries
 _HINT = (
     "dsbs import reads JSON: logs of OpenAI, Azure, Bedrock, Anthropic and OpenTelemetry, and "
@@ -184,10 +183,9 @@ class CallStore:
         """Keep the prompt of a call that ended with an error."""
         messages, _ = _without_prefill(messages or [])
         if messages:
-            self._db.execute(
-                "INSERT INTO failed (context, question, model) VALUES (?, ?, ?)",
-                (self._context(messages[:-1]), messages[-1][1], model),
-            )
+            context = self._context(messages[:-1])
+            values = {"context": context, "question": messages[-1][1], "model": model}
+            self._insert("failed", values)
 
     def _context(self, messages: list[Message]) -> int:
         text = _json(messages)
@@ -356,28 +354,6 @@ def _messages(text: str) -> list[Message]:
 
 
 # --- files
-
-
-def source_files(sources: Sequence[str | Path]) -> list[Path]:
-    """The files of ``sources``, each a file or a folder. Raises UserError where there are none."""
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
-            if not inner:
-                raise UserError(
-                    f"{path} has no log files ({', '.join(_SUFFIXES)})", hint="name the files"
-                )
-            files += inner
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(
-                f"log {source} does not exist (working directory: {Path.cwd()})",
-                hint="give a file or a directory with the log's files",
-            )
-    return list(dict.fromkeys(files))
 
 
 def read_values(path: Path, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:

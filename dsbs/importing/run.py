@@ -14,13 +14,14 @@ from dsbs.errors import UserError
 from dsbs.files import atomic_write, digest
 from dsbs.formatting import listing
 from dsbs.importing.bodies import Message
-from dsbs.importing.calls import Call, CallStore, Tally, source_files
+from dsbs.importing.calls import Call, CallStore, Tally
 from dsbs.importing.formats import TITLES
 from dsbs.importing.prompts import SAMPLE, find_form, prompt_groups
 from dsbs.importing.recipe import ImportedFiles, Job
 from dsbs.importing.redaction import Redactor, count_private
 from dsbs.progress import NoProgress, Progress
 
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".log", ".txt", ".gz")
 _MAX_PROMPTS = 20  # that are listed
 _MIN_GOLD = 0.9  # of the rows, for gold labels to be learned
 _PROGRESS_EVERY = 500  # calls
@@ -134,6 +135,28 @@ def import_log(
         return importer.run(progress)
     finally:
         store.close()
+
+
+def source_files(sources: Sequence[str | Path]) -> list[Path]:
+    """The files of ``sources``, each a file or a folder. Raises UserError where there are none."""
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
+            if not inner:
+                raise UserError(
+                    f"{path} has no log files ({', '.join(_SUFFIXES)})", hint="name the files"
+                )
+            files += inner
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(
+                f"log {source} does not exist (working directory: {Path.cwd()})",
+                hint="give a file or a directory with the log's files",
+            )
+    return list(dict.fromkeys(files))
 
 
 def _exists(path: Path) -> UserError:
