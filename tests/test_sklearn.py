@@ -122,7 +122,7 @@ def test_a_teacher_labels_what_has_no_labels_and_is_asked_once(
         assert server.requests == 40
         with pytest.raises(ValueError, match="out is required"):
             classifier(teacher=teacher, labels=TEAMS).fit(TEXTS)
-        with pytest.raises(ValueError, match="without y, give labels"):
+        with pytest.raises(ValueError, match="without y, labels is required"):
             classifier(teacher=teacher, out=tmp_path).fit(TEXTS)
 
 

@@ -126,6 +126,14 @@ def test_a_run_closes_with_its_best_student_its_teacher_and_its_best_floor() -> 
     assert closing(results(systems[0])).startswith("No student was compared")
 
 
+def test_where_no_label_differs_from_the_teachers_accuracy_may_be_agreement() -> None:
+    student = system("distill-teacher")
+    said = headline_details(results(system("teacher", kind="teacher", accuracy=1.0), student))
+    assert said[0].startswith("All 1,234 test rows have the label that teacher gave: if")
+    said = headline_details(results(system("teacher", kind="teacher", accuracy=0.999), student))
+    assert not any("agreement" in sentence for sentence in said)
+
+
 def test_the_details_have_the_p_value_and_what_would_go_unnoticed() -> None:
     details = headline_details(against_base(delta=0.02, p_holm=0.3))
     assert details == [

@@ -144,9 +144,11 @@ def _print_job(result: ImportResult) -> None:
         shown = ", ".join(f"{name} {number:,}" for name, number in labels[:_MAX_LABELS])
         more = f", and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
         print(f"{count(len(labels), 'label')}, in a sample: {shown}{more}")
-    rows = sum(result.rows.values())
+    rows = sum(result.rows.values()) - result.unanswered
     unread = f"; not read: {listing(result.unread)}" if result.unread else ""
     print(f"replies read: {percent(result.read / rows)} of {count(rows, 'row')}{unread}")
+    if result.unanswered:
+        print(f"without a reply, left for dsbs annotate: {count(result.unanswered, 'row')}")
     if result.private:
         advice = "" if result.redacted else "; --redact replaces them"
         print(f"private: {listing(result.private)}{advice}")

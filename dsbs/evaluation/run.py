@@ -420,7 +420,8 @@ def _students_of_recipe(recipe: Recipe, task: Task, run: RunFolder) -> list[Trai
         raise UserError(
             f"this recipe's settings or annotations have changed since the training of "
             f"{', '.join(outdated)}",
-            hint="run `dsbs train` with this recipe: students that fit are kept, others set aside",
+            hint="repeat the overrides of that `dsbs train`, or run it with this recipe: students "
+            "that fit are kept, others set aside",
         )
     return students
 

@@ -25,7 +25,6 @@ from dsbs.progress import Progress
 MAX_LINE = 64 << 20  # characters
 MAX_DOCUMENT = 128 << 20  # characters of a file that is one JSON value, which is read at once
 _VALUE = re.compile(r"[^\s,\x1e]")
-_SUFFIXES = (".jsonl", ".json", ".ndjson", ".log", ".txt", ".gz")
 _PROGRESS_EVERY = 500  # entries
 _HINT = (
     "dsbs import reads JSON: logs of OpenAI, Azure, Bedrock, Anthropic and OpenTelemetry, and "
@@ -37,6 +36,7 @@ PRAGMA journal_mode=OFF;
 CREATE TABLE contexts (n INTEGER PRIMARY KEY, hash TEXT UNIQUE, messages TEXT);
 CREATE TABLE calls (n INTEGER PRIMARY KEY, id TEXT, context INTEGER, question TEXT, prefill TEXT,
                     completion TEXT, reasoning TEXT, model TEXT, gold TEXT);
+CREATE TABLE failed (n INTEGER PRIMARY KEY, context INTEGER, question TEXT, model TEXT);
 CREATE TABLE seen (key BLOB PRIMARY KEY, times INTEGER) WITHOUT ROWID;
 CREATE TABLE requests (n INTEGER PRIMARY KEY, key TEXT, part INTEGER, messages TEXT, model TEXT,
                        problem TEXT);
@@ -135,6 +135,8 @@ class CallStore:
             self._add_half(record)
         elif record.problem is not None:
             self.tally.skip(record.problem, where)
+            if record.problem == "error":
+                self._add_failed(record.messages, record.model)
         elif record.messages is None:
             self.tally.skip("no prompt", where)
         elif record.completion is None:
@@ -168,10 +170,7 @@ class CallStore:
         """Split a prompt into its context, its last question and the beginning of the reply that
         the request may give.
         """
-        messages = [message for message in messages if message[1].strip()]
-        prefill = ""
-        while messages and messages[-1][0] == "assistant":
-            prefill = messages.pop()[1] + prefill
+        messages, prefill = _without_prefill(messages)
         if not messages:
             self.tally.skip("no prompt")
             return
@@ -179,6 +178,14 @@ class CallStore:
         row |= {"question": messages[-1][1], "completion": prefill + completion}
         row |= {"reasoning": record.reasoning, "model": record.model, "gold": gold}
         self._insert("calls", row)
+
+    def _add_failed(self, messages: list[Message] | None, model: str | None) -> None:
+        """Keep the prompt of a call that ended with an error."""
+        messages, _ = _without_prefill(messages or [])
+        if messages:
+            context = self._context(messages[:-1])
+            values = {"context": context, "question": messages[-1][1], "model": model}
+            self._insert("failed", values)
 
     def _context(self, messages: list[Message]) -> int:
         text = _json(messages)
@@ -209,6 +216,9 @@ class CallStore:
                 continue  # a span whose messages are records of their own
             if problem is not None or completion is None:
                 self.tally.skip(problem or "no reply")
+                if problem == "error":
+                    messages, request_model, _ = self._request(key)
+                    self._add_failed(messages, model or request_model)
                 continue
             messages, request_model, reason = self._request(key)
             if messages is None:
@@ -313,6 +323,27 @@ class CallStore:
                 value = None if gold is None else json.loads(gold)
                 yield Call(row_id, context, question, completion, reasoning, name, value)
 
+    def failed(self, model: str) -> Iterator[tuple[int, str]]:
+        """Context and question of the calls to a model that ended with an error, in the order of
+        the log. An error leaves the name in the request alone, an alias perhaps of the name that
+        replies have: only what names another model that replied is left out.
+        """
+        rows = self._db.execute(
+            "SELECT context, question FROM failed WHERE coalesce(model, '') = ? OR "
+            "coalesce(model, '') NOT IN (SELECT coalesce(model, '') FROM calls) ORDER BY n",
+            (model,),
+        )
+        yield from rows
+
+
+def _without_prefill(messages: Sequence[Message]) -> tuple[list[Message], str]:
+    """The messages up to the last question, and the beginning of the reply that follows it."""
+    messages = [message for message in messages if message[1].strip()]
+    prefill = ""
+    while messages and messages[-1][0] == "assistant":
+        prefill = messages.pop()[1] + prefill
+    return messages, prefill
+
 
 def _json(messages: Sequence[Message]) -> str:
     return json.dumps(messages, ensure_ascii=False)
@@ -323,28 +354,6 @@ def _messages(text: str) -> list[Message]:
 
 
 # --- files
-
-
-def source_files(sources: Sequence[str | Path]) -> list[Path]:
-    """The files of ``sources``, each a file or a folder. Raises UserError where there are none."""
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
-            if not inner:
-                raise UserError(
-                    f"{path} has no log files ({', '.join(_SUFFIXES)})", hint="name the files"
-                )
-            files += inner
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(
-                f"log {source} does not exist (working directory: {Path.cwd()})",
-                hint="give a file or a directory with the log's files",
-            )
-    return list(dict.fromkeys(files))
 
 
 def read_values(path: Path, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:

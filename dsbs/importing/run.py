@@ -17,13 +17,14 @@ from dsbs.errors import UserError
 from dsbs.files import atomic_write, digest
 from dsbs.formatting import listing
 from dsbs.importing.bodies import Message
-from dsbs.importing.calls import Call, CallStore, Tally, source_files
+from dsbs.importing.calls import Call, CallStore, Tally
 from dsbs.importing.formats import TITLES
 from dsbs.importing.prompts import SAMPLE, find_form, prompt_groups
 from dsbs.importing.recipe import ImportedFiles, Job
 from dsbs.importing.redaction import Redactor, count_private
 from dsbs.progress import NoProgress, Progress
 
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".log", ".txt", ".gz")
 _MAX_PROMPTS = 20  # that are listed
 _MIN_GOLD = 0.9  # of the rows, for gold labels to be learned
 _PROGRESS_EVERY = 500  # calls
@@ -35,7 +36,7 @@ class ImportOptions:
 
     ``model`` and ``prompt`` (from 1) choose among those of the log; None: the most frequent.
     ``test_fraction``: the share of test rows. ``base_url``: an OpenAI-compatible endpoint that the
-    recipe asks where the log has no reply.
+    recipe asks where the log has no reply: calls that ended with an error are then rows too.
     """
 
     model: str | None = None
@@ -67,6 +68,8 @@ class ImportResult:
     reply_form: str
     rows: dict[str, int] = field(default_factory=dict)
     read: int = 0
+    unanswered: int = 0
+    """Train rows of calls that ended with an error, whose reply is asked for later."""
     unread: dict[str, int] = field(default_factory=dict)
     private: dict[str, int] = field(default_factory=dict)
     redacted: dict[str, int] = field(default_factory=dict)
@@ -96,6 +99,7 @@ class ImportResult:
             "reply_form": self.reply_form,
             "rows": self.rows,
             "read": self.read,
+            "unanswered": self.unanswered,
             "unread": self.unread,
             "private": self.private,
             "redacted": self.redacted,
@@ -134,6 +138,28 @@ def import_log(
         return importer.run(progress)
     finally:
         store.close()
+
+
+def source_files(sources: Sequence[str | Path]) -> list[Path]:
+    """The files of ``sources``, each a file or a folder. Raises UserError where there are none."""
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
+            if not inner:
+                raise UserError(
+                    f"{path} has no log files ({', '.join(_SUFFIXES)})", hint="name the files"
+                )
+            files += inner
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(
+                f"log {source} does not exist (working directory: {Path.cwd()})",
+                hint="give a file or a directory with the log's files",
+            )
+    return list(dict.fromkeys(files))
 
 
 def _exists(path: Path) -> UserError:
@@ -215,7 +241,7 @@ class _Importer:
         for number, call in enumerate(self._store.calls(self._model, self._form.contexts)):
             if self._options.limit is not None and rows.total() >= self._options.limit:
                 break
-            values = self._form.values(self._context(call), call.question)
+            values = self._form.values(self._context(call.context), call.question)
             if values is None:
                 result.tally.skip("another template")
                 continue
@@ -223,6 +249,7 @@ class _Importer:
             if call.id is not None and self._store.times_seen("call", identity) > 1:
                 result.tally.skip("repeated entry")
                 continue
+            self._is_new_input(values)
             split, row, reason = self._row(call, values)
             result.first_row = result.first_row or row
             rows[split] += 1
@@ -233,6 +260,13 @@ class _Importer:
             if number % _PROGRESS_EVERY == 0:
                 progress.update(number)
             yield split, row
+        if self._options.base_url is not None:
+            for row in self._unanswered_rows():
+                if self._options.limit is not None and rows.total() >= self._options.limit:
+                    break
+                rows["train"] += 1
+                result.unanswered += 1
+                yield "train", row
         progress.finish()
         result.rows = dict(rows)
         result.unread = dict(unread.most_common())
@@ -247,11 +281,8 @@ class _Importer:
             self._clean(call.id)
             or f"row-{digest(json.dumps(values, sort_keys=True), completion)[:16]}"
         )
-        times = self._store.times_seen("id", row_id)
-        if times > 1:
-            row_id = f"{row_id}~{times}"
         split = "test" if _position(values) < self._options.test_fraction else "train"
-        row: dict[str, Any] = {"id": row_id, "input": values}
+        row: dict[str, Any] = {"id": self._unique(row_id), "input": values}
         sample = self._job.sample(completion, values)
         label = self._job.gold(call.gold, values)
         if label is not None:
@@ -264,12 +295,33 @@ class _Importer:
         row["teacher"] = {"model": call.model or "unknown", "completion": completion}
         return split, row, sample.reason
 
-    def _context(self, call: Call) -> list[Message]:
-        if call.context not in self._contexts:
+    def _unanswered_rows(self) -> Iterator[dict[str, Any]]:
+        """Train rows without a reply: the calls that ended with an error, but for those that were
+        repeated.
+        """
+        for context, question in self._store.failed(self._model):
+            values = self._form.values(self._context(context), question)
+            if values is None or not self._is_new_input(values):
+                continue
+            for text in map(str, values.values()):
+                count_private(text, self._private)
+            values = self._clean(values)
+            key = digest("unanswered", json.dumps(values, sort_keys=True))[:16]
+            yield {"id": self._unique(f"row-{key}"), "input": values}
+
+    def _unique(self, row_id: str) -> str:
+        times = self._store.times_seen("id", row_id)
+        return row_id if times == 1 else f"{row_id}~{times}"
+
+    def _is_new_input(self, values: dict[str, Any]) -> bool:
+        return self._store.times_seen("input", json.dumps(values, sort_keys=True)) == 1
+
+    def _context(self, context: int) -> list[Message]:
+        if context not in self._contexts:
             if len(self._contexts) > 1000:
                 self._contexts.clear()
-            self._contexts[call.context] = self._store.context(call.context)
-        return self._contexts[call.context]
+            self._contexts[context] = self._store.context(context)
+        return self._contexts[context]
 
     # --- files
 

@@ -187,6 +187,21 @@ def _two_digits(number: int) -> int:
 
 def headline_details(results: Results) -> list[str]:
     """Sentences to follow the headline: its p value, and its caveats."""
+    return [*_agreement_sentences(results), *_comparison_details(results)]
+
+
+def _agreement_sentences(results: Results) -> list[str]:
+    """Where no test label differs from a teacher's: that accuracy may only be agreement with it."""
+    return [
+        f"All {count(results.n, f'{results.split} row')} have the label that {system.name} gave: "
+        "if their labels were taken from it, as those of an imported log are, accuracy here is "
+        "agreement with the teacher."
+        for system in results.systems
+        if system.kind == "teacher" and system.accuracy == 1
+    ][:1]
+
+
+def _comparison_details(results: Results) -> list[str]:
     system, baseline = headline_comparison(results)
     floors = [*cascade_details(results), *floor_details(system)]
     if results.baseline is None:

@@ -20,7 +20,6 @@ from dsbs.files import atomic_write, digest
 from dsbs.formatting import ABSENT, count, percent
 from dsbs.records.sentences import (
     break_even_sentence,
-    floor_details,
     floor_warnings,
     is_reliable,
     label_efficiency_sentence,
@@ -291,7 +290,7 @@ def verdict(run: EvaluatedRun) -> Verdict:
             [
                 "Without a baseline (eval.baseline) the report cannot say what the method "
                 "contributes.",
-                *floor_details(system),
+                *headline_details(results),
             ]
         )
         return Verdict(run.name, sentence, details, False, student_sentences(results))

@@ -112,6 +112,31 @@ def test_with_an_endpoint_the_recipe_asks_it_for_missing_replies(tmp_path: Path)
     assert recipe.annotate.use_recorded and recipe.annotate.splits == ("train", "test")
 
 
+def test_failed_calls_are_rows_for_the_endpoint_to_answer(tmp_path: Path) -> None:
+    log = [{"model": "large-2026"} | chat(text, f"Answer: {team}") for text, team in texts(20)]
+    ended = {"error": {"message": "Rate limit reached"}}
+    failed = [
+        {"request": chat(text, "", model="large"), "response": ended}
+        for text in (
+            "the parcel of ada@example.org is late",
+            "the parcel of bob@example.org is late",
+            texts(1)[0][0],  # answered when it was repeated
+            "the parcel of bob@example.org is late",
+        )
+    ]
+    write(tmp_path / "log", [failed[0], *log, *failed[1:]])
+    plain = import_log([tmp_path / "log"], tmp_path / "plain.jsonl")
+    assert (plain.unanswered, sum(plain.rows.values())) == (0, 20)
+    options = ImportOptions(base_url="http://127.0.0.1:9/v1", redact=True)
+    result = import_log([tmp_path / "log"], tmp_path / "rows.jsonl", options)
+    assert (result.unanswered, result.read, sum(result.rows.values())) == (2, 20, 22)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").open()]
+    unanswered = [row for row in rows if "teacher" not in row]
+    hidden = {"text": "the parcel of <EMAIL_ADDRESS> is late"}
+    assert [row["input"] for row in unanswered] == [hidden, hidden]
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
 def label_alone(text: str, team: str) -> str:
     return team
 

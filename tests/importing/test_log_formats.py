@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from dsbs.importing.calls import CallStore, source_files
+from dsbs.importing.calls import CallStore
 from dsbs.importing.formats import FORMATS
+from dsbs.importing.run import source_files
 from dsbs.progress import NoProgress
 
 SYSTEM = "Route the message: billing or shipping."
