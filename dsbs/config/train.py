@@ -352,7 +352,7 @@ class TrainSection(StudentTrainSection, _SharedTrainSection):
         if by_steps and self.counts_epochs:
             raise ValueError(
                 "train.max_steps and train.max_epochs exclude each other; a student is trained "
-                "either by steps or by epochs"
+                "either by steps or by epochs: set the other one to null"
             )
         return self
 
