@@ -1,6 +1,6 @@
 """Which rows next? Accuracy of students on rows that `dsbs annotate --next` chose, against random.
 
-    python benchmarks/next_rows.py --out runs/next-rows     # half an hour on a core; resumable
+    python benchmarks/next_rows.py --out runs/next-rows     # resumable
 
 Banking77 (Casanueva et al., 2020; gold labels stand for the teacher's) and e-SNLI (PaLM-540B's
 recorded labels), MiniLM with a label head. From a pool of train rows, each seed annotates its first
