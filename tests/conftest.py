@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -155,6 +156,25 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("real data is not beside this checkout (../shared/data)")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium, by Playwright."""
+    api = pytest.importorskip(
+        "playwright.sync_api",
+        reason="Playwright's package is not installed (pip install dsbs[dev])",
+    )
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"no browser on this machine ({', '.join(names)})")
+    api.expect.set_options(timeout=60_000)  # for a busy machine
+    with api.sync_playwright() as playwright:
+        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from conftest import (
     TEAMS,
     good_answer,
     run_dsbs,
+    run_python,
     start_dsbs,
     toy_rows,
     write_csv,
@@ -237,6 +238,20 @@ def test_every_command_of_a_page_runs(page: Path, desk: Desk) -> None:
         if not any(command.startswith(start) for start in NOT_RUN):
             desk.run(command)
     desk.stop()
+
+
+@pytest.mark.parametrize("name", ["importing", "reviewing"])
+def test_the_python_of_a_page_runs(name: str, desk: Desk, tmp_path: Path) -> None:
+    desk.run("dsbs run tickets.yaml")
+    folder = desk.folder
+    if name == "importing":  # into a folder without the desk's recipe
+        folder = tmp_path
+        shutil.copytree(desk.folder / "logs", folder / "logs")
+    text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, FLAGS)
+    (folder / "page.py").write_text("\n".join(blocks), encoding="utf-8")
+    ended = run_python("page.py", cwd=folder, env=desk.env | {"PYTHONPATH": str(ROOT)})
+    assert blocks and ended.returncode == 0, ended.stderr
 
 
 def test_what_is_not_run_is_still_on_a_page() -> None:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 IMAGE = Path(__file__).resolve().parent.parent / "docs" / "images" / "report.png"
 WIDTH = 1100  # CSS pixels; wide enough for the table of systems
@@ -26,25 +29,31 @@ def find_chromium() -> str | None:
     return next((path for path in paths if path is not None), None)
 
 
-def capture(page: Path, image: Path) -> None:
-    """Write the top of a report page as a PNG, cut below the last section that fits."""
+@contextmanager
+def opened_tab(image: Path, height: int) -> Iterator[Any]:
+    """A tab of the browser, for a screenshot that is written to ``image``."""
     from playwright.sync_api import sync_playwright
 
     flags = ["--no-sandbox"] if os.geteuid() == 0 else []
     image.parent.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
-        tab = browser.new_page(
-            viewport={"width": WIDTH, "height": MAX_HEIGHT}, device_scale_factor=PIXEL_RATIO
+        yield browser.new_page(
+            viewport={"width": WIDTH, "height": height}, device_scale_factor=PIXEL_RATIO
         )
+        browser.close()
+
+
+def capture(page: Path, image: Path) -> None:
+    """Write the top of a report page as a PNG, cut below the last section that fits."""
+    with opened_tab(image, MAX_HEIGHT) as tab:
         tab.goto(page.resolve().as_uri())
         ends = tab.locator("main > section").evaluate_all(
             "(sections) => sections.map((section) => section.getBoundingClientRect().bottom)"
         )
         height = max((end for end in ends if end + MARGIN <= MAX_HEIGHT), default=MAX_HEIGHT)
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": min(MAX_HEIGHT, height + MARGIN)}
-        tab.screenshot(path=image, clip=clip)  # type: ignore[arg-type]
-        browser.close()
+        tab.screenshot(path=image, clip=clip)
 
 
 def main(arguments: list[str]) -> int:

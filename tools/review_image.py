@@ -8,13 +8,12 @@ Needs Chromium and the package playwright (pip install 'dsbs[dev]'; apt-get inst
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from report_image import PIXEL_RATIO, WIDTH, find_chromium
+from report_image import find_chromium, opened_tab
 
 IMAGE = Path(__file__).resolve().parent.parent / "docs" / "images" / "review.png"
 HEIGHT = 600  # CSS pixels
@@ -22,19 +21,10 @@ HEIGHT = 600  # CSS pixels
 
 def capture(url: str, image: Path) -> None:
     """Write the page with its first row as a PNG."""
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    image.parent.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
-        tab = browser.new_page(
-            viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=PIXEL_RATIO
-        )
+    with opened_tab(image, HEIGHT) as tab:
         tab.goto(url)
         tab.locator("#row .input").wait_for()
         tab.screenshot(path=image)
-        browser.close()
 
 
 def main(arguments: list[str]) -> int:

@@ -39,12 +39,12 @@ from dsbs.records import Example, NextRound, NextRounds, TrainedStudent
 from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.students.formats import PAIR_SEPARATOR
 from dsbs.students.student import Answer, Student
-from dsbs.students.weights import EMBEDDED_ENCODER
+from dsbs.students.weights import EMBEDDED_ENCODER, device, expand_local
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import comparable, is_held_out, load, position
 
 Floats = NDArray[np.float32]
-MAX_COMPARED = 20_000  # unlabelled rows, a random part of a larger pool
+MAX_COMPARED = 20_000  # unlabeled rows, a random part of a larger pool
 _UNCERTAIN = 10  # `both` chooses among this many times as many most uncertain rows
 _TFIDF_DIMENSIONS = 128
 _BATCH = 64
@@ -146,7 +146,7 @@ def _annotated_before(recipe: Recipe, run: RunFolder) -> tuple[str, ...]:
 def _sentence(entry: NextRound) -> str:
     """How many rows were chosen, and by which criteria."""
     random = len(set(entry.random) & set(entry.rows))
-    text = f"next: {count(len(entry.rows), 'row')} of {entry.unlabelled:,} without an annotation"
+    text = f"next: {count(len(entry.rows), 'row')} of {entry.unlabeled:,} without an annotation"
     if entry.by == "random":
         return f"{text}, at random"
     by = "uncertainty and diversity" if entry.by == "both" else entry.by
@@ -212,17 +212,17 @@ class _Choice:
 
     def make(self, number: int) -> NextRound:
         """Choose ``number`` rows, or all that are left. Raises UserError if none is left."""
-        unlabelled = {
+        unlabeled = {
             row.id for row in (*self._train, *self._valid) if row.id not in self._annotated
         }
-        if not unlabelled:
+        if not unlabeled:
             raise UserError(
                 "every train row is annotated; --next has no row to choose",
                 hint="add rows to task.data.train, or start a new run (--out)",
             )
-        number = min(number, len(unlabelled))
+        number = min(number, len(unlabeled))
         share = len(self._valid) / (len(self._valid) + len(self._train))
-        to_train_on = sum(row.id in unlabelled for row in self._train)
+        to_train_on = sum(row.id in unlabeled for row in self._train)
         to_validate = max(round(share * number), number - to_train_on)
         valid, valid_sample = self._sample(self._valid, to_validate)
         rest = number - len(valid)
@@ -240,7 +240,7 @@ class _Choice:
             rows=tuple(row.id for row in (*valid, *random, *chosen)),
             random=(*valid_sample, *sample),
             seed=self._section.seed,
-            unlabelled=len(unlabelled),
+            unlabeled=len(unlabeled),
             compared=len(pool) if chosen else 0,
             started=now(),
             **how,
@@ -342,14 +342,11 @@ class _Choice:
 
 def _encoder_states(texts: Sequence[str]) -> Floats:
     """The mean states of the embedded encoder, (texts, D). Raises UserError where it is missing."""
-    from dsbs.students.weights import expand_local
-
     source = expand_local(EMBEDDED_ENCODER)
     import torch
 
     from dsbs.students.heads import load_body, mean_states
     from dsbs.students.tokenizer import load_tokenizer
-    from dsbs.students.weights import device
 
     tokenizer = load_tokenizer(source)
     body = load_body(source).to(device()).eval()

@@ -21,52 +21,68 @@ if TYPE_CHECKING:
     from dsbs.run_folder import RunFolder
 
 
+RunOrRecipe = Annotated[
+    str,
+    typer.Argument(metavar="RUN|RECIPE", help="A run folder with annotations, or its recipe."),
+]
+SplitName = Annotated[
+    str, typer.Option("--split", help="The split whose annotations are reviewed.")
+]
+ReviewerName = Annotated[
+    str | None,
+    typer.Option(
+        "--reviewer",
+        metavar="NAME",
+        help="Name stored with each decision; editable on the page. Default: your user name.",
+        show_default=False,
+    ),
+]
+OrderName = Annotated[
+    Literal["mistakes", "random", "file"],
+    typer.Option("--order", help="Order of the rows; can be changed on the page."),
+]
+Port = Annotated[
+    int,
+    typer.Option(
+        "--port",
+        min=0,
+        max=65535,
+        help="Port on 127.0.0.1. 0: the run's previous one, or a free one.",
+    ),
+]
+NoBrowser = Annotated[
+    bool, typer.Option("--no-browser", help="Print the address instead of opening a browser.")
+]
+ExportCsv = Annotated[
+    str | None,
+    typer.Option(
+        "--export-csv",
+        metavar="FILE",
+        help="Write rows and decisions to a CSV file instead of serving the page.",
+        show_default=False,
+    ),
+]
+ImportCsv = Annotated[
+    str | None,
+    typer.Option(
+        "--import-csv",
+        metavar="FILE",
+        help="Read decisions from a CSV file that --export-csv wrote and people edited.",
+        show_default=False,
+    ),
+]
+
+
 def review(
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN|RECIPE", help="A run folder with annotations, or its recipe."),
-    ],
+    run: RunOrRecipe,
     overrides: Overrides = None,
-    split: Annotated[str, typer.Option(help="The split whose annotations are reviewed.")] = "train",
-    reviewer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Name stored with each decision; editable on the page. Default: your user name.",
-            show_default=False,
-        ),
-    ] = None,
-    order: Annotated[
-        Literal["mistakes", "random", "file"],
-        typer.Option(help="Order of the rows; can be changed on the page."),
-    ] = "mistakes",
-    port: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=65535,
-            help="Port on 127.0.0.1. 0: the run's previous one, or a free one.",
-        ),
-    ] = 0,
-    no_browser: Annotated[
-        bool, typer.Option("--no-browser", help="Print the address instead of opening a browser.")
-    ] = False,
-    export_csv: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write rows and decisions to a CSV file instead of serving the page.",
-            show_default=False,
-        ),
-    ] = None,
-    import_csv: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Read decisions from a CSV file that --export-csv wrote and people edited.",
-            show_default=False,
-        ),
-    ] = None,
+    split: SplitName = "train",
+    reviewer: ReviewerName = None,
+    order: OrderName = "mistakes",
+    port: Port = 0,
+    no_browser: NoBrowser = False,
+    export_csv: ExportCsv = None,
+    import_csv: ImportCsv = None,
     out: Out = None,
     set_keys: SetKeys = None,
     as_json: Json = False,

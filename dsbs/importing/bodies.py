@@ -61,6 +61,11 @@ def parsed(value: Any) -> Any:
     return value
 
 
+def object_or_empty(value: Any) -> dict[str, Any]:
+    """A JSON object; {} for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
 def role_of(value: Any) -> str:
     role = str(value or "user").lower()
     return _ROLES.get(role, role)
@@ -221,7 +226,7 @@ def _reply_message(body: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """A response's message, as the chat API has it, and why it ended."""
     choices = body.get("choices")
     if isinstance(choices, list):
-        choice = choices[0] if choices and isinstance(choices[0], dict) else {}
+        choice = object_or_empty(choices[0]) if choices else {}
         message = choice.get("message")
         if isinstance(message, str) or message is None:
             message = {"content": message or choice.get("text")}
@@ -246,9 +251,8 @@ def _chat_part(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
     if "reasoningContent" in part:
-        reasoning = part["reasoningContent"]
-        inner = reasoning.get("reasoningText") if isinstance(reasoning, dict) else None
-        return {"type": "reasoning", "text": inner.get("text") if isinstance(inner, dict) else ""}
+        inner = object_or_empty(object_or_empty(part["reasoningContent"]).get("reasoningText"))
+        return {"type": "reasoning", "text": inner.get("text", "")}
     if "content" in part and "text" not in part:
         return {"type": part.get("type"), "text": part["content"]}
     return part
@@ -318,10 +322,10 @@ def _joined(events: Iterable[Any]) -> dict[str, Any]:
         thought = delta.get("thinking") or delta.get("reasoning_content")
         thoughts.append(thought if isinstance(thought, str) else "")
         finish = stop or finish
-        inner = _object(event.get("message"))
+        inner = object_or_empty(event.get("message"))
         model = event.get("model") or inner.get("model") or model
-        for holder in (inner, _object(event.get("metadata")), event):
-            usage |= _object(holder.get("usage"))
+        for holder in (inner, object_or_empty(event.get("metadata")), event):
+            usage |= object_or_empty(holder.get("usage"))
     if finish is None and not any(texts):
         raise Unusable("streaming fragment")
     message = {"content": "".join(texts), "reasoning_content": "".join(thoughts)}
@@ -329,21 +333,15 @@ def _joined(events: Iterable[Any]) -> dict[str, Any]:
     return {"choices": [choice], "usage": usage, "model": model}
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _delta(event: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The new part in an event of a stream, and why the stream ended."""
     choices = event.get("choices")
     if isinstance(choices, list):
-        choice = choices[0] if choices and isinstance(choices[0], dict) else {}
-        delta = choice.get("delta")
-        return delta if isinstance(delta, dict) else {}, choice.get("finish_reason")
+        choice = object_or_empty(choices[0]) if choices else {}
+        return object_or_empty(choice.get("delta")), choice.get("finish_reason")
     block = event.get("contentBlockDelta") or event.get("messageStop")
     if isinstance(block, dict):
-        delta = block.get("delta")
-        return delta if isinstance(delta, dict) else {}, block.get("stopReason")
+        return object_or_empty(block.get("delta")), block.get("stopReason")
     delta = event.get("delta")
     if isinstance(delta, dict):
         return delta, delta.get("stop_reason")

@@ -17,6 +17,7 @@ from dsbs.importing.bodies import (
     id_text,
     is_reply,
     is_request,
+    object_or_empty,
     parsed,
     role_of,
     with_reply,
@@ -86,7 +87,7 @@ def _read_openai_batch(value: Object) -> Iterator[Record]:
         return
     response = value.get("response")
     record = Record(key=key, id=key, half="reply")
-    status = response.get("status_code") if isinstance(response, dict) else None
+    status = object_or_empty(response).get("status_code")
     if value.get("error") or not isinstance(response, dict) or status not in (None, 200):
         record.problem = "error"
         yield record
@@ -194,8 +195,7 @@ def _read_bedrock(value: Object) -> Iterator[Record]:
 
 
 def _azure_properties(value: Object) -> Object:
-    properties = parsed(value.get("properties"))
-    merged = {**value, **properties} if isinstance(properties, dict) else value
+    merged = value | object_or_empty(parsed(value.get("properties")))
     return {name.casefold(): entry for name, entry in merged.items()}
 
 
@@ -280,8 +280,7 @@ _GOLD = ("label", "gold", "expected", "ideal")
 
 def _gold(value: Object) -> Any:
     """A row's own label, where a log comes with it."""
-    metadata = value.get("metadata")
-    for holder in (value, metadata if isinstance(metadata, dict) else {}):
+    for holder in (value, object_or_empty(value.get("metadata"))):
         for name in _GOLD:
             if isinstance(holder.get(name), str | int | float | list | dict):
                 return holder[name]

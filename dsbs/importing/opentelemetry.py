@@ -15,6 +15,7 @@ from dsbs.importing.bodies import (
     Unusable,
     Usage,
     id_text,
+    object_or_empty,
     parsed,
     role_of,
     text_of,
@@ -72,12 +73,8 @@ def _otlp_value(value: Any) -> Any:
     return inner if kind.endswith("Value") else value
 
 
-def _object(value: Any) -> Object:
-    return value if isinstance(value, dict) else {}
-
-
 def _span_key(value: Object) -> str | None:
-    context = _object(value.get("context"))
+    context = object_or_empty(value.get("context"))
     ids = [
         value.get(name) or context.get(other)
         for name, other in (("traceId", "trace_id"), ("spanId", "span_id"))
@@ -167,7 +164,7 @@ def _read_event(entry: Object) -> Iterator[Record]:
     elif name.startswith("gen_ai."):
         record = Record(key=_span_key(entry), id=_span_key(entry), is_part=True)
         body = _otlp_value(entry.get("body"))
-        _add_event(record, name, attributes | (body if isinstance(body, dict) else {}))
+        _add_event(record, name, attributes | object_or_empty(body))
         record.half = "request" if record.messages else "reply"
         if record.messages or record.completion or record.problem:
             yield record

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,27 +85,7 @@ class ImportResult:
             "skipped": dict(tally.skipped),
             "first_skipped": tally.first_skipped,
             "tokens": {"prompt": tally.prompt_tokens, "completion": tally.completion_tokens},
-            "models": self.models,
-            "model": self.model,
-            "prompts": self.prompts,
-            "prompt": self.prompt,
-            "instruction": self.instruction,
-            "exemplars": self.exemplars,
-            "template": self.template,
-            "fields": list(self.fields),
-            "first_row": self.first_row,
-            "task": self.task,
-            "labels": self.labels,
-            "reply_form": self.reply_form,
-            "rows": self.rows,
-            "read": self.read,
-            "unanswered": self.unanswered,
-            "unread": self.unread,
-            "private": self.private,
-            "redacted": self.redacted,
-            "gold": self.gold,
-            "files": self.files,
-            "next": self.next,
+            **{part.name: getattr(self, part.name) for part in fields(self)[1:]},
         }
 
 

@@ -159,7 +159,7 @@ class NextRound(_Record):
     random: tuple[str, ...] = ()
     """Ids that this round adds to the random sample; earlier rounds may have chosen some."""
     seed: int = 0
-    unlabelled: int = 0
+    unlabeled: int = 0
     """Rows that could be chosen."""
     compared: int = 0
     """Those of them that were compared by uncertainty or diversity."""

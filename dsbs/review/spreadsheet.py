@@ -57,7 +57,7 @@ class SpreadsheetImport:
     undecided: int
 
 
-def export_csv(path: Path, items: Sequence[QueueItem], reviews: Reviews) -> None:
+def export_csv(path: str | Path, items: Sequence[QueueItem], reviews: Reviews) -> None:
     """Write the queue in its order, one line per row, with the decisions that count so far.
 
     Text that a spreadsheet would evaluate gets a leading ', which ``import_csv`` removes.
@@ -66,7 +66,7 @@ def export_csv(path: Path, items: Sequence[QueueItem], reviews: Reviews) -> None
     taken = {*_SHOWN, *_FILLED_IN, "why", "vote", "gold", "student"}
     columns = {name: f"input.{name}" if name in taken else name for name in fields}
     decided = deciding_reviews(reviews)
-    with atomic_write(path) as file:
+    with atomic_write(Path(path)) as file:
         file.write("\ufeff")  # Excel reads UTF-8 only with a byte order mark
         writer = csv.writer(file)
         shown = ("label", "rationale", "vote", "gold", "student", "why", "random")
@@ -90,7 +90,7 @@ def export_csv(path: Path, items: Sequence[QueueItem], reviews: Reviews) -> None
 
 
 def import_csv(
-    path: Path,
+    path: str | Path,
     rows: Iterable[ReviewRow],
     task: Task,
     run: RunFolder,
@@ -103,6 +103,7 @@ def import_csv(
     already saved is not saved again, so a file can be imported twice. Raises UserError with the
     numbers of all unusable rows, and then saves nothing.
     """
+    path = Path(path)
     by_id = {row.id: row for row in rows}
     reviews = run.read_reviews(split)
     problems: list[str] = []

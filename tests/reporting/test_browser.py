@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +19,7 @@ from dsbs.reporting.run import PAGE_BYTES, report_runs
 pytest.importorskip(
     "playwright.sync_api", reason="Playwright's package is not installed (pip install dsbs[dev])"
 )
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 HOSTILE = {
     0: "<script>alert(1)</script>",
@@ -57,20 +55,6 @@ LOW_CONTRAST = """() => {
   return low;
 }"""
 OPEN_ALL = "document.querySelectorAll('details').forEach((node) => { node.open = true; })"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip(f"no browser on this machine ({', '.join(names)})")
-    expect.set_options(timeout=60_000)  # for a busy machine
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=program, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
