@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from dsbs.config import Recipe
+from dsbs.config import Recipe, Section
 from dsbs.config.load import dotted, load_located
 from dsbs.errors import UserError, needs_extra
 from dsbs.files import canonical_json, digest, find_file
@@ -384,6 +384,15 @@ _TEACHER_KEYS_WITHOUT_EFFECT = {
     "threads",
     "batch_size",
 }
+_FIRST_TEACHER_KEYS = {
+    "kind",
+    "model",
+    "base_url",
+    "endpoints",
+    "endpoint",
+    "extra_body",
+    "completions",
+}
 _ENDPOINT_KEYS_WITHOUT_EFFECT = {"weight", "api_key_env", "rpm", "tpm"}
 _ANNOTATE_KEYS_WITHOUT_EFFECT = {
     "prompt",  # counts by its content, as does the order
@@ -396,6 +405,16 @@ _ANNOTATE_KEYS_WITHOUT_EFFECT = {
     "batch",
     "engine",
     "ray",
+}
+_FIRST_ANNOTATE_KEYS = {
+    "samples",
+    "stop_early",
+    "temperature",
+    "logprobs",
+    "hint",
+    "min_rationale_words",
+    "rationale_from",
+    "max_tokens",
 }
 
 
@@ -410,19 +429,26 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
             votes.append([member.weight, manifest.get("source")])
         by_mean = ["mean"] if recipe.annotate.score_vote == "mean" else []
         return digest("ensemble", canonical_json(votes), *by_mean)
-    teacher = recipe.teacher.model_dump(mode="json", exclude=_TEACHER_KEYS_WITHOUT_EFFECT)
-    if teacher["reasoning_effort"] is None:
-        del teacher["reasoning_effort"]  # earlier runs, which did not have it, are the same
+    teacher = _hashed(recipe.teacher, _FIRST_TEACHER_KEYS, _TEACHER_KEYS_WITHOUT_EFFECT)
     for endpoint in teacher["endpoints"]:
         for name in _ENDPOINT_KEYS_WITHOUT_EFFECT:
             del endpoint[name]
     prompt_hash = load_prompt(recipe, task).hash if recipe.teacher.is_prompted else ""
-    sampling = recipe.annotate.model_dump(mode="json", exclude=_ANNOTATE_KEYS_WITHOUT_EFFECT)
-    if sampling["format"] == "text":
-        del sampling["format"]
-    if sampling["score_vote"] == "median":
-        del sampling["score_vote"]
+    sampling = _hashed(recipe.annotate, _FIRST_ANNOTATE_KEYS, _ANNOTATE_KEYS_WITHOUT_EFFECT)
     return digest(canonical_json(teacher), prompt_hash, canonical_json(sampling))
+
+
+def _hashed(section: Section, first: Set[str], without_effect: Set[str]) -> dict[str, Any]:
+    """The settings that a fingerprint counts: those of ``first``, and a later one where it differs
+    from its default, so that a new key leaves the fingerprints of earlier runs as they are.
+    """
+    values = section.model_dump(mode="json", exclude=set(without_effect))
+    fields = type(section).model_fields
+    return {
+        name: value
+        for name, value in values.items()
+        if name in first or getattr(section, name) != fields[name].default
+    }
 
 
 def learned_source(recipe: Recipe, task: Task) -> str:

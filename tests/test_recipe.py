@@ -16,6 +16,8 @@ from dsbs.config import Recipe, Section, StudentSection, TermSettings, registry
 from dsbs.config.load import load_recipe, read_recorded
 from dsbs.config.schema import recipe_schema
 from dsbs.errors import UserError
+from dsbs.prompting import learned_source, source_fingerprint
+from dsbs.tasks import make_task
 
 PLAIN = """\
 task:
@@ -144,6 +146,45 @@ def test_a_default_that_is_set_changes_nothing(written: Written) -> None:
     plain = load_recipe(written(PLAIN))
     explicit = load_recipe(written(PLAIN), ["train.learning_rate=0.001", "train.max_steps=1000"])
     assert explicit.students[None].training == plain.students[None].training
+
+
+@pytest.mark.parametrize(
+    ("student", "settings"),
+    [
+        ([], "d3ba520bb8a36b90"),
+        (["student.model=minilm-l6"], "95ef47254ada45fd"),
+        (["student.model=smollm2-135m-instruct", "student.head=labels"], "726933ee2fcf326e"),
+        (["train.tune={learning_rate: [1e-4, 2e-4]}"], "eec3f73bf116d9b0"),
+    ],
+)
+def test_a_new_version_keeps_the_annotations_and_students_of_earlier_runs(
+    written: Written, student: list[str], settings: str
+) -> None:
+    # The hashes are those of earlier versions. Where a new key changes one, leave the key's default
+    # out of the hash: otherwise every run that people have paid for counts as another recipe's.
+    written("instruction: Name the team.\ntemplate: '{{ text }}'\n", "prompt.yaml")
+    path = written("""\
+task: {name: classification, labels: [card, loan], data: {train: train.csv}}
+teacher: {model: some-model}
+annotate: {prompt: prompt.yaml}
+train:
+  methods: [finetune, step-by-step+labels+feature]
+  terms: [{kind: labels}, {kind: feature}]
+  teachers: [{model: teacher}]
+""")
+    recipe = load_recipe(path, student)
+    task = make_task(recipe.task)
+    assert source_fingerprint(recipe, task)[:16] == "c3c4e49839b92c00"
+    assert learned_source(recipe, task)[:16] == "afb740036309c509"
+    trained = recipe.students[None].training_of("step-by-step+labels+feature")
+    assert trained[:16] == settings
+
+
+def test_a_new_setting_of_annotation_counts_where_it_is_used(written: Written) -> None:
+    recipe = load_recipe(written(PLAIN))
+    used = load_recipe(written(PLAIN), ["annotate.use_recorded=true"])
+    task = make_task(recipe.task)
+    assert source_fingerprint(used, task) != source_fingerprint(recipe, task)
 
 
 def test_a_scratch_students_defaults_hold_for_a_recipe_made_in_code() -> None:
