@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from dsbs.config import Recipe, Section
+from dsbs.config import Recipe
 from dsbs.config.load import dotted, load_located
 from dsbs.errors import UserError, needs_extra
 from dsbs.files import canonical_json, digest, find_file
@@ -36,6 +36,8 @@ Order = Literal["rationale-first", "label-first"]
 
 _MAX_PATTERN = 1000  # characters
 _PATTERN_GROUPS = {"label", "rationale"}
+# Keys that were added to a section or to the prompt file after runs existed: see _hashed.
+_LATER_KEYS = {"format", "order", "pattern", "reasoning_effort", "score_vote", "use_recorded"}
 _VARIABLE = re.compile(r"\{\{-?\s*(label|letter|rationale)\b")
 
 
@@ -51,6 +53,18 @@ def _default_answer(values: Mapping[str, Any]) -> str:
         return "{{ rationale }}\nAnswer: {{ label }}"
     anchor = (values.get("anchor") or ("",))[0].strip()
     return f"{anchor} {{{{ label }}}}\n{{{{ rationale }}}}".lstrip()
+
+
+def _hashed(settings: BaseModel, without_effect: Set[str] = frozenset()) -> dict[str, Any]:
+    """The settings that a hash counts. A key of ``_LATER_KEYS`` counts where it differs from its
+    default: earlier runs, which did not have it, are the same.
+    """
+    fields = type(settings).model_fields
+    return {
+        name: value
+        for name, value in settings.model_dump(mode="json", exclude=set(without_effect)).items()
+        if name not in _LATER_KEYS or getattr(settings, name) != fields[name].default
+    }
 
 
 class Exemplar(BaseModel):
@@ -107,14 +121,7 @@ class Prompt(BaseModel):
     @property
     def hash(self) -> str:
         """Hash of everything that is sent or decides how replies are read."""
-        values = self.model_dump(mode="json")
-        if self.format == "text":
-            del values["format"]  # earlier runs, which did not have it, are the same
-        if self.order == "rationale-first":
-            del values["order"]
-        if self.pattern is None:
-            del values["pattern"]
-        return digest(canonical_json(values))
+        return digest(canonical_json(_hashed(self)))
 
 
 @lru_cache(maxsize=16)
@@ -384,15 +391,6 @@ _TEACHER_KEYS_WITHOUT_EFFECT = {
     "threads",
     "batch_size",
 }
-_FIRST_TEACHER_KEYS = {
-    "kind",
-    "model",
-    "base_url",
-    "endpoints",
-    "endpoint",
-    "extra_body",
-    "completions",
-}
 _ENDPOINT_KEYS_WITHOUT_EFFECT = {"weight", "api_key_env", "rpm", "tpm"}
 _ANNOTATE_KEYS_WITHOUT_EFFECT = {
     "prompt",  # counts by its content, as does the order
@@ -405,16 +403,6 @@ _ANNOTATE_KEYS_WITHOUT_EFFECT = {
     "batch",
     "engine",
     "ray",
-}
-_FIRST_ANNOTATE_KEYS = {
-    "samples",
-    "stop_early",
-    "temperature",
-    "logprobs",
-    "hint",
-    "min_rationale_words",
-    "rationale_from",
-    "max_tokens",
 }
 
 
@@ -429,26 +417,13 @@ def source_fingerprint(recipe: Recipe, task: Task) -> str:
             votes.append([member.weight, manifest.get("source")])
         by_mean = ["mean"] if recipe.annotate.score_vote == "mean" else []
         return digest("ensemble", canonical_json(votes), *by_mean)
-    teacher = _hashed(recipe.teacher, _FIRST_TEACHER_KEYS, _TEACHER_KEYS_WITHOUT_EFFECT)
+    teacher = _hashed(recipe.teacher, _TEACHER_KEYS_WITHOUT_EFFECT)
     for endpoint in teacher["endpoints"]:
         for name in _ENDPOINT_KEYS_WITHOUT_EFFECT:
             del endpoint[name]
     prompt_hash = load_prompt(recipe, task).hash if recipe.teacher.is_prompted else ""
-    sampling = _hashed(recipe.annotate, _FIRST_ANNOTATE_KEYS, _ANNOTATE_KEYS_WITHOUT_EFFECT)
+    sampling = _hashed(recipe.annotate, _ANNOTATE_KEYS_WITHOUT_EFFECT)
     return digest(canonical_json(teacher), prompt_hash, canonical_json(sampling))
-
-
-def _hashed(section: Section, first: Set[str], without_effect: Set[str]) -> dict[str, Any]:
-    """The settings that a fingerprint counts: those of ``first``, and a later one where it differs
-    from its default, so that a new key leaves the fingerprints of earlier runs as they are.
-    """
-    values = section.model_dump(mode="json", exclude=set(without_effect))
-    fields = type(section).model_fields
-    return {
-        name: value
-        for name, value in values.items()
-        if name in first or getattr(section, name) != fields[name].default
-    }
 
 
 def learned_source(recipe: Recipe, task: Task) -> str:
