@@ -160,9 +160,9 @@ def test_a_default_that_is_set_changes_nothing(written: Written) -> None:
 def test_a_new_version_keeps_the_annotations_and_students_of_earlier_runs(
     written: Written, student: list[str], settings: str
 ) -> None:
-    # The hashes are those of earlier versions. Where a new key changes one, leave its default out of
-    # the hash (dsbs.prompting._LATER_KEYS, StudentRecipe.training): otherwise every run that was paid
-    # for counts as another recipe's.
+    # The hashes are those of earlier versions. Where a new key changes one, leave its default out
+    # of the hash (dsbs.prompting._LATER_KEYS, StudentRecipe.training). Otherwise every run that was
+    # paid for counts as another recipe's.
     written("instruction: Name the team.\ntemplate: '{{ text }}'\n", "prompt.yaml")
     path = written("""\
 task: {name: classification, labels: [card, loan], data: {train: train.csv}}
