@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsbs.config import Recipe
 from dsbs.errors import UserError
-from dsbs.evaluation.bootstrap import Clusters, mean_interval
+from dsbs.evaluation.bootstrap import Clusters, counts_interval, mean_interval
 from dsbs.evaluation.systems import System
 from dsbs.formatting import confidence_interval, count, percent
 from dsbs.prompting import source_fingerprint
@@ -277,13 +278,18 @@ class Agreement:
     kappa: float | None
     """Cohen's kappa (1960) over the right labels, with rejection as a category of its own; over the
     decisions if labels are free text or have parts. None: all answers are the same."""
+    kappa_ci95: tuple[float, float] | None
+    """Its 95% interval, by bootstrap over the rows."""
     differences: list[tuple[str, Review, Review]]
     """The ids of the rows on which they differ, with their decisions."""
 
     @property
     def sentence(self) -> str:
         first, second = self.reviewers
-        kappa = "" if self.kappa is None else f", Cohen's kappa {self.kappa:.2f}"
+        kappa = ""
+        if self.kappa is not None and self.kappa_ci95 is not None:
+            low, high = self.kappa_ci95
+            kappa = f", Cohen's kappa {self.kappa:.2f} (95% CI [{low:.2f}, {high:.2f}])"
         return (
             f"{first} and {second} agree on {self.agreed} of "
             f"{count(self.rows, 'row')} that both reviewed{kappa}."
@@ -325,15 +331,33 @@ def agreement(
         for row_id, (first, second) in both.items()
         if not _same_answer(first, second, task)
     ]
-    answers = [
-        [_answer(pair[side], task) for pair in both.values()] for side in range(len(reviewers))
-    ]
-    kappa = None
-    if len({*answers[0], *answers[1]}) > 1:
-        from sklearn.metrics import cohen_kappa_score
+    answers = [(_answer(first, task), _answer(second, task)) for first, second in both.values()]
+    kappa, interval = _kappa(answers)
+    agreed = len(both) - len(differences)
+    return Agreement(reviewers, len(both), agreed, kappa, interval, differences)
 
-        kappa = float(cohen_kappa_score(*answers))
-    return Agreement(reviewers, len(both), len(both) - len(differences), kappa, differences)
+
+def _kappa(
+    answers: Sequence[tuple[str, str]],
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Cohen's kappa and its 95% interval; None, None where all answers are the same."""
+    pairs, pair_of_row = np.unique(answers, axis=0, return_inverse=True)
+    names, codes = np.unique(pairs, return_inverse=True)
+    if len(names) == 1:
+        return None, None
+    first, second = np.moveaxis(np.eye(len(names))[codes.reshape(pairs.shape)], 1, 0)
+    agree = (pairs[:, 0] == pairs[:, 1]).astype(float)
+
+    def kappa(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(resamples, pairs) -> (resamples,)."""
+        rows = counts.sum(axis=1)
+        expected = ((counts @ first) * (counts @ second)).sum(axis=1) / rows**2
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (counts @ agree / rows - expected) / (1 - expected)
+
+    kinds = pair_of_row.reshape(-1)
+    value = kappa(np.bincount(kinds).astype(float)[None])[0]
+    return float(value), counts_interval(kinds, kappa)
 
 
 def _answer(review: Review, task: Task) -> str:

@@ -247,14 +247,40 @@ def test_two_reviewers_are_compared_on_the_rows_that_both_decided_on() -> None:
     assert result is not None and (result.rows, result.agreed) == (4, 3)
     # Observed 3/4, expected (2*1 + 1*2 + 1*1) / 16.
     assert result.kappa == pytest.approx((3 / 4 - 5 / 16) / (1 - 5 / 16))
+    low, high = result.kappa_ci95 or (1.0, 0.0)
+    assert -1 <= low < result.kappa < high <= 1
     assert result.sentence == (
-        "ada and grace agree on 3 of 4 rows that both reviewed, Cohen's kappa 0.64."
+        "ada and grace agree on 3 of 4 rows that both reviewed, Cohen's kappa 0.64 "
+        f"(95% CI [{low:.2f}, {high:.2f}])."
     )
     [(row_id, first, second)] = result.differences
     assert (row_id, first.reviewer, second.label) == ("2", "ada", "shipping")
     assert agreement({"1": [decision("1")]}, TASK) is None
     same = {"1": [decision("1"), decision("1", reviewer="grace")]}
     assert (only := agreement(same, TASK)) is not None and only.kappa is None
+
+
+def test_kappa_of_two_reviewers_and_its_interval() -> None:
+    from sklearn.metrics import cohen_kappa_score
+
+    labels = ("billing", "shipping", "returns")
+    pairs = [(labels[n % 3], labels[(n + (n % 5 == 0)) % 3]) for n in range(300)]
+    widths = []
+    for rows in (60, 300):
+        reviews = {
+            str(n): [decision(str(n), ours), decision(str(n), theirs, reviewer="grace")]
+            for n, (ours, theirs) in enumerate(pairs[:rows])
+        }
+        result = agreement(reviews, TASK)
+        assert result is not None and result.kappa_ci95 is not None
+        assert result.kappa == pytest.approx(cohen_kappa_score(*zip(*pairs[:rows], strict=True)))
+        low, high = result.kappa_ci95
+        assert low < result.kappa < high
+        widths.append(high - low)
+    # An independent figure: the large-sample standard error of Cohen (1960) at 80% agreement.
+    se = (0.8 * 0.2 / 300) ** 0.5 / (1 - 1 / 3)
+    assert widths[0] > 1.8 * widths[1]
+    assert widths[1] == pytest.approx(2 * 1.96 * se, rel=0.15)
 
 
 # --- from a run

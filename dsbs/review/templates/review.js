@@ -368,7 +368,9 @@ function line(row, to) {
   const isOther = row.gold && row.label && !row.gold.same;
   const state = row.mine ? DECISIONS[row.mine.decision] : "–";
   const open = element("button", { type: "button" }, element("span", { className: "excerpt" }, inline(row.fields.map(([, text]) => text.slice(0, 240)).join(" / "))),
-    gist("teacher", plain(row.label)), gist("gold", `${isOther ? "≠ " : ""}${plain(row.gold)}`, isOther ? "differs" : ""), gist("you", state));
+    gist("teacher", plain(row.label)));
+  if (boot.has_gold) open.append(gist("gold", `${isOther ? "≠ " : ""}${plain(row.gold)}`, isOther ? "differs" : ""));
+  open.append(gist("you", state));
   open.addEventListener("click", () => { setList(false); showRow(to); });
   return element("li", null, open);
 }
