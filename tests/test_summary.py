@@ -164,6 +164,35 @@ def test_a_smoke_run_and_a_run_without_baselines_say_so() -> None:
     assert headline(nothing) == "No systems were compared on these 1,234 test rows."
 
 
+UNSURE = "By seed the difference is +9.0, +1.0 and +12.0 points: other seeds may not confirm it."
+
+
+def test_a_significant_difference_whose_seeds_disagree_says_so() -> None:
+    versus = comparison(0.0733, delta_per_seed={0: 0.09, 1: 0.01, 2: 0.12})
+    student = system("step-by-step-gold", seeds=[0, 1, 2], versus={"finetune-gold": versus})
+    assert headline(results(BASE, student)).endswith(UNSURE)
+    assert "other seeds may not confirm it" in system_sentences(student)[0]
+
+
+def test_seeds_that_agree_and_differences_that_are_not_significant_need_no_word_on_seeds() -> None:
+    agreeing = {0: 0.09, 1: 0.08, 2: 0.1}
+    for versus in (
+        comparison(0.09, delta_per_seed=agreeing),
+        comparison(0.09, delta_per_seed={0: 0.09, 1: 0.09}),
+        comparison(0.03, p_holm=0.4, delta_per_seed={0: 0.09, 1: -0.03}),
+        comparison(0.09),  # external predictions and the teacher have no seeds
+    ):
+        student = system("step-by-step-gold", versus={"finetune-gold": versus})
+        said = " ".join([headline(results(BASE, student)), *system_sentences(student)])
+        assert "seed" not in said
+
+
+def test_a_significant_difference_of_one_seed_says_so() -> None:
+    versus = comparison(delta_per_seed={0: 0.1})
+    student = system("step-by-step-gold", seeds=[0], versus={"finetune-gold": versus})
+    assert "With one seed:" in headline(results(BASE, student))
+
+
 # --- rows needed
 
 

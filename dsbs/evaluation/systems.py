@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -277,17 +277,20 @@ def compare(
     comparisons: dict[str, dict[str, Comparison]] = {}
     for (system, baseline), difference, p_holm in zip(chosen, differences, adjusted, strict=True):
         comparisons.setdefault(system.name, {})[baseline.name] = Comparison(
-            delta=difference.delta,
-            ci95=difference.ci95,
-            p=difference.p,
+            **asdict(difference),
             p_holm=p_holm,
-            test=difference.test,
-            wins=difference.wins,
-            losses=difference.losses,
-            minimum_detectable_effect=difference.minimum_detectable_effect,
+            delta_per_seed=_delta_per_seed(system, baseline),
             graded=graded.get((system.name, baseline.name), {}),
         )
     return comparisons
+
+
+def _delta_per_seed(system: System, baseline: System) -> dict[int, float]:
+    ours, theirs = (
+        {student.seed: float(file.correct.mean()) for student, file in zip(*members, strict=False)}
+        for members in ((each.students, each.files) for each in (system, baseline))
+    )
+    return {seed: value - theirs[seed] for seed, value in ours.items() if seed in theirs}
 
 
 def compare_with_floors(

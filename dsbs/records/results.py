@@ -64,6 +64,8 @@ class Comparison(ResultRecord):
     """Rows with a lower score here."""
     minimum_detectable_effect: float | None = None
     """The smallest true difference that this test set detects with 80% power; None: unknown."""
+    delta_per_seed: dict[int, float] = Field({}, exclude_if=_is_empty)
+    """The difference by seed, for the seeds that both systems have."""
     graded: dict[str, GradedComparison] = {}
     """By metric."""
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
+
 from dsbs.formatting import (
     ABSENT,
     confidence_interval,
@@ -10,6 +14,7 @@ from dsbs.formatting import (
     p_value,
     percent,
     points,
+    points_number,
     rate,
     sentence_list,
     signed_confidence_interval,
@@ -39,9 +44,34 @@ def comparison_sentence(baseline: str, comparison: Comparison) -> str:
     """The difference from another system, or that there is none to rely on, with its caveats."""
     uncertainty = f"{signed_confidence_interval(comparison.ci95)}, {p_value(comparison.p_holm)}"
     if is_reliable(comparison):
-        return f"{distance(comparison)} accurate than {baseline} ({uncertainty})"
+        details = "; ".join([uncertainty, *seed_caveats(comparison)])
+        return f"{distance(comparison)} accurate than {baseline} ({details})"
     details = "; ".join([f"{points(comparison.delta)}, {uncertainty}", *caveats_of(comparison)])
     return f"no reliable difference from {baseline} ({details})"
+
+
+def seed_caveats(comparison: Comparison) -> list[str]:
+    """Caveats of a significant comparison whose seeds do not agree, or are too few to say so.
+
+    The p value is about rows: with other test rows, these same students would differ too. Whether
+    students of other seeds would is a question of Student's t interval over the seeds.
+    """
+    differences = list(comparison.delta_per_seed.values())
+    if len(differences) == 1:
+        return ["with one seed: students of another may differ less, or the other way"]
+    if not differences or _excludes_zero(differences):
+        return []
+    by_seed = sentence_list([points_number(difference) for difference in differences])
+    return [f"by seed the difference is {by_seed} points: other seeds may not confirm it"]
+
+
+def _excludes_zero(differences: Sequence[float]) -> bool:
+    """Whether the 95% t interval of the mean difference excludes zero."""
+    from scipy.stats import t
+
+    standard_error = statistics.stdev(differences) / math.sqrt(len(differences))
+    half_width = t.ppf(0.975, len(differences) - 1) * standard_error
+    return bool(abs(statistics.mean(differences)) > half_width)
 
 
 def distance(comparison: Comparison) -> str:

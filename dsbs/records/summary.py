@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from dsbs.formatting import (
     ABSENT,
@@ -42,6 +43,7 @@ from dsbs.records.sentences import (
     is_reliable,
     label_efficiency_sentence,
     review_sentences,
+    seed_caveats,
     selective_rows,
     student_sentences,
 )
@@ -130,7 +132,8 @@ def _headline(results: Results) -> list[str]:
     if is_reliable(comparison):
         return [
             f"{system.name} is {distance(comparison)} accurate than {baseline} "
-            f"on these {rows} ({ci95})."
+            f"on these {rows} ({ci95}).",
+            *_caveat_sentences(seed_caveats(comparison)),
         ]
     sentence = (
         f"{system.name} and {baseline} cannot be told apart on these {rows} "
@@ -218,8 +221,12 @@ def _comparison_details(results: Results) -> list[str]:
     ]
     if is_reliable(comparison):
         return [*details, *floors]
-    details += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in caveats_of(comparison)]
+    details += _caveat_sentences(caveats_of(comparison))
     return [*details, "Finding no difference does not show that there is none.", *floors]
+
+
+def _caveat_sentences(caveats: Sequence[str]) -> list[str]:
+    return [f"{caveat[0].upper()}{caveat[1:]}." for caveat in caveats]
 
 
 def system_sentences(system: SystemResult) -> list[str]:

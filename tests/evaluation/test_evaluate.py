@@ -60,6 +60,11 @@ def test_all_systems_are_compared_from_their_prediction_files(
     assert finetuned.seeds == [0, 1] and finetuned.interval == "bootstrap over rows"
     assert finetuned.accuracy == pytest.approx(sum(finetuned.accuracy_per_seed) / 2)
     assert set(step_by_step.versus) == {"finetune-gold", "distill-teacher"}
+    by_seed = zip(step_by_step.accuracy_per_seed, finetuned.accuracy_per_seed, strict=True)
+    assert step_by_step.versus["finetune-gold"].delta_per_seed == pytest.approx(
+        {seed: ours - theirs for seed, (ours, theirs) in enumerate(by_seed)}
+    )
+    assert "seed" not in teacher.versus["finetune-gold"].model_dump_json()
     assert run.read_results() == results
 
     files = sorted((run.path / "eval" / "predictions").glob("*.jsonl"))
