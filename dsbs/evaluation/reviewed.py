@@ -353,7 +353,7 @@ def _kappa(
         rows = counts.sum(axis=1)
         expected = ((counts @ first) * (counts @ second)).sum(axis=1) / rows**2
         with np.errstate(invalid="ignore", divide="ignore"):
-            return (counts @ agree / rows - expected) / (1 - expected)
+            return np.asarray((counts @ agree / rows - expected) / (1 - expected))
 
     kinds = pair_of_row.reshape(-1)
     value = kappa(np.bincount(kinds).astype(float)[None])[0]
