@@ -190,7 +190,7 @@ def test_seeds_that_agree_and_differences_that_are_not_significant_need_no_word_
 def test_a_significant_difference_of_one_seed_says_so() -> None:
     versus = comparison(delta_per_seed={0: 0.1})
     student = system("step-by-step-gold", seeds=[0], versus={"finetune-gold": versus})
-    assert "With one seed:" in headline(results(BASE, student))
+    assert "Trained with one seed:" in headline(results(BASE, student))
 
 
 # --- rows needed

@@ -58,7 +58,7 @@ def seed_caveats(comparison: Comparison) -> list[str]:
     """
     differences = list(comparison.delta_per_seed.values())
     if len(differences) == 1:
-        return ["with one seed: students of another may differ less, or the other way"]
+        return ["trained with one seed: another seed may shrink or reverse the difference"]
     if not differences or _excludes_zero(differences):
         return []
     by_seed = sentence_list([points_number(difference) for difference in differences])
