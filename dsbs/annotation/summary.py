@@ -25,11 +25,11 @@ from dsbs.records.measures import Rate, wilson
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
 
-NOTABLE_SHARE = 0.2  # a rejection reason with a larger share of the rows is reported
+NOTABLE_SHARE = 0.1  # a rejection reason with a larger share of the rows is reported
 REFUSALS_IN_A_ROW = 16  # of one message; then it is found out whether all are refused
 _SHOWN_DETAILS = 5  # messages about rows without a reply
 _KEPT_DETAILS = 20
-_SHOWN_CHARACTERS = 200  # of an example reply
+_SHOWN_CHARACTERS = 100  # of each end of an example reply
 
 REASONS: dict[Reason, str] = {
     "unparsed": "there is no readable answer after the prompt's anchor",
@@ -51,6 +51,8 @@ REASONS: dict[Reason, str] = {
 _ADVICE = {
     "refused": "not asked again; `--retry-refused` does, once the cause is settled",
     "no-reply": "the same command asks again",
+    "unparsed": "if it has an answer in another form, set anchor or pattern in the prompt file and "
+    "run the same command: it reads the stored replies again",
 }
 
 
@@ -185,6 +187,8 @@ class SplitSummary:
             text = _first_text(example)
             if text is not None:
                 warning += f". The reply to row {example.id}: {text}"
+                if reason in _ADVICE:
+                    warning += f" ({_ADVICE[reason]})"
             warnings.append(warning)
         if methods and self.without_rationale > NOTABLE_SHARE * self.accepted:
             warnings.append(
@@ -250,9 +254,11 @@ def rounded_interval(rate: Rate | None) -> list[float] | None:
 
 
 def _first_text(annotation: Annotation) -> str | None:
-    """The first reply of a row, shortened and quoted; None: it has no reply with a text."""
+    """The first reply of a row, quoted, its middle cut; None: it has no reply with a text."""
     for sample in annotation.samples:
-        text = one_line(sample.text, _SHOWN_CHARACTERS)
+        text = one_line(sample.text)
+        if len(text) > 2 * _SHOWN_CHARACTERS:  # the answer stands at the beginning or the end
+            text = f"{text[:_SHOWN_CHARACTERS].rstrip()} … {text[-_SHOWN_CHARACTERS:].lstrip()}"
         if text:
             return f'"{text}"'
     return None

@@ -197,25 +197,27 @@ def test_a_table_of_completions_is_read_and_ids_that_lost_their_zeros_are_told(
 # --- rejected rows
 
 
-def test_a_reason_that_rejects_more_than_a_fifth_of_the_rows_is_a_warning_with_a_reply(
+def test_a_reason_that_rejects_more_than_a_tenth_of_the_rows_is_a_warning_with_a_reply(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    texts = ["It is about money.\nAnswer: billing"] * 7 + ["Sure! It is  billing."] * 3
+    texts = ["It is about money.\nAnswer: billing"] * 17 + ["Sure! It is  billing."] * 3
     completions = [{"id": f"r{i}", "completion": text} for i, text in enumerate(texts)]
     completions += [{"id": f"r{i}", "completion": texts[0]} for i in range(1000, 1004)]
     (tmp_path / "completions.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in completions), encoding="utf-8"
     )
     teacher = "teacher={kind: recorded, completions: completions.jsonl}"
-    path = toy(train=10, test=4)
+    path = toy(train=20, test=4)
     result = run_dsbs("annotate", str(path), teacher, "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     warning = (
-        "warning: train: 3 of 10 rows rejected (unparsed): there is no readable answer after the "
-        'prompt\'s anchor. The reply to row r7: "Sure! It is billing."'
+        "warning: train: 3 of 20 rows rejected (unparsed): there is no readable answer after the "
+        'prompt\'s anchor. The reply to row r17: "Sure! It is billing." (if it has an answer in '
+        "another form, set anchor or pattern in the prompt file and run the same command: it reads "
+        "the stored replies again)"
     )
     assert warning in result.stderr and "test:" not in result.stderr
-    few = ["task.limit=8", "--out", "few"]
+    few = ["task.limit=18", "--out", "few"]
     assert "warning" not in run_dsbs("annotate", str(path), teacher, *few, cwd=tmp_path).stderr
 
 
