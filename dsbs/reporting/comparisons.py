@@ -37,19 +37,26 @@ _FLOOR_COLUMNS = [
         note="rows that the floor gets right and the system wrong",
     ),
 ]
+_BY_SEED = Column(
+    "by seed, points",
+    lambda pair: ", ".join(map(points_number, pair[1].delta_per_seed.values())),
+    note="the difference for each seed that both systems have; the p value is about rows alone",
+)
+_SEEDS_AT = 5  # after the result
 
 
 def comparison_table(runs: Sequence[EvaluatedRun]) -> Table | None:
     """Each system against each of its baselines. None if nothing was compared."""
-    tests = [
-        comparison.test
+    comparisons = [
+        comparison
         for run in runs
         for system in run.results.systems
         for comparison in system.comparisons.values()
     ]
-    return difference_table(
-        runs, lambda system: system.comparisons.items(), _comparison_columns(tests), _tone
-    )
+    columns = _comparison_columns([comparison.test for comparison in comparisons])
+    if any(len(comparison.delta_per_seed) > 1 for comparison in comparisons):
+        columns.insert(_SEEDS_AT, _BY_SEED)
+    return difference_table(runs, lambda system: system.comparisons.items(), columns, _tone)
 
 
 def difference_table(

@@ -118,6 +118,7 @@ def _comparison_rows(runs: TitledRuns) -> list[dict[str, Cell]]:
             "wins": comparison.wins,
             "losses": comparison.losses,
             "minimum_detectable_effect": comparison.minimum_detectable_effect,
+            "delta_per_seed": " ".join(map(str, comparison.delta_per_seed.values())),
         }
         for title, run in runs
         for system in run.results.systems

@@ -66,6 +66,7 @@ def test_comparisons_have_their_numbers(shared_run: EvaluatedRun, tmp_path: Path
     assert (first["delta"], first["reliable"]) == ("-0.03", "no")
     assert (second["p_holm"], second["reliable"]) == ("0.036", "yes")
     assert (second["wins"], second["losses"]) == ("9", "4")
+    assert second["delta_per_seed"] == "0.07 0.07"
 
 
 def test_the_curve_has_every_share_of_the_rows(shared_run: EvaluatedRun, tmp_path: Path) -> None:

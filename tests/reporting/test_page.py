@@ -173,6 +173,8 @@ def test_the_tables_have_the_facts_about_the_systems(run: EvaluatedRun) -> None:
         "800 predictions",
         "b" * 64,
         "2026-01-01 00:10 UTC",
+        "by seed, points",
+        "+7.0, +7.0",
     ):
         assert fact in text, fact
     assert "Rationales" not in text, "no rationale was measured"
