@@ -393,6 +393,9 @@ def test_the_verdict_names_the_best_student_and_its_difference() -> None:
     assert "t5-finetune-gold: 20.0 points more accurate than minilm-finetune-gold" in difference
     assert "[+15.0, +25.0]" in difference
     assert tuned == "All students were tuned alike, on 2 settings for each method."
+    by_seed = comparison(-0.2, 0.001).model_copy(update={"delta_per_seed": {0: -0.4, 1: 0.0}})
+    _, difference, _ = student_sentences(results_of({"minilm": 2, "t5": 2}, by_seed))
+    assert "by seed the difference is +40.0 and +0.0 points" in difference, "seen from t5"
     unclear = results_of({"minilm": 0, "t5": 0}, comparison(-0.2, 0.3))
     _, difference, tuned = student_sentences(unclear)
     assert "no reliable difference from minilm-finetune-gold" in difference

@@ -51,8 +51,8 @@ REASONS: dict[Reason, str] = {
 _ADVICE = {
     "refused": "not asked again; `--retry-refused` does, once the cause is settled",
     "no-reply": "the same command asks again",
-    "unparsed": "if it has an answer in another form, set anchor or pattern in the prompt file and "
-    "run the same command: it reads the stored replies again",
+    "unparsed": "if it has an answer in another form, set anchor or pattern in the prompt file; "
+    "while the requests stay the same, the stored replies are read again",
 }
 
 

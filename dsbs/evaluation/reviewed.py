@@ -342,10 +342,13 @@ def _kappa(
 ) -> tuple[float | None, tuple[float, float] | None]:
     """Cohen's kappa and its 95% interval; None, None where all answers are the same."""
     pairs, pair_of_row = np.unique(answers, axis=0, return_inverse=True)
-    names, codes = np.unique(pairs, return_inverse=True)
+    names = np.unique(pairs)
     if len(names) == 1:
         return None, None
-    first, second = np.moveaxis(np.eye(len(names))[codes.reshape(pairs.shape)], 1, 0)
+    # Unobserved kinds, for the interval where all rows are alike: a disagreement and an agreement.
+    pairs = np.concatenate([pairs, [names[:2], names[[0, 0]]]])
+    codes = np.searchsorted(names, pairs)
+    first, second = np.moveaxis(np.eye(len(names))[codes], 1, 0)
     agree = (pairs[:, 0] == pairs[:, 1]).astype(float)
 
     def kappa(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -356,8 +359,8 @@ def _kappa(
             return np.asarray((counts @ agree / rows - expected) / (1 - expected))
 
     kinds = pair_of_row.reshape(-1)
-    value = kappa(np.bincount(kinds).astype(float)[None])[0]
-    return float(value), counts_interval(kinds, kappa)
+    value = kappa(np.bincount(kinds, minlength=len(pairs)).astype(float)[None])[0]
+    return float(value), counts_interval(kinds, kappa, num_kinds=len(pairs))
 
 
 def _answer(review: Review, task: Task) -> str:

@@ -200,6 +200,7 @@ def _reversed(comparison: Comparison) -> Comparison:
             "ci95": (-high, -low),
             "wins": comparison.losses,
             "losses": comparison.wins,
+            "delta_per_seed": {seed: -delta for seed, delta in comparison.delta_per_seed.items()},
             "graded": {},
         }
     )

@@ -42,7 +42,6 @@ _BY_SEED = Column(
     lambda pair: ", ".join(map(points_number, pair[1].delta_per_seed.values())),
     note="the difference for each seed that both systems have; the p value is about rows alone",
 )
-_SEEDS_AT = 5  # after the result
 
 
 def comparison_table(runs: Sequence[EvaluatedRun]) -> Table | None:
@@ -53,9 +52,7 @@ def comparison_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         for system in run.results.systems
         for comparison in system.comparisons.values()
     ]
-    columns = _comparison_columns([comparison.test for comparison in comparisons])
-    if any(len(comparison.delta_per_seed) > 1 for comparison in comparisons):
-        columns.insert(_SEEDS_AT, _BY_SEED)
+    columns = _comparison_columns(comparisons)
     return difference_table(runs, lambda system: system.comparisons.items(), columns, _tone)
 
 
@@ -102,9 +99,11 @@ def _difference_axis(intervals: Sequence[Interval]) -> BarAxis:
     return BarAxis(-reach, reach)
 
 
-def _comparison_columns(tests: Sequence[str]) -> list[Column]:
+def _comparison_columns(comparisons: Sequence[Comparison]) -> list[Column]:
     """The columns for pairs of a baseline's name and a comparison."""
-    names = [TEST_NAMES.get(test, test) for test in dict.fromkeys(tests)]
+    tests = dict.fromkeys(comparison.test for comparison in comparisons)
+    names = [TEST_NAMES.get(test, test) for test in tests]
+    has_seeds = any(len(comparison.delta_per_seed) > 1 for comparison in comparisons)
     return [
         Column("baseline", lambda pair: pair[0], is_text=True),
         Column(
@@ -119,6 +118,7 @@ def _comparison_columns(tests: Sequence[str]) -> list[Column]:
             note=f"two-sided {' or '.join(names)}, Holm-corrected for the run's comparisons",
         ),
         Column("result", lambda pair: _tone(pair[1]) or "no reliable difference", is_text=True),
+        *[_BY_SEED] * has_seeds,
         Column(
             "wins",
             lambda pair: f"{pair[1].wins:,}",

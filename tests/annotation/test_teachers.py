@@ -213,8 +213,8 @@ def test_a_reason_that_rejects_more_than_a_tenth_of_the_rows_is_a_warning_with_a
     warning = (
         "warning: train: 3 of 20 rows rejected (unparsed): there is no readable answer after the "
         'prompt\'s anchor. The reply to row r17: "Sure! It is billing." (if it has an answer in '
-        "another form, set anchor or pattern in the prompt file and run the same command: it reads "
-        "the stored replies again)"
+        "another form, set anchor or pattern in the prompt file; while the requests stay the same, "
+        "the stored replies are read again)"
     )
     assert warning in result.stderr and "test:" not in result.stderr
     few = ["task.limit=18", "--out", "few"]

@@ -283,6 +283,23 @@ def test_kappa_of_two_reviewers_and_its_interval() -> None:
     assert widths[1] == pytest.approx(2 * 1.96 * se, rel=0.15)
 
 
+def test_two_reviewers_who_always_agree_are_not_certain_to() -> None:
+    lows = []
+    for rows in (4, 400):
+        reviews = {
+            str(n): [
+                decision(str(n), ("billing", "shipping")[n % 2], reviewer=name)
+                for name in ("ada", "grace")
+            ]
+            for n in range(rows)
+        }
+        result = agreement(reviews, TASK)
+        assert result is not None and result.kappa == 1 and result.kappa_ci95 is not None
+        lows.append(result.kappa_ci95[0])
+        assert result.kappa_ci95[1] == 1
+    assert lows[0] < 0.8 and lows[0] < lows[1] < 1
+
+
 # --- from a run
 
 
