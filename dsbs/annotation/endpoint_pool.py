@@ -436,15 +436,16 @@ class Budget:
         if self._price is not None and self._limit is None:
             self.spent += sum(self._price.usd(reply) or 0.0 for reply in replies)
 
-    def count_bought(self, reply: Reply, prompt_tokens: int, reserved: float) -> None:
-        """Count a reply, whether it holds an answer or not."""
+    def count_bought(self, reply: Reply, prompt_tokens: int, reserved: float) -> float:
+        """Count a reply, whether it holds an answer or not. Returns its cost in US dollars."""
         self.has_bought = True
         if reply.prompt_tokens is not None and prompt_tokens:
             ratio = reply.prompt_tokens / prompt_tokens
             self._prompt_token_ratio = max(self._prompt_token_ratio, ratio)
         if self._price is None:
-            return
+            return 0.0
         usd = self._price.usd(reply)
         if usd is None:  # not counted by the endpoint: assume the most where there is a limit
             usd = 0.0 if self._limit is None else reserved
         self.spent += usd
+        return usd

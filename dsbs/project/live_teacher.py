@@ -71,12 +71,12 @@ class _DailyBudget(Budget):
         except PartialError:
             raise TeacherError("the limit of dollars for today is reached") from None
 
-    def count_bought(self, reply: Reply, prompt_tokens: int, reserved: float) -> None:
-        before = self.spent
-        super().count_bought(reply, prompt_tokens, reserved)
-        if self.spent > before:
+    def count_bought(self, reply: Reply, prompt_tokens: int, reserved: float) -> float:
+        usd = super().count_bought(reply, prompt_tokens, reserved)
+        if usd > 0:
             with self._ledger.survive_errors():
-                self._ledger.add_usd(self.spent - before)
+                self._ledger.add_usd(usd)
+        return usd
 
 
 class _ServedPool(EndpointPool):

@@ -150,7 +150,8 @@ def test_sure_rows_are_the_students_and_the_others_the_teachers(setup: Setup) ->
     assert f"dsbs_cascade_sure_total {2 * len(SURE)}\n" in metrics
     assert 'dsbs_cascade_rows_total{source="teacher"} 40\n' in metrics
     usd = len(UNSURE) * (11 + 7) * 100 / 1e6
-    assert f"dsbs_cascade_usd_total {usd:g}" in metrics
+    assert f"dsbs_cascade_usd_total {usd:g}\n" in metrics
+    assert f"dsbs_cascade_usd_today {usd:g}\n" in metrics
 
 
 def test_the_openai_routes_say_who_answered(setup: Setup) -> None:
