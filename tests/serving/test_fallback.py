@@ -259,11 +259,13 @@ def test_rows_that_nobody_waits_for_are_not_sent_once_the_teacher_is_back(setup:
         return good_answer(body, number)
 
     async def main(server: LoopbackServer) -> list[Any]:
-        with setup.cascade(server, "annotate.concurrency=1", teacher_timeout_s=0.3) as cascade:
+        with setup.cascade(server, "annotate.concurrency=1", teacher_timeout_s=2.0) as cascade:
             async with here(STUDENT, cascade=cascade) as running:
                 url = f"{running.url}/predict"
-                posts = [post(url, {"inputs": [text]}) for text in UNSURE[:2]]
-                waited = await asyncio.gather(*posts)
+                first = asyncio.create_task(post(url, {"inputs": [UNSURE[0]]}))
+                while not server.received:
+                    await asyncio.sleep(0.005)
+                waited = [await post(url, {"inputs": [UNSURE[1]]}), await first]
                 back.set()
                 while not cascade.ledger.state.counts.get("deferred"):
                     await asyncio.sleep(0.005)
