@@ -26,7 +26,7 @@ from typing import Any, get_args
 from dsbs import Student, compress, load_recipe, train
 from dsbs.compression import LayersBy
 from dsbs.formatting import markdown_table, percent_number
-from dsbs.progress import NoProgress
+from dsbs.progress import make_progress
 from dsbs.records import Example
 from dsbs.records.results import Compressed, HealFrom
 from dsbs.tasks import make_task
@@ -36,13 +36,6 @@ HEADINGS = (
     "healed by", "trained, %", "cut, %", "healed, %", "recovered, %", "seeds", "MB", "of original",
     "ms, batch 1", "of original", "ms, batch 64", "of original",
 )  # fmt: skip
-
-
-class Lines(NoProgress):
-    """Prints what a command reports."""
-
-    def say(self, message: str) -> None:
-        print(message, flush=True)
 
 
 def accuracy(folder: str | Path, rows: list[Example], batch_size: int, tokens: int) -> float:
@@ -100,7 +93,7 @@ def main() -> None:
     healers: list[HealFrom] = args.heal_from
     recipe = load_recipe(args.recipe, args.overrides)
     rows = load(recipe, make_task(recipe.task), "test")[: args.rows]
-    students = train(recipe, out=args.out, progress=Lines()).students
+    students = train(recipe, out=args.out, progress=make_progress()).students
     batch_size = recipe.eval.batch_size
     tokens = recipe.eval.max_label_tokens
     options: dict[str, Any] = {
@@ -108,7 +101,7 @@ def main() -> None:
         "heal_learning_rate": args.heal_learning_rate,
         "rounds": args.rounds,
         "layers_by": args.layers_by,
-        "progress": Lines(),
+        "progress": make_progress(),
     }
     accuracies: dict[HealFrom, list[tuple[float, ...]]] = {healer: [] for healer in healers}
     records: dict[HealFrom, list[Compressed]] = {healer: [] for healer in healers}

@@ -83,6 +83,14 @@ RUNS = [
         id="prune",
         marks=[needs_data, pytest.mark.slow],
     ),
+    pytest.param(
+        "svamp_folds.py",
+        "student.model=null student.init=scratch student.size=nano student.template=auto "
+        "train.max_epochs=null train.max_steps=1 --out OUT --folds 0 --teachers gpt-4",
+        "| gpt-4 | – |",
+        id="svamp-folds",
+        marks=[needs_data, pytest.mark.slow],
+    ),
 ]
 
 

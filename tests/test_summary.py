@@ -193,6 +193,31 @@ def test_a_significant_difference_of_one_seed_says_so() -> None:
     assert "Trained with one seed:" in headline(results(BASE, student))
 
 
+@pytest.mark.parametrize(
+    ("delta", "seconds", "baseline_s", "is_said"),
+    [
+        (0.1, 780, 420, True),
+        (0.1, 500, 420, False),
+        (-0.1, 780, 420, False),
+        (0.1, 780, None, False),
+    ],
+)
+def test_a_better_system_that_trained_longer_says_so(
+    delta: float, seconds: float, baseline_s: float | None, is_said: bool
+) -> None:
+    student = system(
+        "step-by-step-gold", train_s=seconds, versus={"finetune-gold": comparison(delta)}
+    )
+    baseline = BASE.model_copy(update={"train_s": baseline_s})
+    said = " ".join(headline_details(results(baseline, student)))
+    expected = (
+        "step-by-step-gold trained 1.9 times as long as finetune-gold (13 min and 7 min): train "
+        "finetune-gold as long, too, before you choose."
+    )
+    assert (expected in said) == is_said
+    assert is_said or "as long" not in said
+
+
 # --- rows needed
 
 

@@ -11,6 +11,7 @@ from dsbs.formatting import (
     confidence_interval,
     count,
     dollars,
+    duration,
     p_value,
     percent,
     points,
@@ -33,6 +34,7 @@ from dsbs.records.reviews import ReviewedSplit
 from dsbs.records.subsets import subset_rank
 
 ALPHA = 0.05  # a difference is reliable where its Holm-corrected p value is below this
+LONGER = 1.3  # times as long: a difference in training time that the report mentions
 
 
 def is_reliable(comparison: Comparison | GradedComparison) -> bool:
@@ -72,6 +74,20 @@ def _excludes_zero(differences: Sequence[float]) -> bool:
     standard_error = statistics.stdev(differences) / math.sqrt(len(differences))
     half_width = t.ppf(0.975, len(differences) - 1) * standard_error
     return bool(abs(statistics.mean(differences)) > half_width)
+
+
+def time_sentences(system: SystemResult, baseline: SystemResult | None) -> list[str]:
+    """A sentence where a more accurate system also trained clearly longer than its baseline."""
+    if baseline is None or not system.train_s or not baseline.train_s:
+        return []
+    ratio = system.train_s / baseline.train_s
+    if ratio < LONGER or system.versus[baseline.name].delta <= 0:
+        return []
+    return [
+        f"{system.name} trained {ratio:.1f} times as long as {baseline.name} "
+        f"({duration(system.train_s)} and {duration(baseline.train_s)}): train {baseline.name} "
+        "as long, too, before you choose."
+    ]
 
 
 def distance(comparison: Comparison) -> str:

@@ -46,6 +46,7 @@ from dsbs.records.sentences import (
     seed_caveats,
     selective_rows,
     student_sentences,
+    time_sentences,
 )
 
 TARGET_DIFFERENCE = 0.05  # the headline says how many rows would show this difference
@@ -220,7 +221,7 @@ def _comparison_details(results: Results) -> list[str]:
         "this run."
     ]
     if is_reliable(comparison):
-        return [*details, *floors]
+        return [*details, *time_sentences(system, results.system(baseline)), *floors]
     details += _caveat_sentences(caveats_of(comparison))
     return [*details, "Finding no difference does not show that there is none.", *floors]
 
