@@ -377,8 +377,7 @@ class EndpointPool:
 class Budget:
     """US dollars for a recipe's replies, held below ``limit`` (annotate.max_usd).
 
-    ``spent`` is the cost of the stored replies; without a limit, those are counted as the rows come
-    by.
+    ``spent`` is the cost of the stored replies; without a limit, of those whose rows came by.
     """
 
     def __init__(
