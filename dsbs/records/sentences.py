@@ -161,7 +161,11 @@ def floor_sentences(system: SystemResult) -> list[str]:
 
 
 def _floor_difference(comparison: FloorComparison) -> str:
-    return f"{points(comparison.delta)}, {signed_confidence_interval(comparison.ci95)}"
+    difference = f"{points(comparison.delta)}, {signed_confidence_interval(comparison.ci95)}"
+    if comparison.floor_labels is None:
+        return difference
+    owner = "the teacher's" if comparison.floor_labels == "teacher" else comparison.floor_labels
+    return f"which learned {owner} labels: {difference}"
 
 
 # --- several students
