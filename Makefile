@@ -13,6 +13,9 @@ FAST := test_layout.py test_api.py test_run.py test_recipe.py test_prompts.py te
   training/test_losses.py training/test_methods.py training/test_trainer.py \
   evaluation/test_metrics.py evaluation/test_significance.py reporting/test_page.py
 DEV_READY := $(VENV)/.ready-dev
+# A worker more than cores: tests of networks and processes mostly wait.
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 
 # Checked before anything is installed: a misspelled name would otherwise fail minutes later.
 PAPER_TASKS := $(patsubst recipes/paper/%.yaml,%,$(sort $(wildcard recipes/paper/*.yaml)))
@@ -76,13 +79,13 @@ predict: $(READY)
 	@$(BIN)/dsbs predict $(or $(STUDENT),$(RECIPE)) $(or $(FILE),-) $(addprefix --set ,$(SET)) $(if $(RATIONALE),--rationale)
 
 test: $(DEV_READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(DEV_READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
 
 fast: $(DEV_READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow" -k "not two_processes" $(addprefix tests/,$(FAST))
+	$(PYTEST) -m "not slow" -k "not two_processes" $(addprefix tests/,$(FAST))
 
 check: $(DEV_READY)
 	$(BIN)/ruff check .

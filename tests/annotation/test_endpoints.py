@@ -148,7 +148,7 @@ def test_every_row_is_delivered_over_a_faulty_network(
         return good_answer(body, number)
 
     path = toy(
-        train=146,
+        train=76,
         test=4,
         teacher={"timeout_s": 1.0, "max_attempts": 8},
         annotate={"concurrency": 16},
@@ -163,9 +163,9 @@ def test_every_row_is_delivered_over_a_faulty_network(
         assert (
             sum(summary.requests for summary in result.splits.values())
             == server.requests
-            == 150 + sum(wasted.values())
+            == 80 + sum(wasted.values())
         )
-    assert result.splits["train"].accepted == 146 and not result.splits["train"].rejected
+    assert result.splits["train"].accepted == 76 and not result.splits["train"].rejected
     assert (
         wasted["throttled"] == faults["throttled"]
         and wasted["server error"] == faults["server error"]
