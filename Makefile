@@ -13,9 +13,7 @@ FAST := test_layout.py test_api.py test_run.py test_recipe.py test_prompts.py te
   training/test_losses.py training/test_methods.py training/test_trainer.py \
   evaluation/test_metrics.py evaluation/test_significance.py reporting/test_page.py
 DEV_READY := $(VENV)/.ready-dev
-# A worker more than cores: tests of networks and processes mostly wait.
-WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Checked before anything is installed: a misspelled name would otherwise fail minutes later.
 PAPER_TASKS := $(patsubst recipes/paper/%.yaml,%,$(sort $(wildcard recipes/paper/*.yaml)))
