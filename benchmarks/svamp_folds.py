@@ -13,10 +13,10 @@ OUT/joined (or on the rows of the folds so far). The command resumes where it wa
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 from pathlib import Path
-from typing import Any
+
+from shapes_rows import read
 
 from dsbs import annotate, evaluate, load_recipe, train
 from dsbs.config import Recipe
@@ -26,59 +26,46 @@ from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT.parent / "shared" / "data"
 RECIPE = ROOT / "benchmarks" / "svamp-teachers.yaml"
-TEACHERS = {
-    "palm-540b": [f"annotate.prompt={ROOT / 'prompts' / 'svamp.yaml'}"],
-    "gpt-3.5-turbo": [],
-    "gpt-4": [],
-    "text-davinci-003": [],
-    "text-davinci-002": [],
-    "code-davinci-002": [],
-    "code-davinci-001": [],
-}
+PALM = "palm-540b"  # its completions are in a data set of their own, and end with an equation
+TEACHERS = (
+    PALM, "gpt-3.5-turbo", "gpt-4", "text-davinci-003", "text-davinci-002", "code-davinci-002",
+    "code-davinci-001",
+)  # fmt: skip
 FINETUNE = "finetune"
-
-Row = dict[str, Any]
-
-
-def read(folder: str, split: str) -> list[Row]:
-    with gzip.open(DATA / folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def folds(folder: str) -> list[tuple[list[Row], list[Row]]]:
-    """Train and test rows of the five folds, in the order of the files."""
-    train_rows, test_rows = read(folder, "train"), read(folder, "test")
-    rows = train_rows + test_rows
-    parts = [test_rows, *(train_rows[part::4] for part in range(4))]
-    return [([row for row in rows if row not in part], part) for part in parts]
+FOLDS = range(5)
 
 
 def write_rows(folder: Path) -> None:
-    """The rows of all folds: PaLM's completions are in a data set of their own."""
+    """Train and test rows of the five folds, in the order of the files."""
     for source in ("svamp", "svamp_teachers"):
-        for number, (train_rows, test_rows) in enumerate(folds(source)):
-            for split, rows in (("train", train_rows), ("test", test_rows)):
-                path = folder / source / f"{number}-{split}.jsonl"
+        train_rows, test_rows = list(read(source, "train")), list(read(source, "test"))
+        rows = train_rows + test_rows
+        for number, part in enumerate([test_rows, *(train_rows[start::4] for start in range(4))]):
+            others = [row for row in rows if row not in part]
+            for split, chosen in (("train", others), ("test", part)):
+                path = rows_file(folder, source, number, split)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_jsonl(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+                write_jsonl(path, (json.dumps(row, ensure_ascii=False) for row in chosen))
+
+
+def rows_file(folder: Path, source: str, number: int, split: str) -> Path:
+    return folder / source / f"{number}-{split}.jsonl"
 
 
 def fold_recipe(rows: Path, number: int, system: str, overrides: list[str]) -> Recipe:
-    """The recipe of one student. Fine-tuning needs no teacher, but its rows are the same."""
-    teacher = "gpt-4" if system == FINETUNE else system
-    data = rows / ("svamp" if teacher == "palm-540b" else "svamp_teachers")
-    method = FINETUNE if system == FINETUNE else "step-by-step"
+    """The recipe of one student: fine-tuning, or step-by-step with a teacher's rationales."""
+    source = "svamp" if system == PALM else "svamp_teachers"
     changes = [
-        f"task.data.train={data / f'{number}-train.jsonl'}",
-        f"task.data.test={data / f'{number}-test.jsonl'}",
-        f"teacher.model={teacher}",
-        f"train.methods={method}",
-        "eval.latency_calls=0",
-        *TEACHERS[teacher],
+        f"task.data.{split}={rows_file(rows, source, number, split)}" for split in ("train", "test")
     ]
-    return load_recipe(RECIPE, changes + overrides)
+    if system == FINETUNE:
+        changes.append("train.methods=finetune")
+    else:
+        changes += ["train.methods=step-by-step", f"teacher.model={system}"]
+    if system == PALM:
+        changes.append(f"annotate.prompt={ROOT / 'prompts' / 'svamp.yaml'}")
+    return load_recipe(RECIPE, [*changes, "eval.latency_calls=0", *overrides])
 
 
 def main() -> None:
@@ -87,12 +74,12 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--folds", type=int, nargs="+", choices=FOLDS, default=list(FOLDS))
     parser.add_argument(
         "--teachers",
         nargs="+",
         choices=TEACHERS,
-        default=["palm-540b", "gpt-3.5-turbo", "gpt-4"],
+        default=TEACHERS[:3],
         metavar="TEACHER",
         help=f"of {', '.join(TEACHERS)} (default: the first three)",
     )
@@ -113,9 +100,9 @@ def main() -> None:
             print(f"fold {number}, {system}: {student.accuracy:.1%}", flush=True)
             predictions = RunFolder(run).predictions(f"{student.name}-s0")
             joined[system] += predictions.read_text(encoding="utf-8").splitlines()
+    tests = [rows_file(rows, "svamp", number, "test") for number in args.folds]
     test = rows / "joined.jsonl"
-    tested = {row["id"]: row for number in args.folds for row in folds("svamp")[number][1]}
-    write_jsonl(test, (json.dumps(row, ensure_ascii=False) for row in tested.values()))
+    write_jsonl(test, (line for path in tests for line in path.read_text("utf-8").splitlines()))
     files = {}
     for system, lines in joined.items():
         name = system.replace(".", "-")  # as eval.predictions wants it

@@ -32,7 +32,7 @@ RUNS = [
         id="terms",
         marks=pytest.mark.slow,
     ),
-    pytest.param("scale.py", "--rows 50", "50 rows:", id="scale", marks=pytest.mark.slow),
+    pytest.param("scale.py", "--rows 50", "50 rows:", id="scale"),
     pytest.param(
         "shapes_rows.py", "--out OUT", "score/train.jsonl: 818", id="shapes", marks=needs_data
     ),
@@ -46,7 +46,6 @@ RUNS = [
         "--rows 12 --concurrency 4 --latency fixed --mean 0.01 --runs 1",
         "aiohttp alone",
         id="annotate",
-        marks=pytest.mark.slow,
     ),
     pytest.param(
         "compress.py",
@@ -118,7 +117,6 @@ def test_the_speed_benchmark_prints_median_and_range() -> None:
     assert all(row[3].startswith("(") and "–" in row[3] for row in rows)
 
 
-@pytest.mark.slow
 def test_the_memory_benchmark_prints_a_line_with_and_without_checkpointing() -> None:
     done = run_script(ROOT / "benchmarks" / "memory.py", "--tiny", "--runs", "1")
     assert done.returncode == 0, done.stderr
@@ -126,7 +124,6 @@ def test_the_memory_benchmark_prints_a_line_with_and_without_checkpointing() -> 
     assert [row[3] for row in rows] == ["yes", "no"]
 
 
-@pytest.mark.slow
 def test_the_load_test_of_the_server_runs(tmp_path: Path) -> None:
     rows = toy_rows(8)
     alphabet = " ".join(string.ascii_letters + string.digits)

@@ -11,6 +11,7 @@ from dsbs.records.measures import Measure
 from dsbs.records.results import (
     BreakEven,
     Comparison,
+    FloorComparison,
     GradedComparison,
     LabelEfficiency,
     Results,
@@ -171,7 +172,7 @@ def test_a_significant_difference_whose_seeds_disagree_says_so() -> None:
     versus = comparison(0.0733, delta_per_seed={0: 0.09, 1: 0.01, 2: 0.12})
     student = system("step-by-step-gold", seeds=[0, 1, 2], versus={"finetune-gold": versus})
     assert headline(results(BASE, student)).endswith(UNSURE)
-    assert "other seeds may not confirm it" in system_sentences(student)[0]
+    assert "other seeds may not confirm it" in system_sentences(results(BASE, student), student)[0]
 
 
 def test_seeds_that_agree_and_differences_that_are_not_significant_need_no_word_on_seeds() -> None:
@@ -183,7 +184,9 @@ def test_seeds_that_agree_and_differences_that_are_not_significant_need_no_word_
         comparison(0.09),  # external predictions and the teacher have no seeds
     ):
         student = system("step-by-step-gold", versus={"finetune-gold": versus})
-        said = " ".join([headline(results(BASE, student)), *system_sentences(student)])
+        said = " ".join(
+            [headline(results(BASE, student)), *system_sentences(results(BASE, student), student)]
+        )
         assert "seed" not in said
 
 
@@ -216,6 +219,29 @@ def test_a_better_system_that_trained_longer_says_so(
     )
     assert (expected in said) == is_said
     assert is_said or "as long" not in said
+
+
+@pytest.mark.parametrize(
+    ("student_labels", "floor_labels", "note"),
+    [
+        ("teacher", "gold", "which learned gold labels: "),
+        ("gold", "teacher", "which learned the teacher's labels: "),
+        ("gold", "gold", ""),
+        ("gold", None, ""),
+        (None, "gold", ""),
+    ],
+)
+def test_a_floor_that_learned_other_labels_than_the_system_says_so(
+    student_labels: str | None, floor_labels: str | None, note: str
+) -> None:
+    versus = FloorComparison(
+        delta=-0.2, ci95=(-0.3, -0.1), p=0.001, test="mcnemar-exact", wins=1, losses=9
+    )
+    student = system("distill-teacher", labels=student_labels, versus_floors={"tfidf": versus})
+    floor = system("tfidf", kind="floor", labels=floor_labels)
+    (sentence,) = system_sentences(results(floor, student), student)
+    difference = f"{note}−20.0 points, 95% CI [−30.0, −10.0]"
+    assert sentence == f"distill-teacher does not beat the floor tfidf ({difference})."
 
 
 # --- rows needed
@@ -274,7 +300,9 @@ def test_rows_name_their_baseline_where_there_are_several() -> None:
     headings, rows = results_table(results(*single.systems, subset))
     assert "points vs baseline" in headings
     assert [row[4] for row in rows[1:]] == ["+10.0 vs finetune-gold", "+10.0 vs finetune-gold-n0.5"]
-    assert [sentence.partition(" (")[0] for sentence in system_sentences(single.systems[1])] == [
+    assert [
+        sentence.partition(" (")[0] for sentence in system_sentences(single, single.systems[1])
+    ] == [
         "a: 10.0 points more accurate than finetune-gold",
         "a: 2.0 points more accurate than distill-teacher",
     ]

@@ -315,7 +315,6 @@ def compare_with_floors(
             if floor.student not in (None, system.student):
                 continue
             difference = paired_difference(system.scores, floor.scores, clusters)
-            learned = system.students[0].labels if system.students else floor.labels
             comparisons.setdefault(system.name, {})[floor.name] = FloorComparison(
                 delta=difference.delta,
                 ci95=difference.ci95,
@@ -323,7 +322,6 @@ def compare_with_floors(
                 test=difference.test,
                 wins=difference.wins,
                 losses=difference.losses,
-                floor_labels=None if floor.labels == learned else floor.labels,
             )
     return comparisons
 

@@ -82,8 +82,6 @@ class FloorComparison(ResultRecord):
     wins: int
     """Rows with a higher score here than in the floor, averaged over seeds."""
     losses: int
-    floor_labels: str | None = Field(None, exclude_if=_is_none)
-    """Whose labels the floor learned, gold or teacher, where the student learned the other's."""
 
     @property
     def is_beaten(self) -> bool:

@@ -24,7 +24,6 @@ from dsbs.records.measures import Cascade
 from dsbs.records.results import (
     BreakEven,
     Comparison,
-    FloorComparison,
     GradedComparison,
     LabelEfficiency,
     Results,
@@ -34,7 +33,7 @@ from dsbs.records.reviews import ReviewedSplit
 from dsbs.records.subsets import subset_rank
 
 ALPHA = 0.05  # a difference is reliable where its Holm-corrected p value is below this
-LONGER = 1.3  # times as long: a difference in training time that the report mentions
+TIME_RATIO = 1.3  # the report mentions it where a better student trained so many times as long
 
 
 def is_reliable(comparison: Comparison | GradedComparison) -> bool:
@@ -81,7 +80,7 @@ def time_sentences(system: SystemResult, baseline: SystemResult | None) -> list[
     if baseline is None or not system.train_s or not baseline.train_s:
         return []
     ratio = system.train_s / baseline.train_s
-    if ratio < LONGER or system.versus[baseline.name].delta <= 0:
+    if ratio < TIME_RATIO or system.versus[baseline.name].delta <= 0:
         return []
     return [
         f"{system.name} trained {ratio:.1f} times as long as {baseline.name} "
@@ -119,12 +118,12 @@ def caveats_of(comparison: Comparison) -> list[str]:
 # --- floors
 
 
-def floor_warnings(system: SystemResult | None) -> list[str]:
+def floor_warnings(results: Results, system: SystemResult | None) -> list[str]:
     """A sentence that names the floors that a system does not beat, if any."""
     if system is None:
         return []
     missed = [
-        f"{floor} ({_floor_difference(comparison)})"
+        f"{floor} ({_floor_difference(results, system, floor)})"
         for floor, comparison in system.versus_floors.items()
         if not comparison.is_beaten
     ]
@@ -134,12 +133,12 @@ def floor_warnings(system: SystemResult | None) -> list[str]:
     return [f"{system.name} does not beat {noun} {sentence_list(missed)}."]
 
 
-def floor_details(system: SystemResult | None) -> list[str]:
+def floor_details(results: Results, system: SystemResult | None) -> list[str]:
     """A sentence about the floors that a system beats, and how to read all of them."""
     if system is None or not system.versus_floors:
         return []
     beaten = [
-        f"{floor} ({_floor_difference(comparison)})"
+        f"{floor} ({_floor_difference(results, system, floor)})"
         for floor, comparison in system.versus_floors.items()
         if comparison.is_beaten
     ]
@@ -150,21 +149,23 @@ def floor_details(system: SystemResult | None) -> list[str]:
     return [*details, "Comparisons with floors are outside Holm's correction."]
 
 
-def floor_sentences(system: SystemResult) -> list[str]:
+def floor_sentences(results: Results, system: SystemResult) -> list[str]:
     """A sentence for each floor that a system is compared with."""
     sentences = []
     for floor, comparison in system.versus_floors.items():
         verb = "beats" if comparison.is_beaten else "does not beat"
-        difference = _floor_difference(comparison)
+        difference = _floor_difference(results, system, floor)
         sentences.append(f"{system.name} {verb} the floor {floor} ({difference}).")
     return sentences
 
 
-def _floor_difference(comparison: FloorComparison) -> str:
+def _floor_difference(results: Results, system: SystemResult, floor: str) -> str:
+    comparison = system.versus_floors[floor]
     difference = f"{points(comparison.delta)}, {signed_confidence_interval(comparison.ci95)}"
-    if comparison.floor_labels is None:
+    learned = {result.labels for result in (results.system(floor), system) if result} - {None}
+    if len(learned) < 2:
         return difference
-    owner = "the teacher's" if comparison.floor_labels == "teacher" else comparison.floor_labels
+    owner = "gold" if system.labels == "teacher" else "the teacher's"
     return f"which learned {owner} labels: {difference}"
 
 

@@ -109,7 +109,7 @@ def headline(results: Results) -> str:
     share of the requests it can take over from its teacher.
     """
     system = headline_comparison(results)[0]
-    sentences = [*floor_warnings(system), *_headline(results)]
+    sentences = [*floor_warnings(results, system), *_headline(results)]
     sentences[1:1] = cascade_answer(results)
     sentence = " ".join(sentences)
     if results.reportable:
@@ -207,7 +207,7 @@ def _agreement_sentences(results: Results) -> list[str]:
 
 def _comparison_details(results: Results) -> list[str]:
     system, baseline = headline_comparison(results)
-    floors = [*cascade_details(results), *floor_details(system)]
+    floors = [*cascade_details(results), *floor_details(results, system)]
     if results.baseline is None:
         if any(system.method == "finetune" for system in results.systems):
             return floors
@@ -230,13 +230,13 @@ def _caveat_sentences(caveats: Sequence[str]) -> list[str]:
     return [f"{caveat[0].upper()}{caveat[1:]}." for caveat in caveats]
 
 
-def system_sentences(system: SystemResult) -> list[str]:
+def system_sentences(results: Results, system: SystemResult) -> list[str]:
     """A sentence for each floor and each system that this one is compared with."""
     against_others = [
         f"{system.name}: {comparison_sentence(baseline, comparison)}."
         for baseline, comparison in system.comparisons.items()
     ]
-    return floor_sentences(system) + against_others
+    return floor_sentences(results, system) + against_others
 
 
 # --- tables

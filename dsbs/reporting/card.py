@@ -118,7 +118,7 @@ def model_card(run: EvaluatedRun, system: SystemResult, name: str) -> str:
         ],
         reportable=run.results.reportable and student.reportable,
         accuracies=dict(zip(system.seeds, system.accuracy_per_seed, strict=False)),
-        sentences=system_sentences(system),
+        sentences=system_sentences(run.results, system),
         metrics=system.metrics | _recalls(system, has_table=bool(parts)),
         parts=_Markdown(parts),
         labels=make_task(recipe.task).labels,

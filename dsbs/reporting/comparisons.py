@@ -103,7 +103,9 @@ def _comparison_columns(comparisons: Sequence[Comparison]) -> list[Column]:
     """The columns for pairs of a baseline's name and a comparison."""
     tests = dict.fromkeys(comparison.test for comparison in comparisons)
     names = [TEST_NAMES.get(test, test) for test in tests]
-    has_seeds = any(len(comparison.delta_per_seed) > 1 for comparison in comparisons)
+    by_seed = []
+    if any(len(comparison.delta_per_seed) > 1 for comparison in comparisons):
+        by_seed.append(_BY_SEED)
     return [
         Column("baseline", lambda pair: pair[0], is_text=True),
         Column(
@@ -118,7 +120,7 @@ def _comparison_columns(comparisons: Sequence[Comparison]) -> list[Column]:
             note=f"two-sided {' or '.join(names)}, Holm-corrected for the run's comparisons",
         ),
         Column("result", lambda pair: _tone(pair[1]) or "no reliable difference", is_text=True),
-        *[_BY_SEED] * has_seeds,
+        *by_seed,
         Column(
             "wins",
             lambda pair: f"{pair[1].wins:,}",

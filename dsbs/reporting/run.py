@@ -299,7 +299,7 @@ def verdict(run: EvaluatedRun) -> Verdict:
         f"{other.name} {percent(other.accuracy)}."
     )
     details = " ".join([details, *headline_details(results)])
-    is_clear = is_reliable(system.versus[baseline]) and not floor_warnings(system)
+    is_clear = is_reliable(system.versus[baseline]) and not floor_warnings(results, system)
     return Verdict(run.name, sentence, details, is_clear, student_sentences(results))
 
 

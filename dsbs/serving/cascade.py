@@ -336,10 +336,7 @@ class Cascade:
                 int((self.ledger.breach or self._warning) is not None),
             ),
             "teacher_waiting_rows": ("Rows that wait for the teacher.", self._waiting),
-            "usd_today": (
-                "US dollars for replies since midnight UTC.",
-                round(self.ledger.usd_today(), 9),
-            ),
+            "usd_today": ("US dollars for replies since midnight UTC.", self.ledger.usd_today()),
         }
         agreement = state.agreement
         if agreement is not None:
@@ -352,10 +349,7 @@ class Cascade:
             if value is not None:
                 yield from single(f"dsbs_cascade_{name}", "gauge", description, value)
         yield from single(
-            "dsbs_cascade_usd_total",
-            "counter",
-            "US dollars for the teacher's replies.",
-            round(state.usd, 9),
+            "dsbs_cascade_usd_total", "counter", "US dollars for the teacher's replies.", state.usd
         )
         yield from single(
             "dsbs_teacher_requests_total",

@@ -25,6 +25,7 @@ from dsbs.students.calibration import Threshold
 
 logger = logging.getLogger(__name__)
 AUDIT_WINDOW = 1000  # audited rows, the latest ones, that agreement is measured on
+_USD_DIGITS = 9  # decimals: more are the rounding error of a sum
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS cascades (
     id TEXT PRIMARY KEY,             -- of a student with a threshold
@@ -94,8 +95,8 @@ class CascadeState:
             "agreement": None if agreement is None else agreement.value,
             "agreement_ci95": None if agreement is None else list(agreement.ci95),
             "breach": self.breach,
-            "usd": round(self.usd, 6),
-            "usd_today": round(self.usd_today, 6),
+            "usd": self.usd,
+            "usd_today": self.usd_today,
         }
 
 
@@ -269,7 +270,7 @@ def today() -> str:
 
 def _usd(db: sqlite3.Connection, day: str) -> float:
     row = db.execute("SELECT usd FROM spending WHERE day = ?", (day,)).fetchone()
-    return 0.0 if row is None else float(row[0])
+    return 0.0 if row is None else round(row[0], _USD_DIGITS)
 
 
 def _read_state(db: sqlite3.Connection, cascade: str, student: str) -> CascadeState:
@@ -284,7 +285,13 @@ def _read_state(db: sqlite3.Connection, cascade: str, student: str) -> CascadeSt
     ).fetchone()
     total = db.execute("SELECT coalesce(sum(usd), 0) FROM spending").fetchone()[0]
     return CascadeState(
-        student, dict(counts), audited, agreed, breach, float(total), _usd(db, today())
+        student,
+        dict(counts),
+        audited,
+        agreed,
+        breach,
+        round(total, _USD_DIGITS),
+        _usd(db, today()),
     )
 
 

@@ -171,6 +171,7 @@ def test_every_row_is_delivered_over_a_faulty_network(
         and wasted["server error"] == faults["server error"]
     )
     assert wasted["unreadable"] == faults["unreadable"]
+    assert len(faults) == 5, "each kind of fault occurred"
     assert wasted["connection"] + wasted["timeout"] == faults["dropped"] + faults["silent"]
     assert result.as_json()["splits"]["train"]["wasted"]
 

@@ -20,14 +20,11 @@ from dsbs.evaluation.systems import (
     break_evens,
     clusters_of,
     compare,
-    compare_with_floors,
     label_efficiencies,
     pairs,
     teacher_bill,
 )
 from dsbs.records import Example, Prediction, TrainedStudent
-from dsbs.records.results import SystemResult
-from dsbs.records.sentences import floor_warnings
 from dsbs.records.subsets import Subset, subset_suffix
 from dsbs.records.summary import label_efficiency_sentence
 from dsbs.run_folder import RunFolder
@@ -158,27 +155,6 @@ def system(
     return System(
         trained.system, "student", [Scored([], [], [], correct)], [trained], training_rows=rows
     )
-
-
-def test_a_floor_that_learned_other_labels_than_the_student_says_so() -> None:
-    right = [Scored([], [], [], np.ones(100, dtype=bool))]
-    floor = System("tfidf", "floor", right, floor="tfidf", learned_subset=1.0, labels="gold")
-    gold, teacher = system("finetune"), system("distill")
-    teacher.students = [teacher.students[0].model_copy(update={"labels": "teacher"})]
-    compared = compare_with_floors([floor, gold, teacher], None)
-    assert compared["finetune"]["tfidf"].floor_labels is None
-    assert compared["distill"]["tfidf"].floor_labels == "gold"
-    result = SystemResult(
-        name="distill",
-        kind="student",
-        accuracy=0.5,
-        ci95=(0.4, 0.6),
-        interval="",
-        unreadable=0.0,
-        versus_floors=compared["distill"],
-    )
-    (warning,) = floor_warnings(result)
-    assert "the floor tfidf (which learned gold labels: −50.0 points" in warning
 
 
 def test_students_meet_the_baselines_of_their_own_share_and_no_pair_twice() -> None:
