@@ -57,7 +57,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(DEV_READY): $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,local]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev,local]'
 	touch $@
 
 demo: $(READY)

@@ -46,6 +46,7 @@ RUNS = [
         "--rows 12 --concurrency 4 --latency fixed --mean 0.01 --runs 1",
         "aiohttp alone",
         id="annotate",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         "compress.py",
@@ -117,6 +118,7 @@ def test_the_speed_benchmark_prints_median_and_range() -> None:
     assert all(row[3].startswith("(") and "–" in row[3] for row in rows)
 
 
+@pytest.mark.slow
 def test_the_memory_benchmark_prints_a_line_with_and_without_checkpointing() -> None:
     done = run_script(ROOT / "benchmarks" / "memory.py", "--tiny", "--runs", "1")
     assert done.returncode == 0, done.stderr
@@ -124,6 +126,7 @@ def test_the_memory_benchmark_prints_a_line_with_and_without_checkpointing() -> 
     assert [row[3] for row in rows] == ["yes", "no"]
 
 
+@pytest.mark.slow
 def test_the_load_test_of_the_server_runs(tmp_path: Path) -> None:
     rows = toy_rows(8)
     alphabet = " ".join(string.ascii_letters + string.digits)

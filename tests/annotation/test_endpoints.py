@@ -19,6 +19,7 @@ from conftest import good_answer, run_dsbs, small_disk_at, start_dsbs
 from loopback import LoopbackServer, completion, read_rows
 
 from dsbs import PartialError, UserError, annotate, load_recipe
+from dsbs.annotation import endpoint_pool
 
 
 def pool(*servers: LoopbackServer, weights: tuple[float, ...] = ()) -> str:
@@ -115,8 +116,9 @@ def test_a_url_beside_endpoints_is_a_mistake(toy: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("throttled", [0.05, 0.30])
 def test_every_row_is_delivered_over_a_faulty_network(
-    toy: Callable[..., Path], tmp_path: Path, throttled: float
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, throttled: float
 ) -> None:
+    monkeypatch.setattr(endpoint_pool, "FIRST_WAIT_S", 0.02)  # shorter waits, as many retries
     dice = random.Random(7)
     lock = threading.Lock()
     faults: Counter[str] = Counter()

@@ -262,8 +262,9 @@ def test_exports_answer_as_the_student(
         assert line["distribution"] == pytest.approx(theirs.distribution, abs=1e-4)
         assert line["probability"] == pytest.approx(theirs.probability, abs=1e-4)
         assert line.get("expected_number") == pytest.approx(theirs.expected_number, abs=1e-3)
-    small = export(folder, form, quantize="int8", examples=inputs)
-    assert len(Student.load(small.path).predict(inputs)) == len(inputs)
+    if form == "ct2":  # the int8 graph of ONNX is that of the label heads' own tests
+        small = export(folder, form, quantize="int8", examples=inputs)
+        assert len(Student.load(small.path).predict(inputs)) == len(inputs)
 
 
 @pytest.mark.parametrize("kind", ["multilabel", "score"])
@@ -281,15 +282,18 @@ def test_compressed_students_heal_and_choose_their_own_thresholds(
 
 
 @pytest.mark.parametrize("kind", ["multilabel", "score", "extraction"])
-@pytest.mark.parametrize("model", ["t5", "decoder"])
-def test_a_student_that_writes_answers_in_every_kind(tmp_path: Path, kind: str, model: str) -> None:
+@pytest.mark.parametrize(("model", "max_steps"), [("t5", 90), ("decoder", 150)])
+def test_a_student_that_writes_answers_in_every_kind(
+    tmp_path: Path, kind: str, model: str, max_steps: int
+) -> None:
     student: dict[str, Any] = {"init": "scratch", "vocab_size": 200}
     if model == "decoder":
         student = {"model": causal_models.save(tmp_path / "decoder"), "template": "plain"}
     student |= {"max_input_tokens": 64, "max_target_tokens": 32}
-    steps = {"max_steps": 150, "eval_every": 75, "learning_rate": 0.003, "micro_batch_size": 8}
+    training = {"max_steps": max_steps, "eval_every": max_steps // 2, "learning_rate": 0.004}
     path = recipe_file(tmp_path, kind, student=student, eval={"max_label_tokens": 31})
-    settings = load_recipe(path, [f"train.{key}={value}" for key, value in steps.items()])
+    overrides = [f"train.{key}={value}" for key, value in training.items()]
+    settings = load_recipe(path, [*overrides, "train.micro_batch_size=8"])
     folder = trained(settings, tmp_path)
     assert read_card(folder).head == "text"
     student_ = Student.load(folder)
