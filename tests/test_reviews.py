@@ -293,3 +293,10 @@ def test_a_label_that_the_task_has_no_longer_is_an_error_that_names_the_row() ->
     wrong = review("rejected", gold_is_wrong=True, gold="fish")
     with pytest.raises(UserError, match="which is not one of the task's labels"):
         apply_gold([Example("1", {"text": "an animal"}, "cat")], {"1": [wrong]}, TASK)
+
+
+def test_a_label_in_an_earlier_spelling_is_written_as_the_task_writes_it_now() -> None:
+    old = review("corrected", label="DOG", gold_is_wrong=True, gold="Dog")
+    assert overlaid([old]).label == "dog"
+    (row,) = apply_gold([Example("1", {"text": "an animal"}, "cat")], {"1": [old]}, TASK)
+    assert row.label == "dog"

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -440,3 +441,16 @@ def test_onnxruntime_takes_the_outermost_number_of_threads(
     if said is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert omp_threads() == threads
+
+
+def test_a_t5_writes_greedily_whatever_its_own_generation_settings_say(tmp_path: Path) -> None:
+    plain = make_student()
+    written = [row.text for row in plain.generate(TEXTS[:3], 12, 2)]
+    model = deepcopy(plain.backend.model)
+    model.generation_config.min_length = 10
+    model.generation_config.no_repeat_ngram_size = 1
+    student = Student.of(model, plain.backend.tokenizer, plain.card)
+    assert [row.text for row in student.generate(TEXTS[:3], 12, 2)] == written
+    student.save(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))
+    assert "min_length" not in saved and saved["pad_token_id"] == model.config.pad_token_id

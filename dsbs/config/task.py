@@ -138,6 +138,11 @@ class MaxInputSection(Section):
     windows: int = Field(8, ge=2)
     """windows: the maximum number of parts. The rest of the text is not read."""
 
+    @property
+    def most_windows(self) -> int:
+        """How many inputs a text may become."""
+        return self.windows if self.strategy == "windows" else 1
+
 
 class TaskSection(Section):
     """The task to learn, and its data."""

@@ -53,6 +53,7 @@ from dsbs.records.subsets import Subset, subset_rank
 from dsbs.records.summary import results_markdown
 from dsbs.run_folder import RunFolder, training_record
 from dsbs.students.calibration import ConfidenceKind, read_calibration
+from dsbs.students.card import read_card
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import annotated_split, load, survey
@@ -390,7 +391,7 @@ def _students_of_recipe(recipe: Recipe, task: Task, run: RunFolder) -> list[Trai
     """The trained students that the recipe asks for.
 
     Raises UserError if there are none (and no external predictions), or if some were trained with
-    other settings or annotations than the recipe's.
+    other settings, labels or annotations than the recipe's.
     """
     train = recipe.train
     recipes = recipe.students
@@ -415,10 +416,11 @@ def _students_of_recipe(recipe: Recipe, task: Task, run: RunFolder) -> list[Trai
         for student in students
         if student.settings != recipes[student.student].training_of(student.method)
         or student.source not in (None, source)
+        or read_card(student.path).classes not in ((), task.head_labels)
     ]
     if outdated:
         raise UserError(
-            f"this recipe's settings or annotations have changed since the training of "
+            f"this recipe's settings, labels or annotations have changed since the training of "
             f"{', '.join(outdated)}",
             hint="repeat the overrides of that `dsbs train`, or run it with this recipe: students "
             "that fit are kept, others set aside",

@@ -103,6 +103,7 @@ class StudentTexts:
             written = [row.rationale for row in sample if row.rationale]
         targets = self.input_format.write(written) if written else []
         limit = input_limit(section, self.recipe.train.init)
+        limit *= self.recipe.task.max_input.most_windows
         return {
             "inputs": _token_figures(self.tokenizer, inputs, limit),
             "targets": _token_figures(self.tokenizer, targets, section.max_target_tokens),

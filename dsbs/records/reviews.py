@@ -334,23 +334,27 @@ def apply_gold(rows: Iterable[Example], reviews: Reviews, task: _Labels) -> list
         if review is None or not review.gold_is_wrong:
             return row
         label = review.right_gold(row.label)
-        _check_label(label, row.input, review, task)
+        if label is not None:
+            label = _as_the_task_writes(label, row.input, review, task)
         return replace(row, label=label)
 
     return [corrected(row) for row in rows]
 
 
-def _check_label(
-    label: str | None, fields: Mapping[str, Any], review: Review, task: _Labels
-) -> None:
-    if label is None or not task.head_labels:
-        return
-    if isinstance(task.read_label(label, fields), Unreadable):
+def _as_the_task_writes(
+    label: str, fields: Mapping[str, Any], review: Review, task: _Labels
+) -> str:
+    """A reviewer's label as the recipe spells it now. Raises UserError outside a closed set."""
+    if not task.head_labels:
+        return label
+    canonical = task.read_label(label, fields)
+    if isinstance(canonical, Unreadable):
         raise UserError(
             f"{review.reviewer}'s review of row {review.id!r} has label {label!r}, which is not "
             "one of the task's labels",
             hint="add it to task.labels, or review the row again",
         )
+    return canonical
 
 
 def _reviewed(annotation: Annotation, review: Review, task: _Labels) -> Annotation:
@@ -362,7 +366,7 @@ def _reviewed(annotation: Annotation, review: Review, task: _Labels) -> Annotati
         if proposed is None or review.shown is None or task.correct(proposed, review.shown):
             changes |= {"accepted": False, "reject_reason": "rejected-in-review"}
         return annotation.model_copy(update=changes)
-    _check_label(label, annotation.input, review, task)
+    label = _as_the_task_writes(label, annotation.input, review, task)
     samples = annotation.samples
     own_label = annotation.own_label
     if review.label is not None or own_label is None or not task.correct(own_label, label):

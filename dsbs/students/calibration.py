@@ -184,7 +184,13 @@ def confidence_of(
         return probability
     if len(distribution) < 2:
         return 1.0
-    return float(confidences(kind, np.array([list(distribution.values())]))[0])
+    shares = [short_share(share) for share in distribution.values()]
+    return float(confidences(kind, np.array([shares]))[0])
+
+
+def short_share(share: float) -> float:
+    """A probability with the digits that prediction files have, on which thresholds are chosen."""
+    return float(f"{share:.6g}")
 
 
 def rationale_agreement(label: str, rationale: str, task: Task, fields: Fields) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from dsbs.config import StudentSection
+from dsbs.errors import UserError
 from dsbs.students.card import Architecture, architecture_of, saved_classes
 from dsbs.students.formats import SpecialTokens, start_token
 from dsbs.students.weights import (
@@ -38,6 +39,11 @@ from dsbs.students.weights import (
 
 HEAD_FILE = "head.safetensors"
 _INITIAL_DEVIATION = 0.02  # of new layers' weights, as BERT's (Devlin et al., 2019)
+# The names that configurations of encoders have for rates inside the encoder.
+_DROPOUT_RATES = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "dropout", "attention_dropout", "embedding_dropout", "mlp_dropout",
+)  # fmt: skip
 
 
 def mean_states(states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -252,7 +258,8 @@ def new_label_head(
     """The model that training starts from: pretrained weights, and new layers by ``seed`` alone.
 
     A head saved in ``init`` is kept where it has the same labels, in any order. ``explains``: an
-    encoder gets a rationale decoder of ``student.rationale_decoder.layers``.
+    encoder gets a rationale decoder of ``student.rationale_decoder.layers``, unless ``init`` has
+    one of that size.
     """
     start = init or section.source
     architecture = architecture_of(start)
@@ -261,7 +268,7 @@ def new_label_head(
     if init is not None and saved is not None and sorted(saved) == sorted(classes):
         model = load_label_head(init, labels, section.dropout)
         _reorder(model.classifier, [saved.index(label) for label in classes])
-        if explains and architecture == "encoder" and model.rationale_decoder is None:
+        if explains and architecture == "encoder" and not _has_decoder_of(model, section):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 decoder = _new_rationale_decoder(model.body, section, tokenizer, rate)
@@ -283,6 +290,17 @@ def new_label_head(
         if explains and architecture == "encoder":
             model.rationale_decoder = _new_rationale_decoder(body, section, tokenizer, rate)
     return model
+
+
+def _has_decoder_of(model: LabelHeadModel, section: StudentSection) -> bool:
+    """Whether a model has a rationale decoder of the recipe's layers and long enough targets."""
+    if model.rationale_decoder is None:
+        return False
+    config = model.rationale_decoder.config
+    return bool(
+        config.num_hidden_layers == section.rationale_decoder.layers
+        and config.max_position_embeddings > section.max_target_tokens
+    )
 
 
 def _reorder(classifier: nn.Linear, order: list[int]) -> None:
@@ -318,16 +336,31 @@ def load_body(source: str, dropout: float | None = None) -> Any:
     from transformers import AutoModel
 
     silence_transformers()
-    changes: dict[str, Any] = {}
-    if dropout is not None:
-        changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    arguments = pretrained_arguments(source)
     try:
+        changes: dict[str, Any] = {} if dropout is None else _dropout_rates(source, dropout)
         model_class = low_rank_class(expand_local(source), writes=False) or AutoModel
-        return model_class.from_pretrained(
-            **pretrained_arguments(source), dtype=torch.float32, **changes
-        )
+        return model_class.from_pretrained(**arguments, dtype=torch.float32, **changes)
+    except UserError:
+        raise
     except Exception as error:  # Hub, network and file errors share no root
         raise loading_error("model", source, error) from None
+
+
+def _dropout_rates(source: str, rate: float) -> dict[str, float]:
+    """The keys of an encoder's configuration that are dropout rates, all with ``rate``.
+
+    Raises UserError where it has none.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(**pretrained_arguments(source))
+    rates = {name: rate for name in _DROPOUT_RATES if hasattr(config, name)}
+    if not rates:
+        raise UserError(
+            f"student.dropout: {source} has no dropout rate", hint="remove student.dropout"
+        )
+    return rates
 
 
 def _new_rationale_decoder(

@@ -25,6 +25,7 @@ from dsbs.errors import PartialError, UserError
 from dsbs.files import (
     atomic_write,
     cut_torn_line,
+    digest,
     full_disk_as_partial,
     lock_folder,
     make_folder,
@@ -225,11 +226,11 @@ def predict_file(
     with lock, full_disk_as_partial(out.parent, _HINT):
         record = _check_record(out, identity)
         is_jsonl = out.suffix.lower() == ".jsonl"
+        if out.exists() and not (record if is_jsonl else "rows" in record):
+            raise UserError(
+                f"{out} exists and is not from `dsbs predict`", hint="give another --out"
+            )
         if not is_jsonl and out.exists():
-            if record.get("rows") is None:
-                raise UserError(
-                    f"{out} exists and is not from `dsbs predict`", hint="give another --out"
-                )
             return int(record["rows"])
         lines = out if is_jsonl else out.with_name(f".{out.name}.partial.jsonl")
         rows = iter(open_rows())
@@ -320,12 +321,14 @@ def _record_path(out: Path) -> Path:
 
 
 def _fingerprint(student: Path) -> str:
-    """What tells a student from another one of the same path."""
+    """What tells a student from another one of the same name: its weights and its calibration."""
+    from dsbs.students.calibration import CALIBRATION
     from dsbs.students.card import read_card
-    from dsbs.students.weights import weights_files
+    from dsbs.students.weights import file_hash, weights_files
 
-    sizes = [f"{file.name}:{file.stat().st_size}" for file in weights_files(student)]
-    return f"{read_card(student).name} ({', '.join(sizes)})"
+    files = [*weights_files(student), student / CALIBRATION]
+    hashes = [file_hash(file) for file in files if file.exists()]
+    return f"{read_card(student).name} ({digest(*hashes)[:12]})"
 
 
 def _check_record(out: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -263,17 +263,21 @@ def weights_fingerprint(start: str | None) -> tuple[str, ...]:
     folder = Path(expand_local(start or ""))
     if not start or not folder.is_dir():
         return ()
-    hashes = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name == "config.json":
-            stat = path.stat()
-            hashes.append(_file_hash(path, stat.st_mtime_ns, stat.st_size))
-    return tuple(hashes)
+    return tuple(
+        file_hash(path)
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".safetensors", ".bin") or path.name == "config.json"
+    )
+
+
+def file_hash(path: Path) -> str:
+    """Hex SHA-256 of a file's content. A file of the same size and time is not read again."""
+    stat = path.stat()
+    return _file_hash(path, stat.st_mtime_ns, stat.st_size)
 
 
 @cache
 def _file_hash(path: Path, _changed_ns: int, _size: int) -> str:
-    """Hash of a file; time and size are arguments so that a changed file is read again."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

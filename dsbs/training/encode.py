@@ -179,13 +179,17 @@ class Encoder:
         indices = self._tokens.indices(view.prefix, [row.text for row in rows], self._max_input)
         return [self._tokens[index].astype(np.int64).tobytes() for index in indices]
 
-    def truncation_warnings(self, rows: EncodedRows) -> Iterator[str]:
-        """Warnings of inputs and targets that reach their limit: what is longer is cut."""
+    def truncation_warnings(self, rows: EncodedRows, windows: int = 1) -> Iterator[str]:
+        """Warnings of inputs and targets that reach their limit: what is longer is cut.
+
+        ``windows``: how many times ``student.max_input_tokens`` the limit of inputs is.
+        """
+        key = "max_input_tokens" if windows == 1 else f"max_input_tokens in {windows} windows"
         for name, (sources, targets) in rows.lengths().items():
             end = ""
             if name == "rationale-then-label":
                 end = ", and so is the label at their end"
-            yield from _truncated("inputs", sources, self._max_input, "max_input_tokens")
+            yield from _truncated("inputs", sources, self._max_input, key)
             yield from _truncated(
                 f"{name} targets", targets, self._max_target, "max_target_tokens", end
             )

@@ -20,12 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.config import LabelSource, TrainSection
+from dsbs.errors import DsbsError
 from dsbs.files import write_json
 from dsbs.formatting import setting_text
 from dsbs.records import TrainedStudent
 from dsbs.records.subsets import Subset, subset_rank, subset_suffix
 from dsbs.run_folder import TRAINING_RECORD, RunFolder, training_record
 from dsbs.training.methods import method_of
+
+
+class DivergedError(DsbsError):
+    """A student's loss is no longer finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,20 +172,33 @@ def _settings(spec: StudentSpec) -> list[dict[str, Any]]:
 
 
 class Tuner:
-    """Chooses each system's settings; ``run_trial`` trains one trial and returns its result."""
+    """Chooses each system's settings; ``run_trial`` trains one trial and returns its result, or
+    None where the loss diverged.
+    """
 
-    def __init__(self, seeds: Sequence[int], run_trial: Callable[[StudentSpec], Trial]) -> None:
+    def __init__(
+        self, seeds: Sequence[int], run_trial: Callable[[StudentSpec], Trial | None]
+    ) -> None:
         self._first_seed = seeds[0]
         self._run_trial = run_trial
         self._trials: dict[str, tuple[Trial, ...]] = {}  # by system
 
     def tuned(self, spec: StudentSpec) -> StudentSpec:
-        """``spec`` with the settings of its system's best trial."""
+        """``spec`` with the settings of its system's best trial.
+
+        Raises DivergedError where every trial's loss diverged.
+        """
         if spec.section.tune is None:
             return spec
         if spec.system not in self._trials:
-            first = replace(spec, seed=self._first_seed)
-            self._trials[spec.system] = tuple(map(self._run_trial, trial_specs(first)))
+            first = trial_specs(replace(spec, seed=self._first_seed))
+            results = tuple(filter(None, map(self._run_trial, first)))
+            if first and not results:
+                raise DivergedError(
+                    f"{spec.system}: the loss diverged with every setting of train.tune",
+                    hint="give lower values of train.tune.learning_rate",
+                )
+            self._trials[spec.system] = results
         trials = self._trials[spec.system]
         if not trials:
             return replace(spec, section=spec.section.tuned({}))

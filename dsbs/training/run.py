@@ -24,9 +24,9 @@ from dsbs.tasks import Task, make_task
 from dsbs.tasks.data import stream, survey
 from dsbs.training.distillation.local_teachers import LocalTeachers, planned_teachers
 from dsbs.training.distillation.teacher_source import check_teachers
-from dsbs.training.distributed import is_main_process, world_size
+from dsbs.training.distributed import free_memory, is_main_process, world_size
 from dsbs.training.encode import Encoder
-from dsbs.training.grid import StudentSpec, Trial, Tuner, trial_specs
+from dsbs.training.grid import DivergedError, StudentSpec, Trial, Tuner, trial_specs
 from dsbs.training.methods import method_of, views_of
 from dsbs.training.rows import (
     Data,
@@ -177,9 +177,14 @@ class StudentGrid:
                 recipe, spec, self.data, tokenizer, tokens, folder, teachers.for_student(spec)
             )
 
-        def run_trial(spec: StudentSpec) -> Trial:
+        def run_trial(spec: StudentSpec) -> Trial | None:
             trial = student_run(spec)
-            trial.run(progress)
+            try:
+                trial.run(progress)
+            except DivergedError as error:
+                progress.say(f"{error.problem}; the setting is left out")
+                free_memory()
+                return None
             return trial.trial()
 
         tuner = Tuner(recipe.train.seeds, run_trial)
@@ -219,9 +224,10 @@ def _warnings(
     classes: Sequence[str] = ()
     if head == "labels":
         classes = sorted(labels) if task.has_several_labels else task.head_labels
+    windows = recipe.task.max_input.most_windows
     encoder = Encoder(
         tokens,
-        input_limit(recipe.student, recipe.train.init),
+        windows * input_limit(recipe.student, recipe.train.init),
         recipe.student.max_target_tokens,
         classes,
         scores_choices=head == "labels" and task.has_choices,
@@ -230,7 +236,7 @@ def _warnings(
     systems = dict.fromkeys((spec.method, spec.labels) for spec in specs)
     for method, source in systems:
         encoded = encoder.rows(rows, views_of(method, recipe.train, head), source)
-        warnings += encoder.truncation_warnings(encoded)
+        warnings += encoder.truncation_warnings(encoded, windows)
     return list(dict.fromkeys(warnings))
 
 

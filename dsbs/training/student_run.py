@@ -30,13 +30,13 @@ from dsbs.training.distributed import (
     wait,
 )
 from dsbs.training.encode import ResampledRows, collate
-from dsbs.training.grid import StudentFolder, StudentSpec, Trial
+from dsbs.training.grid import DivergedError, StudentFolder, StudentSpec, Trial
 from dsbs.training.rows import Data, count_rationales
 from dsbs.training.tokens import Tokens
 from dsbs.training.training_set import TrainingSet
 from dsbs.training.validation import (
     calibrated,
-    follow_label_precision,
+    follow_eval_section,
     max_new_tokens,
     novelty_of,
     validate,
@@ -108,7 +108,7 @@ class StudentRun:
             if is_main_process():
                 self.folder.follow_recipe(self._origin())
                 view = self.training_set.views[0]
-                follow_label_precision(self.folder.path, self.recipe, self.data, view, progress)
+                follow_eval_section(self.folder.path, self.recipe, self.data, view, progress)
             wait()
             return self.folder.student()
         wait()
@@ -367,8 +367,16 @@ class StudentRun:
         )
 
     def _validate(self, student: Student) -> dict[str, float]:
-        return validate(
-            student, self.recipe, self.data, self.training_set.valid, self.training_set.views[0]
+        view = self.training_set.views[0]
+        try:
+            return validate(student, self.recipe, self.data, self.training_set.valid, view)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        raise DsbsError(
+            f"{self.spec.name}: out of memory in validation, which reads "
+            f"{self.recipe.eval.batch_size} rows at a time",
+            hint="lower eval.batch_size: training continues from the last checkpoint",
         )
 
     # --- saving
@@ -389,7 +397,7 @@ class StudentRun:
 
     def _save(self, student: Student, state: Any, metrics: MetricsLogger) -> None:
         if state.best_global_step is None:
-            raise DsbsError(
+            raise DivergedError(
                 f"{self.spec.name}: the validation loss was never finite",
                 hint="lower train.learning_rate and train again",
             )

@@ -111,7 +111,10 @@ class Tokens:
         self, prefix: str, texts: list[str], limit: int, target: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The lengths and ids of texts, from the cache where they are in it."""
-        if self._folder is None or len(texts) < _MIN_CACHED:
+        is_known = hasattr(
+            self._tokenizer, "backend_tokenizer"
+        )  # no state tells one in Python apart
+        if self._folder is None or len(texts) < _MIN_CACHED or not is_known:
             return self._tokenize(prefix, texts, limit, target)
         key = digest(
             self._tokenizer_identity(),

@@ -18,7 +18,7 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from dsbs.config import ResolvedTrainSection
-from dsbs.errors import DsbsError, UserError
+from dsbs.errors import UserError
 from dsbs.students.heads import LabelHeadModel
 from dsbs.students.weights import device, supports_bf16
 from dsbs.training.balance import RationaleBalance
@@ -32,6 +32,7 @@ from dsbs.training.encode import (
     count_inputs,
     count_targets,
 )
+from dsbs.training.grid import DivergedError
 from dsbs.training.losses import summed_nll, view_weights, weighted_loss
 from dsbs.training.methods import View
 from dsbs.training.packed import ForwardRunner, is_decoder_only
@@ -368,10 +369,10 @@ class StepTrainer(Seq2SeqTrainer):
         self._last_logged_step = self.state.global_step
         return means
 
-    def _diverged(self, loss: float) -> DsbsError:
-        return DsbsError(
-            f"the loss is {loss} at step {self.state.global_step}",
-            hint="lower train.learning_rate or add train.warmup_steps; the last checkpoint is kept",
+    def _diverged(self, loss: float) -> DivergedError:
+        return DivergedError(
+            f"{self.args.run_name}: the loss is {loss} at step {self.state.global_step}",
+            hint="lower train.learning_rate or raise train.warmup_steps, and train again",
         )
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:

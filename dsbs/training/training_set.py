@@ -133,8 +133,8 @@ class TrainingSet:
             parts.append(teachers_fingerprint(self._teachers))
         if self.soft_labels:
             parts.append(soft_labels_hash(self.soft_labels))
-        if self.label_sets is not None:
-            parts.append(canonical_json(self.label_sets))
+        if self.classes:  # the rows have their indices alone
+            parts.append(canonical_json([self.classes, self.label_sets]))
         return digest(*parts)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbs.config import ResolvedTrainSection, StudentRecipe
+from dsbs.config import EvalSection, ResolvedTrainSection, StudentRecipe
 from dsbs.progress import Progress
 from dsbs.records import Unreadable
 from dsbs.students.backends.label_head import LabelHeadBackend
@@ -23,6 +23,7 @@ from dsbs.students.calibration import (
     write_record,
     yes_and_no,
 )
+from dsbs.students.card import StudentCard, read_card
 from dsbs.students.formats import start_token
 from dsbs.students.novelty import Novelty, fit_novelty
 from dsbs.students.student import Student
@@ -146,19 +147,33 @@ def _calibrated_fields(
     return calibrate_each(np.array(shares), np.array(is_right), data.valid_labels, None)
 
 
-def follow_label_precision(
+def follow_eval_section(
     folder: Path, recipe: StudentRecipe, data: Data, view: View, progress: Progress
 ) -> None:
-    """Choose the thresholds of a finished student anew if ``eval.label_precision`` has changed."""
-    calibration = read_calibration(folder)
-    thresholds = None if calibration is None else calibration.label_thresholds
-    if thresholds is None or thresholds.precision == recipe.eval.label_precision:
+    """Calibrate a finished student anew if a key of ``eval`` that decides it has changed."""
+    key = _changed_key(read_card(folder), read_calibration(folder), recipe.eval)
+    if key is None:
         return
     student = Student.load(folder)
-    progress.say(f"{student.card.name}: new thresholds for eval.label_precision")
     new = calibrated(student, recipe, data, view)
-    assert new is not None  # a label head has one
-    write_record(folder, new)
+    if new is not None:
+        progress.say(f"{student.card.name}: calibrated again for {key}")
+        write_record(folder, new)
+
+
+def _changed_key(
+    card: StudentCard, calibration: Calibration | None, section: EvalSection
+) -> str | None:
+    if calibration is None:
+        scores_labels = section.score_labels and card.writes_label_alone
+        return "eval.score_labels" if scores_labels else None
+    thresholds = calibration.label_thresholds
+    if thresholds is not None and thresholds.precision != section.label_precision:
+        return "eval.label_precision"
+    compares_rationales = section.rationales and "rationale" in card.prefixes
+    if compares_rationales and card.task.fields is None and "views" not in calibration.aurc:
+        return "eval.rationales"
+    return None
 
 
 def novelty_of(student: Student, recipe: StudentRecipe, data: Data, view: View) -> Novelty | None:

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from label_heads import label_head, save_encoder
 
-from dsbs import Student, UserError, load_recipe, train
+from dsbs import Student, UserError, load_recipe, train, validate
 from dsbs.config.task import MaxInputSection
+from dsbs.progress import NoProgress
 from dsbs.students.formats import input_format_of
 from dsbs.students.long_texts import WINDOW_SEPARATOR, shortened, text_limit
 from dsbs.students.tokenizer import learn_vocabulary
@@ -120,6 +121,19 @@ def test_a_student_learns_from_the_end_of_its_texts(path: Path, strategy: str) -
     assert sum(answer.label == row["team"] for answer, row in pairs) > 0.75 * len(ROWS)
     (alone,) = reader.predict(TEXTS[:1])
     assert alone.probability == pytest.approx(answers[0].probability, abs=1e-5)
+
+
+@pytest.mark.parametrize(("strategy", "is_cut"), [("tail", True), ("windows", False)])
+def test_texts_that_windows_read_whole_are_not_said_to_be_cut(
+    path: Path, strategy: str, is_cut: bool
+) -> None:
+    recipe = load_recipe(path, [f"task.max_input.strategy={strategy}", "train.max_steps=1"])
+    said: list[str] = []
+    progress = NoProgress()
+    progress.say = said.append  # type: ignore[method-assign]
+    train(recipe, out=path.parent / "run", progress=progress)
+    assert any("longer ones are cut" in text for text in said) == is_cut
+    assert any("are truncated" in warning for warning in validate(recipe).warnings) == is_cut
 
 
 def test_without_it_the_end_is_not_read(path: Path) -> None:

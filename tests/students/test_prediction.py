@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import run_dsbs, start_dsbs
 from encoder_models import save_label_head, texts
 from hypothesis import given, settings
@@ -42,11 +44,16 @@ def predict(student: Path, out: Path, options: Options = OPTIONS, **arguments: A
 
 
 @pytest.fixture(scope="module")
-def whole(student: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def whole_file(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a command that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "a.jsonl"
     assert predict(student, out) == 50
-    return out.read_bytes()
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(whole_file: Path) -> bytes:
+    return whole_file.read_bytes()
 
 
 def test_each_row_has_its_likeliest_labels(student: Path, whole: bytes) -> None:
@@ -64,9 +71,15 @@ def test_each_row_has_its_likeliest_labels(student: Path, whole: bytes) -> None:
 @given(kept=st.integers(0, 100), torn=st.binary(max_size=9).filter(lambda end: b"\n" not in end))
 @settings(max_examples=12, deadline=None)
 def test_a_file_that_was_cut_anywhere_is_completed_to_the_last_byte(
-    student: Path, whole: bytes, tmp_path_factory: pytest.TempPathFactory, kept: int, torn: bytes
+    student: Path,
+    whole_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    kept: int,
+    torn: bytes,
 ) -> None:
+    whole = whole_file.read_bytes()
     out = tmp_path_factory.mktemp("cut") / "a.jsonl"
+    shutil.copy(f"{whole_file}.manifest.json", out.parent)
     out.write_bytes(whole[: len(whole) * kept // 100] + (torn if kept < 100 else b""))
     assert predict(student, out) == 50
     assert out.read_bytes() == whole
@@ -153,10 +166,12 @@ def test_other_predictions_are_never_mixed(student: Path, whole: bytes, tmp_path
         predict(student, out, Options(batch_size=2, top=1))
     with pytest.raises(UserError, match="another shard"):
         predict(student, out, shard=Shard(1, 2))
-    foreign = tmp_path / "b.jsonl"
-    foreign.write_text('{"id": "x", "prediction": "billing"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="is not row 1 of the input"):
-        predict(student, foreign)
+
+    def others() -> Iterator[prediction.Row]:
+        yield from ROWS[::-1]
+
+    with pytest.raises(UserError, match="is not row 50 of the input"):
+        predict_file(student, others, out, OPTIONS, source="rows.jsonl")
     table = tmp_path / "c.csv"
     table.write_text("id,label\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"is not from `dsbs predict`"):
@@ -218,3 +233,35 @@ def test_a_torn_line_is_cut_off(tmp_path: Path, content: bytes, last: int | None
     assert (row or {}).get("id") == last
     assert path.read_bytes() == (b"" if last is None else b'{"id": 1}\n')
     assert cut_torn_line(tmp_path / "none.jsonl") is None
+
+
+@pytest.mark.parametrize("content", ['{"id": "x"}\n{"id": "y"}', '[\n{"id": "x"}\n]\n', "id\nx\n"])
+def test_a_file_of_the_users_own_is_refused_as_it_is(
+    student: Path, tmp_path: Path, content: str
+) -> None:
+    for name in ("mine.jsonl", "mine.csv"):
+        mine = tmp_path / name
+        mine.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"is not from `dsbs predict`"):
+            predict(student, mine)
+        assert mine.read_text(encoding="utf-8") == content
+
+
+def test_predictions_of_earlier_weights_or_another_calibration_are_not_taken(
+    student: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "student"
+    shutil.copytree(student, own)
+    for name in ("a.csv", "a.jsonl"):
+        predict(own, tmp_path / name)
+    (own / "calibration.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="another student"):
+        predict(own, tmp_path / "a.csv")
+    (own / "calibration.json").unlink()
+    trained_again = Student.load(own)
+    with torch.no_grad():
+        trained_again.backend.model.classifier.bias += 1
+    trained_again.save(own)
+    for name in ("a.csv", "a.jsonl"):
+        with pytest.raises(UserError, match="another student"):
+            predict(own, tmp_path / name)

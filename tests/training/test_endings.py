@@ -15,7 +15,7 @@ import torch
 from conftest import run_dsbs, small_disk_at, start_dsbs
 from test_loop import lines, weights
 
-from dsbs import DsbsError, PartialError, load_recipe, train
+from dsbs import DsbsError, PartialError, Student, load_recipe, train
 from dsbs.training.callbacks import MetricsLogger
 from dsbs.training.grid import last_checkpoint
 from dsbs.training.trainer import StepTrainer
@@ -161,3 +161,17 @@ def test_a_loss_that_diverges_after_a_checkpoint_keeps_it_and_ends_with_exit_cod
     assert ended.value.exit_code == 1
     kept = last_checkpoint(tmp_path / "run" / "train" / NAME / "checkpoints")
     assert kept is not None and kept.name == "checkpoint-3"
+
+
+def test_no_memory_in_validation_names_the_batches_of_validation(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_args: Any, **_options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Student, "generate", no_memory)
+    with pytest.raises(
+        DsbsError, match="out of memory in validation, which reads 64 rows"
+    ) as ended:
+        train(load_recipe(toy(), [ONLY, "eval.batch_size=64"]), out=tmp_path / "run")
+    assert "eval.batch_size" in ended.value.hint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,16 +13,18 @@ import causal_models
 import pytest
 import torch
 from conftest import good_answer, on_two_processes, write_jsonl
+from encoder_models import encoder
 from forked import DSBS
 from label_heads import save_encoder, seq2seq_model
 from loopback import LoopbackServer
 from safetensors.torch import load_file
 from transformers import GemmaTokenizer
 
-from dsbs import Student, UserError, annotate, load_recipe, train, validate
+from dsbs import Student, UserError, annotate, evaluate, export, load_recipe, train, validate
 from dsbs.config import Recipe, StudentSection
 from dsbs.students.calibration import read_calibration
-from dsbs.students.card import StudentCard, new_head_warning
+from dsbs.students.card import StudentCard, new_head_warning, read_card
+from dsbs.students.heads import load_body
 from dsbs.students.tokenizer import load_tokenizer
 from dsbs.students.weights import new_model
 from dsbs.tasks import make_task
@@ -342,6 +345,7 @@ def test_choices_of_a_row_are_scored(toy: Callable[..., Path], tmp_path: Path) -
             f"student={{model: {model}}}",
             "train={methods: finetune, max_epochs: 25, batch_size: 8, learning_rate: 0.005, "
             "eval_every: 50}",
+            "eval={split: valid, latency_calls: 0, floors: []}",
         ],
     )
     result = train(settings, out=tmp_path / "run")
@@ -353,6 +357,12 @@ def test_choices_of_a_row_are_scored(toy: Callable[..., Path], tmp_path: Path) -
     assert list(answer.distribution) == ["number", "parcel", "invoice"]
     assert answer.label == max(answer.distribution, key=answer.distribution.__getitem__)
     assert answer.probability == pytest.approx(max(answer.distribution.values()))
+    (system,) = evaluate(settings, out=tmp_path / "run").systems
+    predictions = (tmp_path / "run" / "eval" / "predictions" / "finetune-gold-s0.jsonl").open()
+    shares = [row["distribution"][row["gold"]] for row in map(json.loads, predictions)]
+    expected = -sum(map(math.log, shares)) / len(shares)
+    assert system.metrics["log_loss"].value == pytest.approx(expected)
+    assert system.selective is not None
 
 
 @pytest.mark.parametrize("family", ["t5gemma", "t5gemma2"])
@@ -380,3 +390,45 @@ def test_t5gemma_is_a_student(
         assert labels == ["billing", "shipping"]
     assert set(labels) <= {"billing", "shipping"}  # letter by letter, up to the end token
     assert not any(answer.truncated for answer in answers)
+    if (family, head) == ("t5gemma", "text"):
+        exported = export(folder, "torch", examples=["My invoice number 5 is wrong."])
+        assert not (exported.path / "predict.py").exists(), "it would read a T5's tokenizer"
+
+
+def test_a_head_of_renamed_labels_is_another_student(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    short = ("train.methods=finetune", "train.max_steps=2", "train.eval_every=2")
+    first = trained(recipe(*short), tmp_path)
+    fingerprint = json.loads((first / "work.json").read_text(encoding="utf-8"))["fingerprint"]
+    for split in ("train", "test"):
+        file = tmp_path / f"{split}.csv"
+        file.write_text(file.read_text(encoding="utf-8").replace(",shipping", ",delivery"))
+    renamed = recipe(*short, "task.labels=[billing, delivery]")
+    with pytest.raises(UserError, match="settings, labels or annotations have changed"):
+        evaluate(renamed, out=tmp_path / "run")
+    folder = trained(renamed, tmp_path)
+    assert read_card(folder).classes == ("billing", "delivery")
+    again = json.loads((folder / "work.json").read_text(encoding="utf-8"))["fingerprint"]
+    assert again != fingerprint
+
+
+def test_a_start_with_a_shorter_rationale_decoder_gets_one_of_its_own(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    short = ("train.max_steps=2", "train.eval_every=2")
+    start = trained(recipe(*short), tmp_path).rename(tmp_path / "start")
+    for change, layers in (("max_target_tokens=24", 2), ("rationale_decoder={layers: 1}", 1)):
+        changed = recipe(*short, f"train.init={start}", f"student.{change}")
+        folder = trained(changed, tmp_path)
+        decoder = Student.load(folder).backend.model.rationale_decoder.config
+        assert decoder.num_hidden_layers == layers
+        assert decoder.max_position_embeddings == changed.student.max_target_tokens + 1
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert"])
+def test_the_recipe_s_dropout_is_that_of_every_encoder(tmp_path: Path, family: str) -> None:
+    encoder(family, 50).save_pretrained(tmp_path)
+    body = load_body(str(tmp_path), 0.25)
+    rates = {m.p for name, m in body.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert 0.25 in rates and rates <= {0.25, 0.0}

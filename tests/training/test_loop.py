@@ -16,6 +16,7 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, load_recipe, train
 from dsbs.config import Recipe
+from dsbs.students.calibration import read_calibration
 from dsbs.training.grid import grid, last_checkpoint
 from dsbs.training.rows import gather
 
@@ -381,3 +382,17 @@ def test_weights_that_training_starts_from_are_part_of_the_student(
     shutil.copy(student / "model.safetensors", start / "model.safetensors")
     train(recipe, out=tmp_path / "run")
     assert weights(student) != first
+
+
+def test_labels_that_are_scored_later_are_calibrated_without_training(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = ["train.methods=finetune", "train.max_steps=2", "train.eval_every=2"]
+    (student,) = train(load_recipe(toy(), settings), out=tmp_path / "run").students
+    assert read_calibration(student.path) is None
+    before = weights(Path(student.path))
+    again = load_recipe(toy(), [*settings, "eval.score_labels=true"])
+    train(again, out=tmp_path / "run")
+    assert weights(Path(student.path)) == before
+    calibration = read_calibration(student.path)
+    assert calibration is not None and calibration.rows > 0

@@ -150,3 +150,10 @@ def test_where_nothing_can_be_written_training_goes_on_without(tmp_path: Path) -
     (tmp_path / "file").write_text("in the way")
     found = Tokens(Counting(), tmp_path / "file")
     assert np.diff(found.indices("", ["a man", "dogs", "a man"], 8)).tolist() == [1, -1]
+
+
+def test_a_tokenizer_in_python_has_no_cache(tmp_path: Path) -> None:
+    slow = Counting()
+    del slow.backend_tokenizer
+    assert len(Tokens(slow, tmp_path).indices("", ["a man", "dogs"], 8)) == 2
+    assert not list(tmp_path.iterdir())

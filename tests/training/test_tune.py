@@ -12,8 +12,9 @@ import pytest
 from conftest import good_answer, run_dsbs
 from loopback import LoopbackServer
 
-from dsbs import UserError, annotate, evaluate, load_recipe, train
+from dsbs import DsbsError, UserError, annotate, evaluate, load_recipe, train
 from dsbs.config import Recipe, TrainSection
+from dsbs.progress import NoProgress
 from dsbs.training import run as training_run
 from dsbs.training.student_run import StudentRun
 
@@ -133,7 +134,7 @@ def test_students_of_another_grid_are_not_taken_for_this_ones(
         annotated("train.methods=finetune", "train.tune.learning_rate=[0.01, 0.003]"),
         out=tmp_path / "run",
     )
-    with pytest.raises(UserError, match="settings or annotations have changed"):
+    with pytest.raises(UserError, match="settings, labels or annotations have changed"):
         evaluate(
             annotated("train.methods=finetune", "train.tune.learning_rate=[0.01, 0.02]"),
             out=tmp_path / "run",
@@ -171,3 +172,20 @@ def test_a_setting_takes_the_place_of_the_sections_own() -> None:
     assert (
         section.tune is not None and section.tuned(section.tune.settings[0]).learning_rate == 0.25
     )
+
+
+def test_a_setting_whose_loss_diverges_is_left_out(
+    annotated: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    short = ("train.methods=finetune", "train.max_steps=4", "train.eval_every=2")
+    says: list[str] = []
+    progress = NoProgress()
+    progress.say = says.append  # type: ignore[method-assign]
+    recipe = annotated("train.tune.learning_rate=[1.0e+30, 0.003]", *short)
+    (student,) = train(recipe, out=tmp_path / "run", progress=progress).students
+    assert student.tuned == {"learning_rate": 0.003}
+    assert any("learning_rate=1e+30: the loss is" in line for line in says)
+    hopeless = annotated("train.tune.learning_rate=[1.0e+30]", *short)
+    with pytest.raises(DsbsError, match="diverged with every setting") as ended:
+        train(hopeless, out=tmp_path / "run")
+    assert "train.tune.learning_rate" in ended.value.hint

@@ -50,6 +50,16 @@ class TransformersBackend:
 class EncoderDecoderBackend(TransformersBackend):
     """A T5. See ``Backend`` and ``BeamSearchBackend``."""
 
+    def __init__(self, model: Any, tokenizer: Any, card: StudentCard) -> None:
+        from transformers import GenerationConfig
+
+        super().__init__(model, tokenizer, card)
+        # The model's own may set a least length or forbid repetitions, which exports do not.
+        special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        model.generation_config = GenerationConfig(
+            **{name: getattr(model.generation_config, name) for name in special}
+        )
+
     def generate(
         self,
         texts: Sequence[str],
