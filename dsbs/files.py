@@ -71,11 +71,15 @@ def find_file(path: str | Path, *, what: str, hint: str, folder: Path | None = N
             candidates.append(folder / expanded)
         roots = (_PACKAGE / "_shipped", _PACKAGE.parent)
         candidates += [root / expanded for root in roots if _has_shipped_files(root)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    if expanded.is_dir():
-        raise UserError(f"{what} {path} is a directory", hint=hint)
+    try:
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+        if expanded.is_dir():
+            raise UserError(f"{what} {path} is a directory", hint=hint)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # a text in place of a path
+            raise
     raise UserError(f"{what} {path} does not exist (working directory: {Path.cwd()})", hint=hint)
 
 

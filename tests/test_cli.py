@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from conftest import good_answer, run_dsbs, toy_rows, write_csv, write_jsonl
 from loopback import LoopbackServer
 
-from dsbs import UserError
+from dsbs import UserError, cli
 from dsbs.cli import replace_unencodable
 from dsbs.cli.common import print_json, read_rows
 from dsbs.config import TaskSection
@@ -56,6 +57,11 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
         lambda p: [jsonl(p, '{"text": "x", "team": "sales"}')],
         2,
         "'sales' is not one of billing",
+    ),
+    "text in place of a path": (
+        lambda p: [f"annotate.prompt={'Which team is it? ' * 20}"],
+        2,
+        "does not exist",
     ),
     "missing column": (lambda p: ["task.columns={label: squad}"], 2, "no column 'squad'"),
     "no key": (lambda p: ["teacher.api_key_env=NO_SUCH_KEY"], 2, "NO_SUCH_KEY is not set"),
@@ -259,3 +265,23 @@ def test_json_is_whole_and_text_readable_in_every_encoding(
         encoding, "é – 日本 ?"
     )
     assert [json.loads(line) for line in rest] == [value] * (encoding != "utf-8")
+
+
+def test_an_error_about_a_path_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "rows.csv")
+
+    monkeypatch.setattr(cli, "app", refused)
+    assert cli._exit_code() == 2
+    shown = capsys.readouterr().err
+    assert "rows.csv: Permission denied" in shown and "check the path" in shown
+
+
+@pytest.mark.parametrize("flags", [["--batch"], ["--pilot", "2"], ["--dry-run"]])
+def test_what_retries_refused_requests_is_not_combined(
+    toy: Callable[..., Path], tmp_path: Path, flags: list[str]
+) -> None:
+    done = run_dsbs("annotate", str(toy()), "--retry-refused", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and f"--retry-refused and {flags[0]} exclude" in done.stderr

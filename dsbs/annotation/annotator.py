@@ -325,7 +325,10 @@ class Annotator:
             yield self.annotation(example, self.stored_replies(store, example))
 
     def usd_spent(self, store: ReplyStore) -> float:
-        """US dollars that the stored replies to the recipe's rows cost, as far as it is known."""
+        """US dollars that the stored replies to the recipe's rows cost.
+
+        A reply whose tokens the endpoint did not count has cost the most that it may cost.
+        """
         if self.price is None:
             return 0.0
         spent = 0.0
@@ -337,7 +340,13 @@ class Annotator:
                     continue
                 keys.add(replies.key)
                 for reply in [*replies.replies, *replies.wasted]:
-                    spent += self.price.usd(reply) or 0.0
+                    usd = self.price.usd(reply)
+                    if usd is None:
+                        body = self._body(example, hint=False)
+                        usd = self.price.of(
+                            estimated_tokens(body), token_budget(body), lane=reply.lane
+                        )
+                    spent += usd
         return spent
 
 

@@ -183,6 +183,10 @@ class Batch:
     ) -> None:
         """Commit a line's reply, refusal or failure, and count it in ``output``."""
         key = row["key"]
+        if isinstance(outcome, Reply) and store.has_reply(key, outcome.raw):  # read again
+            output.replies += outcome.failure is None
+            output.failures += outcome.failure is not None
+            return
         if isinstance(outcome, Reply) and outcome.failure is not None:
             failure = outcome.failure
             is_empty = isinstance(failure, TransientError) and failure.kind == "empty"

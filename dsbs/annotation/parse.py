@@ -55,7 +55,7 @@ def parse_reply(
             finish_reason=finish_reason,
         )
 
-    visible, thoughts = split_thoughts(text)
+    visible, thoughts = split_thoughts(text, task.label_set)
     reasoning = reasoning or thoughts
     turn, ran_on = first_turn(visible, prompt.stop, prompt.anchor)
     out_of_tokens = finish_reason == "length"
@@ -109,9 +109,12 @@ def _gives_several(answer: Answer, label: str, prompt: Prompt, task: Task, field
         other = task.read_label(text, fields)
         if isinstance(other, str) and not task.correct(other, label):
             return True
-    if prompt.order == "rationale-first" or prompt.format == "json" or task.label_set is None:
+    if prompt.format == "json" or task.label_set is None:
         return False
-    return gives_another_label(answer, label, task.label_set)
+    rest = answer.rationale
+    if prompt.order == "rationale-first":
+        rest = answer.label.strip().partition("\n")[2].strip()
+    return gives_another_label(rest, label, task.label_set)
 
 
 def _is_cut(answer: Answer, label: str, prompt: Prompt, task: Task) -> bool:
@@ -332,7 +335,7 @@ def label_logprob(raw: str, text: str, prompt: Prompt, task: Task) -> float | No
     tokens = _token_logprobs(raw)
     if tokens is None:
         return None
-    visible, _ = split_thoughts(text)
+    visible, _ = split_thoughts(text, task.label_set)
     turn, _ = first_turn(visible, prompt.stop, prompt.anchor)
     if prompt.format == "json" and "{" in turn:
         answer = read_json_answer(turn, task, may_be_cut=False)

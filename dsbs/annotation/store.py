@@ -256,6 +256,15 @@ class ReplyStore:
                     return str(row[0])
         return None
 
+    def has_reply(self, key: str, raw: str) -> bool:
+        """Whether this very reply to a request is stored, as an answer or as one without."""
+        query = (
+            "SELECT 1 FROM replies WHERE key = ? AND raw = ?"
+            " UNION SELECT 1 FROM wasted WHERE key = ? AND raw = ?"
+        )
+        values = (key, raw, key, raw)
+        return any(db.execute(query, values).fetchone() for db in self._readable())
+
     def has_replies(self, endpoints: Sequence[str], model: str | None) -> bool:
         """Whether these endpoints have ever answered for this model."""
         marks = ", ".join("?" * len(endpoints))

@@ -63,8 +63,9 @@ class SplitSummary:
     ``requests`` counts attempts sent by this command, ``wasted`` those of them that brought no
     reply, by kind; ``cached`` counts replies that were stored before. ``hinted`` counts the
     outcomes of the rows that were requested again with a hint. ``usd`` is the cost of all replies
-    in the rows, whenever they were bought (None: not known). Rows with the same request share its
-    replies, which count once. ``first_rejected`` is the first rejected row per reason.
+    in the rows, whenever they were bought (None: not known), and ``usd_of_hints`` the part for
+    requests with a hint: the hinted ones' share of a row's replies. Rows with the same request
+    share its replies, which count once. ``first_rejected`` is the first rejected row per reason.
     ``chosen`` counts the rows that ``--next`` chose, ``random`` those of them in the random sample.
     ``details`` counts why rows have no reply, by reason and message; ``unknown_finish_reasons``
     counts replies with a finish reason that no provider documents.
@@ -88,6 +89,7 @@ class SplitSummary:
     cached: int = 0
     usage: Usage = field(default_factory=Usage)
     usd: float | None = 0.0
+    usd_of_hints: float = 0.0
     wall_s: float = 0.0
     first_rejected: dict[Reason, Annotation] = field(default_factory=dict)
     details: Counter[tuple[Reason, str]] = field(default_factory=Counter)
@@ -138,8 +140,12 @@ class SplitSummary:
                 return
             self._keys.add(key)
         self.usage = total_usage([self.usage, annotation.usage])
-        if self.usd is not None:
-            self.usd = None if annotation.usd is None else self.usd + annotation.usd
+        if self.usd is None or annotation.usd is None:
+            self.usd = None
+            return
+        self.usd += annotation.usd
+        hinted = sum(sample.hinted for sample in annotation.samples)
+        self.usd_of_hints += annotation.usd * hinted / max(1, len(annotation.samples))
 
     def add_requests(self, shard: SplitSummary) -> None:
         """Add what a shard requested: its rows are counted in the merged file.
@@ -223,6 +229,7 @@ class SplitSummary:
             "unknown_finish_reasons": dict(sorted(self.unknown_finish_reasons.items())),
             "usage": self.usage.model_dump(),
             "usd": None if self.usd is None else round(self.usd, 6),
+            "usd_of_hints": round(self.usd_of_hints, 6),
             "wall_s": round(self.wall_s, 3),
         }
         if self.chosen:

@@ -7,7 +7,9 @@ follows the label. A pattern names both itself.
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -47,6 +49,7 @@ _LABEL_END = re.compile(rf"(?P<sure>{_SENTENCE_END})|[:,]\s+|(?<!\s)\s+[-–—]
 _RULES = re.compile(r"(?:\s*(?:[-=*_]{3,}|`{3,}\w*)[ \t]*(?:\n|\Z))+")
 _LIST_NUMBER = re.compile(r"\s*\d+[.)]\s+")
 _FORM = re.compile(r"\{\{-?\s*label\b[^}]*\}\}([^{}]*)\{\{-?\s*rationale\b")
+_MEMBER = re.compile(r'"\s*:\s*"\Z')  # before the text of a JSON member's value
 _MIN_REST = 3  # words after a label in its line, to be its explanation
 _MAX_LABELS = 16  # places in a reply that are compared
 
@@ -89,7 +92,7 @@ def _rationale_first(turn: str, prompt: Prompt, task: Task | None) -> Answer | N
         return None
     rationale = _DANGLING.sub("", turn[:start].strip(MARKUP)).strip(MARKUP)
     end = start + len(anchor)
-    label = _without_anchor_marks(turn[:start], turn[end:])
+    label = _without_anchor_marks(turn[:start], anchor, turn[end:])
     begin = len(turn) - len(turn[end:].lstrip())
     length = _label_length(turn[begin:], task)
     return Answer(rationale, label, (begin, begin + length))
@@ -133,19 +136,27 @@ def _has_in_label(turn: str, match: re.Match[str], later: re.Match[str], task: T
 def _occurrences(turn: str, anchors: tuple[str, ...]) -> list[re.Match[str]]:
     """The places of the first anchor that occurs."""
     for anchor in anchors:
-        matches = list(re.finditer(re.escape(anchor), turn, re.IGNORECASE))
+        matches = list(_anchor_expression(anchor).finditer(turn))
         if matches:
             return matches
     return []
 
 
-def _without_anchor_marks(before: str, answer: str) -> str:
+@lru_cache(maxsize=16)
+def _anchor_expression(anchor: str) -> re.Pattern[str]:
+    """An anchor in any case; its colon may be full-width, and emphasis may end before it."""
+    name = anchor.removesuffix(":")
+    colon = "" if name == anchor else r"(?:[*_]{0,3})[:：]"
+    return re.compile(re.escape(name) + colon, re.IGNORECASE)
+
+
+def _without_anchor_marks(before: str, anchor: str, answer: str) -> str:
     """The answer without the mark that closes emphasis begun before the anchor: "**Answer:** A" or
     "*Answer: A*".
     """
     mark = before[len(before.rstrip(EMPHASIS)) :]
     line, line_break, rest = answer.partition("\n")
-    if not mark:
+    if not mark or mark in anchor:
         return answer
     if line.startswith(mark):
         return answer[len(mark) :]
@@ -160,14 +171,15 @@ def _label_first(turn: str, prompt: Prompt, task: Task | None) -> Answer | None:
     anchors = _occurrences(turn, prompt.anchor)
     if prompt.anchor and not anchors:
         return None
-    before = ""
+    before = anchor = ""
     begin = 0
     if anchors:
         before = turn[: anchors[0].start()]
+        anchor = anchors[0].group()
         begin = anchors[0].end()
     labels = None if task is None else task.label_set
     label_end, rationale_begin = _bounds(turn, begin, prompt, task)
-    label = _without_anchor_marks(before, turn[begin:label_end])
+    label = _without_anchor_marks(before, anchor, turn[begin:label_end])
     line = turn[begin:label_end].strip()
     if not anchors and _DECLINES.match(line) and (labels is None or not labels.lookup(line)):
         return None
@@ -288,18 +300,18 @@ def _explanation(text: str) -> str:
     return text.strip(MARKUP)
 
 
-def gives_another_label(answer: Answer, label: str, labels: LabelSet) -> bool:
+def gives_another_label(text: str, label: str, labels: LabelSet) -> bool:
     """Whether the text behind a label begins with another one: in a line of its own, or as a
     correction ("Actually, …").
     """
-    line = answer.rationale.partition("\n")[0]
+    line = text.partition("\n")[0]
     other = labels.lookup(line) or labels.lookup(_LIST_NUMBER.sub("", line, count=1))
     if other is not None and other != label:
         return True
-    text = answer.rationale
-    while match := _CORRECTION.match(text):
-        text = text[match.end() :]
-    return text != answer.rationale and not labels.not_negated(text) <= {label}
+    rest = text
+    while match := _CORRECTION.match(rest):
+        rest = rest[match.end() :]
+    return rest != text and not labels.not_negated(rest) <= {label}
 
 
 # --- a pattern
@@ -318,7 +330,16 @@ def _by_pattern(turn: str, pattern: str) -> Answer | None:
     rationale = ""
     if "rationale" in groups:
         start, end = matches[0].span(groups["rationale"])
-        rationale = turn[max(start, 0) : max(end, 0)].strip(MARKUP)
-    start, end = labels[0]
-    repeated = tuple(turn[first:last] for first, last in labels[1:] if first >= 0)
-    return Answer(rationale, turn[start:end], (start, end), repeated=repeated)
+        rationale = _group_text(turn, max(start, 0), max(end, 0)).strip(MARKUP)
+    repeated = tuple(_group_text(turn, *span) for span in labels[1:] if span[0] >= 0)
+    return Answer(rationale, _group_text(turn, *labels[0]), labels[0], repeated=repeated)
+
+
+def _group_text(turn: str, start: int, end: int) -> str:
+    """What a group matched; the value of a JSON member without its escapes, such as ``\\u00e9``."""
+    text = turn[start:end]
+    is_member = _MEMBER.search(turn[max(0, start - 40) : start]) and turn[end : end + 1] == '"'
+    if "\\" in text and is_member:
+        with suppress(ValueError):
+            return str(json.loads(f'"{text}"', strict=False))
+    return text

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from dsbs.tasks.label_set import LabelSet
+
 _NAME = r"(?:\w+:)?(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)"
 # <think> and its like; [THINK] (Magistral), ◁think▷ (Kimi), <|begin_of_thought|> (OpenThinker),
 # <|START_THINKING|> (Command A), <|channel>thought (Gemma 4)
@@ -40,18 +42,21 @@ _TURN_END = re.compile(
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>")
 
 
-def split_thoughts(text: str) -> tuple[str, str | None]:
+def split_thoughts(text: str, labels: LabelSet | None = None) -> tuple[str, str | None]:
     """The visible part of a reply, and the thoughts in it (None: there are none).
 
-    Without a mark of the thoughts' end everything behind the mark of their beginning is thought.
-    Special tokens are removed, and the visible part ends where one ends the turn.
+    Without a mark of the thoughts' end everything behind the mark of their beginning is thought. A
+    word that is one of ``labels`` is no mark. Special tokens are removed, and the visible part ends
+    where one ends the turn.
     """
     visible = text
     thoughts: list[str] = []
     if "<|message|>" in text or "<|channel|>" in text:
         visible, thoughts = _split_channels(text)
-    elif _STRIPPED_LOOSE.match(text):
-        visible, thoughts = _split_stripped_channels(text)
+    elif (start := _STRIPPED_LOOSE.match(text)) is not None:
+        is_label = labels is not None and labels.spelled(start.group()) is not None
+        if not is_label or _STRIPPED_FINAL.search(text):
+            visible, thoughts = _split_stripped_channels(text)
     visible, tagged = _split_tags(visible)
     thoughts += tagged
     if "<" in visible:

@@ -77,6 +77,13 @@ for _name, (_spec, _short_help) in COMMANDS.items():
     app.command(_name, short_help=_short_help)(getattr(import_module(_module), _function))
 
 
+# Errors about a path that a user gave. A file that is missing is each command's own message.
+_WRONG_PATH = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+    errno.ELOOP,
+)  # fmt: skip
+
+
 def _exit_code() -> int:
     """Run the command line; an error that the user can act on is a message and an exit code."""
     try:
@@ -96,6 +103,10 @@ def _exit_code() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno in _WRONG_PATH and error.filename is not None:
+            hint = "check the path and its permissions"
+            print(f"dsbs: {error.filename}: {error.strerror}\n  try: {hint}", file=sys.stderr)
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(

@@ -114,15 +114,20 @@ def annotate(
     from dsbs.annotation import planning
     from dsbs.annotation import run as stage
     from dsbs.annotation.backends import teacher_class
+    from dsbs.annotation.shards import shard_recipe
     from dsbs.tasks.shards import Shard
 
     loaded = load(recipe, overrides, set_keys)
     if from_serve:
         loaded = _with_served_rows(loaded, out)
     parsed_shard = None if shard is None else Shard.parse(shard)
+    if parsed_shard is not None:
+        loaded = shard_recipe(loaded, parsed_shard)
     modes = {"--pilot": pilot, "--batch": batch, "--batch-export": batch_export}
     _check_exclusive(modes | {"--shard": shard})
     _check_exclusive(modes | {"--batch-import": batch_import})
+    for name, value in (modes | {"--batch-import": batch_import, "--dry-run": dry_run}).items():
+        _check_exclusive({"--retry-refused": retry_refused, name: value})
     _check_exclusive({"--next": next_rows, "--pilot": pilot, "--shard": shard})
     rounds = None
     if next_rows is not None:

@@ -362,7 +362,7 @@ class BodyReader:
                 413, f"the body contains more than {self._max_values} values", "body_too_large"
             )
         try:
-            content = json.loads(body, parse_constant=_reject_constant)
+            content = json.loads(body.decode("utf-8-sig"), parse_constant=_reject_constant)
         except RecursionError:
             raise _too_deep() from None
         except ValueError:  # not JSON, not UTF-8, or a number of thousands of digits

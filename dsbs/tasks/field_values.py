@@ -26,7 +26,8 @@ _PAIRS = {'"': '"', "'": "'", "*": "*", "`": "`", "“": "”", "‘": "’"}
 _AFTER_QUOTE = ".,;:!"
 _SIGNED_CURRENCY = re.compile(r"(?<!\w)([-−–])\s*([$€£¥₹])")
 _NUMBER_WORD = re.compile(
-    r"\d\W*(?:hundred|thousand|lakh|million|mio|mln|mn|crore|billion|bn|trillion|dozen)s?\b",
+    r"\d\W*(?:(?:hundred|thousand|lakh|million|mio|mln|mn|crore|billion|bn|trillion|dozen)s?"
+    r"|mill|mia|mrd|tsd|(?-i:[KMB]))\b",
     re.IGNORECASE,
 )
 _YEAR = re.compile(r"(?<![\d:.+])(?:1[5-9]|2[01])\d\d(?!\d)")

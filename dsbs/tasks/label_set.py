@@ -446,5 +446,7 @@ def _is_negated_after(words: Sequence[str], end: int, starts: set[int]) -> bool:
         if words[at] in _CLAUSE_ENDS or at in starts:
             return False
         if words[at] in _CUES_AFTER or words[at].endswith("n't"):
-            return not any(start > at for start in starts)
+            later = min((start for start in starts if start > at), default=None)
+            # "toxic is not right, neutral is", but "toxic and not neutral"
+            return later is None or not _CLAUSE_ENDS.isdisjoint(words[at + 1 : later])
     return False

@@ -150,7 +150,9 @@ class Multilabel(OwnDataTask):
         labels: list[str] = []
         if items is not None:
             for item in items:
-                label = self._label_set.lookup(item) if isinstance(item, str) else None
+                is_number = isinstance(item, int | float) and not isinstance(item, bool)
+                text = str(item) if is_number else item
+                label = self._label_set.lookup(text) if isinstance(text, str) else None
                 if label is None:
                     return Unreadable("label-outside-set", str(item))
                 labels.append(label)

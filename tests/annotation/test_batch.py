@@ -245,6 +245,9 @@ def test_requests_go_out_by_file_and_their_output_comes_back(
     assert result.returncode == 3 and "1 row got no reply" in result.stderr
     assert sum(row["accepted"] for row in read_rows(tmp_path / "run")) == 6
     assert "9 replies taken" in result.stderr
+    before = (tmp_path / "run" / "annotate" / "train.jsonl").read_bytes()
+    annotate(loaded, out=tmp_path / "run", buying="nothing", outputs=[tmp_path / "out.jsonl"])
+    assert (tmp_path / "run" / "annotate" / "train.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -323,3 +326,31 @@ def test_a_batch_keeps_to_the_limits(toy: Callable[..., Path], tmp_path: Path) -
                 buying="batch",
             )
         assert server.requests == 6
+
+
+def test_an_output_that_is_read_twice_is_billed_once_and_is_no_second_answer(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    loaded = recipe(toy(train=4, test=4), "http://127.0.0.1:9/v1", "annotate.splits=[train]")
+    export_batch(loaded, tmp_path / "requests.jsonl", out=tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").open(encoding="utf-8")]
+    bodies = [completion(answer(line["body"])) for line in lines]
+    bodies[0]["choices"][0]["message"]["content"] = None
+    (tmp_path / "out.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}}
+            )
+            + "\n"
+            for line, body in zip(lines, bodies, strict=True)
+        ),
+        encoding="utf-8",
+    )
+    files = []
+    for _ in range(3):
+        result = annotate(
+            loaded, out=tmp_path / "run", buying="nothing", outputs=[tmp_path / "out.jsonl"]
+        )
+        assert result.splits["train"].rejected == {"no-reply": 1}, "it may be asked again"
+        files.append((tmp_path / "run" / "annotate" / "train.jsonl").read_bytes())
+    assert files[0] == files[1] == files[2]

@@ -349,3 +349,17 @@ def test_the_recorded_teacher_is_one_of_several(toy: Callable[..., Path], tmp_pa
         assert {row["label"] for row in read_rows(out)} == {label}
     with pytest.raises(UserError, match=r"teacher\.completion"):
         annotate(load_recipe(path, ["teacher.model=c"]), out=tmp_path / "none")
+
+
+def test_values_of_json_members_are_read_without_their_escapes() -> None:
+    labels = ("café", "bar")
+    task = make_task(TaskSection(name="classification", labels=labels, data={"train": "-"}))
+    prompt = Prompt(
+        template="{{ text }}",
+        pattern=r'(?s)"why"\s*:\s*"(?P<rationale>(?:[^"\\]|\\.)*)".*?"kind"\s*:\s*"(?P<label>(?:[^"\\]|\\.)*)"',
+        answer="-",
+    )
+    reply = json.dumps({"why": 'It says "a small cup".\nSo …', "kind": "café"})
+    assert "\\u00e9" in reply
+    sample = parse_reply(reply, prompt, task, {"text": "-"}, "stop")
+    assert (sample.label, sample.rationale) == ("café", 'It says "a small cup".\nSo …')

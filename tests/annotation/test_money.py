@@ -175,6 +175,12 @@ def test_a_proxys_password_and_a_late_key_are_not_shown(
     assert "hunter2" not in endpoint.redact(
         "Cannot connect, url='http://bob:hunter2@127.0.0.1:3128'"
     )
+    monkeypatch.setenv("http_proxy", "bob:hunter2@127.0.0.1:3128")  # which curl accepts, too
+    recipe = load_recipe(
+        toy(), ["teacher.base_url=http://10.255.255.1/v1", "teacher.api_key_env=null"]
+    )
+    (endpoint,) = OpenAITeacher(recipe).endpoints
+    assert "hunter2" not in endpoint.redact("cannot connect to bob:hunter2@127.0.0.1:3128")
 
 
 def test_a_small_budget_without_max_tokens_still_allows_requests(
@@ -187,3 +193,15 @@ def test_a_small_budget_without_max_tokens_still_allows_requests(
             out=tmp_path / "run",
         )
     assert {body["max_tokens"] for body in server.bodies} == {30}  # a tenth of the limit, in cents
+
+
+def test_replies_whose_tokens_nobody_counted_count_in_the_next_command_too(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes = [PRICE, "annotate.max_tokens=10", "annotate.max_usd=1"]  # ten replies
+    with LoopbackServer(lambda body, n: reply(body, None)) as server:
+        recipe = load_recipe(toy(train=40), [f"teacher.base_url={server.url}", *changes])
+        for _ in range(2):
+            with pytest.raises(PartialError, match="max_usd"):
+                annotate(recipe, out=tmp_path / "run")
+            assert server.requests == 10

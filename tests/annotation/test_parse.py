@@ -109,7 +109,8 @@ def test_earlier_anchors_in_the_list_take_precedence() -> None:
 
 
 @pytest.mark.parametrize(
-    "anchor", ["ANSWER:", "answer:", "**Answer:**", "### Answer:", "Answer: \n\n"]
+    "anchor",
+    ["ANSWER:", "answer:", "**Answer:**", "**Answer**:", "Answer：", "### Answer:", "Answer: \n\n"],
 )
 def test_the_anchor_is_found_whatever_its_case_and_markup(anchor: str) -> None:
     sample = read(f"Rain is wet.\n{anchor} neutral")
@@ -371,3 +372,22 @@ def test_thoughts_in_tags_are_reasoning_and_not_the_rationale(tag: str) -> None:
     assert thought.rationale == "Hm. Answer: neutral? No."
     cut = parse_reply(f"<{tag}>Hm. Answer: neutral", PROMPT, NLI, {}, "length")
     assert (cut.label, cut.reason) == (None, "spent-on-reasoning")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "neutral\n\nWait, actually it contradicts the premise: contradiction.",
+        "neutral\n\nCorrection: contradiction",
+        "neutral\ncontradiction",
+        "neutral is not right, contradiction is",
+    ],
+)
+def test_an_answer_that_is_taken_back_is_no_answer(answer: str) -> None:
+    sample = read(f"Rain is wet.\nAnswer: {answer}")
+    assert sample.label is None and sample.reason is not None
+
+
+@pytest.mark.parametrize("after", ["Confidence: high", "neutral", "Because it is not said.", "---"])
+def test_what_else_follows_an_answer_does_not_matter(after: str) -> None:
+    assert read(f"Rain is wet.\nAnswer: neutral\n\n{after}").label == "neutral"

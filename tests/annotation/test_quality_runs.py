@@ -39,13 +39,17 @@ def test_only_rows_with_a_wrong_label_are_requested_again_with_a_hint(
 ) -> None:
     path = toy(train=8, test=4)
     with LoopbackServer(always_billing) as server:
-        url = f"teacher.base_url={server.url}"
-        annotate(load_recipe(path, [url]), out=tmp_path / "run")
+        base = [f"teacher.base_url={server.url}", "teacher.price={input: 0, output: 1}"]
+        first = annotate(load_recipe(path, base), out=tmp_path / "run")
         assert server.requests == 12
-        result = annotate(load_recipe(path, [url, "annotate.hint=true"]), out=tmp_path / "run")
+        result = annotate(load_recipe(path, [*base, "annotate.hint=true"]), out=tmp_path / "run")
         assert server.requests == 12 + 6, "half of the rows, once more"
-        annotate(load_recipe(path, [url, "annotate.hint=true"]), out=tmp_path / "run")
+        annotate(load_recipe(path, [*base, "annotate.hint=true"]), out=tmp_path / "run")
         assert server.requests == 18
+    usd = result.splits["train"].usd
+    without_hints = first.splits["train"].usd
+    assert usd is not None and without_hints is not None and usd > without_hints
+    assert usd - result.splits["train"].usd_of_hints == pytest.approx(without_hints, rel=0.2)
     summary = result.splits["train"]
     assert summary.label_accuracy is not None and summary.label_accuracy.value == 0.5, (
         "hints are not the teacher's merit"
@@ -323,3 +327,12 @@ def test_a_plan_respects_a_local_servers_concurrency(
         load_recipe(toy(train=20, test=10), [teacher, "annotate.concurrency=64"]), tmp_path / "run"
     )
     assert planned.seconds == pytest.approx(planned.requests * planned.seconds_per_reply / 4)
+
+
+def test_shards_share_the_limits(toy: Callable[..., Path], tmp_path: Path) -> None:
+    path = toy(train=60, test=4)
+    with LoopbackServer(good_answer) as server:
+        limits = [f"teacher.base_url={server.url}", "annotate.max_requests=10"]
+        for shard in ("1/3", "2/3", "3/3"):
+            run_dsbs("annotate", str(path), *limits, "--out", "run", "--shard", shard, cwd=tmp_path)
+        assert server.requests == 10

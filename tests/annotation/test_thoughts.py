@@ -175,3 +175,12 @@ def test_separate_reasoning_is_kept_apart(form: str) -> None:
     body = {"choices": [{"message": MESSAGES[form], "finish_reason": "stop"}]}
     reply = completion(body, "{}", None, "online")
     assert (reply.text, reply.reasoning) == (VISIBLE, "Hm.")
+
+
+@pytest.mark.parametrize("label", ["analysis", "commentary"])
+def test_a_label_that_is_a_channels_name_is_read(label: str) -> None:
+    labels = ("news", "analysis", "commentary")
+    task = make_task(TaskSection(name="classification", labels=labels, data={"train": "-"}))
+    prompt = Prompt(template="{{ text }}", order="label-first", anchor=())
+    reply = f"{label}\nThe author gives an opinion on the vote."
+    assert parse_reply(reply, prompt, task, {"text": "-"}, "stop").label == label

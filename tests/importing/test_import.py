@@ -152,6 +152,10 @@ REPLIES: dict[str, tuple[Callable[[str, str], str], dict[str, Any]]] = {
         lambda text, team: f"```json\n{json.dumps({'team': team, 'why': f'it says {text}'})}\n```",
         {"name": "classification"},
     ),
+    "json with escapes": (
+        lambda text, team: json.dumps({"category": f"{team} é", "why": f'it "says" {text} …'}),
+        {"name": "classification"},
+    ),
     "tag": (
         lambda text, team: f"The text {text} says it.\n<team>{team}</team>",
         {"name": "classification"},
@@ -195,8 +199,13 @@ def test_replies_of_each_form_are_recognized_and_read(name: str, tmp_path: Path)
     assert result.read == 120, (result.unread, result.reply_form)
     recipe = dsbs.load_recipe(tmp_path / "rows.yaml")
     dsbs.validate(recipe)
-    has_reason = name in ("json", "json of other names", "tag", "label first", "number")
+    has_reason = name.startswith("json") or name in ("tag", "label first", "number")
     assert ("step-by-step" in recipe.train.methods) == has_reason
+    if name == "json with escapes":
+        dsbs.annotate(recipe, out=tmp_path / "run")
+        lines = (tmp_path / "run" / "annotate" / "train.jsonl").read_text(encoding="utf-8")
+        row = json.loads(lines.partition("\n")[0])
+        assert row["label"].endswith(" é") and row["rationale"].startswith('it "says" ')
 
 
 def test_two_fields_and_few_shot_turns(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ BAD: dict[str, tuple[bytes, int]] = {
     "no JSON": (b"inputs=a", 400),
     "half of it": (b'{"inputs": ["a"', 400),
     "no UTF-8": (b'{"inputs": ["\xff\xfe"]}', 400),
+    "half a surrogate pair": (b'{"inputs": ["a\xed\xa0\x80b"]}', 400),
+    "UTF-16": ('{"inputs": ["a"]}'.encode("utf-16"), 400),
     "a number": (b"5", 400),
     "not a number": (b'{"inputs": [NaN], "prompt": NaN, "messages": NaN}', 400),
     "a number of 50,000 digits": (b'{"inputs": [' + b"9" * 50_000 + b"]}", 400),

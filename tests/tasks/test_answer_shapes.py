@@ -305,6 +305,10 @@ def test_replies_with_fields(text: str) -> None:
         ("total amount: 3 or 4", "several-answers"),
         ("total amount: some", "unparsed"),
         ("total amount: 1.5 million", "unparsed"),
+        ("total amount: $1.2 M", "unparsed"),
+        ("total amount: 5 K", "unparsed"),
+        ("total amount: 3 Mrd", "unparsed"),
+        ("total amount: 2,5 Tsd.", "unparsed"),
         ("due: March 2025", "unparsed"),
         ("due: 2-3 March 2025", "unparsed"),
         ("due: soon", "unparsed"),
@@ -447,3 +451,11 @@ def test_only_a_scale_has_an_order() -> None:
 def test_text_without_a_field_is_unparsed(text: str) -> None:
     read = INVOICE.read_label(text, {})
     assert isinstance(read, Unreadable) and read.reason == "unparsed"
+
+
+def test_a_list_of_numbers_is_read_as_labels_that_are_numbers() -> None:
+    section = {"name": "multilabel", "labels": ["1", "2", "3"], "data": {"train": "-"}}
+    task = make_task(TaskSection.model_validate(section))
+    assert task.read_label("[1, 3]", {}) == task.read_label('["1", "3"]', {}) == "1; 3"
+    assert isinstance(task.read_label("[1, 4]", {}), Unreadable)
+    assert isinstance(task.read_label("[true]", {}), Unreadable)

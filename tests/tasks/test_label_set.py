@@ -248,6 +248,7 @@ NEGATED = [
     "un-{}", "{}-free", "{} free", "{} is wrong", "{} does not apply", "{}? No", "{}: no", "!{}",
     "{} (no)", "{}, no", "{}: hardly", "{} = false", "too kind to be {}", "almost {}",
     "unlike {} ones", "different from {}", "{} words are absent", '{{"{}": false}}',
+    "{} is not right, nice is", "{} isn't the label, which is nice",
     "less {} than rude", "It lacks {} language", "nicht {}", "kein {}", "pas {}", "¬{}",
 ]  # fmt: skip
 

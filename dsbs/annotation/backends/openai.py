@@ -301,6 +301,9 @@ class OpenAIEndpoint:
         shown = " ".join(text.split()) or "no message"
         if self._secret:
             shown = shown.replace(self._secret, "[key]")
+        credentials = (self._proxy or "").rpartition("@")[0].rpartition("//")[2]
+        if credentials:
+            shown = shown.replace(credentials, "[credentials]")
         return re.sub(r"//[^/@\s]+@", "//[credentials]@", shown)[:300]
 
 
