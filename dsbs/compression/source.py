@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from dsbs.records.results import (
     Measurement,
     read_compression_record,
 )
+from dsbs.records.subsets import Subset
 from dsbs.run_folder import RunFolder, read_student
 from dsbs.students.calibration import write_record
 from dsbs.students.card import read_card
@@ -46,7 +48,7 @@ from dsbs.training.distillation.local_teachers import LocalTeacher
 from dsbs.training.encode import Encoded, Encoder, collate, pad, pad_prompts
 from dsbs.training.grid import StudentSpec
 from dsbs.training.methods import View, views_of
-from dsbs.training.rows import Data, gather, label_texts
+from dsbs.training.rows import Data, Row, gather, label_texts
 from dsbs.training.student_run import StudentRun
 from dsbs.training.tokens import Tokens
 from dsbs.training.validation import calibrated, novelty_of
@@ -196,8 +198,7 @@ class FineTuneData:
         views = self.views[:1]
         labels = self.data.valid_labels
         if split == "train":
-            count = min(_IMPORTANCE_ROWS, len(self.data.subset(self.spec.subset)))
-            chosen = [self.data.train[i] for i in self.data.order[:count]]
+            chosen = importance_rows(self.data, self.spec.subset)
             views = self.views
             labels = self.spec.labels
         task = make_task(self.recipe.task)
@@ -405,3 +406,10 @@ class Evaluator:
             for label, gold in zip(labels, self._labels, strict=True)
         )
         return correct / self.n
+
+
+def importance_rows(data: Data, subset: Subset) -> list[Row]:
+    """Up to 256 of the rows that a student learned, the first ones by a hash of their ids."""
+    learned = {row.id for row in data.subset(subset)}
+    ordered = (data.train[i] for i in data.order)
+    return list(islice((row for row in ordered if row.id in learned), _IMPORTANCE_ROWS))

@@ -19,8 +19,7 @@ class CascadeSection(Section):
     not differ from the teacher's. Of accuracy: those that the cascade answers correctly. None: 0.98
     of agreement, or ``margin``."""
     of: Literal["agreement", "accuracy"] = "agreement"
-    """agreement: compare with the teacher's answers, which needs no gold labels; accuracy: compare
-    with gold labels."""
+    """agreement: compare with the teacher's answers; accuracy: compare with gold labels."""
     margin: float | None = Field(None, gt=0, lt=1)
     """Of accuracy, in place of ``target``: the largest acceptable loss of accuracy against the
     teacher alone."""

@@ -68,13 +68,25 @@ def distributions(file: Scored, labels: Sequence[str]) -> Floats | None:
     return np.array(rows)
 
 
+def _over_choices(file: Scored) -> Floats | None:
+    """(rows, choices of the row with most): the gold choice's share first, 0 past a row's last."""
+    rows = []
+    for prediction, gold in zip(file.predictions, file.gold, strict=True):
+        if prediction.distribution is None:
+            return None
+        wrong = [share for label, share in prediction.distribution.items() if label != gold]
+        rows.append([prediction.distribution.get(gold, 0.0), *wrong])
+    width = max(map(len, rows))
+    return np.array([row + [0.0] * (width - len(row)) for row in rows])
+
+
 def _of_distributions(predictions: SystemPredictions, score: _Score) -> RowValues | None:
     """(seeds, rows): ``score`` of each file's distributions and its gold labels' indices."""
     task = predictions.task
     labels = list(task.head_labels)
     values = []
     for file in predictions.files:
-        probabilities = distributions(file, labels)
+        probabilities = _over_choices(file) if task.has_choices else distributions(file, labels)
         if probabilities is None:
             return None
         if task.has_several_labels:
@@ -82,7 +94,9 @@ def _of_distributions(predictions: SystemPredictions, score: _Score) -> RowValue
             each = score(yes_and_no(probabilities), 1 - is_given.ravel())
             values.append(each.reshape(is_given.shape).mean(axis=1))
             continue
-        gold = np.array([labels.index(label) for label in file.gold])
+        gold = np.zeros(len(file.gold), dtype=np.int64)
+        if not task.has_choices:
+            gold = np.array([labels.index(label) for label in file.gold])
         values.append(score(probabilities, gold))
     return np.stack(values)
 

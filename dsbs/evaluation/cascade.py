@@ -129,8 +129,8 @@ class Answers:
     file: Scored
     labels: Sequence[str | None]
 
-    def rows(self, task: Task, kind: ConfidenceKind) -> CascadeRows | None:
-        """The rows with a label of the teacher. None: the confidence is unknown."""
+    def rows(self, task: Task, kind: ConfidenceKind, section: CascadeSection) -> CascadeRows | None:
+        """The rows that ``used`` names. None: the confidence is unknown."""
         confidence = confidence_values(self.file, task, kind)
         if confidence is None:
             return None
@@ -143,11 +143,12 @@ class Answers:
         rows = CascadeRows(
             confidence, np.array(agrees, bool), self.file.correct, np.array(correct, bool)
         )
-        return rows.of(self.has_teacher)
+        return rows.of(self.used(section))
 
-    @property
-    def has_teacher(self) -> Bools:
-        return np.array([label is not None for label in self.labels])
+    def used(self, section: CascadeSection) -> Bools:
+        """The rows with a label of the teacher; of accuracy, all rows: no label is a wrong one."""
+        of_accuracy = section.of == "accuracy"
+        return np.array([of_accuracy or label is not None for label in self.labels])
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +187,15 @@ def cascades(
             file = system.files[number]
             kind = kinds[number]
             answers = Answers(file, labels)
-            rows = answers.rows(task, kind)
+            rows = answers.rows(task, kind, section)
             if rows is None or not len(rows):
                 continue
             if calibration is None:
-                positions = _positions(file.rows, recipe.eval.cluster)[answers.has_teacher]
+                positions = _positions(file.rows, recipe.eval.cluster)[answers.used(section)]
                 fitted = fit_and_test(rows, positions, section, float(section.calibration))
             else:
                 of_file = calibration.get(name)
-                held_out = None if of_file is None else of_file.rows(task, kind)
+                held_out = None if of_file is None else of_file.rows(task, kind, section)
                 if held_out is None:
                     continue
                 fitted = fit_on(held_out, rows, section)

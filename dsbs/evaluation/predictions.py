@@ -21,7 +21,7 @@ from dsbs.files import canonical_json, digest, read_jsonl, write_jsonl
 from dsbs.progress import Progress
 from dsbs.records import Example, Prediction, TrainedStudent
 from dsbs.run_folder import RunFolder
-from dsbs.students.calibration import Calibration, read_calibration
+from dsbs.students.calibration import Calibration, read_calibration, short_share
 from dsbs.students.card import StudentCard, read_card
 from dsbs.students.student import Student
 from dsbs.tasks import Task
@@ -94,7 +94,10 @@ def predict_student(
         return path
     progress.say(f"predict {purpose}: {student.name}")
     if calibration is None and has_distribution:
-        progress.say(f"{student.name} is not calibrated: its probabilities are of temperature 1")
+        progress.say(
+            f"{student.name} is not calibrated: its probabilities are of temperature 1 "
+            "(`dsbs train` with this recipe calibrates it)"
+        )
     model = Student.load(student.path) if load is None else load()
     inputs = [row.input for row in rows]
     # The first batch includes the start-up of the runtime; it is not part of any row's latency.
@@ -163,10 +166,10 @@ def rows_file(
 
 
 def rounded(distribution: Mapping[str, float] | None) -> dict[str, float] | None:
-    """A distribution as files have it: six decimals tell labels and students apart."""
+    """A distribution as files have it: with six significant digits."""
     if distribution is None:
         return None
-    return {label: round(share, 6) for label, share in distribution.items()}
+    return {label: short_share(share) for label, share in distribution.items()}
 
 
 def fits_or_restore(path: Path, fingerprint: str) -> bool:

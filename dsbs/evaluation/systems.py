@@ -434,7 +434,8 @@ def break_evens(
 def teacher_bill(
     annotate_manifest: Mapping[str, Any], split: str
 ) -> tuple[float | None, float | None]:
-    """Dollars that annotating a split cost, in total and per row; None: unknown.
+    """Dollars that annotating a split cost, in total, and what a row costs without a hint, which
+    needs its gold label; None: unknown.
 
     Earlier versions wrote 0.0 for recorded replies, whose tokens nobody counted.
     """
@@ -445,4 +446,4 @@ def teacher_bill(
         usd = None
     if usd is None or not rows:
         return usd, None
-    return usd, usd / rows
+    return usd, (usd - summary.get("usd_of_hints", 0.0)) / rows

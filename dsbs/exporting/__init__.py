@@ -98,8 +98,10 @@ class ExportFormat(Protocol):
         """Write the model into ``folder``, without changing the student's weights in memory."""
         ...
 
-    def script(self, student: Student, quantize: str) -> str:
-        """``predict.py``: reads one input per line of stdin and prints the model's output."""
+    def script(self, student: Student, quantize: str) -> str | None:
+        """``predict.py``: reads one input per line of stdin and prints the model's output. None:
+        only dsbs can load the export.
+        """
         ...
 
 

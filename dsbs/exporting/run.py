@@ -134,12 +134,11 @@ def export(
         )
         if quantize == FLOAT32:
             check_float32(exported.equivalence, card.name, card.kind)
-        texts = {
-            "predict.py": chosen.script(loaded, quantize),
-            "README.md": _readme(folder, exported, chosen),
-        }
+        script = chosen.script(loaded, quantize)
+        texts = {"predict.py": script, "README.md": _readme(folder, exported, chosen, script)}
         for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+            if text is not None:
+                (partial / name).write_text(text, encoding="utf-8", newline="\n")
         write_json(partial / RECORD, exported.model_dump(mode="json", by_alias=True))
         if existing is not None:
             RunFolder.set_aside(target, existing.fingerprint)
@@ -266,8 +265,11 @@ def _is_complete(exported: Exported) -> bool:
         return False
 
 
-def _readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:
-    """The student's model card, if it has one, followed by a section on the export."""
+def _readme(student: Path, exported: Exported, chosen: ExportFormat, script: str | None) -> str:
+    """The student's model card, if it has one, followed by a section on the export.
+
+    ``script`` is its ``predict.py``; None: it has none.
+    """
     try:
         text = (student / "README.md").read_text(encoding="utf-8")
         # The export's card has a section more, so the note that dsbs may overwrite it must go.
@@ -292,6 +294,12 @@ def _readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:
     made_with = ", ".join(
         f"{name} {version}" for name, version in sorted(exported.versions.items())
     )
+    usage = "Only dsbs can load this model: `dsbs predict` and `dsbs serve` read the folder."
+    if script is not None:
+        usage = (
+            "`predict.py` reads one text per line of stdin. It needs "
+            f"`pip install {' '.join(chosen.packages)}` and nothing else."
+        )
     lines = [
         "## Export",
         "",
@@ -306,8 +314,7 @@ def _readme(student: Path, exported: Exported, chosen: ExportFormat) -> str:
         "",
         f"Made with {made_with}.",
         "",
-        "`predict.py` reads one text per line of stdin. It needs "
-        f"`pip install {' '.join(chosen.packages)}` and nothing else.",
+        usage,
         "A row with several fields is written as one text, like the inputs in `golden.jsonl` "
         "without their prefix.",
         "",

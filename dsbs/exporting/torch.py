@@ -8,6 +8,7 @@ from typing import Any
 from dsbs.errors import UserError
 from dsbs.exporting import FLOAT32, decoder_script, label_view, write_prompt_format
 from dsbs.students.backends.transformers import embeddings_name, quantize_int8, save_int8
+from dsbs.students.low_rank import KEY
 from dsbs.students.student import Student
 
 _QUANTIZATION_IMPORT = """from torch.ao.quantization import (
@@ -79,6 +80,9 @@ class TorchFormat:
 
     def check(self, student: Student, quantize: str) -> str | None:
         model = student.backend.model
+        remark = None
+        if not _is_plain(model):
+            remark = "only dsbs can load this model: the export has no predict.py"
         if student.card.kind == "causal":
             if quantize == "int8" and not _has_linear_layers(model):
                 raise UserError(
@@ -86,16 +90,14 @@ class TorchFormat:
                     "does not quantize",
                     hint="remove --quantize, or use --format ct2",
                 )
-            return None
+            return remark
         has_t5_parts = all(hasattr(model, name) for name in ("shared", "encoder", "decoder"))
         if quantize == "int8" and not has_t5_parts:
             raise UserError(
                 f"{student.card.name} is not a T5: int8 does not find its embeddings",
                 hint="remove --quantize",
             )
-        if getattr(model.config, "low_rank", None):
-            return "only dsbs can load its low-rank matrices: the export's predict.py cannot"
-        return None
+        return remark
 
     def write(self, student: Student, folder: Path, quantize: str) -> None:
         student.backend.tokenizer.save_pretrained(folder)
@@ -107,7 +109,9 @@ class TorchFormat:
         student.backend.model.config.save_pretrained(folder)
         save_int8(quantize_int8(student.backend.model), folder)
 
-    def script(self, student: Student, quantize: str) -> str:
+    def script(self, student: Student, quantize: str) -> str | None:
+        if not _is_plain(student.backend.model):
+            return None
         is_float32 = quantize == FLOAT32
         quantization_import = "" if is_float32 else _QUANTIZATION_IMPORT
         config_name = "" if is_float32 else "AutoConfig, "
@@ -133,6 +137,15 @@ class TorchFormat:
             max_input_tokens=student.card.max_input_tokens,
             max_tokens=view.max_tokens,
         )
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether transformers alone loads the model, and as a script of this format does: a T5 or a
+    decoder without low-rank matrices.
+    """
+    config = model.config
+    is_supported = not config.is_encoder_decoder or config.model_type in ("t5", "mt5")
+    return is_supported and not getattr(config, KEY, None)
 
 
 def _has_linear_layers(model: Any) -> bool:

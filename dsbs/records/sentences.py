@@ -395,13 +395,20 @@ def cascade_details(results: Results) -> list[str]:
     tested = f"tested on {cascade.n:,} other rows"
     if cascade.folds is not None:
         tested = f"tested by cross-fitting in {cascade.folds} folds"
-    return [
+    sentences = [
         f"Its threshold ({cascade.confidence} of at least {cascade.threshold:.3g}) guarantees "
         f"{guaranteed} with {level} for requests drawn like the {rows}; it was {tested}."
     ]
+    if cascade.left_out:
+        left_out = count(cascade.left_out, "test row")
+        sentences.append(f"Left out: {left_out} without a readable label of the teacher.")
+    return sentences
 
 
 def _missing_rows(cascade: Cascade) -> str:
+    alone = cascade.teacher_accuracy.value
+    if cascade.of == "accuracy" and cascade.target is not None and alone < cascade.target:
+        return f"More rows would not help: the teacher alone is right on {percent(alone)}."
     if cascade.rows_needed is None:
         return "More rows would not help: its surest answers are wrong too often."
     if cascade.rows_needed <= cascade.rows:

@@ -50,11 +50,11 @@ class _Row:
 
     def rationales(self) -> dict[int, str]:
         """A rationale by system: the first seed's, since all of them would take too much space."""
-        rationales: dict[int, str] = {}
-        for (system, _), prediction in sorted(self.predictions.items(), key=lambda pair: pair[0]):
-            if prediction.rationale:
-                rationales.setdefault(system, prediction.rationale)
-        return rationales
+        return {
+            system: prediction.rationale
+            for (system, place), prediction in sorted(self.predictions.items())
+            if place == 0 and prediction.rationale
+        }
 
     def is_disputed(self) -> bool:
         return len({bool(prediction.correct) for prediction in self.predictions.values()}) > 1

@@ -18,7 +18,7 @@ from dsbs import UserError, compress, load_recipe, train
 from dsbs.compression import WeightStep, read_step
 from dsbs.compression.planning import Options
 from dsbs.compression.run import TABLE_HEADINGS, prepare
-from dsbs.compression.source import find_source
+from dsbs.compression.source import FineTuneData, find_source, importance_rows
 from dsbs.config import registry
 from dsbs.errors import GateError
 from dsbs.progress import NoProgress
@@ -387,6 +387,9 @@ def test_a_low_rank_student_is_quantized_by_torch_alone(run: Path) -> None:
 
     with pytest.raises(UserError, match="low-rank matrices, which CTranslate2 does not support"):
         export(folder, "ct2")
+    plain = export(folder, "torch", examples=["My invoice is wrong."]).path
+    assert not (plain / "predict.py").exists(), "transformers would load random matrices"
+    assert "Only dsbs can load" in (plain / "README.md").read_text(encoding="utf-8")
     (record,) = compress(folder, ["quantize=int8"], max_drop=1).steps
     student = Student.load(run / "compress" / NAME / record.name)
     assert student.card.format == "torch"
@@ -483,3 +486,15 @@ def test_a_step_that_is_registered_in_one_place_is_made_healed_and_reported(
     assert [record.name for record in result.steps] == ["halve=0.5", "halve=0.5+prune-ff=0.5"]
     assert result.steps[0].healing_steps == 2
     assert [row[0] for row in result.table()][1] == "halve=0.5"
+
+
+@pytest.mark.parametrize("subset", [0.5, "2-per-label"])
+def test_importance_is_measured_on_rows_that_the_student_learned(
+    run: Path, subset: float | str
+) -> None:
+    data = FineTuneData(find_source(run / "train" / NAME), NoProgress(), needs_train=True).data
+    rows = importance_rows(data, subset)
+    assert {row.id for row in rows} == {row.id for row in data.subset(subset)}
+    if subset == 0.5:
+        first = [data.train[i].id for i in data.order[: len(rows)]]
+        assert [row.id for row in rows] == first, "by a hash of their ids"

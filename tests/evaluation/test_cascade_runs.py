@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,36 @@ def test_too_few_rows_for_any_threshold_are_said_beforehand(
     """A target of 0.98 needs 149 calibration rows: half of 298, or four fifths of 187."""
     recipe = load_recipe(toy(), ["eval.cascade.target=0.98"])
     assert (rows_warning(recipe, rows) is not None) == warns
+
+
+def test_a_teacher_that_gives_no_readable_label_is_wrong_and_of_agreement_the_row_is_left_out(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    def silent_on_every_fourth(body: dict[str, Any], number: int) -> str:
+        answer: str = good_answer(body, number)
+        is_fourth = re.search(r"number \d*[02468][048] ", str(body)) is not None
+        return "I cannot tell." if is_fourth else answer
+
+    rows = toy_rows(TEST_ROWS, start=1000)
+    lines = [{"id": r["id"], "prediction": r["team"], "probability": 0.9} for r in rows]
+    path = toy(
+        train=8,
+        test=TEST_ROWS,
+        eval={"predictions": {"x": str(write_jsonl(tmp_path / "x.jsonl", lines))}},
+    )
+    with LoopbackServer(silent_on_every_fourth) as server:
+        base = [f"teacher.base_url={server.url}", "eval.floors=[]"]
+        annotate(load_recipe(path, base), out=tmp_path / "run")
+    (agreement,) = evaluate(
+        load_recipe(path, [*base, "eval.cascade.target=0.9"]), out=tmp_path / "run"
+    ).cascades
+    assert agreement.left_out > 20 and agreement.teacher_accuracy.value == 1.0
+    results = evaluate(
+        load_recipe(path, [*base, "eval.cascade={of: accuracy, target: 0.9999}"]),
+        out=tmp_path / "run",
+    )
+    details = " ".join(headline_details(results.model_copy(update={"headline": "x"})))
+    assert "the teacher alone is right on" in details
+    (accuracy,) = results.cascades
+    assert accuracy.left_out == 0 and accuracy.rows + accuracy.n == TEST_ROWS
+    assert 0.6 < accuracy.teacher_accuracy.value < 0.9

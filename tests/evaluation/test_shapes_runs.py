@@ -15,6 +15,7 @@ from conftest import write_jsonl
 
 from dsbs import evaluate, report
 from dsbs.config import Recipe
+from dsbs.config.cascade import CascadeSection
 from dsbs.evaluation.cascade import Answers
 from dsbs.evaluation.metrics import score
 from dsbs.evaluation.predictions import read_predictions
@@ -179,6 +180,6 @@ def test_a_cascade_counts_an_answer_that_is_wholly_right(tmp_path: Path) -> None
     rows = load(recipe, task, "test")
     lines = read_predictions(RunFolder(tmp_path / "run").predictions("tfidf"))
     file = score(task, rows, lines, "tfidf")
-    answers = Answers(file, [row.label for row in rows]).rows(task, "margin")
+    answers = Answers(file, [row.label for row in rows]).rows(task, "margin", CascadeSection())
     assert answers is not None and (answers.agrees == answers.correct).all()
     assert answers.confidence == pytest.approx([lines[row.id].probability or 0 for row in rows])

@@ -259,12 +259,14 @@ def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:
         "splits": {
             "train": {"usd": 1.0, "rows": 1000},
             "test": {"usd": 0.1, "rows": 50},
+            "hinted": {"usd": 0.3, "usd_of_hints": 0.1, "rows": 100},
             "valid": {"usd": None, "rows": 5},
             "recorded": {"usd": 0.0, "rows": 5, "usage": {"prompt_tokens": 0}},
         }
     }
     assert (
         teacher_bill(manifest, "train") == (1.0, 0.001)
+        and teacher_bill(manifest, "hinted") == (0.3, pytest.approx(0.002))
         and teacher_bill(manifest, "recorded") == (None, None)
         and teacher_bill(manifest, "valid") == (None, None)
         and teacher_bill({}, "test") == (None, None)

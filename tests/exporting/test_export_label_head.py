@@ -78,7 +78,7 @@ def test_a_float_export_gives_the_students_distribution(
         assert ours.distribution == pytest.approx(theirs.distribution, abs=1e-5)
         margin = student.confidence(ours, {}, THRESHOLD.confidence)
         likeliest = sorted(ours.distribution.values())
-        assert margin == pytest.approx(likeliest[-1] - likeliest[-2])
+        assert margin == pytest.approx(likeliest[-1] - likeliest[-2], abs=2e-6)
         assert THRESHOLD.is_sure(margin) == (likeliest[-1] - likeliest[-2] >= 0.8)
     assert not THRESHOLD.is_sure(None)
     (tmp_path / "copy").mkdir()

@@ -287,6 +287,16 @@ def test_a_new_method_and_a_new_term_describe_themselves(
     assert "loss term toy-term: toy-term, weight 0.3" in card
 
 
+def test_a_card_says_how_many_labels_it_does_not_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(folder)
+    task = make_task(TaskSection.model_validate(run.recipe["task"]))
+    monkeypatch.setattr(type(task), "labels", tuple(f"l{number}" for number in range(77)))
+    (first, *_) = write_cards(run)
+    assert "l48, l49 and 27 more." in first.read_text(encoding="utf-8")
+
+
 def test_a_card_has_a_table_of_labels_and_of_the_points_of_a_scale() -> None:
     def table(section: dict[str, Any], **results: Any) -> list[str]:
         task = make_task(TaskSection.model_validate(section | {"data": {"train": "-"}}))

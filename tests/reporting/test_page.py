@@ -434,3 +434,13 @@ def test_reporting_before_evaluating_is_explained(toy: Callable[..., Path], tmp_
 def test_reporting_from_python_returns_the_page(toy: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", rows=6, subsets=(1.0,), seeds=(0,))
     assert report(load_recipe(toy()), out=folder) == folder / "report.html"
+
+
+def test_a_rationale_is_the_first_seeds_or_none(folder: Path) -> None:
+    run = load_run(folder)
+    name = next(system.name for system in run.results.systems if len(run.members(system)) > 1)
+    change_predictions(folder, lambda *_: {"rationale": "by the first seed"}, f"{name}-s0")
+    change_predictions(folder, lambda *_: {"rationale": "by the second seed"}, f"{name}-s1")
+    assert "by the first seed" in str(unpack(pack_examples([load_run(folder)], 10**6))["rows"])
+    change_predictions(folder, lambda *_: {"rationale": None}, f"{name}-s0")
+    assert "by the second seed" not in str(unpack(pack_examples([load_run(folder)], 10**6))["rows"])
