@@ -42,6 +42,7 @@ from dsbs.evaluation.systems import (
     score_system,
     student_pairs,
     teacher_bill,
+    teacher_price,
 )
 from dsbs.files import atomic_write, write_json
 from dsbs.progress import NoProgress, Progress
@@ -263,9 +264,9 @@ def _teacher_system(
     learned_from_teacher = any(student.source is not None for student in students)
     if not predict_teacher(recipe, task, rows, run, required=learned_from_teacher):
         return []
-    _, usd_per_row = teacher_bill(run.manifest("annotate"), recipe.eval.split)
+    price = teacher_price(run.manifest("annotate"), recipe.eval.split)
     scored = score(task, rows, read_predictions(run.predictions(TEACHER)), TEACHER)
-    return [System(TEACHER, "teacher", [scored], usd_per_prediction=usd_per_row)]
+    return [System(TEACHER, "teacher", [scored], usd_per_prediction=price)]
 
 
 def _student_systems(

@@ -434,8 +434,7 @@ def break_evens(
 def teacher_bill(
     annotate_manifest: Mapping[str, Any], split: str
 ) -> tuple[float | None, float | None]:
-    """Dollars that annotating a split cost, in total, and what a row costs without a hint, which
-    needs its gold label; None: unknown.
+    """Dollars that annotating a split cost, in total and per row; None: unknown.
 
     Earlier versions wrote 0.0 for recorded replies, whose tokens nobody counted.
     """
@@ -446,4 +445,16 @@ def teacher_bill(
         usd = None
     if usd is None or not rows:
         return usd, None
-    return usd, (usd - summary.get("usd_of_hints", 0.0)) / rows
+    return usd, usd / rows
+
+
+def teacher_price(annotate_manifest: Mapping[str, Any], split: str) -> float | None:
+    """Dollars for a prediction of the teacher; None: unknown.
+
+    What a row of the split cost without its hint: a request has no gold label to hint at.
+    """
+    _, usd_per_row = teacher_bill(annotate_manifest, split)
+    if usd_per_row is None:
+        return None
+    summary = annotate_manifest["splits"][split]
+    return usd_per_row - float(summary.get("usd_of_hints", 0.0)) / int(summary["rows"])

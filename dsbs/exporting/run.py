@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -51,7 +50,7 @@ from dsbs.students.calibration import (
 )
 from dsbs.students.card import CARD, StudentCard, read_card
 from dsbs.students.student import Student
-from dsbs.students.weights import weights_megabytes
+from dsbs.students.weights import file_hash, weights_megabytes
 
 # Suffixes of the files that decide what a student writes.
 _STUDENT_SUFFIXES = (".safetensors", ".bin", ".json", ".model")
@@ -135,10 +134,11 @@ def export(
         if quantize == FLOAT32:
             check_float32(exported.equivalence, card.name, card.kind)
         script = chosen.script(loaded, quantize)
-        texts = {"predict.py": script, "README.md": _readme(folder, exported, chosen, script)}
+        texts = {"README.md": _readme(folder, exported, chosen, script)}
+        if script is not None:
+            texts["predict.py"] = script
         for name, text in texts.items():
-            if text is not None:
-                (partial / name).write_text(text, encoding="utf-8", newline="\n")
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
         write_json(partial / RECORD, exported.model_dump(mode="json", by_alias=True))
         if existing is not None:
             RunFolder.set_aside(target, existing.fingerprint)
@@ -252,8 +252,7 @@ def student_fingerprint(folder: Path) -> str:
     parts = []
     for path in sorted(folder.iterdir()):
         if path.suffix in _STUDENT_SUFFIXES and path.name not in _RECORDS:
-            with path.open("rb") as file:
-                parts += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+            parts += [path.name, file_hash(path)]
     return digest(*parts)
 
 

@@ -226,12 +226,13 @@ def predict_file(
     with lock, full_disk_as_partial(out.parent, _HINT):
         record = _check_record(out, identity)
         is_jsonl = out.suffix.lower() == ".jsonl"
-        if out.exists() and not (record if is_jsonl else "rows" in record):
-            raise UserError(
-                f"{out} exists and is not from `dsbs predict`", hint="give another --out"
-            )
-        if not is_jsonl and out.exists():
-            return int(record["rows"])
+        if out.exists():
+            if not (record if is_jsonl else "rows" in record):
+                raise UserError(
+                    f"{out} exists and is not from `dsbs predict`", hint="give another --out"
+                )
+            if not is_jsonl:
+                return int(record["rows"])
         lines = out if is_jsonl else out.with_name(f".{out.name}.partial.jsonl")
         rows = iter(open_rows())
         if shard is not None:

@@ -150,9 +150,8 @@ class Multilabel(OwnDataTask):
         labels: list[str] = []
         if items is not None:
             for item in items:
-                is_number = isinstance(item, int | float) and not isinstance(item, bool)
-                text = str(item) if is_number else item
-                label = self._label_set.lookup(text) if isinstance(text, str) else None
+                find = self._label_set.lookup if isinstance(item, str) else self._label_set.of_value
+                label = find(item)
                 if label is None:
                     return Unreadable("label-outside-set", str(item))
                 labels.append(label)

@@ -111,10 +111,9 @@ class Tokens:
         self, prefix: str, texts: list[str], limit: int, target: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The lengths and ids of texts, from the cache where they are in it."""
-        is_known = hasattr(
-            self._tokenizer, "backend_tokenizer"
-        )  # no state tells one in Python apart
-        if self._folder is None or len(texts) < _MIN_CACHED or not is_known:
+        # nothing tells the states of a tokenizer in Python apart
+        has_identity = hasattr(self._tokenizer, "backend_tokenizer")
+        if self._folder is None or len(texts) < _MIN_CACHED or not has_identity:
             return self._tokenize(prefix, texts, limit, target)
         key = digest(
             self._tokenizer_identity(),

@@ -23,6 +23,7 @@ from dsbs.evaluation.systems import (
     label_efficiencies,
     pairs,
     teacher_bill,
+    teacher_price,
 )
 from dsbs.records import Example, Prediction, TrainedStudent
 from dsbs.records.subsets import Subset, subset_suffix
@@ -266,7 +267,10 @@ def test_distilling_pays_once_the_teacher_would_have_cost_more() -> None:
     }
     assert (
         teacher_bill(manifest, "train") == (1.0, 0.001)
-        and teacher_bill(manifest, "hinted") == (0.3, pytest.approx(0.002))
+        and teacher_bill(manifest, "hinted") == (0.3, pytest.approx(0.003))
+        and teacher_price(manifest, "hinted") == pytest.approx(0.002)
+        and teacher_price(manifest, "test") == pytest.approx(0.002)
+        and teacher_price(manifest, "valid") is None
         and teacher_bill(manifest, "recorded") == (None, None)
         and teacher_bill(manifest, "valid") == (None, None)
         and teacher_bill({}, "test") == (None, None)
