@@ -332,13 +332,15 @@ class Annotator:
         if self.price is None:
             return 0.0
         spent = 0.0
-        keys: set[str | None] = set()  # rows with the same request share its replies
+        # Rows with the same request share its replies; a hint is the gold label.
+        keys: set[tuple[str | None, str | None]] = set()
         for split in self.recipe.annotate.splits:
             for example in self.examples(split):
                 replies = self.stored_replies(store, example)
-                if replies.key in keys and replies.hinted is None:
+                key = (replies.key, None if replies.hinted is None else example.label)
+                if key in keys:
                     continue
-                keys.add(replies.key)
+                keys.add(key)
                 for reply in [*replies.replies, *replies.wasted]:
                     usd = self.price.usd(reply)
                     if usd is None:

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ from dsbs.formatting import count, listing
 from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation
+from dsbs.records.reviews import Review, write_reviews
 from dsbs.run_folder import RunFolder
 from dsbs.tasks.data import survey
 from dsbs.tasks.shards import Shard
@@ -277,8 +279,9 @@ def merge(
 ) -> AnnotateResult:
     """Join the replies of shards into the run's store and rebuild its annotations; send nothing.
 
-    ``folders`` are the shards' run folders (empty: all under ``<run>/shards``). Raises UserError
-    where a shard has no replies.
+    ``folders`` are the shards' run folders (empty: all under ``<run>/shards``). People's reviews
+    of the shards are joined too. Raises UserError where a shard has no replies or a review cannot
+    be read.
     """
     if not teacher_class(recipe.teacher.kind).is_asked:
         raise UserError(
@@ -296,7 +299,23 @@ def merge(
             problems[0],
             hint="run `dsbs annotate RECIPE --shard 1/N` first, or name the shards' run folders",
         )
+    _join_reviews(run, shards, progress or NoProgress())
     return annotate(recipe, out=out, progress=progress, buying="nothing", stores=stores)
+
+
+def _join_reviews(run: RunFolder, shards: Sequence[RunFolder], progress: Progress) -> None:
+    """Add the decisions of the shards that the run lacks. Nothing is added twice."""
+    for split in ("train", "valid", "test"):
+        known = {review.model_dump_json() for review in _decisions(run, split)}
+        decisions = (review for shard in shards for review in _decisions(shard, split))
+        new = [review for review in decisions if review.model_dump_json() not in known]
+        if new:
+            write_reviews(run.reviews(split), new)
+            progress.say(f"{count(len(new), 'review')} of {split} joined from the shards")
+
+
+def _decisions(run: RunFolder, split: str) -> Iterator[Review]:
+    return chain.from_iterable(run.read_reviews(split).values())
 
 
 def export_batch(recipe: Recipe, path: Path, *, out: str | Path | None = None) -> int:

@@ -17,7 +17,7 @@ from dsbs.annotation.vote import Vote
 from dsbs.config import Recipe, base_of
 from dsbs.config.registry import METHODS, entry
 from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.files import write_jsonl
+from dsbs.files import digest, write_jsonl
 from dsbs.formatting import count, dollars, listing, one_line, percent, sentence_list
 from dsbs.progress import Progress
 from dsbs.records import Annotation, Example, Reason, Sample, Usage
@@ -65,10 +65,11 @@ class SplitSummary:
     outcomes of the rows that were requested again with a hint. ``usd`` is the cost of all replies
     in the rows, whenever they were bought (None: not known), and ``usd_of_hints`` the part for
     requests with a hint: the hinted ones' share of a row's replies. Rows with the same request
-    share its replies, which count once. ``first_rejected`` is the first rejected row per reason.
-    ``chosen`` counts the rows that ``--next`` chose, ``random`` those of them in the random sample.
-    ``details`` counts why rows have no reply, by reason and message; ``unknown_finish_reasons``
-    counts replies with a finish reason that no provider documents.
+    share its replies, which count once; ``paid_rows`` are those whose replies count.
+    ``first_rejected`` is the first rejected row per reason. ``chosen`` counts the rows that
+    ``--next`` chose, ``random`` those of them in the random sample. ``details`` counts why rows
+    have no reply, by reason and message; ``unknown_finish_reasons`` counts replies with a finish
+    reason that no provider documents.
     """
 
     rows: int = 0
@@ -90,6 +91,7 @@ class SplitSummary:
     usage: Usage = field(default_factory=Usage)
     usd: float | None = 0.0
     usd_of_hints: float = 0.0
+    paid_rows: int = 0
     wall_s: float = 0.0
     first_rejected: dict[Reason, Annotation] = field(default_factory=dict)
     details: Counter[tuple[Reason, str]] = field(default_factory=Counter)
@@ -103,12 +105,14 @@ class SplitSummary:
         own_label = annotation.own_label
         gold = annotation.gold
         correct = gold is not None and own_label is not None and task.correct(own_label, gold)
-        self.with_gold += gold is not None
+        # A row without a reply says nothing about the teacher.
+        is_scored = gold is not None and annotation.has_reply
+        self.with_gold += is_scored
         self.correct += correct
         self.chosen += annotation.chosen_by is not None
         if annotation.chosen_by == "random":
             self.random += 1
-            self.random_with_gold += gold is not None
+            self.random_with_gold += is_scored
             self.random_correct += correct
         if annotation.samples and annotation.samples[-1].hinted:
             outcome: str = annotation.samples[-1].reason or "still another label"
@@ -134,16 +138,20 @@ class SplitSummary:
                 self.details[annotation.reject_reason, message] += 1
 
     def _add_cost(self, annotation: Annotation) -> None:
-        if annotation.request_key and not annotation.samples[-1].hinted:
-            key = int(annotation.request_key[:15], 16)
-            if key in self._keys:
+        if annotation.request_key:
+            key = annotation.request_key
+            if annotation.samples and annotation.samples[-1].hinted:  # the hint is the gold label
+                key = digest(key, annotation.gold or "")
+            number = int(key[:15], 16)
+            if number in self._keys:
                 return
-            self._keys.add(key)
+            self._keys.add(number)
         self.usage = total_usage([self.usage, annotation.usage])
         if self.usd is None or annotation.usd is None:
             self.usd = None
             return
         self.usd += annotation.usd
+        self.paid_rows += annotation.usd > 0
         hinted = sum(sample.hinted for sample in annotation.samples)
         self.usd_of_hints += annotation.usd * hinted / max(1, len(annotation.samples))
 
@@ -159,7 +167,9 @@ class SplitSummary:
 
     @property
     def label_accuracy(self) -> Rate | None:
-        """Of the teacher's own labels, over all rows with gold; an unreadable label is wrong."""
+        """Of the teacher's own labels, over all rows with gold and a reply; an unreadable label is
+        wrong.
+        """
         return wilson(self.correct, self.with_gold)
 
     @property
@@ -230,6 +240,7 @@ class SplitSummary:
             "usage": self.usage.model_dump(),
             "usd": None if self.usd is None else round(self.usd, 6),
             "usd_of_hints": round(self.usd_of_hints, 6),
+            "paid_rows": self.paid_rows,
             "wall_s": round(self.wall_s, 3),
         }
         if self.chosen:

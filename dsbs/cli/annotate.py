@@ -202,7 +202,7 @@ def merge(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Join the replies of shards (`dsbs annotate --shard`) into the run. Sends nothing."""
+    """Join the replies and reviews of shards (`dsbs annotate --shard`). Sends nothing."""
     from dsbs.annotation.run import merge as run
 
     loaded = load(recipe, overrides)

@@ -252,7 +252,8 @@ def print_split(name: str, summary: SplitSummary) -> None:
     )
     overall = rate(summary.label_accuracy)
     accepted = rate(summary.label_accuracy_accepted)
-    print(f"  label accuracy {overall}, of accepted rows {accepted}")
+    which = "rows accepted without a hint" if summary.hinted else "accepted rows"
+    print(f"  label accuracy {overall}, of {which} {accepted}")
     if summary.chosen:
         print(
             f"  {count(summary.chosen, 'row')} chosen by --next; label accuracy on the "

@@ -57,14 +57,14 @@ def accuracy(scores: Scores, seeds: int, clusters: Clusters = None) -> Accuracy:
 
 
 def mean_interval(
-    values: Floats, clusters: Clusters = None, lowest: float = 0.0
+    values: Floats, clusters: Clusters = None, lowest: float = 0.0, highest: float = 1.0
 ) -> tuple[float, float]:
     """The 95% interval of a mean over rows; with clusters, whole clusters are drawn.
 
     ``values`` (rows,): real numbers. Neither their order nor the numbering of clusters matters.
     Where all units have the same mean, resampling would show no spread; the interval then allows
-    for `exception_share` of the units at ``lowest`` or 1 (or at the most extreme value, where that
-    lies further out). Raises ValueError for no rows, NaN, or clusters of another length.
+    for `exception_share` of the units at ``lowest`` or ``highest`` (or at the most extreme value,
+    where that lies further out). Raises ValueError for no rows, NaN, or clusters of another length.
     """
     values = validated(values, clusters)
     units = sums_and_sizes(values, clusters)
@@ -73,7 +73,7 @@ def mean_interval(
         mean = float(values.mean())
         share = float(exception_share(len(units)))
         low = min(lowest, float(values.min()))
-        high = max(1.0, float(values.max()))
+        high = max(highest, float(values.max()))
         return mean - share * (mean - low), mean + share * (high - mean)
     if clusters is None:
         return percentiles(resampled_sums(units[:, :1])[:, 0] / len(values))

@@ -7,7 +7,9 @@ they are means over the labels, of a distribution over yes and no each.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +43,14 @@ def calibration_bins(predictions: SystemPredictions) -> list[Bin]:
 
 
 def _ece(predictions: SystemPredictions) -> Measure | None:
-    bins = calibration_bins(predictions)
-    if not bins:
-        return None
-    return Measure(value=calibration_error(bins), n=len(predictions.files[0].rows))
+    """The mean over seeds: pooled, one seed's overconfidence would hide another's doubts."""
+    errors = []
+    for file in predictions.files:
+        bins = calibration_bins(replace(predictions, files=[file]))
+        if not bins:
+            return None
+        errors.append(calibration_error(bins))
+    return Measure(value=statistics.fmean(errors), n=len(predictions.files[0].rows))
 
 
 ECE = Metric(

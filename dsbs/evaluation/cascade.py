@@ -12,8 +12,9 @@ import numpy as np
 
 from dsbs.config import CascadeSection, Recipe
 from dsbs.errors import UserError
-from dsbs.evaluation.bootstrap import Floats
+from dsbs.evaluation.bootstrap import Clusters, Floats, accuracy
 from dsbs.evaluation.metrics import Scored
+from dsbs.evaluation.recorded import check_replies
 from dsbs.evaluation.selective import confidence_values, kinds_of
 from dsbs.evaluation.systems import System
 from dsbs.evaluation.thresholds import (
@@ -26,9 +27,9 @@ from dsbs.evaluation.thresholds import (
     fit_on,
 )
 from dsbs.formatting import count
-from dsbs.records import Example, TrainedStudent
-from dsbs.records.measures import Cascade, CascadePoint, Measure, wilson
-from dsbs.records.reviews import Reviews, apply_gold
+from dsbs.records import Annotation, Example, TrainedStudent
+from dsbs.records.measures import Cascade, CascadePoint, Measure
+from dsbs.records.reviews import Reviews, apply_gold, apply_reviews
 from dsbs.run_folder import RunFolder
 from dsbs.students.calibration import ConfidenceKind, Threshold, read_calibration, write_record
 from dsbs.students.card import CARD, read_card
@@ -83,14 +84,24 @@ def rows_warning(recipe: Recipe, test_rows: int) -> str | None:
 
 
 def calibration_examples(
-    recipe: Recipe, task: Task, reviews: Reviews | None = None
+    recipe: Recipe,
+    task: Task,
+    reviews: Reviews | None = None,
+    annotations: Mapping[str, Annotation] | None = None,
 ) -> list[Example]:
-    """The validation rows beyond ``train.valid_limit``, with the gold labels that people corrected.
-    Raises UserError where there are none.
+    """The validation rows that chose no student's best step, with the gold labels that people
+    corrected.
+
+    The step is chosen on ``train.valid_limit`` rows that have a label: a gold one, or without any
+    gold labels the teacher's. ``annotations`` None: the rows are not annotated yet. Raises
+    UserError where no rows are left.
     """
     assert recipe.eval.cascade is not None
     rows = apply_gold(load(recipe, task, "valid"), reviews or {}, task)
     labeled = [row for row in rows if row.label is not None]
+    if not labeled and annotations is not None:
+        reviewed = apply_reviews(annotations, reviews or {}, task)
+        labeled = [row for row in rows if row.id in reviewed and reviewed[row.id].accepted]
     selected = {row.id for row in validation_rows(labeled or rows, recipe.train.valid_limit)}
     rest = [row for row in rows if row.id not in selected]
     if recipe.eval.cascade.of == "accuracy":
@@ -106,19 +117,19 @@ def calibration_examples(
 
 
 def teacher_labels(
-    rows: Sequence[Example], run: RunFolder, source: str, split: str
+    rows: Sequence[Example], annotations: Mapping[str, Annotation], split: str
 ) -> list[str | None]:
     """The teacher's labels of validation rows, which may be rows of the train split.
 
     Its own ones whatever people made of them: it will answer the same in a cascade.
     """
-    annotations = run.load_annotations(split, source)
     missing = [row.id for row in rows if row.id not in annotations]
     if missing:
         raise UserError(
             f"{count(len(missing), 'calibration row')} without an annotation (first: {missing[0]})",
             hint=f"name {split} in annotate.splits and run `dsbs annotate`",
         )
+    check_replies([annotations[row.id] for row in rows], "calibration row")
     return [annotations[row.id].own_label for row in rows]
 
 
@@ -129,7 +140,9 @@ class Answers:
     file: Scored
     labels: Sequence[str | None]
 
-    def rows(self, task: Task, kind: ConfidenceKind, section: CascadeSection) -> CascadeRows | None:
+    def rows(
+        self, task: Task, kind: ConfidenceKind, section: CascadeSection, clusters: Clusters = None
+    ) -> CascadeRows | None:
         """The rows that ``used`` names. None: the confidence is unknown."""
         confidence = confidence_values(self.file, task, kind)
         if confidence is None:
@@ -141,7 +154,11 @@ class Answers:
             for label, row in zip(self.labels, self.file.rows, strict=True)
         ]
         rows = CascadeRows(
-            confidence, np.array(agrees, bool), self.file.correct, np.array(correct, bool)
+            confidence,
+            np.array(agrees, bool),
+            self.file.correct,
+            np.array(correct, bool),
+            clusters,
         )
         return rows.of(self.used(section))
 
@@ -166,6 +183,7 @@ def cascades(
     task: Task,
     systems: Sequence[System],
     costs: Costs,
+    clusters: Clusters = None,
     calibration: Mapping[str, Answers] | None = None,
 ) -> list[Cascade]:
     """The cascade of each prediction file with a confidence, and ``threshold.json`` of students.
@@ -187,7 +205,7 @@ def cascades(
             file = system.files[number]
             kind = kinds[number]
             answers = Answers(file, labels)
-            rows = answers.rows(task, kind, section)
+            rows = answers.rows(task, kind, section, clusters)
             if rows is None or not len(rows):
                 continue
             if calibration is None:
@@ -200,7 +218,13 @@ def cascades(
                     continue
                 fitted = fit_on(held_out, rows, section)
             left_out = len(labels) - len(rows)
-            results.append(_result(system, name, kind, section, fitted, costs, left_out))
+            cascade = _result(system, name, kind, section, fitted, costs, left_out)
+            # Calls are timed without what these confidences need.
+            if kind == "views" or (
+                system.students and _scores_labels(recipe, system.students[number])
+            ):
+                cascade = cascade.model_copy(update={"ms_per_request": None})
+            results.append(cascade)
             if system.students:
                 _write_threshold(recipe, system.students[number], fitted, kind, section)
     return results
@@ -251,20 +275,19 @@ def _result(
         rows_needed=choice.rows_needed,
         n=len(test),
         left_out=left_out,
-        coverage=_share(answered),
-        agreement=_share(~answered | test.agrees),
-        accuracy=_share(np.where(answered, test.correct, test.teacher_correct)),
-        teacher_accuracy=_share(test.teacher_correct),
-        student_accuracy=_share(test.correct),
+        coverage=_share(answered, test.clusters),
+        agreement=_share(~answered | test.agrees, test.clusters),
+        accuracy=_share(np.where(answered, test.correct, test.teacher_correct), test.clusters),
+        teacher_accuracy=_share(test.teacher_correct, test.clusters),
+        student_accuracy=_share(test.correct, test.clusters),
         curve=_curve(test, costs),
         **_money_and_time(system, float(answered.mean()), costs),
     )
 
 
-def _share(values: Bools) -> Measure:
-    rate = wilson(int(values.sum()), len(values))
-    assert rate is not None  # there are test rows
-    return Measure(value=rate.value, ci95=rate.ci95, n=rate.n)
+def _share(values: Bools, clusters: Clusters) -> Measure:
+    rate = accuracy(values.astype(np.float64), 1, clusters)
+    return Measure(value=rate.value, ci95=rate.ci95, n=len(values))
 
 
 def _money_and_time(system: System, coverage: float, costs: Costs) -> dict[str, Any]:
@@ -303,6 +326,11 @@ def _curve(test: CascadeRows, costs: Costs) -> list[CascadePoint]:
     return points
 
 
+def _scores_labels(recipe: Recipe, student: TrainedStudent) -> bool:
+    is_here = (Path(student.path) / CARD).is_file()
+    return recipe.eval.score_labels and is_here and read_card(student.path).writes_label_alone
+
+
 def _write_threshold(
     recipe: Recipe,
     student: TrainedStudent,
@@ -317,7 +345,7 @@ def _write_threshold(
     calibration = read_calibration(folder)
     record = Threshold(
         student=student.fingerprint,
-        scores_labels=recipe.eval.score_labels and read_card(folder).writes_label_alone,
+        scores_labels=_scores_labels(recipe, student),
         confidence=kind,
         temperature=1.0 if calibration is None else calibration.temperature,
         label_thresholds=None if calibration is None else calibration.label_thresholds,

@@ -146,6 +146,7 @@ class Metric:
     of_rationales: bool = False
     is_fraction: bool = True  # shown in percent
     compares_systems: bool = False  # systems are compared by it as well, beside accuracy
+    highest: Callable[[Task], float] = lambda _task: 1.0  # the largest value that a row can have
     row_values: Callable[[SystemPredictions], RowValues | None] | None = None
     sums: Callable[[SystemPredictions], RowSums | None] | None = None
     aggregate: Callable[[SystemPredictions], Measure | None] | None = None
@@ -176,7 +177,8 @@ def measure(predictions: SystemPredictions) -> Measures:
         if isinstance(values, RowSums):
             result = values.measure(predictions.clusters)
         elif values is not None:
-            result = mean_over_rows(values, predictions.clusters)
+            highest = metric.highest(predictions.task)
+            result = mean_over_rows(values, predictions.clusters, highest)
         elif metric.aggregate is not None:
             result = metric.aggregate(predictions)
         if values is not None and metric.compares_systems:
@@ -186,7 +188,9 @@ def measure(predictions: SystemPredictions) -> Measures:
     return measures
 
 
-def mean_over_rows(values: RowValues, clusters: Clusters = None) -> Measure | None:
+def mean_over_rows(
+    values: RowValues, clusters: Clusters = None, highest: float = 1.0
+) -> Measure | None:
     """The mean over rows of the mean over seeds, of ``values`` (seeds, rows).
 
     Rows for which no seed has a value are left out; None if that leaves no rows.
@@ -197,7 +201,7 @@ def mean_over_rows(values: RowValues, clusters: Clusters = None) -> Measure | No
     per_row = np.nanmean(values[:, defined], axis=0)
     if clusters is not None:
         clusters = clusters[defined]
-    interval = mean_interval(per_row, clusters)
+    interval = mean_interval(per_row, clusters, highest=highest)
     return Measure(value=float(per_row.mean()), ci95=interval, n=len(per_row))
 
 

@@ -217,7 +217,7 @@ def _confidence_of_part(
     predictions: SystemPredictions, name: str, right: NDArray[np.bool_]
 ) -> dict[str, Measure | None]:
     """How well a field's probabilities agree with what is right, (seeds, rows)."""
-    probabilities, is_right, aurocs = [], [], []
+    rows, errors, aurocs = [], [], []
     for file, right_of_seed in zip(predictions.files, right, strict=True):
         pairs = [
             (shares[name], bool(correct))
@@ -228,15 +228,14 @@ def _confidence_of_part(
             return {}
         of_rows = np.array([share for share, _ in pairs])
         correct_rows = np.array([correct for _, correct in pairs])
-        probabilities.append(of_rows)
-        is_right.append(correct_rows)
+        rows.append(len(pairs))
+        errors.append(calibration_error(binned(of_rows, correct_rows)))
         aurocs.append(auroc(of_rows, correct_rows))
     of_seeds = [value for value in aurocs if value is not None]
-    rows = min(map(len, is_right))
-    bins = binned(np.concatenate(probabilities), np.concatenate(is_right))
+    n = min(rows)
     return {
-        "ece": Measure(value=calibration_error(bins), n=rows),
-        "confidence_auroc": Measure(value=float(np.mean(of_seeds)), n=rows) if of_seeds else None,
+        "ece": Measure(value=float(np.mean(errors)), n=n),
+        "confidence_auroc": Measure(value=float(np.mean(of_seeds)), n=n) if of_seeds else None,
     }
 
 

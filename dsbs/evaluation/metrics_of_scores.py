@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dsbs.evaluation.aggregates import RowSums, RowValues, Statistic
 from dsbs.evaluation.bootstrap import Floats
 from dsbs.evaluation.metrics import Metric, SystemPredictions, truth_and_predicted
+from dsbs.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,16 @@ def _places(predictions: SystemPredictions) -> _Places | None:
     task = predictions.task
     if not task.has_order:
         return None
-    points = np.array([task.number(label) for label in task.labels or ()], dtype=np.float64)
+    points = _points(task)
     truth, predicted = truth_and_predicted(predictions)
     last = len(points) - 1
     furthest = np.where(2 * truth >= last, 0, last)
     return _Places(truth, np.where(predicted > last, furthest, predicted), points)
+
+
+def _points(task: Task) -> Floats:
+    """The scale's points, in order."""
+    return np.array([task.number(label) for label in task.labels or ()], dtype=np.float64)
 
 
 def _absolute_error(predictions: SystemPredictions) -> RowValues | None:
@@ -128,6 +134,7 @@ MEAN_ABSOLUTE_ERROR = Metric(
     is_fraction=False,
     compares_systems=True,
     row_values=_absolute_error,
+    highest=lambda task: abs(_points(task)[-1] - _points(task)[0]),
 )
 WITHIN_ONE = Metric(
     title="Within one step",

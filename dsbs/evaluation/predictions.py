@@ -22,7 +22,7 @@ from dsbs.progress import Progress
 from dsbs.records import Example, Prediction, TrainedStudent
 from dsbs.run_folder import RunFolder
 from dsbs.students.calibration import Calibration, read_calibration, short_share
-from dsbs.students.card import StudentCard, read_card
+from dsbs.students.card import CARD, StudentCard, read_card
 from dsbs.students.student import Student
 from dsbs.tasks import Task
 
@@ -84,11 +84,13 @@ def predict_student(
     options = recipe.eval
     explain = options.rationales and card.explains
     scores_labels = options.score_labels and card.writes_label_alone
-    writes_fields = card.writes_label_alone and card.task.fields is not None
-    has_distribution = scores_labels or card.head == "labels" or writes_fields
-    calibration = read_calibration(student.path)
+    has_distribution = _has_distribution(card, options)
+    calibration = read_calibration(student.path) if has_distribution else None
     data = canonical_json([[row.id, row.input] for row in rows])
-    decoding = _decoding(card, options, calibration if has_distribution else None)
+    probabilities = _probabilities(card, options, calibration)
+    # A student that reasons first writes its rationale in any case.
+    writes_more = explain and not card.reasons_first
+    decoding = [*(["rationales"] if writes_more else []), *probabilities]
     fingerprint = digest(student.fingerprint, data, str(options.max_label_tokens), *decoding)
     if fits_or_restore(path, fingerprint):
         return path
@@ -134,6 +136,7 @@ def predict_student(
             made_by=fingerprint,
             model=student.fingerprint,
             prompt=prompt,
+            calibration=digest(*probabilities),
         )
         for row, answer in zip(rows, answers, strict=True)
     )
@@ -141,21 +144,24 @@ def predict_student(
     return path
 
 
-def _decoding(
+def _has_distribution(card: StudentCard, options: EvalSection) -> bool:
+    if card.head == "labels":
+        return True
+    return card.writes_label_alone and (options.score_labels or card.task.fields is not None)
+
+
+def _probabilities(
     card: StudentCard, options: EvalSection, calibration: Calibration | None
 ) -> list[str]:
-    """What decides a student's predictions beside its weights, its inputs and the token limit."""
-    decoding = []
-    # A student that reasons first writes its rationale in any case.
-    if options.rationales and card.explains and not card.reasons_first:
-        decoding.append("rationales")
+    """What decides a student's probabilities beside its weights and its inputs."""
+    settings = []
     if options.score_labels and card.writes_label_alone:
-        decoding.append("score-labels")
+        settings.append("score-labels")
     if calibration is not None:
-        decoding.append(f"temperature={calibration.temperature:g}")
+        settings.append(f"temperature={calibration.temperature:g}")
         if calibration.label_thresholds is not None:
-            decoding.append(calibration.label_thresholds.model_dump_json())
-    return decoding
+            settings.append(calibration.label_thresholds.model_dump_json())
+    return settings
 
 
 def rows_file(
@@ -191,12 +197,14 @@ def is_correct(task: Task, label: str | None, row: Example) -> bool | None:
 # --- reading and updating
 
 
-def student_predictions(run: RunFolder, student: TrainedStudent) -> dict[str, Prediction]:
-    """The predictions of a student by row id.
+def student_predictions(
+    recipe: Recipe, path: Path, student: TrainedStudent
+) -> dict[str, Prediction]:
+    """The predictions of a student in a file, by row id.
 
-    Raises UserError if the file is missing, or was made by another student of that name.
+    Raises UserError if the file is missing, or was made by another student of that name or with
+    another calibration.
     """
-    path = run.predictions(student.name)
     hint = "run dsbs eval without --score-only"
     if not path.is_file():
         raise UserError(f"{path} does not exist", hint=hint)
@@ -205,6 +213,16 @@ def student_predictions(run: RunFolder, student: TrainedStudent) -> dict[str, Pr
     if models - {None, student.fingerprint}:
         raise UserError(
             f"{path} was made by an earlier student of that name, trained with other settings",
+            hint=hint,
+        )
+    if not (Path(student.path) / CARD).is_file():
+        return predictions  # the run was copied without its students
+    card = read_card(student.path)
+    fits = read_calibration(student.path) if _has_distribution(card, recipe.eval) else None
+    now = digest(*_probabilities(card, recipe.eval, fits))
+    if {prediction.calibration for prediction in predictions.values()} - {None, now}:
+        raise UserError(
+            f"{path} has probabilities of another calibration or eval.score_labels than now",
             hint=hint,
         )
     return predictions

@@ -23,6 +23,7 @@ from dsbs.tasks.data import id_text, numeric_id, respelled_ids
 from dsbs.tasks.tables import format_of, read_table
 
 TEACHER = "teacher"  # the system's name
+_TOLERATED = 0.01  # share of rows without a reply
 _MAX_MS = 1e12  # JSON integers can be too large for a float
 # The start of made_by in the files that are written here, as in those of the first version.
 _MARK = "outside:"
@@ -48,6 +49,7 @@ def predict_teacher(
             f"{count(len(missing), f'{split} row')} without an annotation (first: {missing[0]})",
             hint="the data has changed since: run `dsbs annotate` again",
         )
+    check_replies([annotations[row.id] for row in rows], f"{split} row")
     prompt = run.manifest("annotate").get("prompt")
     prompt_hash = None
     if prompt is not None:
@@ -58,6 +60,23 @@ def predict_teacher(
         (prediction.model_dump_json(by_alias=True) for prediction in predictions),
     )
     return True
+
+
+def check_replies(annotations: Sequence[Annotation], noun: str) -> None:
+    """Raises UserError where rows have no reply of the teacher: they would count as its mistakes.
+
+    Up to 1% may lack one: an endpoint may fail on a row whenever it is asked.
+    """
+    missing = [annotation.id for annotation in annotations if not annotation.has_reply]
+    if len(missing) <= _TOLERATED * len(annotations):
+        return
+    raise UserError(
+        f"{len(missing):,} of {count(len(annotations), noun)} have no reply of the teacher (first: "
+        f"{missing[0]}), so its accuracy is not known",
+        hint="run `dsbs annotate` again: it asks for the missing replies alone. Recorded replies "
+        "cannot be asked for: leave those rows out of the data, or the split out of "
+        "annotate.splits",
+    )
 
 
 def _prediction(

@@ -106,10 +106,10 @@ def has_chosen_rows(annotations: Iterable[Annotation]) -> bool:
 def random_sample(annotations: Iterable[Annotation]) -> list[str]:
     """The ids of the rows that estimate the teacher's accuracy, in random order.
 
-    All annotated rows, or, where `dsbs annotate --next` chose rows, its random ones: the others are
-    harder than most.
+    All rows with a reply, or, where `dsbs annotate --next` chose rows, its random ones: the others
+    are harder than most.
     """
-    rows = list(annotations)
+    rows = [row for row in annotations if row.has_reply]
     if has_chosen_rows(rows):
         rows = [row for row in rows if row.chosen_by == "random"]
     return random_order(row.id for row in rows)
@@ -365,7 +365,7 @@ def _kappa(
 
 def _answer(review: Review, task: Task) -> str:
     """The category of a decision for kappa."""
-    if task.is_free_text or task.part_names:
+    if task.is_free_text or task.is_equation or task.part_names:
         return review.decision
     return "-" if review.right_label is None else f"={review.right_label}"
 

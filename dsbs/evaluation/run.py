@@ -110,7 +110,7 @@ def evaluate(
         calibration = _calibration_answers(recipe, task, run, students, progress, score_only)
         costs = _teacher_costs(run, results)
         changes = {
-            "cascades": cascades(recipe, task, systems, costs, calibration),
+            "cascades": cascades(recipe, task, systems, costs, clusters, calibration),
             "reviews": reviewed_splits(recipe, task, run, systems, clusters),
         }
         results = results.model_copy(update=changes)
@@ -202,15 +202,16 @@ def _calibration_answers(
     if section is None or section.calibration != "valid":
         return None
     split = annotated_split(recipe, "valid")
-    rows = calibration_examples(recipe, task, run.read_reviews(split))
-    labels = teacher_labels(rows, run, source_fingerprint(recipe, task), split)
+    annotations = run.load_annotations(split, source_fingerprint(recipe, task))
+    rows = calibration_examples(recipe, task, run.read_reviews(split), annotations)
+    labels = teacher_labels(rows, annotations, split)
     answers = {}
     for student in students:
         path = rows_file(run, student, "calibration")
         if not score_only:
             predict_student(recipe, student, rows, run, progress, kind="calibration")
         if path.is_file():
-            file = score(task, rows, read_predictions(path), student.name)
+            file = score(task, rows, student_predictions(recipe, path, student), student.name)
             answers[student.name] = Answers(file, labels)
     return answers
 
@@ -307,7 +308,12 @@ def _student_systems(
             is_timed = first.subset == largest  # a smaller subset gives the same speed
             latency = _predict(recipe, members, rows, run, progress, is_timed) or latency
         files = [
-            score(task, rows, student_predictions(run, student), student.name)
+            score(
+                task,
+                rows,
+                student_predictions(recipe, run.predictions(student.name), student),
+                student.name,
+            )
             for student in members
         ]
         systems.append(

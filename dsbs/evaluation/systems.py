@@ -451,10 +451,12 @@ def teacher_bill(
 def teacher_price(annotate_manifest: Mapping[str, Any], split: str) -> float | None:
     """Dollars for a prediction of the teacher; None: unknown.
 
-    What a row of the split cost without its hint: a request has no gold label to hint at.
+    What a row of the split cost that was paid for (no copy, no recorded reply), without its hint: a
+    request has no gold label to hint at.
     """
-    _, usd_per_row = teacher_bill(annotate_manifest, split)
-    if usd_per_row is None:
+    usd, usd_per_row = teacher_bill(annotate_manifest, split)
+    if usd is None or usd_per_row is None:
         return None
     summary = annotate_manifest["splits"][split]
-    return usd_per_row - float(summary.get("usd_of_hints", 0.0)) / int(summary["rows"])
+    paid_rows = int(summary.get("paid_rows") or summary["rows"])
+    return (usd - float(summary.get("usd_of_hints", 0.0))) / paid_rows

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbs.config import CascadeSection
-from dsbs.evaluation.bootstrap import Floats
+from dsbs.evaluation.bootstrap import Clusters, Floats
 
 Bools = NDArray[np.bool_]
 FOLDS = 5  # of cross-fitting
@@ -42,13 +42,19 @@ class CascadeRows:
     correct: Bools
     """Whether the student's label is the gold label."""
     teacher_correct: Bools
+    clusters: Clusters = None
+    """Which rows belong together, for intervals. Calibration has none: its bound is of rows."""
 
     def __len__(self) -> int:
         return len(self.confidence)
 
     def of(self, rows: Bools) -> CascadeRows:
         return CascadeRows(
-            self.confidence[rows], self.agrees[rows], self.correct[rows], self.teacher_correct[rows]
+            self.confidence[rows],
+            self.agrees[rows],
+            self.correct[rows],
+            self.teacher_correct[rows],
+            None if self.clusters is None else self.clusters[rows],
         )
 
     def answered(self, threshold: float | None) -> Bools:

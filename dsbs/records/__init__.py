@@ -148,6 +148,11 @@ class Annotation(_Record):
     """How `dsbs annotate --next` chose the row. random: it is in the random sample. None: it did
     not choose it."""
 
+    @property
+    def has_reply(self) -> bool:
+        """Whether the teacher has replied, or has refused to; otherwise the row is unfinished."""
+        return self.reject_reason != "no-reply"
+
 
 class NextRound(_Record):
     """One round of ``dsbs annotate --next``: the train rows it chose, and by what."""
@@ -247,13 +252,17 @@ class Prediction(_Record):
     """Hash of the student; the teacher's kind and name."""
     prompt: str | None = None
     """Hash of the teacher's prompt, or of the student's prefixes."""
+    calibration: str | None = Field(None, exclude_if=_is_none)
+    """Hash of what a student's probabilities depend on beside the model: temperature, thresholds of
+    labels, ``eval.score_labels``. None: not a student's, or of an earlier version."""
 
 
 class TrainingCost(_Record):
     """Training cost: time, tokens and memory, summed over interruptions.
 
     Steps that a kill lost and that were repeated count once. ``tokens`` are the input and target
-    tokens of every view in all steps, without padding. ``peak_memory_of``: the process's resident
+    tokens of every view in all steps, without padding; ``tokens_per_s`` leaves out validating and
+    saving, which ``wall_s`` includes. ``peak_memory_of``: the process's resident
     set, or PyTorch's tensors on the first GPU.
     """
 
@@ -287,6 +296,7 @@ class TrainedStudent(_Record):
     best_step: int
     steps: int
     examples_per_s: float
+    """While stepping: without validating and saving, which ``wall_s`` includes."""
     wall_s: float
     parameters: int
     """Those that predicting a label needs: a rationale decoder is not counted."""

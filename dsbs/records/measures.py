@@ -135,7 +135,8 @@ class Cascade(ResultRecord):
     """Of the teacher, for 1,000 requests of the cascade."""
     teacher_usd_per_1000: float | None = None
     ms_per_request: float | None = None
-    """Mean time: the student's for every request, and the teacher's for those that it answers."""
+    """The student's median time for every request, and the teacher's mean time for those that it
+    answers. None: a time is not known, or the student's confidence takes more than its answer."""
     teacher_ms: float | None = None
     """Mean time of a reply."""
     break_even: int | None = None

@@ -336,12 +336,13 @@ def annotation_table(runs: Sequence[EvaluatedRun]) -> Table | None:
         Column(
             "label accuracy,\u00a0%",
             lambda split: optional(percent_number, split["label_accuracy"]),
-            note="of the teacher's own labels, over all rows; unreadable ones count as wrong",
+            note="of the teacher's own labels, over rows with a reply; unreadable ones are wrong",
         ),
         Column("95% CI", lambda split: optional(interval, split.get("label_accuracy_ci95"))),
         Column(
             "of accepted rows,\u00a0%",
             lambda split: optional(percent_number, split["label_accuracy_accepted"]),
+            note="rows that were accepted with a hint are left out: their label is the gold one",
         ),
         Column("prompt tokens", lambda split: integer(split["usage"]["prompt_tokens"])),
         Column("completion tokens", lambda split: integer(split["usage"]["completion_tokens"])),

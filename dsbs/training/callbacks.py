@@ -72,10 +72,12 @@ class MetricsLogger(TrainerCallback):
         self._valid_rows = valid_rows
         self._earlier_s = 0.0
         self._earlier_mb = 0.0
+        self.stepping_s = 0.0
+        """Seconds of all steps up to the last line of losses, without validating and saving."""
         self._began = time.monotonic()
         self._step_began = self._began
         # Of the steps since the last line of losses; and the totals at that line.
-        self._stepping_s = 0.0
+        self._new_stepping_s = 0.0
         self._steps = 0
         self._examples = 0
         self._tokens = 0
@@ -88,6 +90,7 @@ class MetricsLogger(TrainerCallback):
     def _resume(self, path: Path) -> list[str]:
         """The lines up to the checkpoint, after taking their totals over."""
         lines = []
+        logged_step = 0
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             try:
                 row = json.loads(line)
@@ -99,6 +102,9 @@ class MetricsLogger(TrainerCallback):
                 self._earlier_mb = max(self._earlier_mb, row.get("peak_memory_mb", 0.0))
                 self._examples = row.get("examples", 0)
                 self._tokens = row.get("tokens", 0)
+                if "step_ms" in row:
+                    self.stepping_s += row["step_ms"] * (row["step"] - logged_step) / 1000
+                    logged_step = row["step"]
                 self._remember(row)
         return lines
 
@@ -109,13 +115,12 @@ class MetricsLogger(TrainerCallback):
     def cost(self, state: Any) -> TrainingCost:
         """The training's cost so far; ``state`` is the trainer's, whose log has the tokens."""
         tokens = max((row["tokens"] for row in state.log_history if "tokens" in row), default=0)
-        elapsed_s = self.elapsed_s
         return TrainingCost(
             device=device_name(),
             processes=world_size(),
-            wall_s=round(elapsed_s, 2),
+            wall_s=round(self.elapsed_s, 2),
             tokens=tokens,
-            tokens_per_s=round(tokens / max(elapsed_s, 1e-9), 1),
+            tokens_per_s=round(tokens / max(self.stepping_s, 1e-9), 1),
             peak_memory_mb=round(self.peak_memory_mb, 1),
             peak_memory_of=peak_memory()[1],
         )
@@ -161,13 +166,14 @@ class MetricsLogger(TrainerCallback):
 
     def _speed(self, examples: int, tokens: int) -> dict[str, float]:
         """Speed since the last line of losses, given the totals now."""
-        seconds = max(self._stepping_s, 1e-9)
+        seconds = max(self._new_stepping_s, 1e-9)
+        self.stepping_s += self._new_stepping_s
         speed = {
             "step_ms": round(1000 * seconds / max(self._steps, 1), 3),
             "examples_per_s": round((examples - self._examples) / seconds, 2),
             "tokens_per_s": round((tokens - self._tokens) / seconds, 1),
         }
-        self._stepping_s = 0.0
+        self._new_stepping_s = 0.0
         self._steps = 0
         self._examples = examples
         self._tokens = tokens
@@ -180,7 +186,7 @@ class MetricsLogger(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
-        self._stepping_s += now - self._step_began
+        self._new_stepping_s += now - self._step_began
         self._steps += 1
         self._step_began = now
         best = f"; best valid {percent(self.best)}" if self.best >= 0 else ""

@@ -419,7 +419,7 @@ class StudentRun:
             valid_accuracy=accuracies[best],
             best_step=best,
             steps=int(state.global_step),
-            examples_per_s=round(examples / max(metrics.elapsed_s, 1e-9), 2),
+            examples_per_s=round(examples / max(metrics.stepping_s, 1e-9), 2),
             wall_s=round(metrics.elapsed_s, 2),
             parameters=int(student.backend.parameters or 0),
             trainable_parameters=trainable,

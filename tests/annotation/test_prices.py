@@ -6,15 +6,18 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import good_answer
+from conftest import good_answer, toy_rows, write_csv
 from loopback import LoopbackServer
 
 from dsbs import PartialError, UserError, annotate, load_recipe
 from dsbs.annotation.backends import Price, Reply, price_of
 from dsbs.annotation.planning import plan
 from dsbs.config import PriceSection, TeacherSection
+from dsbs.evaluation.systems import teacher_price
+from dsbs.run_folder import RunFolder
 
 PRICE = "teacher.price={input: 1000, output: 2000}"  # 11 + 7 tokens a reply: 0.025 dollars
 
@@ -40,6 +43,37 @@ def test_cached_tokens_and_batches_are_cheaper() -> None:
     assert price.usd(replace(online, lane="batch")) == pytest.approx(price.usd(online) / 2)
     assert price.usd(Reply("", completion_tokens=None)) is None
     assert Price(input=0, output=0, cached=0).usd(Reply("")) == 0
+
+
+def test_cached_tokens_that_are_counted_beside_the_prompts_cost_too() -> None:
+    price = Price(1.0, 0.0, 0.1)
+    assert price.of(1000, 0, 900) == pytest.approx(190e-6), "100 fresh ones and 900 cached ones"
+    assert price.of(100, 0, 900) == pytest.approx(190e-6), "the prompt's 100 are all fresh"
+
+
+@pytest.mark.parametrize("hint", [False, True])
+def test_copies_of_a_row_are_paid_for_once_and_do_not_lower_the_price_of_a_prediction(
+    toy: Callable[..., Path], tmp_path: Path, hint: bool
+) -> None:
+    def always_wrong(body: dict[str, Any], number: int) -> str:
+        answer = good_answer(body, number)
+        return (
+            answer.replace("billing", "?").replace("shipping", "billing").replace("?", "shipping")
+        )
+
+    path = toy(train=20)
+    copies = [row | {"id": f"c{i}"} for i in range(4) for row in toy_rows(10, start=1000)]
+    unique = [row | {"id": f"c{i}"} for i, row in enumerate(copies)]
+    write_csv(tmp_path / "test.csv", unique)
+    with LoopbackServer(always_wrong) as server:
+        changes = [f"teacher.base_url={server.url}", f"annotate.hint={json.dumps(hint)}"]
+        recipe = load_recipe(path, [*changes, "teacher.price={input: 1000, output: 1000}"])
+        summary = annotate(recipe, out=tmp_path / "run").splits["test"]
+    per_request = 0.018  # 12 prompt tokens and 6 of the completion
+    assert summary.usd == pytest.approx(10 * per_request * (2 if hint else 1))
+    assert summary.rows == 40 and summary.paid_rows == 10
+    manifest = RunFolder(tmp_path / "run").manifest("annotate")
+    assert teacher_price(manifest, "test") == pytest.approx(per_request)
 
 
 def test_stored_replies_keep_their_cost_in_later_runs(

@@ -17,6 +17,8 @@ from dsbs import PartialError, UserError, annotate, load_recipe
 from dsbs.annotation.planning import pilot, plan, stratified
 from dsbs.annotation.run import merge
 from dsbs.records import Example
+from dsbs.records.reviews import Review
+from dsbs.run_folder import RunFolder, append_review
 from dsbs.tasks.shards import Shard
 
 
@@ -251,6 +253,41 @@ def test_shards_divide_the_rows_and_merge_into_the_same_bytes(
         assert files[0].read_bytes() == files[1].read_bytes()
     shards = [read_rows(tmp_path / "run" / "shards" / f"{i}-of-3") for i in (1, 2, 3)]
     assert sum(map(len, shards)) == 60 and all(shards)
+
+
+def test_a_merge_joins_the_reviews_of_shards_once_and_in_order(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = toy(train=20, test=4)
+    run = RunFolder(tmp_path / "run")
+
+    def decide(folder: RunFolder, row_id: str, decision: str, second: int) -> None:
+        shown = None if decision == "undone" else "billing"
+        time = f"2026-11-27T10:00:{second:02}+00:00"
+        review = {"id": row_id, "decision": decision, "shown": shown, "reviewer": "ann"}
+        append_review(folder, "train", Review.model_validate(review | {"time": time}))
+
+    with LoopbackServer(good_answer) as server:
+        recipe = load_recipe(path, [f"teacher.base_url={server.url}"])
+        for number in (1, 2):
+            annotate(recipe, out=run.path, shard=Shard(number, 2))
+        shards = [run.shard("1-of-2"), run.shard("2-of-2")]
+        first, second = (min(row["id"] for row in read_rows(shard.path)) for shard in shards)
+        decide(shards[0], first, "rejected", 1)
+        decide(shards[1], second, "rejected", 2)
+        merged = merge(recipe, out=run.path)
+        assert merged.splits["train"].rows == 20
+        assert set(run.read_reviews("train")) == {first, second}
+        decide(shards[0], first, "undone", 3)
+        for _ in range(2):
+            merge(recipe, out=run.path)
+    reviews = run.read_reviews("train")
+    assert [review.decision for review in reviews[first]] == ["rejected", "undone"]
+    assert [review.decision for review in reviews[second]] == ["rejected"]
+    with shards[1].reviews("train").open("a") as file:
+        file.write('{"id": 3}\n')
+    with pytest.raises(UserError, match=r"2-of-2.*train\.jsonl:2: not a review"):
+        merge(recipe, out=run.path)
 
 
 def test_a_shard_does_not_buy_replies_that_the_run_has(

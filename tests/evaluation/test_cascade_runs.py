@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import good_answer, toy_rows, write_jsonl
 from label_heads import save_encoder
@@ -15,11 +16,14 @@ from loopback import LoopbackServer
 
 from dsbs import UserError, annotate, evaluate, load_recipe, report, train
 from dsbs.config import Recipe
-from dsbs.evaluation.cascade import rows_warning
+from dsbs.evaluation.cascade import calibration_examples, rows_warning
 from dsbs.progress import NoProgress
+from dsbs.records import Annotation, TeacherName
 from dsbs.records.gates import gate_failures
 from dsbs.records.summary import headline, headline_details
 from dsbs.students.calibration import read_calibration, read_threshold
+from dsbs.tasks import make_task
+from dsbs.tasks.data import load, validation_rows
 
 TEST_ROWS = 200
 WRONG = 20  # the external system's first answers
@@ -155,6 +159,51 @@ def test_calibration_on_validation_rows_leaves_all_test_rows(
     assert cascade.coverage.value == 0.0 and cascade.agreement.value == 1.0
     assert "None of the teacher's requests" in headline(results)
     assert "about 149 rows, or more" in " ".join(headline_details(results))
+
+
+def test_no_row_that_chose_the_step_calibrates_where_the_teachers_labels_chose_it(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    valid = [row | {"team": None} for row in toy_rows(60, start=500)]
+    changes = [
+        f"task.data.valid={write_jsonl(tmp_path / 'valid.jsonl', valid)}",
+        "annotate.splits=[train, valid, test]",
+        "train.valid_limit=20",
+        "eval.cascade={target: 0.9, calibration: valid}",
+    ]
+    recipe = load_recipe(toy(), changes)
+    ids = [row.id for row in validation_rows(load(recipe, make_task(recipe.task), "valid"), None)]
+    annotations = {
+        row_id: Annotation(
+            id=row_id,
+            input={},
+            label="billing",
+            own_label="billing",
+            accepted=place % 3 != 0,
+            teacher=TeacherName(kind="openai"),
+        )
+        for place, row_id in enumerate(ids)
+    }
+    rows = calibration_examples(recipe, make_task(recipe.task), None, annotations)
+    accepted = [row_id for row_id in ids if annotations[row_id].accepted]
+    assert {row.id for row in rows} == set(ids) - set(accepted[:20])
+
+
+def test_a_cascades_intervals_draw_whole_clusters(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's mistakes all lie in one of ten clusters."""
+    section = recipe("eval.cascade={target: 0.9}", "eval.floors=[]")
+    alone, *_ = evaluate(section, out=tmp_path / "run").cascades
+    monkeypatch.setattr(
+        "dsbs.evaluation.run.clusters_of", lambda rows, _field: np.arange(len(rows)) // 20
+    )
+    together, *_ = evaluate(section, out=tmp_path / "run").cascades
+    assert (together.student, together.n) == (alone.student, alone.n)
+    assert together.student_accuracy.value == alone.student_accuracy.value < 1
+    low, high = alone.student_accuracy.ci95
+    wider_low, wider_high = together.student_accuracy.ci95
+    assert wider_high - wider_low > 1.3 * (high - low)
 
 
 def test_a_cascade_needs_the_teachers_answers(toy: Callable[..., Path], tmp_path: Path) -> None:

@@ -267,13 +267,16 @@ def test_bins_hold_every_prediction_once_and_their_confidence_lies_in_them(
     assert 0 <= calibration_error(bins) <= 1
 
 
-def test_seeds_are_pooled_and_one_unknown_probability_leaves_calibration_undefined() -> None:
+def test_bins_are_of_all_seeds_and_one_unknown_probability_leaves_calibration_undefined() -> None:
     gold = ["neutral"] * 4
     first, other = (scored(NLI, gold, gold, [p] * 4) for p in (0.95, 0.75))
     measures = measured(NLI, [first, other])
     bins = calibration_bins(SystemPredictions(NLI, [first, other]))
     assert sum(bin_.n for bin_ in bins) == 8
     assert measures.metrics["ece"].value == pytest.approx(0.15) and measures.metrics["ece"].n == 4
+    wrong = scored(NLI, gold, ["entailment"] * 4, [0.75] * 4)
+    opposite = measured(NLI, [other, wrong]).metrics["ece"].value
+    assert opposite == pytest.approx((0.25 + 0.75) / 2), "one seed's errors hide no other's"
     unknown = scored(NLI, gold, gold, [0.9, 0.9, 0.9, None])
     assert calibration_bins(SystemPredictions(NLI, [first, unknown])) == []
 

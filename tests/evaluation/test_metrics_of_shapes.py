@@ -204,6 +204,15 @@ def test_a_scale_of_halves_measures_in_its_own_units() -> None:
     assert ours["mae"] == 0.25 and ours["within_one"] == 1
 
 
+def test_an_exception_to_exact_scores_may_be_as_far_off_as_the_scale_is_long() -> None:
+    scale = make_task(TaskSection(name="score", data={"train": "-"}, range=(0, 100)))
+    exact = [str(score) for score in range(20)]
+    metrics = measure(predictions_of(scale, exact, exact)).metrics
+    assert metrics["within_one"].ci95 is not None and metrics["mae"].ci95 is not None
+    share = 1 - metrics["within_one"].ci95[0]
+    assert metrics["mae"].ci95 == pytest.approx((0, 100 * share)) and share > 0.1
+
+
 def test_a_long_scale_needs_little_memory() -> None:
     long = make_task(TaskSection(name="score", data={"train": "-"}, range=(0, 200)))
     rng = np.random.default_rng(0)

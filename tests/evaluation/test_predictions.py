@@ -22,7 +22,7 @@ from dsbs.evaluation.predictions import (
     read_predictions,
     student_predictions,
 )
-from dsbs.evaluation.recorded import predict_teacher
+from dsbs.evaluation.recorded import check_replies, predict_teacher
 from dsbs.progress import NoProgress
 from dsbs.prompting import load_prompt, source_fingerprint
 from dsbs.records import Annotation, Sample, TeacherName, TrainedStudent
@@ -163,7 +163,9 @@ def test_a_file_of_the_first_version_is_read_and_kept_where_it_fits(
         patch.setattr(Student, "load", no_loading)
         predict_student(recipe, student, rows, RunFolder(tmp_path), NoProgress())
     assert path.read_bytes() == before
-    loaded_predictions = student_predictions(RunFolder(tmp_path), student)
+    loaded_predictions = student_predictions(
+        recipe, RunFolder(tmp_path).predictions(student.name), student
+    )
     assert list(loaded_predictions) == [row.id for row in rows]
     assert all(
         prediction.probability is None and prediction.truncated is None and prediction.model is None
@@ -232,15 +234,46 @@ def test_rescoring_says_which_predictions_are_missing_or_of_another_student(
 ) -> None:
     student = make_student(recipe, tmp_path)
     with pytest.raises(UserError, match=r"finetune-gold-s0.jsonl does not exist") as missing:
-        student_predictions(RunFolder(tmp_path), student)
+        student_predictions(recipe, RunFolder(tmp_path).predictions(student.name), student)
     assert missing.value.hint == "run dsbs eval without --score-only"
     predicted(recipe, student, tmp_path)
-    assert len(student_predictions(RunFolder(tmp_path), student)) == 12
+    assert (
+        len(student_predictions(recipe, RunFolder(tmp_path).predictions(student.name), student))
+        == 12
+    )
     with pytest.raises(UserError, match="earlier student of that name") as other:
         student_predictions(
-            RunFolder(tmp_path), student.model_copy(update={"fingerprint": "another"})
+            recipe,
+            RunFolder(tmp_path).predictions(student.name),
+            student.model_copy(update={"fingerprint": "another"}),
         )
     assert other.value.hint == "run dsbs eval without --score-only"
+    scores_labels = recipe.eval.model_copy(update={"score_labels": True})
+    with pytest.raises(UserError, match=r"another calibration or eval\.score_labels than now"):
+        student_predictions(
+            recipe.model_copy(update={"eval": scores_labels}),
+            RunFolder(tmp_path).predictions(student.name),
+            student,
+        )
+
+
+@pytest.mark.parametrize(("missing", "is_refused"), [(2, False), (3, True)])
+def test_rows_without_a_reply_are_not_the_teachers_mistakes(missing: int, is_refused: bool) -> None:
+    annotations = [
+        Annotation(
+            id=f"r{number}",
+            input={},
+            teacher=TeacherName(kind="openai"),
+            reject_reason="no-reply" if number < missing else "unparsed",
+        )
+        for number in range(200)
+    ]
+    if not is_refused:
+        check_replies(annotations, "test row")
+        return
+    with pytest.raises(UserError, match="3 of 200 test rows have no reply") as error:
+        check_replies(annotations, "test row")
+    assert "run `dsbs annotate` again" in (error.value.hint or "")
 
 
 def test_a_damaged_prediction_file_is_reported_with_its_line(tmp_path: Path) -> None:

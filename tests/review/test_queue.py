@@ -225,6 +225,17 @@ def test_where_next_chose_rows_the_estimate_and_the_queue_draw_from_its_random_r
     )
 
 
+def test_rows_without_a_reply_do_not_count_in_the_estimate() -> None:
+    annotations = {f"x{n}": annotated(f"x{n}") for n in range(40)}
+    missing = {"reject_reason": "no-reply", "accepted": False, "label": None, "own_label": None}
+    for n in range(30):
+        annotations[f"x{n}"] = annotations[f"x{n}"].model_copy(update=missing)
+    assert estimate(annotations, {}, TASK).missing == 10
+    reviews = {f"x{n}": [decision(f"x{n}")] for n in range(30, 40)}
+    result = estimate(annotations, reviews, TASK)
+    assert result.rate is not None and (result.rate.correct, result.rate.n) == (10, 10)
+
+
 def test_a_rejected_row_is_judged_by_its_gold_label() -> None:
     annotations = {f"x{n}": annotated(f"x{n}", gold="billing") for n in range(4)}
     reviews = {row_id: [decision(row_id, None)] for row_id in annotations}
@@ -256,6 +267,14 @@ def test_two_reviewers_are_compared_on_the_rows_that_both_decided_on() -> None:
     [(row_id, first, second)] = result.differences
     assert (row_id, first.reviewer, second.label) == ("2", "ada", "shipping")
     assert agreement({"1": [decision("1")]}, TASK) is None
+    equations = make_task(TaskSection(name="svamp", data={"train": "-"}))
+    spelled = {
+        str(n): [decision(str(n), f"{2 * n} / 2"), decision(str(n), f"{n}", reviewer="grace")]
+        for n in range(1, 9)
+    }
+    spelled["9"] = [decision("9", None), decision("9", None, reviewer="grace")]
+    assert (by_value := agreement(spelled, equations)) is not None
+    assert (by_value.agreed, by_value.kappa) == (9, pytest.approx(1.0))
     same = {"1": [decision("1"), decision("1", reviewer="grace")]}
     assert (only := agreement(same, TASK)) is not None and only.kappa is None
 

@@ -396,8 +396,12 @@ class Price:
         cached_tokens: int = 0,
         lane: Lane = "online",
     ) -> float:
-        """Cost of a number of tokens; the cached tokens are among the prompt's."""
-        fresh = max(0, prompt_tokens - cached_tokens)
+        """Cost of a number of tokens.
+
+        The cached tokens are among the prompt's. Where they are more, the server counts them beside
+        the prompt's.
+        """
+        fresh = prompt_tokens - cached_tokens if cached_tokens <= prompt_tokens else prompt_tokens
         usd = (
             fresh * self.input + cached_tokens * self.cached + completion_tokens * self.output
         ) / 1e6

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dsbs.annotation.backends import Teacher, teacher_class, total_usage
 from dsbs.annotation.vote import Vote, weighted_majority
 from dsbs.config import MemberSection, Recipe
 from dsbs.errors import UserError
-from dsbs.files import canonical_json
+from dsbs.files import canonical_json, digest
 from dsbs.records import Annotation, Example, Provenance, Sample, TeacherName
 from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.tasks import make_task
@@ -255,6 +255,7 @@ class EnsembleTeacher(Teacher):
             usage=total_usage([row.usage for row in rows]),
             usd=_total_usd(rows),
             teacher=self._name,
+            request_key=_request_key(rows),
         )
 
     def _provenance(self, vote: Vote) -> Provenance:
@@ -280,6 +281,13 @@ def _votes(member: Member, row: Annotation) -> list[Sample]:
             weight = member.weight * sample.vote / total
         votes.append(sample.model_copy(update={"run": member.run, "weight": weight}))
     return votes
+
+
+def _request_key(rows: Sequence[Annotation]) -> str | None:
+    """Equal for rows whose requests are the same for every member, which share their replies."""
+    keys = [row.request_key or "" for row in rows]
+    hints = [str(row.gold) for row in rows if row.samples and row.samples[-1].hinted]
+    return digest(*keys, *hints) if any(keys) else None
 
 
 def _total_usd(rows: Iterable[Annotation]) -> float | None:

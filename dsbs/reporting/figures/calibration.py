@@ -76,7 +76,8 @@ def _draw_reliability(
         caption = (
             f"{run.results.split.capitalize()} rows in bins of the label's probability; a larger "
             "marker holds more rows. Below the diagonal a system is overconfident. ECE, the "
-            "expected calibration error, is the mean distance from the diagonal."
+            "expected calibration error, is the mean distance from the diagonal: of each seed "
+            "alone, then averaged. The markers show all seeds together."
         )
         return canvas.finish(f"Reliability{suffix}", caption)
 
