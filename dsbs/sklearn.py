@@ -22,12 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import train_test_split
+from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
 from dsbs.annotation.run import annotate
 from dsbs.config.load import load_recipe
 from dsbs.files import atomic_write
+from dsbs.students.card import SECOND_PART
 from dsbs.students.student import Student
 from dsbs.training.run import train
 
@@ -62,7 +64,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         validation_fraction: float = 0.1,
         settings: Mapping[str, Any] | None = None,
         out: str | Path | None = None,
-        random_state: int = 0,
+        random_state: Any = 0,
     ) -> None:
         """The recipe's settings that are tuned most.
 
@@ -110,6 +112,11 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.student_ = None
         if len(self.classes_) < 2:
             return self
+        if self.method in SECOND_PART:
+            raise ValueError(
+                f"method {self.method!r} writes label and rationale as one text, which gives the "
+                "classes no probabilities: use step-by-step"
+            )
         if self.teacher is not None and self.out is None:
             raise ValueError("with a teacher, out is required: a folder for its paid replies")
         with tempfile.TemporaryDirectory() as temporary:
@@ -191,11 +198,14 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ]
         for row, label in zip(rows, targets or (), strict=targets is not None):
             row["label"] = label
-        train_rows, valid_rows = self._split(rows, targets)
+        seed = self.random_state
+        if not isinstance(seed, int | np.integer):  # None, or a source of random numbers
+            seed = check_random_state(seed).randint(2**31 - 1)
+        train_rows, valid_rows = self._split(rows, targets, int(seed))
         for split, part in (("train", train_rows), ("valid", valid_rows)):
             with atomic_write(folder / "data" / f"{split}.jsonl") as file:
                 file.writelines(f"{json.dumps(row)}\n" for row in part)
-        recipe = self._recipe(folder, items[0], has_labels=targets is not None)
+        recipe = self._recipe(folder, items[0], has_labels=targets is not None, seed=int(seed))
         for key, value in (self.settings or {}).items():
             *sections, last = key.split(".")
             section = recipe
@@ -206,7 +216,9 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             json.dump(recipe, file, indent=1)  # JSON is YAML
         return folder / "recipe.yaml"
 
-    def _split(self, rows: list[Any], targets: list[str] | None) -> tuple[list[Any], list[Any]]:
+    def _split(
+        self, rows: list[Any], targets: list[str] | None, seed: int
+    ) -> tuple[list[Any], list[Any]]:
         """Train rows, and validation rows that select the best step and the temperature.
 
         If the validation rows would be fewer than the labels, both are all rows.
@@ -218,12 +230,12 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         train_rows, valid_rows = train_test_split(
             rows,
             test_size=held_out,
-            random_state=self.random_state,
+            random_state=seed,
             stratify=targets if counts.min() > 1 else None,
         )
         return train_rows, valid_rows
 
-    def _recipe(self, folder: Path, item: Item, *, has_labels: bool) -> dict[str, Any]:
+    def _recipe(self, folder: Path, item: Item, *, has_labels: bool, seed: int) -> dict[str, Any]:
         student = self.student
         task: dict[str, Any] = {
             "name": "classification",
@@ -249,7 +261,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     self.method or ("finetune" if self.teacher is None else "step-by-step")
                 ],
                 "labels": ["gold" if has_labels else "teacher"],
-                "seeds": [int(self.random_state)],
+                "seeds": [seed],
                 "max_steps": self.max_steps,
                 "max_epochs": None if self.max_steps else self.max_epochs,
                 "batch_size": self.batch_size,

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -82,6 +84,18 @@ def config(kind: str, size: int) -> Any:
         return Qwen2Config(vocab_size=size + 20, tie_word_embeddings=False, **SHAPE)
     if kind == "qwen3":
         return Qwen3Config(vocab_size=size, tie_word_embeddings=True, head_dim=16, **SHAPE)
+    if kind == "lfm2":  # convolutions beside attention
+        kinds = ["conv", "full_attention"]
+        return Lfm2Config(vocab_size=size, layer_types=kinds, block_multiple_of=16, **SHAPE)
+    if kind == "mamba":  # no attention
+        return MambaConfig(
+            vocab_size=size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=8,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
     assert kind == "gpt2"
     return GPT2Config(
         vocab_size=size,

@@ -83,6 +83,13 @@ def test_a_pickle_has_the_student_and_a_clone_has_only_the_settings(
         pickle.loads(pickle.dumps(unfitted)).predict(TEXTS)
 
 
+@pytest.mark.parametrize("state", [None, np.random.RandomState(3), np.int64(3)])
+def test_the_random_state_is_what_scikit_learn_takes(
+    classifier: Callable[..., DistilledClassifier], state: Any
+) -> None:
+    assert set(classifier(random_state=state).fit(TEXTS, LABELS).predict(TEXTS)) <= set(TEAMS)
+
+
 def test_it_works_in_a_pipeline_in_cross_validation_and_in_a_search(
     classifier: Callable[..., DistilledClassifier],
 ) -> None:
@@ -134,6 +141,8 @@ def test_mistakes_are_explained(classifier: Callable[..., DistilledClassifier]) 
     ):
         with pytest.raises(ValueError, match=message):
             classifier(**arguments).fit(TEXTS, y)
+    with pytest.raises(ValueError, match="no probabilities: use step-by-step"):
+        classifier(method="rationale-then-label").fit(TEXTS, LABELS)
     with pytest.raises(ValueError, match="rename the column 'the text'"):
         classifier().fit(pd.DataFrame({"the text": TEXTS}), LABELS)
     with pytest.raises(UserError, match="unknown"):

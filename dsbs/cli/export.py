@@ -71,7 +71,11 @@ def _print_export(exported: Exported) -> None:
         f"compared with transformers on {count(check.rows, 'row')} ({check.source}): "
         f"{', '.join(figures)}"
     )
-    print(f"try: python {exported.path / 'predict.py'}, which reads one text per line from stdin")
+    script = exported.path / "predict.py"
+    if script.is_file():
+        print(f"try: python {script}, which reads one text per line from stdin")
+    else:
+        print(f"try: dsbs predict {exported.path} messages.txt")
 
 
 def _texts(student: str, file: str) -> list[str]:

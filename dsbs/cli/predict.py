@@ -66,8 +66,13 @@ def predict(
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 64,
     max_label_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum number of tokens of a label.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of tokens of a label.",
+            show_default="that of the recipe it was trained with",
+        ),
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes on this machine, or tasks with --engine ray.")
     ] = 1,
@@ -84,6 +89,7 @@ def predict(
     out: Output = None,
 ) -> None:
     """Label rows: a file of rows or lines of text in, predictions out."""
+    from dsbs.students.card import read_card
     from dsbs.students.prediction import FORMATS, Options
     from dsbs.tasks.shards import Shard
 
@@ -99,7 +105,8 @@ def predict(
 
         student = best_student(load(student, overrides), run_folder, needs_rationales=rationale)
         print(f"student: {student}", file=sys.stderr)
-    options = Options(rationale, batch_size, max_label_tokens, top)
+    limit = max_label_tokens or read_card(student).max_label_tokens
+    options = Options(rationale, batch_size, limit, top)
     parsed_shard = None if shard is None else Shard.parse(shard)
     if engine == "ray":
         _check_ray(file, output, parsed_shard)

@@ -194,8 +194,8 @@ def block_influence(model: Any, batches: Iterable[Batch]) -> dict[str, list[floa
         def hook(_layer: Any, inputs: Any, options: Any, output: Any) -> None:
             before = inputs[0] if inputs else options["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            cosines = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
-            sums[name][index] += cosines[masks[name]].sum().cpu()
+            cosines = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+            sums[name][index] += cosines[masks[name]].cpu().double().sum()
 
         return hook
 
@@ -263,7 +263,7 @@ def _mean_loss(model: Any, batches: Iterable[Batch]) -> float:
     with torch.no_grad():
         for batch in batches:
             losses = example_losses(model, batch)
-            total += float(losses.double().sum())
+            total += float(losses.cpu().double().sum())
             examples += len(losses)
     return total / examples
 

@@ -94,7 +94,7 @@ def factorize(model: Any, step: LowRankStep) -> Any | None:
         else:
             bias = child.bias
             matrix = child.weight.detach()
-        decomposition = torch.linalg.svd(matrix.double(), full_matrices=False)
+        decomposition = torch.linalg.svd(matrix.cpu().double(), full_matrices=False)
         rank = step.rank(decomposition[1])
         current_size = sum(
             parameter.numel() for parameter in child.parameters() if parameter.ndim == 2

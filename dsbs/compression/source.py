@@ -186,7 +186,8 @@ class FineTuneData:
 
     def _tokens(self, tokenizer: Any) -> Tokens:
         folder = self._source.run.stage("train") / "tokens"
-        return Tokens(tokenizer, folder, self._progress, input_format_of(tokenizer, self._kind))
+        input_format = input_format_of(tokenizer, self._kind, self._card.template)
+        return Tokens(tokenizer, folder, self._progress, input_format)
 
     def batches(
         self, model: Any, tokenizer: Any, split: Literal["train", "valid"] = "train"

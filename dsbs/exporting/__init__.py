@@ -195,7 +195,8 @@ head_ids = tokenizer.encode(head, add_special_tokens=False).ids
 tail_ids = tokenizer.encode(tail, add_special_tokens=False).ids
 max_text_tokens = {max_input_tokens} - len(head_ids) - len(tail_ids)
 {load}
-for line in sys.stdin:
+sys.stdout.reconfigure(encoding="utf-8")
+for line in open(0, encoding="utf-8-sig"):
     text = {prefix} + line.strip()
     ids = tokenizer.encode(head + text + tail, add_special_tokens=False).ids
     if len(ids) > {max_input_tokens} or any(token in text for token in prompt_format["special"]):

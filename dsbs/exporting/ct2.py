@@ -29,7 +29,8 @@ import tokenizers
 here = Path(__file__).resolve().parent
 tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
 model = ctranslate2.Translator(str(here))
-for line in sys.stdin:
+sys.stdout.reconfigure(encoding="utf-8")
+for line in open(0, encoding="utf-8-sig"):
     pieces = [tokenizer.id_to_token(i) for i in tokenizer.encode({prefix} + line.strip()).ids]
     results = model.translate_batch(
         [pieces],

@@ -18,13 +18,13 @@ from dsbs.students.formats import PAIR_SEPARATOR
 from dsbs.students.student import Student
 
 _SCRIPT = '''"""Print each stdin line's label and the probability of every label, as JSON."""
-import json, pathlib, sys
+import json, pathlib
 import {runtime}, numpy as np, tokenizers
 here = pathlib.Path(__file__).resolve().parent
 labels = json.loads((here / "student.json").read_text(encoding="utf-8"))["classes"]
 tokenizer = tokenizers.Tokenizer.from_file(str(here / "tokenizer.json"))
 {load}
-for line in sys.stdin:
+for line in open(0, encoding="utf-8-sig"):
     ids = np.array([tokenizer.encode({read}).ids])
 {run}
 {answer}

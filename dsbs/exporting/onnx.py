@@ -43,7 +43,8 @@ state_names = [tensor.name for tensor in encoder.get_outputs()]
 cache_shapes = {{
     tensor.name: tensor.shape for tensor in decoder.get_inputs() if tensor.name.startswith("past")
 }}
-for line in sys.stdin:
+sys.stdout.reconfigure(encoding="utf-8")
+for line in open(0, encoding="utf-8-sig"):
     ids = np.array([tokenizer.encode({prefix} + line.strip()).ids])
     mask = np.ones_like(ids)
     feed = dict(zip(state_names, encoder.run(None, {{"ids": ids, "mask": mask}})))

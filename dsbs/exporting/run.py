@@ -95,6 +95,12 @@ def export(
         return existing
     _check_target(target, existing, out)
     loaded = Student.load(folder)
+    if not loaded.backend.tokenizer.is_fast:
+        raise UserError(
+            f"{card.name} has a tokenizer in Python ({type(loaded.backend.tokenizer).__name__}), "
+            "which no export can hold",
+            hint="use the student as it is: dsbs predict, dsbs serve and Python read it",
+        )
     remark = chosen.check(loaded, quantize)
     if remark:
         progress.say(f"{format}: {remark}")

@@ -39,7 +39,8 @@ import torch
 
 here = Path(__file__).resolve().parent
 tokenizer = T5Tokenizer.from_pretrained(here)
-{model}for line in sys.stdin:
+{model}sys.stdout.reconfigure(encoding="utf-8")
+for line in open(0, encoding="utf-8-sig"):
     text = {prefix} + line.strip()
     inputs = tokenizer(text, truncation=True, max_length={max_input_tokens}, return_tensors="pt")
     ids = model.generate(

@@ -110,10 +110,19 @@ def import_log(
         raise UserError(f"{out}: rows are written as JSON lines", hint="use --out rows.jsonl")
     if not options.dry_run and files.train.exists() and not options.overwrite:
         raise _exists(files.train)
+    logs = source_files(sources)
+    outputs = (files.train, files.test, files.recipe, files.prompt)
+    written = {path.resolve() for path in outputs}
+    for log in logs:
+        if log.resolve() in written:
+            raise UserError(
+                f"{log} is a log to read, and the import would write over it",
+                hint="give another --out",
+            )
     redactor = Redactor() if options.redact else None
     store = CallStore()
     try:
-        store.read(source_files(sources), progress)
+        store.read(logs, progress)
         importer = _Importer(store, options, redactor, files)
         return importer.run(progress)
     finally:

@@ -127,9 +127,10 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _public_card(card: StudentCard) -> bytes:
     """The card, with the names of local data files instead of their paths."""
     data = card.task.data
+    sources = {split: getattr(data, split) for split in ("train", "valid", "test", "served")}
     names = {
         split: Path(source).name
-        for split, source in (("train", data.train), ("valid", data.valid), ("test", data.test))
+        for split, source in sources.items()
         if source is not None and not source.startswith("hub://")
     }
     task = card.task.model_copy(update={"data": data.model_copy(update=names)})

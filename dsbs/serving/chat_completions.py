@@ -28,7 +28,7 @@ class PredictForm(BaseModel, frozen=True, extra="forbid"):
 
     inputs: list[Any]  # texts, or rows of fields
     rationale: bool = False
-    max_label_tokens: int | None = Field(None, ge=1)  # None: 64
+    max_label_tokens: int | None = Field(None, ge=1)  # None: the student's
     distribution: bool = False  # label heads always give it
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dsbs.errors import UserError
 from dsbs.serving.middleware import MAX_ROW_VALUES, count_values
-from dsbs.serving.settings import DEFAULT_ANCHOR, DEFAULT_LABEL_TOKENS, ApiError, Settings
+from dsbs.serving.settings import DEFAULT_ANCHOR, ApiError, Settings
 from dsbs.students.calibration import Threshold
 from dsbs.students.student import Answer, Student
 from dsbs.students.tokenizer import token_ids_of
@@ -92,7 +92,7 @@ class Model:
         if self._anchor is None:
             self._anchor = DEFAULT_ANCHOR if self.replies_with_rationale else ""
         # Longer than any target of its training is a waste of time.
-        self._max_label_tokens = max(DEFAULT_LABEL_TOKENS, student.card.max_target_tokens)
+        self._max_label_tokens = max(student.card.max_label_tokens, student.card.max_target_tokens)
 
     @property
     def has_distribution(self) -> bool:
@@ -126,7 +126,8 @@ class Model:
             raise ApiError(
                 400, f"{self.name} has no probability for every label", "no_distribution"
             )
-        label_tokens = min(max_label_tokens or DEFAULT_LABEL_TOKENS, self._max_label_tokens)
+        label_tokens = max_label_tokens or self.student.card.max_label_tokens
+        label_tokens = min(label_tokens, self._max_label_tokens)
         return GenerationOptions(rationale, label_tokens, score_labels=distribution)
 
     def completion_options(self, top: int | None) -> GenerationOptions:

@@ -9,7 +9,6 @@ from typing import Literal
 from dsbs.errors import UserError
 
 ReplyStyle = Literal["label", "step-by-step"]
-DEFAULT_LABEL_TOKENS = 64  # the limit of `dsbs predict` as well
 DEFAULT_ANCHOR = "Answer:"  # the anchor of a prompt file that names none
 
 

@@ -38,6 +38,9 @@ SECOND_PART = {"rationale-then-label": "Answer:", "label-then-rationale": "Becau
 Start = Literal["pad", "eos"]
 
 
+DEFAULT_LABEL_TOKENS = 64
+
+
 class StudentCard(BaseModel):
     """What a student needs to know about itself in order to predict."""
 
@@ -56,6 +59,10 @@ class StudentCard(BaseModel):
     """First token of the decoder, by target; pad where there is no entry."""
     max_input_tokens: int = Field(gt=0)
     max_target_tokens: int = Field(gt=0)
+    max_label_tokens: int = Field(
+        DEFAULT_LABEL_TOKENS, gt=0, exclude_if=lambda value: value == DEFAULT_LABEL_TOKENS
+    )
+    """The most tokens that it writes for a label, where nobody asks for another limit."""
     kind: Architecture = "seq2seq"
     format: Format = "transformers"
     """Format of the weights in the folder: transformers' own, or an export's."""
@@ -121,7 +128,7 @@ def read_card(path: str | Path) -> StudentCard:
             ) from None
         raise UserError(
             f"{path} does not contain a student (no {CARD})",
-            hint="give a folder such as runs/demo/train/step-by-step-gold-s0",
+            hint="give a folder such as runs/demo/train/minilm-step-by-step-gold-s0",
         ) from None
     except ValueError as error:
         raise UserError(
@@ -208,8 +215,12 @@ def count_parameters(source: str | None) -> int:
         if not isinstance(cached, str):
             return 0
         folder = Path(cached).parent
+    files = _safetensors_files(folder)
+    if not files:  # pickled weights have no header: by their size
+        width = 2 if "16" in str(_config(source).dtype) else 4
+        return sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // width
     parameters = 0
-    for file in folder.glob("*.safetensors"):
+    for file in files:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         header.pop("__metadata__", None)
@@ -217,6 +228,18 @@ def count_parameters(source: str | None) -> int:
     return parameters
 
 
+def _safetensors_files(folder: Path) -> list[Path]:
+    """The files that transformers loads; a folder may have the weights in other forms as well."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(shards) if (folder / name).is_file()]
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+# Decoders whose recurrence has no attention mask.
+_WITHOUT_MASK = ("recurrent_gemma", "rwkv")
 # Types whose first position is the padding token's id + 1.
 _OFFSET_TYPES = (
     "camembert", "ibert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
@@ -350,6 +373,13 @@ def _check_label_head(recipe: StudentRecipe, task: Task) -> None:
 
 def _check_decoder(recipe: StudentRecipe, source: str, head: Head) -> None:
     section = recipe.student
+    model_type = str(_config(source).model_type)
+    if model_type in _WITHOUT_MASK:
+        raise UserError(
+            f"student.model: {source} is a {model_type}, which reads the padding of a batch as "
+            "text, so that its answers would depend on the rows beside it",
+            hint="use another decoder, such as Qwen/Qwen3-0.6B",
+        )
     if recipe.train.task_token == "decoder" and head == "text":
         raise UserError(
             "train.task_token: decoder needs a decoder with a start token of its own, and "

@@ -8,11 +8,12 @@ a file when all rows are done.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -210,7 +211,8 @@ def predict_file(
     """Write the predictions of all rows, or of a shard's, to ``out``; returns their number.
 
     What is in ``out`` already is kept, and the rest is added. ``open_rows`` opens the rows of
-    ``source`` from their start. Raises UserError where ``out`` has other predictions.
+    ``source`` from their start. Raises UserError where ``out`` has other predictions, or those of
+    other rows.
     """
     progress = progress or NoProgress()
     check_output(out)
@@ -226,22 +228,26 @@ def predict_file(
     with lock, full_disk_as_partial(out.parent, _HINT):
         record = _check_record(out, identity)
         is_jsonl = out.suffix.lower() == ".jsonl"
-        if out.exists():
-            if not (record if is_jsonl else "rows" in record):
-                raise UserError(
-                    f"{out} exists and is not from `dsbs predict`", hint="give another --out"
-                )
-            if not is_jsonl:
-                return int(record["rows"])
         lines = out if is_jsonl else out.with_name(f".{out.name}.partial.jsonl")
-        rows = iter(open_rows())
-        if shard is not None:
-            rows = (row for row in rows if shard.has(row[0]))
+        is_complete = out.exists() and not is_jsonl and not lines.exists()
+        if out.exists() and not (record if is_jsonl else "rows" in record):
+            raise UserError(
+                f"{out} exists and is not from `dsbs predict`", hint="give another --out"
+            )
+        hashes: deque[str] = deque()
+        rows = _hashed(open_rows(), shard, hashes)
+        if is_complete:
+            deque(rows, maxlen=0)
+            return _check_table(record, hashes, out)
         done, again = _skip_done(lines, rows, _BATCHES * options.batch_size, out)
+        _check_inputs(record, hashes, done, out)
+        inputs = hashes[done - 1] if done else None
+        hashes.clear()
         rows = chain(again, rows)
         if done:
             progress.say(f"{out}: {count(done, 'prediction')} already there")
-        write_json(_record_path(out), identity)
+        progress_record = identity | {"done": done, "inputs": inputs}
+        write_json(_record_path(out), progress_record)
         if workers > 1:
             chunks = predict_in_processes(student, rows, options, workers)
         else:
@@ -253,13 +259,53 @@ def predict_file(
                 again = []
                 file.writelines(_line(prediction) for prediction in new)
                 file.flush()
+                os.fsync(file.fileno())  # the record must not be ahead of the predictions
                 done += len(new)
+                inputs = [inputs, *(hashes.popleft() for _ in new)][-1]
+                progress_record |= {"done": done, "inputs": inputs}
+                write_json(_record_path(out), progress_record)
                 progress.update(done)
+        # With the number of rows, a table that is there is this command's: it may be killed here.
+        write_json(_record_path(out), progress_record | {"rows": done})
         if not is_jsonl:
             write_table(out, (row for _, row in read_jsonl(lines)), options)
             lines.unlink()
-        write_json(_record_path(out), identity | {"rows": done})
     return done
+
+
+def _hashed(rows: Iterable[Row], shard: Shard | None, hashes: deque[str]) -> Iterator[Row]:
+    """The shard's rows; after each one, ``hashes`` has a hash of all rows up to it."""
+    state = hashlib.sha256()
+    for row in rows:
+        if shard is not None and not shard.has(row[0]):
+            continue
+        state.update(json.dumps(row, sort_keys=True, default=str).encode())
+        hashes.append(state.hexdigest())
+        yield row
+
+
+def _check_inputs(record: dict[str, Any], hashes: Sequence[str], done: int, out: Path) -> None:
+    """Raises UserError where the predictions that the record counts are of other rows."""
+    known = record.get("done", 0)  # earlier versions did not count
+    if 0 < known <= done and (len(hashes) < known or hashes[known - 1] != record["inputs"]):
+        raise _other_rows(out)
+
+
+def _check_table(record: dict[str, Any], hashes: Sequence[str], out: Path) -> int:
+    """The number of rows of a complete table. Raises UserError where they are not the input's."""
+    number = int(record["rows"])
+    _check_inputs(record, hashes, number, out)
+    if len(hashes) != number:
+        raise _other_rows(out)
+    return number
+
+
+def _other_rows(out: Path) -> UserError:
+    return UserError(
+        f"{out} has the predictions of other rows than the input's",
+        hint="give the same input as before, or another --out; to predict anew, remove that file "
+        "and its .manifest.json",
+    )
 
 
 def predict_on_ray(

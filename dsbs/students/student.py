@@ -151,19 +151,24 @@ class Student:
         *,
         rationale: bool = False,
         batch_size: int = 64,
-        max_label_tokens: int = 64,
+        max_label_tokens: int | None = None,
         canonical: bool = False,
         score_labels: bool = False,
     ) -> list[Answer]:
         """Answer texts or rows of fields, with greedy decoding.
 
         ``rationale`` decodes a rationale for each item too. It does not explain how the label came
-        about: they are two tasks and two decodes. Rows have the columns of the data, or with
-        ``canonical`` the task's own fields. ``score_labels`` gives students that write their label
-        a distribution over a closed set, and an unreadable label becomes the most likely one.
-        Raises UserError where the student learned no rationales, cannot score labels, or an item
-        lacks a field.
+        about: they are two tasks and two decodes. ``max_label_tokens`` None: the card's. Rows have
+        the columns of the data, or with ``canonical`` the task's own fields. ``score_labels`` gives
+        students that write their label a distribution over a closed set, and an unreadable label
+        becomes the most likely one. Raises UserError where the student learned no rationales,
+        cannot score labels, or an item lacks a field.
         """
+        if isinstance(items, str | Mapping):
+            raise UserError(
+                "predict takes a list of texts or rows, and got one alone",
+                hint="student.predict([text])",
+            )
         if rationale and not self.card.explains:
             reason = "was trained without rationales"
             if self.card.format != "transformers" and self.card.head == "labels":
@@ -178,7 +183,7 @@ class Student:
         if scores_labels:
             self._check_scoring()
         target, prefix = next(iter(self.card.prefixes.items()))
-        max_tokens = max_label_tokens
+        max_tokens = max_label_tokens or self.card.max_label_tokens
         if self.card.reasons_first:
             max_tokens = self.card.max_target_tokens
         inputs = texts

@@ -63,6 +63,7 @@ def load_tokenizer(source: str) -> Any:
             hint="check the name and the network, or that the local folder has tokenizer.json or "
             "spiece.model",
         )
+    tokenizer.truncation_side = "right"  # some cut texts at their beginning
     return tokenizer
 
 

@@ -67,7 +67,9 @@ class RationaleBalance:
                     if gradient is not None:
                         total.add_(gradient)
         squares = {
-            task: [float(sum_over_processes(total).double().square().sum()) for total in totals]
+            task: [
+                float(sum_over_processes(total).cpu().double().square().sum()) for total in totals
+            ]
             for task, totals in gradients.items()
         }
         pairs = zip(squares["label"], squares["rationale"], strict=True)

@@ -359,6 +359,7 @@ class StudentRun:
             starts={view.target: view.start for view in self.training_set.views},
             max_input_tokens=self.training_set.max_input_tokens,
             max_target_tokens=self.training_set.max_target_tokens,
+            max_label_tokens=self.recipe.eval.max_label_tokens,
             max_text_tokens=self.data.max_text_tokens,
             kind=self.input_format.kind,
             head=self.training_set.head,

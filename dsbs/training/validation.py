@@ -183,7 +183,7 @@ def novelty_of(student: Student, recipe: StudentRecipe, data: Data, view: View) 
         return None
     inputs = [view.prefix + row.label_text for row in data.valid]
     states = [
-        backend.pooled_states(inputs[first : first + recipe.eval.batch_size]).double().cpu().numpy()
+        backend.pooled_states(inputs[first : first + recipe.eval.batch_size]).cpu().double().numpy()
         for first in range(0, len(inputs), recipe.eval.batch_size)
     ]
     return fit_novelty(np.concatenate(states))

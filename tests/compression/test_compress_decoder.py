@@ -25,6 +25,7 @@ from dsbs.compression.layers import DropLayers, keep_layers
 from dsbs.compression.low_rank import LowRankStep
 from dsbs.compression.pruning import PruneFeedForward, PruneHeads, importance
 from dsbs.errors import UserError
+from dsbs.students.card import read_card
 from dsbs.students.heads import LabelHeadModel
 from dsbs.students.student import Student
 from dsbs.students.weights import load_model
@@ -249,6 +250,9 @@ def test_a_decoder_is_cut_and_healed_by_the_original(tmp_path: Path) -> None:
     (trained,) = train(load_recipe(tmp_path / "r.yaml"), out=tmp_path / "run").students
     chain = ["drop-layers=0.5", "prune-heads=0.5", "prune-ff=0.5"]
     result = compress(trained.path, chain, heal_steps=2, max_drop=1.0)
+    # The rows are read by the template that the student was trained with.
+    templates = [read_card(folder).template for folder in (trained.path, *result.folders)]
+    assert templates == ["chat"] * 4
     lines = (result.folders[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     row = next(row for row in map(json.loads, lines) if "loss" in row)
     terms = row["response_loss"] + row["decoder-feature_loss"]

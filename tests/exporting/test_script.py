@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -110,6 +111,20 @@ def test_a_prefix_with_quotes_and_backslashes_stays_text(tmp_path: Path) -> None
     assert said([sys.executable, "-I", str(done.path / "predict.py")], pairs, tmp_path) == [
         text for _, text in pairs
     ]
+
+
+def test_a_script_reads_and_writes_utf8_whatever_the_code_page(tmp_path: Path) -> None:
+    umlauts = ["Überweisung größer", "naïve café"]
+    done = export(make_student(tmp_path), "ct2", quantize="float32", examples=umlauts)
+    command = [sys.executable, str(done.path / "predict.py")]
+    ran = subprocess.run(
+        command,
+        input=("\ufeff" + "".join(text + "\n" for text in umlauts)).encode(),
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )
+    assert ran.stdout.decode().splitlines() == [text for _, text in golden(done.path)]
 
 
 @pytest.mark.slow

@@ -288,6 +288,17 @@ def test_a_killed_import_is_run_again_and_an_edited_recipe_is_kept(tmp_path: Pat
     assert "# mine" not in recipe.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_import_never_writes_over_its_log(tmp_path: Path, overwrite: bool) -> None:
+    for name in ("rows.jsonl", "rows-test.jsonl"):
+        log = write(tmp_path / name, [chat(text, team) for text, team in texts(60)])
+        before = log.read_bytes()
+        with pytest.raises(UserError, match=r"write over it|exists already"):
+            import_log([log], tmp_path / "rows.jsonl", ImportOptions(overwrite=overwrite))
+        assert log.read_bytes() == before
+        log.unlink()
+
+
 def test_gold_labels_of_a_log_are_kept(tmp_path: Path) -> None:
     entries = [
         chat(text, team, label="billing", id=f"c{i}") for i, (text, team) in enumerate(texts(60))

@@ -30,7 +30,11 @@ def make_student(folder: Path, name: str = "step-by-step-gold-s0", **changes: An
     task = {
         "name": "classification",
         "labels": list(TEAMS),
-        "data": {"train": "/home/me/secret-client/tickets.csv", "test": "hub://owner/rows/test"},
+        "data": {
+            "train": "/home/me/secret-client/tickets.csv",
+            "served": "/home/me/secret-client/serve/rows.jsonl",
+            "test": "hub://owner/rows/test",
+        },
     }
     card = StudentCard(
         name=name,
@@ -125,6 +129,7 @@ def test_a_student_is_uploaded_privately_with_its_card_and_nothing_else(
     card = json.loads(files["student.json"])
     assert card["task"]["data"]["train"] == "tickets.csv"
     assert card["task"]["data"]["test"] == "hub://owner/rows/test"
+    assert b"secret-client" not in files["student.json"]
     StudentCard.model_validate(card)
 
 

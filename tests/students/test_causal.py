@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import causal_models
 import pytest
 import torch
 
-from dsbs import Student
+from dsbs import Student, UserError
 from dsbs.students.tokenizer import load_tokenizer, tokenizer_hash
 
 TEXTS = [
@@ -47,6 +48,35 @@ def forced(student: Student, text: str, most: int) -> tuple[str, float, bool]:
         math.exp(total),
         ended,
     )
+
+
+def test_a_label_has_the_tokens_of_the_students_own_limit(taught: Student) -> None:
+    free = taught.predict(TEXTS)
+    card = taught.card
+    taught.card = card.model_copy(update={"max_label_tokens": 1})
+    try:
+        cut = taught.predict(TEXTS)
+        assert [answer.truncated for answer in cut] == [True] * 4
+        assert [answer.raw for answer in taught.predict(TEXTS, max_label_tokens=64)] == [
+            answer.raw for answer in free
+        ]
+        assert taught.card.model_dump()["max_label_tokens"] == 1
+    finally:
+        taught.card = card
+    assert "max_label_tokens" not in card.model_dump(), "the default is not written"
+    for single in (TEXTS[0], {"text": TEXTS[0]}):
+        with pytest.raises(UserError, match="a list of texts or rows"):
+            taught.predict(single)  # type: ignore[arg-type]
+
+
+def test_texts_are_cut_at_their_end_whatever_the_tokenizer_says(tmp_path: Path) -> None:
+    folder = causal_models.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"truncation_side": "left"}
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    whole = tokenizer(TEXTS[2])["input_ids"]
+    assert tokenizer(TEXTS[2], truncation=True, max_length=5)["input_ids"] == whole[:5]
 
 
 @pytest.mark.parametrize("budget", [1, 2, 16])

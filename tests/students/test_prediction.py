@@ -181,6 +181,42 @@ def test_other_predictions_are_never_mixed(student: Path, whole: bytes, tmp_path
     assert out.read_bytes() == whole
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_file_of_other_texts_with_the_same_ids_is_refused(
+    student: Path, tmp_path: Path, suffix: str
+) -> None:
+    out = tmp_path / f"a.{suffix}"
+    predict(student, out)
+    before = out.read_bytes()
+    edited = [(row_id, fields | {"text": "Where is it?"}) for row_id, fields in ROWS[:1]]
+    more = [("r999", {"text": "One more."})]
+    for other in ([*edited, *ROWS[1:]], ROWS[:-1], *([] if suffix == "jsonl" else [ROWS + more])):
+        with pytest.raises(UserError, match=r"other rows than the input's|is not row 50"):
+            predict_file(student, lambda rows=other: rows, out, OPTIONS, source="rows.jsonl")
+    assert out.read_bytes() == before
+    assert predict(student, out) == 50
+    assert out.read_bytes() == before
+
+
+def test_a_table_that_was_written_before_the_kill_is_completed(
+    student: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.csv"
+
+    def killed(path: Path, *arguments: Any) -> None:
+        path.write_text("id,label\n", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "write_table", killed)
+        with pytest.raises(KeyboardInterrupt):
+            predict(student, out)
+    assert predict(student, out) == 50
+    with out.open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 50
+    assert not (tmp_path / ".a.csv.partial.jsonl").exists()
+
+
 def test_rows_are_read_as_they_are_needed(student: Path, tmp_path: Path) -> None:
     read = 0
     most_ahead = 0

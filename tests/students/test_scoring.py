@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from causal_models import LABELS, TEXTS, trained_student
 from conftest import toy_rows
+from encoder_models import label_head_student
 
 from dsbs import UserError
 from dsbs.config import DataSection, StudentSection, TaskSection
 from dsbs.students.backends import scoring
 from dsbs.students.card import StudentCard, Target
+from dsbs.students.novelty import Novelty
 from dsbs.students.student import Student
 from dsbs.students.tokenizer import learn_vocabulary
 from dsbs.students.weights import new_model
+from dsbs.training.validation import novelty_of
 
 
 def t5_student(
@@ -71,7 +76,7 @@ def decoder() -> Student:
 
 
 @pytest.mark.parametrize("together", [256, 2])
-@pytest.mark.parametrize("kind", ["t5", "causal", "causal-plain", "gpt2"])
+@pytest.mark.parametrize("kind", ["t5", "causal", "causal-plain", "gpt2", "lfm2", "mamba"])
 def test_scores_equal_a_pass_for_each_answer(
     kind: str, together: int, decoder: Student, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +86,8 @@ def test_scores_equal_a_pass_for_each_answer(
         "causal": lambda: decoder,
         "causal-plain": lambda: trained_student("plain", "qwen3"),
         "gpt2": lambda: trained_student("plain", "gpt2"),
+        "lfm2": lambda: trained_student("plain", "lfm2"),
+        "mamba": lambda: trained_student("plain", "mamba"),
     }
     student = students[kind]()
     student.backend.model.eval()
@@ -138,3 +145,33 @@ def test_students_that_cannot_score_labels_say_why() -> None:
     task = TaskSection(name="generation", data=DataSection(train="x.csv"))
     with pytest.raises(UserError, match="has no probability for every label"):
         t5_student(task=task).predict(["x"], score_labels=True)
+
+
+def test_nothing_becomes_float64_on_a_device_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple GPUs refuse float64: every tensor counts as one of theirs until it is on the CPU."""
+    to_double, to_cpu = torch.Tensor.double, torch.Tensor.cpu
+    on_cpu: list[torch.Tensor] = []
+
+    def double(tensor: torch.Tensor) -> torch.Tensor:
+        if not any(tensor is known for known in on_cpu):
+            raise TypeError("the MPS framework doesn't support float64")
+        return to_double(tensor)
+
+    def cpu(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        on_cpu.append(to_cpu(tensor, *arguments, **options).clone())
+        return on_cpu[-1]
+
+    head = label_head_student()
+    head.novelty = Novelty(np.eye(16, dtype=np.float16), 0.5)
+    writer = trained_student("plain")
+    rows = [SimpleNamespace(label_text=text) for text in TEXTS[:20]] * 2
+    data: Any = SimpleNamespace(valid=rows)
+    recipe: Any = SimpleNamespace(eval=SimpleNamespace(batch_size=8))
+    view: Any = SimpleNamespace(prefix="")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "double", double)
+        patch.setattr(torch.Tensor, "cpu", cpu)
+        assert head.measure_novelty() is not None
+        assert head.predict(TEXTS[:2])[0].distance is not None
+        assert novelty_of(head, recipe, data, view) is not None
+        assert writer.predict(TEXTS[:2], score_labels=True)[0].distribution

@@ -117,7 +117,7 @@ class LabelHeadBackend(TransformersBackend):
         pooled = self.pooled_states(texts)
         with torch.inference_mode():
             shares = self._shares(self.model.classify(pooled).float())
-        distances = novelty.distances(pooled.double().cpu().numpy())
+        distances = novelty.distances(pooled.cpu().double().numpy())
         labels = self._answers.of(shares)
         return [
             label._replace(distance=distance)

@@ -232,7 +232,11 @@ class DecoderBackend(TransformersBackend):
         return recorder.add_to(generated, token_ids, is_output) if probabilities else generated
 
     def score(self, texts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
-        """See ``ScoringBackend``. A prompt is read once, and its cache serves every answer."""
+        """See ``ScoringBackend``.
+
+        A prompt is read once, and its cache serves every answer, where all layers are attention.
+        Other layers, such as Mamba's, read it again with each answer.
+        """
         import torch
 
         self.model.eval()
@@ -250,10 +254,23 @@ class DecoderBackend(TransformersBackend):
                     logits_to_keep=1,
                 )
                 count = len(ids) // len(input_ids)
-                cache = prompt.past_key_values
-                cache.batch_repeat_interleave(count)
                 lengths = mask.sum(1).repeat_interleave(count)[:, None]
                 read_ids = ids[:, :-1]
+                cache: Any = getattr(prompt, "past_key_values", None)
+                if not _is_of_attention(cache):
+                    whole_ids = torch.cat([input_ids.repeat_interleave(count, 0), read_ids], 1)
+                    whole_mask = torch.cat(
+                        [mask.repeat_interleave(count, 0), torch.ones_like(read_ids)], 1
+                    )
+                    logits = self.model(
+                        input_ids=whole_ids,
+                        attention_mask=whole_mask,
+                        position_ids=(whole_mask.cumsum(1) - 1).clamp(min=0),
+                        use_cache=False,
+                        logits_to_keep=ids.shape[1],
+                    ).logits
+                    return joint_log_probability(logits, ids, is_token)
+                cache.batch_repeat_interleave(count)
                 later = self.model(
                     input_ids=read_ids,
                     attention_mask=torch.cat(
@@ -292,6 +309,15 @@ class DecoderBackend(TransformersBackend):
         input_ids = torch.tensor([[pad] * (length - len(row)) + [*row] for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return input_ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _is_of_attention(cache: Any) -> bool:
+    """Whether a cache holds the keys and values of attention alone, so that it can be repeated."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(type(layer) in kinds for layer in layers)
 
 
 def _generated(texts: Sequence[str], has_end: Sequence[bool]) -> list[GeneratedText]:

@@ -163,7 +163,16 @@ def test_two_models_that_do_not_fit_are_refused_with_numbers(
     assert count_parameters(folder) == sum(
         weights.numel() for weights in LlamaForCausalLM.from_pretrained(folder).parameters()
     )
+    weights = LlamaForCausalLM.from_pretrained(folder)
+    torch.save(weights.state_dict(), tmp_path / "teacher" / "pytorch_model.bin")
     save_file({"weight": torch.zeros(3, 5)}, str(tmp_path / "teacher" / "more.safetensors"))
+    whole = count_parameters(folder)
+    assert whole == sum(weight.numel() for weight in weights.parameters()), "once, in one form"
+    for file in (tmp_path / "teacher").glob("*.safetensors"):
+        file.rename(file.with_suffix(".away"))
+    assert count_parameters(folder) == pytest.approx(whole, rel=0.2), "by the size of the pickle"
+    for file in (tmp_path / "teacher").glob("*.away"):
+        file.rename(file.with_suffix(".safetensors"))
     monkeypatch.setattr(machine, "count_parameters", lambda source: int(1e9))
     monkeypatch.setattr(machine, "training_memory", lambda: (int(18e9), "this machine"))
     terms = ("train.terms=[{kind: response}]", "train.methods=finetune+response")
