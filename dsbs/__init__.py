@@ -5,7 +5,7 @@
     dsbs.train(recipe)
     results = dsbs.evaluate(recipe)
     print({system.name: system.accuracy for system in results.systems})
-    student = dsbs.Student.load("runs/demo/train/step-by-step-gold-s0")
+    student = dsbs.Student.load("runs/demo/train/minilm-step-by-step-gold-s0")
     print(student.predict(["My parcel never came."])[0].label)
 
 Every name is imported when it is first used: ``import dsbs`` loads nothing heavy.

@@ -279,7 +279,7 @@ def read_prompt(path: str, folder: Path | None, order: Order | None = None) -> P
         raise UserError(
             "\n  ".join(problems),
             hint="a prompt has instruction, template, order, answer, anchor or pattern, stop, "
-            "exemplars",
+            "hint, exemplars",
         ) from None
     if located.problems:
         raise UserError(

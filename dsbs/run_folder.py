@@ -365,7 +365,7 @@ def training_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: the student is not trained, or not part of a run",
-            hint="give a folder such as runs/demo/train/step-by-step-gold-s0",
+            hint="give a folder such as runs/tickets/train/step-by-step-gold-s0",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise _not_a_record(path, error) from None

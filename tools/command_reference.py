@@ -32,7 +32,7 @@ repeated, and replies are not bought twice.
 | 1 | failed: an unreachable endpoint, a missing model; finished work is kept |
 | 2 | a mistake in usage, recipe or data; the message says what to fix |
 | 3 | partial: a spending limit, a full disk, rows without a reply; run the command again |
-| 4 | finished, but below `--min-accuracy`, `--min-delta` or `--max-drop` |
+| 4 | finished, but below `--min-accuracy`, `--min-delta`, `--min-coverage` or `--max-drop` |
 | 130 | interrupted by Ctrl-C or, where a run can continue, SIGTERM; run the command again |
 
 """
@@ -50,9 +50,11 @@ MORE = {  # pages that say more than the help does
     "[Distributed training](training-on-many.md)",
     "eval": "[Evaluation](evaluation.md)",
     "report": "[Reading a report](reading-a-report.md)",
-    "predict": "[Python API](python.md)",
+    "review": "[Reviewing annotations](reviewing.md)",
+    "predict": "[Files of predictions](deploy.md#predict), [Python API](python.md)",
     "compress": "[Compressing a student](compress.md)",
     "export": "[Exporting a student](deploy.md)",
+    "push": "[Uploading to the Hugging Face Hub](deploy.md#push)",
     "serve": "[Serving a student](serving.md)",
     "ls": "[Managing runs and recipes](projects.md)",
     "show": "[Managing runs and recipes](projects.md)",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbs.annotation.annotator import ASSUMED_TOKENS, CHARACTERS_PER_TOKEN, Annotator
-from dsbs.annotation.backends import Lane, make_teacher, reply_tokens, teacher_class
+from dsbs.annotation.backends import Lane, make_teacher, price_of, reply_tokens, teacher_class
 from dsbs.annotation.backends.adaptation import DEFAULT_REPLY_TOKENS
 from dsbs.annotation.requester import send_requests
 from dsbs.annotation.store import ReplyStore, open_store
@@ -121,7 +121,7 @@ def plan(
         mean_seconds = store.mean_seconds(annotator.identities, recipe.teacher.model)
         store.close()
     prompt_tokens = characters // CHARACTERS_PER_TOKEN
-    limit = reply_tokens(recipe)
+    limit = reply_tokens(recipe, annotator.price)
     completion_tokens = requests * limit
     tokens_per_reply = limit
     if mean_tokens is not None:
@@ -256,7 +256,7 @@ def _reasoning_advice(recipe: Recipe, summary: SplitSummary) -> list[str]:
     spent = summary.rejected["spent-on-reasoning"]
     if not spent:
         return []
-    limit = reply_tokens(recipe)
+    limit = reply_tokens(recipe, price_of(recipe.teacher, 1.0))
     advice = f"annotate.max_tokens: {4 * limit}"
     if recipe.annotate.max_tokens is not None and limit < DEFAULT_REPLY_TOKENS:
         advice = "annotate.max_tokens: null"

@@ -306,9 +306,9 @@ def merge(
 def _join_reviews(run: RunFolder, shards: Sequence[RunFolder], progress: Progress) -> None:
     """Add the decisions of the shards that the run lacks. Nothing is added twice."""
     for split in ("train", "valid", "test"):
-        known = {review.model_dump_json() for review in _decisions(run, split)}
+        present = {review.model_dump_json() for review in _decisions(run, split)}
         decisions = (review for shard in shards for review in _decisions(shard, split))
-        new = [review for review in decisions if review.model_dump_json() not in known]
+        new = [review for review in decisions if review.model_dump_json() not in present]
         if new:
             write_reviews(run.reviews(split), new)
             progress.say(f"{count(len(new), 'review')} of {split} joined from the shards")

@@ -68,7 +68,8 @@ def import_log(
     redact: Annotated[
         bool,
         typer.Option(
-            help="Replace keys, e-mail addresses, card and phone numbers, IBANs and IP addresses."
+            help="Replace keys, e-mail, IP and cryptocurrency addresses, IBANs, and card, phone "
+            "and social security numbers."
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace files of an earlier import.")] = False,

@@ -88,7 +88,7 @@ def find_source(student: str | Path) -> SourceStudent:
     if run is None:
         raise UserError(
             f"{student} is not part of a run, so there are no valid rows to compare it on",
-            hint="give a folder such as runs/demo/train/step-by-step-gold-s0",
+            hint="give a folder such as runs/tickets/train/step-by-step-gold-s0",
         )
     if (folder / COMPRESSION_RECORD).is_file():
         record = read_compression_record(folder)

@@ -62,7 +62,8 @@ class EvalSection(Section):
     """multilabel with a label head: the precision that each label must reach on valid. None:
     the probability with the highest F1 on valid. A student is not trained again for it."""
     cascade: CascadeSection | None = None
-    """A student in front of its teacher. None: no threshold is chosen; {}: with its defaults."""
+    """A student in front of its teacher, on test rows (``split: test``). None: no threshold is
+    chosen; {}: with its defaults."""
     predictions: dict[str, str] = {}
     """External systems: a name for each file of id and prediction (.jsonl, .csv, .tsv,
     .parquet)."""

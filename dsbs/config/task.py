@@ -166,7 +166,8 @@ class TaskSection(Section):
     fields: dict[str, FieldSection] | None = None
     """extraction: the fields by name, in the order in which they are written."""
     input: str | None = None
-    """Jinja template of the student's input over the row's fields. None: the only text column."""
+    """Your own data: Jinja template of the student's input over the row's fields. None: the only
+    text column."""
     columns: dict[str, str] = {}
     """Maps a name used here (id, label, rationale, an input field or a field to extract) to the
     file's column. multilabel: ``separator`` is the text between the labels in a cell."""
@@ -175,7 +176,7 @@ class TaskSection(Section):
     numeric: bool = False
     """generation: compare answers as numbers (tolerance 1e-4) if both are numbers."""
     max_input: MaxInputSection = MaxInputSection()
-    """How to cut texts that are longer than the student reads."""
+    """Your own data: how to cut texts that are longer than the student reads."""
 
     @field_validator("name")
     @classmethod

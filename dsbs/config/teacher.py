@@ -129,7 +129,8 @@ class TeacherSection(Section):
         None
     )
     """How much a reasoning model thinks, in the form that the provider of ``base_url`` takes; which
-    levels a model has is in its documentation. None: the model's default."""
+    levels a model has is in its documentation; for chat endpoints of kind openai or llamacpp. None:
+    the model's default."""
     extra_body: dict[str, Any] = {}
     """Merged into every request body; a null removes the key."""
     timeout_s: float = Field(120.0, gt=0)
@@ -305,7 +306,7 @@ class AnnotateSection(Section):
     stop_early: bool = True
     """Request no further samples for a row once its vote cannot change."""
     temperature: float = Field(0.0, ge=0)
-    """Sampling temperature. 0: greedy decoding."""
+    """Sampling temperature. 0: greedy decoding, for one sample alone."""
     logprobs: bool = False
     """Request log-probabilities and store the label's."""
     hint: bool = False

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from dsbs.config import TeacherSection
 from dsbs.errors import UserError
 from dsbs.files import atomic_write, digest
-from dsbs.formatting import listing
+from dsbs.formatting import count, listing
 from dsbs.importing.bodies import Message
 from dsbs.importing.calls import Call, CallStore, Tally
 from dsbs.importing.formats import TITLES
@@ -110,7 +110,7 @@ def import_log(
         raise UserError(f"{out}: rows are written as JSON lines", hint="use --out rows.jsonl")
     if not options.dry_run and files.train.exists() and not options.overwrite:
         raise _exists(files.train)
-    logs = source_files(sources)
+    logs = source_files(sources, progress)
     outputs = (files.train, files.test, files.recipe, files.prompt)
     written = {path.resolve() for path in outputs}
     for log in logs:
@@ -129,13 +129,22 @@ def import_log(
         store.close()
 
 
-def source_files(sources: Sequence[str | Path]) -> list[Path]:
-    """The files of ``sources``, each a file or a folder. Raises UserError where there are none."""
+def source_files(sources: Sequence[str | Path], progress: Progress) -> list[Path]:
+    """The files of ``sources``, each a file or a folder, of which those are read that are named
+    like logs. Raises UserError where there are none.
+    """
     files: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()
         if path.is_dir():
-            inner = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
+            every = sorted(p for p in path.rglob("*") if p.is_file())
+            inner = [p for p in every if p.suffix in _SUFFIXES]
+            if inner and len(inner) < len(every):
+                first = next(p for p in every if p.suffix not in _SUFFIXES)
+                progress.say(
+                    f"{path}: {count(len(every) - len(inner), 'file')} not read (first: "
+                    f"{first.name}): a log's name ends in {', '.join(_SUFFIXES)}; name other files"
+                )
             if not inner:
                 raise UserError(
                     f"{path} has no log files ({', '.join(_SUFFIXES)})", hint="name the files"

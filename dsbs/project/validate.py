@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsbs.annotation.backends import make_teacher, reply_tokens, teacher_class
+from dsbs.annotation.backends import make_teacher, price_of, reply_tokens, teacher_class
 from dsbs.annotation.parse import parse_reply
 from dsbs.config import Recipe
 from dsbs.errors import UserError
@@ -394,7 +394,7 @@ def _context_warnings(
         context = teacher_class(recipe.teacher.kind).default_context_tokens
     if context is None:
         return []
-    tokens = reply_tokens(recipe)
+    tokens = reply_tokens(recipe, price_of(recipe.teacher, 1.0))
     budget = context - tokens
     lengths = [len(renderer.render(row).text) // 4 for row in rows]
     too_long = sum(length > budget for length in lengths)

@@ -128,7 +128,7 @@ def read_card(path: str | Path) -> StudentCard:
             ) from None
         raise UserError(
             f"{path} does not contain a student (no {CARD})",
-            hint="give a folder such as runs/demo/train/minilm-step-by-step-gold-s0",
+            hint="give a folder such as runs/tickets/train/step-by-step-gold-s0",
         ) from None
     except ValueError as error:
         raise UserError(
@@ -234,8 +234,8 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [folder / name for name in sorted(shards) if (folder / name).is_file()]
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    single_file = folder / "model.safetensors"
+    return [single_file] if single_file.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 # Decoders whose recurrence has no attention mask.

@@ -216,13 +216,7 @@ def predict_file(
     """
     progress = progress or NoProgress()
     check_output(out)
-    identity = {
-        "schema": "dsbs.predictions/1",
-        "student": _fingerprint(student),
-        "source": source,
-        "shard": None if shard is None else str(shard),
-        "options": asdict(options),
-    }
+    identity = _identity(student, source, shard, options)
     make_folder(out.parent)
     lock = lock_folder(out.with_name(f".{out.name}.lock"), remove=True)
     with lock, full_disk_as_partial(out.parent, _HINT):
@@ -273,6 +267,17 @@ def predict_file(
     return done
 
 
+def _identity(student: Path, source: str, shard: Shard | None, options: Options) -> dict[str, Any]:
+    """What decides the predictions of a file, beside its rows."""
+    return {
+        "schema": "dsbs.predictions/1",
+        "student": _fingerprint(student),
+        "source": source,
+        "shard": None if shard is None else str(shard),
+        "options": asdict(options),
+    }
+
+
 def _hashed(rows: Iterable[Row], shard: Shard | None, hashes: deque[str]) -> Iterator[Row]:
     """The shard's rows; after each one, ``hashes`` has a hash of all rows up to it."""
     state = hashlib.sha256()
@@ -286,8 +291,8 @@ def _hashed(rows: Iterable[Row], shard: Shard | None, hashes: deque[str]) -> Ite
 
 def _check_inputs(record: dict[str, Any], hashes: Sequence[str], done: int, out: Path) -> None:
     """Raises UserError where the predictions that the record counts are of other rows."""
-    known = record.get("done", 0)  # earlier versions did not count
-    if 0 < known <= done and (len(hashes) < known or hashes[known - 1] != record["inputs"]):
+    counted = record.get("done", 0)  # earlier versions did not count
+    if 0 < counted <= done and (len(hashes) < counted or hashes[counted - 1] != record["inputs"]):
         raise _other_rows(out)
 
 
@@ -320,6 +325,14 @@ def predict_on_ray(
 ) -> int:
     """Like ``predict_file``, with ``shards`` Ray tasks, whose predictions are joined in order."""
     check_output(out)
+    identity = _identity(student, source, None, options)
+    record = _check_record(out, identity)
+    hashes: deque[str] = deque(maxlen=1)
+    if out.exists() and "rows" in record:
+        deque(_hashed(open_rows(), None, hashes), maxlen=0)
+        if [*hashes] != [record["inputs"]]:
+            raise _other_rows(out)
+        return int(record["rows"])
     if out.exists():
         raise UserError(f"{out} exists", hint="give another --out")
     folder = out.absolute().with_name(f"{out.name}.shards")
@@ -340,7 +353,9 @@ def predict_on_ray(
             stack.enter_context((folder / f"{shard}.jsonl").open(encoding="utf-8"))
             for shard in Shard.all(shards)
         ]
-        number = write_table(out, _joined(open_rows(), files), options)
+        number = write_table(out, _joined(_hashed(open_rows(), None, hashes), files), options)
+    written = {"done": number, "inputs": hashes[-1] if hashes else None, "rows": number}
+    write_json(_record_path(out), identity | written)
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()

@@ -13,6 +13,7 @@ from conftest import good_answer, toy_rows, write_csv
 from loopback import LoopbackServer
 
 from dsbs import PartialError, UserError, annotate, load_recipe
+from dsbs.annotation.annotator import Annotator, RowReplies
 from dsbs.annotation.backends import Price, Reply, price_of
 from dsbs.annotation.planning import plan
 from dsbs.config import PriceSection, TeacherSection
@@ -152,3 +153,22 @@ def test_a_plan_names_the_most_that_it_may_cost(toy: Callable[..., Path], tmp_pa
         load_recipe(toy(train=2, test=2), [PRICE, "annotate.max_tokens=100"]), tmp_path / "run"
     )
     assert planned.usd == pytest.approx((planned.prompt_tokens * 1000 + 400 * 2000) / 1e6)
+
+
+def test_a_plan_foresees_the_limit_that_the_requests_will_have(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = toy(train=20, test=4)
+    for change, tokens in (
+        ("annotate.max_usd=0.5", 25),  # a tenth of it pays for 25 tokens
+        ("teacher.context_tokens=512", 128),
+        ("teacher.endpoint=completions", 256),
+    ):
+        recipe = load_recipe(path, [PRICE, change])
+        planned = plan(recipe, out=tmp_path / "run")
+        assert planned.max_completion_tokens == planned.requests * tokens, change
+        annotator = Annotator(recipe)
+        request = annotator.next_requests(next(annotator.examples("train")), RowReplies())[0]
+        assert request.body["max_tokens"] == tokens, change
+    limited = load_recipe(path, ["teacher.endpoint=completions", "teacher.context_tokens=512"])
+    assert plan(limited, out=tmp_path / "run").max_completion_tokens == 24 * 128

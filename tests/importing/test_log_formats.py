@@ -401,7 +401,7 @@ DOUBLES: dict[str, tuple[str, list[Any]]] = {
 
 def read(path: Path) -> CallStore:
     store = CallStore()
-    store.read(source_files([path]), NoProgress())
+    store.read(source_files([path], NoProgress()), NoProgress())
     return store
 
 
@@ -525,3 +525,18 @@ def test_a_custom_id_of_several_requests_joins_none(tmp_path: Path) -> None:
 def test_each_format_names_its_page() -> None:
     assert all(log_format.source.startswith("https://") for log_format in FORMATS)
     assert {name for name, _ in DOUBLES.values()} <= {log_format.name for log_format in FORMATS}
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.out", "c"):
+        (tmp_path / name).write_text("{}\n", encoding="utf-8")
+    said: list[str] = []
+
+    class Said(NoProgress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    assert source_files([tmp_path], Said()) == [tmp_path / "a.jsonl"]
+    (message,) = said
+    assert "2 files not read (first: b.out)" in message
+    assert source_files([tmp_path / "b.out"], Said()) == [tmp_path / "b.out"] and len(said) == 1

@@ -157,6 +157,12 @@ def test_shards_share_the_rows_and_ray_joins_them_in_order(
         (row["id"], row["label"]) for row in expected
     ]
     assert not (tmp_path / "joined.jsonl.shards").exists()
+    before = out.stat().st_mtime_ns
+    arguments: dict[str, Any] = {"source": "rows.jsonl", "shards": 3, "progress": NoProgress()}
+    assert predict_on_ray(student, rows, out, OPTIONS, **arguments) == 50
+    assert out.stat().st_mtime_ns == before, "it is complete already"
+    with pytest.raises(UserError, match="other rows than the input's"):
+        predict_on_ray(student, lambda: ROWS[::-1], out, OPTIONS, **arguments)
 
 
 def test_other_predictions_are_never_mixed(student: Path, whole: bytes, tmp_path: Path) -> None:

@@ -231,17 +231,17 @@ _SHARE_OF_BUDGET = 0.1  # of annotate.max_usd, for one reply
 def reply_tokens(recipe: Recipe, price: Price | None = None) -> int:
     """``annotate.max_tokens``, else a limit that reasoning does not use up.
 
-    It is 256 where the model continues a text (``endpoint: completions``), at most a quarter of the
+    It is 256 where the model continues a text (``endpoint: completions``); at most a quarter of the
     context where that is known, and at most what a tenth of ``annotate.max_usd`` pays for.
     """
     if recipe.annotate.max_tokens is not None:
         return recipe.annotate.max_tokens
     teacher = recipe.teacher
     kind = teacher_class(teacher.kind)
-    if teacher.endpoint == "completions":
-        return COMPLETION_TOKENS
     context = teacher.context_tokens or kind.default_context_tokens
     limit = kind.default_reply_tokens
+    if teacher.endpoint == "completions":
+        limit = COMPLETION_TOKENS
     if context is not None:
         limit = min(limit, max(1, context // 4))
     max_usd = recipe.annotate.max_usd
