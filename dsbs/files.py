@@ -26,11 +26,12 @@ from filelock import FileLock, Timeout
 
 from dsbs.errors import DsbsError, PartialError, UserError
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # or a file is as large as it may be
 # How libraries report a full disk; the last three are torch.save's, which hides the reason.
 _DISK_FULL_MESSAGES = (
     os.strerror(errno.ENOSPC),
     "Disk quota exceeded",
+    os.strerror(errno.EFBIG),
     "There is not enough space on the disk",  # Windows
     "PytorchStreamWriter failed writing",
     "iostream error",
@@ -58,13 +59,21 @@ _VERSIONED = (
 )
 
 
+def expand_user(path: str | Path) -> Path:
+    """A path with the home directory in place of ``~``; a name that begins with ~ is kept."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def find_file(path: str | Path, *, what: str, hint: str, folder: Path | None = None) -> Path:
     """Find a file by the path given, in ``folder``, or among the files that ship with dsbs.
 
     Shipped prompts, recipes and data lie in a checkout's root or inside an installed wheel.
     ``what`` names the file in the message. Raises UserError where there is no such file.
     """
-    expanded = Path(path).expanduser()
+    expanded = expand_user(path)
     candidates = [expanded]
     if not expanded.is_absolute():
         if folder is not None:
@@ -239,6 +248,8 @@ def atomic_write(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
     UTF-8 text, or bytes. Raises PartialError where the disk is full.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", hint="give the name of a file")
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     text: dict[str, str] = {} if binary else {"encoding": "utf-8", "newline": "\n"}

@@ -25,7 +25,7 @@ from dsbs.files import canonical_json, digest, find_file
 from dsbs.records import Example
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import Task
-from dsbs.tasks.templates import render
+from dsbs.tasks.templates import fields_of, render
 
 
 def _as_list(value: Any) -> Any:
@@ -300,6 +300,11 @@ def read_prompt(path: str, folder: Path | None, order: Order | None = None) -> P
 
 def _check_form(prompt: Prompt, path: str) -> None:
     """Raise UserError where answers in the prompt's own form could not be read."""
+    if not fields_of(prompt.template, where=f"{path}: template"):
+        raise UserError(
+            f"{path}: template has no field of the row, so that every request would be the same",
+            hint="write a field in double braces, e.g. template: 'Message: {{ text }}'",
+        )
     needs_anchor = prompt.order == "rationale-first" and prompt.pattern is None
     has_blank = not all(anchor.strip() for anchor in prompt.anchor)
     has_blank |= not all(stop.strip(" \t") for stop in prompt.stop)  # a line break may be a stop

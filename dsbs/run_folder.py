@@ -14,7 +14,7 @@ A run is the folder ``runs/<name>/``. Only this module knows where a stage's fil
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from pydantic import ValidationError
 from dsbs.config import MemberSection, Recipe
 from dsbs.errors import PartialError, UserError
 from dsbs.files import (
+    canonical_json,
+    expand_user,
     is_locked,
     lock_folder,
     make_folder,
@@ -33,7 +35,8 @@ from dsbs.files import (
     versions,
     write_json,
 )
-from dsbs.records import Annotation, NextRounds, TrainedStudent
+from dsbs.formatting import count
+from dsbs.records import Annotation, Example, NextRounds, TrainedStudent
 from dsbs.records.results import (
     COMPRESSION_RECORD,
     Compressed,
@@ -63,15 +66,20 @@ class RunFolder:
 
     @classmethod
     def of(cls, recipe: Recipe, out: str | Path | None = None) -> RunFolder:
-        """The run of a recipe: ``out``, or ``runs/<name>`` where that is None."""
-        return cls(Path("runs") / recipe.name if out is None else out)
+        """The run of a recipe: ``out``, or ``runs/<name>`` where that is None. Raises UserError for
+        a file.
+        """
+        folder = Path("runs") / recipe.name if out is None else Path(out)
+        if folder.is_file():
+            raise UserError(f"{folder} is a file, and a run is a folder", hint="give another --out")
+        return cls(folder)
 
     @classmethod
     def of_member(cls, recipe: Recipe, member: MemberSection) -> RunFolder:
         """The run of an ensemble's member, from here or beside the recipe's file. It need not
         exist.
         """
-        path = Path(member.run).expanduser()
+        path = expand_user(member.run)
         folder = (recipe.folder or Path()) / path
         if not path.is_dir() and folder.is_dir():
             return cls(folder)
@@ -126,6 +134,25 @@ class RunFolder:
             )
         return {row.id: row for row in read_annotations(path)}
 
+    def check_inputs(
+        self, annotations: Mapping[str, Annotation], rows: Iterable[Example], split: str
+    ) -> None:
+        """Raises UserError where rows have the id of an annotation and another input than it."""
+        others = [
+            row.id
+            for row in rows
+            if row.id in annotations
+            and canonical_json(row.input) != canonical_json(annotations[row.id].input)
+        ]
+        if others:
+            raise UserError(
+                f"{count(len(others), f'{split} row')} (first: {others[0]}) "
+                f"{'has' if len(others) == 1 else 'have'} another input than when "
+                f"{self.annotations(split)} was made",
+                hint="the data has changed: run `dsbs annotate` again, which keeps the replies to "
+                "all other rows",
+            )
+
     def next_rounds(self) -> NextRounds:
         """The rounds of ``annotate --next``. Raises UserError where they cannot be read."""
         path = self._next_rounds_file
@@ -176,7 +203,8 @@ class RunFolder:
     def students(self) -> list[TrainedStudent]:
         """Every finished student, by name. Raises UserError for a record that cannot be read."""
         records = sorted(self.stage("train").glob(f"*/{TRAINING_RECORD}"))
-        return [read_student(record.parent) for record in records]
+        students = [(record.parent.name, read_student(record.parent)) for record in records]
+        return [student for folder, student in students if student.name == folder]  # no copies
 
     def trained_at(self, student: TrainedStudent) -> float:
         """When a student of the run was trained, in seconds since 1970."""

@@ -48,7 +48,7 @@ from dsbs.progress import NoProgress, Progress, running
 from dsbs.prompting import source_fingerprint
 from dsbs.records import Annotation
 from dsbs.records.reviews import Review, write_reviews
-from dsbs.run_folder import RunFolder
+from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.tasks.data import survey
 from dsbs.tasks.shards import Shard
 
@@ -106,6 +106,7 @@ def annotate(
             _read(annotator, teacher, run, summaries, progress)
         else:
             with open_store(run, None if shard is None else parent_run) as store:
+                _check_store(run, store)
                 stopped = _import(annotator, store, run, stores, outputs, progress)
                 if teacher is not None:
                     counts = {split: rows.rows for split, rows in surveys.items()}
@@ -136,6 +137,24 @@ def annotate(
         can_continue=kind.is_asked,
         remaining=remaining(recipe, annotator.task, rounds),
     )
+
+
+def _check_store(run: RunFolder, store: ReplyStore) -> None:
+    """Raises UserError where the store has lost the replies that the annotations were made from."""
+    if not store.is_empty:
+        return
+    for split in ("train", "valid", "test"):
+        path = run.annotations(split)
+        annotations = read_annotations(path) if path.is_file() else ()
+        paid = sum(
+            row.request_key is not None and row.has_reply and row.teacher.kind != "ensemble"
+            for row in annotations
+        )
+        if paid:
+            raise UserError(
+                f"{store.path} has no replies, and {path} has {count(paid, 'row')} with one",
+                hint=f"restore the file; to buy all replies again, move {path.parent} away",
+            )
 
 
 def _rows_to_request(

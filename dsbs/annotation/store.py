@@ -185,6 +185,11 @@ class ReplyStore:
 
     # --- reading
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no reply."""
+        return self._db.execute("SELECT 1 FROM replies LIMIT 1").fetchone() is None
+
     def look_up(self, keys: RequestKeys, max_tokens: int, *, raw: bool = False) -> Stored:
         """What there is for a request. A reply that broke off, or that a smaller budget cut, is no
         answer.

@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import sqlite3
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -102,12 +103,20 @@ def _exit_code() -> int:
         # Nobody reads stdout any more: the interpreter's own flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except sqlite3.DatabaseError as error:
+        print(
+            f"dsbs: a database of the run is damaged ({error})\n  try: restore "
+            "annotate/replies.sqlite (or serve/ledger.sqlite) from a copy; "
+            "`sqlite3 FILE .recover` saves what can be read",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:
         if error.errno in _WRONG_PATH and error.filename is not None:
             hint = "check the path and its permissions"
             print(f"dsbs: {error.filename}: {error.strerror}\n  try: {hint}", file=sys.stderr)
             return 2
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(
             f"dsbs: the disk is full ({error})\n  try: free some space, then run the same command",

@@ -105,6 +105,10 @@ def predict(
 
         student = best_student(load(student, overrides), run_folder, needs_rationales=rationale)
         print(f"student: {student}", file=sys.stderr)
+    elif overrides:
+        raise UserError(
+            f"--set needs a recipe, and {student} is a student's folder", hint="leave --set out"
+        )
     limit = max_label_tokens or read_card(student).max_label_tokens
     options = Options(rationale, batch_size, limit, top)
     parsed_shard = None if shard is None else Shard.parse(shard)

@@ -70,6 +70,8 @@ def load_located(text: str, at: KeyPath = ()) -> Located:
         if node is not None:
             _locate(node, at, located, ())
             located.data = loader.construct_document(node)
+    except (ValueError, RecursionError) as error:  # a date that does not exist, endless brackets
+        raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
     return located
@@ -213,7 +215,7 @@ def _insert_teacher_file(data: dict[Any, Any], folder: Path) -> None:
     hint = "give a YAML file with a teacher: section; shipped ones are recipes/teachers/<name>.yaml"
     file = find_file(name, what="teacher file", hint=hint, folder=folder)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = load_located(file.read_text(encoding="utf-8")).data
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not valid YAML ({error})", hint=hint) from None
     if not isinstance(content, dict) or not isinstance(content.get("teacher"), dict):

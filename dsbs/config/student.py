@@ -19,6 +19,7 @@ from pydantic import (
 
 from dsbs.config.sections import Section, folder_in
 from dsbs.config.train import StudentTrainSection
+from dsbs.files import expand_user
 
 
 class RationaleDecoderSection(Section):
@@ -78,7 +79,7 @@ class StudentSection(Section):
         """
         if self.model is None or self._folder is None or not self.model.lower().endswith(".gguf"):
             return self.model
-        path = Path(self.model).expanduser()
+        path = expand_user(self.model)
         file = self._folder / path
         if file.is_file() and not path.is_file():
             return str(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -163,6 +164,10 @@ class TeacherSection(Section):
     @field_validator("extra_body")
     @classmethod
     def _no_credentials(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("a value is not JSON; put dates and the like in quotes") from None
         for name in _credential_names(value):
             raise ValueError(
                 f"{name}: credentials do not belong in a recipe; name an environment variable in "
@@ -305,7 +310,7 @@ class AnnotateSection(Section):
     """score: the vote of several samples is their median, or the point nearest to their mean."""
     stop_early: bool = True
     """Request no further samples for a row once its vote cannot change."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Sampling temperature. 0: greedy decoding, for one sample alone."""
     logprobs: bool = False
     """Request log-probabilities and store the label's."""

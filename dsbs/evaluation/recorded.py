@@ -49,6 +49,7 @@ def predict_teacher(
             f"{count(len(missing), f'{split} row')} without an annotation (first: {missing[0]})",
             hint="the data has changed since: run `dsbs annotate` again",
         )
+    run.check_inputs(annotations, rows, split)
     check_replies([annotations[row.id] for row in rows], f"{split} row")
     prompt = run.manifest("annotate").get("prompt")
     prompt_hash = None

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from dsbs.config import TeacherSection
 from dsbs.errors import UserError
-from dsbs.files import atomic_write, digest
+from dsbs.files import atomic_write, digest, expand_user
 from dsbs.formatting import count, listing
 from dsbs.importing.bodies import Message
 from dsbs.importing.calls import Call, CallStore, Tally
@@ -135,7 +135,7 @@ def source_files(sources: Sequence[str | Path], progress: Progress) -> list[Path
     """
     files: list[Path] = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = expand_user(source)
         if path.is_dir():
             every = sorted(p for p in path.rglob("*") if p.is_file())
             inner = [p for p in every if p.suffix in _SUFFIXES]

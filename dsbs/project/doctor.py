@@ -23,7 +23,7 @@ from dsbs.annotation.backends import (
 from dsbs.config import EndpointSection, Recipe, StudentSection
 from dsbs.config.load import load_recipe
 from dsbs.errors import DsbsError
-from dsbs.files import find_file
+from dsbs.files import expand_user, find_file
 from dsbs.project import machine
 from dsbs.project.machine import Check, run_check
 from dsbs.prompting import load_prompt
@@ -245,7 +245,7 @@ def _students(recipe: Recipe) -> Iterator[Check]:
         key = "train.init"
         if name is not None:
             key = f"{section}.train.init"
-        if Path(start).expanduser().is_dir():
+        if expand_user(start).is_dir():
             yield Check(key, "ok", start)
         else:
             yield Check(key, "problem", start, "this folder does not exist")
@@ -262,7 +262,7 @@ def _local_teachers(recipe: Recipe) -> Iterator[Check]:
     for index, teacher in enumerate(recipe.train.teachers):
         key = f"train.teachers.{index}"
         if teacher.model is not None:
-            if (Path(teacher.model).expanduser() / CARD).is_file():
+            if (expand_user(teacher.model) / CARD).is_file():
                 yield Check(f"{key}.model", "ok", teacher.model)
             else:
                 hint = f"give the folder of a trained student, which has a {CARD}"
@@ -280,7 +280,7 @@ def _model(key: str, name: str) -> Check:
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    folder = Path(expand_local(name)).expanduser()  # raises UserError for a missing package
+    folder = expand_user(expand_local(name))  # raises UserError for a missing package
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return Check(key, "ok", f"{name}, a folder")

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from dsbs.config import StudentRecipe
 from dsbs.errors import DsbsError, UserError
-from dsbs.files import versions
+from dsbs.files import expand_user, versions
 from dsbs.students.card import count_parameters
 from dsbs.students.weights import (
     BYTES_IN_TRAINING,
@@ -323,7 +323,7 @@ def is_writable(folder: Path) -> bool:
 
 def _nearest_existing(path: Path) -> Path:
     """The path itself, or the nearest of its parents that exists."""
-    path = path.expanduser().absolute()
+    path = expand_user(path).absolute()
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 

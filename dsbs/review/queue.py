@@ -104,6 +104,7 @@ def load_rows(
     task = make_task(recipe.task)
     annotations = run.load_annotations(split, source_fingerprint(recipe, task))
     examples = [row for row in load(recipe, task, split) if row.id in annotations]
+    run.check_inputs(annotations, examples, split)
     rows = []
     for example in examples:
         annotation = annotations[example.id]

@@ -60,8 +60,14 @@ class SpreadsheetImport:
 def export_csv(path: str | Path, items: Sequence[QueueItem], reviews: Reviews) -> None:
     """Write the queue in its order, one line per row, with the decisions that count so far.
 
-    Text that a spreadsheet would evaluate gets a leading ', which ``import_csv`` removes.
+    Text that a spreadsheet would evaluate gets a leading ', which ``import_csv`` removes. Raises
+    UserError for a file that exists: it may have decisions that are not imported.
     """
+    if Path(path).exists():
+        raise UserError(
+            f"{path} exists, and may have decisions that are not imported yet",
+            hint="import it with --import-csv and remove it, or give another name",
+        )
     fields = dict.fromkeys(name for item in items for name in item.row.input)
     taken = {*_SHOWN, *_FILLED_IN, "why", "vote", "gold", "student"}
     columns = {name: f"input.{name}" if name in taken else name for name in fields}
@@ -107,7 +113,8 @@ def import_csv(
     by_id = {row.id: row for row in rows}
     reviews = run.read_reviews(split)
     problems: list[str] = []
-    decisions: dict[str, tuple[int, Review]] = {}
+    decisions: dict[str, tuple[int, Review]] = {}  # those in the file
+    new: list[Review] = []
     unchanged = undecided = 0
     time = now()
     for number, cells in _read(path):
@@ -125,13 +132,15 @@ def import_csv(
         except ValueError as error:
             problems.append(f"row {number}: {_reason(error)}")
             continue
+        if row.id in decisions:
+            continue
+        decisions[row.id] = (number, review)
         if _is_saved(review, reviews.get(row.id, ())):
             unchanged += 1
         else:
-            decisions[row.id] = (number, review)
+            new.append(review)
     if problems:
         raise _unusable(path, problems)
-    new = [review for _, review in decisions.values()]
     if new:
         write_reviews(run.reviews(split), new)
     return SpreadsheetImport(Counter(review.decision for review in new), unchanged, undecided)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dsbs.config import StudentRecipe, StudentSection, TaskSection, base_of
 from dsbs.errors import UserError, needs_extra
+from dsbs.files import expand_user
 from dsbs.students.weights import (
     expand_local,
     gguf_file,
@@ -272,9 +273,9 @@ def saved_classes(init: str | None) -> tuple[str, ...] | None:
     """The labels of the label head in a student's folder; empty: it scores choices. None: the
     folder has no label head.
     """
-    if init is None or not (Path(init).expanduser() / CARD).is_file():
+    if init is None or not (expand_user(init) / CARD).is_file():
         return None
-    card = read_card(Path(init).expanduser())
+    card = read_card(expand_user(init))
     return card.classes if card.head == "labels" else None
 
 

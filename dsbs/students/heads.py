@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from dsbs.config import StudentSection
 from dsbs.errors import UserError
+from dsbs.files import expand_user
 from dsbs.students.card import Architecture, architecture_of, saved_classes
 from dsbs.students.formats import SpecialTokens, start_token
 from dsbs.students.weights import (
@@ -313,7 +314,7 @@ def _reorder(classifier: nn.Linear, order: list[int]) -> None:
 
 def load_label_head(source: str, labels: int, dropout: float | None = None) -> LabelHeadModel:
     """The model in a student's folder. Raises DsbsError where it cannot be loaded."""
-    folder = Path(source).expanduser()
+    folder = expand_user(source)
     body = load_body(source, dropout)
     rate = 0.1 if dropout is None else dropout
     model = LabelHeadModel(body, labels, architecture_of(source), dropout=rate)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsbs.config import StudentSection
 from dsbs.errors import DsbsError, UserError
-from dsbs.files import digest
+from dsbs.files import digest, expand_user
 from dsbs.formatting import percent
 from dsbs.students.card import architecture_of, has_t5_tokenizer
 from dsbs.students.weights import (
@@ -99,7 +99,7 @@ def without_limit(tokenizer: Any) -> Any:
 
 def new_tokenizer(section: StudentSection, texts: Iterable[str], init: str | None = None) -> Any:
     """The tokenizer that training starts from: the model's own, or a vocabulary of ``texts``."""
-    if init is not None and not Path(init).expanduser().is_dir():
+    if init is not None and not expand_user(init).is_dir():
         raise UserError(
             f"train.init: {init} is not a directory",
             hint="give the folder of a student or of a pretrained model",

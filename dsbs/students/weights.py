@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from dsbs.config import StudentSection
 from dsbs.errors import DsbsError, UserError, needs_extra
-from dsbs.files import find_file
+from dsbs.files import expand_user, find_file
 
 CPUINFO = Path("/proc/cpuinfo")
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits
@@ -224,7 +224,7 @@ def expand_local(source: str) -> str:
     """
     if source.lower() == EMBEDDED_ENCODER:
         return str(_embedded_encoder())
-    path = Path(source).expanduser()
+    path = expand_user(source)
     return str(path) if path.is_dir() else source
 
 
@@ -246,6 +246,13 @@ def _embedded_encoder() -> Path:
 
 def loading_error(part: str, source: str, error: Exception) -> DsbsError:
     message = " ".join(str(error).split())[:240]
+    if (Path(source) / "student.json").is_file():
+        return DsbsError(
+            f"cannot load the {part} of the student in {source} ({type(error).__name__}: "
+            f"{message})",
+            hint="a file is damaged or missing: copy the student again, or move its folder away "
+            "and run `dsbs train` again",
+        )
     return DsbsError(
         f"cannot load the {part} of student {source!r} ({type(error).__name__}: {message})",
         hint="check student.model and the network, or give a local folder; "

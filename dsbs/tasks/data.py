@@ -296,6 +296,10 @@ def input_of(task: Task, row: dict[str, Any], where: str) -> tuple[str | None, d
     names = (task.section.columns.get("id", "id"), *task.id_columns)
     column = column_of(row, names)
     row_id = None if column is None else id_text(row[column], where)
+    if column is not None and row_id is None:
+        raise UserError(
+            f"{where}: the column {column!r} is empty", hint="give each row an id, or none"
+        )
     return row_id, task.fields(inner, where)
 
 

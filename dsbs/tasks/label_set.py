@@ -80,7 +80,7 @@ class LabelSet:
             return self._by_value.get(value)
         label = self.spelled(str(value))
         if label is None and isinstance(value, int) and not isinstance(value, bool):
-            return self._by_value.get(float(value))
+            return self._by_value.get(value)
         return label or self._by_number.get(_number_key(str(value).strip()) or "")
 
     def lookup(self, text: str) -> str | None:

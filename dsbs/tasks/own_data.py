@@ -33,6 +33,13 @@ class OwnDataTask(Task):
         self._template_fields: list[str] | None = None
         if section.input:
             self._template_fields = sorted(fields_of(section.input, where="task.input"))
+            for use in ("label", "rationale"):
+                column = section.columns.get(use)
+                if column is not None and column in self._template_fields:
+                    raise UserError(
+                        f"task.input reads the column {column!r}, which holds each row's {use}",
+                        hint="the student would be given the answer: leave the column out",
+                    )
 
     def fields(self, row: Fields, where: str) -> dict[str, Any]:
         if self._template_fields is None:

@@ -145,6 +145,8 @@ def gather(recipe: StudentRecipe, task: Task, run: Path, specs: Sequence[Student
     examples = apply_gold(annotated, reviews, task)
     needs_teacher = any(spec.needs_teacher for spec in specs)
     originals = _annotations(recipe, task, run, needed=needs_teacher)
+    if needs_teacher:
+        run_folder.check_inputs(originals, examples, "train")
     annotations = apply_reviews(originals, reviews, task)
     missing = [
         example.id for example in examples if needs_teacher and example.id not in annotations

@@ -225,6 +225,7 @@ def make_teacher(recipe: Recipe) -> Teacher:
     return teacher_class(recipe.teacher.kind)(recipe)
 
 
+_MOST_TOKENS = 1 << 53  # in one request; a larger number is none
 _SHARE_OF_BUDGET = 0.1  # of annotate.max_usd, for one reply
 
 
@@ -261,6 +262,8 @@ def parsed_body(text: str) -> object:
     """
     try:
         return json.loads(text)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
     except ValueError:
         lines = (line.strip() for line in text.splitlines())
         events = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
@@ -355,7 +358,7 @@ def _cached_tokens(usage: Mapping[str, Any]) -> int | None:
 
 
 def _count(value: object) -> int | None:
-    if isinstance(value, int | float) and value >= 0:
+    if isinstance(value, int | float) and 0 <= value < _MOST_TOKENS:
         return int(value)
     return None
 

@@ -19,7 +19,7 @@ from dsbs.config import (
     TrainSection,
     base_of,
 )
-from dsbs.files import canonical_json, digest
+from dsbs.files import canonical_json, digest, expand_user
 from dsbs.records import TrainedStudent
 from dsbs.students.card import read_card
 from dsbs.students.tokenizer import load_tokenizer, tokenizer_hash
@@ -227,7 +227,7 @@ class LocalTeachers:
 
     def _folder(self, number: int, section: LocalTeacherSection, spec: StudentSpec) -> Path:
         if section.model:
-            return Path(section.model).expanduser()
+            return expand_user(section.model)
         _, teacher = teacher_spec(self._recipe, number, section, spec)
         return teacher.path(self._train_folder)
 

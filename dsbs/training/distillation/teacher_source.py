@@ -12,6 +12,7 @@ from typing import Any
 
 from dsbs.config import LocalTeacherSection, StudentRecipe, StudentSection
 from dsbs.errors import UserError
+from dsbs.files import expand_user
 from dsbs.students.card import (
     Head,
     StudentCard,
@@ -69,7 +70,7 @@ def teacher_source(
     folder: Path | None = None
     if section.model:
         setting = f"train.teachers: {section.model}"
-        folder = Path(section.model).expanduser()
+        folder = expand_user(section.model)
         card = read_card(folder)
         if card.format != "transformers":
             raise UserError(
