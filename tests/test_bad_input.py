@@ -15,6 +15,7 @@ from loopback import LoopbackServer, completion
 from dsbs import UserError, annotate, evaluate, load_recipe, train
 from dsbs.config.load import load_located
 from dsbs.files import atomic_write, expand_user
+from dsbs.progress import NoProgress
 from dsbs.prompting import read_prompt
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
@@ -27,7 +28,8 @@ def test_annotations_of_other_texts_with_the_same_ids_are_refused(
     path = toy(train=40, test=6)
     run = tmp_path / "run"
     with LoopbackServer(good_answer) as server:
-        recipe = load_recipe(path, [f"teacher.base_url={server.url}", "train.max_steps=2"])
+        changes = [f"teacher.base_url={server.url}", "train.max_steps=2"]
+        recipe = load_recipe(path, changes)
         annotate(recipe, out=run)
     train(recipe, out=run)
     evaluate(recipe, out=run)
@@ -37,7 +39,7 @@ def test_annotations_of_other_texts_with_the_same_ids_are_refused(
     with pytest.raises(UserError, match=r"6 test rows \(first: r1000\) have another input"):
         evaluate(recipe, out=run)
     with pytest.raises(UserError, match=r"40 train rows \(first: r0\) have another input"):
-        train(load_recipe(path, ["train.methods=[distill]", "train.labels=teacher"]), out=run)
+        train(load_recipe(path, [*changes, "train.methods=[distill]"]), out=run)
     review = run_dsbs("review", str(run), "--export-csv", "x.csv", cwd=tmp_path)
     assert review.returncode == 2 and "have another input" in review.stderr
 
@@ -183,3 +185,25 @@ def test_a_damaged_database_is_one_message(toy: Callable[..., Path], tmp_path: P
         ended = run_dsbs("annotate", str(path), url, "--out", "run", cwd=tmp_path)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
     assert "damaged" in ended.stderr or "cannot be opened" in ended.stderr
+
+
+def test_eval_says_which_test_rows_are_train_rows_too(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = toy(test=10)
+    rows = [*toy_rows(3), *toy_rows(7, start=1000)]
+    rows[0] = rows[0] | {"id": "other", "text": rows[0]["text"].upper()}
+    write_csv(tmp_path / "test.csv", rows)
+    lines = [{"id": row["id"], "prediction": row["team"]} for row in rows]
+    predictions = write_jsonl(tmp_path / "x.jsonl", lines)
+    said: list[str] = []
+
+    class Said(NoProgress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    recipe = load_recipe(
+        path, [f"eval.predictions={{x: {predictions}}}", "annotate.splits=[train]"]
+    )
+    evaluate(recipe, out=tmp_path / "run", progress=Said())
+    assert [text for text in said if "3 of 10 test rows are also train rows" in text] == said

@@ -45,6 +45,7 @@ from dsbs.evaluation.systems import (
     teacher_price,
 )
 from dsbs.files import atomic_write, write_json
+from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress
 from dsbs.prompting import learned_source, source_fingerprint
 from dsbs.records import Example, TrainedStudent
@@ -57,7 +58,7 @@ from dsbs.students.calibration import ConfidenceKind, read_calibration
 from dsbs.students.card import read_card
 from dsbs.students.weights import weights_megabytes
 from dsbs.tasks import Task, make_task
-from dsbs.tasks.data import annotated_split, load, survey
+from dsbs.tasks.data import annotated_split, comparable, load, stream, survey
 
 
 def evaluate(
@@ -95,6 +96,8 @@ def evaluate(
             f"no row of the {split} split has a gold label, so nothing can be compared",
             hint="label some test rows; they are never trained on",
         )
+    if not score_only:
+        _warn_of_train_rows(recipe, task, rows, progress)
     check_floors(recipe, task)
     check_cascade(recipe, run)
     clusters = clusters_of(rows, recipe.eval.cluster)
@@ -118,6 +121,28 @@ def evaluate(
         with atomic_write(run.stage("eval") / "results.md") as file:
             file.write(results_markdown(results) + "\n")
     return results
+
+
+def _warn_of_train_rows(
+    recipe: Recipe, task: Task, rows: Sequence[Example], progress: Progress
+) -> None:
+    """Say how many evaluated rows students may have learned by heart."""
+    if recipe.eval.split != "test":
+        return
+    inputs = {comparable(row.input) for row in rows}
+    try:
+        learned = {
+            key for row in stream(recipe, task, "train") if (key := comparable(row.input)) in inputs
+        }
+    except UserError:
+        return  # the run is evaluated where its train rows are not
+    number = sum(comparable(row.input) in learned for row in rows)
+    if number:
+        progress.say(
+            f"warning: {number:,} of {count(len(rows), 'test row')} are also train rows, so that "
+            "students may know their labels by heart: accuracies are too high (`dsbs validate` "
+            "shows them)"
+        )
 
 
 def _compare(
