@@ -138,16 +138,16 @@ class RunFolder:
         self, annotations: Mapping[str, Annotation], rows: Iterable[Example], split: str
     ) -> None:
         """Raises UserError where rows have the id of an annotation and another input than it."""
-        others = [
+        changed_ids = [
             row.id
             for row in rows
             if row.id in annotations
             and canonical_json(row.input) != canonical_json(annotations[row.id].input)
         ]
-        if others:
+        if changed_ids:
             raise UserError(
-                f"{count(len(others), f'{split} row')} (first: {others[0]}) "
-                f"{'has' if len(others) == 1 else 'have'} another input than when "
+                f"{count(len(changed_ids), f'{split} row')} (first: {changed_ids[0]}) "
+                f"{'has' if len(changed_ids) == 1 else 'have'} another input than when "
                 f"{self.annotations(split)} was made",
                 hint="the data has changed: run `dsbs annotate` again, which keeps the replies to "
                 "all other rows",

@@ -90,7 +90,8 @@ def predict(
 ) -> None:
     """Label rows: a file of rows or lines of text in, predictions out."""
     from dsbs.students.card import read_card
-    from dsbs.students.prediction import FORMATS, Options
+    from dsbs.students.prediction import Options
+    from dsbs.students.prediction_tables import FORMATS
     from dsbs.tasks.shards import Shard
 
     output = None

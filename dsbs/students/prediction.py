@@ -7,7 +7,6 @@ a file when all rows are done.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -24,7 +23,6 @@ from typing import Any
 from dsbs.config.teacher import RaySection
 from dsbs.errors import PartialError, UserError
 from dsbs.files import (
-    atomic_write,
     cut_torn_line,
     digest,
     full_disk_as_partial,
@@ -35,14 +33,13 @@ from dsbs.files import (
 )
 from dsbs.formatting import count
 from dsbs.progress import NoProgress, Progress, running
+from dsbs.students.prediction_tables import FORMATS, prediction_line, write_table
 from dsbs.students.student import Answer, Student
 from dsbs.students.weights import usable_cores
 from dsbs.tasks.shards import Shard, raise_lasting, run_on_ray, shard_number
 
 Row = tuple[str, str | dict[str, Any]]  # its id, and a text or the task's fields
-FORMATS = (".jsonl", ".csv", ".parquet")
 _BATCHES = 8  # that a process answers at once, sorted by length
-_PARQUET_ROWS = 8192  # in a row group
 _HINT = "free some space, then run the same command: it continues"
 
 
@@ -251,7 +248,7 @@ def predict_file(
             for chunk in chunks:
                 new = chunk[len(again) :]
                 again = []
-                file.writelines(_line(prediction) for prediction in new)
+                file.writelines(prediction_line(prediction) for prediction in new)
                 file.flush()
                 os.fsync(file.fileno())  # the record must not be ahead of the predictions
                 done += len(new)
@@ -262,7 +259,7 @@ def predict_file(
         # With the number of rows, a table that is there is this command's: it may be killed here.
         write_json(_record_path(out), progress_record | {"rows": done})
         if not is_jsonl:
-            write_table(out, (row for _, row in read_jsonl(lines)), options)
+            _write(out, (row for _, row in read_jsonl(lines)), options)
             lines.unlink()
     return done
 
@@ -353,7 +350,7 @@ def predict_on_ray(
             stack.enter_context((folder / f"{shard}.jsonl").open(encoding="utf-8"))
             for shard in Shard.all(shards)
         ]
-        number = write_table(out, _joined(_hashed(open_rows(), None, hashes), files), options)
+        number = _write(out, _joined(_hashed(open_rows(), None, hashes), files), options)
     written = {"done": number, "inputs": hashes[-1] if hashes else None, "rows": number}
     write_json(_record_path(out), identity | written)
     for file in folder.iterdir():
@@ -374,8 +371,8 @@ def _joined(rows: Iterable[Row], shards: list[Any]) -> Iterator[dict[str, Any]]:
         yield prediction
 
 
-def _line(prediction: dict[str, Any]) -> str:
-    return json.dumps(prediction, ensure_ascii=False, default=list) + "\n"
+def _write(out: Path, predictions: Iterable[dict[str, Any]], options: Options) -> int:
+    return write_table(out, predictions, top=options.top > 0, rationale=options.rationale)
 
 
 def _record_path(out: Path) -> Path:
@@ -437,73 +434,3 @@ def _skip_done(
             hint="give the same input as before, or another --out",
         )
     return done, again
-
-
-# --- tables
-
-
-def write_table(out: Path, predictions: Iterable[dict[str, Any]], options: Options) -> int:
-    """Write predictions as the suffix of ``out`` says, complete or not at all; returns how many."""
-    suffix = out.suffix.lower()
-    if suffix == ".jsonl":
-        with atomic_write(out) as file:
-            return _counted(predictions, lambda row: file.write(_line(row)))
-    names = ["id", "prediction", "label", "raw", "probability", "truncated"]
-    rows = iter(predictions)
-    first = list(islice(rows, 1))
-    predictions = chain(first, rows)
-    optional = ("expected_number", "field_probabilities")
-    names += [name for name in optional if any(name in row for row in first)]
-    if options.top:
-        names.append("top")
-    if options.rationale:
-        names += ["rationale", "rationale_is_causal"]
-    if suffix == ".csv":
-        with atomic_write(out) as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            return _counted(
-                predictions, lambda row: writer.writerow(_cells(row, "top", "field_probabilities"))
-            )
-    with atomic_write(out, binary=True) as file:
-        return _write_parquet(file, predictions, names)
-
-
-def _write_parquet(file: Any, predictions: Iterable[dict[str, Any]], names: list[str]) -> int:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    share = pa.struct([("label", pa.string()), ("probability", pa.float64())])
-    types = {
-        "probability": pa.float64(),
-        "expected_number": pa.float64(),
-        "truncated": pa.bool_(),
-        "top": pa.list_(share),
-        "field_probabilities": pa.map_(pa.string(), pa.float64()),
-        "rationale_is_causal": pa.bool_(),
-    }
-    schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
-    rows = iter(predictions)
-    number = 0
-    with pq.ParquetWriter(file, schema) as writer:
-        while group := [_cells(row) for row in islice(rows, _PARQUET_ROWS)]:
-            writer.write_table(pa.Table.from_pylist(group, schema))
-            number += len(group)
-    return number
-
-
-def _cells(prediction: dict[str, Any], *as_text: str) -> dict[str, Any]:
-    """A prediction with labels that are not text, and the columns ``as_text``, as JSON."""
-    cells = dict(prediction)
-    for name in ("prediction", "label", *as_text):
-        if not isinstance(cells.get(name), str | None):
-            cells[name] = json.dumps(cells[name], ensure_ascii=False)
-    return cells
-
-
-def _counted(rows: Iterable[dict[str, Any]], write: Callable[[dict[str, Any]], Any]) -> int:
-    number = 0
-    for row in rows:
-        write(row)
-        number += 1
-    return number

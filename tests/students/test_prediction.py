@@ -209,7 +209,7 @@ def test_a_table_that_was_written_before_the_kill_is_completed(
 ) -> None:
     out = tmp_path / "a.csv"
 
-    def killed(path: Path, *arguments: Any) -> None:
+    def killed(path: Path, *arguments: Any, **options: Any) -> None:
         path.write_text("id,label\n", encoding="utf-8")
         raise KeyboardInterrupt
 
