@@ -112,8 +112,23 @@ def test_decisions_are_taken_back_from_what_a_spreadsheet_saved(
     assert saved["b"].comment == "=1" and saved["b"].reviewer == "ada"
     # A file can be imported twice, and an export holds what was decided.
     assert take_back(path, run) == ({}, 3, 1)
+    with pytest.raises(UserError, match="may have decisions that are not imported yet"):
+        exported(run, path)
+    path.unlink()
     assert exported(run, path)[1]["new_label"] == "shipping"
     assert take_back(path, run) == ({}, 3, 1)
+
+
+def test_a_second_decision_is_refused_where_the_first_is_saved_already(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    rows = exported(run, tmp_path / "rows.csv")
+    rows[0] |= {"decision": "accepted"}
+    assert take_back(save(tmp_path / "first.csv", rows), run) == ({"accepted": 1}, 0, 3)
+    both = [*rows, rows[0] | {"decision": "rejected"}]
+    with pytest.raises(UserError, match="row 2 has another decision for id '007'"):
+        take_back(save(tmp_path / "both.csv", both), run)
+    assert deciding_reviews(run.read_reviews("train"))["007"].decision == "accepted"
 
 
 def test_all_unusable_rows_are_listed_and_nothing_is_imported(

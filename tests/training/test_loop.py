@@ -122,6 +122,13 @@ def test_finished_students_are_kept_and_changed_recipes_set_them_aside_and_bring
     )
 
 
+def is_whole(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError:
+        return False  # it is being written
+
+
 def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     annotated: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -150,7 +157,7 @@ def test_a_killed_training_continues_to_the_weights_of_an_undisturbed_one(
     folder = other / "train" / "step-by-step-gold-s0"
     process = start_dsbs(*arguments)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
+    while not any(map(is_whole, folder.glob("checkpoints/checkpoint-*/trainer_state.json"))):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
     process.kill()
