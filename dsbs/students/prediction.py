@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import threading
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -225,19 +226,17 @@ def predict_file(
             raise UserError(
                 f"{out} exists and is not from `dsbs predict`", hint="give another --out"
             )
-        hashes: deque[str] = deque()
+        hashes = array("Q")
         rows = _hashed(open_rows(), shard, hashes)
         if is_complete:
             deque(rows, maxlen=0)
             return _check_table(record, hashes, out)
         done, again = _skip_done(lines, rows, _BATCHES * options.batch_size, out)
         _check_inputs(record, hashes, done, out)
-        inputs = hashes[done - 1] if done else None
-        hashes.clear()
         rows = chain(again, rows)
         if done:
             progress.say(f"{out}: {count(done, 'prediction')} already there")
-        progress_record = identity | {"done": done, "inputs": inputs}
+        progress_record = identity | _progress_of(hashes, done)
         write_json(_record_path(out), progress_record)
         if workers > 1:
             chunks = predict_in_processes(student, rows, options, workers)
@@ -252,8 +251,7 @@ def predict_file(
                 file.flush()
                 os.fsync(file.fileno())  # the record must not be ahead of the predictions
                 done += len(new)
-                inputs = [inputs, *(hashes.popleft() for _ in new)][-1]
-                progress_record |= {"done": done, "inputs": inputs}
+                progress_record |= _progress_of(hashes, done)
                 write_json(_record_path(out), progress_record)
                 progress.update(done)
         # With the number of rows, a table that is there is this command's: it may be killed here.
@@ -275,25 +273,34 @@ def _identity(student: Path, source: str, shard: Shard | None, options: Options)
     }
 
 
-def _hashed(rows: Iterable[Row], shard: Shard | None, hashes: deque[str]) -> Iterator[Row]:
-    """The shard's rows; after each one, ``hashes`` has a hash of all rows up to it."""
+def _hashed(rows: Iterable[Row], shard: Shard | None, hashes: array[int]) -> Iterator[Row]:
+    """The shard's rows; after each one, ``hashes`` has a hash of all rows up to it, in eight
+    bytes, so that a file may be larger than memory.
+    """
     state = hashlib.sha256()
     for row in rows:
         if shard is not None and not shard.has(row[0]):
             continue
         state.update(json.dumps(row, sort_keys=True, default=str).encode())
-        hashes.append(state.hexdigest())
+        hashes.append(int.from_bytes(state.digest()[:8], "big"))
         yield row
 
 
-def _check_inputs(record: dict[str, Any], hashes: Sequence[str], done: int, out: Path) -> None:
+def _progress_of(hashes: array[int], done: int) -> dict[str, Any]:
+    """What a record says of ``done`` predictions: their number, and the hash of their rows."""
+    return {"done": done, "inputs": f"{hashes[done - 1]:016x}" if done else None}
+
+
+def _check_inputs(record: dict[str, Any], hashes: array[int], done: int, out: Path) -> None:
     """Raises UserError where the predictions that the record counts are of other rows."""
     counted = record.get("done", 0)  # earlier versions did not count
-    if 0 < counted <= done and (len(hashes) < counted or hashes[counted - 1] != record["inputs"]):
+    if not 0 < counted <= done:
+        return
+    if len(hashes) < counted or _progress_of(hashes, counted)["inputs"] != record["inputs"]:
         raise _other_rows(out)
 
 
-def _check_table(record: dict[str, Any], hashes: Sequence[str], out: Path) -> int:
+def _check_table(record: dict[str, Any], hashes: array[int], out: Path) -> int:
     """The number of rows of a complete table. Raises UserError where they are not the input's."""
     number = int(record["rows"])
     _check_inputs(record, hashes, number, out)
@@ -324,12 +331,10 @@ def predict_on_ray(
     check_output(out)
     identity = _identity(student, source, None, options)
     record = _check_record(out, identity)
-    hashes: deque[str] = deque(maxlen=1)
+    hashes = array("Q")
     if out.exists() and "rows" in record:
         deque(_hashed(open_rows(), None, hashes), maxlen=0)
-        if [*hashes] != [record["inputs"]]:
-            raise _other_rows(out)
-        return int(record["rows"])
+        return _check_table(record, hashes, out)
     if out.exists():
         raise UserError(f"{out} exists", hint="give another --out")
     folder = out.absolute().with_name(f"{out.name}.shards")
@@ -351,8 +356,8 @@ def predict_on_ray(
             for shard in Shard.all(shards)
         ]
         number = _write(out, _joined(_hashed(open_rows(), None, hashes), files), options)
-    written = {"done": number, "inputs": hashes[-1] if hashes else None, "rows": number}
-    write_json(_record_path(out), identity | written)
+    record = identity | _progress_of(hashes, number) | {"rows": number}
+    write_json(_record_path(out), record)
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
