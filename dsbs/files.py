@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from dsbs.errors import DsbsError, PartialError, UserError
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # or a file is as large as it may be
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # or a file is as large as it may be
 # How libraries report a full disk; the last three are torch.save's, which hides the reason.
 _DISK_FULL_MESSAGES = (
     os.strerror(errno.ENOSPC),
@@ -260,7 +260,7 @@ def atomic_write(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         move(partial, path)
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise PartialError(
             f"cannot write {path} ({error.strerror})",
@@ -289,7 +289,7 @@ def full_disk_as_partial(folder: Path, hint: str) -> Iterator[None]:
 def _is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, reports a full disk."""
     while error is not None:
-        if getattr(error, "errno", None) in _DISK_FULL:
+        if getattr(error, "errno", None) in DISK_FULL:
             return True
         if any(message in str(error) for message in _DISK_FULL_MESSAGES):
             return True
@@ -324,7 +324,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if error.errno in DISK_FULL:
             raise
         raise UserError(
             f"cannot create the directory {path} ({error.strerror})",
@@ -350,7 +350,7 @@ def lock_folder(folder: Path, *, remove: bool = False) -> Iterator[None]:
             hint="wait for it to end, then run the same command",
         ) from None
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if error.errno in DISK_FULL:
             raise
         raise UserError(
             f"cannot write to the directory {folder} ({error.strerror})",

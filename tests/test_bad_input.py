@@ -13,6 +13,7 @@ from conftest import good_answer, run_dsbs, toy_rows, write_csv, write_jsonl
 from loopback import LoopbackServer, completion
 
 from dsbs import UserError, annotate, evaluate, load_recipe, train
+from dsbs.annotation.run import merge
 from dsbs.config.load import load_located
 from dsbs.files import atomic_write, expand_user
 from dsbs.progress import NoProgress
@@ -20,6 +21,7 @@ from dsbs.prompting import read_prompt
 from dsbs.run_folder import RunFolder
 from dsbs.tasks import make_task
 from dsbs.tasks.label_set import LabelSet
+from dsbs.tasks.shards import Shard
 
 
 def test_annotations_of_other_texts_with_the_same_ids_are_refused(
@@ -87,6 +89,21 @@ def test_a_lost_store_of_replies_is_not_bought_again(
         (run / "annotate").rename(run / "away")
         annotate(recipe, out=run)
         assert server.requests == 16
+
+
+def test_a_lost_store_is_made_again_from_its_shards(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with LoopbackServer(good_answer) as server:
+        recipe = load_recipe(toy(train=6, test=2), [f"teacher.base_url={server.url}"])
+        for shard in Shard.all(2):
+            annotate(recipe, out=run, shard=shard)
+        merge(recipe, out=run)
+        for file in (run / "annotate").glob("replies.sqlite*"):
+            file.unlink()
+        assert merge(recipe, out=run).splits["train"].accepted == 6
+        assert server.requests == 8
 
 
 @pytest.mark.parametrize("count", ["1" + "0" * 30, "Infinity", "-1", "1e400"])

@@ -52,6 +52,7 @@ from dsbs.run_folder import RunFolder, read_annotations
 from dsbs.tasks.data import survey
 from dsbs.tasks.shards import Shard
 
+_SPLITS = ("train", "valid", "test")
 Buying = Literal["online", "batch", "nothing"]  # how missing replies are bought
 
 
@@ -106,8 +107,8 @@ def annotate(
             _read(annotator, teacher, run, summaries, progress)
         else:
             with open_store(run, None if shard is None else parent_run) as store:
-                _check_store(run, store)
                 stopped = _import(annotator, store, run, stores, outputs, progress)
+                _check_store(run, store)
                 if teacher is not None:
                     counts = {split: rows.rows for split, rows in surveys.items()}
                     rows = _rows_to_request(annotator, counts, summaries)
@@ -143,7 +144,7 @@ def _check_store(run: RunFolder, store: ReplyStore) -> None:
     """Raises UserError where the store has lost the replies that the annotations were made from."""
     if not store.is_empty:
         return
-    for split in ("train", "valid", "test"):
+    for split in _SPLITS:
         path = run.annotations(split)
         annotations = read_annotations(path) if path.is_file() else ()
         paid = sum(
@@ -324,7 +325,7 @@ def merge(
 
 def _join_reviews(run: RunFolder, shards: Sequence[RunFolder], progress: Progress) -> None:
     """Add the decisions of the shards that the run lacks. Nothing is added twice."""
-    for split in ("train", "valid", "test"):
+    for split in _SPLITS:
         present = {review.model_dump_json() for review in _decisions(run, split)}
         decisions = (review for shard in shards for review in _decisions(shard, split))
         new = [review for review in decisions if review.model_dump_json() not in present]

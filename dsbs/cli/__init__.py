@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from dsbs.errors import DsbsError
+from dsbs.files import DISK_FULL
 
 # In the order of `dsbs --help`: each command's function and its help in a line.
 COMMANDS = {
@@ -116,7 +117,7 @@ def _exit_code() -> int:
             hint = "check the path and its permissions"
             print(f"dsbs: {error.filename}: {error.strerror}\n  try: {hint}", file=sys.stderr)
             return 2
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             raise
         print(
             f"dsbs: the disk is full ({error})\n  try: free some space, then run the same command",

@@ -69,8 +69,8 @@ def predict(
         int | None,
         typer.Option(
             min=1,
-            help="Maximum number of tokens of a label.",
-            show_default="that of the recipe it was trained with",
+            help="Maximum number of tokens of a label. Default: that of the student's training.",
+            show_default=False,
         ),
     ] = None,
     workers: Annotated[

@@ -163,11 +163,16 @@ class TeacherSection(Section):
 
     @field_validator("extra_body")
     @classmethod
-    def _no_credentials(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError):
             raise ValueError("a value is not JSON; put dates and the like in quotes") from None
+        return value
+
+    @field_validator("extra_body")
+    @classmethod
+    def _no_credentials(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in _credential_names(value):
             raise ValueError(
                 f"{name}: credentials do not belong in a recipe; name an environment variable in "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from dsbs.config import CascadeSection, Recipe
 from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters, Floats, accuracy
+from dsbs.evaluation.costs import Costs
 from dsbs.evaluation.metrics import Scored
 from dsbs.evaluation.recorded import check_replies
 from dsbs.evaluation.selective import confidence_values, kinds_of
@@ -166,16 +167,6 @@ class Answers:
         """The rows with a label of the teacher; of accuracy, all rows: no label is a wrong one."""
         of_accuracy = section.of == "accuracy"
         return np.array([of_accuracy or label is not None for label in self.labels])
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What the teacher costs, in dollars and milliseconds; None: unknown."""
-
-    usd_per_request: float | None = None
-    ms_per_request: float | None = None
-    bills: Mapping[str, float] = field(default_factory=dict)
-    """For the training rows, in dollars, by the system that learned from them."""
 
 
 def cascades(

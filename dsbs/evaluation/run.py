@@ -11,12 +11,12 @@ from dsbs.errors import UserError
 from dsbs.evaluation.bootstrap import Clusters
 from dsbs.evaluation.cascade import (
     Answers,
-    Costs,
     calibration_examples,
     cascades,
     check_cascade,
     teacher_labels,
 )
+from dsbs.evaluation.costs import break_evens, teacher_bill, teacher_costs, teacher_price
 from dsbs.evaluation.floors import check_floors, floor_systems
 from dsbs.evaluation.latency import measure_latency, read_latency
 from dsbs.evaluation.metrics import score
@@ -32,17 +32,15 @@ from dsbs.evaluation.recorded import TEACHER, add_external, predict_teacher
 from dsbs.evaluation.reviewed import reviewed_splits
 from dsbs.evaluation.systems import (
     System,
-    break_evens,
     clusters_of,
     compare,
     compare_with_floors,
     first_baselines,
+    headline_system,
     label_efficiencies,
     pairs,
     score_system,
     student_pairs,
-    teacher_bill,
-    teacher_price,
 )
 from dsbs.files import atomic_write, write_json
 from dsbs.formatting import count
@@ -111,7 +109,7 @@ def evaluate(
         )
         results = _compare(recipe, task, run, systems, clusters, data)
         calibration = _calibration_answers(recipe, task, run, students, progress, score_only)
-        costs = _teacher_costs(run, results)
+        costs = teacher_costs(run, results)
         changes = {
             "cascades": cascades(recipe, task, systems, costs, clusters, calibration),
             "reviews": reviewed_splits(recipe, task, run, systems, clusters),
@@ -129,14 +127,17 @@ def _warn_of_train_rows(
     """Say how many evaluated rows students may have learned by heart."""
     if recipe.eval.split != "test":
         return
-    inputs = {comparable(row.input) for row in rows}
+    inputs = [comparable(row.input) for row in rows]
+    distinct = set(inputs)
     try:
         learned = {
-            key for row in stream(recipe, task, "train") if (key := comparable(row.input)) in inputs
+            key
+            for row in stream(recipe, task, "train")
+            if (key := comparable(row.input)) in distinct
         }
     except UserError:
         return  # the run is evaluated where its train rows are not
-    number = sum(comparable(row.input) in learned for row in rows)
+    number = sum(key in learned for key in inputs)
     if number:
         progress.say(
             f"warning: {number:,} of {count(len(rows), 'test row')} are also train rows, so that "
@@ -203,17 +204,6 @@ def _compare(
     )
 
 
-def _teacher_costs(run: RunFolder, results: Results) -> Costs:
-    """What the teacher costs, as its annotations record it."""
-    seconds = run.manifest("annotate").get("mean_seconds")
-    teacher = results.system(TEACHER)
-    return Costs(
-        usd_per_request=None if teacher is None else teacher.usd_per_prediction,
-        ms_per_request=1000 * seconds if isinstance(seconds, int | float) else None,
-        bills={item.system: item.spent_usd for item in results.break_even},
-    )
-
-
 def _calibration_answers(
     recipe: Recipe,
     task: Task,
@@ -249,32 +239,6 @@ def _among(
     """A system's comparisons of these pairs."""
     names = [other.name for system, other in chosen if system.name == name]
     return {other: comparisons[name][other] for other in names}
-
-
-def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
-    """The system that the recipe is about; None if it does not exist.
-
-    Of the students, the largest subset of the first method that is not a baseline, or of the last
-    baseline if all are; of several students, the first in the recipe. Without students, the first
-    external system that is not a baseline.
-    """
-    baselines = recipe.eval.baseline
-    if any(system.students for system in systems):
-        methods = sorted(
-            recipe.train.methods,
-            key=lambda name: -baselines.index(name) if name in baselines else -len(baselines),
-        )
-        candidates = [system for system in systems if system.method == methods[0]]
-        if not candidates:
-            return None
-        labels = recipe.train.labels[0]
-        return max(
-            candidates,
-            key=lambda system: (subset_rank(system.subset), system.students[0].labels == labels),
-        ).name
-    external = [system.name for system in systems if system.kind == "external"]
-    external_baselines = [name for name in external if name in baselines] or external[:1]
-    return next((name for name in external if name not in external_baselines), None)
 
 
 # --- systems

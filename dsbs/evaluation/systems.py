@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
-from dsbs.config import EvalSection, base_of
+from dsbs.config import EvalSection, Recipe, base_of
 from dsbs.config.registry import METRICS, entry
 from dsbs.errors import UserError
 from dsbs.evaluation.aggregates import GradedDifference, RowSums, RowValues, graded_difference
@@ -23,7 +21,6 @@ from dsbs.evaluation.selective import selective
 from dsbs.evaluation.significance import holm, paired_difference
 from dsbs.records import Example, TrainedStudent
 from dsbs.records.results import (
-    BreakEven,
     Comparison,
     FloorComparison,
     GradedComparison,
@@ -32,7 +29,7 @@ from dsbs.records.results import (
     SystemKind,
     SystemResult,
 )
-from dsbs.records.subsets import Subset, rows_per_label, subset_rank
+from dsbs.records.subsets import Subset, subset_rank
 from dsbs.students.calibration import ConfidenceKind
 from dsbs.tasks import Task
 
@@ -400,63 +397,27 @@ def _curve_of(system: System) -> tuple[str | None, str, str]:
     return first.student, first.method, first.labels
 
 
-def break_evens(
-    systems: Sequence[System],
-    spent_usd: float | None,
-    usd_per_prediction: float | None,
-    usd_per_row: float | None = None,
-) -> Iterator[BreakEven]:
-    """For students of the teacher: after how many predictions they have saved its bill.
+def headline_system(recipe: Recipe, systems: Sequence[System]) -> str | None:
+    """The system that the recipe is about; None if it does not exist.
 
-    ``spent_usd`` is the bill for the training rows, ``usd_per_prediction`` the teacher's price. A
-    student of a share of the rows is charged that share; one of so many rows per label is charged
-    ``usd_per_row`` for each. Nothing if a price is unknown or zero.
+    Of the students, the largest subset of the first method that is not a baseline, or of the last
+    baseline if all are; of several students, the first in the recipe. Without students, the first
+    external system that is not a baseline.
     """
-    if not spent_usd or not usd_per_prediction:
-        return
-    for system in systems:
-        if system.students and system.students[0].source is not None:
-            subset = system.students[0].subset
-            if rows_per_label(subset) is None:
-                spent = spent_usd * float(subset)
-            else:
-                spent = (usd_per_row or 0.0) * (system.training_rows or 0)
-            if not spent:
-                continue
-            yield BreakEven(
-                system=system.name,
-                spent_usd=spent,
-                teacher_usd_per_prediction=usd_per_prediction,
-                predictions=math.ceil(spent / usd_per_prediction),
-            )
-
-
-def teacher_bill(
-    annotate_manifest: Mapping[str, Any], split: str
-) -> tuple[float | None, float | None]:
-    """Dollars that annotating a split cost, in total and per row; None: unknown.
-
-    Earlier versions wrote 0.0 for recorded replies, whose tokens nobody counted.
-    """
-    summary = annotate_manifest.get("splits", {}).get(split, {})
-    usd = summary.get("usd")
-    rows = summary.get("rows")
-    if usd == 0 and not any((summary.get("usage") or {}).values()):
-        usd = None
-    if usd is None or not rows:
-        return usd, None
-    return usd, usd / rows
-
-
-def teacher_price(annotate_manifest: Mapping[str, Any], split: str) -> float | None:
-    """Dollars for a prediction of the teacher; None: unknown.
-
-    What a row of the split cost that was paid for (no copy, no recorded reply), without its hint: a
-    request has no gold label to hint at.
-    """
-    usd, usd_per_row = teacher_bill(annotate_manifest, split)
-    if usd is None or usd_per_row is None:
-        return None
-    summary = annotate_manifest["splits"][split]
-    paid_rows = int(summary.get("paid_rows") or summary["rows"])
-    return (usd - float(summary.get("usd_of_hints", 0.0))) / paid_rows
+    baselines = recipe.eval.baseline
+    if any(system.students for system in systems):
+        methods = sorted(
+            recipe.train.methods,
+            key=lambda name: -baselines.index(name) if name in baselines else -len(baselines),
+        )
+        candidates = [system for system in systems if system.method == methods[0]]
+        if not candidates:
+            return None
+        labels = recipe.train.labels[0]
+        return max(
+            candidates,
+            key=lambda system: (subset_rank(system.subset), system.students[0].labels == labels),
+        ).name
+    external = [system.name for system in systems if system.kind == "external"]
+    external_baselines = [name for name in external if name in baselines] or external[:1]
+    return next((name for name in external if name not in external_baselines), None)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dsbs.errors import DsbsError, PartialError, UserError
-from dsbs.files import canonical_json, digest, last_line_start, make_folder
+from dsbs.files import DISK_FULL, canonical_json, digest, last_line_start, make_folder
 from dsbs.records import Annotation, Example, Sample, Unreadable, _Record
 from dsbs.records.measures import Interval, Rate, ResultRecord
 
@@ -198,7 +198,7 @@ def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
             f"{path} is in use by another process", hint="wait for it to end, then try again"
         ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         raise PartialError(
             f"cannot write {path} ({error.strerror})", hint="free some space, then try again"

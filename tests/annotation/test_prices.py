@@ -17,7 +17,7 @@ from dsbs.annotation.annotator import Annotator, RowReplies
 from dsbs.annotation.backends import Price, Reply, price_of
 from dsbs.annotation.planning import plan
 from dsbs.config import PriceSection, TeacherSection
-from dsbs.evaluation.systems import teacher_price
+from dsbs.evaluation.costs import teacher_price
 from dsbs.run_folder import RunFolder
 
 PRICE = "teacher.price={input: 1000, output: 2000}"  # 11 + 7 tokens a reply: 0.025 dollars

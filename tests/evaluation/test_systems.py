@@ -12,18 +12,16 @@ from conftest import ROOT, run_dsbs, toy_rows, write_csv, write_jsonl
 
 from dsbs import UserError, evaluate, load_recipe
 from dsbs.config import EvalSection, Recipe
+from dsbs.evaluation.costs import break_evens, teacher_bill, teacher_price
 from dsbs.evaluation.metrics import Scored, score
 from dsbs.evaluation.predictions import read_predictions, update_marks
-from dsbs.evaluation.run import headline_system
 from dsbs.evaluation.systems import (
     System,
-    break_evens,
     clusters_of,
     compare,
+    headline_system,
     label_efficiencies,
     pairs,
-    teacher_bill,
-    teacher_price,
 )
 from dsbs.records import Example, Prediction, TrainedStudent
 from dsbs.records.subsets import Subset, subset_suffix

@@ -404,7 +404,9 @@ class Price:
         The cached tokens are among the prompt's. Where they are more, the server counts them beside
         the prompt's.
         """
-        fresh = prompt_tokens - cached_tokens if cached_tokens <= prompt_tokens else prompt_tokens
+        fresh = prompt_tokens
+        if cached_tokens <= prompt_tokens:
+            fresh -= cached_tokens
         usd = (
             fresh * self.input + cached_tokens * self.cached + completion_tokens * self.output
         ) / 1e6

@@ -254,18 +254,18 @@ class DecoderBackend(TransformersBackend):
                     logits_to_keep=1,
                 )
                 count = len(ids) // len(input_ids)
-                lengths = mask.sum(1).repeat_interleave(count)[:, None]
                 read_ids = ids[:, :-1]
+                whole_mask = torch.cat(
+                    [mask.repeat_interleave(count, 0), torch.ones_like(read_ids)], 1
+                )
+                positions = (whole_mask.cumsum(1) - 1).clamp(min=0)
                 cache: Any = getattr(prompt, "past_key_values", None)
                 if not _is_of_attention(cache):
                     whole_ids = torch.cat([input_ids.repeat_interleave(count, 0), read_ids], 1)
-                    whole_mask = torch.cat(
-                        [mask.repeat_interleave(count, 0), torch.ones_like(read_ids)], 1
-                    )
                     logits = self.model(
                         input_ids=whole_ids,
                         attention_mask=whole_mask,
-                        position_ids=(whole_mask.cumsum(1) - 1).clamp(min=0),
+                        position_ids=positions,
                         use_cache=False,
                         logits_to_keep=ids.shape[1],
                     ).logits
@@ -273,10 +273,8 @@ class DecoderBackend(TransformersBackend):
                 cache.batch_repeat_interleave(count)
                 later = self.model(
                     input_ids=read_ids,
-                    attention_mask=torch.cat(
-                        [mask.repeat_interleave(count, 0), torch.ones_like(read_ids)], 1
-                    ),
-                    position_ids=lengths + torch.arange(read_ids.shape[1], device=ids.device),
+                    attention_mask=whole_mask,
+                    position_ids=positions[:, input_ids.shape[1] :],
                     past_key_values=cache,
                 ).logits
                 first = prompt.logits[:, -1:].repeat_interleave(count, 0)  # (n, 1, V)
